@@ -1,0 +1,50 @@
+"""The package's own errors. Each message is one line that names the place, the value, and the remedy.
+
+The command line prints such a message without a traceback and exits with code 2.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+
+class SordinoError(Exception):
+    """Something that the user can mend; its message is one line."""
+
+
+class ConfigError(SordinoError):
+    """A setting that is unknown, malformed, or out of range."""
+
+    def __init__(self, key: str, value: object, allowed: str) -> None:
+        super().__init__(f"{key} = {value!r}: {allowed}")
+        self.key, self.value, self.allowed = key, value, allowed
+
+
+class DataError(SordinoError):
+    """Data that is missing, unreadable, or too little for what was asked of it."""
+
+
+class EncoderError(SordinoError):
+    """An encoder that is not ready, or that lacks a capability which a method needs."""
+
+
+class RunError(SordinoError):
+    """A run directory that cannot be written, read, or resumed."""
+
+
+class SordinoWarning(UserWarning):
+    """Something that was passed over and may matter."""
+
+
+def config_error(error: ValidationError, prefix: str = "") -> ConfigError:
+    """The first complaint of a pydantic validation as one line that names key, value and what is allowed."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in (prefix, *first["loc"]) if part != "")
+    allowed = "no such key" if first["type"] in _UNKNOWN_KEY else first["msg"][0].lower() + first["msg"][1:]
+    return ConfigError(key, first["input"], allowed)
+
+
+_UNKNOWN_KEY = {"extra_forbidden", "unexpected_keyword_argument"}

@@ -1,0 +1,174 @@
+"""Pictures in folders: class folders, or domain (or train and test) folders of class folders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from sordino.errors import DataError
+from sordino.tasks.images import ImageSet
+from sordino.tasks.pictures import suffixes
+
+TRAIN_FOLDERS = ("train", "training")
+TEST_FOLDERS = ("test", "testing", "val", "valid", "validation")
+LAYOUTS = "ROOT/CLASS/picture.jpg or ROOT/DOMAIN/CLASS/picture.jpg"
+
+
+def image_folder(root: Path, source: str) -> ImageSet:
+    """The pictures under `root`, whose depth says whether it has domains.
+
+    ROOT/CLASS/picture, or ROOT/DOMAIN/CLASS/picture. Where the upper folders are 'train' and one of 'test', 'val', ...
+    they are the source's own test split rather than domains. A folder's name, with underscores as spaces, is the name
+    of its class or domain. Order is that of the sorted names, so it is the same everywhere. Hidden files and folders do
+    not count.
+
+    Raises:
+        DataError: `root` is missing; a folder holds no picture; pictures lie at two depths; there are fewer than two
+            classes. The message names the folder.
+    """
+    if not root.is_dir():
+        raise DataError(f"{source}: there is no folder {str(root)!r}; give a folder laid out as {LAYOUTS}")
+    upper = _folders(root)
+    if not upper:
+        raise DataError(f"{source}: folder {str(root)!r} has no class folders; lay it out as {LAYOUTS}")
+    nested = [_is_nested(folder) for folder in upper]
+    if any(nested) and not all(nested):
+        flat, deep = upper[nested.index(False)], upper[nested.index(True)]
+        raise DataError(
+            f"{source}: folder {flat.name!r} holds pictures, but {deep.name!r} holds folders of pictures; use one "
+            f"layout throughout: {LAYOUTS}"
+        )
+    if not all(nested):
+        return labelled_folders(source, root, _by_class_name(upper, source))
+    groups = {folder.name: _by_class_name(_folders(folder), source) for folder in upper}
+    return _grouped_folders(source, root, groups)
+
+
+def labelled_folders(source: str, root: Path, folders: Mapping[str, Path]) -> ImageSet:
+    """The pictures of class folders given by class name; their order is the classes' order."""
+    names, labels, ignored = _listing(root, folders, {name: index for index, name in enumerate(folders)})
+    _at_least_two_classes(source, list(folders))
+    return ImageSet(
+        source=source,
+        class_names=tuple(folders),
+        labels=np.asarray(labels, dtype=np.int64),
+        names=names,
+        read=lambda index: (root / names[index]).read_bytes(),
+        ignored=ignored,
+    )
+
+
+def _grouped_folders(source: str, root: Path, groups: Mapping[str, Mapping[str, Path]]) -> ImageSet:
+    """The pictures of domain (or train and test) folders of class folders; classes are the union over all groups."""
+    test = _test_folder(list(groups))
+    if test is not None:  # of several test folders one is used, as for a Hugging Face data set
+        groups = {name: folders for name, folders in groups.items() if name == test or name.lower() in TRAIN_FOLDERS}
+    class_names = sorted({name for folders in groups.values() for name in folders})
+    _at_least_two_classes(source, class_names)
+    names: list[str] = []
+    labels: list[int] = []
+    group_of: list[int] = []
+    ignored = 0
+    index_of = {name: index for index, name in enumerate(class_names)}
+    for number, folders in enumerate(groups.values()):
+        more_names, more_labels, more_ignored = _listing(root, folders, index_of)
+        names += more_names
+        labels += more_labels
+        group_of += [number] * len(more_names)
+        ignored += more_ignored
+    group = np.asarray(group_of, dtype=np.int64)
+    return ImageSet(
+        source=source,
+        class_names=tuple(class_names),
+        labels=np.asarray(labels, dtype=np.int64),
+        names=names,
+        read=lambda index: (root / names[index]).read_bytes(),
+        domain_names=None if test is not None else tuple(_spoken(name) for name in groups),
+        domains=None if test is not None else group,
+        is_test=None if test is None else group == list(groups).index(test),
+        ignored=ignored,
+    )
+
+
+def _test_folder(names: list[str]) -> str | None:
+    """The test folder, where `names` are those of a train and test layout rather than domains."""
+    lower = {name.lower(): name for name in names}
+    train = [name for name in lower if name in TRAIN_FOLDERS]
+    tests = [name for name in TEST_FOLDERS if name in lower]
+    return lower[tests[0]] if len(train) == 1 and tests and len(train) + len(tests) == len(names) else None
+
+
+def _listing(root: Path, folders: Mapping[str, Path], index_of: Mapping[str, int]) -> tuple[list[str], list[int], int]:
+    """Names relative to `root`, labels, and how many files were passed over."""
+    names: list[str] = []
+    labels: list[int] = []
+    ignored = 0
+    for class_name, folder in folders.items():
+        files = [path for path in _visible(folder) if path.is_file()]
+        pictures = [path for path in files if path.suffix.lower() in suffixes()]
+        names += [path.relative_to(root).as_posix() for path in pictures]
+        labels += [index_of[class_name]] * len(pictures)
+        ignored += len(files) - len(pictures)
+    return names, labels, ignored
+
+
+def _is_nested(folder: Path) -> bool:
+    """Whether `folder` holds folders of pictures; false where it holds pictures itself.
+
+    Raises:
+        DataError: it holds both or neither, or its pictures lie deeper.
+    """
+    inner = _folders(folder)
+    filled = [child for child in inner if _has_pictures(child)]
+    if _has_pictures(folder):
+        if filled:
+            raise DataError(
+                f"folder {str(folder)!r} holds both pictures and a folder of pictures ({filled[0].name!r}); "
+                f"use one layout: {LAYOUTS}"
+            )
+        return False
+    if not filled:
+        raise DataError(f"folder {str(folder)!r} holds no picture; remove it or fill it (layout: {LAYOUTS})")
+    for child in inner:
+        if _is_nested(child):
+            raise DataError(f"the pictures in folder {str(child)!r} lie too deep; use one layout: {LAYOUTS}")
+    return True
+
+
+def _by_class_name(folders: list[Path], source: str) -> dict[str, Path]:
+    """Class folders by class name."""
+    named: dict[str, Path] = {}
+    for folder in folders:
+        name = _spoken(folder.name)
+        if name in named:
+            raise DataError(
+                f"{source}: folders {named[name].name!r} and {folder.name!r} name the same class {name!r}; merge them"
+            )
+        named[name] = folder
+    return named
+
+
+def _at_least_two_classes(source: str, class_names: list[str]) -> None:
+    if len(class_names) < 2:
+        raise DataError(f"{source}: only one class ({class_names[0]!r}); at least two are needed")
+
+
+def _has_pictures(folder: Path) -> bool:
+    return any(path.suffix.lower() in suffixes() and path.is_file() for path in _visible(folder))
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [path for path in _visible(folder) if path.is_dir()]
+
+
+def _visible(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"folder {str(folder)!r} cannot be listed: {error.strerror}") from error
+
+
+def _spoken(name: str) -> str:
+    return " ".join(name.replace("_", " ").split())

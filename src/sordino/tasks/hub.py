@@ -1,0 +1,210 @@
+"""Hugging Face data sets: from the hub, a directory, a parquet file, or a folder that `save_to_disk` wrote."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub.utils
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict
+from huggingface_hub.errors import HfHubHTTPError
+
+from sordino.errors import ConfigError, DataError
+from sordino.tasks.images import ImageSet, Indices
+from sordino.tasks.settings import DataSettings
+
+TRAIN_SPLITS = ("train", "training")
+TEST_SPLITS = ("test", "validation", "valid", "val", "dev")
+IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category")
+
+
+def hugging_face(where: str, settings: DataSettings) -> ImageSet:
+    """The pictures of a Hugging Face data set, with its test (else validation) split as the source's own test split.
+
+    A split whose labels are all missing or -1, as where test labels are withheld, is passed over. A data set without a
+    training split is taken as a whole, without a test split. No code that comes with a data set is run.
+
+    Raises:
+        ConfigError: a column that is not there, or a choice between columns that the settings must make.
+        DataError: the data set is missing, cannot be reached, or has no usable split.
+    """
+    with _quiet():
+        splits = _load(where, settings)
+    image, label, domain = _columns(next(iter(splits.values())), settings)
+    features = next(iter(splits.values())).features
+    named_labels = {name: _values(split, label) for name, split in splits.items()}
+    train = next((name for name in TRAIN_SPLITS if name in splits), None)
+    if train is None:
+        train, test = next(iter(splits)), None
+    else:
+        test = next((name for name in TEST_SPLITS if name in splits and _labelled(named_labels[name])), None)
+    used = [name for name in (train, test) if name is not None]
+    labels, class_names = _index(
+        [value for name in used for value in named_labels[name]], label, features[label], settings
+    )
+    if len(class_names) < 2:
+        raise DataError(f"{settings.source}: column {label!r} holds only one class; at least two are needed")
+    domains = domain_names = None
+    if domain is not None:
+        values = [value for name in used for value in _values(splits[name], domain)]
+        domains, domain_names = _index(values, domain, features[domain], settings)
+    contents = [splits[name].select_columns([image]).cast_column(image, datasets.Image(decode=False)) for name in used]
+    first = len(contents[0])
+
+    def read(index: int) -> bytes:
+        part, row = (contents[0], index) if index < first else (contents[1], index - first)
+        cell = part[row][image]
+        if cell is None:
+            return b""
+        content: bytes | None = cell["bytes"]
+        return Path(cell["path"]).read_bytes() if content is None else content
+
+    return ImageSet(
+        source=settings.source,
+        class_names=class_names,
+        labels=labels,
+        names=[f"{name}[{row}]" for name in used for row in range(len(splits[name]))],
+        read=read,
+        domain_names=domain_names,
+        domains=domains,
+        is_test=None if test is None else np.arange(len(labels)) >= first,
+    )
+
+
+def _load(where: str, settings: DataSettings) -> dict[str, Dataset]:
+    """The data set's splits by name."""
+    path = Path(where).expanduser()
+    try:
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            loaded = datasets.load_from_disk(str(path))
+        elif path.is_file() and path.suffix == ".parquet":
+            loaded = datasets.load_dataset("parquet", data_files=str(path))
+        elif path.is_file():
+            raise DataError(f"{settings.source}: of single files only a '.parquet' file can be read")
+        elif where.startswith((".", "/", "~")) and not path.exists():
+            raise DataError(f"{settings.source}: there is no such file or folder")
+        else:
+            target = str(path) if path.exists() else where
+            loaded = datasets.load_dataset(target, settings.hf_config, revision=settings.revision)
+    except DataError:
+        raise
+    except ConnectionError as error:
+        raise DataError(
+            f"{settings.source}: there is no such file or folder here, and the hub cannot be reached; give the path of "
+            f"a local copy, or connect ({_first(error)})"
+        ) from error
+    except (datasets.exceptions.DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"{settings.source}: cannot be loaded: {_first(error)}") from error
+    except Exception as error:  # readers of broken files (pyarrow, json, zip, ...) raise types of their own
+        raise DataError(f"{settings.source}: cannot be loaded: {type(error).__name__}: {_first(error)}") from error
+    splits = dict(loaded) if isinstance(loaded, DatasetDict) else {str(loaded.split or "train"): loaded}
+    splits = {name: split for name, split in splits.items() if len(split)}
+    if not splits:
+        raise DataError(f"{settings.source}: it has no row")
+    return splits
+
+
+def _columns(split: Dataset, settings: DataSettings) -> tuple[str, str, str | None]:
+    """The names of the image, label and domain columns."""
+    features = split.features
+    pictures = [name for name, feature in features.items() if _holds_pictures(feature)]
+    classes = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    image = _column("image_column", settings.image_column, list(features), pictures, IMAGE_COLUMNS)
+    if image not in pictures:
+        raise ConfigError("data.image_column", image, f"it holds no pictures; columns that do: {_listed(pictures)}")
+    label = _column("label_column", settings.label_column, list(features), classes, LABEL_COLUMNS)
+    domain = settings.domain_column or ("domain" if "domain" in features and label != "domain" else None)
+    if domain is not None and domain not in features:
+        raise ConfigError("data.domain_column", domain, f"there is no such column; columns: {_listed(list(features))}")
+    return image, label, domain
+
+
+def _column(key: str, given: str | None, columns: list[str], likely: list[str], usual: tuple[str, ...]) -> str:
+    """The column that is given, or the only likely one, or the first with a usual name, likely ones before others."""
+    if given is not None:
+        if given not in columns:
+            raise ConfigError(f"data.{key}", given, f"there is no such column; columns: {_listed(columns)}")
+        return given
+    if len(likely) == 1:
+        return likely[0]
+    found = [name for name in usual if name in likely] or [name for name in usual if name in columns]
+    if not found:
+        raise ConfigError(f"data.{key}", None, f"must be given, as none stands out; columns: {_listed(columns)}")
+    return found[0]
+
+
+def _holds_pictures(feature: Any) -> bool:
+    """True for an image column, and for what one looks like in a parquet file that other tools wrote."""
+    if isinstance(feature, datasets.Image):
+        return True
+    if isinstance(feature, dict):
+        return set(feature) == {"bytes", "path"}
+    return isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
+
+
+def _values(split: Dataset, column: str) -> list[Any]:
+    """A column's values, with a class label as its name (None where it is -1)."""
+    values = split.select_columns([column]).with_format(None)[:][column]
+    feature = split.features[column]
+    if isinstance(feature, ClassLabel):
+        return [None if value is None or value < 0 else feature.names[value] for value in values]
+    return list(values)
+
+
+def _labelled(values: list[Any]) -> bool:
+    return any(value is not None and value != -1 for value in values)
+
+
+def _index(values: list[Any], column: str, feature: Any, settings: DataSettings) -> tuple[Indices, tuple[str, ...]]:
+    """Indices into the names that occur (in their class label's order, else sorted), and those names as spoken."""
+    missing = next((row for row, value in enumerate(values) if value is None), None)
+    if missing is not None:
+        raise DataError(
+            f"{settings.source}: column {column!r} has no value in row {missing}; fill it or remove the row"
+        )
+    kinds = {type(value) for value in values}
+    if not kinds <= {str} and not kinds <= {int, bool}:
+        named = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise ConfigError(f"data.{column}", named, f"column {column!r} must hold words or whole numbers")
+    occurring = set(values)
+    known = sorted(occurring)
+    if isinstance(feature, ClassLabel):
+        known = [name for name in feature.names if name in occurring]
+    names = tuple(" ".join(str(value).replace("_", " ").split()) for value in known)
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{settings.source}: several values of column {column!r} read {twice!r}; rename them")
+    place = {value: index for index, value in enumerate(known)}
+    return np.asarray([place[value] for value in values], dtype=np.int64), names
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of the libraries' own, which would break into ours, and no line for each retry."""
+    shown = [bars for bars in (datasets, huggingface_hub.utils) if not bars.are_progress_bars_disabled()]
+    level = huggingface_hub.utils.logging.get_verbosity()
+    for bars in shown:
+        bars.disable_progress_bars()
+    huggingface_hub.utils.logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        huggingface_hub.utils.logging.set_verbosity(level)
+        for bars in shown:
+            bars.enable_progress_bars()
+
+
+def _first(error: BaseException) -> str:
+    """The first line of an error's message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) or "none"

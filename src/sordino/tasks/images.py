@@ -1,0 +1,71 @@
+"""`ImageSet`: labelled pictures of any source, listed now and read when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from sordino.errors import DataError
+from sordino.tasks.pictures import decode
+
+Indices = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """N labelled pictures, read one at a time when asked for.
+
+    Attributes:
+        source: as in the settings, for messages and summaries.
+        class_names: the classes' names as a prompt shows them.
+        labels: [N], index into `class_names`.
+        names: N names, each leading back to the picture: a path relative to the folder, or 'train[17]'.
+        read: content of picture i, the bytes that identify it.
+        draw: content to picture.
+        domain_names, domains: the domains' names and [N] indices into them; None for a source without domains.
+        is_test: [N], true in the source's own test split; None for a source without one.
+        ignored: how many files were passed over because their names are not those of pictures.
+    """
+
+    source: str
+    class_names: tuple[str, ...]
+    labels: Indices
+    names: Sequence[str]
+    read: Callable[[int], bytes]
+    draw: Callable[[bytes], Image.Image] = decode
+    domain_names: tuple[str, ...] | None = None
+    domains: Indices | None = None
+    is_test: Flags | None = None
+    ignored: int = 0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def raw(self, index: int) -> bytes:
+        """Content of one picture. Raises DataError where it cannot be read, with the reason alone as message."""
+        try:
+            return self.read(int(index))
+        except OSError as error:
+            raise DataError(error.strerror or str(error)) from error
+
+    def image(self, index: int) -> Image.Image:
+        """One picture. Raises DataError where it cannot be read, with the reason alone as message."""
+        return self.draw(self.raw(index))
+
+    def subset(self, indices: Sequence[int] | Indices) -> ImageSet:
+        """The pictures at `indices`, in that order, with the same classes and domains."""
+        rows = np.asarray(indices, dtype=np.int64)
+        read = self.read
+        return replace(
+            self,
+            labels=self.labels[rows],
+            names=[self.names[row] for row in rows],
+            read=lambda index: read(int(rows[index])),
+            domains=None if self.domains is None else self.domains[rows],
+            is_test=None if self.is_test is None else self.is_test[rows],
+        )

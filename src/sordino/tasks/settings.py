@@ -1,0 +1,123 @@
+"""What the `[data]` and `[partition]` tables of a config may say.
+
+These models check what can be known without looking at the data; `sordino.tasks.splits` checks the rest against it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+SOURCES = "'digits', 'textile', 'imagefolder:PATH', or 'hf:NAME_OR_PATH'"
+
+
+class DataSettings(BaseModel):
+    """Where pictures come from, and which of them train and which test.
+
+    "Per class" means per class *and* domain where the partition is by domain.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    source: str = Field(
+        description="'digits' (scikit-learn's 1,797 handwritten digits), 'textile' (2,000 pictures of fabric), "
+        "'imagefolder:PATH' (class folders, or domain folders of class folders), or 'hf:NAME_OR_PATH' (a Hugging Face "
+        "data set: a hub name, a directory, or a parquet file)"
+    )
+    train_per_class: int | None = Field(
+        default=None, ge=1, description="pictures a class to train on (few-shot); absent: all that do not test"
+    )
+    test_per_class: int | None = Field(
+        default=None,
+        ge=1,
+        description="pictures a class in every evaluation set; absent: all that do not train, or, where "
+        "train_per_class is absent too, test_fraction of them",
+    )
+    test_fraction: float = Field(
+        default=0.3,
+        gt=0,
+        lt=1,
+        description="share of each class that tests; used where neither count is given and the source brings no test "
+        "split of its own",
+    )
+    novel_classes: int = Field(
+        default=0,
+        ge=0,
+        description="how many classes nobody trains on (the last ones of a permutation drawn from the seed); accuracy "
+        "on them, among themselves, is the novel accuracy",
+    )
+    held_out_domain: str | None = Field(
+        default=None, description="a domain that nobody trains on; accuracy on it is the domain accuracy"
+    )
+    image_column: str | None = Field(
+        default=None, description="hf: the column of pictures; absent: the only one that holds pictures, or 'image'"
+    )
+    label_column: str | None = Field(
+        default=None, description="hf: the column of classes; absent: the only column of class labels, or 'label'"
+    )
+    domain_column: str | None = Field(
+        default=None, description="hf: the column of domains; absent: 'domain' where there is one"
+    )
+    hf_config: str | None = Field(default=None, description="hf: the configuration of a data set that has several")
+    revision: str | None = Field(default=None, description="hf: branch, tag or commit of a data set on the hub")
+
+    @field_validator("source")
+    @classmethod
+    def _known_source(cls, source: str) -> str:
+        kind, colon, rest = source.partition(":")
+        named = kind in ("imagefolder", "hf") and bool(rest.strip())
+        if not (named or (kind in ("digits", "textile") and not colon)):
+            raise ValueError(f"must be {SOURCES}")
+        return source
+
+    @model_validator(mode="after")
+    def _columns_belong_to_hf(self) -> DataSettings:
+        for key in ("image_column", "label_column", "domain_column", "hf_config", "revision"):
+            if getattr(self, key) is not None and not self.source.startswith("hf:"):
+                raise ValueError(f"{key} applies to a source 'hf:NAME_OR_PATH' only, not to {self.source!r}")
+        return self
+
+
+class PartitionSettings(BaseModel):
+    """How training pictures are divided over clients."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    scheme: Literal["disjoint", "classes", "dirichlet", "iid", "domain"] = Field(
+        description="'disjoint': no class at two clients; 'classes': client i holds classes_per_client classes from "
+        "the i-th on, cyclically, and holders of a class divide its pictures; 'dirichlet': each class is divided in "
+        "proportions drawn from Dirichlet(beta); 'iid': at random; 'domain': a client holds pictures of one domain"
+    )
+    clients: int = Field(ge=1, description="number of clients")
+    classes_per_client: int | None = Field(
+        default=None, ge=1, description="classes: how many classes each client holds"
+    )
+    beta: float | None = Field(
+        default=None,
+        ge=1e-3,
+        allow_inf_nan=False,
+        description="dirichlet: the concentration; small makes clients differ, large makes them alike",
+    )
+    shuffle_classes: bool | None = Field(
+        default=None,
+        description="disjoint, classes: whether the seed decides which client holds which classes, rather than the "
+        "classes' order; absent: yes for disjoint, no for classes",
+    )
+
+    @model_validator(mode="after")
+    def _what_the_scheme_needs(self) -> PartitionSettings:
+        for key, scheme in (("classes_per_client", "classes"), ("beta", "dirichlet")):
+            given = getattr(self, key) is not None
+            if given and self.scheme != scheme:
+                raise ValueError(f"{key} applies to scheme '{scheme}' only, not to '{self.scheme}'")
+            if not given and self.scheme == scheme:
+                raise ValueError(f"{key} is needed with scheme '{scheme}'")
+        if self.shuffle_classes is not None and self.scheme not in ("disjoint", "classes"):
+            raise ValueError(f"shuffle_classes applies to schemes 'disjoint' and 'classes', not to '{self.scheme}'")
+        return self
+
+    @property
+    def shuffled(self) -> bool:
+        """`shuffle_classes`, or the scheme's default where it is absent."""
+        return self.scheme == "disjoint" if self.shuffle_classes is None else self.shuffle_classes

@@ -1,0 +1,65 @@
+"""Pictures with class labels, from wherever the user keeps them: `load_images(settings) -> ImageSet`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sordino.tasks.folders import image_folder, labelled_folders
+from sordino.tasks.images import ImageSet
+from sordino.tasks.settings import DataSettings
+
+__all__ = ["ImageSet", "load_images"]
+
+DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def load_images(settings: DataSettings) -> ImageSet:
+    """List the pictures of a source; none is decoded yet.
+
+    Raises:
+        DataError: the source is missing, empty, or not laid out as it should be.
+    """
+    kind, _, rest = settings.source.partition(":")
+    if kind == "digits":
+        return _digits()
+    if kind == "textile":
+        return _textile()
+    if kind == "imagefolder":
+        return image_folder(Path(rest).expanduser(), settings.source)
+    from sordino.tasks.hub import hugging_face  # imports `datasets`, which takes a second
+
+    return hugging_face(rest, settings)
+
+
+def _digits() -> ImageSet:
+    """scikit-learn's 1,797 handwritten digits (UCI Optical Recognition of Handwritten Digits), 8 x 8 pixels.
+
+    Drawn as they are stored, 16 levels of ink light on dark, as in MNIST; encoders scale them up smoothly.
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # [N, 8, 8]
+    return ImageSet(
+        source="digits",
+        class_names=DIGIT_NAMES,
+        labels=digits.target.astype(np.int64),
+        names=[f"digits[{row}]" for row in range(len(pixels))],
+        read=lambda index: pixels[index].tobytes(),
+        draw=lambda content: Image.frombytes("L", (8, 8), content),
+    )
+
+
+def _textile() -> ImageSet:
+    """2,000 simulated pictures of woven fabric (Megahed et al., 2025, arXiv 2501.12596), from conformal-clip-data."""
+    import conformal_clip_data as package
+
+    folders = {
+        "fabric without a defect": package.nominal_dir(),
+        "fabric with a local defect": package.local_dir(),
+        "fabric with a global defect": package.global_dir(),
+    }
+    return labelled_folders("textile", package.textile_simulated_root(), folders)
