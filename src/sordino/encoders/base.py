@@ -1,0 +1,129 @@
+"""What every frozen dual encoder offers: images to features, prompts plus class names to features.
+
+A prompt is a *context*: M learned vectors of the token-embedding width E that stand before the class name. Features of
+both sides have width D and unit norm, so that their product is a cosine; `logit_scale` is the inverse temperature.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sordino.errors import EncoderError
+
+
+class Capability(StrEnum):
+    """What a method may need of an encoder beyond text prompts."""
+
+    PATCHES = "patches"  # patch_features
+    PIXEL_GRADIENTS = "pixel-gradients"  # image_features is differentiable in its pixels
+
+
+@dataclass(frozen=True)
+class ClassTokens:
+    """What follows the context in each class's sentence: the name's tokens and the closing ones, padded on the right.
+
+    Attributes:
+        names: the C class names as given.
+        embeddings: [C, L, E], token embeddings without positions; L is the longest name's length.
+        mask: [C, L], true where a token is real.
+    """
+
+    names: tuple[str, ...]
+    embeddings: Tensor
+    mask: Tensor
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def part(self, start: int, stop: int) -> ClassTokens:
+        """Classes start to stop, padded to the longest of them only."""
+        mask = self.mask[start:stop]
+        length = int(mask.sum(1).max())
+        return ClassTokens(self.names[start:stop], self.embeddings[start:stop, :length], mask[:, :length])
+
+
+class DualEncoder(ABC):
+    """A frozen image tower and a frozen text tower with a joint feature space.
+
+    Attributes:
+        name: the short name under which the encoder is listed.
+        fingerprint: hex digest of the weights and of the image transform; features of two encoders with the same
+            fingerprint are interchangeable, so it keys the feature cache and is written beside every saved prompt.
+        capabilities: what the encoder can do beyond text prompts.
+        context_width: E, the width of a context vector.
+        feature_width: D, the width of a feature.
+        logit_scale: the inverse temperature that multiplies cosines into logits.
+        device, dtype: where and in what precision the towers run. Features and contexts are float32 outside of them.
+    """
+
+    name: str
+    fingerprint: str
+    capabilities: frozenset[Capability]
+    context_width: int
+    feature_width: int
+    logit_scale: float
+    device: torch.device
+    dtype: torch.dtype
+
+    @abstractmethod
+    def transform(self, image: Image.Image) -> Tensor:
+        """The model's own preprocessing: any PIL image to float32 pixels [3, H, W] on the CPU."""
+
+    @abstractmethod
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] to unit-norm features [B, D], float32 on the encoder's device."""
+
+    def patch_features(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] to unit-norm features of P patches [B, P, D], in the joint space.
+
+        Raises:
+            EncoderError: the encoder has no patches.
+        """
+        self.require(Capability.PATCHES, "patch_features")
+        raise AssertionError(f"{self.name} declares patches but does not compute them")
+
+    @abstractmethod
+    def class_tokens(self, names: Sequence[str]) -> ClassTokens:
+        """Tokenise class names as they stand after a context (with the closing full stop and end token)."""
+
+    @abstractmethod
+    def embed(self, text: str) -> Tensor:
+        """Token embeddings [M, E] (float32, no positions, no start or end token) of a hand-written context."""
+
+    @abstractmethod
+    def text_features(self, context: Tensor, classes: ClassTokens) -> Tensor:
+        """Features of C sentences 'context, class name' for every context in a batch.
+
+        Args:
+            context: [..., M, E] float32; any leading axes (clients, prompts, candidates). Differentiable.
+            classes: C classes.
+
+        Returns:
+            [..., C, D] unit-norm float32.
+        """
+
+    def zero_shot_context(self) -> Tensor:
+        """Token embeddings [M, E] of the hand-written context 'a photo of a'."""
+        return self.embed("a photo of a")
+
+    @abstractmethod
+    def text_flops(self, contexts: int, context_length: int, classes: ClassTokens) -> float:
+        """Floating-point operations of one forward `text_features` call on `contexts` contexts (multiply-adds count 2),
+        matrix products only and only those that are really computed."""
+
+    def require(self, capability: Capability, method: str) -> None:
+        """Raise an EncoderError that names encoder, method and alternative where `capability` is missing."""
+        if capability not in self.capabilities:
+            from sordino.encoders import with_capability
+
+            able = ", ".join(with_capability(capability)) or "none of the encoders here"
+            raise EncoderError(
+                f"encoder {self.name!r} has no {capability.value}, which {method} needs; encoders that do: {able}"
+            )

@@ -1,0 +1,95 @@
+"""Fixtures that many tests share: a small frozen model, and a task that it can learn."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from encoders.checkpoints import save_clip
+from hypothesis import settings
+
+from sordino.encoders.clip import ClipEncoder
+from sordino.encoders.prompt_model import PromptModel
+from sordino.privacy.gradients import ExactGradients
+from sordino.runtime.local import LocalRuntime
+from sordino.runtime.settings import RuntimeSettings
+
+settings.register_profile("sordino", deadline=None, derandomize=True)
+settings.load_profile("sordino")
+
+CLASS_NAMES = ["cat", "dog", "sunflower", "grand piano"]
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small CLIP checkpoint in a folder, randomly initialised."""
+    return save_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="session")
+def model(clip_folder: Path) -> PromptModel:
+    """The small CLIP with four classes, in float64, so that identities hold to many digits."""
+    encoder = ClipEncoder.load(str(clip_folder), torch.device("cpu"), torch.float64)
+    encoder.logit_scale = 10.0
+    return PromptModel(encoder, encoder.class_tokens(CLASS_NAMES))
+
+
+@pytest.fixture(scope="session")
+def gradients(model: PromptModel) -> ExactGradients:
+    return ExactGradients(model)
+
+
+@pytest.fixture(scope="session")
+def table(model: PromptModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forty unit-norm image features [40, D] around a direction for each class, and their labels [40]."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(40) % len(CLASS_NAMES)
+    width = model.encoder.feature_width
+    directions = torch.randn(len(CLASS_NAMES), width, generator=generator, dtype=torch.float64)
+    features = directions[labels] + 0.3 * torch.randn(40, width, generator=generator, dtype=torch.float64)
+    return features / features.norm(dim=-1, keepdim=True), labels
+
+
+@pytest.fixture
+def make_runtime(model: PromptModel, table: tuple[torch.Tensor, torch.Tensor]) -> Callable[..., LocalRuntime]:
+    """Builds a runtime of a method over clients that hold the given rows."""
+    from sordino.algorithms import algorithm, settings_for
+
+    def make(
+        name: str,
+        rows: list[list[int]],
+        tables: dict[str, object] | None = None,
+        rounds: int = 6,
+        seed: int = 0,
+        **runtime: object,
+    ) -> LocalRuntime:
+        return LocalRuntime(
+            algorithm(name),
+            settings_for(name, tables or {}),
+            model,
+            *table,
+            rows,
+            rounds,
+            RuntimeSettings(**runtime),  # type: ignore[arg-type]
+            seed,
+        )
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or fills the user's feature cache."""
+    monkeypatch.setenv("SORDINO_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder of real data beside the project; tests that use it are skipped where it is absent."""
+    root = Path(os.environ.get("SORDINO_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not root.is_dir():
+        pytest.skip(f"no real data at {root}; set SORDINO_DATA")
+    return root
