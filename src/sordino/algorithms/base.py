@@ -1,0 +1,227 @@
+"""What a method is made of: four types that say what stays and what leaves, and pure functions.
+
+A method is one module. It defines
+
+    ABOUT: About                                       its paper, what is personal, what is shared
+    Settings                                           a frozen dataclass of its hyper-parameters, with defaults
+    Server, Broadcast, ClientState, Upload             frozen dataclasses of tensors
+    server_init(settings, start) -> Server
+    client_init(settings, start) -> ClientState        K clients at once
+    broadcast(server) -> Broadcast
+    client_round(settings, broadcast, state, data, gradients, clock) -> (Upload, ClientState)
+    server_round(settings, server, upload, clock) -> Server
+    prompt(broadcast, state) -> Tensor                 contexts [K, M, E], or [1, M, E] where all clients share one
+
+Every tensor of a ClientState and of an Upload has the K clients as its leading axis, so that a process that holds one
+client and one that holds a thousand run the same lines. The functions do no I/O, read no clock but the one they are
+given, and draw no randomness but from `clock.streams`. A runtime moves Broadcast and Upload, and can move nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, TypeVar
+
+import torch
+from pydantic import ConfigDict
+from torch import Tensor
+
+from sordino.privacy.gradients import Batch, Gradients
+from sordino.randomness import Streams
+
+STRICT = ConfigDict(extra="forbid", strict=True)  # of every Settings: no unknown key, no silent conversion
+
+
+@dataclass(frozen=True)
+class State:
+    """A bundle of named tensors; a field is a Tensor or a mapping from names to Tensors."""
+
+
+@dataclass(frozen=True)
+class Server(State):
+    """What the server holds between rounds."""
+
+
+@dataclass(frozen=True)
+class ClientState(State):
+    """What clients hold between rounds and never send; each tensor [K, ...]."""
+
+
+@dataclass(frozen=True)
+class Broadcast(State):
+    """All that the server tells a client."""
+
+
+@dataclass(frozen=True)
+class Upload(State):
+    """All that leaves a client; each tensor [K, ...]."""
+
+
+AnyState = TypeVar("AnyState", bound=State)
+
+
+def named_tensors(state: State) -> dict[str, Tensor]:
+    """The tensors of a state, by dotted name."""
+    named: dict[str, Tensor] = {}
+    for field in fields(state):
+        value = getattr(state, field.name)
+        if isinstance(value, Mapping):
+            named.update({f"{field.name}.{key}": tensor for key, tensor in value.items()})
+        else:
+            named[field.name] = value
+    return named
+
+
+def map_tensors(state: AnyState, change: Callable[[str, Tensor], Tensor]) -> AnyState:
+    """The same state with every tensor replaced by `change(dotted name, tensor)`."""
+    changed: dict[str, Any] = {}
+    for field in fields(state):
+        value = getattr(state, field.name)
+        if isinstance(value, Mapping):
+            changed[field.name] = {key: change(f"{field.name}.{key}", tensor) for key, tensor in value.items()}
+        else:
+            changed[field.name] = change(field.name, value)
+    return replace(state, **changed)
+
+
+def take(state: AnyState, clients: Tensor) -> AnyState:
+    """The slices of some clients, in the given order."""
+    return map_tensors(state, lambda _, tensor: tensor[clients])
+
+
+def put(state: AnyState, clients: Tensor, part: AnyState) -> AnyState:
+    """The state with some clients' slices replaced by those of `part`."""
+    new = named_tensors(part)
+    return map_tensors(state, lambda name, tensor: tensor.index_copy(0, clients, new[name]))
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a method is given to make its first state.
+
+    Attributes:
+        embed: hand-written text to its token embeddings [W, E].
+        context_width: E.
+        streams: initial randomness, and the K clients' numbers.
+    """
+
+    embed: Callable[[str], Tensor]
+    context_width: int
+    streams: Streams
+
+
+@dataclass(frozen=True)
+class Clock:
+    """When it is: round `round` of `rounds`, counted from 1, with that round's randomness."""
+
+    round: int
+    rounds: int
+    streams: Streams
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """The training examples of K clients, as rows of one table of image features.
+
+    Attributes:
+        features: [N, D] the table.
+        labels: [N] class indices.
+        rows: [K, n] row numbers, padded on the right to the largest client.
+        counts: [K] how many of them are real.
+        weights: [K] the weight that each client tells the server for averaging; ones where sizes stay untold.
+    """
+
+    features: Tensor
+    labels: Tensor
+    rows: Tensor
+    counts: Tensor
+    weights: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batches(self, steps: int, size: int | None, streams: Streams) -> Iterator[Batch]:
+        """`steps` minibatches of every client, each pass over a client's examples in a new random order.
+
+        Args:
+            steps: how many.
+            size: examples a batch, at most; None gives every example each time. A pass's last batch may be smaller.
+            streams: decides the order.
+        """
+        columns = torch.arange(self.rows.shape[1], device=self.rows.device)
+        if size is None or size >= self.rows.shape[1]:
+            batch = self._batch(self.rows, columns < self.counts[:, None])
+            yield from (batch for _ in range(steps))
+            return
+        plans = [
+            _batch_plan(int(count), steps, size, generator)
+            for count, generator in zip(self.counts, streams.generators("batches"), strict=True)
+        ]
+        for step in range(steps):
+            chosen = torch.stack([plan[step] for plan in plans]).to(self.rows.device)  # [K, B], -1 for none
+            yield self._batch(self.rows.gather(1, chosen.clamp(min=0)), chosen >= 0)
+
+    def _batch(self, rows: Tensor, mask: Tensor) -> Batch:
+        return Batch(self.features[rows], self.labels[rows], mask)
+
+
+def _batch_plan(count: int, steps: int, size: int, generator: torch.Generator) -> Tensor:
+    """Which of a client's `count` examples each step takes: [steps, size], padded with -1."""
+    plan = torch.full((steps, size), -1)
+    order, used = torch.empty(0, dtype=torch.int64), 0
+    for step in range(steps):
+        if used >= len(order):
+            order, used = torch.randperm(count, generator=generator), 0
+        taken = order[used : used + size]
+        plan[step, : len(taken)] = taken
+        used += size
+    return plan
+
+
+@dataclass(frozen=True)
+class About:
+    """What a method is, for the tables that list methods.
+
+    Attributes:
+        paper: authors, title, venue, year.
+        personal: what each client keeps for itself.
+        shared: what is sent and averaged.
+        privacy: the guarantee that the method claims in its paper.
+        needs: what it needs of the encoder.
+        discloses: what leaves a client or is published without noise, each a phrase; empty if nothing.
+        trains: false for a method with no rounds.
+        pools_data: true for a method that sees all clients' images in one place.
+    """
+
+    paper: str
+    personal: str
+    shared: str
+    privacy: str
+    needs: str
+    discloses: tuple[str, ...]
+    trains: bool = True
+    pools_data: bool = False
+
+
+class Algorithm(Protocol):
+    """The module of a method, as runtimes see it."""
+
+    ABOUT: About
+    Settings: Any
+
+    def server_init(self, settings: Any, start: Start) -> Any: ...
+    def client_init(self, settings: Any, start: Start) -> Any: ...
+    def broadcast(self, server: Any) -> Any: ...
+    def client_round(
+        self, settings: Any, broadcast: Any, state: Any, data: ClientData, gradients: Gradients, clock: Clock
+    ) -> tuple[Any, Any]: ...
+    def server_round(self, settings: Any, server: Any, upload: Any, clock: Clock) -> Any: ...
+    def prompt(self, broadcast: Any, state: Any) -> Tensor: ...
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """The mean of values [K, ...] with weights [K] over clients; does not depend on their order beyond rounding."""
+    weights = weights.to(values)
+    mean: Tensor = torch.tensordot(weights / weights.sum(), values, dims=1)
+    return mean

@@ -1,0 +1,48 @@
+"""Central: one context learned on all clients' images in one place. The bound that federated methods are held to.
+
+The training is `local`'s, with the federation as a single client; what differs is that the data are pooled, which is
+what federated learning exists to avoid.
+"""
+
+from dataclasses import replace
+
+from sordino.algorithms.base import About
+from sordino.algorithms.local import ABOUT as LOCAL
+from sordino.algorithms.local import (
+    Broadcast,
+    ClientState,
+    Server,
+    Settings,
+    Upload,
+    broadcast,
+    client_init,
+    client_round,
+    prompt,
+    server_init,
+    server_round,
+)
+
+__all__ = [
+    "ABOUT",
+    "Broadcast",
+    "ClientState",
+    "Server",
+    "Settings",
+    "Upload",
+    "broadcast",
+    "client_init",
+    "client_round",
+    "prompt",
+    "server_init",
+    "server_round",
+]
+
+ABOUT: About = replace(
+    LOCAL,
+    paper="Zhou et al., CoOp, IJCV 2022, on pooled data",
+    personal="nothing",
+    shared="all images, in one place",
+    privacy="none: every image is handed over",
+    discloses=("every client's images, all to one place", "the prompt, where it is published"),
+    pools_data=True,
+)

@@ -1,0 +1,147 @@
+"""DP-FPL: a shared prompt plus a personal one that is learned through low-rank factors and a residual.
+
+Tran, Sun, Patterson, Milanova, Privacy-Preserving Personalized Federated Prompt Learning for Multimodal Large Language
+Models, ICLR 2025 (arXiv 2501.13904), section 4 and algorithm 1. Every step splits the personal prompt at rank k,
+p_L = U V + R, takes gradients at the prompt p_G + U V + R with respect to p_G, U and V, and sets
+p_L <- (U - lr gU)(V - lr gV) + R. Clients send the gradient of p_G; the server averages it and steps.
+
+Ablations, as in the paper's section 5: `dplora` drops the residual, `full` learns p_L without factors.
+
+Choices where the paper is silent: the power iteration is orthonormalised by QR; a client that takes several steps a
+round holds p_G fixed and sends the mean gradient; the server's optimiser is a setting, SGD by default; the factors take
+plain gradient steps, as an optimiser's memory would not survive their being drawn anew each step.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass as settings_dataclass
+from torch import Tensor
+
+from sordino.algorithms import base
+from sordino.algorithms.base import STRICT, About, ClientData, Clock, Start, weighted_mean
+from sordino.algorithms.optimizer import Optimizer
+from sordino.errors import ConfigError
+from sordino.privacy.gradients import Gradients, Parameters
+from sordino.prompts.contexts import initial_context
+from sordino.prompts.lowrank import factorise
+
+ABOUT = About(
+    paper="Tran et al., DP-FPL, ICLR 2025 (arXiv 2501.13904)",
+    personal="a context, learned through factors of rank k",
+    shared="a context, through its gradient",
+    privacy="local noise on the factors' gradients, global noise on the averaged gradient",
+    needs="text tower",
+    discloses=(
+        "each client's gradient of the shared context, to the server every round",
+        "the shared context, to all",
+        "each client's prompt, where it is published",
+    ),
+)
+
+
+@settings_dataclass(frozen=True, config=STRICT)
+class Settings:
+    """Hyper-parameters.
+
+    Attributes:
+        context_length: M, the number of learned vectors.
+        initial_context: words that the shared context starts from, at its end; empty for random vectors alone.
+        parameterisation: of the personal prompt: "residual" (the method), "lora" (no residual), "full" (no factors).
+        rank: k, at most M.
+        local_steps: gradient steps of the personal prompt a round; 1 in the paper.
+        batch_size: examples a step and client; 0 takes all of them.
+        optimizer: of the shared context, at the server; its state stays there.
+        local_learning_rate: of the personal prompt; on the optimizer's schedule.
+    """
+
+    context_length: PositiveInt = 16
+    initial_context: str = ""
+    parameterisation: Literal["residual", "lora", "full"] = "residual"
+    rank: PositiveInt = 8
+    local_steps: PositiveInt = 1
+    batch_size: NonNegativeInt = 32
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=0.001))
+    local_learning_rate: NonNegativeFloat = 0.001
+
+    def __post_init__(self) -> None:
+        if self.parameterisation != "full" and self.rank > self.context_length:
+            raise ConfigError("rank", self.rank, f"must be at most context_length = {self.context_length}")
+
+
+@dataclass(frozen=True)
+class Server(base.Server):
+    context: Tensor  # [M, E], p_G
+    optimizer: dict[str, Tensor]  # each [1, ...]
+
+
+@dataclass(frozen=True)
+class Broadcast(base.Broadcast):
+    context: Tensor  # [M, E], p_G
+
+
+@dataclass(frozen=True)
+class ClientState(base.ClientState):
+    context: Tensor  # [K, M, E], p_L
+
+
+@dataclass(frozen=True)
+class Upload(base.Upload):
+    gradient: Tensor  # [K, M, E], of p_G
+    weight: Tensor  # [K], what the average weighs it with
+
+
+def server_init(settings: Settings, start: Start) -> Server:
+    noise = start.streams.server_normal("context", settings.context_length, start.context_width)
+    context = initial_context(settings.initial_context, start.embed, noise)
+    return Server(context, settings.optimizer.initial_state(context[None]))
+
+
+def client_init(settings: Settings, start: Start) -> ClientState:
+    noise = start.streams.normal("context", settings.context_length, start.context_width)
+    return ClientState(initial_context("", start.embed, noise))
+
+
+def broadcast(server: Server) -> Broadcast:
+    return Broadcast(server.context)
+
+
+def client_round(
+    settings: Settings, broadcast: Broadcast, state: ClientState, data: ClientData, gradients: Gradients, clock: Clock
+) -> tuple[Upload, ClientState]:
+    shared = broadcast.context.expand(len(data), -1, -1)  # [K, M, E]
+    rate = replace(settings.optimizer, learning_rate=settings.local_learning_rate).rate(clock)
+    personal, shared_gradients = state.context, []
+    for number, batch in enumerate(data.batches(settings.local_steps, settings.batch_size or None, clock.streams)):
+        if settings.parameterisation == "full":
+            parameters = {"shared": shared, "personal": personal}
+            by = gradients(lambda p: p["shared"] + p["personal"], parameters, {}, batch).by
+            personal = personal - rate * by["personal"]
+        else:
+            projection = clock.streams.normal(f"projection {number}", shared.shape[-1], settings.rank)  # [K, E, k]
+            factors = factorise(personal, projection.to(personal))
+            residual = factors.residual if settings.parameterisation == "residual" else torch.zeros_like(personal)
+            parameters = {"shared": shared, "u": factors.u, "v": factors.v}
+            by = gradients(_factored_context, parameters, {"residual": residual}, batch).by
+            personal = (factors.u - rate * by["u"]) @ (factors.v - rate * by["v"]) + residual
+        shared_gradients.append(by["shared"])
+    return Upload(torch.stack(shared_gradients).mean(0), data.weights), ClientState(personal)
+
+
+def _factored_context(p: Parameters) -> Tensor:
+    """p_G + U V + R, [K, M, E]."""
+    return p["shared"] + p["u"] @ p["v"] + p["residual"]
+
+
+def server_round(settings: Settings, server: Server, upload: Upload, clock: Clock) -> Server:
+    gradient = weighted_mean(upload.gradient, upload.weight)[None]
+    context, optimizer = settings.optimizer.step(
+        server.context[None], gradient, server.optimizer, settings.optimizer.rate(clock)
+    )
+    return Server(context[0], optimizer)
+
+
+def prompt(broadcast: Broadcast, state: ClientState) -> Tensor:
+    return broadcast.context + state.context

@@ -1,0 +1,98 @@
+"""Local: every client learns a context of its own and tells nobody.
+
+The lower bound of every comparison in the field, e.g. Guo et al., PromptFL, 2023 (arXiv 2208.11625), section 5. The
+prompt is CoOp's: Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022.
+"""
+
+from dataclasses import dataclass, field
+
+from pydantic import NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass as settings_dataclass
+from torch import Tensor
+
+from sordino.algorithms import base
+from sordino.algorithms.base import STRICT, About, ClientData, Clock, Start
+from sordino.algorithms.optimizer import Optimizer
+from sordino.privacy.gradients import Gradients
+from sordino.prompts.contexts import initial_context
+
+ABOUT = About(
+    paper="Zhou et al., CoOp, IJCV 2022, on each client alone",
+    personal="the whole context",
+    shared="nothing",
+    privacy="nothing is sent; a published prompt is not protected",
+    needs="text tower",
+    discloses=("each client's prompt, where it is published",),
+)
+
+
+@settings_dataclass(frozen=True, config=STRICT)
+class Settings:
+    """Hyper-parameters.
+
+    Attributes:
+        context_length: M, the number of learned vectors.
+        initial_context: words that the context starts from, at its end; empty for random vectors alone.
+        local_steps: gradient steps a round.
+        batch_size: examples a step and client; 0 takes all of them.
+        optimizer: whose state a client keeps from round to round.
+    """
+
+    context_length: PositiveInt = 16
+    initial_context: str = ""
+    local_steps: PositiveInt = 1
+    batch_size: NonNegativeInt = 0
+    optimizer: Optimizer = field(default_factory=Optimizer)
+
+
+@dataclass(frozen=True)
+class Server(base.Server):
+    """Nothing."""
+
+
+@dataclass(frozen=True)
+class Broadcast(base.Broadcast):
+    """Nothing."""
+
+
+@dataclass(frozen=True)
+class ClientState(base.ClientState):
+    context: Tensor  # [K, M, E]
+    optimizer: dict[str, Tensor]  # each [K, ...]
+
+
+@dataclass(frozen=True)
+class Upload(base.Upload):
+    """Nothing."""
+
+
+def server_init(settings: Settings, start: Start) -> Server:
+    return Server()
+
+
+def client_init(settings: Settings, start: Start) -> ClientState:
+    noise = start.streams.normal("context", settings.context_length, start.context_width)
+    context = initial_context(settings.initial_context, start.embed, noise)
+    return ClientState(context, settings.optimizer.initial_state(context))
+
+
+def broadcast(server: Server) -> Broadcast:
+    return Broadcast()
+
+
+def client_round(
+    settings: Settings, broadcast: Broadcast, state: ClientState, data: ClientData, gradients: Gradients, clock: Clock
+) -> tuple[Upload, ClientState]:
+    context, optimizer = state.context, state.optimizer
+    for batch in data.batches(settings.local_steps, settings.batch_size or None, clock.streams):
+        gradient = gradients(lambda by: by["context"], {"context": context}, {}, batch).by["context"]
+        context, optimizer = settings.optimizer.step(context, gradient, optimizer, settings.optimizer.rate(clock))
+    return Upload(), ClientState(context, optimizer)
+
+
+def server_round(settings: Settings, server: Server, upload: Upload, clock: Clock) -> Server:
+    return server
+
+
+def prompt(broadcast: Broadcast, state: ClientState) -> Tensor:
+    return state.context

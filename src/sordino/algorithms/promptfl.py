@@ -1,0 +1,103 @@
+"""PromptFL: one context, learned by all, averaged by the server.
+
+Guo et al., PromptFL: Let Federated Participants Cooperatively Learn Prompts Instead of Models, IEEE Transactions on
+Mobile Computing 2023 (arXiv 2208.11625), section 4: federated averaging (McMahan et al., 2017) of CoOp's context.
+The paper is silent on whether a client keeps its optimiser's state; here it starts afresh each round, as the context
+that it would belong to is replaced.
+"""
+
+from dataclasses import dataclass, field
+
+from pydantic import NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass as settings_dataclass
+from torch import Tensor
+
+from sordino.algorithms import base
+from sordino.algorithms.base import STRICT, About, ClientData, Clock, Start, weighted_mean
+from sordino.algorithms.optimizer import Optimizer
+from sordino.privacy.gradients import Gradients
+from sordino.prompts.contexts import initial_context
+
+ABOUT = About(
+    paper="Guo et al., PromptFL, IEEE TMC 2023 (arXiv 2208.11625)",
+    personal="nothing",
+    shared="the context",
+    privacy="images stay; no guarantee on what the context tells about them",
+    needs="text tower",
+    discloses=(
+        "each client's context after its local steps, to the server every round",
+        "the averaged context, to all",
+    ),
+)
+
+
+@settings_dataclass(frozen=True, config=STRICT)
+class Settings:
+    """Hyper-parameters.
+
+    Attributes:
+        context_length: M, the number of learned vectors.
+        initial_context: words that the context starts from, at its end; empty for random vectors alone.
+        local_steps: gradient steps a client takes between averagings.
+        batch_size: examples a step and client; 0 takes all of them.
+        optimizer: of a client's local steps.
+    """
+
+    context_length: PositiveInt = 16
+    initial_context: str = ""
+    local_steps: PositiveInt = 4
+    batch_size: NonNegativeInt = 32
+    optimizer: Optimizer = field(default_factory=Optimizer)
+
+
+@dataclass(frozen=True)
+class Server(base.Server):
+    context: Tensor  # [M, E], the shared prompt
+
+
+@dataclass(frozen=True)
+class Broadcast(base.Broadcast):
+    context: Tensor  # [M, E]
+
+
+@dataclass(frozen=True)
+class ClientState(base.ClientState):
+    """Nothing."""
+
+
+@dataclass(frozen=True)
+class Upload(base.Upload):
+    context: Tensor  # [K, M, E], after the local steps
+    weight: Tensor  # [K], what the average weighs it with
+
+
+def server_init(settings: Settings, start: Start) -> Server:
+    noise = start.streams.server_normal("context", settings.context_length, start.context_width)
+    return Server(initial_context(settings.initial_context, start.embed, noise))
+
+
+def client_init(settings: Settings, start: Start) -> ClientState:
+    return ClientState()
+
+
+def broadcast(server: Server) -> Broadcast:
+    return Broadcast(server.context)
+
+
+def client_round(
+    settings: Settings, broadcast: Broadcast, state: ClientState, data: ClientData, gradients: Gradients, clock: Clock
+) -> tuple[Upload, ClientState]:
+    context = broadcast.context.expand(len(data), -1, -1)  # [K, M, E]
+    optimizer = settings.optimizer.initial_state(context)
+    for batch in data.batches(settings.local_steps, settings.batch_size or None, clock.streams):
+        gradient = gradients(lambda by: by["context"], {"context": context}, {}, batch).by["context"]
+        context, optimizer = settings.optimizer.step(context, gradient, optimizer, settings.optimizer.rate(clock))
+    return Upload(context, data.weights), state
+
+
+def server_round(settings: Settings, server: Server, upload: Upload, clock: Clock) -> Server:
+    return Server(weighted_mean(upload.context, upload.weight))
+
+
+def prompt(broadcast: Broadcast, state: ClientState) -> Tensor:
+    return broadcast.context[None]

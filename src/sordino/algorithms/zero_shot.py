@@ -1,0 +1,76 @@
+"""Zero-shot: the hand-written prompt, with nothing learned and nothing sent.
+
+Radford et al., Learning Transferable Visual Models From Natural Language Supervision, ICML 2021, section 3.1.
+"""
+
+from dataclasses import dataclass
+
+from pydantic.dataclasses import dataclass as settings_dataclass
+from torch import Tensor
+
+from sordino.algorithms import base
+from sordino.algorithms.base import STRICT, About, ClientData, Clock, Start
+from sordino.privacy.gradients import Gradients
+
+ABOUT = About(
+    paper="Radford et al., CLIP, ICML 2021",
+    personal="nothing",
+    shared="nothing; every client uses the hand-written prompt",
+    privacy="nothing is learned from any image",
+    needs="text tower",
+    discloses=(),
+    trains=False,
+)
+
+
+@settings_dataclass(frozen=True, config=STRICT)
+class Settings:
+    """Attributes: prompt_text: the words before the class name."""
+
+    prompt_text: str = "a photo of a"
+
+
+@dataclass(frozen=True)
+class Server(base.Server):
+    context: Tensor  # [M, E], the words' embeddings
+
+
+@dataclass(frozen=True)
+class Broadcast(base.Broadcast):
+    context: Tensor  # [M, E]
+
+
+@dataclass(frozen=True)
+class ClientState(base.ClientState):
+    """Nothing."""
+
+
+@dataclass(frozen=True)
+class Upload(base.Upload):
+    """Nothing."""
+
+
+def server_init(settings: Settings, start: Start) -> Server:
+    return Server(start.embed(settings.prompt_text))
+
+
+def client_init(settings: Settings, start: Start) -> ClientState:
+    return ClientState()
+
+
+def broadcast(server: Server) -> Broadcast:
+    return Broadcast(server.context)
+
+
+def client_round(
+    settings: Settings, broadcast: Broadcast, state: ClientState, data: ClientData, gradients: Gradients, clock: Clock
+) -> tuple[Upload, ClientState]:
+    return Upload(), state
+
+
+def server_round(settings: Settings, server: Server, upload: Upload, clock: Clock) -> Server:
+    return server
+
+
+def prompt(broadcast: Broadcast, state: ClientState) -> Tensor:
+    return broadcast.context[None]

@@ -1,0 +1,1 @@
+"""How gradients are obtained, and the ledger of what was released with noise."""

@@ -1,0 +1,1 @@
+"""Prompt parameterisations that several methods share."""

@@ -1,0 +1,279 @@
+"""Identities that hold for every method, and those that make each one what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from sordino.algorithms import METHODS, algorithm, settings_for
+from sordino.algorithms.base import Broadcast, ClientState, Server, Upload, map_tensors, named_tensors, take
+from sordino.errors import ConfigError
+from sordino.privacy.gradients import ExactGradients
+from sordino.runtime.local import LocalRuntime, Training
+
+MakeRuntime = Callable[..., LocalRuntime]
+
+LEARNING = [name for name in METHODS if name != "zero-shot"]
+FEDERATED = [name for name in LEARNING if name != "central"]
+ROWS = [list(range(0, 12)), list(range(12, 20)), list(range(20, 40))]
+QUICK = {"context_length": 4, "batch_size": 5, "local_steps": 2, "optimizer": {"learning_rate": 0.5}}
+TABLES = QUICK | {"dp-fpl": {"rank": 2, "local_learning_rate": 0.5}}
+
+
+def doubled(training: Training) -> Training:
+    """The same state in float64, so that identities hold to many digits."""
+    return replace(
+        training,
+        server=map_tensors(training.server, lambda _, t: t.double()),
+        clients=map_tensors(training.clients, lambda _, t: t.double()),
+    )
+
+
+def train(runtime: LocalRuntime) -> Training:
+    training = doubled(runtime.start())
+    while training.round < runtime.rounds:
+        training, _ = runtime.round(training)
+    return training
+
+
+def close(one: Training, other: Training, clients: list[int] | None = None) -> None:
+    for name, tensor in named_tensors(one.server).items():
+        torch.testing.assert_close(named_tensors(other.server)[name], tensor, rtol=1e-8, atol=1e-10)
+    for name, tensor in named_tensors(one.clients).items():
+        expected = named_tensors(other.clients)[name]
+        torch.testing.assert_close(tensor if clients is None else tensor[clients], expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_four_types_say_what_stays_and_what_leaves(name: str, make_runtime: MakeRuntime) -> None:
+    module, runtime = algorithm(name), make_runtime(name, ROWS, TABLES)
+    start = runtime.start()
+    assert isinstance(start.server, Server)
+    assert isinstance(start.clients, ClientState)
+    assert isinstance(module.broadcast(start.server), Broadcast)
+    assert issubclass(module.Upload, Upload)  # type: ignore[attr-defined]
+    for tensor in named_tensors(start.clients).values():
+        assert len(tensor) == (1 if name == "central" else 3)
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_loss_goes_down(name: str, make_runtime: MakeRuntime) -> None:
+    learning = {"optimizer": {"name": "adam", "learning_rate": 0.05}, "local_learning_rate": 1.0, "local_steps": 3}
+    runtime = make_runtime(name, ROWS, QUICK | learning | {"rank": 2}, rounds=40)
+    training, losses = runtime.start(), []
+    while training.round < runtime.rounds:
+        training, record = runtime.round(training)
+        losses.append(record.loss)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("name", FEDERATED)
+def test_a_stack_of_clients_equals_each_client_alone(
+    name: str, make_runtime: MakeRuntime, gradients: ExactGradients
+) -> None:
+    """One client's upload and state do not depend on who else is in the stack."""
+    runtime = make_runtime(name, ROWS, TABLES)
+    training = train(runtime)
+    module, number = algorithm(name), training.round + 1
+    broadcast = module.broadcast(training.server)
+    settings = settings_for(name, TABLES)
+
+    def round_of(clients: list[int]) -> tuple[Upload, ClientState]:
+        from sordino.algorithms.base import Clock
+        from sordino.randomness import Streams
+        from sordino.runtime.local import client_data
+
+        data = client_data(runtime.data.features, runtime.data.labels, [ROWS[k] for k in clients], "examples")
+        clock = Clock(number, number, Streams(0, number, clients, torch.device("cpu")))
+        state = take(training.clients, torch.tensor(clients))
+        result: tuple[Upload, ClientState] = module.client_round(settings, broadcast, state, data, gradients, clock)
+        return result
+
+    together = round_of([0, 1, 2])
+    for client in range(3):
+        for stacked, alone in zip(together, round_of([client]), strict=True):
+            for key, tensor in named_tensors(alone).items():
+                torch.testing.assert_close(named_tensors(stacked)[key][[client]], tensor, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", FEDERATED)
+def test_averaging_commutes_with_the_clients_order(
+    name: str, make_runtime: MakeRuntime, gradients: ExactGradients
+) -> None:
+    runtime = make_runtime(name, ROWS, TABLES)
+    training = doubled(runtime.start())
+    module, settings = algorithm(name), settings_for(name, TABLES)
+    clock = runtime_clock(runtime)
+    upload, _ = module.client_round(
+        settings, module.broadcast(training.server), training.clients, runtime.data, gradients, clock
+    )
+    shuffled = take(upload, torch.tensor([2, 0, 1]))
+    one = module.server_round(settings, training.server, upload, clock)
+    other = module.server_round(settings, training.server, shuffled, clock)
+    for key, tensor in named_tensors(one).items():
+        torch.testing.assert_close(named_tensors(other)[key], tensor)
+
+
+def runtime_clock(runtime: LocalRuntime, number: int = 1):
+    from sordino.algorithms.base import Clock
+    from sordino.randomness import Streams
+
+    return Clock(number, 5, Streams(0, number, range(len(runtime.data)), torch.device("cpu")))
+
+
+@pytest.mark.parametrize("name", ["promptfl", "local"])
+def test_one_client_with_everything_equals_central_training(name: str, make_runtime: MakeRuntime) -> None:
+    """From the same prompt, on the same batches."""
+    tables = QUICK | {"initial_context": "a photo of a", "context_length": 4 + extra_tokens(make_runtime)}
+    everything = [list(range(40))]
+    central = make_runtime("central", ROWS, tables)
+    alone = make_runtime(name, everything, tables)
+    torch.testing.assert_close(central.contexts(train(central)), alone.contexts(train(alone)), rtol=1e-8, atol=1e-10)
+
+
+def extra_tokens(make_runtime: MakeRuntime) -> int:
+    """So that the context holds exactly the words' tokens, whatever the small tokenizer makes of them."""
+    return len(make_runtime("local", ROWS).model.encoder.embed("a photo of a")) - 4
+
+
+@pytest.mark.parametrize("name", FEDERATED)
+def test_nothing_of_the_state_is_in_the_upload(name: str, make_runtime: MakeRuntime, gradients: ExactGradients) -> None:
+    """Two clients whose personal states differ, but who compute the same gradient, send the same bytes."""
+    runtime = make_runtime(name, ROWS, TABLES)
+    module, settings = algorithm(name), settings_for(name, TABLES)
+    training, clock = train(runtime), runtime_clock(runtime)
+
+    class Constant:
+        """Gradients that do not depend on the state, so that the only way for it into the upload is by itself."""
+
+        def __call__(self, context_of, parameters, fixed, batch):
+            found = gradients(context_of, parameters, fixed, batch)
+            return replace(found, by={key: torch.ones_like(value) for key, value in found.by.items()})
+
+    def upload(state: ClientState) -> dict[str, Tensor]:
+        sent, _ = module.client_round(
+            settings, module.broadcast(training.server), state, runtime.data, Constant(), clock
+        )
+        return named_tensors(sent)
+
+    other = map_tensors(training.clients, lambda _, tensor: tensor + 1.0)
+    first, second = upload(training.clients), upload(other)
+    assert first.keys() == second.keys()
+    for key in first:
+        torch.testing.assert_close(first[key], second[key], rtol=0, atol=0)
+
+
+def test_zero_shot_is_the_hand_written_sentence(make_runtime: MakeRuntime) -> None:
+    runtime = make_runtime("zero-shot", ROWS)
+    assert runtime.rounds == 0
+    torch.testing.assert_close(
+        runtime.contexts(runtime.start())[0], runtime.model.encoder.embed("a photo of a"), rtol=0, atol=0
+    )
+
+
+def test_local_tells_nobody_anything(make_runtime: MakeRuntime) -> None:
+    """Other clients' images make no difference, and no byte is sent."""
+    three, one = make_runtime("local", ROWS, TABLES), make_runtime("local", ROWS[:1], TABLES)
+    torch.testing.assert_close(three.contexts(train(three))[:1], one.contexts(train(one)), rtol=1e-8, atol=1e-10)
+    _, record = three.round(three.start())
+    assert (record.upload_bytes, record.broadcast_bytes) == (0, 0)
+
+
+def test_promptfl_with_one_step_is_the_gradient_step_of_the_mean_loss(make_runtime: MakeRuntime) -> None:
+    """Averaging prompts after one SGD step is one step on all examples: central training."""
+    tables = TABLES | {"local_steps": 1, "batch_size": 0}
+    federated, central = make_runtime("promptfl", ROWS, tables), make_runtime("central", ROWS, tables)
+    start = doubled(federated.start())
+    context = start.server.context[None]  # type: ignore[attr-defined]
+    at = replace(doubled(central.start()), clients=replace(central.start().clients, context=context))
+    after, _ = federated.round(start)
+    reference, _ = central.round(at)
+    torch.testing.assert_close(federated.contexts(after), central.contexts(reference), rtol=1e-8, atol=1e-10)
+
+
+def test_dp_fpl_without_a_personal_prompt_is_promptfl(make_runtime: MakeRuntime) -> None:
+    """With p_L at zero and not learning, averaged gradients of p_G are averaged single steps."""
+    tables = TABLES | {"local_steps": 1}
+    frozen = tables | {"dp-fpl": {"rank": 2, "local_learning_rate": 0.0}}
+    personal, shared = make_runtime("dp-fpl", ROWS, frozen), make_runtime("promptfl", ROWS, tables)
+    start = doubled(personal.start())
+    at = replace(start, clients=map_tensors(start.clients, lambda _, tensor: torch.zeros_like(tensor)))
+    reference = doubled(shared.start())
+    for _ in range(4):
+        at, _ = personal.round(at)
+        reference, _ = shared.round(reference)
+    torch.testing.assert_close(at.server.context, reference.server.context, rtol=1e-8, atol=1e-10)  # type: ignore[attr-defined]
+
+
+def test_dp_fpl_takes_the_step_of_the_paper(make_runtime: MakeRuntime, gradients: ExactGradients) -> None:
+    """p_L <- (U - lr gU)(V - lr gV) + R, with gU = g V^T and gV = U^T g for the prompt's gradient g."""
+    from sordino.prompts.lowrank import factorise
+
+    tables = TABLES | {"local_steps": 1, "batch_size": 0}
+    runtime = make_runtime("dp-fpl", ROWS, tables)
+    start = doubled(runtime.start())
+    clock = runtime_clock(runtime)
+    settings = settings_for("dp-fpl", tables)
+    module = algorithm("dp-fpl")
+    upload, state = module.client_round(
+        settings, module.broadcast(start.server), start.clients, runtime.data, gradients, clock
+    )
+    personal = start.clients.context  # type: ignore[attr-defined]
+    batch = next(iter(runtime.data.batches(1, None, clock.streams)))
+    g = gradients(lambda p: p["x"], {"x": start.server.context + personal}, {}, batch).by["x"]  # type: ignore[attr-defined]
+    factors = factorise(personal, clock.streams.normal("projection 0", personal.shape[-1], 2).double())
+    rate = settings.local_learning_rate
+    expected = (factors.u - rate * g @ factors.v.mT) @ (factors.v - rate * factors.u.mT @ g) + factors.residual
+    torch.testing.assert_close(state.context, expected, rtol=1e-4, atol=1e-7)  # the projection is drawn in float32
+    torch.testing.assert_close(upload.gradient, g, rtol=1e-8, atol=1e-10)
+
+
+def test_dplora_keeps_the_rank_and_dp_fpl_does_not(make_runtime: MakeRuntime) -> None:
+    def ranks(name: str) -> list[int]:
+        runtime = make_runtime(name, ROWS, TABLES)
+        contexts = train(runtime).clients.context  # type: ignore[attr-defined]
+        return [int(torch.linalg.matrix_rank(context, rtol=1e-9)) for context in contexts]
+
+    assert max(ranks("dplora")) <= 2
+    assert min(ranks("dp-fpl")) > 2
+
+
+def test_the_full_ablation_is_a_shared_prompt_plus_a_free_one(make_runtime: MakeRuntime) -> None:
+    """One client: both prompts see the same gradient, so with the same rate they make the same move."""
+    tables = QUICK | {"dp-fpl": {"rank": 2, "local_learning_rate": 0.5}}
+    runtime = make_runtime("dp-fpl-full", [list(range(40))], tables | {"local_steps": 1})
+    start = doubled(runtime.start())
+    after, _ = runtime.round(start)
+    moved_shared = after.server.context - start.server.context  # type: ignore[attr-defined]
+    moved_personal = after.clients.context[0] - start.clients.context[0]  # type: ignore[attr-defined]
+    assert moved_shared.norm() > 1e-4
+    torch.testing.assert_close(moved_shared, moved_personal, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "tables", "message"),
+    [
+        ("dp-fpl", {"rank": 17}, "settings.dp-fpl.*rank.*at most context_length = 16"),
+        ("dp-fpl", {"dp-fpl": {"rnak": 3}}, "settings.dp-fpl.rnak = 3: no such key"),
+        ("promptfl", {"local_steps": 0}, "settings.promptfl.local_steps = 0: "),
+        ("promptfl", {"optimizer": {"name": "lion"}}, "settings.promptfl.optimizer.name = 'lion': .*'sgd'"),
+        ("promptfl", {"learning_rte": 1}, "settings.learning_rte = 1: not a setting of any method"),
+        ("promptfl", {"context_length": "16"}, "settings.promptfl.context_length = '16': .*integer"),
+    ],
+)
+def test_bad_settings_are_named_with_key_and_value(name: str, tables: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settings_for(name, tables)
+
+
+def test_settings_reach_ablations_through_their_parent() -> None:
+    tables = {"rank": 3, "dp-fpl": {"rank": 4}, "dplora": {"local_learning_rate": 0.5}}
+    assert settings_for("dplora", tables).rank == 4
+    assert settings_for("dplora", tables).parameterisation == "lora"
+    assert settings_for("dp-fpl", tables).local_learning_rate != 0.5
+    with pytest.raises(ConfigError, match="not a method; choose from zero-shot"):
+        algorithm("promptlf")

@@ -1,0 +1,61 @@
+import math
+
+import pytest
+import torch
+
+from sordino.algorithms.base import Clock
+from sordino.algorithms.optimizer import Optimizer
+from sordino.randomness import Streams
+
+CASES = [
+    (
+        Optimizer("sgd", 0.1, momentum=0.9, weight_decay=0.01),
+        lambda p: torch.optim.SGD([p], 0.1, 0.9, weight_decay=0.01),
+    ),
+    (Optimizer("sgd", 0.1), lambda p: torch.optim.SGD([p], 0.1)),
+    (Optimizer("adam", 0.1), lambda p: torch.optim.Adam([p], 0.1)),
+    (Optimizer("adamw", 0.1, weight_decay=0.1), lambda p: torch.optim.AdamW([p], 0.1, weight_decay=0.1)),
+]
+
+
+def clock(number: int, rounds: int) -> Clock:
+    return Clock(number, rounds, Streams(0, number, [0], torch.device("cpu")))
+
+
+@pytest.mark.parametrize(("ours", "make"), CASES)
+def test_equals_torch_on_a_parameter_of_its_own(ours: Optimizer, make) -> None:
+    """Also where clients of the stack took different numbers of steps."""
+    start = torch.randn(3, 4, 5)
+    parameters, state = start.clone(), ours.initial_state(start)
+    references = [torch.nn.Parameter(start[k].clone()) for k in range(3)]
+    optimizers = [make(reference) for reference in references]
+    for number in range(6):
+        chosen = [0, 2] if number % 2 else [0, 1, 2]
+        gradients = torch.randn(len(chosen), 4, 5)
+        part, new = ours.step(parameters[chosen], gradients, {k: v[chosen] for k, v in state.items()}, rate=0.1)
+        parameters[chosen] = part
+        for name in state:
+            state[name][chosen] = new[name]
+        for index, client in enumerate(chosen):
+            references[client].grad = gradients[index]
+            optimizers[client].step()
+    torch.testing.assert_close(parameters, torch.stack([reference.data for reference in references]), rtol=0, atol=0)
+
+
+def test_the_first_state_is_what_a_step_expects() -> None:
+    for ours, _ in CASES:
+        start = torch.randn(2, 3)
+        state = ours.initial_state(start)
+        _, new = ours.step(start, torch.randn(2, 3), state, 0.1)
+        assert {name: value.shape for name, value in state.items()} == {n: v.shape for n, v in new.items()}
+
+
+def test_cosine_schedule_anneals_from_the_rate_towards_zero() -> None:
+    ours = Optimizer("sgd", 0.4, schedule="cosine")
+    for number in (1, 2, 5, 10):
+        expected = 0.4 * 0.5 * (1 + math.cos(math.pi * (number - 1) / 10))
+        assert ours.rate(clock(number, 10)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_constant_schedule_is_constant() -> None:
+    assert {Optimizer("adam", 0.4).rate(clock(number, 10)) for number in range(1, 11)} == {0.4}

@@ -1,0 +1,106 @@
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from sordino.encoders import prompt_model
+from sordino.encoders.prompt_model import PromptModel
+from sordino.privacy.gradients import Batch, ExactGradients, client_losses
+
+
+def contexts(model: PromptModel, clients: int, length: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return 0.3 * torch.randn(clients, length, model.encoder.context_width, generator=generator, dtype=torch.float64)
+
+
+def batch_of(table: tuple[Tensor, Tensor], clients: int, size: int = 6) -> Batch:
+    features, labels = table
+    rows = torch.arange(clients * size).view(clients, size)
+    return Batch(features[rows], labels[rows], torch.ones(clients, size, dtype=torch.bool))
+
+
+def plain(by: Mapping[str, Tensor]) -> Tensor:
+    return by["context"]
+
+
+def test_gradient_of_the_prompt_equals_finite_differences(
+    model: PromptModel, gradients: ExactGradients, table: tuple[Tensor, Tensor]
+) -> None:
+    context, batch = contexts(model, 1), batch_of(table, 1)
+    exact = gradients(plain, {"context": context}, {}, batch).by["context"]
+
+    def loss(at: Tensor) -> Tensor:
+        return client_losses(model.logits(model.text_features(at), batch.features), batch).sum()
+
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(5):
+        direction = torch.randn(context.shape, generator=generator, dtype=torch.float64)
+        step = 1e-6
+        slope = (loss(context + step * direction) - loss(context - step * direction)) / (2 * step)
+        torch.testing.assert_close((exact * direction).sum(), slope, rtol=1e-6, atol=1e-9)
+
+
+def test_factors_get_the_gradients_of_the_chain_rule(
+    model: PromptModel, gradients: ExactGradients, table: tuple[Tensor, Tensor]
+) -> None:
+    context, batch = contexts(model, 2, length=4), batch_of(table, 2)
+    u, v = contexts(model, 2, length=4)[..., :2], contexts(model, 2, length=2)
+    by = gradients(
+        lambda p: p["g"] + p["u"] @ p["v"] + p["r"], {"g": context, "u": u, "v": v}, {"r": context}, batch
+    ).by
+    torch.testing.assert_close(by["u"], by["g"] @ v.mT)
+    torch.testing.assert_close(by["v"], u.mT @ by["g"])
+    assert set(by) == {"g", "u", "v"}  # what is fixed has no gradient
+
+
+@pytest.mark.parametrize("budget", [1.0, 4e5, 2e6])
+def test_pieces_change_nothing(
+    model: PromptModel,
+    gradients: ExactGradients,
+    table: tuple[Tensor, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    budget: float,
+) -> None:
+    """Whether clients, or even one client's classes, are taken a part at a time."""
+    context, batch = contexts(model, 5), batch_of(table, 5)
+    whole = gradients(plain, {"context": context}, {}, batch)
+    monkeypatch.setitem(prompt_model.FLOPS_AT_ONCE, "cpu", budget)
+    assert model.contexts_at_once(3) < 5
+    parts = gradients(plain, {"context": context}, {}, batch)
+    torch.testing.assert_close(parts.by["context"], whole.by["context"], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(parts.loss, whole.loss)
+
+
+def test_padding_is_invisible(model: PromptModel, gradients: ExactGradients, table: tuple[Tensor, Tensor]) -> None:
+    context, batch = contexts(model, 2), batch_of(table, 2)
+    short = Batch(batch.features[:, :4], batch.labels[:, :4], batch.mask[:, :4])
+    mask = batch.mask.clone()
+    mask[:, 4:] = False
+    padded = Batch(batch.features, batch.labels, mask)
+    expected = gradients(plain, {"context": context}, {}, short)
+    found = gradients(plain, {"context": context}, {}, padded)
+    torch.testing.assert_close(found.by["context"], expected.by["context"])
+    torch.testing.assert_close(found.loss, expected.loss)
+
+
+def test_an_empty_batch_has_no_gradient(
+    model: PromptModel, gradients: ExactGradients, table: tuple[Tensor, Tensor]
+) -> None:
+    context, batch = contexts(model, 2), batch_of(table, 2)
+    empty = Batch(batch.features, batch.labels, torch.zeros_like(batch.mask))
+    found = gradients(plain, {"context": context}, {}, empty)
+    assert found.by["context"].abs().max() == 0
+    assert found.loss.abs().max() == 0
+
+
+def test_a_client_sees_only_its_own_examples(
+    model: PromptModel, gradients: ExactGradients, table: tuple[Tensor, Tensor]
+) -> None:
+    context, batch = contexts(model, 3), batch_of(table, 3)
+    before = gradients(plain, {"context": context}, {}, batch).by["context"]
+    labels = batch.labels.clone()
+    labels[1] = (labels[1] + 1) % 4
+    after = gradients(plain, {"context": context}, {}, Batch(batch.features, labels, batch.mask)).by["context"]
+    torch.testing.assert_close(after[[0, 2]], before[[0, 2]])
+    assert not torch.allclose(after[1], before[1])
