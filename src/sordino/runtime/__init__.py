@@ -1,0 +1,1 @@
+"""Runtimes move the messages of a method, and nothing else."""

@@ -1,0 +1,118 @@
+"""Checkpoints that are whole or absent, and never overwrite a good one.
+
+A checkpoint is one safetensors file named after its round, beside `latest.json` that names it with its SHA-256. Both
+are written to a temporary name, flushed to the disk, and renamed; so a process that is killed, or a disk that is full,
+leaves the last complete checkpoint in place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor
+
+from sordino.algorithms.base import AnyState, State, map_tensors, named_tensors
+from sordino.errors import RunError
+from sordino.runtime.local import Training
+
+LATEST = "latest.json"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file's content, all or nothing.
+
+    Raises:
+        RunError: the disk is full, or the folder cannot be written; the old file is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another --out; "
+            "what was written before is intact, go on with --resume"
+        ) from None
+
+
+def save(folder: Path, training: Training) -> None:
+    """Write a checkpoint, and remove those older than the one before it.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    content = safetensors.torch.save(_tensors(training)) if _tensors(training) else b""
+    name = f"round-{training.round:06d}.safetensors"
+    write_atomically(folder / name, content)
+    latest = {"file": name, "round": training.round, "sha256": hashlib.sha256(content).hexdigest()}
+    write_atomically(folder / LATEST, json.dumps(latest).encode())
+    for old in sorted(folder.glob("round-*.safetensors"))[:-2]:
+        old.unlink(missing_ok=True)
+
+
+def load(folder: Path, like: Training) -> Training | None:
+    """The latest checkpoint, or None where there is none; loading executes nothing.
+
+    Args:
+        folder: where it was saved.
+        like: a state of the same method and settings, for types, shapes and devices.
+
+    Raises:
+        RunError: the checkpoint is damaged or belongs to another run.
+    """
+    if not (folder / LATEST).exists():
+        return None
+    try:
+        latest = json.loads((folder / LATEST).read_bytes())
+        path = folder / str(latest["file"])
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != latest["sha256"]:
+            raise ValueError("its SHA-256 is not the one recorded")
+        tensors = safetensors.torch.load(content) if content else {}
+        return Training(
+            int(latest["round"]), _fill(like.server, tensors, "server."), _fill(like.clients, tensors, "clients.")
+        )
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise RunError(
+            f"checkpoint in {folder} is damaged ({error}); nothing was changed; "
+            "delete the folder to train from the start"
+        ) from None
+
+
+def _tensors(training: Training) -> dict[str, Tensor]:
+    parts: dict[str, State] = {"server.": training.server, "clients.": training.clients}
+    return {
+        prefix + name: tensor.detach().cpu().contiguous().clone()
+        for prefix, state in parts.items()
+        for name, tensor in named_tensors(state).items()
+    }
+
+
+def _fill(like: AnyState, tensors: dict[str, Tensor], prefix: str) -> AnyState:
+    def find(name: str, old: Tensor) -> Tensor:
+        new = tensors[prefix + name]
+        if new.shape != old.shape:
+            raise ValueError(f"{prefix}{name} has shape {tuple(new.shape)}, not {tuple(old.shape)}")
+        return new.to(old)
+
+    return map_tensors(like, find)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename durable, where the system lets a folder be flushed."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

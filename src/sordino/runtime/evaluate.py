@@ -1,0 +1,93 @@
+"""Accuracy of every client's prompt on the evaluation splits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sordino.encoders.prompt_model import PromptModel
+
+# Prompts whose logits on all test images are held at once; bounds memory, not the result.
+PROMPTS_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Test images with their labels among one list of candidate classes.
+
+    Attributes:
+        model: the encoder with these candidates.
+        features: [T, D].
+        labels: [T].
+    """
+
+    model: PromptModel
+    features: Tensor
+    labels: Tensor
+
+    def correct(self, contexts: Tensor) -> Tensor:
+        """Whether each prompt of contexts [P, M, E] classifies each image rightly: [P, T] bool."""
+        hits = []
+        for chunk in contexts.split(PROMPTS_AT_ONCE):
+            text = self.model.text_features_in_chunks(chunk)  # [p, C, D]
+            hits.append(self.model.logits(text, self.features).argmax(-1) == self.labels)
+        return torch.cat(hits)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The splits on which clients are evaluated.
+
+    Attributes:
+        test: images of the classes that were trained on.
+        local, neighbor: [K, T] weights over `test` for each client; rows sum to one, or to zero where a split is empty.
+        novel: images of classes that nobody trained on, or None.
+        domain: images of the held-out domain, or None.
+    """
+
+    test: EvaluationSet
+    local: Tensor
+    neighbor: Tensor
+    novel: EvaluationSet | None
+    domain: EvaluationSet | None
+
+    @torch.no_grad()
+    def scores(self, contexts: Tensor) -> Scores:
+        """Accuracies of contexts [K, M, E], or of one that all K clients share, [1, M, E]."""
+        clients = len(self.local)
+        correct = self.test.correct(contexts).double()  # [K or 1, T]
+
+        def over(weights: Tensor) -> list[float | None]:
+            accuracy = (correct * weights).sum(1)
+            empty = weights.sum(1) == 0
+            return [None if gone else value for value, gone in zip(accuracy.tolist(), empty.tolist(), strict=True)]
+
+        def uniform(split: EvaluationSet | None) -> list[float | None]:
+            if split is None:
+                return [None] * clients
+            return list(split.correct(contexts).double().mean(1).expand(clients).tolist())
+
+        overall = list(correct.mean(1).expand(clients).tolist())
+        return Scores(over(self.local), over(self.neighbor), overall, uniform(self.novel), uniform(self.domain))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Accuracies of K clients, fractions in [0, 1]; None where a client has no such split."""
+
+    local: list[float | None]
+    neighbor: list[float | None]
+    overall: list[float | None]
+    novel: list[float | None]
+    domain: list[float | None]
+
+    def means(self) -> dict[str, float | None]:
+        """Each accuracy's mean over the clients that have it."""
+        return {name: _mean(values) for name, values in vars(self).items()}
+
+
+def _mean(values: list[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else None
