@@ -1,0 +1,146 @@
+"""The heat map of accuracy by client, as a plain plotly.js dictionary."""
+
+from collections.abc import Sequence
+
+from sordino.report.figures import Figure, plain, wrapped
+from sordino.report.groups import MEASURES, Group
+from sordino.report.runs import Measure
+
+_NUMBERED_CELLS = 240  # above this, numbers in the cells of the heat map would not be read
+_NUMBERED_COLUMNS = 16
+_NAMED_CLASSES = 12  # a hover label with more does not fit on a screen
+# Five stops of cividis, which reads the same with and without colour vision, evenly apart.
+_SCALE = (
+    (0.0, (0, 32, 77)),
+    (0.25, (65, 77, 107)),
+    (0.5, (124, 123, 120)),
+    (0.75, (188, 175, 111)),
+    (1.0, (255, 234, 70)),
+)
+
+
+def client_columns(groups: Sequence[Group]) -> list[tuple[Group, Measure, dict[int, float | None]]]:
+    """Columns of the heat map: local and neighbour of each algorithm; overall where an algorithm has neither."""
+    columns: list[tuple[Group, Measure, dict[int, float | None]]] = []
+    personal: tuple[Measure, ...] = ("local", "neighbor")
+    for group in groups:
+        found = [(group, measure, group.client_accuracy(measure)) for measure in (*personal, "overall")]
+        known = [column for column in found if any(value is not None for value in column[2].values())]
+        columns += [column for column in known if column[1] in personal] or known
+    return columns
+
+
+def accuracy_by_client(groups: Sequence[Group]) -> Figure | None:
+    """Heat map: rows are clients, columns algorithms x measures. None where no run has an accuracy by client."""
+    columns = client_columns(groups)
+    if not columns:
+        return None
+    clients = sorted({client for _, _, values in columns for client in values})
+    few = len(clients) * len(columns) <= _NUMBERED_CELLS and len(columns) <= _NUMBERED_COLUMNS
+    heat = {
+        "type": "heatmap",
+        "x": list(range(len(columns))),
+        "y": [str(client) for client in clients],
+        "z": [[_rounded(values.get(client)) for _, _, values in columns] for client in clients],
+        # One text a row; the page's script spreads it over the columns, which keeps a page of many clients small.
+        "customdata": [[text] for text in _holdings(groups, clients)],
+        "zmin": 0,
+        "zmax": 1,
+        "colorscale": [[at, f"rgb{rgb}"] for at, rgb in _SCALE],
+        "colorbar": {"tickformat": ".0%", "thickness": 10, "len": 1, "outlinewidth": 0, "xpad": 4},
+        "hoverongaps": False,
+        "hovertemplate": "client %{y}<br>%{x}: %{z:.1%}<br>%{customdata}<extra></extra>",
+        "xgap": 2 if few else 0,
+        "ygap": 2 if few else 0,
+    }
+    ticks = [f"{wrapped(group.label)}<br>{MEASURES[measure].lower()}" for group, measure, _ in columns]
+    data = [heat, _numbers(heat)] if few else [heat]
+    return {"data": data, "layout": _client_layout(len(clients), ticks)}
+
+
+def _numbers(heat: Figure) -> Figure:
+    """The numbers in the cells, each black or white, whichever stands out more (always 4.5:1 or more)."""
+    cells = [
+        (column, client, value)
+        for client, row in zip(heat["y"], heat["z"], strict=True)
+        for column, value in zip(heat["x"], row, strict=True)
+        if value is not None
+    ]
+    return {
+        "type": "scatter",
+        "mode": "text",
+        "x": [column for column, _, _ in cells],
+        "y": [client for _, client, _ in cells],
+        "text": [f"{value:.0%}" for _, _, value in cells],
+        "textfont": {"size": 12, "color": ["#000" if _luminance(value) > 0.179 else "#fff" for _, _, value in cells]},
+        "hoverinfo": "skip",
+        "showlegend": False,
+        "cliponaxis": True,
+    }
+
+
+def _luminance(value: float) -> float:
+    """Relative luminance (WCAG) of a value on the heat map's scale."""
+    position = value * (len(_SCALE) - 1)
+    below = min(int(position), len(_SCALE) - 2)
+    mixed = [
+        low + (high - low) * (position - below)
+        for low, high in zip(_SCALE[below][1], _SCALE[below + 1][1], strict=True)
+    ]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (channel / 255 for channel in mixed)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def _client_layout(clients: int, ticks: Sequence[str]) -> Figure:
+    return {
+        "margin": {"l": 52, "r": 8, "t": 28, "b": 8},
+        "height": 160 + min(max(clients * 28, 120), 900),
+        "xaxis": {
+            "range": [-0.5, len(ticks) - 0.5],  # the numbers' trace would widen it
+            "tickvals": list(range(len(ticks))),
+            "ticktext": list(ticks),
+            "showgrid": False,
+            "zeroline": False,
+            "automargin": True,
+        },
+        "yaxis": {
+            "title": {"text": "Client"},
+            "type": "category",
+            "range": [clients - 0.5, -0.5],
+            "dtick": next((step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if clients <= 32 * step), 1000),
+            "showgrid": False,
+            "automargin": True,
+        },
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def _holdings(groups: Sequence[Group], clients: Sequence[int]) -> list[str]:
+    """What each client holds, in words for its hover label."""
+    held: dict[int, dict[tuple[tuple[str, ...], tuple[str, ...]], None]] = {client: {} for client in clients}
+    for group in groups:
+        for entry in group.clients():
+            if entry.client in held:
+                held[entry.client][entry.classes, entry.domains or ()] = None
+    texts = []
+    for client in clients:
+        if len(held[client]) > 1:
+            texts.append("what it holds differs between runs")
+            continue
+        classes, domains = next(iter(held[client]))
+        parts = [_listed("classes", classes), _listed("domains", domains)]
+        texts.append("<br>".join(part for part in parts if part))
+    return texts
+
+
+def _listed(kind: str, names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    shown = [plain(name if len(name) <= 40 else name[:39] + "…") for name in names[:_NAMED_CLASSES]]
+    # A line of the hover label holds four names.
+    lines = [", ".join(shown[at : at + 4]) for at in range(0, len(shown), 4)]
+    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return f"{kind}: " + ",<br>".join(lines) + more

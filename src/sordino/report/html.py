@@ -1,0 +1,49 @@
+"""Run directories to one self-contained HTML page: `write_report`."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from sordino.errors import RunError
+from sordino.report.groups import group_runs
+from sordino.report.page import render
+from sordino.report.runs import read_run
+
+
+def write_report(runs: Sequence[Path], out: Path, title: str) -> Path:
+    """Write one self-contained page about one run or several, and return its path.
+
+    Runs of one algorithm with the same settings and different seeds are aggregated to mean and standard deviation; an
+    algorithm with several settings gets one row for each. The page asks no host for anything, and replaces an older
+    one only once it is whole.
+
+    Args:
+        runs: finished run directories, in the order in which the page shows their algorithms.
+        out: the HTML file; folders above it are made.
+        title: the page's title, as plain text.
+
+    Raises:
+        RunError: no run was given, a file of a run is missing or malformed, the same run stands twice among them, or
+            `out` cannot be written. Nothing is written then.
+    """
+    if not runs:
+        raise RunError("report: no run directory was given; name at least one")
+    read = [read_run(Path(run)) for run in runs]
+    _replace(Path(out), render(read, group_runs(read), title))
+    return Path(out)
+
+
+def _replace(out: Path, text: str) -> None:
+    # In the same folder, so that replacing is one step; the process id keeps two writers apart.
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(text, encoding="utf-8", errors="replace")
+            temporary.replace(out)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"{out}: the report cannot be written ({error.strerror}); choose a file in a folder that can be written"
+        ) from None

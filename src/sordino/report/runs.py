@@ -1,0 +1,208 @@
+"""Read finished run directories, and refuse what is missing or malformed in one line."""
+
+import json
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sordino.errors import RunError
+
+T = TypeVar("T")
+Measure = Literal["local", "neighbor", "overall", "novel", "domain"]
+
+Fraction = Annotated[float, Field(ge=0, le=1)]  # refuses NaN too
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0)]
+
+
+class _Record(BaseModel):
+    # Newer runs may hold more than this page shows; what it shows must be right.
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Accuracy(_Record):
+    """Fractions in [0, 1]; None where a measure does not apply."""
+
+    local: Fraction | None = None
+    neighbor: Fraction | None = None
+    overall: Fraction | None = None
+    novel: Fraction | None = None
+    domain: Fraction | None = None
+
+    def of(self, measure: Measure) -> float | None:
+        value: float | None = getattr(self, measure)
+        return value
+
+
+class Client(_Record):
+    """One client's accuracy, and what it holds."""
+
+    client: Count
+    local: Fraction | None = None
+    neighbor: Fraction | None = None
+    overall: Fraction | None = None
+    examples: Count = 0
+    classes: tuple[str, ...] = ()
+    domains: tuple[str, ...] | None = None
+
+    def of(self, measure: Measure) -> float | None:
+        value: float | None = getattr(self, measure, None)  # novel and domain are not measured by client
+        return value
+
+
+class Privacy(_Record):
+    """What was spent, and the statement in words that goes with it."""
+
+    private: bool
+    epsilon: float | None = None
+    delta: float | None = None
+    unit: str | None = None
+    statement: str
+
+
+class Wire(_Record):
+    """Bytes that crossed the wire."""
+
+    upload_bytes_per_client_round: Count
+    broadcast_bytes_per_client_round: Count
+    total_upload_bytes: Count
+    total_broadcast_bytes: Count
+
+
+class Durations(_Record):
+    """Seconds; `total` is what the page shows."""
+
+    encode: Seconds | None = None
+    train: Seconds | None = None
+    evaluate: Seconds | None = None
+    total: Seconds
+
+
+class Skipped(_Record):
+    """An image that was passed over."""
+
+    name: str
+    reason: str
+
+
+class Images(_Record):
+    """How many images were encoded, came from the cache, or were skipped."""
+
+    encoded: Count = 0
+    cached: Count = 0
+    skipped: tuple[Skipped, ...] = ()
+
+
+class Summary(_Record):
+    """`summary.json`."""
+
+    algorithm: str
+    encoder: str
+    dataset: str
+    clients: Count
+    rounds: Count
+    seed: int
+    accuracy: Accuracy
+    per_client: tuple[Client, ...]
+    privacy: Privacy
+    wire: Wire
+    seconds: Durations
+    images: Images = Images()
+    version: str = ""
+
+
+class Round(_Record):
+    """One line of `metrics.jsonl`; `accuracy` is None on rounds without evaluation."""
+
+    round: Count
+    accuracy: Accuracy | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, as its directory tells it."""
+
+    directory: Path
+    summary: Summary
+    rounds: tuple[Round, ...]  # in order of the round, each round once
+    config: dict[str, Any]
+    config_text: str
+
+
+def read_run(directory: Path) -> Run:
+    """Read a finished run directory.
+
+    Raises:
+        RunError: the directory or one of its files is missing, unreadable or malformed.
+    """
+    if not directory.is_dir():
+        raise RunError(f"{directory}: no such run directory; give the directory that `sordino run` wrote")
+    config_text = _text(directory, "config.toml")
+    return Run(
+        directory=directory,
+        summary=_parse(directory, "summary.json", _text(directory, "summary.json"), _summary),
+        rounds=_rounds(directory),
+        config=_parse(directory, "config.toml", config_text, tomllib.loads),
+        config_text=config_text,
+    )
+
+
+def _text(directory: Path, name: str) -> str:
+    try:
+        return (directory / name).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RunError(
+            f"{directory}: {name} is missing; finish the run with --resume, or leave this directory out"
+        ) from None
+    except OSError as error:
+        raise RunError(
+            f"{directory}: {name} cannot be read ({error.strerror}); mend its permissions, or leave this directory out"
+        ) from None
+    except UnicodeDecodeError:
+        raise _malformed(directory, name, "it is not UTF-8 text") from None
+
+
+def _parse(directory: Path, name: str, text: str, parse: Callable[[str], T]) -> T:
+    try:
+        return parse(text)
+    except ValidationError as error:  # a ValueError too, so it comes first
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise _malformed(directory, name, f"{place}: {first['msg']}") from None
+    except (ValueError, RecursionError) as error:
+        raise _malformed(directory, name, str(error)) from None
+
+
+def _malformed(directory: Path, name: str, reason: str) -> RunError:
+    return RunError(f"{directory}: {name} is malformed ({reason}); repeat the run, or leave this directory out")
+
+
+def _json(text: str) -> Any:
+    # json.loads and not pydantic's parser: Python writes NaN and Infinity. And a class name may hold a lone surrogate
+    # (a folder whose name is not UTF-8), which no page can hold: it becomes a question mark.
+    return json.loads(json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def _summary(text: str) -> Summary:
+    return Summary.model_validate(_json(text))
+
+
+def _round(text: str) -> Round:
+    return Round.model_validate(_json(text))
+
+
+def _rounds(directory: Path) -> tuple[Round, ...]:
+    name = "metrics.jsonl"
+    by_round: dict[int, Round] = {}
+    # Not splitlines(), which also splits at characters that may stand inside a JSON string.
+    for number, line in enumerate(_text(directory, name).split("\n"), start=1):
+        if line.strip():
+            entry = _parse(directory, f"{name} line {number}", line, _round)
+            by_round[entry.round] = entry  # a resumed run may have repeated a round; its last word counts
+    if not by_round:
+        raise _malformed(directory, name, "it holds no round")
+    return tuple(by_round[number] for number in sorted(by_round))
