@@ -1,0 +1,269 @@
+"""The command line: parses, calls, prints. Heavy imports happen in the commands that need them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sordino.errors import ConfigError, SordinoError
+
+if TYPE_CHECKING:
+    from sordino.compare import Row
+    from sordino.progress import Progress
+
+app = typer.Typer(
+    help="Federated prompt learning for frozen vision-language models, private and honest about it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="the experiment")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. settings.dp-fpl.rank=4")
+]
+OutFolder = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="where to write; default: a new runs/...")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on where DIR was interrupted")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="print one JSON object on standard output, and nothing else there")
+]
+
+DEMO_ALGORITHMS = ("zero-shot", "local", "promptfl", "dp-fpl")
+
+errors = Console(stderr=True)
+
+
+@app.command()
+def demo(out: OutFolder = None, resume: Resume = False, as_json: AsJson = False) -> None:
+    """Ten simulated clients learn prompts for handwritten digits; no download, under three minutes."""
+    _compare(Path(__file__).parent / "demo.toml", [], list(DEMO_ALGORITHMS), 1, out, resume, as_json, "demo")
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: OutFolder = None,
+    resume: Resume = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run one method as a configuration says, and write a run directory."""
+    from sordino.config import load_config
+
+    experiment = load_config(config, overrides or [])
+    from sordino.experiment import run as run_experiment
+
+    folder = _folder(out, resume, f"{config.stem}-{experiment.algorithm}")
+    with _progress() as progress:
+        summary = run_experiment(experiment, folder, resume, progress)
+    if as_json:
+        print(json.dumps(summary))
+        return
+    from sordino.compare import row_of
+
+    _print_table([row_of([summary])])
+    print(summary["privacy"]["statement"])
+    print(f"Run directory: {folder}\nReport: {folder / 'report.html'}")
+
+
+@app.command()
+def compare(
+    config: ConfigFile,
+    algorithms: Annotated[str, typer.Option(help="names, separated by commas; see `sordino methods`")],
+    seeds: Annotated[int, typer.Option(min=1, help="how many seeds, from the configuration's on")] = 3,
+    overrides: Overrides = None,
+    out: OutFolder = None,
+    resume: Resume = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run several methods with several seeds over shared features; a table, a CSV and a report."""
+    names = [name.strip() for name in algorithms.split(",") if name.strip()]
+    _compare(config, overrides or [], names, seeds, out, resume, as_json, f"compare-{config.stem}")
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, or one of `compare`")]) -> None:
+    """Write the report of a run directory anew."""
+    from sordino.report import write_report
+
+    runs = sorted(path.parent for path in folder.rglob("summary.json"))
+    if not runs:
+        raise ConfigError("RUN", str(folder), "holds no finished run (no summary.json in it or below it)")
+    print(write_report(runs, folder / "report.html", f"Sordino: {folder.name}"))
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List the methods: paper, what is personal, what is shared, and what they promise."""
+    from sordino.algorithms import METHODS, algorithm
+
+    columns = ("paper", "personal", "shared", "privacy", "needs")
+    rows = [{"name": name} | {column: getattr(algorithm(name).ABOUT, column) for column in columns} for name in METHODS]
+    if as_json:
+        print(json.dumps({"methods": rows}))
+        return
+    _print_rows(("name", *columns), [[row[column] for column in ("name", *columns)] for row in rows])
+
+
+@app.command()
+def encoders(as_json: AsJson = False) -> None:
+    """List the encoders: sizes, capabilities, and whether they are ready."""
+    from sordino.doctor import describe_encoders
+
+    infos = describe_encoders()
+    if as_json:
+        print(json.dumps({"encoders": [vars(info) for info in infos]}))
+        return
+    _print_rows(
+        ("name", "towers", "size", "features", "context", "capabilities", "ready"),
+        [
+            [
+                info.name,
+                info.towers,
+                "by checkpoint" if info.megabytes is None else f"{info.megabytes:.0f} MB",
+                "by checkpoint" if info.feature_width is None else str(info.feature_width),
+                "by checkpoint" if info.context_width is None else str(info.context_width),
+                ", ".join(info.capabilities),
+                "yes" if info.ready else f"no: {info.missing}",
+            ]
+            for info in infos
+        ],
+    )
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Check what this machine has, and say what is missing and how to mend it; exit code 1 if anything is."""
+    from sordino.doctor import examine
+
+    checks = examine()
+    if as_json:
+        print(json.dumps({"checks": [vars(check) for check in checks]}))
+    else:
+        for check in checks:
+            print(f"{'ok     ' if check.ok else 'missing'}  {check.name}: {check.finding}")
+    if not all(check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+def _compare(
+    config: Path,
+    overrides: list[str],
+    names: list[str],
+    seeds: int,
+    out: Path | None,
+    resume: bool,
+    as_json: bool,
+    label: str,
+) -> None:
+    from sordino.config import load_config
+
+    experiment = load_config(config, overrides)
+    from sordino.compare import compare as compare_algorithms
+
+    folder = _folder(out, resume, label)
+    with _progress() as progress:
+        rows = compare_algorithms(experiment, names, seeds, folder, resume, progress, f"Sordino: {label}")
+    if as_json:
+        print((folder / "comparison.json").read_text(encoding="utf-8").replace("\n", ""))
+        return
+    _print_table(rows)
+    print(f"Run directory: {folder}\nReport: {folder / 'report.html'}")
+
+
+def _folder(out: Path | None, resume: bool, label: str) -> Path:
+    """The run directory: the one asked for, or a new one under runs/."""
+    if out is not None:
+        return out
+    if resume:
+        raise ConfigError("--resume", True, "say which run with --out DIR")
+    return Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{label}"
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """Live bars on a terminal, a line per tenth where standard error is a file; the log goes to the same place."""
+    from rich.logging import RichHandler
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    handler = RichHandler(console=errors, show_path=False, show_level=False, show_time=False)
+    logger = logging.getLogger("sordino")
+    logger.handlers, logger.level = [handler], logging.INFO
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Bars(*columns, console=errors, disable=not errors.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def draw(stage: str, done: int, total: int, note: str = "") -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, note=note)
+            bars.update(tasks[stage], completed=done, total=total, note=note)
+            if bars.disable and (done == total or done % max(1, total // 10) == 0):
+                logger.info("%s: %d of %d %s", stage, done, total, note)
+
+        yield draw
+
+
+def _print_table(rows: list[Row]) -> None:
+    from sordino.compare import SPLITS
+
+    splits = [split for split in SPLITS if any(row.accuracy[split] for row in rows)]
+    over = "seeds" if rows[0].seeds > 1 else "clients"
+    table = Table(title=f"Accuracy in percent, mean and standard deviation over {over}", title_justify="left")
+    table.add_column("algorithm")
+    for heading in (*splits, "up / round", "down / round", "seconds"):
+        table.add_column(heading, justify="right")
+    table.add_column("private")
+    for row in rows:
+        accuracies = [_percent(row.accuracy[split]) for split in splits]
+        sizes = [_bytes(row.upload_bytes), _bytes(row.broadcast_bytes)]
+        table.add_row(row.algorithm, *accuracies, *sizes, f"{row.seconds:.1f}", "yes" if row.private else "no")
+    Console().print(table)
+
+
+def _print_rows(headings: tuple[str, ...], rows: list[list[str]]) -> None:
+    table = Table()
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _percent(value: tuple[float, float] | None) -> str:
+    return "-" if value is None else f"{100 * value[0]:.1f} ± {100 * value[1]:.1f}"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB" if count >= 1e3 else f"{count} B"
+
+
+def main() -> None:
+    """The entry point: errors that the user can mend are one line and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except SordinoError as error:
+        print(f"sordino: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("sordino: interrupted; go on with --resume --out DIR", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,138 @@
+"""An experiment's configuration: a TOML file, `--set` overrides, and what they resolve to."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sordino.errors import ConfigError, config_error
+from sordino.runtime.settings import RuntimeSettings
+from sordino.tasks.settings import DataSettings, PartitionSettings
+
+
+class EncoderSettings(BaseModel):
+    """The `[encoder]` table."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: Literal["bundled", "clip"] = Field(default="bundled", description="which encoder")
+    checkpoint: str | None = Field(
+        default=None, description="clip: a directory or a hub name of a CLIP or SigLIP model"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="precision of the frozen towers")
+
+
+class Experiment(BaseModel):
+    """A whole configuration. `settings` holds the methods' tables; the method's own type checks them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    algorithm: str = Field(default="dp-fpl", description="the method that `sordino run` runs")
+    rounds: int = Field(default=50, ge=1, description="rounds of training")
+    seed: int = Field(default=0, ge=0, description="decides splits, partition, initial prompts, batches and noise")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where tensors live")
+    data: DataSettings
+    partition: PartitionSettings
+    encoder: EncoderSettings = EncoderSettings()
+    runtime: RuntimeSettings = RuntimeSettings()
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="hyper-parameters; [settings.NAME] for one method"
+    )
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read a TOML file and apply `key=value` overrides.
+
+    Raises:
+        ConfigError: the file is missing or malformed, or a key or value is not allowed.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError("CONFIG", str(path), "no such file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError("CONFIG", str(path), f"not a readable TOML file: {error}") from None
+    for override in overrides:
+        _set(tables, override)
+    return parse_config(tables)
+
+
+def parse_config(tables: Mapping[str, Any]) -> Experiment:
+    """Check the content of a configuration, and of the tables of every method in it.
+
+    Raises:
+        ConfigError: a key or value is not allowed.
+    """
+    from sordino.algorithms import METHODS, algorithm, settings_for
+
+    try:
+        config = Experiment.model_validate(dict(tables))
+    except ValidationError as error:
+        raise config_error(error) from None
+    algorithm(config.algorithm)
+    for name in {config.algorithm, *(key for key in config.settings if key in METHODS)}:
+        settings_for(name, config.settings)
+    if config.encoder.name == "clip" and config.encoder.checkpoint is None:
+        raise ConfigError("encoder.checkpoint", None, "encoder 'clip' needs a directory or a hub name of a checkpoint")
+    return config.model_copy(update={"data": _absolute(config.data)})
+
+
+def resolved(config: Experiment) -> dict[str, Any]:
+    """The configuration with every default written out, for the method that runs; keys without a value are absent."""
+    from dataclasses import asdict
+
+    from sordino.algorithms import settings_for
+
+    tables = config.model_dump(exclude_none=True)
+    tables["settings"] = {config.algorithm: asdict(settings_for(config.algorithm, config.settings))}
+    return tables
+
+
+def to_toml(tables: Mapping[str, Any]) -> str:
+    """A configuration as TOML text."""
+    return tomli_w.dumps(dict(tables))
+
+
+def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
+    """The first key, dotted, in which two configurations differ, with both values; None where they are equal."""
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found = first_difference(before, after, f"{prefix}{key}.")
+            if found:
+                return found
+        elif before != after:
+            return f"{prefix}{key}", before, after
+    return None
+
+
+def _set(tables: dict[str, Any], override: str) -> None:
+    """Apply one `a.b.c=value`; the value is read as TOML, and as plain text where it is not TOML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError("--set", override, "write key=value, e.g. settings.dp-fpl.rank=4")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *path, last = key.strip().split(".")
+    table = tables
+    for step in path:
+        table = table.setdefault(step, {})
+        if not isinstance(table, dict):
+            raise ConfigError("--set", override, f"{step} is a value, not a table")
+    table[last] = value
+
+
+def _absolute(data: DataSettings) -> DataSettings:
+    """The same data from anywhere: a relative folder is one from the working directory."""
+    kind, colon, rest = data.source.partition(":")
+    path = Path(rest).expanduser()
+    if colon and (kind == "imagefolder" or path.exists()):
+        return data.model_copy(update={"source": f"{kind}:{path.resolve()}"})
+    return data

@@ -1,0 +1,373 @@
+"""The one path from a configuration to a finished run directory."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import sordino
+from sordino.algorithms import algorithm, settings_for
+from sordino.config import Experiment, first_difference, resolved, to_toml
+from sordino.encoders import choose_device, load_encoder
+from sordino.encoders.base import DualEncoder
+from sordino.encoders.cache import FeatureCache, Skipped, encode
+from sordino.encoders.prompt_model import PromptModel
+from sordino.errors import RunError
+from sordino.privacy.ledger import Ledger
+from sordino.progress import Progress, log, silent
+from sordino.report import write_report
+from sordino.runtime import checkpoint
+from sordino.runtime.checkpoint import write_atomically
+from sordino.runtime.evaluate import Evaluation, EvaluationSet, Scores
+from sordino.runtime.local import LocalRuntime, RoundRecord, Training
+from sordino.tasks.images import ImageSet
+from sordino.tasks.sources import load_images
+from sordino.tasks.splits import Task, build_task
+
+
+@dataclass
+class Bench:
+    """One data set and one encoder, shared by many runs: every image is encoded at most once.
+
+    Attributes:
+        images: the data set.
+        encoder: the frozen encoder.
+        features: [N, D] float32 on the CPU; rows are filled as runs need them.
+        known, readable: [N], which rows were tried, and which could not be read.
+        skipped: the images that could not be read.
+        encoded, cached: how many features were computed, and how many came from the cache.
+        seconds: spent on encoding.
+    """
+
+    images: ImageSet
+    encoder: DualEncoder
+    features: Tensor
+    known: np.ndarray[Any, np.dtype[np.bool_]]
+    readable: np.ndarray[Any, np.dtype[np.bool_]]
+    skipped: list[Skipped] = field(default_factory=list)
+    encoded: int = 0
+    cached: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def open(cls, config: Experiment) -> Bench:
+        """List the images, check that the task can be made of them, and load the encoder.
+
+        Raises:
+            SordinoError: data, device or encoder are not what the configuration says.
+        """
+        device = choose_device(config.device)
+        images = load_images(config.data)
+        build_task(images, config.data, config.partition, config.seed)
+        encoder = load_encoder(config.encoder.name, config.encoder.checkpoint, config.encoder.dtype, device)
+        rows = len(images)
+        features = torch.zeros(rows, encoder.feature_width)
+        return cls(images, encoder, features, np.zeros(rows, dtype=bool), np.ones(rows, dtype=bool))
+
+    def task(self, config: Experiment, progress: Progress) -> Task:
+        """The task of a configuration on this data set, with every image that it uses encoded.
+
+        Raises:
+            DataError: without the unreadable images there are too few.
+        """
+        started = time.monotonic()
+        while True:
+            task = build_task(self.images, config.data, config.partition, config.seed, self.readable)
+            missing = np.array([row for row in task.used if not self.known[row]], dtype=np.int64)
+            if not len(missing):
+                self.seconds += time.monotonic() - started
+                return task
+            result = encode(
+                self.images.subset(missing),
+                self.encoder,
+                FeatureCache(),
+                progress=lambda done, total: progress("encode images", done, total),
+            )
+            self.features[torch.from_numpy(missing)] = result.features
+            self.known[missing] = True
+            self.readable[missing] = result.readable
+            self.skipped += result.skipped
+            self.encoded += result.encoded
+            self.cached += result.cached
+            log.info("%d images encoded, %d from the cache", result.encoded, result.cached)
+            for skipped in result.skipped:
+                log.warning("skipped %s: %s", skipped.name, skipped.reason)
+
+
+def run(
+    config: Experiment, out: Path, resume: bool = False, progress: Progress = silent, bench: Bench | None = None
+) -> dict[str, Any]:
+    """Train, evaluate and write a run directory.
+
+    Args:
+        config: what to do.
+        out: the run directory; must not exist, unless `resume`.
+        resume: go on after the last checkpoint in `out`.
+        progress: is told how far the run is.
+        bench: data and encoder, where several runs share them.
+
+    Returns:
+        The summary, as in `summary.json`.
+
+    Raises:
+        SordinoError: before anything is trained where input is bad; later where the disk is full or training diverges.
+    """
+    tables = resolved(config)
+    summary = _prepare(out, tables, resume)
+    if summary is None:
+        summary = _run(config, tables, out, resume, progress, bench or Bench.open(config))
+    if not (out / "report.html").exists():
+        write_report([out], out / "report.html", f"Sordino: {config.algorithm} on {config.data.source}")
+    return summary
+
+
+def _run(
+    config: Experiment, tables: dict[str, Any], out: Path, resume: bool, progress: Progress, bench: Bench
+) -> dict[str, Any]:
+    task = bench.task(config, progress)
+    started = time.monotonic()
+    runtime, evaluation = _assemble(config, bench, task)
+    start = runtime.start()
+    if not (out / "config.toml").exists():
+        write_atomically(out / "config.toml", to_toml(tables).encode())
+    training = (checkpoint.load(out / "checkpoint", start) if resume else None) or start
+    metrics = _Metrics(out / "metrics.jsonl", training.round)
+    training, scores = _train(config, runtime, evaluation, training, metrics, out, progress)
+    return _finish(config, out, bench, task, runtime, training, scores, metrics, time.monotonic() - started)
+
+
+def _prepare(out: Path, tables: dict[str, Any], resume: bool) -> dict[str, Any] | None:
+    """Check that `out` may be written; the summary of a run that is finished already."""
+    import tomllib
+
+    config_file = out / "config.toml"
+    if not resume:
+        if out.exists() and any(out.iterdir()):
+            raise RunError(f"{out} exists; go on with --resume, or choose another --out")
+        return None
+    if not config_file.exists():
+        return None
+    try:
+        old = tomllib.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{config_file} cannot be read ({error}); choose another --out") from None
+    difference = first_difference(old, tables)
+    if difference:
+        key, before, after = difference
+        raise RunError(
+            f"the configuration changed since {out} was started: {key} was {before!r} and is {after!r}; "
+            "change it back or choose another --out"
+        )
+    summary = out / "summary.json"
+    return dict(json.loads(summary.read_bytes())) if summary.exists() else None
+
+
+def _assemble(config: Experiment, bench: Bench, task: Task) -> tuple[LocalRuntime, Evaluation]:
+    encoder, device = bench.encoder, bench.encoder.device
+    labels = torch.from_numpy(task.labels)
+
+    def evaluation_set(model: PromptModel, rows: np.ndarray[Any, np.dtype[np.int64]]) -> EvaluationSet:
+        chosen = torch.from_numpy(rows)
+        return EvaluationSet(model, bench.features[chosen].to(device), labels[chosen].to(device))
+
+    model = PromptModel(encoder, encoder.class_tokens(task.class_names))
+    evaluation = Evaluation(
+        evaluation_set(model, task.test),
+        torch.from_numpy(task.local).to(device),
+        torch.from_numpy(task.neighbor).to(device),
+        evaluation_set(PromptModel(encoder, encoder.class_tokens(task.novel_names)), task.novel)
+        if task.novel_names
+        else None,
+        evaluation_set(model, task.domain) if len(task.domain) else None,
+    )
+    held = np.concatenate(task.train)
+    ends = np.cumsum([len(rows) for rows in task.train])
+    runtime = LocalRuntime(
+        algorithm(config.algorithm),
+        settings_for(config.algorithm, config.settings),
+        model,
+        bench.features[torch.from_numpy(held)].to(device),
+        labels[torch.from_numpy(held)].to(device),
+        [range(end - len(rows), end) for rows, end in zip(task.train, ends, strict=True)],
+        config.rounds,
+        config.runtime,
+        config.seed,
+    )
+    return runtime, evaluation
+
+
+class _Metrics:
+    """`metrics.jsonl`: a line a round, of the rounds up to the one that training resumes after."""
+
+    def __init__(self, path: Path, last_round: int) -> None:
+        self.path = path
+        self.lines: list[dict[str, Any]] = []
+        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                break  # the process was stopped in the middle of this line
+            if line["round"] <= last_round:
+                self.lines.append(line)
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+
+    def add(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise RunError(
+                f"cannot write {self.path}: {error.strerror}; free space, then go on with --resume"
+            ) from None
+
+    def seconds(self, name: str) -> float:
+        return float(sum(line[name] for line in self.lines))
+
+
+def _train(
+    config: Experiment,
+    runtime: LocalRuntime,
+    evaluation: Evaluation,
+    training: Training,
+    metrics: _Metrics,
+    out: Path,
+    progress: Progress,
+) -> tuple[Training, Scores]:
+    """All remaining rounds; a line of metrics for each, and for the start."""
+    scores: Scores | None = None
+    if training.round == 0 and not metrics.lines:
+        scores = _record(metrics, RoundRecord(0, 0.0, 0, 0, 0), 0.0, runtime, evaluation, training)
+    while training.round < runtime.rounds:
+        started = time.monotonic()
+        training, record = runtime.round(training)
+        last = training.round == runtime.rounds
+        due = last or training.round % config.runtime.evaluate_every == 0
+        scores = _record(metrics, record, time.monotonic() - started, runtime, evaluation if due else None, training)
+        if last or training.round % config.runtime.checkpoint_every == 0:
+            checkpoint.save(out / "checkpoint", training)
+        progress(f"{config.algorithm} (seed {config.seed})", training.round, runtime.rounds, f"loss {record.loss:.3f}")
+    return training, scores or evaluation.scores(runtime.contexts(training))
+
+
+def _record(
+    metrics: _Metrics,
+    record: RoundRecord,
+    seconds: float,
+    runtime: LocalRuntime,
+    evaluation: Evaluation | None,
+    training: Training,
+) -> Scores | None:
+    """Evaluate where an evaluation is given, and write the round's line."""
+    started = time.monotonic()
+    scores = evaluation.scores(runtime.contexts(training)) if evaluation else None
+    line = asdict(record) | {
+        "loss": record.loss if record.round else None,
+        "seconds": seconds,
+        "evaluate_seconds": time.monotonic() - started,
+        "accuracy": scores.means() if scores else None,
+    }
+    metrics.add(line)
+    return scores
+
+
+def _finish(
+    config: Experiment,
+    out: Path,
+    bench: Bench,
+    task: Task,
+    runtime: LocalRuntime,
+    training: Training,
+    scores: Scores,
+    metrics: _Metrics,
+    seconds: float,
+) -> dict[str, Any]:
+    """Prompts, ledger, and at the very end the summary, which marks the run as finished."""
+    ledger = Ledger(disclosures=runtime.algorithm.ABOUT.discloses)
+    write_atomically(out / "ledger.json", ledger.to_json().encode())
+    _save_prompts(out / "prompts", config, bench.encoder, task, runtime.contexts(training), ledger)
+    rounds = [line for line in metrics.lines if line["round"] > 0]
+    summary: dict[str, Any] = {
+        "algorithm": config.algorithm,
+        "encoder": bench.encoder.name,
+        "dataset": config.data.source,
+        "clients": task.clients,
+        "rounds": runtime.rounds,
+        "seed": config.seed,
+        "accuracy": scores.means(),
+        "per_client": _per_client(task, scores),
+        "privacy": {
+            "private": ledger.private,
+            "epsilon": 0.0 if ledger.private and not ledger.releases else None,
+            "delta": None,
+            "unit": None,
+            "statement": ledger.statement(),
+            "ledger_digest": ledger.digest(),
+        },
+        "wire": {
+            "upload_bytes_per_client_round": max((line["upload_bytes"] for line in rounds), default=0),
+            "broadcast_bytes_per_client_round": max((line["broadcast_bytes"] for line in rounds), default=0),
+            "total_upload_bytes": sum(line["upload_bytes"] * line["participants"] for line in rounds),
+            "total_broadcast_bytes": sum(line["broadcast_bytes"] * line["participants"] for line in rounds),
+        },
+        "seconds": {
+            "encode": bench.seconds,
+            "train": metrics.seconds("seconds"),
+            "evaluate": metrics.seconds("evaluate_seconds"),
+            "total": bench.seconds + seconds,
+        },
+        "images": {
+            "encoded": bench.encoded,
+            "cached": bench.cached,
+            "skipped": [asdict(skipped) for skipped in bench.skipped],
+        },
+        "version": sordino.__version__,
+    }
+    write_atomically(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    return summary
+
+
+def _per_client(task: Task, scores: Scores) -> list[dict[str, Any]]:
+    return [
+        {
+            "client": line["client"],
+            "local": scores.local[index],
+            "neighbor": scores.neighbor[index],
+            "overall": scores.overall[index],
+            "novel": scores.novel[index],
+            "domain": scores.domain[index],
+            "examples": line["images"],
+            "classes": line["classes"],
+            "domains": line["domains"] or None,
+        }
+        for index, line in enumerate(task.summary())
+    ]
+
+
+def _save_prompts(
+    folder: Path, config: Experiment, encoder: DualEncoder, task: Task, contexts: Tensor, ledger: Ledger
+) -> None:
+    """One file a client, or one for all where they share a prompt; each says what it belongs to."""
+    names: Sequence[str] = [f"client-{client:04d}" for client in range(len(contexts))]
+    if len(contexts) == 1:
+        names = ["shared"]
+    for name, context in zip(names, contexts, strict=True):
+        metadata = {
+            "algorithm": config.algorithm,
+            "encoder": encoder.name,
+            "encoder_fingerprint": encoder.fingerprint,
+            "classes": json.dumps(task.class_names),
+            "ledger_sha256": ledger.digest(),
+            "private": json.dumps(ledger.private),
+        }
+        content = safetensors.torch.save({"context": context.cpu().contiguous()}, metadata=metadata)
+        write_atomically(folder / f"{name}.safetensors", content)

@@ -1,0 +1,59 @@
+"""Imports point down, and the command line starts without heavy ones."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "sordino"
+
+# What each room must not know of; a room that is absent here may import any other.
+HIDDEN = {
+    "encoders": {"algorithms", "runtime", "report", "serving", "audit", "experiment", "compare", "cli", "tasks"},
+    "tasks": {"algorithms", "runtime", "report", "serving", "audit", "experiment", "compare", "cli", "encoders"},
+    "prompts": {"algorithms", "runtime", "report", "serving", "audit", "experiment", "compare", "cli", "tasks"},
+    "privacy": {"algorithms", "runtime", "report", "serving", "audit", "experiment", "compare", "cli", "tasks"},
+    "algorithms": {"runtime", "report", "serving", "audit", "experiment", "compare", "cli", "tasks"},
+    "runtime": {"report", "serving", "audit", "experiment", "compare", "cli"},
+    "report": {"algorithms", "runtime", "encoders", "tasks", "experiment", "compare", "cli"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """The sordino modules that a file imports, without the package's name."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name.removeprefix("sordino.") for name in found if name.startswith("sordino.")}
+
+
+@pytest.mark.parametrize("room", HIDDEN)
+def test_imports_point_down(room: str) -> None:
+    files = sorted((SOURCE / room).rglob("*.py"))
+    assert files
+    for file in files:
+        upwards = {name for name in imported(file) if name.split(".")[0] in HIDDEN[room]}
+        assert not upwards, f"{file.relative_to(SOURCE)} imports {sorted(upwards)}"
+
+
+def test_the_runtime_knows_no_method_by_name() -> None:
+    allowed = {"algorithms", "algorithms.base"}
+    for file in (SOURCE / "runtime").rglob("*.py"):
+        methods = {
+            name for name in imported(file) if name.startswith("algorithms.") and not name.startswith("algorithms.base")
+        }
+        assert not methods - allowed, f"{file.name} imports {methods}"
+
+
+def test_the_command_line_starts_light() -> None:
+    heavy = ("torch", "transformers", "numpy", "pydantic", "datasets")
+    code = f"import sordino.cli, sys; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
