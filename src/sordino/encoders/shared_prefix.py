@@ -285,7 +285,8 @@ def _attend_to_both(
     to_prefix = query @ shared[0].mT
     weights = torch.cat([to_prefix.reshape(*by_class, to_prefix.shape[-1]), to_own], dim=-1).softmax(dim=-1)
     on_prefix, on_own = weights.split([to_prefix.shape[-1], to_own.shape[-1]], dim=-1)
-    return on_prefix.flatten(2, 3) @ shared[1] + (on_own @ value).flatten(2, 3)
+    attended: Tensor = on_prefix.flatten(2, 3) @ shared[1] + (on_own @ value).flatten(2, 3)
+    return attended
 
 
 def padded_features(tower: TextTower, context: Tensor, classes: ClassTokens) -> Tensor:
