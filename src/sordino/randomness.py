@@ -23,7 +23,7 @@ def derive_seed(*parts: int | str) -> int:
 
 @dataclass(frozen=True)
 class Streams:
-    """The random numbers of one round: one stream a client, and one for the server.
+    """The random numbers of one round: one stream a client, and one that all parties have in common.
 
     Attributes:
         seed: the run's seed.
@@ -46,13 +46,9 @@ class Streams:
         drawn = [torch.randn(shape, generator=generator) for generator in self.generators(purpose)]
         return torch.stack(drawn).to(self.device)
 
-    def server_generator(self, purpose: str) -> torch.Generator:
-        """A fresh CPU generator of the server's."""
-        return self._generator("server", purpose)
-
-    def server_normal(self, purpose: str, *shape: int) -> Tensor:
-        """Standard normal numbers of the given shape, float32, the server's."""
-        return torch.randn(shape, generator=self.server_generator(purpose)).to(self.device)
+    def common_normal(self, purpose: str, *shape: int) -> Tensor:
+        """Standard normal numbers of the given shape, float32, that every party draws alike."""
+        return torch.randn(shape, generator=self._generator("all", purpose)).to(self.device)
 
     def _generator(self, owner: str, purpose: str) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(self.seed, self.round, owner, purpose))

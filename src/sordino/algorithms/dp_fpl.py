@@ -7,9 +7,11 @@ p_L <- (U - lr gU)(V - lr gV) + R. Clients send the gradient of p_G; the server 
 
 Ablations, as in the paper's section 5: `dplora` drops the residual, `full` learns p_L without factors.
 
-Choices where the paper is silent: the power iteration is orthonormalised by QR; a client that takes several steps a
-round holds p_G fixed and sends the mean gradient; the server's optimiser is a setting, SGD by default; the factors take
-plain gradient steps, as an optimiser's memory would not survive their being drawn anew each step.
+Choices where the paper is silent: every client's p_L starts at the same random context, as in the authors' code (from
+contexts of their own, the shared prompt learns to recognise the clients by them, and fits no other client's classes).
+The power iteration is orthonormalised by QR. A client that takes several steps a round holds p_G fixed and sends the
+mean gradient. The server's optimiser is a setting, SGD by default; the factors take plain gradient steps, as an
+optimiser's memory would not survive their being drawn anew each step.
 """
 
 from dataclasses import dataclass, field, replace
@@ -94,14 +96,15 @@ class Upload(base.Upload):
 
 
 def server_init(settings: Settings, start: Start) -> Server:
-    noise = start.streams.server_normal("context", settings.context_length, start.context_width)
+    noise = start.streams.common_normal("shared context", settings.context_length, start.context_width)
     context = initial_context(settings.initial_context, start.embed, noise)
     return Server(context, settings.optimizer.initial_state(context[None]))
 
 
 def client_init(settings: Settings, start: Start) -> ClientState:
-    noise = start.streams.normal("context", settings.context_length, start.context_width)
-    return ClientState(initial_context("", start.embed, noise))
+    noise = start.streams.common_normal("personal context", settings.context_length, start.context_width)
+    context = initial_context("", start.embed, noise)
+    return ClientState(context.expand(len(start.streams.clients), -1, -1).clone())
 
 
 def broadcast(server: Server) -> Broadcast:

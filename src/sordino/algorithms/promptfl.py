@@ -2,8 +2,9 @@
 
 Guo et al., PromptFL: Let Federated Participants Cooperatively Learn Prompts Instead of Models, IEEE Transactions on
 Mobile Computing 2023 (arXiv 2208.11625), section 4: federated averaging (McMahan et al., 2017) of CoOp's context.
-The paper is silent on whether a client keeps its optimiser's state; here it starts afresh each round, as the context
-that it would belong to is replaced.
+The server may treat the mean change as a gradient of its own optimiser (Reddi et al., Adaptive Federated Optimization,
+ICLR 2021); the default, SGD with rate 1, is plain averaging, as published. The paper is silent on whether a client
+keeps its optimiser's state; here it starts afresh each round, as the context that it would belong to is replaced.
 """
 
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ class Settings:
         local_steps: gradient steps a client takes between averagings.
         batch_size: examples a step and client; 0 takes all of them.
         optimizer: of a client's local steps.
+        server_optimizer: what the server makes of the mean change; SGD with rate 1 takes it as it is.
     """
 
     context_length: PositiveInt = 16
@@ -48,11 +50,13 @@ class Settings:
     local_steps: PositiveInt = 4
     batch_size: NonNegativeInt = 32
     optimizer: Optimizer = field(default_factory=Optimizer)
+    server_optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=1.0))
 
 
 @dataclass(frozen=True)
 class Server(base.Server):
     context: Tensor  # [M, E], the shared prompt
+    optimizer: dict[str, Tensor]  # each [1, ...]
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,9 @@ class Upload(base.Upload):
 
 
 def server_init(settings: Settings, start: Start) -> Server:
-    noise = start.streams.server_normal("context", settings.context_length, start.context_width)
-    return Server(initial_context(settings.initial_context, start.embed, noise))
+    noise = start.streams.common_normal("context", settings.context_length, start.context_width)
+    context = initial_context(settings.initial_context, start.embed, noise)
+    return Server(context, settings.server_optimizer.initial_state(context[None]))
 
 
 def client_init(settings: Settings, start: Start) -> ClientState:
@@ -96,7 +101,11 @@ def client_round(
 
 
 def server_round(settings: Settings, server: Server, upload: Upload, clock: Clock) -> Server:
-    return Server(weighted_mean(upload.context, upload.weight))
+    change = server.context - weighted_mean(upload.context, upload.weight)
+    context, optimizer = settings.server_optimizer.step(
+        server.context[None], change[None], server.optimizer, settings.server_optimizer.rate(clock)
+    )
+    return Server(context[0], optimizer)
 
 
 def prompt(broadcast: Broadcast, state: ClientState) -> Tensor:
