@@ -182,8 +182,8 @@ def _assemble(config: Experiment, bench: Bench, task: Task) -> tuple[LocalRuntim
     model = PromptModel(encoder, encoder.class_tokens(task.class_names))
     evaluation = Evaluation(
         evaluation_set(model, task.test),
-        torch.from_numpy(task.local).to(device),
-        torch.from_numpy(task.neighbor).to(device),
+        torch.from_numpy(task.local),
+        torch.from_numpy(task.neighbor),
         evaluation_set(PromptModel(encoder, encoder.class_tokens(task.novel_names)), task.novel)
         if task.novel_names
         else None,

@@ -125,14 +125,14 @@ def test_features_belong_to_content_whatever_its_name_and_place(tmp_path):
     assert torch.equal(second.features, first.features[[2, 0, 0]])
     changed = bytes([made[0][0] ^ 1]) + made[0][1:]
     third, encoder = run(Pictures([changed, *made[1:]]), tmp_path)
-    assert (third.encoded, third.cached, encoder.encoded) == (1, 3, 1)
+    assert (third.encoded, third.cached, encoder.decoded) == (1, 3, 1)
 
 
 def test_equal_pictures_are_encoded_once(tmp_path):
     made = contents(2)
     for directory in (tmp_path, None):
         result, encoder = run(Pictures([made[0], made[1], made[0], made[0]]), directory)
-        assert encoder.encoded == result.encoded == 2
+        assert encoder.decoded == result.encoded == 2
         assert torch.equal(result.features[0], result.features[3])
 
 
@@ -345,3 +345,19 @@ def test_real_pictures_through_the_bundled_encoder(tmp_path):
     second = encode(images, encoder, FeatureCache(tmp_path / "cache"))
     assert (second.encoded, second.cached) == (0, 4)
     assert torch.equal(first.features, second.features)
+
+
+@pytest.mark.slow
+def test_a_feature_does_not_depend_on_where_an_encoding_was_interrupted(tmp_path):
+    """Bit for bit: 70 digits in one go, and the same digits after the first 10 had been encoded before."""
+    from sordino.encoders.bundled import BundledEncoder
+    from sordino.tasks import DataSettings
+    from sordino.tasks.sources import load_images
+
+    images = load_images(DataSettings(source="digits"))
+    encoder = BundledEncoder.load(torch.device("cpu"))
+    whole = encode(images.subset(np.arange(70)), encoder, None)
+    encode(images.subset(np.arange(10)), encoder, FeatureCache(tmp_path))
+    resumed = encode(images.subset(np.arange(70)), encoder, FeatureCache(tmp_path))
+    assert resumed.cached == 10
+    assert torch.equal(resumed.features, whole.features)

@@ -46,6 +46,7 @@ def factorise(context: Tensor, projection: Tensor) -> Factors:
     length, rank = context.shape[-2], projection.shape[-1]
     if rank > length:
         raise ValueError(f"rank {rank} is above the context's length {length}")
-    u = torch.linalg.qr(context @ projection).Q
+    span = context @ projection
+    u = torch.linalg.qr(span.cpu() if span.device.type == "mps" else span).Q.to(span)  # Metal has no QR
     v = u.mT @ context
     return Factors(u, v, context - u @ v)

@@ -42,7 +42,7 @@ class Evaluation:
 
     Attributes:
         test: images of the classes that were trained on.
-        local, neighbor: [K, T] weights over `test` for each client; rows sum to one, or to zero where a split is empty.
+        local, neighbor: [K, T] float64 weights on the CPU over `test` for each client; rows sum to one, or to zero where a split is empty.
         novel: images of classes that nobody trained on, or None.
         domain: images of the held-out domain, or None.
     """
@@ -57,7 +57,7 @@ class Evaluation:
     def scores(self, contexts: Tensor) -> Scores:
         """Accuracies of contexts [K, M, E], or of one that all K clients share, [1, M, E]."""
         clients = len(self.local)
-        correct = self.test.correct(contexts).double()  # [K or 1, T]
+        correct = self.test.correct(contexts).cpu().double()  # [K or 1, T]; some devices lack float64
 
         def over(weights: Tensor) -> list[float | None]:
             accuracy = (correct * weights).sum(1)
@@ -67,7 +67,7 @@ class Evaluation:
         def uniform(split: EvaluationSet | None) -> list[float | None]:
             if split is None:
                 return [None] * clients
-            return list(split.correct(contexts).double().mean(1).expand(clients).tolist())
+            return list(split.correct(contexts).cpu().double().mean(1).expand(clients).tolist())
 
         overall = list(correct.mean(1).expand(clients).tolist())
         return Scores(over(self.local), over(self.neighbor), overall, uniform(self.novel), uniform(self.domain))
