@@ -1,15 +1,13 @@
-"""What each part of the bundled encoder's joint space contributes, and the speed of its text tower: one JSON object.
-
-    python benchmarks/joint_space.py [--data ../shared/data] [--skip-accuracy] [--skip-speed]
+"""What each part of the bundled encoder's joint space contributes. Prints one JSON object.
 
 Held-out figures use no image and are the ones by which the recipe was chosen; zero-shot accuracies only report.
+`--quick` takes the shipped recipe only, and no pictures.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import torch
@@ -20,7 +18,6 @@ from sklearn.datasets import load_digits
 from sordino.encoders import joint_space
 from sordino.encoders.bundled import IMAGE_WEIGHTS, BundledEncoder, package_path
 from sordino.encoders.joint_space import TEMPLATE, Corpus
-from sordino.encoders.linear import frozen_linear
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 Pooled = tuple[torch.Tensor, torch.Tensor, list[str]]  # pooled features [N, 1280], labels [N], class names
@@ -29,23 +26,17 @@ Pooled = tuple[torch.Tensor, torch.Tensor, list[str]]  # pooled features [N, 128
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--skip-accuracy", action="store_true")
-    parser.add_argument("--skip-speed", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="the shipped recipe on no pictures")
     options = parser.parse_args()
-    torch.set_num_threads(2)
     encoder = BundledEncoder.load(torch.device("cpu"))
-    result: dict[str, object] = {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    if not options.skip_speed:
-        result["speed"] = speed(encoder)
-    if not options.skip_accuracy:
-        result["accuracy"] = accuracy(encoder, options.data)
-    print(json.dumps(result, indent=1))
+    rows = accuracy(encoder, options.data, options.quick)
+    print(json.dumps({"accuracy": rows, "torch": torch.__version__, "quick": options.quick}))
 
 
-def accuracy(encoder: BundledEncoder, data: Path) -> list[dict[str, object]]:
+def accuracy(encoder: BundledEncoder, data: Path, quick: bool) -> list[dict[str, object]]:
     """One row a recipe: its held-out figures and its zero-shot accuracy on every set."""
     weights = torch.load(package_path(*IMAGE_WEIGHTS), map_location="cpu", weights_only=True)
-    sets = pooled_sets(encoder, data)
+    sets = {} if quick else pooled_sets(encoder, data)
     prompts = {name: joint_space.encode(encoder.text, TEMPLATE, names) for name, (_, _, names) in sets.items()}
     full = joint_space.imagenet_corpus(encoder.text)
     synonyms = (
@@ -60,7 +51,7 @@ def accuracy(encoder: BundledEncoder, data: Path) -> list[dict[str, object]]:
     recipes += [("and definitions, images not centred", full, 384, zero_mean)]
     recipes += [(f"and definitions, width {width}", full, width, None) for width in (128, 256)]
     rows = []
-    for name, corpus, width, image_mean in recipes:
+    for name, corpus, width, image_mean in recipes[-1:] if quick else recipes:
         trials = [joint_space.held_out(corpus, weights, ridge, width) for ridge in joint_space.RIDGES]
         best = min(trials, key=lambda trial: trial.cross_entropy)
         space = joint_space.fit(corpus, weights, best.ridge, best.logit_scale, width)
@@ -109,37 +100,6 @@ def pool(encoder: BundledEncoder, images: list[Image.Image] | list[Path]) -> tor
         pixels = torch.stack([encoder.transform(image) for image in chunk])
         pooled.append(encoder.image.forward_features(pixels.contiguous(memory_format=torch.channels_last)).mean((2, 3)))
     return torch.cat(pooled)
-
-
-def speed(encoder: BundledEncoder, repeats: int = 5) -> dict[str, float]:
-    """Forward and backward of 10 contexts of 16 tokens, 2 at a time, over 100 ImageNet class names."""
-    from timm.data import ImageNetInfo
-
-    info = ImageNetInfo()
-    classes = encoder.class_tokens([info.index_to_description(index).split(", ")[0] for index in range(0, 1000, 10)])
-    generator = torch.Generator().manual_seed(0)
-    contexts = 0.05 * torch.randn(10, 16, encoder.context_width, generator=generator)
-    matrix = torch.randn(2048, 2048, generator=generator)
-
-    def best(run: object) -> float:
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            run()  # type: ignore[operator]
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    def step() -> None:
-        for chunk in contexts.split(2):
-            chunk = chunk.clone().requires_grad_()
-            encoder.text_features(chunk, classes).sum().backward()
-
-    flops = 2 * encoder.text_flops(10, 16, classes)  # the backward pass to the context costs as much as the forward
-    seconds = best(step)
-    rates = {"matmul": best(lambda: matrix @ matrix), "frozen_linear": best(lambda: frozen_linear(matrix, matrix))}
-    gflops = {name: 2 * 2048**3 / value / 1e9 for name, value in rates.items()}
-    share = flops / seconds / 1e9 / max(gflops.values())
-    return {"seconds_10x100x16": seconds, "gflops": flops / seconds / 1e9, "share_of_gemm": share, **gflops}
 
 
 if __name__ == "__main__":

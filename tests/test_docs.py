@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+import subprocess
+import sys
 import tomllib
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import typer
+from PIL import Image
 
 from sordino.algorithms import METHODS, algorithm
+from sordino.cli import app
 from sordino.config import EncoderSettings, Experiment, parse_config
 from sordino.runtime.settings import RuntimeSettings
 from sordino.tasks.settings import DataSettings, PartitionSettings
@@ -52,3 +59,43 @@ def test_the_lock_file_has_hashes_and_no_index() -> None:
     assert len(pins) > 50
     assert all("==" in pin and pin.rstrip().endswith("\\") for pin in pins)
     assert not re.search(r"https?://|index-url|find-links", text)
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The arguments of every `sordino` command in a page's code blocks."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    lines = [line.partition("#")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line)[1:] for line in lines if re.match(r"(\S*/)?sordino ", line)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_commands_in_documents_are_understood(page: Path) -> None:
+    """Every subcommand, option and method name in them exists."""
+    known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for name, *arguments in commands(page):
+        context = known[name].make_context(name, list(arguments))
+        for method in (context.params.get("algorithms") or "").split(","):
+            assert method == "" or method in METHODS
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
+    """On a folder of small pictures, with the configuration that stands there, one round each."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "my.toml").write_text(re.findall(r"```toml\n(.*?)```", text, re.DOTALL)[0])
+    for shade in range(10):
+        folder = tmp_path / "photos" / f"shade_{shade}"
+        folder.mkdir(parents=True)
+        for number in range(18):
+            Image.new("RGB", (9, 9), (25 * shade, number, 99)).save(folder / f"{number}.png")
+    runs = [arguments for arguments in commands(ROOT / "README.md") if arguments[0] in ("run", "compare")]
+    assert len(runs) == 2
+    for number, arguments in enumerate(runs):
+        command = [sys.executable, "-m", "sordino", *arguments, "--set", "rounds=1", "--out", str(number), "--json"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)
+        assert (tmp_path / str(number) / "report.html").exists()

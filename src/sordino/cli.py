@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -114,7 +114,7 @@ def methods(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps({"methods": rows}))
         return
-    _print_rows(("name", *columns), [[row[column] for column in ("name", *columns)] for row in rows])
+    _print_items(rows)
 
 
 @app.command()
@@ -126,20 +126,20 @@ def encoders(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps({"encoders": [vars(info) for info in infos]}))
         return
-    _print_rows(
-        ("name", "towers", "size", "features", "context", "capabilities", "ready"),
+    by_checkpoint = "as the checkpoint says"
+    _print_items(
         [
-            [
-                info.name,
-                info.towers,
-                "by checkpoint" if info.megabytes is None else f"{info.megabytes:.0f} MB",
-                "by checkpoint" if info.feature_width is None else str(info.feature_width),
-                "by checkpoint" if info.context_width is None else str(info.context_width),
-                ", ".join(info.capabilities),
-                "yes" if info.ready else f"no: {info.missing}",
-            ]
+            {
+                "name": info.name,
+                "towers": info.towers,
+                "size": by_checkpoint if info.megabytes is None else f"{info.megabytes:.0f} MB of weights",
+                "features": by_checkpoint if info.feature_width is None else f"{info.feature_width} wide",
+                "context": by_checkpoint if info.context_width is None else f"{info.context_width} wide",
+                "can do": ", ".join(["text prompts", *info.capabilities]),
+                "ready": "yes" if info.ready else f"no: {info.missing}",
+            }
             for info in infos
-        ],
+        ]
     )
 
 
@@ -227,25 +227,35 @@ def _print_table(rows: list[Row]) -> None:
 
     splits = [split for split in SPLITS if any(row.accuracy[split] for row in rows)]
     over = "seeds" if rows[0].seeds > 1 else "clients"
-    table = Table(title=f"Accuracy in percent, mean and standard deviation over {over}", title_justify="left")
-    table.add_column("algorithm")
-    for heading in (*splits, "up / round", "down / round", "seconds"):
+    table = Table(box=None, pad_edge=False)  # three splits fit 80 columns
+    table.add_column("algorithm", no_wrap=True)
+    for heading in (*splits, "sent up", "down", "seconds"):
         table.add_column(heading, justify="right")
-    table.add_column("private")
+    table.add_column("private", no_wrap=True)
     for row in rows:
         accuracies = [_percent(row.accuracy[split]) for split in splits]
         sizes = [_bytes(row.upload_bytes), _bytes(row.broadcast_bytes)]
         table.add_row(row.algorithm, *accuracies, *sizes, f"{row.seconds:.1f}", "yes" if row.private else "no")
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"Accuracy in percent, mean ± standard deviation over {over}: local on what a client trains on, neighbor on "
+        "what others train on, overall on both. Sent up and down: by one client in one round. Private: nothing learned "
+        "from images left a client without noise.",
+        highlight=False,
+    )
 
 
-def _print_rows(headings: tuple[str, ...], rows: list[list[str]]) -> None:
-    table = Table()
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+def _print_items(items: Sequence[Mapping[str, str]]) -> None:
+    """Each item under its name, a line a property."""
+    console = Console(highlight=False)
+    for item in items:
+        console.print(item["name"], style="bold", markup=False)
+        lines = Table.grid(padding=(0, 2), pad_edge=True)
+        for key, value in item.items():
+            if key != "name":
+                lines.add_row(f"  {key}", value)
+        console.print(lines)
 
 
 def _percent(value: tuple[float, float] | None) -> str:

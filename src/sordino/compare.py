@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from sordino.algorithms import settings_for
+from sordino.bench import Bench
 from sordino.config import Experiment
 from sordino.errors import RunError
-from sordino.experiment import Bench, run
+from sordino.experiment import run
 from sordino.progress import Progress, silent
 from sordino.report import write_report
 from sordino.runtime.checkpoint import write_atomically

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,91 +16,19 @@ from torch import Tensor
 
 import sordino
 from sordino.algorithms import algorithm, settings_for
+from sordino.bench import Bench
 from sordino.config import Experiment, first_difference, resolved, to_toml
-from sordino.encoders import choose_device, load_encoder
 from sordino.encoders.base import DualEncoder
-from sordino.encoders.cache import FeatureCache, Skipped, encode
 from sordino.encoders.prompt_model import PromptModel
 from sordino.errors import RunError
 from sordino.privacy.ledger import Ledger
-from sordino.progress import Progress, log, silent
+from sordino.progress import Progress, silent
 from sordino.report import write_report
 from sordino.runtime import checkpoint
 from sordino.runtime.checkpoint import write_atomically
 from sordino.runtime.evaluate import Evaluation, EvaluationSet, Scores
 from sordino.runtime.local import LocalRuntime, RoundRecord, Training
-from sordino.tasks.images import ImageSet
-from sordino.tasks.sources import load_images
-from sordino.tasks.splits import Task, build_task
-
-
-@dataclass
-class Bench:
-    """One data set and one encoder, shared by many runs: every image is encoded at most once.
-
-    Attributes:
-        images: the data set.
-        encoder: the frozen encoder.
-        features: [N, D] float32 on the CPU; rows are filled as runs need them.
-        known, readable: [N], which rows were tried, and which could not be read.
-        skipped: the images that could not be read.
-        encoded, cached: how many features were computed, and how many came from the cache.
-        seconds: spent on encoding.
-    """
-
-    images: ImageSet
-    encoder: DualEncoder
-    features: Tensor
-    known: np.ndarray[Any, np.dtype[np.bool_]]
-    readable: np.ndarray[Any, np.dtype[np.bool_]]
-    skipped: list[Skipped] = field(default_factory=list)
-    encoded: int = 0
-    cached: int = 0
-    seconds: float = 0.0
-
-    @classmethod
-    def open(cls, config: Experiment) -> Bench:
-        """List the images, check that the task can be made of them, and load the encoder.
-
-        Raises:
-            SordinoError: data, device or encoder are not what the configuration says.
-        """
-        device = choose_device(config.device)
-        images = load_images(config.data)
-        build_task(images, config.data, config.partition, config.seed)
-        encoder = load_encoder(config.encoder.name, config.encoder.checkpoint, config.encoder.dtype, device)
-        rows = len(images)
-        features = torch.zeros(rows, encoder.feature_width)
-        return cls(images, encoder, features, np.zeros(rows, dtype=bool), np.ones(rows, dtype=bool))
-
-    def task(self, config: Experiment, progress: Progress) -> Task:
-        """The task of a configuration on this data set, with every image that it uses encoded.
-
-        Raises:
-            DataError: without the unreadable images there are too few.
-        """
-        started = time.monotonic()
-        while True:
-            task = build_task(self.images, config.data, config.partition, config.seed, self.readable)
-            missing = np.array([row for row in task.used if not self.known[row]], dtype=np.int64)
-            if not len(missing):
-                self.seconds += time.monotonic() - started
-                return task
-            result = encode(
-                self.images.subset(missing),
-                self.encoder,
-                FeatureCache(),
-                progress=lambda done, total: progress("encode images", done, total),
-            )
-            self.features[torch.from_numpy(missing)] = result.features
-            self.known[missing] = True
-            self.readable[missing] = result.readable
-            self.skipped += result.skipped
-            self.encoded += result.encoded
-            self.cached += result.cached
-            log.info("%d images encoded, %d from the cache", result.encoded, result.cached)
-            for skipped in result.skipped:
-                log.warning("skipped %s: %s", skipped.name, skipped.reason)
+from sordino.tasks.splits import Task
 
 
 def run(
@@ -133,7 +61,7 @@ def run(
 def _run(
     config: Experiment, tables: dict[str, Any], out: Path, resume: bool, progress: Progress, bench: Bench
 ) -> dict[str, Any]:
-    task = bench.task(config, progress)
+    task, encoding = bench.task(config, progress)
     started = time.monotonic()
     runtime, evaluation = _assemble(config, bench, task)
     start = runtime.start()
@@ -142,7 +70,37 @@ def _run(
     training = (checkpoint.load(out / "checkpoint", start) if resume else None) or start
     metrics = _Metrics(out / "metrics.jsonl", training.round)
     training, scores = _train(config, runtime, evaluation, training, metrics, out, progress)
-    return _finish(config, out, bench, task, runtime, training, scores, metrics, time.monotonic() - started)
+    ledger = Ledger(disclosures=runtime.algorithm.ABOUT.discloses)
+    write_atomically(out / "ledger.json", ledger.to_json().encode())
+    _save_prompts(out / "prompts", config, bench.encoder, task, runtime.contexts(training), ledger)
+    seconds = {
+        "encode": encoding.seconds,
+        "train": metrics.seconds("seconds"),
+        "evaluate": metrics.seconds("evaluate_seconds"),
+        "total": encoding.seconds + time.monotonic() - started,
+    }
+    summary = {
+        "algorithm": config.algorithm,
+        "encoder": bench.encoder.name,
+        "dataset": config.data.source,
+        "clients": task.clients,
+        "rounds": runtime.rounds,
+        "seed": config.seed,
+        "accuracy": scores.means(),
+        "per_client": _per_client(task, scores),
+        "privacy": _privacy(ledger),
+        "wire": _wire(metrics, _handed_over(runtime, bench, task)),
+        "seconds": seconds,
+        "images": {
+            "encoded": encoding.encoded,
+            "cached": encoding.cached,
+            "skipped": [asdict(skipped) for skipped in bench.skipped],
+        },
+        "version": sordino.__version__,
+    }
+    # At the very end, as it marks the run as finished.
+    write_atomically(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    return summary
 
 
 def _prepare(out: Path, tables: dict[str, Any], resume: bool) -> dict[str, Any] | None:
@@ -280,60 +238,33 @@ def _record(
     return scores
 
 
-def _finish(
-    config: Experiment,
-    out: Path,
-    bench: Bench,
-    task: Task,
-    runtime: LocalRuntime,
-    training: Training,
-    scores: Scores,
-    metrics: _Metrics,
-    seconds: float,
-) -> dict[str, Any]:
-    """Prompts, ledger, and at the very end the summary, which marks the run as finished."""
-    ledger = Ledger(disclosures=runtime.algorithm.ABOUT.discloses)
-    write_atomically(out / "ledger.json", ledger.to_json().encode())
-    _save_prompts(out / "prompts", config, bench.encoder, task, runtime.contexts(training), ledger)
-    rounds = [line for line in metrics.lines if line["round"] > 0]
-    summary: dict[str, Any] = {
-        "algorithm": config.algorithm,
-        "encoder": bench.encoder.name,
-        "dataset": config.data.source,
-        "clients": task.clients,
-        "rounds": runtime.rounds,
-        "seed": config.seed,
-        "accuracy": scores.means(),
-        "per_client": _per_client(task, scores),
-        "privacy": {
-            "private": ledger.private,
-            "epsilon": 0.0 if ledger.private and not ledger.releases else None,
-            "delta": None,
-            "unit": None,
-            "statement": ledger.statement(),
-            "ledger_digest": ledger.digest(),
-        },
-        "wire": {
-            "upload_bytes_per_client_round": max((line["upload_bytes"] for line in rounds), default=0),
-            "broadcast_bytes_per_client_round": max((line["broadcast_bytes"] for line in rounds), default=0),
-            "total_upload_bytes": sum(line["upload_bytes"] * line["participants"] for line in rounds),
-            "total_broadcast_bytes": sum(line["broadcast_bytes"] * line["participants"] for line in rounds),
-        },
-        "seconds": {
-            "encode": bench.seconds,
-            "train": metrics.seconds("seconds"),
-            "evaluate": metrics.seconds("evaluate_seconds"),
-            "total": bench.seconds + seconds,
-        },
-        "images": {
-            "encoded": bench.encoded,
-            "cached": bench.cached,
-            "skipped": [asdict(skipped) for skipped in bench.skipped],
-        },
-        "version": sordino.__version__,
+def _privacy(ledger: Ledger) -> dict[str, Any]:
+    return {
+        "private": ledger.private,
+        "epsilon": 0.0 if ledger.private and not ledger.releases else None,
+        "delta": None,
+        "unit": None,
+        "statement": ledger.statement(),
+        "ledger_digest": ledger.digest(),
     }
-    write_atomically(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-    return summary
+
+
+def _handed_over(runtime: LocalRuntime, bench: Bench, task: Task) -> int:
+    """Bytes of the images that clients hand over before training, where a method pools them."""
+    if not runtime.algorithm.ABOUT.pools_data:
+        return 0
+    return sum(len(bench.images.raw(int(row))) for rows in task.train for row in rows)
+
+
+def _wire(metrics: _Metrics, handed_over: int) -> dict[str, int]:
+    """What crossed the wire, in bytes of serialised messages, and of images where those are handed over."""
+    rounds = [line for line in metrics.lines if line["round"] > 0]
+    return {
+        "upload_bytes_per_client_round": max((line["upload_bytes"] for line in rounds), default=0),
+        "broadcast_bytes_per_client_round": max((line["broadcast_bytes"] for line in rounds), default=0),
+        "total_upload_bytes": handed_over + sum(line["upload_bytes"] * line["participants"] for line in rounds),
+        "total_broadcast_bytes": sum(line["broadcast_bytes"] * line["participants"] for line in rounds),
+    }
 
 
 def _per_client(task: Task, scores: Scores) -> list[dict[str, Any]]:

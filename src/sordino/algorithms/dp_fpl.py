@@ -96,7 +96,7 @@ class Upload(base.Upload):
 
 
 def server_init(settings: Settings, start: Start) -> Server:
-    noise = start.streams.common_normal("shared context", settings.context_length, start.context_width)
+    noise = start.streams.common_normal("context", settings.context_length, start.context_width)
     context = initial_context(settings.initial_context, start.embed, noise)
     return Server(context, settings.optimizer.initial_state(context[None]))
 

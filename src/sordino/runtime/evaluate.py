@@ -42,7 +42,8 @@ class Evaluation:
 
     Attributes:
         test: images of the classes that were trained on.
-        local, neighbor: [K, T] float64 weights on the CPU over `test` for each client; rows sum to one, or to zero where a split is empty.
+        local, neighbor: [K, T] float64 on the CPU, weights over `test` for each client; rows sum to one, or to zero
+            where a split is empty.
         novel: images of classes that nobody trained on, or None.
         domain: images of the held-out domain, or None.
     """
