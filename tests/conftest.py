@@ -87,9 +87,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 
 @pytest.fixture(scope="session")
-def data_root() -> Path:
-    """The folder of real data beside the project; tests that use it are skipped where it is absent."""
+def real_data() -> Callable[[str], Path]:
+    """Folders of real data beside the project; a test that asks for one is skipped where it is absent."""
     root = Path(os.environ.get("SORDINO_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    if not root.is_dir():
-        pytest.skip(f"no real data at {root}; set SORDINO_DATA")
-    return root
+
+    def find(name: str) -> Path:
+        if not (root / name).is_dir():
+            pytest.skip(f"no {name}/ in {root}; set SORDINO_DATA")
+        return root / name
+
+    return find

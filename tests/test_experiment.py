@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -273,3 +274,21 @@ def test_compare_checks_every_algorithm_before_it_trains(config_file: Path, tmp_
     with pytest.raises(ConfigError, match="rank = 9"):
         compare(bad, ["zero-shot", "dplora"], 1, tmp_path / "all")
     assert not (tmp_path / "all").exists()
+
+
+@pytest.mark.slow
+def test_the_bundled_encoder_on_real_pictures(real_data: Callable[[str], Path], tmp_path: Path) -> None:
+    """The example on a part of PACS: zero-shot is far above chance, and learning gets above it on held-out pictures."""
+    overrides = [
+        f"data.source=imagefolder:{real_data('pacs')}",
+        "data.train_per_class=6",
+        "data.test_per_class=6",
+        "rounds=20",
+        "device=cpu",
+    ]
+    config = load_config(Path(__file__).parents[1] / "examples" / "pacs.toml", overrides)
+    rows = compare(config, ["zero-shot", "dp-fpl", "local"], 1, tmp_path / "out")
+    accuracy = {row.algorithm: {split: (row.accuracy[split] or (0, 0))[0] for split in row.accuracy} for row in rows}
+    assert accuracy["zero-shot"]["local"] > 0.35  # chance is 1/7
+    assert accuracy["dp-fpl"]["local"] > accuracy["zero-shot"]["local"] + 0.1
+    assert accuracy["dp-fpl"]["neighbor"] > accuracy["local"]["neighbor"]

@@ -70,7 +70,7 @@ def _run(
     training = (checkpoint.load(out / "checkpoint", start) if resume else None) or start
     metrics = _Metrics(out / "metrics.jsonl", training.round)
     training, scores = _train(config, runtime, evaluation, training, metrics, out, progress)
-    ledger = Ledger(disclosures=runtime.algorithm.ABOUT.discloses)
+    ledger = Ledger(disclosures=runtime.disclosures())
     write_atomically(out / "ledger.json", ledger.to_json().encode())
     _save_prompts(out / "prompts", config, bench.encoder, task, runtime.contexts(training), ledger)
     seconds = {

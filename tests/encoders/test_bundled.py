@@ -1,6 +1,6 @@
 """The bundled encoder against transformers' own BERT, finite differences, and pictures that it must recognise."""
 
-import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,7 +26,6 @@ pytestmark = pytest.mark.skipif(
 )
 CPU = torch.device("cpu")
 NAMES = ("cat", "electric guitar", "daddy longlegs spider", "zebra")  # three lengths, one of them twice
-DATA = Path(os.environ.get("SORDINO_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 
 @pytest.fixture(scope="module")
@@ -132,10 +131,10 @@ def test_folded_batch_norms_change_nothing() -> None:
         torch.testing.assert_close(folded(pixels), plain(pixels), atol=1e-4, rtol=1e-4)
 
 
-def test_the_classifier_recognises_dogs_and_elephants(encoder: BundledEncoder) -> None:
-    photos = DATA / "pacs" / "photo"
-    if not photos.is_dir():
-        pytest.skip("no data: set SORDINO_DATA to the folder that holds pacs/")
+def test_the_classifier_recognises_dogs_and_elephants(
+    encoder: BundledEncoder, real_data: Callable[[str], Path]
+) -> None:
+    photos = real_data("pacs") / "photo"
     info = ImageNetInfo()
     # Dogs are ImageNet's classes 151 to 268; elephants are named so.
     elephants = {index for index in range(1000) if "elephant" in info.index_to_description(index, detailed=True)}

@@ -82,3 +82,12 @@ def test_one_clients_upload_is_measured_not_the_stacks(make_runtime: MakeRuntime
     few, many = make_runtime("promptfl", ROWS[:2], TABLES), make_runtime("promptfl", ROWS, TABLES)
     assert few.round(few.start())[1].upload_bytes == many.round(many.start())[1].upload_bytes
     assert take(many.start().clients, torch.tensor([0])) is not None
+
+
+def test_sizes_are_named_as_disclosed_where_they_are(make_runtime: MakeRuntime) -> None:
+    told = make_runtime("promptfl", ROWS, TABLES).disclosures()
+    untold = make_runtime("promptfl", ROWS, TABLES, weighting="uniform").disclosures()
+    assert [phrase for phrase in told if phrase not in untold] == [
+        "how many examples each client holds, to the server every round"
+    ]
+    assert make_runtime("local", ROWS, TABLES).disclosures() == make_runtime("local", ROWS).algorithm.ABOUT.discloses

@@ -1,8 +1,6 @@
 """Sources: real files on disk, in every layout that is accepted, and what is said of those that are not."""
 
 import io
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +10,6 @@ from sordino.errors import ConfigError, DataError
 from sordino.tasks import DataSettings
 from sordino.tasks.pictures import decode
 from sordino.tasks.sources import load_images
-
-DATA = Path(os.environ.get("SORDINO_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 
 def load(source, **settings):
@@ -289,10 +285,8 @@ def test_what_cannot_be_loaded_is_told_in_one_line(tmp_path, monkeypatch):
 # --- real data -------------------------------------------------------------------------------------------------------
 
 
-def test_real_folders_of_both_depths():
-    if not (DATA / "caltech101").is_dir() or not (DATA / "pacs").is_dir():
-        pytest.skip(f"caltech101 and pacs are not in {DATA} (set SORDINO_DATA)")
-    caltech, pacs = load(f"imagefolder:{DATA / 'caltech101'}"), load(f"imagefolder:{DATA / 'pacs'}")
+def test_real_folders_of_both_depths(real_data):
+    caltech, pacs = load(f"imagefolder:{real_data('caltech101')}"), load(f"imagefolder:{real_data('pacs')}")
     assert (len(caltech), len(caltech.class_names), caltech.domains) == (3100, 100, None)
     assert "windsor chair" in caltech.class_names
     assert pacs.domain_names == ("art painting", "cartoon", "photo", "sketch")

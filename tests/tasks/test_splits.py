@@ -1,8 +1,5 @@
 """Splits: who trains and tests on what, and that each accuracy is measured on the pictures that it is defined on."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,7 +11,6 @@ from sordino.tasks.images import ImageSet
 from sordino.tasks.sources import load_images
 from sordino.tasks.splits import build_task
 
-DATA = Path(os.environ.get("SORDINO_DATA", Path(__file__).parents[3] / "shared" / "data"))
 DOMAINS = ("art painting", "photo", "sketch")
 IID = PartitionSettings(scheme="iid", clients=2)
 
@@ -248,10 +244,8 @@ def test_the_demo():
     assert sum(map(len, task.train)) == 1797 - 539
 
 
-def test_real_domains():
-    if not (DATA / "pacs").is_dir():
-        pytest.skip(f"pacs is not in {DATA} (set SORDINO_DATA)")
-    chosen = DataSettings(source=f"imagefolder:{DATA / 'pacs'}", train_per_class=16)
+def test_real_domains(real_data):
+    chosen = DataSettings(source=f"imagefolder:{real_data('pacs')}", train_per_class=16)
     task = build_task(load_images(chosen), chosen, PartitionSettings(scheme="domain", clients=8), 0)
     assert [len(rows) for rows in task.train] == [56] * 8
     assert len(task.test) == 4 * 7 * 64

@@ -86,14 +86,14 @@ def map_tensors(state: AnyState, change: Callable[[str, Tensor], Tensor]) -> Any
 
 
 def take(state: AnyState, clients: Tensor) -> AnyState:
-    """The slices of some clients, in the given order."""
-    return map_tensors(state, lambda _, tensor: tensor[clients])
+    """The slices of some clients, in the given order; torch keeps some of an optimiser's tensors on the CPU always."""
+    return map_tensors(state, lambda _, tensor: tensor[clients.to(tensor.device)])
 
 
 def put(state: AnyState, clients: Tensor, part: AnyState) -> AnyState:
     """The state with some clients' slices replaced by those of `part`."""
     new = named_tensors(part)
-    return map_tensors(state, lambda name, tensor: tensor.index_copy(0, clients, new[name]))
+    return map_tensors(state, lambda name, tensor: tensor.index_copy(0, clients.to(tensor.device), new[name]))
 
 
 @dataclass(frozen=True)
@@ -209,6 +209,7 @@ class Algorithm(Protocol):
 
     ABOUT: About
     Settings: Any
+    Upload: Any
 
     def server_init(self, settings: Any, start: Start) -> Any: ...
     def client_init(self, settings: Any, start: Start) -> Any: ...

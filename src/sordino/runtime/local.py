@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -118,6 +118,14 @@ class LocalRuntime:
     def contexts(self, training: Training) -> Tensor:
         """The clients' prompts [K, M, E], or the one that they share [1, M, E]."""
         return self.algorithm.prompt(self.algorithm.broadcast(training.server), training.clients)
+
+    def disclosures(self) -> tuple[str, ...]:
+        """What leaves clients without noise, each a phrase."""
+        sizes = "how many examples each client holds, to the server every round"
+        tells_sizes = self.runtime.weighting == "examples" and "weight" in {
+            field.name for field in fields(self.algorithm.Upload)
+        }
+        return (*self.algorithm.ABOUT.discloses, *([sizes] if tells_sizes else []))
 
     @cached_property
     def _gradients(self) -> Gradients:
