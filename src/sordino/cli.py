@@ -227,7 +227,7 @@ def _print_table(rows: list[Row]) -> None:
 
     splits = [split for split in SPLITS if any(row.accuracy[split] for row in rows)]
     over = "seeds" if rows[0].seeds > 1 else "clients"
-    table = Table(box=None, pad_edge=False)  # three splits fit 80 columns
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # three splits fit 80 columns
     table.add_column("algorithm", no_wrap=True)
     for heading in (*splits, "sent up", "down", "seconds"):
         table.add_column(heading, justify="right")
@@ -235,7 +235,7 @@ def _print_table(rows: list[Row]) -> None:
     for row in rows:
         accuracies = [_percent(row.accuracy[split]) for split in splits]
         sizes = [_bytes(row.upload_bytes), _bytes(row.broadcast_bytes)]
-        table.add_row(row.algorithm, *accuracies, *sizes, f"{row.seconds:.1f}", "yes" if row.private else "no")
+        table.add_row(row.algorithm, *accuracies, *sizes, f"{row.seconds:.0f}", "yes" if row.private else "no")
     console = Console()
     console.print(table)
     console.print(
