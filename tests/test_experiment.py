@@ -204,6 +204,13 @@ def test_an_existing_directory_is_not_overwritten(config_file: Path, tmp_path: P
     assert prompts(out) == before
 
 
+def test_an_output_that_cannot_be_written_is_told_first(config_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(RunError, match=r"file/run cannot be written.*choose another --out"):
+        run(load_config(config_file), tmp_path / "file" / "run")
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
 def test_a_damaged_checkpoint_stops_the_resumption(config_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     run(load_config(config_file), out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -108,6 +109,9 @@ def _prepare(out: Path, tables: dict[str, Any], resume: bool) -> dict[str, Any] 
     import tomllib
 
     config_file = out / "config.toml"
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise RunError(f"{out} cannot be written, as {existing} cannot; choose another --out")
     if not resume:
         if out.exists() and any(out.iterdir()):
             raise RunError(f"{out} exists; go on with --resume, or choose another --out")
