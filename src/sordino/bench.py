@@ -12,7 +12,8 @@ from torch import Tensor
 from sordino.config import Experiment
 from sordino.encoders import choose_device, load_encoder
 from sordino.encoders.base import DualEncoder
-from sordino.encoders.cache import FeatureCache, Skipped, encode
+from sordino.encoders.cache import FeatureCache
+from sordino.encoders.encode import Skipped, encode
 from sordino.progress import Progress, log
 from sordino.tasks.images import Flags, ImageSet
 from sordino.tasks.sources import load_images

@@ -1,7 +1,6 @@
 """The bundled encoder against transformers' own BERT, finite differences, and pictures that it must recognise."""
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,9 +20,6 @@ from sordino.encoders.bundled import (
 )
 from sordino.errors import EncoderError
 
-pytestmark = pytest.mark.skipif(
-    find_spec(TEXT_MODEL[0]) is None or find_spec(IMAGE_WEIGHTS[0]) is None, reason="the weight packages are missing"
-)
 CPU = torch.device("cpu")
 NAMES = ("cat", "electric guitar", "daddy longlegs spider", "zebra")  # three lengths, one of them twice
 

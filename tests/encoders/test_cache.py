@@ -15,8 +15,10 @@ import torch
 from PIL import Image
 
 from sordino.encoders import cache as cache_module
+from sordino.encoders import encode as encode_module
 from sordino.encoders.base import Capability, DualEncoder
-from sordino.encoders.cache import FeatureCache, Skipped, default_directory, encode
+from sordino.encoders.cache import FeatureCache, default_directory
+from sordino.encoders.encode import Skipped, encode
 from sordino.errors import DataError, EncoderError, SordinoWarning
 
 WIDTH = 6
@@ -242,7 +244,7 @@ def test_a_full_disk_is_told_once_and_leaves_nothing_behind(tmp_path, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(cache_module.os, "fsync", full)
-    monkeypatch.setattr(cache_module, "SHARD_IMAGES", 2)
+    monkeypatch.setattr(encode_module, "SHARD_IMAGES", 2)
     with pytest.warns(SordinoWarning, match="No space left on device") as caught:
         result, _ = run(Pictures(contents(9)), tmp_path, batch_size=2)
     assert len(caught) == 1
@@ -251,7 +253,7 @@ def test_a_full_disk_is_told_once_and_leaves_nothing_behind(tmp_path, monkeypatc
 
 
 def test_what_was_encoded_before_an_interruption_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_module, "SHARD_IMAGES", 4)
+    monkeypatch.setattr(encode_module, "SHARD_IMAGES", 4)
 
     def interrupt(done, total):
         if done >= 6:
@@ -279,11 +281,11 @@ def test_leftovers_of_killed_writers_are_removed_in_time(tmp_path):
 WRITER = """
 import importlib.util, sys
 from pathlib import Path
-import sordino.encoders.cache as cache_module
+import sordino.encoders.encode as encode_module
 spec = importlib.util.spec_from_file_location("writer", sys.argv[1])
 tests = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tests)
-cache_module.SHARD_IMAGES = 5
+encode_module.SHARD_IMAGES = 5
 print("ready", flush=True)
 result, _ = tests.run(tests.Pictures(tests.contents(400)[int(sys.argv[3]):]), Path(sys.argv[2]), batch_size=5)
 assert result.readable.all()

@@ -1,6 +1,5 @@
 """The joint space against closed forms, random draws, and a second fit."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -8,12 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from sordino.encoders import joint_space
-from sordino.encoders.bundled import IMAGE_WEIGHTS, JOINT_SPACE, TEXT_MODEL, BundledEncoder, package_path
+from sordino.encoders.bundled import IMAGE_WEIGHTS, JOINT_SPACE, BundledEncoder, package_path
 from sordino.encoders.joint_space import CLASSES, Corpus
-
-pytestmark = pytest.mark.skipif(
-    find_spec(TEXT_MODEL[0]) is None or find_spec(IMAGE_WEIGHTS[0]) is None, reason="the weight packages are missing"
-)
 
 
 @pytest.fixture(scope="module")

@@ -1,86 +1,35 @@
-"""Features of frozen towers, computed once for each picture and kept on disk.
+"""Features of frozen towers, kept on disk.
 
-A feature belongs to (encoder fingerprint, kind of feature, content of the picture), whatever the file is called and
-whichever data set it is in. Features lie in *shards*, files of up to about a thousand that are written once and never
-changed. A shard's name is the digest of its content, so a damaged one is recognised; it comes into being by a rename,
-so a reader sees a whole shard or none, and any number of processes may write at once.
+A feature belongs to (encoder, kind of feature, content of the picture), whatever the file is called and whichever data
+set it is in. Features lie in *shards*, files of up to about a thousand that are written once and never changed. A
+shard's name is the digest of its content, so a damaged one is recognised; it comes into being by a rename, so a reader
+sees a whole shard or none, and any number of processes may write at once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import os
 import time
 import warnings
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 from uuid import uuid4
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
-from torch import Tensor
 
-from sordino.encoders.base import Capability, DualEncoder
-from sordino.errors import DataError, EncoderError, SordinoWarning
+from sordino.errors import SordinoWarning
 
 Kind = Literal["image", "patch"]
 Features = NDArray[np.float32]
 
 LAYOUT = "1"  # part of every key: raise it when shards or the decoding of pictures change
-SHARD_IMAGES, SHARD_SECONDS = 1000, 30.0  # a shard is written when either is reached
-WORKERS = min(8, os.cpu_count() or 1)  # threads that read and decode pictures
-UNREADABLE = (DataError, OSError, ValueError, ArithmeticError, MemoryError)  # what a picture may fail with
 STALE_SECONDS = 24 * 3600.0  # a temporary file this old was left by a process that was killed
-
-
-class Images(Protocol):
-    """Pictures to encode: the content that identifies each, and the picture itself.
-
-    Both raise a DataError (or an OSError or ValueError) where a picture cannot be read.
-    """
-
-    @property
-    def names(self) -> Sequence[str]: ...
-    def __len__(self) -> int: ...
-    def raw(self, index: int, /) -> bytes: ...
-    def image(self, index: int, /) -> Image.Image: ...
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A picture that could not be read, and why."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Features of N pictures.
-
-    Attributes:
-        features: [N, D] float32 on the CPU, or [N, P, D] for patches; rows of unreadable pictures are zero.
-        readable: [N].
-        skipped: the unreadable ones.
-        encoded: how many different pictures went through the encoder.
-        cached: how many different pictures came from the cache.
-    """
-
-    features: Tensor
-    readable: NDArray[np.bool_]
-    skipped: tuple[Skipped, ...]
-    encoded: int
-    cached: int
 
 
 class FeatureCache:
@@ -179,160 +128,6 @@ def default_directory() -> Path:
     if own:
         return Path(own).expanduser()
     return (Path(shared) if shared else Path("~/.cache").expanduser()) / "sordino"
-
-
-def encode(
-    images: Images,
-    encoder: DualEncoder,
-    cache: FeatureCache | None,
-    batch_size: int = 64,
-    kind: Kind = "image",
-    progress: Callable[[int, int], None] | None = None,
-) -> Encoded:
-    """Features of all pictures, each different one encoded once, now or in an earlier run.
-
-    Args:
-        cache: None: keep nothing.
-        kind: "image" for `image_features`, "patch" for `patch_features`.
-        progress: called with (pictures done, all pictures), at first with those that the cache has.
-
-    Raises:
-        EncoderError: the encoder lacks patches, or gives features that are not finite.
-    """
-    if kind == "patch":
-        encoder.require(Capability.PATCHES, "encoding patches")
-    digests, reasons = _digests(images)
-    places: dict[bytes, list[int]] = {}  # the rows at which each different picture stands
-    for row, digest in enumerate(digests):
-        if digest is not None:
-            places.setdefault(digest, []).append(row)
-    features = {} if cache is None else cache.find(_key(encoder), kind, list(places))
-    cached = len(features)
-    done = len(reasons) + sum(len(places[digest]) for digest in features)
-    todo = {digest: rows[0] for digest, rows in places.items() if digest not in features}
-    progress = progress or (lambda done, total: None)
-    progress(done, len(images))
-    with contextlib.closing(_encoded(images, todo, encoder, cache, batch_size, kind)) as batches:
-        for batch in batches:
-            for digest, result in batch.items():
-                done += len(places[digest])
-                if isinstance(result, str):
-                    reasons |= dict.fromkeys(places[digest], result)
-                else:
-                    features[digest] = result
-            progress(done, len(images))
-    empty = (encoder.feature_width,) if kind == "image" else (0, encoder.feature_width)
-    shape = next((feature.shape for feature in features.values()), empty)
-    table = np.zeros((len(images), *shape), dtype=np.float32)
-    for digest, feature in features.items():
-        table[places[digest]] = feature
-    return Encoded(
-        features=torch.from_numpy(table),
-        readable=np.asarray([row not in reasons for row in range(len(images))], dtype=np.bool_),
-        skipped=tuple(Skipped(images.names[row], reasons[row]) for row in sorted(reasons)),
-        encoded=len(features) - cached,
-        cached=cached,
-    )
-
-
-def _digests(images: Images) -> tuple[list[bytes | None], dict[int, str]]:
-    """Each picture's content digest, None where the content cannot be read, and the reasons by row."""
-
-    def digest(row: int) -> bytes | str:
-        try:
-            return hashlib.sha256(images.raw(row)).digest()
-        except UNREADABLE as error:
-            return _reason(error)
-
-    with ThreadPoolExecutor(WORKERS) as pool:
-        results = list(pool.map(digest, range(len(images))))
-    reasons = {row: result for row, result in enumerate(results) if isinstance(result, str)}
-    return [None if isinstance(result, str) else result for result in results], reasons
-
-
-def _encoded(
-    images: Images,
-    todo: Mapping[bytes, int],
-    encoder: DualEncoder,
-    cache: FeatureCache | None,
-    batch_size: int,
-    kind: Kind,
-) -> Generator[dict[bytes, Features | str], None, None]:
-    """Batches of features, or of reasons why there are none, of the pictures in `todo`; stored as they come."""
-    unstored: dict[bytes, Features] = {}
-    stored_at = time.monotonic()
-
-    def store() -> None:
-        nonlocal stored_at
-        if cache is not None:
-            cache.store(_key(encoder), kind, unstored)
-        unstored.clear()
-        stored_at = time.monotonic()
-
-    try:
-        for batch in _pixels(images, todo, encoder, batch_size):
-            pixels = {digest: result for digest, result in batch.items() if not isinstance(result, str)}
-            rows = (
-                dict(zip(pixels, _forward(encoder, kind, list(pixels.values()), batch_size), strict=True))
-                if pixels
-                else {}
-            )
-            unstored |= rows
-            if len(unstored) >= SHARD_IMAGES or time.monotonic() - stored_at > SHARD_SECONDS:
-                store()
-            yield {digest: rows[digest] if digest in rows else str(batch[digest]) for digest in batch}
-    finally:  # also when the user interrupts: what is encoded is kept
-        store()
-
-
-def _pixels(
-    images: Images, todo: Mapping[bytes, int], encoder: DualEncoder, batch_size: int
-) -> Iterator[dict[bytes, Tensor | str]]:
-    """Batches of pixels [3, H, W], or reasons why there are none, decoded by threads two batches ahead of their use."""
-
-    def pixels(row: int) -> Tensor | str:
-        try:
-            return encoder.transform(images.image(row))
-        except UNREADABLE as error:
-            return _reason(error)
-
-    remaining = iter(todo.items())
-    waiting: deque[dict[bytes, Future[Tensor | str]]] = deque()
-    with ThreadPoolExecutor(WORKERS) as pool, warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such pictures are refused, by name
-        while True:
-            while len(waiting) < 3 and (chunk := list(itertools.islice(remaining, batch_size))):
-                waiting.append({digest: pool.submit(pixels, row) for digest, row in chunk})
-            if not waiting:
-                return
-            yield {digest: future.result() for digest, future in waiting.popleft().items()}
-
-
-@torch.no_grad()
-def _forward(encoder: DualEncoder, kind: Kind, pixels: list[Tensor], size: int) -> Features:
-    """Features [B, ...] of B pictures.
-
-    The batch is filled up to `size` pictures, as kernels differ by shape in the last bit: so a feature does not depend
-    on where an earlier encoding was interrupted.
-    """
-    filled = pixels + [pixels[0]] * (size - len(pixels))
-    batch = torch.stack(filled).to(encoder.device)
-    features = encoder.image_features(batch) if kind == "image" else encoder.patch_features(batch)
-    if not torch.isfinite(features).all():
-        raise EncoderError(
-            f"encoder {encoder.name!r} gives {kind} features that are not finite in {encoder.dtype}; use float32"
-        )
-    rows: Features = features[: len(pixels)].float().cpu().numpy()
-    return rows
-
-
-def _key(encoder: DualEncoder) -> str:
-    """What tells features of different towers apart, precision included."""
-    return f"{encoder.fingerprint} {encoder.dtype}"
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _write(path: Path, content: bytes) -> None:
