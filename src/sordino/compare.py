@@ -16,9 +16,9 @@ from sordino.bench import Bench
 from sordino.config import Experiment
 from sordino.errors import RunError
 from sordino.experiment import run
+from sordino.files import write_atomically
 from sordino.progress import Progress, silent
 from sordino.report import write_report
-from sordino.runtime.checkpoint import write_atomically
 
 SPLITS = ("local", "neighbor", "overall", "novel", "domain")
 

@@ -22,11 +22,11 @@ from sordino.config import Experiment, first_difference, resolved, to_toml
 from sordino.encoders.base import DualEncoder
 from sordino.encoders.prompt_model import PromptModel
 from sordino.errors import RunError
+from sordino.files import write_atomically
 from sordino.privacy.ledger import Ledger
 from sordino.progress import Progress, silent
 from sordino.report import write_report
 from sordino.runtime import checkpoint
-from sordino.runtime.checkpoint import write_atomically
 from sordino.runtime.evaluate import Evaluation, EvaluationSet, Scores
 from sordino.runtime.local import LocalRuntime, RoundRecord, Training
 from sordino.tasks.splits import Task

@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
-from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
 from sordino.errors import SordinoWarning
+from sordino.files import replace_file
 
 Kind = Literal["image", "patch"]
 Features = NDArray[np.float32]
@@ -73,7 +73,7 @@ class FeatureCache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _remove_stale(folder)
-            _write(folder / f"{hashlib.sha256(content).hexdigest()}.safetensors", content)
+            replace_file(folder / f"{hashlib.sha256(content).hexdigest()}.safetensors", content)
         except OSError as error:
             self._writable = False
             reason = error.strerror or str(error)
@@ -128,20 +128,6 @@ def default_directory() -> Path:
     if own:
         return Path(own).expanduser()
     return (Path(shared) if shared else Path("~/.cache").expanduser()) / "sordino"
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file so that it is whole under its name or not there, whatever is killed when."""
-    temporary = path.with_name(f".{uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        _remove(temporary)
-        raise
 
 
 def _remove_stale(folder: Path) -> None:

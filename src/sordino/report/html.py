@@ -1,10 +1,10 @@
 """Run directories to one self-contained HTML page: `write_report`."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from sordino.errors import RunError
+from sordino.files import replace_file
 from sordino.report.groups import group_runs
 from sordino.report.page import render
 from sordino.report.runs import read_run
@@ -34,15 +34,8 @@ def write_report(runs: Sequence[Path], out: Path, title: str) -> Path:
 
 
 def _replace(out: Path, text: str) -> None:
-    # In the same folder, so that replacing is one step; the process id keeps two writers apart.
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(text, encoding="utf-8", errors="replace")
-            temporary.replace(out)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_file(out, text.encode("utf-8", errors="replace"))
     except OSError as error:
         raise RunError(
             f"{out}: the report cannot be written ({error.strerror}); choose a file in a folder that can be written"

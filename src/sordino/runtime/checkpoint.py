@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import safetensors.torch
@@ -17,32 +16,10 @@ from torch import Tensor
 
 from sordino.algorithms.base import AnyState, State, map_tensors, named_tensors
 from sordino.errors import RunError
+from sordino.files import write_atomically
 from sordino.runtime.local import Training
 
 LATEST = "latest.json"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file's content, all or nothing.
-
-    Raises:
-        RunError: the disk is full, or the folder cannot be written; the old file is untouched.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _flush_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another --out; "
-            "what was written before is intact, go on with --resume"
-        ) from None
 
 
 def save(folder: Path, training: Training) -> None:
@@ -106,13 +83,3 @@ def _fill(like: AnyState, tensors: dict[str, Tensor], prefix: str) -> AnyState:
         return new.to(old)
 
     return map_tensors(like, find)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make a rename durable, where the system lets a folder be flushed."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -1,0 +1,56 @@
+"""Files that are whole or absent, whatever is killed when and however full the disk is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from uuid import uuid4
+
+from sordino.errors import RunError
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file, or replace it, all or nothing; folders above it are made.
+
+    The content goes to a hidden temporary file beside it, is flushed to the disk, and is renamed. Any number of
+    processes may write at once.
+
+    Raises:
+        OSError: it cannot be written; an older file is untouched, and nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _flush_folder(path.parent)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """`replace_file` for a run directory.
+
+    Raises:
+        RunError: the disk is full, or the folder cannot be written.
+    """
+    try:
+        replace_file(path, content)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another --out; "
+            "what was written before is intact, go on with --resume"
+        ) from None
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename durable, where the system lets a folder be flushed."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
