@@ -14,6 +14,7 @@ from hypothesis import settings
 from sordino.encoders.clip import ClipEncoder
 from sordino.encoders.prompt_model import PromptModel
 from sordino.privacy.gradients import ExactGradients
+from sordino.privacy.settings import PrivacySettings
 from sordino.runtime.local import LocalRuntime
 from sordino.runtime.settings import RuntimeSettings
 
@@ -64,6 +65,7 @@ def make_runtime(model: PromptModel, table: tuple[torch.Tensor, torch.Tensor]) -
         tables: dict[str, object] | None = None,
         rounds: int = 6,
         seed: int = 0,
+        privacy: dict[str, object] | None = None,
         **runtime: object,
     ) -> LocalRuntime:
         return LocalRuntime(
@@ -75,6 +77,7 @@ def make_runtime(model: PromptModel, table: tuple[torch.Tensor, torch.Tensor]) -
             rounds,
             RuntimeSettings(**runtime),  # type: ignore[arg-type]
             seed,
+            PrivacySettings(**(privacy or {})),  # type: ignore[arg-type]
         )
 
     return make

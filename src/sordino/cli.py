@@ -201,7 +201,7 @@ def _progress() -> Iterator[Progress]:
 
     handler = RichHandler(console=errors, show_path=False, show_level=False, show_time=False)
     logger = logging.getLogger("sordino")
-    logger.handlers, logger.level = [handler], logging.INFO
+    logger.handlers, logger.level, logger.propagate = [handler], logging.INFO, False
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

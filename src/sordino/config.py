@@ -11,6 +11,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sordino.errors import ConfigError, config_error
+from sordino.privacy.settings import PrivacySettings
 from sordino.runtime.settings import RuntimeSettings
 from sordino.tasks.settings import DataSettings, PartitionSettings
 
@@ -40,6 +41,7 @@ class Experiment(BaseModel):
     partition: PartitionSettings
     encoder: EncoderSettings = EncoderSettings()
     runtime: RuntimeSettings = RuntimeSettings()
+    privacy: PrivacySettings = PrivacySettings()
     settings: dict[str, Any] = Field(
         default_factory=dict, description="hyper-parameters; [settings.NAME] for one method"
     )

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,15 @@ from sordino.encoders.prompt_model import PromptModel
 from sordino.errors import RunError
 from sordino.files import write_atomically
 from sordino.privacy.ledger import Ledger
-from sordino.progress import Progress, silent
+from sordino.privacy.statement import as_summary
+from sordino.progress import Progress, log, silent
 from sordino.report import write_report
 from sordino.runtime import checkpoint
 from sordino.runtime.evaluate import Evaluation, EvaluationSet, Scores
 from sordino.runtime.local import LocalRuntime, RoundRecord, Training
 from sordino.tasks.splits import Task
+
+LEDGER = "ledger.json"
 
 
 def run(
@@ -64,15 +67,14 @@ def _run(
 ) -> dict[str, Any]:
     task, encoding = bench.task(config, progress)
     started = time.monotonic()
-    runtime, evaluation = _assemble(config, bench, task)
-    start = runtime.start()
+    runtime, evaluation = assemble(config, bench, task)
     if not (out / "config.toml").exists():
         write_atomically(out / "config.toml", to_toml(tables).encode())
-    training = (checkpoint.load(out / "checkpoint", start) if resume else None) or start
+    training = _resumed(runtime, out) if resume else runtime.start()
     metrics = _Metrics(out / "metrics.jsonl", training.round)
     training, scores = _train(config, runtime, evaluation, training, metrics, out, progress)
-    ledger = Ledger(disclosures=runtime.disclosures())
-    write_atomically(out / "ledger.json", ledger.to_json().encode())
+    ledger = training.ledger
+    write_atomically(out / LEDGER, ledger.to_json().encode())
     _save_prompts(out / "prompts", config, bench.encoder, task, runtime.contexts(training), ledger)
     seconds = {
         "encode": encoding.seconds,
@@ -85,11 +87,11 @@ def _run(
         "encoder": bench.encoder.name,
         "dataset": config.data.source,
         "clients": task.clients,
-        "rounds": runtime.rounds,
+        "rounds": training.round,
         "seed": config.seed,
         "accuracy": scores.means(),
         "per_client": _per_client(task, scores),
-        "privacy": _privacy(ledger),
+        "privacy": as_summary(ledger, config.privacy.unit) | {"rounds_unpaid": runtime.rounds - training.round},
         "wire": _wire(metrics, _handed_over(runtime, bench, task)),
         "seconds": seconds,
         "images": {
@@ -133,7 +135,12 @@ def _prepare(out: Path, tables: dict[str, Any], resume: bool) -> dict[str, Any] 
     return dict(json.loads(summary.read_bytes())) if summary.exists() else None
 
 
-def _assemble(config: Experiment, bench: Bench, task: Task) -> tuple[LocalRuntime, Evaluation]:
+def assemble(config: Experiment, bench: Bench, task: Task) -> tuple[LocalRuntime, Evaluation]:
+    """The federation of a configuration, ready to be trained, and the splits that it is evaluated on.
+
+    Raises:
+        ConfigError: the method's settings or the privacy mechanism do not fit.
+    """
     encoder, device = bench.encoder, bench.encoder.device
     labels = torch.from_numpy(task.labels)
 
@@ -163,8 +170,22 @@ def _assemble(config: Experiment, bench: Bench, task: Task) -> tuple[LocalRuntim
         config.rounds,
         config.runtime,
         config.seed,
+        config.privacy,
     )
     return runtime, evaluation
+
+
+def _resumed(runtime: LocalRuntime, out: Path) -> Training:
+    """Where an interrupted run stands.
+
+    Rounds after the last checkpoint are run again. With noise from the seed they release the same numbers again, which
+    tells nothing new. Noise from the operating system is new each time, so what they released stays counted.
+    """
+    start = runtime.start()
+    training = checkpoint.load(out / "checkpoint", start) or start
+    if runtime.privacy.secure and (out / LEDGER).exists():
+        training = replace(training, ledger=Ledger.from_json((out / LEDGER).read_bytes()))
+    return training
 
 
 class _Metrics:
@@ -209,15 +230,22 @@ def _train(
     scores: Scores | None = None
     if training.round == 0 and not metrics.lines:
         scores = _record(metrics, RoundRecord(0, 0.0, 0, 0, 0), 0.0, runtime, evaluation, training)
+    unlimited = runtime.pays_for_all(training)
     while training.round < runtime.rounds:
+        if not (unlimited or runtime.within_budget(training)):
+            log.warning("the privacy budget is spent after round %d of %d", training.round, runtime.rounds)
+            break
         started = time.monotonic()
         training, record = runtime.round(training)
+        if training.ledger.releases:  # before anything else of this round is written, so that nothing goes uncounted
+            write_atomically(out / LEDGER, training.ledger.to_json().encode())
         last = training.round == runtime.rounds
         due = last or training.round % config.runtime.evaluate_every == 0
         scores = _record(metrics, record, time.monotonic() - started, runtime, evaluation if due else None, training)
-        if last or training.round % config.runtime.checkpoint_every == 0:
+        if training.round % config.runtime.checkpoint_every == 0:
             checkpoint.save(out / "checkpoint", training)
         progress(f"{config.algorithm} (seed {config.seed})", training.round, runtime.rounds, f"loss {record.loss:.3f}")
+    checkpoint.save(out / "checkpoint", training)
     return training, scores or evaluation.scores(runtime.contexts(training))
 
 
@@ -240,17 +268,6 @@ def _record(
     }
     metrics.add(line)
     return scores
-
-
-def _privacy(ledger: Ledger) -> dict[str, Any]:
-    return {
-        "private": ledger.private,
-        "epsilon": 0.0 if ledger.private and not ledger.releases else None,
-        "delta": None,
-        "unit": None,
-        "statement": ledger.statement(),
-        "ledger_digest": ledger.digest(),
-    }
 
 
 def _handed_over(runtime: LocalRuntime, bench: Bench, task: Task) -> int:

@@ -50,5 +50,12 @@ class Streams:
         """Standard normal numbers of the given shape, float32, that every party draws alike."""
         return torch.randn(shape, generator=self._generator("all", purpose)).to(self.device)
 
+    def uniform(self, purpose: str, counts: Sequence[int]) -> list[Tensor]:
+        """Uniform numbers in [0, 1), float64 on the CPU, for each client as many as it is asked for."""
+        return [
+            torch.rand(count, generator=generator, dtype=torch.float64)
+            for count, generator in zip(counts, self.generators(purpose), strict=True)
+        ]
+
     def _generator(self, owner: str, purpose: str) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(self.seed, self.round, owner, purpose))

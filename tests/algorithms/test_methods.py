@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from sordino.algorithms import METHODS, algorithm, settings_for
-from sordino.algorithms.base import Broadcast, ClientState, Server, Upload, map_tensors, named_tensors, take
+from sordino.algorithms.base import Broadcast, ClientState, Server, Upload, Uploads, map_tensors, named_tensors, take
 from sordino.errors import ConfigError
 from sordino.privacy.gradients import ExactGradients
+from sordino.privacy.mechanism import plain_mean
 from sordino.runtime.local import LocalRuntime, Training
 
 MakeRuntime = Callable[..., LocalRuntime]
@@ -112,8 +113,8 @@ def test_averaging_commutes_with_the_clients_order(
         settings, module.broadcast(training.server), training.clients, runtime.data, gradients, clock
     )
     shuffled = take(upload, torch.tensor([2, 0, 1]))
-    one = module.server_round(settings, training.server, upload, clock)
-    other = module.server_round(settings, training.server, shuffled, clock)
+    one = module.server_round(settings, training.server, Uploads(upload, plain_mean), clock)
+    other = module.server_round(settings, training.server, Uploads(shuffled, plain_mean), clock)
     for key, tensor in named_tensors(one).items():
         torch.testing.assert_close(named_tensors(other)[key], tensor)
 

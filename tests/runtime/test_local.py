@@ -84,9 +84,10 @@ def test_one_clients_upload_is_measured_not_the_stacks(make_runtime: MakeRuntime
 
 
 def test_sizes_are_named_as_disclosed_where_they_are(make_runtime: MakeRuntime) -> None:
-    told = make_runtime("promptfl", ROWS, TABLES).disclosures()
-    untold = make_runtime("promptfl", ROWS, TABLES, weighting="uniform").disclosures()
-    assert [phrase for phrase in told if phrase not in untold] == [
+    told = make_runtime("promptfl", ROWS, TABLES).start().ledger.disclosures
+    untold = make_runtime("promptfl", ROWS, TABLES, weighting="uniform").start().ledger.disclosures
+    assert [each.content for each in told if each not in untold] == [
         "how many examples each client holds, to the server every round"
     ]
-    assert make_runtime("local", ROWS, TABLES).disclosures() == make_runtime("local", ROWS).algorithm.ABOUT.discloses
+    local = make_runtime("local", ROWS, TABLES)
+    assert local.start().ledger.disclosures == local.algorithm.ABOUT.discloses

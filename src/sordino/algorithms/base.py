@@ -9,25 +9,30 @@ A method is one module. It defines
     client_init(settings, start) -> ClientState        K clients at once
     broadcast(server) -> Broadcast
     client_round(settings, broadcast, state, data, gradients, clock) -> (Upload, ClientState)
-    server_round(settings, server, upload, clock) -> Server
+    server_round(settings, server, uploads, clock) -> Server
     prompt(broadcast, state) -> Tensor                 contexts [K, M, E], or [1, M, E] where all clients share one
 
 Every tensor of a ClientState and of an Upload has the K clients as its leading axis, so that a process that holds one
 client and one that holds a thousand run the same lines. The functions do no I/O, read no clock but the one they are
 given, and draw no randomness but from `clock.streams`. A runtime moves Broadcast and Upload, and can move nothing else.
+Gradients come from `gradients`, batches from `data`, means over clients from `uploads`, and from nowhere else: that is
+where privacy enters. An upload that is averaged has a field `weight`, known to all, and is a change or a gradient: a
+vector around zero, so that it can be clipped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from sordino.privacy.gradients import Batch, Gradients
+from sordino.privacy.gradients import Batch, Gradients, Sampling
+from sordino.privacy.ledger import Disclosure
+from sordino.privacy.noise import Randomness
 from sordino.randomness import Streams
 
 STRICT = ConfigDict(extra="forbid", strict=True)  # of every Settings: no unknown key, no silent conversion
@@ -58,30 +63,62 @@ class Upload(State):
     """All that leaves a client; each tensor [K, ...]."""
 
 
+@dataclass(frozen=True)
+class ClippedUpload(Upload):
+    """An upload under an adaptive clip.
+
+    Attributes:
+        upload: the method's own tensors, clipped.
+        below_clip: [K], whether they were below the clip, noised.
+    """
+
+    upload: Mapping[str, Tensor]
+    below_clip: Tensor
+
+
 AnyState = TypeVar("AnyState", bound=State)
+AnyUpload = TypeVar("AnyUpload", bound=Upload)
+
+
+@dataclass(frozen=True)
+class Uploads(Generic[AnyUpload]):
+    """What the participants of a round sent.
+
+    Attributes:
+        each: the K uploads; a method that looks at them says so in its ABOUT.
+        average: (field, values [K, ...], weights [K]) to their mean, with noise where the server adds it.
+    """
+
+    each: AnyUpload
+    average: Callable[[str, Tensor, Tensor], Tensor]
+
+    def mean(self, name: str) -> Tensor:
+        """The weighted mean of a field over the participants; does not depend on their order beyond rounding."""
+        tensors = named_tensors(self.each)
+        return self.average(name, tensors[name], tensors["weight"])
 
 
 def named_tensors(state: State) -> dict[str, Tensor]:
     """The tensors of a state, by dotted name."""
     named: dict[str, Tensor] = {}
-    for field in fields(state):
-        value = getattr(state, field.name)
+    for each in fields(state):
+        value = getattr(state, each.name)
         if isinstance(value, Mapping):
-            named.update({f"{field.name}.{key}": tensor for key, tensor in value.items()})
+            named.update({f"{each.name}.{key}": tensor for key, tensor in value.items()})
         else:
-            named[field.name] = value
+            named[each.name] = value
     return named
 
 
 def map_tensors(state: AnyState, change: Callable[[str, Tensor], Tensor]) -> AnyState:
     """The same state with every tensor replaced by `change(dotted name, tensor)`."""
     changed: dict[str, Any] = {}
-    for field in fields(state):
-        value = getattr(state, field.name)
+    for each in fields(state):
+        value = getattr(state, each.name)
         if isinstance(value, Mapping):
-            changed[field.name] = {key: change(f"{field.name}.{key}", tensor) for key, tensor in value.items()}
+            changed[each.name] = {key: change(f"{each.name}.{key}", tensor) for key, tensor in value.items()}
         else:
-            changed[field.name] = change(field.name, value)
+            changed[each.name] = change(each.name, value)
     return replace(state, **changed)
 
 
@@ -130,6 +167,7 @@ class ClientData:
         rows: [K, n] row numbers, padded on the right to the largest client.
         counts: [K] how many of them are real.
         weights: [K] the weight that each client tells the server for averaging; ones where sizes stay untold.
+        coins: where set, every example is in a batch by a coin of its own from here (Poisson sampling).
     """
 
     features: Tensor
@@ -137,6 +175,7 @@ class ClientData:
     rows: Tensor
     counts: Tensor
     weights: Tensor
+    coins: Randomness | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -147,8 +186,12 @@ class ClientData:
         Args:
             steps: how many.
             size: examples a batch, at most; None gives every example each time. A pass's last batch may be smaller.
+                With coins, the expected size.
             streams: decides the order.
         """
+        if self.coins is not None:
+            yield from (self._tossed(step, size, self.coins) for step in range(steps))
+            return
         columns = torch.arange(self.rows.shape[1], device=self.rows.device)
         if size is None or size >= self.rows.shape[1]:
             batch = self._batch(self.rows, columns < self.counts[:, None])
@@ -161,6 +204,18 @@ class ClientData:
         for step in range(steps):
             chosen = torch.stack([plan[step] for plan in plans]).to(self.rows.device)  # [K, B], -1 for none
             yield self._batch(self.rows.gather(1, chosen.clamp(min=0)), chosen >= 0)
+
+    def _tossed(self, step: int, size: int | None, coins: Randomness) -> Batch:
+        """A batch that each example is in with probability size / n, whoever else is; it may be empty."""
+        counts = self.counts.double().cpu()
+        rate = torch.ones_like(counts) if size is None else (size / counts).clamp(max=1.0)
+        tossed = coins.uniform(f"batch {step}", self.counts.tolist())
+        drawn = [(coin < p).nonzero().flatten() for coin, p in zip(tossed, rate, strict=True)]
+        chosen = torch.nn.utils.rnn.pad_sequence(drawn, batch_first=True, padding_value=-1)
+        chosen = chosen if chosen.shape[1] else chosen.new_full((len(drawn), 1), -1)
+        chosen = chosen.to(self.rows.device)
+        batch = self._batch(self.rows.gather(1, chosen.clamp(min=0)), chosen >= 0)
+        return replace(batch, sampling=Sampling(rate, rate * counts))
 
     def _batch(self, rows: Tensor, mask: Tensor) -> Batch:
         return Batch(self.features[rows], self.labels[rows], mask)
@@ -189,7 +244,9 @@ class About:
         shared: what is sent and averaged.
         privacy: the guarantee that the method claims in its paper.
         needs: what it needs of the encoder.
-        discloses: what leaves a client or is published without noise, each a phrase; empty if nothing.
+        discloses: what leaves a client or is published, if nothing is noised; empty if nothing that was learned.
+        server_uses: what the server makes of uploads: their "mean" alone, "each" by itself, or "nothing".
+        averages: parameters whose gradient is uploaded as it is and only averaged, with the upload's field.
         trains: false for a method with no rounds.
         pools_data: true for a method that sees all clients' images in one place.
     """
@@ -199,7 +256,9 @@ class About:
     shared: str
     privacy: str
     needs: str
-    discloses: tuple[str, ...]
+    discloses: tuple[Disclosure, ...]
+    server_uses: Literal["mean", "each", "nothing"]
+    averages: Mapping[str, str] = field(default_factory=dict)
     trains: bool = True
     pools_data: bool = False
 
@@ -217,12 +276,5 @@ class Algorithm(Protocol):
     def client_round(
         self, settings: Any, broadcast: Any, state: Any, data: ClientData, gradients: Gradients, clock: Clock
     ) -> tuple[Any, Any]: ...
-    def server_round(self, settings: Any, server: Any, upload: Any, clock: Clock) -> Any: ...
+    def server_round(self, settings: Any, server: Any, uploads: Uploads[Any], clock: Clock) -> Any: ...
     def prompt(self, broadcast: Any, state: Any) -> Tensor: ...
-
-
-def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    """The mean of values [K, ...] with weights [K] over clients; does not depend on their order beyond rounding."""
-    weights = weights.to(values)
-    mean: Tensor = torch.tensordot(weights / weights.sum(), values, dims=1)
-    return mean

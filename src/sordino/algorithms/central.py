@@ -21,6 +21,7 @@ from sordino.algorithms.local import (
     server_init,
     server_round,
 )
+from sordino.privacy.ledger import Disclosure
 
 __all__ = [
     "ABOUT",
@@ -43,6 +44,9 @@ ABOUT: About = replace(
     personal="nothing",
     shared="all images, in one place",
     privacy="none: every image is handed over",
-    discloses=("every client's images, all to one place", "the prompt, where it is published"),
+    discloses=(
+        Disclosure("every client's images, all to one place", "images"),
+        Disclosure("the prompt, where it is published", "prompt"),
+    ),
     pools_data=True,
 )

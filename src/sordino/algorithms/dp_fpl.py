@@ -23,10 +23,11 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, About, ClientData, Clock, Start, weighted_mean
+from sordino.algorithms.base import STRICT, About, ClientData, Clock, Start, Uploads
 from sordino.algorithms.optimizer import Optimizer
 from sordino.errors import ConfigError
 from sordino.privacy.gradients import Gradients, Parameters
+from sordino.privacy.ledger import Disclosure
 from sordino.prompts.contexts import initial_context
 from sordino.prompts.lowrank import factorise
 
@@ -37,10 +38,12 @@ ABOUT = About(
     privacy="local noise on the factors' gradients, global noise on the averaged gradient",
     needs="text tower",
     discloses=(
-        "each client's gradient of the shared context, to the server every round",
-        "the shared context, to all",
-        "each client's prompt, where it is published",
+        Disclosure("each client's gradient of the shared context, to the server every round", "upload"),
+        Disclosure("the shared context, to all", "mean"),
+        Disclosure("each client's prompt, where it is published", "prompt"),
     ),
+    server_uses="mean",
+    averages={"shared": "gradient"},
 )
 
 
@@ -138,8 +141,8 @@ def _factored_context(p: Parameters) -> Tensor:
     return p["shared"] + p["u"] @ p["v"] + p["residual"]
 
 
-def server_round(settings: Settings, server: Server, upload: Upload, clock: Clock) -> Server:
-    gradient = weighted_mean(upload.gradient, upload.weight)[None]
+def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], clock: Clock) -> Server:
+    gradient = uploads.mean("gradient")[None]
     context, optimizer = settings.optimizer.step(
         server.context[None], gradient, server.optimizer, settings.optimizer.rate(clock)
     )

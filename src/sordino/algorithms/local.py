@@ -11,9 +11,10 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, About, ClientData, Clock, Start
+from sordino.algorithms.base import STRICT, About, ClientData, Clock, Start, Uploads
 from sordino.algorithms.optimizer import Optimizer
 from sordino.privacy.gradients import Gradients
+from sordino.privacy.ledger import Disclosure
 from sordino.prompts.contexts import initial_context
 
 ABOUT = About(
@@ -22,7 +23,8 @@ ABOUT = About(
     shared="nothing",
     privacy="nothing is sent; a published prompt is not protected",
     needs="text tower",
-    discloses=("each client's prompt, where it is published",),
+    discloses=(Disclosure("each client's prompt, where it is published", "prompt"),),
+    server_uses="nothing",
 )
 
 
@@ -90,7 +92,7 @@ def client_round(
     return Upload(), ClientState(context, optimizer)
 
 
-def server_round(settings: Settings, server: Server, upload: Upload, clock: Clock) -> Server:
+def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], clock: Clock) -> Server:
     return server
 
 

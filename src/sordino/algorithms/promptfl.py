@@ -5,6 +5,7 @@ Mobile Computing 2023 (arXiv 2208.11625), section 4: federated averaging (McMaha
 The server may treat the mean change as a gradient of its own optimiser (Reddi et al., Adaptive Federated Optimization,
 ICLR 2021); the default, SGD with rate 1, is plain averaging, as published. The paper is silent on whether a client
 keeps its optimiser's state; here it starts afresh each round, as the context that it would belong to is replaced.
+Clients send the change of the context, not the context: the server knows the rest.
 """
 
 from dataclasses import dataclass, field
@@ -14,9 +15,10 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, About, ClientData, Clock, Start, weighted_mean
+from sordino.algorithms.base import STRICT, About, ClientData, Clock, Start, Uploads
 from sordino.algorithms.optimizer import Optimizer
 from sordino.privacy.gradients import Gradients
+from sordino.privacy.ledger import Disclosure
 from sordino.prompts.contexts import initial_context
 
 ABOUT = About(
@@ -26,9 +28,10 @@ ABOUT = About(
     privacy="images stay; no guarantee on what the context tells about them",
     needs="text tower",
     discloses=(
-        "each client's context after its local steps, to the server every round",
-        "the averaged context, to all",
+        Disclosure("each client's change of the context, to the server every round", "upload"),
+        Disclosure("the averaged context, to all", "mean"),
     ),
+    server_uses="mean",
 )
 
 
@@ -71,7 +74,7 @@ class ClientState(base.ClientState):
 
 @dataclass(frozen=True)
 class Upload(base.Upload):
-    context: Tensor  # [K, M, E], after the local steps
+    change: Tensor  # [K, M, E], of the context by the local steps
     weight: Tensor  # [K], what the average weighs it with
 
 
@@ -97,13 +100,13 @@ def client_round(
     for batch in data.batches(settings.local_steps, settings.batch_size or None, clock.streams):
         gradient = gradients(lambda by: by["context"], {"context": context}, {}, batch).by["context"]
         context, optimizer = settings.optimizer.step(context, gradient, optimizer, settings.optimizer.rate(clock))
-    return Upload(context, data.weights), state
+    return Upload(context - broadcast.context, data.weights), state
 
 
-def server_round(settings: Settings, server: Server, upload: Upload, clock: Clock) -> Server:
-    change = server.context - weighted_mean(upload.context, upload.weight)
+def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], clock: Clock) -> Server:
+    descent = -uploads.mean("change")
     context, optimizer = settings.server_optimizer.step(
-        server.context[None], change[None], server.optimizer, settings.server_optimizer.rate(clock)
+        server.context[None], descent[None], server.optimizer, settings.server_optimizer.rate(clock)
     )
     return Server(context[0], optimizer)
 

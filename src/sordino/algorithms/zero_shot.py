@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, About, ClientData, Clock, Start
+from sordino.algorithms.base import STRICT, About, ClientData, Clock, Start, Uploads
 from sordino.privacy.gradients import Gradients
 
 ABOUT = About(
@@ -19,6 +19,7 @@ ABOUT = About(
     privacy="nothing is learned from any image",
     needs="text tower",
     discloses=(),
+    server_uses="nothing",
     trains=False,
 )
 
@@ -68,7 +69,7 @@ def client_round(
     return Upload(), state
 
 
-def server_round(settings: Settings, server: Server, upload: Upload, clock: Clock) -> Server:
+def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], clock: Clock) -> Server:
     return server
 
 

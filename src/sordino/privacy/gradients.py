@@ -1,7 +1,8 @@
 """The only way by which a method gets a gradient, so that privacy can stand in between.
 
 A method says how its parameters make a context; it does not know whether the gradient that comes back is exact or
-noised. Here is the exact one; it is not private, and enters nothing in the ledger.
+noised. Here is the exact one; it is not private, and enters nothing in the ledger. The noised ones are in `dp_sgd` and
+`cotangent`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,19 @@ ContextOf = Callable[[Parameters], Tensor]  # parameters to contexts [K, M, E], 
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How a batch was sampled: every example by a coin of its own (Poisson sampling).
+
+    Attributes:
+        rate: [K] float64, the probability with which each of a client's examples was in the batch.
+        expected: [K] float64, the expected number of examples, rate times the client's size.
+    """
+
+    rate: Tensor
+    expected: Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """One minibatch of every client in the stack.
 
@@ -28,11 +42,13 @@ class Batch:
         features: [K, B, D] image features.
         labels: [K, B] class indices, int64.
         mask: [K, B], true where there is an example; clients with fewer examples are padded.
+        sampling: how it was sampled, where that was by coins; what is noised must be.
     """
 
     features: Tensor
     labels: Tensor
     mask: Tensor
+    sampling: Sampling | None = None
 
 
 @dataclass(frozen=True)

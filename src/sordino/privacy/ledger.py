@@ -1,68 +1,153 @@
-"""The record of every noisy release of a run. It, not the configuration, says what was spent."""
+"""The record of every noisy release of a run, and of what was disclosed without noise.
+
+It, not the configuration, says what was spent; `accounting` turns it into epsilon.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+from sordino.errors import RunError
+
+Unit = Literal["example", "client"]
+Observer = Literal["server", "clients", "public"]
+OBSERVERS: tuple[Observer, ...] = get_args(Observer)
+Way = Literal["upload", "mean", "prompt", "images", "sizes"]
+
+# Who sees what leaves in which way. The mean reaches all clients, and everybody who is given a prompt.
+SEEN_BY: dict[Way, tuple[Observer, ...]] = {
+    "upload": ("server",),
+    "mean": OBSERVERS,
+    "prompt": OBSERVERS,
+    "images": ("server",),
+    "sizes": ("server",),
+}
+ALL_CLIENTS = "all clients"  # the party of a release that every client's data enter
 
 
 @dataclass(frozen=True)
 class Release:
-    """Noisy releases of one kind.
+    """Gaussian releases of one kind, made of one party's data.
 
     Attributes:
-        mechanism: "gaussian", ...
-        noise_multiplier: standard deviation of the noise over the sensitivity.
-        sampling_rate: probability with which a unit takes part in one release.
+        content: what was released, in words.
+        party: whose data they were made of: "client 3", or ALL_CLIENTS.
+        unit: what neighbouring data sets differ in.
+        noise_multipliers: standard deviation of the noise over the sensitivity, for each vector that was released of
+            one and the same sample; 0 where no noise was added.
+        sampling_rate: probability with which a unit was in the sample, by independent coins; 1 where it always was.
         steps: how many releases.
-        unit: "example" or "client": what neighbouring data sets differ in.
-        noise_by: "client", "server", ...: who adds the noise, hence who must be trusted.
+        noise_by: who added the noise: "client", "server", or "shares" (a part of it by each client).
+        observers: who sees the releases.
     """
 
-    mechanism: str
-    noise_multiplier: float
+    content: str
+    party: str
+    unit: Unit
+    noise_multipliers: tuple[float, ...]
     sampling_rate: float
     steps: int
-    unit: str
     noise_by: str
+    observers: tuple[Observer, ...]
+
+    @property
+    def noise_multiplier(self) -> float:
+        """That of one Gaussian release as revealing as all vectors together: (sum of z^-2)^(-1/2)."""
+        if 0.0 in self.noise_multipliers:
+            return 0.0
+        return float(sum(z**-2 for z in self.noise_multipliers) ** -0.5)
+
+
+@dataclass(frozen=True)
+class Disclosure:
+    """Something that is sent or published with no noise on it.
+
+    Attributes:
+        content: what, and to whom, in words.
+        way: how it leaves: to the server in an "upload", to all as the server's "mean" of uploads, to the public as a
+            client's "prompt"; as "images" that are handed over; as the "sizes" of the clients' data.
+    """
+
+    content: str
+    way: Way
+
+    @property
+    def observers(self) -> tuple[Observer, ...]:
+        """Who sees it."""
+        return SEEN_BY[self.way]
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """What a run released with noise, and in words what it disclosed without.
+    """What a run released with noise, and what it disclosed without.
 
     Attributes:
-        releases: in the order in which they happened.
-        disclosures: what was sent or published with no noise on it, each a phrase.
+        releases: in the order in which each kind first happened; equal ones are one entry with their steps added.
+        disclosures: what is left without noise.
+        trusted: observers that the mechanism trusts, as they add the noise.
+        assumptions: what the guarantee takes as known to everybody, or as given, in words.
+        delta: at which epsilon is stated; None where nothing was released.
+        randomness: "seed": noise and samples can be drawn anew, for experiments; "system": from the operating system.
     """
 
     releases: tuple[Release, ...] = ()
-    disclosures: Sequence[str] = ()
+    disclosures: tuple[Disclosure, ...] = ()
+    trusted: tuple[Observer, ...] = ()
+    assumptions: tuple[str, ...] = ()
+    delta: float | None = None
+    randomness: Literal["seed", "system"] = "seed"
+
+    def add(self, releases: Iterable[Release]) -> Ledger:
+        """The ledger with further releases entered."""
+        steps = {replace(each, steps=0): each.steps for each in self.releases}
+        for each in releases:
+            kind = replace(each, steps=0)
+            steps[kind] = steps.get(kind, 0) + each.steps
+        return replace(self, releases=tuple(replace(kind, steps=count) for kind, count in steps.items()))
 
     @property
     def private(self) -> bool:
-        """Whether nothing that was learned from images left a client but with noise on it."""
-        return not self.disclosures
-
-    def statement(self) -> str:
-        """What is protected and what is not, in words."""
-        if self.private and self.releases:
-            return "Everything that left a client was released with noise; see the ledger."
-        if self.private:
-            return "Private: nothing that was learned from images was sent or published."
-        return f"Not private: {'; '.join(self.disclosures)}. No noise was added and no epsilon holds."
+        """Whether all that was learned from images reached untrusted observers with noise on it, or not at all."""
+        open_to = {observer for each in self.disclosures for observer in each.observers} - set(self.trusted)
+        noiseless = any(
+            each.noise_multiplier == 0 and set(each.observers) - set(self.trusted) for each in self.releases
+        )
+        return not open_to and not noiseless
 
     def to_json(self) -> str:
         """The content of `ledger.json`; equal ledgers give equal text."""
-        content = {
-            "private": self.private,
-            "statement": self.statement(),
-            "releases": [asdict(release) for release in self.releases],
-            "disclosures": list(self.disclosures),
-        }
-        return json.dumps(content, indent=2) + "\n"
+        content = asdict(self)
+        content["disclosures"] = [asdict(each) | {"observers": each.observers} for each in self.disclosures]
+        return json.dumps({"private": self.private, **content}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Ledger:
+        """Read what `to_json` wrote.
+
+        Raises:
+            RunError: it is not a ledger.
+        """
+        try:
+            content: dict[str, Any] = json.loads(text)
+            releases = [
+                Release(**each | {name: tuple(each[name]) for name in ("noise_multipliers", "observers")})
+                for each in content["releases"]
+            ]
+            disclosures = [Disclosure(each["content"], each["way"]) for each in content["disclosures"]]
+            return cls(
+                tuple(releases),
+                tuple(disclosures),
+                tuple(content["trusted"]),
+                tuple(content["assumptions"]),
+                content["delta"],
+                content["randomness"],
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"not a ledger of this version of Sordino ({error!r}); run the experiment again") from None
 
     def digest(self) -> str:
         """SHA-256 of the ledger's text, in hex; saved prompts carry it."""

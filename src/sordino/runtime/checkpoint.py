@@ -1,8 +1,8 @@
 """Checkpoints that are whole or absent, and never overwrite a good one.
 
-A checkpoint is one safetensors file named after its round, beside `latest.json` that names it with its SHA-256. Both
-are written to a temporary name, flushed to the disk, and renamed; so a process that is killed, or a disk that is full,
-leaves the last complete checkpoint in place.
+A checkpoint is one safetensors file named after its round, beside `latest.json` that names it with its SHA-256 and
+holds the ledger as it was then. Both are written to a temporary name, flushed to the disk, and renamed; so a process
+that is killed, or a disk that is full, leaves the last complete checkpoint in place.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from sordino.algorithms.base import AnyState, State, map_tensors, named_tensors
 from sordino.errors import RunError
 from sordino.files import write_atomically
+from sordino.privacy.ledger import Ledger
 from sordino.runtime.local import Training
 
 LATEST = "latest.json"
@@ -31,7 +32,12 @@ def save(folder: Path, training: Training) -> None:
     content = safetensors.torch.save(_tensors(training)) if _tensors(training) else b""
     name = f"round-{training.round:06d}.safetensors"
     write_atomically(folder / name, content)
-    latest = {"file": name, "round": training.round, "sha256": hashlib.sha256(content).hexdigest()}
+    latest = {
+        "file": name,
+        "round": training.round,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "ledger": training.ledger.to_json(),
+    }
     write_atomically(folder / LATEST, json.dumps(latest).encode())
     for old in sorted(folder.glob("round-*.safetensors"))[:-2]:
         old.unlink(missing_ok=True)
@@ -57,7 +63,11 @@ def load(folder: Path, like: Training) -> Training | None:
             raise ValueError("its SHA-256 is not the one recorded")
         tensors = safetensors.torch.load(content) if content else {}
         return Training(
-            int(latest["round"]), _fill(like.server, tensors, "server."), _fill(like.clients, tensors, "clients.")
+            int(latest["round"]),
+            _fill(like.server, tensors, "server."),
+            _fill(like.clients, tensors, "clients."),
+            {name: tensors[f"mechanism.{name}"] for name in like.mechanism},
+            Ledger.from_json(latest["ledger"]),
         )
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise RunError(
@@ -68,7 +78,8 @@ def load(folder: Path, like: Training) -> Training | None:
 
 def _tensors(training: Training) -> dict[str, Tensor]:
     parts: dict[str, State] = {"server.": training.server, "clients.": training.clients}
-    return {
+    mechanism = {f"mechanism.{name}": tensor.contiguous() for name, tensor in training.mechanism.items()}
+    return mechanism | {
         prefix + name: tensor.detach().cpu().contiguous().clone()
         for prefix, state in parts.items()
         for name, tensor in named_tensors(state).items()

@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sordino.algorithms.base import Algorithm, ClientData, ClientState, Clock, Server, Start, named_tensors, put, take
+from sordino.algorithms.base import (
+    Algorithm,
+    AnyUpload,
+    ClientData,
+    ClientState,
+    ClippedUpload,
+    Clock,
+    Server,
+    Start,
+    Upload,
+    Uploads,
+    map_tensors,
+    named_tensors,
+    put,
+    take,
+)
 from sordino.encoders.prompt_model import PromptModel
 from sordino.errors import RunError
-from sordino.privacy.gradients import Batch, ContextOf, ExactGradients, Gradient, Gradients, Parameters
+from sordino.privacy.gradients import Batch, ContextOf, Gradient, Gradients, Parameters
+from sordino.privacy.ledger import Disclosure, Ledger, Release
+from sordino.privacy.mechanism import Facts, Round, mechanism
+from sordino.privacy.noise import Randomness, SystemRandomness
+from sordino.privacy.settings import PrivacySettings
 from sordino.randomness import Streams, derive_seed
 from sordino.runtime import wire
 from sordino.runtime.settings import RuntimeSettings
@@ -22,11 +40,20 @@ from sordino.runtime.settings import RuntimeSettings
 
 @dataclass(frozen=True)
 class Training:
-    """Where a run stands after a round; all that a checkpoint must hold."""
+    """Where a run stands after a round; all that a checkpoint must hold.
+
+    Attributes:
+        round: counted from 1; 0 before the first.
+        server, clients: the method's state.
+        mechanism: the privacy mechanism's state.
+        ledger: what was released so far.
+    """
 
     round: int
     server: Server
     clients: ClientState
+    mechanism: dict[str, Tensor] = field(default_factory=dict)
+    ledger: Ledger = field(default_factory=Ledger)
 
 
 @dataclass(frozen=True)
@@ -58,6 +85,10 @@ class LocalRuntime:
         rounds: how many rounds a whole run has.
         runtime: the `[runtime]` settings.
         seed: of the run.
+        privacy: the `[privacy]` settings.
+
+    Raises:
+        ConfigError: the privacy mechanism does not fit the method.
     """
 
     def __init__(
@@ -71,6 +102,7 @@ class LocalRuntime:
         rounds: int,
         runtime: RuntimeSettings,
         seed: int,
+        privacy: PrivacySettings | None = None,
     ) -> None:
         self.algorithm, self.settings, self.model = algorithm, settings, model
         self.rounds = rounds if algorithm.ABOUT.trains else 0
@@ -78,13 +110,20 @@ class LocalRuntime:
         if algorithm.ABOUT.pools_data:
             rows = [[row for client in rows for row in client]]
         self.data = client_data(features, labels, rows, runtime.weighting)
+        self.privacy = privacy or PrivacySettings()
+        facts = facts_of(algorithm, settings, [len(each) for each in rows], self.rounds, runtime, seed)
+        self.mechanism = mechanism(self.privacy, facts, model)
 
     def start(self) -> Training:
         """The state before the first round."""
         encoder = self.model.encoder
         start = Start(encoder.embed, encoder.context_width, self._streams(0, range(len(self.data))))
         return Training(
-            0, self.algorithm.server_init(self.settings, start), self.algorithm.client_init(self.settings, start)
+            0,
+            self.algorithm.server_init(self.settings, start),
+            self.algorithm.client_init(self.settings, start),
+            self.mechanism.initial_state(),
+            self.mechanism.empty_ledger(),
         )
 
     def round(self, training: Training) -> tuple[Training, RoundRecord]:
@@ -95,51 +134,121 @@ class LocalRuntime:
         """
         number = training.round + 1
         chosen = self._participants(number)
-        clock = Clock(number, self.rounds, self._streams(number, chosen.tolist()))
-        gradients = _Recorded(self._gradients)
+        # Coins may choose nobody. Then one client's round is computed for the messages' shapes, and counts for nothing.
+        stack = chosen if len(chosen) else torch.zeros(1, dtype=torch.int64, device=chosen.device)
+        clock = Clock(number, self.rounds, self._streams(number, stack.tolist()))
+        randomness = self._randomness(clock.streams)
+        at_work = self.mechanism.open(randomness, chosen.tolist(), training.mechanism)
+        gradients = _Recorded(at_work.gradients)
         broadcast = self.algorithm.broadcast(training.server)
-        upload, clients = self.algorithm.client_round(
+        upload, states = self.algorithm.client_round(
             self.settings,
             broadcast,
-            take(training.clients, chosen),
-            _take_data(self.data, chosen),
+            take(training.clients, stack),
+            _take_data(self.data, stack, randomness if self.mechanism.samples_examples else None),
             gradients,
             clock,
         )
-        server = self.algorithm.server_round(self.settings, training.server, upload, clock)
-        after = Training(number, server, put(training.clients, chosen, clients))
+        upload, message = _protected(upload, at_work)
+        there = torch.arange(len(chosen), device=stack.device)
+        uploads = Uploads(take(upload, there), at_work.average)
+        server = self.algorithm.server_round(self.settings, training.server, uploads, clock)
+        clients = put(training.clients, chosen, take(states, there))
+        after = Training(number, server, clients, at_work.finish(), training.ledger.add(at_work.releases))
         loss = gradients.mean_loss()
         if not (math.isfinite(loss) and _finite(after)):
             raise RunError(f"training diverged in round {number} (loss {loss}); lower the learning rate")
-        one_upload = wire.encode(take(upload, torch.zeros(1, dtype=torch.int64, device=chosen.device)))
+        one_upload = wire.encode(take(message, torch.zeros(1, dtype=torch.int64, device=stack.device)))
         record = RoundRecord(number, loss, len(chosen), len(one_upload), len(wire.encode(broadcast)))
         return after, record
+
+    def within_budget(self, training: Training) -> bool:
+        """Whether the next round may be run: whether what it releases, on top of the ledger, stays in the budget."""
+        return self.mechanism.affords(training.ledger, self._round_releases(training.round + 1))
+
+    def pays_for_all(self, training: Training) -> bool:
+        """Whether all remaining rounds stay in the budget, so that nobody need ask again."""
+        remaining = range(training.round + 1, self.rounds + 1)
+        releases = [each for number in remaining for each in self._round_releases(number)]
+        return self.mechanism.affords(training.ledger, releases)
 
     def contexts(self, training: Training) -> Tensor:
         """The clients' prompts [K, M, E], or the one that they share [1, M, E]."""
         return self.algorithm.prompt(self.algorithm.broadcast(training.server), training.clients)
 
-    def disclosures(self) -> tuple[str, ...]:
-        """What leaves clients without noise, each a phrase."""
-        sizes = "how many examples each client holds, to the server every round"
-        tells_sizes = self.runtime.weighting == "examples" and "weight" in {
-            field.name for field in fields(self.algorithm.Upload)
-        }
-        return (*self.algorithm.ABOUT.discloses, *([sizes] if tells_sizes else []))
+    def _round_releases(self, number: int) -> list[Release]:
+        # Where coins choose the clients, what is released does not depend on whom they choose.
+        by_coins = self.mechanism.samples_clients
+        return self.mechanism.round_releases(range(len(self.data)) if by_coins else self._participants(number).tolist())
 
-    @cached_property
-    def _gradients(self) -> Gradients:
-        return ExactGradients(self.model)
+    def _randomness(self, streams: Streams) -> Randomness:
+        if self.privacy.secure:
+            return SystemRandomness(len(streams.clients), self.data.features.device)
+        return streams
 
     def _streams(self, number: int, clients: Sequence[int]) -> Streams:
         return Streams(self.seed, number, clients, self.data.features.device)
 
     def _participants(self, number: int) -> Tensor:
-        """Who takes part in a round, in the order of their numbers."""
-        clients = len(self.data)
-        count = max(1, round(self.runtime.participation * clients))
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, number, "participants"))
-        return torch.randperm(clients, generator=generator)[:count].sort().values.to(self.data.features.device)
+        """Who takes part in a round, in the order of their numbers; nobody, if coins say so."""
+        clients, device = len(self.data), self.data.features.device
+        if not self.mechanism.samples_clients:
+            return participants(self.seed, number, clients, self.runtime.participation).to(device)
+        tossed = self._randomness(self._streams(number, [0])).uniform("participants", [clients])[0]
+        return (tossed < self.runtime.participation).nonzero().flatten().to(device)
+
+
+def participants(seed: int, number: int, clients: int, participation: float) -> Tensor:
+    """Which clients take part in round `number`: as many every round, ascending."""
+    count = max(1, round(participation * clients))
+    generator = torch.Generator().manual_seed(derive_seed(seed, number, "participants"))
+    return torch.randperm(clients, generator=generator)[:count].sort().values
+
+
+def facts_of(
+    algorithm: Algorithm, settings: Any, sizes: Sequence[int], rounds: int, runtime: RuntimeSettings, seed: int
+) -> Facts:
+    """What a privacy mechanism must know of a method and its federation.
+
+    Args:
+        algorithm, settings: the method.
+        sizes: how many examples each party that trains holds.
+        rounds: of the whole run.
+        runtime: the `[runtime]` settings.
+        seed: of the run.
+    """
+    about = algorithm.ABOUT
+    tells_sizes = runtime.weighting == "examples" and "weight" in {each.name for each in fields(algorithm.Upload)}
+    told = Disclosure("how many examples each client holds, to the server every round", "sizes")
+    taken = [0] * len(sizes)
+    for number in range(1, rounds + 1):
+        for client in participants(seed, number, len(sizes), runtime.participation).tolist():
+            taken[client] += 1
+    return Facts(
+        trains=about.trains,
+        pools_data=about.pools_data,
+        sizes=tuple(sizes),
+        weights=tuple(map(float, sizes)) if runtime.weighting == "examples" else (1.0,) * len(sizes),
+        uniform=runtime.weighting == "uniform",
+        batch_size=getattr(settings, "batch_size", None) or None,
+        steps=getattr(settings, "local_steps", 1),
+        taken=tuple(taken),
+        rounds=rounds,
+        participation=runtime.participation,
+        shared=about.averages,
+        personal=about.personal != "nothing",
+        server_uses=about.server_uses,
+        discloses=(*about.discloses, *([told] if tells_sizes else [])),
+    )
+
+
+def _protected(upload: AnyUpload, at_work: Round) -> tuple[AnyUpload, Upload]:
+    """An upload as it leaves its clients, and the message that carries it."""
+    tensors = at_work.protect(named_tensors(upload))
+    protected = map_tensors(upload, lambda name, _: tensors[name])
+    if at_work.below_clip is None:
+        return protected, protected
+    return protected, ClippedUpload(tensors, at_work.below_clip.float())
 
 
 def client_data(features: Tensor, labels: Tensor, rows: Sequence[Sequence[int]], weighting: str) -> ClientData:
@@ -150,8 +259,9 @@ def client_data(features: Tensor, labels: Tensor, rows: Sequence[Sequence[int]],
     return ClientData(features, labels, padded.to(features.device), counts, weights)
 
 
-def _take_data(data: ClientData, chosen: Tensor) -> ClientData:
-    return replace(data, rows=data.rows[chosen], counts=data.counts[chosen], weights=data.weights[chosen])
+def _take_data(data: ClientData, chosen: Tensor, coins: Randomness | None) -> ClientData:
+    rows, counts, weights = data.rows[chosen], data.counts[chosen], data.weights[chosen]
+    return replace(data, rows=rows, counts=counts, weights=weights, coins=coins)
 
 
 def _finite(training: Training) -> bool:

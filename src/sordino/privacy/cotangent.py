@@ -1,0 +1,125 @@
+"""The cotangent mechanism: noise where the loss enters the text features, not where it leaves them.
+
+The loss reaches a prompt through the C class features alone. With logits f_c . x / tau, one example's derivative by the
+class features is (p - y) x^T / tau, [C, D]: the error of its class probabilities times its image feature. Here the sum
+of these over a batch is noised *once*, and the noisy sum is sent back through the text tower. Whatever becomes of it
+there, for shared and personal parameters alike, is post-processing: one backward pass for the whole batch, no example's
+own gradient, and one noise for all parameters.
+
+Noise grows with the number of entries, so image features are first projected on r fixed directions and given unit norm
+again. The directions are singular vectors of *public* text features, of names that have nothing to do with anybody's
+images, so they cost no privacy.
+
+Sensitivity. Neighbouring data sets differ in one example of one client, added or removed. Write z_b = P^T x_b / |P^T
+x_b| for the projected feature, of norm at most 1 (0 where the projection vanishes), and e_b for p_b - y_b scaled down
+to norm at most c. The released sum is S = sum over b in the sample of e_b z_b^T. Each term is a rank-one matrix of
+Frobenius norm |e_b| |z_b| <= c, and depends on its own example and on what was released before only: p_b is a function
+of x_b and of the current prompts. So adding or removing one example changes S by one term, by at most c in Frobenius
+norm, whatever the other examples are: the L2 sensitivity is c. With noise N(0, (z c)^2) on every entry and each example
+in the sample by a coin of probability q, a release is a Gaussian mechanism of noise multiplier z, subsampled at rate q.
+Since |p - y| <= sqrt(2) always, c above sqrt(2) would only add noise. What follows, division by the public expected
+batch size, by tau, the product with P^T and the backward pass, never looks at the data again.
+
+This mechanism is this project's own. It is near to releasing a classifier's output-layer gradients; label-space
+mechanisms and gradient projection on public subspaces (Zhou, Wu, Banerjee, Bypassing the Ambient Dimension, ICLR 2021)
+are its relatives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sordino.encoders.base import DualEncoder
+from sordino.encoders.prompt_model import PromptModel
+from sordino.privacy.dp_sgd import sampled
+from sordino.privacy.gradients import Batch, ContextOf, Gradient, Parameters, client_losses
+from sordino.privacy.noise import Randomness
+
+
+@dataclass(frozen=True)
+class CotangentGradients:
+    """Gradients that are post-processing of one noisy release a client and batch.
+
+    Attributes:
+        model: the frozen model.
+        directions: [D, r] orthonormal columns, public.
+        clip: c, the largest norm that p - y keeps.
+        noise_multiplier: z.
+        randomness: where the noise comes from.
+        call: which gradient of the round this is, so that no noise is drawn twice.
+    """
+
+    model: PromptModel
+    directions: Tensor
+    clip: float
+    noise_multiplier: float
+    randomness: Randomness
+    call: int = 0
+
+    def __call__(self, context_of: ContextOf, parameters: Parameters, fixed: Parameters, batch: Batch) -> Gradient:
+        with torch.no_grad():
+            clients, length, _ = context_of({**parameters, **fixed}).shape
+        expected = sampled(batch).expected
+        classes, rank = len(self.model.classes), self.directions.shape[1]
+        drawn = self.randomness.normal(f"noise on the cotangent, {self.call}", classes, rank)
+        noise = self.clip * self.noise_multiplier * drawn
+        found: dict[str, list[Tensor]] = {name: [] for name in parameters}
+        losses = []
+        for chunk in torch.arange(clients, device=batch.labels.device).split(self.model.contexts_at_once(length)):
+            leaves = {name: value[chunk].detach().requires_grad_() for name, value in parameters.items()}
+            with torch.enable_grad():
+                text = self.model.text_features(context_of({**leaves, **{n: v[chunk] for n, v in fixed.items()}}))
+            examples = Batch(batch.features[chunk], batch.labels[chunk], batch.mask[chunk])
+            logits = self.model.logits(text.detach(), examples.features)
+            released = summed_cotangents(logits, examples, self.directions, self.clip) + noise[chunk].to(text)
+            cotangent = (released @ self.directions.T.to(text)) * self.model.encoder.logit_scale
+            cotangent = cotangent / expected[chunk].to(text)[:, None, None]
+            for name, gradient in zip(leaves, torch.autograd.grad(text, list(leaves.values()), cotangent), strict=True):
+                found[name].append(gradient)
+            losses.append(client_losses(logits, examples))
+        return Gradient({name: torch.cat(parts) for name, parts in found.items()}, torch.cat(losses))
+
+
+def summed_cotangents(logits: Tensor, batch: Batch, directions: Tensor, clip: float) -> Tensor:
+    """S, the sum over a client's examples of clipped (p - y) times projected features.
+
+    Args:
+        logits: [K, B, C].
+        batch: the examples.
+        directions: [D, r].
+        clip: c.
+
+    Returns:
+        [K, C, r]. One example more or less changes a client's matrix by at most c in Frobenius norm.
+    """
+    errors = logits.softmax(-1) - F.one_hot(batch.labels, logits.shape[-1])
+    errors = errors * (clip / errors.norm(dim=-1, keepdim=True).clamp(min=clip))
+    errors = torch.where(batch.mask[..., None] & errors.isfinite(), errors, 0.0)
+    return errors.mT @ project(batch.features, directions)
+
+
+def project(features: Tensor, directions: Tensor) -> Tensor:
+    """Features [..., D] on public directions [D, r], with unit norm again: [..., r]; zero where nothing is left."""
+    return torch.nan_to_num(F.normalize(features @ directions.to(features), dim=-1))
+
+
+@torch.no_grad()
+def public_directions(encoder: DualEncoder, rank: int) -> Tensor:
+    """The r leading singular directions [D, r] of the features of 1,000 public class names.
+
+    The names are ImageNet's, as timm lists them (no image is involved), in the hand-written prompt. Where r reaches D,
+    the projection changes nothing.
+    """
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    names = [info.index_to_description(index).partition(",")[0] for index in range(info.num_classes())]
+    context = encoder.embed("a photo of a")[None]
+    chunks = [encoder.class_tokens(names[start : start + 100]) for start in range(0, len(names), 100)]
+    text = torch.cat([encoder.text_features(context, chunk)[0] for chunk in chunks]).double().cpu()
+    leading: Tensor = torch.linalg.svd(text - text.mean(0), full_matrices=True).Vh[:rank].T
+    return leading.float().to(encoder.device)
