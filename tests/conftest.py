@@ -6,10 +6,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from encoders.checkpoints import save_clip
 from hypothesis import settings
+from PIL import Image
 
 from sordino.encoders.clip import ClipEncoder
 from sordino.encoders.prompt_model import PromptModel
@@ -21,6 +23,12 @@ from sordino.runtime.settings import RuntimeSettings
 settings.register_profile("sordino", deadline=None, derandomize=True)
 settings.load_profile("sordino")
 
+COLOURS = {
+    "red apple": (200, 30, 30),
+    "green leaf": (30, 180, 40),
+    "blue sky": (40, 60, 210),
+    "grey stone": (90, 90, 90),
+}
 CLASS_NAMES = ["cat", "dog", "sunflower", "grand piano"]
 
 
@@ -100,3 +108,45 @@ def real_data() -> Callable[[str], Path]:
         return root / name
 
     return find
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Four classes of eight noisy pictures of one colour each."""
+    generator = np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        folder = tmp_path / "pictures" / name.replace(" ", "_")
+        folder.mkdir(parents=True)
+        for number in range(8):
+            noise = generator.integers(-25, 25, (24, 24, 3))
+            Image.fromarray(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)).save(folder / f"{number}.png")
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def config_file(pictures: Path, clip_folder: Path, tmp_path: Path) -> Path:
+    file = tmp_path / "config.toml"
+    file.write_text(f"""
+        algorithm = "dp-fpl"
+        rounds = 6
+        device = "cpu"
+        [data]
+        source = "imagefolder:{pictures}"
+        train_per_class = 4
+        [partition]
+        scheme = "disjoint"
+        clients = 2
+        [encoder]
+        name = "clip"
+        checkpoint = "{clip_folder}"
+        [runtime]
+        evaluate_every = 2
+        checkpoint_every = 2
+        [settings]
+        context_length = 4
+        batch_size = 2
+        local_steps = 1
+        [settings.dp-fpl]
+        rank = 2
+    """)
+    return file

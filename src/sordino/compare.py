@@ -17,6 +17,7 @@ from sordino.config import Experiment
 from sordino.errors import RunError
 from sordino.experiment import run
 from sordino.files import write_atomically
+from sordino.plan import planned_mechanism
 from sordino.progress import Progress, silent
 from sordino.report import write_report
 
@@ -73,6 +74,9 @@ def compare(
     if not resume and out.exists() and any(out.iterdir()):
         raise RunError(f"{out} exists; go on with --resume, or choose another --out")
     bench = Bench.open(config)
+    if config.privacy.on:  # a mechanism that does not fit a method is told before another is trained
+        for each in plan:
+            planned_mechanism(each)
     summaries = []
     for each, folder in zip(plan, folders, strict=True):
         summaries.append(run(each, folder, resume, progress, bench))

@@ -116,7 +116,9 @@ def example_gradients(
     errors = (logits.softmax(-1) - torch.nn.functional.one_hot(batch.labels, logits.shape[-1]))[0]  # [B, C]
 
     def pieces() -> Iterator[dict[str, Tensor]]:
-        for chunk in torch.arange(len(errors)).split(model.contexts_at_once(context.shape[1])):
+        at_once = model.contexts_at_once(context.shape[1])
+        for start in range(0, len(errors), at_once):
+            chunk = slice(start, start + at_once)
             cotangents = model.encoder.logit_scale * errors[chunk, :, None] * batch.features[0, chunk, None, :]
             found = torch.autograd.grad(
                 text, list(leaves.values()), cotangents[:, None], is_grads_batched=True, retain_graph=True

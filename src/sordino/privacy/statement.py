@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from sordino.errors import ConfigError, RunError
 from sordino.privacy import accounting
 from sordino.privacy.accounting import Spent
-from sordino.privacy.ledger import OBSERVERS, Ledger, Observer, Unit
+from sordino.privacy.ledger import OBSERVERS, Ledger, Observer, Release, Unit
 
 WHO: dict[Observer, str] = {
     "server": "the server",
@@ -79,6 +83,86 @@ def as_summary(ledger: Ledger, unit: Unit) -> dict[str, Any]:
         "statement": statement(ledger, unit),
         "ledger_digest": ledger.digest(),
     }
+
+
+def read_ledgers(folders: Sequence[Path], delta: float | None = None) -> Ledger:
+    """The ledgers of run directories, composed where there are several.
+
+    Raises:
+        RunError: a directory has no ledger, or a damaged one.
+        ConfigError: delta is not a probability.
+    """
+    ledgers = []
+    for folder in folders:
+        try:
+            ledgers.append(Ledger.from_json((folder / "ledger.json").read_bytes()))
+        except OSError as error:
+            raise RunError(f"{folder}: no ledger.json to read ({error.strerror}); give a run directory") from None
+    ledger = ledgers[0] if len(ledgers) == 1 else accounting.compose(ledgers)
+    if delta is None:
+        return ledger
+    if not 0 < delta < 1:
+        raise ConfigError("--delta", delta, "must be between 0 and 1, and below one over the number of units")
+    return replace(ledger, delta=delta)
+
+
+def spending(ledger: Ledger) -> dict[str, Any]:
+    """A ledger with what it comes to, by unit and observer; what is infinite is null."""
+    units = list(dict.fromkeys(each.unit for each in ledger.releases)) or ["example"]
+    content: dict[str, Any] = json.loads(ledger.to_json())
+    return content | {
+        "spent": [
+            {
+                "unit": unit,
+                "observer": view.observer,
+                "trusted": view.observer in ledger.trusted,
+                "party": view.party,
+                "epsilon": _finite(view.epsilon),
+                "epsilon_rdp": _finite(view.epsilon_rdp),
+                "delta": view.delta,
+            }
+            for unit in units
+            for view in views(ledger, unit)
+        ],
+        "statement": statement(ledger, units[0]),
+    }
+
+
+def as_text(ledger: Ledger) -> str:
+    """A ledger for a terminal: what was released, a line a kind, and what it comes to."""
+    lines = ["Released with noise:"]
+    kinds: dict[Release, list[Release]] = {}
+    for each in ledger.releases:
+        kinds.setdefault(replace(each, party="", steps=0, sampling_rate=1.0, noise_multipliers=()), []).append(each)
+    for kind, same in kinds.items():
+        lines.append(
+            f"  {kind.content} ({counted(len(same), 'party', 'parties')}, unit {kind.unit}, noise by {kind.noise_by}, "
+            f"seen by {listed(kind.observers)}):\n    {_range([x.steps for x in same])} times, noise multiplier "
+            f"{_range([x.noise_multiplier for x in same])}, sampling rate {_range([x.sampling_rate for x in same])}"
+        )
+    lines += [] if kinds else ["  nothing"]
+    lines += ["Disclosed without noise:"]
+    lines += [f"  {each.content} (seen by {listed(each.observers)})" for each in ledger.disclosures] or ["  nothing"]
+    content = spending(ledger)
+    lines += [
+        f"What each observer learned (delta {ledger.delta:.2g}):" if ledger.delta else "What each observer learned:"
+    ]
+    for each in content["spent"]:
+        pld, rdp = ("unbounded" if each[name] is None else f"{each[name]:.6g}" for name in ("epsilon", "epsilon_rdp"))
+        trusted = " (trusted)" if each["trusted"] else ""
+        about = f", most about {each['party']}" if each["party"] else ""
+        lines.append(f"  {WHO[each['observer']]}{trusted}: epsilon {pld} for each {each['unit']}{about} (by RDP {rdp})")
+    return "\n".join([*lines, content["statement"]])
+
+
+def counted(number: int, singular: str, plural: str) -> str:
+    """`1 party`, `3 parties`."""
+    return f"{number:,} {singular if number == 1 else plural}"
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
 
 
 def _finite(value: float) -> float | None:

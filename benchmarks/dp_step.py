@@ -1,0 +1,72 @@
+"""Seconds of one training step at batch 64 with no privacy, with DP-SGD and with the cotangent mechanism.
+
+One client, ten classes, 16 context tokens, the bundled encoder; the features are random, as time does not depend on
+them. A step is a gradient: sampling and the update are the same for all three and left out. The three take turns, so
+that other work on the machine slows them alike; seconds are medians. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import sys
+import time
+
+import torch
+
+from sordino.encoders import load_encoder
+from sordino.encoders.prompt_model import PromptModel
+from sordino.privacy.cotangent import CotangentGradients, public_directions
+from sordino.privacy.dp_sgd import DpSgdGradients, Group
+from sordino.privacy.gradients import Batch, ExactGradients, Gradients, Sampling
+from sordino.randomness import Streams
+
+BATCH, LENGTH, SUBSPACE = 64, 16, 16
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer repeats")
+    quick = parser.parse_args().quick
+    encoder = load_encoder("bundled", None, "float32", torch.device("cpu"))
+    model = PromptModel(encoder, encoder.class_tokens(NAMES))
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, BATCH, encoder.feature_width, generator=generator)
+    labels = torch.randint(0, len(NAMES), (1, BATCH), generator=generator)
+    sampling = Sampling(torch.tensor([0.1]), torch.tensor([float(BATCH)]))
+    there = torch.ones(1, BATCH, dtype=torch.bool)
+    batch = Batch(torch.nn.functional.normalize(features, dim=-1), labels, there, sampling)
+    context = 0.02 * torch.randn(1, LENGTH, encoder.context_width, generator=generator)
+    streams = Streams(0, 1, [0], encoder.device)
+    group = Group(1.0, torch.ones(1))
+    kinds: dict[str, Gradients] = {
+        "none": ExactGradients(model),
+        "dpsgd": DpSgdGradients(model, frozenset(), group, group, streams),
+        "cotangent": CotangentGradients(model, public_directions(encoder, SUBSPACE), 1.0, 1.0, streams),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    for turn in range(1 + (5 if quick else 15)):
+        for name, gradients in kinds.items():
+            began = time.perf_counter()
+            gradients(lambda by: by["context"], {"context": context}, {}, batch)
+            if turn:  # the first warms up
+                seconds[name].append(time.perf_counter() - began)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    result = {f"{name}_seconds": value for name, value in median.items()} | {
+        "dpsgd_over_cotangent": median["dpsgd"] / median["cotangent"],
+        "dpsgd_over_none": median["dpsgd"] / median["none"],
+        "cotangent_over_none": median["cotangent"] / median["none"],
+        "peak_rss_gb": peak / 1e9,
+        "batch": BATCH,
+        "threads": torch.get_num_threads(),
+        "quick": quick,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,430 @@
+"""Sensitivity, noise and extremes of every mechanism, by properties that a wrong one would break."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from torch import Tensor
+
+from sordino.algorithms.base import ClientData, named_tensors
+from sordino.encoders.prompt_model import PromptModel
+from sordino.privacy.cotangent import CotangentGradients, project, public_directions, summed_cotangents
+from sordino.privacy.dp_sgd import DpSgdGradients, Group, clipped_sum, example_gradients
+from sordino.privacy.gradients import Batch, ExactGradients, Sampling
+from sordino.privacy.mechanism import clip_jointly
+from sordino.privacy.noise import SystemRandomness
+from sordino.randomness import Streams
+from sordino.runtime.local import LocalRuntime, Training
+
+MakeRuntime = Callable[..., LocalRuntime]
+CPU = torch.device("cpu")
+TABLES = {"context_length": 3, "rank": 2, "batch_size": 4, "local_steps": 1}
+ROWS = [list(range(10 * k, 10 * k + 10)) for k in range(4)]
+
+
+def contexts(model: PromptModel, clients: int, seed: int = 5) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 0.3 * torch.randn(clients, 3, model.encoder.context_width, generator=generator, dtype=torch.float64)
+
+
+def batch_of(features: Tensor, labels: Tensor, mask: Tensor, expected: float = 4.0) -> Batch:
+    clients = len(labels)
+    rates = torch.full((clients,), 0.5, dtype=torch.float64)
+    return Batch(features, labels, mask, Sampling(rates, torch.full((clients,), expected, dtype=torch.float64)))
+
+
+def real_batch(table: tuple[Tensor, Tensor], clients: int = 2, size: int = 6) -> Batch:
+    features, labels = table
+    rows = torch.arange(clients * size).view(clients, size)
+    return batch_of(features[rows], labels[rows], torch.ones(clients, size, dtype=torch.bool))
+
+
+def without(batch: Batch, client: int, example: int) -> Batch:
+    """The neighbouring batch: one example of one client less."""
+    mask = batch.mask.clone()
+    mask[client, example] = False
+    return replace(batch, mask=mask)
+
+
+def plain(by: dict[str, Tensor]) -> Tensor:
+    return by["context"]
+
+
+def factored(by: dict[str, Tensor]) -> Tensor:
+    return by["shared"] + by["u"] @ by["v"]
+
+
+def noiseless_dp_sgd(model: PromptModel, clients: int, clip: float) -> DpSgdGradients:
+    nothing = torch.zeros(clients, dtype=torch.float64)
+    streams = Streams(0, 1, range(clients), CPU)
+    return DpSgdGradients(model, frozenset({"shared"}), Group(clip, nothing), Group(2 * clip, nothing), streams)
+
+
+# Sensitivity
+
+
+@given(
+    st.integers(1, 8),
+    st.integers(1, 6),
+    st.floats(1e-3, 1e3),
+    st.floats(1e-6, 1e6),
+    st.integers(0, 2**32 - 1),
+)
+def test_no_example_moves_a_clipped_sum_by_more_than_the_clip(
+    examples: int, width: int, clip: float, scale: float, seed: int
+) -> None:
+    """Over all parameters of a group together, whatever the other examples are, and however large the gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    gradients = {
+        name: scale * torch.randn(examples, width, generator=generator, dtype=torch.float64) for name in ("u", "v")
+    }
+    less = {name: value[1:] for name, value in gradients.items()}
+    whole = clipped_sum(gradients, clip)
+    rest = clipped_sum(less, clip) if examples > 1 else {name: torch.zeros(width).double() for name in less}
+    moved = math.sqrt(sum(float((whole[name] - rest[name]).square().sum()) for name in whole))
+    assert moved <= clip * (1 + 1e-9)
+    small = math.sqrt(sum(float(value[0].square().sum()) for value in gradients.values()))
+    assert moved == pytest.approx(min(clip, small), rel=1e-6)  # and it uses what it is allowed to
+
+
+@given(
+    st.integers(1, 6),
+    st.integers(2, 6),
+    st.integers(1, 5),
+    st.floats(0.01, 1.4),
+    st.floats(0.1, 100.0),
+    st.integers(0, 2**32 - 1),
+)
+def test_no_example_moves_the_cotangent_by_more_than_the_clip(
+    examples: int, classes: int, rank: int, clip: float, scale: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.linalg.qr(torch.randn(8, rank, generator=generator, dtype=torch.float64)).Q
+    logits = scale * torch.randn(1, examples, classes, generator=generator, dtype=torch.float64)
+    features = torch.randn(1, examples, 8, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, classes, (1, examples), generator=generator)
+    batch = batch_of(features, labels, torch.ones(1, examples, dtype=torch.bool))
+    whole = summed_cotangents(logits, batch, directions, clip)
+    rest = summed_cotangents(logits, without(batch, 0, 0), directions, clip)
+    moved = float((whole - rest).norm())
+    assert moved <= clip * (1 + 1e-9)
+    error = (logits.softmax(-1) - torch.nn.functional.one_hot(labels, classes))[0, 0].norm()
+    assert moved == pytest.approx(min(clip, float(error)), rel=1e-6, abs=1e-12)
+
+
+@given(st.integers(1, 6), st.floats(1e-3, 1e3), st.floats(1e-6, 1e6), st.integers(0, 2**32 - 1))
+def test_no_client_moves_the_sum_of_uploads_by_more_than_the_clip(
+    clients: int, clip: float, scale: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    uploads = {name: scale * torch.randn(clients, 3, 2, generator=generator) for name in ("change", "more")}
+    clipped, below = clip_jointly(uploads, clip)
+    norms = sum(tensor.double().flatten(1).square().sum(1) for tensor in clipped.values()).sqrt()
+    before = sum(tensor.double().flatten(1).square().sum(1) for tensor in uploads.values()).sqrt()
+    assert bool((norms <= clip * (1 + 1e-6)).all())
+    assert torch.equal(below, before <= clip)
+    torch.testing.assert_close(norms, before.clamp(max=clip), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("mechanism", ["dp-sgd", "cotangent"])
+def test_a_whole_step_moves_by_what_is_accounted(
+    mechanism: str, model: PromptModel, table: tuple[Tensor, Tensor]
+) -> None:
+    """Through the text tower, before the noise: what an example changes is bounded, and other clients do not change."""
+    clip, batch = 0.01, real_batch(table)
+    by = {"shared": contexts(model, 2), "u": contexts(model, 2)[..., :2], "v": contexts(model, 2)[:, :2]}
+    if mechanism == "dp-sgd":
+        take = noiseless_dp_sgd(model, 2, clip)
+        for example in range(6):
+            one, other = (take(factored, by, {}, each).by for each in (batch, without(batch, 0, example)))
+            move = {name: 4.0 * (one[name] - other[name]) for name in by}  # 4 is the expected size it was divided by
+            assert max(float(value[1].abs().max()) for value in move.values()) == 0.0
+            personal = torch.cat([move["u"][0].flatten(), move["v"][0].flatten()]).norm()
+            assert float(personal) <= clip * (1 + 1e-9)
+            assert float(move["shared"][0].norm()) <= 2 * clip * (1 + 1e-9)
+        return
+    directions = torch.linalg.qr(torch.randn(model.encoder.feature_width, 4, dtype=torch.float64)).Q
+    text = model.text_features(factored(by))
+    logits = model.logits(text, batch.features)
+    for example in range(6):
+        one, other = (summed_cotangents(logits, each, directions, clip) for each in (batch, without(batch, 0, example)))
+        assert float((one - other)[0].norm()) <= clip * (1 + 1e-9)
+        assert torch.equal(one[1], other[1])
+
+
+# What the sums are
+
+
+def test_example_gradients_are_the_gradients_of_single_examples(
+    model: PromptModel, gradients: ExactGradients, table: tuple[Tensor, Tensor]
+) -> None:
+    batch = real_batch(table, clients=1)
+    by = {"shared": contexts(model, 1), "u": contexts(model, 1, 1)[..., :2], "v": contexts(model, 1, 2)[:, :2]}
+    pieces, loss = example_gradients(model, factored, by, {}, batch)
+    found = [{name: value[i] for name, value in piece.items()} for piece in pieces for i in range(len(piece["u"]))]
+    assert len(found) == 6
+    losses = []
+    for index, mine in enumerate(found):
+        single = Batch(batch.features[:, [index]], batch.labels[:, [index]], batch.mask[:, [index]])
+        expected = gradients(factored, by, {}, single)
+        losses.append(expected.loss)
+        for name in by:
+            torch.testing.assert_close(mine[name], expected.by[name][0], rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(loss, torch.stack(losses).mean(0))
+
+
+def test_pieces_of_examples_change_nothing(
+    model: PromptModel, table: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sordino.encoders import prompt_model
+
+    batch, by = real_batch(table), {"context": contexts(model, 2)}
+    whole = noiseless_dp_sgd(model, 2, 0.3)(plain, by, {}, batch)
+    monkeypatch.setitem(prompt_model.FLOPS_AT_ONCE, "cpu", 1.0)
+    parts = noiseless_dp_sgd(model, 2, 0.3)(plain, by, {}, batch)
+    torch.testing.assert_close(parts.by["context"], whole.by["context"], rtol=1e-9, atol=1e-12)
+
+
+def test_a_clip_beyond_reach_gives_the_plain_gradient(
+    model: PromptModel, gradients: ExactGradients, table: tuple[Tensor, Tensor]
+) -> None:
+    """Of the examples' sum over the expected size; for the cotangent too, if no direction is left out."""
+    batch, by = real_batch(table), {"context": contexts(model, 2)}
+    expected = gradients(plain, by, {}, batch)
+    exact = expected.by["context"] * (6 / 4)
+    found = noiseless_dp_sgd(model, 2, 1e9)(plain, by, {}, batch)
+    torch.testing.assert_close(found.by["context"], exact, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(found.loss, expected.loss)
+    everything = torch.eye(model.encoder.feature_width, dtype=torch.float64)
+    streams = Streams(0, 1, range(2), CPU)
+    cotangent = CotangentGradients(model, everything, math.sqrt(2), 0.0, streams)(plain, by, {}, batch)
+    torch.testing.assert_close(cotangent.by["context"], exact, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(cotangent.loss, expected.loss)
+
+
+def test_projected_features_have_unit_norm_or_none() -> None:
+    directions = torch.eye(5)[:, :2]
+    features = torch.tensor([[3.0, 4.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    expected = torch.tensor([[0.6, 0.8], [0.0, 0.0], [0.0, 0.0]])
+    torch.testing.assert_close(project(features, directions), expected)
+
+
+def test_public_directions_are_orthonormal_nested_and_need_no_image(model: PromptModel) -> None:
+    eight, three = public_directions(model.encoder, 8), public_directions(model.encoder, 3)
+    torch.testing.assert_close(eight.T @ eight, torch.eye(8), rtol=0, atol=1e-5)
+    torch.testing.assert_close(eight[:, :3], three)
+    assert public_directions(model.encoder, 10_000).shape == (model.encoder.feature_width,) * 2
+
+
+# Noise
+
+
+def chi_square_accepts(noise: Tensor, deviation: float) -> bool:
+    """Whether a sample may have this standard deviation and mean zero, each at one in a million."""
+    values = noise.double().flatten().numpy()
+    statistic = float((values**2).sum()) / deviation**2
+    low, high = stats.chi2.ppf([5e-7, 1 - 5e-7], len(values))
+    return bool(low < statistic < high and abs(values.mean()) < 5 * deviation / math.sqrt(len(values)))
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_noise_has_the_stated_deviation(secure: bool, model: PromptModel, table: tuple[Tensor, Tensor]) -> None:
+    clients, clip, z, expected = 40, 0.5, 3.0, 4.0
+    randomness = SystemRandomness(clients, CPU) if secure else Streams(7, 1, range(clients), CPU)
+    nobody = torch.zeros(clients, 1, dtype=torch.bool)
+    features, labels = table
+    batch = batch_of(features[:, None], labels[:, None], nobody, expected)
+    start = contexts(model, clients)
+    by = {"shared": start, "u": start[..., :2], "v": start[:, :2]}
+    spread = torch.full((clients,), z * clip, dtype=torch.float64)
+    noised = DpSgdGradients(model, frozenset({"shared"}), Group(clip, spread), Group(clip, 2 * spread), randomness)
+    found = noised(factored, by, {}, batch).by
+    assert chi_square_accepts(torch.cat([found["u"].flatten(), found["v"].flatten()]), z * clip / expected)
+    assert chi_square_accepts(found["shared"], 2 * z * clip / expected)
+    assert not chi_square_accepts(found["shared"], 1.1 * 2 * z * clip / expected)  # the test can tell
+    flat = torch.cat([value.flatten(1) for value in found.values()], 1)
+    correlation = np.corrcoef(flat.numpy()) - np.eye(clients)
+    assert np.abs(correlation).max() < 0.35  # no two clients share their noise
+
+
+@pytest.mark.parametrize("noise_by", ["client", "server", "shares"])
+def test_the_mean_of_uploads_has_the_noise_that_the_ledger_says(noise_by: str, make_runtime: MakeRuntime) -> None:
+    """With clipped changes near zero, what is left of the mean is noise: z clip / K, however it comes about."""
+    z, clip, clients = 2.0, 1e-3, 4
+    privacy = {"mechanism": "dp-fedavg", "noise_multiplier": z, "clip": clip, "noise_by": noise_by, "delta": 0.1}
+    tables = TABLES | {"optimizer": {"learning_rate": 1e-12}}
+    runtime = make_runtime("promptfl", ROWS, tables, rounds=60, privacy=privacy, weighting="uniform")
+    moves = []
+    training = runtime.start()
+    while training.round < 60:
+        after, _ = runtime.round(training)
+        moves.append(after.server.context - training.server.context)  # type: ignore[attr-defined]
+        training = after
+    expected = z * clip / clients * (math.sqrt(clients) if noise_by == "client" else 1.0)
+    assert chi_square_accepts(torch.stack(moves), expected)
+    assert not chi_square_accepts(torch.stack(moves), 1.1 * expected)
+
+
+@pytest.mark.parametrize("noise_by", ["server", "shares"])
+@pytest.mark.parametrize("weighting", ["examples", "uniform"])
+def test_noise_on_the_mean_gradient_covers_the_client_that_counts_most(
+    noise_by: str, weighting: str, make_runtime: MakeRuntime
+) -> None:
+    """DP-FPL's global noise, for clients of unlike sizes: z times what one example can move the mean."""
+    rows = [list(range(3)), list(range(3, 40))]
+    clip, z = 1e-4, 5.0
+    privacy = {"mechanism": "dp-sgd", "noise_multiplier": z, "clip": clip, "noise_by": noise_by, "delta": 0.01}
+    tables = TABLES | {"optimizer": {"learning_rate": 1.0}, "local_learning_rate": 0.0}
+    runtime = make_runtime("dp-fpl", rows, tables, rounds=60, privacy=privacy, weighting=weighting)
+    training, moves = runtime.start(), []
+    while training.round < 60:
+        after, _ = runtime.round(training)
+        moves.append(after.server.context - training.server.context)  # type: ignore[attr-defined]
+        training = after
+    weights = [3.0, 37.0] if weighting == "examples" else [1.0, 1.0]
+    expected_sizes = [3.0, 4.0]  # a batch of 4 of 3 takes all
+    moved = max(w / size for w, size in zip(weights, expected_sizes, strict=True)) * clip / sum(weights)
+    z_shared = z * math.sqrt(2)  # half of the budget goes to the personal factors
+    # What one example moves is clipped to be invisible beside the noise, but not nothing: allow one percent for it.
+    values = torch.stack(moves).double()
+    assert float(values.std()) == pytest.approx(z_shared * moved, rel=0.03)
+    seen_by_others = [each for each in after.ledger.releases if "public" in each.observers]
+    assert len(seen_by_others) == 2
+    assert all(each.noise_multiplier == pytest.approx(z) for each in seen_by_others)
+
+
+def test_no_two_steps_share_their_noise(make_runtime: MakeRuntime) -> None:
+    privacy = {"mechanism": "dp-sgd", "noise_multiplier": 1.0}
+    runtime = make_runtime("local", ROWS, TABLES | {"local_steps": 2}, privacy=privacy)
+    drawn: list[Tensor] = []
+    original = Streams.normal
+
+    def spy(self: Streams, purpose: str, *shape: int) -> Tensor:
+        noise = original(self, purpose, *shape)
+        if purpose.startswith("noise"):
+            drawn.append(noise)
+        return noise
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Streams, "normal", spy)
+        training, _ = runtime.round(runtime.start())
+        runtime.round(training)
+    assert len(drawn) == 4
+    assert all(not torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
+
+
+def test_the_operating_systems_noise_never_repeats() -> None:
+    randomness = SystemRandomness(3, CPU)
+    one, other = randomness.normal("x", 5), randomness.normal("x", 5)
+    assert one.shape == (3, 5)
+    assert not torch.equal(one, other)
+    coins = randomness.uniform("x", [4, 0, 2])
+    assert [len(each) for each in coins] == [4, 0, 2]
+    assert all(bool(((each >= 0) & (each < 1)).all()) for each in coins)
+
+
+# Samples
+
+
+def test_examples_are_sampled_by_independent_coins(table: tuple[Tensor, Tensor]) -> None:
+    features, labels = table
+    rows = torch.tensor([list(range(20)), [*range(20, 30), *[20] * 10]])
+    data = ClientData(features, labels, rows, torch.tensor([20, 10]), torch.ones(2))
+    counts = torch.zeros(2, 2)
+    sizes = []
+    for number in range(600):
+        coins = Streams(0, number, [0, 1], CPU)
+        (batch,) = replace(data, coins=coins).batches(1, 5, coins)
+        assert batch.sampling is not None
+        assert batch.sampling.rate.tolist() == [0.25, 0.5]
+        assert batch.sampling.expected.tolist() == [5.0, 5.0]
+        taken = batch.mask.sum(1)
+        sizes.append(taken)
+        for client in range(2):
+            mine = batch.features[client, batch.mask[client]]
+            assert len(mine.unique(dim=0)) == len(mine)  # nobody twice
+            counts[client] += torch.stack([(mine == features[rows[client, j]]).all(1).any().float() for j in (0, 1)])
+    deviation = torch.tensor([math.sqrt(600 * 0.25 * 0.75), math.sqrt(600 * 0.25)])
+    assert bool(((counts - 600 * torch.tensor([[0.25], [0.5]])).abs() < 5 * deviation[:, None]).all())
+    spread = torch.stack(sizes).double().var(0)
+    torch.testing.assert_close(spread, torch.tensor([20 * 0.25 * 0.75, 10 * 0.25]).double(), rtol=0.25, atol=0)
+
+
+def test_what_is_noised_must_have_been_sampled(model: PromptModel, table: tuple[Tensor, Tensor]) -> None:
+    batch = replace(real_batch(table), sampling=None)
+    with pytest.raises(ValueError, match="sampled by coins"):
+        noiseless_dp_sgd(model, 2, 1.0)(plain, {"context": contexts(model, 2)}, {}, batch)
+
+
+# Extremes
+
+
+@pytest.mark.parametrize("mechanism", ["dp-sgd", "cotangent"])
+@pytest.mark.parametrize("case", ["empty", "one example", "all equal", "a class without any", "huge", "not finite"])
+def test_extremes_neither_crash_nor_leak(
+    mechanism: str, case: str, model: PromptModel, table: tuple[Tensor, Tensor]
+) -> None:
+    batch, by = real_batch(table), {"context": contexts(model, 2)}
+    features, labels, mask = batch.features.clone(), batch.labels.clone(), batch.mask.clone()
+    if case == "empty":
+        mask[:] = False
+    elif case == "one example":
+        mask[:, 1:] = False
+    elif case == "all equal":
+        features[:], labels[:] = features[0, 0].clone(), 1
+    elif case == "a class without any":
+        labels.clamp_(max=1)
+    elif case == "huge":
+        features *= 1e30
+    else:
+        features[0, 2] = float("nan")
+        features[1, 0] = float("inf")
+    clip, batch = 0.1, batch_of(features, labels, mask)
+    directions = torch.linalg.qr(torch.randn(model.encoder.feature_width, 4, dtype=torch.float64)).Q
+    streams = Streams(0, 1, range(2), CPU)
+    take = (
+        noiseless_dp_sgd(model, 2, clip)
+        if mechanism == "dp-sgd"
+        else CotangentGradients(model, directions, clip, 0.0, streams)
+    )
+    found = take(plain, by, {}, batch).by["context"]
+    assert bool(found.isfinite().all())
+    if case == "empty":
+        assert float(found.abs().max()) == 0.0
+    if mechanism == "dp-sgd":
+        assert float(4.0 * found[0].norm()) <= 6 * clip * (1 + 1e-9)
+
+
+def test_an_empty_batch_still_has_its_noise(model: PromptModel, table: tuple[Tensor, Tensor]) -> None:
+    """Or its emptiness would show."""
+    batch = replace(real_batch(table), mask=torch.zeros(2, 6, dtype=torch.bool))
+    spread = torch.ones(2, dtype=torch.float64)
+    streams = Streams(0, 1, range(2), CPU)
+    noised = DpSgdGradients(model, frozenset(), Group(1.0, spread), Group(1.0, spread), streams)
+    assert float(noised(plain, {"context": contexts(model, 2)}, {}, batch).by["context"].abs().min()) > 0
+
+
+@pytest.mark.parametrize("privacy", [{"mechanism": "dp-sgd"}, {"mechanism": "cotangent", "subspace": 4}])
+def test_rounds_of_almost_empty_batches_go_through(privacy: dict[str, object], make_runtime: MakeRuntime) -> None:
+    """Batches of which most are empty, and a client with one example."""
+    rows = [[0], list(range(1, 40))]
+    runtime = make_runtime("dp-fpl", rows, TABLES | {"batch_size": 1}, rounds=8, privacy=privacy | {"epsilon": 2.0})
+    training = finished(runtime)
+    assert training.round == 8
+    for tensor in (*named_tensors(training.server).values(), *named_tensors(training.clients).values()):
+        assert bool(tensor.isfinite().all())
+
+
+def finished(runtime: LocalRuntime) -> Training:
+    training = runtime.start()
+    while training.round < runtime.rounds:
+        training, _ = runtime.round(training)
+    return training
