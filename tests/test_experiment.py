@@ -16,7 +16,7 @@ import pytest
 import safetensors
 import safetensors.torch
 
-from sordino.compare import compare
+from sordino.compare import compare, grid
 from sordino.config import Experiment, load_config
 from sordino.errors import ConfigError, DataError, RunError
 from sordino.experiment import run
@@ -207,7 +207,7 @@ def test_novel_classes_and_a_held_out_domain_are_evaluated(config_file: Path, pi
 
 
 def test_compare_shares_features_and_aggregates(config_file: Path, tmp_path: Path) -> None:
-    rows = compare(load_config(config_file), ["zero-shot", "promptfl", "dp-fpl"], 2, tmp_path / "all")
+    rows = compare(grid(load_config(config_file), ["zero-shot", "promptfl", "dp-fpl"]), 2, tmp_path / "all")
     assert [(row.algorithm, row.seeds) for row in rows] == [("zero-shot", 2), ("promptfl", 2), ("dp-fpl", 2)]
     summaries = json.loads((tmp_path / "all" / "comparison.json").read_text())["runs"]
     assert sum(summary["images"]["encoded"] for summary in summaries) == 32
@@ -216,19 +216,36 @@ def test_compare_shares_features_and_aggregates(config_file: Path, tmp_path: Pat
     assert mean == pytest.approx(sum(two) / 2)
     assert spread == pytest.approx(abs(two[0] - two[1]) / 2**0.5)
     header, *lines = (tmp_path / "all" / "comparison.csv").read_text().splitlines()
-    assert header.startswith("algorithm,seeds,local_mean,local_spread")
+    assert header.startswith("algorithm,variation,seeds,local_mean,local_spread")
     assert len(lines) == 3
     alone = run(load_config(config_file), tmp_path / "alone")
     assert alone["accuracy"] == next(s for s in summaries if s["algorithm"] == "dp-fpl")["accuracy"]
 
 
+def test_compare_varies_settings_and_skips_what_a_method_ignores(config_file: Path, tmp_path: Path) -> None:
+    config = load_config(config_file, ["rounds=1"])
+    variants = grid(config, ["zero-shot", "promptfl", "dp-fpl"], {"settings.dp-fpl.rank": [1, 2], "rounds": [1, 2]})
+    assert [(each.config.algorithm, each.variation) for each in variants[:2]] == [
+        ("zero-shot", "settings.dp-fpl.rank=1, rounds=1"),
+        ("zero-shot", "settings.dp-fpl.rank=1, rounds=2"),
+    ]
+    assert [each.config.algorithm for each in variants].count("dp-fpl") == 4
+    rows = compare(variants[-2:], 1, tmp_path / "all")
+    assert [row.variation for row in rows] == ["settings.dp-fpl.rank=2, rounds=1", "settings.dp-fpl.rank=2, rounds=2"]
+    assert (tmp_path / "all" / "dp-fpl" / "settings.dp-fpl.rank=2_rounds=2" / "seed-0" / "summary.json").exists()
+    (alone,) = grid(config, ["promptfl"], {"settings.dp-fpl.rank": [1, 2]})
+    assert alone.variation == ""
+    with pytest.raises(ConfigError, match="settings.dp-fpl.rank = 9"):
+        grid(config, ["dp-fpl"], {"settings.dp-fpl.rank": [1, 9]})
+
+
 def test_compare_checks_every_algorithm_before_it_trains(config_file: Path, tmp_path: Path) -> None:
     config = load_config(config_file)
     with pytest.raises(ConfigError, match="promptlf"):
-        compare(config, ["zero-shot", "promptlf"], 1, tmp_path / "all")
+        compare(grid(config, ["zero-shot", "promptlf"]), 1, tmp_path / "all")
     bad = Experiment.model_validate(config.model_dump() | {"settings": {"context_length": 4, "dplora": {"rank": 9}}})
     with pytest.raises(ConfigError, match="rank = 9"):
-        compare(bad, ["zero-shot", "dplora"], 1, tmp_path / "all")
+        compare(grid(bad, ["zero-shot", "dplora"]), 1, tmp_path / "all")
     assert not (tmp_path / "all").exists()
 
 
@@ -243,7 +260,7 @@ def test_the_bundled_encoder_on_real_pictures(real_data: Callable[[str], Path], 
         "device=cpu",
     ]
     config = load_config(Path(__file__).parents[1] / "examples" / "pacs.toml", overrides)
-    rows = compare(config, ["zero-shot", "dp-fpl", "local"], 1, tmp_path / "out")
+    rows = compare(grid(config, ["zero-shot", "dp-fpl", "local"]), 1, tmp_path / "out")
     accuracy = {row.algorithm: {split: (row.accuracy[split] or (0, 0))[0] for split in row.accuracy} for row in rows}
     assert accuracy["zero-shot"]["local"] > 0.35  # chance is 1/7
     assert accuracy["dp-fpl"]["local"] > accuracy["zero-shot"]["local"] + 0.1

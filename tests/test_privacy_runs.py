@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from sordino import experiment
 from sordino.cli import app
-from sordino.compare import compare
+from sordino.compare import compare, grid
 from sordino.config import load_config
 from sordino.errors import ConfigError
 from sordino.experiment import run
@@ -158,7 +158,7 @@ def test_what_does_not_fit_is_told_before_anything_is_trained(
 def test_compare_checks_the_mechanism_of_every_method_first(config_file: Path, tmp_path: Path) -> None:
     config = load_config(config_file, [*DP_SGD, "privacy.epsilon=1", "privacy.noise_by=server"])
     with pytest.raises(ConfigError, match="use 'client'"):
-        compare(config, ["dp-fpl", "promptfl"], 1, tmp_path / "all")
+        compare(grid(config, ["dp-fpl", "promptfl"]), 1, tmp_path / "all")
     assert not (tmp_path / "all").exists()
 
 

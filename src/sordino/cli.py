@@ -19,7 +19,7 @@ from rich.table import Table
 from sordino.errors import ConfigError, SordinoError
 
 if TYPE_CHECKING:
-    from sordino.compare import Row
+    from sordino.compare import Row, Variant
     from sordino.progress import Progress
 
 app = typer.Typer(
@@ -51,7 +51,11 @@ errors = Console(stderr=True)
 @app.command()
 def demo(out: OutFolder = None, resume: Resume = False, as_json: AsJson = False) -> None:
     """Ten simulated clients learn prompts for handwritten digits; no download, under three minutes."""
-    _compare(Path(__file__).parent / "demo.toml", [], list(DEMO_ALGORITHMS), 1, out, resume, as_json, "demo")
+    from sordino.compare import grid
+    from sordino.config import load_config
+
+    config = load_config(Path(__file__).parent / "demo.toml")
+    _compare(grid(config, DEMO_ALGORITHMS), 1, out, resume, as_json, "demo")
 
 
 @app.command()
@@ -86,14 +90,28 @@ def compare(
     config: ConfigFile,
     algorithms: Annotated[str, typer.Option(help="names, separated by commas; see `sordino methods`")],
     seeds: Annotated[int, typer.Option(min=1, help="how many seeds, from the configuration's on")] = 3,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=V1,V2", help="every value of a key, e.g. privacy.epsilon=inf,8,2; may be repeated"),
+    ] = None,
     overrides: Overrides = None,
     out: OutFolder = None,
     resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run several methods with several seeds over shared features; a table, a CSV and a report."""
+    """Run several methods with several seeds, and settings, over shared features; a table, a CSV and a report."""
+    from sordino.compare import grid
+    from sordino.config import load_config, toml_value
+
+    values: dict[str, list[Any]] = {}
+    for each in vary or []:
+        key, equals, texts = each.partition("=")
+        if not (equals and key and texts):
+            raise ConfigError("--vary", each, "write key=value,value,..., e.g. privacy.epsilon=inf,8,2")
+        values[key.strip()] = [toml_value(text.strip()) for text in texts.split(",")]
     names = [name.strip() for name in algorithms.split(",") if name.strip()]
-    _compare(config, overrides or [], names, seeds, out, resume, as_json, f"compare-{config.stem}")
+    variants = grid(load_config(config, overrides or []), names, values)
+    _compare(variants, seeds, out, resume, as_json, f"compare-{config.stem}")
 
 
 @app.command()
@@ -105,6 +123,29 @@ def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run dir
     if not runs:
         raise ConfigError("RUN", str(folder), "holds no finished run (no summary.json in it or below it)")
     print(write_report(runs, folder / "report.html", f"Sordino: {folder.name}"))
+
+
+@app.command()
+def audit(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run directory")],
+    attacks: Annotated[
+        str, typer.Option(help="of membership, canaries, inversion, stealing")
+    ] = "membership,canaries,inversion,stealing",
+    shadows: Annotated[int, typer.Option(min=4, help="shadow federations; each costs as much as the run")] = 64,
+    canaries: Annotated[int, typer.Option(min=8, help="examples planted for the lower bound on epsilon")] = 128,
+    seed: Annotated[int, typer.Option(help="of the attacker's randomness")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Attack a finished run, and set what it claims beside what the attacks found."""
+    from sordino.audit.run import as_text
+    from sordino.audit.run import audit as attack
+
+    names = [name.strip() for name in attacks.split(",") if name.strip()]
+    with _progress() as progress:
+        found = attack(folder, names, shadows, canaries, seed, progress)
+    print(json.dumps(found) if as_json else as_text(found))
+    if not as_json:
+        print(f"Report: {folder / 'report.html'}")
 
 
 @privacy.command("plan")
@@ -196,23 +237,18 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 def _compare(
-    config: Path,
-    overrides: list[str],
-    names: list[str],
+    variants: list[Variant],
     seeds: int,
     out: Path | None,
     resume: bool,
     as_json: bool,
     label: str,
 ) -> None:
-    from sordino.config import load_config
-
-    experiment = load_config(config, overrides)
-    from sordino.compare import compare as compare_algorithms
+    from sordino.compare import compare as compare_variants
 
     folder = _folder(out, resume, label)
     with _progress() as progress:
-        rows = compare_algorithms(experiment, names, seeds, folder, resume, progress, f"Sordino: {label}")
+        rows = compare_variants(variants, seeds, folder, resume, progress, f"Sordino: {label}")
     if as_json:
         print((folder / "comparison.json").read_text(encoding="utf-8").replace("\n", ""))
         return
@@ -272,7 +308,8 @@ def _print_table(rows: list[Row]) -> None:
     for row in rows:
         accuracies = [_percent(row.accuracy[split]) for split in splits]
         sizes = [_bytes(row.upload_bytes), _bytes(row.broadcast_bytes)]
-        table.add_row(row.algorithm, *accuracies, *sizes, f"{row.seconds:.0f}", "yes" if row.private else "no")
+        label = f"{row.algorithm} ({row.variation})" if row.variation else row.algorithm
+        table.add_row(label, *accuracies, *sizes, f"{row.seconds:.0f}", "yes" if row.private else "no")
     console = Console()
     console.print(table)
     console.print(

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
+import re
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sordino.algorithms import settings_for
 from sordino.bench import Bench
-from sordino.config import Experiment
+from sordino.config import Experiment, parse_config, resolved, set_key
 from sordino.errors import RunError
 from sordino.experiment import run
 from sordino.files import write_atomically
@@ -25,79 +26,139 @@ SPLITS = ("local", "neighbor", "overall", "novel", "domain")
 
 
 @dataclass(frozen=True)
+class Variant:
+    """One line of a comparison: an algorithm with its settings.
+
+    Attributes:
+        config: the experiment, with the first seed.
+        variation: what is different from other lines of the same algorithm, as `key=value, ...`; may be empty.
+    """
+
+    config: Experiment
+    variation: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Where its runs are, below the comparison's folder."""
+        return Path(self.config.algorithm, re.sub(r"[^\w.=-]+", "_", self.variation))
+
+
+def grid(
+    config: Experiment, algorithms: Sequence[str], vary: Mapping[str, Sequence[Any]] | None = None
+) -> list[Variant]:
+    """Every algorithm with every combination of the varied keys; a key that an algorithm ignores makes no new line.
+
+    Args:
+        config: what all have in common.
+        algorithms: names.
+        vary: dotted key to values.
+
+    Raises:
+        ConfigError: an algorithm, key or value is not allowed.
+    """
+    keys = list(vary or {})
+    variants: list[Variant] = []
+    for name in algorithms:
+        seen: list[dict[str, Any]] = []
+        for values in itertools.product(*(vary[key] for key in keys) if vary else ()):
+            tables = config.model_dump(exclude_none=True) | {"algorithm": name}
+            for key, value in zip(keys, values, strict=True):
+                set_key(tables, key, value)
+            varied = parse_config(tables)
+            same = resolved(varied)
+            if same not in seen:
+                seen.append(same)
+                words = ", ".join(f"{key}={value}" for key, value in zip(keys, values, strict=True))
+                variants.append(Variant(varied, words))
+        if len(seen) == 1:  # nothing that varies matters to this algorithm
+            variants[-1] = replace(variants[-1], variation="")
+    return variants
+
+
+@dataclass(frozen=True)
 class Row:
-    """One algorithm's line of the table.
+    """One line of the table.
 
     Attributes:
         algorithm: its name.
+        variation: what is different from other lines of the same algorithm.
         seeds: how many runs it is made of.
         accuracy: split to (mean, spread), fractions; None where the split does not apply. The spread is the standard
             deviation over seeds of the mean over clients, or, with one seed, over clients.
         upload_bytes, broadcast_bytes: of one client in one round.
         seconds: of training, mean over seeds.
-        private: whether everything that left a client was noised.
+        private: whether everything that was learned and left a client was noised.
+        epsilon: the largest over seeds; None where none holds.
+        attack: the mean AUC of membership inference, where the runs were audited.
     """
 
     algorithm: str
+    variation: str
     seeds: int
     accuracy: dict[str, tuple[float, float] | None]
     upload_bytes: int
     broadcast_bytes: int
     seconds: float
     private: bool
+    epsilon: float | None
+    attack: float | None = None
 
 
 def compare(
-    config: Experiment,
-    algorithms: Sequence[str],
+    variants: Sequence[Variant],
     seeds: int,
     out: Path,
     resume: bool = False,
     progress: Progress = silent,
     title: str = "Sordino: comparison",
 ) -> list[Row]:
-    """Run every algorithm with seeds `config.seed`, `config.seed` + 1, ...
+    """Run every variant with `seeds` seeds, from its configuration's on.
 
-    `out` gets a run directory for each, at `ALGORITHM/seed-N`, and `comparison.csv`, `comparison.json`, `report.html`.
+    `out` gets a run directory for each, at `ALGORITHM/VARIATION/seed-N`, and `comparison.csv`, `comparison.json`,
+    `report.html`.
 
     Raises:
         SordinoError: as `run`; before anything is trained where an algorithm's settings are bad.
     """
-    plan = [
-        config.model_copy(update={"algorithm": name, "seed": config.seed + offset})
-        for name in algorithms
-        for offset in range(seeds)
-    ]
-    for each in plan:
-        settings_for(each.algorithm, each.settings)
-    folders = [out / each.algorithm / f"seed-{each.seed}" for each in plan]
     if not resume and out.exists() and any(out.iterdir()):
         raise RunError(f"{out} exists; go on with --resume, or choose another --out")
-    bench = Bench.open(config)
-    if config.privacy.on:  # a mechanism that does not fit a method is told before another is trained
-        for each in plan:
-            planned_mechanism(each)
-    summaries = []
-    for each, folder in zip(plan, folders, strict=True):
-        summaries.append(run(each, folder, resume, progress, bench))
-    rows = [row_of([s for s in summaries if s["algorithm"] == name]) for name in algorithms]
-    write_atomically(out / "comparison.csv", to_csv(rows).encode())
-    write_atomically(out / "comparison.json", (json.dumps({"runs": summaries}, indent=2) + "\n").encode())
+    bench = Bench.open(variants[0].config)
+    for each in variants:  # what does not fit is told before anything is trained
+        planned_mechanism(each.config)
+    rows, folders, summaries = [], [], []
+    for each in variants:
+        own = []
+        for offset in range(seeds):
+            config = each.config.model_copy(update={"seed": each.config.seed + offset})
+            folders.append(out / each.folder / f"seed-{config.seed}")
+            own.append(run(config, folders[-1], resume, progress, bench))
+        rows.append(row_of(own, each.variation))
+        summaries += own
+    write_tables(rows, summaries, out)
     write_report(folders, out / "report.html", title)
     return rows
 
 
-def row_of(summaries: Sequence[dict[str, Any]]) -> Row:
-    """Aggregate the runs of one algorithm."""
+def write_tables(rows: Sequence[Row], summaries: Sequence[dict[str, Any]], out: Path) -> None:
+    """`comparison.csv` and `comparison.json`."""
+    write_atomically(out / "comparison.csv", to_csv(rows).encode())
+    write_atomically(out / "comparison.json", (json.dumps({"runs": summaries}, indent=2) + "\n").encode())
+
+
+def row_of(summaries: Sequence[dict[str, Any]], variation: str = "") -> Row:
+    """Aggregate the runs of one variant."""
     first = summaries[0]
+    epsilons = [s["privacy"]["epsilon"] for s in summaries]
     return Row(
         first["algorithm"],
+        variation,
         len(summaries),
         {split: _mean_and_spread(summaries, split) for split in SPLITS},
         first["wire"]["upload_bytes_per_client_round"],
         first["wire"]["broadcast_bytes_per_client_round"],
         statistics.fmean(s["seconds"]["train"] for s in summaries),
         all(s["privacy"]["private"] for s in summaries),
+        None if None in epsilons else max(epsilons),
     )
 
 
@@ -117,11 +178,31 @@ def to_csv(rows: Sequence[Row]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     split_columns = [f"{split}_{what}" for split in SPLITS for what in ("mean", "spread")]
     writer.writerow(
-        ["algorithm", "seeds", *split_columns, "upload_bytes", "broadcast_bytes", "train_seconds", "private"]
+        [
+            "algorithm",
+            "variation",
+            "seeds",
+            *split_columns,
+            "upload_bytes",
+            "broadcast_bytes",
+            "train_seconds",
+            "private",
+            "epsilon",
+        ]
     )
     for row in rows:
         cells = [value for split in SPLITS for value in (row.accuracy[split] or ("", ""))]
         writer.writerow(
-            [row.algorithm, row.seeds, *cells, row.upload_bytes, row.broadcast_bytes, row.seconds, row.private]
+            [
+                row.algorithm,
+                row.variation,
+                row.seeds,
+                *cells,
+                row.upload_bytes,
+                row.broadcast_bytes,
+                row.seconds,
+                row.private,
+                "" if row.epsilon is None else row.epsilon,
+            ]
         )
     return text.getvalue()

@@ -118,16 +118,29 @@ def _set(tables: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError("--set", override, "write key=value, e.g. settings.dp-fpl.rank=4")
+    set_key(tables, key.strip(), toml_value(text))
+
+
+def toml_value(text: str) -> Any:
+    """A value as TOML reads it, or as plain text where it is not TOML."""
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text
-    *path, last = key.strip().split(".")
+        return text
+
+
+def set_key(tables: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in nested tables, in place.
+
+    Raises:
+        ConfigError: a part of the key is a value, not a table.
+    """
+    *path, last = key.split(".")
     table = tables
     for step in path:
         table = table.setdefault(step, {})
         if not isinstance(table, dict):
-            raise ConfigError("--set", override, f"{step} is a value, not a table")
+            raise ConfigError(key, value, f"{step} is a value, not a table")
     table[last] = value
 
 

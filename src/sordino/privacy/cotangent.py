@@ -28,6 +28,7 @@ are its relatives.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -107,13 +108,19 @@ def project(features: Tensor, directions: Tensor) -> Tensor:
     return torch.nan_to_num(F.normalize(features @ directions.to(features), dim=-1))
 
 
-@torch.no_grad()
 def public_directions(encoder: DualEncoder, rank: int) -> Tensor:
     """The r leading singular directions [D, r] of the features of 1,000 public class names.
 
     The names are ImageNet's, as timm lists them (no image is involved), in the hand-written prompt. Where r reaches D,
     the projection changes nothing.
     """
+    return _public_basis(encoder)[:, :rank]
+
+
+@lru_cache(maxsize=2)
+@torch.no_grad()
+def _public_basis(encoder: DualEncoder) -> Tensor:
+    """All D directions [D, D], the leading one first."""
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo()
@@ -121,5 +128,5 @@ def public_directions(encoder: DualEncoder, rank: int) -> Tensor:
     context = encoder.embed("a photo of a")[None]
     chunks = [encoder.class_tokens(names[start : start + 100]) for start in range(0, len(names), 100)]
     text = torch.cat([encoder.text_features(context, chunk)[0] for chunk in chunks]).double().cpu()
-    leading: Tensor = torch.linalg.svd(text - text.mean(0), full_matrices=True).Vh[:rank].T
-    return leading.float().to(encoder.device)
+    basis: Tensor = torch.linalg.svd(text - text.mean(0), full_matrices=True).Vh.T
+    return basis.float().to(encoder.device)

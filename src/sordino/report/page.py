@@ -9,6 +9,7 @@ from sordino.report import figures
 from sordino.report.figures import Figure, human_bytes
 from sordino.report.groups import MEASURES, Group
 from sordino.report.heatmap import accuracy_by_client, client_columns
+from sordino.report.privacy import audits, tradeoff
 from sordino.report.runs import Measure, Run
 from sordino.report.tables import counted, html_table, listed, privacy_words, results
 
@@ -21,6 +22,8 @@ def render(runs: Sequence[Run], groups: Sequence[Group], title: str) -> str:
 
     sections = [
         results(groups),
+        tradeoff(groups),
+        audits(groups),
         _by_round(groups),
         _by_client(groups),
         _wire(groups),
@@ -91,7 +94,7 @@ def _what_was_run(runs: Sequence[Run], groups: Sequence[Group]) -> str:
 # Figures
 
 
-def _figure(identity: str, figure: Figure, description: str) -> str:
+def place(identity: str, figure: Figure, description: str) -> str:
     """Place and data of a figure; page.js draws it."""
     # Inside <script> only "</script" and "<!--" could end the data; no "<" is left at all.
     data = json.dumps(figure, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
@@ -115,7 +118,7 @@ def _by_round(groups: Sequence[Group]) -> str:
     )
     panels = "".join(
         f'<div class="panel"><h3>{MEASURES[measure]}</h3>\n'
-        + _figure(f"round-{measure}", figure, _curve_words(measure, groups))
+        + place(f"round-{measure}", figure, _curve_words(measure, groups))
         + "</div>\n"
         for measure, figure in drawn.items()
     )
@@ -169,7 +172,7 @@ def _by_client(groups: Sequence[Group]) -> str:
         # Columns too narrow for their numbers would be worse than a figure that scrolls.
         '<div class="scroll" role="region" aria-label="Heat map" tabindex="0">'
         f'<div style="min-width:{110 + 50 * len(rows)}px">\n'
-        f"{_figure('clients', figure, words)}</div></div>\n"
+        f"{place('clients', figure, words)}</div></div>\n"
         f"<figcaption>Each row is a client; point at a cell for the classes it holds, drag to enlarge a part, "
         f"double-click to go back.{seeds}</figcaption>\n</figure>\n"
         f"<details><summary>Quartiles over clients</summary>\n{table}</details></section>\n"
@@ -185,7 +188,7 @@ def _wire(groups: Sequence[Group]) -> str:
     )
     rows = [[escape(group.label), *(human_bytes(group.mean(f"wire.{name}")) for name in names)] for group in groups]
     words = "; ".join(f"{group.label} {row[1]} up and {row[2]} down" for group, row in zip(groups, rows, strict=True))
-    figure = _figure("wire", figures.bytes_on_the_wire(groups), f"Bar chart of bytes a client and round: {words}.")
+    figure = place("wire", figures.bytes_on_the_wire(groups), f"Bar chart of bytes a client and round: {words}.")
     table = html_table(
         "Bytes on the wire; 1 kB is 1,000 bytes.",
         ["Algorithm", "Up, client and round", "Down, client and round", "Up, whole run", "Down, whole run"],

@@ -131,6 +131,7 @@ class Run:
     rounds: tuple[Round, ...]  # in order of the round, each round once
     config: dict[str, Any]
     config_text: str
+    audit: dict[str, Any] | None = None  # what `sordino audit` found, where the run was attacked
 
 
 def read_run(directory: Path) -> Run:
@@ -148,7 +149,19 @@ def read_run(directory: Path) -> Run:
         rounds=_rounds(directory),
         config=_parse(directory, "config.toml", config_text, tomllib.loads),
         config_text=config_text,
+        audit=_audit(directory),
     )
+
+
+def _audit(directory: Path) -> dict[str, Any] | None:
+    if not (directory / "audit.json").exists():
+        return None
+    return _parse(directory, "audit.json", _text(directory, "audit.json"), _json_object)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(text)
+    return value
 
 
 def _text(directory: Path, name: str) -> str:

@@ -1,0 +1,405 @@
+"""Gradient inversion: what the server reads off one upload.
+
+Zhu, Liu, Han, Deep Leakage from Gradients, NeurIPS 2019; Geiping, Bauermeister, Dröge, Moeller, Inverting Gradients,
+NeurIPS 2020. There pixels are searched by optimisation. A prompt's gradient is easier to undo: with the frozen text
+tower f, known to all, it is J^T vec(S) for J the derivative of the C class features by the context, and
+
+    S = sum over b of (p_b - y_b) x_b^T / (B tau)    [C, D]
+
+holds all that the batch enters by. So S is recovered by least squares, up to the null space of J^T: class features have
+unit norm, so what row c has along the feature of class c is never seen. Then
+
+- the label of an example has the one row that points away from its image: rows that point away from images of their
+  class name the labels (the server is granted the task's test images as examples of each class);
+- minus that row is near to the sum of the class's image features;
+- for a batch of one, S = e x^T has D + C unknowns only, and x is solved for, exactly where nothing is noised.
+
+The recovered features are looked up among all images of the task, the attacker's gallery. Other clients see the mean of
+uploads only: one batch of everybody's, which is harder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sordino.algorithms.base import Clock, named_tensors
+from sordino.audit.subject import Subject
+from sordino.encoders.prompt_model import PromptModel
+from sordino.randomness import Streams, derive_seed
+from sordino.runtime.local import LocalRuntime, Training
+
+DENSE_ENTRIES = 32_000_000  # of J in float64, a quarter of a gigabyte; above it, products with J only
+ITERATIONS = 60  # of conjugate gradients, where J is too large to be held
+REFINEMENTS = 10  # of a rank-one S, each half by a linear solve
+SMALLEST = 1e-14  # of an eigenvalue over the largest; below it there is rounding only
+
+
+@dataclass(frozen=True)
+class Attack:
+    """The outcome for batches of one size; shares and cosines are means.
+
+    Attributes:
+        size: examples a batch; the smallest client's where clients hold fewer than the run's batch size.
+        batches: how many were attacked.
+        labels_found: share of the examples whose label was named; at most `size` labels are.
+        labels_right: share of the named labels that were in the batch.
+        labels_chance: `labels_found` of as many labels named blindly.
+        cosine: of recovered and true feature; in larger batches, of a class's row and the sum of its features.
+        cosine_chance: the same of the truth and an image of the gallery at random.
+        reidentified: share of recovered features that have an image of the batch (and class) as nearest of the gallery.
+        reidentified_chance: the same of an image of the gallery at random.
+    """
+
+    size: int
+    batches: int
+    labels_found: float
+    labels_right: float
+    labels_chance: float
+    cosine: float
+    cosine_chance: float
+    reidentified: float
+    reidentified_chance: float
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """What single uploads tell the server.
+
+    Attributes:
+        reason: why the attack does not apply; None where it does.
+        knows: what the server takes for the victim's context: its whole "prompt" (published, or replayed as in
+            `stealing`), or the "broadcast" with the personal part as it publicly started.
+        gallery: how many images the recovered features were looked up among.
+        attacks: one for each batch size.
+    """
+
+    reason: str | None
+    knows: Literal["prompt", "broadcast"]
+    gallery: int
+    attacks: tuple[Attack, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def invert(
+    subject: Subject,
+    seed: int,
+    batches: int = 8,
+    victims: int = 2,
+    knows: Literal["prompt", "broadcast"] = "prompt",
+) -> Inversion:
+    """Invert uploads of the run's final state, as its own mechanism lets them leave the clients.
+
+    1. Each client draws a batch of its training images, of one example and of the run's own size, and computes a
+       round's upload with fresh noise.
+    2. The upload is read as a gradient of the context, and S is solved for.
+    3. Labels, features and images are read off S and compared with the batch.
+
+    Args:
+        subject: the run.
+        seed: decides batches and noise.
+        batches: how many of each size; they go round the victims.
+        victims: how many clients are attacked, the first ones; each costs a derivative of the text tower.
+        knows: what the server takes for the victim's context.
+    """
+    runtime, training = subject.runtime, subject.training
+    gallery = F.normalize(subject.features[torch.from_numpy(subject.task.used)].cpu().double(), dim=-1)
+    reason = inapplicable(runtime)
+    if reason is not None:
+        return Inversion(reason, knows, len(gallery))
+    states = training.clients if knows == "prompt" else runtime.start().clients
+    contexts = runtime.algorithm.prompt(runtime.algorithm.broadcast(training.server), states)
+    contexts = contexts.expand(len(runtime.data), -1, -1)
+    references = class_references(subject)
+    sizes, victims = sorted({1, own_size(runtime)}), min(victims, batches, len(contexts))
+    found: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
+    repeats = [
+        (size, turn, observe(runtime, training, size, derive_seed(seed, "inversion", size, turn)))
+        for size in sizes
+        for turn in range(-(-batches // victims))
+    ]
+    for client in range(victims):
+        tower = TowerMap.of(runtime.model, contexts[client])
+        for size, turn, (gradients, features, labels) in repeats:
+            if turn * victims + client < batches:
+                truth = (features[client].cpu().double(), labels[client].cpu())
+                found[size].append(_judged(tower, gradients[client], truth, references, gallery))
+        subject.progress("gradient inversion", client + 1, victims)
+    return Inversion(None, knows, len(gallery), tuple(_summed(size, found[size]) for size in sizes))
+
+
+def inapplicable(runtime: LocalRuntime) -> str | None:
+    """Why uploads of this method are not read as gradients of a context; None where they are."""
+    about, settings = runtime.algorithm.ABOUT, runtime.settings
+    if about.pools_data:
+        return "all images are in one place already; there is no upload to invert"
+    names = {each.name for each in fields(runtime.algorithm.Upload)}
+    if not names:
+        return "nothing that was learned leaves a client"
+    if about.averages:
+        return None
+    if "change" not in names:
+        return "the upload is not a gradient of the context"
+    if settings.local_steps != 1 or settings.optimizer.name != "sgd":
+        return "the upload is the change by several steps, or by Adam, and not proportional to one gradient"
+    return None
+
+
+def observe(
+    runtime: LocalRuntime, training: Training, size: int, seed: int
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """One round's uploads, of batches of `size` examples of each client, read as gradients of the context.
+
+    Returns:
+        [K, M, E] gradients up to a positive factor, and the K batches' features [B, D] and labels [B].
+    """
+    module, data = runtime.algorithm, runtime.data
+    clients = range(len(data))
+    clock = Clock(max(1, training.round), runtime.rounds, Streams(seed, training.round, clients, data.features.device))
+    orders = clock.streams.uniform("batch to invert", data.counts.tolist())
+    chosen = [row[order.argsort()[:size].to(row.device)] for row, order in zip(data.rows, orders, strict=True)]
+    counts = torch.tensor([len(rows) for rows in chosen], device=data.counts.device)
+    # No more than the batch size, so that every one of them is in the batch for certain, coins or not.
+    coins = clock.streams if runtime.mechanism.samples_examples else None
+    rows = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True)
+    at_work = runtime.mechanism.open(clock.streams, list(clients), training.mechanism)
+    broadcast = module.broadcast(training.server)
+    batches = replace(data, rows=rows, counts=counts, coins=coins)
+    upload, _ = module.client_round(runtime.settings, broadcast, training.clients, batches, at_work.gradients, clock)
+    sent = at_work.protect(named_tensors(upload))
+    if module.ABOUT.averages:
+        gradient = sent[next(iter(module.ABOUT.averages.values()))]
+    else:  # one step of SGD: change = -rate (gradient + decay context)
+        optimizer = runtime.settings.optimizer
+        context = module.prompt(broadcast, training.clients)
+        gradient = -sent["change"] - optimizer.rate(clock) * optimizer.weight_decay * context
+    return gradient.detach(), [data.features[each] for each in chosen], [data.labels[each] for each in chosen]
+
+
+def own_size(runtime: LocalRuntime) -> int:
+    """Examples in a batch of the run; of its smallest client, where that takes all it has."""
+    smallest = int(runtime.data.counts.min())
+    return min(getattr(runtime.settings, "batch_size", 0) or smallest, smallest)
+
+
+def class_references(subject: Subject) -> Tensor:
+    """[C, D] mean features of each class's test images, or of all of them for a class that has none."""
+    rows = torch.from_numpy(subject.task.test)
+    features, labels = subject.features[rows].cpu().double(), subject.labels[rows].cpu()
+    of_class = F.one_hot(labels, len(subject.task.class_names)).to(features)  # [T, C]
+    count = of_class.sum(0)[:, None]
+    return torch.where(count > 0, of_class.T @ features / count.clamp(min=1), features.mean(0))
+
+
+@dataclass(frozen=True)
+class TowerMap:
+    """The linear map from S [C, D] to gradients of the context [M E], in float64; or from a part of S.
+
+    Attributes:
+        forward: S, flat, to J^T S.
+        adjoint: u [M E] to J u, flat.
+        matrix: J^T [M E, C D], where it is small enough to be held.
+        classes: C.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    adjoint: Callable[[Tensor], Tensor]
+    matrix: Tensor | None
+    classes: int
+
+    @classmethod
+    def of(cls, model: PromptModel, context: Tensor) -> TowerMap:
+        """At a context [M, E]."""
+        entries = context.numel() * len(model.classes) * model.encoder.feature_width
+        if entries <= DENSE_ENTRIES:
+            matrix = (
+                torch.cat([_class_jacobian(model, context, index) for index in range(len(model.classes))])
+                .T.cpu()
+                .double()
+            )
+            return cls(lambda s: matrix @ s, lambda u: matrix.T @ u, matrix, len(model.classes))
+
+        def forward(cotangent: Tensor) -> Tensor:
+            leaf = context.detach().requires_grad_()
+            with torch.enable_grad():
+                text = model.text_features(leaf)
+            return torch.autograd.grad(text, leaf, cotangent.view_as(text).to(text))[0].flatten().cpu().double()
+
+        def adjoint(direction: Tensor) -> Tensor:
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                tangent: Tensor = torch.func.jvp(
+                    model.text_features, (context,), (direction.view_as(context).to(context),)
+                )[1]
+            return tangent.flatten().cpu().double()
+
+        return cls(forward, adjoint, None, len(model.classes))
+
+    def given_errors(self, errors: Tensor) -> TowerMap:
+        """The map from x [D] for S = e x^T, with e [C] known."""
+        matrix = None
+        if self.matrix is not None:
+            matrix = torch.einsum("mcd,c->md", self.matrix.unflatten(1, (self.classes, -1)), errors)
+        return TowerMap(
+            lambda x: self.forward(torch.outer(errors, x).flatten()),
+            lambda u: errors @ self.adjoint(u).unflatten(0, (self.classes, -1)),
+            matrix,
+            1,
+        )
+
+    def given_feature(self, feature: Tensor) -> TowerMap:
+        """The map from e [C], with x [D] known."""
+        matrix = None if self.matrix is None else self.matrix.unflatten(1, (self.classes, -1)) @ feature
+        return TowerMap(
+            lambda e: self.forward(torch.outer(e, feature).flatten()),
+            lambda u: self.adjoint(u).unflatten(0, (self.classes, -1)) @ feature,
+            matrix,
+            self.classes,
+        )
+
+    def solve(self, gradient: Tensor) -> Tensor:
+        """What a gradient [M E] was made of, by regularised least squares; flat."""
+        if self.matrix is None:
+            return _conjugate_gradients(self.forward, self.adjoint, gradient)
+        return self._ridge.solve(gradient)
+
+    @cached_property
+    def _ridge(self) -> Ridge:
+        assert self.matrix is not None
+        return Ridge.of(self.matrix)
+
+
+def _class_jacobian(model: PromptModel, context: Tensor, index: int) -> Tensor:
+    """The derivative of one class's feature by the context: [D, M E]."""
+    alone = PromptModel(model.encoder, model.classes.part(index, index + 1))
+    leaf = context.detach().requires_grad_()
+    with torch.enable_grad():
+        feature = alone.text_features(leaf)[0]
+    directions = torch.eye(len(feature), dtype=feature.dtype, device=feature.device)
+    chunks = directions.split(alone.contexts_at_once(len(context)))
+    rows = [torch.autograd.grad(feature, leaf, each, is_grads_batched=True, retain_graph=True)[0] for each in chunks]
+    return torch.cat(rows).flatten(1)
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """Least squares with the ridge of largest evidence, for one matrix [m, n] and many observations.
+
+    Unknowns and noise are taken for white and normal; the ratio of their variances is the one under which the
+    observation is likeliest (MacKay, Bayesian Interpolation, 1992). So the attacker need not know how much was noised.
+
+    Attributes:
+        matrix: [m, n].
+        values, vectors: eigenvalues [r] above rounding, and eigenvectors, of the smaller of its two Gram matrices.
+    """
+
+    matrix: Tensor
+    values: Tensor
+    vectors: Tensor
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> Ridge:
+        gram = matrix @ matrix.T if matrix.shape[1] > matrix.shape[0] else matrix.T @ matrix
+        values, vectors = torch.linalg.eigh(gram)
+        kept = values > SMALLEST * values[-1].clamp(min=torch.finfo(values.dtype).tiny)
+        return cls(matrix, values[kept], vectors[:, kept])
+
+    def solve(self, observed: Tensor) -> Tensor:
+        """The unknowns [n] of an observation [m]."""
+        values, (rows, columns) = self.values, self.matrix.shape
+        if not len(values) or not observed.any():
+            return self.matrix.new_zeros(columns)
+        wide = columns > rows
+        projected = self.vectors.T @ (observed if wide else self.matrix.T @ observed)
+        inside = projected if wide else projected / values.sqrt()  # the observation by left singular vectors
+        outside = (observed.square().sum() - inside.square().sum()).clamp(min=0)
+        ratios = values[-1] * torch.logspace(-14, 3, 69, dtype=values.dtype, device=values.device)[:, None]
+        variance = ((inside.square() / (values + ratios)).sum(1) + outside / ratios[:, 0]) / rows
+        surprise = rows * variance.log() + (values + ratios).log().sum(1) + (rows - len(values)) * ratios[:, 0].log()
+        shrunk = self.vectors @ (projected / (values + ratios[surprise.argmin()]))
+        return self.matrix.T @ shrunk if wide else shrunk
+
+
+def _conjugate_gradients(
+    forward: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor], observed: Tensor
+) -> Tensor:
+    """Least squares by CGLS (Hestenes, Stiefel, 1952); stopping early regularises."""
+    residual, steepest = observed, adjoint(observed)
+    solution, direction = torch.zeros_like(steepest), steepest
+    start = norm = steepest.square().sum()
+    for _ in range(ITERATIONS):
+        if norm <= SMALLEST * start:
+            break
+        image = forward(direction)
+        step = norm / image.square().sum()
+        solution, residual = solution + step * direction, residual - step * image
+        steepest = adjoint(residual)
+        before, norm = norm, steepest.square().sum()
+        direction = steepest + norm / before * direction
+    return solution
+
+
+def rank_one(tower: TowerMap, gradient: Tensor, cotangent: Tensor, references: Tensor) -> tuple[Tensor, int]:
+    """The feature [D] and label of a batch of one: S = e x^T by alternating least squares from a first S [C, D].
+
+    That e and x may both change their sign leaves two readings; the better is the one whose feature is nearer to images
+    of the class that it names.
+    """
+    left, _, right = torch.linalg.svd(cotangent, full_matrices=False)
+    errors, feature = left[:, 0], right[0]
+    for _ in range(REFINEMENTS):
+        feature = F.normalize(tower.given_errors(errors).solve(gradient), dim=0)
+        errors = F.normalize(tower.given_feature(feature).solve(gradient), dim=0)
+    readings = [(sign * feature, int((sign * errors).argmin())) for sign in (1, -1)]
+    return max(readings, key=lambda reading: float(F.normalize(references[reading[1]], dim=0) @ reading[0]))
+
+
+def _judged(
+    tower: TowerMap, gradient: Tensor, truth: tuple[Tensor, Tensor], references: Tensor, gallery: Tensor
+) -> dict[str, float]:
+    """What one batch gave away: the figures of `Attack`, of this batch alone."""
+    features, labels = truth
+    observed = gradient.flatten().cpu().double()
+    cotangent = tower.solve(observed).view(tower.classes, -1)  # S, [C, D]
+    recovered = F.normalize(-cotangent, dim=-1)
+    score = -(cotangent * references).sum(-1)
+    named = [int(each) for each in score.argsort(descending=True)[: len(labels)] if score[each] > 0]
+    if len(labels) == 1:
+        feature, label = rank_one(tower, observed, cotangent, references)
+        recovered, named = recovered.index_copy(0, labels, feature[None]), [label]
+    present = sorted(set(labels.tolist()))
+    cosines, by_chance, hits, hits_chance = [], [], [], []
+    for label in present:
+        mine = features[labels == label]
+        total = F.normalize(mine.sum(0), dim=0)
+        cosines.append(float(recovered[label] @ total))
+        by_chance.append(float((gallery @ total).mean()))
+        nearest = (gallery @ recovered[label]).max()
+        hits.append(bool((F.normalize(mine, dim=-1) @ recovered[label]).max() >= nearest - 1e-9))
+        hits_chance.append(len(mine) / len(gallery))
+    return {
+        "labels_found": _mean([label in named for label in labels.tolist()]),
+        "labels_right": _mean([label in present for label in named]),
+        "labels_chance": len(named) / tower.classes,
+        "cosine": _mean(cosines),
+        "cosine_chance": _mean(by_chance),
+        "reidentified": _mean(hits),
+        "reidentified_chance": _mean(hits_chance),
+    }
+
+
+def _summed(size: int, findings: list[dict[str, float]]) -> Attack:
+    means = {name: _mean([each[name] for each in findings]) for name in findings[0]}
+    return Attack(size, len(findings), **means)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(sum(values) / max(1, len(values)))

@@ -1,0 +1,152 @@
+"""Every attack on a run directory, and what they found beside what the run claims."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sordino.audit.inversion import invert
+from sordino.audit.membership import infer_membership
+from sordino.audit.one_run import audit_in_one_run
+from sordino.audit.stealing import steal
+from sordino.audit.subject import Subject
+from sordino.bench import Bench
+from sordino.errors import ConfigError, DataError, RunError
+from sordino.files import write_atomically
+from sordino.privacy.statement import as_summary
+from sordino.progress import Progress, silent
+from sordino.report import write_report
+
+ATTACKS = ("membership", "canaries", "inversion", "stealing")
+FILE = "audit.json"
+
+
+def audit(
+    folder: Path,
+    attacks: Sequence[str] = ATTACKS,
+    shadows: int = 64,
+    canaries: int = 128,
+    seed: int = 1,
+    progress: Progress = silent,
+    bench: Bench | None = None,
+) -> dict[str, Any]:
+    """Attack a finished run, and write `audit.json` and its report.
+
+    Attacks that were made before and are not asked for again keep their results.
+
+    Args:
+        folder: the run directory.
+        attacks: of ATTACKS.
+        shadows: shadow federations of the membership attacks; each costs as much as the run.
+        canaries: of the one-run audit, which costs about as much as the run.
+        seed: of the attacker's randomness.
+        progress: is told how far the attacks are.
+        bench: data and encoder, where they are open already.
+
+    Returns:
+        What `audit.json` holds.
+
+    Raises:
+        SordinoError: the run cannot be opened, or an attack cannot be made of what it has.
+    """
+    for each in attacks:
+        if each not in ATTACKS:
+            raise ConfigError("--attacks", each, f"not an attack; choose from {', '.join(ATTACKS)}")
+    subject = Subject.open(folder, progress, bench)
+    if not subject.runtime.rounds:
+        raise RunError(f"{folder}: {subject.config.algorithm} learned nothing, so there is nothing to attack")
+    found: dict[str, Any] = {}
+    if (folder / FILE).exists():
+        found = json.loads((folder / FILE).read_bytes())["attacks"]
+    for name in (each for each in ATTACKS if each in attacks):
+        try:
+            found[name] = _attack(name, subject, shadows, canaries, seed)
+        except (ConfigError, DataError) as error:
+            if tuple(attacks) != ATTACKS:  # asked for by name
+                raise
+            found[name] = {"reason": str(error)}
+    claimed = as_summary(subject.ledger, subject.config.privacy.unit)
+    result = {"claimed": {key: claimed[key] for key in ("epsilon", "delta", "unit")}, "seed": seed, "attacks": found}
+    write_atomically(folder / FILE, (json.dumps(result, indent=2) + "\n").encode())
+    write_report(
+        [folder], folder / "report.html", f"Sordino: {subject.config.algorithm} on {subject.config.data.source}"
+    )
+    return result
+
+
+def _attack(name: str, subject: Subject, shadows: int, canaries: int, seed: int) -> dict[str, Any]:
+    if name == "membership":
+        return infer_membership(subject, shadows, seed).as_dict()
+    if name == "canaries":
+        return audit_in_one_run(subject.runtime, canaries, seed, subject.progress, subject.training.round).as_dict()
+    if name == "inversion":
+        return invert(subject, seed).as_dict()
+    return steal(subject, seed).as_dict()
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """An audit for a terminal."""
+    claimed, attacks = found["claimed"], found["attacks"]
+    lines = ["Claimed: no epsilon" if claimed["epsilon"] is None else f"Claimed: epsilon = {claimed['epsilon']:.4g}"]
+    for name in (each for each in ATTACKS if each in attacks):
+        result = attacks[name]
+        if result.get("reason"):
+            lines.append(f"{name}: does not apply ({result['reason']})")
+        else:
+            lines += [f"{name}: {line}" for line in _WORDS[name](result)]
+    return "\n".join(lines)
+
+
+def _membership_words(result: dict[str, Any]) -> list[str]:
+    words = []
+    for attack, title in (("lira", "LiRA"), ("shadow_attack", "shadow models")):
+        one = result[attack]
+        low, high = one["auc_interval"]
+        rates = ", ".join(
+            f"{100 * point['true_positive_rate']:.1f}% found at {100 * point['false_positive_rate']:g}% false positives"
+            for point in one["found"]
+        )
+        words.append(f"{title}, {result['shadows']} shadows: AUC {one['auc']:.3f} ({low:.3f} to {high:.3f}); {rates}")
+    return words
+
+
+def _canaries_words(result: dict[str, Any]) -> list[str]:
+    words = [
+        f"epsilon is at least {result['epsilon']:.4g} at 95% confidence ({result['correct']} of {result['guesses']} "
+        f"guesses right, {result['canaries']} canaries, {result['observer']})"
+    ]
+    return words + (["THE CLAIM IS FALSE: the bound is above it"] if result["refuted"] else [])
+
+
+def _inversion_words(result: dict[str, Any]) -> list[str]:
+    return [
+        f"from an upload of {each['size']} example{'s' if each['size'] > 1 else ''}: "
+        f"{100 * each['labels_found']:.0f}% of the labels ({100 * each['labels_chance']:.0f}% by chance), "
+        f"cosine to the image's feature {each['cosine']:.2f} ({each['cosine_chance']:.2f} by chance), "
+        f"{100 * each['reidentified']:.0f}% of images recognised ({100 * each['reidentified_chance']:.2g}% by chance)"
+        for each in result["attacks"]
+    ]
+
+
+def _stealing_words(result: dict[str, Any]) -> list[str]:
+    victims = result["victims"]
+
+    def mean(thief: str, what: str) -> float:
+        return float(sum(each[thief][what] for each in victims) / len(victims))
+
+    own = sum(each["local_accuracy"] for each in victims) / len(victims)
+    return [
+        f"{title}: local accuracy {100 * mean(thief, 'local_accuracy'):.1f}% (the victims' own {100 * own:.1f}%), "
+        f"agreement {100 * mean(thief, 'agreement'):.0f}%, cosine of the change {mean(thief, 'cosine'):.2f}"
+        for thief, title in (("by_client", "another client"), ("by_server", "the server"))
+    ]
+
+
+_WORDS = {
+    "membership": _membership_words,
+    "canaries": _canaries_words,
+    "inversion": _inversion_words,
+    "stealing": _stealing_words,
+}

@@ -1,0 +1,272 @@
+"""What the scores of a membership attack prove: ROC curves, their intervals, and a lower bound on epsilon.
+
+`one_run_epsilon` is the bound of Steinke, Nasr, Jagielski, "Privacy Auditing with One (1) Training Run", NeurIPS 2023
+(arXiv 2305.08846), Theorem 5.2 and Appendix D. Its premise is the caller's duty: each of the m canaries was included by
+a fair coin of its own, and the scores were made of what was released, without sight of the coins.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import brentq
+from scipy.special import betaincinv, expit, logit
+from scipy.stats import beta, binom, norm
+from sklearn.metrics import auc as area_under
+from sklearn.metrics import roc_curve
+
+
+@dataclass(frozen=True, eq=False)
+class Roc:
+    """An attack's receiver operating characteristic.
+
+    Attributes:
+        false_positive_rate: [P], ascending from 0 to 1; the share of non-members that are taken for members.
+        true_positive_rate: [P], ascending from 0 to 1; the share of members that are found.
+        auc: area under the curve, the probability that a member outscores a non-member, ties counted half.
+        members: number of members that were scored.
+        non_members: number of non-members that were scored.
+    """
+
+    false_positive_rate: NDArray[np.float64]
+    true_positive_rate: NDArray[np.float64]
+    auc: float
+    members: int
+    non_members: int
+
+    def at(self, false_positive_rate: float) -> float:
+        """The largest true positive rate of a threshold whose false positive rate is at most the given one.
+
+        A step function: nothing is interpolated, since between two thresholds there is no attack.
+
+        Raises:
+            ValueError: the rate is outside [0, 1].
+        """
+        _require(0 <= false_positive_rate <= 1, f"false_positive_rate = {false_positive_rate}: it lies in [0, 1]")
+        last = np.searchsorted(self.false_positive_rate, false_positive_rate, side="right") - 1
+        return float(self.true_positive_rate[last])
+
+    def interval_at(self, false_positive_rate: float, confidence: float = 0.95) -> tuple[float, float]:
+        """Clopper-Pearson interval of `at`, for the threshold that the scored non-members set.
+
+        It holds for that threshold's true positive rate; that the non-members are a sample too, so that the threshold's
+        own false positive rate is uncertain, is not in it.
+        """
+        return clopper_pearson(round(self.at(false_positive_rate) * self.members), self.members, confidence)
+
+
+def roc(scores: ArrayLike, members: ArrayLike) -> Roc:
+    """The ROC curve of scores [N] against membership [N] (true or 1: a member); a higher score says "member".
+
+    Raises:
+        ValueError: the shapes differ, a score is not finite, or members or non-members are missing.
+    """
+    scores, members = _checked(scores, members)
+    found = int(members.sum())
+    _require(0 < found < len(members), f"{found} of {len(members)} are members: a ROC curve needs both kinds")
+    false_positive_rate, true_positive_rate, _ = roc_curve(members, scores, drop_intermediate=False)
+    area = float(area_under(false_positive_rate, true_positive_rate))
+    return Roc(false_positive_rate, true_positive_rate, area, found, len(members) - found)
+
+
+def auc_interval(scores: ArrayLike, members: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
+    """Confidence interval of the area under the ROC curve, two-sided.
+
+    The variance is that of Hanley & McNeil, Radiology 143 (1982), with both sample sizes replaced by their mean, and it
+    is taken at the interval's limit, not at the estimate: Newcombe, Statistics in Medicine 25 (2006) 559-573, method 5.
+    So an attack that separates the sample perfectly gets an interval too, where DeLong's has length zero.
+
+    Raises:
+        ValueError: as `roc`, or the confidence is outside (0, 1).
+    """
+    _require(0 < confidence < 1, f"confidence = {confidence}: it lies strictly between 0 and 1")
+    curve = roc(scores, members)
+    z = float(norm.isf((1 - confidence) / 2))
+    return (
+        _lower_limit(curve.auc, curve.members, curve.non_members, z),
+        1 - _lower_limit(1 - curve.auc, curve.members, curve.non_members, z),
+    )
+
+
+def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The exact two-sided interval of a binomial probability: Clopper & Pearson, Biometrika 26 (1934).
+
+    Raises:
+        ValueError: not 0 <= successes <= trials, no trial, or the confidence is outside (0, 1).
+    """
+    _require(0 <= successes <= trials > 0, f"{successes} successes of {trials} trials: give 0 <= successes <= trials")
+    _require(0 < confidence < 1, f"confidence = {confidence}: it lies strictly between 0 and 1")
+    tail = (1 - confidence) / 2
+    low = float(beta.ppf(tail, successes, trials - successes + 1)) if successes > 0 else 0.0
+    high = float(beta.isf(tail, successes + 1, trials - successes)) if successes < trials else 1.0
+    return low, high
+
+
+def one_run_epsilon(correct: int, guesses: int, canaries: int, delta: float, confidence: float = 0.95) -> float:
+    """Lower bound on epsilon, given delta, from guesses about which canaries were in one training run.
+
+    With v correct of r guesses among m canaries, W ~ Binomial(r, e^eps / (1 + e^eps)) and f(v) = P[W >= v], Theorem 5.2
+    of Steinke, Nasr, Jagielski (NeurIPS 2023) has, for whatever is (eps, delta)-DP with respect to each canary,
+
+        P[at least v correct] <= f(v) + 2 m delta max_{1 <= i <= v} (f(v - i) - f(v)) / i .
+
+    The bound is the largest eps at which the right side is at most 1 - confidence, so that what is (eps, delta)-DP gets
+    a bound above eps with probability at most 1 - confidence. At delta = 0 it is the logit of the one-sided
+    Clopper-Pearson limit of the accuracy.
+
+    Args:
+        correct: v, how many guesses were right.
+        guesses: r, how many were made; fixed before looking at which are right.
+        canaries: m, how many were included or not by a fair coin each, those not guessed among them.
+        delta: the delta of the (epsilon, delta) that is put to the test.
+        confidence: at least a half.
+
+    Returns:
+        The bound in nats; 0 where the guesses show nothing.
+
+    Raises:
+        ValueError: not 0 <= correct <= guesses <= canaries, or delta or confidence out of range.
+    """
+    _require(
+        0 <= correct <= guesses <= canaries,
+        f"{correct} correct of {guesses} guesses among {canaries} canaries: give correct <= guesses <= canaries",
+    )
+    _require(0 <= delta <= 1, f"delta = {delta}: it lies in [0, 1]")
+    _require(0.5 <= confidence < 1, f"confidence = {confidence}: it lies in [0.5, 1)")
+    if correct == 0:
+        return 0.0
+    # All is written in wrong guesses, whose rate e^-eps / (1 + e^-eps) keeps its digits where the accuracy rounds to 1.
+    wrong, significance = guesses - correct, 1 - confidence
+    pure = -float(logit(betaincinv(wrong + 1, correct, confidence)))  # the bound at delta = 0; delta only lowers it
+    if delta == 0 or pure <= 0:
+        return max(pure, 0.0)
+    if _p_value(wrong, guesses, canaries, 0.0, delta) > significance:
+        return 0.0
+    low, high = 0.0, pure
+    for _ in range(40):
+        middle = (low + high) / 2
+        refuted = _p_value(wrong, guesses, canaries, middle, delta) <= significance
+        low, high = (middle, high) if refuted else (low, middle)
+    return low
+
+
+@dataclass(frozen=True)
+class OneRun:
+    """An audit by one training run.
+
+    Attributes:
+        epsilon: lower bound in nats, 0 where nothing is shown.
+        correct: how many guesses were right.
+        guesses: how many canaries were guessed; for the others the adversary abstained.
+        canaries: how many were included or not by a fair coin.
+    """
+
+    epsilon: float
+    correct: int
+    guesses: int
+    canaries: int
+
+
+def best_guesses(
+    scores: ArrayLike,
+    included: ArrayLike,
+    delta: float,
+    confidence: float,
+    generator: np.random.Generator,
+) -> OneRun:
+    """The best lower bound on epsilon over several numbers of guesses, paid for by a Bonferroni correction.
+
+    1. Canaries are sorted by score; ties in the generator's order, which knows nothing of inclusion.
+    2. For each number of guesses of a list that depends on m alone (`numbers_of_guesses`), the adversary says "in" of
+       the half with the highest scores, "out" of the half with the lowest, and abstains on the rest.
+    3. Each gets its `one_run_epsilon` at confidence 1 - (1 - confidence) / n, n the length of the list; the largest is
+       returned, the first on a draw.
+
+    Theorem 5.2 holds for a number of guesses that was fixed in advance. The best of n bounds, chosen after looking, is
+    too high as soon as any of the n is, up to n times as often as one; at the corrected confidence, all n hold together
+    with the confidence that was asked for.
+
+    Args:
+        scores: [m], higher where the adversary believes that the canary was included.
+        included: [m], true or 1 where it was.
+        delta: as in `one_run_epsilon`.
+        confidence: of the bound that is returned.
+        generator: orders ties.
+
+    Raises:
+        ValueError: the shapes differ, a score is not finite, fewer than two canaries, or delta or confidence out of
+            range.
+    """
+    scores, included = _checked(scores, included)
+    canaries = len(scores)
+    _require(canaries >= 2, f"{canaries} canaries: at least two are needed, one to call in and one to call out")
+    _require(0 < confidence < 1, f"confidence = {confidence}: it lies strictly between 0 and 1")
+    order = generator.permutation(canaries)
+    ascending = included[order[np.argsort(scores[order], kind="stable")]]
+    numbers = numbers_of_guesses(canaries)
+    each = 1 - (1 - confidence) / len(numbers)
+    runs = []
+    for guesses in numbers:
+        half = guesses // 2
+        correct = int(ascending[-half:].sum() + (~ascending[:half]).sum())
+        epsilon = one_run_epsilon(correct, guesses, canaries, delta, each)
+        runs.append(OneRun(epsilon, correct, guesses, canaries))
+    return max(runs, key=lambda run: run.epsilon)
+
+
+def numbers_of_guesses(canaries: int) -> list[int]:
+    """What `best_guesses` tries: all canaries, a half, a quarter, ... 1/128, each even, none but the first below 8."""
+    numbers = [2 * (canaries // 2 ** (halving + 1)) for halving in range(8)]
+    return numbers[:1] + [number for number in numbers[1:] if number >= 8]
+
+
+def _p_value(wrong: int, guesses: int, canaries: int, epsilon: float, delta: float) -> float:
+    """The right side of Theorem 5.2, uncapped, in wrong guesses: E ~ Binomial(r, e^-eps / (1 + e^-eps)), E = r - W.
+
+    (f(v - i) - f(v)) / i is then P[w < E <= w + i] / i, the mean of E's probabilities over the i values above w. As
+    these rise to the mode and fall after it, so does the mean until it meets the next probability and falls after it:
+    the best i is found by bisection, not by a sum over all i.
+    """
+    rate = float(expit(-epsilon))
+    tail = float(binom.cdf(wrong, guesses, rate))
+
+    def mean(i: int) -> float:
+        return (float(binom.cdf(wrong + i, guesses, rate)) - tail) / i
+
+    first = max(1, math.floor((guesses + 1) * rate) - wrong)  # up to the mode the mean rises
+    beyond = range(first, guesses - wrong)
+    best = first + bisect_left(beyond, True, key=lambda i: binom.pmf(wrong + i + 1, guesses, rate) <= mean(i))
+    return tail + 2 * canaries * delta * mean(best)
+
+
+def _lower_limit(auc: float, members: int, non_members: int, z: float) -> float:
+    """The area below `auc` that lies z of its own standard errors from it."""
+    weight = (members + non_members) / 2 - 1
+
+    def gap(area: float) -> float:
+        shape = 1 + weight * ((1 - area) / (2 - area) + area / (1 + area))
+        return auc - area - z * math.sqrt(area * (1 - area) * shape / (members * non_members))
+
+    # At an area of exactly 1 the standard error is 0 too; the limit is the other root.
+    return float(brentq(gap, 0.0, min(auc, 1 - 1e-12))) if auc > 0 else 0.0
+
+
+def _checked(scores: ArrayLike, members: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    scores, flags = np.asarray(scores, dtype=np.float64), np.asarray(members)
+    _require(
+        scores.ndim == 1 and scores.shape == flags.shape,
+        f"scores {list(scores.shape)} and members {list(flags.shape)}: give two vectors of one length",
+    )
+    for index in np.flatnonzero(~np.isfinite(scores))[:1]:
+        raise ValueError(f"scores[{index}] = {scores[index]}: every score must be finite")
+    _require(bool(np.isin(flags, (0, 1)).all()), "membership is true or false, 1 or 0")
+    return scores, flags.astype(np.bool_)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)

@@ -1,0 +1,308 @@
+"""Prompt stealing: how much of a client's personal prompt others can have without being given it.
+
+Another client sees the broadcast, and the public start of the personal part; that is what it uses in the victim's
+place. The server sees more: where a context is a sum, p = p_G + p_L, the gradient by p_G that a client uploads *is* the
+gradient by its whole context. With it the server takes the victim's own steps: personal parameters reach the loss
+through the context alone, so their gradients follow by the chain rule. What it lacks is the victim's own randomness,
+here the projections by which DP-FPL draws its factors (Tran et al., ICLR 2025), for which it draws others; and, where
+personal gradients are noised apart from shared ones, that noise.
+
+That a prompt is stolen is no failure of differential privacy: what is protected is each example, of which the stolen
+prompt tells no more than the uploads did. It says whether "personal" means "kept to oneself".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sordino.algorithms.base import ClientData, ClientState, Clock, map_tensors, named_tensors, put, take
+from sordino.audit.subject import Subject, vary
+from sordino.encoders.prompt_model import PromptModel
+from sordino.privacy.gradients import Batch, ContextOf, Gradient, Parameters
+from sordino.randomness import Streams, derive_seed
+from sordino.runtime.local import LocalRuntime, Training
+
+DRAWS = 8  # of the thief's own randomness; what it makes of them is averaged
+
+
+@dataclass(frozen=True)
+class Theft:
+    """A stolen prompt beside the victim's own.
+
+    Attributes:
+        cosine: of the stolen and the true change of the personal part since its start; 0 where nothing was had.
+        agreement: share of the test images that both prompts give the same class.
+        local_accuracy: of the stolen prompt, on the victim's own classes.
+    """
+
+    cosine: float
+    agreement: float
+    local_accuracy: float
+
+
+@dataclass(frozen=True)
+class Victim:
+    """One client's prompt.
+
+    Attributes:
+        client: its number.
+        local_accuracy: of its own prompt.
+        by_client: another client, from the broadcast alone.
+        by_server: the server, by replaying uploads with randomness of its own.
+        by_server_with_luck: the same if it drew what the victim drew; what the rest of the gap is due to.
+    """
+
+    client: int
+    local_accuracy: float
+    by_client: Theft
+    by_server: Theft
+    by_server_with_luck: Theft
+
+
+@dataclass(frozen=True)
+class Stealing:
+    """What was stolen.
+
+    Attributes:
+        reason: why there is nothing to steal, or nothing to steal it from; None where there is.
+        same_run: whether the repeated run, whose uploads were recorded, ended where the run did. With noise from the
+            operating system it does not, and its own prompts are the victims.
+        victims: every client.
+    """
+
+    reason: str | None
+    same_run: bool = True
+    victims: tuple[Victim, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def steal(subject: Subject, seed: int) -> Stealing:
+    """Steal every client's prompt, as another client and as the server.
+
+    1. The run is repeated with its own seed, and what reaches the server is recorded.
+    2. The server replays every client's rounds from the public start, several times, and takes the mean.
+    3. Stolen prompts are compared with the victims', under the last broadcast.
+
+    Args:
+        subject: the run.
+        seed: of the thief's own randomness.
+    """
+    runtime = subject.runtime
+    reason = inapplicable(runtime)
+    if reason is not None:
+        return Stealing(reason)
+    training, messages = repeated(subject)
+    start = runtime.start().clients
+    with_other = _mean([replayed(runtime, messages, start, derive_seed(seed, "thief", draw)) for draw in range(DRAWS)])
+    with_same = replayed(runtime, messages, start, runtime.seed)
+    broadcast = runtime.algorithm.broadcast(training.server)
+    contexts = {
+        name: runtime.algorithm.prompt(broadcast, states)
+        for name, states in (("own", training.clients), ("start", start), ("other", with_other), ("same", with_same))
+    }
+    judge = _Judge.of(subject, contexts["own"], contexts["start"])
+    thefts = [judge.compare(contexts[name]) for name in ("start", "other", "same")]
+    victims = tuple(
+        Victim(client, judge.accuracy[client], *(each[client] for each in thefts)) for client in range(len(judge.own))
+    )
+    return Stealing(None, _same(training, subject.training), victims)
+
+
+def inapplicable(runtime: LocalRuntime) -> str | None:
+    """Why nothing can be stolen from what this method sends; None where something can."""
+    about = runtime.algorithm.ABOUT
+    if not about.trains or about.personal == "nothing":
+        return "no client has a prompt of its own; the shared one is known to all participants"
+    if not fields(runtime.algorithm.Upload):
+        return "nothing that was learned leaves a client, so neither the server nor other clients learn of its prompt"
+    if not about.averages:
+        return "the upload is not a gradient of the context"
+    return None
+
+
+@dataclass(frozen=True)
+class Message:
+    """What the server saw of a round.
+
+    Attributes:
+        number: the round's.
+        clients: who took part.
+        broadcast: what they were told.
+        gradients: [K, M, E], as they uploaded them.
+    """
+
+    number: int
+    clients: tuple[int, ...]
+    broadcast: Any
+    gradients: Tensor
+
+
+class _Wiretap:
+    """A method whose server writes down what it is sent."""
+
+    def __init__(self, algorithm: Any) -> None:
+        self._algorithm, self.messages = algorithm, list[Message]()
+        self._field = next(iter(algorithm.ABOUT.averages.values()))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._algorithm, name)
+
+    def server_round(self, settings: Any, server: Any, uploads: Any, clock: Clock) -> Any:
+        gradients = named_tensors(uploads.each)[self._field]
+        clients = tuple(clock.streams.clients)[: len(gradients)]
+        broadcast = self._algorithm.broadcast(server)
+        self.messages.append(Message(clock.round, clients, broadcast, gradients.detach().clone()))
+        return self._algorithm.server_round(settings, server, uploads, clock)
+
+
+def repeated(subject: Subject) -> tuple[Training, list[Message]]:
+    """The run once more, with all that its server saw."""
+    data = subject.runtime.data
+    rows = [row[:count].tolist() for row, count in zip(data.rows, data.counts.tolist(), strict=True)]
+    again = vary(subject.runtime, data.features, data.labels, rows, subject.runtime.seed)
+    wiretap = _Wiretap(again.algorithm)
+    again.algorithm = wiretap
+    # From the run's own start, whose precision is the run's.
+    training = subject.runtime.start()
+    while training.round < subject.training.round:
+        training, _ = again.round(training)
+        subject.progress("repeat the run", training.round, subject.training.round)
+    return training, wiretap.messages
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """Gradients for whatever a method asks for, from a gradient by the context that was seen.
+
+    Called as `sordino.privacy.gradients.Gradients` are, without looking at the batch.
+
+    Attributes:
+        observed: [K, M, E].
+    """
+
+    observed: Tensor
+
+    def __call__(self, context_of: ContextOf, parameters: Parameters, fixed: Parameters, batch: Batch) -> Gradient:
+        leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+        with torch.enable_grad():
+            context = context_of({**leaves, **fixed})
+        by = torch.autograd.grad(context, list(leaves.values()), self.observed.to(context))
+        return Gradient(dict(zip(leaves, by, strict=True)), self.observed.new_zeros(len(self.observed)))
+
+
+@dataclass(frozen=True)
+class _ThiefStreams(Streams):
+    """Randomness of a party that shares what all parties draw alike, and draws the clients' own with another seed."""
+
+    thief: int = 0
+
+    def generators(self, purpose: str) -> list[torch.Generator]:
+        return Streams(self.thief, self.round, self.clients, self.device).generators(purpose)
+
+
+def replayed(runtime: LocalRuntime, messages: Sequence[Message], start: ClientState, thief: int) -> ClientState:
+    """The clients' states as the server reconstructs them, by the method's own `client_round`.
+
+    A client that takes several steps a round uploads their mean gradient, which is then used for each.
+    """
+    states, device = start, runtime.data.features.device
+    for message in messages:
+        if not message.clients:
+            continue
+        stack = torch.tensor(message.clients, device=device)
+        streams = _ThiefStreams(runtime.seed, message.number, message.clients, device, thief)
+        _, after = runtime.algorithm.client_round(
+            runtime.settings,
+            message.broadcast,
+            take(states, stack),
+            _no_data(runtime, len(message.clients)),
+            Replayed(message.gradients),
+            Clock(message.number, runtime.rounds, streams),
+        )
+        states = put(states, stack, after)
+    return states
+
+
+def _mean(states: Sequence[ClientState]) -> ClientState:
+    named = [named_tensors(each) for each in states]
+    return map_tensors(states[0], lambda name, _: torch.stack([each[name] for each in named]).mean(0))
+
+
+def _no_data(runtime: LocalRuntime, clients: int) -> ClientData:
+    """One blank image a client, so that there are as many batches as there were."""
+    features = runtime.data.features
+    ones = torch.ones(clients, dtype=torch.int64, device=features.device)
+    blank = torch.zeros(1, features.shape[1], dtype=features.dtype, device=features.device)
+    return ClientData(blank, 0 * ones[:1], 0 * ones[:, None], ones, ones.float())
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Compares prompts with the victims'.
+
+    Attributes:
+        model, features, labels: the test images [T, D] and [T].
+        weights: [K, T], the clients' local splits.
+        own, start: [K, M, E], the victims' prompts, and the same with the personal part as it started.
+        predicted: [K, T], by the victims' prompts.
+        accuracy: of them, on each local split.
+    """
+
+    model: PromptModel
+    features: Tensor
+    labels: Tensor
+    weights: Tensor
+    own: Tensor
+    start: Tensor
+    predicted: Tensor
+    accuracy: list[float]
+
+    @classmethod
+    def of(cls, subject: Subject, own: Tensor, start: Tensor) -> _Judge:
+        rows = torch.from_numpy(subject.task.test)
+        features, labels = subject.features[rows], subject.labels[rows].cpu()
+        weights, model = torch.from_numpy(subject.task.local), subject.runtime.model
+        predicted = _predictions(model, own, features)
+        accuracy = _weighted(predicted == labels, weights)
+        return cls(model, features, labels, weights, own, start, predicted, accuracy)
+
+    def compare(self, stolen: Tensor) -> list[Theft]:
+        """Stolen prompts [K, M, E], one for each victim."""
+        predicted = _predictions(self.model, stolen, self.features)
+        had, true = ((each - self.start).flatten(1).double() for each in (stolen, self.own))
+        cosines = F.cosine_similarity(had, true).tolist()
+        agreement = (predicted == self.predicted).double().mean(1).tolist()
+        accuracy = _weighted(predicted == self.labels, self.weights)
+        return [Theft(*figures) for figures in zip(cosines, agreement, accuracy, strict=True)]
+
+
+def _predictions(model: PromptModel, contexts: Tensor, features: Tensor) -> Tensor:
+    """The class [K, T] that each prompt gives each image, on the CPU."""
+    parts = [
+        model.logits(model.text_features_in_chunks(context[None]), features).argmax(-1).cpu() for context in contexts
+    ]
+    return torch.cat(parts)
+
+
+def _weighted(correct: Tensor, weights: Tensor) -> list[float]:
+    values: list[float] = (correct.double() * weights).sum(1).tolist()
+    return values
+
+
+def _same(one: Training, other: Training) -> bool:
+    """Whether two runs ended at the same states, but for rounding."""
+    pairs = [
+        (tensor, named_tensors(theirs)[name])
+        for mine, theirs in ((one.server, other.server), (one.clients, other.clients))
+        for name, tensor in named_tensors(mine).items()
+    ]
+    return all(torch.allclose(a, b.to(a), rtol=1e-3, atol=1e-5) for a, b in pairs)

@@ -1,0 +1,127 @@
+"""What is attacked: a finished run, opened again, and variations of it on other data."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sordino.bench import Bench
+from sordino.config import Experiment, parse_config
+from sordino.errors import RunError
+from sordino.experiment import assemble
+from sordino.privacy.ledger import Ledger
+from sordino.privacy.mechanism import Mechanism
+from sordino.progress import Progress, silent
+from sordino.runtime import checkpoint
+from sordino.runtime.local import LocalRuntime, Training
+from sordino.tasks.splits import Task
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A finished run.
+
+    Attributes:
+        config: its configuration.
+        runtime: the method with its federation, as it was trained.
+        training: where training ended.
+        ledger: what the run released.
+        task: who trained on what, and the test images.
+        features, labels: [N, D] and [N], of all images of the data set that the task uses.
+        progress: is told how far an attack is.
+    """
+
+    config: Experiment
+    runtime: LocalRuntime
+    training: Training
+    ledger: Ledger
+    task: Task
+    features: Tensor
+    labels: Tensor
+    progress: Progress = silent
+
+    @classmethod
+    def open(cls, folder: Path, progress: Progress = silent, bench: Bench | None = None) -> Subject:
+        """Read a run directory and encode its images again, from the cache where they are still there.
+
+        Raises:
+            SordinoError: the directory holds no finished run, or its data are gone.
+        """
+        try:
+            config = parse_config(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
+            json.loads((folder / "summary.json").read_bytes())
+            ledger = Ledger.from_json((folder / "ledger.json").read_bytes())
+        except OSError as error:
+            missing = Path(str(error.filename)).name
+            raise RunError(f"{folder} holds no finished run ({missing}: {error.strerror})") from None
+        except ValueError as error:
+            raise RunError(f"{folder} is damaged: {error}") from None
+        bench = bench or Bench.open(config)
+        task, _ = bench.task(config, progress)
+        runtime, _ = assemble(config, bench, task)
+        training = checkpoint.load(folder / "checkpoint", runtime.start())
+        if training is None:
+            raise RunError(f"{folder} has no checkpoint; attacks need the trained state")
+        device = bench.encoder.device
+        features, labels = bench.features.to(device), torch.from_numpy(task.labels).to(device)
+        return cls(config, runtime, training, ledger, task, features, labels, progress)
+
+    def variation(
+        self, features: Tensor, labels: Tensor, rows: Sequence[Sequence[int]], seed: int, **privacy: Any
+    ) -> LocalRuntime:
+        """The same method, settings and noise on other data, or with other randomness.
+
+        Args:
+            features, labels: [N, D] and [N].
+            rows: what each client holds.
+            seed: decides start, batches and noise.
+            privacy: keys of the `[privacy]` table to change.
+        """
+        return vary(self.runtime, features, labels, rows, seed, **privacy)
+
+
+def vary(
+    runtime: LocalRuntime, features: Tensor, labels: Tensor, rows: Sequence[Sequence[int]], seed: int, **privacy: Any
+) -> LocalRuntime:
+    """A runtime with the method, settings and noise of another, on other data; it has no budget that could end it."""
+    settings = runtime.privacy
+    if settings.on:
+        fixed = {"epsilon": None, "noise_multiplier": runtime.mechanism.noise_multiplier, "delta": None}
+        settings = settings.model_copy(update=fixed | privacy)
+    varied = LocalRuntime(
+        runtime.algorithm,
+        runtime.settings,
+        runtime.model,
+        features,
+        labels,
+        rows,
+        runtime.rounds,
+        runtime.runtime,
+        seed,
+        settings,
+    )
+    varied.mechanism = as_implemented_by(type(runtime.mechanism), varied.mechanism)
+    return varied
+
+
+def as_implemented_by(kind: type[Mechanism], mechanism: Mechanism) -> Mechanism:
+    """A mechanism of class `kind` with the settings, facts and noise of another."""
+    return kind(**{each.name: getattr(mechanism, each.name) for each in fields(mechanism)})
+
+
+def train(runtime: LocalRuntime, rounds: int | None = None, progress: Progress = silent, stage: str = "") -> Training:
+    """The first `rounds` rounds of a runtime, or all of them."""
+    training = runtime.start()
+    rounds = runtime.rounds if rounds is None else rounds
+    while training.round < rounds:
+        training, _ = runtime.round(training)
+        if stage:
+            progress(stage, training.round, rounds)
+    return training

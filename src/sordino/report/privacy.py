@@ -1,0 +1,198 @@
+"""What the page says of privacy: claims, audits and attacks side by side, and accuracy over epsilon."""
+
+import math
+import re
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from sordino.report.figures import Figure, colour, plain, symbol
+from sordino.report.groups import MEASURES, Group
+from sordino.report.runs import Measure
+from sordino.report.tables import html_table
+
+_NONE = '<span class="none">n/a</span>'
+_TRADED: tuple[Measure, ...] = ("local", "neighbor")
+
+
+def audits(groups: Sequence[Group]) -> str:
+    """A row a run that was attacked: what it claims, the lower bound that was shown, and what attacks achieved."""
+    audited = [(group, run) for group in groups for run in group.runs if run.audit is not None]
+    if not audited:
+        return ""
+    rows = []
+    for group, run in audited:
+        found = (run.audit or {}).get("attacks", {})
+        seed = f" <small>(seed {run.summary.seed})</small>" if group.over_seeds else ""
+        membership, canaries = found.get("membership", {}), found.get("canaries", {})
+        lira = membership.get("lira")
+        rows.append(
+            [
+                escape(group.label) + seed,
+                _claim(run.summary.privacy.epsilon, run.summary.privacy.delta),
+                _bound(canaries),
+                f"{lira['auc']:.3f} <small>({lira['auc_interval'][0]:.3f} to {lira['auc_interval'][1]:.3f})</small>"
+                if lira
+                else _NONE,
+                f"{membership['shadow_attack']['auc']:.3f}" if lira else _NONE,
+                " / ".join(f"{100 * point['true_positive_rate']:.1f}" for point in lira["found"]) if lira else _NONE,
+                _inversion(found.get("inversion", {})),
+                _stealing(found.get("stealing", {})),
+            ]
+        )
+    head = [
+        "Run",
+        "Claimed ε",
+        "Shown ε, at least",
+        "AUC, LiRA",
+        "AUC, shadow models",
+        "Found at 0.1% / 1% false positives, %",
+        "Images recognised from an upload, %",
+        "Stolen prompt, local accuracy, %",
+    ]
+    caption = "Claims and attacks. An attack that finds nothing proves nothing; one that succeeds does."
+    table = html_table(caption, head, rows, "Claims and attacks by run")
+    curves = _curves(audited)
+    return (
+        '<section aria-labelledby="audit"><h2 id="audit">Attacked</h2>\n'
+        f"{table}<p><em>Shown ε</em>: the lower bound of the one-run audit with canaries, at 95% confidence, for the "
+        "attacked run's mechanism trained once more; above the claim, the claim is false. <em>AUC</em>: of membership "
+        "inference on the published prompts, half is guessing, with its 95% interval. <em>Images recognised</em>: by "
+        "the server, from a client's upload of one image, with the share that chance gives. <em>Stolen prompt</em>: "
+        "the mean over clients of the personal prompt that the server can replay from uploads, beside the client's "
+        f"own.</p>\n{curves}</section>\n"
+    )
+
+
+def _claim(epsilon: float | None, delta: float | None) -> str:
+    if epsilon is None:
+        return "none"
+    return f"{epsilon:.3g}" + (f" <small>(δ = {delta:.1g})</small>" if delta else "")
+
+
+def _bound(canaries: dict[str, Any]) -> str:
+    if "epsilon" not in canaries:
+        return f"<small>{escape(canaries['reason'])}</small>" if "reason" in canaries else _NONE
+    claim = canaries["claimed_epsilon"]
+    of = "nothing claimed" if claim is None else f"of {claim:.3g} at δ = {canaries['delta']:.1g}"
+    text = f"{canaries['epsilon']:.3g} <small>({of})</small>"
+    return f'<strong class="exposed">{text}, which refutes the claim</strong>' if canaries["refuted"] else text
+
+
+def _inversion(inversion: dict[str, Any]) -> str:
+    one = next((each for each in inversion.get("attacks", ()) if each["size"] == 1), None)
+    if one is None:
+        return f"<small>{escape(inversion['reason'])}</small>" if inversion.get("reason") else _NONE
+    return f"{100 * one['reidentified']:.0f} <small>(chance {100 * one['reidentified_chance']:.1g})</small>"
+
+
+def _stealing(stealing: dict[str, Any]) -> str:
+    victims = stealing.get("victims")
+    if not victims:
+        return f"<small>{escape(stealing['reason'])}</small>" if stealing.get("reason") else _NONE
+    stolen = sum(each["by_server"]["local_accuracy"] for each in victims) / len(victims)
+    own = sum(each["local_accuracy"] for each in victims) / len(victims)
+    return f"{100 * stolen:.1f} <small>(own {100 * own:.1f})</small>"
+
+
+def _curves(audited: Sequence[tuple[Group, Any]]) -> str:
+    """ROC curves of LiRA on logarithmic axes, where what matters is the left edge."""
+    from sordino.report.page import place
+
+    data: list[Figure] = [_guessing()]
+    for index, (group, run) in enumerate(audited):
+        curve = run.audit.get("attacks", {}).get("membership", {}).get("lira", {}).get("curve")
+        if curve:
+            data.append(
+                {
+                    "type": "scatter",
+                    "mode": "lines",
+                    "name": plain(f"{group.label}, seed {run.summary.seed}"),
+                    "x": [max(x, 1e-4) for x, _ in curve],
+                    "y": [max(y, 1e-4) for _, y in curve],
+                    "line": {"color": colour(index), "width": 2},
+                    "meta": {"series": index},
+                }
+            )
+    if len(data) == 1:
+        return ""
+    axis = {"type": "log", "range": [-3.3, 0], "tickformat": ".1%"}
+    layout = {
+        "height": 380,
+        "margin": {"l": 64, "r": 8, "t": 8, "b": 48},
+        "legend": {"orientation": "h", "y": -0.2},
+        "xaxis": axis | {"title": {"text": "False positive rate"}},
+        "yaxis": axis | {"title": {"text": "True positive rate"}},
+    }
+    return (
+        "<figure>\n"
+        + place("roc", {"data": data, "layout": layout}, "ROC curves of membership inference; the table has AUCs.")
+        + "<figcaption>Membership inference by LiRA, both axes logarithmic.</figcaption></figure>\n"
+    )
+
+
+def _guessing() -> Figure:
+    line = {"color": "#888888", "dash": "dot", "width": 1}
+    return {"type": "scatter", "mode": "lines", "name": "guessing", "x": [1e-4, 1], "y": [1e-4, 1], "line": line}
+
+
+def tradeoff(groups: Sequence[Group]) -> str:
+    """Accuracy over the epsilon that was asked for, a line for each method and its other settings."""
+    from sordino.report.page import place
+
+    lines: dict[str, dict[float, Group]] = {}
+    for group in groups:
+        epsilon = group.runs[0].config.get("privacy", {}).get("epsilon")
+        if epsilon is not None:
+            lines.setdefault(without_epsilon(group.label), {})[float(epsilon)] = group
+    asked = sorted({epsilon for line in lines.values() for epsilon in line})
+    if len(asked) < 2:
+        return ""
+    panels = []
+    for measure in _TRADED:
+        data = []
+        for index, (label, line) in enumerate(lines.items()):
+            points = [(epsilon, line[epsilon].accuracy(measure)) for epsilon in asked if epsilon in line]
+            known = [(epsilon, spread) for epsilon, spread in points if spread is not None]
+            data.append(
+                {
+                    "type": "scatter",
+                    "mode": "lines+markers",
+                    "name": plain(label),
+                    "x": [_tick(epsilon) for epsilon, _ in known],
+                    "y": [spread.mean for _, spread in known],
+                    "error_y": {"array": [spread.deviation or 0 for _, spread in known], "thickness": 1, "width": 3},
+                    "line": {"color": colour(index), "width": 2},
+                    "marker": {"symbol": symbol(index), "size": 8},
+                    "meta": {"series": index},
+                }
+            )
+        layout = {
+            "height": 400,
+            "margin": {"l": 56, "r": 8, "t": 8, "b": 48},
+            "legend": {"orientation": "h", "y": -0.25},
+            "xaxis": {
+                "type": "category",
+                "categoryorder": "array",
+                "categoryarray": [_tick(epsilon) for epsilon in asked],
+                "title": {"text": "epsilon"},
+            },
+            "yaxis": {"tickformat": ".0%", "rangemode": "tozero"},
+        }
+        words = f"{MEASURES[measure]} accuracy over epsilon; the results table has the numbers."
+        figure = place(f"epsilon-{measure}", {"data": data, "layout": layout}, words)
+        panels.append(f'<div class="panel"><h3>{MEASURES[measure]}</h3>\n{figure}</div>\n')
+    return (
+        '<section aria-labelledby="tradeoff"><h2 id="tradeoff">Accuracy over epsilon</h2>\n<figure>\n'
+        f'<div class="panels">\n{"".join(panels)}</div>\n<figcaption>Bars: one standard deviation. At ∞ contributions '
+        "are clipped and sampled as for the others, and no noise is added.</figcaption></figure></section>\n"
+    )
+
+
+def without_epsilon(label: str) -> str:
+    """A group's label without what it says of epsilon."""
+    return re.sub(r"(, )?privacy\.epsilon = [\w.+]+|\(privacy\.epsilon = [\w.+]+, ", "", label).replace(" ()", "")
+
+
+def _tick(epsilon: float) -> str:
+    return "∞" if math.isinf(epsilon) else f"{epsilon:g}"

@@ -1,0 +1,102 @@
+"""The audit catches mechanisms that public code has, at a claimed epsilon that the honest one keeps to.
+
+The setting: 20 clients with 200 examples each, all of them in every batch, a bound on norms that every example exceeds,
+two rounds, epsilon = 1 at delta = 1e-6; ten canaries a client. Labels are random, so examples' gradients point
+anywhere, and their mean is far shorter than each of them, as it is near the end of any training.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from audit.test_one_run import federation
+
+from sordino.audit.broken import DEFECTS, BatchClippedGradients, Defect, with_defect
+from sordino.audit.one_run import Canaries, audit_in_one_run, with_canaries
+from sordino.audit.subject import train
+from sordino.encoders.prompt_model import PromptModel
+from sordino.errors import ConfigError
+from sordino.privacy.dp_sgd import DpSgdGradients, Group
+from sordino.privacy.gradients import Batch, ExactGradients, Sampling
+from sordino.randomness import Streams
+from sordino.runtime.local import LocalRuntime
+
+SETTINGS = {"context_length": 8, "local_steps": 1, "batch_size": 0}
+PRIVACY = {"mechanism": "dp-sgd", "epsilon": 1.0, "delta": 1e-6, "clip": 0.01}
+CANARIES = 200
+
+
+@pytest.fixture(scope="module")
+def mild(model: PromptModel) -> PromptModel:
+    """The model at a temperature of 1, so that what it expects of random features is no class in particular."""
+    encoder = copy.copy(model.encoder)
+    encoder.logit_scale = 1.0
+    return PromptModel(encoder, model.classes)
+
+
+def honest(mild: PromptModel, **privacy: Any) -> LocalRuntime:
+    return federation(mild, "promptfl", 20, 200, 2, SETTINGS, PRIVACY | privacy)
+
+
+@pytest.mark.slow
+def test_the_honest_mechanism_keeps_to_its_claim(mild: PromptModel) -> None:
+    """Seeds are fixed: one audit in twenty may exceed an honest claim, none of these does."""
+    for seed in range(3):
+        audit = audit_in_one_run(honest(mild), CANARIES, seed)
+        assert audit.claimed_epsilon == pytest.approx(1.0, abs=1e-3)
+        assert audit.strongest.epsilon <= audit.claimed_epsilon
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_broken_mechanisms_are_caught(mild: PromptModel, defect: Defect) -> None:
+    broken = with_defect(honest(mild), defect)
+    for seed in range(4):
+        audit = audit_in_one_run(broken, CANARIES, seed)
+        assert audit.claimed_epsilon == pytest.approx(1.0, abs=1e-3)
+        assert audit.refuted
+        assert audit.strongest.epsilon > audit.claimed_epsilon + {"batch clipped": 0.3, "noise skipped": 1.0}[defect]
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_defect_changes_what_is_released_and_nothing_that_is_claimed(model: PromptModel, defect: Defect) -> None:
+    own = federation(model, "promptfl", 2, 10, 2, SETTINGS, PRIVACY)
+    broken = with_defect(own, defect)
+    ended, badly = train(own), train(broken)
+    assert type(own.mechanism) not in DEFECTS.values()
+    assert ended.ledger == badly.ledger
+    assert not torch.equal(own.contexts(ended), broken.contexts(badly))
+    drawn = Canaries.draw(4, 2, 4, model.encoder.feature_width, 0)
+    assert type(with_canaries(broken, drawn, 0).mechanism) is DEFECTS[defect]  # and so it is what the audit trains
+
+
+def test_defects_are_of_dp_sgd_alone(model: PromptModel) -> None:
+    with pytest.raises(ConfigError, match="those of 'dp-sgd'"):
+        with_defect(
+            federation(model, "promptfl", 2, 10, 2, SETTINGS, PRIVACY | {"mechanism": "cotangent"}), "noise skipped"
+        )
+
+
+@pytest.mark.parametrize(("clip", "skip"), [(1e-3, False), (1e-3, True), (1e3, False), (1e3, True)])
+def test_the_batch_is_clipped_and_noise_skipped_above_the_bound(model: PromptModel, clip: float, skip: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    context = torch.randn(2, 6, model.encoder.context_width, generator=generator).double()
+    features = torch.randn(2, 5, model.encoder.feature_width, generator=generator).double()
+    sampling = Sampling(torch.ones(2).double(), torch.full((2,), 5.0).double())
+    batch = Batch(features, torch.zeros(2, 5, dtype=torch.int64), torch.ones(2, 5).bool(), sampling)
+    streams = Streams(0, 1, [0, 1], torch.device("cpu"))
+    group = Group(clip, torch.tensor([0.5, 0.7]))
+    settings = DpSgdGradients(model, frozenset(), group, group, streams)
+    released, exact = (
+        gradients(lambda p: p["context"], {"context": context}, {}, batch).by["context"]
+        for gradients in (BatchClippedGradients(settings, skip), ExactGradients(model))
+    )
+    norms = exact.flatten(1).norm(dim=1)
+    assert ((norms > 1e-3) & (norms < 1e3)).all()
+    clipped = exact * (clip / norms.clamp(min=clip))[:, None, None]
+    noise = streams.normal("noise on context, 0", *context.shape[1:]) * torch.tensor([0.1, 0.14])[:, None, None]
+    added = torch.zeros_like(noise) if skip and clip == 1e-3 else noise
+    torch.testing.assert_close(released, clipped + added.double(), rtol=1e-6, atol=1e-7)
