@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sordino.audit.run import FILE, audit
 from sordino.bench import Bench
 from sordino.config import Experiment, parse_config, resolved, set_key
 from sordino.errors import RunError
@@ -32,10 +33,12 @@ class Variant:
     Attributes:
         config: the experiment, with the first seed.
         variation: what is different from other lines of the same algorithm, as `key=value, ...`; may be empty.
+        shadows: shadow federations for membership inference against its first run; 0 does not attack it.
     """
 
     config: Experiment
     variation: str = ""
+    shadows: int = 0
 
     @property
     def folder(self) -> Path:
@@ -89,7 +92,7 @@ class Row:
         seconds: of training, mean over seeds.
         private: whether everything that was learned and left a client was noised.
         epsilon: the largest over seeds; None where none holds.
-        attack: the mean AUC of membership inference, where the runs were audited.
+        attack: the AUC of membership inference by LiRA against the first run; None where it was not attacked.
     """
 
     algorithm: str
@@ -132,11 +135,20 @@ def compare(
             config = each.config.model_copy(update={"seed": each.config.seed + offset})
             folders.append(out / each.folder / f"seed-{config.seed}")
             own.append(run(config, folders[-1], resume, progress, bench))
-        rows.append(row_of(own, each.variation))
+        attack = _attack(folders[-seeds], each.shadows, resume, progress, bench) if each.shadows else None
+        rows.append(replace(row_of(own, each.variation), attack=attack))
         summaries += own
     write_tables(rows, summaries, out)
     write_report(folders, out / "report.html", title)
     return rows
+
+
+def _attack(folder: Path, shadows: int, resume: bool, progress: Progress, bench: Bench) -> float:
+    if resume and (folder / FILE).exists():
+        found = json.loads((folder / FILE).read_bytes())
+    else:
+        found = audit(folder, ["membership"], shadows, progress=progress, bench=bench)
+    return float(found["attacks"]["membership"]["lira"]["auc"])
 
 
 def write_tables(rows: Sequence[Row], summaries: Sequence[dict[str, Any]], out: Path) -> None:
@@ -188,6 +200,7 @@ def to_csv(rows: Sequence[Row]) -> str:
             "train_seconds",
             "private",
             "epsilon",
+            "membership_auc",
         ]
     )
     for row in rows:
@@ -203,6 +216,7 @@ def to_csv(rows: Sequence[Row]) -> str:
                 row.seconds,
                 row.private,
                 "" if row.epsilon is None else row.epsilon,
+                "" if row.attack is None else row.attack,
             ]
         )
     return text.getvalue()

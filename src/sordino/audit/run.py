@@ -69,11 +69,12 @@ def audit(
             found[name] = {"reason": str(error)}
     claimed = as_summary(subject.ledger, subject.config.privacy.unit)
     result = {"claimed": {key: claimed[key] for key in ("epsilon", "delta", "unit")}, "seed": seed, "attacks": found}
-    write_atomically(folder / FILE, (json.dumps(result, indent=2) + "\n").encode())
+    text = json.dumps(result, indent=2) + "\n"
+    write_atomically(folder / FILE, text.encode())
     write_report(
         [folder], folder / "report.html", f"Sordino: {subject.config.algorithm} on {subject.config.data.source}"
     )
-    return result
+    return dict(json.loads(text))
 
 
 def _attack(name: str, subject: Subject, shadows: int, canaries: int, seed: int) -> dict[str, Any]:

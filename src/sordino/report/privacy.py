@@ -191,7 +191,7 @@ def tradeoff(groups: Sequence[Group]) -> str:
 
 def without_epsilon(label: str) -> str:
     """A group's label without what it says of epsilon."""
-    return re.sub(r"(, )?privacy\.epsilon = [\w.+]+|\(privacy\.epsilon = [\w.+]+, ", "", label).replace(" ()", "")
+    return re.sub(r", privacy\.epsilon = [\w.+]+|privacy\.epsilon = [\w.+]+(, )?", "", label).replace(" ()", "")
 
 
 def _tick(epsilon: float) -> str:

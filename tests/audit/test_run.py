@@ -1,0 +1,118 @@
+"""From a run directory to what attacks found, and into its report."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sordino.audit.run import as_text, audit
+from sordino.cli import app
+from sordino.compare import compare, grid
+from sordino.config import load_config
+from sordino.errors import ConfigError, RunError
+from sordino.experiment import run
+from sordino.report.privacy import without_epsilon
+
+DP = ["privacy.mechanism=cotangent", "privacy.epsilon=4.0", "privacy.delta=0.01", "privacy.subspace=4", "rounds=3"]
+
+
+def test_an_audit_of_a_run_stands_beside_its_claim(config_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(load_config(config_file, DP), folder)
+    arguments = ["audit", str(folder), "--shadows", "4", "--canaries", "16"]
+    done = CliRunner().invoke(app, [*arguments, "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found == json.loads((folder / "audit.json").read_bytes())
+    assert set(found["attacks"]) == {"membership", "canaries", "inversion", "stealing"}
+    assert found["claimed"]["epsilon"] == pytest.approx(4.0, abs=0.05)
+    canaries = found["attacks"]["canaries"]
+    assert canaries["epsilon"] <= canaries["claimed_epsilon"]
+    assert not canaries["refuted"]
+    page = (folder / "report.html").read_text()
+    assert '<h2 id="audit">Attacked</h2>' in page
+    assert 'data-figure="roc"' in page
+    text = as_text(found)
+    assert "Claimed: epsilon = 4" in text
+    assert re.search(r"membership: LiRA, 4 shadows: AUC 0\.\d+", text)
+    assert "canaries: epsilon is at least" in text
+
+
+def test_attacks_made_before_are_kept(config_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(load_config(config_file, ["algorithm=promptfl", "rounds=2"]), folder)
+    first = audit(folder, ["membership"], shadows=4)
+    second = audit(folder, ["stealing"])
+    assert second["attacks"]["membership"] == first["attacks"]["membership"]
+    assert second["attacks"]["stealing"]["reason"]  # PromptFL keeps nothing personal that could be stolen
+    assert second["claimed"] == {"epsilon": None, "delta": None, "unit": None}
+
+
+def test_a_claim_that_is_false_is_called_so(config_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(load_config(config_file, DP), folder)
+    found = audit(folder, ["canaries"], canaries=8)
+    found["attacks"]["canaries"] |= {"epsilon": 5.0, "refuted": True}
+    (folder / "audit.json").write_text(json.dumps(found))
+    CliRunner().invoke(app, ["report", str(folder)])
+    assert "which refutes the claim" in (folder / "report.html").read_text()
+    assert "THE CLAIM IS FALSE" in as_text(found)
+
+
+def test_what_cannot_be_attacked_is_told(config_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"holds no finished run \(config.toml"):
+        audit(tmp_path / "nothing")
+    run(load_config(config_file, ["algorithm=zero-shot"]), tmp_path / "zero")
+    with pytest.raises(RunError, match="learned nothing"):
+        audit(tmp_path / "zero")
+    keys = ["algorithm=promptfl", "privacy.mechanism=dp-fedavg", "privacy.noise_multiplier=1.0", "rounds=2"]
+    run(load_config(config_file, [*keys, "runtime.weighting=uniform"]), tmp_path / "client")
+    with pytest.raises(ConfigError, match="'guessing': not an attack; choose from membership"):
+        audit(tmp_path / "client", ["guessing"])
+    with pytest.raises(ConfigError, match="example"):
+        audit(tmp_path / "client", ["canaries"])
+    found = audit(tmp_path / "client", shadows=4)
+    assert "example" in found["attacks"]["canaries"]["reason"]
+    assert "lira" in found["attacks"]["membership"]
+
+
+def test_a_run_that_ended_at_its_budget_is_imitated_as_it_was(config_file: Path, tmp_path: Path) -> None:
+    keys = ["privacy.mechanism=cotangent", "privacy.noise_multiplier=1.0", "privacy.epsilon=1.5", "privacy.delta=0.01"]
+    summary = run(load_config(config_file, keys), tmp_path / "run")
+    assert 0 < summary["rounds"] < 6
+    found = audit(tmp_path / "run", ["canaries"], canaries=8)
+    assert found["attacks"]["canaries"]["claimed_epsilon"] > 0
+
+
+def test_a_comparison_attacks_and_draws_accuracy_over_epsilon(config_file: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    config = load_config(config_file, DP)
+    variants = grid(config, ["dp-fpl"], {"privacy.epsilon": [8.0, float("inf")]})
+    rows = compare([replace(variants[0], shadows=4), variants[1]], 1, tmp_path / "all")
+    assert [row.attack is None for row in rows] == [False, True]
+    assert rows[0].epsilon == pytest.approx(8.0, abs=0.05)
+    assert (rows[1].private, rows[1].epsilon) == (False, None)
+    page = (tmp_path / "all" / "report.html").read_text()
+    assert 'data-figure="epsilon-local"' in page
+    assert "Accuracy over epsilon" in page
+    header, first, _ = (tmp_path / "all" / "comparison.csv").read_text().splitlines()
+    assert header.endswith("private,epsilon,membership_auc")
+    assert 0 <= float(first.rsplit(",", 1)[1]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("label", "rest"),
+    [
+        ("dp-fpl (privacy.epsilon = 8.0)", "dp-fpl"),
+        ("dp-fpl (privacy.epsilon = Infinity, settings.dp-fpl.rank = 2)", "dp-fpl (settings.dp-fpl.rank = 2)"),
+        ("dp-fpl (rounds = 3, privacy.epsilon = 0.5)", "dp-fpl (rounds = 3)"),
+        ("dp-fpl", "dp-fpl"),
+    ],
+)
+def test_lines_of_one_method_are_told_by_what_is_not_epsilon(label: str, rest: str) -> None:
+    assert without_epsilon(label) == rest
