@@ -12,7 +12,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "sordino"
 
 # What each room must not know of; a room that is absent here may import any other.
-TOP = {"runtime", "report", "serving", "audit", "experiment", "bench", "compare", "cli"}
+TOP = {"runtime", "report", "serving", "audit", "experiment", "bench", "compare", "cli", "plan"}
 HIDDEN = {
     "encoders": TOP | {"algorithms", "tasks"},
     "tasks": TOP | {"algorithms", "encoders"},
@@ -21,6 +21,7 @@ HIDDEN = {
     "algorithms": TOP | {"tasks"},
     "runtime": TOP - {"runtime"},
     "report": TOP - {"report"} | {"algorithms", "encoders", "tasks"},
+    "audit": {"serving", "compare", "cli", "plan"},
 }
 
 

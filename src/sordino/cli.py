@@ -138,7 +138,7 @@ def audit(
         str, typer.Option(help="of membership, canaries, inversion, stealing")
     ] = "membership,canaries,inversion,stealing",
     shadows: Annotated[int, typer.Option(min=4, help="shadow federations; each costs as much as the run")] = 64,
-    canaries: Annotated[int, typer.Option(min=8, help="examples planted for the lower bound on epsilon")] = 128,
+    canaries: Annotated[int, typer.Option(min=8, help="planted examples; each costs a gradient every round")] = 128,
     seed: Annotated[int, typer.Option(help="of the attacker's randomness")] = 1,
     as_json: AsJson = False,
 ) -> None:

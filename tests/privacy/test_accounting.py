@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
+import dp_accounting
 import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import PLDAccountant
@@ -17,7 +18,6 @@ from opacus.accountants import PRVAccountant, RDPAccountant
 from sordino.errors import ConfigError
 from sordino.privacy import accounting
 from sordino.privacy.accounting import (
-    affordable,
     check_delta,
     compose,
     default_delta,
@@ -190,11 +190,25 @@ def test_a_hundred_like_parties_cost_one() -> None:
 
 def test_units() -> None:
     example, client = release(4.0, 0.1, 10), release(9.0, 1.0, 3, unit="client", party=ALL_CLIENTS)
-    assert spent(ledger(example, client), "server", "example").epsilon == epsilon([example, client], DELTA)
+    replaced = release(4.5, 1.0, 3)  # one example more changes its client's contribution, by twice the clip at most
+    assert spent(ledger(example, client), "server", "example").epsilon == epsilon([example, replaced], DELTA)
     assert spent(ledger(example, client), "server", "client").epsilon == math.inf
     assert spent(ledger(client), "server", "client").epsilon == epsilon([client], DELTA)
     unseen = replace(example, observers=("public",))
     assert spent(ledger(unseen, client), "server", "client").epsilon == epsilon([client], DELTA)
+
+
+@pytest.mark.parametrize(("rate", "tight"), [(1.0, True), (0.3, False)])
+def test_what_client_level_noise_means_for_an_example_is_a_bound_for_replacing_a_client(
+    rate: float, tight: bool
+) -> None:
+    client = release(4.0, rate, 5, unit="client", party=ALL_CLIENTS)
+    accountant = PLDAccountant(dp_accounting.NeighboringRelation.REPLACE_ONE)
+    accountant.compose(event([client]))
+    found, exact = spent(ledger(client), "server", "example").epsilon, accountant.get_epsilon(DELTA)
+    assert found >= exact * (1 - 1e-4)
+    if tight:
+        assert found == pytest.approx(exact, rel=1e-3)
 
 
 def test_observers() -> None:
@@ -268,34 +282,6 @@ def test_targets_without_noise_and_without_sense() -> None:
     for target, delta in [(0.0, DELTA), (-1.0, DELTA), (math.nan, DELTA), (1.0, 0.0), (1.0, 1.0)]:
         with pytest.raises(ConfigError):
             noise_multiplier(target, delta, [(0.25, 80)])
-
-
-def test_affordable_rounds_are_exact() -> None:
-    past, once = [release(5.0, 0.3, 10)], [release(6.0, 0.25, 2), release(20.0, 1.0, party=ALL_CLIENTS)]
-
-    def after(count: int) -> float:
-        return epsilon([*past, *(replace(each, steps=each.steps * count) for each in once)], DELTA)
-
-    assert affordable(past, once, 20, after(13), DELTA) == 13
-    assert affordable(past, once, 20, after(13) - 1e-6, DELTA) == 12
-    assert affordable(past, once, 14, after(13), DELTA) == 13
-    assert affordable(past, once, 7, after(13), DELTA) == 7
-    assert affordable(past, once, 20, after(0), DELTA) == 0
-    assert affordable(past, once, 20, after(0) / 2, DELTA) == 0
-    assert affordable(past, once, 100, math.inf, DELTA) == 100
-    assert affordable([], [release(0.0)], 5, 10.0, DELTA) == 0
-
-
-def test_affordable_rounds_are_those_of_the_party_with_the_worst_history() -> None:
-    once = [release(6.0, 0.25, 2), release(6.0, 0.3, 2, party="client 1")]
-    tired = release(6.0, 0.25, 30)
-    target = epsilon([replace(tired, steps=50)], DELTA)
-    assert affordable([tired], once, 100, target, DELTA) == 10
-    without = affordable([], once, 100, target, DELTA)
-    assert without == affordable([], once[1:], 100, target, DELTA)
-    assert 10 < without < 25  # client 1 alone: fewer than the 25 rounds that client 0 would have had
-    gone = [replace(tired, party="client 2", steps=51)]  # has spent all, though it is not in the next round
-    assert affordable(gone, once, 100, target, DELTA) == 0
 
 
 @given(st.integers(2, 10**12))

@@ -30,7 +30,6 @@ Accountant = Literal["pld", "rdp"]
 Kind = tuple[float, float, int]  # noise multiplier, sampling rate, steps
 Kinds = tuple[Kind, ...]  # in ascending order, no two of one multiplier and rate
 
-SLACK = 1e-9  # by which `affordable` lets epsilon exceed its target: rounding, not privacy
 LEAST_MULTIPLIER = 0.01  # `noise_multiplier` looks no lower
 
 
@@ -103,11 +102,11 @@ def spent(ledger: Ledger, observer: Observer, unit: Unit, delta: float | None = 
         for each in ledger.disclosures
         if observer in each.observers
     ]
-    parties = {(_kinds(each),): name for name, each in reversed(_by_party(seen).items())}  # of equals, the first
+    parties = {_kinds(each): name for name, each in reversed(_by_party(seen).items())}  # of equals, the first
     largest = _largest(parties)
-    by_party = [(_epsilon(kinds, delta, "pld"), parties[kinds,]) for (kinds,) in largest]
+    by_party = [(_epsilon(kinds, delta, "pld"), parties[kinds]) for kinds in largest]
     worst, party = max(by_party, key=lambda each: each[0], default=(0.0, None))
-    worst_rdp = max((_epsilon(kinds, delta, "rdp") for (kinds,) in largest), default=0.0)
+    worst_rdp = max((_epsilon(kinds, delta, "rdp") for kinds in largest), default=0.0)
     return Spent(observer, unit, party, worst, worst_rdp, delta)
 
 
@@ -151,45 +150,12 @@ def noise_multiplier(epsilon: float, delta: float, schedules: Collection[tuple[f
         raise ConfigError("privacy.delta", delta, "must be above 0 and below 1")
     if math.isinf(epsilon):
         return 0.0
-    counting = {(((0.0, rate, steps),),) for rate, steps in schedules if rate > 0 and steps > 0}
+    counting = {((0.0, rate, steps),) for rate, steps in schedules if rate > 0 and steps > 0}
     multiplier = 0.0
-    for (((_, rate, steps),),) in sorted(_largest(counting), key=lambda each: -each[0][0][1] * each[0][0][2] ** 0.5):
+    for ((_, rate, steps),) in sorted(_largest(counting), key=lambda each: -each[0][1] * each[0][2] ** 0.5):
         if multiplier == 0 or _epsilon(_merged([(multiplier, rate, steps)]), delta, "pld") > epsilon:
             multiplier = max(multiplier, _calibrated(rate, steps, epsilon, delta))
     return multiplier
-
-
-def affordable(
-    spent_already: Sequence[Release], next_round: Sequence[Release], rounds: int, epsilon: float, delta: float
-) -> int:
-    """How many more rounds no party's epsilon exceeds a target in.
-
-    Args:
-        spent_already: the releases so far, of one unit and observer; each party has its own.
-        next_round: the releases of one further round.
-        rounds: the most that are wanted.
-        epsilon: the target, by privacy loss distributions.
-        delta: at which it is to hold.
-
-    Returns:
-        From 0, also where the target is exceeded already, to `rounds`.
-    """
-    names = _by_party([*spent_already, *next_round])
-    parties = {tuple(_kinds(_of(name, each)) for each in (spent_already, next_round)) for name in names}
-    fits, fails = rounds, rounds + 1
-    for past, future in _largest(parties):
-
-        def within(count: int, past: Kinds = past, future: Kinds = future) -> bool:
-            total = _merged([*past, *((z, rate, steps * count) for z, rate, steps in future)])
-            return _epsilon(total, delta, "pld") <= epsilon + SLACK
-
-        if within(fits):
-            continue
-        fits, fails = 0, fits
-        while fails - fits > 1:
-            middle = (fits + fails) // 2
-            fits, fails = (middle, fails) if within(middle) else (fits, middle)
-    return max(fits, 0)
 
 
 def default_delta(units: int) -> float:
@@ -258,17 +224,17 @@ def _merged(kinds: Iterable[Kind]) -> Kinds:
     return tuple(sorted(sampled))
 
 
-def _largest(parties: Collection[tuple[Kinds, ...]]) -> list[tuple[Kinds, ...]]:
+def _largest(parties: Collection[Kinds]) -> list[Kinds]:
     """Those of which no other one releases as much or more in every kind; the rest cannot be worse off."""
 
     def covers(a: Kinds, b: Kinds) -> bool:
         pairs = zip(a, b, strict=False)
         return len(a) >= len(b) and all(x[0] <= y[0] and x[1] >= y[1] and x[2] >= y[2] for x, y in pairs)
 
-    kept: list[tuple[Kinds, ...]] = []
+    kept: list[Kinds] = []
     for one in parties:
-        if not any(all(map(covers, other, one)) for other in kept):
-            kept = [other for other in kept if not all(map(covers, one, other))] + [one]
+        if not any(covers(other, one) for other in kept):
+            kept = [other for other in kept if not covers(one, other)] + [one]
     return kept
 
 
