@@ -11,8 +11,9 @@ from sordino.algorithms import algorithm, settings_for
 from sordino.config import Experiment
 from sordino.files import write_atomically
 from sordino.privacy.accounting import Spent, formula_epsilon
+from sordino.privacy.choice import mechanism_for
 from sordino.privacy.ledger import Ledger, Observer
-from sordino.privacy.mechanism import Mechanism, mechanism
+from sordino.privacy.mechanism import Mechanism
 from sordino.privacy.statement import WHO, statement, views
 from sordino.runtime.local import facts_of
 from sordino.tasks.sources import load_images
@@ -106,7 +107,7 @@ def planned_mechanism(config: Experiment) -> Mechanism:
     sizes = [sum(sizes)] if method.ABOUT.pools_data else sizes
     rounds = config.rounds if method.ABOUT.trains else 0
     facts = facts_of(method, settings, sizes, rounds, config.runtime, config.seed)
-    return mechanism(config.privacy, facts, None)
+    return mechanism_for(config.privacy, facts, None)
 
 
 def plan(config: Experiment) -> Plan:

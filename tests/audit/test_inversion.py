@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sordino.algorithms.base import map_tensors
-from sordino.audit import inversion
-from sordino.audit.inversion import Ridge, TowerMap, class_references, invert, observe, rank_one
+from sordino.audit import tower_map
+from sordino.audit.inversion import class_references, invert, observe, rank_one
 from sordino.audit.subject import Subject
+from sordino.audit.tower_map import Ridge, TowerMap
 from sordino.encoders.prompt_model import PromptModel
 from sordino.privacy.gradients import Batch, ExactGradients
 from sordino.runtime.local import LocalRuntime, Training
@@ -125,7 +126,7 @@ def test_s_is_recovered_but_for_the_null_space(
 def test_products_with_the_jacobian_are_the_matrix(
     model: PromptModel, context: Tensor, tower: TowerMap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inversion, "DENSE_ENTRIES", 0)
+    monkeypatch.setattr(tower_map, "DENSE_ENTRIES", 0)
     products = TowerMap.of(model, context)
     assert products.matrix is None
     assert tower.matrix is not None
@@ -187,8 +188,8 @@ def test_a_batch_of_one_gives_its_feature_and_label(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not dense:
-        monkeypatch.setattr(inversion, "DENSE_ENTRIES", 0)
-        monkeypatch.setattr(inversion, "REFINEMENTS", 1)
+        monkeypatch.setattr(tower_map, "DENSE_ENTRIES", 0)
+        monkeypatch.setattr(tower_map, "REFINEMENTS", 1)
     tower = TowerMap.of(model, context)
     references = torch.stack([table[0][32:][table[1][32:] == label].mean(0) for label in range(4)])
     for row in range(8 if dense else 1):

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from sordino.algorithms.base import ClientData, named_tensors
 from sordino.encoders.prompt_model import PromptModel
+from sordino.privacy.client_level import clip_jointly
 from sordino.privacy.cotangent import CotangentGradients, project, public_directions, summed_cotangents
 from sordino.privacy.dp_sgd import DpSgdGradients, Group, clipped_sum, example_gradients
 from sordino.privacy.gradients import Batch, ExactGradients, Sampling
-from sordino.privacy.mechanism import clip_jointly
 from sordino.privacy.noise import SystemRandomness
 from sordino.randomness import Streams
 from sordino.runtime.local import LocalRuntime, Training

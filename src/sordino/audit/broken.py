@@ -17,8 +17,8 @@ from torch import Tensor
 from sordino.audit.subject import as_implemented_by
 from sordino.errors import ConfigError
 from sordino.privacy.dp_sgd import DpSgdGradients, Group, sampled
+from sordino.privacy.example_level import ExampleMechanism
 from sordino.privacy.gradients import Batch, ContextOf, ExactGradients, Gradient, Gradients, Parameters
-from sordino.privacy.mechanism import ExampleMechanism
 from sordino.privacy.noise import Randomness
 from sordino.runtime.local import LocalRuntime
 

@@ -20,9 +20,8 @@ uploads only: one batch of everybody's, which is harder.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -31,14 +30,11 @@ from torch import Tensor
 
 from sordino.algorithms.base import Clock, named_tensors
 from sordino.audit.subject import Subject
-from sordino.encoders.prompt_model import PromptModel
+from sordino.audit.tower_map import TowerMap
 from sordino.randomness import Streams, derive_seed
 from sordino.runtime.local import LocalRuntime, Training
 
-DENSE_ENTRIES = 32_000_000  # of J in float64, a quarter of a gigabyte; above it, products with J only
-ITERATIONS = 60  # of conjugate gradients, where J is too large to be held
 REFINEMENTS = 10  # of a rank-one S, each half by a linear solve
-SMALLEST = 1e-14  # of an eigenvalue over the largest; below it there is rounding only
 
 
 @dataclass(frozen=True)
@@ -198,153 +194,6 @@ def class_references(subject: Subject) -> Tensor:
     of_class = F.one_hot(labels, len(subject.task.class_names)).to(features)  # [T, C]
     count = of_class.sum(0)[:, None]
     return torch.where(count > 0, of_class.T @ features / count.clamp(min=1), features.mean(0))
-
-
-@dataclass(frozen=True)
-class TowerMap:
-    """The linear map from S [C, D] to gradients of the context [M E], in float64; or from a part of S.
-
-    Attributes:
-        forward: S, flat, to J^T S.
-        adjoint: u [M E] to J u, flat.
-        matrix: J^T [M E, C D], where it is small enough to be held.
-        classes: C.
-    """
-
-    forward: Callable[[Tensor], Tensor]
-    adjoint: Callable[[Tensor], Tensor]
-    matrix: Tensor | None
-    classes: int
-
-    @classmethod
-    def of(cls, model: PromptModel, context: Tensor) -> TowerMap:
-        """At a context [M, E]."""
-        entries = context.numel() * len(model.classes) * model.encoder.feature_width
-        if entries <= DENSE_ENTRIES:
-            matrix = (
-                torch.cat([_class_jacobian(model, context, index) for index in range(len(model.classes))])
-                .T.cpu()
-                .double()
-            )
-            return cls(lambda s: matrix @ s, lambda u: matrix.T @ u, matrix, len(model.classes))
-
-        def forward(cotangent: Tensor) -> Tensor:
-            leaf = context.detach().requires_grad_()
-            with torch.enable_grad():
-                text = model.text_features(leaf)
-            return torch.autograd.grad(text, leaf, cotangent.view_as(text).to(text))[0].flatten().cpu().double()
-
-        def adjoint(direction: Tensor) -> Tensor:
-            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-                tangent: Tensor = torch.func.jvp(
-                    model.text_features, (context,), (direction.view_as(context).to(context),)
-                )[1]
-            return tangent.flatten().cpu().double()
-
-        return cls(forward, adjoint, None, len(model.classes))
-
-    def given_errors(self, errors: Tensor) -> TowerMap:
-        """The map from x [D] for S = e x^T, with e [C] known."""
-        matrix = None
-        if self.matrix is not None:
-            matrix = torch.einsum("mcd,c->md", self.matrix.unflatten(1, (self.classes, -1)), errors)
-        return TowerMap(
-            lambda x: self.forward(torch.outer(errors, x).flatten()),
-            lambda u: errors @ self.adjoint(u).unflatten(0, (self.classes, -1)),
-            matrix,
-            1,
-        )
-
-    def given_feature(self, feature: Tensor) -> TowerMap:
-        """The map from e [C], with x [D] known."""
-        matrix = None if self.matrix is None else self.matrix.unflatten(1, (self.classes, -1)) @ feature
-        return TowerMap(
-            lambda e: self.forward(torch.outer(e, feature).flatten()),
-            lambda u: self.adjoint(u).unflatten(0, (self.classes, -1)) @ feature,
-            matrix,
-            self.classes,
-        )
-
-    def solve(self, gradient: Tensor) -> Tensor:
-        """What a gradient [M E] was made of, by regularised least squares; flat."""
-        if self.matrix is None:
-            return _conjugate_gradients(self.forward, self.adjoint, gradient)
-        return self._ridge.solve(gradient)
-
-    @cached_property
-    def _ridge(self) -> Ridge:
-        assert self.matrix is not None
-        return Ridge.of(self.matrix)
-
-
-def _class_jacobian(model: PromptModel, context: Tensor, index: int) -> Tensor:
-    """The derivative of one class's feature by the context: [D, M E]."""
-    alone = PromptModel(model.encoder, model.classes.part(index, index + 1))
-    leaf = context.detach().requires_grad_()
-    with torch.enable_grad():
-        feature = alone.text_features(leaf)[0]
-    directions = torch.eye(len(feature), dtype=feature.dtype, device=feature.device)
-    chunks = directions.split(alone.contexts_at_once(len(context)))
-    rows = [torch.autograd.grad(feature, leaf, each, is_grads_batched=True, retain_graph=True)[0] for each in chunks]
-    return torch.cat(rows).flatten(1)
-
-
-@dataclass(frozen=True)
-class Ridge:
-    """Least squares with the ridge of largest evidence, for one matrix [m, n] and many observations.
-
-    Unknowns and noise are taken for white and normal; the ratio of their variances is the one under which the
-    observation is likeliest (MacKay, Bayesian Interpolation, 1992). So the attacker need not know how much was noised.
-
-    Attributes:
-        matrix: [m, n].
-        values, vectors: eigenvalues [r] above rounding, and eigenvectors, of the smaller of its two Gram matrices.
-    """
-
-    matrix: Tensor
-    values: Tensor
-    vectors: Tensor
-
-    @classmethod
-    def of(cls, matrix: Tensor) -> Ridge:
-        gram = matrix @ matrix.T if matrix.shape[1] > matrix.shape[0] else matrix.T @ matrix
-        values, vectors = torch.linalg.eigh(gram)
-        kept = values > SMALLEST * values[-1].clamp(min=torch.finfo(values.dtype).tiny)
-        return cls(matrix, values[kept], vectors[:, kept])
-
-    def solve(self, observed: Tensor) -> Tensor:
-        """The unknowns [n] of an observation [m]."""
-        values, (rows, columns) = self.values, self.matrix.shape
-        if not len(values) or not observed.any():
-            return self.matrix.new_zeros(columns)
-        wide = columns > rows
-        projected = self.vectors.T @ (observed if wide else self.matrix.T @ observed)
-        inside = projected if wide else projected / values.sqrt()  # the observation by left singular vectors
-        outside = (observed.square().sum() - inside.square().sum()).clamp(min=0)
-        ratios = values[-1] * torch.logspace(-14, 3, 69, dtype=values.dtype, device=values.device)[:, None]
-        variance = ((inside.square() / (values + ratios)).sum(1) + outside / ratios[:, 0]) / rows
-        surprise = rows * variance.log() + (values + ratios).log().sum(1) + (rows - len(values)) * ratios[:, 0].log()
-        shrunk = self.vectors @ (projected / (values + ratios[surprise.argmin()]))
-        return self.matrix.T @ shrunk if wide else shrunk
-
-
-def _conjugate_gradients(
-    forward: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor], observed: Tensor
-) -> Tensor:
-    """Least squares by CGLS (Hestenes, Stiefel, 1952); stopping early regularises."""
-    residual, steepest = observed, adjoint(observed)
-    solution, direction = torch.zeros_like(steepest), steepest
-    start = norm = steepest.square().sum()
-    for _ in range(ITERATIONS):
-        if norm <= SMALLEST * start:
-            break
-        image = forward(direction)
-        step = norm / image.square().sum()
-        solution, residual = solution + step * direction, residual - step * image
-        steepest = adjoint(residual)
-        before, norm = norm, steepest.square().sum()
-        direction = steepest + norm / before * direction
-    return solution
 
 
 def rank_one(tower: TowerMap, gradient: Tensor, cotangent: Tensor, references: Tensor) -> tuple[Tensor, int]:

@@ -28,9 +28,10 @@ from sordino.algorithms.base import (
 )
 from sordino.encoders.prompt_model import PromptModel
 from sordino.errors import RunError
+from sordino.privacy.choice import mechanism_for
 from sordino.privacy.gradients import Batch, ContextOf, Gradient, Gradients, Parameters
 from sordino.privacy.ledger import Disclosure, Ledger, Release
-from sordino.privacy.mechanism import Facts, Round, mechanism
+from sordino.privacy.mechanism import Facts, Round
 from sordino.privacy.noise import Randomness, SystemRandomness
 from sordino.privacy.settings import PrivacySettings
 from sordino.randomness import Streams, derive_seed
@@ -112,7 +113,7 @@ class LocalRuntime:
         self.data = client_data(features, labels, rows, runtime.weighting)
         self.privacy = privacy or PrivacySettings()
         facts = facts_of(algorithm, settings, [len(each) for each in rows], self.rounds, runtime, seed)
-        self.mechanism = mechanism(self.privacy, facts, model)
+        self.mechanism = mechanism_for(self.privacy, facts, model)
 
     def start(self) -> Training:
         """The state before the first round."""

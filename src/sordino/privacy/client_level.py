@@ -1,0 +1,130 @@
+"""The mechanism whose unit of privacy is the client: `dp-fedavg`, with a clip that may adapt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from sordino.privacy.gradients import ExactGradients
+from sordino.privacy.ledger import ALL_CLIENTS, OBSERVERS, Ledger, Observer, Release, Way
+from sordino.privacy.mechanism import SUMS_ONLY, Mechanism, Round
+from sordino.privacy.noise import Randomness
+
+CLIP = "clip"  # the mechanism's state: the current bound, a scalar
+WEIGHT = "weight"  # the field of an upload by which it is averaged: known to all, not learned, so never clipped
+COUNT_SHARE = 0.1  # of the budget, for the count of clipped uploads that an adaptive clip follows
+
+
+@dataclass(frozen=True)
+class ClientMechanism(Mechanism):
+    """The client as the unit of privacy: `dp-fedavg`.
+
+    McMahan, Ramage, Talwar, Zhang, Learning Differentially Private Recurrent Language Models, ICLR 2018: uploads are
+    clipped to one norm, averaged with a fixed divisor, noised. With `noise_by = "client"` every upload is noised
+    enough for itself, as in FedPrompt (Zhao et al., 2023). The clip may follow a quantile of the uploads' norms:
+    Andrew, Thakkar, McMahan, Ramaswamy, Differentially Private Learning with Adaptive Clipping, NeurIPS 2021.
+
+    Sensitivity: neighbouring federations differ in one client, present or not, with the divisor unchanged; the sum of
+    uploads then changes by one vector of norm at most `clip`. Whether an upload is below the clip is counted as +-1/2,
+    so the count changes by at most 1/2.
+    """
+
+    @property
+    def samples_clients(self) -> bool:
+        return self.settings.noise_by == "server" and self.facts.participation < 1
+
+    def initial_state(self) -> dict[str, Tensor]:
+        return {CLIP: torch.tensor(self.settings.clip, dtype=torch.float64)}
+
+    def empty_ledger(self) -> Ledger:
+        noise_by = self.settings.noise_by
+        covered: tuple[Way, ...] = ("mean",) if noise_by == "server" else ("mean", "upload")
+        trusted: tuple[Observer, ...] = () if noise_by == "client" else ("server",)
+        assumptions = (SUMS_ONLY,) if noise_by == "shares" else ()
+        return Ledger((), self._left_open(covered), trusted, assumptions, self.delta, self._randomness)
+
+    def open(self, randomness: Randomness, clients: Sequence[int], state: Mapping[str, Tensor]) -> Round:
+        assert self.model is not None
+        s, clip = self.settings, float(state[CLIP])
+        z_upload, z_count = self._multipliers
+        divisor = self.facts.participation * len(self.facts.sizes) if self.samples_clients else len(clients)
+        own_share = {"client": 1.0, "server": 0.0, "shares": 1 / math.sqrt(max(1, len(clients)))}[s.noise_by]
+        server_share = 1.0 if s.noise_by == "server" else 0.0
+
+        def protect(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            learned = {name: tensor for name, tensor in tensors.items() if name != WEIGHT}
+            clipped, below = clip_jointly(learned, clip)
+            for name, tensor in clipped.items():
+                noise = randomness.normal(f"noise on {name}", *tensor.shape[1:]).to(tensor)
+                clipped[name] = tensor + own_share * z_upload * clip * noise
+            if s.clip_quantile is not None:
+                noise = randomness.normal("noise on a bit").to(below.device)
+                at_work.below_clip = below.float() + own_share * z_count / 2 * noise
+            at_work.releases.extend(self.round_releases(clients))
+            return tensors | clipped
+
+        def average(name: str, values: Tensor, weights: Tensor) -> Tensor:
+            noise = randomness.common_normal(f"noise on the sum of {name}", *values.shape[1:]).to(values)
+            total: Tensor = (values.sum(0) + server_share * z_upload * clip * noise) / divisor
+            return total
+
+        def finish() -> dict[str, Tensor]:
+            """Move the clip towards the quantile: smaller where more uploads than wanted are below it."""
+            if s.clip_quantile is None or at_work.below_clip is None:
+                return dict(state)
+            noise = float(server_share * z_count / 2 * randomness.common_normal("noise on the count"))
+            below = (float(at_work.below_clip[: len(clients)].sum()) + noise) / divisor
+            changed = clip * math.exp(-s.clip_learning_rate * (below - s.clip_quantile))
+            return {CLIP: torch.tensor(changed, dtype=torch.float64)}
+
+        at_work = Round(ExactGradients(self.model), protect, average, finish=finish)
+        return at_work
+
+    @cached_property
+    def _multipliers(self) -> tuple[float, float]:
+        """(z of the uploads, z of the count)."""
+        if self.settings.clip_quantile is None:
+            return self.noise_multiplier, math.inf
+        return self.noise_multiplier / math.sqrt(1 - COUNT_SHARE), self.noise_multiplier / math.sqrt(COUNT_SHARE)
+
+    def round_releases(self, clients: Sequence[int]) -> list[Release]:
+        s, facts = self.settings, self.facts
+        counted = s.clip_quantile is not None
+        multipliers = self._multipliers if counted else self._multipliers[:1]
+        what = "clipped upload" + (" and whether it was clipped" if counted else "")
+        if s.noise_by == "client":
+            parties = [f"client {client}" for client in clients]
+            return [Release(what, party, "client", multipliers, 1.0, 1, s.noise_by, OBSERVERS) for party in parties]
+        rate = facts.participation if self.samples_clients else 1.0
+        others: tuple[Observer, ...] = ("clients", "public")
+        releases = [Release(f"mean {what}", ALL_CLIENTS, "client", multipliers, rate, 1, s.noise_by, others)]
+        if s.noise_by == "shares":
+            alone = tuple(z / math.sqrt(len(clients)) for z in multipliers)
+            releases.append(Release(what, ALL_CLIENTS, "client", alone, 1.0, 1, s.noise_by, ("server",)))
+        return releases
+
+    def planned(self, rounds: int | None = None) -> list[Release]:
+        count = self.facts.rounds if rounds is None else rounds
+        if self.settings.noise_by == "client":
+            share = count / self.facts.rounds
+            return [
+                replace(each, steps=math.ceil(taken * share))
+                for each, taken in zip(self.round_releases(range(len(self.facts.sizes))), self.facts.taken, strict=True)
+            ]
+        return [replace(each, steps=count) for each in self.round_releases(range(len(self.facts.sizes)))]
+
+
+def clip_jointly(tensors: Mapping[str, Tensor], clip: float) -> tuple[dict[str, Tensor], Tensor]:
+    """Each client's tensors [K, ...] scaled to a joint norm of at most `clip`; and [K], whether they were below it."""
+    norms = torch.stack([tensor.flatten(1).double().norm(dim=1) for tensor in tensors.values()]).norm(dim=0)
+    scale = torch.where(norms.isfinite(), (clip / norms.clamp(min=math.ulp(0.0))).clamp(max=1.0), 0.0)
+    clipped = {}
+    for name, tensor in tensors.items():
+        factor = scale.to(tensor).view(-1, *[1] * (tensor.ndim - 1))
+        clipped[name] = torch.where(factor > 0, tensor, 0.0) * factor
+    return clipped, norms <= clip

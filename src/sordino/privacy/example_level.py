@@ -1,0 +1,146 @@
+"""Mechanisms whose unit of privacy is the example: `dp-sgd` and `cotangent`, and who adds their noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from sordino.privacy.cotangent import CotangentGradients, public_directions
+from sordino.privacy.dp_sgd import DpSgdGradients, Group
+from sordino.privacy.gradients import Batch, ContextOf, Gradient, Gradients, Parameters
+from sordino.privacy.ledger import OBSERVERS, Ledger, Observer, Release, Way
+from sordino.privacy.mechanism import SUMS_ONLY, Mechanism, Round, plain_mean, unchanged
+from sordino.privacy.noise import Randomness
+
+SIZES_KNOWN = "how many examples each client holds is known to all"
+
+
+@dataclass(frozen=True)
+class ExampleMechanism(Mechanism):
+    """The example as the unit of privacy: `dp-sgd` and `cotangent`."""
+
+    @property
+    def samples_examples(self) -> bool:
+        return True
+
+    def open(self, randomness: Randomness, clients: Sequence[int], state: Mapping[str, Tensor]) -> Round:
+        releases: list[Release] = []
+
+        def gradients(context_of: ContextOf, parameters: Parameters, fixed: Parameters, batch: Batch) -> Gradient:
+            noised = self._gradients(randomness, clients, call=len(releases))
+            releases.extend(self._call_releases(clients))
+            return noised(context_of, parameters, fixed, batch)
+
+        return Round(gradients, unchanged, self._averaging(randomness), releases)
+
+    def round_releases(self, clients: Sequence[int]) -> list[Release]:
+        each = self._call_releases(clients)
+        return [replace(release, steps=self.facts.steps) for release in each]
+
+    def planned(self, rounds: int | None = None) -> list[Release]:
+        share = 1.0 if rounds is None else rounds / self.facts.rounds
+        times = {f"client {client}": math.ceil(count * share) for client, count in enumerate(self.facts.taken)}
+        releases = self._call_releases(range(len(self.facts.sizes)))
+        return [replace(each, steps=self.facts.steps * times[each.party]) for each in releases]
+
+    def empty_ledger(self) -> Ledger:
+        noise_by = self.settings.noise_by
+        covered: tuple[Way, ...] = ("mean", "prompt", "sizes", *(() if noise_by == "server" else ("upload",)))
+        trusted: tuple[Observer, ...] = ("server",) if noise_by != "client" or self.facts.pools_data else ()
+        assumptions = (SIZES_KNOWN, *((SUMS_ONLY,) if noise_by == "shares" else ()))
+        return Ledger((), self._left_open(covered), trusted, assumptions, self.delta, self._randomness)
+
+    @cached_property
+    def _multipliers(self) -> tuple[float, float]:
+        """(z of the personal group, z of the shared one); where there is one group only, it gets it all."""
+        if self.settings.mechanism == "cotangent" or not self.facts.shared:
+            return self.noise_multiplier, self.noise_multiplier
+        if not self.facts.personal:
+            return self.noise_multiplier, self.noise_multiplier
+        share = self.settings.shared_budget
+        return self.noise_multiplier / math.sqrt(1 - share), self.noise_multiplier / math.sqrt(share)
+
+    @cached_property
+    def _directions(self) -> Tensor:
+        assert self.model is not None
+        return public_directions(self.model.encoder, self.settings.subspace)
+
+    def _gradients(self, randomness: Randomness, clients: Sequence[int], call: int) -> Gradients:
+        """The gradients of one call in a round; no two calls draw the same noise."""
+        assert self.model is not None
+        s = self.settings
+        if s.mechanism == "cotangent":
+            return CotangentGradients(self.model, self._directions, s.clip, self.noise_multiplier, randomness, call)
+        z_personal, z_shared = self._multipliers
+        personal_clip = s.clip if s.personal_clip is None or not self.facts.shared else s.personal_clip
+        everyone = torch.ones(len(clients), dtype=torch.float64)
+        shared = {
+            "client": z_shared * s.clip * everyone,
+            "server": 0.0 * everyone,
+            "shares": torch.tensor([self._share(client) for client in clients], dtype=torch.float64),
+        }
+        return DpSgdGradients(
+            self.model,
+            frozenset(self.facts.shared),
+            Group(personal_clip, z_personal * personal_clip * everyone),
+            Group(s.clip, shared[s.noise_by]),
+            randomness,
+            call,
+        )
+
+    def _share(self, client: int) -> float:
+        """Standard deviation that one client adds to its sum, so that the mean of all has what it needs.
+
+        The mean of gradients S_i / L_i with weights w_i changes by at most C max_i(w_i / L_i) / W for one example, and
+        has noise of deviation sqrt(sum_i (w_i s_i / L_i)^2) / W. With s_i as below the noise is z times the change.
+        """
+        facts = self.facts
+        expected = facts.rate(client) * facts.sizes[client]
+        whole = self._multipliers[1] * self.settings.clip * facts.largest_share * expected / facts.weights[client]
+        return whole / math.sqrt(len(facts.sizes))
+
+    def _averaging(self, randomness: Randomness) -> Callable[[str, Tensor, Tensor], Tensor]:
+        if self.settings.noise_by != "server":
+            return plain_mean
+        noised = set(self.facts.shared.values())
+
+        def average(name: str, values: Tensor, weights: Tensor) -> Tensor:
+            plain = plain_mean(name, values, weights)
+            if name not in noised:
+                return plain
+            sensitivity = self.settings.clip * self.facts.largest_share / float(weights.sum())
+            noise = randomness.common_normal(f"noise on the mean of {name}", *plain.shape)
+            return plain + self._multipliers[1] * sensitivity * noise.to(plain)
+
+        return average
+
+    def _call_releases(self, clients: Iterable[int]) -> list[Release]:
+        """What one gradient releases of each client's examples."""
+        return [release for client in clients for release in self._client_releases(client)]
+
+    def _client_releases(self, client: int) -> Iterator[Release]:
+        facts, by = self.facts, self.settings.noise_by
+
+        def release(content: str, multipliers: tuple[float, ...], observers: tuple[Observer, ...]) -> Release:
+            return Release(content, f"client {client}", "example", multipliers, facts.rate(client), 1, by, observers)
+
+        z_personal, z_shared = self._multipliers
+        personal = (z_personal,) if facts.personal else ()
+        others: tuple[Observer, ...] = ("clients", "public")
+        if self.settings.mechanism == "cotangent":
+            yield release("sum of clipped cotangents of the class features", (self.noise_multiplier,), OBSERVERS)
+        elif not (facts.shared and facts.personal):
+            yield release("sum of clipped gradients", (self.noise_multiplier,), OBSERVERS if by == "client" else others)
+        elif by == "client":
+            yield release("sums of clipped gradients, personal and shared", (z_personal, z_shared), OBSERVERS)
+        else:
+            what = "sum of clipped personal gradients, and mean over clients of shared ones"
+            yield release(what, (z_personal, z_shared), others)
+        if by == "shares":
+            alone = self._share(client) / self.settings.clip
+            yield release("sums of clipped gradients, as this client sends them", (*personal, alone), ("server",))
