@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sordino.algorithms.base import map_tensors
-from sordino.audit import tower_map
+from sordino.audit import inversion, tower_map
 from sordino.audit.inversion import class_references, invert, observe, rank_one
 from sordino.audit.subject import Subject
 from sordino.audit.tower_map import Ridge, TowerMap
@@ -189,7 +189,7 @@ def test_a_batch_of_one_gives_its_feature_and_label(
 ) -> None:
     if not dense:
         monkeypatch.setattr(tower_map, "DENSE_ENTRIES", 0)
-        monkeypatch.setattr(tower_map, "REFINEMENTS", 1)
+        monkeypatch.setattr(inversion, "REFINEMENTS", 1)
     tower = TowerMap.of(model, context)
     references = torch.stack([table[0][32:][table[1][32:] == label].mean(0) for label in range(4)])
     for row in range(8 if dense else 1):
