@@ -126,8 +126,8 @@ def plan(config: Experiment) -> Plan:
     return Plan(config, chosen, tuple(views(chosen.total, unit)), tuple(by_round))
 
 
-def as_text(chosen: Plan) -> str:
-    """A plan for a terminal."""
+def as_text(chosen: Plan, curve: bool = True) -> str:
+    """A plan for a terminal, with or without a curve of epsilon by round."""
     facts, settings, ledger = chosen.mechanism.facts, chosen.config.privacy, chosen.ledger
     low, high = min(facts.sizes), max(facts.sizes)
     held = f"{low:,}" if low == high else f"{low:,} to {high:,}"
@@ -150,7 +150,7 @@ def as_text(chosen: Plan) -> str:
         )
         lines += [f"    {line}" for line in chosen.seen_by(view.observer)]
     worst = [(number, _worst(chosen, epsilons)) for number, epsilons in chosen.by_round]
-    if ledger.releases and all(math.isfinite(epsilon) for _, epsilon in worst):
+    if curve and ledger.releases and all(math.isfinite(epsilon) for _, epsilon in worst):
         most = max(epsilon for _, epsilon in worst)
         lines += ["", "Epsilon by round, for whoever is not trusted:"]
         lines += [
@@ -186,8 +186,8 @@ def write_page(chosen: Plan, path: Path) -> None:
     budget = chosen.config.privacy.epsilon
     if budget is not None and math.isfinite(budget):
         figure.add_hline(y=budget, line_dash="dash", annotation_text="budget")
-    text = escape(as_text(chosen))
-    plot = plotly.io.to_html(figure, include_plotlyjs=True, full_html=False)
+    text = escape(as_text(chosen, curve=False))
+    plot = plotly.io.to_html(figure, include_plotlyjs=True, full_html=False, config={"displaylogo": False})
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Privacy plan</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

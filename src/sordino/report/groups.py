@@ -54,6 +54,7 @@ class Group:
 
     label: str
     runs: tuple[Run, ...]
+    difference: str = ""  # all settings that other groups of the algorithm have otherwise; the label may name fewer
 
     @property
     def seeds(self) -> list[int]:
@@ -104,8 +105,8 @@ class Group:
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Group runs by algorithm and settings (all but the seed), in order of first appearance.
 
-    An algorithm that was run with several settings gives one group for each, labelled with what differs, so that
-    no two settings are averaged.
+    An algorithm that was run with several settings gives one group for each, so that no two settings are averaged. It
+    is labelled with what differs: with as few settings as tell the groups apart, epsilon first.
 
     Raises:
         RunError: two runs agree in everything, the seed included: averaging them would feign a smaller spread.
@@ -115,13 +116,26 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         by_algorithm.setdefault(run.summary.algorithm, []).append(run)
     groups: list[Group] = []
     for algorithm, members in by_algorithm.items():
-        by_settings: dict[str, list[Run]] = {}
+        by_settings: dict[tuple[str, ...], list[Run]] = {}
         for run, difference in zip(members, _differences([_settings(run) for run in members]), strict=True):
             by_settings.setdefault(difference, []).append(run)
-        for difference, same in by_settings.items():
+        for (difference, same), short in zip(by_settings.items(), _shortest(list(by_settings)), strict=True):
             _refuse_repeats(same)
-            groups.append(Group(f"{algorithm} ({difference})" if difference else algorithm, tuple(same)))
+            groups.append(Group(f"{algorithm} ({short})" if short else algorithm, tuple(same), ", ".join(difference)))
     return groups
+
+
+def _shortest(differences: Sequence[tuple[str, ...]]) -> list[str]:
+    """For each group the settings that tell it from the others, as few as do it when taken in order, epsilon first."""
+    count = len(differences[0])
+    order = sorted(range(count), key=lambda at: not differences[0][at].startswith("privacy.epsilon"))
+    kept: list[int] = []
+    for at in order:
+        told = len({tuple(each[k] for k in kept) for each in differences})
+        if told < len({tuple(each[k] for k in [*kept, at]) for each in differences}):
+            kept.append(at)
+    more = ["…"] if len(kept) < count else []
+    return [", ".join([*(each[at] for at in sorted(kept)), *more]) for each in differences]
 
 
 def _settings(run: Run) -> dict[str, Any]:
@@ -141,7 +155,7 @@ def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + name, value
 
 
-def _differences(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+def _differences(settings: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """For each run, in words, the settings that are not the same in all; empty where all agree."""
     names = dict.fromkeys(name for setting in settings for name in setting)
     unset = object()
@@ -151,7 +165,7 @@ def _differences(settings: Sequence[Mapping[str, Any]]) -> list[str]:
         if any(one.get(name, unset) != other.get(name, unset) for one, other in pairwise(settings))
     ]
     return [
-        ", ".join(
+        tuple(
             f"{name} = {json.dumps(setting[name], ensure_ascii=False, default=str)}"
             if name in setting
             else f"{name} unset"

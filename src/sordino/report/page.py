@@ -29,7 +29,7 @@ def render(runs: Sequence[Run], groups: Sequence[Group], title: str) -> str:
         _wire(groups),
         _privacy(groups),
         _skipped(runs),
-        _configuration(runs),
+        _configuration(runs, groups),
     ]
     versions = listed(sorted({run.summary.version for run in runs if run.summary.version}))
     return f"""<!DOCTYPE html>
@@ -234,11 +234,15 @@ def _skipped(runs: Sequence[Run]) -> str:
     return f'<section aria-labelledby="skipped"><h2 id="skipped">Skipped images</h2>\n{table}</section>\n'
 
 
-def _configuration(runs: Sequence[Run]) -> str:
+def _configuration(runs: Sequence[Run], groups: Sequence[Group]) -> str:
     first = runs[0]
+    trimmed = [group for group in groups if group.difference and group.difference not in group.label]
+    differences = "".join(f"<li>{escape(group.label)}: {escape(group.difference)}</li>\n" for group in trimmed)
+    told = f"<p>What the … of labels stands for:</p>\n<ul>{differences}</ul>\n" if trimmed else ""
     which = escape(first.directory.name) + (f", the first of {len(runs)} runs" if len(runs) > 1 else "")
     return (
         '<section aria-labelledby="configuration"><h2 id="configuration">Configuration</h2>\n'
+        f"{told}"
         f'<details><summary>config.toml of {which}</summary>\n<pre tabindex="0"><code>{escape(first.config_text)}'
         "</code></pre></details></section>\n"
     )

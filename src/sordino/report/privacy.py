@@ -8,7 +8,7 @@ from typing import Any
 
 from sordino.report.figures import Figure, colour, plain, symbol
 from sordino.report.groups import MEASURES, Group
-from sordino.report.runs import Measure
+from sordino.report.runs import Measure, Run
 from sordino.report.tables import html_table
 
 _NONE = '<span class="none">n/a</span>'
@@ -17,11 +17,11 @@ _TRADED: tuple[Measure, ...] = ("local", "neighbor")
 
 def audits(groups: Sequence[Group]) -> str:
     """A row a run that was attacked: what it claims, the lower bound that was shown, and what attacks achieved."""
-    audited = [(group, run) for group in groups for run in group.runs if run.audit is not None]
+    audited = [(index, group, run) for index, group in enumerate(groups) for run in group.runs if run.audit]
     if not audited:
         return ""
     rows = []
-    for group, run in audited:
+    for _, group, run in audited:
         found = (run.audit or {}).get("attacks", {})
         seed = f" <small>(seed {run.summary.seed})</small>" if group.over_seeds else ""
         membership, canaries = found.get("membership", {}), found.get("canaries", {})
@@ -95,13 +95,13 @@ def _stealing(stealing: dict[str, Any]) -> str:
     return f"{100 * stolen:.1f} <small>(own {100 * own:.1f})</small>"
 
 
-def _curves(audited: Sequence[tuple[Group, Any]]) -> str:
+def _curves(audited: Sequence[tuple[int, Group, Run]]) -> str:
     """ROC curves of LiRA on logarithmic axes, where what matters is the left edge."""
     from sordino.report.page import place
 
     data: list[Figure] = [_guessing()]
-    for index, (group, run) in enumerate(audited):
-        curve = run.audit.get("attacks", {}).get("membership", {}).get("lira", {}).get("curve")
+    for index, group, run in audited:
+        curve = (run.audit or {}).get("attacks", {}).get("membership", {}).get("lira", {}).get("curve")
         if curve:
             data.append(
                 {
@@ -177,7 +177,7 @@ def tradeoff(groups: Sequence[Group]) -> str:
                 "categoryarray": [_tick(epsilon) for epsilon in asked],
                 "title": {"text": "epsilon"},
             },
-            "yaxis": {"tickformat": ".0%", "rangemode": "tozero"},
+            "yaxis": {"tickformat": ".0%", "range": [0, 1.02]},
         }
         words = f"{MEASURES[measure]} accuracy over epsilon; the results table has the numbers."
         figure = place(f"epsilon-{measure}", {"data": data, "layout": layout}, words)
