@@ -25,7 +25,7 @@ from sordino.experiment import assemble
 
 MECHANISMS: dict[str, dict[str, Any]] = {
     "dp-sgd": {"privacy": {"clip": 0.1}, "batch_size": 64, "rounds": 30},
-    "cotangent": {"privacy": {"subspace": 32}, "batch_size": 0, "rounds": 40},
+    "cotangent": {"privacy": {"subspace": 16}, "batch_size": 0, "rounds": 40},
 }
 
 
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--train-per-class", type=int)
     parser.add_argument("--epsilon", type=float, nargs="+", default=[8.0, 2.0])
     parser.add_argument("--learning-rates", type=float, nargs=2, default=[0.02, 0.05])
+    parser.add_argument("--mechanisms", nargs="+", choices=list(MECHANISMS), default=list(MECHANISMS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--dp-sgd-steps", type=int, default=MECHANISMS["dp-sgd"]["rounds"])
     arguments = parser.parse_args()
@@ -66,8 +67,8 @@ def main() -> None:
         "zero_shot": statistics.fmean(accuracy({"algorithm": "zero-shot"}, seed)[0] for seed in seeds)
     }
     for epsilon in arguments.epsilon:
-        for name, own in MECHANISMS.items():
-            tried = {}
+        for name in arguments.mechanisms:
+            own, tried = MECHANISMS[name], {}
             for rate in arguments.learning_rates:
                 settings = {
                     "context_length": 8,
