@@ -301,6 +301,21 @@ def test_noise_on_the_mean_gradient_covers_the_client_that_counts_most(
     assert all(each.noise_multiplier == pytest.approx(z) for each in seen_by_others)
 
 
+@pytest.mark.parametrize(("clip", "share"), [(1e6, 1.0), (1e-9, 0.0)])
+def test_a_client_moves_the_count_behind_an_adaptive_clip_by_a_half(
+    clip: float, share: float, make_runtime: MakeRuntime
+) -> None:
+    """So that noise of z / 2 is noise multiplier z; and the clip follows Andrew et al.'s rule."""
+    privacy = {"mechanism": "dp-fedavg", "noise_multiplier": 0.0, "clip": clip, "clip_quantile": 0.3, "delta": 0.1}
+    runtime = make_runtime("promptfl", ROWS, TABLES, privacy=privacy, weighting="uniform")
+    training = runtime.start()
+    at_work = runtime.mechanism.open(Streams(0, 1, range(4), CPU), range(4), training.mechanism)
+    at_work.protect({"change": torch.ones(4, 3, 2), "weight": torch.ones(4)})
+    assert at_work.below_clip is not None
+    assert at_work.below_clip.tolist() == [share - 0.5] * 4  # a client who is absent counts as nothing, 0
+    assert float(at_work.finish()["clip"]) == pytest.approx(clip * math.exp(-0.2 * (share - 0.3)))
+
+
 def test_no_two_steps_share_their_noise(make_runtime: MakeRuntime) -> None:
     privacy = {"mechanism": "dp-sgd", "noise_multiplier": 1.0}
     runtime = make_runtime("local", ROWS, TABLES | {"local_steps": 2}, privacy=privacy)

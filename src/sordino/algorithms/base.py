@@ -69,7 +69,7 @@ class ClippedUpload(Upload):
 
     Attributes:
         upload: the method's own tensors, clipped.
-        below_clip: [K], whether they were below the clip, noised.
+        below_clip: [K], 1/2 where they were below the clip, -1/2 where not, noised.
     """
 
     upload: Mapping[str, Tensor]

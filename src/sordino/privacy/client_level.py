@@ -64,7 +64,7 @@ class ClientMechanism(Mechanism):
                 clipped[name] = tensor + own_share * z_upload * clip * noise
             if s.clip_quantile is not None:
                 noise = randomness.normal("noise on a bit").to(below.device)
-                at_work.below_clip = below.float() + own_share * z_count / 2 * noise
+                at_work.below_clip = below.float() - 0.5 + own_share * z_count / 2 * noise
             at_work.releases.extend(self.round_releases(clients))
             return tensors | clipped
 
@@ -78,7 +78,7 @@ class ClientMechanism(Mechanism):
             if s.clip_quantile is None or at_work.below_clip is None:
                 return dict(state)
             noise = float(server_share * z_count / 2 * randomness.common_normal("noise on the count"))
-            below = (float(at_work.below_clip[: len(clients)].sum()) + noise) / divisor
+            below = (float(at_work.below_clip[: len(clients)].sum()) + noise) / divisor + 0.5
             changed = clip * math.exp(-s.clip_learning_rate * (below - s.clip_quantile))
             return {CLIP: torch.tensor(changed, dtype=torch.float64)}
 

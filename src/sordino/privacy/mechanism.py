@@ -82,7 +82,7 @@ class Round:
         protect: what becomes of an upload's tensors, each [K, ...], before they leave the clients.
         average: (name, values [K, ...], weights [K]) to their mean, as the server sees it.
         releases: what was released so far; filled as it happens.
-        below_clip: [K], whether each upload was below an adaptive clip, noised; a part of the upload.
+        below_clip: [K], 1/2 where an upload was below an adaptive clip, -1/2 where not, noised; a part of the upload.
         finish: the mechanism's state after the round.
     """
 
