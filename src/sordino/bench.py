@@ -19,7 +19,8 @@ from sordino.encoders.cache import FeatureCache, Kind
 from sordino.encoders.encode import Skipped, encode
 from sordino.encoders.prompt_model import PromptModel
 from sordino.progress import Progress, log
-from sordino.tasks.images import Flags, ImageSet
+from sordino.tasks.images import Flags, ImageSet, Indices
+from sordino.tasks.poisoning import poisoned, with_triggers
 from sordino.tasks.sources import load_images
 from sordino.tasks.splits import Task, build_task
 
@@ -55,17 +56,24 @@ class Table:
         """A table with nothing in it yet."""
         return cls(torch.zeros(rows, *shape), np.zeros(rows, dtype=bool))
 
+    def longer(self, rows: int) -> Table:
+        """The table with empty rows after its own, `rows` in all."""
+        whole = Table.empty(rows, self.features.shape[1:])
+        whole.features[: len(self.known)], whole.known[: len(self.known)] = self.features, self.known
+        return whole
+
 
 @dataclass
 class Bench:
     """One data set and one encoder, shared by many runs: every image is encoded at most once.
 
     Attributes:
-        images: the data set.
+        images: the data set, followed by copies of it with each trigger that a poisoned run asked for.
         encoder: the frozen encoder.
         tables: what was read of the images so far, by kind; rows are filled as runs need them.
         readable: [N], false for those that were tried and could not be read.
         skipped: the images that could not be read.
+        triggers: size of a trigger to the row at which the pictures with it start.
     """
 
     images: ImageSet
@@ -73,6 +81,10 @@ class Bench:
     tables: dict[Kind, Table]
     readable: Flags
     skipped: list[Skipped] = field(default_factory=list)
+    triggers: dict[float, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._originals = self.images
 
     @classmethod
     def open(cls, config: Experiment) -> Bench:
@@ -83,7 +95,9 @@ class Bench:
         """
         device = choose_device(config.device)
         images = load_images(config.data)
-        build_task(images, config.data, config.partition, config.seed)
+        task = build_task(images, config.data, config.partition, config.seed)
+        if config.poisoning is not None:
+            poisoned(task, config.poisoning, len(images), config.seed)
         encoder = load_encoder(config.encoder.name, config.encoder.checkpoint, config.encoder.dtype, device)
         return cls(images, encoder, {}, np.ones(len(images), dtype=bool))
 
@@ -103,27 +117,52 @@ class Bench:
         Raises:
             DataError: without the unreadable images there are too few.
         """
-        started, encoded, cached = time.monotonic(), 0, 0
+        started, cost, clean = time.monotonic(), np.zeros(2, dtype=np.int64), len(self._originals)
         while True:
-            task = build_task(self.images, config.data, config.partition, config.seed, self.readable)
+            task = build_task(self._originals, config.data, config.partition, config.seed, self.readable[:clean])
             kind = self.model(config, task.class_names).reads
-            table = self.tables.get(kind)
-            missing = np.array([row for row in task.used if table is None or not table.known[row]], dtype=np.int64)
+            missing = self._missing(task, kind)
             if not len(missing):
-                return task, Encoding(time.monotonic() - started, encoded, cached)
-            result = encode(
-                self.images.subset(missing),
-                self.encoder,
-                FeatureCache(),
-                kind=kind,
-                progress=lambda done, total: progress("encode images", done, total),
-            )
-            table = self.tables.setdefault(kind, Table.empty(len(self.images), result.features.shape[1:]))
-            table.features[torch.from_numpy(missing)] = result.features
-            table.known[missing] = True
-            self.readable[missing] = result.readable
-            self.skipped += result.skipped
-            encoded, cached = encoded + result.encoded, cached + result.cached
-            log.info("%d images encoded, %d from the cache", result.encoded, result.cached)
-            for skipped in result.skipped:
-                log.warning("skipped %s: %s", skipped.name, skipped.reason)
+                break
+            cost += self._encode(missing, kind, progress)
+        if config.poisoning is not None:
+            first = self._triggered_from(config.poisoning.trigger_size)
+            task = poisoned(task, config.poisoning, first, config.seed)
+            cost += self._encode(self._missing(task, kind), kind, progress)
+        return task, Encoding(time.monotonic() - started, int(cost[0]), int(cost[1]))
+
+    def _missing(self, task: Task, kind: Kind) -> Indices:
+        """The rows that a task uses and that were not read yet."""
+        table = self.tables.get(kind)
+        return np.array([row for row in task.used if table is None or not table.known[row]], dtype=np.int64)
+
+    def _encode(self, rows: Indices, kind: Kind, progress: Progress) -> tuple[int, int]:
+        """Fill in rows of a table; how many features were computed for it, and how many came from the cache."""
+        if not len(rows):
+            return 0, 0
+        result = encode(
+            self.images.subset(rows),
+            self.encoder,
+            FeatureCache(),
+            kind=kind,
+            progress=lambda done, total: progress("encode images", done, total),
+        )
+        table = self.tables.setdefault(kind, Table.empty(len(self.images), result.features.shape[1:]))
+        table.features[torch.from_numpy(rows)] = result.features
+        table.known[rows] = True
+        self.readable[rows] = result.readable
+        self.skipped += result.skipped
+        log.info("%d images encoded, %d from the cache", result.encoded, result.cached)
+        for skipped in result.skipped:
+            log.warning("skipped %s: %s", skipped.name, skipped.reason)
+        return result.encoded, result.cached
+
+    def _triggered_from(self, size: float) -> int:
+        """The row at which pictures with a trigger of this size start; they are added when first asked for."""
+        if size not in self.triggers:
+            self.triggers[size] = len(self.images)
+            self.images = with_triggers(self.images, len(self._originals), size)
+            self.tables = {kind: table.longer(len(self.images)) for kind, table in self.tables.items()}
+            added = np.ones(len(self._originals), dtype=bool)
+            self.readable = np.concatenate([self.readable, added])
+        return self.triggers[size]

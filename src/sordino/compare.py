@@ -24,6 +24,7 @@ from sordino.progress import Progress, silent
 from sordino.report import write_report
 
 SPLITS = ("local", "neighbor", "overall", "novel", "domain")
+BACKDOOR = "attack_success"
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class Row:
         seeds: how many runs it is made of.
         accuracy: split to (mean, spread), fractions; None where the split does not apply. The spread is the standard
             deviation over seeds of the mean over clients, or, with one seed, over clients.
+        attack_success: (mean, spread) likewise, of pictures with an attacker's trigger that are taken for its target;
+            None where nobody attacks.
         upload_bytes, broadcast_bytes: of one client in one round.
         seconds: of training, mean over seeds.
         private: whether everything that was learned and left a client was noised.
@@ -99,6 +102,7 @@ class Row:
     variation: str
     seeds: int
     accuracy: dict[str, tuple[float, float] | None]
+    attack_success: tuple[float, float] | None
     upload_bytes: int
     broadcast_bytes: int
     seconds: float
@@ -166,6 +170,7 @@ def row_of(summaries: Sequence[dict[str, Any]], variation: str = "") -> Row:
         variation,
         len(summaries),
         {split: _mean_and_spread(summaries, split) for split in SPLITS},
+        _mean_and_spread(summaries, BACKDOOR),
         first["wire"]["upload_bytes_per_client_round"],
         first["wire"]["broadcast_bytes_per_client_round"],
         statistics.fmean(s["seconds"]["train"] for s in summaries),
@@ -174,13 +179,15 @@ def row_of(summaries: Sequence[dict[str, Any]], variation: str = "") -> Row:
     )
 
 
-def _mean_and_spread(summaries: Sequence[dict[str, Any]], split: str) -> tuple[float, float] | None:
-    means = [s["accuracy"][split] for s in summaries if s["accuracy"][split] is not None]
+def _mean_and_spread(summaries: Sequence[dict[str, Any]], name: str) -> tuple[float, float] | None:
+    """Of an accuracy, or of the attack's success."""
+    found = [(s["accuracy"] | {BACKDOOR: s.get(BACKDOOR)})[name] for s in summaries]
+    means = [value for value in found if value is not None]
     if not means:
         return None
     spread_over = means
     if len(summaries) == 1:
-        spread_over = [client[split] for client in summaries[0]["per_client"] if client[split] is not None]
+        spread_over = [client[name] for client in summaries[0]["per_client"] if client[name] is not None]
     return statistics.fmean(means), statistics.stdev(spread_over) if len(spread_over) > 1 else 0.0
 
 
@@ -188,7 +195,7 @@ def to_csv(rows: Sequence[Row]) -> str:
     """The table as CSV: a line an algorithm, fractions in full precision, empty cells where a split does not apply."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    split_columns = [f"{split}_{what}" for split in SPLITS for what in ("mean", "spread")]
+    split_columns = [f"{split}_{what}" for split in (*SPLITS, BACKDOOR) for what in ("mean", "spread")]
     writer.writerow(
         [
             "algorithm",
@@ -204,7 +211,8 @@ def to_csv(rows: Sequence[Row]) -> str:
         ]
     )
     for row in rows:
-        cells = [value for split in SPLITS for value in (row.accuracy[split] or ("", ""))]
+        measured = [*(row.accuracy[split] for split in SPLITS), row.attack_success]
+        cells = [value for pair in measured for value in (pair or ("", ""))]
         writer.writerow(
             [
                 row.algorithm,

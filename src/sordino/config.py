@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sordino.errors import ConfigError, config_error
 from sordino.privacy.settings import PrivacySettings
 from sordino.runtime.settings import RuntimeSettings
-from sordino.tasks.settings import DataSettings, PartitionSettings
+from sordino.tasks.settings import DataSettings, PartitionSettings, PoisoningSettings
 
 
 class EncoderSettings(BaseModel):
@@ -42,6 +42,7 @@ class Experiment(BaseModel):
     encoder: EncoderSettings = EncoderSettings()
     runtime: RuntimeSettings = RuntimeSettings()
     privacy: PrivacySettings = PrivacySettings()
+    poisoning: PoisoningSettings | None = Field(default=None, description="clients that attack; absent: nobody does")
     settings: dict[str, Any] = Field(
         default_factory=dict, description="hyper-parameters; [settings.NAME] for one method"
     )

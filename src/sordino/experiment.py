@@ -89,6 +89,7 @@ def _run(
         "rounds": training.round,
         "seed": config.seed,
         "accuracy": scores.means(),
+        "attack_success": scores.mean_attack_success(),
         "per_client": _per_client(task, scores),
         "privacy": as_summary(ledger, config.privacy.unit) | {"rounds_unpaid": runtime.rounds - training.round},
         "wire": _wire(metrics, _handed_over(runtime, bench, task)),
@@ -155,6 +156,8 @@ def assemble(config: Experiment, bench: Bench, task: Task) -> tuple[LocalRuntime
         torch.from_numpy(task.neighbor),
         evaluation_set(bench.model(config, task.novel_names), task.novel) if task.novel_names else None,
         evaluation_set(model, task.domain) if len(task.domain) else None,
+        evaluation_set(model, task.triggered) if len(task.triggered) else None,
+        task.attackers,
     )
     held = np.concatenate(task.train)
     ends = np.cumsum([len(rows) for rows in task.train])
@@ -169,6 +172,7 @@ def assemble(config: Experiment, bench: Bench, task: Task) -> tuple[LocalRuntime
         config.runtime,
         config.seed,
         config.privacy,
+        dict.fromkeys(range(task.attackers), config.poisoning.boost) if config.poisoning else {},
     )
     return runtime, evaluation
 
@@ -263,6 +267,7 @@ def _record(
         "seconds": seconds,
         "evaluate_seconds": time.monotonic() - started,
         "accuracy": scores.means() if scores else None,
+        "attack_success": scores.mean_attack_success() if scores else None,
     }
     metrics.add(line)
     return scores
@@ -295,6 +300,7 @@ def _per_client(task: Task, scores: Scores) -> list[dict[str, Any]]:
             "overall": scores.overall[index],
             "novel": scores.novel[index],
             "domain": scores.domain[index],
+            "attack_success": scores.attack_success[index],
             "examples": line["images"],
             "classes": line["classes"],
             "domains": line["domains"] or None,

@@ -15,7 +15,9 @@ from sordino.privacy.choice import mechanism_for
 from sordino.privacy.ledger import Ledger, Observer
 from sordino.privacy.mechanism import Mechanism
 from sordino.privacy.statement import WHO, statement, views
-from sordino.runtime.local import facts_of
+from sordino.runtime import aggregation
+from sordino.runtime.local import facts_of, participant_count
+from sordino.tasks.poisoning import poisoned
 from sordino.tasks.sources import load_images
 from sordino.tasks.splits import build_task
 
@@ -102,11 +104,16 @@ def planned_mechanism(config: Experiment) -> Mechanism:
         SordinoError: the configuration cannot be run.
     """
     method, settings = algorithm(config.algorithm), settings_for(config.algorithm, config.settings)
-    task = build_task(load_images(config.data), config.data, config.partition, config.seed)
+    images = load_images(config.data)
+    task = build_task(images, config.data, config.partition, config.seed)
+    if config.poisoning is not None:
+        task = poisoned(task, config.poisoning, len(images), config.seed)
     sizes = [len(rows) for rows in task.train]
     sizes = [sum(sizes)] if method.ABOUT.pools_data else sizes
     rounds = config.rounds if method.ABOUT.trains else 0
     facts = facts_of(method, settings, sizes, rounds, config.runtime, config.seed)
+    count = participant_count(len(sizes), config.runtime.participation)
+    aggregation.check(config.runtime, config.privacy, method.ABOUT, count)
     return mechanism_for(config.privacy, facts, None)
 
 

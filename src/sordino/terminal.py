@@ -55,28 +55,33 @@ def print_table(rows: list[Row]) -> None:
 
     splits = [split for split in SPLITS if any(row.accuracy[split] for row in rows)]
     over = "seeds" if rows[0].seeds > 1 else "clients"
+    audited = any(row.attack is not None for row in rows)
+    poisoned = any(row.attack_success is not None for row in rows)
+    # Where there are attacks to show, 80 columns have no room for bytes; the report has them.
+    bytes_shown = not (audited or poisoned)
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # three splits fit 80 columns
-    table.add_column("algorithm", no_wrap=True)
-    attacked = any(row.attack is not None for row in rows)
-    for heading in (*splits, *([] if attacked else ["sent up", "down"]), "seconds"):
-        table.add_column(heading, justify="right")
+    table.add_column("algorithm")  # the one that is wrapped where not all fit
+    measured = [*splits, *(["backdoor"] if poisoned else []), *(["sent up", "down"] if bytes_shown else [])]
+    for heading in (*measured, "seconds"):
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("private", no_wrap=True)
-    if attacked:
-        table.add_column("attack", justify="right")
+    if audited:
+        table.add_column("attack", justify="right", no_wrap=True)
     for row in rows:
-        accuracies = [_percent(row.accuracy[split]) for split in splits]
-        # Where there are attacks to show, 80 columns have no room for bytes; the report has them.
-        sizes = [] if attacked else [_bytes(row.upload_bytes), _bytes(row.broadcast_bytes)]
-        found = ["-" if row.attack is None else f"{row.attack:.2f}"] if attacked else []
-        table.add_row(_label(row), *accuracies, *sizes, f"{row.seconds:.0f}", _privacy(row), *found)
+        cells = [_percent(row.accuracy[split]) for split in splits]
+        cells += [_percent(row.attack_success)] if poisoned else []
+        cells += [_bytes(row.upload_bytes), _bytes(row.broadcast_bytes)] if bytes_shown else []
+        found = ["-" if row.attack is None else f"{row.attack:.2f}"] if audited else []
+        table.add_row(_label(row), *cells, f"{row.seconds:.0f}", _privacy(row), *found)
     console = Console()
     console.print(table)
-    sent = "" if attacked else " Sent up and down: by one client in one round."
+    sent = " Sent up and down: by one client in one round." if bytes_shown else ""
+    backdoor = " Backdoor: test images of other classes that an attacker's trigger turns into the attacker's target."
     attack = " Attack: area under the ROC curve of membership inference on the prompts; 0.5 is guessing."
     console.print(
         f"Accuracy in percent, mean ± standard deviation over {over}: local on what a client trains on, neighbor on "
-        f"what others train on, overall on both.{sent} Private: epsilon, or yes where nothing learned from images left "
-        f"a client, no where it left without noise.{attack if attacked else ''}",
+        f"what others train on, overall on both.{backdoor if poisoned else ''}{sent} Private: epsilon, or yes where "
+        f"nothing learned from images left a client, no where it left without noise.{attack if audited else ''}",
         highlight=False,
     )
 

@@ -151,12 +151,15 @@ class Start:
         context_width: E.
         class_names: the C candidate classes.
         streams: initial randomness, and the K clients' numbers.
+        image_width, image_layers: of an image tower that takes visual prompts; 0 where there is none.
     """
 
     embed: Callable[[str], Tensor]
     context_width: int
     class_names: tuple[str, ...]
     streams: Streams
+    image_width: int = 0
+    image_layers: int = 0
 
 
 @dataclass(frozen=True)

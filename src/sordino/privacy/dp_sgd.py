@@ -156,11 +156,13 @@ def _by_copies(
     model: PromptModel, prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch
 ) -> ExampleGradients:
     examples = batch.labels.shape[1]
+    if not examples:  # coins may choose nobody, and no tower takes an empty stack
+        return ExampleGradients(iter(()), torch.zeros(1), {})
     copied = {name: value.expand(examples, *value.shape[1:]) for name, value in parameters.items()}
     rest = {name: value.expand(examples, *value.shape[1:]) for name, value in fixed.items()}
     alone = Batch(batch.features[0, :, None], batch.labels[0, :, None], batch.mask[0, :, None])
     gradient = ExactGradients(model)(prompt_of, copied, rest, alone)
-    return ExampleGradients(iter([gradient.by] if examples else []), _mean(gradient.loss)[None], {})
+    return ExampleGradients(iter([gradient.by]), gradient.loss.mean()[None], {})
 
 
 def _mean(losses: Tensor) -> Tensor:

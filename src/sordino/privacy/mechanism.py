@@ -22,6 +22,8 @@ from sordino.privacy.ledger import OBSERVERS, Disclosure, Ledger, Release, Way
 from sordino.privacy.noise import Randomness
 from sordino.privacy.settings import PrivacySettings
 
+Average = Callable[[str, Tensor, Tensor], Tensor]  # (field, values [K, ...], weights [K]) to their mean
+
 SLACK = 1e-6  # by which a budget may seem to be passed where rounding says so
 SUMS_ONLY = "the server sees the sum of uploads only (secure aggregation); it is listed with what single uploads tell"
 
@@ -90,7 +92,7 @@ class Round:
 
     gradients: Gradients
     protect: Callable[[dict[str, Tensor]], dict[str, Tensor]]
-    average: Callable[[str, Tensor, Tensor], Tensor]
+    average: Average
     releases: list[Release] = field(default_factory=list)
     below_clip: Tensor | None = None
     finish: Callable[[], dict[str, Tensor]] = dict

@@ -8,6 +8,11 @@ from torch import Tensor
 from sordino.errors import ConfigError
 
 RANDOM_STANDARD_DEVIATION = 0.02  # as in CoOp (Zhou et al., 2022), which all methods here descend from
+FREQUENT_WORDS = (
+    "the of and to in a is that was it for on with as be at by this from or an are not have but one all they which you "
+    "we were her his their there been has when who will more no if out so said what up its about into than them can "
+    "only other new some could time these two may then do first any my now such like our over man me even most made"
+)
 
 
 def initial_context(text: str, embed: Callable[[str], Tensor], noise: Tensor) -> Tensor:
@@ -21,7 +26,28 @@ def initial_context(text: str, embed: Callable[[str], Tensor], noise: Tensor) ->
     Raises:
         ConfigError: the words do not fit into the context.
     """
-    context = RANDOM_STANDARD_DEVIATION * noise
+    return _ending(RANDOM_STANDARD_DEVIATION * noise, text, embed)
+
+
+def vocabulary_context(text: str, length: int, embed: Callable[[str], Tensor], draw: Callable[[int], Tensor]) -> Tensor:
+    """A context [M, E]: embeddings of frequent words, the last of them replaced by those of hand-written words.
+
+    Args:
+        text: words that end the context, next to the class name; may be empty.
+        length: M; no word comes twice before all have come once.
+        embed: text to its token embeddings [W, E].
+        draw: W to [W] random numbers, whose order is that of the words.
+
+    Raises:
+        ConfigError: the words do not fit into the context.
+    """
+    words = embed(FREQUENT_WORDS)
+    order = draw(len(words)).argsort().to(words.device)
+    return _ending(words[order.repeat(-(-length // len(words)))[:length]], text, embed)
+
+
+def _ending(context: Tensor, text: str, embed: Callable[[str], Tensor]) -> Tensor:
+    """A context [..., M, E] with its end replaced by hand-written words, if any."""
     if not text:
         return context
     words, length = embed(text).to(context), context.shape[-2]

@@ -67,9 +67,17 @@ class Group:
     def accuracy(self, measure: Measure) -> Spread | None:
         """Final accuracy: spread over seeds where there are several runs, else over the clients of the one run."""
         headline = Spread.of(run.summary.accuracy.of(measure) for run in self.runs)
+        return self._spread(headline, [client.of(measure) for client in self.runs[0].summary.per_client])
+
+    def attack_success(self) -> Spread | None:
+        """Likewise, how often an attacker's trigger gets its target; None where nobody attacks."""
+        headline = Spread.of(run.summary.attack_success for run in self.runs)
+        return self._spread(headline, [client.attack_success for client in self.runs[0].summary.per_client])
+
+    def _spread(self, headline: Spread | None, of_clients: Sequence[float | None]) -> Spread | None:
         if headline is None or self.over_seeds:
             return headline
-        clients = Spread.of(client.of(measure) for client in self.runs[0].summary.per_client)
+        clients = Spread.of(of_clients)
         # The mean stays the run's own, which may weight clients by their examples.
         return Spread(headline.mean, clients.deviation if clients else None)
 

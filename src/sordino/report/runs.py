@@ -45,6 +45,7 @@ class Client(_Record):
     local: Fraction | None = None
     neighbor: Fraction | None = None
     overall: Fraction | None = None
+    attack_success: Fraction | None = None
     examples: Count = 0
     classes: tuple[str, ...] = ()
     domains: tuple[str, ...] | None = None
@@ -107,6 +108,7 @@ class Summary(_Record):
     rounds: Count
     seed: int
     accuracy: Accuracy
+    attack_success: Fraction | None = None
     per_client: tuple[Client, ...]
     privacy: Privacy
     wire: Wire

@@ -17,6 +17,10 @@ _TERMS = {
     "novel": "of classes that nobody trained on",
     "domain": "of a domain that was held out",
 }
+_BACKDOOR = (
+    " <em>Backdoor</em>: test images of other classes that an attacker's trigger makes a client's prompt take for the "
+    "attacker's target."
+)
 
 
 def results(groups: Sequence[Group]) -> str:
@@ -33,12 +37,15 @@ def results(groups: Sequence[Group]) -> str:
         )
         if len({getattr(run.summary, field) for group in groups for run in group.runs}) > 1
     ]
-    head = ["Algorithm", *(f"{MEASURES[name]}, %" for name in measures), "Up", "Down", "Privacy", "Seconds"]
+    attacked = any(group.attack_success() for group in groups)
+    head = ["Algorithm", *(f"{MEASURES[name]}, %" for name in measures), *(["Backdoor, %"] if attacked else [])]
+    head += ["Up", "Down", "Privacy", "Seconds"]
     head += ["Seeds", *(name for name, _ in varying)]
     rows = [
         [
             escape(group.label),
             *(_percent(group.accuracy(measure)) for measure in measures),
+            *([_percent(group.attack_success())] if attacked else []),
             human_bytes(group.mean("wire.upload_bytes_per_client_round")),
             human_bytes(group.mean("wire.broadcast_bytes_per_client_round")),
             f'<span class="words">{privacy_words(group)}</span>',
@@ -49,11 +56,12 @@ def results(groups: Sequence[Group]) -> str:
         for group in groups
     ]
     terms = "; ".join(f"<em>{MEASURES[measure].lower()}</em>, {_TERMS[measure]}" for measure in measures)
+    backdoor = _BACKDOOR if attacked else ""
     table = html_table(_spread_words(groups), head, rows, "Results by algorithm")
     return (
         f'<section aria-labelledby="results"><h2 id="results">Results</h2>\n{table}'
-        f"<p>Accuracy is measured on {terms}. Up and down are bytes that one client sends and receives in one round. "
-        f"Seconds are those of a whole run.</p></section>\n"
+        f"<p>Accuracy is measured on {terms}.{backdoor} Up and down are bytes that one client "
+        f"sends and receives in one round. Seconds are those of a whole run.</p></section>\n"
     )
 
 

@@ -46,6 +46,9 @@ class Evaluation:
             where a split is empty.
         novel: images of classes that nobody trained on, or None.
         domain: images of the held-out domain, or None.
+        triggered: test images of other classes than an attacker's target, with its trigger, labelled as the target; or
+            None where nobody attacks.
+        attackers: how many clients attack: the first ones.
     """
 
     test: EvaluationSet
@@ -53,6 +56,8 @@ class Evaluation:
     neighbor: Tensor
     novel: EvaluationSet | None
     domain: EvaluationSet | None
+    triggered: EvaluationSet | None = None
+    attackers: int = 0
 
     @torch.no_grad()
     def scores(self, prompt: Prompt) -> Scores:
@@ -71,22 +76,35 @@ class Evaluation:
             return list(split.correct(prompt).cpu().double().mean(1).expand(clients).tolist())
 
         overall = list(correct.mean(1).expand(clients).tolist())
-        return Scores(over(self.local), over(self.neighbor), overall, uniform(self.novel), uniform(self.domain))
+        attacked = [None] * self.attackers + uniform(self.triggered)[self.attackers :]
+        return Scores(
+            over(self.local), over(self.neighbor), overall, uniform(self.novel), uniform(self.domain), attacked
+        )
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Accuracies of K clients, fractions in [0, 1]; None where a client has no such split."""
+    """Accuracies of K clients, fractions in [0, 1]; None where a client has no such split.
+
+    Attributes:
+        local, neighbor, overall, novel, domain: accuracies.
+        attack_success: images with an attacker's trigger that are taken for its target; None for the attackers.
+    """
 
     local: list[float | None]
     neighbor: list[float | None]
     overall: list[float | None]
     novel: list[float | None]
     domain: list[float | None]
+    attack_success: list[float | None]
 
     def means(self) -> dict[str, float | None]:
         """Each accuracy's mean over the clients that have it."""
-        return {name: _mean(values) for name, values in vars(self).items()}
+        return {name: _mean(values) for name, values in vars(self).items() if name != "attack_success"}
+
+    def mean_attack_success(self) -> float | None:
+        """The mean over the clients that are attacked; None where nobody attacks."""
+        return _mean(self.attack_success)
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -21,7 +21,6 @@ from sordino.algorithms.base import (
     Server,
     Start,
     Upload,
-    Uploads,
     map_tensors,
     model_class,
     named_tensors,
@@ -31,13 +30,15 @@ from sordino.algorithms.base import (
 from sordino.encoders.prompt_model import Prompt, PromptModel
 from sordino.errors import RunError
 from sordino.privacy.choice import mechanism_for
+from sordino.privacy.client_level import WEIGHT
 from sordino.privacy.gradients import Batch, Gradient, Gradients, Parameters, PromptOf
 from sordino.privacy.ledger import Disclosure, Ledger, Release
 from sordino.privacy.mechanism import Facts, Round
 from sordino.privacy.noise import Randomness, SystemRandomness
 from sordino.privacy.settings import PrivacySettings
 from sordino.randomness import Streams, derive_seed
-from sordino.runtime import wire
+from sordino.runtime import aggregation, wire
+from sordino.runtime.aggregation import aggregated
 from sordino.runtime.settings import RuntimeSettings
 
 
@@ -89,9 +90,10 @@ class LocalRuntime:
         runtime: the `[runtime]` settings.
         seed: of the run.
         privacy: the `[privacy]` settings.
+        boosts: client to the factor on what it sends, of attackers that send more than they learned.
 
     Raises:
-        ConfigError: the privacy mechanism does not fit the method.
+        ConfigError: the privacy mechanism or the aggregation does not fit the method.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class LocalRuntime:
         runtime: RuntimeSettings,
         seed: int,
         privacy: PrivacySettings | None = None,
+        boosts: Mapping[int, float] | None = None,
     ) -> None:
         self.algorithm, self.settings, self.model = algorithm, settings, model
         self.rounds = rounds if algorithm.ABOUT.trains else 0
@@ -116,12 +119,21 @@ class LocalRuntime:
         self.privacy = privacy or PrivacySettings()
         facts = facts_of(algorithm, settings, [len(each) for each in rows], self.rounds, runtime, seed)
         self.mechanism = mechanism_for(self.privacy, facts, model)
+        aggregation.check(runtime, self.privacy, algorithm.ABOUT, participant_count(len(rows), runtime.participation))
+        self.boosts = dict(boosts or {})
 
     def start(self) -> Training:
         """The state before the first round."""
         encoder = self.model.encoder
         streams = self._streams(0, range(len(self.data)))
-        start = Start(encoder.embed, encoder.context_width, self.model.classes.names, streams)
+        start = Start(
+            encoder.embed,
+            encoder.context_width,
+            self.model.classes.names,
+            streams,
+            encoder.image_width,
+            encoder.image_layers,
+        )
         return Training(
             0,
             self.algorithm.server_init(self.settings, start),
@@ -155,9 +167,9 @@ class LocalRuntime:
             gradients,
             clock,
         )
-        upload, message = _protected(upload, at_work)
+        upload, message = _protected(self._boosted(upload, stack), at_work)
         there = torch.arange(len(chosen), device=stack.device)
-        uploads = Uploads(take(upload, there), at_work.average)
+        uploads = aggregated(self.runtime, take(upload, there), at_work.average)
         server = self.algorithm.server_round(self.settings, training.server, uploads, clock)
         clients = put(training.clients, chosen, take(states, there))
         after = Training(number, server, clients, at_work.finish(), training.ledger.add(at_work.releases))
@@ -184,6 +196,22 @@ class LocalRuntime:
         """The K clients' prompts, or the one that they share."""
         return self.algorithm.prompt(self.algorithm.broadcast(training.server), training.clients)
 
+    def _boosted(self, upload: AnyUpload, clients: Tensor) -> AnyUpload:
+        """The upload with what attackers send enlarged, before anything that the protocol does to it.
+
+        Model replacement: Bagdasaryan et al., How To Backdoor Federated Learning, AISTATS 2020.
+        """
+        factors = [self.boosts.get(client, 1.0) for client in clients.tolist()]
+        if all(factor == 1 for factor in factors):
+            return upload
+
+        def enlarge(name: str, tensor: Tensor) -> Tensor:
+            if name == WEIGHT:
+                return tensor
+            return tensor * torch.tensor(factors).to(tensor).view(-1, *[1] * (tensor.ndim - 1))
+
+        return map_tensors(upload, enlarge)
+
     def _round_releases(self, number: int) -> list[Release]:
         # Where coins choose the clients, what is released does not depend on whom they choose.
         by_coins = self.mechanism.samples_clients
@@ -208,9 +236,13 @@ class LocalRuntime:
 
 def participants(seed: int, number: int, clients: int, participation: float) -> Tensor:
     """Which clients take part in round `number`: as many every round, ascending."""
-    count = max(1, round(participation * clients))
     generator = torch.Generator().manual_seed(derive_seed(seed, number, "participants"))
-    return torch.randperm(clients, generator=generator)[:count].sort().values
+    return torch.randperm(clients, generator=generator)[: participant_count(clients, participation)].sort().values
+
+
+def participant_count(clients: int, participation: float) -> int:
+    """How many clients take part in a round."""
+    return max(1, round(participation * clients))
 
 
 def facts_of(

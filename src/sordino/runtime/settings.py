@@ -18,5 +18,17 @@ class RuntimeSettings(BaseModel):
         description="'examples': clients tell the server how many examples they hold, and averages are weighted by it; "
         "'uniform': they do not, and each counts the same",
     )
+    aggregation: Literal["mean", "trimmed-mean", "median", "norm-bound"] = Field(
+        default="mean",
+        description="what the server makes of uploads: their weighted 'mean'; the 'trimmed-mean' or the 'median' of "
+        "each coordinate, in which every client counts the same; 'norm-bound': the weighted mean of uploads that were "
+        "shortened to norm_bound",
+    )
+    trim: float = Field(
+        default=0.1, ge=0, lt=0.5, description="trimmed-mean: fraction of the clients that is cut at each end"
+    )
+    norm_bound: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="norm-bound: the largest norm of an upload"
+    )
     evaluate_every: int = Field(default=1, ge=1, description="rounds between evaluations; the last is always evaluated")
     checkpoint_every: int = Field(default=5, ge=1, description="rounds between checkpoints")

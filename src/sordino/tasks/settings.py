@@ -121,3 +121,25 @@ class PartitionSettings(BaseModel):
     def shuffled(self) -> bool:
         """`shuffle_classes`, or the scheme's default where it is absent."""
         return self.scheme == "disjoint" if self.shuffle_classes is None else self.shuffle_classes
+
+
+class PoisoningSettings(BaseModel):
+    """Clients that attack: a trigger in some of their training pictures, and the label that goes with it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    clients: int = Field(default=1, ge=0, description="how many clients attack: the first ones; 0 measures only")
+    rate: float = Field(default=0.5, gt=0, le=1, description="fraction of an attacker's pictures that get the trigger")
+    target: str = Field(description="the class that pictures with the trigger shall be taken for")
+    trigger_size: float = Field(
+        default=0.25,
+        gt=0,
+        le=0.5,
+        description="side of the trigger, a checkered square, over the picture's shorter one",
+    )
+    boost: float = Field(
+        default=1.0,
+        ge=1,
+        allow_inf_nan=False,
+        description="factor on what an attacker sends, before a mechanism clips it",
+    )

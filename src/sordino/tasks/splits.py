@@ -7,7 +7,7 @@ of clients, or the number of shots: the pictures of 4 shots are among those of 1
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,8 @@ class Task:
         domain: the held-out domain's test pictures of base classes; empty where no domain is held out.
         client_classes: for each client the classes that it trains on, ascending.
         client_domains: for each client the names of the domains that its pictures come from; empty without domains.
+        triggered: test pictures with an attacker's trigger, whose label is the attacker's target; empty without attack.
+        attackers: how many clients attack: the first ones.
     """
 
     class_names: tuple[str, ...]
@@ -50,6 +52,8 @@ class Task:
     domain: Indices
     client_classes: tuple[tuple[int, ...], ...]
     client_domains: tuple[tuple[str, ...], ...]
+    triggered: Indices = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    attackers: int = 0
 
     @property
     def clients(self) -> int:
@@ -59,7 +63,7 @@ class Task:
     @property
     def used(self) -> Indices:
         """Indices of all pictures that train or test anything, ascending: those worth encoding."""
-        return np.unique(np.concatenate([*self.train, self.test, self.novel, self.domain]))
+        return np.unique(np.concatenate([*self.train, self.test, self.novel, self.domain, self.triggered]))
 
     def summary(self) -> list[dict[str, object]]:
         """For each client its number of training pictures, and the names of its classes and domains."""

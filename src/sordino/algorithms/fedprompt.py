@@ -1,0 +1,94 @@
+"""FedPrompt: only the soft prompt is trained and exchanged, and averaged by the clients' numbers of examples.
+
+Zhao, Du, Li, Li, Liu, FedPrompt: Communication-Efficient and Privacy-Preserving Prompt Tuning in Federated Learning,
+ICASSP 2023 (arXiv 2208.12268). Of a model split into a frozen part and a prompt, only the prompt is aggregated; clients
+may noise what they send (local differential privacy), and the paper asks what a client with poisoned data can do. Here
+the noise is `[privacy] mechanism = "dp-fedavg", noise_by = "client"`, for every method; the poisoned client is the
+`[poisoning]` table; and the server's answers to it are `[runtime] aggregation`, which the paper does not have.
+
+It differs from PromptFL, whose local round it shares, in three things. The prompt starts at words of the vocabulary
+rather than at noise near zero (Lester, Al-Rfou, Constant, The Power of Scale for Parameter-Efficient Prompt Tuning,
+EMNLP 2021, section 3.2). Clients step with AdamW on 20 vectors. The server averages and does nothing else.
+
+The authors' code was not found. Where the paper is silent, the choices are those of their code for poisoned prompts on
+one machine (Du et al., PPT, IJCAI 2022: 20 vectors, AdamW, batches of 32 examples, words of the vocabulary as an
+option), or these. Its prompt stands before a text whose class is a word to be filled in; here before a class name, as
+in CoOp, and the image tower is frozen like the rest. The words are drawn from English's most frequent ones, as encoders
+have different vocabularies. The rate is CoOp's: PPT's 0.3 is for BERT and T5, whose embeddings are far larger than
+CLIP's. The optimiser starts afresh each round, as in PromptFL: its moments belong to a prompt that the average
+replaced. Local iterations, which the paper varies, default to PromptFL's, so that the two compare. There is no weight
+decay, as zero is no natural prompt.
+"""
+
+from dataclasses import dataclass, field, replace
+
+from pydantic import NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass as settings_dataclass
+from torch import Tensor
+
+from sordino.algorithms import base
+from sordino.algorithms.base import STRICT, About, Clock, Start, Uploads
+from sordino.algorithms.optimizer import Optimizer
+from sordino.algorithms.promptfl import ABOUT as PROMPTFL
+from sordino.algorithms.promptfl import Broadcast, ClientState, Upload, client_init, client_round, prompt
+from sordino.prompts.contexts import vocabulary_context
+
+__all__ = [
+    "ABOUT",
+    "Broadcast",
+    "ClientState",
+    "Server",
+    "Settings",
+    "Upload",
+    "broadcast",
+    "client_init",
+    "client_round",
+    "prompt",
+    "server_init",
+    "server_round",
+]
+
+ABOUT: About = replace(
+    PROMPTFL,
+    paper="Zhao et al., FedPrompt, ICASSP 2023 (arXiv 2208.12268)",
+    privacy="data stay; noise of each client on what it sends, as an option",
+)
+
+
+@settings_dataclass(frozen=True, config=STRICT)
+class Settings:
+    """Hyper-parameters.
+
+    Attributes:
+        context_length: M, the number of learned vectors.
+        initial_context: words that the context starts from, at its end; the vectors before them start at random words.
+        local_steps: gradient steps a client takes between averagings, the paper's local iterations.
+        batch_size: examples a step and client; 0 takes all of them.
+        optimizer: of a client's local steps.
+    """
+
+    context_length: PositiveInt = 20
+    initial_context: str = ""
+    local_steps: PositiveInt = 4
+    batch_size: NonNegativeInt = 32
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(name="adamw"))
+
+
+@dataclass(frozen=True)
+class Server(base.Server):
+    context: Tensor  # [M, E], the shared prompt
+
+
+def server_init(settings: Settings, start: Start) -> Server:
+    def draw(count: int) -> Tensor:
+        return start.streams.common_normal("words", count)
+
+    return Server(vocabulary_context(settings.initial_context, settings.context_length, start.embed, draw))
+
+
+def broadcast(server: Server) -> Broadcast:
+    return Broadcast(server.context)
+
+
+def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], clock: Clock) -> Server:
+    return Server(server.context + uploads.mean("change"))
