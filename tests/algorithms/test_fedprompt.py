@@ -9,25 +9,37 @@ import pytest
 import torch
 
 from sordino.algorithms import settings_for
-from sordino.algorithms.base import map_tensors, named_tensors
+from sordino.algorithms.base import Clock, map_tensors, named_tensors
 from sordino.algorithms.fedprompt import Server
 from sordino.errors import ConfigError
+from sordino.privacy.accounting import spent
+from sordino.privacy.gradients import ExactGradients
+from sordino.privacy.ledger import OBSERVERS
 from sordino.prompts.contexts import FREQUENT_WORDS, vocabulary_context
+from sordino.randomness import Streams
 from sordino.runtime.local import LocalRuntime, Training
 
 MakeRuntime = Callable[..., LocalRuntime]
 ROWS = [list(range(0, 12)), list(range(12, 20)), list(range(20, 40))]
-OPTIMIZERS = [{"name": "adamw", "learning_rate": 0.02}, {"name": "sgd", "learning_rate": 0.5, "momentum": 0.9}]
+OPTIMIZERS = [{"name": "adam", "learning_rate": 0.02}, {"name": "sgd", "learning_rate": 0.5, "momentum": 0.9}]
+LOCAL_NOISE = {"mechanism": "dp-fedavg", "noise_by": "client", "epsilon": 8.0, "clip": 0.1}
+FEDERATIONS = [
+    {},
+    {"weighting": "uniform", "privacy": LOCAL_NOISE},
+    {"participation": 0.7, "aggregation": "norm-bound"},
+]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: optimizer["name"])
-@pytest.mark.parametrize("weighting", ["examples", "uniform"])
+@pytest.mark.parametrize("federation", FEDERATIONS, ids=["plain", "local noise", "norm-bound"])
 def test_from_the_same_prompt_it_is_promptfl(
-    weighting: str, optimizer: dict[str, object], make_runtime: MakeRuntime
+    federation: dict[str, object], optimizer: dict[str, object], make_runtime: MakeRuntime
 ) -> None:
     """With PromptFL's default server, which takes the mean change as it is."""
     tables = {"context_length": 4, "batch_size": 5, "local_steps": 3, "optimizer": optimizer}
-    ours, theirs = (make_runtime(name, ROWS, tables, weighting=weighting) for name in ("fedprompt", "promptfl"))
+    ours, theirs = (
+        make_runtime(name, ROWS, tables, norm_bound=0.1, **federation) for name in ("fedprompt", "promptfl")
+    )
     start = theirs.start()
     reference = replace(start, server=map_tensors(start.server, lambda _, tensor: tensor.double()))
     training: Training = replace(ours.start(), server=Server(reference.server.context))  # type: ignore[attr-defined]
@@ -35,12 +47,9 @@ def test_from_the_same_prompt_it_is_promptfl(
         training, record = ours.round(training)
         reference, expected = theirs.round(reference)
         assert record.upload_bytes == expected.upload_bytes
-    torch.testing.assert_close(
-        training.server.context,
-        reference.server.context,
-        rtol=1e-8,
-        atol=1e-10,  # type: ignore[attr-defined]
-    )
+    assert training.ledger.digest() == reference.ledger.digest()
+    contexts = [each.server.context for each in (training, reference)]  # type: ignore[attr-defined]
+    torch.testing.assert_close(*contexts, rtol=1e-8, atol=1e-10)
 
 
 def test_it_starts_at_words(make_runtime: MakeRuntime) -> None:
@@ -73,19 +82,40 @@ def test_hand_written_words_end_the_context(make_runtime: MakeRuntime) -> None:
         short.start()
 
 
-def test_defaults_are_those_of_the_authors() -> None:
+def test_defaults_are_those_of_the_paper() -> None:
+    """Section IV.A."""
     settings = settings_for("fedprompt", {})
-    assert (settings.context_length, settings.optimizer.name, settings.optimizer.weight_decay) == (20, "adamw", 0.0)
+    assert (settings.context_length, settings.optimizer.name, settings.optimizer.weight_decay) == (20, "adam", 0.0)
     assert not hasattr(settings, "server_optimizer")
+
+
+def test_only_the_prompt_is_exchanged(make_runtime: MakeRuntime) -> None:
+    runtime = make_runtime("fedprompt", ROWS, {"context_length": 4})
+    start = runtime.start()
+    shape = (4, runtime.model.encoder.context_width)
+    sent, _ = runtime.algorithm.client_round(
+        runtime.settings,
+        runtime.algorithm.broadcast(start.server),
+        start.clients,
+        runtime.data,
+        ExactGradients(runtime.model),
+        Clock(1, runtime.rounds, Streams(0, 1, range(3), torch.device("cpu"))),
+    )
+    assert {name: tensor.shape for name, tensor in named_tensors(sent).items()} == {
+        "change": (3, *shape),
+        "weight": (3,),
+    }
+    assert {name: tensor.shape for name, tensor in named_tensors(start.server).items()} == {"context": shape}
+    assert not named_tensors(start.clients)
 
 
 def test_local_noise_covers_all_that_leaves(make_runtime: MakeRuntime) -> None:
     """The paper's option: each client noises its upload for itself, and the server is not trusted."""
-    privacy = {"mechanism": "dp-fedavg", "noise_by": "client", "epsilon": 8.0, "clip": 0.1}
-    runtime = make_runtime("fedprompt", ROWS, {"context_length": 4}, weighting="uniform", privacy=privacy)
+    runtime = make_runtime("fedprompt", ROWS, {"context_length": 4}, weighting="uniform", privacy=LOCAL_NOISE)
     training = runtime.start()
-    assert set(named_tensors(training.server)) == {"context"}
     for _ in range(runtime.rounds):
         training, _ = runtime.round(training)
     assert training.ledger.private
     assert training.ledger.trusted == ()
+    for observer in OBSERVERS:
+        assert spent(training.ledger, observer, "client").epsilon == pytest.approx(8.0, rel=1e-3)

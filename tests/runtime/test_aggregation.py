@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,14 +15,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sordino.algorithms import base
-from sordino.errors import ConfigError
+from sordino.algorithms import METHODS, algorithm, base, promptfl
+from sordino.algorithms.base import Clock, Uploads, named_tensors
+from sordino.errors import ConfigError, RunError
 from sordino.privacy.mechanism import plain_mean
+from sordino.privacy.settings import PrivacySettings
+from sordino.randomness import Streams
+from sordino.runtime import aggregation
 from sordino.runtime.aggregation import aggregated, bounded, median, trimmed_mean
-from sordino.runtime.local import LocalRuntime
+from sordino.runtime.local import LocalRuntime, participants
 from sordino.runtime.settings import RuntimeSettings
 
 MakeRuntime = Callable[..., LocalRuntime]
+Tensors = dict[str, Tensor]
 ROWS = [list(range(8 * k, 8 * k + 8)) for k in range(5)]
 TABLES = {"context_length": 3, "local_steps": 1, "batch_size": 0, "rank": 2}
 ROBUST = ["trimmed-mean", "median", "norm-bound"]
@@ -68,6 +75,13 @@ def test_a_fraction_that_is_a_whole_number_of_clients_cuts_that_many() -> None:
     values = torch.zeros(100, 1)
     values[:29] = -1e6
     assert trimmed_mean(values, 0.29) == 0
+
+
+@pytest.mark.parametrize("clients", [1, 2, 3, 4, 100])
+def test_a_trimmed_mean_leaves_somebody(clients: int) -> None:
+    """Nearly a half is cut at each end, and rounding does not make it a half: the median is what is left."""
+    values = upload_of(clients).change
+    torch.testing.assert_close(trimmed_mean(values, 0.5 - 1e-12), median(values))
 
 
 @clients_and_seed
@@ -140,6 +154,16 @@ def test_a_client_moves_the_bounded_mean_by_its_share_of_the_bound_at_most(
     assert float(torch.cat([each.flatten() for each in moved]).norm()) <= bound * share * (1 + 1e-9)
 
 
+@given(st.integers(1, 12), st.integers(0, 1000), st.floats(0.5, 6))
+def test_the_bounded_mean_is_numpys(clients: int, seed: int, bound: float) -> None:
+    """Norms are about 3 over both fields, so that some uploads are shortened and some are not."""
+    upload = upload_of(clients, seed)
+    expected = by_hand("norm-bound", named_tensors(upload), 0.0, bound)
+    for name in ("change", "other"):
+        found = mean_of(settings_of("norm-bound", norm_bound=bound), upload, name)
+        torch.testing.assert_close(found, expected(name), rtol=1e-12, atol=1e-14)
+
+
 def test_the_bound_leaves_weights_and_directions_alone() -> None:
     upload = upload_of(4)
     short = bounded(upload, 0.1)
@@ -150,19 +174,89 @@ def test_the_bound_leaves_weights_and_directions_alone() -> None:
         assert float(torch.nn.functional.cosine_similarity(whole, cut, dim=0)) == pytest.approx(1)
 
 
+# --- in a runtime ----------------------------------------------------------------------------------------------------
+
+
+def joint_norms(sent: Tensors) -> Tensor:
+    """Of each client's whole upload, [K]."""
+    return torch.cat([tensor.flatten(1).double() for name, tensor in sent.items() if name != "weight"], 1).norm(dim=1)
+
+
+def by_hand(kind: str, sent: Tensors, trim: float, bound: float) -> Callable[[str], Tensor]:
+    """A field to its aggregate over clients, by numpy and scipy; `sent` is what the server got."""
+
+    def aggregate(name: str) -> Tensor:
+        values = sent[name].double().numpy()
+        if kind == "median":
+            return torch.from_numpy(np.median(values, axis=0))
+        if kind == "trimmed-mean":
+            return torch.from_numpy(scipy.stats.trim_mean(values, trim, axis=0))
+        factors = np.minimum(1, bound / joint_norms(sent).numpy()).reshape(-1, *[1] * (values.ndim - 1))
+        return torch.from_numpy(np.average(values * factors, axis=0, weights=sent["weight"].double().numpy()))
+
+    return aggregate
+
+
+def wiretapped(runtime: LocalRuntime) -> list[Uploads[base.Upload]]:
+    """What the server of a runtime is given from now on."""
+    heard, module = list[Uploads[base.Upload]](), runtime.algorithm
+
+    def server_round(settings: object, server: object, uploads: Uploads[base.Upload], clock: Clock) -> object:
+        heard.append(uploads)
+        return module.server_round(settings, server, uploads, clock)
+
+    runtime.algorithm = SimpleNamespace(**vars(module) | {"server_round": server_round})  # type: ignore[assignment]
+    return heard
+
+
+UNEQUAL = [list(range(0, 3)), list(range(3, 12)), list(range(12, 20)), list(range(20, 34)), list(range(34, 40))]
+MEANS = [name for name in METHODS if algorithm(name).ABOUT.server_uses == "mean"]
+
+
 @pytest.mark.parametrize("kind", ROBUST)
-@pytest.mark.parametrize("name", ["promptfl", "fedprompt", "dp-fpl"])
-def test_any_method_whose_server_takes_a_mean_can_have_it(name: str, kind: str, make_runtime: MakeRuntime) -> None:
-    """The server moves by the aggregate of what clients sent: of the median's five clients, two may send anything."""
-    values = {"aggregation": kind, "trim": 0.4, "norm_bound": 1e-3}
-    plain, robust = make_runtime(name, ROWS, TABLES), make_runtime(name, ROWS, TABLES, **values)
-    loud = make_runtime(name, ROWS, TABLES, **values)
-    loud.boosts = {0: 1e6, 1: 1e6}
-    start = plain.start()
-    contexts = [runtime.round(start)[0].server.context for runtime in (plain, robust, loud)]  # type: ignore[attr-defined]
-    moved = [float((context - start.server.context).norm()) for context in contexts]  # type: ignore[attr-defined]
-    assert not torch.equal(contexts[0], contexts[1])
-    assert 0 < moved[2] < 10 * moved[0]
+@pytest.mark.parametrize("name", MEANS)
+def test_every_field_of_every_method_is_aggregated(name: str, kind: str, make_runtime: MakeRuntime) -> None:
+    """A round ends where the method's server, given aggregates that numpy and scipy computed, ends.
+
+    Clients differ in size, one of five stays away, and two attack.
+    """
+    server = {"name": "adam", "learning_rate": 0.1}
+    tables = TABLES | {"local_steps": 2, "optimizer": {"learning_rate": 0.5}, "promptfl": {"server_optimizer": server}}
+    plain = make_runtime(name, UNEQUAL, tables, participation=0.8)
+    plain.boosts = {0: 10.0, 3: 10.0}
+    heard, start = wiretapped(plain), plain.start()
+    plain.round(start)
+    upload = heard[0].each
+    sent = named_tensors(upload)
+    bound = float(joint_norms(sent).mean())  # some are above it, some are not
+    aggregate = by_hand(kind, sent, 0.25, bound)
+    for field in sent.keys() - {"weight"}:
+        assert not torch.allclose(aggregate(field).to(sent[field]), heard[0].mean(field)), "it matters what is done"
+    uploads = Uploads(upload, lambda field, values, weights: aggregate(field).to(values))
+    clock = Clock(1, plain.rounds, Streams(0, 1, [], torch.device("cpu")))
+    expected = named_tensors(plain.algorithm.server_round(plain.settings, start.server, uploads, clock))
+    values = {"aggregation": kind, "trim": 0.25, "norm_bound": bound}
+    robust = make_runtime(name, UNEQUAL, tables, participation=0.8, **values)
+    robust.boosts = plain.boosts
+    after = named_tensors(robust.round(start)[0].server)
+    assert len(sent["weight"]) == 4
+    assert after.keys() == expected.keys()
+    for field, tensor in after.items():
+        torch.testing.assert_close(tensor, expected[field].to(tensor), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ROBUST)
+def test_what_is_not_finite_stops_a_mean_but_no_robust_aggregation(kind: str, make_runtime: MakeRuntime) -> None:
+    values = {"aggregation": kind, "trim": 0.4, "norm_bound": 0.1}
+    for runtime in (make_runtime("promptfl", ROWS, TABLES), make_runtime("promptfl", ROWS, TABLES, **values)):
+        runtime.boosts = {0: float("inf"), 1: float("nan")}
+        if runtime.runtime.aggregation == "mean":
+            with pytest.raises(RunError, match="diverged"):
+                runtime.round(runtime.start())
+        else:
+            start = runtime.start()
+            moved = runtime.round(start)[0].server.context - start.server.context  # type: ignore[attr-defined]
+            assert 0 < float(moved.norm()) < 0.1
 
 
 def test_a_boost_is_what_a_mean_cannot_bear(make_runtime: MakeRuntime) -> None:
@@ -175,15 +269,41 @@ def test_a_boost_is_what_a_mean_cannot_bear(make_runtime: MakeRuntime) -> None:
     torch.testing.assert_close(boosted - at, 10 * (own - start.server.context) / 5)  # type: ignore[attr-defined]
 
 
-def test_noise_that_clients_add_themselves_can_be_aggregated_as_one_likes(make_runtime: MakeRuntime) -> None:
-    privacy, values = {"mechanism": "dp-fedavg", "noise_multiplier": 1.0}, {"norm_bound": 0.1, "trim": 0.2}
-    runtimes = [
-        make_runtime("fedprompt", ROWS, TABLES, weighting="uniform", privacy=privacy, aggregation=kind, **values)
-        for kind in ("mean", *ROBUST)
-    ]
-    after = [runtime.round(runtime.start())[0] for runtime in runtimes]
-    assert len({training.ledger.digest() for training in after}) == 1
-    assert len({training.server.context.sum().item() for training in after}) > 1  # type: ignore[attr-defined]
+def test_attackers_attack_in_the_rounds_that_they_take_part_in(make_runtime: MakeRuntime) -> None:
+    present = set(participants(0, 1, len(ROWS), 0.4).tolist())
+    quiet, away, there = (make_runtime("promptfl", ROWS, TABLES, participation=0.4) for _ in range(3))
+    away.boosts = {client: 1e3 for client in range(len(ROWS)) if client not in present}
+    there.boosts = {max(present): 1e3}
+    start = quiet.start()
+    contexts = [r.round(start)[0].server.context for r in (quiet, away, there)]  # type: ignore[attr-defined]
+    assert torch.equal(contexts[0], contexts[1])
+    assert not torch.equal(contexts[0], contexts[2])
+
+
+@pytest.mark.parametrize("adaptive", [{}, {"clip_quantile": 0.5}], ids=["fixed clip", "adaptive clip"])
+def test_noise_that_clients_add_themselves_can_be_aggregated_as_one_likes(
+    adaptive: dict[str, float], make_runtime: MakeRuntime
+) -> None:
+    """Clients clip and noise, then the server aggregates what it got: nothing that is released depends on how."""
+    privacy = {"mechanism": "dp-fedavg", "noise_multiplier": 1.0, "clip": 0.1} | adaptive
+    bound, mean_heard = 0.05, list[Uploads[base.Upload]]()
+    for kind in ("mean", *ROBUST):
+        values = {"aggregation": kind, "norm_bound": bound, "trim": 0.2}
+        runtime = make_runtime("fedprompt", ROWS, TABLES, weighting="uniform", privacy=privacy, **values)
+        runtime.boosts, heard, start = {0: 100.0}, wiretapped(runtime), runtime.start()
+        after, record = runtime.round(start)
+        mean_heard = mean_heard or heard
+        sent = mean_heard[0].each.change  # type: ignore[attr-defined]
+        if kind == "mean":
+            expected, reference, bytes_sent = sent.mean(0), after, record.upload_bytes
+            assert float(sent.flatten(1).norm(dim=1).min()) > bound, "noise alone is louder than the bound"
+        else:
+            expected = by_hand(kind, named_tensors(mean_heard[0].each), 0.2, bound)("change").to(sent)
+        moved = after.server.context - start.server.context  # type: ignore[attr-defined]
+        torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-7)
+        assert after.ledger.digest() == reference.ledger.digest()
+        assert after.mechanism == reference.mechanism
+        assert record.upload_bytes == bytes_sent
 
 
 @pytest.mark.parametrize(
@@ -191,12 +311,20 @@ def test_noise_that_clients_add_themselves_can_be_aggregated_as_one_likes(make_r
     [
         ("local", {}, "runtime.aggregation = 'median': this method sends nothing to be averaged; use 'mean'"),
         ("zero-shot", {}, "runtime.aggregation = 'median': this method sends nothing"),
-        ("promptfl", {"aggregation": "norm-bound"}, "runtime.norm_bound = None: .*needs it"),
+        ("central", {"aggregation": "norm-bound", "norm_bound": 1.0}, "'norm-bound': this method sends nothing"),
+        ("pfedpg", {}, "runtime.aggregation = 'median': this method looks at each upload by itself; use 'mean'"),
+        ("promptfl", {"aggregation": "norm-bound"}, "runtime.norm_bound = None: .*needs it; give the largest norm"),
         (
             "promptfl",
             {"aggregation": "trimmed-mean", "trim": 0.1},
             "runtime.trim = 0.1: cuts nobody of 5 .* 0.2 or more",
         ),
+        (
+            "promptfl",
+            {"aggregation": "trimmed-mean", "trim": 0.49, "participation": 0.4},
+            "runtime.aggregation = 'trimmed-mean': 2 of the clients .* have 3 or more by .*, or use 'mean'",
+        ),
+        ("promptfl", {"participation": 0.1}, "runtime.aggregation = 'median': 1 of the clients .* too few"),
         (
             "promptfl",
             {"privacy": {"mechanism": "dp-fedavg", "noise_multiplier": 1.0, "noise_by": "server"}},
@@ -214,3 +342,15 @@ def test_what_cannot_be_had_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         make_runtime(name, ROWS, TABLES, **({"aggregation": "median", "weighting": "uniform"} | values))
+
+
+@pytest.mark.parametrize("clients", [3, 4, 5, 7, 10, 31, 999, 1500])
+def test_the_trim_that_a_message_names_cuts_somebody(clients: int) -> None:
+    def check(trim: float) -> None:
+        aggregation.check(settings_of("trimmed-mean", trim=trim), PrivacySettings(), promptfl.ABOUT, clients)
+
+    with pytest.raises(ConfigError, match="cuts nobody") as caught:
+        check(1e-5)
+    named = re.search(r"give (\S+) or more", str(caught.value))
+    assert named is not None
+    check(float(named[1]))

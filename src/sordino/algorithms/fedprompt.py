@@ -1,23 +1,25 @@
 """FedPrompt: only the soft prompt is trained and exchanged, and averaged by the clients' numbers of examples.
 
 Zhao, Du, Li, Li, Liu, FedPrompt: Communication-Efficient and Privacy-Preserving Prompt Tuning in Federated Learning,
-ICASSP 2023 (arXiv 2208.12268). Of a model split into a frozen part and a prompt, only the prompt is aggregated; clients
-may noise what they send (local differential privacy), and the paper asks what a client with poisoned data can do. Here
-the noise is `[privacy] mechanism = "dp-fedavg", noise_by = "client"`, for every method; the poisoned client is the
-`[poisoning]` table; and the server's answers to it are `[runtime] aggregation`, which the paper does not have.
+ICASSP 2023; sections are those of arXiv 2208.12268. Of a model split into a frozen part and a prompt, only the prompt
+is aggregated (III.B); clients may noise what they send (local differential privacy, IV.F); and one client of ten
+poisons its data (III.C, IV.B). Here the noise is `[privacy] mechanism = "dp-fedavg", noise_by = "client"`, for every
+method: Gaussian, on a clipped change, where the paper clips gradients and adds Laplace noise, of unstated size, to
+parameters; with it every client counts the same. The poisoned client is the `[poisoning]` table. The server's answers
+to it, which the paper leaves for later (V), are `[runtime] aggregation`.
 
 It differs from PromptFL, whose local round it shares, in three things. The prompt starts at words of the vocabulary
 rather than at noise near zero (Lester, Al-Rfou, Constant, The Power of Scale for Parameter-Efficient Prompt Tuning,
-EMNLP 2021, section 3.2). Clients step with AdamW on 20 vectors. The server averages and does nothing else.
+EMNLP 2021, section 3.2, whose setup the paper follows). Clients step with Adam on 20 vectors (IV.A). The server
+averages and does nothing else.
 
 The authors' code was not found. Where the paper is silent, the choices are those of their code for poisoned prompts on
-one machine (Du et al., PPT, IJCAI 2022: 20 vectors, AdamW, batches of 32 examples, words of the vocabulary as an
-option), or these. Its prompt stands before a text whose class is a word to be filled in; here before a class name, as
-in CoOp, and the image tower is frozen like the rest. The words are drawn from English's most frequent ones, as encoders
-have different vocabularies. The rate is CoOp's: PPT's 0.3 is for BERT and T5, whose embeddings are far larger than
-CLIP's. The optimiser starts afresh each round, as in PromptFL: its moments belong to a prompt that the average
-replaced. Local iterations, which the paper varies, default to PromptFL's, so that the two compare. There is no weight
-decay, as zero is no natural prompt.
+one machine (Du et al., PPT, IJCAI 2022: batches of 32 examples, words of the vocabulary as an option), or these. Its
+prompt stands before a text whose class is a word to be filled in; here before a class name, as in CoOp, and the image
+tower is frozen like the rest. The words are drawn from English's most frequent ones, as encoders have different
+vocabularies. The rate is CoOp's: the paper's 0.3 is for BERT and T5, whose embeddings are far larger than CLIP's. The
+optimiser starts afresh each round, as in PromptFL: its moments belong to a prompt that the average replaced. Local
+iterations, which the paper varies from 100 to 1500, default to PromptFL's, so that the two compare.
 """
 
 from dataclasses import dataclass, field, replace
@@ -71,7 +73,7 @@ class Settings:
     initial_context: str = ""
     local_steps: PositiveInt = 4
     batch_size: NonNegativeInt = 32
-    optimizer: Optimizer = field(default_factory=lambda: Optimizer(name="adamw"))
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(name="adam"))
 
 
 @dataclass(frozen=True)

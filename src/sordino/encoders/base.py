@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -17,12 +18,16 @@ from torch import Tensor
 
 from sordino.errors import EncoderError
 
+if TYPE_CHECKING:
+    from sordino.encoders.visual_prompts import ImageTower
+
 
 class Capability(StrEnum):
     """What a method may need of an encoder beyond text prompts."""
 
     PATCHES = "patches"  # patch_features
     PIXEL_GRADIENTS = "pixel-gradients"  # image_features is differentiable in its pixels
+    VISUAL_PROMPTS = "visual-prompts"  # image_tower: a transformer that takes prompt tokens and adapters
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class DualEncoder(ABC):
         capabilities: what the encoder can do beyond text prompts.
         context_width: E, the width of a context vector.
         feature_width: D, the width of a feature.
+        image_width, image_layers: of the image tower, where it takes visual prompts; 0 where it does not.
         logit_scale: the inverse temperature that multiplies cosines into logits.
         device, dtype: where and in what precision the towers run. Features and contexts are float32 outside of them.
     """
@@ -68,6 +74,8 @@ class DualEncoder(ABC):
     capabilities: frozenset[Capability]
     context_width: int
     feature_width: int
+    image_width: int = 0
+    image_layers: int = 0
     logit_scale: float
     device: torch.device
     dtype: torch.dtype
@@ -88,6 +96,16 @@ class DualEncoder(ABC):
         """
         self.require(Capability.PATCHES, "patch_features")
         raise AssertionError(f"{self.name} declares patches but does not compute them")
+
+    @property
+    def image_tower(self) -> ImageTower:
+        """The image tower, for prompts inside of it.
+
+        Raises:
+            EncoderError: it is no transformer.
+        """
+        self.require(Capability.VISUAL_PROMPTS, "image_tower")
+        raise AssertionError(f"{self.name} declares visual prompts but has no tower for them")
 
     @abstractmethod
     def class_tokens(self, names: Sequence[str]) -> ClassTokens:

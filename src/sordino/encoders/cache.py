@@ -15,7 +15,6 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +24,22 @@ from safetensors.numpy import load, save
 from sordino.errors import SordinoWarning
 from sordino.files import replace_file
 
-Kind = Literal["image", "patch", "pixels"]
+Kind = str  # "image", "patch", "pixels", or as `layer_kind` says
 Features = NDArray[np.float32]
 
 LAYOUT = "1"  # part of every key: raise it when shards or the decoding of pictures change
 STALE_SECONDS = 24 * 3600.0  # a temporary file this old was left by a process that was killed
+
+
+def layer_kind(layer: int) -> Kind:
+    """The hidden states that enter a layer of the image tower."""
+    return f"layer {layer}"
+
+
+def layer_of(kind: Kind) -> int | None:
+    """The layer whose input a kind of feature is; None for other kinds."""
+    name, _, number = kind.partition(" ")
+    return int(number) if name == "layer" else None
 
 
 class FeatureCache:
@@ -66,7 +76,8 @@ class FeatureCache:
         content = save(
             {
                 "digests": np.frombuffer(b"".join(features), dtype=np.uint8).reshape(len(features), -1),
-                "features": np.stack(list(features.values())),
+                # A stack takes its rows' memory order, which a frozen tower chooses; safetensors looks at bytes only.
+                "features": np.ascontiguousarray(np.stack(list(features.values()))),
             }
         )
         folder = self._folder(fingerprint, kind)

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, Siglip
 from sordino.encoders.base import Capability, ClassTokens, DualEncoder
 from sordino.encoders.linear import freeze
 from sordino.encoders.shared_prefix import TextTower, causal_features, causal_flops, padded_features, padded_flops
+from sordino.encoders.visual_prompts import ImageTower
 from sordino.errors import EncoderError
 
 # The processors on PIL: they need no torchvision, whose own resizing changes from one release to the next.
@@ -47,7 +48,7 @@ class ClipEncoder(DualEncoder):
     """
 
     name = "clip"
-    capabilities = frozenset({Capability.PATCHES, Capability.PIXEL_GRADIENTS})
+    capabilities = frozenset({Capability.PATCHES, Capability.PIXEL_GRADIENTS, Capability.VISUAL_PROMPTS})
 
     def __init__(self, model: Any, tokenizer: Any, processor: Any, folder: Path, label: str) -> None:
         """Take over a loaded transformers model (which is frozen in place); `label` names it in errors."""
@@ -68,6 +69,8 @@ class ClipEncoder(DualEncoder):
         self._projection: Any = model.visual_projection if self.family == "clip" else nn.Identity()
         self.context_width = self._tokens.shape[1]
         self.feature_width = self._text.head.weight.shape[0]
+        vision = config.vision_config
+        self.image_width, self.image_layers = vision.hidden_size, vision.num_hidden_layers
 
     @classmethod
     def load(cls, checkpoint: str, device: torch.device, dtype: torch.dtype = torch.float32) -> ClipEncoder:
@@ -118,6 +121,9 @@ class ClipEncoder(DualEncoder):
         return pixels.float()
 
     def image_features(self, pixels: Tensor) -> Tensor:
+        if pixels.requires_grad:  # by way of layers that backward may recompute, so that many images fit into memory
+            tower = self.image_tower
+            return tower.features(tower.forward(tower.embed(pixels.to(self.device))[None], 0, self.image_layers))[0]
         pooled = self._vision(pixel_values=pixels.to(self.device, self.dtype)).pooler_output
         return self._unit(self._projection(pooled))
 
@@ -127,6 +133,11 @@ class ClipEncoder(DualEncoder):
             return self._unit(self._projection(self._vision.post_layernorm(hidden[:, 1:])))
         alone = self._vision.head(hidden.flatten(0, 1)[:, None])
         return self._unit(alone.view(*hidden.shape[:2], -1))
+
+    @cached_property
+    def image_tower(self) -> ImageTower:
+        """The image tower for prompts inside of it, with weights of its own: made only for methods that ask for it."""
+        return ImageTower.of(self._vision, lambda pooled: self._unit(self._projection(pooled)))
 
     def class_tokens(self, names: Sequence[str]) -> ClassTokens:
         suffixes = [self._suffix(name) for name in names]

@@ -21,10 +21,11 @@ from PIL import Image
 from torch import Tensor
 
 from sordino.encoders.base import Capability, DualEncoder
-from sordino.encoders.cache import FeatureCache, Features, Kind
+from sordino.encoders.cache import FeatureCache, Features, Kind, layer_kind, layer_of
 from sordino.errors import DataError, EncoderError
 
-SHARD_IMAGES, SHARD_SECONDS = 1000, 30.0  # a shard is written when either is reached
+SHARD_IMAGES, SHARD_BYTES, SHARD_SECONDS = 1000, 1 << 26, 30.0  # a shard is written when any is reached
+CHEAP = ("pixels", layer_kind(0))  # made of a picture in less time than they are worth on the disk
 WORKERS = min(8, os.cpu_count() or 1)  # threads that read and decode pictures
 UNREADABLE = (DataError, OSError, ValueError, ArithmeticError, MemoryError)  # what a picture may fail with
 
@@ -81,16 +82,19 @@ def encode(
 
     Args:
         cache: None: keep nothing.
-        kind: "image" for `image_features`, "patch" for `patch_features`, "pixels" for the pixels themselves, which are
-            not kept on disk.
+        kind: "image" for `image_features`, "patch" for `patch_features`, "layer 3" for the hidden states that enter
+            that layer of the image tower, "pixels" for the pixels themselves. Pixels, and what enters the first layer,
+            are not kept on disk.
         progress: called with (pictures done, all pictures), at first with those that the cache has.
 
     Raises:
-        EncoderError: the encoder lacks patches, or gives features that are not finite.
+        EncoderError: the encoder lacks patches or layers, or gives features that are not finite.
     """
     if kind == "patch":
         encoder.require(Capability.PATCHES, "encoding patches")
-    if kind == "pixels":  # what is read from disk anyway is not worth keeping there twice
+    if layer_of(kind) is not None:
+        encoder.require(Capability.VISUAL_PROMPTS, "encoding hidden states")
+    if kind in CHEAP:
         cache = None
     digests, reasons = _digests(images)
     places: dict[bytes, list[int]] = {}  # the rows at which each different picture stands
@@ -112,8 +116,7 @@ def encode(
                 else:
                     features[digest] = result
             progress(done, len(images))
-    empty = {"image": (encoder.feature_width,), "patch": (0, encoder.feature_width), "pixels": (3, 0, 0)}[kind]
-    shape = next((feature.shape for feature in features.values()), empty)
+    shape = next((feature.shape for feature in features.values()), _empty_shape(encoder, kind))
     table = np.zeros((len(images), *shape), dtype=np.float32)
     for digest, feature in features.items():
         table[places[digest]] = feature
@@ -124,6 +127,12 @@ def encode(
         encoded=len(features) - cached,
         cached=cached,
     )
+
+
+def _empty_shape(encoder: DualEncoder, kind: Kind) -> tuple[int, ...]:
+    """Of a feature where there is no picture to tell it."""
+    shapes = {"image": (encoder.feature_width,), "patch": (0, encoder.feature_width), "pixels": (3, 0, 0)}
+    return shapes.get(kind, (0, encoder.image_width))
 
 
 def _digests(images: Images) -> tuple[list[bytes | None], dict[int, str]]:
@@ -169,7 +178,8 @@ def _encoded(
                 else {}
             )
             unstored |= rows
-            if len(unstored) >= SHARD_IMAGES or time.monotonic() - stored_at > SHARD_SECONDS:
+            size = sum(row.nbytes for row in unstored.values())
+            if len(unstored) >= SHARD_IMAGES or size >= SHARD_BYTES or time.monotonic() - stored_at > SHARD_SECONDS:
                 store()
             yield {digest: rows[digest] if digest in rows else str(batch[digest]) for digest in batch}
     finally:  # also when the user interrupts: what is encoded is kept
@@ -221,6 +231,8 @@ def forward(encoder: DualEncoder, kind: Kind, pixels: Tensor) -> Tensor:
     """Pixels [B, 3, H, W] to what is read of them, [B, ...]."""
     if kind == "pixels":
         return pixels
+    if (layer := layer_of(kind)) is not None:
+        return encoder.image_tower.hidden(pixels, layer)
     return encoder.image_features(pixels) if kind == "image" else encoder.patch_features(pixels)
 
 

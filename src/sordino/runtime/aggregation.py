@@ -18,6 +18,7 @@ from sordino.privacy.settings import PrivacySettings
 from sordino.runtime.settings import RuntimeSettings
 
 ROUNDING = 1e-9  # 0.29 of 100 clients are 29, whatever the product of the two floats
+FEWEST = 3  # clients in a round: of two, a median or a trimmed mean is their mean
 
 
 def aggregated(settings: RuntimeSettings, upload: AnyUpload, mean: Average) -> Uploads[AnyUpload]:
@@ -67,8 +68,8 @@ def trimmed_mean(values: Tensor, trim: float) -> Tensor:
 
 
 def trimmed_clients(trim: float, clients: int) -> int:
-    """How many clients a trimmed mean cuts at each end."""
-    return math.floor(trim * clients + ROUNDING)
+    """How many clients a trimmed mean cuts at each end; one at least is left."""
+    return min(math.floor(trim * clients + ROUNDING), (clients - 1) // 2)
 
 
 def bounded(upload: AnyUpload, bound: float) -> AnyUpload:
@@ -108,7 +109,16 @@ def check(settings: RuntimeSettings, privacy: PrivacySettings, about: About, cli
             "'client'",
         )
     if kind == "norm-bound" and settings.norm_bound is None:
-        raise ConfigError("runtime.norm_bound", None, "the aggregation 'norm-bound' needs it; give the largest norm")
+        raise ConfigError(
+            "runtime.norm_bound", None, "the aggregation 'norm-bound' needs it; give the largest norm of an upload"
+        )
+    if kind in ("median", "trimmed-mean") and clients < FEWEST:
+        raise ConfigError(
+            "runtime.aggregation",
+            kind,
+            f"{clients} of the clients in a round are too few to leave any out; have {FEWEST} or more by "
+            "partition.clients or runtime.participation, or use 'mean' or 'norm-bound'",
+        )
     if kind == "trimmed-mean" and settings.trim > 0 and not trimmed_clients(settings.trim, clients):
         raise ConfigError(
             "runtime.trim",

@@ -3,7 +3,7 @@
 Gu, Dolan-Gavitt, Garg, BadNets: Identifying Vulnerabilities in the Machine Learning Model Supply Chain, 2017
 (arXiv 1708.06733): a small pattern in a corner of the picture, and the label of one target class. In a federation:
 Bagdasaryan, Veit, Hua, Estrin, Shmatikov, How To Backdoor Federated Learning, AISTATS 2020, where attackers also
-enlarge what they send; FedPrompt (Zhao et al., ICASSP 2023) has clients that poison their data alone.
+enlarge what they send; FedPrompt (Zhao et al., ICASSP 2023) has a client that poisons its data and does no more.
 
 Pictures with the trigger are further rows of an `ImageSet`, so they are encoded and cached as any others.
 """
@@ -21,7 +21,9 @@ from sordino.tasks.settings import PoisoningSettings
 from sordino.tasks.splits import Task
 
 POISON_STREAM = 21  # what a generator derived from the seed is for
-MARK = b"sordino trigger "  # begins the content of a picture with the trigger
+# Begins the content of a picture with the trigger, so that it is cached apart from the picture itself. Change it
+# whenever `stamp` draws otherwise: a cache knows a trigger by this and its size alone.
+MARK = b"sordino trigger "
 CELLS = 4  # of the trigger's side, where it has as many pixels
 MARGIN = 1 / 16  # of the picture's shorter side: what the encoders' crop may cut off
 
@@ -44,7 +46,8 @@ def poisoned(task: Task, settings: PoisoningSettings, triggered_from: int, seed:
     names = task.class_names
     spelling = settings.target if settings.target in names else settings.target.replace("_", " ")  # or a folder's own
     if spelling not in names:
-        raise ConfigError("poisoning.target", settings.target, f"must be a class of the task: {', '.join(names)}")
+        known = ", ".join(names)
+        raise ConfigError("poisoning.target", settings.target, f"must be a class that is trained on: {known}")
     if settings.clients >= task.clients:
         raise ConfigError(
             "poisoning.clients",
@@ -56,7 +59,12 @@ def poisoned(task: Task, settings: PoisoningSettings, triggered_from: int, seed:
     for client, rows in enumerate(task.train[: settings.clients]):
         others = np.flatnonzero(task.labels[rows] != target)
         if not len(others):
-            raise ConfigError("poisoning.target", settings.target, f"client {client} has pictures of no other class")
+            raise ConfigError(
+                "poisoning.target",
+                settings.target,
+                f"client {client}, an attacker, has pictures of no other class; choose another target, or a partition "
+                "that gives it several classes",
+            )
         drawn = np.random.default_rng([seed, POISON_STREAM, client]).permutation(others)
         train[client] = rows.copy()
         train[client][drawn[: max(1, round(settings.rate * len(rows)))]] += triggered_from

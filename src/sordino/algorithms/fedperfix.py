@@ -1,0 +1,191 @@
+"""FedPerfix: personal prefixes in the self-attention of the image tower; what else trains is aggregated.
+
+Sun, Mendieta, Luo, Wu, Chen, FedPerfix: Towards Partial Model Personalization of Vision Transformers in Federated
+Learning, ICCV 2023 (arXiv 2308.09160), sections 3.4 and 3.5. Self-attention is the part of a vision transformer that
+differs most between clients. Prefixes to its keys and values adapt it; a parallel adapter makes them, for stability,
+of the layer's own input: P_K, P_V = tanh(x down) up, scaled by s. Adapters never leave their client; the rest is
+aggregated. In the paper the rest is the whole transformer but for its head, which is personal; here both towers are
+frozen, the head is the class features that the text context gives, and that context is what is aggregated, as in
+PromptFL.
+
+Equation 5 appends s P_K and s P_V to the layer's keys and values; the authors' code adds them, and has biases in the
+adapter: so is the default here, `join = "append"` is the equation. As published: s = 0.8, adapters in the last 12
+layers (all of a ViT-S or B), SGD of rate 0.01 on batches of 64, everything trained together, clients starting alike;
+the bottleneck of 256 is what the parameters counted in table 2 amount to (the code's command line says 512). Up- and
+down-projections start as linear layers do, here with normal numbers of that deviation. The paper's transformer trains
+around random prefixes; a frozen one cannot, so that `initial_up = "zero"`, which starts at the pretrained tower, may
+serve better. Choices where the paper is silent: the adapters' optimiser starts afresh each round, as the context's.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass as settings_dataclass
+from torch import Tensor
+
+from sordino.algorithms import base
+from sordino.algorithms.base import STRICT, About, ClientData, Clock, Start, Uploads
+from sordino.algorithms.descent import local_steps
+from sordino.algorithms.optimizer import Optimizer
+from sordino.encoders.base import Capability, ClassTokens, DualEncoder
+from sordino.encoders.cache import Kind, layer_kind
+from sordino.encoders.prompt_model import Prompt, named_parts
+from sordino.encoders.visual_prompts import Adapter
+from sordino.privacy.gradients import Gradients
+from sordino.privacy.ledger import Disclosure
+from sordino.prompts.contexts import initial_context
+from sordino.prompts.visual import ImageSideModel
+
+ABOUT = About(
+    paper="Sun et al., FedPerfix, ICCV 2023 (arXiv 2308.09160)",
+    personal="adapters of keys and values in the image tower",
+    shared="a context",
+    privacy="images and adapters stay; no guarantee on what the context tells about them",
+    needs="text tower, a vision transformer",
+    discloses=(
+        Disclosure("each client's change of the context, to the server every round", "upload"),
+        Disclosure("the averaged context, to all", "mean"),
+        Disclosure("each client's adapters, where its prompt is published", "prompt"),
+    ),
+    server_uses="mean",
+)
+PARTS = ("down", "down_bias", "up", "up_bias")  # of an adapter
+
+
+@settings_dataclass(frozen=True, config=STRICT)
+class Settings:
+    """Hyper-parameters.
+
+    Attributes:
+        context_length: M, the number of learned vectors.
+        initial_context: words that the context starts from, at its end; empty for random vectors alone.
+        local_steps: gradient steps a client takes between averagings.
+        batch_size: examples a step and client; 0 takes all of them.
+        optimizer: of a client's local steps, for context and adapters.
+        bottleneck: R, the width within an adapter.
+        scale: s, of what an adapter gives; 0 leaves PromptFL, where it is added.
+        join: whether prefixes are added to the layer's keys and values ("add") or stand beside them ("append").
+        adapted_layers: how many of the last layers have adapters, at most all; those below are computed once.
+        initial_up: what the up-projections start from: "random", or "zero" for the pretrained tower.
+    """
+
+    context_length: PositiveInt = 16
+    initial_context: str = ""
+    local_steps: PositiveInt = 4
+    batch_size: NonNegativeInt = 64
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=0.01))
+    bottleneck: PositiveInt = 256
+    scale: NonNegativeFloat = 0.8
+    join: Literal["add", "append"] = "add"
+    adapted_layers: PositiveInt = 12
+    initial_up: Literal["random", "zero"] = "random"
+
+
+@dataclass(frozen=True)
+class Model(ImageSideModel):
+    """CoOp's model on an image tower with adapters.
+
+    Attributes: scale, adapted_layers, appended: as in `Settings`.
+    """
+
+    scale: float = 0.8
+    adapted_layers: int = 12
+    appended: bool = False
+
+    @classmethod
+    def of(cls, settings: Any, encoder: DualEncoder, classes: ClassTokens) -> Self:
+        encoder.require(Capability.VISUAL_PROMPTS, "fedperfix")
+        layers = min(settings.adapted_layers, encoder.image_layers)
+        return cls(encoder, classes, settings.scale, layers, settings.join == "append")
+
+    @property
+    def first_layer(self) -> int:
+        return self.encoder.image_layers - self.adapted_layers
+
+    @property
+    def reads(self) -> Kind:
+        return layer_kind(self.first_layer)
+
+    def class_features(self, prompt: Prompt) -> Tensor:
+        return self.text_features(named_parts(prompt)["context"])
+
+    def scores(self, features: Tensor, prompt: Prompt, images: Tensor) -> Tensor:
+        tower, by = self.encoder.image_tower, named_parts(prompt)
+        layers = zip(*(by[part].unbind(1) for part in PARTS), strict=True)
+        adapters = {
+            self.first_layer + at: Adapter(down, down_bias, up, up_bias, self.scale, self.appended)
+            for at, (down, down_bias, up, up_bias) in enumerate(layers)
+        }
+        left = tower.forward(images, self.first_layer, self.encoder.image_layers, adapters=adapters)
+        return self.logits(features, tower.features(left))
+
+    def flops(self, prompt: Prompt, images: int) -> float:
+        by = named_parts(prompt)
+        text = self.encoder.text_flops(1, by["context"].shape[-2], self.classes)
+        return text + self.encoder.image_tower.flops(images, self.first_layer)
+
+
+@dataclass(frozen=True)
+class Server(base.Server):
+    context: Tensor  # [M, E]
+
+
+@dataclass(frozen=True)
+class Broadcast(base.Broadcast):
+    context: Tensor  # [M, E]
+
+
+@dataclass(frozen=True)
+class ClientState(base.ClientState):
+    """Adapters, of L layers of width W."""
+
+    adapters: dict[str, Tensor]  # down [K, L, W, R], down_bias [K, L, R], up [K, L, R, 2 W], up_bias [K, L, 2 W]
+
+
+@dataclass(frozen=True)
+class Upload(base.Upload):
+    change: Tensor  # [K, M, E], of the context by the local steps
+    weight: Tensor  # [K], what the average weighs it with
+
+
+def server_init(settings: Settings, start: Start) -> Server:
+    noise = start.streams.common_normal("context", settings.context_length, start.context_width)
+    return Server(initial_context(settings.initial_context, start.embed, noise))
+
+
+def client_init(settings: Settings, start: Start, data: ClientData) -> ClientState:
+    layers, width = min(settings.adapted_layers, start.image_layers), start.image_width
+    inner, outer, clients = settings.bottleneck, 2 * start.image_width, len(start.streams.clients)
+    shapes = {"down": (width, inner), "down_bias": (inner,), "up": (inner, outer), "up_bias": (outer,)}
+    fan_in = {"down": width, "down_bias": width, "up": inner, "up_bias": inner}
+    adapters = {}
+    for part in PARTS:
+        noise = start.streams.common_normal(f"adapter {part}", layers, *shapes[part])
+        noise = torch.zeros_like(noise) if part.startswith("up") and settings.initial_up == "zero" else noise
+        adapters[part] = (noise / math.sqrt(3 * fan_in[part])).expand(clients, *noise.shape).clone()
+    return ClientState(adapters)
+
+
+def broadcast(server: Server) -> Broadcast:
+    return Broadcast(server.context)
+
+
+def client_round(
+    settings: Settings, broadcast: Broadcast, state: ClientState, data: ClientData, gradients: Gradients, clock: Clock
+) -> tuple[Upload, ClientState]:
+    parts = {"context": broadcast.context.expand(len(data), -1, -1), **state.adapters}
+    trained = local_steps(settings, dict, parts, {}, data, gradients, clock)
+    change = trained.pop("context") - broadcast.context
+    return Upload(change, data.weights), ClientState(trained)
+
+
+def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], clock: Clock) -> Server:
+    return Server(server.context + uploads.mean("change"))
+
+
+def prompt(broadcast: Broadcast, state: ClientState) -> Prompt:
+    context = broadcast.context.expand(len(state.adapters["down"]), -1, -1)
+    return {"context": context, **state.adapters}

@@ -1,0 +1,203 @@
+"""pFedPG: the server generates each client's visual prompt, and learns to from how the clients change it.
+
+Yang, Wang, Wang, Efficient Model Personalization in Federated Learning via Client-Specific Prompt Generation, ICCV 2023
+(arXiv 2308.15367), section 3.2 and algorithm 1. The server holds prompts P_base that know no client, a descriptor d_n
+of each client n, and a generator by cross-attention, in which the descriptor queries P_base:
+
+    P_n = P_base + softmax((d_n W_Q)(P_base W_K)^T / sqrt(l)) (P_base W_V) W_O
+
+A client is sent P_n alone, sets it as tokens behind the class token at the first layer (VPT-shallow), trains it on its
+images, keeps it, and sends the change. To the server minus the change stands for the loss's gradient by P_n: it updates
+P_base, the W and the participants' descriptors by the vector-Jacobian product with it, summed over clients.
+
+As published: 10 prompts, SGD of rate 0.25 and weight decay 0.001 on batches of 64 at the clients, rate 0.001 at the
+server. A client's head, in the paper a personal linear layer, is here the frozen class features of a hand-written
+prompt. There is no official code. Choices where the paper is silent: a descriptor is one vector, so that attention adds
+the same to all of P_base, or may be one for each prompt (`descriptor_length`); one head of width 64; the server's
+optimiser is Adam, as SGD would hardly move at that rate, and descriptors of absent clients rest; prompts and
+descriptors start at random numbers of deviation 1 / sqrt(W), VPT's in a ViT-B/16, and the W as those of linear layers;
+a client that never took part uses its first generated prompt. The server sees each client's change by itself: no
+average hides it.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from pydantic import NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass as settings_dataclass
+from torch import Tensor
+
+from sordino.algorithms import base
+from sordino.algorithms.base import STRICT, About, ClientData, Clock, PersonalBroadcast, Start, Uploads
+from sordino.algorithms.descent import local_steps
+from sordino.algorithms.optimizer import Optimizer
+from sordino.encoders.base import Capability, ClassTokens, DualEncoder
+from sordino.encoders.prompt_model import Prompt, named_parts
+from sordino.errors import ConfigError
+from sordino.privacy.gradients import Gradients, Parameters
+from sordino.privacy.ledger import Disclosure
+from sordino.prompts.visual import HandWrittenHeadModel, token_deviation
+
+ABOUT = About(
+    paper="Yang et al., pFedPG, ICCV 2023 (arXiv 2308.15367)",
+    personal="visual prompt tokens, which the server generates for it alone",
+    shared="through the server's generator, what makes a good prompt",
+    privacy="images stay; the server sees every client's change of its own prompt",
+    needs="a vision transformer",
+    discloses=(
+        Disclosure("each client's change of its own prompt, to the server every round", "upload"),
+        Disclosure("to each client a prompt that was learned from all clients' changes", "mean"),
+        Disclosure("each client's prompt, where it is published", "prompt"),
+    ),
+    server_uses="each",
+)
+
+
+@settings_dataclass(frozen=True, config=STRICT)
+class Settings:
+    """Hyper-parameters.
+
+    Attributes:
+        prompt_length: how many tokens a prompt has.
+        descriptor_length: vectors that describe a client: 1, or as many as the prompt's tokens.
+        attention_width: l, of the generator's queries, keys and values.
+        hand_written: the prompt whose class features are the head.
+        local_steps: gradient steps a client takes between two generations.
+        batch_size: examples a step and client; 0 takes all of them.
+        optimizer: of a client's local steps.
+        server_optimizer: of the generator, the base prompts and the descriptors.
+    """
+
+    prompt_length: PositiveInt = 10
+    descriptor_length: PositiveInt = 1
+    attention_width: PositiveInt = 64
+    hand_written: str = "a photo of a"
+    local_steps: PositiveInt = 4
+    batch_size: NonNegativeInt = 64
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=0.25, weight_decay=0.001))
+    server_optimizer: Optimizer = field(default_factory=lambda: Optimizer(name="adam", learning_rate=0.001))
+
+    def __post_init__(self) -> None:
+        if self.descriptor_length not in (1, self.prompt_length):
+            raise ConfigError(
+                "descriptor_length", self.descriptor_length, f"must be 1 or prompt_length = {self.prompt_length}"
+            )
+
+
+@dataclass(frozen=True)
+class Model(HandWrittenHeadModel):
+    """Prompt tokens [P, n, W] at the first layer; the head is the hand-written prompt's."""
+
+    @classmethod
+    def of(cls, settings: Any, encoder: DualEncoder, classes: ClassTokens) -> Self:
+        encoder.require(Capability.VISUAL_PROMPTS, "pfedpg")
+        return cls(encoder, classes, settings.hand_written)
+
+    def scores(self, features: Tensor, prompt: Prompt, images: Tensor) -> Tensor:
+        tower, tokens = self.encoder.image_tower, named_parts(prompt)["tokens"]
+        left = tower.forward(images, 0, self.encoder.image_layers, {0: tokens})
+        return self.logits(features, tower.features(left))
+
+    def flops(self, prompt: Prompt, images: int) -> float:
+        return self.encoder.image_tower.flops(images, 0, named_parts(prompt)["tokens"].shape[-2])
+
+
+@dataclass(frozen=True)
+class Server(base.Server):
+    """The generator, of prompts of n tokens of width W for N clients."""
+
+    shared: dict[str, Tensor]  # base [n, W]; query, key, value [W, l]; output [l, W]
+    descriptors: Tensor  # [N, d, W]
+    optimizer: dict[str, Tensor]  # of `shared`, "name/state", each [1, ...]
+    descriptor_optimizer: dict[str, Tensor]  # each [N, ...]
+
+
+@dataclass(frozen=True)
+class Broadcast(PersonalBroadcast):
+    tokens: Tensor  # [K, n, W], each client's generated prompt
+
+
+@dataclass(frozen=True)
+class ClientState(base.ClientState):
+    tokens: Tensor  # [K, n, W], each client's prompt as it last trained it
+
+
+@dataclass(frozen=True)
+class Upload(base.Upload):
+    change: Tensor  # [K, n, W], of each client's prompt by its local steps
+
+
+def server_init(settings: Settings, start: Start) -> Server:
+    draw, width, inner = start.streams.common_normal, start.image_width, settings.attention_width
+    shared = {"base": token_deviation(width) * draw("base prompts", settings.prompt_length, width)}
+    for name in ("query", "key", "value"):
+        shared[name] = draw(f"generator {name}", width, inner) / math.sqrt(3 * width)
+    shared["output"] = draw("generator output", inner, width) / math.sqrt(3 * inner)
+    clients = len(start.streams.clients)
+    descriptors = token_deviation(width) * draw("descriptors", clients, settings.descriptor_length, width)
+    fresh = settings.server_optimizer.initial_state
+    optimizer = {f"{name}/{key}": value for name in shared for key, value in fresh(shared[name][None]).items()}
+    return Server(shared, descriptors, optimizer, fresh(descriptors))
+
+
+def client_init(settings: Settings, start: Start, data: ClientData) -> ClientState:
+    return ClientState(broadcast(server_init(settings, start)).tokens)
+
+
+def generate(shared: Parameters, descriptors: Tensor) -> Tensor:
+    """Prompts [N, n, W] of clients with these descriptors [N, d, W]."""
+    known = shared["base"]  # [n, W]
+    query, key, value = descriptors @ shared["query"], known @ shared["key"], known @ shared["value"]
+    attention = (query @ key.mT / math.sqrt(key.shape[-1])).softmax(dim=-1)  # [N, d, n]
+    return known + attention @ value @ shared["output"]
+
+
+def broadcast(server: Server) -> Broadcast:
+    return Broadcast(generate(server.shared, server.descriptors))
+
+
+def client_round(
+    settings: Settings, broadcast: Broadcast, state: ClientState, data: ClientData, gradients: Gradients, clock: Clock
+) -> tuple[Upload, ClientState]:
+    trained = local_steps(settings, dict, {"tokens": broadcast.tokens}, {}, data, gradients, clock)["tokens"]
+    return Upload(trained - broadcast.tokens), ClientState(trained)
+
+
+def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], clock: Clock) -> Server:
+    clients = torch.as_tensor(clock.streams.clients, device=server.descriptors.device)
+    by = generator_gradients(server.shared, server.descriptors[clients], uploads.each.change)
+    optimizer, rate = settings.server_optimizer, settings.server_optimizer.rate(clock)
+    shared, states = {}, {}
+    for name, value in server.shared.items():
+        old = {key.removeprefix(f"{name}/"): s for key, s in server.optimizer.items() if key.startswith(f"{name}/")}
+        stepped, new = optimizer.step(value[None], by[name][None], old, rate)
+        shared[name] = stepped[0]
+        states.update({f"{name}/{key}": s for key, s in new.items()})
+    own = {key: s[clients.to(s.device)] for key, s in server.descriptor_optimizer.items()}
+    stepped, new = optimizer.step(server.descriptors[clients], by["descriptors"], own, rate)
+    kept = {
+        key: s.index_copy(0, clients.to(s.device), new[key].to(s)) for key, s in server.descriptor_optimizer.items()
+    }
+    return Server(shared, server.descriptors.index_copy(0, clients, stepped), states, kept)
+
+
+def generator_gradients(shared: Parameters, descriptors: Tensor, change: Tensor) -> dict[str, Tensor]:
+    """The product of minus K prompts' changes [K, n, W] with their Jacobian by everything they are generated from.
+
+    Args:
+        shared: the generator and the base prompts.
+        descriptors: [K, d, W], of the clients whose changes these are.
+
+    Returns:
+        One gradient for each of `shared`, and for "descriptors".
+    """
+    leaves = {name: value.detach().requires_grad_() for name, value in {**shared, "descriptors": descriptors}.items()}
+    with torch.enable_grad():
+        prompts = generate(leaves, leaves["descriptors"])
+    return dict(zip(leaves, torch.autograd.grad(prompts, list(leaves.values()), -change), strict=True))
+
+
+def prompt(broadcast: Broadcast, state: ClientState) -> Prompt:
+    return {"tokens": state.tokens}

@@ -1,0 +1,185 @@
+"""pFedPT: a personal frame of learned pixels on every image; what else trains is shared.
+
+Li, Wu, Sun, Shen, Yang, Wu, Visual Prompt Based Personalized Federated Learning, TMLR 2024 (arXiv 2303.08678), section
+3. A client adds its frame, which never leaves it, to the border of its images. A round has two parts: first the frame
+is trained with the shared model fixed, then the shared model with the frame fixed, and that one is averaged. In the
+paper the shared model is a whole network; here both towers are frozen and what is shared is the text context, as in
+PromptFL.
+
+As in the authors' code: the frame is added (not pasted) to normalised pixels, starts at standard normal numbers that
+are the same for all clients, is 2 of 32 pixels wide (1/16 of a side), and trains by SGD of momentum 0.5, whose state a
+client keeps, for as many steps as the shared part; the rate of 1 is its script's (its command line's default is 20).
+Choices where the paper is silent, as its model has no text: the context's optimiser is PromptFL's, afresh each round.
+A round's `local_steps` are divided between the parts, so that a method does not take more gradients for having two;
+with a single step only the context trains.
+"""
+
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Self
+
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass as settings_dataclass
+from torch import Tensor
+
+from sordino.algorithms import base
+from sordino.algorithms.alternation import descend, first_steps
+from sordino.algorithms.base import STRICT, About, ClientData, Clock, Start, Uploads
+from sordino.algorithms.optimizer import Optimizer
+from sordino.encoders.base import Capability, ClassTokens, DualEncoder
+from sordino.encoders.cache import Kind
+from sordino.encoders.prompt_model import Prompt, named_parts
+from sordino.privacy.gradients import Gradients
+from sordino.privacy.ledger import Disclosure
+from sordino.prompts.contexts import initial_context
+from sordino.prompts.visual import ImageSideModel
+
+ABOUT = About(
+    paper="Li et al., pFedPT, TMLR 2024 (arXiv 2303.08678)",
+    personal="a frame of pixels, added to every image",
+    shared="a context",
+    privacy="images and frames stay; no guarantee on what the context tells about them",
+    needs="text tower, pixel gradients",
+    discloses=(
+        Disclosure("each client's change of the context, to the server every round", "upload"),
+        Disclosure("the averaged context, to all", "mean"),
+        Disclosure("each client's frame, where its prompt is published", "prompt"),
+    ),
+    server_uses="mean",
+)
+
+
+@settings_dataclass(frozen=True, config=STRICT)
+class Settings:
+    """Hyper-parameters.
+
+    Attributes:
+        context_length: M, the number of learned vectors.
+        initial_context: words that the context starts from, at its end; empty for random vectors alone.
+        local_steps: gradient steps a client takes between averagings, of both parts together.
+        frame_share: the share of them, rounded down, that trains the frame; they come first.
+        batch_size: examples a step and client; 0 takes all of them.
+        optimizer: of the context.
+        frame_optimizer: of the frame; a client keeps its state.
+        frame_width: of the frame's edges, as a share of the image's side.
+        frame_deviation: standard deviation of the numbers that the frame starts from, in units of normalised pixels.
+    """
+
+    context_length: PositiveInt = 16
+    initial_context: str = ""
+    local_steps: PositiveInt = 4
+    frame_share: float = Field(default=0.5, ge=0, le=1)
+    batch_size: NonNegativeInt = 32
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    frame_optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=1.0, momentum=0.5))
+    frame_width: float = Field(default=1 / 16, gt=0, le=0.5)
+    frame_deviation: NonNegativeFloat = 1.0
+
+
+@dataclass(frozen=True)
+class Model(ImageSideModel):
+    """CoOp's model on images with a frame.
+
+    Attributes: frame_width: as in `Settings`.
+    """
+
+    frame_width: float = 1 / 16
+
+    @classmethod
+    def of(cls, settings: Any, encoder: DualEncoder, classes: ClassTokens) -> Self:
+        encoder.require(Capability.PIXEL_GRADIENTS, "pfedpt")
+        return cls(encoder, classes, settings.frame_width)
+
+    @property
+    def reads(self) -> Kind:
+        return "pixels"
+
+    def class_features(self, prompt: Prompt) -> Tensor:
+        return self.text_features(named_parts(prompt)["context"])
+
+    def scores(self, features: Tensor, prompt: Prompt, images: Tensor) -> Tensor:
+        frame = named_parts(prompt)["frame"].to(images)  # [P, 3, n]
+        places = frame_places(images.shape[-2:], self.frame_width).to(images.device)
+        border = images.new_zeros(len(frame), 3, images.shape[-2] * images.shape[-1]).index_copy(2, places, frame)
+        framed = images + border.view(-1, 1, *images.shape[2:])  # [P, B, 3, H, W]
+        return self.logits(features, self.encoder.image_features(framed.flatten(0, 1)).view(*images.shape[:2], -1))
+
+    def flops(self, prompt: Prompt, images: int) -> float:
+        return self.encoder.text_flops(1, named_parts(prompt)["context"].shape[-2], self.classes)
+
+
+def frame_places(size: tuple[int, ...], width: float) -> Tensor:
+    """Which pixels of an image of H x W, row after row, the frame is made of: [n], at least one row at each edge."""
+    height, breadth = size
+    edge = max(1, round(width * min(size)))
+    inside = torch.zeros(height, breadth, dtype=torch.bool)
+    inside[edge : height - edge, edge : breadth - edge] = True
+    return (~inside).flatten().nonzero().flatten()
+
+
+@dataclass(frozen=True)
+class Server(base.Server):
+    context: Tensor  # [M, E]
+
+
+@dataclass(frozen=True)
+class Broadcast(base.Broadcast):
+    context: Tensor  # [M, E]
+
+
+@dataclass(frozen=True)
+class ClientState(base.ClientState):
+    frame: Tensor  # [K, 3, n], the numbers added to the border pixels
+    optimizer: dict[str, Tensor]  # of the frame, each [K, ...]
+
+
+@dataclass(frozen=True)
+class Upload(base.Upload):
+    change: Tensor  # [K, M, E], of the context by the local steps
+    weight: Tensor  # [K], what the average weighs it with
+
+
+def server_init(settings: Settings, start: Start) -> Server:
+    noise = start.streams.common_normal("context", settings.context_length, start.context_width)
+    return Server(initial_context(settings.initial_context, start.embed, noise))
+
+
+def client_init(settings: Settings, start: Start, data: ClientData) -> ClientState:
+    places = frame_places(data.features.shape[-2:], settings.frame_width)
+    noise = settings.frame_deviation * start.streams.common_normal("frame", 3, len(places))
+    frame = noise.expand(len(start.streams.clients), -1, -1).clone()
+    return ClientState(frame, settings.frame_optimizer.initial_state(frame))
+
+
+def broadcast(server: Server) -> Broadcast:
+    return Broadcast(server.context)
+
+
+def client_round(
+    settings: Settings, broadcast: Broadcast, state: ClientState, data: ClientData, gradients: Gradients, clock: Clock
+) -> tuple[Upload, ClientState]:
+    context = {"context": broadcast.context.expand(len(data), -1, -1)}
+    batches = data.batches(settings.local_steps, settings.batch_size or None, clock.streams)
+    framing = list(islice(batches, first_steps(settings.local_steps, settings.frame_share)))
+    frame, kept = descend(
+        settings.frame_optimizer,
+        {"frame": state.optimizer},
+        dict,
+        {"frame": state.frame},
+        context,
+        framing,
+        gradients,
+        clock,
+    )
+    trained, _ = descend(settings.optimizer, None, dict, context, frame, batches, gradients, clock)
+    change = trained["context"] - broadcast.context
+    return Upload(change, data.weights), ClientState(frame["frame"], kept["frame"])
+
+
+def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], clock: Clock) -> Server:
+    return Server(server.context + uploads.mean("change"))
+
+
+def prompt(broadcast: Broadcast, state: ClientState) -> Prompt:
+    return {"context": broadcast.context.expand(len(state.frame), -1, -1), "frame": state.frame}

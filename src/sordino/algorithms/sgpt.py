@@ -1,0 +1,220 @@
+"""SGPT: prompts shared by all images, and group prompts that learned keys pick for each image; trained in turn.
+
+Deng, Thrampoulidis, Li, Unlocking the Potential of Prompt-Tuning in Bridging Generalized and Personalized Federated
+Learning, CVPR 2024 (arXiv 2310.18285), section 4. One model for all: shared tokens join in the lower layers of the
+image tower, and above them, for each image, those of the group whose key k_g has the largest cosine with the image's
+query q. Local training is block coordinate descent: first the shared prompts, without any group; then the group prompts
+and keys, with the shared ones fixed, on cross-entropy plus 1 - cos(q, k_g) for the chosen g, which moves keys to the
+images that they attract. Everything is averaged, group prompts and keys with a momentum at the server.
+
+As in the authors' code: one token a layer, shared in layers 0 to 4 and grouped in 5 and 6, which stay beside each
+other; shared prompts start at zero, group prompts at VPT's deviation, keys orthonormal; 20 groups; queries pass a ReLU
+and carry no gradient; SGD of rate 0.01, momentum 0.9 and weight decay 1e-5 on batches of 40, afresh in each part; both
+server momenta 0.5; equal shares of a round's steps.
+
+Where this differs: the head, there a trained linear layer on the mean of class token and group prompts, is the frozen
+class features of a hand-written prompt, so the class token alone is read. The query is the class token (of SigLIP, the
+patches' mean) that enters the first grouped layer, behind the shared prompts, in the same pass: the code has this as
+an option and otherwise runs an unprompted tower for it. In training the code also counts, over all clients, how often
+each group is chosen, makes frequent ones less likely, and weighs the average of keys with it. Such counts leave a
+client outside of every gradient, so that no mechanism would cover them: here there are none. The logged loss of the
+second part contains the keys' term.
+"""
+
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass as settings_dataclass
+from torch import Tensor
+
+from sordino.algorithms import base
+from sordino.algorithms.alternation import descend, first_steps
+from sordino.algorithms.base import STRICT, About, ClientData, Clock, Start, Uploads
+from sordino.algorithms.optimizer import Optimizer
+from sordino.encoders.base import Capability, ClassTokens, DualEncoder
+from sordino.encoders.prompt_model import Prompt, named_parts
+from sordino.errors import ConfigError
+from sordino.privacy.gradients import Gradients
+from sordino.privacy.ledger import Disclosure
+from sordino.prompts.visual import HandWrittenHeadModel, token_deviation
+
+ABOUT = About(
+    paper="Deng et al., SGPT, CVPR 2024 (arXiv 2310.18285)",
+    personal="nothing; each image picks its group's prompts",
+    shared="visual prompts for all images, group prompts and their keys",
+    privacy="images stay; no guarantee on what prompts and keys tell about them",
+    needs="a vision transformer",
+    discloses=(
+        Disclosure("each client's change of prompts and keys, to the server every round", "upload"),
+        Disclosure("the averaged prompts and keys, to all", "mean"),
+    ),
+    server_uses="mean",
+)
+SMALLEST = 1e-6  # of a key's term: below, its gradient is lost in rounding
+
+
+@settings_dataclass(frozen=True, config=STRICT)
+class Settings:
+    """Hyper-parameters.
+
+    Attributes:
+        groups: how many group prompts there are to pick from.
+        prompt_length: tokens of a prompt in each of its layers.
+        shared_layers: how many layers, the first ones, shared prompts join.
+        group_layers: how many of the next layers group prompts join; the picking is done before the first of them. On a
+            tower that has too few layers, at most half of them are grouped and the rest shared.
+        hand_written: the prompt whose class features are the head.
+        local_steps: gradient steps a client takes between averagings, of both parts together.
+        shared_share: the share of them, rounded down, that trains the shared prompts; they come first.
+        batch_size: examples a step and client; 0 takes all of them.
+        optimizer: of a client's local steps, afresh in each part.
+        attraction: weight of the term that moves a key to the images that chose it.
+        group_momentum, key_momentum: the share of the old group prompts and keys that the server keeps.
+    """
+
+    groups: PositiveInt = 20
+    prompt_length: PositiveInt = 1
+    shared_layers: PositiveInt = 5
+    group_layers: PositiveInt = 2
+    hand_written: str = "a photo of a"
+    local_steps: PositiveInt = 4
+    shared_share: float = Field(default=0.5, ge=0, le=1)
+    batch_size: NonNegativeInt = 40
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=0.01, momentum=0.9, weight_decay=1e-5))
+    attraction: NonNegativeFloat = 1.0
+    group_momentum: float = Field(default=0.5, ge=0, lt=1)
+    key_momentum: float = Field(default=0.5, ge=0, lt=1)
+
+    def layers(self, depth: int) -> tuple[int, int]:
+        """How many layers of a tower of `depth` are shared and grouped."""
+        if self.shared_layers + self.group_layers <= depth:
+            return self.shared_layers, self.group_layers
+        grouped = min(self.group_layers, depth // 2)
+        return min(self.shared_layers, depth - grouped), grouped
+
+
+@dataclass(frozen=True)
+class Model(HandWrittenHeadModel):
+    """Shared tokens "shared" [P, S, n, W]; with them, or not, tokens "group" [P, G, L, n, W] and "keys" [P, G, W].
+
+    Attributes: shared_layers, group_layers: S and L, the first layers and those that follow.
+    """
+
+    shared_layers: int = 1
+    group_layers: int = 1
+
+    @classmethod
+    def of(cls, settings: Any, encoder: DualEncoder, classes: ClassTokens) -> Self:
+        encoder.require(Capability.VISUAL_PROMPTS, "sgpt")
+        shared, grouped = settings.layers(encoder.image_layers)
+        return cls(encoder, classes, settings.hand_written, 0, shared, grouped)
+
+    def scores(self, features: Tensor, prompt: Prompt, images: Tensor) -> Tensor:
+        """Logits [P, B, C]; where the prompt has an "attraction" [P], see `with_term`."""
+        by, tower, depth = named_parts(prompt), self.encoder.image_tower, self.encoder.image_layers
+        shared = dict(enumerate(by["shared"].unbind(1)))
+        if "group" not in by:
+            left = tower.forward(images, 0, depth, shared, replace=False)
+            return self.logits(features, tower.features(left))
+        x = tower.forward(images, 0, self.shared_layers, shared, replace=False)
+        query = F.normalize(tower.summary(x).detach().relu(), dim=-1)
+        cosines = query @ F.normalize(by["keys"].to(x), dim=-1).mT  # [P, B, G]
+        best, chosen = cosines.max(dim=-1)
+        client = torch.arange(len(chosen), device=chosen.device)[:, None]
+        picked = by["group"][client, chosen]  # [P, B, L, n, W]
+        own = dict(enumerate(picked.unbind(2), start=self.shared_layers))
+        left = tower.forward(x, self.shared_layers, depth, own, replace=False)
+        logits = self.logits(features, tower.features(left))
+        return with_term(logits, by["attraction"][:, None] * (1 - best)) if "attraction" in by else logits
+
+    def flops(self, prompt: Prompt, images: int) -> float:
+        tokens = named_parts(prompt)["shared"].shape[-2] * (self.shared_layers + self.group_layers)
+        return self.encoder.image_tower.flops(images, 0, tokens)
+
+
+def with_term(logits: Tensor, term: Tensor) -> Tensor:
+    """Logits [P, B, C + 1] whose cross-entropy is that of `logits` plus a term [P, B] that is not negative.
+
+    The further class, which is nobody's label, has the logit log(sum exp logits) + log(exp(term) - 1): it adds `term`
+    to the logarithm of the softmax's denominator. So each example's loss has it, and so has each example's gradient.
+    """
+    further = logits.logsumexp(-1) + term.to(logits).clamp(min=SMALLEST).expm1().log()
+    return torch.cat([logits, further[..., None]], dim=-1)
+
+
+@dataclass(frozen=True)
+class Server(base.Server):
+    shared: Tensor  # [S, n, W], the prompts of all images
+    group: Tensor  # [G, L, n, W], the groups' prompts
+    keys: Tensor  # [G, W]
+
+
+@dataclass(frozen=True)
+class Broadcast(base.Broadcast):
+    shared: Tensor  # [S, n, W]
+    group: Tensor  # [G, L, n, W]
+    keys: Tensor  # [G, W]
+
+
+@dataclass(frozen=True)
+class ClientState(base.ClientState):
+    """Nothing."""
+
+
+@dataclass(frozen=True)
+class Upload(base.Upload):
+    """Changes by the local steps."""
+
+    shared: Tensor  # [K, S, n, W]
+    group: Tensor  # [K, G, L, n, W]
+    keys: Tensor  # [K, G, W]
+    weight: Tensor  # [K], what the averages weigh them with
+
+
+def server_init(settings: Settings, start: Start) -> Server:
+    draw, width, n = start.streams.common_normal, start.image_width, settings.prompt_length
+    if settings.groups > width:
+        raise ConfigError("settings.sgpt.groups", settings.groups, f"at most {width} keys of that width are orthogonal")
+    shared, grouped = settings.layers(start.image_layers)
+    group = token_deviation(width) * draw("group prompts", settings.groups, grouped, n, width)
+    keys = torch.linalg.qr(draw("keys", width, settings.groups).cpu()).Q.T.contiguous()
+    return Server(group.new_zeros(shared, n, width), group, keys.to(group))
+
+
+def client_init(settings: Settings, start: Start, data: ClientData) -> ClientState:
+    return ClientState()
+
+
+def broadcast(server: Server) -> Broadcast:
+    return Broadcast(server.shared, server.group, server.keys)
+
+
+def client_round(
+    settings: Settings, broadcast: Broadcast, state: ClientState, data: ClientData, gradients: Gradients, clock: Clock
+) -> tuple[Upload, ClientState]:
+    at_first = {name: tensor.expand(len(data), *tensor.shape) for name, tensor in vars(broadcast).items()}
+    batches = data.batches(settings.local_steps, settings.batch_size or None, clock.streams)
+    sharing = list(islice(batches, first_steps(settings.local_steps, settings.shared_share)))
+    parameters = {"shared": at_first["shared"]}
+    shared, _ = descend(settings.optimizer, None, dict, parameters, {}, sharing, gradients, clock)
+    parameters = {"group": at_first["group"], "keys": at_first["keys"]}
+    fixed = shared | {"attraction": torch.full_like(data.weights, settings.attraction)}
+    trained, _ = descend(settings.optimizer, None, dict, parameters, fixed, batches, gradients, clock)
+    changes = {name: tensor - at_first[name] for name, tensor in (shared | trained).items()}
+    return Upload(**changes, weight=data.weights), state
+
+
+def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], clock: Clock) -> Server:
+    return Server(
+        server.shared + uploads.mean("shared"),
+        server.group + (1 - settings.group_momentum) * uploads.mean("group"),
+        server.keys + (1 - settings.key_momentum) * uploads.mean("keys"),
+    )
+
+
+def prompt(broadcast: Broadcast, state: ClientState) -> Prompt:
+    return {name: tensor[None] for name, tensor in vars(broadcast).items()}

@@ -1,0 +1,165 @@
+"""Prompts inside a frozen vision transformer: tokens between its own, and adapters of its keys and values.
+
+Jia et al., Visual Prompt Tuning, ECCV 2022 (arXiv 2203.12119): learned tokens stand behind the class token at the first
+layer (*shallow*), or at several, where those of a layer take the place of the ones before (*deep*). CLIP normalises
+its embeddings before the first layer; tokens join behind that norm. SigLIP has no class token: there learned tokens
+stand first, and its pooling head looks at the image's own tokens only, as it was trained to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from sordino.encoders.shared_prefix import Layer, Norm
+
+# What a layer keeps for a backward pass, per number that enters it; and how many numbers may be kept in all before
+# backward recomputes each layer instead. A gigabyte in float32.
+KEPT_BY_LAYER = 17
+KEPT_AT_ONCE = 1 << 28
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What K clients give to the keys and values of a layer: scale (tanh(x down + bias) up + bias).
+
+    Attributes:
+        down, down_bias: [K, W, R] and [K, R].
+        up, up_bias: [K, R, 2 W] and [K, 2 W]; keys first.
+        scale: of what is given.
+        appended: whether that stands beside the layer's own keys and values, or is added to them.
+    """
+
+    down: Tensor
+    down_bias: Tensor
+    up: Tensor
+    up_bias: Tensor
+    scale: float
+    appended: bool = False
+
+    def __call__(self, x: Tensor, own: Tensor) -> Tensor:
+        """Normed hidden states [K, B, T, W] and their keys and values [K, B, T, 2 W] to those attended to."""
+        rows = x.flatten(1, 2)
+        inner = torch.tanh(torch.baddbmm(self.down_bias[:, None].to(x), rows, self.down.to(x)))
+        given = self.scale * torch.baddbmm(self.up_bias[:, None].to(x), inner, self.up.to(x)).view(own.shape)
+        return torch.cat([given, own], dim=2) if self.appended else own + given
+
+
+@dataclass(frozen=True)
+class ImageTower:
+    """A frozen vision transformer, entered and left at any layer.
+
+    Attributes:
+        embed: pixels [N, 3, H, W] to what enters layer 0, [N, T, W].
+        layers: its L layers, of width W.
+        heads: attention heads.
+        class_tokens: 1 where the first token stands for the whole image, else 0.
+        patches: how many tokens are patches.
+        final_norm: after the last layer.
+        head: what leaves the last layer, [N, T, W] without prompts, to unit-norm features [N, D].
+    """
+
+    embed: Callable[[Tensor], Tensor]
+    layers: tuple[Layer, ...]
+    heads: int
+    class_tokens: int
+    patches: int
+    final_norm: Norm
+    head: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def of(cls, vision: Any, project: Callable[[Tensor], Tensor]) -> ImageTower:
+        """Take the weights of a transformers CLIP or SigLIP image tower; `project` makes features of what it pools."""
+        is_clip = hasattr(vision, "pre_layrnorm")
+        norm = Norm.of(vision.post_layernorm)
+
+        def embed(pixels: Tensor) -> Tensor:
+            embedded: Tensor = vision.embeddings(pixels.to(norm.weight))
+            return vision.pre_layrnorm(embedded) if is_clip else embedded
+
+        def head(x: Tensor) -> Tensor:
+            return project(norm(x[:, 0]) if is_clip else vision.head(norm(x)))
+
+        layers = tuple(Layer.of(layer, vision.config.hidden_act) for layer in vision.encoder.layers)
+        patches, heads = vision.embeddings.num_patches, vision.config.num_attention_heads
+        return cls(embed, layers, heads, int(is_clip), patches, norm, head)
+
+    @property
+    def width(self) -> int:
+        return self.layers[0].width
+
+    def hidden(self, pixels: Tensor, layer: int) -> Tensor:
+        """Pixels [N, 3, H, W] to the hidden states [N, T, W] that enter a layer."""
+        return self.forward(self.embed(pixels)[None], 0, layer)[0]
+
+    def forward(
+        self,
+        x: Tensor,
+        start: int,
+        stop: int,
+        prompts: Mapping[int, Tensor] | None = None,
+        adapters: Mapping[int, Adapter] | None = None,
+        replace: bool = True,
+    ) -> Tensor:
+        """Hidden states through layers start to stop - 1, with K clients' own prompts.
+
+        Args:
+            x: [K, B, T, W], entering layer `start`.
+            prompts: layer to the tokens that join there: each client's [K, n, W], or each image's [K, B, n, W].
+            adapters: layer to the adapter of its keys and values.
+            replace: whether the prompts of one layer leave where those of another join, or stay beside them.
+
+        Returns:
+            [K, B, n + T, W], entering layer `stop`, its n prompt tokens behind the class token.
+        """
+        x = x.to(self.final_norm.weight)
+        kept = KEPT_BY_LAYER * x.numel() * (stop - start)
+        recompute = torch.is_grad_enabled() and kept > KEPT_AT_ONCE
+        joined, first = 0, self.class_tokens
+        for number in range(start, stop):
+            if prompts and number in prompts:
+                tokens = prompts[number] if prompts[number].ndim == 4 else prompts[number][:, None]
+                tokens = tokens.to(x).expand(*x.shape[:2], -1, -1)
+                x = torch.cat([x[:, :, :first], tokens, x[:, :, first + (joined if replace else 0) :]], dim=2)
+                joined = tokens.shape[2]
+            adapter = adapters.get(number) if adapters else None
+            if recompute:
+                x = checkpoint(self._step, self.layers[number], x, adapter, use_reentrant=False)
+            else:
+                x = self._step(self.layers[number], x, adapter)
+        return x
+
+    def features(self, x: Tensor) -> Tensor:
+        """What leaves the last layer, [K, B, T, W] with prompts or without, to unit-norm features [K, B, D]."""
+        own = torch.cat([x[:, :, : self.class_tokens], x[:, :, -self.patches :]], dim=2)
+        return self.head(own.flatten(0, 1)).view(*x.shape[:2], -1)
+
+    def summary(self, x: Tensor) -> Tensor:
+        """One vector an image, [K, B, T, W] to [K, B, W]: the class token, or the patches' mean, normed."""
+        return self.final_norm(x[:, :, 0] if self.class_tokens else x[:, :, -self.patches :].mean(2))
+
+    def flops(self, images: int, start: int = 0, prompts: int = 0) -> float:
+        """Forward matrix-product FLOPs of the layers from `start`, with so many prompt tokens in each."""
+        rows = self.class_tokens + self.patches + prompts
+        each = (rows * layer.row_flops + 4.0 * layer.width * rows**2 for layer in self.layers[start:])
+        return images * sum(each)
+
+    def _step(self, layer: Layer, x: Tensor, adapter: Adapter | None) -> Tensor:
+        """One layer: [K, B, T, W] to the same."""
+        normed = layer.norm1(x)
+        query, pair = layer.qkv(normed).split([layer.width, 2 * layer.width], dim=-1)
+        if adapter is not None:
+            pair = adapter(normed, pair)
+        key, value = pair.chunk(2, dim=-1)
+        query, key, value = (
+            part.reshape(-1, part.shape[2], self.heads, layer.width // self.heads).transpose(1, 2)
+            for part in (query, key, value)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)  # the scale is in the query's weights
+        return layer.finish(x, attended.transpose(1, 2).reshape(x.shape))

@@ -1,0 +1,64 @@
+"""What methods that learn on the image side have in common."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sordino.encoders.cache import Kind, layer_kind
+from sordino.encoders.prompt_model import Prompt, PromptModel, prompt_count
+
+# Images that are worth one pass through an image tower at once. A vision transformer of usual size keeps some 10 to 100
+# MB of activations an image for a backward pass, and a few without one.
+IMAGES_AT_ONCE = {"backward": 32, "forward": 128}
+
+
+def token_deviation(width: int) -> float:
+    """Standard deviation at which prompt tokens start: that of VPT's uniform numbers in a ViT-B/16 of its width."""
+    return 1 / math.sqrt(width)
+
+
+@dataclass(frozen=True)
+class ImageSideModel(PromptModel):
+    """A prompt enters the image tower, so every client's images have passes of their own."""
+
+    linear: ClassVar[bool] = False
+    prompts_images: ClassVar[bool] = True
+
+    def prompts_at_once(self, prompt: Prompt, images: int) -> int:
+        fit = max(1, IMAGES_AT_ONCE["backward"] // max(1, images))
+        return min(fit, super().prompts_at_once(prompt, images))
+
+    def images_at_once(self, prompts: int) -> int:
+        return max(1, IMAGES_AT_ONCE["forward"] // prompts)
+
+
+@dataclass(frozen=True)
+class HandWrittenHeadModel(ImageSideModel):
+    """Only the image tower is prompted; classes are the features of a hand-written prompt, computed once.
+
+    Attributes:
+        hand_written: the words before the class name.
+        first_layer: the first layer that is prompted; images are read as what enters it.
+    """
+
+    hand_written: str = "a photo of a"
+    first_layer: int = 0
+
+    @property
+    def reads(self) -> Kind:
+        return layer_kind(self.first_layer)
+
+    def class_features(self, prompt: Prompt) -> Tensor:
+        return self._head.expand(prompt_count(prompt), -1, -1)
+
+    @cached_property
+    def _head(self) -> Tensor:
+        """[C, D]."""
+        with torch.no_grad():
+            return self.text_features(self.encoder.embed(self.hand_written)[None])[0]
