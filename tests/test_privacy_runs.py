@@ -212,12 +212,9 @@ def test_an_adaptive_clip_moves_is_kept_and_is_paid_for(
     assert release.noise_multiplier == pytest.approx(20.0)
     assert torch.equal(prompt(tmp_path / "whole", "shared"), prompt(tmp_path / "cut", "shared"))
     # The clip after round 2 came back from the checkpoint.
-    assert (
-        whole["wire"]["upload_bytes_per_client_round"]
-        > run(load_config(config_file, ["algorithm=promptfl", "runtime.weighting=uniform"]), tmp_path / "plain")[
-            "wire"
-        ]["upload_bytes_per_client_round"]
-    )  # the bit is sent, and counted
+    plain = run(load_config(config_file, ["algorithm=promptfl", "runtime.weighting=uniform"]), tmp_path / "plain")
+    for sent in ("upload_bytes_per_client_round", "broadcast_bytes_per_client_round"):
+        assert whole["wire"][sent] > plain["wire"][sent]  # the bit goes up, the clip goes down, and both are counted
 
 
 def test_the_command_line_plans_and_reads_ledgers(config_file: Path, tmp_path: Path) -> None:

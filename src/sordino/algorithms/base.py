@@ -85,6 +85,19 @@ class ClippedUpload(Upload):
     below_clip: Tensor
 
 
+@dataclass(frozen=True)
+class ClippedBroadcast(Broadcast):
+    """A broadcast under an adaptive clip.
+
+    Attributes:
+        broadcast: the method's own tensors.
+        clip: a scalar, the norm to which clients clip what they send.
+    """
+
+    broadcast: Mapping[str, Tensor]
+    clip: Tensor
+
+
 AnyState = TypeVar("AnyState", bound=State)
 AnyUpload = TypeVar("AnyUpload", bound=Upload)
 

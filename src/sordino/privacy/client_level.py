@@ -82,7 +82,8 @@ class ClientMechanism(Mechanism):
             changed = clip * math.exp(-s.clip_learning_rate * (below - s.clip_quantile))
             return {CLIP: torch.tensor(changed, dtype=torch.float64)}
 
-        at_work = Round(ExactGradients(self.model), protect, average, finish=finish)
+        told_clip = None if s.clip_quantile is None else state[CLIP]
+        at_work = Round(ExactGradients(self.model), protect, average, told_clip=told_clip, finish=finish)
         return at_work
 
     @cached_property

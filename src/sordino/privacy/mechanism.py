@@ -87,6 +87,7 @@ class Round:
         average: (name, values [K, ...], weights [K]) to their mean, as the server sees it.
         releases: what was released so far; filled as it happens.
         below_clip: [K], 1/2 where an upload was below an adaptive clip, -1/2 where not, noised; a part of the upload.
+        told_clip: the clip that clients are told, where it adapts; a part of the broadcast.
         finish: the mechanism's state after the round.
     """
 
@@ -95,6 +96,7 @@ class Round:
     average: Average
     releases: list[Release] = field(default_factory=list)
     below_clip: Tensor | None = None
+    told_clip: Tensor | None = None
     finish: Callable[[], dict[str, Tensor]] = dict
 
 

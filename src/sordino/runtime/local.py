@@ -13,8 +13,10 @@ from torch import Tensor
 from sordino.algorithms.base import (
     Algorithm,
     AnyUpload,
+    Broadcast,
     ClientData,
     ClientState,
+    ClippedBroadcast,
     ClippedUpload,
     Clock,
     PersonalBroadcast,
@@ -178,7 +180,8 @@ class LocalRuntime:
             raise RunError(f"training diverged in round {number} (loss {loss}); lower the learning rate")
         first = torch.zeros(1, dtype=torch.int64, device=stack.device)
         one_upload = wire.encode(take(message, first))
-        one_broadcast = wire.encode(take(broadcast, first) if isinstance(broadcast, PersonalBroadcast) else broadcast)
+        told = take(broadcast, first) if isinstance(broadcast, PersonalBroadcast) else broadcast
+        one_broadcast = wire.encode(_with_clip(told, at_work))
         record = RoundRecord(number, loss, len(chosen), len(one_upload), len(one_broadcast))
         return after, record
 
@@ -290,6 +293,13 @@ def _protected(upload: AnyUpload, at_work: Round) -> tuple[AnyUpload, Upload]:
     if at_work.below_clip is None:
         return protected, protected
     return protected, ClippedUpload(tensors, at_work.below_clip.float())
+
+
+def _with_clip(broadcast: Broadcast, at_work: Round) -> Broadcast:
+    """The message that tells a client its broadcast and, where that adapts, the clip of the round."""
+    if at_work.told_clip is None:
+        return broadcast
+    return ClippedBroadcast(named_tensors(broadcast), at_work.told_clip.float())
 
 
 def client_data(features: Tensor, labels: Tensor, rows: Sequence[Sequence[int]], weighting: str) -> ClientData:
