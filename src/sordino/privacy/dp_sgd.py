@@ -67,12 +67,12 @@ class DpSgdGradients:
             chosen = batch.mask[client]
             examples = Batch(batch.features[mine, chosen], batch.labels[mine, chosen], batch.mask[mine, chosen])
             found = example_gradients(self.model, prompt_of, own, rest, examples)
-            losses.append(found.loss)
             penalties.append(found.penalty)
             for gradients in found.pieces:
                 for names, group in self._groups(parameters):
                     for name, total in clipped_sum({name: gradients[name] for name in names}, group.clip).items():
                         by[name][client] += total
+            losses.append(_mean(found.losses))
         for names, group in self._groups(parameters):
             for name in names:
                 noise = self.randomness.normal(f"noise on {name}, {self.call}", *by[name].shape[1:]).to(by[name])
@@ -81,7 +81,7 @@ class DpSgdGradients:
         for client, penalty in enumerate(penalties):  # of no image, so no clip and no noise is due on it
             for name, gradient in penalty.items():
                 by[name][client] += gradient[0]
-        return Gradient(by, torch.cat(losses))
+        return Gradient(by, torch.stack(losses))
 
     def _groups(self, parameters: Parameters) -> list[tuple[list[str], Group]]:
         shared = [name for name in parameters if name in self.shared_names]
@@ -106,12 +106,12 @@ class ExampleGradients:
 
     Attributes:
         pieces: name to [n, ...], one after the other over all examples of the batch; computed as they are taken.
-        loss: [1], mean cross-entropy in nats.
+        losses: [n], cross-entropy in nats, once the pieces are taken.
         penalty: name to [1, ...], of the model's penalty; empty where it has none.
     """
 
     pieces: Iterator[dict[str, Tensor]]
-    loss: Tensor
+    losses: Tensor
     penalty: dict[str, Tensor]
 
 
@@ -149,7 +149,7 @@ def _by_vectorised_backward(
             found = torch.autograd.grad(losses, list(leaves.values()), rows, is_grads_batched=True, retain_graph=True)
             yield {name: gradient[:, 0] for name, gradient in zip(leaves, found, strict=True)}
 
-    return ExampleGradients(pieces(), _mean(losses)[None].detach(), dict(zip(leaves, of_penalty, strict=False)))
+    return ExampleGradients(pieces(), losses.detach(), dict(zip(leaves, of_penalty, strict=False)))
 
 
 def _by_copies(
@@ -157,12 +157,23 @@ def _by_copies(
 ) -> ExampleGradients:
     examples = batch.labels.shape[1]
     if not examples:  # coins may choose nobody, and no tower takes an empty stack
-        return ExampleGradients(iter(()), torch.zeros(1), {})
-    copied = {name: value.expand(examples, *value.shape[1:]) for name, value in parameters.items()}
-    rest = {name: value.expand(examples, *value.shape[1:]) for name, value in fixed.items()}
-    alone = Batch(batch.features[0, :, None], batch.labels[0, :, None], batch.mask[0, :, None])
-    gradient = ExactGradients(model)(prompt_of, copied, rest, alone)
-    return ExampleGradients(iter([gradient.by]), gradient.loss.mean()[None], {})
+        return ExampleGradients(iter(()), batch.features.new_zeros(0), {})
+    gradients = ExactGradients(model)
+    with torch.no_grad():
+        at_once = model.prompts_at_once(prompt_of({**parameters, **fixed}), 1)
+    losses = batch.features.new_zeros(examples)
+
+    def copies(tensors: Parameters, count: int) -> dict[str, Tensor]:
+        return {name: value.expand(count, *value.shape[1:]) for name, value in tensors.items()}
+
+    def pieces() -> Iterator[dict[str, Tensor]]:
+        for rows in torch.arange(examples, device=batch.labels.device).split(at_once):
+            alone = Batch(batch.features[0, rows, None], batch.labels[0, rows, None], batch.mask[0, rows, None])
+            found = gradients(prompt_of, copies(parameters, len(rows)), copies(fixed, len(rows)), alone)
+            losses[rows] = found.loss
+            yield found.by
+
+    return ExampleGradients(pieces(), losses, {})
 
 
 def _mean(losses: Tensor) -> Tensor:
