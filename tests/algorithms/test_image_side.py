@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sordino.algorithms import algorithm, pfedpg, settings_for, sgpt
-from sordino.algorithms.base import Clock, PersonalBroadcast, map_tensors, model_class, named_tensors
+from sordino.algorithms.base import Clock, PersonalBroadcast, Start, map_tensors, model_class, named_tensors
 from sordino.algorithms.pfedpt import frame_places
 from sordino.encoders.bundled import BundledEncoder
 from sordino.encoders.encode import forward
@@ -25,7 +25,7 @@ from sordino.privacy.gradients import Batch, ExactGradients
 from sordino.privacy.settings import PrivacySettings
 from sordino.randomness import Streams
 from sordino.runtime import checkpoint
-from sordino.runtime.local import LocalRuntime, Training
+from sordino.runtime.local import LocalRuntime, Training, participants
 from sordino.runtime.settings import RuntimeSettings
 
 MakeRuntime = Callable[..., LocalRuntime]
@@ -33,12 +33,13 @@ MakeRuntime = Callable[..., LocalRuntime]
 IMAGE_SIDE = ["pfedpt", "pfedpg", "fedperfix", "sgpt"]
 IN_THE_TOWER = ["pfedpg", "fedperfix", "sgpt"]
 ROWS = [list(range(0, 12)), list(range(12, 20)), list(range(20, 40))]
+ADAPTERS = {"bottleneck": 6, "initial_up": "random"}  # up-projections of zero would give the others no gradient
 QUICK = {
     "context_length": 4,
     "batch_size": 5,
     "local_steps": 4,
     "optimizer": {"learning_rate": 0.5},
-    "fedperfix": {"bottleneck": 6},
+    "fedperfix": ADAPTERS,
     "sgpt": {"groups": 3},
 }
 
@@ -98,7 +99,7 @@ def logits_of(runtime: LocalRuntime, prompt: dict[str, Tensor], images: Tensor) 
 
 @pytest.mark.parametrize(
     ("name", "own"),
-    [("pfedpt", {"frame_deviation": 0.0, "frame_share": 0.0}), ("fedperfix", {"scale": 0.0, "bottleneck": 6})],
+    [("pfedpt", {"frame_deviation": 0.0, "frame_share": 0.0}), ("fedperfix", ADAPTERS | {"scale": 0.0})],
 )
 def test_a_frame_of_zeros_and_adapters_of_scale_zero_leave_promptfl(name: str, own: dict[str, Any], make) -> None:
     personal, shared = make(name, **{name: own}), make("promptfl")
@@ -112,7 +113,7 @@ def test_a_frame_of_zeros_and_adapters_of_scale_zero_leave_promptfl(name: str, o
 
 
 def test_up_projections_of_zero_start_at_the_pretrained_tower(make) -> None:
-    runtime, start = make("fedperfix", fedperfix={"bottleneck": 6, "initial_up": "zero"})
+    runtime, start = make("fedperfix", fedperfix=ADAPTERS | {"initial_up": "zero"})
     plain, reference = make("promptfl")
     found = runtime.model.predict(runtime.prompts(start), runtime.data.features)[0]
     expected = plain.model.predict(plain.prompts(reference), plain.data.features)[0]
@@ -165,6 +166,24 @@ def test_pfedpt_trains_the_frame_and_then_the_context(make, model: PromptModel) 
     assert momenta.norm() > 1e-6  # a client keeps it for the next round
 
 
+def test_a_frames_momentum_lasts_and_the_contexts_ends_with_the_round(make) -> None:
+    """Two rounds as torch's SGD takes them: one optimiser for the frame, and for the context one a round."""
+    frames, contexts = {"learning_rate": 0.7, "momentum": 0.5}, {"learning_rate": 0.5, "momentum": 0.9}
+    runtime, start = make("pfedpt", [list(range(12))], frame_optimizer=frames, optimizer=contexts)
+    frame, context = (t.clone().requires_grad_() for t in (start.clients.frame, start.server.context))
+    frame_sgd = torch.optim.SGD([frame], 0.7, momentum=0.5)
+    for number in (1, 2):
+        context_sgd = torch.optim.SGD([context], 0.5, momentum=0.9)
+        for step, batch in enumerate(runtime.data.batches(4, 5, clock_of([0], number).streams)):
+            logits = logits_of(runtime, {"context": context[None], "frame": frame}, batch.features)[batch.mask]
+            frame.grad, context.grad = None, None
+            F.cross_entropy(logits, batch.labels[batch.mask]).backward()
+            (frame_sgd if step < 2 else context_sgd).step()
+    after = rounds(runtime, start, 2)
+    torch.testing.assert_close(after.clients.frame, frame.detach(), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(after.server.context, context.detach(), rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("size", "width", "edge"), [((32, 32), 1 / 16, 2), ((224, 224), 1 / 16, 14), ((10, 8), 0.01, 1)]
 )
@@ -203,7 +222,7 @@ def test_fedperfix_has_the_gradients_of_its_formula(make, model: PromptModel) ->
 
     def change(layer: int, normed: Tensor) -> Tensor:
         inner = torch.tanh(normed @ leaves["down"][layer] + leaves["down_bias"][layer])
-        return 0.8 * (inner @ leaves["up"][layer] + leaves["up_bias"][layer])
+        return 1.5 * (inner @ leaves["up"][layer] + leaves["up_bias"][layer])
 
     hooks = []
     for number, layer in enumerate(vision.encoder.layers):
@@ -231,7 +250,7 @@ def test_fedperfix_has_the_gradients_of_its_formula(make, model: PromptModel) ->
 def test_appended_prefixes_learn_too(make) -> None:
     """The equation, where the authors' code adds: adapters that are alike differ by how they join."""
     adding, start = make("fedperfix")
-    appending, _ = make("fedperfix", fedperfix={"bottleneck": 6, "join": "append"})
+    appending, _ = make("fedperfix", fedperfix=ADAPTERS | {"join": "append"})
     prompt = adding.prompts(start)
     added = adding.model.predict(prompt, adding.data.features)
     assert (appending.model.predict(prompt, adding.data.features) - added).abs().max() > 1e-3
@@ -242,7 +261,7 @@ def test_appended_prefixes_learn_too(make) -> None:
 def test_layers_below_the_first_adapter_are_read_from_the_table(make) -> None:
     """With an adapter in the last layer alone, images are read as what enters it, and the logits are those from the
     first layer on with adapters there that do nothing."""
-    late, _ = make("fedperfix", fedperfix={"bottleneck": 6, "adapted_layers": 1})
+    late, _ = make("fedperfix", fedperfix=ADAPTERS | {"adapted_layers": 1})
     early, start = make("fedperfix")
     assert (late.model.reads, early.model.reads) == ("layer 1", "layer 0")
     adapters = {name: value.clone() for name, value in start.clients.adapters.items()}
@@ -257,7 +276,7 @@ def test_layers_below_the_first_adapter_are_read_from_the_table(make) -> None:
 
 @pytest.mark.parametrize(("name", "layers"), [("pfedpg", 2), ("sgpt", 2), ("fedperfix", 2), ("fedperfix-late", 1)])
 def test_no_image_passes_a_layer_twice_in_a_step(name: str, layers: int, make, monkeypatch: pytest.MonkeyPatch) -> None:
-    late = {"bottleneck": 6, "adapted_layers": 1}
+    late = ADAPTERS | {"adapted_layers": 1}
     runtime, start = make("fedperfix", fedperfix=late) if name.endswith("late") else make(name)
     passed = 0
     step = ImageTower._step
@@ -311,6 +330,10 @@ def test_a_keys_term_is_added_to_the_loss_and_to_its_gradient() -> None:
     found = F.cross_entropy(sgpt.with_term(logits, term).flatten(0, 1), labels, reduction="none")
     expected = F.cross_entropy(logits.flatten(0, 1), labels, reduction="none") + term.flatten()
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    far = sgpt.with_term(logits.float(), torch.full((2, 6), 200.0))  # exp(200) is no float32
+    torch.testing.assert_close(
+        F.cross_entropy(far.flatten(0, 1), labels), F.cross_entropy(logits.float().flatten(0, 1), labels) + 200.0
+    )
     weights = random(12, seed=3)
     ours = torch.autograd.grad((weights * found).sum(), (logits, term))
     torch.testing.assert_close(ours, torch.autograd.grad((weights * expected).sum(), (logits, term)))
@@ -334,6 +357,49 @@ def test_sgpts_keys_move_to_the_images_that_chose_them(make, model: PromptModel)
     plain = ExactGradients(runtime.model)(dict, parameters, without, batch).by
     torch.testing.assert_close(by["group"], plain["group"], rtol=1e-8, atol=1e-12)
     assert plain["keys"].norm() == 0  # nothing but the term teaches them
+
+
+def test_a_round_of_sgpt_is_two_descents_of_which_the_second_starts_where_the_first_ended(
+    make, model: PromptModel
+) -> None:
+    """torch's SGD with momentum and decay: shared prompts without groups, then groups and keys behind those prompts."""
+    descent = {"learning_rate": 0.3, "momentum": 0.9, "weight_decay": 0.01}
+    own = {"groups": 3, "group_momentum": 0.0, "key_momentum": 0.0}
+    runtime, start = make("sgpt", [list(range(12))], optimizer=descent, sgpt=own)
+    encoder, tower = model.encoder, model.encoder.image_tower
+    text = encoder.text_features(encoder.embed("a photo of a"), model.classes)
+    shared, group, keys = (t.clone().requires_grad_() for t in vars(start.server).values())
+    rates = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.01}
+    first, second = torch.optim.SGD([shared], **rates), torch.optim.SGD([group, keys], **rates)
+    for step, batch in enumerate(runtime.data.batches(4, 5, clock_of([0]).streams)):
+        images, labels = batch.features[:, batch.mask[0]], batch.labels[batch.mask]
+        x, term = tower.forward(images, 0, 1, {0: shared[:1, 0]}), torch.zeros(())
+        if step >= 2:
+            query = F.normalize(tower.summary(x).detach().relu(), dim=-1)[0]
+            best, chosen = (query @ F.normalize(keys, dim=-1).T).max(-1)
+            x, term = torch.cat([x[:, :, :1], group[chosen, 0][None], x[:, :, 1:]], dim=2), (1 - best).mean()
+        logits = encoder.logit_scale * tower.features(tower.forward(x, 1, 2))[0] @ text.T
+        shared.grad, group.grad, keys.grad = None, None, None
+        (F.cross_entropy(logits, labels) + term).backward()
+        (first if step < 2 else second).step()
+    after = rounds(runtime, start, 1).server
+    for name, expected in (("shared", shared), ("group", group), ("keys", keys)):
+        assert (expected - getattr(start.server, name)).norm() > 1e-3
+        torch.testing.assert_close(getattr(after, name), expected.detach(), rtol=1e-8, atol=1e-10)
+
+
+def test_the_keys_term_does_not_reach_the_shared_prompts(make) -> None:
+    """Keys move to the queries, queries not to the keys: whatever the term weighs, shared prompts learn the same."""
+    runtime, start = make("sgpt", [list(range(8))])
+    batch = next(iter(runtime.data.batches(1, None, clock_of([0]).streams)))
+    prompt = {name: value[None] for name, value in vars(start.server).items()}
+    one, five = (
+        ExactGradients(runtime.model)(dict, prompt, {"attraction": torch.full((1,), w, dtype=torch.float64)}, batch).by
+        for w in (1.0, 5.0)
+    )
+    torch.testing.assert_close(five["shared"], one["shared"], rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(five["keys"], 5 * one["keys"], rtol=1e-8, atol=1e-12)
+    assert one["shared"].norm() > 1e-6
 
 
 @pytest.mark.parametrize(("share", "still"), [(1.0, ("group", "keys")), (0.0, ("shared",))])
@@ -441,6 +507,16 @@ def test_pfedpg_clients_keep_what_they_trained_and_send_the_change(make) -> None
     torch.testing.assert_close(start.clients.tokens, told.tokens, rtol=1e-5, atol=1e-7)  # before the first round
 
 
+def test_a_client_starts_alike_in_a_federation_and_in_a_process_of_its_own(make) -> None:
+    runtime, _ = make("pfedpg")
+    streams, encoder = clock_of([0, 1, 2], 0).streams, runtime.model.encoder
+    start = Start(encoder.embed, encoder.context_width, (), streams, encoder.image_width, encoder.image_layers)
+    together = pfedpg.client_init(runtime.settings, start, runtime.data).tokens
+    alone = pfedpg.client_init(runtime.settings, replace(start, streams=clock_of([2], 0).streams), runtime.data).tokens
+    torch.testing.assert_close(alone[0], together[2])
+    assert (together[0] - together[2]).abs().max() > 1e-6
+
+
 def test_bad_lengths_of_a_descriptor_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"settings.pfedpg.descriptor_length = 3: must be 1 or prompt_length = 10"):
         settings_for("pfedpg", {"pfedpg": {"descriptor_length": 3}})
@@ -457,7 +533,7 @@ def test_an_encoder_without_a_transformer_is_refused_by_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", IMAGE_SIDE)
-def test_an_examples_gradient_is_that_of_the_example_alone(name: str, make) -> None:
+def test_an_examples_gradient_is_that_of_the_example_alone(name: str, make, monkeypatch: pytest.MonkeyPatch) -> None:
     """As DP-SGD takes them: every example with a copy of the parameters."""
     runtime, start = make(name, [list(range(6))])
     module = algorithm(name)
@@ -474,6 +550,51 @@ def test_an_examples_gradient_is_that_of_the_example_alone(name: str, make) -> N
     whole = exact(dict, prompt, fixed, batch)
     for key, gradient in whole.by.items():
         torch.testing.assert_close(by[key].mean(0, keepdim=True), gradient, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(found.losses.mean()[None], whole.loss, rtol=1e-8, atol=1e-12)
+    # A few copies of the parameters at a time, however many examples there are.
+    monkeypatch.setattr(type(runtime.model), "prompts_at_once", lambda *_: 4)
+    pieces = list(example_gradients(runtime.model, dict, prompt, fixed, batch).pieces)
+    for key, tensor in by.items():
+        assert [len(piece[key]) for piece in pieces] == [4, 2]
+        torch.testing.assert_close(torch.cat([piece[key] for piece in pieces]), tensor, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", IMAGE_SIDE)
+def test_a_client_trains_alike_in_a_stack_and_in_a_pass_of_its_own(
+    name: str, make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients whose prompts differ by now, in one pass and one by one; and the towers stay frozen."""
+    from sordino.prompts import visual
+
+    runtime, start = make(name)
+    before = rounds(runtime, start, 1)
+    together = rounds(runtime, before, 1)
+    monkeypatch.setitem(visual.IMAGES_AT_ONCE, "backward", 1)
+    alone = rounds(runtime, before, 1)
+    for one, other in ((together.server, alone.server), (together.clients, alone.clients)):
+        for key, tensor in named_tensors(one).items():
+            torch.testing.assert_close(named_tensors(other)[key], tensor, rtol=1e-8, atol=1e-10)
+    assert all(weight.grad is None for weight in runtime.model.encoder._vision.parameters())
+
+
+@pytest.mark.parametrize("name", ["pfedpt", "pfedpg", "fedperfix"])
+def test_who_is_absent_keeps_what_it_had(name: str, make) -> None:
+    """And so do the descriptors that pFedPG's server has of it; uploads come without those of the absent."""
+    runtime, start = make(name)
+    before = rounds(runtime, start, 1)
+    runtime.runtime = RuntimeSettings(participation=0.67)
+    there = participants(0, 2, 3, 0.67).tolist()
+    assert there == [0, 2]  # so that a place in the stack is not a client's number
+    after = rounds(runtime, before, 1)
+
+    def of_clients(training: Training) -> dict[str, Tensor]:
+        server = named_tensors(training.server).items()
+        return named_tensors(training.clients) | {key: t for key, t in server if key.startswith("descriptor")}
+
+    for key, old in of_clients(before).items():
+        moved = (of_clients(after)[key] - old).view(3, -1).abs().amax(1)
+        assert moved[1] == 0
+        assert moved[there].min() > 0
 
 
 @pytest.mark.parametrize("name", IMAGE_SIDE)
@@ -483,7 +604,7 @@ def test_a_batch_that_coins_leave_empty_has_no_gradients(name: str, make) -> Non
     nobody = Batch(runtime.data.features[:0][None], torch.zeros(1, 0, dtype=torch.int64), torch.zeros(1, 0) > 0)
     found = example_gradients(runtime.model, dict, prompt, {}, nobody)
     assert list(found.pieces) == []
-    assert found.loss.tolist() == [0.0]
+    assert found.losses.tolist() == []
 
 
 def _columns(pieces: Any) -> dict[str, list[Tensor]]:

@@ -1,14 +1,18 @@
-"""A round of local training, which most methods share: a few steps on all parameters at once."""
+"""Rounds of local training, which most methods share: steps on all parameters at once, or on parts in turn."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from torch import Tensor
 
 from sordino.algorithms.base import ClientData, Clock
 from sordino.algorithms.optimizer import Optimizer
-from sordino.privacy.gradients import Gradients, Parameters, PromptOf
+from sordino.privacy.gradients import Batch, Gradients, Parameters, PromptOf
+
+ROUNDING = 1e-9  # 0.29 of 100 steps are 29, whatever the product of the two floats
 
 
 class Training(Protocol):
@@ -40,11 +44,40 @@ def local_steps(
         fixed: what is not.
         data, gradients, clock: as a method is given them.
     """
-    trained = dict(parameters)
-    states = {name: settings.optimizer.initial_state(value) for name, value in trained.items()}
-    rate = settings.optimizer.rate(clock)
-    for batch in data.batches(settings.local_steps, settings.batch_size or None, clock.streams):
-        by = gradients(prompt_of, trained, fixed, batch).by
-        for name, gradient in by.items():
-            trained[name], states[name] = settings.optimizer.step(trained[name], gradient, states[name], rate)
-    return trained
+    batches = data.batches(settings.local_steps, settings.batch_size or None, clock.streams)
+    return descend(settings.optimizer, None, prompt_of, parameters, fixed, batches, gradients, clock)[0]
+
+
+def descend(
+    optimizer: Optimizer,
+    states: Mapping[str, Mapping[str, Tensor]] | None,
+    prompt_of: PromptOf,
+    parameters: Parameters,
+    fixed: Parameters,
+    batches: Iterable[Batch],
+    gradients: Gradients,
+    clock: Clock,
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """A step on `parameters` for each of `batches`, with all else fixed.
+
+    Args:
+        optimizer: of all parameters.
+        states: its state by parameter; None starts it afresh.
+        prompt_of, parameters, fixed, gradients, clock: as for `local_steps`.
+        batches: one for each step. Parts that take turns share one `ClientData.batches`, so that no coin is tossed
+            twice.
+
+    Returns:
+        The parameters, and the optimiser's state by parameter.
+    """
+    trained, rate = dict(parameters), optimizer.rate(clock)
+    kept = {name: dict(states[name] if states else optimizer.initial_state(trained[name])) for name in trained}
+    for batch in batches:
+        for name, gradient in gradients(prompt_of, trained, fixed, batch).by.items():
+            trained[name], kept[name] = optimizer.step(trained[name], gradient, kept[name], rate)
+    return trained, kept
+
+
+def first_steps(steps: int, share: float) -> int:
+    """How many of a round's steps are those of the first part: the share of them, rounded down."""
+    return math.floor(share * steps + ROUNDING)

@@ -12,12 +12,13 @@ P_base, the W and the participants' descriptors by the vector-Jacobian product w
 
 As published: 10 prompts, SGD of rate 0.25 and weight decay 0.001 on batches of 64 at the clients, rate 0.001 at the
 server. A client's head, in the paper a personal linear layer, is here the frozen class features of a hand-written
-prompt. There is no official code. Choices where the paper is silent: a descriptor is one vector, so that attention adds
-the same to all of P_base, or may be one for each prompt (`descriptor_length`); one head of width 64; the server's
-optimiser is Adam, as SGD would hardly move at that rate, and descriptors of absent clients rest; prompts and
+prompt. There is no official code, and of three others' two add P_base, as here. The paper takes plus the change for the
+gradient; with that sign the server would climb. Choices where the paper is silent: a descriptor is one vector, so that
+attention adds the same to all of P_base, or may be one for each prompt (`descriptor_length`); one head of width 64; the
+server's optimiser is Adam, as SGD would hardly move at that rate, and descriptors of absent clients rest; prompts and
 descriptors start at random numbers of deviation 1 / sqrt(W), VPT's in a ViT-B/16, and the W as those of linear layers;
-a client that never took part uses its first generated prompt. The server sees each client's change by itself: no
-average hides it.
+a client is evaluated with the prompt that it trained last, or with its first generated one. The server sees each
+client's change by itself: no average hides it.
 """
 
 import math
@@ -135,8 +136,7 @@ def server_init(settings: Settings, start: Start) -> Server:
     for name in ("query", "key", "value"):
         shared[name] = draw(f"generator {name}", width, inner) / math.sqrt(3 * width)
     shared["output"] = draw("generator output", inner, width) / math.sqrt(3 * inner)
-    clients = len(start.streams.clients)
-    descriptors = token_deviation(width) * draw("descriptors", clients, settings.descriptor_length, width)
+    descriptors = token_deviation(width) * start.streams.normal("descriptors", settings.descriptor_length, width)
     fresh = settings.server_optimizer.initial_state
     optimizer = {f"{name}/{key}": value for name in shared for key, value in fresh(shared[name][None]).items()}
     return Server(shared, descriptors, optimizer, fresh(descriptors))

@@ -9,9 +9,10 @@ PromptFL.
 As in the authors' code: the frame is added (not pasted) to normalised pixels, starts at standard normal numbers that
 are the same for all clients, is 2 of 32 pixels wide (1/16 of a side), and trains by SGD of momentum 0.5, whose state a
 client keeps, for as many steps as the shared part; the rate of 1 is its script's (its command line's default is 20).
-Choices where the paper is silent, as its model has no text: the context's optimiser is PromptFL's, afresh each round.
-A round's `local_steps` are divided between the parts, so that a method does not take more gradients for having two;
-with a single step only the context trains.
+(Pixels are normalised there by a deviation of 0.5, CLIP's by about half of it, the bundled encoder's by 0.5.) Choices
+where the paper is silent, as its model has no text: the context's optimiser is PromptFL's, afresh each round. A round's
+`local_steps` are divided between the parts, so that a method does not take more gradients for having two; with a single
+step only the context trains.
 """
 
 from dataclasses import dataclass, field
@@ -24,8 +25,8 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.alternation import descend, first_steps
 from sordino.algorithms.base import STRICT, About, ClientData, Clock, Start, Uploads
+from sordino.algorithms.descent import descend, first_steps
 from sordino.algorithms.optimizer import Optimizer
 from sordino.encoders.base import Capability, ClassTokens, DualEncoder
 from sordino.encoders.cache import Kind
@@ -161,7 +162,7 @@ def client_round(
 ) -> tuple[Upload, ClientState]:
     context = {"context": broadcast.context.expand(len(data), -1, -1)}
     batches = data.batches(settings.local_steps, settings.batch_size or None, clock.streams)
-    framing = list(islice(batches, first_steps(settings.local_steps, settings.frame_share)))
+    framing = islice(batches, first_steps(settings.local_steps, settings.frame_share))
     frame, kept = descend(
         settings.frame_optimizer,
         {"frame": state.optimizer},

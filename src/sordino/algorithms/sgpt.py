@@ -14,11 +14,12 @@ server momenta 0.5; equal shares of a round's steps.
 
 Where this differs: the head, there a trained linear layer on the mean of class token and group prompts, is the frozen
 class features of a hand-written prompt, so the class token alone is read. The query is the class token (of SigLIP, the
-patches' mean) that enters the first grouped layer, behind the shared prompts, in the same pass: the code has this as
-an option and otherwise runs an unprompted tower for it. In training the code also counts, over all clients, how often
-each group is chosen, makes frequent ones less likely, and weighs the average of keys with it. Such counts leave a
-client outside of every gradient, so that no mechanism would cover them: here there are none. The logged loss of the
-second part contains the keys' term.
+patches' mean) that enters the first grouped layer, behind the shared prompts, in the same pass. The code's is the last
+class token of an unprompted tower; for Office and DomainNet that which leaves block 5, with the shared prompts as an
+option, and there a training batch uses the group that most of its images chose. In training the code also counts,
+over all clients, how often each group is chosen, makes frequent ones less likely, and weighs the average of keys with
+it. Such counts leave a client outside of every gradient, so that no mechanism would cover them: here there are none.
+The logged loss of the second part contains the keys' term.
 """
 
 from dataclasses import dataclass, field
@@ -32,8 +33,8 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.alternation import descend, first_steps
 from sordino.algorithms.base import STRICT, About, ClientData, Clock, Start, Uploads
+from sordino.algorithms.descent import descend, first_steps
 from sordino.algorithms.optimizer import Optimizer
 from sordino.encoders.base import Capability, ClassTokens, DualEncoder
 from sordino.encoders.prompt_model import Prompt, named_parts
@@ -44,8 +45,8 @@ from sordino.prompts.visual import HandWrittenHeadModel, token_deviation
 
 ABOUT = About(
     paper="Deng et al., SGPT, CVPR 2024 (arXiv 2310.18285)",
-    personal="nothing; each image picks its group's prompts",
-    shared="visual prompts for all images, group prompts and their keys",
+    personal="nothing",
+    shared="visual prompts for all images; group prompts, which each image picks by their keys",
     privacy="images stay; no guarantee on what prompts and keys tell about them",
     needs="a vision transformer",
     discloses=(
@@ -142,7 +143,8 @@ def with_term(logits: Tensor, term: Tensor) -> Tensor:
     The further class, which is nobody's label, has the logit log(sum exp logits) + log(exp(term) - 1): it adds `term`
     to the logarithm of the softmax's denominator. So each example's loss has it, and so has each example's gradient.
     """
-    further = logits.logsumexp(-1) + term.to(logits).clamp(min=SMALLEST).expm1().log()
+    term = term.to(logits).clamp(min=SMALLEST)
+    further = logits.logsumexp(-1) + term + (-torch.expm1(-term)).log()  # for a large term, exp(term) is infinite
     return torch.cat([logits, further[..., None]], dim=-1)
 
 
@@ -198,7 +200,7 @@ def client_round(
 ) -> tuple[Upload, ClientState]:
     at_first = {name: tensor.expand(len(data), *tensor.shape) for name, tensor in vars(broadcast).items()}
     batches = data.batches(settings.local_steps, settings.batch_size or None, clock.streams)
-    sharing = list(islice(batches, first_steps(settings.local_steps, settings.shared_share)))
+    sharing = islice(batches, first_steps(settings.local_steps, settings.shared_share))
     parameters = {"shared": at_first["shared"]}
     shared, _ = descend(settings.optimizer, None, dict, parameters, {}, sharing, gradients, clock)
     parameters = {"group": at_first["group"], "keys": at_first["keys"]}
