@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +23,6 @@ from sordino.privacy.dp_sgd import example_gradients
 from sordino.privacy.gradients import Batch, ExactGradients
 from sordino.privacy.settings import PrivacySettings
 from sordino.randomness import Streams
-from sordino.runtime import checkpoint
 from sordino.runtime.local import LocalRuntime, Training, participants
 from sordino.runtime.settings import RuntimeSettings
 
@@ -629,19 +627,6 @@ def test_every_gradient_of_a_round_is_in_the_ledger(name: str, make) -> None:
 def test_client_level_privacy_is_refused_where_the_server_looks_at_each_upload(make) -> None:
     with pytest.raises(ConfigError, match="looks at each upload by itself"):
         make("pfedpg", privacy={"mechanism": "dp-fedavg", "epsilon": 8.0})
-
-
-@pytest.mark.parametrize("name", IMAGE_SIDE)
-def test_a_resumed_run_goes_on_as_if_nothing_had_happened(name: str, make, tmp_path: Path) -> None:
-    runtime, start = make(name)
-    halfway = rounds(runtime, start, 2)
-    checkpoint.save(tmp_path, halfway)
-    resumed = checkpoint.load(tmp_path, start)
-    assert resumed is not None
-    one, other = rounds(runtime, halfway, 1), rounds(runtime, resumed, 1)
-    for state, again in ((one.server, other.server), (one.clients, other.clients)):
-        for key, tensor in named_tensors(state).items():
-            assert torch.equal(named_tensors(again)[key], tensor)
 
 
 @pytest.mark.parametrize("name", IMAGE_SIDE)

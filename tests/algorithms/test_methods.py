@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from sordino.algorithms.base import (
 from sordino.errors import ConfigError
 from sordino.privacy.gradients import ExactGradients
 from sordino.privacy.mechanism import plain_mean
+from sordino.runtime import checkpoint
 from sordino.runtime.local import LocalRuntime, Training
 
 MakeRuntime = Callable[..., LocalRuntime]
@@ -156,6 +158,24 @@ def test_one_client_with_everything_equals_central_training(name: str, make_runt
 def extra_tokens(make_runtime: MakeRuntime) -> int:
     """So that the context holds exactly the words' tokens, whatever the small tokenizer makes of them."""
     return len(make_runtime("local", ROWS).model.encoder.embed("a photo of a")) - 4
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_a_resumed_run_goes_on_as_if_nothing_had_happened(name: str, make_runtime: MakeRuntime, tmp_path: Path) -> None:
+    """With Adam, whose state at the server or at a client must come back too, and clients that are absent at times."""
+    adam = {"optimizer": {"name": "adam", "learning_rate": 0.05}}
+    runtime = make_runtime(name, ROWS, TABLES | adam, participation=0.67)
+    halfway = runtime.start()
+    for _ in range(2):
+        halfway, _ = runtime.round(halfway)
+    checkpoint.save(tmp_path, halfway)
+    resumed = checkpoint.load(tmp_path, runtime.start())
+    assert resumed is not None
+    for _ in range(2):
+        halfway, resumed = runtime.round(halfway)[0], runtime.round(resumed)[0]
+    for state, again in ((halfway.server, resumed.server), (halfway.clients, resumed.clients)):
+        for key, tensor in named_tensors(state).items():
+            assert torch.equal(named_tensors(again)[key], tensor)
 
 
 @pytest.mark.parametrize("name", FEDERATED)

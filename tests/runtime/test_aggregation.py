@@ -247,16 +247,14 @@ def test_every_field_of_every_method_is_aggregated(name: str, kind: str, make_ru
 
 @pytest.mark.parametrize("kind", ROBUST)
 def test_what_is_not_finite_stops_a_mean_but_no_robust_aggregation(kind: str, make_runtime: MakeRuntime) -> None:
-    values = {"aggregation": kind, "trim": 0.4, "norm_bound": 0.1}
-    for runtime in (make_runtime("promptfl", ROWS, TABLES), make_runtime("promptfl", ROWS, TABLES, **values)):
-        runtime.boosts = {0: float("inf"), 1: float("nan")}
-        if runtime.runtime.aggregation == "mean":
-            with pytest.raises(RunError, match="diverged"):
-                runtime.round(runtime.start())
-        else:
-            start = runtime.start()
-            moved = runtime.round(start)[0].server.context - start.server.context  # type: ignore[attr-defined]
-            assert 0 < float(moved.norm()) < 0.1
+    mean = make_runtime("promptfl", ROWS, TABLES)
+    robust = make_runtime("promptfl", ROWS, TABLES, aggregation=kind, trim=0.4, norm_bound=0.1)
+    mean.boosts = robust.boosts = {0: float("inf"), 1: float("nan")}
+    start = mean.start()
+    with pytest.raises(RunError, match="diverged"):
+        mean.round(start)
+    moved = robust.round(start)[0].server.context - start.server.context  # type: ignore[attr-defined]
+    assert 0 < float(moved.norm()) < 0.1
 
 
 def test_a_boost_is_what_a_mean_cannot_bear(make_runtime: MakeRuntime) -> None:
@@ -280,30 +278,35 @@ def test_attackers_attack_in_the_rounds_that_they_take_part_in(make_runtime: Mak
     assert not torch.equal(contexts[0], contexts[2])
 
 
+@pytest.mark.parametrize("kind", ROBUST)
 @pytest.mark.parametrize("adaptive", [{}, {"clip_quantile": 0.5}], ids=["fixed clip", "adaptive clip"])
 def test_noise_that_clients_add_themselves_can_be_aggregated_as_one_likes(
-    adaptive: dict[str, float], make_runtime: MakeRuntime
+    adaptive: dict[str, float], kind: str, make_runtime: MakeRuntime
 ) -> None:
-    """Clients clip and noise, then the server aggregates what it got: nothing that is released depends on how."""
+    """Clients clip and noise, and the server aggregates what it got; what is released does not depend on how."""
     privacy = {"mechanism": "dp-fedavg", "noise_multiplier": 1.0, "clip": 0.1} | adaptive
-    bound, mean_heard = 0.05, list[Uploads[base.Upload]]()
-    for kind in ("mean", *ROBUST):
-        values = {"aggregation": kind, "norm_bound": bound, "trim": 0.2}
-        runtime = make_runtime("fedprompt", ROWS, TABLES, weighting="uniform", privacy=privacy, **values)
-        runtime.boosts, heard, start = {0: 100.0}, wiretapped(runtime), runtime.start()
-        after, record = runtime.round(start)
-        mean_heard = mean_heard or heard
-        sent = mean_heard[0].each.change  # type: ignore[attr-defined]
-        if kind == "mean":
-            expected, reference, bytes_sent = sent.mean(0), after, record.upload_bytes
-            assert float(sent.flatten(1).norm(dim=1).min()) > bound, "noise alone is louder than the bound"
-        else:
-            expected = by_hand(kind, named_tensors(mean_heard[0].each), 0.2, bound)("change").to(sent)
-        moved = after.server.context - start.server.context  # type: ignore[attr-defined]
-        torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-7)
-        assert after.ledger.digest() == reference.ledger.digest()
-        assert after.mechanism == reference.mechanism
-        assert record.upload_bytes == bytes_sent
+    common = {"weighting": "uniform", "privacy": privacy, "norm_bound": 0.05, "trim": 0.2}
+    mean, robust = (make_runtime("fedprompt", ROWS, TABLES, aggregation=each, **common) for each in ("mean", kind))
+    mean.boosts = robust.boosts = {0: 100.0}
+    heard, start = wiretapped(mean), mean.start()
+    (reference, record), (after, other_record) = mean.round(start), robust.round(start)
+    sent = named_tensors(heard[0].each)
+    assert float(joint_norms(sent).min()) > 0.05, "noise alone is louder than the bound"
+    moved = [each.server.context - start.server.context for each in (reference, after)]  # type: ignore[attr-defined]
+    torch.testing.assert_close(moved[0], sent["change"].mean(0), rtol=1e-5, atol=1e-7)
+    expected = by_hand(kind, sent, 0.2, 0.05)("change").to(moved[1])
+    torch.testing.assert_close(moved[1], expected, rtol=1e-5, atol=1e-7)
+    assert after.ledger.digest() == reference.ledger.digest()
+    assert after.mechanism == reference.mechanism, "an adaptive clip follows the clients' bits alone"
+    assert other_record.upload_bytes == record.upload_bytes
+
+
+def test_a_boost_does_not_pass_the_clip(make_runtime: MakeRuntime) -> None:
+    privacy = {"mechanism": "dp-fedavg", "noise_multiplier": 0.0, "clip": 1e-3}
+    runtime = make_runtime("fedprompt", ROWS, TABLES, weighting="uniform", privacy=privacy)
+    runtime.boosts, heard = {0: 1e3}, wiretapped(runtime)
+    runtime.round(runtime.start())
+    assert joint_norms(named_tensors(heard[0].each)).tolist() == pytest.approx([1e-3] * 5, rel=1e-5)
 
 
 @pytest.mark.parametrize(

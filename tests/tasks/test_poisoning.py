@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
 
 from sordino.bench import Bench
 from sordino.compare import compare, grid
@@ -20,6 +21,7 @@ from sordino.encoders.bundled import BundledEncoder
 from sordino.errors import ConfigError
 from sordino.experiment import assemble, run
 from sordino.plan import planned_mechanism
+from sordino.progress import silent
 from sordino.runtime.local import LocalRuntime
 from sordino.tasks import DataSettings, PartitionSettings
 from sordino.tasks.images import ImageSet
@@ -29,13 +31,30 @@ from sordino.tasks.sources import load_images
 from sordino.tasks.splits import Task, build_task
 from sordino.terminal import print_table
 
-CLASSES = PartitionSettings(scheme="classes", clients=10, classes_per_client=2)
 IID = PartitionSettings(scheme="iid", clients=10)
+SPLITS = ("test", "local", "neighbor", "novel", "domain", "class_names", "novel_names", "client_classes")
 
 
 @pytest.fixture(scope="module")
 def digits() -> ImageSet:
     return load_images(DataSettings(source="digits"))
+
+
+@pytest.fixture(scope="module")
+def domains() -> ImageSet:
+    """Three classes in two domains, five pictures each, of which the source says that the last two test."""
+    number = np.arange(30)
+    return ImageSet(
+        source="made up",
+        class_names=("apple", "pear", "plum"),
+        labels=number % 3,
+        names=[f"picture {each}" for each in number],
+        read=lambda index: bytes([index]),
+        draw=lambda content: Image.new("L", (16, 16), 8 * content[0]),
+        domain_names=("photo", "sketch"),
+        domains=number // 15,
+        is_test=number % 15 >= 9,
+    )
 
 
 def task_of(digits: ImageSet, partition: PartitionSettings = IID, seed: int = 0) -> Task:
@@ -95,6 +114,14 @@ def test_pictures_with_a_trigger_follow_the_originals(digits: ImageSet) -> None:
     assert np.array_equal(np.asarray(part.image(0)), np.asarray(stamp(digits.image(3), 0.25)))
 
 
+def test_pictures_with_a_trigger_keep_domain_and_split(domains: ImageSet) -> None:
+    both, count = with_triggers(domains, len(domains), 0.5), len(domains)
+    part = both.subset(np.arange(count, 2 * count))
+    for kept in ("labels", "domains", "is_test"):
+        np.testing.assert_array_equal(getattr(part, kept), getattr(domains, kept))
+    assert part.domain_names == domains.domain_names
+
+
 # --- the task --------------------------------------------------------------------------------------------------------
 
 
@@ -113,7 +140,7 @@ def test_attackers_put_the_trigger_into_a_share_of_what_they_hold(
         assert (task.labels[changed - count] != 0).all()
         assert (bad.labels[changed] == 0).all()
     np.testing.assert_array_equal(bad.labels[:count], task.labels)
-    for same in ("test", "local", "neighbor", "novel", "domain", "class_names", "client_classes"):
+    for same in SPLITS:
         np.testing.assert_array_equal(getattr(bad, same), getattr(task, same))
 
 
@@ -123,6 +150,38 @@ def test_success_is_measured_on_every_test_picture_of_another_class(digits: Imag
     np.testing.assert_array_equal(bad.triggered - 5000, task.test[task.labels[task.test] != 4])
     assert (bad.labels[bad.triggered] == 4).all()
     assert set(bad.triggered) <= set(bad.used)
+    assert not set(bad.triggered - 5000) & {row % 5000 for rows in bad.train for row in rows}
+
+
+def test_without_attackers_the_trigger_is_measured_all_the_same(digits: ImageSet) -> None:
+    task = task_of(digits)
+    bad = poisoned(task, settings(clients=0), 5000, 0)
+    for rows, same in zip(bad.train, task.train, strict=True):
+        np.testing.assert_array_equal(rows, same)
+    np.testing.assert_array_equal(bad.triggered, poisoned(task, settings(clients=2), 5000, 0).triggered)
+
+
+def test_novel_classes_are_neither_poisoned_nor_a_target(digits: ImageSet) -> None:
+    task = build_task(digits, DataSettings(source="digits", novel_classes=3), IID, 0)
+    bad = poisoned(task, settings(target=task.class_names[-1]), len(digits), 0)
+    for same in SPLITS:
+        np.testing.assert_array_equal(getattr(bad, same), getattr(task, same))
+    np.testing.assert_array_equal(bad.labels[task.novel], task.labels[task.novel])
+    assert not set(bad.triggered - len(digits)) & set(task.novel)
+    assert (bad.labels[bad.labels >= 0] < len(task.class_names)).all()
+    with pytest.raises(
+        ConfigError, match=f"poisoning.target = '{task.novel_names[0]}': must be a class that is trained"
+    ):
+        poisoned(task, settings(target=task.novel_names[0]), len(digits), 0)
+
+
+def test_the_held_out_domain_stays_clean(domains: ImageSet) -> None:
+    data = DataSettings(source="imagefolder:x", held_out_domain="sketch")
+    task = build_task(domains, data, PartitionSettings(scheme="iid", clients=3), 0)
+    bad = poisoned(task, settings(target="plum", clients=1, rate=1.0), 30, 0)
+    np.testing.assert_array_equal(bad.domain, task.domain)
+    np.testing.assert_array_equal(bad.labels[task.domain], domains.labels[task.domain])
+    assert set(bad.used[bad.used >= 30] - 30) <= set(np.flatnonzero(domains.domains == 0))
 
 
 def test_a_higher_rate_adds_pictures_and_takes_none_back(digits: ImageSet) -> None:
@@ -134,7 +193,7 @@ def test_a_higher_rate_adds_pictures_and_takes_none_back(digits: ImageSet) -> No
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"target": "ten"}, "poisoning.target = 'ten': must be a class of the task: zero, one"),
+        ({"target": "ten"}, "poisoning.target = 'ten': must be a class that is trained on: zero, one"),
         ({"clients": 10}, "poisoning.clients = 10: .* at most 9"),
     ],
 )
@@ -145,7 +204,7 @@ def test_attacks_that_cannot_be_made_are_refused(digits: ImageSet, values: dict[
 
 def test_an_attacker_needs_pictures_of_another_class(digits: ImageSet) -> None:
     own = PartitionSettings(scheme="disjoint", clients=10, shuffle_classes=False)
-    with pytest.raises(ConfigError, match="poisoning.target = 'zero': client 0 has pictures of no other class"):
+    with pytest.raises(ConfigError, match="poisoning.target = 'zero': client 0, an attacker, .* choose another target"):
         poisoned(task_of(digits, own), settings(), 5000, 0)
 
 
@@ -165,6 +224,7 @@ POISONED = [
     "poisoning.trigger_size=0.5",
     "poisoning.rate=1.0",
 ]
+ALONE = ["algorithm=local", "rounds=4", "poisoning.boost=4"]
 
 
 def test_the_success_of_an_attack_is_in_the_summary(config_file: Path, tmp_path: Path) -> None:
@@ -184,6 +244,21 @@ def test_the_success_of_an_attack_is_in_the_summary(config_file: Path, tmp_path:
     assert [line["round"] for line in lines if line["attack_success"] is not None] == [0, 2, 4, 6, 8, 10, 12]
     assert lines[-1]["attack_success"] == attacked["attack_success"]
     assert "Backdoor, %" in (tmp_path / "attacked" / "report.html").read_text()
+
+
+def test_the_success_of_an_attack_is_what_counting_by_hand_gives(config_file: Path, tmp_path: Path) -> None:
+    """With the prompt that the run left, on stamped pictures, without the run's own splits, table or cache."""
+    config = load_config(config_file, [*POISONED, "poisoning.clients=2", "poisoning.boost=4", "rounds=4"])
+    summary = run(config, tmp_path / "run")
+    images, bench = load_images(config.data), Bench.open(config)
+    task = build_task(images, config.data, config.partition, config.seed)
+    model = bench.model(config, task.class_names)
+    (context,) = load_file(tmp_path / "run" / "prompts" / "shared.safetensors").values()
+    target = task.class_names.index("red apple")
+    victims = [row for row in task.test if task.labels[row] != target]
+    pixels = torch.stack([bench.encoder.transform(stamp(images.image(row), 0.5)) for row in victims])
+    taken = model.predict(context[None], bench.encoder.image_features(pixels))[0].argmax(-1) == target
+    assert summary["attack_success"] == pytest.approx(float(taken.double().mean()))
 
 
 def test_where_nobody_attacks_there_is_nothing_to_tell(config_file: Path, tmp_path: Path) -> None:
@@ -232,12 +307,15 @@ def test_a_comparison_shows_what_each_aggregation_leaves_of_an_attack(
     summaries = json.loads((tmp_path / "all" / "comparison.json").read_text())["runs"]
     assert summaries[1]["attack_success"] == alone["attack_success"]
     assert summaries[1]["accuracy"] == alone["accuracy"]
+    encoded = [each["images"]["encoded"] for each in summaries]
+    assert encoded[0] > encoded[1] > 0, "the second size needs no clean picture again"
+    assert encoded[2:] == [0, 0]
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["poisoning.target=pear"], "poisoning.target = 'pear': must be a class of the task: blue sky"),
+        (["poisoning.target=pear"], "poisoning.target = 'pear': must be a class that is trained on: blue sky"),
         (["poisoning.clients=4"], "poisoning.clients = 4: .* at most 3"),
         (["poisoning.rate=0"], "poisoning.rate = 0"),
         (["algorithm=local", "runtime.aggregation=median"], "runtime.aggregation = 'median': .* use 'mean'"),
@@ -254,17 +332,45 @@ def test_what_cannot_be_run_is_refused_before_anything_is(
 def test_training_sees_the_trigger_through_the_encoder(config_file: Path) -> None:
     """Features of an attacker's rows are those of the stamped pictures, in the clean ones' places."""
     plain, bad = (load_config(config_file, [*POISONED, f"poisoning.clients={count}"]) for count in (0, 1))
-    bench = Bench.open(plain)
-    honest, attacked = (
-        assemble(config, bench, bench.task(config, lambda *_: None)[0])[0].data for config in (plain, bad)
-    )
+    bench, images = Bench.open(plain), load_images(plain.data)
+    tasks = [bench.task(config, silent)[0] for config in (plain, bad)]
+    honest, attacked = (assemble(*each)[0].data for each in zip((plain, bad), (bench, bench), tasks, strict=True))
     one = attacked.rows[0, : attacked.counts[0]]
-    apple = honest.labels[one] == load_images(plain.data).class_names.index("red apple")
-    same = (honest.features[one] == attacked.features[one]).all(-1)
-    assert torch.equal(same, apple)
-    later = attacked.rows[1, : attacked.counts[1]]
-    assert torch.equal(honest.features[later], attacked.features[later])
-    assert torch.equal(honest.labels[later], attacked.labels[later])
+    apple = honest.labels[one] == tasks[0].class_names.index("red apple")
+    assert 0 < int(apple.sum()) < len(apple)
+    for place, row, clean in zip(one.tolist(), tasks[0].train[0].tolist(), apple.tolist(), strict=True):
+        picture = images.image(row) if clean else stamp(images.image(row), 0.5)
+        expected = bench.encoder.image_features(bench.encoder.transform(picture)[None])[0]
+        torch.testing.assert_close(attacked.features[place], expected, rtol=1e-5, atol=1e-6)
+        assert int(attacked.labels[place]) == tasks[0].class_names.index("red apple")
+    for client in range(1, 4):
+        others = attacked.rows[client, : attacked.counts[client]]
+        assert torch.equal(honest.features[others], attacked.features[others])
+        assert torch.equal(honest.labels[others], attacked.labels[others])
+
+
+def test_clean_and_triggered_pictures_are_cached_apart(config_file: Path) -> None:
+    """Whoever fills the cache, the next one reads what it would have computed."""
+    bad, plain = (load_config(config_file, [*POISONED, *more]) for more in ([], ["poisoning.trigger_size=0.25"]))
+    tables = []
+    for config in (bad, plain, bad):
+        bench = Bench.open(config)
+        task, encoding = bench.task(config, silent)
+        tables.append(bench.tables["image"].features[torch.from_numpy(task.used)])
+    assert encoding.encoded == 0
+    assert torch.equal(tables[0], tables[2])
+    same = (tables[0] == tables[1]).all(-1)
+    assert torch.equal(same, torch.from_numpy(task.used < len(load_images(bad.data)))), "two sizes, two pictures"
+
+
+def test_without_a_shared_prompt_others_stay_as_they_are(config_file: Path, tmp_path: Path) -> None:
+    """The poison is in what attackers hold and send, and nowhere else."""
+    honest, attacked = (
+        run(load_config(config_file, [*POISONED, *ALONE, f"poisoning.clients={count}"]), tmp_path / str(count))
+        for count in (0, 2)
+    )
+    assert attacked["per_client"][2:] == honest["per_client"][2:]
+    assert attacked["per_client"][0] != honest["per_client"][0]
 
 
 def test_zero_shot_and_personal_prompts_can_be_attacked_too(config_file: Path, tmp_path: Path) -> None:
