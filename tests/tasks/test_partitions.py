@@ -40,7 +40,9 @@ def problems(draw):
     elif scheme == "iid":
         chosen = PartitionSettings(scheme=scheme, clients=draw(st.integers(1, 16)))
     else:
-        chosen = PartitionSettings(scheme=scheme, clients=draw(st.integers(3, 9)))
+        chosen = PartitionSettings(
+            scheme=scheme, clients=draw(st.integers(3, 9)), beta=draw(st.none() | st.floats(1.0, 1e6))
+        )
     return labels, domains, chosen
 
 
@@ -136,6 +138,20 @@ def test_iid_clients_hold_all_classes_even_where_rows_are_sorted_by_class():
     parts = partition(LABELS, None, PartitionSettings(scheme="iid", clients=7), 0)
     assert sorted(map(len, parts)) == [42] * 1 + [43] * 6
     assert all(len(owned) >= 8 for owned in classes_of(LABELS, parts))
+
+
+def test_classes_may_be_unbalanced_within_a_domain():
+    domains = np.arange(len(LABELS)) % 2
+
+    def shares(beta):
+        """How a domain's three clients divide each class, [6, 10]."""
+        chosen = PartitionSettings(scheme="domain", clients=6, beta=beta)
+        parts = partition(LABELS, domains, chosen, seed=0)
+        assert [set(domains[part]) for part in parts] == [{0}] * 3 + [{1}] * 3
+        return np.stack([np.bincount(LABELS[part], minlength=10) for part in parts]) / 15
+
+    assert shares(0.2).std(0).mean() > 0.3  # of two to one for each class, (1, 0, 0) has 0.47
+    np.testing.assert_allclose(shares(1e6), 1 / 3, atol=0.07)
 
 
 def test_clients_are_dealt_out_over_domains_as_evenly_as_possible():

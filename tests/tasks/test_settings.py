@@ -30,7 +30,11 @@ def test_an_unknown_source_is_refused_with_what_is_allowed(source):
         (DataSettings, {"source": "digits", "label_column": "y"}, "applies to a source 'hf:"),
         (PartitionSettings, {"scheme": "random", "clients": 2}, "'disjoint', 'classes'"),
         (PartitionSettings, {"scheme": "iid", "clients": 0}, "greater than or equal to 1"),
-        (PartitionSettings, {"scheme": "iid", "clients": 2, "beta": 1.0}, "applies to scheme 'dirichlet' only"),
+        (
+            PartitionSettings,
+            {"scheme": "iid", "clients": 2, "beta": 1.0},
+            "applies to scheme 'dirichlet' and 'domain' only",
+        ),
         (PartitionSettings, {"scheme": "dirichlet", "clients": 2}, "beta is needed"),
         (PartitionSettings, {"scheme": "dirichlet", "clients": 2, "beta": float("inf")}, "finite"),
         (PartitionSettings, {"scheme": "classes", "clients": 2}, "classes_per_client is needed"),

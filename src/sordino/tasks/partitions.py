@@ -41,7 +41,7 @@ def partition(
       the later variants' balancing of sizes.
     - iid: sizes differ by one at most.
     - domain: clients are dealt out over the domains as evenly as possible, in the domains' order; those of one domain
-      divide its pictures as in iid.
+      divide its pictures as in iid or, where beta is given, as in dirichlet.
 
     Args:
         labels: [n], classes 0 to C - 1.
@@ -66,11 +66,12 @@ def partition(
     elif settings.scheme == "classes":
         parts = _classes(labels[order], settings, seed, class_names)
     elif settings.scheme == "dirichlet":
-        parts = _dirichlet(labels[order], settings, seed)
+        draws = np.random.default_rng([seed, DRAW_STREAM])
+        parts = _dirichlet(labels[order], settings.clients, settings.beta or 1.0, draws)
     elif settings.scheme == "iid":
         parts = _iid(len(labels), settings.clients)
     else:
-        parts = _by_domain(None if domains is None else domains[order], settings, domain_names)
+        parts = _by_domain(labels[order], None if domains is None else domains[order], settings, seed, domain_names)
     return [np.sort(order[part]) for part in parts]
 
 
@@ -138,7 +139,7 @@ def _class_order(count: int, settings: PartitionSettings, seed: int) -> NDArray[
     return np.random.default_rng([seed, CLASSES_STREAM]).permutation(count)
 
 
-def _dirichlet(labels: Indices, settings: PartitionSettings, seed: int) -> list[Indices]:
+def _dirichlet(labels: Indices, clients: int, beta: float, rng: np.random.Generator) -> list[Indices]:
     """Draws until each client has a picture, at most `DIRICHLET_DRAWS` times.
 
     The partitioner rounds the bounds between clients down, which gives its last client half a picture too many of every
@@ -147,27 +148,26 @@ def _dirichlet(labels: Indices, settings: PartitionSettings, seed: int) -> list[
     """
     from flwr_datasets.partitioner import DirichletPartitioner
 
-    rng = np.random.default_rng([seed, DRAW_STREAM])
     for _ in range(DIRICHLET_DRAWS):
         partitioner = DirichletPartitioner(
-            num_partitions=settings.clients,
+            num_partitions=clients,
             partition_by="part",
-            alpha=float(settings.beta or 1.0),
+            alpha=float(beta),
             min_partition_size=0,
             self_balancing=False,
             shuffle=False,
             seed=int(rng.integers(2**31)),
         )
         owner = np.empty(len(labels), dtype=np.int64)
-        for client, rows in enumerate(_parts(partitioner, labels, settings.clients)):
+        for client, rows in enumerate(_parts(partitioner, labels, clients)):
             owner[rows] = client
         for index in np.unique(labels):
             of_class = labels == index
-            owner[of_class] = rng.permutation(settings.clients)[owner[of_class]]
-        if len(np.unique(owner)) == settings.clients:
-            return [np.flatnonzero(owner == client) for client in range(settings.clients)]
+            owner[of_class] = rng.permutation(clients)[owner[of_class]]
+        if len(np.unique(owner)) == clients:
+            return [np.flatnonzero(owner == client) for client in range(clients)]
     raise DataError(
-        f"Dirichlet(beta = {settings.beta}) left one of {settings.clients} clients without a picture in each of "
+        f"Dirichlet(beta = {beta}) left one of {clients} clients without a picture in each of "
         f"{DIRICHLET_DRAWS} draws from {len(labels)} training pictures of {len(np.unique(labels))} classes; raise "
         "partition.beta or have fewer clients"
     )
@@ -180,7 +180,11 @@ def _iid(count: int, clients: int) -> list[Indices]:
 
 
 def _by_domain(
-    domains: Indices | None, settings: PartitionSettings, domain_names: Sequence[str] | None
+    labels: Indices,
+    domains: Indices | None,
+    settings: PartitionSettings,
+    seed: int,
+    domain_names: Sequence[str] | None,
 ) -> list[Indices]:
     from flwr_datasets.partitioner import GroupedNaturalIdPartitioner
 
@@ -204,7 +208,11 @@ def _by_domain(
                 f"domain {str(name)!r} has {len(rows)} training pictures for {share} clients; have fewer clients "
                 "(partition.clients) or more pictures (data.train_per_class)"
             )
-        parts += [rows[part] for part in _iid(len(rows), share)]
+        if settings.beta is None:
+            within = _iid(len(rows), share)
+        else:
+            within = _dirichlet(labels[rows], share, settings.beta, np.random.default_rng([seed, DRAW_STREAM, index]))
+        parts += [rows[part] for part in within]
     return parts
 
 

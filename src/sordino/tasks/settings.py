@@ -87,7 +87,8 @@ class PartitionSettings(BaseModel):
     scheme: Literal["disjoint", "classes", "dirichlet", "iid", "domain"] = Field(
         description="'disjoint': no class at two clients; 'classes': client i holds classes_per_client classes from "
         "the i-th on, cyclically, and holders of a class divide its pictures; 'dirichlet': each class is divided in "
-        "proportions drawn from Dirichlet(beta); 'iid': at random; 'domain': a client holds pictures of one domain"
+        "proportions drawn from Dirichlet(beta); 'iid': at random; 'domain': a client holds pictures of one domain, "
+        "divided within it at random or, with beta, by Dirichlet(beta)"
     )
     clients: int = Field(ge=1, description="number of clients")
     classes_per_client: int | None = Field(
@@ -97,7 +98,8 @@ class PartitionSettings(BaseModel):
         default=None,
         ge=1e-3,
         allow_inf_nan=False,
-        description="dirichlet: the concentration; small makes clients differ, large makes them alike",
+        description="dirichlet, and as an option domain: the concentration; small makes clients differ, large makes "
+        "them alike",
     )
     shuffle_classes: bool | None = Field(
         default=None,
@@ -107,12 +109,13 @@ class PartitionSettings(BaseModel):
 
     @model_validator(mode="after")
     def _what_the_scheme_needs(self) -> PartitionSettings:
-        for key, scheme in (("classes_per_client", "classes"), ("beta", "dirichlet")):
+        for key, needed_by, options in (("classes_per_client", "classes", ()), ("beta", "dirichlet", ("domain",))):
             given = getattr(self, key) is not None
-            if given and self.scheme != scheme:
-                raise ValueError(f"{key} applies to scheme '{scheme}' only, not to '{self.scheme}'")
-            if not given and self.scheme == scheme:
-                raise ValueError(f"{key} is needed with scheme '{scheme}'")
+            if given and self.scheme not in (needed_by, *options):
+                applies = " and ".join(f"'{scheme}'" for scheme in (needed_by, *options))
+                raise ValueError(f"{key} applies to scheme {applies} only, not to '{self.scheme}'")
+            if not given and self.scheme == needed_by:
+                raise ValueError(f"{key} is needed with scheme '{needed_by}'")
         if self.shuffle_classes is not None and self.scheme not in ("disjoint", "classes"):
             raise ValueError(f"shuffle_classes applies to schemes 'disjoint' and 'classes', not to '{self.scheme}'")
         return self
