@@ -18,6 +18,7 @@ from sordino.encoders.base import DualEncoder
 from sordino.encoders.cache import FeatureCache, Kind
 from sordino.encoders.encode import Skipped, encode
 from sordino.encoders.prompt_model import PromptModel
+from sordino.errors import DataError
 from sordino.progress import Progress, log
 from sordino.tasks.images import Flags, ImageSet, Indices
 from sordino.tasks.poisoning import poisoned, with_triggers
@@ -129,6 +130,8 @@ class Bench:
             first = self._triggered_from(config.poisoning.trigger_size)
             task = poisoned(task, config.poisoning, first, config.seed)
             cost += self._encode(self._missing(task, kind), kind, progress)
+            if not self.readable[task.used].all():
+                raise DataError("a picture cannot be read once a trigger is in it; see the warnings above")
         return task, Encoding(time.monotonic() - started, int(cost[0]), int(cost[1]))
 
     def _missing(self, task: Task, kind: Kind) -> Indices:

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from sordino.encoders.prompt_model import PromptModel
-from sordino.runtime.evaluate import Evaluation, EvaluationSet
+from sordino.runtime.evaluate import Evaluation, EvaluationSet, Scores
 
 
 def evaluation(model: PromptModel, table: tuple[Tensor, Tensor]) -> Evaluation:
@@ -42,3 +42,10 @@ def test_a_shared_prompt_scores_as_copies_of_it(model: PromptModel, table: tuple
     shared = contexts(model)[:1]
     splits = evaluation(model, table)
     assert splits.scores(shared) == splits.scores(shared.expand(2, -1, -1))
+
+
+def test_attackers_count_in_no_mean() -> None:
+    scores = Scores([0.0, 1.0, 0.5], [0.0, None, 0.5], [0.0, 1.0, 1.0], [None] * 3, [0.2] * 3, [None, 0.4, 0.6], 1)
+    means = {"local": 0.75, "neighbor": 0.5, "overall": 1.0, "novel": None, "domain": pytest.approx(0.2)}
+    assert scores.means() == means
+    assert scores.mean_attack_success() == pytest.approx(0.5)

@@ -177,6 +177,7 @@ def candidates(subject: Subject, rng: np.random.Generator) -> Candidates:
     members, others, owner = [list[int]() for _ in range(3)]
     for label in np.unique(labels[task.test]):
         held = [rows[labels[rows] == label] for rows in task.train]
+        held[: task.attackers] = [rows[:0] for rows in held[: task.attackers]]  # pictures with a trigger stand out
         wanted, given = np.array([len(rows) for rows in held]), np.zeros(len(held), dtype=np.int64)
         unused = [rng.permutation(rows).tolist() for rows in held]
         for position in rng.permutation(np.flatnonzero(labels[task.test] == label)):

@@ -110,6 +110,7 @@ def vary(
         runtime.runtime,
         seed,
         settings,
+        runtime.boosts,
     )
     varied.mechanism = as_implemented_by(type(runtime.mechanism), varied.mechanism)
     return varied

@@ -78,7 +78,13 @@ class Evaluation:
         overall = list(correct.mean(1).expand(clients).tolist())
         attacked = [None] * self.attackers + uniform(self.triggered)[self.attackers :]
         return Scores(
-            over(self.local), over(self.neighbor), overall, uniform(self.novel), uniform(self.domain), attacked
+            over(self.local),
+            over(self.neighbor),
+            overall,
+            uniform(self.novel),
+            uniform(self.domain),
+            attacked,
+            self.attackers,
         )
 
 
@@ -89,6 +95,7 @@ class Scores:
     Attributes:
         local, neighbor, overall, novel, domain: accuracies.
         attack_success: images with an attacker's trigger that are taken for its target; None for the attackers.
+        attackers: how many of the first clients attack; no mean counts them.
     """
 
     local: list[float | None]
@@ -97,10 +104,13 @@ class Scores:
     novel: list[float | None]
     domain: list[float | None]
     attack_success: list[float | None]
+    attackers: int = 0
 
     def means(self) -> dict[str, float | None]:
-        """Each accuracy's mean over the clients that have it."""
-        return {name: _mean(values) for name, values in vars(self).items() if name != "attack_success"}
+        """Each accuracy's mean over the honest clients that have it."""
+        kinds = {"local": self.local, "neighbor": self.neighbor, "overall": self.overall}
+        kinds |= {"novel": self.novel, "domain": self.domain}
+        return {name: _mean(values[self.attackers :]) for name, values in kinds.items()}
 
     def mean_attack_success(self) -> float | None:
         """The mean over the clients that are attacked; None where nobody attacks."""

@@ -177,7 +177,8 @@ class LocalRuntime:
         after = Training(number, server, clients, at_work.finish(), training.ledger.add(at_work.releases))
         loss = gradients.mean_loss()
         if not (math.isfinite(loss) and _finite(after)):
-            raise RunError(f"training diverged in round {number} (loss {loss}); lower the learning rate")
+            attacked = ", or poisoning.boost, or have another runtime.aggregation" if self.boosts else ""
+            raise RunError(f"training diverged in round {number} (loss {loss}); lower the learning rate{attacked}")
         first = torch.zeros(1, dtype=torch.int64, device=stack.device)
         one_upload = wire.encode(take(message, first))
         told = take(broadcast, first) if isinstance(broadcast, PersonalBroadcast) else broadcast
@@ -211,7 +212,7 @@ class LocalRuntime:
         def enlarge(name: str, tensor: Tensor) -> Tensor:
             if name == WEIGHT:
                 return tensor
-            return tensor * torch.tensor(factors).to(tensor).view(-1, *[1] * (tensor.ndim - 1))
+            return tensor * torch.tensor(factors, dtype=torch.float64).to(tensor).view(-1, *[1] * (tensor.ndim - 1))
 
         return map_tensors(upload, enlarge)
 

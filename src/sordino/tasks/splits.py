@@ -27,7 +27,7 @@ class Task:
         class_names: the C base classes, the candidates in training and in every evaluation but the novel one.
         novel_names: the classes that nobody trains on, the candidates of the novel evaluation.
         labels: [N], index into `class_names`, or into `novel_names` for their pictures; -1 for an unused picture.
-        train: K sorted index arrays without overlap.
+        train: K index arrays without overlap, sorted but for attackers' pictures.
         test: [T], test pictures of base classes, of the domains that are trained on; disjoint from `train`.
         local: [K, T] float64, rows that sum to 1: over the test pictures of the client's own cells, each cell with the
             weight that it has in the client's training data. `local @ correct` is local accuracy.
