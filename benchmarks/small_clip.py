@@ -1,13 +1,13 @@
 """A small CLIP checkpoint, distilled from the bundled encoder: a stand-in where no pretrained one can be had.
 
 Methods that put prompts into a vision transformer need a CLIP checkpoint, and without a network there is none but a
-random one. This trains one in minutes, for `--set encoder.name=clip --set encoder.checkpoint=OUT`: a ViT whose features
-of pictures and their patches, and a text transformer whose features of sentences, are like the bundled encoder's.
+random one. This trains one in some twenty minutes of one core, for `--set encoder.name=clip --set
+encoder.checkpoint=OUT`: a ViT whose features of pictures and their patches, and a text transformer whose features of
+sentences, are like the bundled encoder's.
 
-It is no CLIP. It sees a few thousand pictures, knows most of them by heart and little of others, and absolute
-accuracies are low. Its pictures include those on which experiments on the same folders test (without labels, but it has
-seen them), so that its accuracies say nothing about new pictures: only rows of one table, all on this checkpoint,
-compare.
+It is no CLIP. It sees a few thousand pictures, is clearly worse on others than on them, and absolute accuracies are
+low. Its pictures include those on which experiments on the same folders test (without labels, but it has seen them), so
+that its accuracies say nothing about new pictures: only rows of one table, all on this checkpoint, compare.
 
 Pictures are those below --images and scikit-learn's digits, less a tenth that is held out; sentences are hand-written
 templates with the class names of the folders, of the digits and of ImageNet. Prints one JSON object: seconds in all and
