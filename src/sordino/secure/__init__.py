@@ -1,0 +1,46 @@
+"""Clustering and averaging of what no party may see, on Lagrange shares (SecPC of SecFPP).
+
+Hou, Li and Buyukates, Privacy-preserving Prompt Personalization in Federated Learning for Multimodal Large Language
+Models, 2025 (arXiv 2505.22447); on Lagrange coded computing, Yu et al., AISTATS 2019 (arXiv 1806.00939).
+
+    setup = plan(clients=12, width=8, largest=1.0, privacy=2)
+    clients = [Client(number, point) for number, point in enumerate(points)]      # points [12, 8], within [-1, 1]
+    found = run(clients, Server(setup), Adaptive()).result                        # found.labels: a cluster a client
+"""
+
+from sordino.secure.adaptive import Adaptive, adaptive
+from sordino.secure.client import Client
+from sordino.secure.clustering import Clusters, PlainDistances, farthest_first, finish, lloyd
+from sordino.secure.errors import SecureError, TooFewAnswers, TooManyErrors
+from sordino.secure.local import Outcome, Traffic, drive, run, run_average
+from sordino.secure.mail import Rejection
+from sordino.secure.sealer import PlainSealer, Sealer
+from sordino.secure.server import Averages, Opened, Server
+from sordino.secure.setup import Setup, plan
+
+__all__ = [
+    "Adaptive",
+    "Averages",
+    "Client",
+    "Clusters",
+    "Opened",
+    "Outcome",
+    "PlainDistances",
+    "PlainSealer",
+    "Rejection",
+    "Sealer",
+    "SecureError",
+    "Server",
+    "Setup",
+    "TooFewAnswers",
+    "TooManyErrors",
+    "Traffic",
+    "adaptive",
+    "drive",
+    "farthest_first",
+    "finish",
+    "lloyd",
+    "plan",
+    "run",
+    "run_average",
+]

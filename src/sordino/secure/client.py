@@ -1,0 +1,280 @@
+"""A client of SecPC: it deals shares of its point and vector, computes on others', and refuses what would expose.
+
+Whatever the server asks, an honest client answers
+
+- for a round once, and for a question once: masks are never used twice, and no more distances than were agreed;
+- for one partition of vectors, and one of distances, a sharing: two sums that differ by a client would give its vector;
+- for no set below the minimum size, and no minimum below what it was started with.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sordino.errors import DataError
+from sordino.secure.errors import SecureError
+from sordino.secure.field import Elements, Entropy
+from sordino.secure.messages import (
+    Answer,
+    Deal,
+    Delivery,
+    Join,
+    Message,
+    Partition,
+    Purpose,
+    Query,
+    Receipt,
+    Shares,
+    read,
+    unpack,
+)
+from sordino.secure.sealer import PlainSealer, Sealer
+from sordino.secure.setup import Setup
+from sordino.secure.shares import (
+    Held,
+    in_blocks,
+    masked_distances,
+    payload_sizes,
+    random_below,
+    random_factor,
+    scaled_distances,
+)
+
+
+class Client:
+    """One client; `handle` takes a message of the server and gives the reply.
+
+    Args:
+        number: which of the N clients it is, from 0.
+        point: [d], what it is clustered by: its reduced prompt.
+        vector: [L], what is averaged in its cluster; may be given until it is dealt.
+        sealer: its channel to other clients. By default a `PlainSealer`, which hides nothing from the server.
+        clip: cut entries down to the largest value that was agreed, instead of refusing to deal.
+        minimum: the smallest set that it lets a sum be opened of; at least 2. A round's own minimum may be higher.
+        privacy: the fewest colluding clients that a round must protect against.
+        entropy: where random bytes come from; the operating system, except in tests.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        point: ArrayLike,
+        vector: ArrayLike | None = None,
+        *,
+        sealer: Sealer | None = None,
+        clip: bool = False,
+        minimum: int = 2,
+        privacy: int = 1,
+        entropy: Entropy = os.urandom,
+    ) -> None:
+        if minimum < 2:
+            raise ValueError(f"minimum = {minimum}: must be at least 2; the sum of one client is its vector")
+        self.number, self.point, self.vector = number, np.asarray(point, np.float64), vector
+        self.sealer = PlainSealer() if sealer is None else sealer
+        self.clip, self.minimum, self.privacy, self.entropy = clip, minimum, privacy, entropy
+        self.refused: list[tuple[int, str]] = []  # whose payloads were not in order, and why
+        self._setup: Setup | None = None
+        self._joined: tuple[int, ...] = ()
+        self._held: dict[Purpose, Held] = {}
+        self._dealt: set[Purpose] = set()
+        self._summed: set[Purpose] = set()
+        self._next_step = self._next_mask = 0
+
+    def handle(self, content: bytes) -> bytes:
+        """The reply to a message of the server.
+
+        Raises:
+            SecureError: the message is malformed, of another round, out of turn, or asks for what is refused.
+            DataError: the point or the vector does not fit what was agreed.
+        """
+        message = read(content)
+        if not isinstance(message, Setup) and (self._setup is None or message.round != self._setup.round):
+            raise SecureError(f"client {self.number} is not in round {message.round}")
+        match message:
+            case Setup():
+                return self._join(message).to_bytes()
+            case Deal():
+                return self._deal(message).to_bytes()
+            case Delivery():
+                return self._receive(message).to_bytes()
+            case Query():
+                return self._distances(message).to_bytes()
+            case Partition():
+                return self._sums(message).to_bytes()
+        raise SecureError(f"client {self.number} does not take a {type(message).__name__}")
+
+    def _join(self, setup: Setup) -> Message:
+        """Take part in a round.
+
+        1. Check its numbers; forget the round before.
+        2. Send a public key.
+        """
+        setup.check()
+        before = self._setup
+        if before is not None and setup.round <= before.round:
+            raise SecureError(f"client {self.number} has been in round {before.round}; {setup.round} must come later")
+        if setup.minimum < self.minimum or setup.privacy < self.privacy:
+            raise SecureError(
+                f"client {self.number} requires minimum {self.minimum} and privacy {self.privacy}; "
+                f"the round offers {setup.minimum} and {setup.privacy}"
+            )
+        if not 0 <= self.number < setup.clients or self.point.shape != (setup.width,):
+            raise SecureError(
+                f"client {self.number} with a point of shape {self.point.shape} does not fit a round of "
+                f"{setup.clients} clients with points of {setup.width}"
+            )
+        self._setup, self._joined, self._next_step, self._next_mask = setup, (), 0, 0
+        self._held, self._dealt, self._summed = {}, set(), set()
+        return Join(setup.round, self.number, np.frombuffer(self.sealer.public_key, np.uint8))
+
+    def _deal(self, request: Deal) -> Message:
+        """Share what is asked for.
+
+        1. Quantise it and cut it into blocks.
+        2. Encode it, one share a client.
+        3. For a point, add shares of a factor and of masks.
+        4. Seal each client's payload.
+        """
+        setup = self._current
+        if request.purpose in self._dealt or request.purpose not in ("point", "vector"):
+            raise SecureError(f"client {self.number} deals its point once and its vector once a round")
+        joined = tuple(request.joined.tolist())
+        if len(request.keys) != len(joined) or len({*joined}) != len(joined) or self.number not in joined:
+            raise SecureError(f"client {self.number} was asked to deal to {len(joined)} clients who are not a group")
+        if any(not 0 <= each < setup.clients for each in joined) or self._joined not in ((), joined):
+            raise SecureError(f"client {self.number} was asked to deal to clients who did not join")
+        payload = self._point_shares() if request.purpose == "point" else self._vector_shares()
+        self._dealt.add(request.purpose)
+        self._joined = joined
+        self.sealer.meet({each: key.tobytes() for each, key in zip(joined, request.keys, strict=True)})
+        sealed = [
+            self.sealer.seal(each, payload[each].tobytes(), self._context(request.purpose, self.number, each))
+            for each in joined
+        ]
+        payloads = np.frombuffer(b"".join(sealed), np.uint8).reshape(len(joined), -1)
+        return Shares(setup.round, self.number, request.purpose, payloads)
+
+    def _receive(self, delivery: Delivery) -> Message:
+        """Open what others dealt.
+
+        1. Unseal each payload; refuse those of a wrong length, or with numbers outside the field.
+        2. Keep the rest.
+        3. Say whose were refused.
+        """
+        setup, purpose = self._current, delivery.purpose
+        if purpose in self._held or purpose not in self._dealt:
+            raise SecureError(f"client {self.number} takes one delivery a sharing")
+        dealers = delivery.dealers.tolist()
+        if (
+            len(dealers) != len(delivery.payloads)
+            or len({*dealers}) != len(dealers)
+            or not {*dealers} <= {*self._joined}
+        ):
+            raise SecureError(f"client {self.number} was sent payloads of clients who did not join")
+        block, extra = payload_sizes(setup, purpose)
+        table, dealt = np.zeros((setup.clients, block + extra), np.uint64), np.zeros(setup.clients, bool)
+        for dealer, payload in zip(dealers, delivery.payloads, strict=True):
+            try:
+                content = self.sealer.unseal(dealer, payload.tobytes(), self._context(purpose, dealer, self.number))
+                if len(content) != 8 * (block + extra):
+                    raise SecureError(f"malformed: {len(content)} bytes where {8 * (block + extra)} are due")
+                table[dealer] = np.frombuffer(content, "<u8")
+                dealt[dealer] = True
+            except SecureError as error:
+                self.refused.append((dealer, str(error)))
+        outside = np.flatnonzero((table >= setup.modulus).any(1)).tolist()
+        self.refused += [(dealer, "out of range: numbers that are not in the field") for dealer in outside]
+        table[outside], dealt[outside] = 0, False
+        refused = [dealer for dealer in dealers if not dealt[dealer]]
+        self._held[purpose] = Held(dealt, table[:, :block], table[:, block:])
+        return Receipt(setup.round, self.number, purpose, np.array(refused, np.int64))
+
+    def _distances(self, query: Query) -> Message:
+        """The distances of row clients to the centres of column sets, at this client's point, masked."""
+        setup, held = self._current, self._shares("point")
+        rows = unpack(query.rows[None], setup.clients)[0]
+        columns = unpack(query.columns, setup.clients)
+        self._take_step(query.step)
+        if not self._next_mask <= query.first <= setup.columns - len(columns):
+            raise SecureError(
+                f"client {self.number} was asked for {len(columns)} distances from mask {query.first}; masks below "
+                f"{self._next_mask} are used, and {setup.columns} were agreed"
+            )
+        self._check_sets(held, columns, rows)
+        self._next_mask = query.first + len(columns)
+        values = masked_distances(setup, held, rows, columns, query.first)
+        return Answer(setup.round, self.number, query.step, values)
+
+    def _sums(self, partition: Partition) -> Message:
+        """The sums over the sets of one partition, at this client's point."""
+        setup, purpose, field = self._current, partition.purpose, self._current.field
+        held = self._shares(purpose)
+        sets = unpack(partition.sets, setup.clients)
+        self._take_step(partition.step)
+        if purpose in self._summed:
+            raise SecureError(f"client {self.number} answers for one partition of {purpose}s a sharing")
+        if (sets.sum(0) > 1).any() or (sets.sum(1) < setup.minimum).any():
+            raise SecureError(f"client {self.number} sums disjoint sets of {setup.minimum} clients or more only")
+        self._check_sets(held, sets, held.dealt)
+        self._summed.add(purpose)
+        weights = sets.astype(np.uint64)
+        if purpose == "vector":
+            return Answer(setup.round, self.number, partition.step, field.matmul(weights, held.values))
+        # Every member's distance to its own set's centre, [N, K], and its mask for it.
+        own = scaled_distances(setup, held.values, sets)
+        spread_mask = held.extra[:, 1 if setup.factor_bits else 0]
+        totals = field.sum(field.mul(field.add(own, spread_mask[:, None]), weights.T), axis=0)
+        return Answer(setup.round, self.number, partition.step, totals[:, None])
+
+    def _point_shares(self) -> Elements:
+        """What each client is dealt of the point, [N, block + extra]."""
+        setup, field, code = self._current, self._current.field, self._current.point_code
+        blocks = in_blocks(setup.points.encode(self.point, self.clip), code.blocks)
+        shares = [code.encode(blocks, self.entropy)]
+        hidden = np.zeros(setup.columns, np.uint64)
+        if setup.factor_bits:
+            factor = random_factor(setup.factor_bits, self.entropy)
+            shares.append(code.encode(np.full((code.blocks, 1), factor, np.uint64), self.entropy))
+            hidden = np.array([random_below(factor, self.entropy) for _ in range(setup.columns)], np.uint64)
+        totals = np.concatenate(
+            [np.zeros(1, np.uint64), field.reduce(hidden)]
+        )  # of the sum's mask, and of the distances'
+        shares.append(code.masks(totals, setup.needed - 1, self.entropy))
+        return np.concatenate(shares, axis=1)
+
+    def _vector_shares(self) -> Elements:
+        """What each client is dealt of the vector, [N, block]."""
+        setup, code = self._current, self._current.vector_code
+        vector = np.zeros(0) if self.vector is None else np.asarray(self.vector, np.float64)
+        if not setup.length or vector.shape != (setup.length,):
+            raise DataError(
+                f"client {self.number} has a vector of shape {vector.shape} where {setup.length} entries are averaged"
+            )
+        return code.encode(in_blocks(setup.vectors.encode(vector, self.clip), code.blocks), self.entropy)
+
+    def _check_sets(self, held: Held, sets: NDArray[np.bool_], within: NDArray[np.bool_]) -> None:
+        if not sets.any(1).all():
+            raise SecureError(f"client {self.number} was asked about an empty set")
+        if (sets & ~within).any() or (within & ~held.dealt).any():
+            raise SecureError(f"client {self.number} was asked about clients of whom it has no share")
+
+    def _take_step(self, step: int) -> None:
+        if step < self._next_step:
+            raise SecureError(f"client {self.number} has answered step {step}")
+        self._next_step = step + 1
+
+    def _shares(self, purpose: Purpose) -> Held:
+        if purpose not in self._held:
+            raise SecureError(f"client {self.number} has no shares of {purpose}s")
+        return self._held[purpose]
+
+    def _context(self, purpose: Purpose, dealer: int, recipient: int) -> bytes:
+        return f"sordino secpc {self._current.round} {purpose} {dealer} {recipient}".encode()
+
+    @property
+    def _current(self) -> Setup:
+        assert self._setup is not None
+        return self._setup

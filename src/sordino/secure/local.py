@@ -1,0 +1,131 @@
+"""A round of SecPC in one process: every message is made into bytes and read back, as on a network."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from sordino.secure.adaptive import Adaptive
+from sordino.secure.client import Client
+from sordino.secure.clustering import Clusters, Exchange
+from sordino.secure.errors import SecureError
+from sordino.secure.mail import Rejection
+from sordino.secure.messages import kind_of
+from sordino.secure.server import Averages, Opened, Server
+
+Result = TypeVar("Result")
+Drop = Mapping[int, int] | Callable[[int, int], bool]
+
+
+@dataclass
+class Traffic:
+    """Bytes on the wire, and how many exchanges of messages there were.
+
+    Attributes:
+        sent: bytes by sender ("server", or the client's number) and kind of message.
+        received: bytes by client.
+        exchanges: rounds of messages; all clients are asked at once.
+        refusals: clients' reasons for not answering, (client, reason).
+    """
+
+    sent: dict[str | int, Counter[str]] = field(default_factory=dict)
+    received: Counter[int] = field(default_factory=Counter)
+    exchanges: int = 0
+    refusals: list[tuple[int, str]] = field(default_factory=list)
+
+    def of_client(self, client: int) -> int:
+        """All bytes that a client sent and received."""
+        return sum(self.sent.get(client, Counter()).values()) + self.received[client]
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[Result]):
+    """What a round came to.
+
+    Attributes:
+        result: what the server's exchange gave.
+        opened: all distances that the server saw.
+        rejected: what the server did not take, and from whom.
+        traffic: bytes, exchanges, refusals.
+    """
+
+    result: Result
+    opened: tuple[Opened, ...]
+    rejected: tuple[Rejection, ...]
+    traffic: Traffic
+
+
+def run(
+    clients: Sequence[Client],
+    server: Server,
+    start: int | Sequence[int] | Sequence[Iterable[int]] | Adaptive,
+    iterations: int = 50,
+    drop: Drop | None = None,
+) -> Outcome[Clusters]:
+    """Cluster the clients' points; see `Server.cluster`.
+
+    Args:
+        clients: those of the N who are there.
+        server: a server that has not clustered yet.
+        start: first centres, or their number, or how it adapts.
+        iterations: at most so many times are new centres computed.
+        drop: for clients who vanish, the exchange from which on they are not there any more (1 is joining, 2 dealing, 3
+            delivery, further ones questions); or whether a client misses an exchange, by (client, exchange).
+
+    Raises:
+        SecureError: too few clients answered, or answers contradict each other beyond correction.
+        DataError: a client's point does not fit what was agreed.
+    """
+    traffic = Traffic()
+    result = drive(server.cluster(start, iterations), clients, traffic, drop)
+    return Outcome(result, tuple(server.opened), tuple(server.rejected), traffic)
+
+
+def run_average(
+    clients: Sequence[Client], server: Server, sets: Sequence[Iterable[int]], drop: Drop | None = None
+) -> Outcome[Averages]:
+    """The means of the clients' vectors within clusters; see `Server.average` and `run`.
+
+    Exchanges are counted anew: after a clustering 1 is dealing, 2 delivery, 3 the sums.
+    """
+    traffic = Traffic()
+    result = drive(server.average(sets), clients, traffic, drop)
+    return Outcome(result, tuple(server.opened), tuple(server.rejected), traffic)
+
+
+def drive(exchange: Exchange[Result], clients: Sequence[Client], traffic: Traffic, drop: Drop | None = None) -> Result:
+    """Carry an exchange of a server's to its end, counting bytes."""
+    by_number = {client.number: client for client in clients}
+    replies: list[tuple[int, bytes]] | None = None
+    while True:
+        try:
+            letters = next(exchange) if replies is None else exchange.send(replies)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+        traffic.exchanges += 1
+        replies = []
+        for number, content in letters.items():
+            if number not in by_number or _missing(drop, number, traffic.exchanges):
+                continue
+            _count(traffic, "server", content)
+            traffic.received[number] += len(content)
+            try:
+                reply = by_number[number].handle(content)
+            except SecureError as error:
+                traffic.refusals.append((number, str(error)))
+                continue
+            _count(traffic, number, reply)
+            replies.append((number, reply))
+
+
+def _missing(drop: Drop | None, client: int, exchange: int) -> bool:
+    if drop is None:
+        return False
+    return exchange >= drop.get(client, exchange + 1) if isinstance(drop, Mapping) else drop(client, exchange)
+
+
+def _count(traffic: Traffic, sender: str | int, content: bytes) -> None:
+    traffic.sent.setdefault(sender, Counter())[kind_of(content)] += len(content)

@@ -1,0 +1,263 @@
+"""All that passes between a client and the server in a round of SecPC: frozen values that become bytes and back.
+
+A message is a safetensors file in memory: its arrays, and its numbers and words as JSON in an array `header`. Reading
+one executes nothing, and checks that it has the fields of its kind, with their types and numbers of axes, and no
+others; what depends on the round, as lengths and ranges, is checked by who receives it.
+
+| exchange | server to each client | client to server |
+|---|---|---|
+| 1 | `Setup`: the round's public numbers | `Join`: takes part; its public key |
+| 2 | `Deal`: deal shares now, to these keys | `Shares`: one sealed payload for each client |
+| 3 | `Delivery`: the payloads for it | `Receipt`: whose payloads were in order |
+| 4 .. | `Query`: which distances | `Answer`: their values at its point |
+| last | `Partition`: which sums | `Answer` |
+
+Exchanges 2 and 3 happen once for the points that are clustered, and once for the full vectors that are averaged.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+
+from sordino.secure.errors import SecureError
+
+Purpose = Literal["point", "vector"]
+Octets = NDArray[np.uint8]
+OctetRows = NDArray[np.uint8]
+Numbers = NDArray[np.int64]
+WordRows = NDArray[np.uint64]
+AnyMessage = TypeVar("AnyMessage", bound="Message")
+
+# What a field holds, by its annotation: a scalar's type, or an array's type and number of axes.
+SCALARS = {"int": int, "float": float, "Purpose": str, "Reveal": str}
+ARRAYS = {"Octets": ("u1", 1), "OctetRows": ("u1", 2), "Numbers": ("i8", 1), "WordRows": ("u8", 2)}
+
+
+@dataclass(frozen=True, eq=False)
+class Message:
+    """What every message has.
+
+    Attributes:
+        round: the round of SecPC that it belongs to.
+    """
+
+    KINDS: ClassVar[dict[str, type[Message]]] = {}
+
+    round: int
+
+    def __init_subclass__(cls) -> None:
+        Message.KINDS[cls.__name__] = cls
+
+    def to_bytes(self) -> bytes:
+        """The message as it travels."""
+        arrays: dict[str, NDArray[Any]] = {}
+        header: dict[str, object] = {"kind": type(self).__name__}
+        for each in fields(self):
+            value, form = getattr(self, each.name), ARRAYS.get(str(each.type))
+            if form:
+                arrays[each.name] = np.ascontiguousarray(value, form[0])
+            else:
+                header[each.name] = value
+        arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+        return safetensors.numpy.save(arrays)
+
+
+@dataclass(frozen=True, eq=False)
+class Join(Message):
+    """A client takes part.
+
+    Attributes:
+        sender: its number.
+        key: its public key, [bytes].
+    """
+
+    sender: int
+    key: Octets
+
+
+@dataclass(frozen=True, eq=False)
+class Deal(Message):
+    """Clients are asked for shares.
+
+    Attributes:
+        purpose: of what: "point" for clustering, "vector" for averages.
+        joined: the numbers of those who take part, [joined].
+        keys: their public keys, [joined, bytes].
+    """
+
+    purpose: Purpose
+    joined: Numbers
+    keys: OctetRows
+
+
+@dataclass(frozen=True, eq=False)
+class Shares(Message):
+    """What a client deals.
+
+    Attributes:
+        sender: its number.
+        purpose: as asked.
+        payloads: [joined, bytes], the sealed share of each client that takes part.
+    """
+
+    sender: int
+    purpose: Purpose
+    payloads: OctetRows
+
+
+@dataclass(frozen=True, eq=False)
+class Delivery(Message):
+    """What others dealt to a client.
+
+    Attributes:
+        purpose: as asked.
+        dealers: their numbers, [dealers].
+        payloads: [dealers, bytes].
+    """
+
+    purpose: Purpose
+    dealers: Numbers
+    payloads: OctetRows
+
+
+@dataclass(frozen=True, eq=False)
+class Receipt(Message):
+    """A client opened its payloads.
+
+    Attributes:
+        sender: its number.
+        purpose: as asked.
+        refused: the numbers of those whose payloads were not in order, [refused].
+    """
+
+    sender: int
+    purpose: Purpose
+    refused: Numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Query(Message):
+    """Clients are asked for distances of every row client to the centre of every column set.
+
+    Attributes:
+        step: counts the questions of a round.
+        first: the first mask to use; one a column.
+        rows: whose distances, as bits [ceil(N/8)].
+        columns: the sets, as bits [C, ceil(N/8)].
+    """
+
+    step: int
+    first: int
+    rows: Octets
+    columns: OctetRows
+
+
+@dataclass(frozen=True, eq=False)
+class Partition(Message):
+    """Clients are asked for sums over the sets of a partition, once a sharing.
+
+    Attributes:
+        step: counts the questions of a round.
+        purpose: "vector" for sums of vectors, "point" for sums of distances to the set's own centre.
+        sets: as bits [K, ceil(N/8)].
+    """
+
+    step: int
+    purpose: Purpose
+    sets: OctetRows
+
+
+@dataclass(frozen=True, eq=False)
+class Answer(Message):
+    """Values at a client's point.
+
+    Attributes:
+        sender: its number.
+        step: of the question.
+        values: [rows, C] distances, [K, 1] sums of distances, or [K, length of a block] sums of vectors.
+    """
+
+    sender: int
+    step: int
+    values: WordRows
+
+
+def read(content: bytes) -> Message:
+    """The message in these bytes.
+
+    Raises:
+        SecureError: there is none.
+    """
+    try:
+        arrays = safetensors.numpy.load(content)
+        header = json.loads(arrays.pop("header").tobytes())
+        kind = Message.KINDS[header.pop("kind")]
+        given = {**header, **arrays}
+        _check(kind, given)
+        return kind(**given)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise SecureError(f"malformed: not a message of SecPC ({type(error).__name__}: {error})") from None
+
+
+def expect(content: bytes, kind: type[AnyMessage]) -> AnyMessage:
+    """The message of a kind in these bytes.
+
+    Raises:
+        SecureError: there is none of this kind.
+    """
+    message = read(content)
+    if not isinstance(message, kind):
+        raise SecureError(f"out of turn: {type(message).__name__} where {kind.__name__} was due")
+    return message
+
+
+def kind_of(content: bytes) -> str:
+    """The kind of a message by its header alone, "malformed" if it has none; its arrays are not read."""
+    try:
+        start = 8 + int.from_bytes(content[:8], "little")
+        begin, end = json.loads(content[8:start])["header"]["data_offsets"]
+        return str(json.loads(content[start + begin : start + end])["kind"])
+    except (ValueError, KeyError, TypeError):
+        return "malformed"
+
+
+def pack(sets: Sequence[Iterable[int]], clients: int) -> OctetRows:
+    """Sets of client numbers as bits, [sets, ceil(N/8)]."""
+    bits = np.zeros((len(sets), clients), bool)
+    for row, members in zip(bits, sets, strict=True):
+        row[list(members)] = True
+    return np.packbits(bits, axis=1)
+
+
+def unpack(bits: OctetRows, clients: int) -> NDArray[np.bool_]:
+    """What `pack` packed, as [sets, N].
+
+    Raises:
+        SecureError: bits for another number of clients.
+    """
+    if bits.shape[1] != -(-clients // 8):
+        raise SecureError(f"malformed: sets of {bits.shape[1]} bytes for {clients} clients")
+    return np.unpackbits(bits, axis=1, count=clients).astype(bool)
+
+
+def _check(kind: type[Message], given: dict[str, object]) -> None:
+    names = {each.name: str(each.type) for each in fields(kind)}
+    if given.keys() != names.keys():
+        raise ValueError(f"fields {sorted(given)} where {sorted(names)} are due")
+    for name, form in names.items():
+        value = given[name]
+        if form in SCALARS:
+            right = type(value) is SCALARS[form]
+        else:
+            dtype, axes = ARRAYS[form]
+            right = isinstance(value, np.ndarray) and value.dtype == np.dtype(dtype) and value.ndim == axes
+        if not right:
+            raise ValueError(f"field {name!r} is of a wrong type")
