@@ -18,6 +18,7 @@ HIDDEN = {
     "tasks": TOP | {"algorithms", "encoders"},
     "prompts": TOP | {"algorithms", "tasks"},
     "privacy": TOP | {"algorithms", "tasks"},
+    "secure": TOP | {"algorithms", "encoders", "prompts", "tasks"},
     "algorithms": TOP | {"tasks"},
     "runtime": TOP - {"runtime"},
     "report": TOP - {"report"} | {"algorithms", "encoders", "tasks"},

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -525,7 +526,13 @@ def test_a_round_is_joined_once_and_shared_once() -> None:
     [
         ({"blocks": 7}, "answers are needed"),
         ({"minimum": 2}, "minimum = 2: must be at least 2 and more than privacy = 2"),
-        ({"minimum": 1, "privacy": 0}, "must be 1 or more"),
+        ({"minimum": 1, "privacy": 0}, "privacy = 0: must be 1 or more"),
+        ({"blocks": 0}, "blocks = 0"),
+        ({"largest": float("nan")}, "largest = nan: must be positive"),
+        ({"largest": 0.0}, "largest = 0.0: must be positive"),
+        ({"modulus": 2**62}, "no code for these sizes: modulus"),
+        ({"modulus": 11}, "no code for these sizes"),
+        ({"columns": 0}, "columns = 0"),
         ({"bits": 40}, "fewer bits"),
         ({"reveal": "everything"}, "reveal = 'everything'"),
         ({"factor_bits": 4}, "ratios need some"),
@@ -619,6 +626,56 @@ def test_averages_survive_drop_outs_and_name_liars() -> None:
     few = dict.fromkeys(range(setup.vector_needed - 1, 14), 4)
     with pytest.raises(TooFewAnswers, match="averaging"):
         run_average(clients_of(np.zeros((14, 1)), vectors), Server(setup), [range(14)], drop=few)
+
+
+# Sealed payloads
+
+
+class TaggedSealer:
+    """Stands in for a channel: a tag that only the two ends can make, and a content that others cannot read."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.public_key = number, bytes([number] * 4)
+        self.met: dict[int, bytes] = {}
+
+    def meet(self, keys: Mapping[int, bytes]) -> None:
+        self.met = dict(keys)
+
+    def _stream(self, one: int, other: int, context: bytes, length: int) -> bytes:
+        key = b"".join(self.met[each] for each in sorted((one, other))) + context
+        return hashlib.shake_256(key).digest(length)
+
+    def seal(self, recipient: int, content: bytes, context: bytes) -> bytes:
+        padded = content + hashlib.sha256(content + context).digest()
+        stream = self._stream(self.number, recipient, context, len(padded))
+        return bytes(a ^ b for a, b in zip(padded, stream, strict=True))
+
+    def unseal(self, sender: int, content: bytes, context: bytes) -> bytes:
+        stream = self._stream(sender, self.number, context, len(content))
+        padded = bytes(a ^ b for a, b in zip(content, stream, strict=True))
+        if hashlib.sha256(padded[:-32] + context).digest() != padded[-32:]:
+            raise SecureError("not sealed for this")
+        return padded[:-32]
+
+
+def test_payloads_are_sealed_end_to_end() -> None:
+    """Keys reach all, payloads are relayed as they are, and one that was sealed for another client is refused."""
+    points = groups(8)
+    setup = plan(clients=8, width=8, largest=1.0, blocks=1)
+    clients = [Client(i, point, sealer=TaggedSealer(i)) for i, point in enumerate(points)]
+    assert run(clients, Server(setup), [0, 1, 2]).result.labels.tolist() == expected(setup, points, range(8), [0, 1, 2])
+    assert clients[0].sealer.met == {i: bytes([i] * 4) for i in range(8)}  # type: ignore[attr-defined]
+
+    def swapped(shares: Shares) -> Message:
+        return replace(shares, payloads=shares.payloads[::-1])
+
+    clients = [Client(i, point, sealer=TaggedSealer(i)) for i, point in enumerate(points)]
+    clients[5] = Meddler(5, points[5], Shares, swapped)
+    clients[5].sealer = TaggedSealer(5)
+    outcome = run(clients, Server(setup), [0, 1, 2])
+    assert 5 not in outcome.result.clients
+    assert outcome.rejected[0].client == 5
+    assert clients[0].refused == [(5, "not sealed for this")]
 
 
 # Sizes, bytes and the room

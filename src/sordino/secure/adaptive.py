@@ -55,7 +55,9 @@ def adaptive(distances: Distances, how: Adaptive, iterations: int) -> Exchange[C
     state = yield from lloyd(distances, [everybody], 1)
     threshold = how.split * state.spreads[0]
     seen = {state.sets: state}
-    while state.count < most:
+    for _ in range(2 * most):
+        if state.count >= most:
+            break
         widest = max(state.sets, key=lambda members: _spread_of(state, members))
         if len(widest) < 2 or _spread_of(state, widest) <= threshold or not distances.affords([widest]):
             break

@@ -127,7 +127,7 @@ class Client:
                 f"{setup.clients} clients with points of {setup.width}"
             )
         self._setup, self._joined, self._next_step, self._next_mask = setup, (), 0, 0
-        self._held, self._dealt, self._summed = {}, set(), set()
+        self._held, self._dealt, self._summed, self.refused = {}, set(), set(), []
         return Join(setup.round, self.number, np.frombuffer(self.sealer.public_key, np.uint8))
 
     def _deal(self, request: Deal) -> Message:

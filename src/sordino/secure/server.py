@@ -14,20 +14,20 @@ steps, exactly. Nothing else, whatever it computes: an answer's polynomial carri
 polynomials of its degree whose sum over the blocks is zero, so that only the sum over the blocks is determined.
 (Without masks, as in the paper, the server would see the distance within every block; where a block is one number,
 that is every coordinate of x_i minus the centre, up to sign.) From enough distances much can be reconstructed: those
-to single clients, which are opened where clients are first centres, are distances between clients, and a full set of
-them gives all points up to a rotation and a shift. `columns` in the setup bounds how many are ever opened, and
-clients enforce it.
+to single clients, which are opened where clients are first centres and for two clients a split where the number of
+clusters adapts, are distances between clients, and a full set of them gives all points up to a rotation and a shift.
+`columns` in the setup bounds how many are ever opened, and clients enforce it.
 
 **What it learns with `reveal = "ratios"`.** Each row i comes multiplied by a factor r_i that only client i knows,
 plus a whole number below r_i that differs by column: D becomes r_i D + e. So a row gives the ratios of its distances,
 to one quantisation step, hence assignments and silhouettes; a whole number divided by another would give more, as the
 greatest common divisor of r_i D and r_i D' is r_i more often than not. A row alone shows no absolute distance beyond
 what the spread of the factors (2^factor_bits) leaves open (a client's distance to itself, known to be zero, is not
-answered, or its e would show the size of r_i). Rows together show more: D_il = D_li ties the factors of
-first centres that are clients to each other, and points in few dimensions tie all. So `ratios` hide the common scale,
-and make a reconstruction harder; they do not make it impossible. Spreads are opened as sums over the clusters of at
-least the minimum size of one partition, which fixes the scale of those clusters. Nearer is decided wrongly only where
-two squared distances differ by less than a squared quantisation step.
+answered, or its e would show the size of r_i). Rows together show more: D_il = D_li ties the factors of clients to
+whom distances were opened to each other, and points in few dimensions tie all. So `ratios` hide the common scale, and
+make a reconstruction harder; they do not make it impossible. Spreads are opened as sums over the clusters of at least
+the minimum size of one partition, if `spreads` is asked for, and fix the scale of those clusters. Nearer is decided
+wrongly only where two squared distances differ by less than a squared quantisation step.
 
 **What clients learn.** Any T of them together nothing about others but the sets that the server names. If they pass
 what they hold to the server, it learns of *their own* rows the whole polynomial, so distances block by block between
@@ -35,10 +35,10 @@ their own points and the centres; and a sum over a set gives it the sum over the
 set's sum is protected against the server with all but two of its members.
 
 **What is trusted.** Server and clients follow the protocol; for what deviating clients can do to results see
-`lagrange`. The server could name different sets to different clients. Sums of vectors need a majority of answers for
-this reason. Distances are protected alike where 2 (B + T - 1) + 1 is a majority; below it, such a server could open
-two distances behind one mask, and learn the difference of their polynomials. It must not be able to read what it
-relays: `sealer`.
+`lagrange`; beyond that, a client can falsify its own row, whose masks it deals. The server could name different sets
+to different clients. Sums of vectors need a majority of answers for this reason. Distances are protected alike where
+2 (B + T - 1) + 1 is a majority; below it, such a server could open two distances behind one mask, and learn the
+difference of their polynomials. It must not be able to read what it relays: `sealer`.
 """
 
 from __future__ import annotations

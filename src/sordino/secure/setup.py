@@ -64,12 +64,19 @@ class Setup(Message):
         Raises:
             SecureError: too few clients for the degree, too small a field, or a minimum that protects nobody.
         """
+        _check_sizes(self.clients, self.privacy, self.width, self.columns, self.largest, self.vector_largest)
+        if self.blocks < 1 or self.length < 0:
+            raise SecureError(
+                f"blocks = {self.blocks}, length = {self.length}: blocks must be 1 or more, length not negative"
+            )
+        try:
+            _ = self.point_code, self.vector_code
+        except ValueError as error:
+            raise SecureError(f"no code for these sizes: {error}") from None
         if self.reveal not in ("distances", "ratios") or (self.factor_bits > 0) != (self.reveal == "ratios"):
             raise SecureError(
                 f"reveal = {self.reveal!r} with {self.factor_bits} factor bits: ratios need some, distances none"
             )
-        if min(self.blocks, self.privacy, self.width, self.columns) < 1 or self.length < 0:
-            raise SecureError("blocks, privacy, width and columns must be 1 or more, length not negative")
         if self.needed > self.clients:
             raise SecureError(
                 f"{self.needed} answers are needed with {self.blocks} blocks and privacy {self.privacy}, "
@@ -164,6 +171,7 @@ def plan(
     Raises:
         SecureError: there is no such round; the message names the numbers and what to change.
     """
+    _check_sizes(clients, privacy, width, columns, largest, vector_largest)
     field, spread = PrimeField(modulus), factor_bits if reveal == "ratios" else 0
     if blocks is None:
         blocks = blocks_for(clients, privacy, width, tolerance, reveal)
@@ -186,6 +194,16 @@ def plan(
     )
     setup.check()
     return setup
+
+
+def _check_sizes(clients: int, privacy: int, width: int, columns: int, largest: float, vector_largest: float) -> None:
+    sizes = {"clients": clients, "privacy": privacy, "width": width, "columns": columns}
+    for name, size in sizes.items():
+        if size < 1:
+            raise SecureError(f"{name} = {size}: must be 1 or more")
+    for name, value in {"largest": largest, "vector_largest": vector_largest}.items():
+        if not 0 < value < float("inf"):
+            raise SecureError(f"{name} = {value}: must be positive and finite")
 
 
 def blocks_for(clients: int, privacy: int, width: int, tolerance: float, reveal: Reveal = "distances") -> int:
