@@ -40,6 +40,7 @@ CLIENTS, IMAGES, LENGTH, BATCH = 10, 40, 16, 32
 VIT = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 3}
 PICTURES = {"image_size": 64, "patch_size": 8}
 SETTINGS = {"context_length": LENGTH, "batch_size": BATCH, "local_steps": 1}
+TWO_KINDS = ("pfedpt", "sgpt")  # methods that step in turns on two parts
 
 
 def runtime_of(name: str, encoder: DualEncoder, names: list[str]) -> LocalRuntime:
@@ -49,7 +50,7 @@ def runtime_of(name: str, encoder: DualEncoder, names: list[str]) -> LocalRuntim
         EncoderError: the encoder cannot carry it.
     """
     method = algorithm(name)
-    settings = settings_for(name, SETTINGS)
+    settings = settings_for(name, SETTINGS | ({"local_steps": 2} if name in TWO_KINDS else {}))
     model = model_class(method).of(settings, encoder, encoder.class_tokens(names))
     generator = torch.Generator().manual_seed(0)
     size = encoder.transform(Image.new("RGB", (8, 8))).shape[-1]

@@ -32,6 +32,7 @@ from sordino.runtime.local import LocalRuntime, RoundRecord, Training
 from sordino.tasks.splits import Task
 
 LEDGER = "ledger.json"
+DISTANCES = "distances"  # folder: what a server that clusters on shares saw, a file a round
 
 
 def run(
@@ -241,6 +242,9 @@ def _train(
         training, record = runtime.round(training)
         if training.ledger.releases:  # before anything else of this round is written, so that nothing goes uncounted
             write_atomically(out / LEDGER, training.ledger.to_json().encode())
+        if record.protocol and record.protocol.opened:
+            content = json.dumps(record.protocol.distances()).encode()
+            write_atomically(out / DISTANCES / f"round-{training.round:06d}.json", content)
         last = training.round == runtime.rounds
         due = last or training.round % config.runtime.evaluate_every == 0
         scores = _record(metrics, record, time.monotonic() - started, runtime, evaluation if due else None, training)
@@ -262,7 +266,7 @@ def _record(
     """Evaluate where an evaluation is given, and write the round's line."""
     started = time.monotonic()
     scores = evaluation.scores(runtime.prompts(training)) if evaluation else None
-    line = asdict(record) | {
+    line = record.line() | {
         "loss": record.loss if record.round else None,
         "seconds": seconds,
         "evaluate_seconds": time.monotonic() - started,

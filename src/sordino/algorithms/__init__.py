@@ -43,6 +43,8 @@ METHODS: dict[str, Method] = {
     "pfedpg": Method("pfedpg"),
     "fedperfix": Method("fedperfix"),
     "sgpt": Method("sgpt"),
+    "secfpp": Method("secfpp"),
+    "secfpp-plain": Method("secfpp_plain", "secfpp"),
     "dp-fpl": Method("dp_fpl"),
     "dplora": Method("dp_fpl", "dp-fpl", {"parameterisation": "lora"}),
     "dp-fpl-full": Method("dp_fpl", "dp-fpl", {"parameterisation": "full"}),

@@ -13,7 +13,12 @@ A method is one module. It defines
     prompt(broadcast, state) -> Prompt                 contexts [K, M, E], or named tensors [K, ...]; 1 for K if shared
 
 and, where prompts and images meet otherwise than CoOp's do, a `Model`: a subclass of PromptModel with a class method
-`of(settings, encoder, classes)`.
+`of(settings, encoder, classes)`. A method whose server may not see uploads, and computes with the clients instead, has
+
+    exchange(settings, model, server, upload, clients, clock) -> what server_round is given for uploads
+    check(settings, model, clients)                    refuses a federation that it cannot serve
+
+where `exchange` plays both ends in one process.
 
 Every tensor of a ClientState and of an Upload has the K clients as its leading axis, so that a process that holds one
 client and one that holds a thousand run the same lines. The functions do no I/O, read no clock but the one they are
@@ -27,7 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from pydantic import ConfigDict
@@ -36,6 +41,7 @@ from torch import Tensor
 from sordino.encoders.prompt_model import Prompt, PromptModel
 from sordino.privacy.gradients import Batch, Gradients, Sampling
 from sordino.privacy.ledger import Disclosure
+from sordino.privacy.mechanism import ServerUses
 from sordino.privacy.noise import Randomness
 from sordino.randomness import Streams
 
@@ -232,6 +238,18 @@ class ClientData:
             chosen = torch.stack([plan[step] for plan in plans]).to(self.rows.device)  # [K, B], -1 for none
             yield self._batch(self.rows.gather(1, chosen.clamp(min=0)), chosen >= 0)
 
+    def balanced(self) -> ClientData:
+        """The same examples, those of a client's rarer classes repeated so that all its classes count alike."""
+        repeated = []
+        for row, count in zip(self.rows, self.counts, strict=True):
+            own = row[:count]
+            labels = self.labels[own]
+            most = int(labels.bincount().max())
+            classes = [own[labels == label] for label in labels.unique()]
+            repeated.append(torch.cat([each.repeat(-(-most // len(each)))[:most] for each in classes]))
+        counts = torch.tensor([len(each) for each in repeated], device=self.counts.device)
+        return replace(self, rows=torch.nn.utils.rnn.pad_sequence(repeated, batch_first=True), counts=counts)
+
     def _tossed(self, step: int, size: int | None, coins: Randomness) -> Batch:
         """A batch that each example is in with probability size / n, whoever else is; it may be empty."""
         counts = self.counts.double().cpu()
@@ -272,7 +290,8 @@ class About:
         privacy: the guarantee that the method claims in its paper.
         needs: what it needs of the encoder.
         discloses: what leaves a client or is published, if nothing is noised; empty if nothing that was learned.
-        server_uses: what the server makes of uploads: their "mean" alone, "each" by itself, or "nothing".
+        server_uses: what the server makes of uploads: their "mean" alone, "each" by itself, what their "shares" let it
+            compute, or "nothing".
         averages: parameters whose gradient is uploaded as it is and only averaged, with the upload's field.
         trains: false for a method with no rounds.
         pools_data: true for a method that sees all clients' images in one place.
@@ -284,7 +303,7 @@ class About:
     privacy: str
     needs: str
     discloses: tuple[Disclosure, ...]
-    server_uses: Literal["mean", "each", "nothing"]
+    server_uses: ServerUses
     averages: Mapping[str, str] = field(default_factory=dict)
     trains: bool = True
     pools_data: bool = False

@@ -7,7 +7,7 @@ from sordino.errors import ConfigError
 from sordino.privacy import accounting
 from sordino.privacy.client_level import ClientMechanism
 from sordino.privacy.example_level import ExampleMechanism
-from sordino.privacy.mechanism import Facts, Mechanism
+from sordino.privacy.mechanism import INSTEAD_OF_A_MEAN, Facts, Mechanism
 from sordino.privacy.settings import PrivacySettings
 
 
@@ -47,9 +47,7 @@ def _check(settings: PrivacySettings, facts: Facts) -> None:
         )
     if settings.unit == "client":
         if facts.server_uses != "mean":
-            does = (
-                "sends nothing to be averaged" if facts.server_uses == "nothing" else "looks at each upload by itself"
-            )
+            does = INSTEAD_OF_A_MEAN[facts.server_uses]
             raise ConfigError("privacy.mechanism", "dp-fedavg", f"this method {does}; use 'dp-sgd' or 'cotangent'")
         if not facts.uniform:
             raise ConfigError(

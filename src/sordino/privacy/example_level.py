@@ -50,7 +50,7 @@ class ExampleMechanism(Mechanism):
 
     def empty_ledger(self) -> Ledger:
         noise_by = self.settings.noise_by
-        covered: tuple[Way, ...] = ("mean", "prompt", "sizes", *(() if noise_by == "server" else ("upload",)))
+        covered: tuple[Way, ...] = ("mean", "prompt", "sizes", *(() if noise_by == "server" else ("upload", "shares")))
         trusted: tuple[Observer, ...] = ("server",) if noise_by != "client" or self.facts.pools_data else ()
         assumptions = (SIZES_KNOWN, *((SUMS_ONLY,) if noise_by == "shares" else ()))
         return Ledger((), self._left_open(covered), trusted, assumptions, self.delta, self._randomness)

@@ -16,11 +16,12 @@ from sordino.errors import RunError
 Unit = Literal["example", "client"]
 Observer = Literal["server", "clients", "public"]
 OBSERVERS: tuple[Observer, ...] = get_args(Observer)
-Way = Literal["upload", "mean", "prompt", "memory", "images", "sizes"]
+Way = Literal["upload", "shares", "mean", "prompt", "memory", "images", "sizes"]
 
 # Who sees what leaves in which way. The mean reaches all clients, and everybody who is given a prompt.
 SEEN_BY: dict[Way, tuple[Observer, ...]] = {
     "upload": ("server",),
+    "shares": ("server",),
     "mean": OBSERVERS,
     "prompt": OBSERVERS,
     "memory": ("public",),
@@ -69,9 +70,9 @@ class Disclosure:
 
     Attributes:
         content: what, and to whom, in words.
-        way: how it leaves: to the server in an "upload", to all as the server's "mean" of uploads, to the public as a
-            client's "prompt", or as a "memory" of images that comes with it; as "images" that are handed over; as the
-            "sizes" of the clients' data.
+        way: how it leaves: to the server in an "upload", or as what it computes on "shares"; to all as the server's
+            "mean" of uploads; to the public as a client's "prompt", or as a "memory" of images that comes with it; as
+            "images" that are handed over; as the "sizes" of the clients' data.
     """
 
     content: str

@@ -22,8 +22,15 @@ from sordino.privacy.ledger import OBSERVERS, Disclosure, Ledger, Release, Way
 from sordino.privacy.noise import Randomness
 from sordino.privacy.settings import PrivacySettings
 
+ServerUses = Literal["mean", "each", "shares", "nothing"]
 Average = Callable[[str, Tensor, Tensor], Tensor]  # (field, values [K, ...], weights [K]) to their mean
 
+# What a method does that does not average over all clients, in words.
+INSTEAD_OF_A_MEAN: dict[ServerUses, str] = {
+    "each": "looks at each upload by itself",
+    "shares": "averages within clusters, on secret shares",
+    "nothing": "sends nothing to be averaged",
+}
 SLACK = 1e-6  # by which a budget may seem to be passed where rounding says so
 SUMS_ONLY = "the server sees the sum of uploads only (secure aggregation); it is listed with what single uploads tell"
 
@@ -63,7 +70,7 @@ class Facts:
     participation: float
     shared: Mapping[str, str]
     personal: bool
-    server_uses: Literal["mean", "each", "nothing"]
+    server_uses: ServerUses
     discloses: tuple[Disclosure, ...]
 
     def rate(self, client: int) -> float:

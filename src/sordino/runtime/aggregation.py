@@ -13,7 +13,7 @@ from torch import Tensor
 from sordino.algorithms.base import About, AnyUpload, Uploads, map_tensors, named_tensors
 from sordino.errors import ConfigError
 from sordino.privacy.client_level import WEIGHT, clip_jointly
-from sordino.privacy.mechanism import Average
+from sordino.privacy.mechanism import INSTEAD_OF_A_MEAN, Average
 from sordino.privacy.settings import PrivacySettings
 from sordino.runtime.settings import RuntimeSettings
 
@@ -99,7 +99,7 @@ def check(settings: RuntimeSettings, privacy: PrivacySettings, about: About, cli
     if kind == "mean":
         return
     if about.server_uses != "mean":
-        does = "sends nothing to be averaged" if about.server_uses == "nothing" else "looks at each upload by itself"
+        does = INSTEAD_OF_A_MEAN[about.server_uses]
         raise ConfigError("runtime.aggregation", kind, f"this method {does}; use 'mean'")
     if privacy.on and privacy.noise_by != "client":
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -42,6 +43,7 @@ from sordino.randomness import Streams, derive_seed
 from sordino.runtime import aggregation, wire
 from sordino.runtime.aggregation import aggregated
 from sordino.runtime.settings import RuntimeSettings
+from sordino.secure import ByShares, Opened
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,48 @@ class Training:
 
 
 @dataclass(frozen=True)
+class ProtocolRecord:
+    """What a round's protocol on shares came to.
+
+    Attributes:
+        exchanges: of messages, in which all clients were asked.
+        opened: all distances that the server saw.
+        clients: the participants, by their number in the protocol.
+        step: a quantisation step of what distances are of.
+        rejected: what the server did not take, as (client, step, reason).
+        refused: what clients refused to do, as (client, reason).
+        seconds: that it took.
+    """
+
+    exchanges: int
+    opened: tuple[Opened, ...]
+    clients: tuple[int, ...]
+    step: float
+    rejected: list[tuple[int, str, str]]
+    refused: list[tuple[int, str]]
+    seconds: float
+
+    def line(self) -> dict[str, Any]:
+        """All of it but the distances, of which it says how many clients had them opened to how many centres."""
+        line = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("opened", "clients")}
+        return line | {"columns": len(self.opened)}
+
+    def distances(self) -> dict[str, Any]:
+        """What the server saw, for a JSON file; clients have their number in the federation."""
+        return {
+            "step": self.step,
+            "columns": [
+                {
+                    "members": [self.clients[place] for place in column.members],
+                    "clients": [self.clients[place] for place in column.clients],
+                    "values": list(column.values),
+                }
+                for column in self.opened
+            ],
+        }
+
+
+@dataclass(frozen=True)
 class RoundRecord:
     """What happened in a round.
 
@@ -71,6 +115,8 @@ class RoundRecord:
         loss: mean over the participants of their mean cross-entropy, in nats. Known to a simulation only.
         participants: how many clients took part.
         upload_bytes, broadcast_bytes: of one client's messages, serialised.
+        clusters: the number of each client's cluster after the round, where a method has any; negative for none.
+        protocol: what a protocol on shares between clients and server came to, where there was one.
     """
 
     round: int
@@ -78,6 +124,14 @@ class RoundRecord:
     participants: int
     upload_bytes: int
     broadcast_bytes: int
+    clusters: list[int] | None = None
+    protocol: ProtocolRecord | None = None
+
+    def line(self) -> dict[str, Any]:
+        """The record for `metrics.jsonl`; what does not apply is left out."""
+        line = {each.name: getattr(self, each.name) for each in fields(self)}
+        line["protocol"] = self.protocol.line() if self.protocol else None
+        return {name: value for name, value in line.items() if value is not None}
 
 
 class LocalRuntime:
@@ -121,6 +175,8 @@ class LocalRuntime:
         self.privacy = privacy or PrivacySettings()
         facts = facts_of(algorithm, settings, [len(each) for each in rows], self.rounds, runtime, seed)
         self.mechanism = mechanism_for(self.privacy, facts, model)
+        if check := getattr(algorithm, "check", None):
+            check(settings, model, participant_count(len(rows), runtime.participation))
         aggregation.check(runtime, self.privacy, algorithm.ABOUT, participant_count(len(rows), runtime.participation))
         self.boosts = dict(boosts or {})
 
@@ -171,8 +227,13 @@ class LocalRuntime:
         )
         upload, message = _protected(self._boosted(upload, stack), at_work)
         there = torch.arange(len(chosen), device=stack.device)
-        uploads = aggregated(self.runtime, take(upload, there), at_work.average)
+        began = time.monotonic()
+        if exchange := getattr(self.algorithm, "exchange", None):
+            uploads = exchange(self.settings, self.model, training.server, take(upload, there), chosen.tolist(), clock)
+        else:
+            uploads = aggregated(self.runtime, take(upload, there), at_work.average)
         server = self.algorithm.server_round(self.settings, training.server, uploads, clock)
+        protocol = _protocol(uploads, time.monotonic() - began)
         clients = put(training.clients, chosen, take(states, there))
         after = Training(number, server, clients, at_work.finish(), training.ledger.add(at_work.releases))
         loss = gradients.mean_loss()
@@ -180,11 +241,16 @@ class LocalRuntime:
             attacked = ", or poisoning.boost, or have another runtime.aggregation" if self.boosts else ""
             raise RunError(f"training diverged in round {number} (loss {loss}); lower the learning rate{attacked}")
         first = torch.zeros(1, dtype=torch.int64, device=stack.device)
-        one_upload = wire.encode(take(message, first))
         told = take(broadcast, first) if isinstance(broadcast, PersonalBroadcast) else broadcast
-        one_broadcast = wire.encode(_with_clip(told, at_work))
-        record = RoundRecord(number, loss, len(chosen), len(one_upload), len(one_broadcast))
-        return after, record
+        down = len(wire.encode(_with_clip(told, at_work)))
+        if protocol:
+            up, received = _traffic(uploads)
+            down += received
+        else:
+            up = len(wire.encode(take(message, first)))
+        labels = getattr(server, "labels", None)
+        clusters = None if labels is None else labels.long().tolist()
+        return after, RoundRecord(number, loss, len(chosen), up, down, clusters, protocol)
 
     def within_budget(self, training: Training) -> bool:
         """Whether the next round may be run: whether what it releases, on top of the ledger, stays in the budget."""
@@ -314,6 +380,28 @@ def client_data(features: Tensor, labels: Tensor, rows: Sequence[Sequence[int]],
 def _take_data(data: ClientData, chosen: Tensor, coins: Randomness | None) -> ClientData:
     rows, counts, weights = data.rows[chosen], data.counts[chosen], data.weights[chosen]
     return replace(data, rows=rows, counts=counts, weights=weights, coins=coins)
+
+
+def _protocol(uploads: Any, seconds: float) -> ProtocolRecord | None:
+    """What a protocol came to; None where there was none."""
+    if not isinstance(uploads, ByShares):
+        return None
+    server = uploads.server
+    return ProtocolRecord(
+        uploads.traffic.exchanges,
+        tuple(server.opened),
+        uploads.clients,
+        2.0**-server.setup.bits,
+        [(uploads.clients[each.client], each.step, each.reason) for each in server.rejected],
+        [(uploads.clients[place], reason) for place, reason in uploads.traffic.refusals],
+        seconds,
+    )
+
+
+def _traffic(uploads: ByShares) -> tuple[int, int]:
+    """(Bytes that a protocol's first client sent, bytes that it was sent.)"""
+    traffic = uploads.traffic
+    return sum(traffic.sent.get(0, {}).values()), traffic.received[0]
 
 
 def _finite(training: Training) -> bool:

@@ -12,19 +12,26 @@ from sordino.secure.adaptive import Adaptive, adaptive
 from sordino.secure.client import Client
 from sordino.secure.clustering import Clusters, PlainDistances, farthest_first, finish, lloyd
 from sordino.secure.errors import SecureError, TooFewAnswers, TooManyErrors
-from sordino.secure.local import Outcome, Traffic, drive, run, run_average
+from sordino.secure.local import ITERATIONS, ByShares, Outcome, Traffic, drive, run, run_average
 from sordino.secure.mail import Rejection
+from sordino.secure.pairs import Pairs
+from sordino.secure.sealed import EncryptingSealer
 from sordino.secure.sealer import PlainSealer, Sealer
+from sordino.secure.search import Start, search
 from sordino.secure.server import Averages, Opened, Server
 from sordino.secure.setup import Setup, plan
 
 __all__ = [
+    "ITERATIONS",
     "Adaptive",
     "Averages",
+    "ByShares",
     "Client",
     "Clusters",
+    "EncryptingSealer",
     "Opened",
     "Outcome",
+    "Pairs",
     "PlainDistances",
     "PlainSealer",
     "Rejection",
@@ -32,6 +39,7 @@ __all__ = [
     "SecureError",
     "Server",
     "Setup",
+    "Start",
     "TooFewAnswers",
     "TooManyErrors",
     "Traffic",
@@ -43,4 +51,5 @@ __all__ = [
     "plan",
     "run",
     "run_average",
+    "search",
 ]

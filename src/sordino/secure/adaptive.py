@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sordino.secure.clustering import Clusters, Distances, Exchange, Set, common_scale, lloyd, real_distances
+from sordino.secure.clustering import Clusters, Distances, Exchange, Set, common_scale, lloyd, numbered, real_distances
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def adaptive(distances: Distances, how: Adaptive, iterations: int) -> Exchange[C
         sets = [members for members in state.sets if members != widest] + halves
         if not distances.affords(sets):
             break
-        state = _numbered((yield from lloyd(distances, sets, iterations)))
+        state = numbered((yield from lloyd(distances, sets, iterations)))
         for _ in range(len(sets)):
             pair = yield from closest(distances, state, how.merge)
             if pair is None:
@@ -73,7 +73,7 @@ def adaptive(distances: Distances, how: Adaptive, iterations: int) -> Exchange[C
             sets = [members for members in state.sets if members not in pair] + [pair[0] | pair[1]]
             if not distances.affords(sets):
                 break
-            state = _numbered((yield from lloyd(distances, sets, iterations)))
+            state = numbered((yield from lloyd(distances, sets, iterations)))
         if not state.converged or state.sets in seen:
             break
         seen[state.sets] = state
@@ -103,14 +103,6 @@ def _halves(distances: Distances, members: Set) -> Exchange[list[Set]]:
     matrix = yield from common_scale(distances, poles)
     near = frozenset(distances.clients[row] for row in rows if matrix[row, 0] < matrix[row, 1])
     return [near, members - near]
-
-
-def _numbered(found: Clusters) -> Clusters:
-    """Without empty clusters, numbered by their lowest client."""
-    order = sorted((number for number, members in enumerate(found.sets) if members), key=lambda n: min(found.sets[n]))
-    labels = np.array([order.index(label) for label in found.labels], np.int64)
-    sets = tuple(found.sets[number] for number in order)
-    return replace(found, labels=labels, sets=sets, spreads=tuple(found.spreads[number] for number in order))
 
 
 def closest(distances: Distances, state: Clusters, merge: float) -> Exchange[tuple[Set, Set] | None]:

@@ -117,6 +117,14 @@ def lloyd(distances: Distances, sets: Sequence[Set], iterations: int) -> Exchang
     return (yield from _described(distances, Clusters(distances.clients, labels, tuple(members), done, converged)))
 
 
+def numbered(found: Clusters) -> Clusters:
+    """The same without empty clusters, numbered by their lowest client."""
+    order = sorted((number for number, members in enumerate(found.sets) if members), key=lambda n: min(found.sets[n]))
+    labels = np.array([order.index(label) for label in found.labels], np.int64)
+    sets = tuple(found.sets[number] for number in order)
+    return replace(found, labels=labels, sets=sets, spreads=tuple(found.spreads[number] for number in order))
+
+
 def farthest_first(distances: Distances, count: int) -> Exchange[list[Set]]:
     """First centres: the client farthest from the centre of all, then always the one farthest from those chosen.
 

@@ -7,15 +7,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from sordino.secure.adaptive import Adaptive
 from sordino.secure.client import Client
 from sordino.secure.clustering import Clusters, Exchange
 from sordino.secure.errors import SecureError
 from sordino.secure.mail import Rejection
 from sordino.secure.messages import kind_of
+from sordino.secure.search import Start
 from sordino.secure.server import Averages, Opened, Server
+from sordino.secure.setup import Setup
 
 Result = TypeVar("Result")
+ITERATIONS = 50  # of k-means, at most
 Drop = Mapping[int, int] | Callable[[int, int], bool]
 
 
@@ -40,6 +42,35 @@ class Traffic:
         return sum(self.sent.get(client, Counter()).values()) + self.received[client]
 
 
+class ByShares:
+    """A round of one server with its clients, who are some of a federation's.
+
+    Args:
+        setup: the round's numbers.
+        parties: the clients' ends, numbered by their place.
+        clients: their numbers in the federation, ascending.
+        drop: see `run`; exchanges are counted through the whole round.
+
+    Attributes:
+        server: the server's end, with all that it saw.
+        clients, traffic: of this round.
+    """
+
+    def __init__(
+        self, setup: Setup, parties: Sequence[Client], clients: Sequence[int], drop: Drop | None = None
+    ) -> None:
+        self.server, self.clients, self.traffic = Server(setup), tuple(clients), Traffic()
+        self._parties, self._drop = parties, drop
+
+    def cluster(self, start: Start) -> Clusters:
+        """Cluster the clients' points; see `Server.cluster`."""
+        return drive(self.server.cluster(start, ITERATIONS), self._parties, self.traffic, self._drop)
+
+    def average(self, sets: Sequence[Iterable[int]]) -> Averages:
+        """The means of the clients' vectors within disjoint sets; see `Server.average`."""
+        return drive(self.server.average(sets), self._parties, self.traffic, self._drop)
+
+
 @dataclass(frozen=True)
 class Outcome(Generic[Result]):
     """What a round came to.
@@ -60,7 +91,7 @@ class Outcome(Generic[Result]):
 def run(
     clients: Sequence[Client],
     server: Server,
-    start: int | Sequence[int] | Sequence[Iterable[int]] | Adaptive,
+    start: Start,
     iterations: int = 50,
     drop: Drop | None = None,
 ) -> Outcome[Clusters]:

@@ -9,9 +9,9 @@ from typing import Protocol
 class Sealer(Protocol):
     """A client's end of an authenticated channel to every other client, over the server.
 
-    An implementation for a network agrees on a key with each peer (X25519) and encrypts with an authenticated cipher
-    (ChaCha20-Poly1305), with `context` as associated data, so that a payload cannot be replayed in another round or to
-    another client. Keys must reach the peers unchanged: a server that could replace them could read everything.
+    `sealed.EncryptingSealer` is one. Keys must reach the peers unchanged: a server that could replace them could read
+    everything. `context` is authenticated with a payload, so that it cannot be replayed in another round or to another
+    client.
     """
 
     @property

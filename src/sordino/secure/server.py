@@ -49,8 +49,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sordino.secure.adaptive import Adaptive, adaptive
-from sordino.secure.clustering import Clusters, Exchange, Floats, Integers, Set, farthest_first, lloyd
+from sordino.secure.clustering import Clusters, Exchange, Floats, Integers, Set
 from sordino.secure.errors import SecureError, TooFewAnswers
 from sordino.secure.field import Elements
 from sordino.secure.mail import Mail, Rejection
@@ -67,6 +66,7 @@ from sordino.secure.messages import (
     Shares,
     pack,
 )
+from sordino.secure.search import Start, search
 from sordino.secure.setup import Setup
 
 
@@ -124,14 +124,11 @@ class Server:
         self._columns: dict[Set, Integers] = {}
         self._step = self._masks = 0
 
-    def cluster(
-        self, start: int | Sequence[int] | Sequence[Iterable[int]] | Adaptive, iterations: int = 50
-    ) -> Exchange[Clusters]:
+    def cluster(self, start: Start, iterations: int = 50) -> Exchange[Clusters]:
         """Cluster the clients' points.
 
         Args:
-            start: first centres as client numbers; or as sets of clients, whose means they are; or a number of
-                clusters, with first centres by `farthest_first`; or how the number of clusters adapts.
+            start: where to search; see `search`.
             iterations: at most so many times are new centres computed.
 
         Returns:
@@ -143,18 +140,7 @@ class Server:
         """
         if not self.clients:
             self.clients = yield from self._share("point")
-        if isinstance(start, Adaptive):
-            return (yield from adaptive(self, start, iterations))
-        if isinstance(start, int):
-            sets = yield from farthest_first(self, start)
-        else:
-            sets = [frozenset({each}) if isinstance(each, int | np.integer) else frozenset(each) for each in start]
-        for members in sets:
-            if not members or not members <= {*self.clients}:
-                raise SecureError(
-                    f"first centre {sorted(members)}: dealt no shares, or is empty; choose among {self.clients}"
-                )
-        return (yield from lloyd(self, sets, iterations))
+        return (yield from search(self, start, iterations))
 
     @property
     def rejected(self) -> list[Rejection]:

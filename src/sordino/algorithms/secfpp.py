@@ -1,0 +1,372 @@
+"""SecFPP: a domain-level context, shared within clusters that are found on secret shares, and a class-level one.
+
+Hou, Li, Buyukates, Privacy-preserving Prompt Personalization in Federated Learning for Multimodal Large Language
+Models, 2025 (arXiv 2505.22447). Client i uses p_D + p_i. The class-level part p_i stays. The domain-level part is
+averaged among the clients of a cluster. Who belongs together is found by k-means, and both the distances that it takes
+and the means are computed on Lagrange shares (`sordino.secure`), so that the server sees distances and means of
+clusters, and nobody sees a client's prompt.
+
+Choices where the paper is silent. Both parts have the same gradient, so what makes them different is what they learn
+from: steps of the domain-level part take batches in which every class of the client counts alike, so that clusters are
+of domains and not of class mixtures; the two parts take turns. Clients learn alone until the first clustering, when
+there is something to cluster. A client is clustered by its whole context, reduced to what it changed in the features of
+the classes: [C, D], without their mean over classes (which no softmax sees), on leading directions of public class
+names' features, with unit norm. A context alone, 3,072 numbers of which most is noise, did not show PACS's domains.
+The search opens the distances between all clients (`Pairs`) or only those that k-means needs (`Adaptive`). A cluster
+below the minimum size is not opened, and its clients keep their own domain-level parts. If too few clients answer, the
+last clusters stay. Cluster means are not weighed by sizes.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass as settings_dataclass
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from sordino import secure
+from sordino.algorithms import base
+from sordino.algorithms.base import STRICT, About, ClientData, Clock, Start
+from sordino.algorithms.descent import descend, first_steps
+from sordino.algorithms.optimizer import Optimizer
+from sordino.encoders.prompt_model import PromptModel
+from sordino.errors import ConfigError
+from sordino.privacy.cotangent import public_directions
+from sordino.privacy.gradients import Batch, Gradients, Parameters
+from sordino.privacy.ledger import Disclosure
+from sordino.progress import log
+from sordino.prompts.contexts import initial_context
+from sordino.secure.setup import Reveal
+
+DIRECTIONS = 64  # public directions on which class features are read, at most
+COLUMNS = 96  # distances to centres that a client answers a round, beside those to other clients
+NOBODY = -1  # the cluster of a client that was never clustered
+
+ABOUT = About(
+    paper="Hou et al., SecFPP, 2025 (arXiv 2505.22447)",
+    personal="a class-level context",
+    shared="a domain-level context, by cluster",
+    privacy="secret shares: no prompt is seen by the server or another client; distances and clusters' means are",
+    needs="text tower",
+    discloses=(
+        Disclosure("squared distances between clients' reduced prompts, so their clusters, to the server", "shares"),
+        Disclosure("the mean domain-level context of each cluster, to its clients and the server", "mean"),
+        Disclosure("each client's prompt, where it is published", "prompt"),
+    ),
+    server_uses="shares",
+)
+
+
+@settings_dataclass(frozen=True, config=STRICT)
+class Settings:
+    """Hyper-parameters.
+
+    Attributes:
+        context_length: M, the number of learned vectors.
+        initial_context: words that the domain-level part starts from, at its end; empty for random vectors alone.
+        local_steps: gradient steps a client takes a round, of both parts together.
+        domain_share: how many of them are the domain-level part's, which come first.
+        balanced: whether those take batches in which each class of a client counts alike.
+        batch_size: examples a step and client; 0 takes all of them.
+        optimizer: of both parts; its state stays at the client.
+        cluster_every: rounds between two clusterings; clients learn alone before the first.
+        clusters: their number; 0 lets it adapt.
+        search: "pairs" opens the distances between all clients; "centres" those that k-means with splits and merges
+            asks for, fewer, and finds less.
+        significance: with "pairs", how often noise alone may look as split as a split that is kept.
+        width: d, numbers a prompt is reduced to, at most.
+        reveal: "distances", or "ratios" of a client's distances to each other, without their scale.
+        colluders: T, how many clients may pool what they hold and learn nothing of others' prompts.
+        dropouts: the share of a round's clients that may vanish in the middle of it.
+        largest: entries of the domain-level part's change since the start are cut down to this size.
+    """
+
+    context_length: PositiveInt = 16
+    initial_context: str = ""
+    local_steps: PositiveInt = 4
+    domain_share: float = Field(default=0.5, gt=0, lt=1)
+    balanced: bool = True
+    batch_size: NonNegativeInt = 32
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=0.002))
+    cluster_every: PositiveInt = 10
+    clusters: NonNegativeInt = 0
+    search: Literal["pairs", "centres"] = "pairs"
+    significance: float = Field(default=0.05, gt=0, lt=1)
+    width: PositiveInt = 512
+    reveal: Reveal = "distances"
+    colluders: PositiveInt = 1
+    dropouts: float = Field(default=0.25, ge=0, lt=1)
+    largest: PositiveFloat = 4.0
+
+    def __post_init__(self) -> None:
+        if first_steps(self.local_steps, self.domain_share) in (0, self.local_steps):
+            raise ConfigError(
+                "local_steps", self.local_steps, f"with domain_share = {self.domain_share} one part takes no step"
+            )
+
+    @property
+    def minimum(self) -> int:
+        """Fewest clients of a cluster whose mean is opened."""
+        return max(2, self.colluders + 1)
+
+
+@dataclass(frozen=True)
+class Server(base.Server):
+    start: Tensor  # [M, E], where every domain-level part began
+    contexts: Tensor  # [K, M, E], the mean domain-level part of each client's cluster
+    opened: Tensor  # [K], 1 where there is one, else 0
+    labels: Tensor  # [K], the number of each client's cluster, NOBODY before it has one
+
+
+@dataclass(frozen=True)
+class Broadcast(base.PersonalBroadcast):
+    context: Tensor  # [K, M, E], the cluster's mean
+    opened: Tensor  # [K], 1 where there is one, else 0
+
+
+@dataclass(frozen=True)
+class ClientState(base.ClientState):
+    domain: Tensor  # [K, M, E], its own p_D
+    personal: Tensor  # [K, M, E], p_i
+    domain_optimizer: dict[str, Tensor]
+    personal_optimizer: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Upload(base.Upload):
+    """Neither leaves its client but in shares.
+
+    Attributes:
+        context: [K, M, E], the whole context, which a client is clustered by.
+        domain: [K, M, E], the domain-level part, which is averaged.
+    """
+
+    context: Tensor
+    domain: Tensor
+
+
+class Exchanged(Protocol):
+    """What the server is told about a round's participants.
+
+    Attributes:
+        clients: their numbers, ascending; a client's place among them is its number in what follows.
+    """
+
+    @property
+    def clients(self) -> tuple[int, ...]: ...
+
+    def cluster(self, start: secure.Start) -> secure.Clusters:
+        """Cluster them.
+
+        Raises:
+            SecureError: too few answered.
+        """
+        ...
+
+    def average(self, sets: Sequence[frozenset[int]]) -> secure.Averages:
+        """The mean domain-level part's change since the start, flattened, in each of disjoint sets.
+
+        Raises:
+            SecureError: too few answered.
+        """
+        ...
+
+
+def server_init(settings: Settings, start: Start) -> Server:
+    noise = start.streams.common_normal("context", settings.context_length, start.context_width)
+    context = initial_context(settings.initial_context, start.embed, noise)
+    clients = len(start.streams.clients)
+    nothing = torch.zeros(clients, device=context.device)
+    return Server(context, torch.zeros_like(context).repeat(clients, 1, 1), nothing, torch.full_like(nothing, NOBODY))
+
+
+def client_init(settings: Settings, start: Start, data: ClientData) -> ClientState:
+    domain = server_init(settings, start).start.repeat(len(start.streams.clients), 1, 1)
+    states = (settings.optimizer.initial_state(domain) for _ in range(2))
+    return ClientState(domain, torch.zeros_like(domain), *states)
+
+
+def broadcast(server: Server) -> Broadcast:
+    return Broadcast(server.contexts, server.opened)
+
+
+def client_round(
+    settings: Settings, broadcast: Broadcast, state: ClientState, data: ClientData, gradients: Gradients, clock: Clock
+) -> tuple[Upload, ClientState]:
+    domain = _domain(broadcast, state)
+    alone = clock.round <= settings.cluster_every
+    first = settings.local_steps if alone else first_steps(settings.local_steps, settings.domain_share)
+    size = settings.batch_size or None
+    batches = data.batches(settings.local_steps, size, clock.streams)
+    shared_batches: Iterable[Batch] = islice(batches, first)
+    if settings.balanced and data.coins is None:
+        shared_batches = data.balanced().batches(first, size, clock.streams)
+        batches = data.batches(settings.local_steps - first, size, clock.streams)
+    parts, kept = {"personal": state.personal}, {"domain": state.domain_optimizer, "personal": state.personal_optimizer}
+    trained, shared_kept = descend(
+        settings.optimizer, kept, _sum, {"domain": domain}, parts, shared_batches, gradients, clock
+    )
+    parts, kept = descend(settings.optimizer, kept, _sum, parts, trained, batches, gradients, clock)
+    after = ClientState(trained["domain"], parts["personal"], shared_kept["domain"], kept["personal"])
+    return Upload(after.domain + after.personal, after.domain), after
+
+
+def _sum(p: Parameters) -> Tensor:
+    """p_D + p_i, [K, M, E]."""
+    return p["domain"] + p["personal"]
+
+
+def _domain(broadcast: Broadcast, state: ClientState) -> Tensor:
+    """The domain-level part [K, M, E]: the cluster's, or the client's own where that is not opened."""
+    return torch.where(broadcast.opened.view(-1, 1, 1) > 0, broadcast.context, state.domain)
+
+
+def check(settings: Settings, model: PromptModel, clients: int) -> None:
+    """Refuse a federation that the protocol cannot serve.
+
+    Raises:
+        ConfigError: there are too few clients.
+    """
+    try:
+        agreed(settings, model, clients, 1, 1)
+    except secure.SecureError as error:
+        raise ConfigError("settings.secfpp", f"{clients} clients a round", f"no protocol for them: {error}") from None
+
+
+def exchange(
+    settings: Settings, model: PromptModel, server: Server, upload: Upload, clients: Sequence[int], clock: Clock
+) -> secure.ByShares:
+    """Both ends of the protocol in one process, messages and all."""
+    points, changes = reduced(settings, model, server, upload, clock)
+    setup = agreed(settings, model, len(clients), changes.shape[1], clock.round)
+    parties = [
+        secure.Client(
+            place,
+            point,
+            change,
+            sealer=secure.EncryptingSealer(),
+            clip=True,
+            minimum=settings.minimum,
+            privacy=settings.colluders,
+        )
+        for place, (point, change) in enumerate(zip(points, changes, strict=True))
+    ]
+    return secure.ByShares(setup, parties, clients)
+
+
+def agreed(settings: Settings, model: PromptModel, clients: int, length: int, number: int) -> secure.Setup:
+    """What the parties agree on for round `number`.
+
+    Raises:
+        SecureError: there is no protocol for so many clients.
+    """
+    columns = COLUMNS if settings.search == "centres" else clients + (0 if settings.reveal == "distances" else COLUMNS)
+    return secure.plan(
+        clients=clients,
+        width=_directions(settings, len(model.classes))[1],
+        largest=1.0,
+        round=number,
+        privacy=settings.colluders,
+        tolerance=settings.dropouts,
+        reveal=settings.reveal,
+        columns=columns,
+        minimum=settings.minimum,
+        length=length,
+        vector_largest=settings.largest,
+    )
+
+
+def _directions(settings: Settings, classes: int) -> tuple[int, int]:
+    """(How many directions of each class's feature are read, how many numbers of all classes are kept)."""
+    directions = max(1, min(DIRECTIONS, settings.width // classes))
+    return directions, min(settings.width, classes * directions)
+
+
+@torch.no_grad()
+def reduced(
+    settings: Settings, model: PromptModel, server: Server, upload: Upload, clock: Clock
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What each client brings to the exchange: what it is clustered by, and what is averaged.
+
+    Returns:
+        Points [K, d] of unit norm, zero in rounds without clustering; and changes [K, M E] of the domain-level part.
+    """
+    changes = (upload.domain - server.start).flatten(1).double().cpu().numpy()
+    directions, width = _directions(settings, len(model.classes))
+    if not due(settings, clock):
+        return np.zeros((len(changes), width)), changes
+    pieces = upload.context.split(model.prompts_at_once(upload.context, 1))
+    features = torch.cat([model.class_features(piece) for piece in pieces])  # [K, C, D]
+    features = features - model.class_features(server.start[None])
+    basis = public_directions(model.encoder, directions).to(features)
+    read = ((features - features.mean(1, keepdim=True)) @ basis).flatten(1).double().cpu().numpy()  # [K, C r]
+    if read.shape[1] > width:  # more classes than numbers: a projection that all clients draw alike
+        read = read @ np.random.default_rng(0).standard_normal((read.shape[1], width)) / np.sqrt(width)
+    norms = np.linalg.norm(read, axis=1, keepdims=True)
+    return np.divide(read, norms, out=np.zeros_like(read), where=norms > 0), changes
+
+
+def due(settings: Settings, clock: Clock) -> bool:
+    """Whether clients are clustered in this round."""
+    return clock.round % settings.cluster_every == 0
+
+
+def server_round(settings: Settings, server: Server, uploads: Exchanged, clock: Clock) -> Server:
+    labels, there = server.labels.long().cpu().numpy(), np.asarray(uploads.clients)
+    if due(settings, clock):
+        try:
+            found = uploads.cluster(_search(settings))
+            labels = renamed(labels, there[list(found.clients)], found.labels)
+        except secure.SecureError as error:
+            log.warning("round %d keeps the last clusters: %s", clock.round, error)
+    contexts, opened = torch.zeros_like(server.contexts), torch.zeros_like(server.opened)
+    numbers = sorted({*labels[there].tolist()} - {NOBODY})
+    if numbers:
+        sets = [frozenset(np.flatnonzero(labels[there] == number).tolist()) for number in numbers]
+        try:
+            means = uploads.average(sets).means
+        except secure.SecureError as error:
+            log.warning("round %d averages nothing: %s", clock.round, error)
+            means = (None,) * len(sets)
+        for number, mean in zip(numbers, means, strict=True):
+            if mean is not None:
+                members = torch.from_numpy(labels == number).to(contexts.device)
+                contexts[members] = server.start + torch.from_numpy(mean).to(contexts).view_as(server.start)
+                opened[members] = 1
+    return Server(server.start, contexts, opened, torch.from_numpy(labels).to(server.labels))
+
+
+def _search(settings: Settings) -> secure.Start:
+    if settings.search == "pairs":
+        return secure.Pairs(settings.minimum, settings.significance, settings.clusters or None)
+    return settings.clusters or secure.Adaptive(smallest=settings.minimum)
+
+
+def renamed(labels: NDArray[np.int64], clients: NDArray[np.int64], found: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Labels [K] with those of some clients replaced by what was found, under the old clusters' numbers where possible.
+
+    Each new cluster takes the number of the old one that it has most clients in common with, none twice; others get
+    numbers that are not in use.
+    """
+    old = sorted({*labels.tolist()} - {NOBODY})
+    new = sorted({*found.tolist()})
+    common = np.array([[np.sum((found == n) & (labels[clients] == o)) for o in old] for n in new]).reshape(len(new), -1)
+    names = {
+        new[row]: old[column]
+        for row, column in zip(*linear_sum_assignment(common, maximize=True), strict=True)
+        if common[row, column]
+    }
+    free = (number for number in range(len(old) + len(new)) if number not in old)
+    after = labels.copy()
+    after[clients] = [names.setdefault(n, names[n] if n in names else next(free)) for n in found.tolist()]
+    return after
+
+
+def prompt(broadcast: Broadcast, state: ClientState) -> Tensor:
+    return _domain(broadcast, state) + state.personal
