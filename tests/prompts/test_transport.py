@@ -19,14 +19,16 @@ def costs(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
 
 
-@given(st.integers(1, 4), st.integers(1, 9), st.floats(0.1, 1.0), st.sampled_from([0.1, 0.5, 1.0]), st.integers(0, 99))
+# Iterations contract by tanh(1 / r)^2 at worst with costs in [0, 2] (Franklin and Lorenz, 1989): 5,000 of them reach
+# rounding with r = 0.3, and do not with 0.1.
+@given(st.integers(1, 4), st.integers(1, 9), st.floats(0.1, 1.0), st.sampled_from([0.3, 0.5, 1.0]), st.integers(0, 99))
 def test_a_plan_keeps_its_constraints(prompts: int, patches: int, mass: float, weight: float, seed: int) -> None:
     plan = transport_plan(costs(3, prompts, patches, seed=seed), mass, weight, **EXACT)
     assert (plan >= 0).all()
     torch.testing.assert_close(
         plan.sum(-1), torch.full((3, prompts), mass / prompts, dtype=torch.float64), rtol=1e-9, atol=0
     )
-    assert (plan.sum(-2) <= 1 / patches + 1e-6).all()
+    assert (plan.sum(-2) <= 1 / patches + 1e-9).all()
 
 
 @pytest.mark.parametrize("weight", [0.2, 0.5])
