@@ -269,7 +269,7 @@ def agreed(settings: Settings, model: PromptModel, clients: int, length: int, nu
     columns = COLUMNS if settings.search == "centres" else clients + (0 if settings.reveal == "distances" else COLUMNS)
     return secure.plan(
         clients=clients,
-        width=_directions(settings, len(model.classes))[1],
+        width=_directions(settings, model)[1],
         largest=1.0,
         round=number,
         privacy=settings.colluders,
@@ -282,10 +282,10 @@ def agreed(settings: Settings, model: PromptModel, clients: int, length: int, nu
     )
 
 
-def _directions(settings: Settings, classes: int) -> tuple[int, int]:
+def _directions(settings: Settings, model: PromptModel) -> tuple[int, int]:
     """(How many directions of each class's feature are read, how many numbers of all classes are kept)."""
-    directions = max(1, min(DIRECTIONS, settings.width // classes))
-    return directions, min(settings.width, classes * directions)
+    directions = max(1, min(DIRECTIONS, model.encoder.feature_width, settings.width // len(model.classes)))
+    return directions, min(settings.width, len(model.classes) * directions)
 
 
 @torch.no_grad()
@@ -298,7 +298,7 @@ def reduced(
         Points [K, d] of unit norm, zero in rounds without clustering; and changes [K, M E] of the domain-level part.
     """
     changes = (upload.domain - server.start).flatten(1).double().cpu().numpy()
-    directions, width = _directions(settings, len(model.classes))
+    directions, width = _directions(settings, model)
     if not due(settings, clock):
         return np.zeros((len(changes), width)), changes
     pieces = upload.context.split(model.prompts_at_once(upload.context, 1))

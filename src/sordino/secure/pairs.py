@@ -14,9 +14,9 @@ from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.cluster.hierarchy import ClusterNode, fcluster, to_tree, ward
 from scipy.spatial.distance import pdist, squareform
-from sklearn.metrics import silhouette_score
 
 from sordino.secure.clustering import (
     Clusters,
@@ -32,6 +32,7 @@ from sordino.secure.clustering import (
 from sordino.secure.errors import SecureError
 
 DRAWS = 200  # of noise, to see what chance makes of it
+MOST_CUTS = 8  # clusters, in the cuts of a branch whose silhouettes are looked at
 MOST_DIMENSIONS = 1024  # noise in more splits no differently
 FAMILY = 3  # clients of the small clusters within which noise is measured
 
@@ -42,7 +43,7 @@ class Pairs:
 
     Attributes:
         smallest: fewest clients of a cluster.
-        significance: how often noise alone may look as split as what is split, in the (0, 1) of a test's level.
+        significance: in (0, 1), how often noise alone may look as structured as what is split.
         count: the number of clusters, where it is known; None lets the test choose.
     """
 
@@ -56,9 +57,11 @@ def by_pairs(distances: Distances, how: Pairs, iterations: int) -> Exchange[Clus
 
     1. Open the distances between all clients.
     2. Build Ward's hierarchy of them (1963), which at every step merges the two clusters whose union spreads the least.
-    3. Keep a split in it if its silhouette (Rousseeuw, 1987) is above what the same hierarchy finds in Gaussian noise
-       of as many clients in as many effective dimensions, in all but `significance` of `DRAWS` draws; or if a split
-       further down is kept. The idea is that of SigClust (Liu, Hayes, Nobel and Marron, 2008).
+    3. From the top, keep a split in it if its silhouette (Rousseeuw, 1987), or the best one over cuts of its branch
+       into more clusters, is above what the same hierarchy finds in Gaussian noise of as many clients in as many
+       effective dimensions, in all but `significance` of `DRAWS` draws. The first sees a weak split in many dimensions,
+       the second clusters that do not fall into two groups. The idea is that of SigClust (Liu, Hayes, Nobel and Marron,
+       2008).
     4. Run `lloyd` from there. With "distances" nothing more is opened, as those to centres follow.
 
     Clusters are numbered by their lowest client.
@@ -96,27 +99,46 @@ def _cut(matrix: Floats, how: Pairs) -> list[list[int]]:
         halves = [] if node.is_leaf() else [node.left, node.right]
         if not halves or min(half.get_count() for half in halves) < how.smallest:
             return [rows]
-        found = [part for half in halves for part in parts(half)]
-        if len(found) > 2:
-            return found
-        fit = split_silhouette(matrix, *(half.pre_order() for half in halves))
-        return found if fit > chance(len(rows), dimensions, how.significance) else [rows]
+        branch = matrix[np.ix_(rows, rows)]
+        noise = chance(len(rows), dimensions, how.smallest, how.significance)
+        if not any(fit > bar for fit, bar in zip(structure(branch, how.smallest), noise, strict=True)):
+            return [rows]
+        return [part for half in halves for part in parts(half)]
 
     return parts(to_tree(tree))
 
 
-def split_silhouette(matrix: Floats, one: Sequence[int], other: Sequence[int]) -> float:
-    """How well two sets of rows are apart, from -1 to 1; 0 where one has a single row.
+def structure(matrix: Floats, smallest: int) -> tuple[float, float]:
+    """How well points with these distances [n, n] fall into two clusters, and into some clusters, of Ward's hierarchy.
+
+    Returns:
+        The silhouette of the cut into two, 0 if one has fewer than `smallest`; and the best one of cuts into up to
+        `MOST_CUTS`.
+    """
+    tree = ward(squareform(matrix, checks=False))
+    cuts = range(2, max(2, min(MOST_CUTS, len(matrix) // 2)) + 1)
+    labels = [fcluster(tree, count, "maxclust") for count in cuts]
+    fits = [silhouette_of(matrix, each) for each in labels]
+    return fits[0] if np.bincount(labels[0])[1:].min() >= smallest else 0.0, max(fits)
+
+
+def silhouette_of(matrix: Floats, labels: NDArray[np.int32]) -> float:
+    """The mean silhouette (Rousseeuw, 1987), from -1 to 1; a client alone counts 0, and so does a single cluster.
 
     Args:
-        matrix: [N, N] distances.
-        one, other: disjoint rows.
+        matrix: [n, n] distances.
+        labels: [n], from 1.
     """
-    if min(len(one), len(other)) < 2:
+    members = labels[:, None] == np.arange(1, labels.max() + 1)  # [n, clusters]
+    sizes = members.sum(0)
+    if len(sizes) < 2:
         return 0.0
-    rows = [*one, *other]
-    labels = [0] * len(one) + [1] * len(other)
-    return float(silhouette_score(matrix[np.ix_(rows, rows)], labels, metric="precomputed"))
+    own = sizes[labels - 1]
+    totals = matrix @ members
+    near = totals[members] / np.maximum(own - 1, 1)
+    away = np.where(members, np.inf, totals / sizes).min(1)
+    fit = (away - near) / np.maximum(np.maximum(away, near), np.finfo(float).tiny)
+    return float(np.where(own > 1, fit, 0.0).mean())
 
 
 def effective_dimensions(matrix: Floats, labels: Sequence[int]) -> int:
@@ -144,21 +166,19 @@ def effective_dimensions(matrix: Floats, labels: Sequence[int]) -> int:
 
 
 @lru_cache(maxsize=256)
-def chance(count: int, dimensions: int, significance: float) -> float:
-    """The silhouette that the upper split of Ward's hierarchy reaches in noise, in `significance` of the cases.
+def chance(count: int, dimensions: int, smallest: int, significance: float) -> tuple[float, float]:
+    """The `structure` that noise reaches in `significance` of the cases.
 
     Args:
         count: clients, whose points are standard normal.
         dimensions: of the points.
+        smallest: see `structure`.
         significance: in (0, 1).
     """
     generator = np.random.default_rng([count, dimensions])
-    found = []
-    for _ in range(DRAWS):
-        pairs = pdist(generator.standard_normal((count, dimensions)))
-        root = to_tree(ward(pairs))
-        found.append(split_silhouette(squareform(pairs), root.left.pre_order(), root.right.pre_order()))
-    return float(np.quantile(found, 1 - significance))
+    draws = (squareform(pdist(generator.standard_normal((count, dimensions)))) for _ in range(DRAWS))
+    two, some = np.quantile([structure(matrix, smallest) for matrix in draws], 1 - significance, axis=0).tolist()
+    return two, some
 
 
 @dataclass(frozen=True)
