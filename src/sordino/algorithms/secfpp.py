@@ -295,21 +295,27 @@ def reduced(
     """What each client brings to the exchange: what it is clustered by, and what is averaged.
 
     Returns:
-        Points [K, d] of unit norm, zero in rounds without clustering; and changes [K, M E] of the domain-level part.
+        Points [K, d], zero in rounds without clustering; and changes [K, M E] of the domain-level part.
     """
     changes = (upload.domain - server.start).flatten(1).double().cpu().numpy()
-    directions, width = _directions(settings, model)
     if not due(settings, clock):
-        return np.zeros((len(changes), width)), changes
+        return np.zeros((len(changes), _directions(settings, model)[1])), changes
     pieces = upload.context.split(model.prompts_at_once(upload.context, 1))
-    features = torch.cat([model.class_features(piece) for piece in pieces])  # [K, C, D]
-    features = features - model.class_features(server.start[None])
-    basis = public_directions(model.encoder, directions).to(features)
-    read = ((features - features.mean(1, keepdim=True)) @ basis).flatten(1).double().cpu().numpy()  # [K, C r]
+    found = torch.cat([points(settings, model, piece, server.start) for piece in pieces])
+    return found.double().cpu().numpy(), changes
+
+
+def points(settings: Settings, model: PromptModel, contexts: Tensor, start: Tensor) -> Tensor:
+    """What contexts [K, M, E] are reduced to, beside what all `start` from: [K, d] of unit norm; differentiable."""
+    directions, width = _directions(settings, model)
+    change = model.class_features(contexts) - model.class_features(start[None].to(contexts)).detach()  # [K, C, D]
+    read = ((change - change.mean(1, keepdim=True)) @ public_directions(model.encoder, directions).to(change)).flatten(
+        1
+    )
     if read.shape[1] > width:  # more classes than numbers: a projection that all clients draw alike
-        read = read @ np.random.default_rng(0).standard_normal((read.shape[1], width)) / np.sqrt(width)
-    norms = np.linalg.norm(read, axis=1, keepdims=True)
-    return np.divide(read, norms, out=np.zeros_like(read), where=norms > 0), changes
+        drawn = np.random.default_rng(0).standard_normal((read.shape[1], width)) / np.sqrt(width)
+        read = read @ torch.from_numpy(drawn).to(read)
+    return torch.nn.functional.normalize(read, dim=1)
 
 
 def due(settings: Settings, clock: Clock) -> bool:
@@ -321,7 +327,7 @@ def server_round(settings: Settings, server: Server, uploads: Exchanged, clock: 
     labels, there = server.labels.long().cpu().numpy(), np.asarray(uploads.clients)
     if due(settings, clock):
         try:
-            found = uploads.cluster(_search(settings))
+            found = uploads.cluster(searching(settings))
             labels = renamed(labels, there[list(found.clients)], found.labels)
         except secure.SecureError as error:
             log.warning("round %d keeps the last clusters: %s", clock.round, error)
@@ -342,7 +348,8 @@ def server_round(settings: Settings, server: Server, uploads: Exchanged, clock: 
     return Server(server.start, contexts, opened, torch.from_numpy(labels).to(server.labels))
 
 
-def _search(settings: Settings) -> secure.Start:
+def searching(settings: Settings) -> secure.Start:
+    """How the number of clusters, and where they start, is found."""
     if settings.search == "pairs":
         return secure.Pairs(settings.minimum, settings.significance, settings.clusters or None)
     return settings.clusters or secure.Adaptive(smallest=settings.minimum)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sordino.audit.distances import expose
 from sordino.audit.inversion import invert
 from sordino.audit.membership import infer_membership
 from sordino.audit.one_run import audit_in_one_run
@@ -19,7 +20,7 @@ from sordino.privacy.statement import as_summary
 from sordino.progress import Progress, silent
 from sordino.report import write_report
 
-ATTACKS = ("membership", "canaries", "inversion", "stealing")
+ATTACKS = ("membership", "canaries", "inversion", "stealing", "distances")
 FILE = "audit.json"
 
 
@@ -84,6 +85,8 @@ def _attack(name: str, subject: Subject, shadows: int, canaries: int, seed: int)
         return audit_in_one_run(subject.runtime, canaries, seed, subject.progress, subject.training.round).as_dict()
     if name == "inversion":
         return invert(subject, seed).as_dict()
+    if name == "distances":
+        return expose(subject, seed).as_dict()
     return steal(subject, seed).as_dict()
 
 
@@ -145,9 +148,30 @@ def _stealing_words(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def _distances_words(result: dict[str, Any]) -> list[str]:
+    helped = ", ".join(
+        f"{each['cosine']:.2f} with {each['helpers']} ({each['cosine_of_mean']:.2f} by their mean alone)"
+        for each in result["helped"]
+    )
+    words = [
+        f"{result['columns']} columns opened; distances between clients known to {100 * result['distance_error']:.2g}%",
+        f"cosine to another client's reduced prompt, by how many clients help the server: {helped}",
+    ]
+    for key, what in (("by_best", "the best of these"), ("by_truth", "the true reduced prompt")):
+        found = result[key]
+        words.append(f"a prompt from {what}: cosine {found['cosine']:.2f}, agreement {100 * found['agreement']:.0f}%")
+    if known := result["by_mean"]:
+        words.append(
+            f"the cluster's mean, which is opened anyway: cosine {known['cosine']:.2f}, agreement "
+            f"{100 * known['agreement']:.0f}%"
+        )
+    return words
+
+
 _WORDS = {
     "membership": _membership_words,
     "canaries": _canaries_words,
     "inversion": _inversion_words,
     "stealing": _stealing_words,
+    "distances": _distances_words,
 }

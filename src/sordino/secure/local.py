@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sordino.secure.client import Client
 from sordino.secure.clustering import Clusters, Exchange
 from sordino.secure.errors import SecureError
@@ -61,6 +64,11 @@ class ByShares:
     ) -> None:
         self.server, self.clients, self.traffic = Server(setup), tuple(clients), Traffic()
         self._parties, self._drop = parties, drop
+
+    @property
+    def points(self) -> NDArray[np.float64]:
+        """[n, d], what the clients are clustered by; no party has them all."""
+        return np.stack([party.point for party in self._parties])
 
     def cluster(self, start: Start) -> Clusters:
         """Cluster the clients' points; see `Server.cluster`."""

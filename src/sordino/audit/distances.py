@@ -1,0 +1,258 @@
+"""Reconstruction of prompts from what a server saw that clusters clients on secret shares.
+
+SecFPP's server opens squared distances between reduced prompts. This attack takes all that one clustering opened, first
+for the distances between all clients, then for prompts:
+
+1. *Distances.* If those between clients were opened, there is nothing to do. With "ratios", each row has a factor of
+   its own; distances are symmetric, so all factors follow from one of them. If only distances to centres were opened,
+   the Gram matrix is completed from them (Nyström), exactly if centres span what the points span.
+2. *Points.* Distances give points up to a rotation, so the server alone has no coordinate of any. It gets some from
+   clients who help it. With the points a_1, ..., a_A of A clients, and as all points have unit norm, every other
+   point x obeys 2 a_i . x = 1 + |a_i|^2 - |x - a_i|^2: its part within the helpers' span is known, and nothing of the
+   rest but its length.
+3. *Prompts.* A context is sought whose reduction is the point that was found, by gradient descent from where all
+   started: for the attacker's best point, and for the true one, which no attacker has.
+
+Beside them stands what needs no distances: the mean of the helpers' points, and the mean domain-level context of the
+victim's cluster, which the protocol opens to the server by design.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sordino.algorithms import secfpp
+from sordino.algorithms.base import Clock
+from sordino.audit.subject import Subject
+from sordino.randomness import Streams
+from sordino.secure import Opened
+
+Floats = NDArray[np.float64]
+STEPS, RATE = 200, 0.05  # of the descent to a context
+
+
+@dataclass(frozen=True)
+class Helped:
+    """What the server learns of others' points if some clients help it.
+
+    Attributes:
+        helpers: how many clients give it their points.
+        cosine: of the reconstructed and the true point, mean over the other clients.
+        cosine_of_mean: of the helpers' mean point instead, for which no distance is needed.
+    """
+
+    helpers: int
+    cosine: float
+    cosine_of_mean: float
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A context that was reconstructed, beside the victim's own.
+
+    Attributes:
+        cosine: of the reconstructed and the true change of the whole context since the start.
+        agreement: share of the test images that both give the same class.
+    """
+
+    cosine: float
+    agreement: float
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """What the opened distances give away.
+
+    Attributes:
+        reason: why there is nothing to attack; None where there is.
+        columns: to how many centres distances were opened.
+        distance_error: of the reconstructed distances between clients, relative, up to one factor for all; mean.
+        helped: by the number of helpers.
+        by_best, by_truth, by_mean: the victims' prompts from the best reconstructed point, from the true one, and the
+            mean domain-level context of the victim's cluster; mean over victims. None where that was not opened.
+    """
+
+    reason: str | None
+    columns: int = 0
+    distance_error: float = 0.0
+    helped: tuple[Helped, ...] = ()
+    by_best: Prompt | None = None
+    by_truth: Prompt | None = None
+    by_mean: Prompt | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def expose(subject: Subject, seed: int, victims: int = 3) -> Exposure:
+    """Cluster the run's final state once more, and attack what the server sees of that.
+
+    Args:
+        subject: the run.
+        seed: decides batches, noise, and who helps.
+        victims: how many clients' prompts are sought.
+    """
+    runtime, training = subject.runtime, subject.training
+    if runtime.algorithm.ABOUT.server_uses != "shares":
+        return Exposure("no distances are opened in this method")
+    settings, server = runtime.settings, training.server
+    assert isinstance(server, secfpp.Server)
+    assert isinstance(training.clients, secfpp.ClientState)
+    number = max(settings.cluster_every, training.round // settings.cluster_every * settings.cluster_every)
+    clients = range(len(runtime.data))
+    clock = Clock(min(number, runtime.rounds), runtime.rounds, Streams(seed, number, clients, server.start.device))
+    if not secfpp.due(settings, clock):
+        return Exposure("the run ended before its first clustering")
+    at_work = runtime.mechanism.open(clock.streams, list(clients), training.mechanism)
+    upload, _ = secfpp.client_round(
+        settings, secfpp.broadcast(server), training.clients, runtime.data, at_work.gradients, clock
+    )
+    exchange = secfpp.exchange(settings, runtime.model, server, upload, clients, clock)
+    exchange.cluster(secfpp.searching(settings))
+    truth = exchange.points
+    distances = between_clients(exchange.server.opened, len(truth), settings.reveal == "ratios")
+    if distances is None:
+        return Exposure("rows of distances to centres have scales of their own", len(exchange.server.opened))
+    order = np.random.default_rng(seed).permutation(len(truth))
+    distances, error = _to_scale(distances, truth)
+    counts = sorted({1, 2, len(truth) // 4, len(truth) // 2, len(truth) - 1} - {0, len(truth)})
+    helped = tuple(_helped(distances, truth, order[:count]) for count in counts)
+    contexts = _Contexts(subject, upload, server)
+    chosen = order[-min(victims, len(truth) - 1) :]
+    helpers = order[: len(truth) - len(chosen)]
+    best = {int(victim): located(truth[helpers], distances[victim, helpers]) for victim in chosen}
+    return Exposure(
+        None,
+        len(exchange.server.opened),
+        error,
+        helped,
+        contexts.mean(chosen, lambda victim: contexts.sought(best[victim])),
+        contexts.mean(chosen, lambda victim: contexts.sought(truth[victim])),
+        contexts.mean(chosen, contexts.of_cluster),
+    )
+
+
+def between_clients(opened: Sequence[Opened], count: int, ratios: bool) -> Floats | None:
+    """Squared distances [N, N] between clients, up to one factor, from columns of those to centres.
+
+    Args:
+        opened: what the server saw, of all N clients.
+        count: N.
+        ratios: whether each row has a factor of its own.
+
+    Returns:
+        None where they do not follow.
+    """
+    columns = np.stack([column.squared(1.0) for column in opened], axis=1)  # [N, columns]
+    singles = {column.members[0]: number for number, column in enumerate(opened) if len(column.members) == 1}
+    if len(singles) == count:
+        matrix = columns[:, [singles[client] for client in range(count)]]
+        if ratios:
+            matrix = matrix / _factors(matrix)[:, None]
+        symmetric: Floats = (matrix + matrix.T) / 2
+        np.fill_diagonal(symmetric, 0.0)
+        return symmetric
+    if ratios:
+        return None
+    weights = np.array([[(client in each.members) / len(each.members) for client in range(count)] for each in opened])
+    centred = np.eye(count) - 1 / count
+    # Without the means over rows and over columns, distances are -2 X C^T, with X the points and C the centres.
+    products = -centred @ (columns - columns.mean(1, keepdims=True)) / 2  # [N, columns]
+    spread = weights - weights.mean(0)
+    gram = products @ np.linalg.pinv(spread @ products, rcond=1e-9) @ products.T
+    norms = np.diag(gram)
+    found: Floats = np.maximum(norms[:, None] + norms - gram - gram.T, 0.0)
+    return found
+
+
+def _factors(matrix: Floats) -> Floats:
+    """[N], the factors of rows of a symmetric matrix, up to one for all: the mean of log(M_ij / M_ji) over j."""
+    safe = np.maximum(matrix, np.finfo(float).tiny)
+    logs = np.log(safe) - np.log(safe.T)
+    np.fill_diagonal(logs, 0.0)
+    return np.asarray(np.exp(logs.mean(1)), np.float64)
+
+
+def _to_scale(distances: Floats, truth: Floats) -> tuple[Floats, float]:
+    """Distances with the one factor that fits best, which two helpers' distance gives; and how wrong they are then."""
+    true = ((truth[:, None] - truth) ** 2).sum(-1)
+    scaled = distances * (distances * true).sum() / max((distances**2).sum(), np.finfo(float).tiny)
+    others = ~np.eye(len(truth), dtype=bool)
+    return scaled, float((np.abs(scaled - true)[others] / np.maximum(true[others], np.finfo(float).tiny)).mean())
+
+
+def located(helpers: Floats, distances: Floats) -> Floats:
+    """The part of a unit-norm point that its squared distances to known points determine.
+
+    Args:
+        helpers: [A, d], the known points.
+        distances: [A], squared.
+
+    Returns:
+        [d], within the helpers' span; what is orthogonal to it stays unknown and is left zero.
+    """
+    sides = (1 + (helpers**2).sum(1) - distances) / 2
+    found: Floats = np.linalg.pinv(helpers, rcond=1e-6) @ sides
+    return found
+
+
+def _helped(distances: Floats, truth: Floats, helpers: NDArray[np.int64]) -> Helped:
+    others = np.setdiff1d(np.arange(len(truth)), helpers)
+    mean = truth[helpers].mean(0)
+    by_distances = [_cosine(located(truth[helpers], distances[client, helpers]), truth[client]) for client in others]
+    by_mean = [_cosine(mean, truth[client]) for client in others]
+    return Helped(len(helpers), float(np.mean(by_distances)), float(np.mean(by_mean)))
+
+
+def _cosine(one: Floats, other: Floats) -> float:
+    scale = float(np.linalg.norm(one) * np.linalg.norm(other))
+    return float(one @ other) / scale if scale else 0.0
+
+
+class _Contexts:
+    """Contexts that an attacker arrives at, and how near they are to the victims'."""
+
+    def __init__(self, subject: Subject, upload: secfpp.Upload, server: secfpp.Server) -> None:
+        self.runtime, self.upload, self.server = subject.runtime, upload, server
+        self.images = subject.features[torch.from_numpy(subject.task.test)]
+
+    def mean(self, victims: Sequence[int] | NDArray[np.int64], of: Callable[[int], Tensor | None]) -> Prompt | None:
+        found = [(int(victim), of(int(victim))) for victim in victims]
+        judged = [self._judged(victim, context) for victim, context in found if context is not None]
+        if not judged:
+            return None
+        return Prompt(*(float(np.mean([each[part] for each in judged])) for part in (0, 1)))
+
+    def sought(self, point: Floats) -> Tensor:
+        """A context [M, E] whose reduction points where `point` does."""
+        target = torch.from_numpy(point).to(self.upload.context)
+        start = self.server.start.to(self.upload.context)
+        generator = torch.Generator().manual_seed(0)
+        nudge = 1e-3 * torch.randn(start.shape, generator=generator).to(start)  # the start itself has no direction
+        context = (start + nudge).requires_grad_()
+        optimizer = torch.optim.Adam([context], lr=RATE)
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            found = secfpp.points(self.runtime.settings, self.runtime.model, context[None], start)[0]
+            (1 - F.cosine_similarity(found, target, dim=0)).backward()
+            optimizer.step()
+        return context.detach()
+
+    def of_cluster(self, victim: int) -> Tensor | None:
+        return self.server.contexts[victim] if self.server.opened[victim] else None
+
+    @torch.no_grad()
+    def _judged(self, victim: int, context: Tensor) -> tuple[float, float]:
+        true, start = self.upload.context[victim], self.server.start
+        cosine = F.cosine_similarity((context - start).flatten(), (true - start).flatten(), dim=0)
+        both = self.runtime.model.predict(torch.stack([context.to(true), true]), self.images).argmax(-1)
+        return float(cosine), float((both[0] == both[1]).float().mean())
