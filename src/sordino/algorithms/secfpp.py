@@ -6,20 +6,19 @@ averaged among the clients of a cluster. Who belongs together is found by k-mean
 and the means are computed on Lagrange shares (`sordino.secure`), so that the server sees distances and means of
 clusters, and nobody sees a client's prompt.
 
-Choices where the paper is silent. Both parts have the same gradient, so what makes them different is what they learn
-from: steps of the domain-level part take batches in which every class of the client counts alike, so that clusters are
-of domains and not of class mixtures; the two parts take turns. Clients learn alone until the first clustering, when
-there is something to cluster. A client is clustered by its whole context, reduced to what it changed in the features of
+Choices where the paper is silent. Clients learn alone until the first clustering, when there is something to cluster:
+the domain-level part only, from batches in which every class of a client counts alike, so that clusters are of domains
+and not of class mixtures. From then on both parts take the same steps, on batches as they come; what the averages take
+from the one, the other keeps. A client is clustered by its whole context, reduced to what it changed in the features of
 the classes: [C, D], without their mean over classes (which no softmax sees), on leading directions of public class
-names' features, with unit norm. A context alone, 3,072 numbers of which most is noise, did not show PACS's domains.
+names' features, with unit norm. A context as it is, 3,072 numbers of which most is noise, did not show PACS's domains.
 The search opens the distances between all clients (`Pairs`) or only those that k-means needs (`Adaptive`). A cluster
 below the minimum size is not opened, and its clients keep their own domain-level parts. If too few clients answer, the
 last clusters stay. Cluster means are not weighed by sizes.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Literal, Protocol
 
 import numpy as np
@@ -33,12 +32,12 @@ from torch import Tensor
 from sordino import secure
 from sordino.algorithms import base
 from sordino.algorithms.base import STRICT, About, ClientData, Clock, Start
-from sordino.algorithms.descent import descend, first_steps
+from sordino.algorithms.descent import descend
 from sordino.algorithms.optimizer import Optimizer
 from sordino.encoders.prompt_model import PromptModel
 from sordino.errors import ConfigError
 from sordino.privacy.cotangent import public_directions
-from sordino.privacy.gradients import Batch, Gradients, Parameters
+from sordino.privacy.gradients import Gradients, Parameters
 from sordino.privacy.ledger import Disclosure
 from sordino.progress import log
 from sordino.prompts.contexts import initial_context
@@ -70,8 +69,7 @@ class Settings:
     Attributes:
         context_length: M, the number of learned vectors.
         initial_context: words that the domain-level part starts from, at its end; empty for random vectors alone.
-        local_steps: gradient steps a client takes a round, of both parts together.
-        domain_share: how many of them are the domain-level part's, which come first.
+        local_steps: gradient steps a client takes a round; while it is alone, of the domain-level part.
         balanced: whether those take batches in which each class of a client counts alike.
         batch_size: examples a step and client; 0 takes all of them.
         optimizer: of both parts; its state stays at the client.
@@ -90,7 +88,6 @@ class Settings:
     context_length: PositiveInt = 16
     initial_context: str = ""
     local_steps: PositiveInt = 4
-    domain_share: float = Field(default=0.5, gt=0, lt=1)
     balanced: bool = True
     batch_size: NonNegativeInt = 32
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=0.002))
@@ -103,12 +100,6 @@ class Settings:
     colluders: PositiveInt = 1
     dropouts: float = Field(default=0.25, ge=0, lt=1)
     largest: PositiveFloat = 4.0
-
-    def __post_init__(self) -> None:
-        if first_steps(self.local_steps, self.domain_share) in (0, self.local_steps):
-            raise ConfigError(
-                "local_steps", self.local_steps, f"with domain_share = {self.domain_share} one part takes no step"
-            )
 
     @property
     def minimum(self) -> int:
@@ -199,22 +190,17 @@ def broadcast(server: Server) -> Broadcast:
 def client_round(
     settings: Settings, broadcast: Broadcast, state: ClientState, data: ClientData, gradients: Gradients, clock: Clock
 ) -> tuple[Upload, ClientState]:
-    domain = _domain(broadcast, state)
-    alone = clock.round <= settings.cluster_every
-    first = settings.local_steps if alone else first_steps(settings.local_steps, settings.domain_share)
-    size = settings.batch_size or None
-    batches = data.batches(settings.local_steps, size, clock.streams)
-    shared_batches: Iterable[Batch] = islice(batches, first)
-    if settings.balanced and data.coins is None:
-        shared_batches = data.balanced().batches(first, size, clock.streams)
-        batches = data.batches(settings.local_steps - first, size, clock.streams)
-    parts, kept = {"personal": state.personal}, {"domain": state.domain_optimizer, "personal": state.personal_optimizer}
-    trained, shared_kept = descend(
-        settings.optimizer, kept, _sum, {"domain": domain}, parts, shared_batches, gradients, clock
-    )
-    parts, kept = descend(settings.optimizer, kept, _sum, parts, trained, batches, gradients, clock)
-    after = ClientState(trained["domain"], parts["personal"], shared_kept["domain"], kept["personal"])
-    return Upload(after.domain + after.personal, after.domain), after
+    parts = {"domain": _domain(broadcast, state), "personal": state.personal}
+    kept = {"domain": state.domain_optimizer, "personal": state.personal_optimizer}
+    fixed: dict[str, Tensor] = {}
+    if clock.round <= settings.cluster_every:  # alone
+        fixed = {"personal": parts.pop("personal")}
+        data = data.balanced() if settings.balanced and data.coins is None else data
+    batches = data.batches(settings.local_steps, settings.batch_size or None, clock.streams)
+    trained, optimizers = descend(settings.optimizer, kept, _sum, parts, fixed, batches, gradients, clock)
+    whole, optimizers = trained | fixed, kept | optimizers
+    after = ClientState(whole["domain"], whole["personal"], optimizers["domain"], optimizers["personal"])
+    return Upload(_sum(whole), after.domain), after
 
 
 def _sum(p: Parameters) -> Tensor:
