@@ -1,12 +1,12 @@
-"""The heat map of accuracy by client, as a plain plotly.js dictionary."""
+"""The heat map of accuracy by client, and the parts that heat maps share, as plain plotly.js dictionaries."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sordino.report.figures import Figure, plain, wrapped
 from sordino.report.groups import MEASURES, Group
 from sordino.report.runs import Measure
 
-_NUMBERED_CELLS = 240  # above this, numbers in the cells of the heat map would not be read
+_NUMBERED_CELLS = 240  # above this, numbers in the cells of a heat map would not be read
 _NUMBERED_COLUMNS = 16
 _NAMED_CLASSES = 12  # a hover label with more does not fit on a screen
 # Five stops of cividis, which reads the same with and without colour vision, evenly apart.
@@ -36,7 +36,7 @@ def accuracy_by_client(groups: Sequence[Group]) -> Figure | None:
     if not columns:
         return None
     clients = sorted({client for _, _, values in columns for client in values})
-    few = len(clients) * len(columns) <= _NUMBERED_CELLS and len(columns) <= _NUMBERED_COLUMNS
+    few = numbered(len(clients), len(columns))
     heat = {
         "type": "heatmap",
         "x": list(range(len(columns))),
@@ -46,7 +46,7 @@ def accuracy_by_client(groups: Sequence[Group]) -> Figure | None:
         "customdata": [[text] for text in _holdings(groups, clients)],
         "zmin": 0,
         "zmax": 1,
-        "colorscale": [[at, f"rgb{rgb}"] for at, rgb in _SCALE],
+        "colorscale": colour_scale(),
         "colorbar": {"tickformat": ".0%", "thickness": 10, "len": 1, "outlinewidth": 0, "xpad": 4},
         "hoverongaps": False,
         "hovertemplate": "client %{y}<br>%{x}: %{z:.1%}<br>%{customdata}<extra></extra>",
@@ -54,44 +54,70 @@ def accuracy_by_client(groups: Sequence[Group]) -> Figure | None:
         "ygap": 2 if few else 0,
     }
     ticks = [f"{wrapped(group.label)}<br>{MEASURES[measure].lower()}" for group, measure, _ in columns]
-    data = [heat, _numbers(heat)] if few else [heat]
-    return {"data": data, "layout": _client_layout(len(clients), ticks)}
+    data = [heat, numbers(heat, lambda value: f"{value:.0%}", scale_luminance)] if few else [heat]
+    return {"data": data, "layout": client_layout(len(clients), ticks)}
 
 
-def _numbers(heat: Figure) -> Figure:
-    """The numbers in the cells, each black or white, whichever stands out more (always 4.5:1 or more)."""
+def numbered(rows: int, columns: int) -> bool:
+    """Whether a heat map of this size has numbers in its cells."""
+    return rows * columns <= _NUMBERED_CELLS and columns <= _NUMBERED_COLUMNS
+
+
+def numbers(heat: Figure, text: Callable[[float], str], luminance_of: Callable[[float], float]) -> Figure:
+    """The numbers in the cells, each black or white, whichever stands out more (always 4.5:1 or more).
+
+    Args:
+        heat: the heat map's trace.
+        text: a cell's value as it is written.
+        luminance_of: relative luminance of a value's colour.
+    """
     cells = [
         (column, client, value)
         for client, row in zip(heat["y"], heat["z"], strict=True)
         for column, value in zip(heat["x"], row, strict=True)
         if value is not None
     ]
+    inks = ["#000" if luminance_of(value) > 0.179 else "#fff" for _, _, value in cells]
     return {
         "type": "scatter",
         "mode": "text",
         "x": [column for column, _, _ in cells],
         "y": [client for _, client, _ in cells],
-        "text": [f"{value:.0%}" for _, _, value in cells],
-        "textfont": {"size": 12, "color": ["#000" if _luminance(value) > 0.179 else "#fff" for _, _, value in cells]},
+        "text": [text(value) for _, _, value in cells],
+        "textfont": {"size": 12, "color": inks},
         "hoverinfo": "skip",
         "showlegend": False,
         "cliponaxis": True,
     }
 
 
-def _luminance(value: float) -> float:
-    """Relative luminance (WCAG) of a value on the heat map's scale."""
+def colour_scale() -> list[list[object]]:
+    """The heat maps' scale from 0 to 1, as plotly takes it."""
+    return [[at, f"rgb{rgb}"] for at, rgb in _SCALE]
+
+
+def scale_luminance(value: float) -> float:
+    """Relative luminance (WCAG) of a value in [0, 1] on the heat maps' scale."""
     position = value * (len(_SCALE) - 1)
     below = min(int(position), len(_SCALE) - 2)
-    mixed = [
-        low + (high - low) * (position - below)
-        for low, high in zip(_SCALE[below][1], _SCALE[below + 1][1], strict=True)
-    ]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (channel / 255 for channel in mixed)]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return luminance(
+        [
+            low + (high - low) * (position - below)
+            for low, high in zip(_SCALE[below][1], _SCALE[below + 1][1], strict=True)
+        ]
+    )
 
 
-def _client_layout(clients: int, ticks: Sequence[str]) -> Figure:
+def luminance(rgb: Sequence[float]) -> float:
+    """Relative luminance (WCAG) of a colour with channels in [0, 255]."""
+    red, green, blue = (
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (each / 255 for each in rgb)
+    )
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def client_layout(clients: int, ticks: Sequence[str]) -> Figure:
+    """Layout of a heat map whose rows are clients, with a tick for each column at 0, 1, ..."""
     return {
         "margin": {"l": 52, "r": 8, "t": 28, "b": 8},
         "height": 160 + min(max(clients * 28, 120), 900),
@@ -107,11 +133,16 @@ def _client_layout(clients: int, ticks: Sequence[str]) -> Figure:
             "title": {"text": "Client"},
             "type": "category",
             "range": [clients - 0.5, -0.5],
-            "dtick": next((step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if clients <= 32 * step), 1000),
+            "dtick": tick_step(clients),
             "showgrid": False,
             "automargin": True,
         },
     }
+
+
+def tick_step(count: int) -> int:
+    """Every how manieth of `count` rows or columns has a tick."""
+    return next((step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if count <= 32 * step), 1000)
 
 
 def _rounded(value: float | None) -> float | None:

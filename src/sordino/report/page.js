@@ -9,6 +9,7 @@
   };
   const shapes = {
     circle: '<circle cx="8" cy="8" r="4.5"/>',
+    "circle-open": '<circle cx="8" cy="8" r="4" fill="none" stroke="currentColor" stroke-width="1.500"/>',
     square: '<path d="M3.5 3.5h9v9h-9z"/>',
     diamond: '<path d="M8 2l6 6-6 6-6-6z"/>',
     "triangle-up": '<path d="M8 3l5.5 9.5h-11z"/>',
@@ -45,9 +46,10 @@
     const place = document.getElementById(source.dataset.figure);
     const { data, layout } = JSON.parse(source.textContent);
     for (const trace of data) {
-      // One text a row in the page, one a cell for plotly: rows share the string.
+      // One text a row or column in the page, one a cell for plotly, which shares the string.
       if (trace.type === "heatmap") {
         trace.customdata = trace.customdata.map(([text]) => trace.x.map(() => text));
+        if (trace.text) trace.text = trace.y.map(() => trace.text[0]);
       }
     }
     Plotly.newPlot(place, data, themed(layout), config);

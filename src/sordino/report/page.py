@@ -6,6 +6,7 @@ from html import escape
 from importlib.resources import files
 
 from sordino.report import figures
+from sordino.report.clusters import clusters
 from sordino.report.figures import Figure, human_bytes
 from sordino.report.groups import MEASURES, Group
 from sordino.report.heatmap import accuracy_by_client, client_columns
@@ -26,6 +27,7 @@ def render(runs: Sequence[Run], groups: Sequence[Group], title: str) -> str:
         audits(groups),
         _by_round(groups),
         _by_client(groups),
+        clusters(groups),
         _wire(groups),
         _privacy(groups),
         _skipped(runs),

@@ -1,13 +1,14 @@
 """Read finished run directories, and refuse what is missing or malformed in one line."""
 
 import json
+import re
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sordino.errors import RunError
 
@@ -17,6 +18,9 @@ Measure = Literal["local", "neighbor", "overall", "novel", "domain"]
 Fraction = Annotated[float, Field(ge=0, le=1)]  # refuses NaN too
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0)]
+Label = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+
+_DISTANCES = re.compile(r"round-([0-9]{1,9})\.json")
 
 
 class _Record(BaseModel):
@@ -117,11 +121,44 @@ class Summary(_Record):
     version: str = ""
 
 
+class Protocol(_Record):
+    """What a round's protocol on shares came to."""
+
+    columns: Count = 0  # sets of clients to whose means distances were opened; 0 in rounds without clustering
+
+
 class Round(_Record):
     """One line of `metrics.jsonl`; `accuracy` is None on rounds without evaluation."""
 
     round: Count
     accuracy: Accuracy | None = None
+    clusters: tuple[Label, ...] | None = None  # the number of each client's cluster, negative for none
+    protocol: Protocol | None = None
+
+
+class Column(_Record):
+    """Distances to the mean of the set S of `members`: |S|^2 times the squared distance of each of `clients`.
+
+    They are in squared quantisation steps, and times a factor of the client's own where only ratios were revealed.
+    """
+
+    members: tuple[Count, ...] = Field(min_length=1)
+    clients: tuple[Count, ...]
+    values: tuple[Annotated[int, Field(ge=0, lt=2**64)], ...]
+
+    @model_validator(mode="after")
+    def _a_value_each(self) -> Self:
+        if len(self.values) != len(self.clients):
+            raise ValueError(f"{len(self.values)} values for {len(self.clients)} clients")
+        return self
+
+
+class Distances(_Record):
+    """`distances/round-000010.json`: all distances between reduced prompts that the server saw in a round."""
+
+    step: Annotated[float, Field(gt=0, le=1)]  # a quantisation step, in the points' units
+    columns: tuple[Column, ...]
+    round: Count = 0
 
 
 @dataclass(frozen=True)
@@ -134,6 +171,7 @@ class Run:
     config: dict[str, Any]
     config_text: str
     audit: dict[str, Any] | None = None  # what `sordino audit` found, where the run was attacked
+    distances: Distances | None = None  # those of the last round in which the server saw any
 
 
 def read_run(directory: Path) -> Run:
@@ -145,13 +183,15 @@ def read_run(directory: Path) -> Run:
     if not directory.is_dir():
         raise RunError(f"{directory}: no such run directory; give the directory that `sordino run` wrote")
     config_text = _text(directory, "config.toml")
+    summary = _parse(directory, "summary.json", _text(directory, "summary.json"), _summary)
     return Run(
         directory=directory,
-        summary=_parse(directory, "summary.json", _text(directory, "summary.json"), _summary),
-        rounds=_rounds(directory),
+        summary=summary,
+        rounds=_rounds(directory, summary.clients),
         config=_parse(directory, "config.toml", config_text, tomllib.loads),
         config_text=config_text,
         audit=_audit(directory),
+        distances=_distances(directory, summary.clients),
     )
 
 
@@ -210,14 +250,38 @@ def _round(text: str) -> Round:
     return Round.model_validate(_json(text))
 
 
-def _rounds(directory: Path) -> tuple[Round, ...]:
+def _rounds(directory: Path, clients: int) -> tuple[Round, ...]:
     name = "metrics.jsonl"
     by_round: dict[int, Round] = {}
     # Not splitlines(), which also splits at characters that may stand inside a JSON string.
     for number, line in enumerate(_text(directory, name).split("\n"), start=1):
         if line.strip():
             entry = _parse(directory, f"{name} line {number}", line, _round)
+            if entry.clusters is not None and len(entry.clusters) != clients:
+                reason = f"clusters: {len(entry.clusters)} labels for {clients} clients"
+                raise _malformed(directory, f"{name} line {number}", reason)
             by_round[entry.round] = entry  # a resumed run may have repeated a round; its last word counts
     if not by_round:
         raise _malformed(directory, name, "it holds no round")
     return tuple(by_round[number] for number in sorted(by_round))
+
+
+def _distances(directory: Path, clients: int) -> Distances | None:
+    """The last round's; earlier ones are not on the page, and not read."""
+    numbered = [
+        (int(found[1]), found[0]) for found in map(_DISTANCES.fullmatch, _names(directory / "distances")) if found
+    ]
+    if not numbered:
+        return None
+    number, file = max(numbered)
+    name = f"distances/{file}"
+    entry = _parse(directory, name, _text(directory, name), lambda text: Distances.model_validate(_json(text)))
+    for column in entry.columns:
+        unknown = [client for client in (*column.members, *column.clients) if client >= clients]
+        if unknown:
+            raise _malformed(directory, name, f"client {unknown[0]} in a federation of {clients}")
+    return entry.model_copy(update={"round": number})
+
+
+def _names(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.iterdir()] if folder.is_dir() else []

@@ -9,6 +9,7 @@ from sordino.report.figures import human_bytes
 from sordino.report.groups import MEASURES, Group, Spread
 from sordino.report.runs import Measure
 
+_KEYS = 24  # a key with more marks is cut
 _PERSONAL: tuple[Measure, ...] = ("local", "neighbor", "overall")
 _TERMS = {
     "local": "test images of the classes that a client holds",
@@ -120,6 +121,17 @@ def html_table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]],
         f"<caption>{caption}</caption>\n<thead><tr>{columns}</tr></thead>\n<tbody>\n{''.join(lines)}</tbody>\n"
         "</table>\n</div>\n"
     )
+
+
+def keys(title: str, marks: Sequence[tuple[str, str, str]]) -> str:
+    """What the marks of a figure stand for, as (symbol, colour in CSS, name); nothing where there are none."""
+    shown = "".join(
+        f'<span class="key"><span class="swatch" data-symbol="{mark}" style="color:{colour}"></span>'
+        f"{escape(name)}</span>\n"
+        for mark, colour, name in marks[:_KEYS]
+    )
+    more = f"<span>and {len(marks) - _KEYS} more</span>" if len(marks) > _KEYS else ""
+    return f'<div class="legend"><span class="none">{escape(title)}</span>\n{shown}{more}</div>\n' if marks else ""
 
 
 def listed(items: Iterable[object]) -> str:
