@@ -2,14 +2,16 @@
 
 A whole clustering with all its clients in one process, messages made into bytes and back: points of d = 64 entries in
 four groups, T = N / 10, four clusters from first centres by farthest-first; where the number of clusters adapts takes
-more exchanges, and is `adaptive_seconds`. `client_seconds` is the median over clients of all that one computes,
-`server_seconds` what the server does; `bytes_per_client` is what a client sends and receives, `upload_bytes_per_client`
-what it sends. `growth` holds the exponents by N, by least squares on logarithms. Seconds are medians of `repeats`.
+more exchanges, and is `adaptive_seconds`. Shares are not sealed there, so that what grows is the protocol; up to 100
+clients, `sealed_seconds` has them sealed, and `pairs_seconds` is the search over pairs, sealed. `client_seconds` is the
+median over clients of all that one computes, `server_seconds` what the server does; `bytes_per_client` is what a client
+sends and receives, `upload_bytes_per_client` what it sends. `growth` holds the exponents by N, by least squares on
+logarithms. Seconds are medians of `repeats`.
 
-`share_of_training_round` is the time of an adaptive clustering of ten clients, with the averages of contexts of 16
-tokens within its clusters, over that of one PromptFL round of ten clients and 100 classes on the bundled encoder, with
-one local step as in `methods.py`: a round with more steps makes the share smaller. The two take turns, so that other
-work on the machine slows them alike. Prints one JSON object.
+`share_of_training_round` is the time of a sealed clustering of ten clients by pairs, with the averages of contexts of
+16 tokens within its clusters, over that of one PromptFL round of ten clients and 100 classes on the bundled encoder,
+with one local step as in `methods.py`: a round with more steps makes the share smaller. The two take turns, so that
+other work on the machine slows them alike. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -37,7 +39,19 @@ from sordino.encoders import load_encoder
 from sordino.encoders.prompt_model import PromptModel
 from sordino.runtime.local import LocalRuntime
 from sordino.runtime.settings import RuntimeSettings
-from sordino.secure import Adaptive, Client, Server, plan, run, run_average
+from sordino.secure import (
+    Adaptive,
+    Client,
+    EncryptingSealer,
+    Pairs,
+    PlainSealer,
+    Sealer,
+    Server,
+    Start,
+    plan,
+    run,
+    run_average,
+)
 
 WIDTH, GROUPS, IMAGES, LENGTH = 64, 4, 160, 16
 
@@ -62,12 +76,18 @@ def points_of(clients: int) -> np.ndarray:
     return points / np.abs(points).max()
 
 
-def clustering(number: int, start: int | Adaptive, vectors: np.ndarray | None = None) -> dict[str, float]:
+def clustering(
+    number: int, start: Start, vectors: np.ndarray | None = None, sealer: Callable[[], Sealer] = PlainSealer
+) -> dict[str, float]:
     """One clustering, and averages within its clusters if there are vectors [N, L]."""
     length = 0 if vectors is None else vectors.shape[1]
     began = time.perf_counter()
-    setup = plan(clients=number, width=WIDTH, largest=1.0, privacy=number // 10, length=length)
-    clients = [TimedClient(i, p, None if vectors is None else vectors[i]) for i, p in enumerate(points_of(number))]
+    columns = {"columns": number} if isinstance(start, Pairs) else {}
+    setup = plan(clients=number, width=WIDTH, largest=1.0, privacy=number // 10, length=length, **columns)
+    clients = [
+        TimedClient(i, point, None if vectors is None else vectors[i], sealer=sealer())
+        for i, point in enumerate(points_of(number))
+    ]
     server = Server(setup)
     outcome = run(clients, server, start)
     if vectors is not None:
@@ -132,7 +152,7 @@ def share_of_round(names: list[str], repeats: int) -> dict[str, float]:
     train, length = training(names)
     vectors = np.random.default_rng(0).uniform(-1, 1, (10, length))
     train()
-    pairs = [(clustering(10, Adaptive(), vectors)["seconds"], train()) for _ in range(repeats)]
+    pairs = [(clustering(10, Pairs(), vectors, EncryptingSealer)["seconds"], train()) for _ in range(repeats)]
     secure, rounds = (statistics.median(each) for each in zip(*pairs, strict=True))
     return {"secure_seconds": secure, "round_seconds": rounds, "share_of_training_round": secure / rounds}
 
@@ -152,6 +172,9 @@ def main() -> None:
         if number <= 100:
             adaptive = median_of(partial(clustering, number, Adaptive()), repeats)
             by_clients[number] |= {f"adaptive_{name}": adaptive[name] for name in ("seconds", "exchanges")}
+            for name, start in (("sealed", GROUPS), ("pairs", Pairs())):
+                sealed = median_of(partial(clustering, number, start, None, EncryptingSealer), repeats)
+                by_clients[number][f"{name}_seconds"] = sealed["seconds"]
         print(number, f"{by_clients[number]['seconds']:.2f} s", file=sys.stderr, flush=True)
     share: dict[str, Any] = share_of_round(names[:20] if quick else names, 1 if quick else 5)
     result = {"by_clients": by_clients, "growth": exponents(by_clients)} | share
