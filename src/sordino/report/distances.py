@@ -1,0 +1,229 @@
+"""What a server that clusters on shares saw of clients: a heat map of distances, and a plane that they give away."""
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from html import escape
+from itertools import compress
+
+import numpy as np
+
+from sordino.report.figures import SYMBOLS, Figure, colour, plain, symbol
+from sordino.report.heatmap import client_layout, colour_scale, numbered, numbers, scale_luminance, tick_step
+from sordino.report.opened import Floats, Seen, plane, seen, to_one_scale
+from sordino.report.runs import Run
+from sordino.report.tables import counted, html_table, keys, listed
+
+Domains = Mapping[int, tuple[str, ...]]  # of each client, empty where they are not known
+
+NOBODY = -1  # the cluster of a client that is in none
+_NEUTRAL = "#788290"  # its colour
+_SQUARE = 580  # height at which a matrix is about as high as its half of the page is wide
+_NAMED_POINTS = 60  # with more, numbers beside the points would cover each other
+
+
+def what_the_server_saw(index: int, label: str, run: Run, domains: Domains) -> str:
+    """The heat map of the last distances, and where they are between all clients the plane; nothing without any.
+
+    Args:
+        index: of the run on the page.
+        label: what the page calls it.
+        run: the run.
+        domains: of each client.
+    """
+    if run.distances is None or not (opened := seen(run.distances)).clients:
+        return ""
+    settings = run.config.get("settings", {}).get(run.summary.algorithm, {})
+    ratios = settings.get("reveal") == "ratios"
+    panels = [_heat_map(index, label, opened, ratios, run.distances.round, domains)]
+    if opened.mutual and len(opened.clients) > 1:
+        after = {entry.round: entry.clusters for entry in run.rounds}
+        labels = after.get(run.distances.round) or (NOBODY,) * run.summary.clients
+        panels.append(_plane(index, label, opened, ratios, labels, domains))
+    return f'<div class="panels">\n{"".join(panels)}</div>\n'
+
+
+def holding(domains: Sequence[str]) -> str:
+    """A client's domains, for its hover label."""
+    return plain(f"domain: {listed(domains)}") if domains else ""
+
+
+def _heat_map(index: int, label: str, opened: Seen, ratios: bool, number: int, domains: Domains) -> str:
+    from sordino.report.page import place  # the page imports this module
+
+    figure = heat_map(opened, ratios, [holding(domains.get(client, ())) for client in opened.clients])
+    to = "each other" if opened.mutual else f"the means of {counted(len(opened.sets), 'set')} of clients"
+    words = (
+        f"Heat map of distances of {counted(len(opened.clients), 'client')} to {to}; the table below has each client's "
+        "nearest and farthest."
+    )
+    scale = "each row over its mean, since rows have a scale of their own" if ratios else "not squared"
+    others = f" Beside them it saw those to the means of {counted(opened.others, 'set')}." if opened.others else ""
+    target = "other client" if opened.mutual else "set"
+    table = html_table(
+        f"Distances in round {number}, {scale}.",
+        ["Client", f"Nearest {target}", f"Farthest {target}"],
+        _nearest_and_farthest(opened, ratios),
+        f"Nearest and farthest, {label}",
+    )
+    width = 110 + (30 * len(opened.sets) if len(figure["data"]) > 1 else 200)
+    return (
+        '<div class="panel"><h4>Distances that the server saw</h4>\n<figure>\n'
+        f'<div class="scroll" role="region" aria-label="Heat map of distances, {escape(label)}" tabindex="0">'
+        f'<div style="min-width:{width}px">\n{place(f"distances-{index}", figure, words)}</div></div>\n'
+        f"<figcaption>Distances of clients' reduced prompts to {to} in round {number}, {scale}. They were computed on "
+        f"secret shares and opened to the server.{others}</figcaption>\n</figure>\n"
+        f"<details><summary>Nearest and farthest</summary>\n{table}</details></div>\n"
+    )
+
+
+def _nearest_and_farthest(opened: Seen, ratios: bool) -> list[list[str]]:
+    shown, rows = opened.shown(ratios), []
+    known = ~np.isnan(shown) & [[each != (client,) for each in opened.sets] for client in opened.clients]
+    for client, distances, there in zip(opened.clients, shown.tolist(), known.tolist(), strict=True):
+        found = sorted(compress(zip(distances, opened.sets, strict=True), there))
+        ends = [found[0], found[-1]] if found else []
+        cells = [f'<span class="words">{named(each)} <small>({value:.3g})</small></span>' for value, each in ends]
+        rows.append([str(client), *(cells or ['<span class="none">n/a</span>'] * 2)])
+    return rows
+
+
+def heat_map(found: Seen, ratios: bool, holdings: Sequence[str]) -> Figure:
+    """Heat map of distances: rows are clients, columns the sets to whose means they are.
+
+    Args:
+        found: the distances.
+        ratios: whether rows have scales of their own.
+        holdings: of each row's client in words, for its hover label.
+    """
+    shown = found.shown(ratios)
+    known = shown[~np.isnan(shown)]
+    top = float(known.max()) if known.size and known.max() > 0 else 1.0
+    # Points have unit norm, so most distances are between 0.1 and 2; two places would show nothing of smaller ones.
+    few = numbered(len(found.clients), len(found.sets)) and top >= 0.1
+    heat = {
+        "type": "heatmap",
+        "x": list(range(len(found.sets))),
+        "y": [str(client) for client in found.clients],
+        "z": [[None if math.isnan(value) else float(f"{value:.4g}") for value in row] for row in shown.tolist()],
+        "customdata": [[text] for text in holdings],
+        # One text a column; the page's script spreads it over the rows.
+        "text": [["<br>".join(textwrap.wrap(named(each), 60, max_lines=6, placeholder=" …")) for each in found.sets]],
+        "zmin": 0,
+        "zmax": top,
+        "colorscale": colour_scale(),
+        "colorbar": {"thickness": 10, "len": 1, "outlinewidth": 0, "xpad": 4},
+        "hoverongaps": False,
+        "hovertemplate": "client %{y} to %{text}: %{z:.3~g}<br>%{customdata}<extra></extra>",
+        "xgap": 2 if few else 0,
+        "ygap": 2 if few else 0,
+    }
+    text = numbers(heat, lambda value: f"{value:.2f}", lambda value: scale_luminance(min(value / top, 1)))
+    data = [heat, text] if few else [heat]
+    layout = client_layout(len(found.clients), [_tick(each) for each in found.sets])
+    if found.mutual:
+        layout["height"] = min(layout["height"], _SQUARE)
+    step = tick_step(len(found.sets))
+    axis = layout["xaxis"]
+    axis |= {"tickvals": axis["tickvals"][::step], "ticktext": axis["ticktext"][::step]}
+    axis["title"] = {"text": "Client" if found.mutual else "Members of the set"}
+    return {"data": data, "layout": layout}
+
+
+def named(members: Sequence[int]) -> str:
+    """A set of clients in words: `client 3`, or `the mean of clients 1, 2 and 5`."""
+    return f"client {members[0]}" if len(members) == 1 else f"the mean of clients {listed(members)}"
+
+
+def _tick(members: Sequence[int]) -> str:
+    return textwrap.shorten(", ".join(str(member) for member in members), 18, placeholder=" …")
+
+
+def _plane(index: int, label: str, opened: Seen, ratios: bool, labels: Sequence[int], domains: Domains) -> str:
+    from sordino.report.page import place
+
+    points, share = plane(to_one_scale(opened.squared))
+    cluster = [max(labels[client], NOBODY) for client in opened.clients]
+    held = [listed(domains.get(client, ())) or "no domain" for client in opened.clients]
+    kinds = list(dict.fromkeys(held)) if any(domains.values()) else []
+    colours = [colour(kinds.index(each)) for each in held] if kinds else [cluster_colour(each) for each in cluster]
+    symbols = [_cluster_symbol(each) for each in cluster]
+    texts = [
+        f"client {client}<br>{plain(domain) + '<br>' if kinds else ''}{cluster_name(each)}"
+        for client, domain, each in zip(opened.clients, held, cluster, strict=True)
+    ]
+    figure = scatter(points, opened.clients, colours, symbols, texts)
+    named_clusters = sorted({*cluster}, key=lambda each: (each < 0, each))
+    legend = keys("Domain", [("circle", colour(at), name) for at, name in enumerate(kinds)]) + keys(
+        "Cluster",
+        [
+            (_cluster_symbol(each), "inherit" if kinds else cluster_colour(each), str(each) if each >= 0 else "none")
+            for each in named_clusters
+        ],
+    )
+    but = ", except for the colours, which are true domains" if kinds else ""
+    scale = " and to a common scale" if ratios else ""
+    repeated = f" Symbols repeat after {len(SYMBOLS)} clusters." if max(cluster) >= len(SYMBOLS) else ""
+    words = f"{counted(len(opened.clients), 'client')} as points on a plane; the table below has their coordinates."
+    rows = [
+        [str(client), *([escape(domain)] if kinds else []), str(each) if each >= 0 else "none", f"{x:.3g}", f"{y:.3g}"]
+        for client, domain, each, (x, y) in zip(opened.clients, held, cluster, points.tolist(), strict=True)
+    ]
+    head = ["Client", *(["Domain"] if kinds else []), "Cluster", "First axis", "Second axis"]
+    table = html_table("Clients on the plane.", head, rows, f"Clients in two dimensions, {label}")
+    return (
+        f'<div class="panel"><h4>Clients in two dimensions</h4>\n<figure>\n{legend}'
+        f"{place(f'plane-{index}', figure, words)}"
+        f"<figcaption>Classical multidimensional scaling of the distances. The server can draw this for itself{but}. "
+        f"Axes are arbitrary up to rotation{scale}; these two carry {share:.0%} of the squared distances.{repeated}"
+        f"</figcaption>\n</figure>\n<details><summary>Coordinates</summary>\n{table}</details></div>\n"
+    )
+
+
+def cluster_name(label: int) -> str:
+    """A cluster in words."""
+    return f"cluster {label}" if label >= 0 else "in no cluster"
+
+
+def cluster_colour(label: int) -> str:
+    """The colour of a cluster."""
+    return colour(label) if label >= 0 else _NEUTRAL
+
+
+def _cluster_symbol(label: int) -> str:
+    return symbol(label) if label >= 0 else "circle-open"
+
+
+def scatter(
+    points: Floats, names: Sequence[int], colours: Sequence[str], symbols: Sequence[str], texts: Sequence[str]
+) -> Figure:
+    """Clients as points on a plane, with their numbers beside them where there is room.
+
+    Args:
+        points: [N, 2].
+        names: numbers of the N clients.
+        colours, symbols: of their markers.
+        texts: what their hover labels say.
+    """
+    marks = {
+        "type": "scatter",
+        "mode": "markers+text" if len(names) <= _NAMED_POINTS else "markers",
+        "x": [float(f"{value:.4g}") for value in points[:, 0]],
+        "y": [float(f"{value:.4g}") for value in points[:, 1]],
+        "text": [str(name) for name in names],
+        "textposition": "top center",
+        "customdata": list(texts),
+        "hovertemplate": "%{customdata}<extra></extra>",
+        "cliponaxis": False,
+        "marker": {"color": list(colours), "symbol": list(symbols), "size": 10},
+    }
+    layout = {
+        "margin": {"l": 56, "r": 16, "t": 28, "b": 48},
+        "height": 480,
+        "showlegend": False,  # the page has one of its own
+        "hovermode": "closest",
+        "xaxis": {"title": {"text": "First axis"}, "zeroline": False},
+        # A step is as long on one axis as on the other, or the picture's distances would not be distances.
+        "yaxis": {"title": {"text": "Second axis"}, "zeroline": False, "scaleanchor": "x", "scaleratio": 1},
+    }
+    return {"data": [marks], "layout": layout}

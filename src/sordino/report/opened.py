@@ -1,0 +1,97 @@
+"""The distances that a server saw, as arrays: put together, brought to one scale, and laid out on a plane."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sordino.report.runs import Distances
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Distances that a server saw.
+
+    Attributes:
+        clients: whose they are, ascending.
+        sets: of clients, to whose means they are: all of `clients` alone, in order, where they are `mutual`.
+        squared: [clients, sets], squared, in the points' units; NaN where one was not opened.
+        others: how many sets of several clients were asked about beside mutual ones.
+    """
+
+    clients: tuple[int, ...]
+    sets: tuple[tuple[int, ...], ...]
+    squared: Floats
+    others: int = 0
+
+    @property
+    def mutual(self) -> bool:
+        """Whether these are the distances between all clients."""
+        return self.sets == tuple((client,) for client in self.clients) and not np.isnan(self.squared).any()
+
+    def shown(self, ratios: bool) -> Floats:
+        """Distances [clients, sets], not squared; with `ratios` over the mean of the row."""
+        distances = np.sqrt(self.squared)
+        if not ratios:
+            return distances
+        known = ~np.isnan(distances)
+        means = np.where(known, distances, 0).sum(1) / np.maximum(known.sum(1), 1)
+        relative: Floats = distances / np.where(means > 0, means, 1)[:, None]
+        return relative
+
+
+def seen(distances: Distances) -> Seen:
+    """Put the columns of a round together: those to single clients if they are complete, else all of them."""
+    columns = {tuple(sorted({*column.members})): column for column in distances.columns}
+    clients = tuple(sorted({client for column in columns.values() for client in column.clients}))
+    row = {client: number for number, client in enumerate(clients)}
+    squared = np.full((len(clients), len(columns)), np.nan)
+    for number, (members, column) in enumerate(columns.items()):
+        values = np.array(column.values, dtype=np.float64) / len(members) ** 2
+        squared[[row[client] for client in column.clients], number] = values * distances.step**2
+    everything = Seen(clients, tuple(columns), squared)
+    singles = [everything.sets.index((client,)) for client in clients if (client,) in columns]
+    alone = Seen(
+        clients, tuple(everything.sets[at] for at in singles), squared[:, singles], len(columns) - len(singles)
+    )
+    return alone if alone.mutual else everything
+
+
+def to_one_scale(squared: Floats) -> Floats:
+    """Squared distances [N, N] between clients, made symmetric where each row has a factor of its own.
+
+    D_ij = D_ji, so the quotient of two factors is M_ij / M_ji: all follow from one of them, up to a common scale.
+    """
+    # Of two clients in one place only remainders are left: both count as close, on the scale of their rows.
+    safe = np.maximum(squared, np.maximum(1e-9 * squared.mean(1, keepdims=True), np.finfo(float).tiny))
+    logs = np.log(safe) - np.log(safe.T)
+    np.fill_diagonal(logs, 0)
+    level = squared / np.exp(logs.mean(1))[:, None]
+    symmetric: Floats = (level + level.T) / 2
+    np.fill_diagonal(symmetric, 0)
+    return symmetric
+
+
+def plane(squared: Floats) -> tuple[Floats, float]:
+    """Classical multidimensional scaling (Torgerson, 1952) to two dimensions.
+
+    Args:
+        squared: [N, N], squared distances, symmetric.
+
+    Returns:
+        Coordinates [N, 2], about their mean, the wider axis first; and which share of the sum of the squared distances
+        they keep, in [0, 1].
+    """
+    count = len(squared)
+    centring = np.eye(count) - 1 / count
+    values, vectors = np.linalg.eigh(-centring @ squared @ centring / 2)
+    values, vectors = values[::-1], vectors[:, ::-1]
+    points = np.zeros((count, 2))
+    axes = min(2, count)
+    points[:, :axes] = vectors[:, :axes] * np.sqrt(values[:axes].clip(min=0))
+    # An axis may point either way: its largest entry is made positive, so that a page comes out alike every time.
+    points *= np.where(points[np.abs(points).argmax(0), [0, 1]] < 0, -1, 1)
+    total = values.sum()
+    return points, float(np.clip((points**2).sum() / total, 0, 1)) if total > 0 else 1.0
