@@ -38,6 +38,7 @@ def audits(groups: Sequence[Group]) -> str:
                 " / ".join(f"{100 * point['true_positive_rate']:.1f}" for point in lira["found"]) if lira else _NONE,
                 _inversion(found.get("inversion", {})),
                 _stealing(found.get("stealing", {})),
+                _distances(found.get("distances", {})),
             ]
         )
     head = [
@@ -49,6 +50,7 @@ def audits(groups: Sequence[Group]) -> str:
         "Found at 0.1% / 1% false positives, %",
         "Images recognised from an upload, %",
         "Stolen prompt, local accuracy, %",
+        "Prompt from opened distances, cosine",
     ]
     caption = "Claims and attacks. An attack that finds nothing proves nothing; one that succeeds does."
     table = html_table(caption, head, rows, "Claims and attacks by run")
@@ -60,7 +62,9 @@ def audits(groups: Sequence[Group]) -> str:
         "inference on the published prompts, half is guessing, with its 95% interval. <em>Images recognised</em>: by "
         "the server, from a client's upload of one image, with the share that chance gives. <em>Stolen prompt</em>: "
         "the mean over clients of the personal prompt that the server can replay from uploads, beside the client's "
-        f"own.</p>\n{curves}</section>\n"
+        "own. <em>Prompt from opened distances</em>: how near the server comes to a client's prompt with the distances "
+        "that it clusters by and the help of the other clients, beside what the cluster's mean shows it anyway."
+        f"</p>\n{curves}</section>\n"
     )
 
 
@@ -93,6 +97,13 @@ def _stealing(stealing: dict[str, Any]) -> str:
     stolen = sum(each["by_server"]["local_accuracy"] for each in victims) / len(victims)
     own = sum(each["local_accuracy"] for each in victims) / len(victims)
     return f"{100 * stolen:.1f} <small>(own {100 * own:.1f})</small>"
+
+
+def _distances(distances: dict[str, Any]) -> str:
+    found, known = distances.get("by_best"), distances.get("by_mean")
+    if not found:
+        return f"<small>{escape(distances['reason'])}</small>" if distances.get("reason") else _NONE
+    return f"{found['cosine']:.2f}" + (f" <small>(mean {known['cosine']:.2f})</small>" if known else "")
 
 
 def _curves(audited: Sequence[tuple[int, Group, Run]]) -> str:
