@@ -19,6 +19,7 @@ HIDDEN = {
     "prompts": TOP | {"algorithms", "tasks"},
     "privacy": TOP | {"algorithms", "tasks"},
     "secure": TOP | {"algorithms", "encoders", "prompts", "tasks"},
+    "mpc": TOP | {"algorithms", "tasks"},
     "algorithms": TOP | {"tasks"},
     "runtime": TOP - {"runtime"},
     "report": TOP - {"report"} | {"algorithms", "encoders", "tasks"},

@@ -1,0 +1,73 @@
+"""Computation on numbers that two servers hold in shares, of which neither learns anything; SecP-Tuning's protocols.
+
+Luo et al., SecP-Tuning, ICLR 2026 (arXiv 2506.15307). Semi-honest: both servers and the assistant, which deals
+correlated randomness and sees no data, follow the protocol, and no two of them join what they know.
+
+    first, second = share(encode(values, 16))               # the owner's: one for each server
+
+    def program(party):                                      # both servers run it
+        x = Shared((first, second)[party.number], 16)
+        (hidden,) = hide(party, x)                           # opened under a mask, once
+        return product(party, hidden, hidden, "multiply")    # and no more bytes for products with it
+
+    ran = run(program)                                       # here, both in one process
+    reconstruct(ran.results), ran.costs.table()
+"""
+
+from sordino.mpc.attention import random_feature_attention
+from sordino.mpc.costs import Cost, Costs, protocol
+from sordino.mpc.dealer import Assistant, Correlation, Dealer, Supply
+from sordino.mpc.errors import MaskReused, MpcError, OutOfRange, PartyLost
+from sordino.mpc.fourier import Series, angle_of, cosine_and_sine, evaluate, fit, gelu, gelu_series, turn
+from sordino.mpc.linear import concatenated, hide, lifted, multiply, product, reveal, triple_product, truncate
+from sordino.mpc.party import Channel, Masked, Party, Ran, Shared, reconstruct, run
+from sordino.mpc.ring import decode, encode, share
+from sordino.mpc.roots import Norm, Root, calibrate, inverse_root, layer_norm, unit_norm, variance_root
+
+__all__ = [
+    "Assistant",
+    "Channel",
+    "Correlation",
+    "Cost",
+    "Costs",
+    "Dealer",
+    "MaskReused",
+    "Masked",
+    "MpcError",
+    "Norm",
+    "OutOfRange",
+    "Party",
+    "PartyLost",
+    "Ran",
+    "Root",
+    "Series",
+    "Shared",
+    "Supply",
+    "angle_of",
+    "calibrate",
+    "concatenated",
+    "cosine_and_sine",
+    "decode",
+    "encode",
+    "evaluate",
+    "fit",
+    "gelu",
+    "gelu_series",
+    "hide",
+    "inverse_root",
+    "layer_norm",
+    "lifted",
+    "multiply",
+    "product",
+    "protocol",
+    "random_feature_attention",
+    "reconstruct",
+    "reveal",
+    "run",
+    "share",
+    "triple_product",
+    "truncate",
+    "turn",
+    "unit_norm",
+    "variance_root",
+]

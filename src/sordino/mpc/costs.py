@@ -1,0 +1,109 @@
+"""What a computation on shares costs: rounds, and bytes online and offline, by protocol and label."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A cost, or a sum of them.
+
+    Attributes:
+        rounds: openings that wait for each other.
+        online: bytes that one party sends to the other, as the other sends to it.
+        offline: bytes that the dealer sends to party 1; party 0 needs none.
+    """
+
+    rounds: int = 0
+    online: int = 0
+    offline: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.rounds + other.rounds, self.online + other.online, self.offline + other.offline)
+
+
+class Costs:
+    """A party's costs, entered under the label and the protocols that are under way."""
+
+    def __init__(self) -> None:
+        self._entries: dict[tuple[str, tuple[str, ...]], Cost] = defaultdict(Cost)
+        self._label, self._path = "", tuple[str, ...]()
+
+    def add(self, cost: Cost) -> None:
+        """Enter a cost where the computation stands."""
+        self._entries[self._label, self._path] += cost
+
+    @contextmanager
+    def label(self, label: str) -> Iterator[None]:
+        """Enter what follows under a label, such as a layer's name."""
+        before, self._label = self._label, label
+        try:
+            yield
+        finally:
+            self._label = before
+
+    @contextmanager
+    def protocol(self, name: str) -> Iterator[None]:
+        """Enter what follows under a protocol, within those that are under way."""
+        before, self._path = self._path, (*self._path, name)
+        try:
+            yield
+        finally:
+            self._path = before
+
+    @property
+    def total(self) -> Cost:
+        """All of it."""
+        return sum(self._entries.values(), Cost())
+
+    def by_label(self) -> dict[str, Cost]:
+        """By label, in the order of their first entries."""
+        return self._grouped(lambda label, _: label)
+
+    def by_protocol(self, depth: int = 1) -> dict[str, Cost]:
+        """By protocol, of which `depth` that contain each other are told apart: "layer_norm/inverse_root" at 2."""
+        return self._grouped(lambda _, path: "/".join(path[:depth]))
+
+    def table(self) -> str:
+        """A line a label and protocol, and the total."""
+        grouped = self._grouped(lambda label, path: (label, "/".join(path[:1])))
+        lines = [f"{'label':<16}{'protocol':<28}{'rounds':>7}{'online':>13}{'offline':>13}"]
+        for (label, name), cost in [*grouped.items(), (("total", ""), self.total)]:
+            lines.append(f"{label:<16}{name:<28}{cost.rounds:>7}{cost.online:>13,}{cost.offline:>13,}")
+        return "\n".join(lines)
+
+    def _grouped(self, key: Callable[[str, tuple[str, ...]], Any]) -> dict[Any, Cost]:
+        groups: dict[Any, Cost] = defaultdict(Cost)
+        for (label, path), cost in self._entries.items():
+            groups[key(label, path)] += cost
+        return dict(groups)
+
+
+class Accountable(Protocol):
+    """Who keeps costs."""
+
+    @property
+    def costs(self) -> Costs: ...
+
+
+A = TypeVar("A", bound=Accountable)
+
+
+def protocol(function: Callable[Concatenate[A, P], R]) -> Callable[Concatenate[A, P], R]:
+    """Enter what a function of a party costs under the function's name."""
+
+    @wraps(function)
+    def counted(party: A, *args: P.args, **kwargs: P.kwargs) -> R:
+        with party.costs.protocol(function.__name__):
+            return function(party, *args, **kwargs)
+
+    return cast(Callable[Concatenate[A, P], R], counted)

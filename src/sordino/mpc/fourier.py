@@ -1,0 +1,326 @@
+"""Cosine and sine, and any Fourier series of the same argument, from one opening of a few low bits.
+
+Luo et al., SecP-Tuning, ICLR 2026 (arXiv 2506.15307): with a period that is a power of two in the ring, wrap-around is
+harmless. The parties open u = x - r modulo the period, and cos(k x) = cos(k u) cos(k r) - sin(k u) sin(k r) is linear
+in the dealt cos(k r) and sin(k r), for all k at once.
+
+Both parties must multiply their shares by the same integers: what they compute from u is taken from tables of integers,
+whose entries are never so close to a half that two machines could round them differently, and from coefficients that
+are part of what the parties agreed on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from scipy.special import erf
+from torch import Tensor
+
+from sordino.mpc.costs import protocol
+from sordino.mpc.dealer import Harmonics, Mask
+from sordino.mpc.errors import OutOfRange
+from sordino.mpc.party import Masked, Party, Shared
+from sordino.mpc.ring import WORD, lowest
+
+TABLE = 26  # fraction bits of public cosines
+COARSE, FINE = 18, 8  # bits of an angle that the two tables resolve
+COEFFICIENT = 22  # fraction bits of a series' coefficients
+HEAVIEST = 2**13  # sum of a series' coefficients' sizes, so that their products with public cosines fit 62 bits
+
+Function = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Series:
+    """constant + sum_k cosine_k cos(k t) + sine_k sin(k t), where t = 2 pi x / 2^period.
+
+    Attributes:
+        period: log2 of the period.
+        frequencies: k, from 1.
+        cosine, sine: coefficients times 2^22, integers.
+        constant: likewise.
+        low, high: where it approximates the function.
+        error: at most, between low and high, of the series itself; relative if it was fitted so.
+
+    Raises:
+        OutOfRange: the coefficients' sizes add up to 2^13 or more.
+    """
+
+    period: int
+    frequencies: tuple[int, ...]
+    cosine: tuple[int, ...]
+    sine: tuple[int, ...]
+    constant: int
+    low: float
+    high: float
+    error: float
+
+    def __post_init__(self) -> None:
+        if self.weight >= HEAVIEST:
+            raise OutOfRange(
+                f"coefficients of {self.weight:g} in all, above {HEAVIEST}: take fewer, or a longer period"
+            )
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Its value at numbers of any shape."""
+        angle = 2 * np.pi * np.asarray(x)[..., None] * np.array(self.frequencies) / 2.0**self.period
+        terms = np.cos(angle) @ np.array(self.cosine) + np.sin(angle) @ np.array(self.sine)
+        return np.asarray((self.constant + terms) / 2.0**COEFFICIENT)
+
+    @property
+    def weight(self) -> float:
+        """The sum of its coefficients' sizes."""
+        return float(np.abs([*self.cosine, *self.sine]).sum() / 2.0**COEFFICIENT)
+
+
+def fit(
+    function: Function,
+    low: float,
+    high: float,
+    period: int,
+    frequencies: Sequence[int],
+    parity: str = "both",
+    relative: bool = False,
+) -> Series:
+    """The series nearest to a function between two numbers, by least squares at Chebyshev's nodes.
+
+    Outside, where a period has room to spare, the series is free, and so converges fast although the function is not
+    periodic (a Fourier extension: Huybrechs, SIAM Journal on Numerical Analysis 47(6), 2010).
+
+    Args:
+        function: of arrays.
+        low, high: less than a period apart.
+        period: its log2.
+        frequencies: from 1.
+        parity: "even" for cosines and a constant, "odd" for sines, "both".
+        relative: weigh errors by 1 / |function|.
+
+    Raises:
+        OutOfRange: its coefficients are too large.
+    """
+    ks = np.array(frequencies)
+    evens, odds = (len(ks) if parity != "odd" else 0), (len(ks) if parity != "even" else 0)
+
+    def design(x: np.ndarray) -> np.ndarray:
+        angle = 2 * np.pi * x[:, None] * ks / 2.0**period
+        return np.hstack([np.ones((len(x), 1 if evens else 0)), np.cos(angle[:, :evens]), np.sin(angle[:, :odds])])
+
+    nodes = np.cos(np.pi * (np.arange(40 * len(ks) + 400) + 0.5) / (40 * len(ks) + 400))
+    x = (low + high) / 2 + (high - low) / 2 * nodes
+    weights = 1 / np.abs(function(x)) if relative else np.ones_like(x)
+    # Small singular values belong to functions that are large only outside: left in, they make huge coefficients.
+    solution = np.linalg.lstsq(design(x) * weights[:, None], function(x) * weights, rcond=1e-6)[0]
+    whole = [round(float(value) * 2**COEFFICIENT) for value in solution]
+    constant, rest = (whole[0], whole[1:]) if evens else (0, whole)
+    cosine, sine = rest[:evens] or [0] * len(ks), rest[evens:] or [0] * len(ks)
+    series = Series(period, tuple(map(int, ks)), tuple(cosine), tuple(sine), constant, low, high, math.nan)
+    x = np.linspace(low, high, 20001)
+    error = np.abs(series(x) - function(x)) / (np.abs(function(x)) if relative else 1)
+    return replace(series, error=float(error.max()))
+
+
+@dataclass(frozen=True, eq=False)
+class Angle:
+    """An argument of which x - r is known modulo its period, and r to neither party.
+
+    Attributes:
+        opened: x - r, from 0 to 2^bits - 1, int64 [...].
+        bits: log2 of the period in the ring.
+        mask: r.
+    """
+
+    opened: Tensor
+    bits: int
+    mask: Mask
+
+
+@protocol
+def turn(party: Party, *values: Shared, period: int, resolution: int) -> list[Angle]:
+    """Arguments of cosines, opened under a mask modulo their period.
+
+    1. Take the share modulo the period, and drop all but its highest `resolution` bits: each party loses less than the
+       last bit's worth, and one of that is added back. Wrap-around is whole periods.
+    2. Take a mask r, uniform modulo 2^resolution.
+    3. Exchange shares of x - r, and add.
+
+    Rounds: 1, for all values together. Online: N resolution / 8. Offline: 0. Error: at most 2^(period - resolution)
+    in x, none if there are no bits to drop.
+
+    Args:
+        values: any shapes and sizes.
+        period: log2 of the period.
+        resolution: bits, at most; as many as the period has in the ring if these are fewer.
+
+    Raises:
+        OutOfRange: shares are right modulo less than the period.
+    """
+    masks, differences, widths = [], [], []
+    for value in values:
+        length = value.fraction + period
+        if not 1 <= length <= value.bits:
+            raise OutOfRange(f"a period of 2^{length} in a value shared modulo 2^{value.bits}: must divide it")
+        width = min(length, resolution)
+        share = lowest(value.share, length) >> (length - width)
+        if width < length:
+            share = share + party.only(0, torch.ones_like(share))
+        mask, own = party.supply.mask(value.shape, width)
+        masks.append(mask)
+        widths.append(width)
+        differences.append(lowest(share - own, width))
+    others = party.exchange(differences, widths)
+    return [
+        Angle(lowest(own + other, width), width, mask)
+        for own, other, width, mask in zip(differences, others, widths, masks, strict=True)
+    ]
+
+
+def angle_of(value: Masked, period: int) -> Angle:
+    """The argument of cosines of a value that is hidden anyway; costs nothing.
+
+    Raises:
+        OutOfRange: it is hidden modulo less than the period.
+    """
+    length = value.fraction + period
+    if not 1 <= length <= value.bits:
+        raise OutOfRange(f"a period of 2^{length} in a value hidden modulo 2^{value.bits}: must divide it")
+    return Angle(lowest(value.opened, length), length, value.mask)
+
+
+@protocol
+def cosine_and_sine(
+    party: Party, *values: Shared, period: int = 0, resolution: int = 16, precision: int = 14, bits: int = WORD
+) -> list[tuple[Shared, Shared]]:
+    """cos t and sin t, t = 2 pi x / 2^period, of each value.
+
+    1. `turn`.
+    2. Take shares of cos r and sin r with `precision` fraction bits.
+    3. Compute cos u [cos r] - sin u [sin r] and sin u [cos r] + cos u [sin r], with cos u and sin u rounded to
+       `precision` bits.
+
+    Rounds: 1. Online: N resolution / 8. Offline: 2 N bits / 8. Error: at most 2 pi 2^-resolution + sqrt(2)
+    2^-precision.
+
+    Returns:
+        Pairs of values with 2 precision fraction bits, shared modulo 2^bits.
+    """
+    results = []
+    for angle in turn(party, *values, period=period, resolution=resolution):
+        dealt = party.supply.correlated(Harmonics(angle.mask, angle.bits, (1,), precision, bits))
+        cosine, sine = (rounded(known, TABLE - precision) for known in public_cosine_and_sine(angle, 1))
+        (cos_r,), (sin_r,) = dealt
+        pair = cosine * cos_r - sine * sin_r, sine * cos_r + cosine * sin_r
+        results.append((Shared(pair[0], 2 * precision, bits), Shared(pair[1], 2 * precision, bits)))
+    return results
+
+
+@protocol
+def evaluate(party: Party, angle: Angle, series: Series, precision: int = 14, bits: int = WORD) -> Shared:
+    """A Fourier series of an opened argument, of K frequencies.
+
+    1. Take shares of cos(k r) and sin(k r), for all k.
+    2. Compute the sum over k of (a_k cos k u + b_k sin k u) [cos k r] + (b_k cos k u - a_k sin k u) [sin k r], whose
+       public factors are rounded to `precision` bits; party 0 adds the constant.
+
+    Rounds: 0. Online: 0. Offline: 2 K N bits / 8. Error, beside the series' own: at most sqrt(2) (K + weight)
+    2^-precision.
+    """
+    dealt = party.supply.correlated(Harmonics(angle.mask, angle.bits, series.frequencies, precision, bits))
+    total = party.only(0, rounded(torch.full_like(angle.opened, series.constant), COEFFICIENT - 2 * precision))
+    for index in range(len(series.frequencies)):
+        for factor, harmonic in zip(public_factors(angle, series, index, precision), dealt[:, index], strict=True):
+            total += factor * harmonic
+    return Shared(lowest(total, bits), 2 * precision, bits)
+
+
+@lru_cache(maxsize=8)
+def gelu_series(period: int = 5, high: float = 11.5, harmonics: int = 10) -> Series:
+    """x erf(x / sqrt 2) / 2 for |x| up to `high`: the even part of GeLU, which is x / 2 more.
+
+    The function is close to |x| / 2, a triangle wave, so odd frequencies do. As it stands: period 32, frequencies 1,
+    3 .. 19, error below 6e-5 for |x| up to 11.5. A period of 16, 6 harmonics: 2e-5 up to 4, 2e-3 up to 5.
+    """
+    frequencies = range(1, 2 * harmonics, 2)
+    return fit(lambda x: x * erf(x / math.sqrt(2)) / 2, -high, high, period, frequencies, parity="even")
+
+
+@protocol
+def gelu(
+    party: Party, x: Shared, series: Series | None = None, resolution: int = 18, precision: int = 14, bits: int = WORD
+) -> Shared:
+    """GeLU, x / 2 + x erf(x / sqrt 2) / 2, without a multiplication: the second term is even, and a series by itself.
+
+    1. `turn`.
+    2. `evaluate` the series; add x / 2, a share with one fraction bit more.
+
+    Rounds: 1. Online: N resolution / 8. Offline: 2 K N bits / 8, K = 10. Error: that of the series, 6e-5 for |x| up to
+    11.5; and 0.6 2^(period - resolution) = 7e-5 for the argument; and at most sqrt(2) (K + 8) 2^-precision, 4 times
+    less in the mean. Beyond the series' range it is wrong without notice: choose a larger period there.
+
+    Args:
+        x: shared modulo its period or more.
+        series: see `gelu_series`, which is the default.
+        resolution, precision, bits: see `turn`, `evaluate`; bits must hold the result with max(2 precision,
+            x.fraction + 1) fraction bits.
+    """
+    chosen = series or gelu_series()
+    (angle,) = turn(party, x, period=chosen.period, resolution=resolution)
+    return evaluate(party, angle, chosen, precision, bits) + x.doubled(-1)
+
+
+def rounded(integers: Tensor, shift: int) -> Tensor:
+    """Integers divided by 2^shift and rounded, halves upwards; multiplied where the shift is negative."""
+    return (integers + (1 << (shift - 1))) >> shift if shift > 0 else integers << -shift
+
+
+def public_factors(angle: Angle, series: Series, index: int, precision: int) -> tuple[Tensor, Tensor]:
+    """a cos k u + b sin k u and b cos k u - a sin k u, with `precision` fraction bits, for a series' frequency k.
+
+    Where there are more arguments than there are angles, these are all computed once, and kept.
+    """
+    if angle.opened.numel() >= 2**angle.bits:
+        first, second = _tabulated(series, index, precision, angle.bits)
+        return first[angle.opened], second[angle.opened]
+    a, b = series.cosine[index], series.sine[index]
+    cosine, sine = public_cosine_and_sine(angle, series.frequencies[index])
+    cut = TABLE + COEFFICIENT - precision
+    return rounded(a * cosine + b * sine, cut), rounded(b * cosine - a * sine, cut)
+
+
+@lru_cache(maxsize=32)
+def _tabulated(series: Series, index: int, precision: int, bits: int) -> tuple[Tensor, Tensor]:
+    """`public_factors` of all angles, [2^bits] each."""
+    angles = torch.arange(2**bits)
+    halves = [Angle(half, bits, Mask(0, tuple(half.shape), bits)) for half in angles.chunk(2)]
+    first, second = zip(*(public_factors(half, series, index, precision) for half in halves), strict=True)
+    return torch.cat(first), torch.cat(second)
+
+
+def public_cosine_and_sine(angle: Angle, frequency: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of 2 pi k u / 2^bits with 26 fraction bits, by integers alone; u is rounded to 26 bits.
+
+    The upper 18 bits of the angle and the lower 8 have a table each, and the two meet by the addition theorem.
+    """
+    cut = max(0, angle.bits - COARSE - FINE)
+    opened, width = rounded(angle.opened, cut), angle.bits - cut
+    turns = lowest(opened * frequency, width) << (COARSE + FINE - width)
+    cosines, sines = _table(COARSE, COARSE)
+    cosine, sine = cosines[turns >> FINE], sines[turns >> FINE]
+    if width <= COARSE:
+        return cosine, sine
+    cosines, sines = _table(COARSE + FINE, FINE)
+    low_cosine, low_sine = cosines[turns & (2**FINE - 1)], sines[turns & (2**FINE - 1)]
+    both = cosine * low_cosine - sine * low_sine, sine * low_cosine + cosine * low_sine
+    return rounded(both[0], TABLE), rounded(both[1], TABLE)
+
+
+@lru_cache(maxsize=2)
+def _table(resolution: int, bits: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of 2 pi i / 2^resolution for i below 2^bits, with 26 fraction bits, int64."""
+    angles = 2 * np.pi * np.arange(2**bits) / 2.0**resolution
+    cosines, sines = (np.rint(part * 2.0**TABLE).astype(np.int64) for part in (np.cos(angles), np.sin(angles)))
+    return torch.from_numpy(cosines), torch.from_numpy(sines)

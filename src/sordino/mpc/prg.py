@@ -1,0 +1,34 @@
+"""Pseudo-random integers that two who hold the same key agree on without a word: AES-256 in counter mode."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from torch import Tensor
+
+from sordino.mpc.ring import WORD, Shape, lowest
+
+KEY = 32  # bytes
+
+
+class Prg:
+    """Streams of integers, one a number below 2^64.
+
+    The upper half of the first counter block is the stream's number, so that streams of up to 2^64 blocks never meet.
+
+    Args:
+        key: 32 bytes; from the operating system if none are given.
+    """
+
+    def __init__(self, key: bytes | None = None) -> None:
+        self._key = os.urandom(KEY) if key is None else key
+
+    def integers(self, stream: int, shape: Shape, bits: int = WORD) -> Tensor:
+        """Uniform integers from 0 to 2^bits - 1, int64: the same whenever a stream and a shape are asked for."""
+        encryptor = Cipher(algorithms.AES(self._key), modes.CTR(stream.to_bytes(8, "big") + bytes(8))).encryptor()
+        words = np.frombuffer(bytearray(encryptor.update(bytes(8 * math.prod(shape)))), "<i8")
+        return lowest(torch.from_numpy(words.reshape(shape)), bits)

@@ -1,0 +1,114 @@
+"""Arithmetic modulo 2^64 on torch's int64, fixed point, additive shares, and integers of few bits as bytes.
+
+torch adds, subtracts, multiplies and takes matrix products of int64 modulo 2^64, exactly. Its matrix product was
+measured on one core at 4 to 5 10^9 multiplications a second for [2048, 384] by [384, 1536]; exact products of limbs
+in float64 came to 2.3 10^9 (three limbs of 22 bits, sums of 512 terms) and 0.7 10^9 (four of 16), so it is used as it
+is.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sordino.mpc.errors import OutOfRange, PartyLost
+
+Shape = tuple[int, ...]
+WORD = 64  # bits of the ring
+
+# The bilinear maps that products on shares are taken by; leading axes broadcast.
+FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "multiply": torch.mul,  # [...], [...] -> [...]
+    "dot": lambda left, right: (left * right).sum(-1),  # [..., I], [..., I] -> [...]
+    "matmul": torch.matmul,  # [..., I, J], [..., J, K] -> [..., I, K]
+    "matmul_nt": lambda left, right: left @ right.mT,  # [..., I, J], [..., K, J] -> [..., I, K]
+    "matmul_tn": lambda left, right: left.mT @ right,  # [..., J, I], [..., J, K] -> [..., I, K]
+}
+
+
+def shape_of(form: str, left: Shape, right: Shape) -> Shape:
+    """The shape that a bilinear map of `FORMS` gives."""
+    if form in ("multiply", "dot"):
+        shape = np.broadcast_shapes(left, right)
+        return shape if form == "multiply" else shape[:-1]
+    rows, columns = left[-1 if form == "matmul_tn" else -2], right[-2 if form == "matmul_nt" else -1]
+    return (*np.broadcast_shapes(left[:-2], right[:-2]), rows, columns)
+
+
+def encode(values: Tensor | float, fraction: int) -> Tensor:
+    """Numbers as integers, round(value 2^fraction), int64 of the same shape; the error is at most 2^-(fraction + 1).
+
+    Raises:
+        OutOfRange: a number is not finite, or 2^(62 - fraction) or more in size.
+    """
+    scaled = torch.as_tensor(values, dtype=torch.float64) * 2.0**fraction
+    limit = 2.0**62
+    if not bool((scaled.abs() < limit).all()):
+        worst = torch.as_tensor(values, dtype=torch.float64).abs().max().item()
+        raise OutOfRange(
+            f"{worst:g} does not fit {fraction} fraction bits: numbers must be below {limit / 2.0**fraction:g}; "
+            "scale them, or take fewer fraction bits"
+        )
+    return scaled.round().to(torch.int64)
+
+
+def decode(integers: Tensor, fraction: int, bits: int = WORD) -> Tensor:
+    """Integers modulo 2^bits as numbers, float64: the inverse of `encode`."""
+    return centred(integers, bits).to(torch.float64) / 2.0**fraction
+
+
+def centred(integers: Tensor, bits: int) -> Tensor:
+    """The representatives from -2^(bits-1) to 2^(bits-1) - 1 of integers modulo 2^bits."""
+    return (integers << (WORD - bits)) >> (WORD - bits)
+
+
+def lowest(integers: Tensor, bits: int) -> Tensor:
+    """The representatives from 0 to 2^bits - 1 of integers modulo 2^bits; all of Z_2^64 for 64 bits."""
+    return integers if bits == WORD else integers & ((1 << bits) - 1)
+
+
+def share(integers: Tensor) -> tuple[Tensor, Tensor]:
+    """Two shares whose sum is what is given; each by itself is uniform, by the operating system's randomness."""
+    first = torch.frombuffer(bytearray(secrets.token_bytes(8 * integers.numel())), dtype=torch.int64)
+    first = first.reshape(integers.shape)
+    return first, integers - first
+
+
+def packed_size(count: int, bits: int) -> int:
+    """How many bytes `pack` makes of `count` integers: whole bytes of each, and the remaining bits together."""
+    return count * (bits // 8) + math.ceil(count * (bits % 8) / 8)
+
+
+def pack(integers: Tensor, bits: int) -> bytes:
+    """Integers modulo 2^bits as `packed_size` bytes: the whole low bytes of each, then planes of the bits left."""
+    flat = integers.contiguous().numpy().astype("<i8", copy=False).reshape(-1)
+    whole, rest = bits // 8, bits % 8
+    low = flat.view(np.uint8).reshape(len(flat), 8)[:, :whole].tobytes()
+    planes = [flat >> (8 * whole + plane) & 1 for plane in range(rest)]
+    return low + (np.packbits(np.stack(planes).astype(bool), axis=None).tobytes() if rest else b"")
+
+
+def unpack(content: bytes, shape: Shape, bits: int) -> Tensor:
+    """The integers that `pack` made into bytes, as representatives from 0 to 2^bits - 1.
+
+    Raises:
+        PartyLost: the bytes are too few or too many.
+    """
+    count, whole, rest = math.prod(shape), bits // 8, bits % 8
+    due = packed_size(count, bits)
+    if len(content) != due:
+        raise PartyLost(f"{len(content)} bytes came where {due} were due; the other party is astray")
+    words = np.zeros((count, 8), np.uint8)
+    octets = np.frombuffer(content, np.uint8)
+    words[:, :whole] = octets[: count * whole].reshape(count, whole)
+    flat = words.view("<i8").reshape(-1)
+    if rest:
+        planes = np.unpackbits(octets[count * whole :], count=count * rest).reshape(rest, count)
+        for plane in range(rest):
+            flat |= planes[plane].astype(np.int64) << (8 * whole + plane)
+    return torch.from_numpy(flat.reshape(shape))

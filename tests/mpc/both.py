@@ -1,0 +1,44 @@
+"""Both parties in one process, for tests: numbers in, numbers and costs out, and randomness that can be repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sordino.mpc.costs import Cost, Costs
+from sordino.mpc.party import Party, Shared, reconstruct, run
+from sordino.mpc.prg import Prg
+from sordino.mpc.ring import encode
+
+KEYS = bytes(range(32)), bytes(range(32, 64))
+Held = Callable[[Party], Shared]
+
+
+def held(values: Tensor, fraction: int, seed: int = 0) -> Held:
+    """What each party holds of numbers: a share that the seed fixes."""
+    return held_integers(encode(values, fraction), fraction, seed)
+
+
+def held_integers(integers: Tensor, fraction: int = 0, seed: int = 0) -> Held:
+    """The same of integers of the ring."""
+    first = Prg(seed.to_bytes(32, "big")).integers(0, tuple(integers.shape))
+    shares = first, integers - first
+    return lambda party: Shared(shares[party.number], fraction)
+
+
+def computed(program: Callable[[Party], Shared]) -> tuple[Tensor, Costs]:
+    """The numbers that a program comes to, and what they cost."""
+    ran = run(program, KEYS, timeout=60)
+    return reconstruct(ran.results), ran.costs
+
+
+def cost_of(costs: Costs, name: str) -> Cost:
+    """What a protocol cost, where it was run by itself."""
+    return costs.by_protocol()[name]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers, float64."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

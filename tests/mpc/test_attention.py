@@ -1,0 +1,74 @@
+"""Random feature attention on shares against torch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from mpc.both import computed, held, normal
+
+from sordino.mpc.attention import random_feature_attention
+from sordino.mpc.linear import hide
+from sordino.mpc.party import Party, Shared
+from sordino.mpc.ring import packed_size
+from sordino.mpc.roots import calibrate
+
+
+@pytest.mark.parametrize(("length", "extra_rounds"), [(32, 0), (80, 1)])
+def test_attention_within_the_stated_error(length: int, extra_rounds: int) -> None:
+    batch, heads, width, count = 2, 3, 32, 64
+    shape = batch, heads, length, width
+    query, key = (torch.nn.functional.normalize(normal(*shape, seed=seed), dim=-1) for seed in (1, 2))
+    value, features = normal(*shape, seed=3).clamp(-3, 3), normal(heads, width, count, seed=4)
+    phi_query, phi_key = (torch.cat([(x @ features).cos(), (x @ features).sin()], -1) for x in (query, key))
+    scores = phi_query @ phi_key.mT
+    oracle = scores @ value / scores.sum(-1, keepdim=True)
+    root = calibrate(1, 0.1, 1.2, 1e-4)
+
+    def program(party: Party) -> Shared:
+        (hidden,) = hide(party, held(features / (2 * torch.pi), 14)(party))
+        with party.costs.label("attention"):
+            tensors = (held(x, 14, seed)(party) for seed, x in enumerate((query, key, value), start=1))
+            return random_feature_attention(party, *tensors, hidden, root, fraction=14)  # type: ignore[misc]
+
+    found, costs = computed(program)
+    assert (found - oracle).abs().max() < 2e-3
+    cost = costs.by_label()["attention"]
+    assert cost.rounds == 7 + extra_rounds + 2 + 2 * root.steps
+    angles = batch * heads * length * count
+
+    def order(length: int) -> int:
+        """Bytes of step 3, by scores and by state."""
+        group, scores = batch * heads, batch * heads * length**2
+        if length == 32:
+            return (
+                2 * packed_size(2 * angles, 41)
+                + packed_size(scores, 41)
+                + sum(packed_size(n, 50) for n in (scores, batch * heads * length * width))
+            )
+        bits = 16 + 4 + 2 + max(14 + 7, 16 + 6 + 1)
+        beside, state = group * length * (width + 1), group * 2 * count * (width + 1)
+        return 2 * packed_size(2 * angles, bits) + 2 * packed_size(beside, bits) + 2 * packed_size(state, bits)
+
+    tokens, size = batch * heads * length, batch * heads * length * width
+    root_cost = (8 + 8 + 24 * root.steps) * tokens
+    last = 14 + 36 if extra_rounds == 0 else 36
+    online = 2 * packed_size(size, 28) + 2 * packed_size(angles, 14) + order(length) + root_cost
+    online += 2 * packed_size(size, last) + packed_size(tokens, last)
+    assert cost.online == online
+
+
+def test_a_long_sequence_costs_no_more_than_linearly() -> None:
+    """Bytes a token at lengths of 128 and 256 differ only by the state, which is spread over more of them."""
+    root = calibrate(1, 0.1, 1.2, 1e-3)
+
+    def bytes_a_token(length: int) -> float:
+        def program(party: Party) -> Shared:
+            (hidden,) = hide(party, party.public(torch.zeros(1, 8, 16), 14))
+            x = party.public(torch.ones(1, 1, length, 8) / math.sqrt(8), 14)
+            return random_feature_attention(party, x, x, x, hidden, root, fraction=14)
+
+        return computed(program)[1].by_protocol()["random_feature_attention"].online / length
+
+    assert bytes_a_token(256) < bytes_a_token(128) < 1.3 * bytes_a_token(256)

@@ -1,0 +1,180 @@
+"""Cosines and series on shares against numpy."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mpc.both import KEYS, computed, held, held_integers, normal
+from scipy import stats
+from scipy.special import erf
+
+from sordino.mpc.costs import Cost
+from sordino.mpc.dealer import Mask
+from sordino.mpc.errors import OutOfRange
+from sordino.mpc.fourier import (
+    COARSE,
+    FINE,
+    TABLE,
+    Angle,
+    Series,
+    angle_of,
+    cosine_and_sine,
+    evaluate,
+    fit,
+    gelu,
+    gelu_series,
+    public_cosine_and_sine,
+    turn,
+)
+from sordino.mpc.linear import hide
+from sordino.mpc.party import Party, Shared, reconstruct, run
+from sordino.mpc.ring import decode, packed_size
+
+
+def both(values: torch.Tensor, fraction: int, **how: int) -> tuple[torch.Tensor, torch.Tensor, Cost]:
+    """Cosines, sines, and their cost."""
+    x = held(values, fraction)
+    ran = run(lambda party: cosine_and_sine(party, x(party), **how)[0], KEYS)
+    cosine, sine = (reconstruct(shares) for shares in zip(*ran.results, strict=True))
+    return cosine, sine, ran.costs.total
+
+
+@pytest.mark.parametrize(("period", "resolution", "precision"), [(0, 16, 14), (3, 12, 10), (-2, 20, 20), (0, 28, 24)])
+def test_cosines_and_sines_within_the_stated_error_in_one_round(period: int, resolution: int, precision: int) -> None:
+    values = 300 * normal(2000)
+    cosine, sine, cost = both(values, 28, period=period, resolution=resolution, precision=precision)
+    angle = 2 * torch.pi * values / 2.0**period
+    resolved = resolution if resolution < 28 + period else 26
+    encoding = 2 * math.pi * 2.0 ** (-29 - period)
+    bound = 2 * math.pi * 2.0**-resolved + math.sqrt(2) * 2.0**-precision + encoding + 2.0**-24
+    assert (cosine - angle.cos()).abs().max() <= bound
+    assert (sine - angle.sin()).abs().max() <= bound
+    width = min(resolution, 28 + period)
+    assert cost == Cost(1, packed_size(2000, width), 2 * 2000 * 8)
+
+
+@settings(max_examples=20)
+@given(st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**40))
+def test_wrapping_around_the_ring_is_whole_periods(value: int, turns: int) -> None:
+    """Adding multiples of the period, as the ring wraps, changes nothing at all."""
+    wrapped = (value + turns * 2**20 + 2**63) % 2**64 - 2**63
+
+    def shares(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x = held_integers(torch.tensor([number]), fraction=20)
+        ran = run(lambda party: cosine_and_sine(party, x(party))[0][0].share, KEYS)
+        return ran.results
+
+    assert sum(shares(value)) == sum(shares(wrapped))
+
+
+def test_all_harmonics_of_an_argument_come_from_one_opening() -> None:
+    values = torch.linspace(-3, 3, 501, dtype=torch.float64)
+    x = held(values, 20)
+
+    def program(party: Party, series: tuple[Series, ...]) -> list[Shared]:
+        (angle,) = turn(party, x(party), period=3, resolution=18)
+        return [evaluate(party, angle, each) for each in series]
+
+    square = fit(lambda t: erf(t / math.sqrt(2)), -3, 3, 3, range(1, 9), parity="odd")
+    other = fit(lambda t: np.tanh(t) + 0.1 * t**2, -3, 3, 3, range(1, 13))
+    ran = run(lambda party: program(party, (square, other)), KEYS)
+    assert ran.costs.total.rounds == 1
+    assert ran.costs.total.online == packed_size(501, 18)
+    assert ran.costs.total.offline == 16 * 501 * (8 + 12)
+    for series, *shares in zip((square, other), *ran.results, strict=True):
+        found = reconstruct((shares[0], shares[1]))
+        slope = float(np.abs(np.gradient(series(values.numpy()), values.numpy())).max())
+        bound = math.sqrt(2) * (len(series.frequencies) + series.weight) * 2**-14 + 1.05 * slope * 2.0 ** (3 - 18)
+        assert np.abs(found.numpy() - series(values.numpy())).max() <= bound
+
+
+@pytest.mark.parametrize(
+    ("function", "parity", "frequencies"),
+    [
+        (lambda x: erf(x / math.sqrt(2)), "odd", range(1, 17)),
+        (np.tanh, "odd", range(1, 17)),
+        (lambda x: np.exp(-(x**2)), "even", range(1, 17)),
+        (lambda x: np.exp(x / 4), "both", range(1, 25)),
+    ],
+)
+def test_a_series_keeps_the_error_it_states(function: object, parity: str, frequencies: range) -> None:
+    series = fit(function, -4, 4, 4, frequencies, parity)  # type: ignore[arg-type]
+    x = np.random.default_rng(0).uniform(-4, 4, 5000)
+    assert np.abs(series(x) - function(x)).max() <= 1.01 * series.error < 1e-3  # type: ignore[operator]
+    assert np.abs(series(x + 3 * 16) - series(x)).max() < 1e-9
+
+
+def test_coefficients_that_the_ring_does_not_hold_are_refused() -> None:
+    with pytest.raises(OutOfRange, match="take fewer"):
+        Series(0, (1,), (2**36,), (0,), 0, 0.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(("fraction", "resolution"), [(13, 18), (24, 18), (28, 22)])
+def test_gelu_within_the_stated_error_in_one_round(fraction: int, resolution: int) -> None:
+    values = torch.linspace(-11.5, 11.5, 20_001, dtype=torch.float64)
+    found, costs = computed(lambda party: gelu(party, held(values, fraction)(party), resolution=resolution))
+    encoding, argument = 1.13 * 2.0 ** -(fraction + 1), 0.6 * 2.0 ** (5 - min(resolution, fraction + 5))
+    error = (found - torch.nn.functional.gelu(values)).abs()
+    assert error.max() <= 6e-5 + argument + math.sqrt(2) * 18 * 2**-14 + encoding
+    assert error.mean() < (6e-5 + argument + math.sqrt(2) * 18 * 2**-14) / 4 + encoding
+    width = min(resolution, fraction + 5)
+    assert costs.total == Cost(1, packed_size(20_001, width), 16 * 10 * 20_001)
+    assert gelu_series().error < 6e-5
+
+
+def test_gelu_with_other_ranges() -> None:
+    for period, high, harmonics, error in ((4, 4.0, 6, 2e-5), (4, 5.0, 6, 2e-3), (6, 26.0, 20, 1e-4)):
+        assert gelu_series(period, high, harmonics).error < error
+
+
+def test_a_hidden_value_is_an_argument_too() -> None:
+    values = 3 * normal(400)
+
+    def program(party: Party) -> Shared:
+        (hidden,) = hide(party, held(values, 30)(party), bits=40)
+        return evaluate(party, angle_of(hidden, 5), gelu_series(), precision=20)
+
+    found, costs = computed(program)
+    bound = math.sqrt(2) * 18 * 2**-20 + 2**-24 + 6e-5
+    assert (found - values * torch.erf(values / math.sqrt(2)) / 2).abs().max() < bound
+    assert costs.total.rounds == 1
+
+
+def test_arguments_shared_modulo_too_little_are_refused() -> None:
+    with pytest.raises(OutOfRange, match="must divide it"):
+        computed(lambda party: gelu(party, party.public(0.1, 62)))
+    with pytest.raises(OutOfRange, match="must divide it"):
+        run(lambda party: angle_of(*hide(party, party.public(1.0, 20), bits=24), 5), KEYS)
+
+
+def test_public_cosines_are_exact_to_their_last_bits_and_round_alike_everywhere() -> None:
+    """No entry of a table is so near to a half that float64, off by 2^-52, could round it either way."""
+    for resolution, count in ((COARSE, 2**COARSE), (COARSE + FINE, 2**FINE)):
+        turns = np.arange(count, dtype=np.longdouble) / np.longdouble(2.0**resolution)
+        for part in (np.cos, np.sin):
+            scaled = part(2 * np.longdouble(math.pi) * turns) * np.longdouble(2.0**TABLE)
+            assert np.abs(scaled - np.floor(scaled) - 0.5).min() > 2.0 ** (TABLE - 48)
+    opened = torch.randint(0, 2**40, (5000,), generator=torch.Generator().manual_seed(0))
+    for bits in (1, 9, 16, 17, 26, 40):
+        u = opened & (2**bits - 1)
+        for k in (1, 7):
+            cosine, sine = public_cosine_and_sine(Angle(u, bits, Mask(0, (5000,), bits)), k)
+            angle = 2 * torch.pi * (k * u.double() / 2.0**bits % 1)
+            bound = 2.0**-TABLE * 2 + (2 * math.pi * k * 2.0**-27 if bits > 26 else 0)  # u is cut to 26 bits
+            assert (decode(cosine, TABLE) - angle.cos()).abs().max() < bound
+            assert (decode(sine, TABLE) - angle.sin()).abs().max() < bound
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_opened_argument_is_uniform(number: int) -> None:
+    x = held(torch.full((60_000,), 0.3, dtype=torch.float64), 20)
+    ran = run(lambda party: turn(party, x(party), period=0, resolution=11)[0], KEYS)
+    counts = torch.bincount(ran.results[number].opened >> 3, minlength=256).numpy()
+    assert stats.chisquare(counts).pvalue > 1e-4
+    octets = np.bincount(np.frombuffer(ran.received[number][0], np.uint8), minlength=256)
+    assert stats.chisquare(octets).pvalue > 1e-4
