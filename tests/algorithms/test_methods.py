@@ -165,7 +165,7 @@ def extra_tokens(make_runtime: MakeRuntime) -> int:
 def test_a_resumed_run_goes_on_as_if_nothing_had_happened(name: str, make_runtime: MakeRuntime, tmp_path: Path) -> None:
     """With Adam, whose state at the server or at a client must come back too, and clients that are absent at times."""
     adam = {"optimizer": {"name": "adam", "learning_rate": 0.05}}
-    rows = ROWS if name in SENDING + ["central"] else ROWS + ROWS  # a protocol takes more than two a round
+    rows = ROWS if name in [*SENDING, "central"] else ROWS + ROWS  # a protocol takes more than two a round
     runtime = make_runtime(name, rows, TABLES | adam | {"secfpp": {"cluster_every": 1}}, participation=0.67)
     halfway = runtime.start()
     for _ in range(2):
