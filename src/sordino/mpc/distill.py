@@ -1,0 +1,277 @@
+"""Teach a tower with random feature attention what a tower with softmax says, once, in the clear, on public text.
+
+The text is WordNet's definitions and ImageNet's class names, as timm lists them: no image and nobody's data. Names come
+behind a hand-written context, and behind soft ones, words drawn at random with noise on their embeddings, since that is
+what tuning will put there. All weights of the layers are trained, the frequencies with them; embeddings stay. The loss
+is one minus the cosine of the mean-pooled sentences, plus the squared error of the hidden states after each layer
+relative to their size, which is what makes it quick: each layer has a target of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor
+
+from sordino.encoders.bundled import TEXT_MODEL, TextTower, package_path
+from sordino.errors import ConfigError, RunError
+from sordino.files import write_atomically
+from sordino.mpc.tower import FEATURES, PrivateTower
+from sordino.progress import Progress, silent
+
+LONGEST = 32  # tokens of a sentence; the rest is cut off
+SOFT_SHARE = 0.25  # of the batches: names behind soft contexts
+SOFT_LENGTHS = (1, 16)  # tokens of a soft context
+SOFT_NOISE = 0.03  # standard deviation of the noise on its embeddings, which have one of 0.05
+HELD_OUT = 512  # sentences that are never trained on
+WARM_UP = 50  # steps, at most
+TEMPERATURE = "temperature"  # of a layer while it is trained: [H, 1, 1], its logarithm
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Cosines of student's and teacher's sentences.
+
+    Attributes:
+        step: after how many.
+        mean, low: over sentences that were held out, and the 5% quantile.
+    """
+
+    step: int
+    mean: float
+    low: float
+
+
+def definitions() -> list[str]:
+    """WordNet's 21,841 definitions with their words, such as `jacksnipe, half snipe: a small short-billed snipe`."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo("imagenet-22k")
+    return [info.index_to_description(index, detailed=True) for index in range(info.num_classes())]
+
+
+def names() -> list[str]:
+    """ImageNet's 1,000 class names."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    return [info.index_to_description(index).partition(",")[0] for index in range(info.num_classes())]
+
+
+def distil(
+    teacher: TextTower,
+    steps: int,
+    batch: int = 32,
+    learning_rate: float = 5e-4,
+    features: int = 64,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> tuple[PrivateTower, list[Agreement]]:
+    """A tower with random feature attention that says what the teacher says.
+
+    Args:
+        teacher: a BERT-like tower.
+        steps: of AdamW, after a linear warm-up on a cosine schedule.
+        batch: sentences a step.
+        learning_rate: the largest.
+        features: R, frequencies a head.
+        seed: of frequencies, batches and soft contexts.
+        progress: is told how far it is.
+
+    Returns:
+        The tower, and its agreement with the teacher on held-out sentences, at the start, every 100 steps and at the
+        end.
+
+    Raises:
+        RunError: training diverged.
+    """
+    texts = _Texts(teacher, batch, seed)
+    student = _trainable(PrivateTower.from_softmax(teacher, features, seed))
+    parameters = [part for layer in student.layers for part in layer.values()]
+    optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    warm_up = max(1, min(WARM_UP, steps // 4))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / warm_up) * (1 + math.cos(math.pi * step / steps)) / 2
+    )
+    agreements = []
+    for step, (embeddings, mask) in zip(range(steps + 1), texts.batches(), strict=False):
+        if step % 100 == 0 or step == steps:
+            agreements.append(_agreement(_folded(student), teacher, texts, step))
+            progress("distil", step, steps, f"cosine {agreements[-1].mean:.4f}")
+        if step == steps:
+            break
+        loss = _loss(_folded(student)(embeddings, mask), softmax_states(teacher, embeddings, mask), mask)
+        if not loss.isfinite():
+            raise RunError(f"distillation diverged in step {step}; lower the learning rate")
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        return _folded(student, detached=True), agreements
+
+
+def distil_to(
+    file: Path, model: Path | None, steps: int, batch: int, features: int, seed: int, progress: Progress = silent
+) -> Agreement:
+    """Distil a tower, and store it with what it is made of.
+
+    Args:
+        file: where to; a directory that is not there is made.
+        model: folder of a BERT-like checkpoint; None for the bundled text tower.
+        steps, batch, features, seed, progress: see `distil`.
+
+    Returns:
+        The agreement at the end.
+
+    Raises:
+        ConfigError: there is no such checkpoint.
+        RunError: training diverged, or the file cannot be written.
+    """
+    teacher = teacher_of(model)
+    tower, agreements = distil(teacher, steps, batch, features=features, seed=seed, progress=progress)
+    recipe = {"steps": steps, "batch": batch, "features": features, "seed": seed}
+    about = {"teacher": fingerprint(teacher), "recipe": json.dumps(recipe)}
+    about["agreement"] = json.dumps([asdict(each) for each in agreements])
+    write_atomically(file, tower.to_bytes(about))
+    return agreements[-1]
+
+
+def teacher_of(model: Path | None) -> TextTower:
+    """A tower with softmax: that of a folder, or the bundled one.
+
+    Raises:
+        ConfigError: the folder holds no BERT-like checkpoint.
+    """
+    folder = package_path(*TEXT_MODEL) if model is None else model
+    try:
+        return TextTower.load(folder, torch.device("cpu"))
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise ConfigError(
+            "--model",
+            str(folder),
+            f"no BERT-like checkpoint with model.safetensors, tokenizer.json and config.json: {error}",
+        ) from None
+
+
+@torch.no_grad()
+def softmax_states(tower: TextTower, embeddings: Tensor, mask: Tensor) -> list[Tensor]:
+    """Hidden states [B, T, E] of a tower with softmax after each layer; see `PrivateTower`."""
+    width, there = embeddings.shape[-1], mask[:, None, None, :] > 0
+    x, states = F.layer_norm(embeddings, (width,), *tower.norm, tower.epsilon), []
+    for layer in tower.layers:
+        qkv = F.linear(x, layer["qkv.weight"], layer["qkv.bias"])
+        q, k, v = (part.view(*part.shape[:2], tower.heads, -1).transpose(1, 2) for part in qkv.chunk(3, -1))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=there).transpose(1, 2).flatten(2)
+        attended = F.linear(mixed, layer["out.weight"], layer["out.bias"])
+        x = F.layer_norm(x + attended, (width,), layer["norm1.weight"], layer["norm1.bias"], tower.epsilon)
+        inner = F.gelu(F.linear(x, layer["inner.weight"], layer["inner.bias"]))
+        outer = F.linear(inner, layer["outer.weight"], layer["outer.bias"])
+        x = F.layer_norm(x + outer, (width,), layer["norm2.weight"], layer["norm2.bias"], tower.epsilon)
+        states.append(x)
+    return states
+
+
+def pooled(states: Tensor, mask: Tensor) -> Tensor:
+    """Mean over tokens, with unit norm: [B, T, E] to [B, E]."""
+    return F.normalize((states * mask[..., None]).sum(1), dim=-1)
+
+
+def fingerprint(tower: TextTower) -> str:
+    """SHA-256 of a tower's weights, by which a stored student knows its teacher."""
+    digest = hashlib.sha256()
+    for part in (tower.words, tower.positions, *(layer[name] for layer in tower.layers for name in sorted(layer))):
+        digest.update(part.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _loss(found: list[Tensor], wanted: list[Tensor], mask: Tensor) -> Tensor:
+    whole = (1 - (pooled(found[-1], mask) * pooled(wanted[-1], mask)).sum(-1)).mean()
+    weight = mask[..., None]
+    layers = [((a - b) ** 2 * weight).sum() / (b**2 * weight).sum() for a, b in zip(found, wanted, strict=True)]
+    return whole + torch.stack(layers).mean()
+
+
+@torch.no_grad()
+def _agreement(student: PrivateTower, teacher: TextTower, texts: _Texts, step: int) -> Agreement:
+    cosines = []
+    for embeddings, mask in texts.held_out():
+        found, wanted = student(embeddings, mask)[-1], softmax_states(teacher, embeddings, mask)[-1]
+        cosines.append((pooled(found, mask) * pooled(wanted, mask)).sum(-1))
+    every = torch.cat(cosines)
+    return Agreement(step, float(every.mean()), float(every.quantile(0.05)))
+
+
+def _trainable(tower: PrivateTower) -> PrivateTower:
+    """With weights that take gradients, and a temperature of each head beside its frequencies."""
+    layers = []
+    for layer in tower.layers:
+        named = {**layer, TEMPERATURE: torch.zeros(tower.heads, 1, 1).to(layer[FEATURES])}
+        layers.append({name: part.detach().clone().requires_grad_() for name, part in named.items()})
+    return replace(tower, layers=tuple(layers))
+
+
+def _folded(tower: PrivateTower, detached: bool = False) -> PrivateTower:
+    """With temperatures in the frequencies."""
+    layers = []
+    for layer in tower.layers:
+        named = {name: part for name, part in layer.items() if name != TEMPERATURE}
+        named[FEATURES] = layer[FEATURES] * layer[TEMPERATURE].exp()
+        layers.append({name: part.detach() if detached else part for name, part in named.items()})
+    return replace(tower, layers=tuple(layers))
+
+
+class _Texts:
+    """Sentences as embeddings, in batches of about one length."""
+
+    def __init__(self, tower: TextTower, batch: int, seed: int) -> None:
+        self._tower, self._batch = tower, batch
+        self._generator = torch.Generator().manual_seed(seed)
+        tokens = [tower.tokenizer.encode(text).ids[:LONGEST] for text in definitions()]
+        order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0)).tolist()  # for every seed
+        self._held = [tokens[index] for index in order[:HELD_OUT]]
+        self._train = [tokens[index] for index in order[HELD_OUT:]]
+        self._names = [tower.tokenizer.encode(f"{name}.", add_special_tokens=False).ids for name in names()]
+
+    def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All sentences that are never trained on."""
+        for start in range(0, HELD_OUT, 64):
+            yield self._embedded(self._held[start : start + 64])
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches without end: embeddings [B, T, E] and mask [B, T]."""
+        while True:
+            drawn = torch.randperm(len(self._train), generator=self._generator)[: 16 * self._batch].tolist()
+            sentences = sorted((self._train[index] for index in drawn), key=len)
+            for number in torch.randperm(16, generator=self._generator).tolist():
+                if float(torch.rand((), generator=self._generator)) < SOFT_SHARE:
+                    yield self._soft()
+                yield self._embedded(sentences[number * self._batch : (number + 1) * self._batch])
+
+    def _embedded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        longest = max(len(row) for row in rows)
+        tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        mask = torch.tensor([[1.0] * len(row) + [0.0] * (longest - len(row)) for row in rows])
+        return self._tower.words[tokens] + self._tower.positions[:longest], mask
+
+    def _soft(self) -> tuple[Tensor, Tensor]:
+        """Names behind one soft context each: random words with noise."""
+        low, high = SOFT_LENGTHS
+        length = int(torch.randint(low, high + 1, (), generator=self._generator))
+        chosen = torch.randint(len(self._names), (self._batch,), generator=self._generator).tolist()
+        start, end = (self._tower.tokenizer.token_to_id(mark) for mark in ("[CLS]", "[SEP]"))
+        words = torch.randint(len(self._tower.words), (self._batch, length), generator=self._generator).tolist()
+        rows = [[start, *context, *self._names[name], end] for context, name in zip(words, chosen, strict=True)]
+        embeddings, mask = self._embedded(rows)
+        noise = torch.randn(self._batch, length, embeddings.shape[-1], generator=self._generator)
+        embeddings[:, 1 : 1 + length] += SOFT_NOISE * noise.to(embeddings)
+        return embeddings, mask

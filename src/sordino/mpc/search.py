@@ -1,0 +1,154 @@
+"""Forward-only tuning: a prompt that is found by asking for losses, with no gradient of anything.
+
+The prompt is p_0 + A z, with a fixed random projection A and a short z, which CMA-ES searches: Hansen, The CMA
+Evolution Strategy (arXiv 1604.00772), in the `cma` package; for prompts, Sun, Shao, Qian, Huang and Qiu, Black-Box
+Tuning for Language-Model-as-a-Service, ICML 2022. Luo et al., SecP-Tuning, ICLR 2026 (arXiv 2506.15307), do so on
+shares. All candidates of a generation are asked for at once; whoever answers sees prompts, or shares of them, and never
+a loss, if the one who searches computes it from what comes back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import cma
+import numpy as np
+import torch
+from torch import Tensor
+
+from sordino.errors import RunError
+from sordino.progress import Progress, silent
+
+Losses = Callable[[Tensor], Tensor]  # prompts [P, M, E] to their losses [P]
+
+
+@dataclass(frozen=True)
+class Search:
+    """How to search.
+
+    Attributes:
+        width: of z.
+        population: candidates a generation.
+        generations: of them.
+        deviation: of z at the start.
+        scale: standard deviation of a prompt's entries per unit of z's norm: entries of A are normal with deviation
+            scale / sqrt(width).
+        seed: of A and of candidates.
+    """
+
+    width: int = 64
+    population: int = 16
+    generations: int = 50
+    deviation: float = 1.0
+    scale: float = 0.05
+    seed: int = 0
+
+
+@dataclass
+class Found:
+    """Where a search stands; all that it takes to go on.
+
+    Attributes:
+        losses: of every candidate so far, a list a generation.
+        best: z of the least loss.
+    """
+
+    losses: list[list[float]] = field(default_factory=list)
+    best: list[float] = field(default_factory=list)
+
+    @property
+    def least(self) -> float:
+        """The least loss so far; infinite before the first generation."""
+        return min((loss for generation in self.losses for loss in generation), default=float("inf"))
+
+    def to_json(self) -> str:
+        """For a file; it holds no prompt but the best z, which is useless without A."""
+        return json.dumps({"losses": self.losses, "best": self.best})
+
+    @classmethod
+    def from_json(cls, content: str | bytes) -> Found:
+        """What `to_json` wrote.
+
+        Raises:
+            RunError: it is damaged.
+        """
+        try:
+            stored = json.loads(content)
+            losses = [[float(loss) for loss in generation] for generation in stored["losses"]]
+            return cls(losses, [float(each) for each in stored["best"]])
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"the state of a search is damaged ({error}); start anew") from None
+
+
+def projection(search: Search, length: int, width: int) -> Tensor:
+    """A, [d, M, E]: fixed by the seed.
+
+    Args:
+        search: its width, scale and seed.
+        length, width: M and E of the prompt.
+    """
+    generator = torch.Generator().manual_seed(search.seed)
+    drawn = torch.randn(search.width, length, width, generator=generator)
+    return drawn * float(search.scale / search.width**0.5)
+
+
+def prompts(search: Search, start: Tensor, z: Tensor) -> Tensor:
+    """p_0 + A z for candidates z [P, d]: [P, M, E]."""
+    return start + torch.einsum("pd,dme->pme", z.to(start), projection(search, *start.shape).to(start))
+
+
+def tune(
+    search: Search,
+    start: Tensor,
+    losses: Losses,
+    found: Found | None = None,
+    finished: Callable[[Found], None] = lambda _: None,
+    progress: Progress = silent,
+) -> tuple[Tensor, Found]:
+    """The prompt of the least loss.
+
+    An interrupted search goes on from the last finished generation: CMA-ES is told the losses it was told before, and
+    so stands where it stood, without a forward pass.
+
+    Args:
+        search: how to search.
+        start: p_0, [M, E].
+        losses: of a generation's prompts.
+        found: where an earlier search with the same settings ended.
+        finished: is given the state after each generation.
+        progress: is told how far it is.
+
+    Returns:
+        The best candidate [M, E], p_0 if there was none; and the state.
+
+    Raises:
+        RunError: `found` is of another search, or a loss is not finite.
+    """
+    found = found or Found()
+    options = {
+        "popsize": search.population,
+        "seed": search.seed + 1,  # cma takes 0 for the time of day
+        "verbose": -9,
+        "maxiter": search.generations,
+    }
+    strategy = cma.CMAEvolutionStrategy(np.zeros(search.width), search.deviation, options)
+    for told in found.losses:
+        if len(told) != search.population:
+            raise RunError(f"the state has {len(told)} candidates a generation where {search.population} are due")
+        strategy.tell(strategy.ask(), told)
+    for generation in range(len(found.losses), search.generations):
+        candidates = strategy.ask()
+        values = losses(prompts(search, start, torch.tensor(np.array(candidates)))).tolist()
+        if not np.isfinite(values).all():
+            raise RunError(f"a loss in generation {generation + 1} is not finite; lower the deviation or the scale")
+        strategy.tell(candidates, values)
+        if min(values) < found.least:
+            found.best = [float(each) for each in candidates[int(np.argmin(values))]]
+        found.losses.append([float(value) for value in values])
+        finished(found)
+        progress("tune", generation + 1, search.generations, f"loss {found.least:.3f}")
+    if not found.best:
+        return start, found
+    return prompts(search, start, torch.tensor([found.best]))[0], found

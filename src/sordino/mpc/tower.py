@@ -1,0 +1,148 @@
+"""A text tower that is cheap on shares: BERT's layers with random feature attention in place of softmax.
+
+Luo et al., SecP-Tuning, ICLR 2026 (arXiv 2506.15307), on Peng et al., Random Feature Attention, ICLR 2021. Queries and
+keys have unit norm; a query q weighs a key k by the mean over R frequencies of cos(w_r . (q - k)), which is the product
+of their features [cos(w_r . x), sin(w_r . x)]. Frequencies belong to a head and are learned, its temperature with them.
+This is the tower in the clear, differentiable; `distill` makes one of a tower with softmax.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sordino.encoders.bundled import TextTower
+from sordino.mpc.errors import MpcError
+
+BUNDLED = Path(__file__).parent / "data" / "private_tower.safetensors"
+FEATURES = "features"  # of a layer: [H, d, R], the frequencies
+
+
+@dataclass(frozen=True)
+class PrivateTower:
+    """A tower's weights.
+
+    Attributes:
+        heads: H, a layer's heads; each has width d.
+        epsilon: of the layer norms.
+        norm: weight and bias of the norm on embeddings, each [E].
+        layers: for each layer, by short names as `TextTower` has them, and `features`.
+    """
+
+    heads: int
+    epsilon: float
+    norm: tuple[Tensor, Tensor]
+    layers: tuple[Mapping[str, Tensor], ...]
+
+    @classmethod
+    def from_softmax(cls, tower: TextTower, features: int, seed: int) -> PrivateTower:
+        """A tower's own weights, with random frequencies: a start, which is far from the tower until it is trained.
+
+        Args:
+            tower: with softmax attention.
+            features: R, frequencies a head.
+            seed: of the frequencies, standard normal and orthogonal in blocks of d (Yu et al., Orthogonal Random
+                Features, 2016).
+        """
+        generator = torch.Generator().manual_seed(seed)
+        width = tower.width // tower.heads
+        layers = []
+        for layer in tower.layers:
+            drawn = [_orthogonal(width, features, generator) for _ in range(tower.heads)]
+            layers.append({**layer, FEATURES: torch.stack(drawn).to(tower.words)})
+        return cls(tower.heads, tower.epsilon, tower.norm, tuple(layers))
+
+    def __call__(self, embeddings: Tensor, mask: Tensor) -> list[Tensor]:
+        """Hidden states [B, T, E] after each layer.
+
+        Args:
+            embeddings: [B, T, E], of tokens with their positions.
+            mask: [B, T], 1 for tokens, 0 for padding.
+        """
+        width = embeddings.shape[-1]
+        x, states = F.layer_norm(embeddings, (width,), *self.norm, self.epsilon), []
+        for layer in self.layers:
+            attended = F.linear(self._attend(x, layer, mask), layer["out.weight"], layer["out.bias"])
+            x = F.layer_norm(x + attended, (width,), layer["norm1.weight"], layer["norm1.bias"], self.epsilon)
+            inner = F.gelu(F.linear(x, layer["inner.weight"], layer["inner.bias"]))
+            outer = F.linear(inner, layer["outer.weight"], layer["outer.bias"])
+            x = F.layer_norm(x + outer, (width,), layer["norm2.weight"], layer["norm2.bias"], self.epsilon)
+            states.append(x)
+        return states
+
+    def _attend(self, x: Tensor, layer: Mapping[str, Tensor], mask: Tensor) -> Tensor:
+        qkv = F.linear(x, layer["qkv.weight"], layer["qkv.bias"])
+        q, k, v = (part.view(*part.shape[:2], self.heads, -1).transpose(1, 2) for part in qkv.chunk(3, -1))
+        phi_q, phi_k = (_phi(F.normalize(each, dim=-1), layer[FEATURES]) for each in (q, k))
+        phi_k = phi_k * mask[:, None, :, None]
+        sums = phi_q @ (phi_k.mT @ v)  # [B, H, T, d]
+        weights = phi_q @ phi_k.sum(2)[..., None]  # [B, H, T, 1]
+        return (sums / weights).transpose(1, 2).flatten(2)
+
+    def to_bytes(self, about: Mapping[str, str]) -> bytes:
+        """Weights as safetensors in half precision, with what `about` says of them."""
+        named = {f"norm.{kind}": part for kind, part in zip(("weight", "bias"), self.norm, strict=True)}
+        for number, layer in enumerate(self.layers):
+            named |= {f"{number}.{name}": part for name, part in layer.items()}
+        halves = {name: part.detach().half().contiguous() for name, part in named.items()}
+        form = {"heads": str(self.heads), "epsilon": str(self.epsilon), "layers": str(len(self.layers))}
+        return safetensors.torch.save(halves, metadata=form | dict(about))
+
+    @classmethod
+    def load(cls, file: Path) -> PrivateTower:
+        """Read what `to_bytes` made; loading executes nothing.
+
+        Raises:
+            MpcError: it is not such a file.
+        """
+        try:
+            with safe_open(file, "pt") as stored:
+                form = stored.metadata() or {}
+                named = {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118
+            layers = tuple(
+                {name.split(".", 1)[1]: part for name, part in named.items() if name.startswith(f"{number}.")}
+                for number in range(int(form["layers"]))
+            )
+            norm = (named["norm.weight"], named["norm.bias"])
+            return cls(int(form["heads"]), float(form["epsilon"]), norm, layers)
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            raise MpcError(f"{file} holds no private tower ({error}); make one with 'sordino mpc distill'") from None
+
+
+def bundled_tower() -> PrivateTower:
+    """The bundled text tower, distilled; comes with the package.
+
+    Raises:
+        MpcError: it is missing.
+    """
+    return PrivateTower.load(BUNDLED)
+
+
+def about(file: Path) -> dict[str, str]:
+    """What a stored tower says of itself: its teacher, its recipe, and how near it came."""
+    with safe_open(file, "pt") as stored:
+        return dict(stored.metadata() or {})
+
+
+def _phi(x: Tensor, frequencies: Tensor) -> Tensor:
+    """Features [B, H, T, 2 R] of unit-norm x [B, H, T, d], so that their products are means over R."""
+    angles = x @ frequencies
+    return torch.cat([angles.cos(), angles.sin()], -1) / math.sqrt(frequencies.shape[-1])
+
+
+def _orthogonal(width: int, count: int, generator: torch.Generator) -> Tensor:
+    """[d, R] standard normal directions, orthogonal in blocks of d."""
+    blocks = []
+    for _ in range(-(-count // width)):
+        basis, _ = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
+        lengths = torch.randn(width, width, generator=generator, dtype=torch.float64).norm(dim=0)
+        blocks.append(basis * lengths)
+    return torch.cat(blocks, 1)[:, :count]
