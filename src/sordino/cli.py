@@ -131,7 +131,7 @@ def mpc_distill(
     model: Annotated[
         Path | None, typer.Option(help="folder of a BERT-like checkpoint; by default the bundled text tower")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="of training; one takes about a second on two cores")] = 1400,
+    steps: Annotated[int, typer.Option(min=1, help="of training; one takes about a second on two cores")] = 500,
     batch: Annotated[int, typer.Option(min=1, help="sentences a step")] = 32,
     features: Annotated[int, typer.Option(min=1, help="frequencies a head; each costs bytes on shares")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="of frequencies and batches")] = 0,
