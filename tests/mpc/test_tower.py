@@ -49,7 +49,7 @@ def test_with_many_frequencies_attention_is_softmax_of_cosines(shallow: TextTowe
     tower = PrivateTower.from_softmax(shallow, 8192, seed=0)
     embeddings, mask = sentences(shallow, TEXTS)
     x = F.layer_norm(embeddings, embeddings.shape[-1:], *tower.norm, tower.epsilon)
-    found = tower._attend(x, tower.layers[0], mask)
+    found, _ = tower.attend(x, tower.layers[0], mask)
     qkv = F.linear(x, tower.layers[0]["qkv.weight"], tower.layers[0]["qkv.bias"])
     q, k, v = (part.view(*part.shape[:2], tower.heads, -1).transpose(1, 2) for part in qkv.chunk(3, -1))
     scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT

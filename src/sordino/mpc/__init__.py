@@ -15,22 +15,27 @@ correlated randomness and sees no data, follow the protocol, and no two of them 
 """
 
 from sordino.mpc.attention import random_feature_attention
+from sordino.mpc.calibration import Calibration
 from sordino.mpc.costs import Cost, Costs, protocol
 from sordino.mpc.dealer import Assistant, Correlation, Dealer, Supply
+from sordino.mpc.encoder import Encoder, encode_sentences, shared_weights
 from sordino.mpc.errors import MaskReused, MpcError, OutOfRange, PartyLost
 from sordino.mpc.fourier import Series, angle_of, cosine_and_sine, evaluate, fit, gelu, gelu_series, turn
 from sordino.mpc.linear import concatenated, hide, lifted, multiply, product, reveal, triple_product, truncate
 from sordino.mpc.party import Channel, Masked, Party, Ran, Shared, reconstruct, run
+from sordino.mpc.plan import Plan
 from sordino.mpc.ring import decode, encode, share
 from sordino.mpc.roots import Norm, Root, calibrate, inverse_root, layer_norm, unit_norm, variance_root
 
 __all__ = [
     "Assistant",
+    "Calibration",
     "Channel",
     "Correlation",
     "Cost",
     "Costs",
     "Dealer",
+    "Encoder",
     "MaskReused",
     "Masked",
     "MpcError",
@@ -38,6 +43,7 @@ __all__ = [
     "OutOfRange",
     "Party",
     "PartyLost",
+    "Plan",
     "Ran",
     "Root",
     "Series",
@@ -49,6 +55,7 @@ __all__ = [
     "cosine_and_sine",
     "decode",
     "encode",
+    "encode_sentences",
     "evaluate",
     "fit",
     "gelu",
@@ -65,6 +72,7 @@ __all__ = [
     "reveal",
     "run",
     "share",
+    "shared_weights",
     "triple_product",
     "truncate",
     "turn",

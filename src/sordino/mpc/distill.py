@@ -4,7 +4,8 @@ The text is WordNet's definitions and ImageNet's class names, as timm lists them
 behind a hand-written context, and behind soft ones, words drawn at random with noise on their embeddings, since that is
 what tuning will put there. All weights of the layers are trained, the frequencies with them; embeddings stay. The loss
 is one minus the cosine of the mean-pooled sentences, plus the squared error of the hidden states after each layer
-relative to their size, which is what makes it quick: each layer has a target of its own.
+relative to their size, which is what makes it quick: each layer has a target of its own. Cosines may add up to nothing,
+and on shares a quotient needs a divisor that is well above; so mean attention weights below `FLOOR` are punished.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ SOFT_LENGTHS = (1, 16)  # tokens of a soft context
 SOFT_NOISE = 0.03  # standard deviation of the noise on its embeddings, which have one of 0.05
 HELD_OUT = 512  # sentences that are never trained on
 WARM_UP = 50  # steps, at most
+FLOOR = 0.3  # mean attention weights below it are punished, by the squared difference
+FLOOR_WEIGHT = 3.0
 TEMPERATURE = "temperature"  # of a layer while it is trained: [H, 1, 1], its logarithm
 
 
@@ -108,7 +111,7 @@ def distil(
             progress("distil", step, steps, f"cosine {agreements[-1].mean:.4f}")
         if step == steps:
             break
-        loss = _loss(_folded(student)(embeddings, mask), softmax_states(teacher, embeddings, mask), mask)
+        loss = _loss(_folded(student).passes(embeddings, mask), softmax_states(teacher, embeddings, mask), mask)
         if not loss.isfinite():
             raise RunError(f"distillation diverged in step {step}; lower the learning rate")
         optimizer.zero_grad()
@@ -194,11 +197,13 @@ def fingerprint(tower: TextTower) -> str:
     return digest.hexdigest()
 
 
-def _loss(found: list[Tensor], wanted: list[Tensor], mask: Tensor) -> Tensor:
-    whole = (1 - (pooled(found[-1], mask) * pooled(wanted[-1], mask)).sum(-1)).mean()
-    weight = mask[..., None]
-    layers = [((a - b) ** 2 * weight).sum() / (b**2 * weight).sum() for a, b in zip(found, wanted, strict=True)]
-    return whole + torch.stack(layers).mean()
+def _loss(found: list[tuple[Tensor, Tensor]], wanted: list[Tensor], mask: Tensor) -> Tensor:
+    """Of states and mean attention weights, against a teacher's states."""
+    whole = (1 - (pooled(found[-1][0], mask) * pooled(wanted[-1], mask)).sum(-1)).mean()
+    there = mask[..., None]
+    layers = [((a - b) ** 2 * there).sum() / (b**2 * there).sum() for (a, _), b in zip(found, wanted, strict=True)]
+    short = [(F.relu(FLOOR - weights) ** 2 * mask[:, None]).sum() for _, weights in found]
+    return whole + torch.stack(layers).mean() + FLOOR_WEIGHT * torch.stack(short).sum() / mask.sum()
 
 
 @torch.no_grad()

@@ -67,25 +67,32 @@ class PrivateTower:
             embeddings: [B, T, E], of tokens with their positions.
             mask: [B, T], 1 for tokens, 0 for padding.
         """
+        return [states for states, _ in self.passes(embeddings, mask)]
+
+    def passes(self, embeddings: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Hidden states as above, and each layer's mean attention weights [B, H, T], over keys, for every query."""
         width = embeddings.shape[-1]
         x, states = F.layer_norm(embeddings, (width,), *self.norm, self.epsilon), []
         for layer in self.layers:
-            attended = F.linear(self._attend(x, layer, mask), layer["out.weight"], layer["out.bias"])
+            mixed, weights = self.attend(x, layer, mask)
+            attended = F.linear(mixed, layer["out.weight"], layer["out.bias"])
             x = F.layer_norm(x + attended, (width,), layer["norm1.weight"], layer["norm1.bias"], self.epsilon)
             inner = F.gelu(F.linear(x, layer["inner.weight"], layer["inner.bias"]))
             outer = F.linear(inner, layer["outer.weight"], layer["outer.bias"])
             x = F.layer_norm(x + outer, (width,), layer["norm2.weight"], layer["norm2.bias"], self.epsilon)
-            states.append(x)
+            states.append((x, weights))
         return states
 
-    def _attend(self, x: Tensor, layer: Mapping[str, Tensor], mask: Tensor) -> Tensor:
+    def attend(self, x: Tensor, layer: Mapping[str, Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's attention: what it gives [B, T, E], before its projection, and mean weights [B, H, T]."""
         qkv = F.linear(x, layer["qkv.weight"], layer["qkv.bias"])
         q, k, v = (part.view(*part.shape[:2], self.heads, -1).transpose(1, 2) for part in qkv.chunk(3, -1))
         phi_q, phi_k = (_phi(F.normalize(each, dim=-1), layer[FEATURES]) for each in (q, k))
         phi_k = phi_k * mask[:, None, :, None]
         sums = phi_q @ (phi_k.mT @ v)  # [B, H, T, d]
         weights = phi_q @ phi_k.sum(2)[..., None]  # [B, H, T, 1]
-        return (sums / weights).transpose(1, 2).flatten(2)
+        mixed = (sums / weights).transpose(1, 2).flatten(2)
+        return mixed, weights.squeeze(-1) / mask.sum(1)[:, None, None]
 
     def to_bytes(self, about: Mapping[str, str]) -> bytes:
         """Weights as safetensors in half precision, with what `about` says of them."""

@@ -1,0 +1,181 @@
+"""How a tower is computed on shares: bits, roots and series for the ranges that its states keep to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pydantic import TypeAdapter
+
+from sordino.mpc.attention import LARGEST
+from sordino.mpc.calibration import Calibration, LayerRanges, NormRanges, Range, parsed
+from sordino.mpc.errors import OutOfRange
+from sordino.mpc.fourier import Series, gelu_series
+from sordino.mpc.roots import Root, calibrate, variance_root
+from sordino.mpc.tower import FEATURES, PrivateTower
+
+ACTIVATION, WEIGHT, GAIN = 10, 12, 6  # fraction bits: of hidden states, of weights, of gains times sqrt(E)
+WAVE, ANGLE = 4, 10  # of attention's cosines: fraction bits, and bits of their arguments
+GELU = 11  # fraction bits of GeLU's cosines, and bits of its argument below one
+INVERSE = 10  # bits of inverse norms below the smallest of them
+SQUARED_NORM = 16.0  # of queries and keys, in the middle of each head's range
+ERROR = 2e-3  # of roots, relative, and of GeLU's series
+HARMONICS = (6, 8, 10, 12, 16, 20, 24, 32, 40)  # of GeLU's series, tried in turn
+MEAN = 20  # fraction bits of 1 / T
+
+
+@dataclass(frozen=True)
+class NormPlan:
+    """How a LayerNorm is computed.
+
+    Attributes:
+        root: of variances; see `variance_root`.
+        exponent: the first token's rows are divided by 2^exponent.
+        largest: log2 of its result before the bias.
+        inverse_fraction: bits of inverse norms.
+    """
+
+    root: Root
+    exponent: int
+    largest: int
+    inverse_fraction: int
+
+    @classmethod
+    def of(cls, ranges: NormRanges, width: int) -> NormPlan:
+        """That for the ranges, of rows of E entries."""
+        middles = [math.log2(low) + math.log2(high) for low, high in (ranges.first, ranges.rest)]
+        exponent = round((middles[0] - middles[1]) / 4)
+        first = tuple(end * 4.0**-exponent for end in ranges.first)
+        low, high = min(first[0], ranges.rest[0]), max(first[1], ranges.rest[1])
+        root = _affordable(lambda steps: variance_root(width, low, high, ERROR, steps))
+        return cls(root, exponent, _bits(ranges.size), inverse_fraction(root))
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How a layer is computed.
+
+    Attributes:
+        projected, out, outer: bits of what is multiplied by the weights of queries, keys and values; of the
+            projection; and of both linear layers, where GeLU's result and that of the second must fit.
+        unit: root for queries and keys.
+        weights: reciprocal of mean attention weights, for every length.
+        gelu: its series.
+        norm1, norm2: of the norms.
+    """
+
+    projected: int
+    out: int
+    outer: int
+    unit: Root
+    weights: Root
+    gelu: Series
+    norm1: NormPlan
+    norm2: NormPlan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What both servers must have alike, to the last digit: series' coefficients, and bits.
+
+    It is made once, by the model owner, and sent; made at two places it may differ in a last digit. It tells the
+    servers the tower's form, and ranges of its states on public sentences.
+
+    Attributes:
+        heads: H of a layer.
+        epsilon: of the norms.
+        norm: on embeddings.
+        layers: of each.
+    """
+
+    heads: int
+    epsilon: float
+    norm: NormPlan
+    layers: tuple[LayerPlan, ...]
+
+    @classmethod
+    def of(cls, tower: PrivateTower, calibration: Calibration) -> Plan:
+        """That for a tower and its ranges.
+
+        Raises:
+            OutOfRange: a range is too wide.
+        """
+        width = tower.norm[0].shape[0]
+        layers = tuple(
+            _layer_plan(ranges, layer[FEATURES].shape[-1], width)
+            for ranges, layer in zip(calibration.layers, tower.layers, strict=True)
+        )
+        return cls(tower.heads, tower.epsilon, NormPlan.of(calibration.norm, width), layers)
+
+    def to_json(self) -> str:
+        """As text."""
+        return TypeAdapter(Plan).dump_json(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The inverse of `to_json`.
+
+        Raises:
+            MpcError: it is no plan.
+        """
+        return parsed(cls, text)
+
+
+def _layer_plan(ranges: LayerRanges, features: int, width: int) -> LayerPlan:
+    ratios = [math.sqrt(high / low) for low, high in (*ranges.query, *ranges.key)]
+    unit = _affordable(lambda steps: calibrate(2, SQUARED_NORM / max(ratios), SQUARED_NORM * max(ratios), ERROR, steps))
+    # The protocol's mean is over powers of two: at least half, for some lengths, of the mean over keys.
+    filled = features / 2.0 ** math.ceil(math.log2(features))
+    low, high = ranges.weights[0] * filled / 2, ranges.weights[1] * filled
+    weights = _affordable(lambda steps: calibrate(1, low, high, ERROR, steps))
+    for name, size in (("value", ranges.value), ("attended", ranges.attended)):
+        if _bits(size) > LARGEST:
+            raise OutOfRange(f"{name}: sizes up to {size[1]:g}, margin included, must be below {2**LARGEST}")
+    largest_query = math.sqrt(SQUARED_NORM * max(ratios))
+    series = _gelu(ranges.inner[1])
+    inner = max(2 * GELU, ACTIVATION + WEIGHT + 1) + WEIGHT  # fraction bits of the second layer's results
+    return LayerPlan(
+        projected=ACTIVATION + WEIGHT + max(_bits(ranges.value), _bits((0, largest_query))) + 2,
+        out=ACTIVATION + WEIGHT + _bits(ranges.out) + 2,
+        outer=max(inner + _bits(ranges.outer) + 2, ACTIVATION + WEIGHT + series.period),
+        unit=unit,
+        weights=weights,
+        gelu=series,
+        norm1=NormPlan.of(ranges.norm1, width),
+        norm2=NormPlan.of(ranges.norm2, width),
+    )
+
+
+def _gelu(high: float) -> Series:
+    """The series of fewest frequencies for arguments up to `high`, which is below half its period by 3.5.
+
+    Raises:
+        OutOfRange: it would need more than 40.
+    """
+    period = max(4, math.ceil(math.log2(2 * (high + 3.5))))
+    for count in HARMONICS:
+        series = gelu_series(period, high, count)
+        if series.error <= ERROR:
+            return series
+    raise OutOfRange(f"arguments of GeLU up to {high:g}, margin included: more than its series can serve")
+
+
+def _affordable(make: Callable[[int], Root]) -> Root:
+    """A root without steps of Newton's method if that will do, which take two rounds each."""
+    for steps in range(2):
+        try:
+            return make(steps)
+        except OutOfRange:
+            continue
+    return make(2)
+
+
+def inverse_fraction(root: Root) -> int:
+    """Fraction bits of inverse roots, so that the smallest has `INVERSE` bits."""
+    return max(0, math.ceil(math.log2(root.start.high) / root.power)) + INVERSE
+
+
+def _bits(size: Range) -> int:
+    """log2 of the next power of two that is above all sizes."""
+    return max(0, math.floor(math.log2(size[1])) + 1)

@@ -1,0 +1,231 @@
+"""The text tower on shares against the same tower in the clear."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from mpc.both import normal
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from sordino.encoders.bundled import TEXT_MODEL, TextTower, package_path
+from sordino.mpc.calibration import Calibration
+from sordino.mpc.costs import Cost
+from sordino.mpc.distill import definitions
+from sordino.mpc.encoder import Encoder, encode_sentences, shared_weights
+from sordino.mpc.errors import MpcError, OutOfRange
+from sordino.mpc.party import Party, Shared, reconstruct, run
+from sordino.mpc.plan import ACTIVATION, WEIGHT, Plan
+from sordino.mpc.ring import encode, packed_size, share
+from sordino.mpc.tower import PrivateTower
+
+WIDTH, HEADS, INNER, FREQUENCIES = 32, 4, 64, 64
+Batch = tuple[Tensor, Tensor]
+
+
+def small_tower() -> PrivateTower:
+    """Two layers with heads of very different scales, whose queries and keys need it."""
+
+    def weights(seed: int, *shape: int) -> Tensor:
+        return normal(*shape, seed=seed).float()
+
+    layers = []
+    for start in (0, 100):
+        heads = torch.tensor([0.3, 1.0, 2.0, 6.0, *[1.0] * HEADS, *[0.5] * HEADS]).repeat_interleave(WIDTH // HEADS)
+        layer = {
+            "qkv.weight": weights(start, 3 * WIDTH, WIDTH) * heads[:, None] / math.sqrt(WIDTH),
+            "qkv.bias": weights(start + 1, 3 * WIDTH) * heads,
+            "features": 0.5 * weights(start + 2, HEADS, WIDTH // HEADS, FREQUENCIES),
+            "out.weight": weights(start + 3, WIDTH, WIDTH) / math.sqrt(WIDTH),
+            "inner.weight": weights(start + 4, INNER, WIDTH) / math.sqrt(WIDTH),
+            "outer.weight": weights(start + 5, WIDTH, INNER) / math.sqrt(INNER),
+        }
+        layer |= {f"{name}.bias": 0.1 * weights(start + 6, len(layer[f"{name}.weight"])) for name in ("out", "inner")}
+        layer["outer.bias"] = 0.1 * weights(start + 7, WIDTH)
+        for number in (1, 2):
+            layer[f"norm{number}.weight"] = 1 + 0.1 * weights(start + 7 + number, WIDTH)
+            layer[f"norm{number}.bias"] = 0.1 * weights(start + 9 + number, WIDTH)
+        layers.append(layer)
+    norm = 1 + 0.1 * weights(201, WIDTH), 0.1 * weights(202, WIDTH)
+    return PrivateTower(HEADS, 1e-12, norm, tuple(layers))
+
+
+def sentences(batch: int, length: int, seed: int) -> Tensor:
+    """Embeddings whose first token is always the same, and five times as large as the others."""
+    first = 0.25 * normal(1, 1, WIDTH, seed=999).expand(batch, 1, WIDTH)
+    return torch.cat([first, 0.05 * normal(batch, length - 1, WIDTH, seed=seed)], 1).float()
+
+
+def batches(seed: int, count: int = 100) -> Iterator[Batch]:
+    """Of several lengths, some of them padded; padding would be far out of range."""
+    for length in (2, 3, 5, 8, 13, 32, 40):
+        embeddings = sentences(count, length, 1000 * seed + length)
+        mask = torch.ones(count, length)
+        if length == 40:
+            embeddings[:, 30:], mask[:, 30:] = 100.0, 0.0
+        yield embeddings, mask
+
+
+@pytest.fixture(scope="module")
+def tower() -> PrivateTower:
+    return small_tower()
+
+
+@pytest.fixture(scope="module")
+def calibration(tower: PrivateTower) -> Calibration:
+    return Calibration.measure(tower, batches(1))
+
+
+def clear(tower: PrivateTower, embeddings: Tensor) -> Tensor:
+    """Mean-pooled sentences [B, E] of the tower in the clear, float64."""
+    return tower(embeddings, torch.ones(embeddings.shape[:2]))[-1].mean(1).double()
+
+
+def on_shares(
+    tower: PrivateTower, calibration: Calibration, embeddings: Tensor, times: int = 1
+) -> tuple[Tensor, dict[str, Cost]]:
+    """The same on shares, computed so many times, and what it costs by label."""
+    plan = Plan.from_json(Plan.of(tower, calibration).to_json())
+    weights, halves = shared_weights(tower, calibration), share(encode(embeddings, 14))
+
+    def program(party: Party) -> Shared:
+        encoder = Encoder.hide(party, weights[party.number], plan)
+        passes = [encode_sentences(party, encoder, Shared(halves[party.number], 14)) for _ in range(times)]
+        return passes[-1]
+
+    ran = run(program, timeout=120)
+    return reconstruct(ran.results), ran.costs.by_label()
+
+
+@pytest.mark.parametrize("length", [2, 7, 32, 50])
+def test_sentences_equal_those_in_the_clear(tower: PrivateTower, calibration: Calibration, length: int) -> None:
+    """At lengths that are no powers of two, and by scores as by state."""
+    embeddings = sentences(8, length, seed=5)
+    assert calibration.outside(tower, [(embeddings, torch.ones(8, length))]) == []
+    found, _ = on_shares(tower, calibration, embeddings)
+    oracle = clear(tower, embeddings)
+    assert cosine_similarity(found, oracle, dim=-1).min() >= 0.9995
+    assert (
+        (found - oracle).norm(dim=-1) / oracle.norm(dim=-1)
+    ).max() < 0.0316  # what that cosine allows: sqrt(2 - 2 c)
+
+
+def test_weights_are_opened_at_set_up_only(tower: PrivateTower, calibration: Calibration) -> None:
+    """A second pass costs what the first did, and so does a batch of twice the size: nothing of a pass is fixed."""
+    _, once = on_shares(tower, calibration, sentences(8, 8, seed=6))
+    again, more = (
+        on_shares(tower, calibration, sentences(batch, 8, seed=6), times)[1] for batch, times in ((8, 2), (16, 1))
+    )
+    assert list(once) == ["set-up", "embeddings", "layer 0", "layer 1"]
+    assert once["set-up"] == again["set-up"] == more["set-up"]
+    for label in list(once)[1:]:
+        assert again[label] == once[label] + once[label]
+        assert more[label].online == 2 * once[label].online
+        assert more[label].rounds == once[label].rounds
+
+
+def test_set_up_costs_the_bits_of_the_plan(tower: PrivateTower, calibration: Calibration) -> None:
+    _, costs = on_shares(tower, calibration, sentences(1, 2, seed=6))
+    due = packed_size(WIDTH, 64) * 5
+    for layer in Plan.of(tower, calibration).layers:
+        due += packed_size(3 * WIDTH**2, layer.projected) + packed_size(WIDTH**2, layer.out)
+        due += 2 * packed_size(WIDTH * INNER, layer.outer) + packed_size(WIDTH * FREQUENCIES, ACTIVATION + WEIGHT)
+    assert costs["set-up"] == Cost(rounds=1, online=due)
+
+
+def test_sentences_that_were_not_measured_are_within_the_margin(tower: PrivateTower) -> None:
+    """A wide one: queries of 8 normal entries have small norms more often than those of a real tower, see below."""
+    assert Calibration.measure(tower, batches(1), margin=4.0).outside(tower, batches(2)) == []
+    tight = Calibration.measure(tower, batches(1, count=3), margin=1.0)
+    assert tight.outside(tower, batches(1, count=3)) == []
+    assert tight.outside(tower, batches(2)) != []
+
+
+def test_the_margin_widens_both_ends(tower: PrivateTower) -> None:
+    tight, wide = (Calibration.measure(tower, batches(1, count=3), margin) for margin in (1.0, 2.0))
+    low, high = tight.layers[1].norm1.rest
+    assert wide.layers[1].norm1.rest == (low / 2, high * 2)
+    assert wide.layers[0].query[3] == (tight.layers[0].query[3][0] / 2, tight.layers[0].query[3][1] * 2)
+    assert wide.margin == 2
+
+
+def test_ranges_are_those_of_the_tower(tower: PrivateTower) -> None:
+    """Some, computed by other means, of sentences with padding."""
+    (embeddings, mask) = list(batches(1, count=3))[-1]
+    ranges = Calibration.measure(tower, [(embeddings, mask)], margin=1.0)
+    variances = embeddings[:, 1:30].double().var(-1, correction=0)
+    assert ranges.norm.rest == pytest.approx((variances.min().item(), variances.max().item()), rel=1e-5)
+    x = torch.nn.functional.layer_norm(embeddings[:, :30], (WIDTH,), *tower.norm, tower.epsilon)
+    query, key, value = (x @ tower.layers[0]["qkv.weight"].T + tower.layers[0]["qkv.bias"]).chunk(3, -1)
+    squares = (key[..., -8:] ** 2).sum(-1)  # of the last head
+    assert ranges.layers[0].key[-1] == pytest.approx((squares.min().item(), squares.max().item()), rel=1e-4)
+    assert ranges.layers[0].value == pytest.approx((0, value.abs().max().item()), rel=1e-4)
+    units = [torch.nn.functional.normalize(part.unflatten(-1, (HEADS, -1)), dim=-1) for part in (query, key)]
+    differences = units[0][:, :, None] - units[1][:, None]  # [B, T, T, H, d]
+    weights = (differences[..., None, :] @ tower.layers[0]["features"]).cos().mean((-1, -2)).mean(2)
+    assert ranges.layers[0].weights == pytest.approx((weights.min().item(), weights.max().item()), rel=1e-4)
+
+
+def test_a_range_too_narrow_is_noticed_in_the_clear_and_not_on_shares(
+    tower: PrivateTower, calibration: Calibration
+) -> None:
+    """The embeddings' norm is a number of their scale only where that is in its range."""
+    embeddings = 6 * sentences(8, 8, seed=7)
+    assert calibration.outside(tower, [(embeddings, torch.ones(8, 8))]) == ["norm.first", "norm.rest"]
+    found, _ = on_shares(tower, calibration, embeddings)  # and no error
+    assert cosine_similarity(found, clear(tower, embeddings), dim=-1).min() < 0.99
+
+
+def test_stored_and_read(tower: PrivateTower, calibration: Calibration) -> None:
+    assert Calibration.from_json(calibration.to_json()) == calibration
+    plan = Plan.of(tower, calibration)
+    assert Plan.from_json(plan.to_json()) == plan
+    with pytest.raises(MpcError, match="no plan"):
+        Plan.from_json(calibration.to_json())
+    with pytest.raises(MpcError, match="no calibration"):
+        Calibration.from_json("[]")
+
+
+def test_what_cannot_be_calibrated_is_refused(tower: PrivateTower, calibration: Calibration) -> None:
+    with pytest.raises(MpcError, match="give some"):
+        Calibration.measure(tower, [])
+    with pytest.raises(MpcError, match="give some"):
+        Calibration.measure(tower, [(sentences(3, 1, seed=1), torch.ones(3, 1))])
+    many = tuple({**layer, "features": 30 * layer["features"][..., :4]} for layer in tower.layers)
+    with pytest.raises(OutOfRange, match="mean attention weights of layer 0"):
+        Calibration.measure(dataclasses.replace(tower, layers=many), batches(1))
+    large = dataclasses.replace(calibration.layers[0], value=(0.0, 40.0))
+    with pytest.raises(OutOfRange, match="value: sizes up to 40"):
+        Plan.of(tower, dataclasses.replace(calibration, layers=(large, calibration.layers[1])))
+
+
+def full_batches(tower: TextTower, start: int) -> Iterator[Batch]:
+    """Definitions of WordNet, each 40th, by length."""
+    rows = sorted((tower.tokenizer.encode(text).ids[:32] for text in definitions()[start::40]), key=len)
+    for first in range(0, len(rows), 64):
+        some = rows[first : first + 64]
+        longest = max(map(len, some))
+        tokens = torch.tensor([row + [0] * (longest - len(row)) for row in some])
+        mask = torch.tensor([[1.0] * len(row) + [0.0] * (longest - len(row)) for row in some])
+        yield tower.words[tokens] + tower.positions[:longest], mask
+
+
+@pytest.mark.slow
+def test_the_full_tower_within_its_budget() -> None:
+    """The bundled tower, its softmax replaced: 4 sentences of 32 tokens, whose ranges were measured on others."""
+    bundled = TextTower.load(package_path(*TEXT_MODEL), torch.device("cpu"))
+    tower = PrivateTower.from_softmax(bundled, 64, 0)
+    calibration = Calibration.measure(tower, full_batches(bundled, 0))
+    held_out = list(full_batches(bundled, 1))
+    assert calibration.outside(tower, held_out) == []
+    embeddings = held_out[-1][0][-4:]
+    assert embeddings.shape == (4, 32, 384)
+    found, costs = on_shares(tower, calibration, embeddings)
+    assert cosine_similarity(found, clear(tower, embeddings), dim=-1).min() >= 0.9995
+    for number in range(6):
+        assert costs[f"layer {number}"].online <= 8_500_000
+        assert costs[f"layer {number}"].rounds <= 40
