@@ -28,7 +28,8 @@ from sordino.progress import Progress, log, silent
 from sordino.report import write_report
 from sordino.runtime import checkpoint
 from sordino.runtime.evaluate import Evaluation, EvaluationSet, Scores
-from sordino.runtime.local import LocalRuntime, RoundRecord, Training
+from sordino.runtime.local import LocalRuntime, Training
+from sordino.runtime.records import RoundRecord
 from sordino.tasks.splits import Task
 
 LEDGER = "ledger.json"

@@ -75,7 +75,7 @@ def test_alone_before_the_first_clustering(make_runtime: MakeRuntime) -> None:
     for _ in range(6):
         start, record = runtime.round(start)
         alone, _ = local.round(alone)
-        assert record.clusters == [secfpp.NOBODY] * 6
+        assert record.clusters == [secure.NOBODY] * 6
         torch.testing.assert_close(runtime.prompts(start), local.prompts(alone), rtol=0, atol=0)
 
 
@@ -206,7 +206,7 @@ def test_balanced_batches_count_every_class_alike() -> None:
 @given(st.lists(st.integers(-1, 3), min_size=6, max_size=6), st.lists(st.integers(0, 3), min_size=4, max_size=4))
 def test_renaming_changes_names_only(old: list[int], new: list[int]) -> None:
     before, clients, found = np.array(old), np.array([0, 2, 3, 5]), np.array(new)
-    after = secfpp.renamed(before, clients, found)
+    after = secure.renamed(before, clients, found)
     assert after[[1, 4]].tolist() == before[[1, 4]].tolist()
     same = found[:, None] == found
     assert ((after[clients][:, None] == after[clients]) == same).all()
@@ -215,9 +215,9 @@ def test_renaming_changes_names_only(old: list[int], new: list[int]) -> None:
 
 def test_renaming_keeps_the_names_of_clusters_that_stay() -> None:
     before = np.array([4, 4, 4, 1, 1, 1])
-    assert secfpp.renamed(before, np.arange(6), np.array([0, 0, 0, 1, 1, 1])).tolist() == [4, 4, 4, 1, 1, 1]
-    assert secfpp.renamed(before, np.arange(6), np.array([0, 0, 1, 1, 1, 1])).tolist() == [4, 4, 1, 1, 1, 1]
-    assert secfpp.renamed(before, np.arange(6), np.array([0, 0, 0, 1, 1, 2])).tolist() == [4, 4, 4, 1, 1, 0]
+    assert secure.renamed(before, np.arange(6), np.array([0, 0, 0, 1, 1, 1])).tolist() == [4, 4, 4, 1, 1, 1]
+    assert secure.renamed(before, np.arange(6), np.array([0, 0, 1, 1, 1, 1])).tolist() == [4, 4, 1, 1, 1, 1]
+    assert secure.renamed(before, np.arange(6), np.array([0, 0, 0, 1, 1, 2])).tolist() == [4, 4, 4, 1, 1, 0]
 
 
 def test_too_few_clients_are_refused_before_training(make_runtime: MakeRuntime) -> None:

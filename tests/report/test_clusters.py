@@ -15,7 +15,8 @@ from sklearn.metrics import adjusted_rand_score
 
 from sordino.report.clusters import agreement, moves
 from sordino.report.figures import PALETTE, SYMBOLS
-from sordino.report.opened import plane, to_one_scale
+from sordino.report.opened import plane
+from sordino.secure import to_one_scale
 
 Floats = NDArray[np.float64]
 

@@ -18,7 +18,8 @@ and, where prompts and images meet otherwise than CoOp's do, a `Model`: a subcla
     exchange(settings, model, server, upload, clients, clock) -> what server_round is given for uploads
     check(settings, model, clients)                    refuses a federation that it cannot serve
 
-where `exchange` plays both ends in one process.
+where `exchange` plays both ends in one process. A Server whose clients are in clusters holds their numbers as `labels`
+[K], which the runtime records.
 
 Every tensor of a ClientState and of an Upload has the K clients as its leading axis, so that a process that holds one
 client and one that holds a thousand run the same lines. The functions do no I/O, read no clock but the one they are

@@ -26,7 +26,6 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass as settings_dataclass
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from sordino import secure
@@ -45,7 +44,6 @@ from sordino.secure.setup import Reveal
 
 DIRECTIONS = 64  # public directions on which class features are read, at most
 COLUMNS = 96  # distances to centres that a client answers a round, beside those to other clients
-NOBODY = -1  # the cluster of a client that was never clustered
 
 ABOUT = About(
     paper="Hou et al., SecFPP, 2025 (arXiv 2505.22447)",
@@ -174,7 +172,9 @@ def server_init(settings: Settings, start: Start) -> Server:
     context = initial_context(settings.initial_context, start.embed, noise)
     clients = len(start.streams.clients)
     nothing = torch.zeros(clients, device=context.device)
-    return Server(context, torch.zeros_like(context).repeat(clients, 1, 1), nothing, torch.full_like(nothing, NOBODY))
+    return Server(
+        context, torch.zeros_like(context).repeat(clients, 1, 1), nothing, torch.full_like(nothing, secure.NOBODY)
+    )
 
 
 def client_init(settings: Settings, start: Start, data: ClientData) -> ClientState:
@@ -295,9 +295,8 @@ def points(settings: Settings, model: PromptModel, contexts: Tensor, start: Tens
     """What contexts [K, M, E] are reduced to, beside what all `start` from: [K, d] of unit norm; differentiable."""
     directions, width = _directions(settings, model)
     change = model.class_features(contexts) - model.class_features(start[None].to(contexts)).detach()  # [K, C, D]
-    read = ((change - change.mean(1, keepdim=True)) @ public_directions(model.encoder, directions).to(change)).flatten(
-        1
-    )
+    basis = public_directions(model.encoder, directions).to(change)
+    read = ((change - change.mean(1, keepdim=True)) @ basis).flatten(1)
     if read.shape[1] > width:  # more classes than numbers: a projection that all clients draw alike
         drawn = np.random.default_rng(0).standard_normal((read.shape[1], width)) / np.sqrt(width)
         read = read @ torch.from_numpy(drawn).to(read)
@@ -314,11 +313,11 @@ def server_round(settings: Settings, server: Server, uploads: Exchanged, clock: 
     if due(settings, clock):
         try:
             found = uploads.cluster(searching(settings))
-            labels = renamed(labels, there[list(found.clients)], found.labels)
+            labels = secure.renamed(labels, there[list(found.clients)], found.labels)
         except secure.SecureError as error:
             log.warning("round %d keeps the last clusters: %s", clock.round, error)
     contexts, opened = torch.zeros_like(server.contexts), torch.zeros_like(server.opened)
-    numbers = sorted({*labels[there].tolist()} - {NOBODY})
+    numbers = sorted({*labels[there].tolist()} - {secure.NOBODY})
     if numbers:
         sets = [frozenset(np.flatnonzero(labels[there] == number).tolist()) for number in numbers]
         try:
@@ -339,26 +338,6 @@ def searching(settings: Settings) -> secure.Start:
     if settings.search == "pairs":
         return secure.Pairs(settings.minimum, settings.significance, settings.clusters or None)
     return settings.clusters or secure.Adaptive(smallest=settings.minimum)
-
-
-def renamed(labels: NDArray[np.int64], clients: NDArray[np.int64], found: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Labels [K] with those of some clients replaced by what was found, under the old clusters' numbers where possible.
-
-    Each new cluster takes the number of the old one that it has most clients in common with, none twice; others get
-    numbers that are not in use.
-    """
-    old = sorted({*labels.tolist()} - {NOBODY})
-    new = sorted({*found.tolist()})
-    common = np.array([[np.sum((found == n) & (labels[clients] == o)) for o in old] for n in new]).reshape(len(new), -1)
-    names = {
-        new[row]: old[column]
-        for row, column in zip(*linear_sum_assignment(common, maximize=True), strict=True)
-        if common[row, column]
-    }
-    free = (number for number in range(len(old) + len(new)) if number not in old)
-    after = labels.copy()
-    after[clients] = [names.setdefault(n, names[n] if n in names else next(free)) for n in found.tolist()]
-    return after
 
 
 def prompt(broadcast: Broadcast, state: ClientState) -> Tensor:

@@ -11,10 +11,10 @@ for the distances between all clients, then for prompts:
    point x obeys 2 a_i . x = 1 + |a_i|^2 - |x - a_i|^2: its part within the helpers' span is known, and nothing of the
    rest but its length.
 3. *Prompts.* A context is sought whose reduction is the point that was found, by gradient descent from where all
-   started: for the attacker's best point, and for the true one, which no attacker has.
+   started, and from the mean domain-level context of the victim's cluster, which the protocol opens to the server by
+   design: for the attacker's best point, and for the true one, which no attacker has.
 
-Beside them stands what needs no distances: the mean of the helpers' points, and the mean domain-level context of the
-victim's cluster, which the protocol opens to the server by design.
+Beside them stands what needs no distances: the mean of the helpers' points, and that cluster's mean as it is.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sordino.algorithms import secfpp
 from sordino.algorithms.base import Clock
 from sordino.audit.subject import Subject
 from sordino.randomness import Streams
-from sordino.secure import Opened
+from sordino.secure import Opened, to_one_scale
 
 Floats = NDArray[np.float64]
 STEPS, RATE = 200, 0.05  # of the descent to a context
@@ -76,8 +76,10 @@ class Exposure:
         columns: to how many centres distances were opened.
         distance_error: of the reconstructed distances between clients, relative, up to one factor for all; mean.
         helped: by the number of helpers.
-        by_best, by_truth, by_mean: the victims' prompts from the best reconstructed point, from the true one, and the
-            mean domain-level context of the victim's cluster; mean over victims. None where that was not opened.
+        by_best, by_truth: the victims' prompts from the best reconstructed point, and from the true one; mean over
+            victims.
+        by_mean: the mean domain-level context of the victim's cluster. None where that was not opened.
+        by_both: from the best reconstructed point, sought from that mean on.
     """
 
     reason: str | None
@@ -87,6 +89,7 @@ class Exposure:
     by_best: Prompt | None = None
     by_truth: Prompt | None = None
     by_mean: Prompt | None = None
+    by_both: Prompt | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -107,11 +110,11 @@ def expose(subject: Subject, seed: int, victims: int = 3) -> Exposure:
     settings, server = runtime.settings, training.server
     assert isinstance(server, secfpp.Server)
     assert isinstance(training.clients, secfpp.ClientState)
-    number = max(settings.cluster_every, training.round // settings.cluster_every * settings.cluster_every)
-    clients = range(len(runtime.data))
-    clock = Clock(min(number, runtime.rounds), runtime.rounds, Streams(seed, number, clients, server.start.device))
-    if not secfpp.due(settings, clock):
+    number = training.round - training.round % settings.cluster_every
+    if not number:
         return Exposure("the run ended before its first clustering")
+    clients = range(len(runtime.data))
+    clock = Clock(number, runtime.rounds, Streams(seed, number, clients, server.start.device))
     at_work = runtime.mechanism.open(clock.streams, list(clients), training.mechanism)
     upload, _ = secfpp.client_round(
         settings, secfpp.broadcast(server), training.clients, runtime.data, at_work.gradients, clock
@@ -138,6 +141,10 @@ def expose(subject: Subject, seed: int, victims: int = 3) -> Exposure:
         contexts.mean(chosen, lambda victim: contexts.sought(best[victim])),
         contexts.mean(chosen, lambda victim: contexts.sought(truth[victim])),
         contexts.mean(chosen, contexts.of_cluster),
+        contexts.mean(
+            [victim for victim in chosen if server.opened[victim]],
+            lambda victim: contexts.sought(best[victim], contexts.of_cluster(victim)),
+        ),
     )
 
 
@@ -156,11 +163,7 @@ def between_clients(opened: Sequence[Opened], count: int, ratios: bool) -> Float
     singles = {column.members[0]: number for number, column in enumerate(opened) if len(column.members) == 1}
     if len(singles) == count:
         matrix = columns[:, [singles[client] for client in range(count)]]
-        if ratios:
-            matrix = matrix / _factors(matrix)[:, None]
-        symmetric: Floats = (matrix + matrix.T) / 2
-        np.fill_diagonal(symmetric, 0.0)
-        return symmetric
+        return to_one_scale(matrix) if ratios else matrix
     if ratios:
         return None
     weights = np.array([[(client in each.members) / len(each.members) for client in range(count)] for each in opened])
@@ -172,14 +175,6 @@ def between_clients(opened: Sequence[Opened], count: int, ratios: bool) -> Float
     norms = np.diag(gram)
     found: Floats = np.maximum(norms[:, None] + norms - gram - gram.T, 0.0)
     return found
-
-
-def _factors(matrix: Floats) -> Floats:
-    """[N], the factors of rows of a symmetric matrix, up to one for all: the mean of log(M_ij / M_ji) over j."""
-    safe = np.maximum(matrix, np.finfo(float).tiny)
-    logs = np.log(safe) - np.log(safe.T)
-    np.fill_diagonal(logs, 0.0)
-    return np.asarray(np.exp(logs.mean(1)), np.float64)
 
 
 def _to_scale(distances: Floats, truth: Floats) -> tuple[Floats, float]:
@@ -232,13 +227,13 @@ class _Contexts:
             return None
         return Prompt(*(float(np.mean([each[part] for each in judged])) for part in (0, 1)))
 
-    def sought(self, point: Floats) -> Tensor:
-        """A context [M, E] whose reduction points where `point` does."""
+    def sought(self, point: Floats, begin: Tensor | None = None) -> Tensor:
+        """A context [M, E] whose reduction points where `point` does, near `begin` or where all started."""
         target = torch.from_numpy(point).to(self.upload.context)
         start = self.server.start.to(self.upload.context)
         generator = torch.Generator().manual_seed(0)
         nudge = 1e-3 * torch.randn(start.shape, generator=generator).to(start)  # the start itself has no direction
-        context = (start + nudge).requires_grad_()
+        context = ((start if begin is None else begin.to(start)) + nudge).requires_grad_()
         optimizer = torch.optim.Adam([context], lr=RATE)
         for _ in range(STEPS):
             optimizer.zero_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -201,16 +201,36 @@ class TextTower:
         """One post-norm transformer layer on the tokens of all groups: [tokens, E] to [tokens, E]."""
         qkv = frozen_linear(x, layer["qkv.weight"], layer["qkv.bias"])
         mixed = torch.cat([self._attend(rows) for rows in _split(qkv, shapes)])
-        attended = frozen_linear(mixed, layer["out.weight"], layer["out.bias"])
-        x = F.layer_norm(x + attended, (self.width,), layer["norm1.weight"], layer["norm1.bias"], self.epsilon)
-        inner = F.gelu(frozen_linear(x, layer["inner.weight"], layer["inner.bias"]))
-        outer = frozen_linear(inner, layer["outer.weight"], layer["outer.bias"])
-        return F.layer_norm(x + outer, (self.width,), layer["norm2.weight"], layer["norm2.bias"], self.epsilon)
+        return after_attention(x, mixed, layer, self.epsilon)
 
     def _attend(self, qkv: Tensor) -> Tensor:
         """Self-attention within sentences of one length: [sentences, T, 3 E] to [sentences * T, E]."""
         q, k, v = (part.view(*part.shape[:2], self.heads, -1).transpose(1, 2) for part in qkv.chunk(3, -1))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, self.width)
+
+
+def after_attention(
+    x: Tensor,
+    mixed: Tensor,
+    layer: Mapping[str, Tensor],
+    epsilon: float,
+    linear: Callable[[Tensor, Tensor, Tensor], Tensor] = frozen_linear,
+) -> Tensor:
+    """The rest of a post-norm layer, [..., E]: projection, norm, both linear layers with GeLU between them, norm.
+
+    Args:
+        x: the layer's input, [..., E].
+        mixed: what attention gives, before its projection.
+        layer: weights by short names.
+        epsilon: of the norms.
+        linear: `torch.nn.functional.linear` where weights want gradients.
+    """
+    width = x.shape[-1:]
+    attended = linear(mixed, layer["out.weight"], layer["out.bias"])
+    x = F.layer_norm(x + attended, width, layer["norm1.weight"], layer["norm1.bias"], epsilon)
+    inner = F.gelu(linear(x, layer["inner.weight"], layer["inner.bias"]))
+    outer = linear(inner, layer["outer.weight"], layer["outer.bias"])
+    return F.layer_norm(x + outer, width, layer["norm2.weight"], layer["norm2.bias"], epsilon)
 
 
 def _split(x: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:

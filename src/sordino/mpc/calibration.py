@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,26 @@ from sordino.mpc.tower import PrivateTower
 
 Range = tuple[float, float]  # smallest and largest
 T = TypeVar("T")
+
+
+class Stored:
+    """A dataclass that comes and goes as JSON."""
+
+    def to_json(self) -> str:
+        """As text."""
+        return TypeAdapter(type(self)).dump_json(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse of `to_json`.
+
+        Raises:
+            MpcError: it is no such thing.
+        """
+        try:
+            return TypeAdapter(cls).validate_json(text)
+        except ValidationError as error:
+            raise MpcError(f"no {cls.__name__.lower()}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -63,7 +83,7 @@ class LayerRanges:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(Stored):
     """The ranges that the protocols need, found by running a tower in the clear on public sentences.
 
     Attributes:
@@ -111,19 +131,6 @@ class Calibration:
         found = _flat(_joined([_measured(tower, *batch) for batch in sentences]))
         own = _flat(self)
         return [name for name, (low, high) in found.items() if low < own[name][0] or high > own[name][1]]
-
-    def to_json(self) -> str:
-        """As text."""
-        return TypeAdapter(Calibration).dump_json(self).decode()
-
-    @classmethod
-    def from_json(cls, text: str) -> Calibration:
-        """The inverse of `to_json`.
-
-        Raises:
-            MpcError: it is no calibration.
-        """
-        return parsed(cls, text)
 
 
 @torch.no_grad()
@@ -220,18 +227,6 @@ def _flat(tree: object, name: str = "") -> dict[str, Range]:
         for own, part in parts.items()
         for full, ends in _flat(part, f"{name}.{own}" if name else own).items()
     }
-
-
-def parsed(kind: type[T], text: str) -> T:
-    """What was stored as JSON.
-
-    Raises:
-        MpcError: it is no such thing.
-    """
-    try:
-        return TypeAdapter(kind).validate_json(text)
-    except ValidationError as error:
-        raise MpcError(f"no {kind.__name__.lower()}: {error}") from None
 
 
 def heads_of(x: Tensor, heads: int) -> Tensor:

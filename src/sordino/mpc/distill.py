@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from sordino.encoders.bundled import TEXT_MODEL, TextTower, package_path
+from sordino.encoders.bundled import TEXT_MODEL, TextTower, after_attention, package_path
 from sordino.errors import ConfigError, RunError
 from sordino.files import write_atomically
 from sordino.mpc.tower import FEATURES, PrivateTower
@@ -175,11 +175,7 @@ def softmax_states(tower: TextTower, embeddings: Tensor, mask: Tensor) -> list[T
         qkv = F.linear(x, layer["qkv.weight"], layer["qkv.bias"])
         q, k, v = (part.view(*part.shape[:2], tower.heads, -1).transpose(1, 2) for part in qkv.chunk(3, -1))
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=there).transpose(1, 2).flatten(2)
-        attended = F.linear(mixed, layer["out.weight"], layer["out.bias"])
-        x = F.layer_norm(x + attended, (width,), layer["norm1.weight"], layer["norm1.bias"], tower.epsilon)
-        inner = F.gelu(F.linear(x, layer["inner.weight"], layer["inner.bias"]))
-        outer = F.linear(inner, layer["outer.weight"], layer["outer.bias"])
-        x = F.layer_norm(x + outer, (width,), layer["norm2.weight"], layer["norm2.bias"], tower.epsilon)
+        x = after_attention(x, mixed, layer, tower.epsilon)
         states.append(x)
     return states
 

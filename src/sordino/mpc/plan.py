@@ -6,10 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pydantic import TypeAdapter
-
 from sordino.mpc.attention import LARGEST
-from sordino.mpc.calibration import Calibration, LayerRanges, NormRanges, Range, parsed
+from sordino.mpc.calibration import Calibration, LayerRanges, NormRanges, Range, Stored
 from sordino.mpc.errors import OutOfRange
 from sordino.mpc.fourier import Series, gelu_series
 from sordino.mpc.roots import Root, calibrate, variance_root
@@ -76,7 +74,7 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Stored):
     """What both servers must have alike, to the last digit: series' coefficients, and bits.
 
     It is made once, by the model owner, and sent; made at two places it may differ in a last digit. It tells the
@@ -107,19 +105,6 @@ class Plan:
             for ranges, layer in zip(calibration.layers, tower.layers, strict=True)
         )
         return cls(tower.heads, tower.epsilon, NormPlan.of(calibration.norm, width), layers)
-
-    def to_json(self) -> str:
-        """As text."""
-        return TypeAdapter(Plan).dump_json(self).decode()
-
-    @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """The inverse of `to_json`.
-
-        Raises:
-            MpcError: it is no plan.
-        """
-        return parsed(cls, text)
 
 
 def _layer_plan(ranges: LayerRanges, features: int, width: int) -> LayerPlan:

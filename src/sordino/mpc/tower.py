@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sordino.encoders.bundled import TextTower
+from sordino.encoders.bundled import TextTower, after_attention
 from sordino.mpc.errors import MpcError
 
 BUNDLED = Path(__file__).parent / "data" / "private_tower.safetensors"
@@ -75,11 +75,7 @@ class PrivateTower:
         x, states = F.layer_norm(embeddings, (width,), *self.norm, self.epsilon), []
         for layer in self.layers:
             mixed, weights = self.attend(x, layer, mask)
-            attended = F.linear(mixed, layer["out.weight"], layer["out.bias"])
-            x = F.layer_norm(x + attended, (width,), layer["norm1.weight"], layer["norm1.bias"], self.epsilon)
-            inner = F.gelu(F.linear(x, layer["inner.weight"], layer["inner.bias"]))
-            outer = F.linear(inner, layer["outer.weight"], layer["outer.bias"])
-            x = F.layer_norm(x + outer, (width,), layer["norm2.weight"], layer["norm2.bias"], self.epsilon)
+            x = after_attention(x, mixed, layer, self.epsilon, F.linear)
             states.append((x, weights))
         return states
 

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from html import escape
 from itertools import pairwise
 
-from sordino.report.distances import NOBODY, Domains, cluster_colour, holding, what_the_server_saw
+from sordino.report.distances import Domains, cluster_colour, holding, what_the_server_saw
 from sordino.report.figures import PALETTE, Figure
 from sordino.report.groups import Group
 from sordino.report.heatmap import client_layout, luminance, numbered, numbers, tick_step
 from sordino.report.runs import Run
 from sordino.report.tables import counted, html_table, keys, listed
+from sordino.secure import NOBODY
 
 Clustering = tuple[int, tuple[int, ...]]  # a round, and the number of each client's cluster or NOBODY
 

@@ -10,13 +10,13 @@ import numpy as np
 
 from sordino.report.figures import SYMBOLS, Figure, colour, plain, symbol
 from sordino.report.heatmap import client_layout, colour_scale, numbered, numbers, scale_luminance, tick_step
-from sordino.report.opened import Floats, Seen, plane, seen, to_one_scale
+from sordino.report.opened import Floats, Seen, plane, seen
 from sordino.report.runs import Run
 from sordino.report.tables import counted, html_table, keys, listed
+from sordino.secure import NOBODY, to_one_scale
 
 Domains = Mapping[int, tuple[str, ...]]  # of each client, empty where they are not known
 
-NOBODY = -1  # the cluster of a client that is in none
 _NEUTRAL = "#788290"  # its colour
 _SQUARE = 580  # height at which a matrix is about as high as its half of the page is wide
 _NAMED_POINTS = 60  # with more, numbers beside the points would cover each other

@@ -59,21 +59,6 @@ def seen(distances: Distances) -> Seen:
     return alone if alone.mutual else everything
 
 
-def to_one_scale(squared: Floats) -> Floats:
-    """Squared distances [N, N] between clients, made symmetric where each row has a factor of its own.
-
-    D_ij = D_ji, so the quotient of two factors is M_ij / M_ji: all follow from one of them, up to a common scale.
-    """
-    # Of two clients in one place only remainders are left: both count as close, on the scale of their rows.
-    safe = np.maximum(squared, np.maximum(1e-9 * squared.mean(1, keepdims=True), np.finfo(float).tiny))
-    logs = np.log(safe) - np.log(safe.T)
-    np.fill_diagonal(logs, 0)
-    level = squared / np.exp(logs.mean(1))[:, None]
-    symmetric: Floats = (level + level.T) / 2
-    np.fill_diagonal(symmetric, 0)
-    return symmetric
-
-
 def plane(squared: Floats) -> tuple[Floats, float]:
     """Classical multidimensional scaling (Torgerson, 1952) to two dimensions.
 

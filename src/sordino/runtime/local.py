@@ -42,8 +42,8 @@ from sordino.privacy.settings import PrivacySettings
 from sordino.randomness import Streams, derive_seed
 from sordino.runtime import aggregation, wire
 from sordino.runtime.aggregation import aggregated
+from sordino.runtime.records import RoundRecord, protocol_record
 from sordino.runtime.settings import RuntimeSettings
-from sordino.secure import ByShares, Opened
 
 
 @dataclass(frozen=True)
@@ -62,76 +62,6 @@ class Training:
     clients: ClientState
     mechanism: dict[str, Tensor] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
-
-
-@dataclass(frozen=True)
-class ProtocolRecord:
-    """What a round's protocol on shares came to.
-
-    Attributes:
-        exchanges: of messages, in which all clients were asked.
-        opened: all distances that the server saw.
-        clients: the participants, by their number in the protocol.
-        step: a quantisation step of what distances are of.
-        rejected: what the server did not take, as (client, step, reason).
-        refused: what clients refused to do, as (client, reason).
-        seconds: that it took.
-    """
-
-    exchanges: int
-    opened: tuple[Opened, ...]
-    clients: tuple[int, ...]
-    step: float
-    rejected: list[tuple[int, str, str]]
-    refused: list[tuple[int, str]]
-    seconds: float
-
-    def line(self) -> dict[str, Any]:
-        """All of it but the distances, of which it says how many clients had them opened to how many centres."""
-        line = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("opened", "clients")}
-        return line | {"columns": len(self.opened)}
-
-    def distances(self) -> dict[str, Any]:
-        """What the server saw, for a JSON file; clients have their number in the federation."""
-        return {
-            "step": self.step,
-            "columns": [
-                {
-                    "members": [self.clients[place] for place in column.members],
-                    "clients": [self.clients[place] for place in column.clients],
-                    "values": list(column.values),
-                }
-                for column in self.opened
-            ],
-        }
-
-
-@dataclass(frozen=True)
-class RoundRecord:
-    """What happened in a round.
-
-    Attributes:
-        round: counted from 1.
-        loss: mean over the participants of their mean cross-entropy, in nats. Known to a simulation only.
-        participants: how many clients took part.
-        upload_bytes, broadcast_bytes: of one client's messages, serialised.
-        clusters: the number of each client's cluster after the round, where a method has any; negative for none.
-        protocol: what a protocol on shares between clients and server came to, where there was one.
-    """
-
-    round: int
-    loss: float
-    participants: int
-    upload_bytes: int
-    broadcast_bytes: int
-    clusters: list[int] | None = None
-    protocol: ProtocolRecord | None = None
-
-    def line(self) -> dict[str, Any]:
-        """The record for `metrics.jsonl`; what does not apply is left out."""
-        line = {each.name: getattr(self, each.name) for each in fields(self)}
-        line["protocol"] = self.protocol.line() if self.protocol else None
-        return {name: value for name, value in line.items() if value is not None}
 
 
 class LocalRuntime:
@@ -233,7 +163,7 @@ class LocalRuntime:
         else:
             uploads = aggregated(self.runtime, take(upload, there), at_work.average)
         server = self.algorithm.server_round(self.settings, training.server, uploads, clock)
-        protocol = _protocol(uploads, time.monotonic() - began)
+        protocol = protocol_record(uploads, time.monotonic() - began)
         clients = put(training.clients, chosen, take(states, there))
         after = Training(number, server, clients, at_work.finish(), training.ledger.add(at_work.releases))
         loss = gradients.mean_loss()
@@ -243,11 +173,9 @@ class LocalRuntime:
         first = torch.zeros(1, dtype=torch.int64, device=stack.device)
         told = take(broadcast, first) if isinstance(broadcast, PersonalBroadcast) else broadcast
         down = len(wire.encode(_with_clip(told, at_work)))
-        if protocol:
-            up, received = _traffic(uploads)
-            down += received
-        else:
-            up = len(wire.encode(take(message, first)))
+        # Where there is a protocol, its messages carry the upload.
+        up = protocol.sent if protocol else len(wire.encode(take(message, first)))
+        down += protocol.received if protocol else 0
         labels = getattr(server, "labels", None)
         clusters = None if labels is None else labels.long().tolist()
         return after, RoundRecord(number, loss, len(chosen), up, down, clusters, protocol)
@@ -380,28 +308,6 @@ def client_data(features: Tensor, labels: Tensor, rows: Sequence[Sequence[int]],
 def _take_data(data: ClientData, chosen: Tensor, coins: Randomness | None) -> ClientData:
     rows, counts, weights = data.rows[chosen], data.counts[chosen], data.weights[chosen]
     return replace(data, rows=rows, counts=counts, weights=weights, coins=coins)
-
-
-def _protocol(uploads: Any, seconds: float) -> ProtocolRecord | None:
-    """What a protocol came to; None where there was none."""
-    if not isinstance(uploads, ByShares):
-        return None
-    server = uploads.server
-    return ProtocolRecord(
-        uploads.traffic.exchanges,
-        tuple(server.opened),
-        uploads.clients,
-        2.0**-server.setup.bits,
-        [(uploads.clients[each.client], each.step, each.reason) for each in server.rejected],
-        [(uploads.clients[place], reason) for place, reason in uploads.traffic.refusals],
-        seconds,
-    )
-
-
-def _traffic(uploads: ByShares) -> tuple[int, int]:
-    """(Bytes that a protocol's first client sent, bytes that it was sent.)"""
-    traffic = uploads.traffic
-    return sum(traffic.sent.get(0, {}).values()), traffic.received[0]
 
 
 def _finite(training: Training) -> bool:

@@ -10,7 +10,16 @@ Models, 2025 (arXiv 2505.22447); on Lagrange coded computing, Yu et al., AISTATS
 
 from sordino.secure.adaptive import Adaptive, adaptive
 from sordino.secure.client import Client
-from sordino.secure.clustering import Clusters, PlainDistances, farthest_first, finish, lloyd
+from sordino.secure.clustering import (
+    NOBODY,
+    Clusters,
+    PlainDistances,
+    farthest_first,
+    finish,
+    lloyd,
+    renamed,
+    to_one_scale,
+)
 from sordino.secure.errors import SecureError, TooFewAnswers, TooManyErrors
 from sordino.secure.local import ITERATIONS, ByShares, Outcome, Traffic, drive, run, run_average
 from sordino.secure.mail import Rejection
@@ -23,6 +32,7 @@ from sordino.secure.setup import Setup, plan
 
 __all__ = [
     "ITERATIONS",
+    "NOBODY",
     "Adaptive",
     "Averages",
     "ByShares",
@@ -49,7 +59,9 @@ __all__ = [
     "finish",
     "lloyd",
     "plan",
+    "renamed",
     "run",
     "run_average",
     "search",
+    "to_one_scale",
 ]

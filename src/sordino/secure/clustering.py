@@ -17,12 +17,14 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import linear_sum_assignment
 
 from sordino.secure.errors import SecureError
 
 Result = TypeVar("Result")
 Exchange = Generator[dict[int, bytes], Sequence[tuple[int, bytes]], Result]
 Set = frozenset[int]
+NOBODY = -1  # the label of who is in no cluster
 Integers = NDArray[np.object_]  # of Python's integers
 Floats = NDArray[np.float64]
 
@@ -123,6 +125,26 @@ def numbered(found: Clusters) -> Clusters:
     labels = np.array([order.index(label) for label in found.labels], np.int64)
     sets = tuple(found.sets[number] for number in order)
     return replace(found, labels=labels, sets=sets, spreads=tuple(found.spreads[number] for number in order))
+
+
+def renamed(labels: NDArray[np.int64], clients: NDArray[np.int64], found: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Labels [K] with those of some clients replaced by what was found, under the old clusters' numbers where possible.
+
+    Each new cluster takes the number of the old one that it has most clients in common with, none twice; others get
+    numbers that are not in use.
+    """
+    old = sorted({*labels.tolist()} - {NOBODY})
+    new = sorted({*found.tolist()})
+    common = np.array([[np.sum((found == n) & (labels[clients] == o)) for o in old] for n in new]).reshape(len(new), -1)
+    names = {
+        new[row]: old[column]
+        for row, column in zip(*linear_sum_assignment(common, maximize=True), strict=True)
+        if common[row, column]
+    }
+    free = (number for number in range(len(old) + len(new)) if number not in old)
+    after = labels.copy()
+    after[clients] = [names.setdefault(n, names[n] if n in names else next(free)) for n in found.tolist()]
+    return after
 
 
 def farthest_first(distances: Distances, count: int) -> Exchange[list[Set]]:
@@ -241,6 +263,21 @@ def _refounded(sets: list[Set], scores: ArrayLike, clients: Sequence[int], label
 def _members(clients: Sequence[int], labels: NDArray[np.int64], count: int) -> list[Set]:
     rows = np.asarray(clients)
     return [frozenset(rows[labels == number].tolist()) for number in range(count)]
+
+
+def to_one_scale(squared: Floats) -> Floats:
+    """Squared distances [N, N] between clients, made symmetric where each row has a factor of its own.
+
+    D_ij = D_ji, so the quotient of two factors is M_ij / M_ji: all follow from one of them, up to a common scale.
+    """
+    # Of two clients in one place only remainders are left: both count as close, on the scale of their rows.
+    safe = np.maximum(squared, np.maximum(1e-9 * squared.mean(1, keepdims=True), np.finfo(float).tiny))
+    logs = np.log(safe) - np.log(safe.T)
+    np.fill_diagonal(logs, 0)
+    level = squared / np.exp(logs.mean(1))[:, None]
+    symmetric: Floats = (level + level.T) / 2
+    np.fill_diagonal(symmetric, 0)
+    return symmetric
 
 
 def common_scale(distances: Distances, sets: Sequence[Set]) -> Exchange[Integers]:

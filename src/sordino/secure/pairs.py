@@ -28,6 +28,7 @@ from sordino.secure.clustering import (
     lloyd,
     numbered,
     real_distances,
+    to_one_scale,
 )
 from sordino.secure.errors import SecureError
 
@@ -77,8 +78,8 @@ def by_pairs(distances: Distances, how: Pairs, iterations: int) -> Exchange[Clus
         )
     columns = yield from distances.columns(singles)
     matrix = yield from real_distances(distances, singles)
-    matrix = (matrix + matrix.T) / 2  # with "ratios", rows are of scales of their own
-    np.fill_diagonal(matrix, 0.0)
+    if not distances.comparable:
+        matrix = to_one_scale(matrix)
     sets = _cut(np.sqrt(matrix), how)
     oracle = _Derived(clients, columns) if distances.comparable else distances
     return numbered((yield from lloyd(oracle, [frozenset(clients[row] for row in rows) for rows in sets], iterations)))
