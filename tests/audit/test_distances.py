@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from sordino.audit.distances import between_clients, located
+from sordino.algorithms import secfpp
+from sordino.audit.distances import _Contexts, between_clients, located
 from sordino.audit.run import audit
 from sordino.config import load_config
 from sordino.experiment import run
+from sordino.runtime.local import LocalRuntime
 from sordino.secure import Client, Opened, Pairs, Server, plan
 from sordino.secure import run as run_protocol
 
@@ -91,6 +96,25 @@ def test_the_protocols_own_distances_are_attacked() -> None:
     seen = run_protocol(clients, Server(setup), Pairs()).opened
     found = between_clients(seen, 8, ratios=False)
     np.testing.assert_allclose(found * 4.0**-setup.bits, squared(points), atol=1e-4)  # type: ignore[operator]
+
+
+def test_a_context_is_sought_until_it_reduces_to_the_point(make_runtime: Callable[..., LocalRuntime]) -> None:
+    """From where all started as well as from elsewhere; else the attack would find nothing because it did not look."""
+    rows = [list(range(client, 40, 4)) for client in range(4)]
+    tables = {"context_length": 16, "batch_size": 0, "optimizer": {"name": "adam", "learning_rate": 0.01}}
+    runtime = make_runtime("secfpp", rows, tables | {"secfpp": {"cluster_every": 2}}, rounds=4)
+    training = runtime.start()
+    for _ in range(3):
+        training, _ = runtime.round(training)
+    state, server = training.clients, training.server
+    upload = secfpp.Upload(state.domain + state.personal, state.domain)  # type: ignore[attr-defined]
+    subject = SimpleNamespace(runtime=runtime, features=runtime.data.features, task=SimpleNamespace(test=np.arange(4)))
+    truth = secfpp.points(runtime.settings, runtime.model, upload.context, server.start).detach()  # type: ignore[attr-defined]
+    for opened_means in (0.0, 1.0):
+        server = replace(server, opened=torch.full((4,), opened_means), contexts=upload.context[[1, 2, 3, 0]])  # type: ignore[call-arg]
+        found = _Contexts(subject, upload, server).sought(truth[0].numpy(), 0)  # type: ignore[arg-type]
+        reached = secfpp.points(runtime.settings, runtime.model, found[None], server.start)[0]  # type: ignore[attr-defined]
+        assert float(reached.detach() @ truth[0]) > 0.9
 
 
 def test_an_audit_reports_them(config_file: Path, tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ for the distances between all clients, then for prompts:
    clients who help it. With the points a_1, ..., a_A of A clients, and as all points have unit norm, every other
    point x obeys 2 a_i . x = 1 + |a_i|^2 - |x - a_i|^2: its part within the helpers' span is known, and nothing of the
    rest but its length.
-3. *Prompts.* A context is sought whose reduction is the point that was found, by gradient descent from where all
-   started, and from the mean domain-level context of the victim's cluster, which the protocol opens to the server by
-   design: for the attacker's best point, and for the true one, which no attacker has.
+3. *Prompts.* A context is sought whose reduction is the point that was found, by gradient descent: from the mean
+   domain-level context of the victim's cluster, which the protocol opens to the server by design, or from where all
+   started if that was not opened. Once for the attacker's best point, and once for the true one, which no attacker has.
 
 Beside them stands what needs no distances: the mean of the helpers' points, and that cluster's mean as it is.
 """
@@ -36,7 +36,7 @@ from sordino.randomness import Streams
 from sordino.secure import Opened, to_one_scale
 
 Floats = NDArray[np.float64]
-STEPS, RATE = 200, 0.05  # of the descent to a context
+STEPS, RATE = 150, 0.01  # of the descent to a context; the rate falls to zero on a cosine
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,6 @@ class Exposure:
         by_best, by_truth: the victims' prompts from the best reconstructed point, and from the true one; mean over
             victims.
         by_mean: the mean domain-level context of the victim's cluster. None where that was not opened.
-        by_both: from the best reconstructed point, sought from that mean on.
     """
 
     reason: str | None
@@ -89,7 +88,6 @@ class Exposure:
     by_best: Prompt | None = None
     by_truth: Prompt | None = None
     by_mean: Prompt | None = None
-    by_both: Prompt | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -138,13 +136,9 @@ def expose(subject: Subject, seed: int, victims: int = 3) -> Exposure:
         len(exchange.server.opened),
         error,
         helped,
-        contexts.mean(chosen, lambda victim: contexts.sought(best[victim])),
-        contexts.mean(chosen, lambda victim: contexts.sought(truth[victim])),
+        contexts.mean(chosen, lambda victim: contexts.sought(best[victim], victim)),
+        contexts.mean(chosen, lambda victim: contexts.sought(truth[victim], victim)),
         contexts.mean(chosen, contexts.of_cluster),
-        contexts.mean(
-            [victim for victim in chosen if server.opened[victim]],
-            lambda victim: contexts.sought(best[victim], contexts.of_cluster(victim)),
-        ),
     )
 
 
@@ -227,19 +221,22 @@ class _Contexts:
             return None
         return Prompt(*(float(np.mean([each[part] for each in judged])) for part in (0, 1)))
 
-    def sought(self, point: Floats, begin: Tensor | None = None) -> Tensor:
-        """A context [M, E] whose reduction points where `point` does, near `begin` or where all started."""
-        target = torch.from_numpy(point).to(self.upload.context)
+    def sought(self, point: Floats, victim: int) -> Tensor:
+        """A context [M, E] whose reduction points where `point` does, near the victim's cluster's mean."""
         start = self.server.start.to(self.upload.context)
-        generator = torch.Generator().manual_seed(0)
-        nudge = 1e-3 * torch.randn(start.shape, generator=generator).to(start)  # the start itself has no direction
-        context = ((start if begin is None else begin.to(start)) + nudge).requires_grad_()
+        known = self.of_cluster(victim)
+        begin = start if known is None else known.to(start)
+        nudge = 1e-3 * torch.randn(start.shape, generator=torch.Generator().manual_seed(0)).to(start)
+        context = (begin + nudge).requires_grad_()  # the start itself has no direction
+        target = torch.from_numpy(point).to(start)
         optimizer = torch.optim.Adam([context], lr=RATE)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
         for _ in range(STEPS):
             optimizer.zero_grad()
             found = secfpp.points(self.runtime.settings, self.runtime.model, context[None], start)[0]
             (1 - F.cosine_similarity(found, target, dim=0)).backward()
             optimizer.step()
+            schedule.step()
         return context.detach()
 
     def of_cluster(self, victim: int) -> Tensor | None:

@@ -163,8 +163,7 @@ def _distances_words(result: dict[str, Any]) -> list[str]:
     if known := result["by_mean"]:
         words.append(
             f"the cluster's mean, which is opened anyway: cosine {known['cosine']:.2f}, agreement "
-            f"{100 * known['agreement']:.0f}%; sought from there on: {result['by_both']['cosine']:.2f}, "
-            f"{100 * result['by_both']['agreement']:.0f}%"
+            f"{100 * known['agreement']:.0f}%"
         )
     return words
 

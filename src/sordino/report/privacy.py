@@ -100,8 +100,7 @@ def _stealing(stealing: dict[str, Any]) -> str:
 
 
 def _distances(distances: dict[str, Any]) -> str:
-    known = distances.get("by_mean")
-    found = distances.get("by_both") or distances.get("by_best")
+    found, known = distances.get("by_best"), distances.get("by_mean")
     if not found:
         return f"<small>{escape(distances['reason'])}</small>" if distances.get("reason") else _NONE
     return f"{found['cosine']:.2f}" + (f" <small>(mean {known['cosine']:.2f})</small>" if known else "")
