@@ -54,6 +54,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
         ConfigError: the file is missing or malformed, or a key or value is not allowed.
     """
+    return parse_config(read_tables(path, overrides))
+
+
+def read_tables(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The tables of a TOML file with `key=value` overrides, unchecked.
+
+    Raises:
+        ConfigError: the file is missing or malformed, or an override is.
+    """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -62,7 +71,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Experiment:
         raise ConfigError("CONFIG", str(path), f"not a readable TOML file: {error}") from None
     for override in overrides:
         _set(tables, override)
-    return parse_config(tables)
+    return tables
 
 
 def parse_config(tables: Mapping[str, Any]) -> Experiment:
