@@ -21,6 +21,7 @@ from sordino.mpc.errors import MpcError, OutOfRange
 from sordino.mpc.party import Party, Shared, reconstruct, run
 from sordino.mpc.plan import ACTIVATION, WEIGHT, Plan
 from sordino.mpc.ring import encode, packed_size, share
+from sordino.mpc.sentences import batches as padded
 from sordino.mpc.tower import PrivateTower
 
 WIDTH, HEADS, INNER, FREQUENCIES = 32, 4, 64, 64
@@ -86,7 +87,11 @@ def clear(tower: PrivateTower, embeddings: Tensor) -> Tensor:
 
 
 def on_shares(
-    tower: PrivateTower, calibration: Calibration, embeddings: Tensor, times: int = 1
+    tower: PrivateTower,
+    calibration: Calibration,
+    embeddings: Tensor,
+    times: int = 1,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Cost]]:
     """The same on shares, computed so many times, and what it costs by label."""
     plan = Plan.from_json(Plan.of(tower, calibration).to_json())
@@ -94,7 +99,8 @@ def on_shares(
 
     def program(party: Party) -> Shared:
         encoder = Encoder.hide(party, weights[party.number], plan)
-        passes = [encode_sentences(party, encoder, Shared(halves[party.number], 14)) for _ in range(times)]
+        x = Shared(halves[party.number], 14)
+        passes = [encode_sentences(party, encoder, x, lengths) for _ in range(times)]
         return passes[-1]
 
     ran = run(program, timeout=120)
@@ -112,6 +118,58 @@ def test_sentences_equal_those_in_the_clear(tower: PrivateTower, calibration: Ca
     assert (
         (found - oracle).norm(dim=-1) / oracle.norm(dim=-1)
     ).max() < 0.0316  # what that cosine allows: sqrt(2 - 2 c)
+
+
+@pytest.mark.parametrize("lengths", [(17, 20, 32), (33, 50, 64)])
+def test_padding_changes_no_sentence_and_costs_nothing(
+    tower: PrivateTower, calibration: Calibration, lengths: tuple[int, ...]
+) -> None:
+    """By scores and by state; each sentence alone is what it is in a batch, within twice the error of either."""
+    rows = [sentences(1, length, seed=length)[0] for length in lengths]
+    (group,), _ = padded(rows, 8)
+    found, costs = on_shares(tower, calibration, group.embeddings, lengths=group.lengths)
+    for row, own in zip(rows, found, strict=True):
+        alone, _ = on_shares(tower, calibration, row[None])
+        assert cosine_similarity(own, alone[0], dim=-1) >= 0.9995
+        assert (own - alone[0]).norm() / alone[0].norm() < 0.0316
+        assert cosine_similarity(own, clear(tower, row[None])[0], dim=-1) >= 0.9995
+    _, full = on_shares(tower, calibration, group.embeddings)
+    assert costs == full
+    without, _ = on_shares(tower, calibration, group.embeddings)
+    assert (without[0] - found[0]).norm() / found[0].norm() > 0.05  # what padding would change
+
+
+def test_lengths_of_another_bracket_are_refused(tower: PrivateTower, calibration: Calibration) -> None:
+    for lengths in ((8, 16), (16, 17), (16, 0)):
+        with pytest.raises(OutOfRange, match="of one bracket"):
+            on_shares(tower, calibration, sentences(2, 16, seed=1), lengths=torch.tensor(lengths))
+
+
+@pytest.mark.parametrize("limit", [2**40, 2**16])
+def test_a_prepared_pass_is_the_same_and_asks_for_no_more(
+    tower: PrivateTower, calibration: Calibration, limit: int
+) -> None:
+    """All at once, and by turns; another pass than the one that was prepared for is refused."""
+    plan, weights = Plan.of(tower, calibration), shared_weights(tower, calibration)
+    embeddings = sentences(4, 8, seed=3)
+    halves = share(encode(embeddings, 14))
+
+    def program(party: Party) -> Shared:
+        encoder, x = Encoder.hide(party, weights[party.number], plan), Shared(halves[party.number], 14)
+        with party.costs.label("recorded"), party.supply.recording() as tape:
+            encode_sentences(party, encoder, x)
+        party.supply.prepare(tape, limit)
+        with pytest.raises(MpcError, match="did not come"):
+            party.supply.prepare(tape)
+        found = encode_sentences(party, encoder, x)
+        assert party.supply.seconds > 0
+        party.supply.prepare(tape, limit)
+        with pytest.raises(MpcError, match="another computation"):
+            encode_sentences(party, encoder, x.view(lambda own: own[:2]))
+        return found
+
+    found = reconstruct(run(program, timeout=120).results)
+    assert cosine_similarity(found, clear(tower, embeddings), dim=-1).min() >= 0.9995
 
 
 def test_weights_are_opened_at_set_up_only(tower: PrivateTower, calibration: Calibration) -> None:

@@ -8,14 +8,24 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor
 from typer.testing import CliRunner
 
 from sordino.cli import app
-from sordino.encoders.bundled import TEXT_MODEL, TextTower, package_path
+from sordino.encoders.bundled import TEXT_MODEL, Embedder, TextTower, package_path
 from sordino.errors import ConfigError
 from sordino.mpc import MpcError
-from sordino.mpc.distill import definitions, distil, fingerprint, pooled, softmax_states, teacher_of
+from sordino.mpc.distill import (
+    EMBEDDINGS,
+    definitions,
+    distil,
+    fingerprint,
+    pooled,
+    softmax_states,
+    teacher_of,
+    write_embeddings,
+)
 from sordino.mpc.tower import BUNDLED, FEATURES, PrivateTower, about, bundled_tower
 
 
@@ -138,3 +148,20 @@ def test_the_tower_in_the_package_agrees_with_its_teacher(teacher: TextTower) ->
     swapped = pooled(naive(embeddings, mask)[-1], mask)
     wanted = pooled(softmax_states(teacher, embeddings, mask)[-1], mask)
     assert float((swapped * wanted).sum(-1).mean()) < 0.75  # what distillation is for
+
+
+def test_the_owners_part_of_a_checkpoint_has_no_layer(tmp_path: Path) -> None:
+    """And embeds as the checkpoint does."""
+    folder = package_path(*TEXT_MODEL)
+    write_embeddings(folder, tmp_path / "owner")
+    assert sorted(file.name for file in (tmp_path / "owner").iterdir()) == ["model.safetensors", "tokenizer.json"]
+    with safe_open(tmp_path / "owner" / "model.safetensors", "pt") as stored:
+        assert set(stored.keys()) == EMBEDDINGS
+    whole, part = (
+        TextTower.load(folder, torch.device("cpu")),
+        Embedder.of_folder(tmp_path / "owner", torch.device("cpu")),
+    )
+    assert torch.equal(part.positions, whole.positions)
+    assert torch.equal(part.embed("a jacksnipe"), whole.embed("a jacksnipe"))
+    with pytest.raises(ConfigError, match="no BERT-like checkpoint"):
+        write_embeddings(tmp_path / "owner", tmp_path / "again")

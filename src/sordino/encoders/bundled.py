@@ -131,38 +131,28 @@ class BundledEncoder(DualEncoder):
         return float(contexts * (self.text.depth * (dense + attention) + joint))
 
 
-class TextTower:
-    """MiniLM's weights and a forward pass for soft tokens that computes no padding.
+class Embedder:
+    """A tokenizer, and the embeddings of its tokens and of positions: a text tower before its first layer.
 
-    Sentences of one length form a group: attention runs group by group and needs no mask, everything else runs on the
-    tokens of all groups in one matrix.
+    Attributes:
+        tokenizer: without padding and truncation.
+        words: [V, E].
+        positions: [P, E], with the embedding of token type 0, which every token here has.
+        width: E.
     """
 
-    def __init__(self, weights: dict[str, Tensor], tokenizer: Tokenizer, heads: int, epsilon: float) -> None:
-        """Take BERT weights under transformers' names, all on one device and in one precision."""
+    def __init__(self, weights: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:
+        """Take BERT weights under transformers' names; others than embeddings are not looked at."""
         self.tokenizer = tokenizer
-        self.heads = heads
-        self.epsilon = epsilon
         self.words = weights["embeddings.word_embeddings.weight"]
-        # Every token here is of type 0, so its type embedding is a constant of the position.
         token_type = weights["embeddings.token_type_embeddings.weight"][0]
         self.positions = weights["embeddings.position_embeddings.weight"] + token_type
-        self.norm = (weights["embeddings.LayerNorm.weight"], weights["embeddings.LayerNorm.bias"])
-        self.depth = 1 + max(int(key.split(".")[2]) for key in weights if key.startswith("encoder.layer."))
-        self.layers = [_layer(weights, f"encoder.layer.{index}.") for index in range(self.depth)]
         self.width = self.words.shape[1]
-        self.inner = self.layers[0]["inner.weight"].shape[0]
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> TextTower:
-        """Read a BERT folder: `model.safetensors`, `tokenizer.json` and `config.json`."""
-        weights = load_file(folder / "model.safetensors")
-        floats = {key: value.to(device, dtype) for key, value in weights.items() if value.is_floating_point()}
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        config = json.loads((folder / "config.json").read_text())
-        return cls(floats, tokenizer, config["num_attention_heads"], config["layer_norm_eps"])
+    def of_folder(cls, folder: Path, device: torch.device) -> Embedder:
+        """Read a BERT folder, of which `model.safetensors` may hold the embeddings alone, and `tokenizer.json`."""
+        return Embedder(*_read(folder, device, torch.float32))
 
     def embed(self, text: str) -> Tensor:
         """Token embeddings [M, E] of a text, without positions, start or end token."""
@@ -177,6 +167,31 @@ class TextTower:
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         embeddings = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         return ClassTokens(tuple(names), embeddings, mask.to(embeddings.device))
+
+
+class TextTower(Embedder):
+    """MiniLM's weights and a forward pass for soft tokens that computes no padding.
+
+    Sentences of one length form a group: attention runs group by group and needs no mask, everything else runs on the
+    tokens of all groups in one matrix.
+    """
+
+    def __init__(self, weights: dict[str, Tensor], tokenizer: Tokenizer, heads: int, epsilon: float) -> None:
+        """Take BERT weights under transformers' names, all on one device and in one precision."""
+        super().__init__(weights, tokenizer)
+        self.heads = heads
+        self.epsilon = epsilon
+        self.norm = (weights["embeddings.LayerNorm.weight"], weights["embeddings.LayerNorm.bias"])
+        self.depth = 1 + max(int(key.split(".")[2]) for key in weights if key.startswith("encoder.layer."))
+        self.layers = [_layer(weights, f"encoder.layer.{index}.") for index in range(self.depth)]
+        self.inner = self.layers[0]["inner.weight"].shape[0]
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> TextTower:
+        """Read a BERT folder: `model.safetensors`, `tokenizer.json` and `config.json`."""
+        config = json.loads((folder / "config.json").read_text())
+        weights, tokenizer = _read(folder, device, dtype)
+        return cls(weights, tokenizer, config["num_attention_heads"], config["layer_norm_eps"])
 
     def __call__(self, context: Tensor, classes: ClassTokens) -> Tensor:
         """Contexts [N, M, E] and C classes to mean-pooled last hidden states [N, C, E]."""
@@ -231,6 +246,16 @@ def after_attention(
     inner = F.gelu(linear(x, layer["inner.weight"], layer["inner.bias"]))
     outer = linear(inner, layer["outer.weight"], layer["outer.bias"])
     return F.layer_norm(x + outer, width, layer["norm2.weight"], layer["norm2.bias"], epsilon)
+
+
+def _read(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tokenizer]:
+    """Weights and tokenizer of a BERT folder."""
+    weights = load_file(folder / "model.safetensors")
+    floats = {key: value.to(device, dtype) for key, value in weights.items() if value.is_floating_point()}
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return floats, tokenizer
 
 
 def _split(x: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from sordino.mpc.costs import protocol
 from sordino.mpc.fourier import cosine_and_sine
@@ -33,6 +34,7 @@ def random_feature_attention(
     fraction: int,
     resolution: int = 14,
     precision: int = 8,
+    mask: Tensor | None = None,
 ) -> Shared:
     """Attention of H heads over n tokens each, for queries and keys of unit norm.
 
@@ -57,6 +59,8 @@ def random_feature_attention(
             of two. Weights are near R, and the mean near 1, where w is small.
         fraction: bits of the result.
         resolution, precision: see `cosine_and_sine`.
+        mask: [B, n], int64, public: 1 for tokens, 0 for padding, which no query sees then. All sentences' lengths have
+            the same next power of two as n. Padding must be in range as well, such as a repeated token.
 
     Raises:
         OutOfRange: there are too many fraction bits for the ring.
@@ -67,7 +71,7 @@ def random_feature_attention(
     waves = cosine_and_sine(party, *angles, resolution=resolution, precision=precision)
     phi_query, phi_key = (concatenated(pair) for pair in waves)  # [B, H, n, 2 R]
     order = _by_scores if length**2 <= 2 * count * (width + 1) else _by_state
-    sums, weights = order(party, phi_query, phi_key, value)
+    sums, weights = order(party, phi_query, phi_key, value, mask)
     inverse = inverse_root(party, weights, root, INVERSE)
     bits = sums.fraction + INVERSE + LARGEST + 2
     hidden_sums, hidden_inverse = hide(party, sums, inverse.view(lambda share: share[..., None]), bits=bits)
@@ -75,11 +79,13 @@ def random_feature_attention(
     return truncate(party, result, fraction=fraction, bits=bits)[0]
 
 
-def _by_scores(party: Party, phi_query: Shared, phi_key: Shared, value: Shared) -> tuple[Shared, Shared]:
+def _by_scores(
+    party: Party, phi_query: Shared, phi_key: Shared, value: Shared, mask: Tensor | None
+) -> tuple[Shared, Shared]:
     """Means of weighted values [B, H, n, d] and of weights [B, H, n], by way of the n^2 scores.
 
     1. Hide phi, modulo 2^s that holds scores, which are within [-R, R]; multiply.
-    2. Truncate scores; weights are their sums.
+    2. Truncate scores, and set those of padding to zero, which a truncated zero need not be; weights are their sums.
     3. Hide scores and values, modulo 2^b; multiply.
 
     Rounds: 3. Online: (4 M n R + M n^2) s / 8 + (M n^2 + M n d) b / 8.
@@ -89,15 +95,20 @@ def _by_scores(party: Party, phi_query: Shared, phi_key: Shared, value: Shared) 
     hidden_query, hidden_key = hide(party, phi_query, phi_key, bits=bits)
     scores = product(party, hidden_query, hidden_key, "matmul_nt").doubled(-log_features - log_length)
     (scores,) = truncate(party, scores, fraction=SCORE, bits=bits)
+    if mask is not None:
+        scores = scores.scaled(mask[:, None, None, :])
     bits = SCORE + value.fraction + INVERSE + LARGEST + 2
     hidden_scores, hidden_value = hide(party, scores, value, bits=bits)
     return product(party, hidden_scores, hidden_value), scores.view(lambda share: share.sum(-1))
 
 
-def _by_state(party: Party, phi_query: Shared, phi_key: Shared, value: Shared) -> tuple[Shared, Shared]:
+def _by_state(
+    party: Party, phi_query: Shared, phi_key: Shared, value: Shared, mask: Tensor | None
+) -> tuple[Shared, Shared]:
     """The same by way of the [2 R, d + 1] means of features times values and ones: linear in n.
 
-    1. Hide phi, and the values with ones beside them, modulo 2^s that holds both products; multiply phi(k) and values.
+    1. Set phi(k) of padding to zero. Hide phi, and the values with ones beside them, modulo 2^s that holds both
+       products; multiply phi(k) and values.
     2. Truncate the state.
     3. Hide it; multiply with phi(q).
     4. Truncate; the last column is the weights.
@@ -107,6 +118,8 @@ def _by_state(party: Party, phi_query: Shared, phi_key: Shared, value: Shared) -
     log_features, log_length = _logarithms(phi_query)
     scale = phi_query.fraction + LARGEST + 2
     bits = scale + max(value.fraction + log_length, SCORE + log_features + 1)
+    if mask is not None:
+        phi_key = phi_key.scaled(mask[:, None, :, None])
     ones = party.public(torch.ones(*value.shape[:-1], 1), value.fraction)
     hidden_query, hidden_key, hidden_value = hide(party, phi_query, phi_key, concatenated([value, ones]), bits=bits)
     state = product(party, hidden_key, hidden_value, "matmul_tn").doubled(-log_length)

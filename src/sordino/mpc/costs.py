@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
@@ -72,6 +72,21 @@ class Costs:
     def by_protocol(self, depth: int = 1) -> dict[str, Cost]:
         """By protocol, of which `depth` that contain each other are told apart: "layer_norm/inverse_root" at 2."""
         return self._grouped(lambda _, path: "/".join(path[:depth]))
+
+    def taken(self) -> list[list[Any]]:
+        """Entries since this was asked last, for JSON: label, protocols, rounds, online and offline each."""
+        rows = [[label, list(path), *astuple(cost)] for (label, path), cost in self._entries.items()]
+        self._entries.clear()
+        return rows
+
+    def add_taken(self, rows: Sequence[Sequence[Any]]) -> None:
+        """Enter what another's `taken` gave.
+
+        Raises:
+            ValueError, TypeError: it is no such thing.
+        """
+        for label, path, rounds, online, offline in rows:
+            self._entries[str(label), tuple(map(str, path))] += Cost(int(rounds), int(online), int(offline))
 
     def table(self) -> str:
         """A line a label and protocol, and the total."""

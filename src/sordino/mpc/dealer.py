@@ -12,15 +12,20 @@ the generator that it is drawn from. A number that does not rise is refused.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Protocol
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sordino.mpc.costs import Cost, Costs
-from sordino.mpc.errors import MaskReused
+from sordino.mpc.errors import MaskReused, MpcError
 from sordino.mpc.prg import Prg
 from sordino.mpc.ring import FORMS, WORD, Shape, encode, lowest, pack, packed_size, shape_of, unpack
 
@@ -171,9 +176,82 @@ class Harmonics:
 
     def values(self, *masks: Tensor) -> Tensor:
         (mask,) = masks
-        turns = lowest(mask, self.period).to(torch.float64) / 2.0**self.period
-        angles = torch.stack([2 * torch.pi * (k * turns % 1.0) for k in self.frequencies])
-        return encode(torch.stack([angles.cos(), angles.sin()]), self.fraction)
+        turns = lowest(mask, self.period)
+        if mask.numel() < 2**self.period:
+            return _harmonics(turns, self)
+        cosines, sines = _whole_period(self.period, self.fraction)
+        values = torch.empty(self.shape, dtype=torch.int64)
+        for index, k in enumerate(self.frequencies):
+            places = lowest(turns * k, self.period)
+            torch.take(cosines, places, out=values[0, index])
+            torch.take(sines, places, out=values[1, index])
+        return values
+
+
+@lru_cache(maxsize=8)
+def _whole_period(period: int, fraction: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of all angles of a period, [2^period] each."""
+    turns = torch.arange(2**period)
+    both = _harmonics(turns, Harmonics(Mask(0, (2**period,), period), period, (1,), fraction))
+    return both[0, 0].contiguous(), both[1, 0].contiguous()
+
+
+def _harmonics(turns: Tensor, asked: Harmonics) -> Tensor:
+    """What is asked for, of angles as integers."""
+    parts = turns.to(torch.float64) / 2.0**asked.period
+    angles = torch.stack([2 * torch.pi * (k * parts % 1.0) for k in asked.frequencies])
+    return encode(torch.stack([angles.cos(), angles.sin()]), asked.fraction)
+
+
+CORRELATIONS = (Product, TripleProduct, Powers, Lift, Harmonics)
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """A correlation, and its stream."""
+
+    number: int
+    correlation: Correlation
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Work of a party's own: its share of a mask times what is known of a fixed factor."""
+
+    mask: Mask
+    known: Tensor = field(compare=False)
+    form: str
+
+
+Wanted = Mask | Numbered | Fixed
+
+
+@dataclass(frozen=True)
+class Tape:
+    """What a computation asked its supply for, in order, from the number `start` on; see `Supply.recording`.
+
+    A computation of the same shapes asks for the same again, of masks that are as far behind its own start; masks from
+    before, those of weights, stay the same.
+    """
+
+    start: int
+    wanted: list[Wanted] = field(default_factory=list)
+
+    def moved(self, start: int) -> list[Wanted]:
+        """The same for another start."""
+        return [_moved(each, self.start, start - self.start) for each in self.wanted]
+
+
+def _moved(wanted: Any, start: int, by: int) -> Any:
+    if isinstance(wanted, Mask) and wanted.number >= start:
+        return replace(wanted, number=wanted.number + by)
+    if isinstance(wanted, Numbered):
+        return Numbered(wanted.number + by, _moved(wanted.correlation, start, by))
+    if isinstance(wanted, tuple):
+        return tuple(_moved(each, start, by) for each in wanted)
+    if isinstance(wanted, (*CORRELATIONS, Fixed)):
+        return replace(wanted, **{each.name: _moved(getattr(wanted, each.name), start, by) for each in fields(wanted)})
+    return wanted
 
 
 class Dealer:
@@ -222,25 +300,101 @@ class Supply:
         generator: that of the party's key.
         costs: where bytes are entered.
         assistant: whom to ask, for party 1; None for party 0, which draws everything.
+
+    Attributes:
+        seconds: spent on what was prepared.
     """
 
     def __init__(self, generator: Prg, costs: Costs, assistant: Assistant | None = None) -> None:
         self._generator, self._costs, self._assistant = generator, costs, assistant
         self._next = 0
+        self._tape: Tape | None = None
+        self._due: deque[Wanted] = deque()  # prepared for, and not drawn yet
+        self._drawn: deque[tuple[Wanted, Tensor]] = deque()
+        self._limit = 0
+        self.seconds = 0.0
+
+    @contextmanager
+    def recording(self) -> Iterator[Tape]:
+        """A `Tape` of all that is asked for meanwhile."""
+        self._tape = tape = Tape(self._next)
+        try:
+            yield tape
+        finally:
+            self._tape = None
+
+    def prepare(self, tape: Tape, limit: int = 2**31) -> None:
+        """Draw, fetch and compute ahead what a computation like that of the tape will ask for.
+
+        About `limit` bytes are held at most, and as many are drawn again whenever none are left, so that a long
+        computation goes by turns. Every number is still used once.
+
+        Args:
+            tape: of the computation that comes next.
+            limit: bytes.
+
+        Raises:
+            MpcError: what was prepared before is not used up.
+        """
+        if self._due or self._drawn:
+            raise MpcError("randomness was prepared for a computation that did not come; begin a new session")
+        self._due.extend(tape.moved(self._next))
+        self._next += sum(not isinstance(each, Fixed) for each in self._due)
+        self._limit = limit
+        self._fill()
 
     def mask(self, shape: Shape, bits: int) -> tuple[Mask, Tensor]:
         """A new mask, and this party's share of it; costs nothing."""
-        mask = Mask(self._number(), shape, bits)
-        return mask, self._generator.integers(mask.number, shape, bits)
+        mask = Mask(self._following(), shape, bits)
+        return mask, self._given(mask)
 
     def correlated(self, correlation: Correlation) -> Tensor:
         """This party's share of a function of masks; its bytes are entered offline."""
-        number, shape, bits = self._number(), correlation.shape, correlation.bits
-        self._costs.add(Cost(offline=packed_size(math.prod(shape), bits)))
-        if self._assistant is None:
-            return self._generator.integers(number, shape, bits)
-        return unpack(self._assistant.deal(number, correlation), shape, bits)
+        self._costs.add(Cost(offline=packed_size(math.prod(correlation.shape), correlation.bits)))
+        return self._given(Numbered(self._following(), correlation))
 
-    def _number(self) -> int:
+    def with_fixed(self, mask: Mask, known: Tensor, form: str) -> Tensor:
+        """This party's share of a mask, times what both know of a fixed factor: work that needs no data."""
+        return self._given(Fixed(mask, known, form))
+
+    def _following(self) -> int:
+        """The number that is next: of what was prepared, or a new one."""
+        if not self._drawn and self._due:
+            self._fill()
+        if self._drawn:
+            wanted = self._drawn[0][0]
+            return -1 if isinstance(wanted, Fixed) else wanted.number
         self._next += 1
         return self._next - 1
+
+    def _given(self, wanted: Wanted) -> Tensor:
+        if self._tape is not None:
+            self._tape.wanted.append(wanted)
+        if not self._drawn and self._due:
+            self._fill()
+        if not self._drawn:
+            return self._draw(wanted)
+        prepared, share = self._drawn.popleft()
+        if prepared != wanted:
+            raise MpcError("randomness was prepared for another computation than this; begin a new session")
+        return share
+
+    def _fill(self) -> None:
+        began, held = time.perf_counter(), 0
+        while self._due and held < self._limit:
+            wanted = self._due.popleft()
+            share = self._draw(wanted)
+            self._drawn.append((wanted, share))
+            held += share.nbytes
+        self.seconds += time.perf_counter() - began
+
+    def _draw(self, wanted: Wanted) -> Tensor:
+        if isinstance(wanted, Fixed):
+            share = self._generator.integers(wanted.mask.number, wanted.mask.shape, wanted.mask.bits)
+            return FORMS[wanted.form](share, wanted.known)
+        if isinstance(wanted, Mask):
+            return self._generator.integers(wanted.number, wanted.shape, wanted.bits)
+        shape, bits = wanted.correlation.shape, wanted.correlation.bits
+        if self._assistant is None:
+            return self._generator.integers(wanted.number, shape, bits)
+        return unpack(self._assistant.deal(wanted.number, wanted.correlation), shape, bits)

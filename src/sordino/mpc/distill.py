@@ -17,9 +17,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sordino.encoders.bundled import TEXT_MODEL, TextTower, after_attention, package_path
@@ -36,6 +37,7 @@ HELD_OUT = 512  # sentences that are never trained on
 WARM_UP = 50  # steps, at most
 FLOOR = 0.3  # mean attention weights below it are punished, by the squared difference
 FLOOR_WEIGHT = 3.0
+EMBEDDINGS = frozenset(f"embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type"))
 TEMPERATURE = "temperature"  # of a layer while it is trained: [H, 1, 1], its logarithm
 
 
@@ -164,6 +166,24 @@ def teacher_of(model: Path | None) -> TextTower:
             str(folder),
             f"no BERT-like checkpoint with model.safetensors, tokenizer.json and config.json: {error}",
         ) from None
+
+
+def write_embeddings(model: Path, folder: Path) -> None:
+    """What a data owner needs of a checkpoint: its tokenizer, and the embeddings of tokens and of positions.
+
+    Args:
+        model: a BERT folder.
+        folder: to be made.
+
+    Raises:
+        ConfigError: there is no such checkpoint.
+        RunError: the folder cannot be written.
+    """
+    teacher_of(model)  # for its complaints
+    with safe_open(model / "model.safetensors", "pt") as stored:
+        named = {name: stored.get_tensor(name) for name in stored.keys() if name in EMBEDDINGS}  # noqa: SIM118
+    write_atomically(folder / "model.safetensors", safetensors.torch.save(named))
+    write_atomically(folder / "tokenizer.json", (model / "tokenizer.json").read_bytes())
 
 
 @torch.no_grad()

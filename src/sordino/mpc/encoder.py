@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sordino.mpc.attention import random_feature_attention
 from sordino.mpc.calibration import Calibration, LayerRanges, heads_of
+from sordino.mpc.errors import OutOfRange
 from sordino.mpc.fourier import gelu
 from sordino.mpc.linear import hide, lifted, product, truncate
 from sordino.mpc.party import Masked, Party, Shared
@@ -48,6 +49,7 @@ from sordino.mpc.plan import (
 )
 from sordino.mpc.ring import WORD, encode, share
 from sordino.mpc.roots import Norm, layer_norm, unit_norm
+from sordino.mpc.sentences import bracket
 from sordino.mpc.tower import FEATURES, PrivateTower
 
 
@@ -118,7 +120,7 @@ class Encoder:
             widths |= {f"{number}.{name}": width for name, width in bits.items()}
         with party.costs.label("set-up"):
             opened = hide(party, *(weights[name] for name in widths), bits=list(widths.values()))
-        hidden = dict(zip(widths, opened, strict=True))
+        hidden = {name: replace(weight, fixed=True) for name, weight in zip(widths, opened, strict=True)}
 
         def norm(name: str, own: NormPlan) -> Norm:
             gain, bias = hidden[f"{name}.weight"], weights[f"{name}.bias"]
@@ -135,12 +137,12 @@ class Encoder:
         return cls(plan, norm("norm", plan.norm), tuple(layers))
 
 
-def encode_sentences(party: Party, encoder: Encoder, embeddings: Shared) -> Shared:
-    """Sentences of one length, as the mean of their tokens' last hidden states, [B, E].
+def encode_sentences(party: Party, encoder: Encoder, embeddings: Shared, lengths: Tensor | None = None) -> Shared:
+    """Sentences as the mean of their tokens' last hidden states, [B, E].
 
     1. Take the `layer_norm` of the embeddings.
     2. Take each layer: `attention_block`, `feed_forward_block`.
-    3. Add up tokens, and multiply with 1 / T, which is public.
+    3. Add up each sentence's tokens, and multiply with 1 over its length, which is public.
 
     Costs are entered under the labels "embeddings", "layer 0", "layer 1" and so on. Rounds: 5 for the first norm, and
     32 a layer; two more for each step of Newton's method that one of a layer's four roots takes: none for ranges up to
@@ -151,18 +153,28 @@ def encode_sentences(party: Party, encoder: Encoder, embeddings: Shared) -> Shar
     Args:
         encoder: see `Encoder.hide`.
         embeddings: [B, T, E], of tokens with their positions, with about 14 fraction bits, as embeddings are small;
-            within the plan's ranges, or the result is nonsense without notice.
+            within the plan's ranges, or the result is nonsense without notice. Padding repeats a sentence's last token,
+            as `Sentences` has it, and changes no result.
+        lengths: tokens of each, int64 [B], public, of one `bracket`; T for all if none are given.
+
+    Raises:
+        OutOfRange: the lengths are not of the bracket of T, or above T.
     """
+    batch, length = embeddings.shape[:2]
+    lengths = torch.full((batch,), length) if lengths is None else lengths
+    if not all(1 <= number <= length and bracket(number) == bracket(length) for number in lengths.tolist()):
+        raise OutOfRange(f"lengths {lengths.tolist()} in a batch of {length} tokens: must be of one bracket")
+    mask = (torch.arange(length) < lengths[:, None]).long()  # [B, T]
     with party.costs.label("embeddings"):
         x = _normed(party, embeddings, encoder.norm, encoder.plan.norm)
     for number, layer in enumerate(encoder.layers):
         with party.costs.label(f"layer {number}"):
-            x = feed_forward_block(party, attention_block(party, x, layer, encoder.plan.heads), layer)
-    length = x.shape[1]
-    return x.view(lambda own: own.sum(1)).scaled(round(2**MEAN / length), MEAN)
+            x = feed_forward_block(party, attention_block(party, x, layer, encoder.plan.heads, mask), layer)
+    factors = torch.tensor([[round(2**MEAN / number)] for number in lengths.tolist()])
+    return x.view(lambda own: (own * mask[..., None]).sum(1)).scaled(factors, MEAN)
 
 
-def attention_block(party: Party, x: Shared, layer: HiddenLayer, heads: int) -> Shared:
+def attention_block(party: Party, x: Shared, layer: HiddenLayer, heads: int, mask: Tensor | None = None) -> Shared:
     """Hidden states [B, T, E] after attention, its projection and the norm.
 
     1. Hide x; multiply with the weights of queries, keys and values.
@@ -187,7 +199,7 @@ def attention_block(party: Party, x: Shared, layer: HiddenLayer, heads: int) -> 
     both = unit_norm(party, both, plan.unit, ACTIVATION, inverse_fraction(plan.unit))
     query, key = both.view(lambda own: own[:, :heads]), both.view(lambda own: own[:, heads:])
     attended = random_feature_attention(
-        party, query, key, value, layer.weights[FEATURES], plan.weights, ACTIVATION, resolution=ANGLE, precision=WAVE
+        party, query, key, value, layer.weights[FEATURES], plan.weights, ACTIVATION, ANGLE, WAVE, mask
     )
     (masked,) = hide(party, attended.view(lambda own: own.transpose(1, 2).flatten(2)), bits=plan.out)
     result = product(party, masked, layer.weights["out"], "matmul_nt") + layer.biases["out"]

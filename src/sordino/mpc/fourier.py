@@ -30,6 +30,8 @@ from sordino.mpc.ring import WORD, lowest
 TABLE = 26  # fraction bits of public cosines
 COARSE, FINE = 18, 8  # bits of an angle that the two tables resolve
 COEFFICIENT = 22  # fraction bits of a series' coefficients
+DEALT = 2**22  # arguments times frequencies of one correlation, at most: 40 MB dealt
+CHUNK = 2**14  # arguments at a time, which stay in the cache
 HEAVIEST = 2**13  # sum of a series' coefficients' sizes, so that their products with public cosines fit 62 bits
 
 Function = Callable[[np.ndarray], np.ndarray]
@@ -222,18 +224,27 @@ def cosine_and_sine(
 def evaluate(party: Party, angle: Angle, series: Series, precision: int = 14, bits: int = WORD) -> Shared:
     """A Fourier series of an opened argument, of K frequencies.
 
-    1. Take shares of cos(k r) and sin(k r), for all k.
+    1. Take shares of cos(k r) and sin(k r), for all k, of a few k at a time where there are many arguments.
     2. Compute the sum over k of (a_k cos k u + b_k sin k u) [cos k r] + (b_k cos k u - a_k sin k u) [sin k r], whose
        public factors are rounded to `precision` bits; party 0 adds the constant.
 
     Rounds: 0. Online: 0. Offline: 2 K N bits / 8. Error, beside the series' own: at most sqrt(2) (K + weight)
     2^-precision.
     """
-    dealt = party.supply.correlated(Harmonics(angle.mask, angle.bits, series.frequencies, precision, bits))
+    count, each = angle.opened.numel(), max(1, DEALT // max(1, angle.opened.numel()))
     total = party.only(0, rounded(torch.full_like(angle.opened, series.constant), COEFFICIENT - 2 * precision))
-    for index in range(len(series.frequencies)):
-        for factor, harmonic in zip(public_factors(angle, series, index, precision), dealt[:, index], strict=True):
-            total += factor * harmonic
+    flat, sums = replace(angle, opened=angle.opened.reshape(-1)), total.view(-1)
+    for first in range(0, len(series.frequencies), each):
+        some = series.frequencies[first : first + each]
+        dealt = party.supply.correlated(Harmonics(angle.mask, angle.bits, some, precision, bits))
+        rows = dealt.reshape(2, len(some), count)
+        for start in range(0, count, CHUNK):
+            piece = slice(start, start + CHUNK)
+            part = replace(flat, opened=flat.opened[piece])
+            for index in range(len(some)):
+                factors = public_factors(part, series, first + index, precision, count >= 2**angle.bits)
+                for factor, row in zip(factors, rows[:, index], strict=True):
+                    sums[piece].addcmul_(factor, row[piece])
     return Shared(lowest(total, bits), 2 * precision, bits)
 
 
@@ -277,27 +288,26 @@ def rounded(integers: Tensor, shift: int) -> Tensor:
     return (integers + (1 << (shift - 1))) >> shift if shift > 0 else integers << -shift
 
 
-def public_factors(angle: Angle, series: Series, index: int, precision: int) -> tuple[Tensor, Tensor]:
+def public_factors(
+    angle: Angle, series: Series, index: int, precision: int, tabulated: bool = False
+) -> tuple[Tensor, Tensor]:
     """a cos k u + b sin k u and b cos k u - a sin k u, with `precision` fraction bits, for a series' frequency k.
 
-    Where there are more arguments than there are angles, these are all computed once, and kept.
+    With `tabulated`, which pays where there are more arguments than angles, they are computed once, of all angles.
     """
-    if angle.opened.numel() >= 2**angle.bits:
+    if tabulated:
         first, second = _tabulated(series, index, precision, angle.bits)
-        return first[angle.opened], second[angle.opened]
+        return first.take(angle.opened), second.take(angle.opened)
     a, b = series.cosine[index], series.sine[index]
     cosine, sine = public_cosine_and_sine(angle, series.frequencies[index])
     cut = TABLE + COEFFICIENT - precision
     return rounded(a * cosine + b * sine, cut), rounded(b * cosine - a * sine, cut)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=512)
 def _tabulated(series: Series, index: int, precision: int, bits: int) -> tuple[Tensor, Tensor]:
     """`public_factors` of all angles, [2^bits] each."""
-    angles = torch.arange(2**bits)
-    halves = [Angle(half, bits, Mask(0, tuple(half.shape), bits)) for half in angles.chunk(2)]
-    first, second = zip(*(public_factors(half, series, index, precision) for half in halves), strict=True)
-    return torch.cat(first), torch.cat(second)
+    return public_factors(Angle(torch.arange(2**bits), bits, Mask(0, (2**bits,), bits)), series, index, precision)
 
 
 def public_cosine_and_sine(angle: Angle, frequency: int) -> tuple[Tensor, Tensor]:

@@ -76,10 +76,10 @@ def hide(party: Party, *values: Shared, bits: int | Sequence[int] = WORD) -> lis
 def product(party: Party, left: Masked, right: Masked, form: str = "matmul") -> Shared:
     """A bilinear map of two hidden values, of N elements, modulo the smaller of their two moduli.
 
-    With x = u + a and y = v + b, where u and v are open: x y = (u + a) v + u b + a b.
+    With x = u + a and y = v + b, where u and v are open: x y = u (v + b) + a v + a b.
 
-    1. Take a share of a b.
-    2. Party 1 computes (u + [a]) v + u [b] + [a b], party 0 the same without u v.
+    1. Take a share of a b, and [a] v, which is offline work of the party's own where y is fixed.
+    2. Party 1 computes u (v + [b]) + [a] v + [a b], party 0 the same without u v.
 
     Rounds: 0. Online: 0. Offline: N n / 8. Error: none; the result has the fraction bits of both.
 
@@ -89,8 +89,10 @@ def product(party: Party, left: Masked, right: Masked, form: str = "matmul") -> 
     """
     bits, apply = min(left.bits, right.bits), FORMS[form]
     dealt = party.supply.correlated(Product(left.mask, right.mask, form, bits))
-    own = left.share + party.only(1, left.opened)
-    share = apply(own, right.opened) + apply(left.opened, right.share) + dealt
+    fixed = right.fixed
+    known = party.supply.with_fixed(left.mask, right.opened, form) if fixed else apply(left.share, right.opened)
+    own = right.share + right.opened if party.number else right.share
+    share = apply(left.opened, own).add_(known).add_(dealt)
     return Shared(lowest(share, bits), left.fraction + right.fraction, bits)
 
 

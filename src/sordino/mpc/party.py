@@ -76,12 +76,14 @@ class Masked:
         share: this party's share of a.
         mask: its name at the dealer.
         fraction: fraction bits of x.
+        fixed: it is a factor of many products, such as a weight: what these have of masks alone is offline work.
     """
 
     opened: Tensor
     share: Tensor
     mask: Mask
     fraction: int
+    fixed: bool = False
 
     @property
     def bits(self) -> int:

@@ -10,9 +10,10 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-from sordino.mpc.ring import WORD, Shape, lowest
+from sordino.mpc.ring import WORD, Shape
 
 KEY = 32  # bytes
+PIECE = 2**18  # bytes
 
 
 class Prg:
@@ -30,5 +31,10 @@ class Prg:
     def integers(self, stream: int, shape: Shape, bits: int = WORD) -> Tensor:
         """Uniform integers from 0 to 2^bits - 1, int64: the same whenever a stream and a shape are asked for."""
         encryptor = Cipher(algorithms.AES(self._key), modes.CTR(stream.to_bytes(8, "big") + bytes(8))).encryptor()
-        words = np.frombuffer(bytearray(encryptor.update(bytes(8 * math.prod(shape)))), "<i8")
-        return lowest(torch.from_numpy(words.reshape(shape)), bits)
+        words = np.empty(math.prod(shape), "<i8")
+        plain, octets = bytes(min(words.nbytes, PIECE)), words.view(np.uint8).data
+        for start in range(0, words.nbytes, PIECE):  # so that what is enciphered, and a block of it, stay in the cache
+            piece = octets[start : start + PIECE]
+            encryptor.update_into(plain[: len(piece)], piece)
+        integers = torch.from_numpy(words.reshape(shape))
+        return integers if bits == WORD else integers.bitwise_and_((1 << bits) - 1)

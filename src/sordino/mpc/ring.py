@@ -85,12 +85,16 @@ def packed_size(count: int, bits: int) -> int:
 
 
 def pack(integers: Tensor, bits: int) -> bytes:
-    """Integers modulo 2^bits as `packed_size` bytes: the whole low bytes of each, then planes of the bits left."""
+    """Integers modulo 2^bits as `packed_size` bytes: columns of their low bytes, then planes of the bits left."""
     flat = integers.contiguous().numpy().astype("<i8", copy=False).reshape(-1)
+    if bits == WORD:
+        return flat.tobytes()
     whole, rest = bits // 8, bits % 8
-    low = flat.view(np.uint8).reshape(len(flat), 8)[:, :whole].tobytes()
-    planes = [flat >> (8 * whole + plane) & 1 for plane in range(rest)]
-    return low + (np.packbits(np.stack(planes).astype(bool), axis=None).tobytes() if rest else b"")
+    parts = [flat.view(kind)[start :: 8 // size].tobytes() for kind, size, start in _columns(whole)]
+    if rest:
+        last = flat.view(np.uint8)[whole::8].copy()
+        parts.append(np.packbits(np.stack([last >> plane & 1 for plane in range(rest)]), axis=None).tobytes())
+    return b"".join(parts)
 
 
 def unpack(content: bytes, shape: Shape, bits: int) -> Tensor:
@@ -103,12 +107,26 @@ def unpack(content: bytes, shape: Shape, bits: int) -> Tensor:
     due = packed_size(count, bits)
     if len(content) != due:
         raise PartyLost(f"{len(content)} bytes came where {due} were due; the other party is astray")
-    words = np.zeros((count, 8), np.uint8)
-    octets = np.frombuffer(content, np.uint8)
-    words[:, :whole] = octets[: count * whole].reshape(count, whole)
-    flat = words.view("<i8").reshape(-1)
+    if bits == WORD:
+        return torch.from_numpy(np.frombuffer(bytearray(content), "<i8").reshape(shape))
+    flat, read = np.zeros(count, "<i8"), 0
+    for kind, size, start in _columns(whole):
+        flat.view(kind)[start :: 8 // size] = np.frombuffer(content, kind, count, read)
+        read += count * size
     if rest:
-        planes = np.unpackbits(octets[count * whole :], count=count * rest).reshape(rest, count)
-        for plane in range(rest):
-            flat |= planes[plane].astype(np.int64) << (8 * whole + plane)
+        planes = np.unpackbits(np.frombuffer(content, np.uint8, offset=read), count=count * rest).reshape(rest, count)
+        last = planes[0].copy()
+        for plane in range(1, rest):
+            last |= planes[plane] << plane
+        flat.view(np.uint8)[whole::8] = last
     return torch.from_numpy(flat.reshape(shape))
+
+
+def _columns(whole: int) -> list[tuple[str, int, int]]:
+    """The words that make up so many low bytes of a word of 8: type, bytes, and place among its like."""
+    columns, place = [], 0
+    for size in (4, 2, 1):
+        if whole & size:
+            columns.append((f"<u{size}", size, place // size))
+            place += size
+    return columns

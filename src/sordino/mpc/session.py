@@ -1,0 +1,209 @@
+"""The owners' ends: a model owner gives two servers shares of a tower; a data owner asks them for features.
+
+    provide(identity, servers, tower, calibration)                       # once, by the model owner
+
+    with connect(identity, servers) as session:                          # the data owner
+        features = session.forward(groups)                               # a `sentences.Forward`
+    session.costs.table()
+
+What the data owner sends is a share to each server; the other share exists nowhere else. Features are opened here, and
+nowhere else.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import TypeVar
+
+from torch import Tensor
+
+from sordino.mpc.calibration import Calibration
+from sordino.mpc.certificates import SERVERS, Identity
+from sordino.mpc.costs import Costs
+from sordino.mpc.encoder import shared_weights
+from sordino.mpc.errors import MpcError, PartyLost
+from sordino.mpc.party import Shared, reconstruct
+from sordino.mpc.plan import Plan
+from sordino.mpc.ring import WORD, encode, pack, packed_size, share, unpack
+from sordino.mpc.sentences import Sentences
+from sordino.mpc.server import weights_to
+from sordino.mpc.tower import PrivateTower
+from sordino.mpc.transport import Dialled, Header, Line
+
+T = TypeVar("T")
+
+
+class Session:
+    """A data owner's session; see `connect`.
+
+    Attributes:
+        costs: of the servers, of all that was done so far: set-up, and each forward pass.
+        seconds: waited for them.
+        sent, received: bytes between this owner and both servers together.
+    """
+
+    def __init__(self, lines: tuple[Line, Line]) -> None:
+        self._lines = lines
+        self.costs, self.seconds, self.sent, self.received = Costs(), 0.0, 0, 0
+        name = secrets.token_hex(16)
+        began = time.monotonic()
+        for line in lines:
+            line.send(session=name)
+        answers = self._answers()
+        self.seconds += time.monotonic() - began
+        ready, other = self._read(
+            answers, lambda header, _: (header["model"], int(header["fraction"]), header["largest"])
+        )
+        if ready != other:
+            raise MpcError("the servers hold shares of different models; the model owner must provide one again")
+        _, self._fraction, largest = ready
+        self._largest = 2.0**largest
+        self._enter(answers)
+
+    def forward(self, groups: Sequence[Sentences]) -> list[Tensor]:
+        """Mean-pooled last hidden states of each batch of sentences, [B, E], float32; see `sentences.Forward`.
+
+        Raises:
+            OutOfRange: embeddings do not fit fixed point.
+            PartyLost: a party is lost; the error names it.
+        """
+        began = time.monotonic()
+        halves = [share(encode(group.embeddings, self._fraction)) for group in groups]
+        forms = [{"shape": list(group.embeddings.shape), "lengths": group.lengths.tolist()} for group in groups]
+        for number, line in enumerate(self._lines):
+            payload = b"".join(pack(half[number], WORD) for half in halves)
+            self.sent += len(payload)
+            line.send(payload, batches=forms)
+        answers = self._answers()
+        self.received += sum(len(payload) for _, payload in answers)
+        shares = self._read(answers, lambda header, payload: _shares_of(header, payload, groups))
+        features = [reconstruct((first, second)) for first, second in zip(*shares, strict=True)]
+        if any(float(part.abs().max()) > 2 * self._largest for part in features):
+            raise PartyLost(
+                "features came that no sentence has: a server is astray, or sentences are unlike those of the "
+                "calibration; compare with --clear"
+            )
+        self._enter(answers)
+        self.seconds += time.monotonic() - began
+        return [part.float() for part in features]
+
+    def close(self) -> None:
+        """The servers are not needed any more."""
+        for line in self._lines:
+            line.send(end=True)
+            line.close()
+
+    def _answers(self) -> list[tuple[Header, bytes]]:
+        """What both servers say; as soon as one is lost, who is at fault."""
+        with ThreadPoolExecutor(2) as pool:
+            waiting = [pool.submit(line.receive) for line in self._lines]
+            done, _ = wait(waiting, return_when=FIRST_EXCEPTION)
+            errors = [error for each in done if (error := each.exception())]
+            if errors:
+                for line in self._lines:
+                    line.abandon(str(errors[0]))
+                raise errors[0]
+        return [each.result() for each in waiting]
+
+    def _read(self, answers: Sequence[tuple[Header, bytes]], read: Callable[[Header, bytes], T]) -> list[T]:
+        """What is in both servers' answers."""
+        found = []
+        for line, answer in zip(self._lines, answers, strict=True):
+            try:
+                found.append(read(*answer))
+            except (KeyError, TypeError, ValueError, PartyLost) as error:
+                raise PartyLost(f"{line.party} sent garbage ({type(error).__name__}: {error})") from None
+        return found
+
+    def _enter(self, answers: Sequence[tuple[Header, bytes]]) -> None:
+        """Costs, which both servers count alike."""
+
+        def costs_of(header: Header, _: bytes) -> Costs:
+            costs = Costs()
+            costs.add_taken(header["costs"])
+            return costs
+
+        first, _ = self._read(answers, costs_of)
+        self.costs.add_taken(first.taken())
+
+
+@contextmanager
+def connect(own: Identity, servers: Sequence[str], timeout: float = 60.0) -> Iterator[Session]:
+    """A session with two servers, set up: the weights are opened under masks.
+
+    Args:
+        own: the data owner's identity.
+        servers: addresses of server 0 and server 1.
+        timeout: seconds of silence after which a party counts as lost.
+
+    Raises:
+        PartyLost: a party is lost; the error names it.
+        MpcError: the servers hold no model, or not the same.
+    """
+    dialled = [Dialled(own, role, address, timeout) for role, address in zip(SERVERS, servers, strict=True)]
+    try:
+        first, second = (each.line("Session") for each in dialled)
+        session = Session((first, second))
+        yield session
+        session.close()
+        for line in (first, second):  # until the servers have ended, too
+            line.drain()
+    finally:
+        for each in dialled:
+            each.close()
+
+
+def provide(
+    own: Identity, servers: Sequence[str], tower: PrivateTower, calibration: Calibration, timeout: float = 60.0
+) -> str:
+    """Give the servers shares of a tower, each what it may hold, and the plan to both.
+
+    Args:
+        own: the model owner's identity.
+        servers: addresses of server 0 and server 1.
+        tower: in the clear.
+        calibration: its ranges.
+        timeout: seconds of silence after which a server counts as lost.
+
+    Returns:
+        The name that was drawn for the model.
+
+    Raises:
+        PartyLost: a server is lost.
+        OutOfRange: a range is too wide.
+    """
+    plan, halves, name = Plan.of(tower, calibration).to_json(), shared_weights(tower, calibration), secrets.token_hex(8)
+    dialled = [Dialled(own, role, address, timeout) for role, address in zip(SERVERS, servers, strict=True)]
+    try:
+        lines = [each.line("Install") for each in dialled]
+        for line, weights in zip(lines, halves, strict=True):
+            header, payload = weights_to(weights)
+            line.send(payload, name=name, plan=plan, **header)
+        for line in lines:
+            line.receive()
+            line.close()
+    finally:
+        for each in dialled:
+            each.close()
+    return name
+
+
+def _shares_of(header: Header, payload: bytes, groups: Sequence[Sentences]) -> list[Shared]:
+    """Of features, [B, E] a batch.
+
+    Raises:
+        KeyError, TypeError, ValueError, PartyLost: they are none.
+    """
+    found, start = [], 0
+    for form, group in zip(header["batches"], groups, strict=True):
+        shape = (len(group.lengths), group.embeddings.shape[-1])
+        end = start + packed_size(shape[0] * shape[1], WORD)
+        found.append(Shared(unpack(payload[start:end], shape, WORD), int(form["fraction"]), int(form["bits"])))
+        start = end
+    if start != len(payload):
+        raise ValueError("bytes are left over")
+    return found

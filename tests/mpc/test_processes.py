@@ -1,0 +1,212 @@
+"""Parties as processes of their own, as `sordino mpc` starts them: that they work, and that their end is noticed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from mpc.test_encoder import batches, small_tower
+from mpc.test_session import agree, groups
+from torch import Tensor
+
+from sordino.mpc.calibration import Calibration
+from sordino.mpc.certificates import DATA_OWNER, MODEL_OWNER, ROLES, SERVERS, Identity
+from sordino.mpc.costs import Cost
+from sordino.mpc.errors import PartyLost
+from sordino.mpc.network import network_of
+from sordino.mpc.search import Found, Search, tune
+from sordino.mpc.sentences import Sentences
+from sordino.mpc.session import Session, connect, provide
+
+pytestmark = pytest.mark.slow
+TIMEOUT = 3.0
+
+
+class Processes:
+    """An assistant and two servers, started by the command line on ports that stay; `name` of one is its role."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.running = folder, dict[str, subprocess.Popen[str]]()
+        self.addresses = dict(zip(ROLES[:3], free_addresses(3), strict=True))
+        self.more: tuple[str, ...] = ()
+        done = subprocess.run(
+            command("certificates", "--out", str(folder / "parties")), capture_output=True, check=True
+        )
+        assert len(done.stdout.splitlines()) == len(ROLES)
+
+    def heal(self, *more: str) -> None:
+        """Start what is dead, wake what sleeps, and give the servers their model; servers anew if `more` changes."""
+        for role, process in list(self.running.items()):
+            process.send_signal(signal.SIGCONT)
+            if more != self.more and role in SERVERS:
+                process.kill()
+                process.wait()
+        self.more = more
+        dead = [role for role in self.addresses if role not in self.running or self.running[role].poll() is not None]
+        for role in dead:
+            log = (self.folder / f"{role}.log").open("a")
+            self.running[role] = subprocess.Popen(
+                self._line(role), stdout=subprocess.PIPE, stderr=log, text=True, cwd=self.folder
+            )
+        for role in dead:
+            stdout = self.running[role].stdout
+            assert stdout
+            said = stdout.readline()
+            assert said == f"listening at {self.addresses[role]}\n", (self.folder / f"{role}.log").read_text()
+        if not set(dead).isdisjoint(SERVERS):
+            identity = Identity.load(self.folder / "parties" / MODEL_OWNER, MODEL_OWNER)
+            provide(identity, self.servers, small_tower(), Calibration.measure(small_tower(), batches(1)), 10.0)
+
+    def stop(self) -> None:
+        for process in self.running.values():
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+            process.wait()
+
+    @property
+    def servers(self) -> list[str]:
+        return [self.addresses[role] for role in SERVERS]
+
+    def session(self) -> ExitStack:
+        identity = Identity.load(self.folder / "parties" / DATA_OWNER, DATA_OWNER)
+        stack = ExitStack()
+        self.current: Session = stack.enter_context(connect(identity, self.servers, TIMEOUT))
+        return stack
+
+    def _line(self, role: str) -> list[str]:
+        words = ["--certificates", str(self.folder / "parties" / role), "--listen", self.addresses[role]]
+        words += ["--timeout", str(TIMEOUT), "--threads", "1"]
+        if role not in SERVERS:
+            return command("assistant", *words)
+        words += ["--assistant", self.addresses["assistant"], *self.more]
+        return command("server", *words, *(["--peer", self.servers[0]] if role == SERVERS[1] else []))
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "sordino", "mpc", *words]
+
+
+def free_addresses(count: int) -> list[str]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
+
+
+@pytest.fixture(scope="module")
+def shared_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    found = Processes(tmp_path_factory.mktemp("processes"))
+    yield found
+    found.stop()
+
+
+@pytest.fixture
+def processes(shared_processes: Processes) -> Processes:
+    shared_processes.heal()
+    return shared_processes
+
+
+def test_they_compute_and_write_nothing(processes: Processes) -> None:
+    """No share and no mask in a file or a log: what is there is certificates and a few words."""
+    with processes.session():
+        assert agree(processes.current.forward(groups()), groups())
+    time.sleep(1)
+    for role, process in processes.running.items():
+        process.terminate()
+        assert process.wait(timeout=10) == 0, role
+    files = {file.name for file in processes.folder.rglob("*") if file.is_file()}
+    assert files == {"key.pem", "certificate.pem", "authority.pem", "assistant.log", "server-0.log", "server-1.log"}
+    for role in SERVERS:
+        lines = (processes.folder / f"{role}.log").read_text().splitlines()
+        kinds = [line.split()[0] + " " + line.split()[-1] for line in lines]
+        assert [line for line in lines if len(line) > 60] == []
+        assert kinds == ["model layers", "session begins", "session ends", "stopped stopped"]
+
+
+@pytest.mark.parametrize("role", ["server-0", "server-1", "assistant"])
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_party_that_dies_or_stalls_is_named(processes: Processes, role: str, end: signal.Signals) -> None:
+    """Within two timeouts: one to notice, and one for those who wait for who noticed."""
+    with processes.session():
+        processes.current.forward(groups())
+        os.kill(processes.running[role].pid, end)
+        began = time.monotonic()
+        with pytest.raises(PartyLost, match=role):
+            processes.current.forward(groups())
+        assert time.monotonic() - began < 2 * TIMEOUT + 1
+
+
+def test_the_search_goes_on_from_the_last_generation(processes: Processes) -> None:
+    """Server 1 is killed in the third generation; with new processes, two generations are not asked for again."""
+    search, start = Search(width=4, population=4, generations=4), torch.zeros(1, 32)
+    asked: list[int] = []
+
+    def losses(prompts: Tensor) -> Tensor:
+        if len(asked) == 2:
+            processes.running["server-1"].kill()
+        (group, _) = groups()
+        sentences = [Sentences(group.embeddings + 0.01 * prompt[0], group.lengths) for prompt in prompts]
+        features = processes.current.forward(sentences)
+        asked.append(len(sentences))
+        return torch.stack([part.pow(2).mean() for part in features])
+
+    states: list[str] = []
+    with pytest.raises(PartyLost, match="server-1"), processes.session():
+        tune(search, start, losses, finished=lambda found: states.append(found.to_json()))
+    assert len(states) == len(asked) == 2
+    processes.heal()
+    asked.extend([0, 0])  # so that nobody is killed again
+    with processes.session():
+        _, found = tune(search, start, losses, Found.from_json(states[-1]))
+    assert len(found.losses) == 4
+    assert found.losses[:2] == Found.from_json(states[-1]).losses
+    assert asked == [4, 4, 0, 0, 4, 4]
+
+
+def test_a_slow_network_takes_the_time_of_the_model(processes: Processes) -> None:
+    """At least that, and not much more than that and the work itself, which is what takes the time without it."""
+    seconds, costs = [], []
+    for imitate in ([], ["--imitate", "20,10"]):
+        processes.heal(*imitate)
+        with processes.session():
+            processes.current.forward(groups())
+            before, waited = processes.current.costs.total, processes.current.seconds
+            processes.current.forward(groups())
+            after = processes.current.costs.total
+            seconds.append(processes.current.seconds - waited)
+        costs.append(Cost(after.rounds - before.rounds, after.online - before.online))
+    assert costs[0] == costs[1]
+    assert seconds[1] >= network_of("20,10").online(costs[1])
+
+
+def test_a_port_that_is_taken_and_a_peer_that_is_missing(processes: Processes) -> None:
+    folder = processes.folder / "parties"
+    for words, message in (
+        (
+            ["assistant", "--listen", processes.addresses["assistant"], "--certificates", str(folder / "assistant")],
+            "--listen",
+        ),
+        (
+            ["server", "--listen", "127.0.0.1:0", "--assistant", "x:1", "--certificates", str(folder / "server-1")],
+            "--peer",
+        ),
+        (
+            ["server", "--listen", "127.0.0.1:0", "--assistant", "x:1", "--certificates", str(folder / "assistant")],
+            "server-0 or server-1",
+        ),
+        (["certificates", "--out", str(folder)], "choose another folder"),
+    ):
+        done = subprocess.run(command(*words), capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr

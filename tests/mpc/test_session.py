@@ -1,0 +1,320 @@
+"""Parties over gRPC with mutual TLS: what is computed, who may ask for what, and what becomes of a broken session."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from mpc.test_encoder import batches, sentences, small_tower
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from sordino.mpc.assistant import RemoteAssistant, correlation_from, correlation_to, start_assistant
+from sordino.mpc.calibration import Calibration
+from sordino.mpc.certificates import DATA_OWNER, MODEL_OWNER, ROLES, SERVERS, Identity, make_certificates
+from sordino.mpc.dealer import CORRELATIONS, Harmonics, Lift, Mask, Powers, Product, TripleProduct
+from sordino.mpc.errors import MpcError, PartyLost
+from sordino.mpc.sentences import Sentences, encoded, in_the_clear
+from sordino.mpc.server import start_server
+from sordino.mpc.session import connect, provide
+from sordino.mpc.transport import Dialled, Line, listen, packed, unpacked
+
+TIMEOUT = 4.0
+
+
+@pytest.fixture(scope="module")
+def identities(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Identity]:
+    folder = tmp_path_factory.mktemp("parties")
+    make_certificates(folder)
+    return {role: Identity.load(folder / role, role) for role in ROLES}
+
+
+@dataclass
+class Parties:
+    """Running, each with its own gRPC server."""
+
+    identities: dict[str, Identity]
+    assistant: tuple[grpc.Server, str]
+    servers: list[tuple[grpc.Server, str]]
+
+    @property
+    def addresses(self) -> list[str]:
+        return [address for _, address in self.servers]
+
+
+@pytest.fixture
+def parties(identities: dict[str, Identity]) -> Iterator[Parties]:
+    assistant = start_assistant(identities["assistant"], "127.0.0.1:0", TIMEOUT)
+    first = start_server(identities["server-0"], "127.0.0.1:0", assistant[1], timeout=TIMEOUT)
+    second = start_server(identities["server-1"], "127.0.0.1:0", assistant[1], first[1], TIMEOUT)
+    running = Parties(identities, assistant, [first, second])
+    yield running
+    for server, _ in (*running.servers, assistant):
+        server.stop(grace=None)
+
+
+@pytest.fixture(scope="module")
+def calibration() -> Calibration:
+    return Calibration.measure(small_tower(), batches(1))
+
+
+def groups() -> list[Sentences]:
+    """Two batches, one of them padded."""
+    padded = sentences(3, 7, seed=5)
+    padded[0, 5:] = padded[0, 4]
+    return [Sentences(padded, torch.tensor([5, 7, 7])), Sentences(sentences(2, 13, seed=6), torch.tensor([13, 13]))]
+
+
+def agree(found: list[Tensor], given: list[Sentences]) -> bool:
+    oracle = in_the_clear(small_tower())(given)
+    return all(float(cosine_similarity(a, b, dim=-1).min()) > 0.9995 for a, b in zip(found, oracle, strict=True))
+
+
+def session_of(parties: Parties) -> Any:
+    return connect(parties.identities[DATA_OWNER], parties.addresses, TIMEOUT)
+
+
+def test_features_equal_those_in_the_clear(parties: Parties, calibration: Calibration) -> None:
+    """Over several passes, batches and sessions, with costs that do not depend on the run."""
+    provide(parties.identities[MODEL_OWNER], parties.addresses, small_tower(), calibration, TIMEOUT)
+    costs = []
+    for _ in range(2):
+        with session_of(parties) as session:
+            set_up = session.costs.total
+            assert set_up.rounds == 1
+            assert agree(session.forward(groups()), groups())
+            once = session.costs.total
+            assert agree(session.forward(groups()), groups())
+            twice = session.costs.total
+            assert twice.rounds - once.rounds == once.rounds - set_up.rounds > 50
+            assert twice.online - once.online == once.online - set_up.online
+            assert twice.offline - once.offline == once.offline - set_up.offline > 0
+        costs.append(twice)
+    assert costs[0] == costs[1]
+
+
+def test_rows_of_any_length_keep_their_order(parties: Parties, calibration: Calibration) -> None:
+    provide(parties.identities[MODEL_OWNER], parties.addresses, small_tower(), calibration, TIMEOUT)
+    rows = [sentences(1, length, seed=length)[0] for length in (13, 2, 7, 32, 5, 8)]
+    with session_of(parties) as session:
+        found = encoded(session.forward, rows)
+    assert cosine_similarity(found, encoded(in_the_clear(small_tower()), rows), dim=-1).min() > 0.9995
+
+
+def test_two_sessions_at_once(parties: Parties, calibration: Calibration) -> None:
+    provide(parties.identities[MODEL_OWNER], parties.addresses, small_tower(), calibration, TIMEOUT)
+    good: list[bool] = []
+
+    def work() -> None:
+        with session_of(parties) as session:
+            good.append(agree(session.forward(groups()), groups()))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert good == [True, True]
+
+
+def test_no_model(parties: Parties) -> None:
+    with pytest.raises(PartyLost, match=r"server-\d .* holds no model yet; the model owner runs"), session_of(parties):
+        pass
+
+
+def test_different_models(parties: Parties, calibration: Calibration) -> None:
+    """Each server has one, by two model owners that did not speak with each other; their masked weights fit."""
+    owner = parties.identities[MODEL_OWNER]
+    elsewhere = start_server(parties.identities["server-0"], "127.0.0.1:0", parties.assistant[1], timeout=TIMEOUT)
+    try:
+        provide(owner, [elsewhere[1], parties.addresses[1]], small_tower(), calibration, TIMEOUT)
+        kept = parties.addresses
+        other = start_server(parties.identities["server-1"], "127.0.0.1:0", parties.assistant[1], kept[0], TIMEOUT)
+        try:
+            provide(owner, [kept[0], other[1]], small_tower(), calibration, TIMEOUT)
+            with pytest.raises(MpcError, match="shares of different models"), session_of(parties):
+                pass
+        finally:
+            other[0].stop(grace=None)
+    finally:
+        elsewhere[0].stop(grace=None)
+
+
+@pytest.mark.parametrize(
+    ("role", "method", "listener"),
+    [
+        (MODEL_OWNER, "Session", 0),
+        (DATA_OWNER, "Install", 1),
+        (DATA_OWNER, "Peer", 0),
+        (DATA_OWNER, "Deal", "assistant"),
+    ],
+)
+def test_a_role_may_ask_for_its_own_things_only(parties: Parties, role: str, method: str, listener: Any) -> None:
+    """A data owner that could speak to the assistant would get a server's key, and with it the other's share."""
+    name, address = (
+        ("assistant", parties.assistant[1])
+        if listener == "assistant"
+        else (SERVERS[listener], parties.addresses[listener])
+    )
+    dialled = Dialled(parties.identities[role], name, address, TIMEOUT)
+    line = dialled.line(method)
+    line.send(session="a")
+    with pytest.raises(PartyLost, match=f"{name} .* refused: {role} may not ask for {method}"):
+        line.receive()
+    dialled.close()
+
+
+def test_strangers_are_not_believed(parties: Parties, tmp_path: Path) -> None:
+    """Neither a data owner nor a server with certificates of another authority; nor a server that is the other one."""
+    make_certificates(tmp_path)
+    stranger = Identity.load(tmp_path / DATA_OWNER, DATA_OWNER)
+    for identity, addresses in (
+        (stranger, parties.addresses),
+        (parties.identities[DATA_OWNER], list(reversed(parties.addresses))),
+    ):
+        with (
+            pytest.raises(PartyLost, match=r"server-\d \(127.0.0.1:\d+\) is (not whom|gone or cannot be reached)"),
+            connect(identity, addresses, TIMEOUT),
+        ):
+            pass
+
+
+def test_a_servers_key_is_given_once(parties: Parties) -> None:
+    """A second one would draw the same masks."""
+    address, own = parties.assistant[1], parties.identities["server-1"]
+    first = RemoteAssistant(own, address, "session", TIMEOUT)
+    with pytest.raises(PartyLost, match="had the key of this session before"):
+        RemoteAssistant(own, address, "session", TIMEOUT)
+    assert RemoteAssistant(own, address, "another", TIMEOUT).key != first.key
+    other = RemoteAssistant(parties.identities["server-0"], address, "session", TIMEOUT)
+    assert other.key != first.key
+    with pytest.raises(PartyLost, match="draws from its own key"):
+        other.deal(0, Product(Mask(0, (2,), 64), Mask(1, (2,), 64), "multiply"))
+    first.close()
+    time.sleep(0.5)
+    with pytest.raises(PartyLost, match="had the key of this session before"):
+        RemoteAssistant(own, address, "session", TIMEOUT)
+
+
+@pytest.mark.parametrize(
+    "correlation",
+    [
+        Product(Mask(3, (2, 5), 30), Mask(1, (5, 4), 41), "matmul", 30),
+        TripleProduct((Mask(0, (2,), 9), Mask(1, (2,), 9), Mask(2, (1,), 9)), 9),
+        Powers(Mask(0, (2,), 64), Mask(1, (2,), 64), 3),
+        Lift(Mask(0, (7,), 31), 5),
+        Harmonics(Mask(0, (3,), 16), 16, (1, 3, 5), 14, 40),
+    ],
+)
+def test_correlations_survive_the_wire(correlation: Any) -> None:
+    header, _ = unpacked(packed(correlation=correlation_to(correlation)))
+    assert correlation_from(header["correlation"]) == correlation
+
+
+def test_every_correlation_is_tried_above() -> None:
+    tried = {Product, TripleProduct, Powers, Lift, Harmonics}
+    assert set(CORRELATIONS) == tried
+
+
+@pytest.mark.parametrize("content", [{}, {"kind": "Dealer"}, {"kind": "Lift", "mask": 3}, {"kind": "Lift"}])
+def test_no_correlation(content: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"correlation|Lift"):
+        correlation_from(content)
+
+
+# What goes wrong. A party in the place of another, which behaves as told.
+
+
+def astray(line: Line, behaviour: str) -> None:
+    """In the place of a party, after its first message."""
+    line.receive()
+    if behaviour == "garbage":
+        line._outbox.put(b"\x00\x00")
+    elif behaviour == "short":
+        line.send(b"123")
+
+
+WORDS = {"garbage": "sent garbage", "short": "sent garbage: 3 bytes where", "gone": "ended|is gone"}
+
+
+@pytest.mark.parametrize("behaviour", ["garbage", "short", "gone"])
+def test_an_assistant_astray_is_named(
+    identities: dict[str, Identity], calibration: Calibration, behaviour: str
+) -> None:
+    def deal(line: Line) -> None:
+        line.receive()
+        line.send(bytes(32))
+        astray(line, behaviour)
+
+    assistant = listen(identities["assistant"], "127.0.0.1:0", TIMEOUT, {"Deal": dict.fromkeys(SERVERS, deal)})
+    first = start_server(identities["server-0"], "127.0.0.1:0", assistant[1], timeout=TIMEOUT)
+    second = start_server(identities["server-1"], "127.0.0.1:0", assistant[1], first[1], TIMEOUT)
+    try:
+        provide(identities[MODEL_OWNER], [first[1], second[1]], small_tower(), calibration, TIMEOUT)
+        with (
+            pytest.raises(PartyLost, match=f"assistant .*({WORDS[behaviour]})"),
+            connect(identities[DATA_OWNER], [first[1], second[1]], TIMEOUT) as session,
+        ):
+            session.forward(groups())
+    finally:
+        for server, _ in (assistant, first, second):
+            server.stop(grace=None)
+
+
+@pytest.mark.parametrize("behaviour", ["garbage", "short", "gone"])
+def test_a_server_astray_is_named(parties: Parties, behaviour: str, calibration: Calibration) -> None:
+    """Server 0, as server 1 and the data owner see it: it says that it is ready, and what it sends then is wrong."""
+
+    def peer(line: Line) -> None:
+        astray(line, behaviour)
+
+    identities = parties.identities
+    honest = parties.servers[0]
+    provide(identities[MODEL_OWNER], parties.addresses, small_tower(), calibration, TIMEOUT)
+    first = listen(identities["server-0"], "127.0.0.1:0", TIMEOUT, {"Peer": {"server-1": peer}})
+    second = start_server(identities["server-1"], "127.0.0.1:0", parties.assistant[1], first[1], TIMEOUT)
+    try:
+        provide(identities[MODEL_OWNER], [honest[1], second[1]], small_tower(), calibration, TIMEOUT)
+        dialled = Dialled(identities[DATA_OWNER], "server-1", second[1], TIMEOUT)
+        line = dialled.line("Session")
+        line.send(session="one")
+        with pytest.raises(PartyLost, match=f"server-1 .*: server-0 .*({WORDS[behaviour]})"):
+            line.receive()
+        dialled.close()
+    finally:
+        for server, _ in (first, second):
+            server.stop(grace=None)
+
+
+def test_a_data_owner_that_sends_garbage_ends_its_own_session_only(parties: Parties, calibration: Calibration) -> None:
+    provide(parties.identities[MODEL_OWNER], parties.addresses, small_tower(), calibration, TIMEOUT)
+    with session_of(parties) as session:
+        for line in session._lines:
+            line.send(b"", batches=[{"shape": [1, -2], "lengths": []}])
+        with pytest.raises(PartyLost, match="data-owner .* sent garbage: no sentences"):
+            session._answers()
+    with session_of(parties) as session:
+        assert agree(session.forward(groups()), groups())
+
+
+def test_a_server_that_is_gone_is_named_at_once(parties: Parties, calibration: Calibration) -> None:
+    provide(parties.identities[MODEL_OWNER], parties.addresses, small_tower(), calibration, TIMEOUT)
+    with session_of(parties) as session:
+        session.forward(groups())
+        parties.servers[1][0].stop(grace=None).wait()
+        with pytest.raises(PartyLost, match="server-1"):
+            session.forward(groups())
+
+
+def test_messages() -> None:
+    assert unpacked(packed(b"\x00\xff", a=[1], b="x")) == ({"a": [1], "b": "x"}, b"\x00\xff")
+    for content in (b"", b"\x00\x00\x00\x01", b"\x00\x00\x00\x02[]", b"\xff\xff\xff\xff{}"):
+        with pytest.raises(ValueError, match=r"shorter|cut off|JSON"):
+            unpacked(content)
