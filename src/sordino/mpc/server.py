@@ -7,11 +7,13 @@ under masks, and answer batches of sentences until the data owner is done. One l
 
 from __future__ import annotations
 
+import math
 import queue
 import sys
 import threading
+import time
 from collections import defaultdict
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,16 +23,17 @@ import torch
 from sordino.mpc.assistant import RemoteAssistant
 from sordino.mpc.certificates import DATA_OWNER, MODEL_OWNER, SERVERS, Identity
 from sordino.mpc.costs import Costs
-from sordino.mpc.dealer import Supply
+from sordino.mpc.dealer import Supply, Tape
 from sordino.mpc.encoder import Encoder, encode_sentences
 from sordino.mpc.errors import MpcError, PartyLost
 from sordino.mpc.network import Network, Throttled
 from sordino.mpc.party import Channel, Party, Shared
 from sordino.mpc.plan import Plan
 from sordino.mpc.prg import Prg
-from sordino.mpc.ring import WORD, pack, packed_size, unpack
+from sordino.mpc.ring import WORD, Shape, pack, packed_size, unpack
 from sordino.mpc.transport import Dialled, Header, Line, listen
 
+HELD = 2**30  # bytes of dealt randomness that are held ahead of their use
 LINGER = 1.0  # seconds for the last message of a session to leave
 FRACTION = 14  # fraction bits of embeddings, which are small numbers
 
@@ -123,30 +126,62 @@ class ServerService:
         if model is None:
             raise MpcError(f"{self._own.role} holds no model yet; the model owner runs 'sordino mpc provide'")
         _say(f"session {session[:8]} begins")
+        try:
+            self._computed(line, session, model)
+        except Exception as error:
+            _say(f"session {session[:8]} broke: {error if isinstance(error, MpcError) else type(error).__name__}")
+            raise
+        _say(f"session {session[:8]} ends")
+
+    def _computed(self, line: Line, session: str, model: Model) -> None:
+        """All that a session asks for."""
         with _Session(self, session) as party:
             encoder = Encoder.hide(party, model.weights, model.plan)
             line.send(
                 model=model.name, fraction=FRACTION, largest=model.plan.layers[-1].norm2.largest, **_news(party.costs)
             )
+            tapes: dict[tuple[Shape, ...], Tape] = {}
             while True:
                 header, payload = line.receive()
                 if header.get("end"):
                     break
-                self._answer(line, party, encoder, header, payload)
-        _say(f"session {session[:8]} ends")
+                self._answer(line, party, encoder, tapes, header, payload)
 
-    def _answer(self, line: Line, party: Party, encoder: Encoder, header: Header, payload: bytes) -> None:
-        """Run the batches of one message, and send shares of their features, and costs since the last."""
+    def _answer(
+        self,
+        line: Line,
+        party: Party,
+        encoder: Encoder,
+        tapes: dict[tuple[Shape, ...], Tape],
+        header: Header,
+        payload: bytes,
+    ) -> None:
+        """Run the batches of one message, and send shares of their features, and costs and seconds since the last.
+
+        What batches of the same shapes asked the assistant for, the first time, is asked for ahead from then on.
+        """
+        began, before = time.perf_counter(), party.supply.seconds
+        batches = batches_of(line, header)
+        shapes = tuple(batch["shape"] for batch in batches)
+        if shapes in tapes:
+            party.supply.prepare(tapes[shapes], HELD)
+            recording: AbstractContextManager[Any] = nullcontext()
+        else:
+            recording = party.supply.recording()
         replies, start, forms = [], 0, []
-        for batch in batches_of(line, header):
-            shape = batch["shape"]
-            end = start + packed_size(shape[0] * shape[1] * shape[2], WORD)
-            share = unpack(payload[start:end], shape, WORD)
-            start = end
-            found = encode_sentences(party, encoder, Shared(share, FRACTION), batch["lengths"])
-            replies.append(pack(found.share, WORD))
-            forms.append({"shape": list(found.shape), "fraction": found.fraction, "bits": found.bits})
-        line.send(b"".join(replies), batches=forms, **_news(party.costs))
+        with recording as tape:
+            for batch in batches:
+                end = start + packed_size(math.prod(batch["shape"]), WORD)
+                share = unpack(payload[start:end], batch["shape"], WORD)
+                start = end
+                found = encode_sentences(party, encoder, Shared(share, FRACTION), batch["lengths"])
+                replies.append(pack(found.share, WORD))
+                forms.append({"shape": list(found.shape), "fraction": found.fraction, "bits": found.bits})
+        if tape is not None:
+            tapes[shapes] = tape
+        offline = party.supply.seconds - before
+        seconds = {"offline": offline, "online": time.perf_counter() - began - offline}
+        line.send(b"".join(replies), batches=forms, seconds=seconds, **_news(party.costs))
 
     def line_to_peer(self, session: str) -> tuple[Line, Any]:
         """For server 1 a new line to server 0; for server 0 the one that it gets. And what ends it."""
@@ -242,7 +277,7 @@ def weights_from(header: Header, payload: bytes) -> dict[str, Shared]:
     weights, start = {}, 0
     for name, form in header["weights"].items():
         shape = tuple(int(side) for side in form["shape"])
-        end = start + packed_size(int(torch.Size(shape).numel()), WORD)
+        end = start + packed_size(math.prod(shape), WORD)
         weights[str(name)] = Shared(unpack(payload[start:end], shape, WORD), int(form["fraction"]))
         start = end
     if start != len(payload):
