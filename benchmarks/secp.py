@@ -27,7 +27,7 @@ from sordino.mpc import Calibration, Costs, Encoder, Party, Plan, Shared, encode
 from sordino.mpc.dealer import Mask, Numbered, Product, Tape
 from sordino.mpc.distill import teacher_of
 from sordino.mpc.encoder import shared_weights
-from sordino.mpc.public_text import calibrated, calibration_batches, embedded, held_out_rows
+from sordino.mpc.public_text import calibration_of, embedded, held_out_rows
 from sordino.mpc.ring import share
 from sordino.mpc.sentences import Sentences, batches, in_the_clear
 from sordino.mpc.tower import PrivateTower, bundled_tower
@@ -151,7 +151,7 @@ def over_sentences(tower: PrivateTower, calibration: Calibration, text_tower: Te
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="2 layers, batch 4")
+    parser.add_argument("--quick", action="store_true", help="2 layers, batch 4, ranges of 300 sentences")
     parser.add_argument("--sentences", type=int, default=0, help="only cosines, over so many held-out sentences")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -159,8 +159,7 @@ def main() -> None:
     depth, batch = (2, 4) if args.quick else (6, 64)
     tower = replace(tower, layers=tower.layers[:depth])
     began = time.perf_counter()
-    few_batches = calibration_batches(text_tower, 1, 1, seed=0)
-    calibration = Calibration.measure(tower, few_batches) if args.quick else calibrated(tower, text_tower)
+    calibration = calibration_of(tower, text_tower, 300 if args.quick else 2000)
     result: dict[str, Any] = {"quick": args.quick, "calibration_seconds": time.perf_counter() - began}
     if args.sentences:
         print(json.dumps(result | over_sentences(tower, calibration, text_tower, args.sentences), indent=1))
@@ -172,7 +171,7 @@ def main() -> None:
     forward["plain_rate"] = plain_rate()
     forward["int64_share"] = forward["multiplications"] / forward["seconds"] / forward["plain_rate"]
     result["forward"] = {name: part for name, part in forward.items() if name not in ("layer", "cosines")}
-    small, lengths, depths = (4, (16,), (1,)) if args.quick else (16, (16, 32, 64, 128), (1, 2, 6))
+    small, lengths, depths = (4, (16,), (1,)) if args.quick else (4, (16, 32, 64, 128), (1, 2, 6))
     result["by_batch"] = small
     result["by_length"] = {
         n: pick(measured(tower, calibration, whole_rows(text_tower, small, n)), *few) for n in lengths

@@ -20,6 +20,7 @@ from sordino.algorithms import METHODS, Method, algorithm
 from sordino.cli import app
 from sordino.config import EncoderSettings, Experiment, load_config, parse_config
 from sordino.experiment import run
+from sordino.mpc.settings import load_private_config
 from sordino.runtime.settings import RuntimeSettings
 from sordino.tasks.settings import DataSettings, PartitionSettings, PoisoningSettings
 
@@ -42,7 +43,16 @@ def test_configurations_in_documents_are_valid(page: str, tmp_path: Path, monkey
         parse_config(tomllib.loads(block))
 
 
-@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.toml")), ids=lambda path: path.name)
+EXAMPLES = sorted((ROOT / "examples").glob("*.toml"))
+PRIVATE = [path for path in EXAMPLES if path.name.startswith("private_")]
+
+
+@pytest.mark.parametrize("example", PRIVATE, ids=lambda path: path.name)
+def test_examples_of_private_tuning_are_valid(example: Path) -> None:
+    load_private_config(example)
+
+
+@pytest.mark.parametrize("example", [path for path in EXAMPLES if path not in PRIVATE], ids=lambda path: path.name)
 def test_examples_are_valid_for_every_method(example: Path) -> None:
     tables = tomllib.loads(example.read_text(encoding="utf-8"))
     for name in METHODS:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sordino.cli_mpc import app as mpc
 from sordino.errors import ConfigError, SordinoError
 from sordino.terminal import live_progress, print_items, print_method, print_table
 
@@ -38,7 +39,6 @@ AsJson = Annotated[
 
 privacy = typer.Typer(help="What a run costs in privacy: before it, and after it.", no_args_is_help=True)
 app.add_typer(privacy, name="privacy")
-mpc = typer.Typer(help="Prompts for a model that one may not see, on two servers.", no_args_is_help=True)
 app.add_typer(mpc, name="mpc")
 
 DEMO_ALGORITHMS = ("zero-shot", "local", "promptfl", "dp-fpl")
@@ -125,24 +125,52 @@ def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run dir
     print(write_report(runs, folder / "report.html", f"Sordino: {folder.name}"))
 
 
-@mpc.command("distill")
-def mpc_distill(
-    out: Annotated[Path, typer.Option(help="the file to write, in half precision")],
-    model: Annotated[
-        Path | None, typer.Option(help="folder of a BERT-like checkpoint; by default the bundled text tower")
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="of training; one takes about a second on two cores")] = 500,
-    batch: Annotated[int, typer.Option(min=1, help="sentences a step")] = 32,
-    features: Annotated[int, typer.Option(min=1, help="frequencies a head; each costs bytes on shares")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="of frequencies and batches")] = 0,
+@app.command("tune-private")
+def tune_private(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: OutFolder = None,
+    resume: Resume = False,
+    as_json: AsJson = False,
+    clear: Annotated[bool, typer.Option("--clear", help="without servers: the tower is here")] = False,
 ) -> None:
-    """Teach a text tower to do without softmax, on public text, so that it is cheap on shares."""
-    from sordino.mpc.distill import distil_to
+    """Tune a prompt for a private text tower by asking for features only; losses and the prompt stay here."""
+    from sordino.mpc.settings import load_private_config
 
+    settings = load_private_config(config, overrides or [])
+    from sordino.mpc.tuning import as_text, tower_of
+    from sordino.mpc.tuning import tune_private as tune
+    from sordino.private_tasks import open_task
+
+    folder, table = _folder(out, resume, f"{config.stem}-private"), ""
     with live_progress() as progress:
-        found = distil_to(out, model, steps, batch, features, seed, progress)
-    print(f"cosine to the teacher on held-out sentences: {found.mean:.4f}, 5% below {found.low:.4f}")
-    print(f"Tower: {out}")
+        if clear:
+            from sordino.mpc.sentences import in_the_clear
+
+            forward = in_the_clear(tower_of(settings))
+            summary = tune(
+                settings, folder, open_task(settings, progress=progress), forward, True, None, resume, progress
+            )
+        else:
+            from sordino.mpc.errors import PartyLost
+            from sordino.mpc.session import connect
+            from sordino.mpc.tuning import owner_of
+
+            own, servers = owner_of(settings)
+            task = open_task(settings, progress=progress)
+            try:
+                with connect(own, servers, settings.session.timeout) as session:
+                    summary = tune(settings, folder, task, session.forward, False, session.costs, resume, progress)
+                    table = session.costs.table()
+            except PartyLost as error:
+                raise PartyLost(f"{error}; with all parties there, go on with --resume --out {folder}") from None
+    if as_json:
+        print(json.dumps(summary))
+        return
+    if table:
+        print(table)
+    print(as_text(summary))
+    print(f"Run directory: {folder}")
 
 
 @app.command()
@@ -296,6 +324,7 @@ def _folder(out: Path | None, resume: bool, label: str) -> Path:
 def main() -> None:
     """The entry point: errors that the user can mend are one line and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its errors are ours to tell
     try:
         app()
     except SordinoError as error:

@@ -85,7 +85,7 @@ def provide(
     """Give the servers shares of a text tower, as its owner; its ranges are measured on public text before."""
     from sordino.mpc.certificates import MODEL_OWNER, Identity
     from sordino.mpc.distill import teacher_of
-    from sordino.mpc.public_text import calibrated
+    from sordino.mpc.public_text import calibration_of
     from sordino.mpc.session import provide as give
     from sordino.mpc.tower import PrivateTower, bundled_tower
 
@@ -93,7 +93,7 @@ def provide(
     if len(addresses) != 2:
         raise ConfigError("--servers", servers, "must be two, as HOST:PORT,HOST:PORT")
     weights = PrivateTower.load(tower) if tower else bundled_tower()
-    calibration = calibrated(weights, teacher_of(model))
+    calibration = calibration_of(weights, teacher_of(model))
     print(f"Model {give(own, addresses, weights, calibration, timeout)} is at both servers")
 
 

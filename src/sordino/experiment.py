@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -17,15 +16,15 @@ import torch
 import sordino
 from sordino.algorithms import algorithm, settings_for
 from sordino.bench import Bench
-from sordino.config import Experiment, first_difference, resolved, to_toml
+from sordino.config import Experiment, resolved, to_toml
 from sordino.encoders.base import DualEncoder
 from sordino.encoders.prompt_model import Prompt, PromptModel, named_parts, prompt_count
-from sordino.errors import RunError
 from sordino.files import write_atomically
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.statement import as_summary
 from sordino.progress import Progress, log, silent
 from sordino.report import write_report
+from sordino.run_folder import Metrics, prepare
 from sordino.runtime import checkpoint
 from sordino.runtime.evaluate import Evaluation, EvaluationSet, Scores
 from sordino.runtime.local import LocalRuntime, Training
@@ -55,7 +54,7 @@ def run(
         SordinoError: before anything is trained where input is bad; later where the disk is full or training diverges.
     """
     tables = resolved(config)
-    summary = _prepare(out, tables, resume)
+    summary = prepare(out, tables, resume)
     if summary is None:
         summary = _run(config, tables, out, resume, progress, bench or Bench.open(config))
     if not (out / "report.html").exists():
@@ -72,7 +71,7 @@ def _run(
     if not (out / "config.toml").exists():
         write_atomically(out / "config.toml", to_toml(tables).encode())
     training = _resumed(runtime, out) if resume else runtime.start()
-    metrics = _Metrics(out / "metrics.jsonl", training.round)
+    metrics = Metrics(out / "metrics.jsonl", training.round)
     training, scores = _train(config, runtime, evaluation, training, metrics, out, progress)
     ledger = training.ledger
     write_atomically(out / LEDGER, ledger.to_json().encode())
@@ -106,35 +105,6 @@ def _run(
     # At the very end, as it marks the run as finished.
     write_atomically(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     return summary
-
-
-def _prepare(out: Path, tables: dict[str, Any], resume: bool) -> dict[str, Any] | None:
-    """Check that `out` may be written; the summary of a run that is finished already."""
-    import tomllib
-
-    config_file = out / "config.toml"
-    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise RunError(f"{out} cannot be written, as {existing} cannot; choose another --out")
-    if not resume:
-        if out.exists() and any(out.iterdir()):
-            raise RunError(f"{out} exists; go on with --resume, or choose another --out")
-        return None
-    if not config_file.exists():
-        return None
-    try:
-        old = tomllib.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{config_file} cannot be read ({error}); choose another --out") from None
-    difference = first_difference(old, tables)
-    if difference:
-        key, before, after = difference
-        raise RunError(
-            f"the configuration changed since {out} was started: {key} was {before!r} and is {after!r}; "
-            "change it back or choose another --out"
-        )
-    summary = out / "summary.json"
-    return dict(json.loads(summary.read_bytes())) if summary.exists() else None
 
 
 def assemble(config: Experiment, bench: Bench, task: Task) -> tuple[LocalRuntime, Evaluation]:
@@ -192,41 +162,12 @@ def _resumed(runtime: LocalRuntime, out: Path) -> Training:
     return training
 
 
-class _Metrics:
-    """`metrics.jsonl`: a line a round, of the rounds up to the one that training resumes after."""
-
-    def __init__(self, path: Path, last_round: int) -> None:
-        self.path = path
-        self.lines: list[dict[str, Any]] = []
-        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            try:
-                line = json.loads(text)
-            except ValueError:
-                break  # the process was stopped in the middle of this line
-            if line["round"] <= last_round:
-                self.lines.append(line)
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
-
-    def add(self, line: dict[str, Any]) -> None:
-        self.lines.append(line)
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise RunError(
-                f"cannot write {self.path}: {error.strerror}; free space, then go on with --resume"
-            ) from None
-
-    def seconds(self, name: str) -> float:
-        return float(sum(line[name] for line in self.lines))
-
-
 def _train(
     config: Experiment,
     runtime: LocalRuntime,
     evaluation: Evaluation,
     training: Training,
-    metrics: _Metrics,
+    metrics: Metrics,
     out: Path,
     progress: Progress,
 ) -> tuple[Training, Scores]:
@@ -257,7 +198,7 @@ def _train(
 
 
 def _record(
-    metrics: _Metrics,
+    metrics: Metrics,
     record: RoundRecord,
     seconds: float,
     runtime: LocalRuntime,
@@ -285,7 +226,7 @@ def _handed_over(runtime: LocalRuntime, bench: Bench, task: Task) -> int:
     return sum(len(bench.images.raw(int(row))) for rows in task.train for row in rows)
 
 
-def _wire(metrics: _Metrics, handed_over: int) -> dict[str, int]:
+def _wire(metrics: Metrics, handed_over: int) -> dict[str, int]:
     """What crossed the wire, in bytes of serialised messages, and of images where those are handed over."""
     rounds = [line for line in metrics.lines if line["round"] > 0]
     return {

@@ -13,14 +13,14 @@ from mpc.both import KEYS, computed, held, held_integers, normal
 from scipy import stats
 from scipy.special import erf
 
+from sordino.mpc import fourier
 from sordino.mpc.costs import Cost
-from sordino.mpc.dealer import Mask
+from sordino.mpc.dealer import Harmonics, Mask
 from sordino.mpc.errors import OutOfRange
 from sordino.mpc.fourier import (
     COARSE,
     FINE,
     TABLE,
-    Angle,
     Series,
     angle_of,
     cosine_and_sine,
@@ -29,6 +29,7 @@ from sordino.mpc.fourier import (
     gelu,
     gelu_series,
     public_cosine_and_sine,
+    public_factors,
     turn,
 )
 from sordino.mpc.linear import hide
@@ -163,7 +164,7 @@ def test_public_cosines_are_exact_to_their_last_bits_and_round_alike_everywhere(
     for bits in (1, 9, 16, 17, 26, 40):
         u = opened & (2**bits - 1)
         for k in (1, 7):
-            cosine, sine = public_cosine_and_sine(Angle(u, bits, Mask(0, (5000,), bits)), k)
+            cosine, sine = public_cosine_and_sine(u, bits, k)
             angle = 2 * torch.pi * (k * u.double() / 2.0**bits % 1)
             bound = 2.0**-TABLE * 2 + (2 * math.pi * k * 2.0**-27 if bits > 26 else 0)  # u is cut to 26 bits
             assert (decode(cosine, TABLE) - angle.cos()).abs().max() < bound
@@ -178,3 +179,29 @@ def test_an_opened_argument_is_uniform(number: int) -> None:
     assert stats.chisquare(counts).pvalue > 1e-4
     octets = np.bincount(np.frombuffer(ran.received[number][0], np.uint8), minlength=256)
     assert stats.chisquare(octets).pvalue > 1e-4
+
+
+def test_what_is_looked_up_is_what_is_computed() -> None:
+    """Dealt and public cosines, of enough angles that they come from tables, and of few."""
+    opened = torch.randint(0, 2**12, (5000,), generator=torch.Generator().manual_seed(0))
+    many, few = (Harmonics(Mask(0, (n,), 12), 12, (1, 3, 5), 14) for n in (5000, 10))
+    looked_up, worked_out = many.values(opened), few.values(opened[:10])
+    assert looked_up.shape == many.shape == (5000, 2, 3)
+    assert torch.equal(looked_up[:10], worked_out)
+    series = gelu_series(5, 11.5, 10)
+    table = fourier._whole_period(series, 2, 6, 12, 12)
+    assert torch.equal(table[opened].long(), public_factors(opened, 12, series, slice(2, 6), 12))
+
+
+def test_a_series_dealt_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = normal(30, 50, seed=3).clamp(-4, 4)
+
+    def program(party: Party) -> Shared:
+        return gelu(party, held(x, 12)(party))
+
+    whole, costs = computed(program)
+    monkeypatch.setattr(fourier, "DEALT", 4 * x.numel())
+    pieces, same = computed(program)
+    assert same.total == costs.total
+    assert (whole - torch.nn.functional.gelu(x)).abs().max() < 2e-3
+    assert (pieces - torch.nn.functional.gelu(x)).abs().max() < 2e-3

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import pytest
 import torch
 from mpc.both import KEYS, computed, held, normal
 
 from sordino.mpc.costs import Cost, Costs, protocol
-from sordino.mpc.dealer import Dealer, Mask, Product, Supply
+from sordino.mpc.dealer import Correlation, Dealer, Mask, Product, Supply
 from sordino.mpc.errors import MaskReused, PartyLost
 from sordino.mpc.linear import hide, multiply, product, reveal
 from sordino.mpc.party import Party, Shared, run
@@ -111,3 +113,49 @@ def test_fraction_bits_meet_exactly() -> None:
     assert costs.total == Cost()
     with pytest.raises(ValueError, match="truncate"):
         computed(lambda party: x(party).at(3))
+
+
+@pytest.mark.parametrize("limit", [1, 300, 2**31])
+def test_what_is_prepared_is_ordered_ahead_within_the_limit_and_numbers_are_still_used_once(limit: int) -> None:
+    """Of 16 bytes each, from an assistant that takes orders; they are right whatever was under way."""
+
+    class Orders:
+        def __init__(self, dealer: Dealer) -> None:
+            self.dealer, self.waiting, self.most = dealer, deque[tuple[int, Correlation]](), 0
+
+        def ask(self, number: int, correlation: Correlation) -> None:
+            self.waiting.append((number, correlation))
+            self.most = max(self.most, len(self.waiting))
+
+        def dealt(self) -> bytes:
+            return self.dealer.deal(*self.waiting.popleft())
+
+        def deal(self, number: int, correlation: Correlation) -> bytes:
+            assert not self.waiting
+            return self.dealer.deal(number, correlation)
+
+    dealer = Dealer(KEYS)
+    orders = Orders(dealer)
+    supplies = [Supply(dealer.generators[i], Costs(), orders if i else None) for i in range(2)]
+
+    def asked(supply: Supply) -> tuple[list[int], list[torch.Tensor]]:
+        numbers, shares = [], []
+        for _ in range(50):
+            mask, own = supply.mask((2,), 64)
+            numbers.append(mask.number)
+            shares += [own, supply.correlated(Product(mask, mask, "multiply"))]
+        return numbers, shares
+
+    used = []
+    for supply in supplies:
+        with supply.recording() as tape:
+            asked(supply)
+        supply.prepare(tape, limit)
+        used.append(asked(supply))
+        assert used[-1][0] == list(range(100, 200, 2))
+        supply.correlated(Product(Mask(0, (2,), 64), Mask(0, (2,), 64), "multiply"))  # and goes on without
+    assert 1 <= orders.most <= max(1, min(50, -(-limit // 16)))
+    assert orders.most == 50 or limit < 2**31
+    whole = [first + second for first, second in zip(used[0][1], used[1][1], strict=True)]
+    for mask, square in zip(whole[::2], whole[1::2], strict=True):
+        assert torch.equal(mask * mask, square)

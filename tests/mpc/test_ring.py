@@ -100,3 +100,12 @@ def test_a_stream_is_aes_256_in_counter_mode() -> None:
         Cipher(algorithms.AES(key), modes.ECB()).encryptor().update(stream.to_bytes(8, "big") + (1).to_bytes(8, "big"))
     )
     assert Prg(key).integers(stream, (4,))[2:].numpy().tobytes() == block
+
+
+@pytest.mark.parametrize("bits", [1, 13, 46, 63])
+@pytest.mark.parametrize("count", [8, 2**16, 2**16 + 8, 2**17 + 13])
+def test_packing_of_many_goes_by_pieces(count: int, bits: int) -> None:
+    integers = Prg(bytes(32)).integers(0, (count,))
+    content = pack(integers, bits)
+    assert len(content) == packed_size(count, bits)
+    assert torch.equal(unpack(content, (count,), bits), lowest(integers, bits))

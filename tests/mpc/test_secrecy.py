@@ -127,8 +127,8 @@ def test_a_session_never_uses_a_mask_twice() -> None:
                 encode_sentences(party, encoder, Shared(halves[party.number], 14))
         if party.number == 1:
             numbers.extend(getattr(each, "number", None) for each in tape.wanted)
+            last = next(each for each in reversed(tape.wanted) if hasattr(each, "correlation"))
             with pytest.raises(MaskReused, match="was dealt before"):
-                last = next(each for each in reversed(tape.wanted) if hasattr(each, "correlation"))
                 party.supply._assistant.deal(last.number, last.correlation)  # type: ignore[union-attr]
         return 0
 

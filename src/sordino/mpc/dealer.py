@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -27,7 +27,20 @@ from torch import Tensor
 from sordino.mpc.costs import Cost, Costs
 from sordino.mpc.errors import MaskReused, MpcError
 from sordino.mpc.prg import Prg
-from sordino.mpc.ring import FORMS, WORD, Shape, encode, lowest, pack, packed_size, shape_of, unpack
+from sordino.mpc.ring import (
+    CHUNK,
+    FORMS,
+    WORD,
+    Shape,
+    encode,
+    lowest,
+    narrow,
+    pack,
+    packed_size,
+    shape_of,
+    unpack,
+    worth_a_table,
+)
 
 
 @dataclass(frozen=True)
@@ -150,7 +163,7 @@ class Lift:
 
 @dataclass(frozen=True)
 class Harmonics:
-    """cos(k t) for every frequency k, then sin(k t), in fixed point, where t = 2 pi a / 2^period: [2, K, ...].
+    """cos(k t) for every frequency k, then sin(k t), in fixed point, where t = 2 pi a / 2^period: [..., 2, K].
 
     Attributes:
         mask: a.
@@ -172,35 +185,31 @@ class Harmonics:
 
     @property
     def shape(self) -> Shape:
-        return (2, len(self.frequencies), *self.mask.shape)
+        return (*self.mask.shape, 2, len(self.frequencies))
 
     def values(self, *masks: Tensor) -> Tensor:
-        (mask,) = masks
-        turns = lowest(mask, self.period)
-        if mask.numel() < 2**self.period:
-            return _harmonics(turns, self)
-        cosines, sines = _whole_period(self.period, self.fraction)
-        values = torch.empty(self.shape, dtype=torch.int64)
-        for index, k in enumerate(self.frequencies):
-            places = lowest(turns * k, self.period)
-            torch.take(cosines, places, out=values[0, index])
-            torch.take(sines, places, out=values[1, index])
-        return values
+        turns = lowest(masks[0], self.period).reshape(-1)
+        if not worth_a_table(len(turns), self.period):
+            return _harmonics(turns, self.period, self.frequencies, self.fraction).reshape(self.shape)
+        table = _whole_period(self.period, self.frequencies, self.fraction)
+        values = torch.empty(len(turns), table.shape[1], dtype=torch.int64)
+        for start in range(0, len(turns), CHUNK):
+            piece = slice(start, start + CHUNK)
+            values[piece] = table.index_select(0, turns[piece])
+        return values.view(self.shape)
 
 
-@lru_cache(maxsize=8)
-def _whole_period(period: int, fraction: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of all angles of a period, [2^period] each."""
-    turns = torch.arange(2**period)
-    both = _harmonics(turns, Harmonics(Mask(0, (2**period,), period), period, (1,), fraction))
-    return both[0, 0].contiguous(), both[1, 0].contiguous()
+@lru_cache(maxsize=32)
+def _whole_period(period: int, frequencies: tuple[int, ...], fraction: int) -> Tensor:
+    """`Harmonics` of all angles of a period, [2^period, 2 K]: one look-up finds all of an angle."""
+    return narrow(_harmonics(torch.arange(2**period), period, frequencies, fraction).flatten(1))
 
 
-def _harmonics(turns: Tensor, asked: Harmonics) -> Tensor:
-    """What is asked for, of angles as integers."""
-    parts = turns.to(torch.float64) / 2.0**asked.period
-    angles = torch.stack([2 * torch.pi * (k * parts % 1.0) for k in asked.frequencies])
-    return encode(torch.stack([angles.cos(), angles.sin()]), asked.fraction)
+def _harmonics(turns: Tensor, period: int, frequencies: tuple[int, ...], fraction: int) -> Tensor:
+    """Of angles as integers, [N]: [N, 2, K]."""
+    parts = turns.to(torch.float64)[:, None] / 2.0**period
+    angles = 2 * torch.pi * (parts * torch.tensor(frequencies) % 1.0)
+    return encode(torch.stack([angles.cos(), angles.sin()], 1), fraction)
 
 
 CORRELATIONS = (Product, TripleProduct, Powers, Lift, Harmonics)
@@ -278,7 +287,7 @@ class Dealer:
         self._last = number
         values = correlation.values(*(self._mask(mask) for mask in correlation.masks))
         other = self.generators[0].integers(number, correlation.shape, correlation.bits)
-        return pack(lowest(values - other, correlation.bits), correlation.bits)
+        return pack(torch.sub(values, other, out=other), correlation.bits)
 
     def _mask(self, mask: Mask) -> Tensor:
         shares = (generator.integers(mask.number, mask.shape, mask.bits) for generator in self.generators)
@@ -290,6 +299,19 @@ class Assistant(Protocol):
 
     def deal(self, number: int, correlation: Correlation) -> bytes:
         """Party 1's share of a correlation, packed."""
+        ...
+
+
+@runtime_checkable
+class Remote(Assistant, Protocol):
+    """An assistant that takes orders ahead, and deals in their order while the servers compute."""
+
+    def ask(self, number: int, correlation: Correlation) -> None:
+        """Order a correlation; does not wait."""
+        ...
+
+    def dealt(self) -> bytes:
+        """What was ordered first, of what has not come yet."""
         ...
 
 
@@ -310,6 +332,8 @@ class Supply:
         self._next = 0
         self._tape: Tape | None = None
         self._due: deque[Wanted] = deque()  # prepared for, and not drawn yet
+        self._orders: deque[Numbered] = deque()  # of these, what is to be ordered still
+        self._ordered: deque[int] = deque()  # bytes of what was ordered, and has not come
         self._drawn: deque[tuple[Wanted, Tensor]] = deque()
         self._limit = 0
         self.seconds = 0.0
@@ -327,7 +351,8 @@ class Supply:
         """Draw, fetch and compute ahead what a computation like that of the tape will ask for.
 
         About `limit` bytes are held at most, and as many are drawn again whenever none are left, so that a long
-        computation goes by turns. Every number is still used once.
+        computation goes by turns; as many again are under way from a `Remote` assistant, which deals them while this
+        party computes. Every number is still used once.
 
         Args:
             tape: of the computation that comes next.
@@ -341,6 +366,9 @@ class Supply:
         self._due.extend(tape.moved(self._next))
         self._next += sum(not isinstance(each, Fixed) for each in self._due)
         self._limit = limit
+        if isinstance(self._assistant, Remote):
+            self._orders.extend(each for each in self._due if isinstance(each, Numbered))
+            self._order(self._assistant)
         self._fill()
 
     def mask(self, shape: Shape, bits: int) -> tuple[Mask, Tensor]:
@@ -397,4 +425,17 @@ class Supply:
         shape, bits = wanted.correlation.shape, wanted.correlation.bits
         if self._assistant is None:
             return self._generator.integers(wanted.number, shape, bits)
+        if self._ordered and isinstance(self._assistant, Remote):
+            content = self._assistant.dealt()
+            self._ordered.popleft()
+            self._order(self._assistant)
+            return unpack(content, shape, bits)
         return unpack(self._assistant.deal(wanted.number, wanted.correlation), shape, bits)
+
+    def _order(self, assistant: Remote) -> None:
+        """Order what comes next, as long as less than the limit is under way."""
+        while self._orders and (not self._ordered or sum(self._ordered) < self._limit):
+            following = self._orders.popleft()
+            assistant.ask(following.number, following.correlation)
+            size = math.prod(following.correlation.shape)
+            self._ordered.append(packed_size(size, following.correlation.bits))

@@ -25,13 +25,12 @@ from sordino.mpc.costs import protocol
 from sordino.mpc.dealer import Harmonics, Mask
 from sordino.mpc.errors import OutOfRange
 from sordino.mpc.party import Masked, Party, Shared
-from sordino.mpc.ring import WORD, lowest
+from sordino.mpc.ring import CHUNK, WORD, lowest, narrow, worth_a_table
 
 TABLE = 26  # fraction bits of public cosines
 COARSE, FINE = 18, 8  # bits of an angle that the two tables resolve
 COEFFICIENT = 22  # fraction bits of a series' coefficients
-DEALT = 2**22  # arguments times frequencies of one correlation, at most: 40 MB dealt
-CHUNK = 2**14  # arguments at a time, which stay in the cache
+DEALT = 2**24  # arguments times frequencies of one correlation, at most: about 200 MB dealt
 HEAVIEST = 2**13  # sum of a series' coefficients' sizes, so that their products with public cosines fit 62 bits
 
 Function = Callable[[np.ndarray], np.ndarray]
@@ -213,8 +212,10 @@ def cosine_and_sine(
     results = []
     for angle in turn(party, *values, period=period, resolution=resolution):
         dealt = party.supply.correlated(Harmonics(angle.mask, angle.bits, (1,), precision, bits))
-        cosine, sine = (rounded(known, TABLE - precision) for known in public_cosine_and_sine(angle, 1))
-        (cos_r,), (sin_r,) = dealt
+        cosine, sine = (
+            rounded(known, TABLE - precision) for known in public_cosine_and_sine(angle.opened, angle.bits, 1)
+        )
+        cos_r, sin_r = dealt[..., 0].unbind(-1)
         pair = cosine * cos_r - sine * sin_r, sine * cos_r + cosine * sin_r
         results.append((Shared(pair[0], 2 * precision, bits), Shared(pair[1], 2 * precision, bits)))
     return results
@@ -231,21 +232,29 @@ def evaluate(party: Party, angle: Angle, series: Series, precision: int = 14, bi
     Rounds: 0. Online: 0. Offline: 2 K N bits / 8. Error, beside the series' own: at most sqrt(2) (K + weight)
     2^-precision.
     """
-    count, each = angle.opened.numel(), max(1, DEALT // max(1, angle.opened.numel()))
-    total = party.only(0, rounded(torch.full_like(angle.opened, series.constant), COEFFICIENT - 2 * precision))
-    flat, sums = replace(angle, opened=angle.opened.reshape(-1)), total.view(-1)
-    for first in range(0, len(series.frequencies), each):
-        some = series.frequencies[first : first + each]
-        dealt = party.supply.correlated(Harmonics(angle.mask, angle.bits, some, precision, bits))
-        rows = dealt.reshape(2, len(some), count)
-        for start in range(0, count, CHUNK):
+    opened = angle.opened.reshape(-1)
+    total = party.only(0, rounded(torch.full_like(opened, series.constant), COEFFICIENT - 2 * precision))
+    for some in _pieces(len(series.frequencies), len(opened)):
+        frequencies = series.frequencies[some]
+        dealt = party.supply.correlated(Harmonics(angle.mask, angle.bits, frequencies, precision, bits))
+        rows = dealt.view(len(opened), 2 * len(frequencies))
+        tabulated = worth_a_table(len(opened), angle.bits)
+        table = _whole_period(series, some.start, some.stop, precision, angle.bits) if tabulated else None
+        for start in range(0, len(opened), CHUNK):
             piece = slice(start, start + CHUNK)
-            part = replace(flat, opened=flat.opened[piece])
-            for index in range(len(some)):
-                factors = public_factors(part, series, first + index, precision, count >= 2**angle.bits)
-                for factor, row in zip(factors, rows[:, index], strict=True):
-                    sums[piece].addcmul_(factor, row[piece])
-    return Shared(lowest(total, bits), 2 * precision, bits)
+            if table is None:
+                factors = public_factors(opened[piece], angle.bits, series, some, precision)
+            else:
+                factors = table.index_select(0, opened[piece])
+            total[piece] += (factors * rows[piece]).sum(-1)
+    return Shared(lowest(total, bits).view(angle.opened.shape), 2 * precision, bits)
+
+
+def _pieces(frequencies: int, arguments: int) -> list[slice]:
+    """Frequencies in as few pieces of about one size as keep each dealt tensor small."""
+    count = math.ceil(frequencies * arguments / DEALT)
+    size = math.ceil(frequencies / max(1, count))
+    return [slice(start, min(start + size, frequencies)) for start in range(0, frequencies, size)]
 
 
 @lru_cache(maxsize=8)
@@ -288,35 +297,34 @@ def rounded(integers: Tensor, shift: int) -> Tensor:
     return (integers + (1 << (shift - 1))) >> shift if shift > 0 else integers << -shift
 
 
-def public_factors(
-    angle: Angle, series: Series, index: int, precision: int, tabulated: bool = False
-) -> tuple[Tensor, Tensor]:
-    """a cos k u + b sin k u and b cos k u - a sin k u, with `precision` fraction bits, for a series' frequency k.
+def public_factors(opened: Tensor, bits: int, series: Series, some: slice, precision: int) -> Tensor:
+    """a cos k u + b sin k u for some of a series' frequencies k, then b cos k u - a sin k u: [N, 2 K].
 
-    With `tabulated`, which pays where there are more arguments than angles, they are computed once, of all angles.
+    They have `precision` fraction bits; u [N] is modulo 2^bits.
     """
-    if tabulated:
-        first, second = _tabulated(series, index, precision, angle.bits)
-        return first.take(angle.opened), second.take(angle.opened)
-    a, b = series.cosine[index], series.sine[index]
-    cosine, sine = public_cosine_and_sine(angle, series.frequencies[index])
-    cut = TABLE + COEFFICIENT - precision
-    return rounded(a * cosine + b * sine, cut), rounded(b * cosine - a * sine, cut)
+    first, second, cut = [], [], TABLE + COEFFICIENT - precision
+    for k, a, b in zip(series.frequencies[some], series.cosine[some], series.sine[some], strict=True):
+        cosine, sine = public_cosine_and_sine(opened, bits, k)
+        first.append(rounded(a * cosine + b * sine, cut))
+        second.append(rounded(b * cosine - a * sine, cut))
+    return torch.stack([*first, *second], -1)
 
 
-@lru_cache(maxsize=512)
-def _tabulated(series: Series, index: int, precision: int, bits: int) -> tuple[Tensor, Tensor]:
-    """`public_factors` of all angles, [2^bits] each."""
-    return public_factors(Angle(torch.arange(2**bits), bits, Mask(0, (2**bits,), bits)), series, index, precision)
+@lru_cache(maxsize=64)
+def _whole_period(series: Series, start: int, stop: int, precision: int, bits: int) -> Tensor:
+    """`public_factors` of all angles, [2^bits, 2 K]."""
+    some = slice(start, stop)
+    parts = torch.arange(2**bits).split(CHUNK)
+    return torch.cat([narrow(public_factors(part, bits, series, some, precision)) for part in parts])
 
 
-def public_cosine_and_sine(angle: Angle, frequency: int) -> tuple[Tensor, Tensor]:
+def public_cosine_and_sine(opened: Tensor, bits: int, frequency: int) -> tuple[Tensor, Tensor]:
     """cos and sin of 2 pi k u / 2^bits with 26 fraction bits, by integers alone; u is rounded to 26 bits.
 
     The upper 18 bits of the angle and the lower 8 have a table each, and the two meet by the addition theorem.
     """
-    cut = max(0, angle.bits - COARSE - FINE)
-    opened, width = rounded(angle.opened, cut), angle.bits - cut
+    cut = max(0, bits - COARSE - FINE)
+    opened, width = rounded(opened, cut), bits - cut
     turns = lowest(opened * frequency, width) << (COARSE + FINE - width)
     cosines, sines = _table(COARSE, COARSE)
     cosine, sine = cosines[turns >> FINE], sines[turns >> FINE]

@@ -16,34 +16,62 @@ from sordino.encoders.bundled import TextTower
 from sordino.mpc.calibration import Calibration
 from sordino.mpc.distill import HELD_OUT, SOFT_LENGTHS, SOFT_NOISE, definitions, names
 from sordino.mpc.tower import PrivateTower
+from sordino.progress import Progress, silent
 
 LENGTHS = (8, 16, 32, 64, 128)  # tokens, at most
 BATCH = 64
+SOFT_BATCH = 32
+NOISES = (SOFT_NOISE, 0.3, 0.05, 0.1)  # deviations; embeddings have one of 0.05 themselves
 TOKENS = 1024  # of a batch, about, at most
 Batch = tuple[Tensor, Tensor]  # embeddings [B, T, E], and mask [B, T]
 
 
-def calibrated(tower: PrivateTower, text_tower: TextTower, margin: float = 1.5) -> Calibration:
-    """A tower's ranges on public text: 552 sentences of all lengths, and 256 behind soft contexts.
+def calibration_of(
+    tower: PrivateTower,
+    embedder: TextTower,
+    sentences: int = 2000,
+    margin: float = 1.5,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Calibration:
+    """A tower's ranges on public text: half of it definitions, half names behind soft contexts.
 
     Args:
         tower: in the clear.
-        text_tower: whose tokens and embeddings it has.
+        embedder: whose tokens and embeddings it has.
+        sentences: about how many, at least 300; 2,000 take most of a minute on one core.
         margin: see `Calibration.measure`.
+        seed: of what is drawn.
+        progress: is told how far it is.
+
+    Raises:
+        OutOfRange: attention weights of a query add up to nothing or less.
     """
-    return Calibration.measure(tower, calibration_batches(text_tower, 3, 4, seed=0), margin)
+
+    def told() -> Iterator[Batch]:
+        done = 0
+        for embeddings, mask in calibration_batches(embedder, sentences, seed):
+            yield embeddings, mask
+            done += len(mask)
+            progress("calibrate", min(done, sentences), sentences)
+
+    return Calibration.measure(tower, told(), margin)
 
 
-def calibration_batches(tower: TextTower, each: int, soft: int, seed: int) -> Iterator[Batch]:
-    """Batches of up to 64: `each` of every length of `LENGTHS`, and `soft` behind soft contexts; none is held out."""
+def calibration_batches(tower: TextTower, sentences: int, seed: int) -> Iterator[Batch]:
+    """Batches of about `sentences` in all, of every length of `LENGTHS`, and behind soft contexts; none is held out.
+
+    Three in four soft contexts have more noise than distillation has, since a search goes far from where it starts.
+    """
     generator = torch.Generator().manual_seed(seed)
     rows = [tower.tokenizer.encode(text).ids for text in _definitions(held_out=False)]
-    for longest in LENGTHS:
-        for _ in range(each):
-            yield embedded(tower, [_joined(rows, longest, generator) for _ in range(min(BATCH, TOKENS // longest))])
+    sizes = {longest: min(BATCH, TOKENS // longest) for longest in LENGTHS}
+    for _ in range(max(1, round(sentences / 2 / sum(sizes.values())))):
+        for longest, size in sizes.items():
+            yield embedded(tower, [_joined(rows, longest, generator) for _ in range(size)])
     own = [tower.tokenizer.encode(f"{name}.", add_special_tokens=False).ids for name in names()]
-    for _ in range(soft):
-        yield _soft(tower, own, generator)
+    for number in range(max(len(NOISES), round(sentences / 2 / SOFT_BATCH))):
+        yield _soft(tower, own, NOISES[number % len(NOISES)], generator)
 
 
 def held_out_rows(tower: TextTower, longest: int, count: int = HELD_OUT) -> list[list[int]]:
@@ -81,15 +109,15 @@ def _cut(row: list[int], longest: int) -> list[int]:
     return row if len(row) <= longest else [*row[: longest - 1], row[-1]]
 
 
-def _soft(tower: TextTower, own: list[list[int]], generator: torch.Generator) -> Batch:
-    """Names behind soft contexts of one length: random words with noise."""
+def _soft(tower: TextTower, own: list[list[int]], noise: float, generator: torch.Generator) -> Batch:
+    """Names behind a soft context each, all of one length: random words with noise of a standard deviation."""
     low, high = SOFT_LENGTHS
     length = int(torch.randint(low, high + 1, (), generator=generator))
     start, end = (tower.tokenizer.token_to_id(mark) for mark in ("[CLS]", "[SEP]"))
-    words = torch.randint(len(tower.words), (BATCH, length), generator=generator).tolist()
-    chosen = torch.randint(len(own), (BATCH,), generator=generator).tolist()
+    words = torch.randint(len(tower.words), (SOFT_BATCH, length), generator=generator).tolist()
+    chosen = torch.randint(len(own), (SOFT_BATCH,), generator=generator).tolist()
     rows = [[start, *context, *own[name], end] for context, name in zip(words, chosen, strict=True)]
     embeddings, mask = embedded(tower, rows)
-    noise = torch.randn(BATCH, length, embeddings.shape[-1], generator=generator)
-    embeddings[:, 1 : 1 + length] += SOFT_NOISE * noise.to(embeddings)
+    drawn = torch.randn(SOFT_BATCH, length, embeddings.shape[-1], generator=generator)
+    embeddings[:, 1 : 1 + length] += noise * drawn.to(embeddings)
     return embeddings, mask

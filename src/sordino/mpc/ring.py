@@ -13,13 +13,17 @@ import secrets
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from sordino.mpc.errors import OutOfRange, PartyLost
 
 Shape = tuple[int, ...]
+Octets = npt.NDArray[np.uint8]
 WORD = 64  # bits of the ring
+CHUNK = 2048  # rows of a table looked up at a time, so that they stay in the cache
+PIECE = 2**16  # octets of which planes of bits are taken at a time, for the same reason
 
 # The bilinear maps that products on shares are taken by; leading axes broadcast.
 FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -72,6 +76,17 @@ def lowest(integers: Tensor, bits: int) -> Tensor:
     return integers if bits == WORD else integers & ((1 << bits) - 1)
 
 
+def narrow(integers: Tensor) -> Tensor:
+    """The same as int32, for tables that are to be small, where all fit."""
+    low, high = integers.aminmax()
+    return integers.int() if int(low) >= -(2**31) and int(high) < 2**31 else integers
+
+
+def worth_a_table(count: int, bits: int) -> bool:
+    """Whether a function of `count` integers of so many bits is looked up; tables are kept, and serve many passes."""
+    return 1 << bits <= 16 * count
+
+
 def share(integers: Tensor) -> tuple[Tensor, Tensor]:
     """Two shares whose sum is what is given; each by itself is uniform, by the operating system's randomness."""
     first = torch.frombuffer(bytearray(secrets.token_bytes(8 * integers.numel())), dtype=torch.int64)
@@ -92,8 +107,7 @@ def pack(integers: Tensor, bits: int) -> bytes:
     whole, rest = bits // 8, bits % 8
     parts = [flat.view(kind)[start :: 8 // size].tobytes() for kind, size, start in _columns(whole)]
     if rest:
-        last = flat.view(np.uint8)[whole::8].copy()
-        parts.append(np.packbits(np.stack([last >> plane & 1 for plane in range(rest)]), axis=None).tobytes())
+        parts.append(_packed_planes(flat.view(np.uint8)[whole::8], rest))
     return b"".join(parts)
 
 
@@ -114,12 +128,34 @@ def unpack(content: bytes, shape: Shape, bits: int) -> Tensor:
         flat.view(kind)[start :: 8 // size] = np.frombuffer(content, kind, count, read)
         read += count * size
     if rest:
-        planes = np.unpackbits(np.frombuffer(content, np.uint8, offset=read), count=count * rest).reshape(rest, count)
-        last = planes[0].copy()
-        for plane in range(1, rest):
-            last |= planes[plane] << plane
-        flat.view(np.uint8)[whole::8] = last
+        _unpack_planes(np.frombuffer(content, np.uint8, offset=read), rest, flat.view(np.uint8)[whole::8])
     return torch.from_numpy(flat.reshape(shape))
+
+
+def _packed_planes(octets: Octets, rest: int) -> bytes:
+    """The lowest `rest` bits of octets: a plane each of as many as are whole eights, then planes of those left over."""
+    even = len(octets) // 8 * 8
+    planes = np.empty((rest, even // 8), np.uint8)
+    for start in range(0, even, PIECE):
+        piece = octets[start : min(start + PIECE, even)].copy()
+        for plane in range(rest):
+            planes[plane, start // 8 : (start + len(piece)) // 8] = np.packbits(piece & (1 << plane))
+    left = np.packbits(octets[even:] & (1 << np.arange(rest, dtype=np.uint8))[:, None], axis=None)
+    return planes.tobytes() + left.tobytes()
+
+
+def _unpack_planes(content: Octets, rest: int, octets: Octets) -> None:
+    """Fill octets with what `_packed_planes` made."""
+    even = len(octets) // 8 * 8
+    planes, left = content[: rest * even // 8].reshape(rest, even // 8), content[rest * even // 8 :]
+    for start in range(0, even, PIECE):
+        end = min(start + PIECE, even)
+        piece = np.zeros(end - start, np.uint8)
+        for plane in range(rest):
+            piece |= np.unpackbits(planes[plane, start // 8 : end // 8]) << plane
+        octets[start:end] = piece
+    last = np.unpackbits(left, count=rest * (len(octets) - even)).reshape(rest, -1)
+    octets[even:] = (last << np.arange(rest, dtype=np.uint8)[:, None]).sum(0, dtype=np.uint8)
 
 
 def _columns(whole: int) -> list[tuple[str, int, int]]:

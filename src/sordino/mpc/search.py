@@ -36,6 +36,8 @@ class Search:
         scale: standard deviation of a prompt's entries per unit of z's norm: entries of A are normal with deviation
             scale / sqrt(width).
         seed: of A and of candidates.
+        keep_norms: give each of a prompt's tokens the norm that it has in p_0. A tower normalises what enters it, so
+            little is lost but the way to values for which a tower on shares was not calibrated.
     """
 
     width: int = 64
@@ -44,6 +46,7 @@ class Search:
     deviation: float = 1.0
     scale: float = 0.05
     seed: int = 0
+    keep_norms: bool = False
 
 
 @dataclass
@@ -95,8 +98,11 @@ def projection(search: Search, length: int, width: int) -> Tensor:
 
 
 def prompts(search: Search, start: Tensor, z: Tensor) -> Tensor:
-    """p_0 + A z for candidates z [P, d]: [P, M, E]."""
-    return start + torch.einsum("pd,dme->pme", z.to(start), projection(search, *start.shape).to(start))
+    """p_0 + A z for candidates z [P, d], with p_0's norms if these are kept: [P, M, E]."""
+    moved = start + torch.einsum("pd,dme->pme", z.to(start), projection(search, *start.shape).to(start))
+    if search.keep_norms:
+        moved = moved * (start.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True))
+    return moved
 
 
 def tune(

@@ -43,12 +43,14 @@ class Session:
     Attributes:
         costs: of the servers, of all that was done so far: set-up, and each forward pass.
         seconds: waited for them.
+        online, offline: seconds that the slower server took for forward passes; what was dealt ahead is offline.
         sent, received: bytes between this owner and both servers together.
     """
 
     def __init__(self, lines: tuple[Line, Line]) -> None:
         self._lines = lines
         self.costs, self.seconds, self.sent, self.received = Costs(), 0.0, 0, 0
+        self.online, self.offline = 0.0, 0.0
         name = secrets.token_hex(16)
         began = time.monotonic()
         for line in lines:
@@ -88,6 +90,9 @@ class Session:
                 "calibration; compare with --clear"
             )
         self._enter(answers)
+        took = self._read(answers, lambda header, _: {name: float(part) for name, part in header["seconds"].items()})
+        self.online += max(one["online"] for one in took)
+        self.offline += max(one["offline"] for one in took)
         self.seconds += time.monotonic() - began
         return [part.float() for part in features]
 

@@ -1,0 +1,100 @@
+"""The task of a configuration of `sordino tune-private`: read, split, and with pictures encoded.
+
+The shots depend on the seed alone. What is tested on is the same for all seeds: a text task's test file; of pictures
+the source's own test split, or else a fixed half of every class. So settings can be chosen on "validation", the other
+examples of the training side, while tests stay unseen.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sordino.encoders.bundled import BundledEncoder
+from sordino.encoders.cache import FeatureCache
+from sordino.encoders.encode import encode
+from sordino.mpc.settings import PrivateTuning
+from sordino.mpc.tasks import TEST_SEED, ImageTask, Part, TextTask, drawn, text_task
+from sordino.progress import Progress, log, silent
+from sordino.tasks.folders import image_folder
+from sordino.tasks.images import Flags, ImageSet, Indices
+
+HALVES_STREAM = 4  # what a generator derived from the seed is for
+
+
+def open_task(config: PrivateTuning, part: Part = "test", progress: Progress = silent) -> TextTask | ImageTask:
+    """The task of a configuration, its few-shot split drawn from the seed.
+
+    Args:
+        config: of `sordino tune-private`.
+        part: what to test on.
+        progress: is told how many pictures are encoded.
+
+    Raises:
+        ConfigError: a file or a checkpoint is missing.
+        DataError: data is malformed, or too little.
+    """
+    return text_task(config, part) if config.task.kind == "text" else _image_task(config, part, progress)
+
+
+def _image_task(config: PrivateTuning, part: Part, progress: Progress) -> ImageTask:
+    source = str(config.task.source)
+    images = image_folder(Path(source.partition(":")[2]), source)
+    encoder = BundledEncoder.load(torch.device("cpu"))
+    readable = np.ones(len(images), dtype=np.bool_)
+    while True:
+        train, test = split_images(images, readable, config, part)
+        rows = np.concatenate([train, test])
+        found = encode(
+            images.subset(rows),
+            encoder,
+            FeatureCache(),
+            progress=lambda done, total: progress("encode images", done, total),
+        )
+        for skipped in found.skipped:
+            log.warning("skipped %s: %s", skipped.name, skipped.reason)
+        if found.readable.all():
+            break
+        readable[rows[~found.readable]] = False  # and others are drawn in their place
+    labels = torch.from_numpy(images.labels[rows])
+    return ImageTask(
+        embedder=encoder.text,
+        class_names=images.class_names,
+        initial=config.prompt.initial,
+        length=config.prompt.length,
+        project=encoder.project_text,
+        logit_scale=encoder.logit_scale,
+        features=found.features[: len(train)],
+        labels=labels[: len(train)],
+        test_features=found.features[len(train) :],
+        test_labels=labels[len(train) :],
+    )
+
+
+def split_images(images: ImageSet, readable: Flags, config: PrivateTuning, part: Part) -> tuple[Indices, Indices]:
+    """Shots, and pictures to test on, see `Part`.
+
+    Args:
+        images: N.
+        readable: [N], false for pictures that could not be read; they do not change the draw of the others.
+        config: its seed, `task.shots` and `task.test_limit`.
+        part: what to test on.
+
+    Raises:
+        DataError: a class has too few.
+    """
+    tested = images.is_test if images.is_test is not None else _fixed_halves(images.labels)
+    shots = drawn(images.labels, readable & ~tested, config.task.shots, config.seed, images.source)
+    among = tested if part == "test" else ~tested & ~np.isin(np.arange(len(images)), shots)
+    return shots, drawn(images.labels, readable & among, config.task.test_limit, TEST_SEED, images.source)
+
+
+def _fixed_halves(labels: Indices) -> Flags:
+    """[N], true for a half of each class, the same whatever the run."""
+    tested = np.zeros(len(labels), dtype=np.bool_)
+    for label in np.unique(labels).tolist():
+        rows = np.random.default_rng([TEST_SEED, HALVES_STREAM, label]).permutation(np.flatnonzero(labels == label))
+        tested[rows[: len(rows) // 2]] = True
+    return tested
