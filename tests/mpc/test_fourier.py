@@ -133,6 +133,21 @@ def test_gelu_with_other_ranges() -> None:
         assert gelu_series(period, high, harmonics).error < error
 
 
+def test_a_period_between_powers_of_two_needs_fewer_harmonics() -> None:
+    """Of 39.4 instead of 64, by a multiplication of the share with 13 / 8."""
+    series = gelu_series(6, 15.5, 10, 13)
+    assert series.error < 1e-3 < gelu_series(6, 15.5, 14, 8).error
+    values = torch.linspace(-15.5, 15.5, 20_001, dtype=torch.float64)
+    assert (
+        torch.from_numpy(series(values.numpy())).sub(values * torch.erf(values / math.sqrt(2)) / 2).abs().max() < 1e-3
+    )
+    found, costs = computed(lambda party: gelu(party, held(values, 16)(party), series, resolution=20))
+    argument = 0.6 * 2.0 ** (6 - 20) * 8 / 13
+    bound = series.error + argument + math.sqrt(2) * (10 + series.weight) * 2**-14 + 2.0**-16
+    assert (found - torch.nn.functional.gelu(values)).abs().max() <= bound
+    assert costs.total == Cost(1, packed_size(20_001, 20), 16 * 10 * 20_001)
+
+
 def test_a_hidden_value_is_an_argument_too() -> None:
     values = 3 * normal(400)
 

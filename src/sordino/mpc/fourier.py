@@ -38,15 +38,17 @@ Function = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Series:
-    """constant + sum_k cosine_k cos(k t) + sine_k sin(k t), where t = 2 pi x / 2^period.
+    """constant + sum_k cosine_k cos(k t) + sine_k sin(k t), where t = 2 pi y / 2^period and y = x eighths / 8.
 
     Attributes:
-        period: log2 of the period.
+        period: log2 of the period in y.
         frequencies: k, from 1.
         cosine, sine: coefficients times 2^22, integers.
         constant: likewise.
         low, high: where it approximates the function.
         error: at most, between low and high, of the series itself; relative if it was fitted so.
+        eighths: from 8 to 15, since a period that fits the range needs the fewest frequencies. Only `gelu` takes
+            other series than those of 8.
 
     Raises:
         OutOfRange: the coefficients' sizes add up to 2^13 or more.
@@ -60,6 +62,7 @@ class Series:
     low: float
     high: float
     error: float
+    eighths: int = 8
 
     def __post_init__(self) -> None:
         if self.weight >= HEAVIEST:
@@ -69,7 +72,7 @@ class Series:
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Its value at numbers of any shape."""
-        angle = 2 * np.pi * np.asarray(x)[..., None] * np.array(self.frequencies) / 2.0**self.period
+        angle = self.eighths / 8 * 2 * np.pi * np.asarray(x)[..., None] * np.array(self.frequencies) / 2.0**self.period
         terms = np.cos(angle) @ np.array(self.cosine) + np.sin(angle) @ np.array(self.sine)
         return np.asarray((self.constant + terms) / 2.0**COEFFICIENT)
 
@@ -87,6 +90,7 @@ def fit(
     frequencies: Sequence[int],
     parity: str = "both",
     relative: bool = False,
+    eighths: int = 8,
 ) -> Series:
     """The series nearest to a function between two numbers, by least squares at Chebyshev's nodes.
 
@@ -96,10 +100,11 @@ def fit(
     Args:
         function: of arrays.
         low, high: less than a period apart.
-        period: its log2.
+        period: see `Series`.
         frequencies: from 1.
         parity: "even" for cosines and a constant, "odd" for sines, "both".
         relative: weigh errors by 1 / |function|.
+        eighths: see `Series`.
 
     Raises:
         OutOfRange: its coefficients are too large.
@@ -108,7 +113,7 @@ def fit(
     evens, odds = (len(ks) if parity != "odd" else 0), (len(ks) if parity != "even" else 0)
 
     def design(x: np.ndarray) -> np.ndarray:
-        angle = 2 * np.pi * x[:, None] * ks / 2.0**period
+        angle = eighths / 8 * 2 * np.pi * x[:, None] * ks / 2.0**period
         return np.hstack([np.ones((len(x), 1 if evens else 0)), np.cos(angle[:, :evens]), np.sin(angle[:, :odds])])
 
     nodes = np.cos(np.pi * (np.arange(40 * len(ks) + 400) + 0.5) / (40 * len(ks) + 400))
@@ -119,7 +124,7 @@ def fit(
     whole = [round(float(value) * 2**COEFFICIENT) for value in solution]
     constant, rest = (whole[0], whole[1:]) if evens else (0, whole)
     cosine, sine = rest[:evens] or [0] * len(ks), rest[evens:] or [0] * len(ks)
-    series = Series(period, tuple(map(int, ks)), tuple(cosine), tuple(sine), constant, low, high, math.nan)
+    series = Series(period, tuple(map(int, ks)), tuple(cosine), tuple(sine), constant, low, high, math.nan, eighths)
     x = np.linspace(low, high, 20001)
     error = np.abs(series(x) - function(x)) / (np.abs(function(x)) if relative else 1)
     return replace(series, error=float(error.max()))
@@ -258,14 +263,14 @@ def _pieces(frequencies: int, arguments: int) -> list[slice]:
 
 
 @lru_cache(maxsize=8)
-def gelu_series(period: int = 5, high: float = 11.5, harmonics: int = 10) -> Series:
+def gelu_series(period: int = 5, high: float = 11.5, harmonics: int = 10, eighths: int = 8) -> Series:
     """x erf(x / sqrt 2) / 2 for |x| up to `high`: the even part of GeLU, which is x / 2 more.
 
     The function is close to |x| / 2, a triangle wave, so odd frequencies do. As it stands: period 32, frequencies 1,
     3 .. 19, error below 6e-5 for |x| up to 11.5. A period of 16, 6 harmonics: 2e-5 up to 4, 2e-3 up to 5.
     """
     frequencies = range(1, 2 * harmonics, 2)
-    return fit(lambda x: x * erf(x / math.sqrt(2)) / 2, -high, high, period, frequencies, parity="even")
+    return fit(lambda x: x * erf(x / math.sqrt(2)) / 2, -high, high, period, frequencies, "even", eighths=eighths)
 
 
 @protocol
@@ -274,7 +279,7 @@ def gelu(
 ) -> Shared:
     """GeLU, x / 2 + x erf(x / sqrt 2) / 2, without a multiplication: the second term is even, and a series by itself.
 
-    1. `turn`.
+    1. `turn` x times the series' eighths / 8, which costs nothing.
     2. `evaluate` the series; add x / 2, a share with one fraction bit more.
 
     Rounds: 1. Online: N resolution / 8. Offline: 2 K N bits / 8, K = 10. Error: that of the series, 6e-5 for |x| up to
@@ -288,7 +293,8 @@ def gelu(
             x.fraction + 1) fraction bits.
     """
     chosen = series or gelu_series()
-    (angle,) = turn(party, x, period=chosen.period, resolution=resolution)
+    argument = x if chosen.eighths == 8 else x.scaled(chosen.eighths, 3)
+    (angle,) = turn(party, argument, period=chosen.period, resolution=resolution)
     return evaluate(party, angle, chosen, precision, bits) + x.doubled(-1)
 
 

@@ -19,7 +19,28 @@ GELU = 11  # fraction bits of GeLU's cosines, and bits of its argument below one
 INVERSE = 10  # bits of inverse norms below the smallest of them
 SQUARED_NORM = 16.0  # of queries and keys, in the middle of each head's range
 ERROR = 2e-3  # of roots, relative, and of GeLU's series
-HARMONICS = (6, 8, 10, 12, 16, 20, 24, 32, 40)  # of GeLU's series, tried in turn
+HARMONICS = (
+    6,
+    8,
+    9,
+    10,
+    11,
+    12,
+    13,
+    14,
+    15,
+    16,
+    18,
+    20,
+    22,
+    24,
+    26,
+    28,
+    30,
+    32,
+    36,
+    40,
+)  # of GeLU's series, tried in turn
 MEAN = 20  # fraction bits of 1 / T
 
 
@@ -123,7 +144,7 @@ def _layer_plan(ranges: LayerRanges, features: int, width: int) -> LayerPlan:
     return LayerPlan(
         projected=ACTIVATION + WEIGHT + max(_bits(ranges.value), _bits((0, largest_query))) + 2,
         out=ACTIVATION + WEIGHT + _bits(ranges.out) + 2,
-        outer=max(inner + _bits(ranges.outer) + 2, ACTIVATION + WEIGHT + series.period),
+        outer=max(inner + _bits(ranges.outer) + 2, ACTIVATION + WEIGHT + 3 + series.period),
         unit=unit,
         weights=weights,
         gelu=series,
@@ -138,9 +159,11 @@ def _gelu(high: float) -> Series:
     Raises:
         OutOfRange: it would need more than 40.
     """
-    period = max(4, math.ceil(math.log2(2 * (high + 3.5))))
+    least = 2 * (high + 3.5)
+    period = max(4, math.ceil(math.log2(least)))
+    eighths = min(15, math.floor(8 * 2**period / least))
     for count in HARMONICS:
-        series = gelu_series(period, high, count)
+        series = gelu_series(period, high, count, eighths)
         if series.error <= ERROR:
             return series
     raise OutOfRange(f"arguments of GeLU up to {high:g}, margin included: more than its series can serve")
