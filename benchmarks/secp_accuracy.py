@@ -22,6 +22,7 @@ import torch
 
 from sordino.mpc import baselines
 from sordino.mpc.baselines import SoftmaxTower
+from sordino.mpc.distill import teacher_of
 from sordino.mpc.sentences import in_the_clear
 from sordino.mpc.settings import PrivateTuning, load_private_config
 from sordino.mpc.tasks import ImageTask, TextTask
@@ -39,7 +40,7 @@ QUICK = ["task.shots=4", "task.test_limit=20", "search.generations=2"]
 
 def methods(config: PrivateTuning, task: TextTask | ImageTask, private: PrivateTower) -> dict[str, Callable[[], float]]:
     """What is compared, by name; each gives an accuracy."""
-    softmax, search = SoftmaxTower.of(task.embedder), config.search.search(config.seed)
+    softmax, search = SoftmaxTower.of(teacher_of(None)), config.search.search(config.seed)
     found = {
         "zero-shot": lambda: baselines.zero_shot(task, softmax),
         "zero-shot, random features": lambda: baselines.zero_shot(task, private),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -11,11 +12,11 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from mpc.test_encoder import batches, small_tower
-from mpc.test_session import agree, groups
+from mpc.small import agree, batches, groups, small_tower
 from torch import Tensor
 
 from sordino.mpc.calibration import Calibration
@@ -210,3 +211,47 @@ def test_a_port_that_is_taken_and_a_peer_that_is_missing(processes: Processes) -
         assert done.returncode == 2
         assert message in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_the_commands_tune_a_prompt_as_in_the_clear(processes: Processes) -> None:
+    """`provide` with the package's tower, and `tune-private` on shares and with --clear, as a user would."""
+    folder = processes.folder / "task"
+    folder.mkdir()
+    rows = [("a fine film", 1), ("a dull film", 0), ("moving and warm", 1), ("it drags and drags", 0)]
+    for name in ("train", "test"):
+        lines = [f"{text}\t{label}" for text, label in rows]
+        (folder / f"{name}.tsv").write_text("sentence\tlabel\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "task.toml").write_text(
+        '[task]\nkind = "text"\ntrain = "train.tsv"\ntest = "test.tsv"\nlabel_names = ["bad", "good"]\n'
+        'descriptions = ["a bad film", "a good film"]\nshots = 2\n[prompt]\nlength = 1\ninitial = "film"\n'
+        "[search]\nwidth = 4\npopulation = 4\ngenerations = 2\nkeep_norms = true\n",
+        encoding="utf-8",
+    )
+    parties, servers = processes.folder / "parties", ",".join(processes.servers)
+    words = ["provide", "--servers", servers, "--certificates", str(parties / MODEL_OWNER)]
+    subprocess.run(command(*words), check=True, timeout=300, cwd=folder)
+
+    def tuned(*words: str) -> dict[str, Any]:
+        line = [sys.executable, "-m", "sordino", "tune-private", "task.toml", "--json", *words]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    sides = [f"session.servers={json.dumps(processes.servers)}", f"session.certificates={parties / DATA_OWNER}"]
+    private = tuned("--out", "private", *(word for side in sides for word in ("--set", side)))
+    clear = tuned("--out", "clear", "--clear")
+    assert private["train_loss"]["before"] == pytest.approx(clear["train_loss"]["before"], abs=0.05)
+    first = [json.loads((folder / run / "search.json").read_text())["losses"][0] for run in ("private", "clear")]
+    assert first[0] == pytest.approx(first[1], abs=0.1)
+    assert private["costs"]["rounds"] > 1000
+    assert set(private["costs"]["by_label"]) >= {"set-up", "embeddings", "layer 0", "layer 5"}
+    assert private["costs"]["seconds_on"]["wan"]["online"] > private["costs"]["rounds"] * 0.04
+    assert clear["costs"] is None
+    provide(
+        Identity.load(parties / MODEL_OWNER, MODEL_OWNER),
+        processes.servers,
+        small_tower(),
+        Calibration.measure(small_tower(), batches(1)),
+        10.0,
+    )  # for the other tests

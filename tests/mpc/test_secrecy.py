@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from mpc.test_encoder import batches, sentences, small_tower
+from mpc.small import batches, sentences, small_tower
 from scipy import stats
 from torch import Tensor
 

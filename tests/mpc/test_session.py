@@ -11,9 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
-import torch
-from mpc.test_encoder import batches, sentences, small_tower
-from torch import Tensor
+from mpc.small import agree, batches, groups, sentences, small_tower
 from torch.nn.functional import cosine_similarity
 
 from sordino.mpc.assistant import RemoteAssistant, correlation_from, correlation_to, start_assistant
@@ -21,7 +19,7 @@ from sordino.mpc.calibration import Calibration
 from sordino.mpc.certificates import DATA_OWNER, MODEL_OWNER, ROLES, SERVERS, Identity, make_certificates
 from sordino.mpc.dealer import CORRELATIONS, Harmonics, Lift, Mask, Powers, Product, TripleProduct
 from sordino.mpc.errors import MpcError, PartyLost
-from sordino.mpc.sentences import Sentences, encoded, in_the_clear
+from sordino.mpc.sentences import encoded, in_the_clear
 from sordino.mpc.server import start_server
 from sordino.mpc.session import connect, provide
 from sordino.mpc.transport import Dialled, Line, listen, packed, unpacked
@@ -63,18 +61,6 @@ def parties(identities: dict[str, Identity]) -> Iterator[Parties]:
 @pytest.fixture(scope="module")
 def calibration() -> Calibration:
     return Calibration.measure(small_tower(), batches(1))
-
-
-def groups() -> list[Sentences]:
-    """Two batches, one of them padded."""
-    padded = sentences(3, 7, seed=5)
-    padded[0, 5:] = padded[0, 4]
-    return [Sentences(padded, torch.tensor([5, 7, 7])), Sentences(sentences(2, 13, seed=6), torch.tensor([13, 13]))]
-
-
-def agree(found: list[Tensor], given: list[Sentences]) -> bool:
-    oracle = in_the_clear(small_tower())(given)
-    return all(float(cosine_similarity(a, b, dim=-1).min()) > 0.9995 for a, b in zip(found, oracle, strict=True))
 
 
 def session_of(parties: Parties) -> Any:

@@ -83,7 +83,7 @@ def logistic_regression(task: TextTask, tower: PrivateTower) -> float:
         )
     folds = min(4, int(task.labels.bincount().min()))
     classifier = LogisticRegressionCV(
-        Cs=PENALTIES, cv=folds, l1_ratios=(0,), use_legacy_attributes=False, max_iter=2000
+        Cs=PENALTIES, cv=folds, l1_ratios=(0,), scoring="accuracy", use_legacy_attributes=False, max_iter=2000
     )
     return float(classifier.fit(shots, task.labels.numpy()).score(tests, task.test_labels.numpy()))
 

@@ -91,9 +91,9 @@ class Costs:
     def table(self) -> str:
         """A line a label and protocol, and the total."""
         grouped = self._grouped(lambda label, path: (label, "/".join(path[:1])))
-        lines = [f"{'label':<16}{'protocol':<28}{'rounds':>7}{'online':>13}{'offline':>13}"]
+        lines = [f"{'label':<16}{'protocol':<28}{'rounds':>9}{'online':>17}{'offline':>17}"]
         for (label, name), cost in [*grouped.items(), (("total", ""), self.total)]:
-            lines.append(f"{label:<16}{name:<28}{cost.rounds:>7}{cost.online:>13,}{cost.offline:>13,}")
+            lines.append(f"{label:<16}{name:<28}{cost.rounds:>9,}{cost.online:>17,}{cost.offline:>17,}")
         return "\n".join(lines)
 
     def _grouped(self, key: Callable[[str, tuple[str, ...]], Any]) -> dict[Any, Cost]:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sordino.encoders.bundled import TEXT_MODEL, TextTower, after_attention, package_path
+from sordino.encoders.bundled import TEXT_MODEL, Embedder, TextTower, after_attention, package_path
 from sordino.errors import ConfigError, RunError
 from sordino.files import write_atomically
 from sordino.mpc.tower import FEATURES, PrivateTower
@@ -165,6 +165,20 @@ def teacher_of(model: Path | None) -> TextTower:
             "--model",
             str(folder),
             f"no BERT-like checkpoint with model.safetensors, tokenizer.json and config.json: {error}",
+        ) from None
+
+
+def embedder_of(folder: Path | None) -> Embedder:
+    """What a data owner has of a checkpoint, or of the bundled one; `write_embeddings` makes such a folder.
+
+    Raises:
+        ConfigError: the folder holds no embeddings.
+    """
+    try:
+        return Embedder.of_folder(folder or package_path(*TEXT_MODEL), torch.device("cpu"))
+    except Exception as error:  # the tokenizers package raises nothing more special
+        raise ConfigError(
+            "--model", str(folder), f"no folder with model.safetensors and tokenizer.json of a BERT-like model: {error}"
         ) from None
 
 

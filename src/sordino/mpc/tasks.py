@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sordino.encoders.bundled import TextTower
+from sordino.encoders.bundled import Embedder
 from sordino.errors import ConfigError, DataError
-from sordino.mpc.distill import teacher_of
+from sordino.mpc.distill import embedder_of
 from sordino.mpc.sentences import Forward, encoded
 from sordino.mpc.settings import PrivateTuning, longest_of
 
@@ -35,7 +35,7 @@ Flags = NDArray[np.bool_]
 
 SPLIT_STREAM = 3  # what a generator derived from the seed is for
 TEST_SEED = 0  # what is tested on is no matter of a run's seed
-TEXT_SCALE = 50.0  # logits of a text task over cosines, chosen on training data: see `docs/secp-tuning.md`
+TEXT_SCALE = 50.0  # logits of a text task over cosines, whose differences between classes are some hundredths
 HEADER = ["sentence", "label"]
 
 
@@ -44,14 +44,14 @@ class Task(ABC):
 
     Attributes:
         kind: "text" or "images".
-        embedder: the owner's: tokenizer, embeddings of tokens and of positions; its layers are not used.
+        embedder: the owner's: tokenizer, and embeddings of tokens and of positions.
         class_names: C names.
         labels: of training examples, [N].
         test_labels: of test examples, [T].
     """
 
     kind: ClassVar[str]
-    embedder: TextTower
+    embedder: Embedder
     class_names: tuple[str, ...]
     labels: Tensor
     test_labels: Tensor
@@ -89,7 +89,7 @@ class TextTask(Task):
     """Sentences in classes that descriptions stand for.
 
     Attributes:
-        embedder: the owner's: tokenizer, embeddings of tokens and of positions; its layers are not used.
+        embedder: the owner's: tokenizer, and embeddings of tokens and of positions.
         class_names: C names.
         descriptions: C texts, one a class.
         initial: the hand-written prompt.
@@ -101,7 +101,7 @@ class TextTask(Task):
 
     kind = "text"
 
-    embedder: TextTower
+    embedder: Embedder
     class_names: tuple[str, ...]
     descriptions: tuple[str, ...]
     initial: str
@@ -148,7 +148,7 @@ class ImageTask(Task):
 
     kind = "images"
 
-    embedder: TextTower
+    embedder: Embedder
     class_names: tuple[str, ...]
     initial: str
     length: int
@@ -185,7 +185,7 @@ def text_task(config: PrivateTuning, part: Part = "test") -> TextTask:
     """
     task, names, folder = config.task, tuple(config.task.label_names or ()), config.model.embeddings
     try:
-        embedder = teacher_of(None if folder is None else Path(folder))
+        embedder = embedder_of(None if folder is None else Path(folder).expanduser())
     except ConfigError as error:
         raise ConfigError("model.embeddings", folder, error.allowed) from None
     sentences, labels = read_sentences(Path(str(task.train)), "task.train", len(names))
@@ -210,7 +210,7 @@ def text_task(config: PrivateTuning, part: Part = "test") -> TextTask:
     )
 
 
-def initial_prompt(embedder: TextTower, text: str, length: int) -> Tensor:
+def initial_prompt(embedder: Embedder, text: str, length: int) -> Tensor:
     """A text's token embeddings, cut or repeated to M tokens: [M, E].
 
     Raises:
@@ -277,7 +277,7 @@ def drawn(labels: Indices, among: Flags, per_class: int | None, seed: int, what:
     return np.concatenate(chosen)
 
 
-def _behind(embedder: TextTower, forward: Forward, prompts: Tensor, rows: Sequence[Tensor]) -> Tensor:
+def _behind(embedder: Embedder, forward: Forward, prompts: Tensor, rows: Sequence[Tensor]) -> Tensor:
     """Mean-pooled '[CLS] prompt row' for each prompt [P, M, E] and each row [T, E]: [P, rows, E], in one call."""
     start = _mark(embedder, "[CLS]")
     sentences = []
@@ -288,6 +288,6 @@ def _behind(embedder: TextTower, forward: Forward, prompts: Tensor, rows: Sequen
     return encoded(forward, sentences).view(len(prompts), len(rows), -1)
 
 
-def _mark(embedder: TextTower, mark: str) -> Tensor:
+def _mark(embedder: Embedder, mark: str) -> Tensor:
     """A special token's embedding, [1, E]."""
     return embedder.words[embedder.tokenizer.token_to_id(mark)][None]

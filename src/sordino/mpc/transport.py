@@ -25,7 +25,8 @@ from sordino.mpc.errors import PartyLost
 
 SERVICE = "sordino.mpc"
 PATIENCE = 10  # timeouts, after which a party that lives but says nothing is given up
-ALIVE, ERROR = "alive", "error"  # headers
+PIECE = 2**20  # bytes of a message that go at a time, so that a long one is a sign of life all along
+ALIVE, ERROR, PART = "alive", "error", "part"  # headers
 OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0)]
 Header = dict[str, Any]
 
@@ -69,7 +70,10 @@ class Line:
 
     def send(self, payload: bytes = b"", **header: Any) -> None:
         """Queue a message; never waits."""
-        self._outbox.put(packed(payload, **header))
+        whole = max(0, len(payload) - 1) // PIECE * PIECE
+        for start in range(0, whole, PIECE):
+            self._outbox.put(packed(payload[start : start + PIECE], part=True))
+        self._outbox.put(packed(payload[whole:], **header))
 
     def receive(self) -> tuple[Header, bytes]:
         """The next message.
@@ -79,13 +83,15 @@ class Line:
         """
         if self._lost:
             raise self._lost
-        began = time.monotonic()
+        began, parts = time.monotonic(), list[bytes]()
         try:
             while True:
                 header, payload = self._next()
-                if ALIVE not in header:
-                    return header, payload
-                if time.monotonic() - began > PATIENCE * self._timeout:
+                if PART in header:
+                    parts.append(payload)
+                elif ALIVE not in header:
+                    return header, b"".join([*parts, payload])
+                elif time.monotonic() - began > PATIENCE * self._timeout:
                     raise PartyLost(f"{self.party} lives, but sent nothing for {PATIENCE * self._timeout:g} s")
         except PartyLost as error:
             self._lost = error
