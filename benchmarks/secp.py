@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -77,7 +78,7 @@ def measured(tower: PrivateTower, calibration: Calibration, sentences: Sentences
         passed = time.perf_counter() - began - party.supply.seconds
         return found, party.costs, passed, party.supply.seconds, multiplications(tape)
 
-    ran = run(program, timeout=3600)
+    ran = run(program, timeout=3600, keep_messages=False)
     _, costs, seconds, offline, count = ran.results[1]
     labels = [cost for label, cost in costs.by_label().items() if label not in ("set-up", "")]
     layer = max(
@@ -136,9 +137,14 @@ def over_sentences(tower: PrivateTower, calibration: Calibration, text_tower: Te
     def program(party: Party) -> list[Shared]:
         encoder = Encoder.hide(party, weights[party.number], plan)
         pairs = zip(groups, halves, strict=True)
-        return [encode_sentences(party, encoder, Shared(h[party.number], FRACTION), g.lengths) for g, h in pairs]
+        found = []
+        for number, (group, half) in enumerate(pairs):
+            found.append(encode_sentences(party, encoder, Shared(half[party.number], FRACTION), group.lengths))
+            if party.number:
+                print(f"batch {number + 1} of {len(groups)}", file=sys.stderr, flush=True)
+        return found
 
-    ran = run(program, timeout=3600)
+    ran = run(program, timeout=3600, keep_messages=False)
     found = torch.cat([reconstruct(pair) for pair in zip(*ran.results, strict=True)])
     cosines = cosine_similarity(found, torch.cat(in_the_clear(tower)(groups)).double(), dim=-1)
     return {

@@ -150,13 +150,16 @@ class LocalChannel:
     Args:
         inbox, outbox: None in them ends the other's waiting.
         timeout: seconds to wait for the other.
+        kept: whether messages are.
 
     Attributes:
-        received: all that came, in order.
+        received: all that came, in order, if they are kept.
     """
 
-    def __init__(self, inbox: SimpleQueue[bytes | None], outbox: SimpleQueue[bytes | None], timeout: float) -> None:
-        self._inbox, self._outbox, self._timeout = inbox, outbox, timeout
+    def __init__(
+        self, inbox: SimpleQueue[bytes | None], outbox: SimpleQueue[bytes | None], timeout: float, kept: bool
+    ) -> None:
+        self._inbox, self._outbox, self._timeout, self._kept = inbox, outbox, timeout, kept
         self.received: list[bytes] = []
 
     def exchange(self, content: bytes) -> bytes:
@@ -168,7 +171,8 @@ class LocalChannel:
             raise PartyLost(f"the other party sent nothing for {self._timeout:g} s") from None
         if reply is None:
             raise PartyLost("the other party ended")
-        self.received.append(reply)
+        if self._kept:
+            self.received.append(reply)
         return reply
 
     def close(self) -> None:
@@ -183,7 +187,7 @@ class Ran(Generic[T]):
     Attributes:
         results: of parties 0 and 1.
         costs: rounds and bytes.
-        received: the messages that each party had from the other.
+        received: the messages that each party had from the other, if they are kept.
     """
 
     results: tuple[T, T]
@@ -191,19 +195,25 @@ class Ran(Generic[T]):
     received: tuple[list[bytes], list[bytes]] = field(repr=False)
 
 
-def run(program: Callable[[Party], T], keys: tuple[bytes, bytes] | None = None, timeout: float = 600.0) -> Ran[T]:
+def run(
+    program: Callable[[Party], T],
+    keys: tuple[bytes, bytes] | None = None,
+    timeout: float = 600.0,
+    keep_messages: bool = True,
+) -> Ran[T]:
     """Both parties and the dealer in this process, a thread a party; the result does not depend on their timing.
 
     Args:
         program: what each runs.
         keys: of the dealer, for tests that need the same randomness twice.
         timeout: seconds that one waits for the other.
+        keep_messages: for a look at what a party saw; a long computation has gigabytes of them.
 
     Raises:
         Exception: the first that a party's program raised, where it is not about the other's end.
     """
     dealer, queues = Dealer(keys), (SimpleQueue[bytes | None](), SimpleQueue[bytes | None]())
-    channels = [LocalChannel(queues[i], queues[1 - i], timeout) for i in range(2)]
+    channels = [LocalChannel(queues[i], queues[1 - i], timeout, keep_messages) for i in range(2)]
     costs = [Costs(), Costs()]
     supplies = [Supply(dealer.generators[i], costs[i], dealer if i else None) for i in range(2)]
     parties = [Party(i, channels[i], supplies[i], costs[i]) for i in range(2)]
