@@ -29,7 +29,7 @@ from sordino.mpc.sentences import Sentences
 from sordino.mpc.session import Session, connect, provide
 
 pytestmark = pytest.mark.slow
-TIMEOUT = 3.0
+TIMEOUT = 5.0
 
 
 class Processes:

@@ -24,7 +24,7 @@ from sordino.mpc.server import start_server
 from sordino.mpc.session import connect, provide
 from sordino.mpc.transport import Dialled, Line, listen, packed, unpacked
 
-TIMEOUT = 4.0
+TIMEOUT = 6.0
 
 
 @pytest.fixture(scope="module")
