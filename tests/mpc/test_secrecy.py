@@ -101,7 +101,8 @@ def test_a_servers_transcript_does_not_depend_on_the_sentences(number: int) -> N
             continue
         counts = [np.bincount(column, minlength=int(max(one.max(), two.max())) + 1) for column in (one, two)]
         assert min(stats.chisquare(each).pvalue for each in counts) > TRIED, name
-        assert stats.chi2_contingency(counts).pvalue > TRIED, name
+        table = np.stack(counts)
+        assert stats.chi2_contingency(table[:, table.any(0)]).pvalue > TRIED, name  # of values that were seen at all
         tested += 1
     assert tested > 150
 
