@@ -21,12 +21,11 @@ from typing import Any
 import torch
 
 from sordino.mpc import baselines
-from sordino.mpc.baselines import SoftmaxTower
 from sordino.mpc.distill import teacher_of
 from sordino.mpc.sentences import in_the_clear
 from sordino.mpc.settings import PrivateTuning, load_private_config
 from sordino.mpc.tasks import ImageTask, TextTask
-from sordino.mpc.tower import PrivateTower, bundled_tower
+from sordino.mpc.tower import PrivateTower, SoftmaxTower, bundled_tower
 from sordino.private_tasks import open_task
 
 HERE = Path(__file__).resolve().parents[1]

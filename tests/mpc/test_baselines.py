@@ -10,12 +10,12 @@ from torch import Tensor
 
 from sordino.encoders.bundled import TextTower
 from sordino.mpc import baselines
-from sordino.mpc.baselines import Descent, SoftmaxTower
-from sordino.mpc.distill import softmax_states, teacher_of
+from sordino.mpc.baselines import Descent
+from sordino.mpc.distill import teacher_of
 from sordino.mpc.search import Search
 from sordino.mpc.sentences import in_the_clear
 from sordino.mpc.tasks import TextTask
-from sordino.mpc.tower import PrivateTower, bundled_tower
+from sordino.mpc.tower import PrivateTower, SoftmaxTower, bundled_tower
 
 GOOD = ["a fine film", "a delight from start to end", "moving", "the best of the year , and by far the funniest"]
 BAD = ["a dull film", "it drags and drags , and then it drags some more", "awful", "not worth the price of popcorn"]
@@ -53,13 +53,14 @@ def batch(embedder: TextTower) -> tuple[Tensor, Tensor]:
     return embedder.words[tokens] + embedder.positions[:9], mask
 
 
-def test_the_softmax_tower_is_the_checkpoints(embedder: TextTower) -> None:
-    embeddings, mask = batch(embedder)
-    there = mask[..., None]
-    for found, expected in zip(
-        SoftmaxTower.of(embedder)(embeddings, mask), softmax_states(embedder, embeddings, mask), strict=True
-    ):
-        torch.testing.assert_close(found * there, expected * there, rtol=1e-4, atol=1e-4)
+def test_the_softmax_tower_does_not_see_padding(embedder: TextTower) -> None:
+    """That it is the encoder's own tower is tested beside the private one."""
+    tower, (embeddings, mask) = SoftmaxTower.of(embedder), batch(embedder)
+    together = tower(embeddings, mask)
+    for number, length in enumerate(mask.sum(1).int().tolist()):
+        alone = tower(embeddings[number : number + 1, :length], torch.ones(1, length))
+        for found, expected in zip(together, alone, strict=True):
+            torch.testing.assert_close(found[number, :length], expected[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "features"])

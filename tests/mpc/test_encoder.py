@@ -14,11 +14,11 @@ from torch.nn.functional import cosine_similarity
 from sordino.encoders.bundled import TEXT_MODEL, TextTower, package_path
 from sordino.mpc.calibration import Calibration
 from sordino.mpc.costs import Cost
-from sordino.mpc.distill import definitions
 from sordino.mpc.encoder import Encoder, encode_sentences, shared_weights
 from sordino.mpc.errors import MpcError, OutOfRange
 from sordino.mpc.party import Party, Shared, reconstruct, run
 from sordino.mpc.plan import ACTIVATION, WEIGHT, Plan
+from sordino.mpc.public_text import definitions
 from sordino.mpc.ring import encode, packed_size, share
 from sordino.mpc.sentences import batches as padded
 from sordino.mpc.tower import PrivateTower

@@ -18,15 +18,14 @@ from sordino.errors import ConfigError
 from sordino.mpc import MpcError
 from sordino.mpc.distill import (
     EMBEDDINGS,
-    definitions,
     distil,
     fingerprint,
     pooled,
-    softmax_states,
     teacher_of,
     write_embeddings,
 )
-from sordino.mpc.tower import BUNDLED, FEATURES, PrivateTower, about, bundled_tower
+from sordino.mpc.public_text import definitions
+from sordino.mpc.tower import BUNDLED, FEATURES, PrivateTower, SoftmaxTower, about, bundled_tower
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +85,7 @@ def test_the_softmax_tower_is_the_encoders_own(teacher: TextTower) -> None:
     for name, wanted in zip(names, expected, strict=True):
         tokens = torch.cat([start, context[0], teacher.embed(f"{name}."), end])[None]
         mask = torch.ones(tokens.shape[:2])
-        found = pooled(softmax_states(teacher, tokens + teacher.positions[: tokens.shape[1]], mask)[-1], mask)
+        found = pooled(SoftmaxTower.of(teacher)(tokens + teacher.positions[: tokens.shape[1]], mask)[-1], mask)
         torch.testing.assert_close(found[0], wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -140,13 +139,13 @@ def test_the_tower_in_the_package_agrees_with_its_teacher(teacher: TextTower) ->
         embeddings, mask = sentences(teacher, [text[:120] for text in texts])
         found, wanted = (
             pooled(tower(embeddings, mask)[-1], mask),
-            pooled(softmax_states(teacher, embeddings, mask)[-1], mask),
+            pooled(SoftmaxTower.of(teacher)(embeddings, mask)[-1], mask),
         )
         assert float((found * wanted).sum(-1).mean()) > least
     naive = replace(PrivateTower.from_softmax(teacher, 64, seed=0))
     embeddings, mask = sentences(teacher, own)
     swapped = pooled(naive(embeddings, mask)[-1], mask)
-    wanted = pooled(softmax_states(teacher, embeddings, mask)[-1], mask)
+    wanted = pooled(SoftmaxTower.of(teacher)(embeddings, mask)[-1], mask)
     assert float((swapped * wanted).sum(-1).mean()) < 0.75  # what distillation is for
 
 

@@ -11,14 +11,12 @@ was tried is written at each constant.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sordino.encoders.bundled import TextTower
 from sordino.mpc.search import Search, tune
 from sordino.mpc.sentences import Forward, in_the_clear
 from sordino.mpc.tasks import ImageTask, TextTask, cross_entropies
@@ -49,22 +47,6 @@ FULL = {
 # Tried, Adam: 40 steps of 3e-3, and of 1e-2 with a warm-up (text); 60 and 100 steps of 3e-2 (images, two seeds).
 PROMPT = {"text": Descent(steps=40, learning_rate=3e-3), "images": Descent(steps=100, learning_rate=3e-2)}
 PENALTIES = (0.01, 0.1, 1.0, 10.0, 100.0)  # of the logistic regression; cross-validation among the shots decides
-
-
-class SoftmaxTower(PrivateTower):
-    """A tower as its checkpoint has it, with softmax attention, on the same path; differentiable in its weights."""
-
-    @classmethod
-    def of(cls, tower: TextTower) -> SoftmaxTower:
-        """The same weights."""
-        return cls(tower.heads, tower.epsilon, tower.norm, tuple(tower.layers))
-
-    def attend(self, x: Tensor, layer: Mapping[str, Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
-        """See `PrivateTower`; a softmax divides by no sum that could vanish, so the mean weights are put at 1."""
-        qkv = F.linear(x, layer["qkv.weight"], layer["qkv.bias"])
-        q, k, v = (part.view(*part.shape[:2], self.heads, -1).transpose(1, 2) for part in qkv.chunk(3, -1))
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :] > 0)
-        return mixed.transpose(1, 2).flatten(2), torch.ones_like(q[..., 0])
 
 
 def zero_shot(task: TextTask | ImageTask, tower: PrivateTower) -> float:

@@ -23,17 +23,22 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sordino.encoders.bundled import TEXT_MODEL, Embedder, TextTower, after_attention, package_path
+from sordino.encoders.bundled import TEXT_MODEL, Embedder, TextTower, package_path
 from sordino.errors import ConfigError, RunError
 from sordino.files import write_atomically
-from sordino.mpc.tower import FEATURES, PrivateTower
+from sordino.mpc.public_text import (
+    HELD_OUT,
+    SOFT_NOISE,
+    behind_soft_context,
+    embedded,
+    name_tokens,
+    split_definitions,
+)
+from sordino.mpc.tower import FEATURES, PrivateTower, SoftmaxTower
 from sordino.progress import Progress, silent
 
 LONGEST = 32  # tokens of a sentence; the rest is cut off
 SOFT_SHARE = 0.25  # of the batches: names behind soft contexts
-SOFT_LENGTHS = (1, 16)  # tokens of a soft context
-SOFT_NOISE = 0.03  # standard deviation of the noise on its embeddings, which have one of 0.05
-HELD_OUT = 512  # sentences that are never trained on
 WARM_UP = 50  # steps, at most
 FLOOR = 0.3  # mean attention weights below it are punished, by the squared difference
 FLOOR_WEIGHT = 3.0
@@ -53,22 +58,6 @@ class Agreement:
     step: int
     mean: float
     low: float
-
-
-def definitions() -> list[str]:
-    """WordNet's 21,841 definitions with their words, such as `jacksnipe, half snipe: a small short-billed snipe`."""
-    from timm.data import ImageNetInfo
-
-    info = ImageNetInfo("imagenet-22k")
-    return [info.index_to_description(index, detailed=True) for index in range(info.num_classes())]
-
-
-def names() -> list[str]:
-    """ImageNet's 1,000 class names."""
-    from timm.data import ImageNetInfo
-
-    info = ImageNetInfo()
-    return [info.index_to_description(index).partition(",")[0] for index in range(info.num_classes())]
 
 
 def distil(
@@ -98,7 +87,7 @@ def distil(
     Raises:
         RunError: training diverged.
     """
-    texts = _Texts(teacher, batch, seed)
+    texts, original = _Texts(teacher, batch, seed), SoftmaxTower.of(teacher)
     student = _trainable(PrivateTower.from_softmax(teacher, features, seed))
     parameters = [part for layer in student.layers for part in layer.values()]
     optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
@@ -109,11 +98,13 @@ def distil(
     agreements = []
     for step, (embeddings, mask) in zip(range(steps + 1), texts.batches(), strict=False):
         if step % 100 == 0 or step == steps:
-            agreements.append(_agreement(_folded(student), teacher, texts, step))
+            agreements.append(_agreement(_folded(student), original, texts, step))
             progress("distil", step, steps, f"cosine {agreements[-1].mean:.4f}")
         if step == steps:
             break
-        loss = _loss(_folded(student).passes(embeddings, mask), softmax_states(teacher, embeddings, mask), mask)
+        with torch.no_grad():
+            wanted = original(embeddings, mask)
+        loss = _loss(_folded(student).passes(embeddings, mask), wanted, mask)
         if not loss.isfinite():
             raise RunError(f"distillation diverged in step {step}; lower the learning rate")
         optimizer.zero_grad()
@@ -200,20 +191,6 @@ def write_embeddings(model: Path, folder: Path) -> None:
     write_atomically(folder / "tokenizer.json", (model / "tokenizer.json").read_bytes())
 
 
-@torch.no_grad()
-def softmax_states(tower: TextTower, embeddings: Tensor, mask: Tensor) -> list[Tensor]:
-    """Hidden states [B, T, E] of a tower with softmax after each layer; see `PrivateTower`."""
-    width, there = embeddings.shape[-1], mask[:, None, None, :] > 0
-    x, states = F.layer_norm(embeddings, (width,), *tower.norm, tower.epsilon), []
-    for layer in tower.layers:
-        qkv = F.linear(x, layer["qkv.weight"], layer["qkv.bias"])
-        q, k, v = (part.view(*part.shape[:2], tower.heads, -1).transpose(1, 2) for part in qkv.chunk(3, -1))
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=there).transpose(1, 2).flatten(2)
-        x = after_attention(x, mixed, layer, tower.epsilon)
-        states.append(x)
-    return states
-
-
 def pooled(states: Tensor, mask: Tensor) -> Tensor:
     """Mean over tokens, with unit norm: [B, T, E] to [B, E]."""
     return F.normalize((states * mask[..., None]).sum(1), dim=-1)
@@ -237,10 +214,10 @@ def _loss(found: list[tuple[Tensor, Tensor]], wanted: list[Tensor], mask: Tensor
 
 
 @torch.no_grad()
-def _agreement(student: PrivateTower, teacher: TextTower, texts: _Texts, step: int) -> Agreement:
+def _agreement(student: PrivateTower, original: SoftmaxTower, texts: _Texts, step: int) -> Agreement:
     cosines = []
     for embeddings, mask in texts.held_out():
-        found, wanted = student(embeddings, mask)[-1], softmax_states(teacher, embeddings, mask)[-1]
+        found, wanted = student(embeddings, mask)[-1], original(embeddings, mask)[-1]
         cosines.append((pooled(found, mask) * pooled(wanted, mask)).sum(-1))
     every = torch.cat(cosines)
     return Agreement(step, float(every.mean()), float(every.quantile(0.05)))
@@ -271,16 +248,15 @@ class _Texts:
     def __init__(self, tower: TextTower, batch: int, seed: int) -> None:
         self._tower, self._batch = tower, batch
         self._generator = torch.Generator().manual_seed(seed)
-        tokens = [tower.tokenizer.encode(text).ids[:LONGEST] for text in definitions()]
-        order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0)).tolist()  # for every seed
-        self._held = [tokens[index] for index in order[:HELD_OUT]]
-        self._train = [tokens[index] for index in order[HELD_OUT:]]
-        self._names = [tower.tokenizer.encode(f"{name}.", add_special_tokens=False).ids for name in names()]
+        self._held, self._train = (
+            [tower.tokenizer.encode(text).ids[:LONGEST] for text in texts] for texts in split_definitions()
+        )
+        self._names = name_tokens(tower)
 
     def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All sentences that are never trained on."""
         for start in range(0, HELD_OUT, 64):
-            yield self._embedded(self._held[start : start + 64])
+            yield embedded(self._tower, self._held[start : start + 64])
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches without end: embeddings [B, T, E] and mask [B, T]."""
@@ -289,24 +265,5 @@ class _Texts:
             sentences = sorted((self._train[index] for index in drawn), key=len)
             for number in torch.randperm(16, generator=self._generator).tolist():
                 if float(torch.rand((), generator=self._generator)) < SOFT_SHARE:
-                    yield self._soft()
-                yield self._embedded(sentences[number * self._batch : (number + 1) * self._batch])
-
-    def _embedded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-        longest = max(len(row) for row in rows)
-        tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-        mask = torch.tensor([[1.0] * len(row) + [0.0] * (longest - len(row)) for row in rows])
-        return self._tower.words[tokens] + self._tower.positions[:longest], mask
-
-    def _soft(self) -> tuple[Tensor, Tensor]:
-        """Names behind one soft context each: random words with noise."""
-        low, high = SOFT_LENGTHS
-        length = int(torch.randint(low, high + 1, (), generator=self._generator))
-        chosen = torch.randint(len(self._names), (self._batch,), generator=self._generator).tolist()
-        start, end = (self._tower.tokenizer.token_to_id(mark) for mark in ("[CLS]", "[SEP]"))
-        words = torch.randint(len(self._tower.words), (self._batch, length), generator=self._generator).tolist()
-        rows = [[start, *context, *self._names[name], end] for context, name in zip(words, chosen, strict=True)]
-        embeddings, mask = self._embedded(rows)
-        noise = torch.randn(self._batch, length, embeddings.shape[-1], generator=self._generator)
-        embeddings[:, 1 : 1 + length] += SOFT_NOISE * noise.to(embeddings)
-        return embeddings, mask
+                    yield behind_soft_context(self._tower, self._names, self._batch, SOFT_NOISE, self._generator)
+                yield embedded(self._tower, sentences[number * self._batch : (number + 1) * self._batch])

@@ -1,7 +1,7 @@
-"""Public sentences to calibrate a tower on, and others to check it on: WordNet's definitions and ImageNet's names.
+"""Public sentences to distil and to calibrate a tower on: WordNet's definitions and ImageNet's names, as timm has them.
 
-Definitions come in all lengths up to 128 tokens, the long ones made of several; names stand behind soft contexts, which
-is what tuning will put there.
+For calibration, definitions come in all lengths up to 128 tokens, the long ones made of several; names stand behind
+soft contexts, which is what tuning will put there.
 """
 
 from __future__ import annotations
@@ -12,23 +12,25 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sordino.encoders.bundled import TextTower
+from sordino.encoders.bundled import Embedder
 from sordino.mpc.calibration import Calibration
-from sordino.mpc.distill import HELD_OUT, SOFT_LENGTHS, SOFT_NOISE, definitions, names
 from sordino.mpc.tower import PrivateTower
 from sordino.progress import Progress, silent
 
+HELD_OUT = 512  # definitions that are never trained or calibrated on
+SOFT_LENGTHS = (1, 16)  # tokens of a soft context
+SOFT_NOISE = 0.03  # standard deviation of the noise on its embeddings in distillation; they have one of 0.05
 LENGTHS = (8, 16, 32, 64, 128)  # tokens, at most
 BATCH = 64
 SOFT_BATCH = 32
-NOISES = (SOFT_NOISE, 0.3, 0.05, 0.1)  # deviations; embeddings have one of 0.05 themselves
+NOISES = (SOFT_NOISE, 0.3, 0.05, 0.1)  # in calibration
 TOKENS = 1024  # of a batch, about, at most
 Batch = tuple[Tensor, Tensor]  # embeddings [B, T, E], and mask [B, T]
 
 
 def calibration_of(
     tower: PrivateTower,
-    embedder: TextTower,
+    embedder: Embedder,
     sentences: int = 2000,
     margin: float = 1.5,
     seed: int = 0,
@@ -58,30 +60,30 @@ def calibration_of(
     return Calibration.measure(tower, told(), margin)
 
 
-def calibration_batches(tower: TextTower, sentences: int, seed: int) -> Iterator[Batch]:
+def calibration_batches(tower: Embedder, sentences: int, seed: int) -> Iterator[Batch]:
     """Batches of about `sentences` in all, of every length of `LENGTHS`, and behind soft contexts; none is held out.
 
     Three in four soft contexts have more noise than distillation has, since a search goes far from where it starts.
     """
     generator = torch.Generator().manual_seed(seed)
-    rows = [tower.tokenizer.encode(text).ids for text in _definitions(held_out=False)]
+    rows = [tower.tokenizer.encode(text).ids for text in split_definitions()[1]]
     sizes = {longest: min(BATCH, TOKENS // longest) for longest in LENGTHS}
     for _ in range(max(1, round(sentences / 2 / sum(sizes.values())))):
         for longest, size in sizes.items():
             yield embedded(tower, [_joined(rows, longest, generator) for _ in range(size)])
-    own = [tower.tokenizer.encode(f"{name}.", add_special_tokens=False).ids for name in names()]
+    own = name_tokens(tower)
     for number in range(max(len(NOISES), round(sentences / 2 / SOFT_BATCH))):
-        yield _soft(tower, own, NOISES[number % len(NOISES)], generator)
+        yield behind_soft_context(tower, own, SOFT_BATCH, NOISES[number % len(NOISES)], generator)
 
 
-def held_out_rows(tower: TextTower, longest: int, count: int = HELD_OUT) -> list[list[int]]:
+def held_out_rows(tower: Embedder, longest: int, count: int = HELD_OUT) -> list[list[int]]:
     """Tokens of definitions that neither distillation nor calibration sees; after the first 512 in pairs, reversed."""
-    rows = [tower.tokenizer.encode(text).ids for text in _definitions(held_out=True)]
+    rows = [tower.tokenizer.encode(text).ids for text in split_definitions()[0]]
     pairs = [[*second[:-1], *first[1:]] for first, second in pairwise(rows)]
     return [_cut(row, longest) for row in [*rows, *pairs][:count]]
 
 
-def embedded(tower: TextTower, rows: list[list[int]]) -> Batch:
+def embedded(tower: Embedder, rows: list[list[int]]) -> Batch:
     """Sentences of tokens, padded with token 0."""
     longest = max(len(row) for row in rows)
     tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
@@ -89,10 +91,56 @@ def embedded(tower: TextTower, rows: list[list[int]]) -> Batch:
     return tower.words[tokens] + tower.positions[:longest], mask
 
 
-def _definitions(held_out: bool) -> list[str]:
+def definitions() -> list[str]:
+    """WordNet's 21,841 definitions with their words, such as `jacksnipe, half snipe: a small short-billed snipe`."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo("imagenet-22k")
+    return [info.index_to_description(index, detailed=True) for index in range(info.num_classes())]
+
+
+def names() -> list[str]:
+    """ImageNet's 1,000 class names."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    return [info.index_to_description(index).partition(",")[0] for index in range(info.num_classes())]
+
+
+def split_definitions() -> tuple[list[str], list[str]]:
+    """Those that are held out, and the others; the same for every seed."""
     texts = definitions()
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()  # that of `distill`
-    return [texts[index] for index in (order[:HELD_OUT] if held_out else order[HELD_OUT:])]
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
+    return [texts[index] for index in order[:HELD_OUT]], [texts[index] for index in order[HELD_OUT:]]
+
+
+def name_tokens(tower: Embedder) -> list[list[int]]:
+    """Tokens of 'name.' for each of ImageNet's names."""
+    return [tower.tokenizer.encode(f"{name}.", add_special_tokens=False).ids for name in names()]
+
+
+def behind_soft_context(
+    tower: Embedder, own: list[list[int]], count: int, noise: float, generator: torch.Generator
+) -> Batch:
+    """Names behind a soft context each, all of one length: random words with noise on their embeddings.
+
+    Args:
+        tower: whose tokens and embeddings.
+        own: see `name_tokens`.
+        count: of sentences.
+        noise: its standard deviation.
+        generator: of all that is drawn.
+    """
+    low, high = SOFT_LENGTHS
+    length = int(torch.randint(low, high + 1, (), generator=generator))
+    chosen = torch.randint(len(own), (count,), generator=generator).tolist()
+    start, end = (tower.tokenizer.token_to_id(mark) for mark in ("[CLS]", "[SEP]"))
+    words = torch.randint(len(tower.words), (count, length), generator=generator).tolist()
+    rows = [[start, *context, *own[name], end] for context, name in zip(words, chosen, strict=True)]
+    embeddings, mask = embedded(tower, rows)
+    drawn = torch.randn(count, length, embeddings.shape[-1], generator=generator)
+    embeddings[:, 1 : 1 + length] += noise * drawn.to(embeddings)
+    return embeddings, mask
 
 
 def _joined(rows: list[list[int]], longest: int, generator: torch.Generator) -> list[int]:
@@ -107,17 +155,3 @@ def _joined(rows: list[list[int]], longest: int, generator: torch.Generator) -> 
 
 def _cut(row: list[int], longest: int) -> list[int]:
     return row if len(row) <= longest else [*row[: longest - 1], row[-1]]
-
-
-def _soft(tower: TextTower, own: list[list[int]], noise: float, generator: torch.Generator) -> Batch:
-    """Names behind a soft context each, all of one length: random words with noise of a standard deviation."""
-    low, high = SOFT_LENGTHS
-    length = int(torch.randint(low, high + 1, (), generator=generator))
-    start, end = (tower.tokenizer.token_to_id(mark) for mark in ("[CLS]", "[SEP]"))
-    words = torch.randint(len(tower.words), (SOFT_BATCH, length), generator=generator).tolist()
-    chosen = torch.randint(len(own), (SOFT_BATCH,), generator=generator).tolist()
-    rows = [[start, *context, *own[name], end] for context, name in zip(words, chosen, strict=True)]
-    embeddings, mask = embedded(tower, rows)
-    drawn = torch.randn(SOFT_BATCH, length, embeddings.shape[-1], generator=generator)
-    embeddings[:, 1 : 1 + length] += noise * drawn.to(embeddings)
-    return embeddings, mask

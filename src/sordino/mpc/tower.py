@@ -120,6 +120,22 @@ class PrivateTower:
             raise MpcError(f"{file} holds no private tower ({error}); make one with 'sordino mpc distill'") from None
 
 
+class SoftmaxTower(PrivateTower):
+    """A tower as its checkpoint has it, with softmax attention, on the same path; differentiable in its weights."""
+
+    @classmethod
+    def of(cls, tower: TextTower) -> SoftmaxTower:
+        """The same weights."""
+        return cls(tower.heads, tower.epsilon, tower.norm, tuple(tower.layers))
+
+    def attend(self, x: Tensor, layer: Mapping[str, Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
+        """See `PrivateTower`; a softmax divides by no sum that could vanish, so the mean weights are put at 1."""
+        qkv = F.linear(x, layer["qkv.weight"], layer["qkv.bias"])
+        q, k, v = (part.view(*part.shape[:2], self.heads, -1).transpose(1, 2) for part in qkv.chunk(3, -1))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :] > 0)
+        return mixed.transpose(1, 2).flatten(2), torch.ones_like(q[..., 0])
+
+
 def bundled_tower() -> PrivateTower:
     """The bundled text tower, distilled; comes with the package.
 
