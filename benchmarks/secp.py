@@ -25,12 +25,13 @@ from torch.nn.functional import cosine_similarity
 
 from sordino.encoders.bundled import TextTower
 from sordino.mpc import Calibration, Costs, Encoder, Party, Plan, Shared, encode, encode_sentences, reconstruct, run
-from sordino.mpc.dealer import Mask, Numbered, Product, Tape
+from sordino.mpc.correlations import Mask, Product
 from sordino.mpc.distill import teacher_of
 from sordino.mpc.encoder import shared_weights
 from sordino.mpc.public_text import calibration_of, embedded, held_out_rows
 from sordino.mpc.ring import share
 from sordino.mpc.sentences import Sentences, batches, in_the_clear
+from sordino.mpc.supply import Numbered, Tape
 from sordino.mpc.tower import PrivateTower, bundled_tower
 
 FRACTION = 14  # of embeddings

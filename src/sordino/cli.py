@@ -18,6 +18,7 @@ from sordino.terminal import live_progress, print_items, print_method, print_tab
 
 if TYPE_CHECKING:
     from sordino.compare import Variant
+    from sordino.mpc.settings import PrivateTuning
 
 app = typer.Typer(
     help="Federated prompt learning for frozen vision-language models, private and honest about it.",
@@ -138,32 +139,12 @@ def tune_private(
     from sordino.mpc.settings import load_private_config
 
     settings = load_private_config(config, overrides or [])
-    from sordino.mpc.tuning import as_text, tower_of
-    from sordino.mpc.tuning import tune_private as tune
-    from sordino.private_tasks import open_task
+    from sordino.mpc.tuning import as_text, finished_before
 
     folder, table = _folder(out, resume, f"{config.stem}-private"), ""
-    with live_progress() as progress:
-        if clear:
-            from sordino.mpc.sentences import in_the_clear
-
-            forward = in_the_clear(tower_of(settings))
-            summary = tune(
-                settings, folder, open_task(settings, progress=progress), forward, True, None, resume, progress
-            )
-        else:
-            from sordino.mpc.errors import PartyLost
-            from sordino.mpc.session import connect
-            from sordino.mpc.tuning import owner_of
-
-            own, servers = owner_of(settings)
-            task = open_task(settings, progress=progress)
-            try:
-                with connect(own, servers, settings.session.timeout) as session:
-                    summary = tune(settings, folder, task, session.forward, False, session.costs, resume, progress)
-                    table = session.costs.table()
-            except PartyLost as error:
-                raise PartyLost(f"{error}; with all parties there, go on with --resume --out {folder}") from None
+    summary = finished_before(settings, folder, resume)
+    if summary is None:
+        summary, table = _tuned(settings, folder, resume, clear)
     if as_json:
         print(json.dumps(summary))
         return
@@ -310,6 +291,28 @@ def _compare(
         return
     print_table(rows)
     print(f"Run directory: {folder}\nReport: {folder / 'report.html'}")
+
+
+def _tuned(settings: PrivateTuning, folder: Path, resume: bool, clear: bool) -> tuple[dict[str, Any], str]:
+    """A search for a prompt in the clear or with servers: its summary, and the table of what it cost."""
+    from sordino.mpc.errors import PartyLost
+    from sordino.mpc.sentences import in_the_clear
+    from sordino.mpc.session import connect
+    from sordino.mpc.tuning import owner_of, tower_of, tune_private
+    from sordino.private_tasks import open_task
+
+    with live_progress() as progress:
+        if clear:
+            forward, task = in_the_clear(tower_of(settings)), open_task(settings, progress=progress)
+            return tune_private(settings, folder, task, forward, True, None, resume, progress), ""
+        own, servers = owner_of(settings)
+        task = open_task(settings, progress=progress)
+        try:
+            with connect(own, servers, settings.session.timeout) as session:
+                found = tune_private(settings, folder, task, session.forward, False, session.costs, resume, progress)
+                return found, session.costs.table()
+        except PartyLost as error:
+            raise PartyLost(f"{error}; with all parties there, go on with --resume --out {folder}") from None
 
 
 def _folder(out: Path | None, resume: bool, label: str) -> Path:

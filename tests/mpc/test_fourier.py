@@ -14,8 +14,8 @@ from scipy import stats
 from scipy.special import erf
 
 from sordino.mpc import fourier
+from sordino.mpc.correlations import Harmonics, Mask
 from sordino.mpc.costs import Cost
-from sordino.mpc.dealer import Harmonics, Mask
 from sordino.mpc.errors import OutOfRange
 from sordino.mpc.fourier import (
     COARSE,

@@ -8,12 +8,14 @@ import pytest
 import torch
 from mpc.both import KEYS, computed, held, normal
 
+from sordino.mpc.correlations import Correlation, Mask, Product
 from sordino.mpc.costs import Cost, Costs, protocol
-from sordino.mpc.dealer import Correlation, Dealer, Mask, Product, Supply
+from sordino.mpc.dealer import Dealer
 from sordino.mpc.errors import MaskReused, PartyLost
 from sordino.mpc.linear import hide, multiply, product, reveal
 from sordino.mpc.party import Party, Shared, run
 from sordino.mpc.prg import Prg
+from sordino.mpc.supply import Supply
 
 
 def test_with_the_same_keys_every_message_is_the_same() -> None:

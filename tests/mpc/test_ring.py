@@ -10,7 +10,7 @@ from scipy import stats
 
 from sordino.mpc.errors import OutOfRange, PartyLost
 from sordino.mpc.prg import Prg
-from sordino.mpc.ring import FORMS, centred, decode, encode, lowest, pack, packed_size, share, unpack
+from sordino.mpc.ring import FORMS, centred, decode, encode, lowest, pack, packed_size, share, unpack, unpack_each
 
 WORDS = st.sampled_from([0, 1, -1, 2**63 - 1, -(2**63), 2**32]) | st.integers(-(2**63), 2**63 - 1)
 
@@ -100,6 +100,17 @@ def test_a_stream_is_aes_256_in_counter_mode() -> None:
         Cipher(algorithms.AES(key), modes.ECB()).encryptor().update(stream.to_bytes(8, "big") + (1).to_bytes(8, "big"))
     )
     assert Prg(key).integers(stream, (4,))[2:].numpy().tobytes() == block
+
+
+def test_tensors_one_after_the_other() -> None:
+    shapes, bits = [(3, 5), (), (0, 2), (7,)], [13, 64, 9, 8]
+    values = [Prg(bytes(32)).integers(0, shape, width) for shape, width in zip(shapes, bits, strict=True)]
+    content = b"".join(pack(value, width) for value, width in zip(values, bits, strict=True))
+    for found, value in zip(unpack_each(content, shapes, bits), values, strict=True):
+        assert torch.equal(found, value)
+    for wrong in (content + b"0", content[:-1]):
+        with pytest.raises(PartyLost, match="were due"):
+            unpack_each(wrong, shapes, bits)
 
 
 @pytest.mark.parametrize("bits", [1, 13, 46, 63])

@@ -13,12 +13,13 @@ from scipy import stats
 from torch import Tensor
 
 from sordino.mpc.calibration import Calibration
-from sordino.mpc.dealer import Assistant, Correlation
+from sordino.mpc.correlations import Correlation
 from sordino.mpc.encoder import Encoder, encode_sentences, shared_weights
 from sordino.mpc.errors import MaskReused
 from sordino.mpc.party import Party, Shared, run
 from sordino.mpc.plan import Plan
 from sordino.mpc.ring import encode, share, unpack
+from sordino.mpc.supply import Assistant
 
 ENOUGH = 5 * 256  # entries, so that each of 256 values is expected five times
 TRIED = 1e-9  # significance: some thousand tests are made of fresh randomness, and all must pass

@@ -11,15 +11,16 @@ from typing import Any
 
 import grpc
 import pytest
+import torch
 from mpc.small import agree, batches, groups, sentences, small_tower
 from torch.nn.functional import cosine_similarity
 
 from sordino.mpc.assistant import RemoteAssistant, correlation_from, correlation_to, start_assistant
 from sordino.mpc.calibration import Calibration
 from sordino.mpc.certificates import DATA_OWNER, MODEL_OWNER, ROLES, SERVERS, Identity, make_certificates
-from sordino.mpc.dealer import CORRELATIONS, Harmonics, Lift, Mask, Powers, Product, TripleProduct
+from sordino.mpc.correlations import CORRELATIONS, Harmonics, Lift, Mask, Powers, Product, TripleProduct
 from sordino.mpc.errors import MpcError, PartyLost
-from sordino.mpc.sentences import encoded, in_the_clear
+from sordino.mpc.sentences import Sentences, encoded, in_the_clear
 from sordino.mpc.server import start_server
 from sordino.mpc.session import connect, provide
 from sordino.mpc.transport import Dialled, Line, listen, packed, unpacked
@@ -108,6 +109,27 @@ def test_two_sessions_at_once(parties: Parties, calibration: Calibration) -> Non
     for thread in threads:
         thread.join()
     assert good == [True, True]
+
+
+def test_embeddings_of_another_model(parties: Parties, calibration: Calibration) -> None:
+    provide(parties.identities[MODEL_OWNER], parties.addresses, small_tower(), calibration, TIMEOUT)
+    wide = Sentences(torch.zeros(1, 4, 48), torch.tensor([4]))
+    with session_of(parties) as session:
+        with pytest.raises(MpcError, match=r"48 wide where the servers' model takes 32: set model\.embeddings"):
+            session.forward([wide])
+        assert agree(session.forward(groups()), groups())
+
+
+def test_a_session_that_is_begun_at_one_server_only_ends(parties: Parties, calibration: Calibration) -> None:
+    """Server 1 does not wait for one that never comes, although server 0 is alive."""
+    provide(parties.identities[MODEL_OWNER], parties.addresses, small_tower(), calibration, TIMEOUT)
+    dialled = Dialled(parties.identities[DATA_OWNER], SERVERS[1], parties.addresses[1], TIMEOUT)
+    line, began = dialled.line("Session"), time.monotonic()
+    line.send(session="alone")
+    with pytest.raises(PartyLost, match="data owner did not begin the session at server-0"):
+        line.receive()
+    assert time.monotonic() - began < 2 * TIMEOUT
+    dialled.close()
 
 
 def test_no_model(parties: Parties) -> None:

@@ -16,8 +16,9 @@ correlated randomness and sees no data, follow the protocol, and no two of them 
 
 from sordino.mpc.attention import random_feature_attention
 from sordino.mpc.calibration import Calibration
+from sordino.mpc.correlations import Correlation
 from sordino.mpc.costs import Cost, Costs, protocol
-from sordino.mpc.dealer import Assistant, Correlation, Dealer, Supply
+from sordino.mpc.dealer import Dealer
 from sordino.mpc.encoder import Encoder, encode_sentences, shared_weights
 from sordino.mpc.errors import MaskReused, MpcError, OutOfRange, PartyLost
 from sordino.mpc.fourier import Series, angle_of, cosine_and_sine, evaluate, fit, gelu, gelu_series, turn
@@ -26,6 +27,7 @@ from sordino.mpc.party import Channel, Masked, Party, Ran, Shared, reconstruct, 
 from sordino.mpc.plan import Plan
 from sordino.mpc.ring import decode, encode, share
 from sordino.mpc.roots import Norm, Root, calibrate, inverse_root, layer_norm, unit_norm, variance_root
+from sordino.mpc.supply import Assistant, Supply
 
 __all__ = [
     "Assistant",

@@ -17,7 +17,8 @@ import grpc
 from pydantic import TypeAdapter, ValidationError
 
 from sordino.mpc.certificates import ASSISTANT, SERVERS, Identity
-from sordino.mpc.dealer import CORRELATIONS, Correlation, Dealer
+from sordino.mpc.correlations import CORRELATIONS, Correlation
+from sordino.mpc.dealer import Dealer
 from sordino.mpc.errors import MaskReused, PartyLost
 from sordino.mpc.prg import KEY
 from sordino.mpc.ring import packed_size

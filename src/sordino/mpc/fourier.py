@@ -21,8 +21,8 @@ import torch
 from scipy.special import erf
 from torch import Tensor
 
+from sordino.mpc.correlations import Harmonics, Mask
 from sordino.mpc.costs import protocol
-from sordino.mpc.dealer import Harmonics, Mask
 from sordino.mpc.errors import OutOfRange
 from sordino.mpc.party import Masked, Party, Shared
 from sordino.mpc.ring import CHUNK, WORD, lowest, narrow, worth_a_table

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sordino.mpc.correlations import Lift, Product, TripleProduct
 from sordino.mpc.costs import protocol
-from sordino.mpc.dealer import Lift, Product, TripleProduct
 from sordino.mpc.errors import OutOfRange
 from sordino.mpc.party import Masked, Party, Shared
 from sordino.mpc.ring import FORMS, WORD, decode, lowest

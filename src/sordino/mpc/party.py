@@ -11,10 +11,12 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from sordino.mpc.correlations import Mask
 from sordino.mpc.costs import Cost, Costs
-from sordino.mpc.dealer import Dealer, Mask, Supply
+from sordino.mpc.dealer import Dealer
 from sordino.mpc.errors import PartyLost
-from sordino.mpc.ring import WORD, Shape, decode, encode, pack, packed_size, unpack
+from sordino.mpc.ring import WORD, Shape, decode, encode, pack, unpack_each
+from sordino.mpc.supply import Supply
 
 T = TypeVar("T")
 
@@ -126,14 +128,7 @@ class Party:
         """
         content = b"".join(pack(value, width) for value, width in zip(values, bits, strict=True))
         self.costs.add(Cost(rounds=1, online=len(content)))
-        reply, start, received = self._channel.exchange(content), 0, []
-        for value, width in zip(values, bits, strict=True):
-            end = start + packed_size(value.numel(), width)
-            received.append(unpack(reply[start:end], tuple(value.shape), width))
-            start = end
-        if start != len(reply):
-            raise PartyLost(f"{len(reply)} bytes came where {start} were due; the other party is astray")
-        return received
+        return unpack_each(self._channel.exchange(content), [tuple(value.shape) for value in values], bits)
 
     def only(self, number: int, values: Tensor) -> Tensor:
         """What is public, as the share of one party, and nothing as the other's."""

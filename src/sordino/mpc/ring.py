@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -130,6 +131,22 @@ def unpack(content: bytes, shape: Shape, bits: int) -> Tensor:
     if rest:
         _unpack_planes(np.frombuffer(content, np.uint8, offset=read), rest, flat.view(np.uint8)[whole::8])
     return torch.from_numpy(flat.reshape(shape))
+
+
+def unpack_each(content: bytes, shapes: Sequence[Shape], bits: Sequence[int]) -> list[Tensor]:
+    """Tensors that were packed one after the other.
+
+    Raises:
+        PartyLost: the bytes are too few or too many.
+    """
+    sizes = [packed_size(math.prod(shape), width) for shape, width in zip(shapes, bits, strict=True)]
+    if len(content) != sum(sizes):
+        raise PartyLost(f"{len(content)} bytes came where {sum(sizes)} were due; the other party is astray")
+    ends = list(accumulate(sizes, initial=0))
+    return [
+        unpack(content[start:end], shape, width)
+        for (start, end), shape, width in zip(pairwise(ends), shapes, bits, strict=True)
+    ]
 
 
 def _packed_planes(octets: Octets, rest: int) -> bytes:

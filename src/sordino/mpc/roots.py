@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from sordino.mpc.correlations import Powers
 from sordino.mpc.costs import protocol
-from sordino.mpc.dealer import Powers
 from sordino.mpc.errors import OutOfRange
 from sordino.mpc.fourier import Series, angle_of, evaluate, fit
 from sordino.mpc.linear import hide, lifted, product, triple_product, truncate

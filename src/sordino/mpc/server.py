@@ -7,14 +7,13 @@ under masks, and answer batches of sentences until the data owner is done. One l
 
 from __future__ import annotations
 
-import math
 import queue
 import sys
 import threading
 import time
 from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -23,14 +22,14 @@ import torch
 from sordino.mpc.assistant import RemoteAssistant
 from sordino.mpc.certificates import DATA_OWNER, MODEL_OWNER, SERVERS, Identity
 from sordino.mpc.costs import Costs
-from sordino.mpc.dealer import Supply, Tape
 from sordino.mpc.encoder import Encoder, encode_sentences
 from sordino.mpc.errors import MpcError, PartyLost
 from sordino.mpc.network import Network, Throttled
 from sordino.mpc.party import Channel, Party, Shared
 from sordino.mpc.plan import Plan
 from sordino.mpc.prg import Prg
-from sordino.mpc.ring import WORD, Shape, pack, packed_size, unpack
+from sordino.mpc.ring import WORD, Shape, pack, unpack_each
+from sordino.mpc.supply import Supply, Tape
 from sordino.mpc.transport import Dialled, Header, Line, listen
 
 HELD = 2**30  # bytes of dealt randomness that are held ahead of their use
@@ -51,6 +50,15 @@ class Model:
     name: str
     plan: Plan
     weights: dict[str, Shared]
+
+
+@dataclass(frozen=True, eq=False)
+class _PeerLine:
+    """Server 1's line at server 0, and whether the session that it is for has begun and ended."""
+
+    line: Line
+    taken: threading.Event = field(default_factory=threading.Event)
+    done: threading.Event = field(default_factory=threading.Event)
 
 
 class LineChannel:
@@ -86,9 +94,7 @@ class ServerService:
         self._own, self._assistant, self._peer, self._timeout = own, assistant, peer, timeout
         self._network = network
         self._model: Model | None = None
-        self._dialled_by_peer: dict[str, queue.SimpleQueue[tuple[Line, threading.Event]]] = defaultdict(
-            queue.SimpleQueue
-        )
+        self._dialled_by_peer: dict[str, queue.SimpleQueue[_PeerLine]] = defaultdict(queue.SimpleQueue)
 
     def install(self, line: Line) -> None:
         """The model owner's line: a plan and shares of weights, in place of those before.
@@ -107,11 +113,18 @@ class ServerService:
         _say(f"model {model.name[:8]} installed: {len(model.plan.layers)} layers")
 
     def peer(self, line: Line) -> None:
-        """Server 1's line, for the session that it names."""
+        """Server 1's line, for the session that it names.
+
+        Raises:
+            PartyLost: no data owner begins that session here.
+        """
         header, _ = line.receive()
-        done = threading.Event()
-        self._dialled_by_peer[str(header.get("session"))].put((line, done))
-        done.wait()
+        session, own = str(header.get("session")), _PeerLine(line)
+        self._dialled_by_peer[session].put(own)
+        if not own.taken.wait(self._timeout):
+            self._dialled_by_peer.pop(session, None)
+            raise PartyLost(f"the data owner did not begin the session at {self._own.role} in {self._timeout:g} s")
+        own.done.wait()
 
     def session(self, line: Line) -> None:
         """A data owner's line, from its beginning to its end.
@@ -137,9 +150,8 @@ class ServerService:
         """All that a session asks for."""
         with _Session(self, session) as party:
             encoder = Encoder.hide(party, model.weights, model.plan)
-            line.send(
-                model=model.name, fraction=FRACTION, largest=model.plan.layers[-1].norm2.largest, **_news(party.costs)
-            )
+            width, largest = model.weights["norm.weight"].shape[0], model.plan.layers[-1].norm2.largest
+            line.send(model=model.name, fraction=FRACTION, width=width, largest=largest, **_news(party.costs))
             tapes: dict[tuple[Shape, ...], Tape] = {}
             while True:
                 header, payload = line.receive()
@@ -168,12 +180,9 @@ class ServerService:
             recording: AbstractContextManager[Any] = nullcontext()
         else:
             recording = party.supply.recording()
-        replies, start, forms = [], 0, []
+        shares, replies, forms = unpack_each(payload, shapes, [WORD] * len(shapes)), [], []
         with recording as tape:
-            for batch in batches:
-                end = start + packed_size(math.prod(batch["shape"]), WORD)
-                share = unpack(payload[start:end], batch["shape"], WORD)
-                start = end
+            for batch, share in zip(batches, shares, strict=True):
                 found = encode_sentences(party, encoder, Shared(share, FRACTION), batch["lengths"])
                 replies.append(pack(found.share, WORD))
                 forms.append({"shape": list(found.shape), "fraction": found.fraction, "bits": found.bits})
@@ -193,12 +202,13 @@ class ServerService:
             line.send(session=session)
             return line, dialled.close
         try:
-            line, done = self._dialled_by_peer[session].get(timeout=self._timeout)
+            own = self._dialled_by_peer[session].get(timeout=self._timeout)
         except queue.Empty:
             raise PartyLost(f"server-1 did not begin the session within {self._timeout:g} s") from None
         finally:
             self._dialled_by_peer.pop(session, None)
-        return line, done.set
+        own.taken.set()
+        return own.line, own.done.set
 
     def channel(self, line: Line) -> Channel:
         """To the other server, as slow as the network that is imitated."""
@@ -274,15 +284,13 @@ def weights_from(header: Header, payload: bytes) -> dict[str, Shared]:
     Raises:
         KeyError, TypeError, ValueError, PartyLost: it is none.
     """
-    weights, start = {}, 0
-    for name, form in header["weights"].items():
-        shape = tuple(int(side) for side in form["shape"])
-        end = start + packed_size(math.prod(shape), WORD)
-        weights[str(name)] = Shared(unpack(payload[start:end], shape, WORD), int(form["fraction"]))
-        start = end
-    if start != len(payload):
-        raise ValueError("bytes are left over")
-    return weights
+    forms = header["weights"]
+    shapes = [tuple(int(side) for side in form["shape"]) for form in forms.values()]
+    shares = unpack_each(payload, shapes, [WORD] * len(shapes))
+    return {
+        str(name): Shared(share, int(form["fraction"]))
+        for (name, form), share in zip(forms.items(), shares, strict=True)
+    }
 
 
 def batches_of(line: Line, header: Header) -> list[dict[str, Any]]:

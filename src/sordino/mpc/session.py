@@ -28,7 +28,7 @@ from sordino.mpc.encoder import shared_weights
 from sordino.mpc.errors import MpcError, PartyLost
 from sordino.mpc.party import Shared, reconstruct
 from sordino.mpc.plan import Plan
-from sordino.mpc.ring import WORD, encode, pack, packed_size, share, unpack
+from sordino.mpc.ring import WORD, encode, pack, share, unpack_each
 from sordino.mpc.sentences import Sentences
 from sordino.mpc.server import weights_to
 from sordino.mpc.tower import PrivateTower
@@ -58,11 +58,11 @@ class Session:
         answers = self._answers()
         self.seconds += time.monotonic() - began
         ready, other = self._read(
-            answers, lambda header, _: (header["model"], int(header["fraction"]), header["largest"])
+            answers, lambda head, _: (head["model"], int(head["fraction"]), int(head["width"]), int(head["largest"]))
         )
         if ready != other:
             raise MpcError("the servers hold shares of different models; the model owner must provide one again")
-        _, self._fraction, largest = ready
+        _, self._fraction, self._width, largest = ready
         self._largest = 2.0**largest
         self._enter(answers)
 
@@ -70,10 +70,17 @@ class Session:
         """Mean-pooled last hidden states of each batch of sentences, [B, E], float32; see `sentences.Forward`.
 
         Raises:
-            OutOfRange: embeddings do not fit fixed point.
+            MpcError: embeddings are not those of the servers' model.
+            OutOfRange: they do not fit fixed point.
             PartyLost: a party is lost; the error names it.
         """
         began = time.monotonic()
+        widths = {group.embeddings.shape[-1] for group in groups} - {self._width}
+        if widths:
+            raise MpcError(
+                f"embeddings are {widths.pop()} wide where the servers' model takes {self._width}: set "
+                "model.embeddings to the folder that its owner gave"
+            )
         halves = [share(encode(group.embeddings, self._fraction)) for group in groups]
         forms = [{"shape": list(group.embeddings.shape), "lengths": group.lengths.tolist()} for group in groups]
         for number, line in enumerate(self._lines):
@@ -203,12 +210,7 @@ def _shares_of(header: Header, payload: bytes, groups: Sequence[Sentences]) -> l
     Raises:
         KeyError, TypeError, ValueError, PartyLost: they are none.
     """
-    found, start = [], 0
-    for form, group in zip(header["batches"], groups, strict=True):
-        shape = (len(group.lengths), group.embeddings.shape[-1])
-        end = start + packed_size(shape[0] * shape[1], WORD)
-        found.append(Shared(unpack(payload[start:end], shape, WORD), int(form["fraction"]), int(form["bits"])))
-        start = end
-    if start != len(payload):
-        raise ValueError("bytes are left over")
-    return found
+    shapes = [(len(group.lengths), group.embeddings.shape[-1]) for group in groups]
+    shares = unpack_each(payload, shapes, [WORD] * len(shapes))
+    forms = [(int(form["fraction"]), int(form["bits"])) for form in header["batches"]]
+    return [Shared(share, *form) for share, form in zip(shares, forms, strict=True)]

@@ -63,10 +63,10 @@ def tune_private(
     Raises:
         RunError: `out` may not be written or resumed, or a loss is not finite.
     """
-    tables = config.model_dump(exclude_none=True)
-    finished = prepare(out, tables, resume, free=(SESSION,))
+    finished = finished_before(config, out, resume)
     if finished is not None:
         return finished
+    tables = config.model_dump(exclude_none=True)
     began = time.monotonic()
     found = _state(out / STATE, clear, costs)
     write_atomically(out / "config.toml", to_toml(tables).encode())
@@ -101,6 +101,15 @@ def tune_private(
     # At the very end, as it marks the run as finished.
     write_atomically(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     return summary
+
+
+def finished_before(config: PrivateTuning, out: Path, resume: bool) -> dict[str, Any] | None:
+    """The summary of a run that is finished already, which needs no servers and no data; None for one that is not.
+
+    Raises:
+        RunError: `out` may not be written or resumed.
+    """
+    return prepare(out, config.model_dump(exclude_none=True), resume, free=(SESSION,))
 
 
 def tower_of(config: PrivateTuning) -> PrivateTower:
