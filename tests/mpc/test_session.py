@@ -19,7 +19,7 @@ from sordino.mpc.assistant import RemoteAssistant, correlation_from, correlation
 from sordino.mpc.calibration import Calibration
 from sordino.mpc.certificates import DATA_OWNER, MODEL_OWNER, ROLES, SERVERS, Identity, make_certificates
 from sordino.mpc.correlations import CORRELATIONS, Harmonics, Lift, Mask, Powers, Product, TripleProduct
-from sordino.mpc.errors import MpcError, PartyLost
+from sordino.mpc.errors import MpcError, OutOfRange, PartyLost
 from sordino.mpc.sentences import Sentences, encoded, in_the_clear
 from sordino.mpc.server import start_server
 from sordino.mpc.session import connect, provide
@@ -118,6 +118,19 @@ def test_embeddings_of_another_model(parties: Parties, calibration: Calibration)
         with pytest.raises(MpcError, match=r"48 wide where the servers' model takes 32: set model\.embeddings"):
             session.forward([wide])
         assert agree(session.forward(groups()), groups())
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_embeddings_that_were_not_calibrated_for(parties: Parties, calibration: Calibration, place: int) -> None:
+    """On shares nothing could tell; padding may be what it likes."""
+    provide(parties.identities[MODEL_OWNER], parties.addresses, small_tower(), calibration, TIMEOUT)
+    far, padded = (Sentences(sentences(2, 8, seed=5), torch.tensor([8, length])) for length in (8, 7))
+    far.embeddings[1, place] *= 20
+    padded.embeddings[1, 7] *= 20
+    with session_of(parties) as session:
+        with pytest.raises(OutOfRange, match=r"embeddings of a variance of .* calibrated for .* search\.keep_norms"):
+            session.forward([far])
+        assert agree(session.forward([padded]), [padded])
 
 
 def test_a_session_that_is_begun_at_one_server_only_ends(parties: Parties, calibration: Calibration) -> None:

@@ -105,12 +105,14 @@ class Plan(Stored):
         heads: H of a layer.
         epsilon: of the norms.
         norm: on embeddings.
+        entering: variances of embeddings, of first tokens and of others, which whoever embeds must keep to.
         layers: of each.
     """
 
     heads: int
     epsilon: float
     norm: NormPlan
+    entering: tuple[Range, Range]
     layers: tuple[LayerPlan, ...]
 
     @classmethod
@@ -125,7 +127,8 @@ class Plan(Stored):
             _layer_plan(ranges, layer[FEATURES].shape[-1], width)
             for ranges, layer in zip(calibration.layers, tower.layers, strict=True)
         )
-        return cls(tower.heads, tower.epsilon, NormPlan.of(calibration.norm, width), layers)
+        norm = calibration.norm
+        return cls(tower.heads, tower.epsilon, NormPlan.of(norm, width), (norm.first, norm.rest), layers)
 
 
 def _layer_plan(ranges: LayerRanges, features: int, width: int) -> LayerPlan:

@@ -151,7 +151,8 @@ class ServerService:
         with _Session(self, session) as party:
             encoder = Encoder.hide(party, model.weights, model.plan)
             width, largest = model.weights["norm.weight"].shape[0], model.plan.layers[-1].norm2.largest
-            line.send(model=model.name, fraction=FRACTION, width=width, largest=largest, **_news(party.costs))
+            ranges = {"largest": largest, "entering": model.plan.entering}
+            line.send(model=model.name, fraction=FRACTION, width=width, ranges=ranges, **_news(party.costs))
             tapes: dict[tuple[Shape, ...], Tape] = {}
             while True:
                 header, payload = line.receive()

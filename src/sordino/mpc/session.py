@@ -17,15 +17,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import Tensor
 
-from sordino.mpc.calibration import Calibration
+from sordino.mpc.calibration import Calibration, Range
 from sordino.mpc.certificates import SERVERS, Identity
 from sordino.mpc.costs import Costs
 from sordino.mpc.encoder import shared_weights
-from sordino.mpc.errors import MpcError, PartyLost
+from sordino.mpc.errors import MpcError, OutOfRange, PartyLost
 from sordino.mpc.party import Shared, reconstruct
 from sordino.mpc.plan import Plan
 from sordino.mpc.ring import WORD, encode, pack, share, unpack_each
@@ -35,6 +36,51 @@ from sordino.mpc.tower import PrivateTower
 from sordino.mpc.transport import Dialled, Header, Line
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What servers say of their model: its name, and what embeddings and features of it are like.
+
+    Attributes:
+        name: drawn by its owner.
+        fraction: bits of embeddings.
+        width: E.
+        largest: size of features.
+        first, rest: variances of embeddings, of first tokens and of others.
+    """
+
+    name: str
+    fraction: int
+    width: int
+    largest: float
+    first: Range
+    rest: Range
+
+    @classmethod
+    def of(cls, header: Header) -> _Form:
+        """As a server sends it."""
+        ranges = header["ranges"]
+        (low, high), (lower, higher) = ranges["entering"]
+        form = str(header["model"]), int(header["fraction"]), int(header["width"]), 2.0 ** int(ranges["largest"])
+        return cls(*form, (float(low), float(high)), (float(lower), float(higher)))
+
+    def check(self, group: Sentences) -> None:
+        """See `Session.forward`."""
+        width = group.embeddings.shape[-1]
+        if width != self.width:
+            raise MpcError(
+                f"embeddings are {width} wide where the servers' model takes {self.width}: set model.embeddings to "
+                "the folder that its owner gave"
+            )
+        variances, there = group.embeddings.var(-1, correction=0), group.mask > 0
+        for found, (low, high) in ((variances[:, 0], self.first), (variances[:, 1:][there[:, 1:]], self.rest)):
+            outside = found[(found < low) | (found > high)]
+            if len(outside):
+                raise OutOfRange(
+                    f"embeddings of a variance of {float(outside[0]):.3g} where the servers' model was calibrated for "
+                    f"{low:.3g} to {high:.3g}: set search.keep_norms = true, or lower search.scale"
+                )
 
 
 class Session:
@@ -57,13 +103,10 @@ class Session:
             line.send(session=name)
         answers = self._answers()
         self.seconds += time.monotonic() - began
-        ready, other = self._read(
-            answers, lambda head, _: (head["model"], int(head["fraction"]), int(head["width"]), int(head["largest"]))
-        )
-        if ready != other:
+        forms = self._read(answers, lambda header, _: _Form.of(header))
+        if forms[0] != forms[1]:
             raise MpcError("the servers hold shares of different models; the model owner must provide one again")
-        _, self._fraction, self._width, largest = ready
-        self._largest = 2.0**largest
+        self._form = forms[0]
         self._enter(answers)
 
     def forward(self, groups: Sequence[Sentences]) -> list[Tensor]:
@@ -71,17 +114,13 @@ class Session:
 
         Raises:
             MpcError: embeddings are not those of the servers' model.
-            OutOfRange: they do not fit fixed point.
+            OutOfRange: they are not such as the model was calibrated for.
             PartyLost: a party is lost; the error names it.
         """
         began = time.monotonic()
-        widths = {group.embeddings.shape[-1] for group in groups} - {self._width}
-        if widths:
-            raise MpcError(
-                f"embeddings are {widths.pop()} wide where the servers' model takes {self._width}: set "
-                "model.embeddings to the folder that its owner gave"
-            )
-        halves = [share(encode(group.embeddings, self._fraction)) for group in groups]
+        for group in groups:
+            self._form.check(group)
+        halves = [share(encode(group.embeddings, self._form.fraction)) for group in groups]
         forms = [{"shape": list(group.embeddings.shape), "lengths": group.lengths.tolist()} for group in groups]
         for number, line in enumerate(self._lines):
             payload = b"".join(pack(half[number], WORD) for half in halves)
@@ -91,7 +130,7 @@ class Session:
         self.received += sum(len(payload) for _, payload in answers)
         shares = self._read(answers, lambda header, payload: _shares_of(header, payload, groups))
         features = [reconstruct((first, second)) for first, second in zip(*shares, strict=True)]
-        if any(float(part.abs().max()) > 2 * self._largest for part in features):
+        if any(float(part.abs().max()) > 2 * self._form.largest for part in features):
             raise PartyLost(
                 "features came that no sentence has: a server is astray, or sentences are unlike those of the "
                 "calibration; compare with --clear"
