@@ -80,12 +80,15 @@ def provide(
     model: Annotated[
         Path | None, typer.Option(help="folder of its teacher's checkpoint; by default the bundled text tower")
     ] = None,
+    sentences: Annotated[
+        int | None, typer.Option(min=300, help="public ones, to measure the tower's ranges on; by default 4,000")
+    ] = None,
     timeout: Timeout = 60.0,
 ) -> None:
     """Give the servers shares of a text tower, as its owner; its ranges are measured on public text before."""
     from sordino.mpc.certificates import MODEL_OWNER, Identity
     from sordino.mpc.distill import teacher_of
-    from sordino.mpc.public_text import calibration_of
+    from sordino.mpc.public_text import SENTENCES, calibration_of
     from sordino.mpc.session import provide as give
     from sordino.mpc.tower import PrivateTower, bundled_tower
 
@@ -93,7 +96,8 @@ def provide(
     if len(addresses) != 2:
         raise ConfigError("--servers", servers, "must be two, as HOST:PORT,HOST:PORT")
     weights = PrivateTower.load(tower) if tower else bundled_tower()
-    calibration = calibration_of(weights, teacher_of(model))
+    with live_progress() as progress:
+        calibration = calibration_of(weights, teacher_of(model), sentences or SENTENCES, progress=progress)
     print(f"Model {give(own, addresses, weights, calibration, timeout)} is at both servers")
 
 

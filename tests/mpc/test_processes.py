@@ -18,7 +18,10 @@ import pytest
 import torch
 from mpc.small import agree, batches, groups, small_tower
 from torch import Tensor
+from typer.testing import CliRunner
 
+from sordino.cli import app
+from sordino.errors import ConfigError
 from sordino.mpc.calibration import Calibration
 from sordino.mpc.certificates import DATA_OWNER, MODEL_OWNER, ROLES, SERVERS, Identity
 from sordino.mpc.costs import Cost
@@ -190,27 +193,31 @@ def test_a_slow_network_takes_the_time_of_the_model(processes: Processes) -> Non
     assert seconds[1] >= network_of("20,10").online(costs[1])
 
 
-def test_a_port_that_is_taken_and_a_peer_that_is_missing(processes: Processes) -> None:
+def test_a_port_that_is_taken(processes: Processes) -> None:
+    own = str(processes.folder / "parties" / "assistant")
+    words = ["assistant", "--listen", processes.addresses["assistant"], "--certificates", own]
+    done = subprocess.run(command(*words), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"sordino: --listen = '{processes.addresses['assistant']}': cannot be listened at")
+
+
+def test_arguments_that_do_not_fit(processes: Processes) -> None:
     folder = processes.folder / "parties"
+    server = ["server", "--listen", "127.0.0.1:0", "--assistant", "x:1", "--certificates"]
     for words, message in (
+        ([*server, str(folder / SERVERS[1])], "--peer = None: is for server-1 alone"),
+        ([*server, str(folder / SERVERS[0]), "--peer", "x:2"], "--peer = 'x:2': is for server-1 alone"),
+        ([*server, str(folder / "assistant")], "is that of assistant; server-0 or server-1 is needed"),
         (
-            ["assistant", "--listen", processes.addresses["assistant"], "--certificates", str(folder / "assistant")],
-            "--listen",
-        ),
-        (
-            ["server", "--listen", "127.0.0.1:0", "--assistant", "x:1", "--certificates", str(folder / "server-1")],
-            "--peer",
-        ),
-        (
-            ["server", "--listen", "127.0.0.1:0", "--assistant", "x:1", "--certificates", str(folder / "assistant")],
-            "server-0 or server-1",
+            ["provide", "--servers", "x:1", "--certificates", str(folder / MODEL_OWNER)],
+            "--servers = 'x:1': must be two",
         ),
         (["certificates", "--out", str(folder)], "choose another folder"),
     ):
-        done = subprocess.run(command(*words), capture_output=True, text=True, timeout=60)
-        assert done.returncode == 2
-        assert message in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        ran = CliRunner().invoke(app, ["mpc", *words])
+        assert isinstance(ran.exception, ConfigError)
+        assert message in str(ran.exception)
 
 
 def test_the_commands_tune_a_prompt_as_in_the_clear(processes: Processes) -> None:
@@ -228,7 +235,7 @@ def test_the_commands_tune_a_prompt_as_in_the_clear(processes: Processes) -> Non
         encoding="utf-8",
     )
     parties, servers = processes.folder / "parties", ",".join(processes.servers)
-    words = ["provide", "--servers", servers, "--certificates", str(parties / MODEL_OWNER)]
+    words = ["provide", "--servers", servers, "--certificates", str(parties / MODEL_OWNER), "--sentences", "300"]
     subprocess.run(command(*words), check=True, timeout=300, cwd=folder)
 
     def tuned(*words: str) -> dict[str, Any]:
