@@ -158,6 +158,7 @@ def test_the_search_goes_on_from_the_last_generation(processes: Processes) -> No
     def losses(prompts: Tensor) -> Tensor:
         if len(asked) == 2:
             processes.running["server-1"].kill()
+            processes.running["server-1"].wait()
         (group, _) = groups()
         sentences = [Sentences(group.embeddings + 0.01 * prompt[0], group.lengths) for prompt in prompts]
         features = processes.current.forward(sentences)
