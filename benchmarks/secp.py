@@ -28,7 +28,8 @@ from sordino.mpc import Calibration, Costs, Encoder, Party, Plan, Shared, encode
 from sordino.mpc.correlations import Mask, Product
 from sordino.mpc.distill import teacher_of
 from sordino.mpc.encoder import shared_weights
-from sordino.mpc.public_text import calibration_of, embedded, held_out_rows
+from sordino.mpc.memory import keep_freed
+from sordino.mpc.public_text import SENTENCES, calibration_of, embedded, held_out_rows
 from sordino.mpc.ring import share
 from sordino.mpc.sentences import Sentences, batches, in_the_clear
 from sordino.mpc.supply import Numbered, Tape
@@ -161,12 +162,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="2 layers, batch 4, ranges of 300 sentences")
     parser.add_argument("--sentences", type=int, default=0, help="only cosines, over so many held-out sentences")
     args = parser.parse_args()
+    keep_freed()  # as `sordino mpc server` does
     torch.set_num_threads(1)
     tower, text_tower = bundled_tower(), teacher_of(None)
     depth, batch = (2, 4) if args.quick else (6, 64)
     tower = replace(tower, layers=tower.layers[:depth])
     began = time.perf_counter()
-    calibration = calibration_of(tower, text_tower, 300 if args.quick else 2000)
+    calibration = calibration_of(tower, text_tower, 300 if args.quick else SENTENCES)
     result: dict[str, Any] = {"quick": args.quick, "calibration_seconds": time.perf_counter() - began}
     if args.sentences:
         print(json.dumps(result | over_sentences(tower, calibration, text_tower, args.sentences), indent=1))

@@ -134,8 +134,12 @@ def distill(
 
 
 def _use(threads: int | None) -> None:
+    """Settle how this process, a server or the assistant, uses the machine."""
     import torch
 
+    from sordino.mpc.memory import keep_freed
+
+    keep_freed()
     if threads:
         torch.set_num_threads(threads)
 

@@ -15,6 +15,7 @@ import torch
 from sordino.encoders.bundled import BundledEncoder
 from sordino.encoders.cache import FeatureCache
 from sordino.encoders.encode import encode
+from sordino.mpc.search import projection
 from sordino.mpc.settings import PrivateTuning
 from sordino.mpc.tasks import TEST_SEED, ImageTask, Part, TextTask, drawn, text_task
 from sordino.progress import Progress, log, silent
@@ -33,10 +34,12 @@ def open_task(config: PrivateTuning, part: Part = "test", progress: Progress = s
         progress: is told how many pictures are encoded.
 
     Raises:
-        ConfigError: a file or a checkpoint is missing.
+        ConfigError: a file or a checkpoint is missing, or the search is wider than the prompt.
         DataError: data is malformed, or too little.
     """
-    return text_task(config, part) if config.task.kind == "text" else _image_task(config, part, progress)
+    task = text_task(config, part) if config.task.kind == "text" else _image_task(config, part, progress)
+    projection(config.search.search(config.seed), *task.start().shape)  # refuses what does not fit, before it is needed
+    return task
 
 
 def _image_task(config: PrivateTuning, part: Part, progress: Progress) -> ImageTask:

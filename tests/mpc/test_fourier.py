@@ -204,8 +204,12 @@ def test_what_is_looked_up_is_what_is_computed() -> None:
     assert looked_up.shape == many.shape == (5000, 2, 3)
     assert torch.equal(looked_up[:10], worked_out)
     series = gelu_series(5, 11.5, 10)
-    table = fourier._whole_period(series, 2, 6, 12, 12)
-    assert torch.equal(table[opened].long(), public_factors(opened, 12, series, slice(2, 6), 12))
+    table, rows = fourier._factors(opened, 12, series, slice(2, 6), 12)
+    assert len(table) == 2**12
+    assert torch.equal(table[rows].long(), public_factors(opened, 12, series, slice(2, 6), 12))
+    table, rows = fourier._rotations(opened, 12, 9)
+    assert len(table) == 2**12
+    assert torch.equal(table[rows].long(), fourier.rotations(opened, 12, 9))
 
 
 def test_a_series_dealt_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

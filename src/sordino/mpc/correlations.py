@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sordino.mpc.ring import CHUNK, FORMS, WORD, Shape, encode, lowest, narrow, shape_of, worth_a_table
+from sordino.mpc import kernels
+from sordino.mpc.ring import FORMS, WORD, Shape, encode, lowest, narrow, shape_of, worth_a_table
 
 
 @dataclass(frozen=True)
@@ -163,9 +164,7 @@ class Harmonics:
             return _harmonics(turns, self.period, self.frequencies, self.fraction).reshape(self.shape)
         table = _whole_period(self.period, self.frequencies, self.fraction)
         values = torch.empty(len(turns), table.shape[1], dtype=torch.int64)
-        for start in range(0, len(turns), CHUNK):
-            piece = slice(start, start + CHUNK)
-            values[piece] = table.index_select(0, turns[piece])
+        kernels.look_up(table.numpy(), turns.numpy(), values.numpy())
         return values.view(self.shape)
 
 

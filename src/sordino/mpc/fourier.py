@@ -21,11 +21,12 @@ import torch
 from scipy.special import erf
 from torch import Tensor
 
+from sordino.mpc import kernels
 from sordino.mpc.correlations import Harmonics, Mask
 from sordino.mpc.costs import protocol
 from sordino.mpc.errors import OutOfRange
 from sordino.mpc.party import Masked, Party, Shared
-from sordino.mpc.ring import CHUNK, WORD, lowest, narrow, worth_a_table
+from sordino.mpc.ring import CHUNK, WORD, lowest, lowest_, narrow, worth_a_table
 
 TABLE = 26  # fraction bits of public cosines
 COARSE, FINE = 18, 8  # bits of an angle that the two tables resolve
@@ -171,16 +172,16 @@ def turn(party: Party, *values: Shared, period: int, resolution: int) -> list[An
         if not 1 <= length <= value.bits:
             raise OutOfRange(f"a period of 2^{length} in a value shared modulo 2^{value.bits}: must divide it")
         width = min(length, resolution)
-        share = lowest(value.share, length) >> (length - width)
-        if width < length:
-            share = share + party.only(0, torch.ones_like(share))
         mask, own = party.supply.mask(value.shape, width)
+        share = torch.bitwise_right_shift(value.share, length - width, out=torch.empty_like(own))
+        if width < length and party.number == 0:
+            share += 1
         masks.append(mask)
         widths.append(width)
-        differences.append(lowest(share - own, width))
+        differences.append(share.sub_(own))
     others = party.exchange(differences, widths)
     return [
-        Angle(lowest(own + other, width), width, mask)
+        Angle(lowest_(own.add_(other), width), width, mask)
         for own, other, width, mask in zip(differences, others, widths, masks, strict=True)
     ]
 
@@ -216,12 +217,11 @@ def cosine_and_sine(
     """
     results = []
     for angle in turn(party, *values, period=period, resolution=resolution):
-        dealt = party.supply.correlated(Harmonics(angle.mask, angle.bits, (1,), precision, bits))
-        cosine, sine = (
-            rounded(known, TABLE - precision) for known in public_cosine_and_sine(angle.opened, angle.bits, 1)
-        )
-        cos_r, sin_r = dealt[..., 0].unbind(-1)
-        pair = cosine * cos_r - sine * sin_r, sine * cos_r + cosine * sin_r
+        dealt = party.supply.correlated(Harmonics(angle.mask, angle.bits, (1,), precision, bits)).view(-1, 2)
+        opened = angle.opened.reshape(-1)
+        pair = [torch.empty(angle.opened.shape, dtype=torch.int64) for _ in range(2)]
+        table, rows = _rotations(opened, angle.bits, precision)
+        kernels.rotate(table.numpy(), rows.numpy(), dealt.numpy(), *(part.view(-1).numpy() for part in pair))
         results.append((Shared(pair[0], 2 * precision, bits), Shared(pair[1], 2 * precision, bits)))
     return results
 
@@ -242,17 +242,10 @@ def evaluate(party: Party, angle: Angle, series: Series, precision: int = 14, bi
     for some in _pieces(len(series.frequencies), len(opened)):
         frequencies = series.frequencies[some]
         dealt = party.supply.correlated(Harmonics(angle.mask, angle.bits, frequencies, precision, bits))
-        rows = dealt.view(len(opened), 2 * len(frequencies))
-        tabulated = worth_a_table(len(opened), angle.bits)
-        table = _whole_period(series, some.start, some.stop, precision, angle.bits) if tabulated else None
-        for start in range(0, len(opened), CHUNK):
-            piece = slice(start, start + CHUNK)
-            if table is None:
-                factors = public_factors(opened[piece], angle.bits, series, some, precision)
-            else:
-                factors = table.index_select(0, opened[piece])
-            total[piece] += (factors * rows[piece]).sum(-1)
-    return Shared(lowest(total, bits).view(angle.opened.shape), 2 * precision, bits)
+        factors = dealt.view(len(opened), 2 * len(frequencies)).numpy()
+        table, rows = _factors(opened, angle.bits, series, some, precision)
+        kernels.add_products(table.numpy(), rows.numpy(), factors, total.numpy())
+    return Shared(lowest_(total, bits).view(angle.opened.shape), 2 * precision, bits)
 
 
 def _pieces(frequencies: int, arguments: int) -> list[slice]:
@@ -308,20 +301,44 @@ def public_factors(opened: Tensor, bits: int, series: Series, some: slice, preci
 
     They have `precision` fraction bits; u [N] is modulo 2^bits.
     """
-    first, second, cut = [], [], TABLE + COEFFICIENT - precision
-    for k, a, b in zip(series.frequencies[some], series.cosine[some], series.sine[some], strict=True):
-        cosine, sine = public_cosine_and_sine(opened, bits, k)
-        first.append(rounded(a * cosine + b * sine, cut))
-        second.append(rounded(b * cosine - a * sine, cut))
-    return torch.stack([*first, *second], -1)
+    more, frequencies = max(0, bits - COARSE - FINE), np.array(series.frequencies[some])
+    opened = lowest(rounded(opened, more), bits - more).contiguous()
+    coefficients = np.array([series.cosine[some], series.sine[some]])
+    coarse, fine = _table(COARSE, COARSE).numpy(), _table(COARSE + FINE, FINE).numpy()
+    factors, cut = torch.empty(len(opened), 2 * len(frequencies), dtype=torch.int64), TABLE + COEFFICIENT - precision
+    kernels.harmonics(opened.numpy(), bits - more, frequencies, coefficients, coarse, fine, cut, factors.numpy())
+    return factors
+
+
+def _factors(opened: Tensor, bits: int, series: Series, some: slice, precision: int) -> tuple[Tensor, Tensor]:
+    """`public_factors` of angles, as a table and rows of it: of a whole period, or of these angles alone."""
+    if worth_a_table(len(opened), bits):
+        return _all_factors(series, some.start, some.stop, precision, bits), opened
+    return public_factors(opened, bits, series, some, precision), torch.arange(len(opened))
 
 
 @lru_cache(maxsize=64)
-def _whole_period(series: Series, start: int, stop: int, precision: int, bits: int) -> Tensor:
-    """`public_factors` of all angles, [2^bits, 2 K]."""
+def _all_factors(series: Series, start: int, stop: int, precision: int, bits: int) -> Tensor:
     some = slice(start, stop)
     parts = torch.arange(2**bits).split(CHUNK)
     return torch.cat([narrow(public_factors(part, bits, series, some, precision)) for part in parts])
+
+
+def _rotations(opened: Tensor, bits: int, precision: int) -> tuple[Tensor, Tensor]:
+    """cos u and sin u with `precision` fraction bits, as a table and rows of it, likewise."""
+    if worth_a_table(len(opened), bits):
+        return _all_rotations(bits, precision), opened
+    return rotations(opened, bits, precision), torch.arange(len(opened))
+
+
+@lru_cache(maxsize=8)
+def _all_rotations(bits: int, precision: int) -> Tensor:
+    return narrow(rotations(torch.arange(2**bits), bits, precision))
+
+
+def rotations(opened: Tensor, bits: int, precision: int) -> Tensor:
+    """cos u and sin u of u [N] modulo 2^bits with `precision` fraction bits: [N, 2]."""
+    return torch.stack([rounded(part, TABLE - precision) for part in public_cosine_and_sine(opened, bits, 1)], -1)
 
 
 def public_cosine_and_sine(opened: Tensor, bits: int, frequency: int) -> tuple[Tensor, Tensor]:
@@ -343,8 +360,7 @@ def public_cosine_and_sine(opened: Tensor, bits: int, frequency: int) -> tuple[T
 
 
 @lru_cache(maxsize=2)
-def _table(resolution: int, bits: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of 2 pi i / 2^resolution for i below 2^bits, with 26 fraction bits, int64."""
+def _table(resolution: int, bits: int) -> Tensor:
+    """cos and sin of 2 pi i / 2^resolution for i below 2^bits, with 26 fraction bits: int64 [2, 2^bits]."""
     angles = 2 * np.pi * np.arange(2**bits) / 2.0**resolution
-    cosines, sines = (np.rint(part * 2.0**TABLE).astype(np.int64) for part in (np.cos(angles), np.sin(angles)))
-    return torch.from_numpy(cosines), torch.from_numpy(sines)
+    return torch.from_numpy(np.rint(np.stack([np.cos(angles), np.sin(angles)]) * 2.0**TABLE).astype(np.int64))

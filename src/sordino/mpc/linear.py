@@ -15,11 +15,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sordino.mpc import kernels
 from sordino.mpc.correlations import Lift, Product, TripleProduct
 from sordino.mpc.costs import protocol
 from sordino.mpc.errors import OutOfRange
 from sordino.mpc.party import Masked, Party, Shared
-from sordino.mpc.ring import FORMS, WORD, decode, lowest
+from sordino.mpc.ring import FORMS, WORD, decode, low_bits, lowest_
 
 
 @protocol
@@ -32,7 +33,7 @@ def reveal(party: Party, *values: Shared) -> list[Tensor]:
     Rounds: 1. Online: N n / 8. Offline: 0. Error: none.
     """
     bits = [value.bits for value in values]
-    others = party.exchange([lowest(value.share, n) for value, n in zip(values, bits, strict=True)], bits)
+    others = party.exchange([value.share for value in values], bits)
     return [
         decode(value.share + other, value.fraction, value.bits) for value, other in zip(values, others, strict=True)
     ]
@@ -64,10 +65,10 @@ def hide(party: Party, *values: Shared, bits: int | Sequence[int] = WORD) -> lis
             raise OutOfRange(f"a value shared modulo 2^{value.bits} cannot be opened modulo 2^{width}; lift it first")
         mask, share = party.supply.mask(value.shape, width)
         masks.append((mask, share))
-        differences.append(lowest(value.share - share, width))
+        differences.append(torch.sub(value.share, share, out=torch.empty_like(share)))
     others = party.exchange(differences, widths)
     return [
-        Masked(lowest(own + other, width), share, mask, value.fraction)
+        Masked(lowest_(own.add_(other), width), share, mask, value.fraction)
         for value, width, (mask, share), own, other in zip(values, widths, masks, differences, others, strict=True)
     ]
 
@@ -92,8 +93,10 @@ def product(party: Party, left: Masked, right: Masked, form: str = "matmul") -> 
     fixed = right.fixed
     known = party.supply.with_fixed(left.mask, right.opened, form) if fixed else apply(left.share, right.opened)
     own = right.share + right.opened if party.number else right.share
-    share = apply(left.opened, own).add_(known).add_(dealt)
-    return Shared(lowest(share, bits), left.fraction + right.fraction, bits)
+    share = apply(left.opened, own).contiguous()
+    sums, first, second = (part.reshape(-1).numpy() for part in (share, known, dealt))
+    kernels.add_up(sums, first, second, low_bits(bits))
+    return Shared(share, left.fraction + right.fraction, bits)
 
 
 @protocol
@@ -112,7 +115,7 @@ def triple_product(party: Party, first: Masked, second: Masked, third: Masked) -
     u, v, w = first.opened, second.opened, third.opened
     share = v * (w * first.share + u * third.share + ac) + u * (w * second.share + bc) + w * ab + abc
     share = share + party.only(0, (u * v) * w)
-    return Shared(lowest(share, bits), first.fraction + second.fraction + third.fraction, bits)
+    return Shared(lowest_(share, bits), first.fraction + second.fraction + third.fraction, bits)
 
 
 @protocol
@@ -155,12 +158,11 @@ def lifted(party: Party, value: Masked, fraction: int, bits: int = WORD) -> Shar
     shift, top = value.fraction - fraction, value.bits - 1
     if not 0 <= shift < top:
         raise OutOfRange(f"fraction = {fraction}: must be from {value.fraction - top + 1} to {value.fraction}")
-    upper, highest = party.supply.correlated(Lift(value.mask, shift, bits))
-    opened = value.opened + (1 << (top - 1))
-    opened_top = lowest(opened >> top, 1)
-    known = (lowest(opened, top) >> shift) + (opened_top << (top - shift)) - (1 << (top - 1 - shift))
-    share = ((1 - 2 * opened_top) * highest << (top - shift)) - upper + party.only(0, known)
-    return Shared(lowest(share, bits), fraction, bits)
+    dealt = party.supply.correlated(Lift(value.mask, shift, bits)).view(2, -1)
+    opened, share = value.opened.contiguous(), torch.empty(value.opened.shape, dtype=torch.int64)
+    known = party.number == 0
+    kernels.lift(opened.view(-1).numpy(), dealt.numpy(), top, shift, known, share.view(-1).numpy())
+    return Shared(lowest_(share, bits), fraction, bits)
 
 
 @protocol

@@ -10,7 +10,7 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-from sordino.mpc.ring import WORD, Shape
+from sordino.mpc.ring import WORD, Shape, lowest_
 
 KEY = 32  # bytes
 PIECE = 2**18  # bytes
@@ -36,5 +36,4 @@ class Prg:
         for start in range(0, words.nbytes, PIECE):  # so that what is enciphered, and a block of it, stay in the cache
             piece = octets[start : start + PIECE]
             encryptor.update_into(plain[: len(piece)], piece)
-        integers = torch.from_numpy(words.reshape(shape))
-        return integers if bits == WORD else integers.bitwise_and_((1 << bits) - 1)
+        return lowest_(torch.from_numpy(words.reshape(shape)), bits)

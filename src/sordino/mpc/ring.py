@@ -14,17 +14,15 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sordino.mpc import kernels
 from sordino.mpc.errors import OutOfRange, PartyLost
 
 Shape = tuple[int, ...]
-Octets = npt.NDArray[np.uint8]
 WORD = 64  # bits of the ring
 CHUNK = 2048  # rows of a table looked up at a time, so that they stay in the cache
-PIECE = 2**16  # octets of which planes of bits are taken at a time, for the same reason
 
 # The bilinear maps that products on shares are taken by; leading axes broadcast.
 FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -72,9 +70,19 @@ def centred(integers: Tensor, bits: int) -> Tensor:
     return (integers << (WORD - bits)) >> (WORD - bits)
 
 
+def low_bits(bits: int) -> int:
+    """The integer whose lowest `bits` bits are set, as int64 has it."""
+    return -1 if bits == WORD else (1 << bits) - 1
+
+
 def lowest(integers: Tensor, bits: int) -> Tensor:
     """The representatives from 0 to 2^bits - 1 of integers modulo 2^bits; all of Z_2^64 for 64 bits."""
-    return integers if bits == WORD else integers & ((1 << bits) - 1)
+    return integers if bits == WORD else integers & low_bits(bits)
+
+
+def lowest_(integers: Tensor, bits: int) -> Tensor:
+    """`lowest` in place."""
+    return integers if bits == WORD else integers.bitwise_and_(low_bits(bits))
 
 
 def narrow(integers: Tensor) -> Tensor:
@@ -96,20 +104,18 @@ def share(integers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def packed_size(count: int, bits: int) -> int:
-    """How many bytes `pack` makes of `count` integers: whole bytes of each, and the remaining bits together."""
-    return count * (bits // 8) + math.ceil(count * (bits % 8) / 8)
+    """How many bytes `pack` makes of `count` integers."""
+    return math.ceil(count * bits / 8)
 
 
 def pack(integers: Tensor, bits: int) -> bytes:
-    """Integers modulo 2^bits as `packed_size` bytes: columns of their low bytes, then planes of the bits left."""
-    flat = integers.contiguous().numpy().astype("<i8", copy=False).reshape(-1)
+    """Integers modulo 2^bits as `packed_size` bytes, little-endian and without gaps."""
+    flat = integers.contiguous().numpy().reshape(-1)
     if bits == WORD:
         return flat.tobytes()
-    whole, rest = bits // 8, bits % 8
-    parts = [flat.view(kind)[start :: 8 // size].tobytes() for kind, size, start in _columns(whole)]
-    if rest:
-        parts.append(_packed_planes(flat.view(np.uint8)[whole::8], rest))
-    return b"".join(parts)
+    words = np.empty(math.ceil(flat.size * bits / WORD), np.uint64)
+    kernels.pack(flat, bits, words)
+    return words.view(np.uint8)[: packed_size(flat.size, bits)].tobytes()
 
 
 def unpack(content: bytes, shape: Shape, bits: int) -> Tensor:
@@ -118,18 +124,15 @@ def unpack(content: bytes, shape: Shape, bits: int) -> Tensor:
     Raises:
         PartyLost: the bytes are too few or too many.
     """
-    count, whole, rest = math.prod(shape), bits // 8, bits % 8
+    count = math.prod(shape)
     due = packed_size(count, bits)
     if len(content) != due:
         raise PartyLost(f"{len(content)} bytes came where {due} were due; the other party is astray")
     if bits == WORD:
-        return torch.from_numpy(np.frombuffer(bytearray(content), "<i8").reshape(shape))
-    flat, read = np.zeros(count, "<i8"), 0
-    for kind, size, start in _columns(whole):
-        flat.view(kind)[start :: 8 // size] = np.frombuffer(content, kind, count, read)
-        read += count * size
-    if rest:
-        _unpack_planes(np.frombuffer(content, np.uint8, offset=read), rest, flat.view(np.uint8)[whole::8])
+        return torch.from_numpy(np.frombuffer(bytearray(content), np.int64).reshape(shape))
+    words, flat = np.empty(math.ceil(count * bits / WORD), np.uint64), np.empty(count, np.int64)
+    words.view(np.uint8)[:due] = np.frombuffer(content, np.uint8)
+    kernels.unpack(words, bits, flat)
     return torch.from_numpy(flat.reshape(shape))
 
 
@@ -147,39 +150,3 @@ def unpack_each(content: bytes, shapes: Sequence[Shape], bits: Sequence[int]) ->
         unpack(content[start:end], shape, width)
         for (start, end), shape, width in zip(pairwise(ends), shapes, bits, strict=True)
     ]
-
-
-def _packed_planes(octets: Octets, rest: int) -> bytes:
-    """The lowest `rest` bits of octets: a plane each of as many as are whole eights, then planes of those left over."""
-    even = len(octets) // 8 * 8
-    planes = np.empty((rest, even // 8), np.uint8)
-    for start in range(0, even, PIECE):
-        piece = octets[start : min(start + PIECE, even)].copy()
-        for plane in range(rest):
-            planes[plane, start // 8 : (start + len(piece)) // 8] = np.packbits(piece & (1 << plane))
-    left = np.packbits(octets[even:] & (1 << np.arange(rest, dtype=np.uint8))[:, None], axis=None)
-    return planes.tobytes() + left.tobytes()
-
-
-def _unpack_planes(content: Octets, rest: int, octets: Octets) -> None:
-    """Fill octets with what `_packed_planes` made."""
-    even = len(octets) // 8 * 8
-    planes, left = content[: rest * even // 8].reshape(rest, even // 8), content[rest * even // 8 :]
-    for start in range(0, even, PIECE):
-        end = min(start + PIECE, even)
-        piece = np.zeros(end - start, np.uint8)
-        for plane in range(rest):
-            piece |= np.unpackbits(planes[plane, start // 8 : end // 8]) << plane
-        octets[start:end] = piece
-    last = np.unpackbits(left, count=rest * (len(octets) - even)).reshape(rest, -1)
-    octets[even:] = (last << np.arange(rest, dtype=np.uint8)[:, None]).sum(0, dtype=np.uint8)
-
-
-def _columns(whole: int) -> list[tuple[str, int, int]]:
-    """The words that make up so many low bytes of a word of 8: type, bytes, and place among its like."""
-    columns, place = [], 0
-    for size in (4, 2, 1):
-        if whole & size:
-            columns.append((f"<u{size}", size, place // size))
-            place += size
-    return columns

@@ -10,15 +10,16 @@ a loss, if the one who searches computes it from what comes back.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import cma
 import numpy as np
 import torch
 from torch import Tensor
 
-from sordino.errors import RunError
+from sordino.errors import ConfigError, RunError
 from sordino.progress import Progress, silent
 
 Losses = Callable[[Tensor], Tensor]  # prompts [P, M, E] to their losses [P]
@@ -33,8 +34,7 @@ class Search:
         population: candidates a generation.
         generations: of them.
         deviation: of z at the start.
-        scale: standard deviation of a prompt's entries per unit of z's norm: entries of A are normal with deviation
-            scale / sqrt(width).
+        scale: standard deviation of a prompt's entries where z's have one of 1.
         seed: of A and of candidates.
         keep_norms: give each of a prompt's tokens the norm that it has in p_0. A tower normalises what enters it, so
             little is lost but the way to values for which a tower on shares was not calibrated.
@@ -56,15 +56,17 @@ class Found:
     Attributes:
         losses: of every candidate so far, a list a generation.
         best: z of the least loss.
+        least: that loss; infinite before the first generation.
     """
 
     losses: list[list[float]] = field(default_factory=list)
     best: list[float] = field(default_factory=list)
+    least: float = float("inf")
 
-    @property
-    def least(self) -> float:
-        """The least loss so far; infinite before the first generation."""
-        return min((loss for generation in self.losses for loss in generation), default=float("inf"))
+    def better(self, z: Sequence[float], loss: float) -> None:
+        """Take z for the best, if it is."""
+        if loss < self.least:
+            self.best, self.least = [float(each) for each in z], loss
 
     def to_json(self) -> str:
         """For a file; it holds no prompt but the best z, which is useless without A."""
@@ -80,21 +82,35 @@ class Found:
         try:
             stored = json.loads(content)
             losses = [[float(loss) for loss in generation] for generation in stored["losses"]]
-            return cls(losses, [float(each) for each in stored["best"]])
+            least = min((min(generation) for generation in losses), default=float("inf"))
+            return cls(losses, [float(each) for each in stored["best"]], least)
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"the state of a search is damaged ({error}); start anew") from None
 
 
+@lru_cache(maxsize=4)
 def projection(search: Search, length: int, width: int) -> Tensor:
-    """A, [d, M, E]: fixed by the seed.
+    """A, [d, M, E]: fixed by the seed. Its rows are orthogonal, all of one norm, in directions that are uniform.
+
+    With rows that are merely independent, a d near M E stretches some directions many times as far as others, and the
+    search is the slower for it.
 
     Args:
         search: its width, scale and seed.
         length, width: M and E of the prompt.
+
+    Raises:
+        ConfigError: z is wider than a prompt.
     """
+    if search.width > length * width:
+        raise ConfigError("search.width", search.width, f"must be at most the {length * width} numbers of a prompt")
     generator = torch.Generator().manual_seed(search.seed)
-    drawn = torch.randn(search.width, length, width, generator=generator)
-    return drawn * float(search.scale / search.width**0.5)
+    drawn = torch.randn(length * width, search.width, generator=generator, dtype=torch.float64)
+    rows, triangle = torch.linalg.qr(drawn)
+    rows = rows * triangle.diagonal().sign()  # uniform only with this choice of signs
+    norm = search.scale * (length * width / search.width) ** 0.5
+    scaled: Tensor = (rows.T * norm).float().view(search.width, length, width)
+    return scaled
 
 
 def prompts(search: Search, start: Tensor, z: Tensor) -> Tensor:
@@ -113,7 +129,9 @@ def tune(
     finished: Callable[[Found], None] = lambda _: None,
     progress: Progress = silent,
 ) -> tuple[Tensor, Found]:
-    """The prompt of the least loss.
+    """The prompt of the least loss, of all candidates and the mean of the last distribution.
+
+    That mean is usually better than any candidate, and depends less on which of them came first.
 
     An interrupted search goes on from the last finished generation: CMA-ES is told the losses it was told before, and
     so stands where it stood, without a forward pass.
@@ -127,7 +145,7 @@ def tune(
         progress: is told how far it is.
 
     Returns:
-        The best candidate [M, E], p_0 if there was none; and the state.
+        The prompt [M, E], p_0 if there was no generation; and the state.
 
     Raises:
         RunError: `found` is of another search, or a loss is not finite.
@@ -150,11 +168,12 @@ def tune(
         if not np.isfinite(values).all():
             raise RunError(f"a loss in generation {generation + 1} is not finite; lower the deviation or the scale")
         strategy.tell(candidates, values)
-        if min(values) < found.least:
-            found.best = [float(each) for each in candidates[int(np.argmin(values))]]
+        found.better(candidates[int(np.argmin(values))], min(values))
         found.losses.append([float(value) for value in values])
         finished(found)
         progress("tune", generation + 1, search.generations, f"loss {found.least:.3f}")
     if not found.best:
         return start, found
+    mean = strategy.result.xfavorite
+    found.better(mean, losses(prompts(search, start, torch.tensor(mean[None]))).item())
     return prompts(search, start, torch.tensor([found.best]))[0], found

@@ -1,0 +1,148 @@
+"""Passes over many integers, each of which torch would make several of: compiled by numba, at their first use.
+
+On shares the sums are short and the tensors long, so memory decides how long they take. All arrays are one-dimensional
+or rows, without gaps; results are written into arrays that are given. Integers are modulo 2^64, in int64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+Words = npt.NDArray[np.uint64]
+Integers = npt.NDArray[np.int64]
+Narrow = npt.NDArray[np.int64] | npt.NDArray[np.int32]  # a table
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+
+ONE, SIX, ROOM = np.uint64(1), np.uint64(6), np.uint64(64)
+
+
+def compiled(kernel: Kernel) -> Kernel:
+    """Without the interpreter's lock; kept beside this file or in the user's cache for later, where one may write."""
+    try:
+        return cast(Kernel, numba.njit(nogil=True, cache=True)(kernel))
+    except RuntimeError:  # numba found no folder
+        return cast(Kernel, numba.njit(nogil=True)(kernel))
+
+
+@compiled
+def _bits_of(power: int) -> int:
+    """log2 of a power of two."""
+    bits = 0
+    while power >> bits > 1:
+        bits += 1
+    return bits
+
+
+@compiled
+def pack(integers: Integers, bits: int, words: Words) -> None:
+    """The lowest `bits` < 64 bits of integers one after the other: 64 integers in `bits` words."""
+    width, word, filled, place = np.uint64(bits), np.uint64(0), np.uint64(0), 0
+    low = (ONE << width) - ONE
+    for i in range(len(integers)):
+        integer = np.uint64(integers[i]) & low
+        word |= integer << filled
+        filled += width
+        if filled >= ROOM:
+            words[place] = word
+            place += 1
+            filled -= ROOM
+            word = integer >> (width - filled) if filled else np.uint64(0)
+    if filled:
+        words[place] = word
+
+
+@compiled
+def unpack(words: Words, bits: int, integers: Integers) -> None:
+    """The inverse of `pack`, from 0 to 2^bits - 1."""
+    width = np.uint64(bits)
+    low = (ONE << width) - ONE
+    for i in range(len(integers)):
+        start = np.uint64(i) * width
+        place, offset = start >> SIX, start & (ROOM - ONE)
+        integer = words[place] >> offset
+        if offset + width > ROOM:
+            integer |= words[place + ONE] << (ROOM - offset)
+        integers[i] = np.int64(integer & low)
+
+
+@compiled
+def add_products(table: Narrow, rows: Integers, factors: Integers, totals: Integers) -> None:
+    """Add the product of table[rows[i]] and factors[i], entry by entry and summed, to totals[i]."""
+    for i in range(len(rows)):
+        row, total = rows[i], np.int64(0)
+        for j in range(table.shape[1]):
+            total += np.int64(table[row, j]) * factors[i, j]
+        totals[i] += total
+
+
+@compiled
+def harmonics(
+    opened: Integers, bits: int, frequencies: Integers, coefficients: Integers, coarse: Integers, fine: Integers,
+    cut: int, factors: Integers,
+) -> None:  # fmt: skip
+    """The public factors of a Fourier series, see `fourier.public_factors`, divided by 2^cut and rounded: [N, 2 K].
+
+    A turn's upper bits have cosines and sines in `coarse` [2, 2^a], the lower ones in `fine` [2, 2^b], all with 26
+    fraction bits; opened [N] is modulo 2^bits, at most a + b. coefficients [2, K]: a_k, then b_k.
+    """
+    count, low = len(frequencies), fine.shape[1] - 1
+    shift, room = _bits_of(fine.shape[1]), _bits_of(coarse.shape[1]) + _bits_of(fine.shape[1]) - bits
+    whole, half, half_one = (np.int64(1) << bits) - 1, np.int64(1) << (cut - 1), np.int64(1) << 25
+    for i in range(len(opened)):
+        for k in range(count):
+            turn = (opened[i] * frequencies[k] & whole) << room
+            cosine, sine = coarse[0, turn >> shift], coarse[1, turn >> shift]
+            if turn & low:
+                c, s = fine[0, turn & low], fine[1, turn & low]
+                both = cosine * c - sine * s, sine * c + cosine * s
+                cosine, sine = (both[0] + half_one) >> 26, (both[1] + half_one) >> 26
+            a, b = coefficients[0, k], coefficients[1, k]
+            factors[i, k] = (a * cosine + b * sine + half) >> cut
+            factors[i, count + k] = (b * cosine - a * sine + half) >> cut
+
+
+@compiled
+def rotate(table: Narrow, rows: Integers, dealt: Integers, cosines: Integers, sines: Integers) -> None:
+    """The addition theorems: table[rows[i]] and dealt[i] are a cosine and a sine each, results those of the sum."""
+    for i in range(len(rows)):
+        cosine, sine = np.int64(table[rows[i], 0]), np.int64(table[rows[i], 1])
+        cosines[i] = cosine * dealt[i, 0] - sine * dealt[i, 1]
+        sines[i] = sine * dealt[i, 0] + cosine * dealt[i, 1]
+
+
+@compiled
+def add_up(sums: Integers, first: Integers, second: Integers, low: int) -> None:
+    """Add two more to sums, and keep the bits of `low`."""
+    for i in range(len(sums)):
+        sums[i] = (sums[i] + first[i] + second[i]) & low
+
+
+@compiled
+def look_up(table: Narrow, rows: Integers, found: Integers) -> None:
+    """Rows of a table, as wide integers."""
+    for i in range(len(rows)):
+        row = rows[i]
+        for j in range(table.shape[1]):
+            found[i, j] = table[row, j]
+
+
+@compiled
+def lift(opened: Integers, dealt: Integers, top: int, shift: int, known: bool, shares: Integers) -> None:
+    """The local part of `linear.lifted`, for a mask of top + 1 bits; `known`: what is public is this party's.
+
+    dealt [2, N] has shares of r' >> shift, then of m.
+    """
+    half, rest = np.int64(1) << (top - 1), (np.int64(1) << top) - 1
+    borrowed = np.int64(1) << (top - 1 - shift)
+    for i in range(len(opened)):
+        moved = opened[i] + half
+        carry = (moved >> top) & 1
+        share = ((1 - 2 * carry) * dealt[1, i] << (top - shift)) - dealt[0, i]
+        if known:
+            share += ((moved & rest) >> shift) + (carry << (top - shift)) - borrowed
+        shares[i] = share
