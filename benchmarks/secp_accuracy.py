@@ -55,14 +55,16 @@ def methods(config: PrivateTuning, task: TextTask | ImageTask, private: PrivateT
     return found
 
 
-def measured(name: str, seeds: range, quick: bool) -> dict[str, Any]:
-    """Accuracies and seconds of every method on one task."""
+def measured(name: str, seeds: range, quick: bool, only: str) -> dict[str, Any]:
+    """Accuracies and seconds on one task, of every method whose name begins with `only`."""
     private, lines = bundled_tower(), dict[str, dict[str, list[float]]]()
     overrides = [*PATHS[name], *(QUICK if quick else [])]
     base = load_private_config(HERE / "examples" / f"private_{name}.toml", overrides)
     for seed in seeds:
         config = base.model_copy(update={"seed": seed})
         for method, accuracy in methods(config, open_task(config), private).items():
+            if not method.startswith(only):
+                continue
             began = time.perf_counter()
             line = lines.setdefault(method, {"accuracy": [], "seconds": []})
             line["accuracy"].append(accuracy())
@@ -84,10 +86,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5, help="0, 1, ...")
     parser.add_argument("--tasks", default="pacs,sst2", help="of pacs, sst2")
+    parser.add_argument("--only", default="", help="methods whose names begin so, such as 'forward-only'")
     parser.add_argument("--quick", action="store_true", help="one seed, few examples, two generations")
     options = parser.parse_args()
     seeds = range(1 if options.quick else options.seeds)
-    result = {name: measured(name, seeds, options.quick) for name in options.tasks.split(",")}
+    result = {name: measured(name, seeds, options.quick, options.only) for name in options.tasks.split(",")}
     print(json.dumps({"tasks": result, "threads": torch.get_num_threads(), "quick": options.quick}))
 
 

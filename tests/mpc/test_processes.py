@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from sordino.cli import app
+from sordino.encoders.bundled import TEXT_MODEL, package_path
 from sordino.errors import ConfigError
 from sordino.mpc.calibration import Calibration
 from sordino.mpc.certificates import DATA_OWNER, MODEL_OWNER, ROLES, SERVERS, Identity
@@ -67,8 +69,12 @@ class Processes:
             said = stdout.readline()
             assert said == f"listening at {self.addresses[role]}\n", (self.folder / f"{role}.log").read_text()
         if not set(dead).isdisjoint(SERVERS):
-            identity = Identity.load(self.folder / "parties" / MODEL_OWNER, MODEL_OWNER)
-            provide(identity, self.servers, small_tower(), Calibration.measure(small_tower(), batches(1)), 10.0)
+            self.provide_small()
+
+    def provide_small(self) -> None:
+        """Give the servers `small_tower`."""
+        identity = Identity.load(self.folder / "parties" / MODEL_OWNER, MODEL_OWNER)
+        provide(identity, self.servers, small_tower(), Calibration.measure(small_tower(), batches(1)), 10.0)
 
     def stop(self) -> None:
         for process in self.running.values():
@@ -223,7 +229,42 @@ def test_arguments_that_do_not_fit(processes: Processes) -> None:
 
 def test_the_commands_tune_a_prompt_as_in_the_clear(processes: Processes) -> None:
     """`provide` with the package's tower, and `tune-private` on shares and with --clear, as a user would."""
-    folder = processes.folder / "task"
+    folder = task_folder(processes.folder / "task")
+    mpc(folder, "provide", *model_owner(processes), "--sentences", "300")
+    private = tuned(folder, "private", *data_owner(processes))
+    clear = tuned(folder, "clear", "--clear")
+    assert private["train_loss"]["before"] == pytest.approx(clear["train_loss"]["before"], abs=0.05)
+    first = [json.loads((folder / run / "search.json").read_text())["losses"][0] for run in ("private", "clear")]
+    assert first[0] == pytest.approx(first[1], abs=0.1)
+    assert private["costs"]["rounds"] > 1000
+    assert set(private["costs"]["by_label"]) >= {"set-up", "embeddings", "layer 0", "layer 5"}
+    assert private["costs"]["seconds_on"]["wan"]["online"] > private["costs"]["rounds"] * 0.04
+    assert clear["costs"] is None
+    processes.provide_small()  # for the other tests
+
+
+def test_a_checkpoint_from_a_folder_is_tuned_as_in_the_clear(processes: Processes) -> None:
+    """One that is narrower than the bundled tower: distilled, provided, and known to the data owner by embeddings."""
+    folder = task_folder(processes.folder / "checkpoint-task")
+    model = bert_folder(folder / "model")
+    mpc(folder, "distill", "--model", str(model), "--out", "tower.safetensors", "--steps", "2", "--features", "16")
+    own = ["--model", str(model), "--tower", "tower.safetensors", "--sentences", "300"]
+    mpc(folder, "provide", *model_owner(processes), *own)
+    mpc(folder, "embeddings", "--model", str(model), "--out", "owner")
+    embeddings = ["--set", "model.embeddings=owner"]
+    private = tuned(folder, "private", *data_owner(processes), *embeddings)
+    clear = tuned(folder, "clear", "--clear", "--set", "model.tower=tower.safetensors", *embeddings)
+    first = [json.loads((folder / run / "search.json").read_text())["losses"][0] for run in ("private", "clear")]
+    assert first[0] == pytest.approx(first[1], abs=0.1)
+    assert private["train_loss"]["before"] == pytest.approx(clear["train_loss"]["before"], abs=0.1)
+    assert max(first[1]) - min(first[1]) > 1e-4  # candidates differ, and so a tower that is read has a say
+    assert "layer 1" in private["costs"]["by_label"]
+    assert "layer 2" not in private["costs"]["by_label"]
+    processes.provide_small()
+
+
+def task_folder(folder: Path) -> Path:
+    """A text task of four sentences, and its configuration, task.toml."""
     folder.mkdir()
     rows = [("a fine film", 1), ("a dull film", 0), ("moving and warm", 1), ("it drags and drags", 0)]
     for name in ("train", "test"):
@@ -235,31 +276,46 @@ def test_the_commands_tune_a_prompt_as_in_the_clear(processes: Processes) -> Non
         "[search]\nwidth = 4\npopulation = 4\ngenerations = 2\nkeep_norms = true\n",
         encoding="utf-8",
     )
-    parties, servers = processes.folder / "parties", ",".join(processes.servers)
-    words = ["provide", "--servers", servers, "--certificates", str(parties / MODEL_OWNER), "--sentences", "300"]
-    subprocess.run(command(*words), check=True, timeout=300, cwd=folder)
+    return folder
 
-    def tuned(*words: str) -> dict[str, Any]:
-        line = [sys.executable, "-m", "sordino", "tune-private", "task.toml", "--json", *words]
-        done = subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=folder)
-        assert done.returncode == 0, done.stderr
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
 
-    sides = [f"session.servers={json.dumps(processes.servers)}", f"session.certificates={parties / DATA_OWNER}"]
-    private = tuned("--out", "private", *(word for side in sides for word in ("--set", side)))
-    clear = tuned("--out", "clear", "--clear")
-    assert private["train_loss"]["before"] == pytest.approx(clear["train_loss"]["before"], abs=0.05)
-    first = [json.loads((folder / run / "search.json").read_text())["losses"][0] for run in ("private", "clear")]
-    assert first[0] == pytest.approx(first[1], abs=0.1)
-    assert private["costs"]["rounds"] > 1000
-    assert set(private["costs"]["by_label"]) >= {"set-up", "embeddings", "layer 0", "layer 5"}
-    assert private["costs"]["seconds_on"]["wan"]["online"] > private["costs"]["rounds"] * 0.04
-    assert clear["costs"] is None
-    provide(
-        Identity.load(parties / MODEL_OWNER, MODEL_OWNER),
-        processes.servers,
-        small_tower(),
-        Calibration.measure(small_tower(), batches(1)),
-        10.0,
-    )  # for the other tests
+def bert_folder(folder: Path) -> Path:
+    """A small BERT with weights that are random but for the words', in a folder as such checkpoints come."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+        max_position_embeddings=64,
+        initializer_range=0.15,
+    )
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    shutil.copy(package_path(*TEXT_MODEL) / "tokenizer.json", folder)
+    return folder
+
+
+def mpc(folder: Path, *words: str) -> None:
+    done = subprocess.run(command(*words), capture_output=True, text=True, timeout=300, cwd=folder)
+    assert done.returncode == 0, done.stderr
+
+
+def tuned(folder: Path, out: str, *words: str) -> dict[str, Any]:
+    line = [sys.executable, "-m", "sordino", "tune-private", "task.toml", "--json", "--out", out, *words]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def model_owner(processes: Processes) -> list[str]:
+    own = processes.folder / "parties" / MODEL_OWNER
+    return ["--servers", ",".join(processes.servers), "--certificates", str(own)]
+
+
+def data_owner(processes: Processes) -> list[str]:
+    own = processes.folder / "parties" / DATA_OWNER
+    sides = [f"session.servers={json.dumps(processes.servers)}", f"session.certificates={own}"]
+    return [word for side in sides for word in ("--set", side)]

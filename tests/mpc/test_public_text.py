@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from sordino.encoders.bundled import TextTower
 from sordino.mpc.calibration import Calibration
 from sordino.mpc.distill import teacher_of
+from sordino.mpc.errors import OutOfRange
 from sordino.mpc.plan import Plan
 from sordino.mpc.public_text import LENGTHS, calibration_batches, calibration_of, embedded, held_out_rows
 from sordino.mpc.tower import PrivateTower, bundled_tower
@@ -29,6 +32,16 @@ def test_batches_are_of_all_lengths_and_none_is_held_out(embedder: TextTower) ->
         for sentence, own in zip(embeddings, mask, strict=True):
             count = int(own.sum())
             assert not any(len(row) == count and torch.equal(row, sentence[:count]) for row in held_out)
+
+
+def test_a_tower_of_few_positions_has_shorter_sentences(embedder: TextTower) -> None:
+    few = copy.copy(embedder)
+    few.positions = embedder.positions[:40]
+    lengths = torch.cat([mask.sum(1) for _, mask in calibration_batches(few, 300, seed=0)])
+    assert 16 < lengths.max() <= 40
+    few.positions = embedder.positions[:31]
+    with pytest.raises(OutOfRange, match="31 positions"):
+        next(calibration_batches(few, 300, seed=0))
 
 
 def test_held_out_rows_are_cut_and_end_as_sentences_do(embedder: TextTower) -> None:

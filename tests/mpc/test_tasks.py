@@ -205,6 +205,14 @@ def test_a_picture_that_cannot_be_read_is_passed_over(
         open_task(image_config(shots=5))
 
 
+def test_sentences_longer_than_a_checkpoints_are_refused(
+    text_config: Callable[..., PrivateTuning],
+) -> None:
+    open_task(text_config(longest=512))
+    with pytest.raises(ConfigError, match=r"task.longest = 513: must be at most 512"):
+        open_task(text_config(longest=513))
+
+
 def test_a_prompt_is_cut_or_repeated(text_config: Callable[..., PrivateTuning]) -> None:
     embedder = open_task(text_config()).embedder
     words = embedder.embed("a photo of a")

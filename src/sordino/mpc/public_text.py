@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sordino.encoders.bundled import Embedder
 from sordino.mpc.calibration import Calibration
+from sordino.mpc.errors import OutOfRange
 from sordino.mpc.tower import PrivateTower
 from sordino.progress import Progress, silent
 
@@ -21,6 +22,7 @@ HELD_OUT = 512  # definitions that are never trained or calibrated on
 SOFT_LENGTHS = (1, 16)  # tokens of a soft context
 SOFT_NOISE = 0.03  # standard deviation of the noise on its embeddings in distillation; they have one of 0.05
 LENGTHS = (8, 16, 32, 64, 128)  # tokens, at most
+FEWEST = 32  # tokens of a name behind the longest soft context, at most
 BATCH = 64
 SOFT_BATCH = 32
 NOISES = (SOFT_NOISE, 0.3, 0.05, 0.1)  # in calibration
@@ -49,7 +51,7 @@ def calibration_of(
         progress: is told how far it is.
 
     Raises:
-        OutOfRange: attention weights of a query add up to nothing or less.
+        OutOfRange: attention weights of a query add up to nothing or less, or the tower has too few positions.
     """
 
     def told() -> Iterator[Batch]:
@@ -63,13 +65,20 @@ def calibration_of(
 
 
 def calibration_batches(tower: Embedder, sentences: int, seed: int) -> Iterator[Batch]:
-    """Batches of about `sentences` in all, of every length of `LENGTHS`, and behind soft contexts; none is held out.
+    """Batches of about `sentences` in all, behind soft contexts and of every length of `LENGTHS`; none is held out.
 
+    Lengths for which a tower has no positions are left out.
     Three in four soft contexts have more noise than distillation has, since a search goes far from where it starts.
+
+    Raises:
+        OutOfRange: the tower has too few positions.
     """
+    positions = len(tower.positions)
+    if positions < FEWEST:
+        raise OutOfRange(f"a tower of {positions} positions: the sentences that ranges are measured on need {FEWEST}")
     generator = torch.Generator().manual_seed(seed)
     rows = [tower.tokenizer.encode(text).ids for text in split_definitions()[1]]
-    sizes = {longest: min(BATCH, TOKENS // longest) for longest in LENGTHS}
+    sizes = {longest: min(BATCH, TOKENS // longest) for longest in LENGTHS if longest <= positions}
     for _ in range(max(1, round(sentences / 2 / sum(sizes.values())))):
         for longest, size in sizes.items():
             yield embedded(tower, [_joined(rows, longest, generator) for _ in range(size)])

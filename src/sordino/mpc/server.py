@@ -32,7 +32,7 @@ from sordino.mpc.ring import WORD, Shape, pack, unpack_each
 from sordino.mpc.supply import Supply, Tape
 from sordino.mpc.transport import Dialled, Header, Line, listen
 
-HELD = 2**30  # bytes of dealt randomness that are held ahead of their use
+HELD = 2**27  # bytes of dealt randomness that are held ahead of their use: few, so that dealing and computing overlap
 LINGER = 1.0  # seconds for the last message of a session to leave
 FRACTION = 14  # fraction bits of embeddings, which are small numbers
 

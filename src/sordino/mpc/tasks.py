@@ -180,7 +180,7 @@ def text_task(config: PrivateTuning, part: Part = "test") -> TextTask:
         part: what to test on.
 
     Raises:
-        ConfigError: a file or a checkpoint is missing.
+        ConfigError: a file or a checkpoint is missing, or sentences may be longer than a checkpoint's.
         DataError: data is malformed, or too little.
     """
     task, names, folder = config.task, tuple(config.task.label_names or ()), config.model.embeddings
@@ -188,6 +188,9 @@ def text_task(config: PrivateTuning, part: Part = "test") -> TextTask:
         embedder = embedder_of(None if folder is None else Path(folder).expanduser())
     except ConfigError as error:
         raise ConfigError("model.embeddings", folder, error.allowed) from None
+    positions = len(embedder.positions)
+    if longest_of(task) > positions:
+        raise ConfigError("task.longest", longest_of(task), f"must be at most {positions}, the checkpoint's positions")
     sentences, labels = read_sentences(Path(str(task.train)), "task.train", len(names))
     shots = drawn(labels, np.ones(len(labels), dtype=np.bool_), task.shots, config.seed, str(task.train))
     among = ~np.isin(np.arange(len(labels)), shots)
