@@ -18,9 +18,6 @@ from sordino.mpc.correlations import Harmonics, Mask
 from sordino.mpc.costs import Cost
 from sordino.mpc.errors import OutOfRange
 from sordino.mpc.fourier import (
-    COARSE,
-    FINE,
-    TABLE,
     Series,
     angle_of,
     cosine_and_sine,
@@ -28,13 +25,13 @@ from sordino.mpc.fourier import (
     fit,
     gelu,
     gelu_series,
-    public_cosine_and_sine,
     public_factors,
     turn,
 )
 from sordino.mpc.linear import hide
 from sordino.mpc.party import Party, Shared, reconstruct, run
 from sordino.mpc.ring import decode, packed_size
+from sordino.mpc.waves import COARSE, FINE, TABLE, public_cosine_and_sine, rotations, tabulated_rotations
 
 
 def both(values: torch.Tensor, fraction: int, **how: int) -> tuple[torch.Tensor, torch.Tensor, Cost]:
@@ -186,6 +183,19 @@ def test_public_cosines_are_exact_to_their_last_bits_and_round_alike_everywhere(
             assert (decode(sine, TABLE) - angle.sin()).abs().max() < bound
 
 
+@pytest.mark.parametrize("bits", [3, 12, 20, 26, 40])
+def test_public_factors_are_a_series_turned_by_what_is_opened(bits: int) -> None:
+    """a cos k u + b sin k u, and b cos k u - a sin k u, in floating point."""
+    series = fit(lambda x: np.exp(x / 3) + x, -3, 3, 3, range(1, 8))
+    opened = torch.randint(0, 2**bits, (2000,), generator=torch.Generator().manual_seed(0))
+    first, second = decode(public_factors(opened, bits, series, slice(1, 6), 14), 14).hsplit(2)
+    angle = 2 * torch.pi * (opened.double()[:, None] / 2.0**bits * torch.tensor(series.frequencies[1:6]))
+    a, b = (torch.tensor(part[1:6]).double() / 2.0**22 for part in (series.cosine, series.sine))
+    bound = 2.0**-15 + series.weight * (2.0**-25 + 2 * math.pi * 7 * 2.0**-27)
+    assert (first - (a * angle.cos() + b * angle.sin())).abs().max() < bound
+    assert (second - (b * angle.cos() - a * angle.sin())).abs().max() < bound
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_an_opened_argument_is_uniform(number: int) -> None:
     x = held(torch.full((60_000,), 0.3, dtype=torch.float64), 20)
@@ -207,9 +217,9 @@ def test_what_is_looked_up_is_what_is_computed() -> None:
     table, rows = fourier._factors(opened, 12, series, slice(2, 6), 12)
     assert len(table) == 2**12
     assert torch.equal(table[rows].long(), public_factors(opened, 12, series, slice(2, 6), 12))
-    table, rows = fourier._rotations(opened, 12, 9)
+    table, rows = tabulated_rotations(opened, 12, 9)
     assert len(table) == 2**12
-    assert torch.equal(table[rows].long(), fourier.rotations(opened, 12, 9))
+    assert torch.equal(table[rows].long(), rotations(opened, 12, 9))
 
 
 def test_a_series_dealt_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,9 +27,8 @@ from sordino.mpc.costs import protocol
 from sordino.mpc.errors import OutOfRange
 from sordino.mpc.party import Masked, Party, Shared
 from sordino.mpc.ring import CHUNK, WORD, lowest, lowest_, narrow, worth_a_table
+from sordino.mpc.waves import TABLE, rounded, tables, tabulated_rotations, turns_of
 
-TABLE = 26  # fraction bits of public cosines
-COARSE, FINE = 18, 8  # bits of an angle that the two tables resolve
 COEFFICIENT = 22  # fraction bits of a series' coefficients
 DEALT = 2**24  # arguments times frequencies of one correlation, at most: about 200 MB dealt
 HEAVIEST = 2**13  # sum of a series' coefficients' sizes, so that their products with public cosines fit 62 bits
@@ -220,7 +219,7 @@ def cosine_and_sine(
         dealt = party.supply.correlated(Harmonics(angle.mask, angle.bits, (1,), precision, bits)).view(-1, 2)
         opened = angle.opened.reshape(-1)
         pair = [torch.empty(angle.opened.shape, dtype=torch.int64) for _ in range(2)]
-        table, rows = _rotations(opened, angle.bits, precision)
+        table, rows = tabulated_rotations(opened, angle.bits, precision)
         kernels.rotate(table.numpy(), rows.numpy(), dealt.numpy(), *(part.view(-1).numpy() for part in pair))
         results.append((Shared(pair[0], 2 * precision, bits), Shared(pair[1], 2 * precision, bits)))
     return results
@@ -291,22 +290,15 @@ def gelu(
     return evaluate(party, angle, chosen, precision, bits) + x.doubled(-1)
 
 
-def rounded(integers: Tensor, shift: int) -> Tensor:
-    """Integers divided by 2^shift and rounded, halves upwards; multiplied where the shift is negative."""
-    return (integers + (1 << (shift - 1))) >> shift if shift > 0 else integers << -shift
-
-
 def public_factors(opened: Tensor, bits: int, series: Series, some: slice, precision: int) -> Tensor:
     """a cos k u + b sin k u for some of a series' frequencies k, then b cos k u - a sin k u: [N, 2 K].
 
     They have `precision` fraction bits; u [N] is modulo 2^bits.
     """
-    more, frequencies = max(0, bits - COARSE - FINE), np.array(series.frequencies[some])
-    opened = lowest(rounded(opened, more), bits - more).contiguous()
-    coefficients = np.array([series.cosine[some], series.sine[some]])
-    coarse, fine = _table(COARSE, COARSE).numpy(), _table(COARSE + FINE, FINE).numpy()
-    factors, cut = torch.empty(len(opened), 2 * len(frequencies), dtype=torch.int64), TABLE + COEFFICIENT - precision
-    kernels.harmonics(opened.numpy(), bits - more, frequencies, coefficients, coarse, fine, cut, factors.numpy())
+    turns, frequencies = turns_of(opened, bits), np.array(series.frequencies[some])
+    coefficients, cut = np.array([series.cosine[some], series.sine[some]]), TABLE + COEFFICIENT - precision
+    factors = torch.empty(len(turns), 2 * len(frequencies), dtype=torch.int64)
+    kernels.harmonics(turns.numpy(), frequencies, coefficients, *tables(), cut, factors.numpy())
     return factors
 
 
@@ -322,45 +314,3 @@ def _all_factors(series: Series, start: int, stop: int, precision: int, bits: in
     some = slice(start, stop)
     parts = torch.arange(2**bits).split(CHUNK)
     return torch.cat([narrow(public_factors(part, bits, series, some, precision)) for part in parts])
-
-
-def _rotations(opened: Tensor, bits: int, precision: int) -> tuple[Tensor, Tensor]:
-    """cos u and sin u with `precision` fraction bits, as a table and rows of it, likewise."""
-    if worth_a_table(len(opened), bits):
-        return _all_rotations(bits, precision), opened
-    return rotations(opened, bits, precision), torch.arange(len(opened))
-
-
-@lru_cache(maxsize=8)
-def _all_rotations(bits: int, precision: int) -> Tensor:
-    return narrow(rotations(torch.arange(2**bits), bits, precision))
-
-
-def rotations(opened: Tensor, bits: int, precision: int) -> Tensor:
-    """cos u and sin u of u [N] modulo 2^bits with `precision` fraction bits: [N, 2]."""
-    return torch.stack([rounded(part, TABLE - precision) for part in public_cosine_and_sine(opened, bits, 1)], -1)
-
-
-def public_cosine_and_sine(opened: Tensor, bits: int, frequency: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of 2 pi k u / 2^bits with 26 fraction bits, by integers alone; u is rounded to 26 bits.
-
-    The upper 18 bits of the angle and the lower 8 have a table each, and the two meet by the addition theorem.
-    """
-    cut = max(0, bits - COARSE - FINE)
-    opened, width = rounded(opened, cut), bits - cut
-    turns = lowest(opened * frequency, width) << (COARSE + FINE - width)
-    cosines, sines = _table(COARSE, COARSE)
-    cosine, sine = cosines[turns >> FINE], sines[turns >> FINE]
-    if width <= COARSE:
-        return cosine, sine
-    cosines, sines = _table(COARSE + FINE, FINE)
-    low_cosine, low_sine = cosines[turns & (2**FINE - 1)], sines[turns & (2**FINE - 1)]
-    both = cosine * low_cosine - sine * low_sine, sine * low_cosine + cosine * low_sine
-    return rounded(both[0], TABLE), rounded(both[1], TABLE)
-
-
-@lru_cache(maxsize=2)
-def _table(resolution: int, bits: int) -> Tensor:
-    """cos and sin of 2 pi i / 2^resolution for i below 2^bits, with 26 fraction bits: int64 [2, 2^bits]."""
-    angles = 2 * np.pi * np.arange(2**bits) / 2.0**resolution
-    return torch.from_numpy(np.rint(np.stack([np.cos(angles), np.sin(angles)]) * 2.0**TABLE).astype(np.int64))

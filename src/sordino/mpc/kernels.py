@@ -30,15 +30,6 @@ def compiled(kernel: Kernel) -> Kernel:
 
 
 @compiled
-def _bits_of(power: int) -> int:
-    """log2 of a power of two."""
-    bits = 0
-    while power >> bits > 1:
-        bits += 1
-    return bits
-
-
-@compiled
 def pack(integers: Integers, bits: int, words: Words) -> None:
     """The lowest `bits` < 64 bits of integers one after the other: 64 integers in `bits` words."""
     width, word, filled, place = np.uint64(bits), np.uint64(0), np.uint64(0), 0
@@ -81,26 +72,39 @@ def add_products(table: Narrow, rows: Integers, factors: Integers, totals: Integ
 
 
 @compiled
+def wave(turn: int, coarse: Integers, fine: Integers) -> tuple[int, int]:
+    """cos and sin of an angle with 26 fraction bits, by the addition theorems; both are rounded, halves upwards.
+
+    Its upper 18 bits have cosines and sines in `coarse` [2, 2^18], the lower 8 in `fine` [2, 2^8].
+    """
+    cosine, sine = coarse[0, turn >> 8], coarse[1, turn >> 8]
+    low = turn & 255
+    if low == 0:
+        return cosine, sine
+    c, s, half = fine[0, low], fine[1, low], np.int64(1) << 25
+    return (cosine * c - sine * s + half) >> 26, (sine * c + cosine * s + half) >> 26
+
+
+@compiled
+def waves(turns: Integers, coarse: Integers, fine: Integers, cosines: Integers, sines: Integers) -> None:
+    """The `wave` of each angle, which has 26 bits."""
+    for i in range(len(turns)):
+        cosines[i], sines[i] = wave(turns[i], coarse, fine)
+
+
+@compiled
 def harmonics(
-    opened: Integers, bits: int, frequencies: Integers, coefficients: Integers, coarse: Integers, fine: Integers,
-    cut: int, factors: Integers,
+    turns: Integers, frequencies: Integers, coefficients: Integers, coarse: Integers, fine: Integers, cut: int,
+    factors: Integers,
 ) -> None:  # fmt: skip
     """The public factors of a Fourier series, see `fourier.public_factors`, divided by 2^cut and rounded: [N, 2 K].
 
-    A turn's upper bits have cosines and sines in `coarse` [2, 2^a], the lower ones in `fine` [2, 2^b], all with 26
-    fraction bits; opened [N] is modulo 2^bits, at most a + b. coefficients [2, K]: a_k, then b_k.
+    Angles [N] have 26 bits; coefficients [2, K]: a_k, then b_k.
     """
-    count, low = len(frequencies), fine.shape[1] - 1
-    shift, room = _bits_of(fine.shape[1]), _bits_of(coarse.shape[1]) + _bits_of(fine.shape[1]) - bits
-    whole, half, half_one = (np.int64(1) << bits) - 1, np.int64(1) << (cut - 1), np.int64(1) << 25
-    for i in range(len(opened)):
+    count, whole, half = len(frequencies), (np.int64(1) << 26) - 1, np.int64(1) << (cut - 1)
+    for i in range(len(turns)):
         for k in range(count):
-            turn = (opened[i] * frequencies[k] & whole) << room
-            cosine, sine = coarse[0, turn >> shift], coarse[1, turn >> shift]
-            if turn & low:
-                c, s = fine[0, turn & low], fine[1, turn & low]
-                both = cosine * c - sine * s, sine * c + cosine * s
-                cosine, sine = (both[0] + half_one) >> 26, (both[1] + half_one) >> 26
+            cosine, sine = wave(turns[i] * frequencies[k] & whole, coarse, fine)
             a, b = coefficients[0, k], coefficients[1, k]
             factors[i, k] = (a * cosine + b * sine + half) >> cut
             factors[i, count + k] = (b * cosine - a * sine + half) >> cut
