@@ -36,7 +36,7 @@ from sordino.mpc.supply import Numbered, Tape
 from sordino.mpc.tower import PrivateTower, bundled_tower
 
 FRACTION = 14  # of embeddings
-HELD = 2**31  # bytes that a server prepares at a time
+HELD = 2**27  # bytes that a server prepares at a time, as `sordino mpc server` does
 
 
 def whole_rows(text_tower: TextTower, batch: int, length: int) -> Sentences:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sordino.mpc import kernels
-from sordino.mpc.ring import FORMS, WORD, Shape, encode, lowest, narrow, shape_of, worth_a_table
+from sordino.mpc.products import FORMS, shape_of
+from sordino.mpc.ring import WORD, Shape, encode, lowest, narrow, worth_a_table
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Correlation(Protocol):
 
 @dataclass(frozen=True)
 class Product:
-    """A bilinear map of two masks, by its name in `ring.FORMS`."""
+    """A bilinear map of two masks, by its name in `products.FORMS`."""
 
     left: Mask
     right: Mask
@@ -62,7 +63,7 @@ class Product:
 
     def values(self, *masks: Tensor) -> Tensor:
         left, right = masks
-        return FORMS[self.form](left, right)
+        return FORMS[self.form](left, right, self.bits)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 Words = npt.NDArray[np.uint64]
 Integers = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.int8]
 Narrow = npt.NDArray[np.int64] | npt.NDArray[np.int32]  # a table
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
@@ -59,6 +60,29 @@ def unpack(words: Words, bits: int, integers: Integers) -> None:
         if offset + width > ROOM:
             integer |= words[place + ONE] << (ROOM - offset)
         integers[i] = np.int64(integer & low)
+
+
+@compiled
+def digits(integers: Integers, found: Bytes) -> None:
+    """The lowest digits of eight bits of integers [I, J], from -128 to 127, as many as found [I, D, J] holds."""
+    for i in range(integers.shape[0]):
+        for j in range(integers.shape[1]):
+            rest = integers[i, j]
+            for place in range(found.shape[1]):
+                digit = np.int8(rest)
+                found[i, place, j] = digit
+                rest = (rest - digit) >> 8
+
+
+@compiled
+def carry(sums: npt.NDArray[np.int32], integers: Integers) -> None:
+    """The inverse of `digits` for sums [D, I, K], which may be larger than digits: integers [I, K]."""
+    for i in range(integers.shape[0]):
+        for k in range(integers.shape[1]):
+            total = np.int64(0)
+            for place in range(sums.shape[0]):
+                total += np.int64(sums[place, i, k]) << (8 * place)
+            integers[i, k] = total
 
 
 @compiled

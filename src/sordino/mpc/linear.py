@@ -20,7 +20,8 @@ from sordino.mpc.correlations import Lift, Product, TripleProduct
 from sordino.mpc.costs import protocol
 from sordino.mpc.errors import OutOfRange
 from sordino.mpc.party import Masked, Party, Shared
-from sordino.mpc.ring import FORMS, WORD, decode, low_bits, lowest_
+from sordino.mpc.products import FORMS
+from sordino.mpc.ring import WORD, decode, low_bits, lowest_
 
 
 @protocol
@@ -86,14 +87,14 @@ def product(party: Party, left: Masked, right: Masked, form: str = "matmul") -> 
 
     Args:
         left, right: may be the same.
-        form: a name in `ring.FORMS`.
+        form: a name in `products.FORMS`.
     """
     bits, apply = min(left.bits, right.bits), FORMS[form]
     dealt = party.supply.correlated(Product(left.mask, right.mask, form, bits))
     fixed = right.fixed
-    known = party.supply.with_fixed(left.mask, right.opened, form) if fixed else apply(left.share, right.opened)
+    known = party.supply.with_fixed(left.mask, right.opened, form) if fixed else apply(left.share, right.opened, bits)
     own = right.share + right.opened if party.number else right.share
-    share = apply(left.opened, own).contiguous()
+    share = apply(left.opened, own, bits).contiguous()
     sums, first, second = (part.reshape(-1).numpy() for part in (share, known, dealt))
     kernels.add_up(sums, first, second, low_bits(bits))
     return Shared(share, left.fraction + right.fraction, bits)

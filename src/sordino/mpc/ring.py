@@ -1,16 +1,13 @@
 """Arithmetic modulo 2^64 on torch's int64, fixed point, additive shares, and integers of few bits as bytes.
 
-torch adds, subtracts, multiplies and takes matrix products of int64 modulo 2^64, exactly. Its matrix product was
-measured on one core at 4 to 5 10^9 multiplications a second for [2048, 384] by [384, 1536]; exact products of limbs
-in float64 came to 2.3 10^9 (three limbs of 22 bits, sums of 512 terms) and 0.7 10^9 (four of 16), so it is used as it
-is.
+torch adds, subtracts and multiplies int64 modulo 2^64, exactly; see `products` for matrices.
 """
 
 from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -23,25 +20,6 @@ from sordino.mpc.errors import OutOfRange, PartyLost
 Shape = tuple[int, ...]
 WORD = 64  # bits of the ring
 CHUNK = 2048  # rows of a table looked up at a time, so that they stay in the cache
-
-# The bilinear maps that products on shares are taken by; leading axes broadcast.
-FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "multiply": torch.mul,  # [...], [...] -> [...]
-    "dot": lambda left, right: (left * right).sum(-1),  # [..., I], [..., I] -> [...]
-    "matmul": torch.matmul,  # [..., I, J], [..., J, K] -> [..., I, K]
-    "matmul_nt": lambda left, right: left @ right.mT,  # [..., I, J], [..., K, J] -> [..., I, K]
-    "matmul_tn": lambda left, right: left.mT @ right,  # [..., J, I], [..., J, K] -> [..., I, K]
-}
-
-
-def shape_of(form: str, left: Shape, right: Shape) -> Shape:
-    """The shape that a bilinear map of `FORMS` gives."""
-    if form in ("multiply", "dot"):
-        shape = np.broadcast_shapes(left, right)
-        return shape if form == "multiply" else shape[:-1]
-    rows, columns = left[-1 if form == "matmul_tn" else -2], right[-2 if form == "matmul_nt" else -1]
-    return (*np.broadcast_shapes(left[:-2], right[:-2]), rows, columns)
-
 
 def encode(values: Tensor | float, fraction: int) -> Tensor:
     """Numbers as integers, round(value 2^fraction), int64 of the same shape; the error is at most 2^-(fraction + 1).

@@ -16,7 +16,8 @@ from sordino.mpc.correlations import CORRELATIONS, Correlation, Mask
 from sordino.mpc.costs import Cost, Costs
 from sordino.mpc.errors import MpcError
 from sordino.mpc.prg import Prg
-from sordino.mpc.ring import FORMS, Shape, packed_size, unpack
+from sordino.mpc.products import FORMS
+from sordino.mpc.ring import Shape, packed_size, unpack
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ class Supply:
     def _draw(self, wanted: Wanted) -> Tensor:
         if isinstance(wanted, Fixed):
             share = self._generator.integers(wanted.mask.number, wanted.mask.shape, wanted.mask.bits)
-            return FORMS[wanted.form](share, wanted.known)
+            return FORMS[wanted.form](share, wanted.known, wanted.mask.bits)
         if isinstance(wanted, Mask):
             return self._generator.integers(wanted.number, wanted.shape, wanted.bits)
         shape, bits = wanted.correlation.shape, wanted.correlation.bits
