@@ -10,8 +10,8 @@ from mpc.both import computed, held, normal
 
 from sordino.mpc.attention import random_feature_attention
 from sordino.mpc.linear import hide
+from sordino.mpc.packing import packed_size
 from sordino.mpc.party import Party, Shared
-from sordino.mpc.ring import packed_size
 from sordino.mpc.roots import calibrate
 
 

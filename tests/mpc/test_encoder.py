@@ -16,10 +16,11 @@ from sordino.mpc.calibration import Calibration
 from sordino.mpc.costs import Cost
 from sordino.mpc.encoder import Encoder, encode_sentences, shared_weights
 from sordino.mpc.errors import MpcError, OutOfRange
+from sordino.mpc.packing import packed_size
 from sordino.mpc.party import Party, Shared, reconstruct, run
 from sordino.mpc.plan import ACTIVATION, WEIGHT, Plan
 from sordino.mpc.public_text import definitions
-from sordino.mpc.ring import encode, packed_size, share
+from sordino.mpc.ring import encode, share
 from sordino.mpc.sentences import batches as padded
 from sordino.mpc.tower import PrivateTower
 

@@ -29,8 +29,9 @@ from sordino.mpc.fourier import (
     turn,
 )
 from sordino.mpc.linear import hide
+from sordino.mpc.packing import packed_size
 from sordino.mpc.party import Party, Shared, reconstruct, run
-from sordino.mpc.ring import decode, packed_size
+from sordino.mpc.ring import decode
 from sordino.mpc.waves import COARSE, FINE, TABLE, public_cosine_and_sine, rotations, tabulated_rotations
 
 

@@ -15,9 +15,10 @@ from scipy import stats
 from sordino.mpc.costs import Cost
 from sordino.mpc.errors import OutOfRange
 from sordino.mpc.linear import hide, multiply, product, reveal, triple_product, truncate
+from sordino.mpc.packing import packed_size
 from sordino.mpc.party import Masked, Party, Shared, reconstruct, run
 from sordino.mpc.prg import Prg
-from sordino.mpc.ring import centred, lowest, packed_size
+from sordino.mpc.ring import centred, lowest
 
 WORDS = st.sampled_from([0, 1, -1, 2**63 - 1, -(2**63)]) | st.integers(-(2**63), 2**63 - 1)
 

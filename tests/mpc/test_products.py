@@ -15,7 +15,9 @@ needs_bytes = pytest.mark.skipif(
 
 def exact(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left times right transposed, modulo 2^64, by Python's integers."""
-    rows = [[sum(a * b for a, b in zip(row, column, strict=True)) for column in right.tolist()] for row in left.tolist()]
+    rows = [
+        [sum(a * b for a, b in zip(row, column, strict=True)) for column in right.tolist()] for row in left.tolist()
+    ]
     return torch.tensor([[(entry + 2**63) % 2**64 - 2**63 for entry in row] for row in rows])
 
 

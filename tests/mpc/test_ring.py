@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from sordino.mpc.errors import OutOfRange, PartyLost
+from sordino.mpc.errors import OutOfRange
 from sordino.mpc.prg import Prg
-from sordino.mpc.ring import centred, decode, encode, lowest, pack, packed_size, share, unpack, unpack_each
+from sordino.mpc.ring import centred, decode, encode, lowest, share
 
 WORDS = st.sampled_from([0, 1, -1, 2**63 - 1, -(2**63), 2**32]) | st.integers(-(2**63), 2**63 - 1)
 
@@ -35,17 +35,6 @@ def test_representatives_modulo_fewer_bits(value: int, bits: int) -> None:
     integer = torch.tensor(value)
     assert centred(integer, bits).item() == wrapped(value, bits)
     assert lowest(integer, bits).item() == (wrapped(value) if bits == 64 else value % 2**bits)
-
-
-@given(st.lists(WORDS, max_size=20), st.integers(1, 64))
-def test_packing_keeps_the_low_bits_and_takes_no_more_bytes_than_they_need(values: list[int], bits: int) -> None:
-    integers = torch.tensor(values, dtype=torch.int64)
-    content = pack(integers, bits)
-    assert len(content) == packed_size(len(values), bits) == -(-len(values) * bits // 8)
-    assert int.from_bytes(content, "little") == sum(value % 2**bits << bits * i for i, value in enumerate(values))
-    assert (unpack(content, (len(values),), bits) == lowest(integers, bits)).all()
-    with pytest.raises(PartyLost, match="were due"):
-        unpack(content + b"x", (len(values),), bits)
 
 
 @given(st.floats(-1e6, 1e6), st.integers(0, 24))
@@ -85,23 +74,3 @@ def test_a_stream_is_aes_256_in_counter_mode() -> None:
         Cipher(algorithms.AES(key), modes.ECB()).encryptor().update(stream.to_bytes(8, "big") + (1).to_bytes(8, "big"))
     )
     assert Prg(key).integers(stream, (4,))[2:].numpy().tobytes() == block
-
-
-def test_tensors_one_after_the_other() -> None:
-    shapes, bits = [(3, 5), (), (0, 2), (7,)], [13, 64, 9, 8]
-    values = [Prg(bytes(32)).integers(0, shape, width) for shape, width in zip(shapes, bits, strict=True)]
-    content = b"".join(pack(value, width) for value, width in zip(values, bits, strict=True))
-    for found, value in zip(unpack_each(content, shapes, bits), values, strict=True):
-        assert torch.equal(found, value)
-    for wrong in (content + b"0", content[:-1]):
-        with pytest.raises(PartyLost, match="were due"):
-            unpack_each(wrong, shapes, bits)
-
-
-@pytest.mark.parametrize("bits", [1, 13, 46, 63])
-@pytest.mark.parametrize("count", [8, 2**16, 2**16 + 8, 2**17 + 13])
-def test_packing_of_many_goes_by_pieces(count: int, bits: int) -> None:
-    integers = Prg(bytes(32)).integers(0, (count,))
-    content = pack(integers, bits)
-    assert len(content) == packed_size(count, bits)
-    assert torch.equal(unpack(content, (count,), bits), lowest(integers, bits))

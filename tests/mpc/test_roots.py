@@ -13,8 +13,8 @@ from scipy import stats
 from sordino.mpc.costs import Cost
 from sordino.mpc.errors import OutOfRange
 from sordino.mpc.linear import hide
+from sordino.mpc.packing import packed_size
 from sordino.mpc.party import Party, Shared, run
-from sordino.mpc.ring import packed_size
 from sordino.mpc.roots import Norm, Root, calibrate, inverse_root, layer_norm, unit_norm, variance_root
 
 CASES = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,9 +17,10 @@ from sordino.mpc.calibration import Calibration
 from sordino.mpc.correlations import Correlation
 from sordino.mpc.encoder import Encoder, encode_sentences, shared_weights
 from sordino.mpc.errors import MaskReused
+from sordino.mpc.packing import Covered, unpack
 from sordino.mpc.party import Party, Shared, run
 from sordino.mpc.plan import Plan
-from sordino.mpc.ring import encode, share, unpack
+from sordino.mpc.ring import encode, lowest, share
 from sordino.mpc.supply import Assistant
 
 ENOUGH = 5 * 256  # entries, so that each of 256 values is expected five times
@@ -67,14 +69,16 @@ def transcript(embeddings: Tensor, number: int, key: bytes, calibration: Calibra
 
     def program(party: Party) -> Shared:
         if party.number == number:
-            exchange = party.exchange
+            opening = party.open
 
-            def overheard(values: list[Tensor], bits: list[int]) -> list[Tensor]:
-                received = exchange(values, bits)
-                seen.online.extend(zip(received, bits, strict=True))
-                return received
+            def overheard(covered: Sequence[Covered]) -> list[Tensor]:
+                sums = opening(covered)
+                for each, found in zip(covered, sums, strict=True):
+                    own = unpack(each.packed(), tuple(found.shape), each.bits)
+                    seen.online.append((lowest(found - own, each.bits), each.bits))
+                return sums
 
-            party.exchange = overheard  # type: ignore[method-assign, assignment]
+            party.open = overheard  # type: ignore[method-assign]
             if number == 1:
                 party.supply._assistant = Overheard(party.supply._assistant, seen)  # type: ignore[arg-type]
         encoder = Encoder.hide(party, weights[party.number], plan)

@@ -20,8 +20,8 @@ from sordino.mpc.certificates import ASSISTANT, SERVERS, Identity
 from sordino.mpc.correlations import CORRELATIONS, Correlation
 from sordino.mpc.dealer import Dealer
 from sordino.mpc.errors import MaskReused, PartyLost
+from sordino.mpc.packing import packed_size
 from sordino.mpc.prg import KEY
-from sordino.mpc.ring import packed_size
 from sordino.mpc.transport import Dialled, Line, listen
 
 KINDS: dict[str, TypeAdapter[Correlation]] = {kind.__name__: TypeAdapter(kind) for kind in CORRELATIONS}

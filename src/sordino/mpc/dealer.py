@@ -16,8 +16,9 @@ from torch import Tensor
 
 from sordino.mpc.correlations import Correlation, Mask
 from sordino.mpc.errors import MaskReused
+from sordino.mpc.packing import Covered
 from sordino.mpc.prg import Prg
-from sordino.mpc.ring import lowest, pack
+from sordino.mpc.ring import lowest
 
 
 class Dealer:
@@ -44,7 +45,7 @@ class Dealer:
         self._last = number
         values = correlation.values(*(self._mask(mask) for mask in correlation.masks))
         other = self.generators[0].integers(number, correlation.shape, correlation.bits)
-        return pack(torch.sub(values, other, out=other), correlation.bits)
+        return Covered(values, other, correlation.bits).packed()
 
     def _mask(self, mask: Mask) -> Tensor:
         shares = (generator.integers(mask.number, mask.shape, mask.bits) for generator in self.generators)

@@ -191,7 +191,7 @@ def attention_block(party: Party, x: Shared, layer: HiddenLayer, heads: int, mas
     plan = layer.plan
     width = x.shape[-1]
     (masked,) = hide(party, x, bits=plan.projected)
-    projected = product(party, masked, layer.weights["qkv"], "matmul_nt") + layer.biases["qkv"]
+    projected = product(party, masked, layer.weights["qkv"], "matmul_nt", layer.biases["qkv"])
     parts = [
         projected.view(lambda own: heads_of(own[..., : 2 * width], 2 * heads)),  # queries and keys, [B, 2 H, T, d]
         projected.view(lambda own: heads_of(own[..., 2 * width :], heads)),
@@ -203,7 +203,7 @@ def attention_block(party: Party, x: Shared, layer: HiddenLayer, heads: int, mas
         party, query, key, value, layer.weights[FEATURES], plan.weights, ACTIVATION, ANGLE, WAVE, mask
     )
     (masked,) = hide(party, attended.view(lambda own: own.transpose(1, 2).flatten(2)), bits=plan.out)
-    result = product(party, masked, layer.weights["out"], "matmul_nt") + layer.biases["out"]
+    result = product(party, masked, layer.weights["out"], "matmul_nt", layer.biases["out"])
     (result,) = truncate(party, result, fraction=ACTIVATION, bits=plan.out)
     return _normed(party, x + result, layer.norm1, plan.norm1)
 
@@ -221,10 +221,10 @@ def feed_forward_block(party: Party, x: Shared, layer: HiddenLayer) -> Shared:
     """
     plan = layer.plan
     (masked,) = hide(party, x, bits=plan.outer)
-    inner = product(party, masked, layer.weights["inner"], "matmul_nt") + layer.biases["inner"]
+    inner = product(party, masked, layer.weights["inner"], "matmul_nt", layer.biases["inner"])
     inner = gelu(party, inner, plan.gelu, plan.gelu.period + GELU, GELU, plan.outer)
     (masked,) = hide(party, inner, bits=plan.outer)
-    result = product(party, masked, layer.weights["outer"], "matmul_nt") + layer.biases["outer"]
+    result = product(party, masked, layer.weights["outer"], "matmul_nt", layer.biases["outer"])
     (result,) = truncate(party, result, fraction=ACTIVATION, bits=plan.outer)
     return _normed(party, x + result, layer.norm2, plan.norm2)
 

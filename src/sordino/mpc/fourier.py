@@ -25,8 +25,9 @@ from sordino.mpc import kernels
 from sordino.mpc.correlations import Harmonics, Mask
 from sordino.mpc.costs import protocol
 from sordino.mpc.errors import OutOfRange
+from sordino.mpc.packing import Covered
 from sordino.mpc.party import Masked, Party, Shared
-from sordino.mpc.ring import CHUNK, WORD, lowest, lowest_, narrow, worth_a_table
+from sordino.mpc.ring import CHUNK, WORD, low_bits, lowest, narrow, worth_a_table
 from sordino.mpc.waves import TABLE, rounded, tables, tabulated_rotations, turns_of
 
 COEFFICIENT = 22  # fraction bits of a series' coefficients
@@ -146,7 +147,7 @@ class Angle:
 
 
 @protocol
-def turn(party: Party, *values: Shared, period: int, resolution: int) -> list[Angle]:
+def turn(party: Party, *values: Shared, period: int, resolution: int, eighths: int = 8) -> list[Angle]:
     """Arguments of cosines, opened under a mask modulo their period.
 
     1. Take the share modulo the period, and drop all but its highest `resolution` bits: each party loses less than the
@@ -161,27 +162,24 @@ def turn(party: Party, *values: Shared, period: int, resolution: int) -> list[An
         values: any shapes and sizes.
         period: log2 of the period.
         resolution: bits, at most; as many as the period has in the ring if these are fewer.
+        eighths: the argument is the value times these / 8, which costs nothing.
 
     Raises:
         OutOfRange: shares are right modulo less than the period.
     """
-    masks, differences, widths = [], [], []
+    times, more = (eighths, 3) if eighths != 8 else (1, 0)
+    masks, covered = [], []
     for value in values:
-        length = value.fraction + period
+        length = value.fraction + more + period
         if not 1 <= length <= value.bits:
             raise OutOfRange(f"a period of 2^{length} in a value shared modulo 2^{value.bits}: must divide it")
         width = min(length, resolution)
         mask, own = party.supply.mask(value.shape, width)
-        share = torch.bitwise_right_shift(value.share, length - width, out=torch.empty_like(own))
-        if width < length and party.number == 0:
-            share += 1
+        added = int(width < length and party.number == 0)
         masks.append(mask)
-        widths.append(width)
-        differences.append(share.sub_(own))
-    others = party.exchange(differences, widths)
+        covered.append(Covered(value.share.contiguous(), own, width, times, length - width, added))
     return [
-        Angle(lowest_(own.add_(other), width), width, mask)
-        for own, other, width, mask in zip(differences, others, widths, masks, strict=True)
+        Angle(opened, own.bits, mask) for opened, own, mask in zip(party.open(covered), covered, masks, strict=True)
     ]
 
 
@@ -226,7 +224,9 @@ def cosine_and_sine(
 
 
 @protocol
-def evaluate(party: Party, angle: Angle, series: Series, precision: int = 14, bits: int = WORD) -> Shared:
+def evaluate(
+    party: Party, angle: Angle, series: Series, precision: int = 14, bits: int = WORD, plus: Shared | None = None
+) -> Shared:
     """A Fourier series of an opened argument, of K frequencies.
 
     1. Take shares of cos(k r) and sin(k r), for all k, of a few k at a time where there are many arguments.
@@ -235,16 +235,27 @@ def evaluate(party: Party, angle: Angle, series: Series, precision: int = 14, bi
 
     Rounds: 0. Online: 0. Offline: 2 K N bits / 8. Error, beside the series' own: at most sqrt(2) (K + weight)
     2^-precision.
+
+    Args:
+        angle: of `turn` or `angle_of`.
+        series: see `Series`.
+        precision: fraction bits of both factors.
+        bits: of the result.
+        plus: what is added to it, if anything; the result has its fraction bits, or 2 precision if these are more.
     """
     opened = angle.opened.reshape(-1)
-    total = party.only(0, rounded(torch.full_like(opened, series.constant), COEFFICIENT - 2 * precision))
+    fraction = max(2 * precision, plus.fraction if plus else 0)
+    start = plus.at(fraction) if plus else Shared(torch.zeros_like(opened), fraction)
+    bits, total = min(bits, start.bits), start.share.reshape(-1)
+    constant = int(rounded(torch.tensor(series.constant), COEFFICIENT - 2 * precision)) if party.number == 0 else 0
     for some in _pieces(len(series.frequencies), len(opened)):
         frequencies = series.frequencies[some]
         dealt = party.supply.correlated(Harmonics(angle.mask, angle.bits, frequencies, precision, bits))
         factors = dealt.view(len(opened), 2 * len(frequencies)).numpy()
         table, rows = _factors(opened, angle.bits, series, some, precision)
-        kernels.add_products(table.numpy(), rows.numpy(), factors, total.numpy())
-    return Shared(lowest_(total, bits).view(angle.opened.shape), 2 * precision, bits)
+        up, own = fraction - 2 * precision, 0 if some.start else constant
+        kernels.add_products(table.numpy(), rows.numpy(), factors, own, up, low_bits(bits), total.numpy())
+    return Shared(total.view(angle.opened.shape), fraction, bits)
 
 
 def _pieces(frequencies: int, arguments: int) -> list[slice]:
@@ -271,8 +282,8 @@ def gelu(
 ) -> Shared:
     """GeLU, x / 2 + x erf(x / sqrt 2) / 2, without a multiplication: the second term is even, and a series by itself.
 
-    1. `turn` x times the series' eighths / 8, which costs nothing.
-    2. `evaluate` the series; add x / 2, a share with one fraction bit more.
+    1. `turn` x times the series' eighths / 8.
+    2. `evaluate` the series and x / 2, a share with one fraction bit more.
 
     Rounds: 1. Online: N resolution / 8. Offline: 2 K N bits / 8, K = 10. Error: that of the series, 6e-5 for |x| up to
     11.5; and 0.6 2^(period - resolution) = 7e-5 for the argument; and at most sqrt(2) (K + 8) 2^-precision, 4 times
@@ -285,9 +296,8 @@ def gelu(
             x.fraction + 1) fraction bits.
     """
     chosen = series or gelu_series()
-    argument = x if chosen.eighths == 8 else x.scaled(chosen.eighths, 3)
-    (angle,) = turn(party, argument, period=chosen.period, resolution=resolution)
-    return evaluate(party, angle, chosen, precision, bits) + x.doubled(-1)
+    (angle,) = turn(party, x, period=chosen.period, resolution=resolution, eighths=chosen.eighths)
+    return evaluate(party, angle, chosen, precision, bits, x.doubled(-1))
 
 
 def public_factors(opened: Tensor, bits: int, series: Series, some: slice, precision: int) -> Tensor:

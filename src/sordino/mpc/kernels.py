@@ -31,19 +31,44 @@ def compiled(kernel: Kernel) -> Kernel:
 
 
 @compiled
+def low_ones(bits: int) -> np.uint64:
+    """The integer of so many ones, 1 to 64."""
+    return ~np.uint64(0) >> (ROOM - np.uint64(bits))
+
+
+@compiled
+def append(
+    words: Words, place: int, word: np.uint64, filled: np.uint64, integer: np.uint64, width: np.uint64
+) -> tuple[int, np.uint64, np.uint64]:
+    """Put an integer of `width` bits behind the `filled` ones of a word, which is stored once it is full."""
+    word |= integer << filled
+    filled += width
+    if filled >= ROOM:
+        words[place] = word
+        place += 1
+        filled -= ROOM
+        word = integer >> (width - filled) if filled else np.uint64(0)
+    return place, word, filled
+
+
+@compiled
+def entry(words: Words, number: int, width: np.uint64, low: np.uint64) -> np.uint64:
+    """One of the integers that were put one behind the other."""
+    start = np.uint64(number) * width
+    place, offset = start >> SIX, start & (ROOM - ONE)
+    integer = words[place] >> offset
+    if offset + width > ROOM:
+        integer |= words[place + ONE] << (ROOM - offset)
+    return np.uint64(integer & low)
+
+
+@compiled
 def pack(integers: Integers, bits: int, words: Words) -> None:
-    """The lowest `bits` < 64 bits of integers one after the other: 64 integers in `bits` words."""
-    width, word, filled, place = np.uint64(bits), np.uint64(0), np.uint64(0), 0
-    low = (ONE << width) - ONE
+    """The lowest bits of integers one after the other: 64 integers in `bits` words."""
+    width, low = np.uint64(bits), low_ones(bits)
+    place, word, filled = 0, np.uint64(0), np.uint64(0)
     for i in range(len(integers)):
-        integer = np.uint64(integers[i]) & low
-        word |= integer << filled
-        filled += width
-        if filled >= ROOM:
-            words[place] = word
-            place += 1
-            filled -= ROOM
-            word = integer >> (width - filled) if filled else np.uint64(0)
+        place, word, filled = append(words, place, word, filled, np.uint64(integers[i]) & low, width)
     if filled:
         words[place] = word
 
@@ -51,15 +76,32 @@ def pack(integers: Integers, bits: int, words: Words) -> None:
 @compiled
 def unpack(words: Words, bits: int, integers: Integers) -> None:
     """The inverse of `pack`, from 0 to 2^bits - 1."""
-    width = np.uint64(bits)
-    low = (ONE << width) - ONE
+    width, low = np.uint64(bits), low_ones(bits)
     for i in range(len(integers)):
-        start = np.uint64(i) * width
-        place, offset = start >> SIX, start & (ROOM - ONE)
-        integer = words[place] >> offset
-        if offset + width > ROOM:
-            integer |= words[place + ONE] << (ROOM - offset)
-        integers[i] = np.int64(integer & low)
+        integers[i] = np.int64(entry(words, i, width, low))
+
+
+@compiled
+def cover(shares: Integers, masks: Integers, times: int, shift: int, more: int, bits: int, words: Words) -> None:
+    """(shares times >> shift) + more - masks, `pack`ed."""
+    width, low = np.uint64(bits), low_ones(bits)
+    place, word, filled = 0, np.uint64(0), np.uint64(0)
+    for i in range(len(shares)):
+        covered = np.uint64((shares[i] * times >> shift) + more - masks[i])
+        place, word, filled = append(words, place, word, filled, covered & low, width)
+    if filled:
+        words[place] = word
+
+
+@compiled
+def uncover(
+    shares: Integers, masks: Integers, times: int, shift: int, more: int, bits: int, words: Words, opened: Integers
+) -> None:
+    """What `cover` packed, and what the other party packed so, added: from 0 to 2^bits - 1."""
+    width, low = np.uint64(bits), low_ones(bits)
+    for i in range(len(shares)):
+        covered = np.uint64((shares[i] * times >> shift) + more - masks[i])
+        opened[i] = np.int64((covered + entry(words, i, width, low)) & low)
 
 
 @compiled
@@ -86,13 +128,15 @@ def carry(sums: npt.NDArray[np.int32], integers: Integers) -> None:
 
 
 @compiled
-def add_products(table: Narrow, rows: Integers, factors: Integers, totals: Integers) -> None:
-    """Add the product of table[rows[i]] and factors[i], entry by entry and summed, to totals[i]."""
+def add_products(
+    table: Narrow, rows: Integers, factors: Integers, constant: int, shift: int, low: int, totals: Integers
+) -> None:
+    """Add (table[rows[i]] factors[i], entry by entry and summed, + constant) 2^shift to totals[i]; keep bits of low."""
     for i in range(len(rows)):
-        row, total = rows[i], np.int64(0)
+        row, total = rows[i], np.int64(constant)
         for j in range(table.shape[1]):
             total += np.int64(table[row, j]) * factors[i, j]
-        totals[i] += total
+        totals[i] = (totals[i] + (total << shift)) & low
 
 
 @compiled
@@ -144,10 +188,34 @@ def rotate(table: Narrow, rows: Integers, dealt: Integers, cosines: Integers, si
 
 
 @compiled
-def add_up(sums: Integers, first: Integers, second: Integers, low: int) -> None:
-    """Add two more to sums, and keep the bits of `low`."""
-    for i in range(len(sums)):
-        sums[i] = (sums[i] + first[i] + second[i]) & low
+def add_up(sums: Integers, first: Integers, second: Integers, row: Integers | None, low: int) -> None:
+    """Add two more [I, J] to sums, and a row [J] if there is one, and keep the bits of `low`."""
+    for i in range(sums.shape[0]):
+        for j in range(sums.shape[1]):
+            total = sums[i, j] + first[i, j] + second[i, j]
+            if row is not None:
+                total += row[j]
+            sums[i, j] = total & low
+
+
+@compiled
+def triple(
+    opened: tuple[Integers, ...], masks: tuple[Integers, ...], dealt: Integers,
+    known: bool, low: int, shares: Integers,
+) -> None:  # fmt: skip
+    """The local part of `linear.triple_product`; dealt [4, I, J] has shares of ab, ac, bc and abc, the others [I, J].
+
+    `known`: what is public is this party's.
+    """
+    for i in range(shares.shape[0]):
+        for j in range(shares.shape[1]):
+            u, v, w = opened[0][i, j], opened[1][i, j], opened[2][i, j]
+            a, b, c = masks[0][i, j], masks[1][i, j], masks[2][i, j]
+            share = v * (w * a + u * c + dealt[1, i, j]) + u * (w * b + dealt[2, i, j])
+            share += w * dealt[0, i, j] + dealt[3, i, j]
+            if known:
+                share += u * v * w
+            shares[i, j] = share & low
 
 
 @compiled

@@ -19,6 +19,7 @@ from sordino.mpc import kernels
 from sordino.mpc.correlations import Lift, Product, TripleProduct
 from sordino.mpc.costs import protocol
 from sordino.mpc.errors import OutOfRange
+from sordino.mpc.packing import Covered
 from sordino.mpc.party import Masked, Party, Shared
 from sordino.mpc.products import FORMS
 from sordino.mpc.ring import WORD, decode, low_bits, lowest_
@@ -60,44 +61,46 @@ def hide(party: Party, *values: Shared, bits: int | Sequence[int] = WORD) -> lis
         OutOfRange: shares are right modulo less than asked for.
     """
     widths = [bits] * len(values) if isinstance(bits, int) else list(bits)
-    masks, differences = [], []
+    masks, covered = [], []
     for value, width in zip(values, widths, strict=True):
         if width > value.bits:
             raise OutOfRange(f"a value shared modulo 2^{value.bits} cannot be opened modulo 2^{width}; lift it first")
         mask, share = party.supply.mask(value.shape, width)
-        masks.append((mask, share))
-        differences.append(torch.sub(value.share, share, out=torch.empty_like(share)))
-    others = party.exchange(differences, widths)
+        masks.append(mask)
+        covered.append(Covered(value.share.contiguous(), share, width))
     return [
-        Masked(lowest_(own.add_(other), width), share, mask, value.fraction)
-        for value, width, (mask, share), own, other in zip(values, widths, masks, differences, others, strict=True)
+        Masked(opened, own.mask, mask, value.fraction)
+        for opened, own, mask, value in zip(party.open(covered), covered, masks, values, strict=True)
     ]
 
 
 @protocol
-def product(party: Party, left: Masked, right: Masked, form: str = "matmul") -> Shared:
+def product(party: Party, left: Masked, right: Masked, form: str = "matmul", bias: Shared | None = None) -> Shared:
     """A bilinear map of two hidden values, of N elements, modulo the smaller of their two moduli.
 
     With x = u + a and y = v + b, where u and v are open: x y = u (v + b) + a v + a b.
 
     1. Take a share of a b, and [a] v, which is offline work of the party's own where y is fixed.
-    2. Party 1 computes u (v + [b]) + [a] v + [a b], party 0 the same without u v.
+    2. Party 1 computes u (v + [b]) + [a] v + [a b], party 0 the same without u v; the bias is added.
 
     Rounds: 0. Online: 0. Offline: N n / 8. Error: none; the result has the fraction bits of both.
 
     Args:
         left, right: may be the same.
         form: a name in `products.FORMS`.
+        bias: added to each row, with as many fraction bits as the product has, or fewer.
     """
-    bits, apply = min(left.bits, right.bits), FORMS[form]
+    fraction = left.fraction + right.fraction
+    row = bias.at(fraction) if bias else None
+    bits, apply = min(left.bits, right.bits, row.bits if row else WORD), FORMS[form]
     dealt = party.supply.correlated(Product(left.mask, right.mask, form, bits))
     fixed = right.fixed
     known = party.supply.with_fixed(left.mask, right.opened, form) if fixed else apply(left.share, right.opened, bits)
     own = right.share + right.opened if party.number else right.share
     share = apply(left.opened, own, bits).contiguous()
-    sums, first, second = (part.reshape(-1).numpy() for part in (share, known, dealt))
-    kernels.add_up(sums, first, second, low_bits(bits))
-    return Shared(share, left.fraction + right.fraction, bits)
+    sums, first, second = (_rows(part).numpy() for part in (share, known, dealt))
+    kernels.add_up(sums, first, second, row.share.numpy() if row else None, low_bits(bits))
+    return Shared(share, fraction, bits)
 
 
 @protocol
@@ -112,11 +115,14 @@ def triple_product(party: Party, first: Masked, second: Masked, third: Masked) -
     Rounds: 0. Online: 0. Offline: 4 N n / 8. Error: none.
     """
     bits = min(first.bits, second.bits, third.bits)
-    ab, ac, bc, abc = party.supply.correlated(TripleProduct((first.mask, second.mask, third.mask), bits))
-    u, v, w = first.opened, second.opened, third.opened
-    share = v * (w * first.share + u * third.share + ac) + u * (w * second.share + bc) + w * ab + abc
-    share = share + party.only(0, (u * v) * w)
-    return Shared(lowest_(share, bits), first.fraction + second.fraction + third.fraction, bits)
+    dealt = party.supply.correlated(TripleProduct((first.mask, second.mask, third.mask), bits))
+    share = torch.empty(dealt.shape[1:], dtype=torch.int64)
+    rows, factors = _rows(share), (first, second, third)
+    opened = tuple(_rows(each.opened.expand(share.shape)).numpy() for each in factors)
+    masks = tuple(_rows(each.share.expand(share.shape)).numpy() for each in factors)
+    known = party.number == 0
+    kernels.triple(opened, masks, dealt.view(4, *rows.shape).numpy(), known, low_bits(bits), rows.numpy())
+    return Shared(share, first.fraction + second.fraction + third.fraction, bits)
 
 
 @protocol
@@ -189,3 +195,8 @@ def truncate(party: Party, *values: Shared, fraction: int, bits: int | Sequence[
 def concatenated(values: Sequence[Shared], axis: int = -1) -> Shared:
     """Shares of values of the same fraction bits and modulus, side by side."""
     return Shared(torch.cat([value.share for value in values], axis), values[0].fraction, values[0].bits)
+
+
+def _rows(values: Tensor) -> Tensor:
+    """As [I, J], of which the last axis is J."""
+    return values.reshape(-1, values.shape[-1] if values.ndim else 1)

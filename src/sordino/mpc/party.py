@@ -15,7 +15,8 @@ from sordino.mpc.correlations import Mask
 from sordino.mpc.costs import Cost, Costs
 from sordino.mpc.dealer import Dealer
 from sordino.mpc.errors import PartyLost
-from sordino.mpc.ring import WORD, Shape, decode, encode, pack, unpack_each
+from sordino.mpc.packing import Covered, cut, pack, unpack
+from sordino.mpc.ring import WORD, Shape, decode, encode
 from sordino.mpc.supply import Supply
 
 T = TypeVar("T")
@@ -126,9 +127,24 @@ class Party:
         Raises:
             PartyLost: the other party is gone or astray.
         """
-        content = b"".join(pack(value, width) for value, width in zip(values, bits, strict=True))
+        theirs = self._swap([pack(value, width) for value, width in zip(values, bits, strict=True)])
+        return [
+            unpack(part, tuple(value.shape), width) for part, value, width in zip(theirs, values, bits, strict=True)
+        ]
+
+    def open(self, covered: Sequence[Covered]) -> list[Tensor]:
+        """Send shares less masks, and give their sums with the other party's: one round, likewise.
+
+        Raises:
+            PartyLost: the other party is gone or astray.
+        """
+        theirs = self._swap([each.packed() for each in covered])
+        return [each.opened(part) for each, part in zip(covered, theirs, strict=True)]
+
+    def _swap(self, contents: Sequence[bytes]) -> list[memoryview]:
+        content = b"".join(contents)
         self.costs.add(Cost(rounds=1, online=len(content)))
-        return unpack_each(self._channel.exchange(content), [tuple(value.shape) for value in values], bits)
+        return cut(self._channel.exchange(content), [len(each) for each in contents])
 
     def only(self, number: int, values: Tensor) -> Tensor:
         """What is public, as the share of one party, and nothing as the other's."""

@@ -50,7 +50,7 @@ def matmul_nt(left: Tensor, right: Tensor, bits: int) -> Tensor:
     """[..., I, J], [..., K, J] -> [..., I, K]; by digits where these are faster and `right` is one matrix."""
     if right.ndim == 2 and left.ndim >= 2:
         rows = left.reshape(-1, left.shape[-1])
-        if LEAST <= min(*rows.shape, len(right)) and rows.shape[1] < MOST and digits_are_faster():
+        if min(*rows.shape, len(right)) >= LEAST and rows.shape[1] < MOST and digits_are_faster():
             return by_digits(rows, right, bits).view(*left.shape[:-1], len(right))
     return left @ right.mT
 
@@ -116,7 +116,7 @@ def digits_are_faster() -> bool:
 
     both = [(seconds(lambda: by_digits(left, right, 48)), seconds(lambda: left @ right.mT)) for _ in range(3)]
     digits, plain = (min(each) for each in zip(*both, strict=True))
-    return digits < plain
+    return bool(digits < plain)
 
 
 def _tried() -> tuple[Tensor, Tensor]:

@@ -1,25 +1,21 @@
-"""Arithmetic modulo 2^64 on torch's int64, fixed point, additive shares, and integers of few bits as bytes.
+"""Arithmetic modulo 2^64 on torch's int64, fixed point, and additive shares.
 
 torch adds, subtracts and multiplies int64 modulo 2^64, exactly; see `products` for matrices.
 """
 
 from __future__ import annotations
 
-import math
 import secrets
-from collections.abc import Sequence
-from itertools import accumulate, pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from sordino.mpc import kernels
-from sordino.mpc.errors import OutOfRange, PartyLost
+from sordino.mpc.errors import OutOfRange
 
 Shape = tuple[int, ...]
 WORD = 64  # bits of the ring
 CHUNK = 2048  # rows of a table looked up at a time, so that they stay in the cache
+
 
 def encode(values: Tensor | float, fraction: int) -> Tensor:
     """Numbers as integers, round(value 2^fraction), int64 of the same shape; the error is at most 2^-(fraction + 1).
@@ -79,52 +75,3 @@ def share(integers: Tensor) -> tuple[Tensor, Tensor]:
     first = torch.frombuffer(bytearray(secrets.token_bytes(8 * integers.numel())), dtype=torch.int64)
     first = first.reshape(integers.shape)
     return first, integers - first
-
-
-def packed_size(count: int, bits: int) -> int:
-    """How many bytes `pack` makes of `count` integers."""
-    return math.ceil(count * bits / 8)
-
-
-def pack(integers: Tensor, bits: int) -> bytes:
-    """Integers modulo 2^bits as `packed_size` bytes, little-endian and without gaps."""
-    flat = integers.contiguous().numpy().reshape(-1)
-    if bits == WORD:
-        return flat.tobytes()
-    words = np.empty(math.ceil(flat.size * bits / WORD), np.uint64)
-    kernels.pack(flat, bits, words)
-    return words.view(np.uint8)[: packed_size(flat.size, bits)].tobytes()
-
-
-def unpack(content: bytes, shape: Shape, bits: int) -> Tensor:
-    """The integers that `pack` made into bytes, as representatives from 0 to 2^bits - 1.
-
-    Raises:
-        PartyLost: the bytes are too few or too many.
-    """
-    count = math.prod(shape)
-    due = packed_size(count, bits)
-    if len(content) != due:
-        raise PartyLost(f"{len(content)} bytes came where {due} were due; the other party is astray")
-    if bits == WORD:
-        return torch.from_numpy(np.frombuffer(bytearray(content), np.int64).reshape(shape))
-    words, flat = np.empty(math.ceil(count * bits / WORD), np.uint64), np.empty(count, np.int64)
-    words.view(np.uint8)[:due] = np.frombuffer(content, np.uint8)
-    kernels.unpack(words, bits, flat)
-    return torch.from_numpy(flat.reshape(shape))
-
-
-def unpack_each(content: bytes, shapes: Sequence[Shape], bits: Sequence[int]) -> list[Tensor]:
-    """Tensors that were packed one after the other.
-
-    Raises:
-        PartyLost: the bytes are too few or too many.
-    """
-    sizes = [packed_size(math.prod(shape), width) for shape, width in zip(shapes, bits, strict=True)]
-    if len(content) != sum(sizes):
-        raise PartyLost(f"{len(content)} bytes came where {sum(sizes)} were due; the other party is astray")
-    ends = list(accumulate(sizes, initial=0))
-    return [
-        unpack(content[start:end], shape, width)
-        for (start, end), shape, width in zip(pairwise(ends), shapes, bits, strict=True)
-    ]

@@ -25,10 +25,11 @@ from sordino.mpc.costs import Costs
 from sordino.mpc.encoder import Encoder, encode_sentences
 from sordino.mpc.errors import MpcError, PartyLost
 from sordino.mpc.network import Network, Throttled
+from sordino.mpc.packing import pack, unpack_each
 from sordino.mpc.party import Channel, Party, Shared
 from sordino.mpc.plan import Plan
 from sordino.mpc.prg import Prg
-from sordino.mpc.ring import WORD, Shape, pack, unpack_each
+from sordino.mpc.ring import WORD, Shape
 from sordino.mpc.supply import Supply, Tape
 from sordino.mpc.transport import Dialled, Header, Line, listen
 

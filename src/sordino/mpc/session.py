@@ -27,9 +27,10 @@ from sordino.mpc.certificates import SERVERS, Identity
 from sordino.mpc.costs import Costs
 from sordino.mpc.encoder import shared_weights
 from sordino.mpc.errors import MpcError, OutOfRange, PartyLost
+from sordino.mpc.packing import pack, unpack_each
 from sordino.mpc.party import Shared, reconstruct
 from sordino.mpc.plan import Plan
-from sordino.mpc.ring import WORD, encode, pack, share, unpack_each
+from sordino.mpc.ring import WORD, encode, share
 from sordino.mpc.sentences import Sentences
 from sordino.mpc.server import weights_to
 from sordino.mpc.tower import PrivateTower

@@ -15,9 +15,10 @@ from torch import Tensor
 from sordino.mpc.correlations import CORRELATIONS, Correlation, Mask
 from sordino.mpc.costs import Cost, Costs
 from sordino.mpc.errors import MpcError
+from sordino.mpc.packing import packed_size, unpack
 from sordino.mpc.prg import Prg
 from sordino.mpc.products import FORMS
-from sordino.mpc.ring import Shape, packed_size, unpack
+from sordino.mpc.ring import Shape
 
 
 @dataclass(frozen=True)
