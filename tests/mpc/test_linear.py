@@ -70,6 +70,19 @@ def test_bilinear_maps_cost_what_they_say(form: str, left: tuple, right: tuple, 
     assert costs.total == Cost(1, online, packed_size(math.prod(result), 44))
 
 
+@pytest.mark.parametrize("fraction", [20, 28])
+def test_a_bias_is_added_to_each_row_at_no_cost(fraction: int) -> None:
+    x, y, bias = normal(2, 4, 5), normal(6, 5, seed=1), normal(6, seed=2)
+
+    def program(party: Party) -> Shared:
+        factors = hide(party, held(x, 16)(party), held(y, 12, 1)(party), bits=44)
+        return product(party, *factors, "matmul_nt", held(bias, fraction, 2)(party))
+
+    values, costs = computed(program)
+    assert (values - (x @ y.mT + bias)).abs().max() < 5 * (2**-17 * y.abs().max() + 2**-13 * x.abs().max() + 2**-20)
+    assert costs.total == Cost(1, packed_size(40, 44) + packed_size(30, 44), packed_size(48, 44))
+
+
 def test_a_fixed_operand_is_sent_once() -> None:
     weight, inputs = normal(7, 3), [normal(5, 7, seed=seed) for seed in range(1, 4)]
 

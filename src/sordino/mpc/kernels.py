@@ -31,77 +31,49 @@ def compiled(kernel: Kernel) -> Kernel:
 
 
 @compiled
-def low_ones(bits: int) -> np.uint64:
-    """The integer of so many ones, 1 to 64."""
-    return ~np.uint64(0) >> (ROOM - np.uint64(bits))
+def pack(
+    shares: Integers, masks: Integers | None, times: int, shift: int, more: int, bits: int, words: Words
+) -> None:  # fmt: skip
+    """The lowest bits of (shares times >> shift) + more - masks one after the other: 64 integers in `bits` words.
 
-
-@compiled
-def append(
-    words: Words, place: int, word: np.uint64, filled: np.uint64, integer: np.uint64, width: np.uint64
-) -> tuple[int, np.uint64, np.uint64]:
-    """Put an integer of `width` bits behind the `filled` ones of a word, which is stored once it is full."""
-    word |= integer << filled
-    filled += width
-    if filled >= ROOM:
-        words[place] = word
-        place += 1
-        filled -= ROOM
-        word = integer >> (width - filled) if filled else np.uint64(0)
-    return place, word, filled
-
-
-@compiled
-def entry(words: Words, number: int, width: np.uint64, low: np.uint64) -> np.uint64:
-    """One of the integers that were put one behind the other."""
-    start = np.uint64(number) * width
-    place, offset = start >> SIX, start & (ROOM - ONE)
-    integer = words[place] >> offset
-    if offset + width > ROOM:
-        integer |= words[place + ONE] << (ROOM - offset)
-    return np.uint64(integer & low)
-
-
-@compiled
-def pack(integers: Integers, bits: int, words: Words) -> None:
-    """The lowest bits of integers one after the other: 64 integers in `bits` words."""
-    width, low = np.uint64(bits), low_ones(bits)
-    place, word, filled = 0, np.uint64(0), np.uint64(0)
-    for i in range(len(integers)):
-        place, word, filled = append(words, place, word, filled, np.uint64(integers[i]) & low, width)
+    Without masks, of shares alone. No array goes to a function in the loop, which would count its references.
+    """
+    width, low = np.uint64(bits), ~np.uint64(0) >> (ROOM - np.uint64(bits))
+    place, word, filled, changed = 0, np.uint64(0), np.uint64(0), times != 1 or shift != 0 or more != 0
+    for i in range(len(shares)):
+        value = shares[i]
+        if changed:
+            value = (value * times >> shift) + more
+        if masks is not None:
+            value -= masks[i]
+        integer = np.uint64(value) & low
+        word |= integer << filled
+        filled += width
+        if filled >= ROOM:
+            words[place] = word
+            place += 1
+            filled -= ROOM
+            word = integer >> (width - filled) if filled else np.uint64(0)
     if filled:
         words[place] = word
 
 
 @compiled
-def unpack(words: Words, bits: int, integers: Integers) -> None:
-    """The inverse of `pack`, from 0 to 2^bits - 1."""
-    width, low = np.uint64(bits), low_ones(bits)
+def unpack(
+    shares: Integers | None, masks: Integers | None, times: int, shift: int, more: int, bits: int, words: Words,
+    integers: Integers,
+) -> None:  # fmt: skip
+    """What `pack` packed, from 0 to 2^bits - 1; what it packs of shares and masks, if there are any, is added."""
+    width, low = np.uint64(bits), ~np.uint64(0) >> (ROOM - np.uint64(bits))
     for i in range(len(integers)):
-        integers[i] = np.int64(entry(words, i, width, low))
-
-
-@compiled
-def cover(shares: Integers, masks: Integers, times: int, shift: int, more: int, bits: int, words: Words) -> None:
-    """(shares times >> shift) + more - masks, `pack`ed."""
-    width, low = np.uint64(bits), low_ones(bits)
-    place, word, filled = 0, np.uint64(0), np.uint64(0)
-    for i in range(len(shares)):
-        covered = np.uint64((shares[i] * times >> shift) + more - masks[i])
-        place, word, filled = append(words, place, word, filled, covered & low, width)
-    if filled:
-        words[place] = word
-
-
-@compiled
-def uncover(
-    shares: Integers, masks: Integers, times: int, shift: int, more: int, bits: int, words: Words, opened: Integers
-) -> None:
-    """What `cover` packed, and what the other party packed so, added: from 0 to 2^bits - 1."""
-    width, low = np.uint64(bits), low_ones(bits)
-    for i in range(len(shares)):
-        covered = np.uint64((shares[i] * times >> shift) + more - masks[i])
-        opened[i] = np.int64((covered + entry(words, i, width, low)) & low)
+        start = np.uint64(i) * width
+        place, offset = start >> SIX, start & (ROOM - ONE)
+        integer = words[place] >> offset
+        if offset + width > ROOM:
+            integer |= words[place + ONE] << (ROOM - offset)
+        if shares is not None and masks is not None:
+            integer += np.uint64((shares[i] * times >> shift) + more - masks[i])
+        integers[i] = np.int64(integer & low)
 
 
 @compiled

@@ -33,7 +33,7 @@ def pack(integers: Tensor, bits: int) -> bytes:
     if bits == WORD:
         return flat.tobytes()
     words = np.empty(math.ceil(flat.size * bits / WORD), np.uint64)
-    kernels.pack(flat, bits, words)
+    kernels.pack(flat, None, 1, 0, 0, bits, words)
     return _octets(words, flat.size, bits)
 
 
@@ -46,7 +46,7 @@ def unpack(content: Octets, shape: Shape, bits: int) -> Tensor:
     words, integers = _words(content, math.prod(shape), bits), torch.empty(shape, dtype=torch.int64)
     if bits == WORD:
         return torch.from_numpy(words.view(np.int64)).view(shape)
-    kernels.unpack(words, bits, _flat(integers))
+    kernels.unpack(None, None, 1, 0, 0, bits, words, _flat(integers))
     return integers
 
 
@@ -92,7 +92,7 @@ class Covered:
         """For the other party."""
         shares, masks = _flat(self.share), _flat(self.mask)
         words = np.empty(math.ceil(shares.size * self.bits / WORD), np.uint64)
-        kernels.cover(shares, masks, self.times, self.shift, self.more, self.bits, words)
+        kernels.pack(shares, masks, self.times, self.shift, self.more, self.bits, words)
         return _octets(words, shares.size, self.bits)
 
     def opened(self, content: Octets) -> Tensor:
@@ -103,7 +103,7 @@ class Covered:
         """
         shares, masks = _flat(self.share), _flat(self.mask)
         words, opened = _words(content, shares.size, self.bits), torch.empty(self.share.shape, dtype=torch.int64)
-        kernels.uncover(shares, masks, self.times, self.shift, self.more, self.bits, words, _flat(opened))
+        kernels.unpack(shares, masks, self.times, self.shift, self.more, self.bits, words, _flat(opened))
         return opened
 
 
