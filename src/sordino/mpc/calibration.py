@@ -141,13 +141,14 @@ def _measured(tower: PrivateTower, embeddings: Tensor, mask: Tensor) -> Calibrat
         embeddings, F.layer_norm(embeddings, (width,), *tower.norm, tower.epsilon), tower.norm[1], there
     )
     x, layers = F.layer_norm(embeddings, (width,), *tower.norm, tower.epsilon), []
-    for layer, state in zip(tower.layers, tower(embeddings, mask), strict=True):
+    for layer in tower.layers:
         query, key, value = _projected(x, layer, tower.heads)
         attended, weights = tower.attend(x, layer, mask)
         out = F.linear(attended, layer["out.weight"], layer["out.bias"])
         middle = F.layer_norm(x + out, (width,), layer["norm1.weight"], layer["norm1.bias"], tower.epsilon)
         inner = F.linear(middle, layer["inner.weight"], layer["inner.bias"])
         outer = F.linear(F.gelu(inner), layer["outer.weight"], layer["outer.bias"])
+        state = F.layer_norm(middle + outer, (width,), layer["norm2.weight"], layer["norm2.bias"], tower.epsilon)
         tokens = there[:, None].expand(-1, tower.heads, -1)  # [B, H, T]
         layers.append(
             LayerRanges(
