@@ -32,11 +32,11 @@ from sordino.mpc.memory import keep_freed
 from sordino.mpc.public_text import SENTENCES, calibration_of, embedded, held_out_rows
 from sordino.mpc.ring import share
 from sordino.mpc.sentences import Sentences, batches, in_the_clear
+from sordino.mpc.server import HELD
 from sordino.mpc.supply import Numbered, Tape
 from sordino.mpc.tower import PrivateTower, bundled_tower
 
 FRACTION = 14  # of embeddings
-HELD = 2**27  # bytes that a server prepares at a time, as `sordino mpc server` does
 
 
 def whole_rows(text_tower: TextTower, batch: int, length: int) -> Sentences:

@@ -71,6 +71,9 @@ def transcript(embeddings: Tensor, number: int, key: bytes, calibration: Calibra
         if party.number == number:
             opening = party.open
 
+            def unmasked(values: Sequence[Tensor], bits: Sequence[int]) -> list[Tensor]:
+                raise AssertionError("a share was sent as it is")
+
             def overheard(covered: Sequence[Covered]) -> list[Tensor]:
                 sums = opening(covered)
                 for each, found in zip(covered, sums, strict=True):
@@ -79,6 +82,7 @@ def transcript(embeddings: Tensor, number: int, key: bytes, calibration: Calibra
                 return sums
 
             party.open = overheard  # type: ignore[method-assign]
+            party.exchange = unmasked  # type: ignore[method-assign]
             if number == 1:
                 party.supply._assistant = Overheard(party.supply._assistant, seen)  # type: ignore[arg-type]
         encoder = Encoder.hide(party, weights[party.number], plan)
