@@ -37,30 +37,31 @@ def test_attention_within_the_stated_error(length: int, extra_rounds: int) -> No
     cost = costs.by_label()["attention"]
     assert cost.rounds == 7 + extra_rounds + 2 + 2 * root.steps
     angles = batch * heads * length * count
+    rows = batch * heads * length
 
     def order(length: int) -> int:
         """Bytes of step 3, by scores and by state."""
         group, scores = batch * heads, batch * heads * length**2
         if length == 32:
             return (
-                2 * packed_size(2 * angles, 41)
-                + packed_size(scores, 41)
+                2 * packed_size(2 * angles, 25)
+                + packed_size(scores, 25 - (16 + 11 - 16))
                 + sum(packed_size(n, 50) for n in (scores, batch * heads * length * width))
             )
-        bits = 16 + 4 + 2 + max(14 + 7, 16 + 6 + 1)
+        bits = 8 + 4 + 2 + max(14 + 7, 16 + 6 + 1)
         beside, state = group * length * (width + 1), group * 2 * count * (width + 1)
-        return 2 * packed_size(2 * angles, bits) + 2 * packed_size(beside, bits) + 2 * packed_size(state, bits)
+        hidden = 2 * packed_size(2 * angles, bits) + packed_size(beside, bits) + packed_size(state, bits)
+        return hidden + packed_size(state, bits - (8 + 14 + 7 - 16)) + packed_size(beside, bits - (8 + 16 + 6 - 16))
 
-    tokens, size = batch * heads * length, batch * heads * length * width
-    root_cost = (8 + 8 + 24 * root.steps) * tokens
-    last = 14 + 36 if extra_rounds == 0 else 36
-    online = 2 * packed_size(size, 28) + 2 * packed_size(angles, 14) + order(length) + root_cost
-    online += 2 * packed_size(size, last) + packed_size(tokens, last)
-    assert cost.online == online
+    size = rows * width
+    online = 2 * packed_size(size, 28) + 2 * packed_size(angles, 14) + order(length)
+    online += packed_size(size, 34) + packed_size(rows, 34) + packed_size(size, 34 - 14)
+    root_online = costs.by_protocol(2)["random_feature_attention/inverse_root"].online
+    assert cost.online == online + root_online
 
 
 def test_a_long_sequence_costs_no_more_than_linearly() -> None:
-    """Bytes a token at lengths of 128 and 256 differ only by the state, which is spread over more of them."""
+    """The state is spread over more tokens at 256 than at 128; all that grows is a bit, for sums of twice as many."""
     root = calibrate(1, 0.1, 1.2, 1e-3)
 
     def bytes_a_token(length: int) -> float:
@@ -71,4 +72,4 @@ def test_a_long_sequence_costs_no_more_than_linearly() -> None:
 
         return computed(program)[1].by_protocol()["random_feature_attention"].online / length
 
-    assert bytes_a_token(256) < bytes_a_token(128) < 1.3 * bytes_a_token(256)
+    assert bytes_a_token(256) / 1.03 < bytes_a_token(128) < 1.3 * bytes_a_token(256)

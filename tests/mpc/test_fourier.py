@@ -28,7 +28,7 @@ from sordino.mpc.fourier import (
     public_factors,
     turn,
 )
-from sordino.mpc.linear import hide
+from sordino.mpc.linear import concatenated, hide
 from sordino.mpc.packing import packed_size
 from sordino.mpc.party import Party, Shared, reconstruct, run
 from sordino.mpc.ring import decode
@@ -113,15 +113,15 @@ def test_coefficients_that_the_ring_does_not_hold_are_refused() -> None:
         Series(0, (1,), (2**36,), (0,), 0, 0.0, 1.0, 0.0)
 
 
-@pytest.mark.parametrize(("fraction", "resolution"), [(13, 18), (24, 18), (28, 22)])
-def test_gelu_within_the_stated_error_in_one_round(fraction: int, resolution: int) -> None:
+@pytest.mark.parametrize(("fraction", "below"), [(13, 13), (24, 13), (28, 17)])
+def test_gelu_within_the_stated_error_in_one_round(fraction: int, below: int) -> None:
     values = torch.linspace(-11.5, 11.5, 20_001, dtype=torch.float64)
-    found, costs = computed(lambda party: gelu(party, held(values, fraction)(party), resolution=resolution))
-    encoding, argument = 1.13 * 2.0 ** -(fraction + 1), 0.6 * 2.0 ** (5 - min(resolution, fraction + 5))
+    found, costs = computed(lambda party: gelu(party, held(values, fraction)(party), below=below)[0])
+    encoding, argument = 1.13 * 2.0 ** -(fraction + 1), 0.6 * 2.0 ** -min(below, fraction)
     error = (found - torch.nn.functional.gelu(values)).abs()
     assert error.max() <= 6e-5 + argument + math.sqrt(2) * 18 * 2**-14 + encoding
     assert error.mean() < (6e-5 + argument + math.sqrt(2) * 18 * 2**-14) / 4 + encoding
-    width = min(resolution, fraction + 5)
+    width = min(below, fraction) + 5
     assert costs.total == Cost(1, packed_size(20_001, width), 16 * 10 * 20_001)
     assert gelu_series().error < 6e-5
 
@@ -139,11 +139,24 @@ def test_a_period_between_powers_of_two_needs_fewer_harmonics() -> None:
     assert (
         torch.from_numpy(series(values.numpy())).sub(values * torch.erf(values / math.sqrt(2)) / 2).abs().max() < 1e-3
     )
-    found, costs = computed(lambda party: gelu(party, held(values, 16)(party), series, resolution=20))
+    found, costs = computed(lambda party: gelu(party, held(values, 16)(party), series=[series], below=14)[0])
     argument = 0.6 * 2.0 ** (6 - 20) * 8 / 13
     bound = series.error + argument + math.sqrt(2) * (10 + series.weight) * 2**-14 + 2.0**-16
     assert (found - torch.nn.functional.gelu(values)).abs().max() <= bound
     assert costs.total == Cost(1, packed_size(20_001, 20), 16 * 10 * 20_001)
+
+
+def test_gelu_of_values_with_a_series_each_takes_one_round() -> None:
+    values = torch.linspace(-4, 4, 999, dtype=torch.float64), torch.linspace(-26, 26, 500, dtype=torch.float64)
+    series = [gelu_series(4, 4.0, 6), gelu_series(6, 26.0, 20)]
+
+    def program(party: Party) -> Shared:
+        own = [held(value, 16)(party) for value in values]
+        return concatenated(gelu(party, *own, series=series))
+
+    found, costs = computed(program)
+    assert (found - torch.nn.functional.gelu(torch.cat(values))).abs().max() < 3e-3
+    assert costs.total == Cost(1, packed_size(999, 17) + packed_size(500, 19), 16 * (6 * 999 + 20 * 500))
 
 
 def test_a_hidden_value_is_an_argument_too() -> None:
@@ -161,7 +174,7 @@ def test_a_hidden_value_is_an_argument_too() -> None:
 
 def test_arguments_shared_modulo_too_little_are_refused() -> None:
     with pytest.raises(OutOfRange, match="must divide it"):
-        computed(lambda party: gelu(party, party.public(0.1, 62)))
+        computed(lambda party: gelu(party, party.public(0.1, 62))[0])
     with pytest.raises(OutOfRange, match="must divide it"):
         run(lambda party: angle_of(*hide(party, party.public(1.0, 20), bits=24), 5), KEYS)
 
@@ -227,7 +240,7 @@ def test_a_series_dealt_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -
     x = normal(30, 50, seed=3).clamp(-4, 4)
 
     def program(party: Party) -> Shared:
-        return gelu(party, held(x, 12)(party))
+        return gelu(party, held(x, 12)(party))[0]
 
     whole, costs = computed(program)
     monkeypatch.setattr(fourier, "DEALT", 4 * x.numel())

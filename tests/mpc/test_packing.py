@@ -21,7 +21,7 @@ def test_packing_keeps_the_low_bits_and_takes_no_more_bytes_than_they_need(value
     assert int.from_bytes(content, "little") == sum(value % 2**bits << bits * i for i, value in enumerate(values))
     assert (unpack(content, (len(values),), bits) == lowest(integers, bits)).all()
     with pytest.raises(PartyLost, match="were due"):
-        unpack(content + b"x", (len(values),), bits)
+        unpack(bytes(content) + b"x", (len(values),), bits)
 
 
 def test_tensors_one_after_the_other() -> None:
@@ -60,12 +60,12 @@ def test_covered_shares_open_to_their_sum(
 ) -> None:
     """Against Python's integers: what is sent, and what comes out of both."""
     columns = torch.tensor(rows, dtype=torch.int64).view(-1, 4).T.contiguous()
-    first = Covered(columns[0], columns[1], bits, times, shift, 1)
+    first = Covered(columns[0], columns[1], bits, times, shift, up=True)
     second = Covered(columns[2], columns[3], bits, times, shift)
-    sent = [(wrapped(a * times) >> shift) + 1 - b for a, b, _, _ in rows]
+    sent = [(wrapped(wrapped(a * times) + 2**shift - 1) >> shift) - b for a, b, _, _ in rows]
     other = [(wrapped(a * times) >> shift) - b for _, _, a, b in rows]
     assert first.packed() == pack(torch.tensor([wrapped(each) for each in sent], dtype=torch.int64), bits)
     sums = [wrapped((a + b) % 2**bits) for a, b in zip(sent, other, strict=True)]
     assert first.opened(second.packed()).tolist() == second.opened(memoryview(first.packed())).tolist() == sums
     with pytest.raises(PartyLost, match="astray"):
-        first.opened(second.packed() + b"0")
+        first.opened(bytes(second.packed()) + b"0")

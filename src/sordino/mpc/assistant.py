@@ -20,7 +20,7 @@ from sordino.mpc.certificates import ASSISTANT, SERVERS, Identity
 from sordino.mpc.correlations import CORRELATIONS, Correlation
 from sordino.mpc.dealer import Dealer
 from sordino.mpc.errors import MaskReused, PartyLost
-from sordino.mpc.packing import packed_size
+from sordino.mpc.packing import Octets, packed_size
 from sordino.mpc.prg import KEY
 from sordino.mpc.transport import Dialled, Line, listen
 
@@ -92,14 +92,14 @@ class RemoteAssistant:
         self._dialled = Dialled(own, ASSISTANT, address, timeout)
         self._line, self._due = self._dialled.line("Deal"), deque[int]()
         self._line.send(session=session)
-        _, self.key = self._line.receive()
+        self.key = bytes(self._line.receive()[1])
 
     def ask(self, number: int, correlation: Correlation) -> None:
         """Order a correlation; never waits."""
         self._due.append(packed_size(math.prod(correlation.shape), correlation.bits))
         self._line.send(number=number, correlation=correlation_to(correlation))
 
-    def dealt(self) -> bytes:
+    def dealt(self) -> Octets:
         """What was ordered first, of what has not come yet.
 
         Raises:
@@ -110,7 +110,7 @@ class RemoteAssistant:
             raise PartyLost(f"{self._line.party} sent garbage: {len(content)} bytes where {due} were due")
         return content
 
-    def deal(self, number: int, correlation: Correlation) -> bytes:
+    def deal(self, number: int, correlation: Correlation) -> Octets:
         """Party 1's share of a correlation, packed; orders that are under way must be taken first."""
         self.ask(number, correlation)
         return self.dealt()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import combinations, pairwise
 from typing import Any, Self, TypeVar, cast
 
 import torch
@@ -13,9 +14,11 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from sordino.mpc.errors import MpcError, OutOfRange
+from sordino.mpc.fourier import least_period
 from sordino.mpc.tower import PrivateTower
 
 Range = tuple[float, float]  # smallest and largest
+GROUPS = 4  # of inner units, at most
 T = TypeVar("T")
 
 
@@ -46,7 +49,7 @@ class NormRanges:
     Attributes:
         first: variances of the first token's rows.
         rest: those of the others.
-        size: sizes of its result before the bias is added.
+        size: sizes of its result.
     """
 
     first: Range
@@ -65,7 +68,7 @@ class LayerRanges:
         attended: sizes of what attention gives.
         out: sizes of its projection.
         norm1: of the norm after attention.
-        inner: sizes of GeLU's arguments.
+        inner: sizes of GeLU's arguments, of each unit; with few different ends, as units share their ranges in groups.
         outer: sizes of the second linear layer's results.
         norm2: of the norm after it.
     """
@@ -77,7 +80,7 @@ class LayerRanges:
     attended: Range
     out: Range
     norm1: NormRanges
-    inner: Range
+    inner: tuple[Range, ...]
     outer: Range
     norm2: NormRanges
 
@@ -121,7 +124,8 @@ class Calibration(Stored):
         for number, layer in enumerate(joined.layers):
             if layer.weights[0] <= 0:
                 raise OutOfRange(f"mean attention weights of layer {number} go down to {layer.weights[0]:g}; train it")
-        return _widened(joined, margin)
+        wide = _widened(joined, margin)
+        return replace(wide, layers=tuple(_levelled(layer) for layer in wide.layers))
 
     def outside(self, tower: PrivateTower, sentences: Iterable[tuple[Tensor, Tensor]]) -> list[str]:
         """The names of ranges that sentences leave, such as `layers.0.norm1.rest`; none if all is well.
@@ -137,9 +141,7 @@ class Calibration(Stored):
 def _measured(tower: PrivateTower, embeddings: Tensor, mask: Tensor) -> Calibration:
     """Ranges of one batch, without a margin."""
     there, width = mask > 0, embeddings.shape[-1]
-    norm = _norm_ranges(
-        embeddings, F.layer_norm(embeddings, (width,), *tower.norm, tower.epsilon), tower.norm[1], there
-    )
+    norm = _norm_ranges(embeddings, F.layer_norm(embeddings, (width,), *tower.norm, tower.epsilon), there)
     x, layers = F.layer_norm(embeddings, (width,), *tower.norm, tower.epsilon), []
     for layer in tower.layers:
         query, key, value = _projected(x, layer, tower.heads)
@@ -158,10 +160,10 @@ def _measured(tower: PrivateTower, embeddings: Tensor, mask: Tensor) -> Calibrat
                 value=_size(value[tokens]),
                 attended=_size(attended[there]),
                 out=_size(out[there]),
-                norm1=_norm_ranges(x + out, middle, layer["norm1.bias"], there),
-                inner=_size(inner[there]),
+                norm1=_norm_ranges(x + out, middle, there),
+                inner=tuple((0.0, size) for size in inner[there].abs().amax(0).tolist()),
                 outer=_size(outer[there]),
-                norm2=_norm_ranges(middle + outer, state, layer["norm2.bias"], there),
+                norm2=_norm_ranges(middle + outer, state, there),
             )
         )
         x = state
@@ -173,9 +175,9 @@ def _projected(x: Tensor, layer: Mapping[str, Tensor], heads: int) -> tuple[Tens
     return tuple(heads_of(part, heads) for part in F.linear(x, layer["qkv.weight"], layer["qkv.bias"]).chunk(3, -1))
 
 
-def _norm_ranges(x: Tensor, result: Tensor, bias: Tensor, there: Tensor) -> NormRanges:
+def _norm_ranges(x: Tensor, result: Tensor, there: Tensor) -> NormRanges:
     variances = x.var(-1, correction=0)
-    return NormRanges(_range(variances[:, 0]), _range(variances[:, 1:][there[:, 1:]]), _size((result - bias)[there]))
+    return NormRanges(_range(variances[:, 0]), _range(variances[:, 1:][there[:, 1:]]), _size(result[there]))
 
 
 def _range(values: Tensor) -> Range:
@@ -193,6 +195,26 @@ def _size(values: Tensor) -> Range:
 def _joined(found: Sequence[Calibration]) -> Calibration:
     """The smallest ranges that hold all."""
     return _each_range(lambda *ranges: (min(low for low, _ in ranges), max(high for _, high in ranges)), *found)
+
+
+def _levelled(layer: LayerRanges) -> LayerRanges:
+    """With the inner units in groups, each unit's range that of the widest of its group.
+
+    A group has one series for GeLU, whose frequencies, and with them what is dealt for a unit, grow with its period.
+    Of all ways to part the units, in the order of their ranges, where 1, 2, 3, 4, 6, 8, 12 .. are left, the cheapest is
+    taken.
+    """
+    order = sorted(range(len(layer.inner)), key=lambda unit: layer.inner[unit][1])
+    ends = [layer.inner[unit][1] for unit in order]
+    left = {1} | {step << power for step in (2, 3) for power in range(len(ends).bit_length())}
+    marks = sorted(len(ends) - each for each in left if each < len(ends))
+
+    def dealt(cuts: Iterable[int]) -> float:
+        return sum((end - start) * least_period(ends[end - 1]) for start, end in pairwise(cuts))
+
+    ways = ((0, *inner, len(ends)) for number in range(GROUPS) for inner in combinations(marks, number))
+    highs = {order[at]: ends[end - 1] for start, end in pairwise(min(ways, key=dealt)) for at in range(start, end)}
+    return replace(layer, inner=tuple((0.0, highs[unit]) for unit in range(len(ends))))
 
 
 def _widened(calibration: Calibration, margin: float) -> Calibration:

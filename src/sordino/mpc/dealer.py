@@ -11,14 +11,13 @@ the generator that it is drawn from. A number that does not rise is refused.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sordino.mpc.correlations import Correlation, Mask
 from sordino.mpc.errors import MaskReused
-from sordino.mpc.packing import Covered
+from sordino.mpc.packing import Covered, Octets
 from sordino.mpc.prg import Prg
-from sordino.mpc.ring import lowest
+from sordino.mpc.ring import lowest_
 
 
 class Dealer:
@@ -34,7 +33,7 @@ class Dealer:
         self.generators = Prg(given[0]), Prg(given[1])
         self._last = -1
 
-    def deal(self, number: int, correlation: Correlation) -> bytes:
+    def deal(self, number: int, correlation: Correlation) -> Octets:
         """Party 1's share of a correlation, packed.
 
         Raises:
@@ -44,9 +43,9 @@ class Dealer:
             raise MaskReused(f"randomness {number} was dealt before; start a computation with new keys")
         self._last = number
         values = correlation.values(*(self._mask(mask) for mask in correlation.masks))
-        other = self.generators[0].integers(number, correlation.shape, correlation.bits)
+        other = self.generators[0].integers(number, correlation.shape)  # of which packing takes the lowest bits
         return Covered(values, other, correlation.bits).packed()
 
     def _mask(self, mask: Mask) -> Tensor:
-        shares = (generator.integers(mask.number, mask.shape, mask.bits) for generator in self.generators)
-        return lowest(sum(shares, torch.zeros((), dtype=torch.int64)), mask.bits)
+        first, second = (generator.integers(mask.number, mask.shape, mask.bits) for generator in self.generators)
+        return lowest_(first.add_(second), mask.bits)

@@ -31,15 +31,18 @@ from sordino.mpc.attention import random_feature_attention
 from sordino.mpc.calibration import Calibration, LayerRanges, heads_of
 from sordino.mpc.errors import OutOfRange
 from sordino.mpc.fourier import gelu
-from sordino.mpc.linear import hide, lifted, product, truncate
+from sordino.mpc.linear import concatenated, hide, product, truncate
 from sordino.mpc.party import Masked, Party, Shared
 from sordino.mpc.plan import (
     ACTIVATION,
     ANGLE,
+    BELOW,
+    CENTRED,
     GAIN,
     GELU,
     MEAN,
     SQUARED_NORM,
+    UNIT,
     WAVE,
     WEIGHT,
     LayerPlan,
@@ -68,7 +71,7 @@ def shared_weights(tower: PrivateTower, calibration: Calibration) -> tuple[dict[
         module, _, kind = name.rpartition(".")
         fraction = WEIGHT if kind != "bias" else ACTIVATION + WEIGHT
         if "norm" in module:
-            fraction = GAIN if kind == "weight" else ACTIVATION
+            fraction = GAIN if kind == "weight" else ACTIVATION + WEIGHT
             part = part * len(part) ** 0.5 if kind == "weight" else part
         for own, half in zip(both, share(encode(part.detach(), fraction)), strict=True):
             own[name] = Shared(half, fraction)
@@ -114,8 +117,8 @@ class Encoder:
         """
         widths = {"norm.weight": WORD}
         for number, layer in enumerate(plan.layers):
-            bits = {"qkv.weight": layer.projected, FEATURES: ACTIVATION + WEIGHT, "out.weight": layer.out}
-            bits |= {"inner.weight": layer.outer, "outer.weight": layer.outer}
+            bits = {"qkv.weight": layer.projected, FEATURES: UNIT + WEIGHT, "out.weight": layer.out}
+            bits |= {"inner.weight": layer.inner, "outer.weight": layer.outer}
             bits |= {"norm1.weight": WORD, "norm2.weight": WORD}
             widths |= {f"{number}.{name}": width for name, width in bits.items()}
         with party.costs.label("set-up"):
@@ -179,7 +182,7 @@ def attention_block(party: Party, x: Shared, layer: HiddenLayer, heads: int, mas
     """Hidden states [B, T, E] after attention, its projection and the norm.
 
     1. Hide x; multiply with the weights of queries, keys and values.
-    2. Hide the result, and lift it to fewer fraction bits.
+    2. Truncate the result.
     3. Give queries and keys `unit_norm`.
     4. Take the `random_feature_attention`.
     5. Hide what comes out, multiply with the projection, truncate.
@@ -196,11 +199,12 @@ def attention_block(party: Party, x: Shared, layer: HiddenLayer, heads: int, mas
         projected.view(lambda own: heads_of(own[..., : 2 * width], 2 * heads)),  # queries and keys, [B, 2 H, T, d]
         projected.view(lambda own: heads_of(own[..., 2 * width :], heads)),
     ]
-    both, value = (lifted(party, part, ACTIVATION) for part in hide(party, *parts, bits=plan.projected))
-    both = unit_norm(party, both, plan.unit, ACTIVATION, inverse_fraction(plan.unit))
+    both, value = truncate(party, *parts, fraction=ACTIVATION, bits=plan.projected)
+    inverse = inverse_fraction(plan.unit)
+    both = unit_norm(party, both, plan.unit, inverse, ACTIVATION + inverse + WEIGHT)
     query, key = both.view(lambda own: own[:, :heads]), both.view(lambda own: own[:, heads:])
     attended = random_feature_attention(
-        party, query, key, value, layer.weights[FEATURES], plan.weights, ACTIVATION, ANGLE, WAVE, mask
+        party, query, key, value, layer.weights[FEATURES], plan.weights, ACTIVATION, UNIT, ANGLE, WAVE, mask
     )
     (masked,) = hide(party, attended.view(lambda own: own.transpose(1, 2).flatten(2)), bits=plan.out)
     result = product(party, masked, layer.weights["out"], "matmul_nt", layer.biases["out"])
@@ -220,10 +224,12 @@ def feed_forward_block(party: Party, x: Shared, layer: HiddenLayer) -> Shared:
     times the inner width, beside the protocols: (2 N + M) outer / 8, with the plan's bits.
     """
     plan = layer.plan
-    (masked,) = hide(party, x, bits=plan.outer)
+    (masked,) = hide(party, x, bits=plan.inner)
     inner = product(party, masked, layer.weights["inner"], "matmul_nt", layer.biases["inner"])
-    inner = gelu(party, inner, plan.gelu, plan.gelu.period + GELU, GELU, plan.outer)
-    (masked,) = hide(party, inner, bits=plan.outer)
+    parts = [replace(inner, share=part) for part in inner.share.split([units.count for units in plan.gelu], -1)]
+    series = [units.series for units in plan.gelu]
+    activated = concatenated(gelu(party, *parts, series=series, below=BELOW, precision=GELU, bits=plan.inner))
+    (masked,) = hide(party, activated, bits=plan.outer, fraction=ACTIVATION)
     result = product(party, masked, layer.weights["outer"], "matmul_nt", layer.biases["outer"])
     (result,) = truncate(party, result, fraction=ACTIVATION, bits=plan.outer)
     return _normed(party, x + result, layer.norm2, plan.norm2)
@@ -235,11 +241,11 @@ def _normed(party: Party, x: Shared, norm: Norm, plan: NormPlan) -> Shared:
     times = torch.full((x.shape[1], 1), rest)
     times[0] = first
     scaled = x.view(lambda own: own << times).doubled(-rest)
-    return layer_norm(party, scaled, norm, ACTIVATION)
+    return layer_norm(party, scaled, norm, ACTIVATION, CENTRED)
 
 
 def _folded(layer: Mapping[str, Tensor], ranges: LayerRanges) -> dict[str, Tensor]:
-    """A layer's weights, with frequencies in turns and the heads' scales in those of queries and keys."""
+    """A layer's weights: frequencies in turns, the heads' scales in those of queries and keys, inner units by range."""
     squares = torch.tensor([math.sqrt(low * high) for low, high in (*ranges.query, *ranges.key)])
     scales = (SQUARED_NORM / squares).sqrt()  # [2 H]
     named = dict(layer)
@@ -248,4 +254,7 @@ def _folded(layer: Mapping[str, Tensor], ranges: LayerRanges) -> dict[str, Tenso
     named["qkv.weight"] = layer["qkv.weight"] * per_entry[:, None]
     named["qkv.bias"] = layer["qkv.bias"] * per_entry
     named[FEATURES] = layer[FEATURES] / (2 * math.pi)
+    order = torch.tensor([high for _, high in ranges.inner]).argsort(stable=True)
+    named["inner.weight"], named["inner.bias"] = layer["inner.weight"][order], layer["inner.bias"][order]
+    named["outer.weight"] = layer["outer.weight"][:, order]
     return named

@@ -27,7 +27,7 @@ from sordino.mpc.costs import protocol
 from sordino.mpc.errors import OutOfRange
 from sordino.mpc.packing import Covered
 from sordino.mpc.party import Masked, Party, Shared
-from sordino.mpc.ring import CHUNK, WORD, low_bits, lowest, narrow, worth_a_table
+from sordino.mpc.ring import CHUNK, WORD, for_each, low_bits, lowest, narrow, worth_a_table
 from sordino.mpc.waves import TABLE, rounded, tables, tabulated_rotations, turns_of
 
 COEFFICIENT = 22  # fraction bits of a series' coefficients
@@ -147,19 +147,25 @@ class Angle:
 
 
 @protocol
-def turn(party: Party, *values: Shared, period: int, resolution: int, eighths: int = 8) -> list[Angle]:
+def turn(
+    party: Party,
+    *values: Shared,
+    period: int | Sequence[int],
+    resolution: int | Sequence[int],
+    eighths: int | Sequence[int] = 8,
+) -> list[Angle]:
     """Arguments of cosines, opened under a mask modulo their period.
 
-    1. Take the share modulo the period, and drop all but its highest `resolution` bits: each party loses less than the
-       last bit's worth, and one of that is added back. Wrap-around is whole periods.
+    1. Take the share modulo the period, and drop all but its highest `resolution` bits: one party rounds down, the
+       other up. Wrap-around is whole periods.
     2. Take a mask r, uniform modulo 2^resolution.
     3. Exchange shares of x - r, and add.
 
-    Rounds: 1, for all values together. Online: N resolution / 8. Offline: 0. Error: at most 2^(period - resolution)
+    Rounds: 1, for all values together. Online: N resolution / 8. Offline: 0. Error: below 2^(period - resolution)
     in x, none if there are no bits to drop.
 
     Args:
-        values: any shapes and sizes.
+        values: any shapes and sizes; what follows is for all, or one each.
         period: log2 of the period.
         resolution: bits, at most; as many as the period has in the ring if these are fewer.
         eighths: the argument is the value times these / 8, which costs nothing.
@@ -167,17 +173,17 @@ def turn(party: Party, *values: Shared, period: int, resolution: int, eighths: i
     Raises:
         OutOfRange: shares are right modulo less than the period.
     """
-    times, more = (eighths, 3) if eighths != 8 else (1, 0)
     masks, covered = [], []
-    for value in values:
-        length = value.fraction + more + period
+    given = (for_each(each, len(values)) for each in (period, resolution, eighths))
+    for value, log, most, part in zip(values, *given, strict=True):
+        times, more = (part, 3) if part != 8 else (1, 0)
+        length = value.fraction + more + log
         if not 1 <= length <= value.bits:
             raise OutOfRange(f"a period of 2^{length} in a value shared modulo 2^{value.bits}: must divide it")
-        width = min(length, resolution)
+        width = min(length, most)
         mask, own = party.supply.mask(value.shape, width)
-        added = int(width < length and party.number == 0)
         masks.append(mask)
-        covered.append(Covered(value.share.contiguous(), own, width, times, length - width, added))
+        covered.append(Covered(value.share.contiguous(), own, width, times, length - width, party.number == 1))
     return [
         Angle(opened, own.bits, mask) for opened, own, mask in zip(party.open(covered), covered, masks, strict=True)
     ]
@@ -265,6 +271,11 @@ def _pieces(frequencies: int, arguments: int) -> list[slice]:
     return [slice(start, min(start + size, frequencies)) for start in range(0, frequencies, size)]
 
 
+def least_period(high: float) -> float:
+    """That of a series for GeLU's arguments up to `high`: free beyond these, where 4 on either side are enough."""
+    return 2 * (high + 4)
+
+
 @lru_cache(maxsize=8)
 def gelu_series(period: int = 5, high: float = 11.5, harmonics: int = 10, eighths: int = 8) -> Series:
     """x erf(x / sqrt 2) / 2 for |x| up to `high`: the even part of GeLU, which is x / 2 more.
@@ -278,26 +289,36 @@ def gelu_series(period: int = 5, high: float = 11.5, harmonics: int = 10, eighth
 
 @protocol
 def gelu(
-    party: Party, x: Shared, series: Series | None = None, resolution: int = 18, precision: int = 14, bits: int = WORD
-) -> Shared:
+    party: Party,
+    *values: Shared,
+    series: Sequence[Series] | None = None,
+    below: int = 13,
+    precision: int = 14,
+    bits: int = WORD,
+) -> list[Shared]:
     """GeLU, x / 2 + x erf(x / sqrt 2) / 2, without a multiplication: the second term is even, and a series by itself.
 
     1. `turn` x times the series' eighths / 8.
     2. `evaluate` the series and x / 2, a share with one fraction bit more.
 
-    Rounds: 1. Online: N resolution / 8. Offline: 2 K N bits / 8, K = 10. Error: that of the series, 6e-5 for |x| up to
-    11.5; and 0.6 2^(period - resolution) = 7e-5 for the argument; and at most sqrt(2) (K + 8) 2^-precision, 4 times
-    less in the mean. Beyond the series' range it is wrong without notice: choose a larger period there.
+    Rounds: 1, for all values together. Online: N (period + below) / 8. Offline: 2 K N bits / 8, K = 10. Error: that of
+    the series, 6e-5 for |x| up to 11.5; and 0.6 2^-below = 7e-5 for the argument; and at most sqrt(2) (K + 8)
+    2^-precision, 4 times less in the mean. Beyond the series' range it is wrong without notice: choose a larger period
+    there.
 
     Args:
-        x: shared modulo its period or more.
-        series: see `gelu_series`, which is the default.
-        resolution, precision, bits: see `turn`, `evaluate`; bits must hold the result with max(2 precision,
-            x.fraction + 1) fraction bits.
+        values: shared modulo their series' periods or more.
+        series: of each; see `gelu_series`, which is the default.
+        below: bits of the argument below one.
+        precision, bits: see `evaluate`; bits must hold the result with max(2 precision, x.fraction + 1) fraction bits.
     """
-    chosen = series or gelu_series()
-    (angle,) = turn(party, x, period=chosen.period, resolution=resolution, eighths=chosen.eighths)
-    return evaluate(party, angle, chosen, precision, bits, x.doubled(-1))
+    chosen = series or [gelu_series()] * len(values)
+    periods, eighths = [each.period for each in chosen], [each.eighths for each in chosen]
+    angles = turn(party, *values, period=periods, resolution=[each + below for each in periods], eighths=eighths)
+    return [
+        evaluate(party, angle, each, precision, bits, value.doubled(-1))
+        for value, angle, each in zip(values, angles, chosen, strict=True)
+    ]
 
 
 def public_factors(opened: Tensor, bits: int, series: Series, some: slice, precision: int) -> Tensor:

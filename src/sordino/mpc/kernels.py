@@ -34,7 +34,7 @@ def compiled(kernel: Kernel) -> Kernel:
 def pack(
     shares: Integers, masks: Integers | None, times: int, shift: int, more: int, bits: int, words: Words
 ) -> None:  # fmt: skip
-    """The lowest bits of (shares times >> shift) + more - masks one after the other: 64 integers in `bits` words.
+    """The lowest bits of (shares times + more >> shift) - masks one after the other: 64 integers in `bits` words.
 
     Without masks, of shares alone. No array goes to a function in the loop, which would count its references.
     """
@@ -43,7 +43,7 @@ def pack(
     for i in range(len(shares)):
         value = shares[i]
         if changed:
-            value = (value * times >> shift) + more
+            value = value * times + more >> shift
         if masks is not None:
             value -= masks[i]
         integer = np.uint64(value) & low
@@ -72,7 +72,7 @@ def unpack(
         if offset + width > ROOM:
             integer |= words[place + ONE] << (ROOM - offset)
         if shares is not None and masks is not None:
-            integer += np.uint64((shares[i] * times >> shift) + more - masks[i])
+            integer += np.uint64((shares[i] * times + more >> shift) - masks[i])
         integers[i] = np.int64(integer & low)
 
 

@@ -22,7 +22,7 @@ from sordino.mpc.errors import OutOfRange
 from sordino.mpc.packing import Covered
 from sordino.mpc.party import Masked, Party, Shared
 from sordino.mpc.products import FORMS
-from sordino.mpc.ring import WORD, decode, low_bits, lowest_
+from sordino.mpc.ring import WORD, decode, for_each, low_bits, lowest_
 
 
 @protocol
@@ -42,34 +42,43 @@ def reveal(party: Party, *values: Shared) -> list[Tensor]:
 
 
 @protocol
-def hide(party: Party, *values: Shared, bits: int | Sequence[int] = WORD) -> list[Masked]:
+def hide(
+    party: Party, *values: Shared, bits: int | Sequence[int] = WORD, fraction: int | Sequence[int] = WORD
+) -> list[Masked]:
     """Values opened under a mask, to be factors of products.
 
-    1. Take a mask a, uniform modulo 2^bits.
-    2. Exchange shares of x - a, modulo 2^bits.
-    3. Add.
+    1. Drop fraction bits of the share that are not to be kept; one party rounds down, the other up. What is left is a
+       share modulo as much less, so that nothing wraps around.
+    2. Take a mask a, uniform modulo 2^bits.
+    3. Exchange shares of x - a, modulo 2^bits.
+    4. Add.
 
     What is seen is uniform. Products with a factor of n bits are right modulo 2^n, so n must hold them.
 
-    Rounds: 1, for all values together. Online: N bits / 8. Offline: 0. Error: none.
+    Rounds: 1, for all values together. Online: N bits / 8. Offline: 0. Error: none; below 2^-fraction where bits are
+    dropped, with a mean of zero over uniform shares.
 
     Args:
         values: any shapes.
-        bits: for all, or one each; at most what their shares are right for.
+        bits: for all, or one each; at most what their shares are right for, less the bits that are dropped.
+        fraction: for all, or one each; what is kept of those that have more fraction bits.
 
     Raises:
         OutOfRange: shares are right modulo less than asked for.
     """
-    widths = [bits] * len(values) if isinstance(bits, int) else list(bits)
     masks, covered = [], []
-    for value, width in zip(values, widths, strict=True):
-        if width > value.bits:
-            raise OutOfRange(f"a value shared modulo 2^{value.bits} cannot be opened modulo 2^{width}; lift it first")
+    for value, width, kept in zip(values, for_each(bits, len(values)), for_each(fraction, len(values)), strict=True):
+        dropped = max(0, value.fraction - kept)
+        right = value.bits - dropped
+        if width < 1:
+            raise OutOfRange(f"fraction = {kept}: no bit would be left of a value; keep more")
+        if width > right:
+            raise OutOfRange(f"a value shared modulo 2^{right} cannot be opened modulo 2^{width}; lift it first")
         mask, share = party.supply.mask(value.shape, width)
         masks.append(mask)
-        covered.append(Covered(value.share.contiguous(), share, width))
+        covered.append(Covered(value.share.contiguous(), share, width, shift=dropped, up=party.number == 1))
     return [
-        Masked(opened, own.mask, mask, value.fraction)
+        Masked(opened, own.mask, mask, value.fraction - own.shift)
         for opened, own, mask, value in zip(party.open(covered), covered, masks, values, strict=True)
     ]
 
@@ -176,20 +185,23 @@ def lifted(party: Party, value: Masked, fraction: int, bits: int = WORD) -> Shar
 def truncate(party: Party, *values: Shared, fraction: int, bits: int | Sequence[int] = WORD) -> list[Shared]:
     """Values with fewer fraction bits, shared modulo 2^64; never wrong by wrap-around.
 
-    1. Hide them, modulo 2^bits.
+    1. Hide them without the s fraction bits that are dropped, modulo 2^(bits-s).
     2. Take what is `lifted`.
 
-    Rounds: 1. Online: N bits / 8. Offline: 16 N. Error: below 2^-fraction.
+    Rounds: 1. Online: N (bits - s) / 8. Offline: 16 N. Error: below 2^-fraction, with a mean of zero over uniform
+    shares.
 
     Args:
-        values: below 2^(bits-2) as integers.
+        values: up to 2^(bits-2) - 2^s in size, as integers.
         fraction: what they shall have.
         bits: enough for them, and few for the sake of the wire.
 
     Raises:
         OutOfRange: see `hide` and `lifted`.
     """
-    return [lifted(party, hidden, fraction) for hidden in hide(party, *values, bits=bits)]
+    pairs = zip(values, for_each(bits, len(values)), strict=True)
+    left = [width - max(0, value.fraction - fraction) for value, width in pairs]
+    return [lifted(party, hidden, fraction) for hidden in hide(party, *values, bits=left, fraction=fraction)]
 
 
 def concatenated(values: Sequence[Shared], axis: int = -1) -> Shared:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from sordino.errors import ConfigError
 from sordino.mpc.costs import Cost
+from sordino.mpc.packing import Octets
 from sordino.mpc.party import Channel
 
 
@@ -70,7 +71,7 @@ class Throttled:
     def __init__(self, channel: Channel, network: Network) -> None:
         self._channel, self._network = channel, network
 
-    def exchange(self, content: bytes) -> bytes:
+    def exchange(self, content: Octets) -> Octets:
         """See `Channel`."""
         time.sleep(8 * len(content) / self._network.rate)  # the last bit leaves
         reply = self._channel.exchange(content)

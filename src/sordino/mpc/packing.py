@@ -19,7 +19,7 @@ from sordino.mpc import kernels
 from sordino.mpc.errors import PartyLost
 from sordino.mpc.ring import WORD, Shape
 
-Octets = bytes | memoryview
+Octets = bytes | bytearray | memoryview
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -27,7 +27,7 @@ def packed_size(count: int, bits: int) -> int:
     return math.ceil(count * bits / 8)
 
 
-def pack(integers: Tensor, bits: int) -> bytes:
+def pack(integers: Tensor, bits: int) -> Octets:
     """Integers modulo 2^bits as `packed_size` bytes."""
     flat = _flat(integers)
     if bits == WORD:
@@ -45,7 +45,7 @@ def unpack(content: Octets, shape: Shape, bits: int) -> Tensor:
     """
     words, integers = _words(content, math.prod(shape), bits), torch.empty(shape, dtype=torch.int64)
     if bits == WORD:
-        return torch.from_numpy(words.view(np.int64)).view(shape)
+        return torch.from_numpy(words.view(np.int64).copy()).view(shape)
     kernels.unpack(None, None, 1, 0, 0, bits, words, _flat(integers))
     return integers
 
@@ -73,12 +73,16 @@ def cut(content: Octets, sizes: Sequence[int]) -> list[memoryview]:
 
 @dataclass(frozen=True, eq=False)
 class Covered:
-    """A party's share less its share of a mask: (share times >> shift) + more - mask, modulo 2^bits.
+    """A party's share less its share of a mask, modulo 2^bits: share times / 2^shift, rounded to an integer, - mask.
+
+    If one party rounds down and the other up, the sum is off by less than one, is right where nothing is lost, and is
+    right in the mean over uniform shares.
 
     Attributes:
         share, mask: int64, of one shape.
-        bits: of the mask.
-        times, shift, more: what is done to the share before; nothing.
+        bits: of the mask; at most those that the share is right for, less the shift.
+        times, shift: what the share is multiplied with, and the bits that are dropped.
+        up: whether this party rounds up.
     """
 
     share: Tensor
@@ -86,9 +90,14 @@ class Covered:
     bits: int
     times: int = 1
     shift: int = 0
-    more: int = 0
+    up: bool = False
 
-    def packed(self) -> bytes:
+    @property
+    def more(self) -> int:
+        """What is added before the shift."""
+        return (1 << self.shift) - 1 if self.up else 0
+
+    def packed(self) -> Octets:
         """For the other party."""
         shares, masks = _flat(self.share), _flat(self.mask)
         words = np.empty(math.ceil(shares.size * self.bits / WORD), np.uint64)
@@ -111,14 +120,17 @@ def _flat(integers: Tensor) -> NDArray[np.int64]:
     return integers.contiguous().numpy().reshape(-1)
 
 
-def _octets(words: NDArray[np.uint64], count: int, bits: int) -> bytes:
-    return words.view(np.uint8)[: packed_size(count, bits)].tobytes()
+def _octets(words: NDArray[np.uint64], count: int, bits: int) -> Octets:
+    return words.view(np.uint8)[: packed_size(count, bits)].data
 
 
 def _words(content: Octets, count: int, bits: int) -> NDArray[np.uint64]:
     due = packed_size(count, bits)
     if len(content) != due:
         raise PartyLost(f"{len(content)} bytes came where {due} were due; the other party is astray")
+    octets = np.frombuffer(content, np.uint8)
+    if due % 8 == 0 and octets.flags.writeable and octets.ctypes.data % 8 == 0:  # as kernels are compiled for
+        return octets.view(np.uint64)
     words = np.empty(math.ceil(count * bits / WORD), np.uint64)
-    words.view(np.uint8)[:due] = np.frombuffer(content, np.uint8)
+    words.view(np.uint8)[:due] = octets
     return words

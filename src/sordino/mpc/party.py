@@ -15,7 +15,7 @@ from sordino.mpc.correlations import Mask
 from sordino.mpc.costs import Cost, Costs
 from sordino.mpc.dealer import Dealer
 from sordino.mpc.errors import PartyLost
-from sordino.mpc.packing import Covered, cut, pack, unpack
+from sordino.mpc.packing import Covered, Octets, cut, pack, unpack
 from sordino.mpc.ring import WORD, Shape, decode, encode
 from sordino.mpc.supply import Supply
 
@@ -96,7 +96,7 @@ class Masked:
 class Channel(Protocol):
     """The way to the other party."""
 
-    def exchange(self, content: bytes) -> bytes:
+    def exchange(self, content: Octets) -> Octets:
         """Send bytes, and give those that the other sends meanwhile.
 
         Raises:
@@ -141,8 +141,8 @@ class Party:
         theirs = self._swap([each.packed() for each in covered])
         return [each.opened(part) for each, part in zip(covered, theirs, strict=True)]
 
-    def _swap(self, contents: Sequence[bytes]) -> list[memoryview]:
-        content = b"".join(contents)
+    def _swap(self, contents: Sequence[Octets]) -> list[memoryview]:
+        content = contents[0] if len(contents) == 1 else bytearray().join(contents)
         self.costs.add(Cost(rounds=1, online=len(content)))
         return cut(self._channel.exchange(content), [len(each) for each in contents])
 
@@ -168,12 +168,12 @@ class LocalChannel:
     """
 
     def __init__(
-        self, inbox: SimpleQueue[bytes | None], outbox: SimpleQueue[bytes | None], timeout: float, kept: bool
+        self, inbox: SimpleQueue[Octets | None], outbox: SimpleQueue[Octets | None], timeout: float, kept: bool
     ) -> None:
         self._inbox, self._outbox, self._timeout, self._kept = inbox, outbox, timeout, kept
-        self.received: list[bytes] = []
+        self.received: list[Octets] = []
 
-    def exchange(self, content: bytes) -> bytes:
+    def exchange(self, content: Octets) -> Octets:
         """See `Channel`."""
         self._outbox.put(content)
         try:
@@ -203,7 +203,7 @@ class Ran(Generic[T]):
 
     results: tuple[T, T]
     costs: Costs
-    received: tuple[list[bytes], list[bytes]] = field(repr=False)
+    received: tuple[list[Octets], list[Octets]] = field(repr=False)
 
 
 def run(
@@ -223,7 +223,7 @@ def run(
     Raises:
         Exception: the first that a party's program raised, where it is not about the other's end.
     """
-    dealer, queues = Dealer(keys), (SimpleQueue[bytes | None](), SimpleQueue[bytes | None]())
+    dealer, queues = Dealer(keys), (SimpleQueue[Octets | None](), SimpleQueue[Octets | None]())
     channels = [LocalChannel(queues[i], queues[1 - i], timeout, keep_messages) for i in range(2)]
     costs = [Costs(), Costs()]
     supplies = [Supply(dealer.generators[i], costs[i], dealer if i else None) for i in range(2)]

@@ -5,42 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 
 from sordino.mpc.attention import LARGEST
 from sordino.mpc.calibration import Calibration, LayerRanges, NormRanges, Range, Stored
 from sordino.mpc.errors import OutOfRange
-from sordino.mpc.fourier import Series, gelu_series
+from sordino.mpc.fourier import Series, gelu_series, least_period
 from sordino.mpc.roots import Root, calibrate, variance_root
 from sordino.mpc.tower import FEATURES, PrivateTower
 
-ACTIVATION, WEIGHT, GAIN = 10, 12, 6  # fraction bits: of hidden states, of weights, of gains times sqrt(E)
-WAVE, ANGLE = 4, 10  # of attention's cosines: fraction bits, and bits of their arguments
-GELU = 11  # fraction bits of GeLU's cosines, and bits of its argument below one
-INVERSE = 10  # bits of inverse norms below the smallest of them
+ACTIVATION, WEIGHT, GAIN = 11, 15, 8  # fraction bits: of hidden states, of weights, of gains times sqrt(E)
+CENTRED, UNIT = 13, 12  # of what a norm divides, of queries and keys of unit norm
+WAVE, ANGLE = 8, 12  # of attention's cosines: fraction bits, and bits of their arguments
+GELU, BELOW = 14, 12  # of GeLU: fraction bits of its cosines, and bits of its argument below one
+INVERSE = 11  # bits of inverse norms below the smallest of them
 SQUARED_NORM = 16.0  # of queries and keys, in the middle of each head's range
-ERROR = 2e-3  # of roots, relative, and of GeLU's series
-HARMONICS = (
-    6,
-    8,
-    9,
-    10,
-    11,
-    12,
-    13,
-    14,
-    15,
-    16,
-    18,
-    20,
-    22,
-    24,
-    26,
-    28,
-    30,
-    32,
-    36,
-    40,
-)  # of GeLU's series, tried in turn
+ERROR, GELU_ERROR = 5e-4, 2e-4  # of roots, relative, and of GeLU's series
+HARMONICS = (*range(5, 16), *range(16, 32, 2), 32, 36, 40)  # of GeLU's series, tried in turn
 MEAN = 20  # fraction bits of 1 / T
 
 
@@ -51,7 +32,7 @@ class NormPlan:
     Attributes:
         root: of variances; see `variance_root`.
         exponent: the first token's rows are divided by 2^exponent.
-        largest: log2 of its result before the bias.
+        largest: log2 of its result.
         inverse_fraction: bits of inverse norms.
     """
 
@@ -72,24 +53,39 @@ class NormPlan:
 
 
 @dataclass(frozen=True)
+class Units:
+    """Inner units of a layer that have one series for GeLU.
+
+    Attributes:
+        count: how many.
+        series: for the range of the widest.
+    """
+
+    count: int
+    series: Series
+
+
+@dataclass(frozen=True)
 class LayerPlan:
     """How a layer is computed.
 
     Attributes:
-        projected, out, outer: bits of what is multiplied by the weights of queries, keys and values; of the
-            projection; and of both linear layers, where GeLU's result and that of the second must fit.
+        projected, out, inner, outer: bits of what is multiplied by the weights of queries, keys and values; of the
+            projection; and of both linear layers. GeLU's result is shared modulo 2^inner, and must be right modulo
+            2^outer once its last fraction bits are dropped.
         unit: root for queries and keys.
         weights: reciprocal of mean attention weights, for every length.
-        gelu: its series.
+        gelu: inner units, from those of the narrowest range to those of the widest.
         norm1, norm2: of the norms.
     """
 
     projected: int
     out: int
+    inner: int
     outer: int
     unit: Root
     weights: Root
-    gelu: Series
+    gelu: tuple[Units, ...]
     norm1: NormPlan
     norm2: NormPlan
 
@@ -142,32 +138,36 @@ def _layer_plan(ranges: LayerRanges, features: int, width: int) -> LayerPlan:
         if _bits(size) > LARGEST:
             raise OutOfRange(f"{name}: sizes up to {size[1]:g}, margin included, must be below {2**LARGEST}")
     largest_query = math.sqrt(SQUARED_NORM * max(ratios))
-    series = _gelu(ranges.inner[1])
-    inner = max(2 * GELU, ACTIVATION + WEIGHT + 1) + WEIGHT  # fraction bits of the second layer's results
+    gelu = tuple(
+        Units(len(list(units)), _gelu(high)) for high, units in groupby(sorted(high for _, high in ranges.inner))
+    )
+    fraction = max(2 * GELU, ACTIVATION + WEIGHT + 1)  # of GeLU's result, of which ACTIVATION are kept
+    outer = ACTIVATION + WEIGHT + _bits(ranges.outer) + 2
     return LayerPlan(
         projected=ACTIVATION + WEIGHT + max(_bits(ranges.value), _bits((0, largest_query))) + 2,
         out=ACTIVATION + WEIGHT + _bits(ranges.out) + 2,
-        outer=max(inner + _bits(ranges.outer) + 2, ACTIVATION + WEIGHT + 3 + series.period),
+        inner=max(outer + fraction - ACTIVATION, ACTIVATION + WEIGHT + 3 + max(units.series.period for units in gelu)),
+        outer=outer,
         unit=unit,
         weights=weights,
-        gelu=series,
+        gelu=gelu,
         norm1=NormPlan.of(ranges.norm1, width),
         norm2=NormPlan.of(ranges.norm2, width),
     )
 
 
 def _gelu(high: float) -> Series:
-    """The series of fewest frequencies for arguments up to `high`, which is below half its period by 3.5.
+    """The series of fewest frequencies for arguments up to `high`.
 
     Raises:
         OutOfRange: it would need more than 40.
     """
-    least = 2 * (high + 3.5)
+    least = least_period(high)
     period = max(4, math.ceil(math.log2(least)))
     eighths = min(15, math.floor(8 * 2**period / least))
     for count in HARMONICS:
         series = gelu_series(period, high, count, eighths)
-        if series.error <= ERROR:
+        if series.error <= GELU_ERROR:
             return series
     raise OutOfRange(f"arguments of GeLU up to {high:g}, margin included: more than its series can serve")
 

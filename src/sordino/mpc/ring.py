@@ -6,6 +6,7 @@ torch adds, subtracts and multiplies int64 modulo 2^64, exactly; see `products` 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -63,6 +64,11 @@ def narrow(integers: Tensor) -> Tensor:
     """The same as int32, for tables that are to be small, where all fit."""
     low, high = integers.aminmax()
     return integers.int() if int(low) >= -(2**31) and int(high) < 2**31 else integers
+
+
+def for_each(given: int | Sequence[int], count: int) -> Sequence[int]:
+    """So many integers, where one may be given for all."""
+    return [given] * count if isinstance(given, int) else given
 
 
 def worth_a_table(count: int, bits: int) -> bool:

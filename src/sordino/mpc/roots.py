@@ -17,6 +17,7 @@ from sordino.mpc.errors import OutOfRange
 from sordino.mpc.fourier import Series, angle_of, evaluate, fit
 from sordino.mpc.linear import hide, lifted, product, triple_product, truncate
 from sordino.mpc.party import Masked, Party, Shared
+from sordino.mpc.ring import WORD
 
 HARMONICS = (4, 6, 8, 12, 16, 24, 32)  # tried in turn
 ROOM = 61  # bits that a value to be truncated may take
@@ -109,8 +110,9 @@ def inverse_root(party: Party, x: Shared, root: Root, fraction: int) -> Shared:
     3. `newton_step` and truncate, as often as the root says; x is lifted from step 1, and hidden again with the first
        y.
 
-    Rounds: 2 + 2 steps. Online: N n / 8 + 8 N + 16 N steps + (8 N if there are any), for x modulo 2^n. Offline: 16 K
-    N + 16 N for the start, 16 N for x if there are steps, 8 (2 p + 1) N + 16 N a step; K frequencies.
+    Rounds: 2 + 2 steps. Online: N n / 8 + 8 N + 16 N steps + (8 N if there are any), for x modulo 2^n, less the bits
+    that each truncation drops. Offline: 16 K N + 16 N for the start, 16 N for x if there are steps, 8 (2 p + 1) N +
+    16 N a step; K frequencies.
     Error: that of the root, relative; and 2^-fraction.
 
     Args:
@@ -162,31 +164,33 @@ def newton_step(party: Party, y: Masked, x: Masked, power: int) -> Shared:
 
 
 @protocol
-def unit_norm(party: Party, x: Shared, root: Root, fraction: int, inverse_fraction: int = 16) -> Shared:
+def unit_norm(party: Party, x: Shared, root: Root, inverse_fraction: int = 16, bits: int = 0) -> Shared:
     """Vectors of length one, from x [..., D]; T vectors.
 
     1. Hide x, modulo 2^n that holds its squared norm and the result; the former is a `product` with itself.
     2. Take the `inverse_root` of that.
-    3. Hide it, multiply with x, truncate.
+    3. Hide it, multiply with x.
 
-    Rounds: 3 + those of the root. Online: (2 T D + T) n / 8 + the root's. Offline: (T + T D) n / 8 + 16 T D + the
-    root's.
-    Error: relative, that of the root and 2^-inverse_fraction over the inverse norm; and 2^-fraction.
+    Rounds: 2 + those of the root. Online: (T D + T) n / 8 + the root's. Offline: (T + T D) n / 8 + the root's.
+    Error: relative, that of the root and 2^-inverse_fraction over the inverse norm.
 
     Args:
         x: squared norms within the root's range.
         root: a `calibrate`d inverse square root.
-        fraction: bits of the result.
         inverse_fraction: bits of inverse norms.
+        bits: n at least, for what the result is to be right modulo.
+
+    Returns:
+        Them with so many more fraction bits than x, shared modulo 2^n: whoever hides them next keeps few.
 
     Raises:
         OutOfRange: x has too many fraction bits for the ring.
     """
-    bits = _width(x, 2 * x.fraction + math.log2(root.start.high), x.fraction + inverse_fraction + 1)
+    bits = max(bits, _width(x, 2 * x.fraction + math.log2(root.start.high), x.fraction + inverse_fraction + 1))
     (hidden,) = hide(party, x, bits=bits)
     norm = inverse_root(party, product(party, hidden, hidden, "dot"), root, inverse_fraction)
     (inverse,) = hide(party, norm.view(lambda share: share[..., None]), bits=bits)
-    return truncate(party, product(party, hidden, inverse, "multiply"), fraction=fraction, bits=bits)[0]
+    return product(party, hidden, inverse, "multiply")
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,10 +199,10 @@ class Norm:
 
     Attributes:
         gain: gamma sqrt(D), hidden modulo 2^64, [D].
-        bias: beta, [D].
+        bias: beta, [D], with as many fraction bits as that product, or fewer.
         root: see `variance_root`.
         epsilon: added to variances.
-        largest: log2 of what the result without beta may come to.
+        largest: log2 of what the result may come to.
         inverse_fraction: bits of inverse norms.
     """
 
@@ -216,41 +220,44 @@ def variance_root(width: int, low: float, high: float, error: float = 1e-3, step
 
 
 @protocol
-def layer_norm(party: Party, x: Shared, norm: Norm, fraction: int) -> Shared:
+def layer_norm(party: Party, x: Shared, norm: Norm, fraction: int, kept: int = WORD) -> Shared:
     """gamma (x - mean) / sqrt(variance + epsilon) + beta over the last of the axes of x [..., D]; T rows.
 
     The result does not depend on the scale of x, so the mean is taken out exactly, without a division: c = (D x - sum
     x) / 2^k, where 2^k is D or the next power of two.
 
-    1. Compute c, and hide it, modulo 2^n that holds the sum of its squares and the result.
+    1. Compute c, and hide it with `kept` fraction bits or fewer, modulo 2^n that holds the sum of its squares and the
+       result.
     2. That sum is a `product` of c with itself. Add epsilon, in that scale; take the `inverse_root`.
     3. Hide this, and take the `triple_product` with c and the gain, which was hidden at set-up.
-    4. Truncate; add beta.
+    4. Add beta; truncate.
 
-    Rounds: 3 + those of the root. Online: (2 T D + T) n / 8 + the root's. Offline: (T + 4 T D) n / 8 + 16 T D + the
-    root's.
+    Rounds: 3 + those of the root. Online: ((2 T D + T) n - T D s) / 8 + the root's, with the s bits that step 4 drops.
+    Offline: (T + 4 T D) n / 8 + 16 T D + the root's.
     Error: relative, that of the root and 2^-inverse_fraction over the inverse norm, which is 2^k / (D sqrt(D
-    variance)); and 2^-fraction.
+    variance)); 2^-kept in c; and 2^-fraction.
 
     Args:
         x: variances within the root's range.
         norm: its parameters.
         fraction: bits of the result.
+        kept: fraction bits of c.
 
     Raises:
         OutOfRange: there are too many fraction bits for the ring.
     """
     width = x.shape[-1]
     centred = x.view(lambda share: width * share - share.sum(-1, keepdim=True)).doubled(-_log_width(width))
-    squares_need = 2 * centred.fraction + math.log2(norm.root.start.high)
-    bits = _width(x, squares_need, centred.fraction + norm.inverse_fraction + norm.gain.fraction + norm.largest)
-    (hidden,) = hide(party, centred, bits=bits)
+    left = min(kept, centred.fraction)
+    squares_need = 2 * left + math.log2(norm.root.start.high)
+    bits = _width(x, squares_need, left + norm.inverse_fraction + norm.gain.fraction + norm.largest)
+    (hidden,) = hide(party, centred, bits=bits, fraction=left)
     squares = product(party, hidden, hidden, "dot")
     epsilon = party.public(_scale(width) * norm.epsilon, squares.fraction)
     inverse = inverse_root(party, squares + epsilon, norm.root, norm.inverse_fraction)
     (hidden_inverse,) = hide(party, inverse.view(lambda share: share[..., None]), bits=bits)
     scaled = triple_product(party, hidden, hidden_inverse, norm.gain)
-    return truncate(party, scaled, fraction=fraction, bits=bits)[0] + norm.bias
+    return truncate(party, scaled + norm.bias, fraction=fraction, bits=bits)[0]
 
 
 def _log_width(width: int) -> int:

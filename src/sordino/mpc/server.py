@@ -25,7 +25,7 @@ from sordino.mpc.costs import Costs
 from sordino.mpc.encoder import Encoder, encode_sentences
 from sordino.mpc.errors import MpcError, PartyLost
 from sordino.mpc.network import Network, Throttled
-from sordino.mpc.packing import pack, unpack_each
+from sordino.mpc.packing import Octets, pack, unpack_each
 from sordino.mpc.party import Channel, Party, Shared
 from sordino.mpc.plan import Plan
 from sordino.mpc.prg import Prg
@@ -68,7 +68,7 @@ class LineChannel:
     def __init__(self, line: Line) -> None:
         self._line = line
 
-    def exchange(self, content: bytes) -> bytes:
+    def exchange(self, content: Octets) -> Octets:
         """See `Channel`."""
         self._line.send(content)
         reply = self._line.receive()[1]
@@ -168,7 +168,7 @@ class ServerService:
         encoder: Encoder,
         tapes: dict[tuple[Shape, ...], Tape],
         header: Header,
-        payload: bytes,
+        payload: Octets,
     ) -> None:
         """Run the batches of one message, and send shares of their features, and costs and seconds since the last.
 
@@ -280,7 +280,7 @@ def weights_to(weights: dict[str, Shared]) -> tuple[Header, bytes]:
     return {"weights": forms}, b"".join(pack(part.share, WORD) for part in weights.values())
 
 
-def weights_from(header: Header, payload: bytes) -> dict[str, Shared]:
+def weights_from(header: Header, payload: Octets) -> dict[str, Shared]:
     """The inverse of `weights_to`.
 
     Raises:

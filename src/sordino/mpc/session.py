@@ -27,7 +27,7 @@ from sordino.mpc.certificates import SERVERS, Identity
 from sordino.mpc.costs import Costs
 from sordino.mpc.encoder import shared_weights
 from sordino.mpc.errors import MpcError, OutOfRange, PartyLost
-from sordino.mpc.packing import pack, unpack_each
+from sordino.mpc.packing import Octets, pack, unpack_each
 from sordino.mpc.party import Shared, reconstruct
 from sordino.mpc.plan import Plan
 from sordino.mpc.ring import WORD, encode, share
@@ -149,7 +149,7 @@ class Session:
             line.send(end=True)
             line.close()
 
-    def _answers(self) -> list[tuple[Header, bytes]]:
+    def _answers(self) -> list[tuple[Header, Octets]]:
         """What both servers say; as soon as one is lost, who is at fault."""
         with ThreadPoolExecutor(2) as pool:
             waiting = [pool.submit(line.receive) for line in self._lines]
@@ -161,7 +161,7 @@ class Session:
                 raise errors[0]
         return [each.result() for each in waiting]
 
-    def _read(self, answers: Sequence[tuple[Header, bytes]], read: Callable[[Header, bytes], T]) -> list[T]:
+    def _read(self, answers: Sequence[tuple[Header, Octets]], read: Callable[[Header, Octets], T]) -> list[T]:
         """What is in both servers' answers."""
         found = []
         for line, answer in zip(self._lines, answers, strict=True):
@@ -171,10 +171,10 @@ class Session:
                 raise PartyLost(f"{line.party} sent garbage ({type(error).__name__}: {error})") from None
         return found
 
-    def _enter(self, answers: Sequence[tuple[Header, bytes]]) -> None:
+    def _enter(self, answers: Sequence[tuple[Header, Octets]]) -> None:
         """Costs, which both servers count alike."""
 
-        def costs_of(header: Header, _: bytes) -> Costs:
+        def costs_of(header: Header, _: Octets) -> Costs:
             costs = Costs()
             costs.add_taken(header["costs"])
             return costs
@@ -244,7 +244,7 @@ def provide(
     return name
 
 
-def _shares_of(header: Header, payload: bytes, groups: Sequence[Sentences]) -> list[Shared]:
+def _shares_of(header: Header, payload: Octets, groups: Sequence[Sentences]) -> list[Shared]:
     """Of features, [B, E] a batch.
 
     Raises:

@@ -15,7 +15,7 @@ from torch import Tensor
 from sordino.mpc.correlations import CORRELATIONS, Correlation, Mask
 from sordino.mpc.costs import Cost, Costs
 from sordino.mpc.errors import MpcError
-from sordino.mpc.packing import packed_size, unpack
+from sordino.mpc.packing import Octets, packed_size, unpack
 from sordino.mpc.prg import Prg
 from sordino.mpc.products import FORMS
 from sordino.mpc.ring import Shape
@@ -72,7 +72,7 @@ def _moved(wanted: Any, start: int, by: int) -> Any:
 class Assistant(Protocol):
     """How party 1 asks: `Dealer`, or what speaks with one over a network."""
 
-    def deal(self, number: int, correlation: Correlation) -> bytes:
+    def deal(self, number: int, correlation: Correlation) -> Octets:
         """Party 1's share of a correlation, packed."""
         ...
 
@@ -85,7 +85,7 @@ class Remote(Assistant, Protocol):
         """Order a correlation; does not wait."""
         ...
 
-    def dealt(self) -> bytes:
+    def dealt(self) -> Octets:
         """What was ordered first, of what has not come yet."""
         ...
 

@@ -22,6 +22,7 @@ import grpc
 from sordino.errors import ConfigError
 from sordino.mpc.certificates import Identity
 from sordino.mpc.errors import PartyLost
+from sordino.mpc.packing import Octets
 
 SERVICE = "sordino.mpc"
 PATIENCE = 10  # timeouts, after which a party that lives but says nothing is given up
@@ -31,13 +32,13 @@ OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_leng
 Header = dict[str, Any]
 
 
-def packed(payload: bytes = b"", **header: Any) -> bytes:
+def packed(payload: Octets = b"", **header: Any) -> bytes:
     """A message: the header's length in four bytes, the header as JSON, and the payload."""
     head = json.dumps(header).encode()
-    return struct.pack(">I", len(head)) + head + payload
+    return b"".join([struct.pack(">I", len(head)), head, payload])
 
 
-def unpacked(message: bytes) -> tuple[Header, bytes]:
+def unpacked(message: bytes) -> tuple[Header, Octets]:
     """Header and payload of a message.
 
     Raises:
@@ -51,7 +52,7 @@ def unpacked(message: bytes) -> tuple[Header, bytes]:
     header = json.loads(message[4 : 4 + length])
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
-    return header, message[4 + length :]
+    return header, memoryview(message)[4 + length :]
 
 
 class Line:
@@ -68,14 +69,15 @@ class Line:
         self._lost: PartyLost | None = None
         self._closed = threading.Event()
 
-    def send(self, payload: bytes = b"", **header: Any) -> None:
+    def send(self, payload: Octets = b"", **header: Any) -> None:
         """Queue a message; never waits."""
-        whole = max(0, len(payload) - 1) // PIECE * PIECE
-        for start in range(0, whole, PIECE):
-            self._outbox.put(packed(payload[start : start + PIECE], part=True))
-        self._outbox.put(packed(payload[whole:], **header))
+        rest = memoryview(payload)
+        while len(rest) > PIECE:
+            self._outbox.put(packed(rest[:PIECE], part=True))
+            rest = rest[PIECE:]
+        self._outbox.put(packed(rest, **header))
 
-    def receive(self) -> tuple[Header, bytes]:
+    def receive(self) -> tuple[Header, Octets]:
         """The next message.
 
         Raises:
@@ -83,14 +85,14 @@ class Line:
         """
         if self._lost:
             raise self._lost
-        began, parts = time.monotonic(), list[bytes]()
+        began, parts = time.monotonic(), list[Octets]()
         try:
             while True:
                 header, payload = self._next()
                 if PART in header:
                     parts.append(payload)
                 elif ALIVE not in header:
-                    return header, b"".join([*parts, payload])
+                    return header, bytearray().join([*parts, payload])
                 elif time.monotonic() - began > PATIENCE * self._timeout:
                     raise PartyLost(f"{self.party} lives, but sent nothing for {PATIENCE * self._timeout:g} s")
         except PartyLost as error:
@@ -146,7 +148,7 @@ class Line:
                 end = PartyLost(f"{self.party} {_complaint(error)}")
         self._inbox.put(end)
 
-    def _next(self) -> tuple[Header, bytes]:
+    def _next(self) -> tuple[Header, Octets]:
         try:
             message = self._inbox.get(timeout=self._timeout)
         except Empty:
