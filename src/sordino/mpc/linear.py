@@ -64,7 +64,7 @@ def hide(
         fraction: for all, or one each; what is kept of those that have more fraction bits.
 
     Raises:
-        OutOfRange: shares are right modulo less than asked for.
+        OutOfRange: shares are right modulo less than asked for, or no bit would be left.
     """
     masks, covered = [], []
     for value, width, kept in zip(values, for_each(bits, len(values)), for_each(fraction, len(values)), strict=True):
