@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from sordino.mpc.costs import Cost, Costs
+from sordino.mpc.packing import packed_size
 from sordino.mpc.party import Party, Shared, reconstruct, run
 from sordino.mpc.prg import Prg
 from sordino.mpc.ring import encode
+from sordino.mpc.roots import Root
 
 KEYS = bytes(range(32)), bytes(range(32, 64))
 Held = Callable[[Party], Shared]
@@ -42,3 +44,16 @@ def cost_of(costs: Costs, name: str) -> Cost:
 def normal(*shape: int, seed: int = 0) -> Tensor:
     """Standard normal numbers, float64."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def root_cost(root: Root, count: int, fraction: int, x_fraction: int, bits: int = 64) -> Cost:
+    """What the docstring of `inverse_root` says, for a result and an x of so many fraction bits."""
+    frequencies, steps, some = len(root.start.frequencies), root.steps, bool(root.steps)
+    start = 2 * root.precision  # fraction bits
+    between = min(root.fractions[0], start)
+    step = (root.power + 1) * between + min(root.fractions[1], x_fraction) + (root.power == 2)
+    dropped = [start - between, *[step - between] * (steps - 1), step - fraction] if steps else [start - fraction]
+    online = packed_size(count, bits) + sum(packed_size(count, 64 - each) for each in dropped)
+    online += (8 * steps + 8 * some) * count
+    offline = 16 * frequencies + 16 + 16 * some + (8 * (2 * root.power + 1) + 16) * steps
+    return Cost(2 + 2 * steps, online, offline * count)

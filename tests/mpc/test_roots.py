@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from mpc.both import KEYS, computed, cost_of, held, normal
+from mpc.both import KEYS, computed, cost_of, held, normal, root_cost
 from scipy import stats
 
 from sordino.mpc.costs import Cost
@@ -27,19 +27,6 @@ CASES = [
     (1, 0.03, 1, 1e-4, 2),
     (1, 5, 50, 1e-4, 1),
 ]
-
-
-def root_cost(root: Root, count: int, fraction: int, x_fraction: int, bits: int = 64) -> Cost:
-    """What the docstring of `inverse_root` says, for a result and an x of so many fraction bits."""
-    frequencies, steps, some = len(root.start.frequencies), root.steps, bool(root.steps)
-    start = 2 * root.precision  # fraction bits
-    between = min(root.fractions[0], start)
-    step = (root.power + 1) * between + min(root.fractions[1], x_fraction) + (root.power == 2)
-    dropped = [start - between, *[step - between] * (steps - 1), step - fraction] if steps else [start - fraction]
-    online = packed_size(count, bits) + sum(packed_size(count, 64 - each) for each in dropped)
-    online += (8 * steps + 8 * some) * count
-    offline = 16 * frequencies + 16 + 16 * some + (8 * (2 * root.power + 1) + 16) * steps
-    return Cost(2 + 2 * steps, online, offline * count)
 
 
 @pytest.mark.parametrize(("power", "low", "high", "error", "steps"), CASES)
