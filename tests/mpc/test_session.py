@@ -23,7 +23,7 @@ from sordino.mpc.errors import MpcError, OutOfRange, PartyLost
 from sordino.mpc.sentences import Sentences, encoded, in_the_clear
 from sordino.mpc.server import start_server
 from sordino.mpc.session import connect, provide
-from sordino.mpc.transport import Dialled, Line, listen, packed, unpacked
+from sordino.mpc.transport import PATIENCE, PIECE, Dialled, Line, listen, packed, unpacked
 
 TIMEOUT = 6.0
 
@@ -312,6 +312,106 @@ def test_a_server_astray_is_named(parties: Parties, behaviour: str, calibration:
     finally:
         for server, _ in (first, second):
             server.stop(grace=None)
+
+
+REPLIES = {
+    "no costs": {"fraction": 4, "bits": 64, "seconds": {"online": 1, "offline": 1}},
+    "no seconds": {"fraction": 4, "bits": 64, "seconds": [1], "costs": []},
+    "no form": {"fraction": 64, "bits": 64, "seconds": {"online": 1, "offline": 1}, "costs": []},
+}
+
+
+@pytest.mark.parametrize("reply", REPLIES)
+def test_a_server_that_answers_garbage_is_named(parties: Parties, calibration: Calibration, reply: str) -> None:
+    """In place of features, of the right length."""
+    provide(parties.identities[MODEL_OWNER], parties.addresses, small_tower(), calibration, TIMEOUT)
+    group = groups()[0]
+    with session_of(parties) as session:
+        line = session._lines[1]
+        line.receive = lambda: (REPLIES[reply], bytes(8 * group.embeddings[:, 0].numel()))
+        with pytest.raises(PartyLost, match=r"server-1 .* sent garbage"):
+            session.forward([group])
+        del line.receive
+
+
+def test_features_that_no_sentence_has_name_the_servers(parties: Parties, calibration: Calibration) -> None:
+    provide(parties.identities[MODEL_OWNER], parties.addresses, small_tower(), calibration, TIMEOUT)
+    with session_of(parties) as session:
+        line = session._lines[0]
+        honest = line.receive
+
+        def noise() -> Any:
+            header, payload = honest()
+            return header, torch.randint(-(2**62), 2**62, (len(payload) // 8,)).numpy().tobytes()
+
+        line.receive = noise
+        with pytest.raises(PartyLost, match=r"no sentence has: server-0 .* or server-1 .* is astray"):
+            session.forward(groups())
+        line.receive = honest
+
+
+@pytest.mark.parametrize(
+    "header",
+    [{}, {"name": "a", "plan": 3, "weights": []}, {"name": "a", "plan": "{}", "weights": {"w": {"shape": [2]}}}],
+)
+def test_what_is_no_model_is_refused(parties: Parties, calibration: Calibration, header: dict[str, Any]) -> None:
+    """And the model before it stays."""
+    owner = parties.identities[MODEL_OWNER]
+    provide(owner, parties.addresses, small_tower(), calibration, TIMEOUT)
+    dialled = Dialled(owner, SERVERS[1], parties.addresses[1], TIMEOUT)
+    line = dialled.line("Install")
+    line.send(b"12345", **header)
+    with pytest.raises(PartyLost, match=r"model-owner .* sent garbage: no model"):
+        line.receive()
+    dialled.close()
+    with session_of(parties) as session:
+        assert agree(session.forward(groups()), groups())
+
+
+def test_a_message_without_an_end_is_none() -> None:
+    for piece in (b"", b"123", bytes(PIECE + 1)):
+        line = Line("somebody", TIMEOUT)
+        line._inbox.put(packed(piece, part=True))
+        with pytest.raises(PartyLost, match="somebody sent garbage: a message without an end"):
+            line.receive()
+
+
+def test_who_lives_and_does_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not who gets on: patience is with each message anew."""
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    line = Line("somebody", 1.0)
+    for _ in range(5):
+        line._inbox.put(packed(alive=True))
+        line._inbox.put(packed(b"x"))
+        assert line.receive()[1] == b"x"
+        now += PATIENCE - 1
+
+    def later() -> bytes:
+        nonlocal now
+        now += 1
+        return packed(alive=True)
+
+    line._inbox = type("Inbox", (), {"get": staticmethod(lambda timeout: later())})()  # type: ignore[assignment]
+    with pytest.raises(PartyLost, match=r"somebody lives, but sent nothing for 10 s.*session\.timeout"):
+        line.receive()
+
+
+def test_each_batch_is_answered_when_it_is_done(parties: Parties, calibration: Calibration) -> None:
+    """So that a long message is no long silence."""
+    provide(parties.identities[MODEL_OWNER], parties.addresses, small_tower(), calibration, TIMEOUT)
+    with session_of(parties) as session:
+        answers, line = [], session._lines[1]
+        honest = line.receive
+
+        def counted() -> Any:
+            answers.append(honest())
+            return answers[-1]
+
+        line.receive = counted
+        assert agree(session.forward([*groups(), *groups()]), [*groups(), *groups()])
+        line.receive = honest
+    assert len(answers) == 2 * len(groups())
 
 
 def test_a_data_owner_that_sends_garbage_ends_its_own_session_only(parties: Parties, calibration: Calibration) -> None:

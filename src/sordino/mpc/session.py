@@ -36,6 +36,7 @@ from sordino.mpc.server import weights_to
 from sordino.mpc.tower import PrivateTower
 from sordino.mpc.transport import Dialled, Header, Line
 
+SECONDS = "online", "offline"
 T = TypeVar("T")
 
 
@@ -127,27 +128,34 @@ class Session:
             payload = b"".join(pack(half[number], WORD) for half in halves)
             self.sent += len(payload)
             line.send(payload, batches=forms)
-        answers = self._answers()
-        self.received += sum(len(payload) for _, payload in answers)
-        shares = self._read(answers, lambda header, payload: _shares_of(header, payload, groups))
-        features = [reconstruct((first, second)) for first, second in zip(*shares, strict=True)]
-        if any(float(part.abs().max()) > 2 * self._form.largest for part in features):
-            raise PartyLost(
-                "features came that no sentence has: a server is astray, or sentences are unlike those of the "
-                "calibration; compare with --clear"
-            )
-        self._enter(answers)
-        took = self._read(answers, lambda header, _: {name: float(part) for name, part in header["seconds"].items()})
-        self.online += max(one["online"] for one in took)
-        self.offline += max(one["offline"] for one in took)
+        features = [self._features(group) for group in groups]
         self.seconds += time.monotonic() - began
-        return [part.float() for part in features]
+        return features
 
     def close(self) -> None:
         """The servers are not needed any more."""
         for line in self._lines:
             line.send(end=True)
             line.close()
+
+    def _features(self, group: Sentences) -> Tensor:
+        """Of the batch that the servers answer next, [B, E]."""
+        answers = self._answers()
+        self.received += sum(len(payload) for _, payload in answers)
+        first, second = self._read(answers, lambda header, payload: _share_of(header, payload, group))
+        took = self._read(answers, lambda header, _: {name: float(header["seconds"][name]) for name in SECONDS})
+        if (first.fraction, first.bits) != (second.fraction, second.bits):
+            raise PartyLost(f"{self._lines[0].party} or {self._lines[1].party} sent garbage: their forms differ")
+        features = reconstruct((first, second))
+        if float(features.abs().max()) > 2 * self._form.largest:
+            raise PartyLost(
+                f"features came that no sentence has: {self._lines[0].party} or {self._lines[1].party} is astray, or "
+                "sentences are unlike those of the calibration; compare with --clear"
+            )
+        self._enter(answers)
+        self.online += max(one["online"] for one in took)
+        self.offline += max(one["offline"] for one in took)
+        return features.float()
 
     def _answers(self) -> list[tuple[Header, Octets]]:
         """What both servers say; as soon as one is lost, who is at fault."""
@@ -167,7 +175,7 @@ class Session:
         for line, answer in zip(self._lines, answers, strict=True):
             try:
                 found.append(read(*answer))
-            except (KeyError, TypeError, ValueError, PartyLost) as error:
+            except Exception as error:  # whatever it is that reading another's message fails of
                 raise PartyLost(f"{line.party} sent garbage ({type(error).__name__}: {error})") from None
         return found
 
@@ -244,13 +252,14 @@ def provide(
     return name
 
 
-def _shares_of(header: Header, payload: Octets, groups: Sequence[Sentences]) -> list[Shared]:
-    """Of features, [B, E] a batch.
+def _share_of(header: Header, payload: Octets, group: Sentences) -> Shared:
+    """Of a batch's features, [B, E].
 
     Raises:
-        KeyError, TypeError, ValueError, PartyLost: they are none.
+        KeyError, TypeError, ValueError, PartyLost: it is none.
     """
-    shapes = [(len(group.lengths), group.embeddings.shape[-1]) for group in groups]
-    shares = unpack_each(payload, shapes, [WORD] * len(shapes))
-    forms = [(int(form["fraction"]), int(form["bits"])) for form in header["batches"]]
-    return [Shared(share, *form) for share, form in zip(shares, forms, strict=True)]
+    (share,) = unpack_each(payload, [(len(group.lengths), group.embeddings.shape[-1])], [WORD])
+    fraction, bits = int(header["fraction"]), int(header["bits"])
+    if not 0 <= fraction < bits <= WORD:
+        raise ValueError(f"{fraction} fraction bits of {bits}")
+    return Shared(share, fraction, bits)

@@ -27,6 +27,7 @@ from sordino.mpc.packing import Octets
 SERVICE = "sordino.mpc"
 PATIENCE = 10  # timeouts, after which a party that lives but says nothing is given up
 PIECE = 2**20  # bytes of a message that go at a time, so that a long one is a sign of life all along
+LARGEST = 2**33  # bytes that a message may have: far more than any of ours
 ALIVE, ERROR, PART = "alive", "error", "part"  # headers
 OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0)]
 Header = dict[str, Any]
@@ -90,11 +91,16 @@ class Line:
             while True:
                 header, payload = self._next()
                 if PART in header:
+                    if len(payload) != PIECE or len(parts) * PIECE > LARGEST:
+                        raise PartyLost(f"{self.party} sent garbage: a message without an end")
                     parts.append(payload)
                 elif ALIVE not in header:
                     return header, bytearray().join([*parts, payload])
                 elif time.monotonic() - began > PATIENCE * self._timeout:
-                    raise PartyLost(f"{self.party} lives, but sent nothing for {PATIENCE * self._timeout:g} s")
+                    raise PartyLost(
+                        f"{self.party} lives, but sent nothing for {PATIENCE * self._timeout:g} s, ten timeouts; "
+                        "where machines or networks are slow, give longer ones (session.timeout, --timeout)"
+                    )
         except PartyLost as error:
             self._lost = error
             raise
