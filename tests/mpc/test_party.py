@@ -161,3 +161,16 @@ def test_what_is_prepared_is_ordered_ahead_within_the_limit_and_numbers_are_stil
     whole = [first + second for first, second in zip(used[0][1], used[1][1], strict=True)]
     for mask, square in zip(whole[::2], whole[1::2], strict=True):
         assert torch.equal(mask * mask, square)
+
+
+def test_a_number_is_drawn_once() -> None:
+    """By either party, in whatever way it is asked for."""
+    for assistant in (None, Dealer(KEYS)):
+        supply = Supply(Dealer(KEYS).generators[0], Costs(), assistant)
+        mask, _ = supply.mask((2,), 64)
+        supply.correlated(Product(mask, mask, "multiply"))
+        supply._next = mask.number  # as it would after a fault
+        with pytest.raises(MaskReused, match="randomness 0 was drawn before"):
+            supply.mask((2,), 64)
+        with pytest.raises(MaskReused, match="randomness 1 was drawn before"):
+            supply.correlated(Product(mask, mask, "multiply"))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sordino.mpc.correlations import CORRELATIONS, Correlation, Mask
 from sordino.mpc.costs import Cost, Costs
-from sordino.mpc.errors import MpcError
+from sordino.mpc.errors import MaskReused, MpcError
 from sordino.mpc.packing import Octets, packed_size, unpack
 from sordino.mpc.prg import Prg
 from sordino.mpc.products import FORMS
@@ -91,7 +91,7 @@ class Remote(Assistant, Protocol):
 
 
 class Supply:
-    """A party's shares of what the dealer deals, each of them once.
+    """A party's shares of what the dealer deals, each of them once: a number that does not rise is refused.
 
     Args:
         generator: that of the party's key.
@@ -104,7 +104,7 @@ class Supply:
 
     def __init__(self, generator: Prg, costs: Costs, assistant: Assistant | None = None) -> None:
         self._generator, self._costs, self._assistant = generator, costs, assistant
-        self._next = 0
+        self._next, self._last = 0, -1  # the number that is next, and that which was drawn last
         self._tape: Tape | None = None
         self._due: deque[Wanted] = deque()  # prepared for, and not drawn yet
         self._orders: deque[Numbered] = deque()  # of these, what is to be ordered still
@@ -195,6 +195,9 @@ class Supply:
         if isinstance(wanted, Fixed):
             share = self._generator.integers(wanted.mask.number, wanted.mask.shape, wanted.mask.bits)
             return FORMS[wanted.form](share, wanted.known, wanted.mask.bits)
+        if wanted.number <= self._last:
+            raise MaskReused(f"randomness {wanted.number} was drawn before; begin a new session")
+        self._last = wanted.number
         if isinstance(wanted, Mask):
             return self._generator.integers(wanted.number, wanted.shape, wanted.bits)
         shape, bits = wanted.correlation.shape, wanted.correlation.bits
