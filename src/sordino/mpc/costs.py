@@ -73,6 +73,13 @@ class Costs:
         """By protocol, of which `depth` that contain each other are told apart: "layer_norm/inverse_root" at 2."""
         return self._grouped(lambda _, path: "/".join(path[:depth]))
 
+    def by_label_and_protocol(self) -> dict[str, dict[str, Cost]]:
+        """By label, and by outermost protocol within it."""
+        found: dict[str, dict[str, Cost]] = defaultdict(dict)
+        for (label, name), cost in self._grouped(lambda label, path: (label, "/".join(path[:1]))).items():
+            found[label][name] = cost
+        return dict(found)
+
     def taken(self) -> list[list[Any]]:
         """Entries since this was asked last, for JSON: label, protocols, rounds, online and offline each."""
         rows = [[label, list(path), *astuple(cost)] for (label, path), cost in self._entries.items()]
@@ -90,9 +97,9 @@ class Costs:
 
     def table(self) -> str:
         """A line a label and protocol, and the total."""
-        grouped = self._grouped(lambda label, path: (label, "/".join(path[:1])))
+        rows = [(label, *each) for label, inner in self.by_label_and_protocol().items() for each in inner.items()]
         lines = [f"{'label':<16}{'protocol':<28}{'rounds':>9}{'online':>17}{'offline':>17}"]
-        for (label, name), cost in [*grouped.items(), (("total", ""), self.total)]:
+        for label, name, cost in [*rows, ("total", "", self.total)]:
             lines.append(f"{label:<16}{name:<28}{cost.rounds:>9,}{cost.online:>17,}{cost.offline:>17,}")
         return "\n".join(lines)
 
