@@ -138,6 +138,25 @@ def test_weights_are_opened_at_set_up_only(tower: PrivateTower, calibration: Cal
         assert more[label].rounds == once[label].rounds
 
 
+def test_blocks_are_dealt_what_they_say(tower: PrivateTower, calibration: Calibration) -> None:
+    """Beside their protocols: `attention_block` and `feed_forward_block` together."""
+    plan = Plan.of(tower, calibration)
+    weights, halves = shared_weights(tower, calibration), share(encode(sentences(2, 8, seed=6), 14))
+
+    def program(party: Party) -> Shared:
+        return encode_sentences(
+            party, Encoder.hide(party, weights[party.number], plan), Shared(halves[party.number], 14)
+        )
+
+    costs = run(program, timeout=120).costs.by_label_and_protocol()
+    states, inner = 2 * 8 * WIDTH, 2 * 8 * INNER
+    for number, layer in enumerate(plan.layers):
+        due = packed_size(3 * states, layer.projected) + packed_size(states, layer.out)
+        due += packed_size(inner, layer.inner) + packed_size(states, layer.outer)
+        assert costs[f"layer {number}"]["product"] == Cost(offline=due)
+        assert costs[f"layer {number}"]["truncate"].offline == (64 + 16) * states
+
+
 def test_set_up_costs_the_bits_of_the_plan(tower: PrivateTower, calibration: Calibration) -> None:
     _, costs = on_shares(tower, calibration, sentences(1, 2, seed=6))
     due = packed_size(WIDTH, 64) * 5

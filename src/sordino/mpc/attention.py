@@ -53,9 +53,10 @@ def random_feature_attention(
 
     Rounds: 4 + those of step 3 and of the root. Online, for M = B H: 2 M n d (f_q + f_w) / 8 (step 1), 2 M n R
     resolution / 8 (2), those of step 3, those of the root for M n elements, and (M n d (2 b - s) + M n b) / 8 (5), with
-    b = 34 and the s = 28 - fraction bits that are dropped. Offline: see the parts. Error: cosines and sines are off by
-    0.5 2^-p, in the root mean square, which averages out over R; with the defaults and R = 64, n = 32, values of size
-    1, the result is off by less than 2e-3.
+    b = 34 and the s = 28 - fraction bits that are dropped. Offline: 2 M n R (f_q + f_w) / 8 (1), 4 M n R w / 8 for
+    waves of w = s' + p + 4 bits, at most 64, with the s' that step 3 hides phi modulo (2), those of step 3 and of the
+    root, M n d b / 8 + 16 M n d (5). Error: cosines and sines are off by 0.5 2^-p, in the root mean square, which
+    averages out over R; with the defaults and R = 64, n = 32, values of size 1, the result is off by less than 2e-3.
 
     Args:
         query, key: [B, H, n, d], shared modulo 2^(f_q + f_w) and as much more as they have fraction bits beyond f_q.
@@ -107,6 +108,7 @@ def _by_scores(
     3. Hide scores and values, modulo 2^b; multiply.
 
     Rounds: 3. Online: 4 M n R s / 8 + M n^2 (s - t) / 8 + (M n^2 + M n d) b / 8, with the t bits that step 2 drops.
+    Offline: M n^2 s / 8 + 16 M n^2 + M n d b / 8. Error: 2^-16 a score, from step 2; and that of phi's p bits.
 
     Args:
         phi: of queries and keys, [B, H, n, 2 R].
@@ -135,7 +137,8 @@ def _by_state(
     4. Truncate; the last column is the weights.
 
     Rounds: 4. Online: (4 M n R + M n (d + 1) + 2 M R (d + 1)) s / 8 for what is hidden, and (M n (d + 1) + 2 M R
-    (d + 1)) s / 8 less the bits that are dropped for what is truncated.
+    (d + 1)) s / 8 less the bits that are dropped for what is truncated. Offline: M (2 R + n) (d + 1) (s / 8 + 16).
+    Error: 2^-16 an entry of the state and of the results, from steps 2 and 4; and that of phi's p bits.
     """
     phi_query, phi_key = phi
     if mask is not None:
