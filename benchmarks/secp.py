@@ -182,11 +182,12 @@ def main() -> None:
     result["forward"] = {name: part for name, part in forward.items() if name not in ("layer", "cosines")}
     small, lengths, depths = (4, (16,), (1,)) if args.quick else (4, (16, 32, 64, 128), (1, 2, 6))
     result["by_batch"] = small
-    result["by_length"] = {
-        n: pick(measured(tower, calibration, whole_rows(text_tower, small, n)), *few) for n in lengths
-    }
-    result["by_layers"] = {
-        n: pick(measured(*shallow(tower, calibration, n), whole_rows(text_tower, small, 32)), *few) for n in depths
+    result["by_layers_and_length"] = {
+        layers: {
+            length: pick(measured(*shallow(tower, calibration, layers), whole_rows(text_tower, small, length)), *few)
+            for length in lengths
+        }
+        for layers in depths
     }
     print(json.dumps(result, indent=1))
 

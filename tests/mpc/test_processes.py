@@ -187,7 +187,7 @@ def test_the_search_goes_on_from_the_last_generation(processes: Processes) -> No
 
 
 def test_a_slow_network_takes_the_time_of_the_model(processes: Processes) -> None:
-    """At least that, and not much more than that and the work itself, which is what takes the time without it."""
+    """At least that; what the machine takes beyond it is no property of the imitation."""
     seconds, costs = [], []
     for imitate in ([], ["--imitate", "20,10"]):
         processes.heal(*imitate)
