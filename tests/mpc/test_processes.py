@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from mpc.small import agree, batches, groups, small_tower
+from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -230,7 +231,9 @@ def test_arguments_that_do_not_fit(processes: Processes) -> None:
 
 
 def test_the_commands_tune_a_prompt_as_in_the_clear(processes: Processes) -> None:
-    """`provide` with the package's tower, and `tune-private` on shares and with --clear, as a user would."""
+    """`provide` with the package's tower, and `tune-private` on shares and with --clear, as a user would: for
+    sentences, and for pictures.
+    """
     folder = task_folder(processes.folder / "task")
     mpc(folder, "provide", *model_owner(processes), "--sentences", "300")
     private = tuned(folder, "private", *data_owner(processes))
@@ -242,6 +245,15 @@ def test_the_commands_tune_a_prompt_as_in_the_clear(processes: Processes) -> Non
     assert set(private["costs"]["by_label"]) >= {"set-up", "embeddings", "layer 0", "layer 5"}
     assert private["costs"]["seconds_on"]["wan"]["online"] > private["costs"]["rounds"] * 0.04
     assert clear["costs"] is None
+
+    pictures_of(folder / "pictures")
+    (folder / "task.toml").write_text(
+        '[task]\nkind = "images"\nsource = "imagefolder:pictures"\nshots = 1\n[prompt]\nlength = 1\ninitial = "a"\n'
+        "[search]\nwidth = 4\npopulation = 4\ngenerations = 1\n"
+    )
+    private, clear = tuned(folder, "images", *data_owner(processes)), tuned(folder, "images-clear", "--clear")
+    assert private["classes"] == clear["classes"] == ["blue", "red"]
+    assert private["train_loss"]["before"] == pytest.approx(clear["train_loss"]["before"], abs=0.05)
     processes.provide_small()  # for the other tests
 
 
@@ -279,6 +291,14 @@ def task_folder(folder: Path) -> Path:
         encoding="utf-8",
     )
     return folder
+
+
+def pictures_of(folder: Path) -> None:
+    """A folder a class, of pictures in its colour."""
+    for name in ("blue", "red"):
+        (folder / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (32, 32), name).save(folder / name / f"{number}.png")
 
 
 def bert_folder(folder: Path) -> Path:
