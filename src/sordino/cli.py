@@ -303,8 +303,11 @@ def _tuned(settings: PrivateTuning, folder: Path, resume: bool, clear: bool) -> 
 
     with live_progress() as progress:
         if clear:
-            forward, task = in_the_clear(tower_of(settings)), open_task(settings, progress=progress)
-            return tune_private(settings, folder, task, forward, True, None, resume, progress), ""
+            tower, task = tower_of(settings), open_task(settings, progress=progress)
+            if tower.width != task.embedder.width:
+                why = f"the bundled one takes embeddings {tower.width} wide, not {task.embedder.width}"
+                raise ConfigError("model.tower", None, f"{why}; give the tower of model.embeddings")
+            return tune_private(settings, folder, task, in_the_clear(tower), True, None, resume, progress), ""
         own, servers = owner_of(settings)
         task = open_task(settings, progress=progress)
         try:
@@ -312,6 +315,8 @@ def _tuned(settings: PrivateTuning, folder: Path, resume: bool, clear: bool) -> 
                 found = tune_private(settings, folder, task, session.forward, False, session.costs, resume, progress)
                 return found, session.costs.table()
         except PartyLost as error:
+            if not folder.exists():
+                raise
             raise PartyLost(f"{error}; with all parties there, go on with --resume --out {folder}") from None
 
 

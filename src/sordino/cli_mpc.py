@@ -42,8 +42,10 @@ def assistant(listen: Listen, certificates: Certificates, timeout: Timeout = 60.
     from sordino.mpc.assistant import start_assistant
     from sordino.mpc.certificates import ASSISTANT, Identity
 
+    own = Identity.load(certificates, ASSISTANT, key="--certificates")
+    _check_address("--listen", listen, least_port=0)
     _use(threads)
-    _until_stopped(*start_assistant(Identity.load(certificates, ASSISTANT), listen, timeout))
+    _until_stopped(*start_assistant(own, listen, timeout))
 
 
 @app.command("server")
@@ -64,9 +66,15 @@ def server(
     from sordino.mpc.network import network_of
     from sordino.mpc.server import start_server
 
-    own = Identity.load(certificates, *SERVERS)
-    if (own.role == SERVERS[1]) != (peer is not None):
-        raise ConfigError("--peer", peer, "is for server-1 alone, which dials server-0 there")
+    own = Identity.load(certificates, *SERVERS, key="--certificates")
+    if own.role == SERVERS[0] and peer is not None:
+        raise ConfigError("--peer", peer, "is for server-1 alone, which dials server-0 there; leave it out")
+    if own.role == SERVERS[1] and peer is None:
+        raise ConfigError("--peer", peer, "server-1 dials server-0: give HOST:PORT of it")
+    _check_address("--listen", listen, least_port=0)
+    _check_address("--assistant", assistant)
+    if peer is not None:
+        _check_address("--peer", peer)
     _use(threads)
     network = network_of(imitate) if imitate else None
     _until_stopped(*start_server(own, listen, assistant, peer, timeout, network))
@@ -90,14 +98,19 @@ def provide(
     from sordino.mpc.distill import teacher_of
     from sordino.mpc.public_text import SENTENCES, calibration_of
     from sordino.mpc.session import provide as give
+    from sordino.mpc.settings import is_address
     from sordino.mpc.tower import PrivateTower, bundled_tower
 
-    own, addresses = Identity.load(certificates, MODEL_OWNER), servers.split(",")
-    if len(addresses) != 2:
+    own, addresses = Identity.load(certificates, MODEL_OWNER, key="--certificates"), servers.split(",")
+    if not (len(addresses) == 2 and all(is_address(each) for each in addresses)):
         raise ConfigError("--servers", servers, "must be two, as HOST:PORT,HOST:PORT")
-    weights = PrivateTower.load(tower) if tower else bundled_tower()
+    weights, teacher = PrivateTower.load(tower, "--tower") if tower else bundled_tower(), teacher_of(model)
+    if weights.width != teacher.width:
+        theirs = f"is for embeddings {weights.width} wide, and those of --model are {teacher.width} wide"
+        remedy = "give the --tower that was distilled from --model; without either option, it is the bundled one"
+        raise ConfigError("--tower", tower and str(tower), f"{theirs}; {remedy}")
     with live_progress() as progress:
-        calibration = calibration_of(weights, teacher_of(model), sentences or SENTENCES, progress=progress)
+        calibration = calibration_of(weights, teacher, sentences or SENTENCES, progress=progress)
     print(f"Model {give(own, addresses, weights, calibration, timeout)} is at both servers")
 
 
@@ -131,6 +144,14 @@ def distill(
         found = distil_to(out, model, steps, batch, features, seed, progress)
     print(f"cosine to the teacher on held-out sentences: {found.mean:.4f}, 5% below {found.low:.4f}")
     print(f"Tower: {out}")
+
+
+def _check_address(option: str, text: str, least_port: int = 1) -> None:
+    """Refuse what is no HOST:PORT."""
+    from sordino.mpc.settings import is_address
+
+    if not is_address(text, least_port):
+        raise ConfigError(option, text, f"must be HOST:PORT, with a port from {least_port} to 65535")
 
 
 def _use(threads: int | None) -> None:

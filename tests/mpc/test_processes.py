@@ -216,7 +216,7 @@ def test_arguments_that_do_not_fit(processes: Processes) -> None:
     folder = processes.folder / "parties"
     server = ["server", "--listen", "127.0.0.1:0", "--assistant", "x:1", "--certificates"]
     for words, message in (
-        ([*server, str(folder / SERVERS[1])], "--peer = None: is for server-1 alone"),
+        ([*server, str(folder / SERVERS[1])], "--peer = None: server-1 dials server-0: give HOST:PORT of it"),
         ([*server, str(folder / SERVERS[0]), "--peer", "x:2"], "--peer = 'x:2': is for server-1 alone"),
         ([*server, str(folder / "assistant")], "is that of assistant; server-0 or server-1 is needed"),
         (

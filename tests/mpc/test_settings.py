@@ -11,7 +11,7 @@ import pytest
 from sordino.config import to_toml
 from sordino.errors import ConfigError
 from sordino.mpc.search import Search
-from sordino.mpc.settings import load_private_config, longest_of, parse_private_config
+from sordino.mpc.settings import is_address, load_private_config, longest_of, parse_private_config
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("private_*.toml"))
 TEXT: dict[str, Any] = {
@@ -79,6 +79,22 @@ def test_overrides_win(tmp_path: Path) -> None:
 def test_mistakes_are_named(bad: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_private_config(bad)
+
+
+@pytest.mark.parametrize("text", ["localhost:7000", "10.0.0.1:65535", "[::1]:1", "server-0.example.org:443"])
+def test_addresses(text: str) -> None:
+    assert is_address(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", ":1", "a:", "a:0", "a:65536", "a:-1", "a:x", "http://a:1", " a:1", "a:1,b:2"]
+)
+def test_what_is_no_address(text: str) -> None:
+    assert not is_address(text)
+
+
+def test_any_port_to_listen_at() -> None:
+    assert is_address("a:0", least_port=0)
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)

@@ -9,7 +9,6 @@ them is described, and fitted, in `joint_space`.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import pairwise
@@ -26,6 +25,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import transforms
 
 from sordino.encoders.base import Capability, ClassTokens, DualEncoder
+from sordino.encoders.bert_folder import EMBEDDINGS, SHORT, bert_form, bert_tokenizer, bert_weights, tower_names
 from sordino.encoders.linear import frozen_linear
 from sordino.errors import EncoderError
 
@@ -144,15 +144,20 @@ class Embedder:
     def __init__(self, weights: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:
         """Take BERT weights under transformers' names; others than embeddings are not looked at."""
         self.tokenizer = tokenizer
-        self.words = weights["embeddings.word_embeddings.weight"]
-        token_type = weights["embeddings.token_type_embeddings.weight"][0]
-        self.positions = weights["embeddings.position_embeddings.weight"] + token_type
+        self.words, positions, token_types = (weights[name] for name in EMBEDDINGS)
+        self.positions = positions + token_types[0]
         self.width = self.words.shape[1]
 
     @classmethod
     def of_folder(cls, folder: Path, device: torch.device) -> Embedder:
-        """Read a BERT folder, of which `model.safetensors` may hold the embeddings alone, and `tokenizer.json`."""
-        return Embedder(*_read(folder, device, torch.float32))
+        """Read a BERT folder, of which `model.safetensors` may hold the embeddings alone, and `tokenizer.json`.
+
+        Raises:
+            EncoderError: one is missing or damaged, or has not what is needed.
+        """
+        weights = bert_weights(folder, EMBEDDINGS)
+        on_device = {name: part.to(device, torch.float32) for name, part in weights.items()}
+        return Embedder(on_device, bert_tokenizer(folder, len(weights[EMBEDDINGS[0]])))
 
     def embed(self, text: str) -> Tensor:
         """Token embeddings [M, E] of a text, without positions, start or end token."""
@@ -188,10 +193,18 @@ class TextTower(Embedder):
 
     @classmethod
     def load(cls, folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> TextTower:
-        """Read a BERT folder: `model.safetensors`, `tokenizer.json` and `config.json`."""
-        config = json.loads((folder / "config.json").read_text())
-        weights, tokenizer = _read(folder, device, dtype)
-        return cls(weights, tokenizer, config["num_attention_heads"], config["layer_norm_eps"])
+        """Read a BERT folder: `model.safetensors`, `tokenizer.json` and `config.json`.
+
+        Raises:
+            EncoderError: one is missing or damaged, or says of a form that is not computed here.
+        """
+        heads, epsilon, depth = bert_form(folder)
+        weights = bert_weights(folder, tower_names(depth))
+        width = weights[EMBEDDINGS[0]].shape[1]
+        if width % heads:
+            raise EncoderError(f"{folder / 'config.json'}: num_attention_heads = {heads} must divide the width {width}")
+        tokenizer = bert_tokenizer(folder, len(weights[EMBEDDINGS[0]]))
+        return cls({name: part.to(device, dtype) for name, part in weights.items()}, tokenizer, heads, epsilon)
 
     def __call__(self, context: Tensor, classes: ClassTokens) -> Tensor:
         """Contexts [N, M, E] and C classes to mean-pooled last hidden states [N, C, E]."""
@@ -248,16 +261,6 @@ def after_attention(
     return F.layer_norm(x + outer, width, layer["norm2.weight"], layer["norm2.bias"], epsilon)
 
 
-def _read(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tokenizer]:
-    """Weights and tokenizer of a BERT folder."""
-    weights = load_file(folder / "model.safetensors")
-    floats = {key: value.to(device, dtype) for key, value in weights.items() if value.is_floating_point()}
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return floats, tokenizer
-
-
 def _split(x: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
     """Tokens of all groups [tokens, W] to one view [sentences, T, W] a group."""
     parts = torch.split(x, [sentences * length for sentences, length in shapes])
@@ -266,18 +269,11 @@ def _split(x: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
 
 def _layer(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """One layer's weights under short names, with queries, keys and values in one matrix."""
-    short = {
-        "out": "attention.output.dense",
-        "norm1": "attention.output.LayerNorm",
-        "inner": "intermediate.dense",
-        "outer": "output.dense",
-        "norm2": "output.LayerNorm",
-    }
     layer = {}
     for kind in ("weight", "bias"):
         parts = [weights[f"{prefix}attention.self.{part}.{kind}"] for part in ("query", "key", "value")]
         layer[f"qkv.{kind}"] = torch.cat(parts)
-        layer |= {f"{name}.{kind}": weights[f"{prefix}{full}.{kind}"] for name, full in short.items()}
+        layer |= {f"{name}.{kind}": weights[f"{prefix}{full}.{kind}"] for name, full in SHORT.items()}
     return layer
 
 

@@ -42,27 +42,28 @@ class Identity:
     authority: bytes
 
     @classmethod
-    def load(cls, folder: Path, *roles: str) -> Identity:
+    def load(cls, folder: Path, *roles: str, key: str = "session.certificates") -> Identity:
         """Read a party's folder.
 
         Args:
             folder: with `key.pem`, `certificate.pem` and `authority.pem`.
             roles: that will do.
+            key: of the configuration, or the option, that names the folder, for messages.
 
         Raises:
             ConfigError: a file is missing or damaged, or the role is another.
         """
         try:
-            key, certificate, authority = ((folder / name).read_bytes() for name in (KEY, CERTIFICATE, AUTHORITY))
+            secret, certificate, authority = ((folder / name).read_bytes() for name in (KEY, CERTIFICATE, AUTHORITY))
             subject = x509.load_pem_x509_certificate(certificate).subject
             role = str(subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
         except (OSError, ValueError, IndexError) as error:
             raise ConfigError(
-                "certificates", str(folder), f"no party's folder ({error}); 'sordino mpc certificates' makes them"
+                key, str(folder), f"no party's folder ({error}); 'sordino mpc certificates' makes them"
             ) from None
         if role not in roles:
-            raise ConfigError("certificates", str(folder), f"is that of {role}; {' or '.join(roles)} is needed")
-        return cls(role, key, certificate, authority)
+            raise ConfigError(key, str(folder), f"is that of {role}; {' or '.join(roles)} is needed")
+        return cls(role, secret, certificate, authority)
 
     def server_credentials(self) -> grpc.ServerCredentials:
         """For a party that listens; callers must show a certificate of the same authority."""

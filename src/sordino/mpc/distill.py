@@ -20,11 +20,11 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sordino.encoders.bert_folder import EMBEDDINGS, bert_weights
 from sordino.encoders.bundled import TEXT_MODEL, Embedder, TextTower, package_path
-from sordino.errors import ConfigError, RunError
+from sordino.errors import ConfigError, EncoderError, RunError
 from sordino.files import write_atomically
 from sordino.mpc.public_text import (
     HELD_OUT,
@@ -42,7 +42,6 @@ SOFT_SHARE = 0.25  # of the batches: names behind soft contexts
 WARM_UP = 50  # steps, at most
 FLOOR = 0.3  # mean attention weights below it are punished, by the squared difference
 FLOOR_WEIGHT = 3.0
-EMBEDDINGS = frozenset(f"embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type"))
 TEMPERATURE = "temperature"  # of a layer while it is trained: [H, 1, 1], its logarithm
 
 
@@ -151,12 +150,8 @@ def teacher_of(model: Path | None) -> TextTower:
     folder = package_path(*TEXT_MODEL) if model is None else model
     try:
         return TextTower.load(folder, torch.device("cpu"))
-    except (OSError, KeyError, ValueError, SafetensorError) as error:
-        raise ConfigError(
-            "--model",
-            str(folder),
-            f"no BERT-like checkpoint with model.safetensors, tokenizer.json and config.json: {error}",
-        ) from None
+    except EncoderError as error:
+        raise ConfigError("--model", str(folder), f"no BERT-like checkpoint: {error}") from None
 
 
 def embedder_of(folder: Path | None) -> Embedder:
@@ -165,11 +160,12 @@ def embedder_of(folder: Path | None) -> Embedder:
     Raises:
         ConfigError: the folder holds no embeddings.
     """
+    folder = package_path(*TEXT_MODEL) if folder is None else folder
     try:
-        return Embedder.of_folder(folder or package_path(*TEXT_MODEL), torch.device("cpu"))
-    except Exception as error:  # the tokenizers package raises nothing more special
+        return Embedder.of_folder(folder, torch.device("cpu"))
+    except EncoderError as error:
         raise ConfigError(
-            "--model", str(folder), f"no folder with model.safetensors and tokenizer.json of a BERT-like model: {error}"
+            "model.embeddings", str(folder), f"no folder as 'sordino mpc embeddings' makes them: {error}"
         ) from None
 
 
@@ -185,8 +181,7 @@ def write_embeddings(model: Path, folder: Path) -> None:
         RunError: the folder cannot be written.
     """
     teacher_of(model)  # for its complaints
-    with safe_open(model / "model.safetensors", "pt") as stored:
-        named = {name: stored.get_tensor(name) for name in stored.keys() if name in EMBEDDINGS}  # noqa: SIM118
+    named = bert_weights(model, EMBEDDINGS)
     write_atomically(folder / "model.safetensors", safetensors.torch.save(named))
     write_atomically(folder / "tokenizer.json", (model / "tokenizer.json").read_bytes())
 

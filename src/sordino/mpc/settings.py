@@ -163,7 +163,7 @@ def _check(config: PrivateTuning) -> None:
     if task.kind == "text":
         _check_text(task, config.prompt.length)
     servers = config.session.servers
-    if servers is not None and not (len(servers) == 2 and all(_is_address(each) for each in servers)):
+    if servers is not None and not (len(servers) == 2 and all(is_address(each) for each in servers)):
         raise ConfigError("session.servers", servers, "must be two, each as 'host:port'")
 
 
@@ -181,6 +181,8 @@ def longest_of(task: TaskSettings) -> int:
     return LONGEST if task.longest is None else task.longest
 
 
-def _is_address(text: str) -> bool:
-    host, colon, port = text.rpartition(":")
-    return bool(host and colon and port.isdecimal() and 0 < int(port) < 65536)
+def is_address(text: str, least_port: int = 1) -> bool:
+    """Whether a text is HOST:PORT."""
+    host, _, port = text.rpartition(":")
+    plain = bool(host) and not any(mark.isspace() or mark in "/," for mark in host)
+    return plain and port.isdecimal() and least_port <= int(port) < 65536

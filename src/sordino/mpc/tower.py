@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sordino.encoders.bundled import TextTower, after_attention
+from sordino.errors import ConfigError
 from sordino.mpc.errors import MpcError
 
 BUNDLED = Path(__file__).parent / "data" / "private_tower.safetensors"
@@ -41,6 +42,11 @@ class PrivateTower:
     epsilon: float
     norm: tuple[Tensor, Tensor]
     layers: tuple[Mapping[str, Tensor], ...]
+
+    @property
+    def width(self) -> int:
+        """E, of the embeddings that it takes."""
+        return len(self.norm[0])
 
     @classmethod
     def from_softmax(cls, tower: TextTower, features: int, seed: int) -> PrivateTower:
@@ -70,8 +76,17 @@ class PrivateTower:
         return [states for states, _ in self.passes(embeddings, mask)]
 
     def passes(self, embeddings: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Hidden states as above, and each layer's mean attention weights [B, H, T], over keys, for every query."""
+        """Hidden states as above, and each layer's mean attention weights [B, H, T], over keys, for every query.
+
+        Raises:
+            MpcError: embeddings are of another width.
+        """
         width = embeddings.shape[-1]
+        if width != self.width:
+            raise MpcError(
+                f"embeddings are {width} wide where the tower takes {self.width}: set model.tower and "
+                "model.embeddings to those of one checkpoint"
+            )
         x, states = F.layer_norm(embeddings, (width,), *self.norm, self.epsilon), []
         for layer in self.layers:
             mixed, weights = self.attend(x, layer, mask)
@@ -100,11 +115,15 @@ class PrivateTower:
         return safetensors.torch.save(halves, metadata=form | dict(about))
 
     @classmethod
-    def load(cls, file: Path) -> PrivateTower:
+    def load(cls, file: Path, key: str = "model.tower") -> PrivateTower:
         """Read what `to_bytes` made; loading executes nothing.
 
+        Args:
+            file: to read.
+            key: of the configuration, or the option, that names it, for messages.
+
         Raises:
-            MpcError: it is not such a file.
+            ConfigError: it is not such a file.
         """
         try:
             with safe_open(file, "pt") as stored:
@@ -115,9 +134,34 @@ class PrivateTower:
                 for number in range(int(form["layers"]))
             )
             norm = (named["norm.weight"], named["norm.bias"])
-            return cls(int(form["heads"]), float(form["epsilon"]), norm, layers)
-        except (OSError, KeyError, ValueError, SafetensorError) as error:
-            raise MpcError(f"{file} holds no private tower ({error}); make one with 'sordino mpc distill'") from None
+            tower = cls(int(form["heads"]), float(form["epsilon"]), norm, layers)
+            tower._check()
+        except (OSError, KeyError, ValueError, IndexError, SafetensorError) as error:
+            why = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else error
+            found = "no such file" if isinstance(error, FileNotFoundError) else f"holds no private tower ({why})"
+            raise ConfigError(key, str(file), f"{found}; make one with 'sordino mpc distill'") from None
+        return tower
+
+    def _check(self) -> None:
+        """Compare the parts' shapes with each other.
+
+        Raises:
+            KeyError: one is missing.
+            ValueError: one does not fit the others.
+        """
+        width, heads = self.width, self.heads
+        if not self.layers or heads < 1 or width % heads:
+            raise ValueError(f"{len(self.layers)} layers of {heads} heads, {width} wide")
+        for number, layer in enumerate(self.layers):
+            inner, frequencies = len(layer["inner.bias"]), layer[FEATURES].shape[-1]
+            sides = {"qkv": (3 * width, width), "out": (width, width), "inner": (inner, width), "outer": (width, inner)}
+            shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in sides.items()}
+            shapes |= {f"{name}.bias": shape[:1] for name, shape in sides.items()}
+            shapes |= {f"norm{which}.{kind}": (width,) for which in (1, 2) for kind in ("weight", "bias")}
+            shapes[FEATURES] = (heads, width // heads, frequencies)
+            for name, shape in shapes.items():
+                if layer[name].shape != shape:
+                    raise ValueError(f"{number}.{name} is of shape {tuple(layer[name].shape)} and not {shape}")
 
 
 class SoftmaxTower(PrivateTower):
@@ -140,9 +184,9 @@ def bundled_tower() -> PrivateTower:
     """The bundled text tower, distilled; comes with the package.
 
     Raises:
-        MpcError: it is missing.
+        ConfigError: it is missing.
     """
-    return PrivateTower.load(BUNDLED)
+    return PrivateTower.load(BUNDLED, "bundled tower")
 
 
 def about(file: Path) -> dict[str, str]:
