@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mpc.both import computed, held, normal, root_cost
 
 from sordino.mpc.attention import random_feature_attention
@@ -57,6 +59,47 @@ def test_attention_within_the_stated_error(length: int, extra_rounds: int) -> No
     online = 2 * packed_size(size, 28) + 2 * packed_size(angles, 14) + order(length)
     online += packed_size(size, 34) + packed_size(rows, 34) + packed_size(size, 34 - 14)
     assert cost.online == online + root_cost(root, rows, 14, 16).online
+
+
+@settings(max_examples=30)
+@given(st.data(), st.sampled_from([1, 2, 3, 8, 17, 32]), st.sampled_from([4, 32]), st.integers(0, 99))
+def test_attention_of_tokens_of_any_kind(data: st.DataObject, length: int, width: int, seed: int) -> None:
+    """With 64 features and up to 32 tokens, by scores and by state, of values up to 1 in size.
+
+    Tokens may all be the same, or keys opposite to all queries; values constant, or alternating between 1 and -1.
+    A mask may leave one token, where so few weights add up to what is in the root's range; padding has the largest
+    values that it may have.
+    """
+    batch, heads, count, root = 2, 2, 64, calibrate(1, 0.1, 1.2, 1e-4)
+    shape = batch, heads, length, width
+    query, key = (torch.nn.functional.normalize(normal(*shape, seed=2 * seed + i), dim=-1) for i in range(2))
+    tokens = data.draw(st.sampled_from(["normal", "same", "opposite"]))
+    if tokens != "normal":
+        key = key[:, :, :1].expand(shape)
+        query = key if tokens == "same" else -key
+    sign = 1 - 2 * (torch.arange(length, dtype=torch.float64) % 2)[:, None]
+    kind = data.draw(st.sampled_from(["normal", "ones", "alternating", "zeros"]))
+    value = {"ones": sign.abs(), "alternating": sign, "zeros": 0 * sign}.get(kind, normal(*shape, seed=seed))
+    value = value.clamp(-1, 1).expand(shape)
+    fewest = 1 if length <= 3 else length // 2 + 1
+    lengths = torch.tensor([data.draw(st.sampled_from([fewest, length])) for _ in range(batch)])
+    mask = (torch.arange(length) < lengths[:, None]).long()
+    value = torch.where(mask[:, None, :, None] == 1, value, 15.9)
+    features = 0.5 * normal(heads, width, count, seed=seed + 1)
+    phi_query, phi_key = (torch.cat([(x @ features).cos(), (x @ features).sin()], -1) for x in (query, key))
+    scores = phi_query @ phi_key.mT * mask[:, None, None, :]
+    means = scores.sum(-1) / count / 2 ** math.ceil(math.log2(length))
+    assert 0.1 < means.min() <= means.max() < 1.2
+
+    def program(party: Party) -> Shared:
+        (hidden,) = hide(party, held(features / (2 * torch.pi), 14)(party))
+        own = (held(x, 14, number)(party) for number, x in enumerate((query, key, value), start=1))
+        return random_feature_attention(
+            party, *own, hidden, root, fraction=14, mask=mask if bool((mask == 0).any()) else None
+        )
+
+    found, _ = computed(program)
+    assert (found - scores @ value / scores.sum(-1, keepdim=True)).abs().max() < 2e-3
 
 
 def test_a_long_sequence_costs_no_more_than_linearly() -> None:

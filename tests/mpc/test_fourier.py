@@ -31,8 +31,11 @@ from sordino.mpc.fourier import (
 from sordino.mpc.linear import concatenated, hide
 from sordino.mpc.packing import packed_size
 from sordino.mpc.party import Party, Shared, reconstruct, run
-from sordino.mpc.ring import decode
+from sordino.mpc.ring import decode, lowest
 from sordino.mpc.waves import COARSE, FINE, TABLE, public_cosine_and_sine, rotations, tabulated_rotations
+
+WORDS = st.sampled_from([0, 1, -1, 2**63 - 1, -(2**63)]) | st.integers(-(2**63), 2**63 - 1)
+MASKS = 50  # that each number is tried under
 
 
 def both(values: torch.Tensor, fraction: int, **how: int) -> tuple[torch.Tensor, torch.Tensor, Cost]:
@@ -55,6 +58,27 @@ def test_cosines_and_sines_within_the_stated_error_in_one_round(period: int, res
     assert (sine - angle.sin()).abs().max() <= bound
     width = min(resolution, 28 + period)
     assert cost == Cost(1, packed_size(2000, width), 2 * 2000 * 8)
+
+
+@settings(max_examples=25)
+@given(st.data(), st.integers(-3, 6), st.integers(4, 26), st.integers(6, 20), st.integers(10, 40))
+def test_cosines_of_any_integers_of_the_ring(
+    data: st.DataObject, period: int, resolution: int, precision: int, fraction: int
+) -> None:
+    """Eighths of a turn among them, each under many masks; the stated error is that of resolutions up to 26 bits."""
+    length = fraction + period  # of a turn
+    parts = st.sampled_from([part << max(0, length - 3) for part in range(9)])
+    words = MASKS * data.draw(st.lists(parts | WORDS, min_size=1, max_size=8))
+    x, bits = held_integers(torch.tensor(words), fraction), 2 * precision + 2
+
+    def program(party: Party) -> tuple[Shared, Shared]:
+        how = {"period": period, "resolution": resolution, "precision": precision}
+        return cosine_and_sine(party, x(party), bits=bits, **how)[0]
+
+    turns = np.array([word % 2**length for word in words]) / 2.0**length
+    bound = 2 * math.pi * 2.0**-resolution + math.sqrt(2) * 2.0**-precision
+    for shares, oracle in zip(zip(*run(program, KEYS).results, strict=True), (np.cos, np.sin), strict=True):
+        assert np.abs(reconstruct(shares).numpy() - oracle(2 * np.pi * turns)).max() <= bound
 
 
 @settings(max_examples=20)
@@ -92,6 +116,36 @@ def test_all_harmonics_of_an_argument_come_from_one_opening() -> None:
         assert np.abs(found.numpy() - series(values.numpy())).max() <= bound
 
 
+@settings(max_examples=25)
+@given(st.data(), st.integers(-2, 6), st.integers(8, 20), st.booleans(), st.integers(0, 40))
+def test_any_series_of_any_argument(
+    data: st.DataObject, period: int, precision: int, hidden: bool, plus_fraction: int
+) -> None:
+    """A series' value in double precision and what is added to it, of an argument turned or hidden anyway."""
+    sizes = st.sampled_from([0, 1, -1, 2**24, -(2**24)]) | st.integers(-(2**24), 2**24)  # up to 4
+    frequencies = tuple(data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=8, unique=True)))
+    cosine, sine = (tuple(data.draw(sizes) for _ in frequencies) for _ in range(2))
+    series = Series(period, frequencies, cosine, sine, data.draw(sizes), 0.0, 1.0, 0.0)
+    fraction = 20 - period  # 20 bits a period, so that none is dropped
+    parts = st.sampled_from([part << 17 for part in range(9)])
+    words = torch.tensor(MASKS * data.draw(st.lists(parts | WORDS, min_size=1, max_size=8)))
+    added = data.draw(st.sampled_from([0.0, 7.0, -8.0]))
+
+    def program(party: Party) -> Shared:
+        x = held_integers(words, fraction)(party)
+        angle = angle_of(*hide(party, x), period) if hidden else turn(party, x, period=period, resolution=20)[0]
+        plus = held(torch.full((len(words),), added, dtype=torch.float64), plus_fraction, 1)(party)
+        bits = max(2 * precision, plus_fraction) + 8  # series and sum are below 2^7 in size
+        result = evaluate(party, angle, series, precision, bits, plus)
+        assert result.fraction == bits - 8
+        return result
+
+    found, _ = computed(program)
+    oracle = series(lowest(words, 20).numpy() / 2.0**fraction) + added
+    bound = math.sqrt(2) * (len(frequencies) + series.weight) * 2.0**-precision
+    assert np.abs(found.numpy() - oracle).max() <= bound
+
+
 @pytest.mark.parametrize(
     ("function", "parity", "frequencies"),
     [
@@ -124,6 +178,32 @@ def test_gelu_within_the_stated_error_in_one_round(fraction: int, below: int) ->
     width = min(below, fraction) + 5
     assert costs.total == Cost(1, packed_size(20_001, width), 16 * 10 * 20_001)
     assert gelu_series().error < 6e-5
+
+
+@settings(max_examples=25)
+@given(
+    st.data(),
+    st.sampled_from([(5, 11.5, 10, 8), (4, 4.0, 6, 8), (4, 5.0, 6, 8), (6, 15.5, 10, 13)]),
+    st.sampled_from([8, 13]),
+    st.integers(8, 40),
+    st.sampled_from([10, 14, 20]),
+)
+def test_gelu_up_to_the_ends_of_its_range(
+    data: st.DataObject, kind: tuple[int, float, int, int], below: int, fraction: int, precision: int
+) -> None:
+    """Of integers in fixed point, so that nothing errs but what the stated error names."""
+    series, high = gelu_series(*kind), int(kind[1] * 2**fraction)
+    ends = st.sampled_from([-high, high, 0, 1, -1])
+    x = torch.tensor(MASKS * data.draw(st.lists(ends | st.integers(-high, high), min_size=5, max_size=20)))
+    bits = max(2 * precision, fraction + 1) + 5  # results are below 2^4 in size
+
+    def program(party: Party) -> Shared:
+        own = held_integers(x, fraction)(party)
+        return gelu(party, own, series=[series], below=below, precision=precision, bits=bits)[0]
+
+    found, _ = computed(program)
+    bound = series.error + 0.6 * 2.0**-below + math.sqrt(2) * (kind[2] + 8) * 2.0**-precision
+    assert (found - torch.nn.functional.gelu(decode(x, fraction))).abs().max() <= bound
 
 
 def test_gelu_with_other_ranges() -> None:

@@ -213,7 +213,7 @@ def cosine_and_sine(
        `precision` bits.
 
     Rounds: 1. Online: N resolution / 8. Offline: 2 N bits / 8. Error: at most 2 pi 2^-resolution + sqrt(2)
-    2^-precision.
+    2^-precision, for a resolution up to 26 and a precision up to 20: opened angles are cut to 26 bits.
 
     Returns:
         Pairs of values with 2 precision fraction bits, shared modulo 2^bits.
