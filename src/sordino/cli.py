@@ -305,8 +305,9 @@ def _tuned(settings: PrivateTuning, folder: Path, resume: bool, clear: bool) -> 
         if clear:
             tower, task = tower_of(settings), open_task(settings, progress=progress)
             if tower.width != task.embedder.width:
-                why = f"the bundled one takes embeddings {tower.width} wide, not {task.embedder.width}"
-                raise ConfigError("model.tower", None, f"{why}; give the tower of model.embeddings")
+                why = f"it takes embeddings {tower.width} wide, and the task's are {task.embedder.width} wide"
+                remedy = "give model.tower and model.embeddings of one checkpoint; without, both are the bundled one's"
+                raise ConfigError("model.tower", settings.model.tower, f"{why}; {remedy}")
             return tune_private(settings, folder, task, in_the_clear(tower), True, None, resume, progress), ""
         own, servers = owner_of(settings)
         task = open_task(settings, progress=progress)

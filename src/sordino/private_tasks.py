@@ -12,14 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sordino.encoders.bundled import BundledEncoder, Embedder
+from sordino.encoders.bundled import BundledEncoder
 from sordino.encoders.cache import FeatureCache
 from sordino.encoders.encode import encode
-from sordino.errors import ConfigError
 from sordino.mpc.search import projection
 from sordino.mpc.settings import PrivateTuning
 from sordino.mpc.tasks import TEST_SEED, ImageTask, Part, TextTask, drawn, text_task
-from sordino.mpc.tower import PrivateTower
 from sordino.progress import Progress, log, silent
 from sordino.tasks.folders import image_folder
 from sordino.tasks.images import Flags, ImageSet, Indices
@@ -36,15 +34,10 @@ def open_task(config: PrivateTuning, part: Part = "test", progress: Progress = s
         progress: is told how many pictures are encoded.
 
     Raises:
-        ConfigError: a file or a checkpoint is missing, the search is wider than the prompt, or a tower that is here
-            does not take the task's embeddings.
+        ConfigError: a file or a checkpoint is missing, or the search is wider than the prompt.
         DataError: data is malformed, or too little.
     """
-    if config.task.kind == "text":
-        task: TextTask | ImageTask = text_task(config, part)
-        _check_tower(config, task.embedder)
-    else:
-        task = _image_task(config, part, progress)
+    task = text_task(config, part) if config.task.kind == "text" else _image_task(config, part, progress)
     projection(config.search.search(config.seed), *task.start().shape)  # refuses what does not fit, before it is needed
     return task
 
@@ -53,7 +46,6 @@ def _image_task(config: PrivateTuning, part: Part, progress: Progress) -> ImageT
     source = str(config.task.source)
     images = image_folder(Path(source.partition(":")[2]), source)
     encoder = BundledEncoder.load(torch.device("cpu"))
-    _check_tower(config, encoder.text)
     readable = np.ones(len(images), dtype=np.bool_)
     while True:
         train, test = split_images(images, readable, config, part)
@@ -82,20 +74,6 @@ def _image_task(config: PrivateTuning, part: Part, progress: Progress) -> ImageT
         test_features=found.features[len(train) :],
         test_labels=labels[len(train) :],
     )
-
-
-def _check_tower(config: PrivateTuning, embedder: Embedder) -> None:
-    """Compare widths; a file that is not here is no matter, as servers may have the tower."""
-    name = config.model.tower
-    if name is None or not (file := Path(name).expanduser()).is_file():
-        return
-    width = PrivateTower.load(file).width
-    if width != embedder.width:
-        of = "bundled ones" if config.model.embeddings is None else f"model.embeddings = {config.model.embeddings!r}"
-        remedy = "give tower and embeddings of one checkpoint"
-        raise ConfigError(
-            "model.tower", name, f"takes embeddings {width} wide, and the {of} are {embedder.width} wide; {remedy}"
-        )
 
 
 def split_images(images: ImageSet, readable: Flags, config: PrivateTuning, part: Part) -> tuple[Indices, Indices]:

@@ -15,6 +15,7 @@ import torch
 from mpc.small import agree, batches, groups, sentences, small_tower
 from torch.nn.functional import cosine_similarity
 
+from sordino.mpc import transport
 from sordino.mpc.assistant import RemoteAssistant, correlation_from, correlation_to, start_assistant
 from sordino.mpc.calibration import Calibration
 from sordino.mpc.certificates import DATA_OWNER, MODEL_OWNER, ROLES, SERVERS, Identity, make_certificates
@@ -368,7 +369,18 @@ def test_what_is_no_model_is_refused(parties: Parties, calibration: Calibration,
         assert agree(session.forward(groups()), groups())
 
 
-def test_a_message_without_an_end_is_none() -> None:
+def test_a_message_without_an_end_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "LARGEST", 2 * PIECE)
+    for parts, taken in ((3, True), (4, False)):
+        line = Line("somebody", TIMEOUT)
+        for _ in range(parts):
+            line._inbox.put(packed(bytes(PIECE), part=True))
+        line._inbox.put(packed(b"end"))
+        if taken:
+            assert line.receive()[1] == bytes(parts * PIECE) + b"end"
+        else:
+            with pytest.raises(PartyLost, match="a message without an end"):
+                line.receive()
     for piece in (b"", b"123", bytes(PIECE + 1)):
         line = Line("somebody", TIMEOUT)
         line._inbox.put(packed(piece, part=True))

@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 
 from sordino.cli import app
 from sordino.errors import ConfigError, RunError
+from sordino.mpc.certificates import make_certificates
 from sordino.mpc.costs import Cost, Costs
+from sordino.mpc.errors import PartyLost
 from sordino.mpc.search import Search, projection, prompts
 from sordino.mpc.sentences import Forward, Sentences, in_the_clear
 from sordino.mpc.settings import PrivateTuning, load_private_config
@@ -214,7 +216,8 @@ def test_costs_are_those_of_the_whole_run(file: Path, tower: PrivateTower, tmp_p
     assert found["offline_bytes"] == 500 * paid.calls
     whole = {key: found[key] for key in ("rounds", "online_bytes_per_server", "offline_bytes")}
     assert found["by_label"] == {"layer 0": whole}
-    assert found["by_protocol"] == {"multiply": whole}
+    assert found["by_protocol"] == found["by_nested_protocol"] == {"multiply": whole}
+    assert found["by_label_and_protocol"] == {"layer 0": {"multiply": whole}}
     for name, delay, rate in (("lan", 0.5e-3, 10e9), ("wan", 40e-3, 100e6)):
         seconds = found["seconds_on"][name]
         assert seconds["online"] == pytest.approx(2 * paid.calls * delay + 8 * 1000 * paid.calls / rate)
@@ -252,3 +255,19 @@ def test_without_servers_it_says_what_to_give(file: Path, tmp_path: Path, given:
     assert ran.exception.key == key
     assert "--clear" in ran.exception.allowed
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_only_what_was_begun_is_to_be_resumed(file: Path, tmp_path: Path, begun: bool) -> None:
+    """Servers that cannot be reached, at first and after a generation."""
+    make_certificates(tmp_path / "parties")
+    sides = ["session.servers=['127.0.0.1:1','127.0.0.1:2']", f"session.certificates={tmp_path}/parties/data-owner"]
+    options = [word for side in [*sides, "session.timeout=2"] for word in ("--set", side)]
+    if begun:
+        (tmp_path / "run").mkdir()
+    with pytest.raises(PartyLost, match=r"server-\d .*cannot be reached") as lost:
+        CliRunner().invoke(
+            app, ["tune-private", str(file), "--out", str(tmp_path / "run"), *options], catch_exceptions=False
+        )
+    assert ("--resume" in str(lost.value)) == begun
+    assert (tmp_path / "run").exists() == begun

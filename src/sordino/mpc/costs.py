@@ -69,8 +69,8 @@ class Costs:
         """By label, in the order of their first entries."""
         return self._grouped(lambda label, _: label)
 
-    def by_protocol(self, depth: int = 1) -> dict[str, Cost]:
-        """By protocol, of which `depth` that contain each other are told apart: "layer_norm/inverse_root" at 2."""
+    def by_protocol(self, depth: int | None = 1) -> dict[str, Cost]:
+        """By protocol, of which `depth` that contain each other are told apart, or all: "layer_norm/inverse_root"."""
         return self._grouped(lambda _, path: "/".join(path[:depth]))
 
     def by_label_and_protocol(self) -> dict[str, dict[str, Cost]]:

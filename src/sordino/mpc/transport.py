@@ -98,8 +98,8 @@ class Line:
                     return header, bytearray().join([*parts, payload])
                 elif time.monotonic() - began > PATIENCE * self._timeout:
                     raise PartyLost(
-                        f"{self.party} lives, but sent nothing for {PATIENCE * self._timeout:g} s, ten timeouts; "
-                        "where machines or networks are slow, give longer ones (session.timeout, --timeout)"
+                        f"{self.party} lives, but sent nothing for {PATIENCE * self._timeout:g} s, {PATIENCE} times "
+                        "the timeout; where machines or networks are slow, raise that (session.timeout, --timeout)"
                     )
         except PartyLost as error:
             self._lost = error

@@ -206,7 +206,7 @@ def _costs(costs: Costs) -> dict[str, Any]:
     return _figures(total) | {
         "by_label": {label: _figures(cost) for label, cost in costs.by_label().items()},
         "by_protocol": {name: _figures(cost) for name, cost in costs.by_protocol().items()},
-        "by_nested_protocol": {name: _figures(cost) for name, cost in costs.by_protocol(depth=9).items()},
+        "by_nested_protocol": {name: _figures(cost) for name, cost in costs.by_protocol(depth=None).items()},
         "by_label_and_protocol": {
             label: {name: _figures(cost) for name, cost in inner.items()}
             for label, inner in costs.by_label_and_protocol().items()
