@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import dp_accounting
@@ -23,6 +24,7 @@ from sordino.plan import as_text, plan
 from sordino.privacy.ledger import Ledger
 from sordino.runtime.local import LocalRuntime
 
+SIMULATED = ["privacy.simulation=true", "privacy.nonce=" + "a5" * 16]  # noise that can be drawn again
 DP_SGD = ["privacy.mechanism=dp-sgd", "privacy.clip=0.1", "privacy.delta=0.01"]
 
 
@@ -46,9 +48,9 @@ def test_the_ledger_of_a_run_says_what_was_spent(config_file: Path, tmp_path: Pa
     }
     assert summary["privacy"]["private"]
     assert "epsilon = " in summary["privacy"]["statement"]
-    assert "the seed" in summary["privacy"]["statement"]
+    assert summary["privacy"]["randomness"] == "system"
     chosen = plan(config)
-    assert chosen.ledger == ledger
+    assert chosen.ledger == replace(ledger, run="", data={})
     assert chosen.by_round[-1][1][0] == pytest.approx(expected, abs=1e-6)
 
 
@@ -63,7 +65,8 @@ def test_a_run_stops_at_its_budget_whether_or_not_it_is_interrupted(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     budget = pld(1.0, 0.25, 3, 0.01) + 1e-3  # pays for three rounds, not for four
-    config = load_config(config_file, [*DP_SGD, "privacy.noise_multiplier=1.0", f"privacy.epsilon={budget}"])
+    keys = ["privacy.noise_multiplier=1.0", f"privacy.epsilon={budget}", *SIMULATED]
+    config = load_config(config_file, [*DP_SGD, *keys])
     whole = run(config, tmp_path / "whole")
     assert (whole["rounds"], whole["privacy"]["rounds_unpaid"]) == (3, 3)
     assert whole["privacy"]["epsilon"] <= budget
@@ -71,7 +74,7 @@ def test_a_run_stops_at_its_budget_whether_or_not_it_is_interrupted(
     resumed = run(config, tmp_path / "cut", resume=True)
     assert resumed["rounds"] == 3
     ledgers = [(tmp_path / name / "ledger.json").read_bytes() for name in ("whole", "cut")]
-    assert ledgers[0] == ledgers[1]  # what the seed noised again is no new release
+    assert ledgers[0] == ledgers[1]  # what was noised alike again is no new release
     assert json.loads((tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()[-1])["round"] == 3
 
 
@@ -80,8 +83,8 @@ def test_noise_of_the_operating_system_stays_counted_over_an_interruption(
 ) -> None:
     """A round that is lost and run again released something new each time; the budget knows."""
     budget = pld(1.0, 0.25, 6, 0.01) + 1e-3
-    secure = ["privacy.noise_multiplier=1.0", f"privacy.epsilon={budget}", "privacy.secure=true"]
-    config = load_config(config_file, [*DP_SGD, *secure, "runtime.checkpoint_every=6"])
+    keys = ["privacy.noise_multiplier=1.0", f"privacy.epsilon={budget}"]
+    config = load_config(config_file, [*DP_SGD, *keys, "runtime.checkpoint_every=6"])
     interrupt(config, tmp_path / "run", after=4, monkeypatch=monkeypatch)
     summary = run(config, tmp_path / "run", resume=True)
     ledger = Ledger.from_json((tmp_path / "run" / "ledger.json").read_bytes())
@@ -89,7 +92,8 @@ def test_noise_of_the_operating_system_stays_counted_over_an_interruption(
     assert {each.steps for each in ledger.releases} == {6}
     assert summary["privacy"]["epsilon"] <= budget
     assert ledger.randomness == "system"
-    assert "the seed" not in summary["privacy"]["statement"]
+    assert summary["privacy"]["private"]
+    assert not summary["privacy"]["simulated"]
 
 
 def prompt(folder: Path, name: str) -> torch.Tensor:
@@ -112,7 +116,7 @@ def interrupt(config: experiment.Experiment, out: Path, after: int, monkeypatch:
 
 
 def test_runs_with_the_operating_systems_noise_differ_and_say_so(config_file: Path, tmp_path: Path) -> None:
-    config = load_config(config_file, [*DP_SGD, "privacy.noise_multiplier=1.0", "privacy.secure=true"])
+    config = load_config(config_file, [*DP_SGD, "privacy.noise_multiplier=1.0"])
     runs = [run(config, tmp_path / name) for name in ("one", "two")]
     assert not torch.equal(prompt(tmp_path / "one", "client-0000"), prompt(tmp_path / "two", "client-0000"))
     assert [each["privacy"]["randomness"] for each in runs] == ["system", "system"]
@@ -200,7 +204,7 @@ def test_an_adaptive_clip_moves_is_kept_and_is_paid_for(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = ["algorithm=promptfl", "privacy.mechanism=dp-fedavg", "runtime.weighting=uniform", "privacy.delta=0.01"]
-    keys += ["privacy.clip_quantile=0.5", "privacy.noise_multiplier=20.0", "privacy.noise_by=server"]
+    keys += ["privacy.clip_quantile=0.5", "privacy.noise_multiplier=20.0", "privacy.noise_by=server", *SIMULATED]
     config = load_config(config_file, keys)
     whole = run(config, tmp_path / "whole")
     interrupt(config, tmp_path / "cut", after=3, monkeypatch=monkeypatch)

@@ -94,7 +94,8 @@ class Row:
         upload_bytes, broadcast_bytes: of one client in one round.
         seconds: of training, mean over seeds.
         private: whether everything that was learned and left a client was noised.
-        epsilon: the largest over seeds; None where none holds.
+        simulated: whether noise was added that can be drawn again; then nothing is private.
+        epsilon: the largest over seeds, of a simulation that of the noise it simulates; None where there is none.
         attack: the AUC of membership inference by LiRA against the first run; None where it was not attacked.
     """
 
@@ -107,6 +108,7 @@ class Row:
     broadcast_bytes: int
     seconds: float
     private: bool
+    simulated: bool
     epsilon: float | None
     attack: float | None = None
 
@@ -175,6 +177,7 @@ def row_of(summaries: Sequence[dict[str, Any]], variation: str = "") -> Row:
         first["wire"]["broadcast_bytes_per_client_round"],
         statistics.fmean(s["seconds"]["train"] for s in summaries),
         all(s["privacy"]["private"] for s in summaries),
+        any(s["privacy"]["simulated"] for s in summaries),
         None if None in epsilons else max(epsilons),
     )
 
@@ -206,6 +209,7 @@ def to_csv(rows: Sequence[Row]) -> str:
             "broadcast_bytes",
             "train_seconds",
             "private",
+            "simulated",
             "epsilon",
             "membership_auc",
         ]
@@ -223,6 +227,7 @@ def to_csv(rows: Sequence[Row]) -> str:
                 row.broadcast_bytes,
                 row.seconds,
                 row.private,
+                row.simulated,
                 "" if row.epsilon is None else row.epsilon,
                 "" if row.attack is None else row.attack,
             ]

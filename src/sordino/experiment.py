@@ -21,10 +21,11 @@ from sordino.encoders.base import DualEncoder
 from sordino.encoders.prompt_model import Prompt, PromptModel, named_parts, prompt_count
 from sordino.files import write_atomically
 from sordino.privacy.ledger import Ledger
+from sordino.privacy.noise import new_nonce
 from sordino.privacy.statement import as_summary
 from sordino.progress import Progress, log, silent
 from sordino.report import write_report
-from sordino.run_folder import Metrics, prepare
+from sordino.run_folder import Metrics, prepare, started_with
 from sordino.runtime import checkpoint
 from sordino.runtime.evaluate import Evaluation, EvaluationSet, Scores
 from sordino.runtime.local import LocalRuntime, Training
@@ -53,6 +54,7 @@ def run(
     Raises:
         SordinoError: before anything is trained where input is bad; later where the disk is full or training diverges.
     """
+    config = _with_nonce(config, out)
     tables = resolved(config)
     summary = prepare(out, tables, resume)
     if summary is None:
@@ -60,6 +62,14 @@ def run(
     if not (out / "report.html").exists():
         write_report([out], out / "report.html", f"Sordino: {config.algorithm} on {config.data.source}")
     return summary
+
+
+def _with_nonce(config: Experiment, out: Path) -> Experiment:
+    """The configuration with the nonce that a simulation was started with, or with a new one."""
+    if not (config.privacy.simulation and config.privacy.on and config.privacy.nonce is None):
+        return config
+    nonce = started_with(out).get("privacy", {}).get("nonce") or new_nonce()
+    return config.model_copy(update={"privacy": config.privacy.model_copy(update={"nonce": nonce})})
 
 
 def _run(
@@ -152,12 +162,12 @@ def assemble(config: Experiment, bench: Bench, task: Task) -> tuple[LocalRuntime
 def _resumed(runtime: LocalRuntime, out: Path) -> Training:
     """Where an interrupted run stands.
 
-    Rounds after the last checkpoint are run again. With noise from the seed they release the same numbers again, which
-    tells nothing new. Noise from the operating system is new each time, so what they released stays counted.
+    Rounds after the last checkpoint are run again. A simulation releases the same numbers again, which tells nothing
+    new. Noise from the operating system is new each time, so what was released stays counted.
     """
     start = runtime.start()
     training = checkpoint.load(out / "checkpoint", start) or start
-    if runtime.privacy.secure and (out / LEDGER).exists():
+    if not runtime.privacy.simulation and (out / LEDGER).exists():
         training = replace(training, ledger=Ledger.from_json((out / LEDGER).read_bytes()))
     return training
 
@@ -271,6 +281,7 @@ def _save_prompts(
             "classes": json.dumps(task.class_names),
             "ledger_sha256": ledger.digest(),
             "private": json.dumps(ledger.private),
+            "simulated": json.dumps(ledger.simulated),
         }
         own = {part: tensor[client].contiguous() for part, tensor in parts.items()}
         content = safetensors.torch.save(own, metadata=metadata)

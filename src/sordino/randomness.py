@@ -1,8 +1,15 @@
 """Randomness that depends on what it is for and on nothing else.
 
-Every draw comes from a generator that is derived from (seed, round, client, purpose). So a resumed run draws what an
-uninterrupted one draws, a client draws the same whether it is simulated alone or in a stack, and no code touches
-torch's global generator. Numbers are drawn on the CPU and then moved, which makes them equal on every device.
+Every draw comes from a generator that is keyed by (seed, round, client, purpose). So a resumed run draws what an
+uninterrupted one draws, a client draws the same whether it is simulated alone or in a stack, and no code touches a
+global generator. Numbers are drawn on the CPU and then moved, which makes them equal on every device.
+
+Generators are counter-based (Philox: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011) and keyed by
+all 128 bits of a digest. torch's CPU generator would keep the low 32 bits of its seed, and some streams of a long run
+would be equal.
+
+A seed protects nothing: whoever guesses it can draw the same numbers. Noise that has to protect somebody comes from
+`sordino.privacy.noise`.
 """
 
 from __future__ import annotations
@@ -11,14 +18,22 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+KEY_BYTES = 16  # Philox takes a key of 128 bits
 
-def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from any mix of integers and words; different parts give independent seeds."""
+
+def derive_key(*parts: int | str) -> int:
+    """Return a 128-bit key made of any mix of integers and words; different parts give independent keys."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=KEY_BYTES).digest(), "big")
+
+
+def generator(*parts: int | str) -> np.random.Generator:
+    """Return a fresh generator that is keyed by `derive_key(*parts)`."""
+    return np.random.Generator(np.random.Philox(key=derive_key(*parts)))
 
 
 @dataclass(frozen=True)
@@ -26,8 +41,8 @@ class Streams:
     """The random numbers of one round: one stream a client, and one that all parties have in common.
 
     Attributes:
-        seed: the run's seed.
-        round: the round, counted from 1; 0 is initialisation.
+        seed: the run's seed, or a key of its own.
+        round: the round, counted from 1; 0 is initialization.
         clients: the K clients' numbers in the whole federation, in the order of the stack.
         device: where drawn tensors are put.
     """
@@ -37,25 +52,27 @@ class Streams:
     clients: Sequence[int]
     device: torch.device
 
-    def generators(self, purpose: str) -> list[torch.Generator]:
-        """One fresh CPU generator for every client of the stack."""
+    def generators(self, purpose: str) -> list[np.random.Generator]:
+        """Return one fresh generator for every client of the stack."""
         return [self._generator(f"client {client}", purpose) for client in self.clients]
 
     def normal(self, purpose: str, *shape: int) -> Tensor:
-        """Standard normal numbers [K, *shape], float32, each client's own."""
-        drawn = [torch.randn(shape, generator=generator) for generator in self.generators(purpose)]
+        """Return standard normal numbers [K, *shape], float32, each client's own."""
+        drawn = [_normal(generator, shape) for generator in self.generators(purpose)]
         return torch.stack(drawn).to(self.device)
 
     def common_normal(self, purpose: str, *shape: int) -> Tensor:
-        """Standard normal numbers of the given shape, float32, that every party draws alike."""
-        return torch.randn(shape, generator=self._generator("all", purpose)).to(self.device)
+        """Return standard normal numbers of the given shape, float32, that every party draws alike."""
+        return _normal(self._generator("all", purpose), shape).to(self.device)
 
     def uniform(self, purpose: str, counts: Sequence[int]) -> list[Tensor]:
-        """Uniform numbers in [0, 1), float64 on the CPU, for each client as many as it is asked for."""
-        return [
-            torch.rand(count, generator=generator, dtype=torch.float64)
-            for count, generator in zip(counts, self.generators(purpose), strict=True)
-        ]
+        """Return uniform numbers in [0, 1), float64 on the CPU, for each client as many as it is asked for."""
+        pairs = zip(counts, self.generators(purpose), strict=True)
+        return [torch.from_numpy(generator.random(count)) for count, generator in pairs]
 
-    def _generator(self, owner: str, purpose: str) -> torch.Generator:
-        return torch.Generator().manual_seed(derive_seed(self.seed, self.round, owner, purpose))
+    def _generator(self, owner: str, purpose: str) -> np.random.Generator:
+        return generator(self.seed, self.round, owner, purpose)
+
+
+def _normal(generator: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(np.asarray(generator.standard_normal(shape), dtype=np.float32))

@@ -26,7 +26,6 @@ def prepare(out: Path, tables: Mapping[str, Any], resume: bool, free: Sequence[s
     Raises:
         RunError: it may not; the message says what to do.
     """
-    config_file = out / "config.toml"
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise RunError(f"{out} cannot be written, as {existing} cannot; choose another --out")
@@ -34,12 +33,9 @@ def prepare(out: Path, tables: Mapping[str, Any], resume: bool, free: Sequence[s
         if out.exists() and any(out.iterdir()):
             raise RunError(f"{out} exists; go on with --resume, or choose another --out")
         return None
-    if not config_file.exists():
+    old = started_with(out)
+    if not old:
         return None
-    try:
-        old = tomllib.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{config_file} cannot be read ({error}); choose another --out") from None
     before, after = ({key: value for key, value in each.items() if key not in free} for each in (old, tables))
     difference = first_difference(before, after)
     if difference:
@@ -50,6 +46,21 @@ def prepare(out: Path, tables: Mapping[str, Any], resume: bool, free: Sequence[s
         )
     summary = out / "summary.json"
     return dict(json.loads(summary.read_bytes())) if summary.exists() else None
+
+
+def started_with(out: Path) -> dict[str, Any]:
+    """The configuration that a run was started with; empty where there is none.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    config_file = out / "config.toml"
+    try:
+        return tomllib.loads(config_file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise RunError(f"{config_file} cannot be read ({error}); choose another --out") from None
 
 
 class Metrics:

@@ -131,9 +131,10 @@ def _label(row: Row) -> str:
 
 
 def _privacy(row: Row) -> str:
-    if not row.private:
-        return "no"
-    return f"ε = {row.epsilon:.3g}" if row.epsilon else "yes"
+    epsilon = f"ε = {row.epsilon:.3g}" if row.epsilon else ""
+    if row.simulated:
+        return f"simulated {epsilon}" if epsilon else "no"
+    return (epsilon or "yes") if row.private else "no"
 
 
 def _percent(value: tuple[float, float] | None) -> str:

@@ -132,13 +132,15 @@ def test_fedpgp_without_rank_and_contrast_is_promptfl(make_runtime: MakeRuntime)
 
 
 def test_contrast_draws_the_shared_prompt_to_the_hand_written_one(make_runtime: MakeRuntime) -> None:
-    def nearness(contrast: float) -> float:
-        runtime = make_runtime("fedpgp", ROWS, TABLES | {"fedpgp": {"contrast": contrast, "temperature": 0.1}})
-        shared = train(runtime, 6).server.context  # type: ignore[attr-defined]
+    def nearness(contrast: float, seed: int) -> float:
+        slow = {"optimizer": {"learning_rate": 0.02}, "fedpgp": {"contrast": contrast, "temperature": 0.1}}
+        runtime = make_runtime("fedpgp", ROWS, TABLES | slow, rounds=10, seed=seed)
+        shared = train(runtime, 10).server.context  # type: ignore[attr-defined]
         general = runtime.model.text_features(runtime.model.encoder.embed("a photo of a"))
         return float((runtime.model.text_features(shared) * general).sum(-1).mean())
 
-    assert nearness(20.0) > nearness(0.0) + 0.01
+    nearer = [nearness(1.0, seed) - nearness(0.0, seed) for seed in range(6)]
+    assert sum(nearer) / 6 > 0.1
 
 
 @pytest.mark.parametrize("privacy", [{"mechanism": "dp-sgd", "clip": 1e9}, {"mechanism": "cotangent", "clip": 1.414}])

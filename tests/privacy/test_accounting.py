@@ -245,11 +245,17 @@ def test_a_ledger_read_back_tells_the_same() -> None:
 
 def test_runs_on_the_same_data_add_up() -> None:
     a, b = release(4.0, 0.1, 10), release(6.0, 1.0, 2, party="client 1")
-    first = ledger(a, randomness="system", trusted=("server",), assumptions=("sizes",))
-    second = replace(ledger(a, b, disclosures=(Disclosure("x", "prompt"),), assumptions=("sizes",)), delta=1e-6)
+    first = ledger(a, trusted=("server",), assumptions=("sizes",))
+    second = ledger(a, b, disclosures=(Disclosure("x", "prompt"),), assumptions=("sizes",), randomness="simulation")
+    second = replace(second, delta=1e-6)
     both = compose([first, second, Ledger()])
     assert both.releases == (replace(a, steps=20), b)
-    assert (both.delta, both.randomness, both.trusted, both.assumptions) == (1e-6, "seed", ("server",), ("sizes",))
+    assert (both.delta, both.randomness, both.trusted, both.assumptions) == (
+        1e-6,
+        "simulation",
+        ("server",),
+        ("sizes",),
+    )
     assert both.disclosures == second.disclosures
     assert spent(both, "server", "example").epsilon == math.inf
     assert compose([first, first]).randomness == "system"

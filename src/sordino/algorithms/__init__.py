@@ -59,12 +59,16 @@ def algorithm(name: str) -> Algorithm:
     """The module of a method.
 
     Raises:
-        ConfigError: there is no method of this name.
+        ConfigError: there is no method of this name, or it does not say its schedule.
     """
     if name not in METHODS:
         raise ConfigError("algorithm", name, f"not a method; choose from {', '.join(METHODS)}")
     module = METHODS[name].module
-    return cast(Algorithm, importlib.import_module(module if "." in module else f"sordino.algorithms.{module}"))
+    found = importlib.import_module(module if "." in module else f"sordino.algorithms.{module}")
+    if not callable(getattr(found, "schedule", None)):
+        needs = "schedule(settings) -> Schedule(steps, batch_size), which its epsilon is accounted by"
+        raise ConfigError("algorithm", name, f"its module {module} lacks {needs}; see docs/new-method.md")
+    return cast(Algorithm, found)
 
 
 def settings_for(name: str, tables: Mapping[str, Any]) -> Any:

@@ -5,6 +5,7 @@ A method is one module. It defines
     ABOUT: About                                       its paper, what is personal, what is shared
     Settings                                           a frozen dataclass of its hyper-parameters, with defaults
     Server, Broadcast, ClientState, Upload             frozen dataclasses of tensors
+    schedule(settings) -> Schedule                     gradients a round and examples a batch: what accounting assumes
     server_init(settings, start) -> Server
     client_init(settings, start, data) -> ClientState  K clients at once
     broadcast(server) -> Broadcast
@@ -25,8 +26,9 @@ Every tensor of a ClientState and of an Upload has the K clients as its leading 
 client and one that holds a thousand run the same lines. The functions do no I/O, read no clock but the one they are
 given, and draw no randomness but from `clock.streams`. A runtime moves Broadcast and Upload, and can move nothing else.
 Gradients come from `gradients`, batches from `data`, means over clients from `uploads`, and from nowhere else: that is
-where privacy enters. An upload that is averaged has a field `weight`, known to all, and is a change or a gradient: a
-vector around zero, so that it can be clipped.
+where privacy enters. Each batch is differentiated once, and what was drawn in a round is held against `schedule`. An
+upload that is averaged has a field `weight`, known to all, and is a change or a gradient: a vector around zero, so that
+it can be clipped.
 """
 
 from __future__ import annotations
@@ -35,15 +37,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
 from sordino.encoders.prompt_model import Prompt, PromptModel
-from sordino.privacy.gradients import Batch, Gradients, Sampling
+from sordino.privacy.gradients import Batch, Gradients
 from sordino.privacy.ledger import Disclosure
 from sordino.privacy.mechanism import ServerUses
-from sordino.privacy.noise import Randomness
+from sordino.privacy.sampling import PoissonSampler
 from sordino.randomness import Streams
 
 STRICT = ConfigDict(extra="forbid", strict=True)  # of every Settings: no unknown key, no silent conversion
@@ -183,6 +186,19 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """All that accounting may assume of a client's round.
+
+    Attributes:
+        steps: gradients that a client takes in a round, each on a batch of its own.
+        batch_size: examples a batch, the expected number under Poisson sampling; None takes all.
+    """
+
+    steps: int
+    batch_size: int | None
+
+
+@dataclass(frozen=True)
 class Clock:
     """When it is: round `round` of `rounds`, counted from 1, with that round's randomness."""
 
@@ -201,7 +217,7 @@ class ClientData:
         rows: [K, n] row numbers, padded on the right to the largest client.
         counts: [K] how many of them are real.
         weights: [K] the weight that each client tells the server for averaging; ones where sizes stay untold.
-        coins: where set, every example is in a batch by a coin of its own from here (Poisson sampling).
+        poisson: where set, it decides which examples are in a batch, each by a coin of its own.
     """
 
     features: Tensor
@@ -209,7 +225,7 @@ class ClientData:
     rows: Tensor
     counts: Tensor
     weights: Tensor
-    coins: Randomness | None = None
+    poisson: PoissonSampler | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -220,11 +236,11 @@ class ClientData:
         Args:
             steps: how many.
             size: examples a batch, at most; None gives every example each time. A pass's last batch may be smaller.
-                With coins, the expected size.
+                Under Poisson sampling, the expected size.
             streams: decides the order.
         """
-        if self.coins is not None:
-            yield from (self._tossed(step, size, self.coins) for step in range(steps))
+        if self.poisson is not None:
+            yield from (self._sampled(size, self.poisson) for _ in range(steps))
             return
         columns = torch.arange(self.rows.shape[1], device=self.rows.device)
         if size is None or size >= self.rows.shape[1]:
@@ -251,29 +267,26 @@ class ClientData:
         counts = torch.tensor([len(each) for each in repeated], device=self.counts.device)
         return replace(self, rows=torch.nn.utils.rnn.pad_sequence(repeated, batch_first=True), counts=counts)
 
-    def _tossed(self, step: int, size: int | None, coins: Randomness) -> Batch:
-        """A batch that each example is in with probability size / n, whoever else is; it may be empty."""
-        counts = self.counts.double().cpu()
-        rate = torch.ones_like(counts) if size is None else (size / counts).clamp(max=1.0)
-        tossed = coins.uniform(f"batch {step}", self.counts.tolist())
-        drawn = [(coin < p).nonzero().flatten() for coin, p in zip(tossed, rate, strict=True)]
+    def _sampled(self, size: int | None, poisson: PoissonSampler) -> Batch:
+        """Return a batch that each example is in by its own coin, whoever else is; it may be empty."""
+        drawn, sampling = poisson.draw(self.counts.tolist(), size)
         chosen = torch.nn.utils.rnn.pad_sequence(drawn, batch_first=True, padding_value=-1)
         chosen = chosen if chosen.shape[1] else chosen.new_full((len(drawn), 1), -1)
         chosen = chosen.to(self.rows.device)
         batch = self._batch(self.rows.gather(1, chosen.clamp(min=0)), chosen >= 0)
-        return replace(batch, sampling=Sampling(rate, rate * counts))
+        return replace(batch, sampling=sampling)
 
     def _batch(self, rows: Tensor, mask: Tensor) -> Batch:
         return Batch(self.features[rows], self.labels[rows], mask)
 
 
-def _batch_plan(count: int, steps: int, size: int, generator: torch.Generator) -> Tensor:
+def _batch_plan(count: int, steps: int, size: int, generator: np.random.Generator) -> Tensor:
     """Which of a client's `count` examples each step takes: [steps, size], padded with -1."""
     plan = torch.full((steps, size), -1)
     order, used = torch.empty(0, dtype=torch.int64), 0
     for step in range(steps):
         if used >= len(order):
-            order, used = torch.randperm(count, generator=generator), 0
+            order, used = torch.from_numpy(generator.permutation(count)), 0
         taken = order[used : used + size]
         plan[step, : len(taken)] = taken
         used += size
@@ -317,6 +330,7 @@ class Algorithm(Protocol):
     Settings: Any
     Upload: Any
 
+    def schedule(self, settings: Any) -> Schedule: ...
     def server_init(self, settings: Any, start: Start) -> Any: ...
     def client_init(self, settings: Any, start: Start, data: ClientData) -> Any: ...
     def broadcast(self, server: Any) -> Any: ...

@@ -18,6 +18,7 @@ from sordino.algorithms.local import (
     client_init,
     client_round,
     prompt,
+    schedule,
     server_init,
     server_round,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "client_init",
     "client_round",
     "prompt",
+    "schedule",
     "server_init",
     "server_round",
 ]

@@ -23,7 +23,7 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, About, ClientData, Clock, Start, Uploads
+from sordino.algorithms.base import STRICT, About, ClientData, Clock, Schedule, Start, Uploads
 from sordino.algorithms.optimizer import Optimizer
 from sordino.errors import ConfigError
 from sordino.privacy.gradients import Gradients, Parameters
@@ -96,6 +96,10 @@ class ClientState(base.ClientState):
 class Upload(base.Upload):
     gradient: Tensor  # [K, M, E], of p_G
     weight: Tensor  # [K], what the average weighs it with
+
+
+def schedule(settings: Settings) -> Schedule:
+    return Schedule(settings.local_steps, settings.batch_size or None)
 
 
 def server_init(settings: Settings, start: Start) -> Server:

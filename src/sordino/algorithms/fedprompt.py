@@ -29,7 +29,7 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, About, Clock, Start, Uploads
+from sordino.algorithms.base import STRICT, About, Clock, Schedule, Start, Uploads
 from sordino.algorithms.optimizer import Optimizer
 from sordino.algorithms.promptfl import ABOUT as PROMPTFL
 from sordino.algorithms.promptfl import Broadcast, ClientState, Upload, client_init, client_round, prompt
@@ -79,6 +79,10 @@ class Settings:
 @dataclass(frozen=True)
 class Server(base.Server):
     context: Tensor  # [M, E], the shared prompt
+
+
+def schedule(settings: Settings) -> Schedule:
+    return Schedule(settings.local_steps, settings.batch_size or None)
 
 
 def server_init(settings: Settings, start: Start) -> Server:

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, About, ClientData, Clock, Start, Uploads
+from sordino.algorithms.base import STRICT, About, ClientData, Clock, Schedule, Start, Uploads
 from sordino.algorithms.optimizer import Optimizer
 from sordino.privacy.gradients import Gradients
 from sordino.privacy.ledger import Disclosure
@@ -66,6 +66,10 @@ class ClientState(base.ClientState):
 @dataclass(frozen=True)
 class Upload(base.Upload):
     """Nothing."""
+
+
+def schedule(settings: Settings) -> Schedule:
+    return Schedule(settings.local_steps, settings.batch_size or None)
 
 
 def server_init(settings: Settings, start: Start) -> Server:

@@ -31,7 +31,7 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, About, ClientData, Clock, PersonalBroadcast, Start, Uploads
+from sordino.algorithms.base import STRICT, About, ClientData, Clock, PersonalBroadcast, Schedule, Start, Uploads
 from sordino.algorithms.descent import local_steps
 from sordino.algorithms.optimizer import Optimizer
 from sordino.encoders.base import Capability, ClassTokens, DualEncoder
@@ -128,6 +128,10 @@ class ClientState(base.ClientState):
 @dataclass(frozen=True)
 class Upload(base.Upload):
     change: Tensor  # [K, n, W], of each client's prompt by its local steps
+
+
+def schedule(settings: Settings) -> Schedule:
+    return Schedule(settings.local_steps, settings.batch_size or None)
 
 
 def server_init(settings: Settings, start: Start) -> Server:

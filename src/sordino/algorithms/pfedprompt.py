@@ -23,13 +23,13 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base, promptfl
-from sordino.algorithms.base import STRICT, About, ClientData, Start
+from sordino.algorithms.base import STRICT, About, ClientData, Schedule, Start
 from sordino.algorithms.optimizer import Optimizer
 from sordino.algorithms.promptfl import Broadcast, Server, Upload, broadcast, client_round, server_init, server_round
 from sordino.encoders.base import ClassTokens, DualEncoder
 from sordino.encoders.prompt_model import Prompt, PromptModel, named_parts
 from sordino.privacy.ledger import Disclosure
-from sordino.randomness import derive_seed
+from sordino.randomness import derive_key
 
 __all__ = ["Broadcast", "Server", "Upload", "broadcast", "client_round", "server_init", "server_round"]
 
@@ -111,7 +111,11 @@ class ClientState(base.ClientState):
 
 def class_number(name: str) -> int:
     """A number for a class by its name, so that a memory says nothing of candidates that it knows no image of."""
-    return derive_seed("class", name)
+    return derive_key("class", name) & 0x7FFFFFFFFFFFFFFF  # an int64 holds 63 bits
+
+
+def schedule(settings: Settings) -> Schedule:
+    return Schedule(settings.local_steps, settings.batch_size or None)
 
 
 def client_init(settings: Settings, start: Start, data: ClientData) -> ClientState:

@@ -25,7 +25,7 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, About, ClientData, Clock, Start, Uploads
+from sordino.algorithms.base import STRICT, About, ClientData, Clock, Schedule, Start, Uploads
 from sordino.algorithms.descent import descend, first_steps
 from sordino.algorithms.optimizer import Optimizer
 from sordino.encoders.base import Capability, ClassTokens, DualEncoder
@@ -139,6 +139,10 @@ class ClientState(base.ClientState):
 class Upload(base.Upload):
     change: Tensor  # [K, M, E], of the context by the local steps
     weight: Tensor  # [K], what the average weighs it with
+
+
+def schedule(settings: Settings) -> Schedule:
+    return Schedule(settings.local_steps, settings.batch_size or None)
 
 
 def server_init(settings: Settings, start: Start) -> Server:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from sordino import secure
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, About, ClientData, Clock, Start
+from sordino.algorithms.base import STRICT, About, ClientData, Clock, Schedule, Start
 from sordino.algorithms.descent import descend
 from sordino.algorithms.optimizer import Optimizer
 from sordino.encoders.prompt_model import PromptModel
@@ -167,6 +167,10 @@ class Exchanged(Protocol):
         ...
 
 
+def schedule(settings: Settings) -> Schedule:
+    return Schedule(settings.local_steps, settings.batch_size or None)
+
+
 def server_init(settings: Settings, start: Start) -> Server:
     noise = start.streams.common_normal("context", settings.context_length, start.context_width)
     context = initial_context(settings.initial_context, start.embed, noise)
@@ -195,7 +199,7 @@ def client_round(
     fixed: dict[str, Tensor] = {}
     if clock.round <= settings.cluster_every:  # alone
         fixed = {"personal": parts.pop("personal")}
-        data = data.balanced() if settings.balanced and data.coins is None else data
+        data = data.balanced() if settings.balanced and data.poisson is None else data
     batches = data.batches(settings.local_steps, settings.batch_size or None, clock.streams)
     trained, optimizers = descend(settings.optimizer, kept, _sum, parts, fixed, batches, gradients, clock)
     whole, optimizers = trained | fixed, kept | optimizers

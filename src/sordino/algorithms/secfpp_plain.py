@@ -24,6 +24,7 @@ from sordino.algorithms.secfpp import (
     client_init,
     client_round,
     prompt,
+    schedule,
     server_init,
     server_round,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "client_round",
     "exchange",
     "prompt",
+    "schedule",
     "server_init",
     "server_round",
 ]

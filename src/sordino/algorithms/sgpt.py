@@ -33,7 +33,7 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, About, ClientData, Clock, Start, Uploads
+from sordino.algorithms.base import STRICT, About, ClientData, Clock, Schedule, Start, Uploads
 from sordino.algorithms.descent import descend, first_steps
 from sordino.algorithms.optimizer import Optimizer
 from sordino.encoders.base import Capability, ClassTokens, DualEncoder
@@ -175,6 +175,10 @@ class Upload(base.Upload):
     group: Tensor  # [K, G, L, n, W]
     keys: Tensor  # [K, G, W]
     weight: Tensor  # [K], what the averages weigh them with
+
+
+def schedule(settings: Settings) -> Schedule:
+    return Schedule(settings.local_steps, settings.batch_size or None)
 
 
 def server_init(settings: Settings, start: Start) -> Server:

@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, About, ClientData, Clock, Start, Uploads
+from sordino.algorithms.base import STRICT, About, ClientData, Clock, Schedule, Start, Uploads
 from sordino.privacy.gradients import Gradients
 
 ABOUT = About(
@@ -49,6 +49,10 @@ class ClientState(base.ClientState):
 @dataclass(frozen=True)
 class Upload(base.Upload):
     """Nothing."""
+
+
+def schedule(settings: Settings) -> Schedule:
+    return Schedule(0, None)
 
 
 def server_init(settings: Settings, start: Start) -> Server:

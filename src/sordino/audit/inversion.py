@@ -31,7 +31,8 @@ from torch import Tensor
 from sordino.algorithms.base import Clock, named_tensors
 from sordino.audit.subject import Subject, contexts_of, coop
 from sordino.audit.tower_map import TowerMap
-from sordino.randomness import Streams, derive_seed
+from sordino.privacy.sampling import PoissonSampler
+from sordino.randomness import Streams, derive_key
 from sordino.runtime.local import LocalRuntime, Training
 
 REFINEMENTS = 10  # of a rank-one S, each half by a linear solve
@@ -119,7 +120,7 @@ def invert(
     sizes, victims = sorted({1, own_size(runtime)}), min(victims, batches, len(contexts))
     found: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
     repeats = [
-        (size, turn, observe(runtime, training, size, derive_seed(seed, "inversion", size, turn)))
+        (size, turn, observe(runtime, training, size, derive_key(seed, "inversion", size, turn)))
         for size in sizes
         for turn in range(-(-batches // victims))
     ]
@@ -167,11 +168,11 @@ def observe(
     chosen = [row[order.argsort()[:size].to(row.device)] for row, order in zip(data.rows, orders, strict=True)]
     counts = torch.tensor([len(rows) for rows in chosen], device=data.counts.device)
     # No more than the batch size, so that every one of them is in the batch for certain, coins or not.
-    coins = clock.streams if runtime.mechanism.samples_examples else None
+    poisson = PoissonSampler(clock.streams) if runtime.mechanism.samples_examples else None
     rows = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True)
     at_work = runtime.mechanism.open(clock.streams, list(clients), training.mechanism)
     broadcast = module.broadcast(training.server)
-    batches = replace(data, rows=rows, counts=counts, coins=coins)
+    batches = replace(data, rows=rows, counts=counts, poisson=poisson)
     upload, _ = module.client_round(runtime.settings, broadcast, training.clients, batches, at_work.gradients, clock)
     sent = at_work.protect(named_tensors(upload))
     if module.ABOUT.averages:
@@ -186,7 +187,7 @@ def observe(
 def own_size(runtime: LocalRuntime) -> int:
     """Examples in a batch of the run; of its smallest client, where that takes all it has."""
     smallest = int(runtime.data.counts.min())
-    return min(getattr(runtime.settings, "batch_size", 0) or smallest, smallest)
+    return min(runtime.algorithm.schedule(runtime.settings).batch_size or smallest, smallest)
 
 
 def class_references(subject: Subject) -> Tensor:

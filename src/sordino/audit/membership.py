@@ -30,7 +30,7 @@ from sordino.audit.statistics import Roc, auc_interval, roc
 from sordino.audit.subject import Subject, train
 from sordino.encoders.prompt_model import Prompt, PromptModel, map_prompt, prompt_count
 from sordino.errors import ConfigError, DataError
-from sordino.randomness import derive_seed
+from sordino.randomness import derive_key, generator
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -143,7 +143,7 @@ def infer_membership(subject: Subject, shadows: int, seed: int = 1) -> Membershi
         DataError: no client has both training and test images of a class.
         RunError: a shadow diverged.
     """
-    chosen = candidates(subject, np.random.default_rng(derive_seed(seed, "candidates")))
+    chosen = candidates(subject, generator(seed, "candidates"))
     trained = train_shadows(subject, chosen, shadows, seed)
     labels = subject.labels.cpu().numpy()[chosen.rows]
     features = subject.features[torch.from_numpy(chosen.rows).to(subject.features.device)]
@@ -203,7 +203,7 @@ def train_shadows(subject: Subject, candidates: Candidates, count: int, seed: in
        that the sampling rate, noise and weights are the same.
     3. It trains as many rounds as the attacked run did, with the same noise where that had any.
 
-    Where noise is from the operating system (`privacy.secure`), the seed does not decide it.
+    Where noise is from the operating system (unless `privacy.simulation`), the seed does not decide it.
 
     Raises:
         ConfigError: fewer than four.
@@ -211,11 +211,11 @@ def train_shadows(subject: Subject, candidates: Candidates, count: int, seed: in
     """
     if count < FEWEST_SHADOWS:
         raise ConfigError("shadows", count, f"at least {FEWEST_SHADOWS}, two with and two without each image")
-    included = _halves(subject, candidates, count, np.random.default_rng(derive_seed(seed, "halves")))
+    included = _halves(subject, candidates, count, generator(seed, "halves"))
     prompts = []
     for number, chosen in enumerate(included):
         rows = _held(subject, candidates, chosen)
-        shadow_seed = derive_seed(seed, "shadow", number)
+        shadow_seed = derive_key(seed, "shadow", number)
         runtime = subject.variation(subject.features, subject.labels, rows, shadow_seed)
         prompts.append(map_prompt(runtime.prompts(train(runtime, subject.training.round)), Tensor.cpu))
         subject.progress(STAGE, number + 1, count)

@@ -41,7 +41,7 @@ from sordino.privacy.ledger import OBSERVERS, Ledger
 from sordino.privacy.mechanism import Mechanism, Round
 from sordino.privacy.noise import Randomness
 from sordino.progress import Progress, silent
-from sordino.randomness import derive_seed
+from sordino.randomness import derive_key, generator
 from sordino.runtime.local import LocalRuntime, Training
 
 CONFIDENCE = 0.95  # of the larger of the two views' bounds; each is at 1 - (1 - CONFIDENCE) / 2
@@ -122,10 +122,10 @@ class Canaries:
     @classmethod
     def draw(cls, count: int, clients: int, classes: int, shape: Sequence[int], seed: int) -> Canaries:
         """`count` canaries, each a stack of directions as images of `shape` [..., D] are; clients take turns."""
-        generator = torch.Generator().manual_seed(derive_seed(seed, "canaries"))
-        features = F.normalize(torch.randn(count, *shape, generator=generator, dtype=torch.float64), dim=-1)
-        labels = torch.randint(classes, (count,), generator=generator)
-        included = torch.rand(count, generator=generator, dtype=torch.float64) < 0.5
+        draw = generator(seed, "canaries")
+        features = F.normalize(torch.from_numpy(draw.standard_normal((count, *shape))), dim=-1)
+        labels = torch.from_numpy(draw.integers(classes, size=count))
+        included = torch.from_numpy(draw.random(count) < 0.5)
         return cls(features, labels, torch.arange(count) % clients, included)
 
     def to(self, like: Tensor) -> Canaries:
@@ -170,11 +170,11 @@ def audit_in_one_run(
     before = audited.start()
     after = train(audited, rounds, progress, "audit with canaries")
     delta = DELTA if after.ledger.delta is None else after.ledger.delta
-    generator = np.random.default_rng(derive_seed(seed, "ties"))
+    ties = generator(seed, "ties")
 
     def view(observer: str, scores: Tensor) -> View:
         coins = drawn.included.cpu().numpy()
-        found = best_guesses(scores.double().cpu().numpy(), coins, delta, 1 - (1 - CONFIDENCE) / 2, generator)
+        found = best_guesses(scores.double().cpu().numpy(), coins, delta, 1 - (1 - CONFIDENCE) / 2, ties)
         return View(observer, found.epsilon, found.guesses, found.correct)
 
     return OneRunAudit(
@@ -200,7 +200,7 @@ def with_canaries(runtime: LocalRuntime, canaries: Canaries, seed: int) -> Local
     stated = runtime.mechanism.delta
     delta = {} if stated is None else {"delta": min(stated, accounting.default_delta(units), DELTA)}
     table, labels = torch.cat([data.features, features]), torch.cat([data.labels, canaries.labels])
-    return vary(runtime, table, labels, rows, derive_seed(seed, "training"), **delta)
+    return vary(runtime, table, labels, rows, derive_key(seed, "training"), **delta)
 
 
 def claimed(ledger: Ledger) -> float | None:

@@ -13,19 +13,21 @@ prompt tells no more than the uploads did. It says whether "personal" means "kep
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sordino.algorithms.base import ClientData, ClientState, Clock, map_tensors, named_tensors, put, take
-from sordino.audit.subject import Subject, contexts_of, coop, vary
+from sordino.audit.subject import Subject, contexts_of, coop
 from sordino.encoders.prompt_model import PromptModel
 from sordino.privacy.gradients import Batch, Gradient, Parameters, PromptOf
-from sordino.randomness import Streams, derive_seed
+from sordino.randomness import Streams, derive_key
 from sordino.runtime.local import LocalRuntime, Training
 
 DRAWS = 8  # of the thief's own randomness; what it makes of them is averaged
@@ -102,7 +104,7 @@ def steal(subject: Subject, seed: int) -> Stealing:
         return Stealing(reason)
     training, messages = repeated(subject)
     start = runtime.start().clients
-    with_other = _mean([replayed(runtime, messages, start, derive_seed(seed, "thief", draw)) for draw in range(DRAWS)])
+    with_other = _mean([replayed(runtime, messages, start, derive_key(seed, "thief", draw)) for draw in range(DRAWS)])
     with_same = replayed(runtime, messages, start, runtime.seed)
     broadcast = runtime.algorithm.broadcast(training.server)
     contexts = {
@@ -166,9 +168,7 @@ class _Wiretap:
 
 def repeated(subject: Subject) -> tuple[Training, list[Message]]:
     """The run once more, with all that its server saw."""
-    data = subject.runtime.data
-    rows = [row[:count].tolist() for row, count in zip(data.rows, data.counts.tolist(), strict=True)]
-    again = vary(subject.runtime, data.features, data.labels, rows, subject.runtime.seed)
+    again = copy.copy(subject.runtime)  # the very same run, so that a simulation draws the same noise
     wiretap = _Wiretap(again.algorithm)
     again.algorithm = wiretap
     # From the run's own start, whose precision is the run's.
@@ -205,7 +205,7 @@ class _ThiefStreams(Streams):
 
     thief: int = 0
 
-    def generators(self, purpose: str) -> list[torch.Generator]:
+    def generators(self, purpose: str) -> list[np.random.Generator]:
         return Streams(self.thief, self.round, self.clients, self.device).generators(purpose)
 
 

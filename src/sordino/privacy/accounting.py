@@ -12,7 +12,7 @@ from __future__ import annotations
 import decimal
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,7 +23,7 @@ import numpy as np
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
-from sordino.errors import ConfigError
+from sordino.errors import ConfigError, RunError
 from sordino.privacy.ledger import ALL_CLIENTS, Ledger, Observer, Release, Unit
 
 Accountant = Literal["pld", "rdp"]
@@ -85,6 +85,10 @@ def spent(ledger: Ledger, observer: Observer, unit: Unit, delta: float | None = 
     only help). An example-level release bounds nothing about a client, which has many: epsilon is math.inf for unit
     "client" where the observer saw one, as it is for both where it saw anything without noise.
 
+    Of several runs (`compose`), a unit may be with another party in each. Where all runs hold a party's very data (by
+    its digest), its releases in all of them add up. All other parties may share units with any party of another run,
+    so the worst of each run add up.
+
     Args:
         ledger: of one run, or of several by `compose`.
         observer: who looks.
@@ -92,6 +96,17 @@ def spent(ledger: Ledger, observer: Observer, unit: Unit, delta: float | None = 
         delta: in place of the ledger's.
     """
     delta = (ledger.delta if delta is None else delta) or 0.0
+    largest = _largest_named(_exposed(ledger, observer, unit))
+    by_party = [(_epsilon(kinds, delta, "pld"), party) for kinds, party in largest.items()]
+    worst, party = max(by_party, key=lambda each: each[0], default=(0.0, None))
+    worst_rdp = max((_epsilon(kinds, delta, "rdp") for kinds in largest), default=0.0)
+    return Spent(observer, unit, party, worst, worst_rdp, delta)
+
+
+def _exposed(ledger: Ledger, observer: Observer, unit: Unit) -> dict[str, Kinds]:
+    """Return what an observer saw of each party's units, or of each choice of parties that may hold one unit."""
+    if ledger.parts:
+        return _over_data([(part, _exposed(part, observer, unit)) for part in ledger.parts])
     seen = [
         _for_unit(each, unit)
         for each in ledger.releases
@@ -102,30 +117,62 @@ def spent(ledger: Ledger, observer: Observer, unit: Unit, delta: float | None = 
         for each in ledger.disclosures
         if observer in each.observers
     ]
-    parties = {_kinds(each): name for name, each in reversed(_by_party(seen).items())}  # of equals, the first
-    largest = _largest(parties)
-    by_party = [(_epsilon(kinds, delta, "pld"), parties[kinds]) for kinds in largest]
-    worst, party = max(by_party, key=lambda each: each[0], default=(0.0, None))
-    worst_rdp = max((_epsilon(kinds, delta, "rdp") for kinds in largest), default=0.0)
-    return Spent(observer, unit, party, worst, worst_rdp, delta)
+    return {name: _kinds(each) for name, each in _by_party(seen).items()}
+
+
+def _over_data(runs: Sequence[tuple[Ledger, dict[str, Kinds]]]) -> dict[str, Kinds]:
+    """Join what was seen in several runs of parties that may hold the same units."""
+    held = [_by_digest(ledger, exposed) for ledger, exposed in runs]
+    common = set(held[0]).intersection(*held[1:])
+    joined: dict[str, Kinds] = {}
+    for digest in sorted(common):
+        seen = [exposed[parties[digest]] for parties, (_, exposed) in zip(held, runs, strict=True)]
+        joined[held[0][digest]] = _merged(kind for kinds in seen for kind in kinds)
+    others: dict[str, Kinds] = {"": ()}
+    for number, (parties, (_, exposed)) in enumerate(zip(held, runs, strict=True), 1):
+        matched = {parties[digest] for digest in common}
+        rest = _largest_named({party: kinds for party, kinds in exposed.items() if party not in matched})
+        choices = {
+            f"{before}{', ' if before else ''}{party} of run {number}": _merged((*so_far, *kinds))
+            for before, so_far in others.items()
+            for kinds, party in rest.items()
+        }
+        others = {name: kinds for kinds, name in _largest_named(choices or others).items()}
+    return joined | {name: kinds for name, kinds in others.items() if kinds}
+
+
+def _by_digest(ledger: Ledger, parties: Collection[str]) -> dict[str, str]:
+    """Return the parties by the digest of their data, without those whose digest is not known, or not theirs alone."""
+    digests = {party: ledger.digest_of(party) for party in parties}
+    known = list(digests.values())
+    return {digest: party for party, digest in digests.items() if digest and known.count(digest) == 1}
 
 
 def compose(ledgers: Sequence[Ledger]) -> Ledger:
-    """Several runs on the same data as one: parties of one name are one party.
+    """Several runs, on the same data or on others, as one.
 
     Delta is the smallest of theirs; randomness is "system" only if it was in all of them.
+
+    Raises:
+        RunError: one run is given twice.
     """
+    runs = [each.run for each in ledgers if each.run]
+    twice = next((run for run in runs if runs.count(run) > 1), None)
+    if twice is not None:
+        raise RunError(f"run {twice} is given {runs.count(twice)} times; give each run once: it was released once")
     total = Ledger()
     for each in ledgers:
         total = total.add(each.releases)
     deltas = [each.delta for each in ledgers if each.delta is not None]
+    simulated = any(each.simulated for each in ledgers)
     return replace(
         total,
         disclosures=tuple(dict.fromkeys(entry for each in ledgers for entry in each.disclosures)),
         trusted=tuple(dict.fromkeys(entry for each in ledgers for entry in each.trusted)),
         assumptions=tuple(dict.fromkeys(entry for each in ledgers for entry in each.assumptions)),
         delta=min(deltas, default=None),
-        randomness="system" if ledgers and all(each.randomness == "system" for each in ledgers) else "seed",
+        randomness="simulation" if simulated else "system",
+        parts=tuple(ledgers),
     )
 
 
@@ -222,6 +269,12 @@ def _merged(kinds: Iterable[Kind]) -> Kinds:
     elif always:
         sampled.append((math.fsum(count / multiplier / multiplier for multiplier, count in always) ** -0.5, 1.0, 1))
     return tuple(sorted(sampled))
+
+
+def _largest_named(parties: Mapping[str, Kinds]) -> dict[Kinds, str]:
+    """Return those of which no other releases as much or more, with their party; of equals, the first."""
+    names = {kinds: name for name, kinds in reversed(list(parties.items()))}
+    return {kinds: names[kinds] for kinds in _largest(names)}
 
 
 def _largest(parties: Collection[Kinds]) -> list[Kinds]:

@@ -68,6 +68,12 @@ def _check(settings: PrivacySettings, facts: Facts) -> None:
                 facts.steps,
                 f"must be 1 with privacy.noise_by = {settings.noise_by!r}: the mean of one step's gradients is noised",
             )
+    if settings.noise_by == "shares" and settings.colluders >= len(facts.sizes):
+        raise ConfigError(
+            "privacy.colluders",
+            settings.colluders,
+            f"must be below the number of clients, {len(facts.sizes)}: colluders know their own shares of the noise",
+        )
     if settings.noise_by == "shares" and facts.participation < 1:
         raise ConfigError(
             "runtime.participation",

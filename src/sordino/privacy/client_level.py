@@ -53,7 +53,7 @@ class ClientMechanism(Mechanism):
         s, clip = self.settings, float(state[CLIP])
         z_upload, z_count = self._multipliers
         divisor = self.facts.participation * len(self.facts.sizes) if self.samples_clients else len(clients)
-        own_share = {"client": 1.0, "server": 0.0, "shares": 1 / math.sqrt(max(1, len(clients)))}[s.noise_by]
+        own_share = {"client": 1.0, "server": 0.0, "shares": self._share(clients)}[s.noise_by]
         server_share = 1.0 if s.noise_by == "server" else 0.0
 
         def protect(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -93,6 +93,10 @@ class ClientMechanism(Mechanism):
             return self.noise_multiplier, math.inf
         return self.noise_multiplier / math.sqrt(1 - COUNT_SHARE), self.noise_multiplier / math.sqrt(COUNT_SHARE)
 
+    def _share(self, clients: Sequence[int]) -> float:
+        """The deviation of one client's noise over that of the sum, which must do without those of T colluders."""
+        return 1 / math.sqrt(max(1, len(clients) - self.settings.colluders))
+
     def round_releases(self, clients: Sequence[int]) -> list[Release]:
         s, facts = self.settings, self.facts
         counted = s.clip_quantile is not None
@@ -105,7 +109,7 @@ class ClientMechanism(Mechanism):
         others: tuple[Observer, ...] = ("clients", "public")
         releases = [Release(f"mean {what}", ALL_CLIENTS, "client", multipliers, rate, 1, s.noise_by, others)]
         if s.noise_by == "shares":
-            alone = tuple(z / math.sqrt(len(clients)) for z in multipliers)
+            alone = tuple(z * self._share(clients) for z in multipliers)
             releases.append(Release(what, ALL_CLIENTS, "client", alone, 1.0, 1, s.noise_by, ("server",)))
         return releases
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from sordino.encoders.prompt_model import PromptModel
-from sordino.privacy.gradients import Batch, ExactGradients, Gradient, Parameters, PromptOf, Sampling, example_losses
+from sordino.privacy.gradients import Batch, ExactGradients, Gradient, Parameters, PromptOf, example_losses
 from sordino.privacy.noise import Randomness
+from sordino.privacy.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def sampled(batch: Batch) -> Sampling:
         ValueError: not by coins, so that no guarantee would hold.
     """
     if batch.sampling is None:
-        raise ValueError("a batch to be noised must be sampled by coins (ClientData.batches with `coins`)")
+        raise ValueError("a batch to be noised must be sampled by coins (ClientData.batches with `poisson`)")
     return batch.sampling
 
 

@@ -10,8 +10,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from sordino.errors import RunError
 from sordino.privacy.cotangent import CotangentGradients, public_directions
-from sordino.privacy.dp_sgd import DpSgdGradients, Group
+from sordino.privacy.dp_sgd import DpSgdGradients, Group, sampled
 from sordino.privacy.gradients import Batch, Gradient, Gradients, Parameters, PromptOf
 from sordino.privacy.ledger import OBSERVERS, Ledger, Observer, Release, Way
 from sordino.privacy.mechanism import SUMS_ONLY, Mechanism, Round, plain_mean, unchanged
@@ -30,22 +31,31 @@ class ExampleMechanism(Mechanism):
 
     def open(self, randomness: Randomness, clients: Sequence[int], state: Mapping[str, Tensor]) -> Round:
         releases: list[Release] = []
+        differentiated: set[int] = set()  # draws; a second release of one sample is no independent one
 
         def gradients(prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch) -> Gradient:
-            noised = self._gradients(randomness, clients, call=len(releases))
-            releases.extend(self._call_releases(clients))
+            sampling = sampled(batch)
+            if sampling.draw in differentiated:
+                raise RunError(
+                    "the method takes two gradients of one batch, which accounting does not allow for; take a new "
+                    "batch of data.batches for each"
+                )
+            noised = self._gradients(randomness, clients, call=len(differentiated))
+            differentiated.add(sampling.draw)
+            releases.extend(self._call_releases(clients, sampling.rate.tolist()))
             return noised(prompt_of, parameters, fixed, batch)
 
         return Round(gradients, unchanged, self._averaging(randomness), releases)
 
     def round_releases(self, clients: Sequence[int]) -> list[Release]:
-        each = self._call_releases(clients)
+        each = self._call_releases(clients, self._rates(clients))
         return [replace(release, steps=self.facts.steps) for release in each]
 
     def planned(self, rounds: int | None = None) -> list[Release]:
         share = 1.0 if rounds is None else rounds / self.facts.rounds
         times = {f"client {client}": math.ceil(count * share) for client, count in enumerate(self.facts.taken)}
-        releases = self._call_releases(range(len(self.facts.sizes)))
+        clients = range(len(self.facts.sizes))
+        releases = self._call_releases(clients, self._rates(clients))
         return [replace(each, steps=self.facts.steps * times[each.party]) for each in releases]
 
     def empty_ledger(self) -> Ledger:
@@ -79,16 +89,14 @@ class ExampleMechanism(Mechanism):
         z_personal, z_shared = self._multipliers
         personal_clip = s.clip if s.personal_clip is None or not self.facts.shared else s.personal_clip
         everyone = torch.ones(len(clients), dtype=torch.float64)
-        shared = {
-            "client": z_shared * s.clip * everyone,
-            "server": 0.0 * everyone,
-            "shares": torch.tensor([self._share(client) for client in clients], dtype=torch.float64),
-        }
+        shared = (z_shared * s.clip if s.noise_by == "client" else 0.0) * everyone
+        if s.noise_by == "shares":
+            shared = torch.tensor([self._share(client) for client in clients], dtype=torch.float64)
         return DpSgdGradients(
             self.model,
             frozenset(self.facts.shared),
             Group(personal_clip, z_personal * personal_clip * everyone),
-            Group(s.clip, shared[s.noise_by]),
+            Group(s.clip, shared),
             randomness,
             call,
         )
@@ -97,12 +105,13 @@ class ExampleMechanism(Mechanism):
         """Standard deviation that one client adds to its sum, so that the mean of all has what it needs.
 
         The mean of gradients S_i / L_i with weights w_i changes by at most C max_i(w_i / L_i) / W for one example, and
-        has noise of deviation sqrt(sum_i (w_i s_i / L_i)^2) / W. With s_i as below the noise is z times the change.
+        has noise of deviation sqrt(sum_i (w_i s_i / L_i)^2) / W. With s_i as below, the noise of all clients but T is z
+        times the change: T colluding clients can take their own shares off, and the rest is enough.
         """
         facts = self.facts
         expected = facts.rate(client) * facts.sizes[client]
         whole = self._multipliers[1] * self.settings.clip * facts.largest_share * expected / facts.weights[client]
-        return whole / math.sqrt(len(facts.sizes))
+        return whole / math.sqrt(len(facts.sizes) - self.settings.colluders)
 
     def _averaging(self, randomness: Randomness) -> Callable[[str, Tensor, Tensor], Tensor]:
         if self.settings.noise_by != "server":
@@ -119,15 +128,20 @@ class ExampleMechanism(Mechanism):
 
         return average
 
-    def _call_releases(self, clients: Iterable[int]) -> list[Release]:
-        """What one gradient releases of each client's examples."""
-        return [release for client in clients for release in self._client_releases(client)]
+    def _rates(self, clients: Iterable[int]) -> list[float]:
+        """The sampling rates that are planned."""
+        return [self.facts.rate(client) for client in clients]
 
-    def _client_releases(self, client: int) -> Iterator[Release]:
+    def _call_releases(self, clients: Iterable[int], rates: Iterable[float]) -> list[Release]:
+        """What one gradient releases of each client's examples, which were sampled at these rates."""
+        pairs = zip(clients, rates, strict=True)
+        return [release for client, rate in pairs for release in self._client_releases(client, rate)]
+
+    def _client_releases(self, client: int, rate: float) -> Iterator[Release]:
         facts, by = self.facts, self.settings.noise_by
 
         def release(content: str, multipliers: tuple[float, ...], observers: tuple[Observer, ...]) -> Release:
-            return Release(content, f"client {client}", "example", multipliers, facts.rate(client), 1, by, observers)
+            return Release(content, f"client {client}", "example", multipliers, rate, 1, by, observers)
 
         z_personal, z_shared = self._multipliers
         personal = (z_personal,) if facts.personal else ()

@@ -16,22 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sordino.encoders.prompt_model import Prompt, PromptModel
+from sordino.privacy.sampling import Sampling
 
 Parameters = Mapping[str, Tensor]  # each [K, ...]
 PromptOf = Callable[[Parameters], Prompt]  # parameters to K prompts, each client's from its own slice
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a batch was sampled: every example by a coin of its own (Poisson sampling).
-
-    Attributes:
-        rate: [K] float64, the probability with which each of a client's examples was in the batch.
-        expected: [K] float64, the expected number of examples, rate times the client's size.
-    """
-
-    rate: Tensor
-    expected: Tensor
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
 """The record of every noisy release of a run, and of what was disclosed without noise.
 
-It, not the configuration, says what was spent; `accounting` turns it into epsilon.
+It, not the configuration, says what was spent; `accounting` turns it into epsilon. It knows by digest whose data the
+releases were made of, so that runs are composed over data and not over names.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from sordino.errors import RunError
@@ -16,6 +17,7 @@ from sordino.errors import RunError
 Unit = Literal["example", "client"]
 Observer = Literal["server", "clients", "public"]
 OBSERVERS: tuple[Observer, ...] = get_args(Observer)
+Source = Literal["system", "simulation"]
 Way = Literal["upload", "shares", "mean", "prompt", "memory", "images", "sizes"]
 
 # Who sees what leaves in which way. The mean reaches all clients, and everybody who is given a prompt.
@@ -94,7 +96,10 @@ class Ledger:
         trusted: observers that the mechanism trusts, as they add the noise.
         assumptions: what the guarantee takes as known to everybody, or as given, in words.
         delta: at which epsilon is stated; None where nothing was released.
-        randomness: "seed": noise and samples can be drawn anew, for experiments; "system": from the operating system.
+        randomness: "system": noise and samples are from the operating system; "simulation": they can be drawn again.
+        run: a name of the run that no other has, in hex.
+        data: by party, a digest of its data; equal digests are equal data.
+        parts: the ledgers of several runs, where this one composes them; all else is their union then.
     """
 
     releases: tuple[Release, ...] = ()
@@ -102,7 +107,10 @@ class Ledger:
     trusted: tuple[Observer, ...] = ()
     assumptions: tuple[str, ...] = ()
     delta: float | None = None
-    randomness: Literal["seed", "system"] = "seed"
+    randomness: Source = "system"
+    run: str = ""
+    data: Mapping[str, str] = field(default_factory=dict)
+    parts: tuple[Ledger, ...] = ()
 
     def add(self, releases: Iterable[Release]) -> Ledger:
         """The ledger with further releases entered."""
@@ -113,8 +121,18 @@ class Ledger:
         return replace(self, releases=tuple(replace(kind, steps=count) for kind, count in steps.items()))
 
     @property
+    def simulated(self) -> bool:
+        """Whether noise was added that can be drawn again, and so protects nobody."""
+        return bool(self.releases) and self.randomness == "simulation"
+
+    @property
     def private(self) -> bool:
         """Whether all that was learned from images reached untrusted observers with noise on it, or not at all."""
+        return self.noised and not self.simulated
+
+    @property
+    def noised(self) -> bool:
+        """Whether a run would be private if its noise came from the operating system, as it does unless simulated."""
         open_to = {observer for each in self.disclosures for observer in each.observers} - set(self.trusted)
         noiseless = any(
             each.noise_multiplier == 0 and set(each.observers) - set(self.trusted) for each in self.releases
@@ -125,7 +143,9 @@ class Ledger:
         """The content of `ledger.json`; equal ledgers give equal text."""
         content = asdict(self)
         content["disclosures"] = [asdict(each) | {"observers": each.observers} for each in self.disclosures]
-        return json.dumps({"private": self.private, **content}, indent=2) + "\n"
+        content["data"] = dict(self.data)
+        content["parts"] = [each.run for each in self.parts]
+        return json.dumps({"private": self.private, "simulated": self.simulated, **content}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Ledger:
@@ -148,10 +168,24 @@ class Ledger:
                 tuple(content["assumptions"]),
                 content["delta"],
                 content["randomness"],
+                str(content["run"]),
+                {str(party): str(digest) for party, digest in content["data"].items()},
             )
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"not a ledger of this version of Sordino ({error!r}); run the experiment again") from None
 
+    def digest_of(self, party: str) -> str:
+        """Return the digest of a party's data, of ALL_CLIENTS that of all parties' together; "" where it is unknown."""
+        if party == ALL_CLIENTS and ALL_CLIENTS not in self.data:
+            return joint_digest(self.data.values())
+        return self.data.get(party, "")
+
     def digest(self) -> str:
         """SHA-256 of the ledger's text, in hex; saved prompts carry it."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def joint_digest(digests: Iterable[str]) -> str:
+    """Return a digest of several digests, whatever their order; "" of none."""
+    ordered = sorted(digests)
+    return hashlib.sha256("\n".join(ordered).encode()).hexdigest() if ordered else ""

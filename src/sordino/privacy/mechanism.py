@@ -6,7 +6,6 @@ needs to know of a method is in `Facts`: which parameters' gradients are only ev
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,10 +15,12 @@ import torch
 from torch import Tensor
 
 from sordino.encoders.prompt_model import PromptModel
+from sordino.errors import RunError
 from sordino.privacy import accounting
 from sordino.privacy.gradients import ExactGradients, Gradients
-from sordino.privacy.ledger import OBSERVERS, Disclosure, Ledger, Release, Way
+from sordino.privacy.ledger import OBSERVERS, Disclosure, Ledger, Release, Source, Way
 from sordino.privacy.noise import Randomness
+from sordino.privacy.sampling import sampling_rate
 from sordino.privacy.settings import PrivacySettings
 
 ServerUses = Literal["mean", "each", "shares", "nothing"]
@@ -75,7 +76,7 @@ class Facts:
 
     def rate(self, client: int) -> float:
         """The probability with which an example of a client is in a batch."""
-        return min(1.0, (self.batch_size or math.inf) / self.sizes[client])
+        return sampling_rate(self.batch_size, self.sizes[client])
 
     @cached_property
     def largest_share(self) -> float:
@@ -148,6 +149,25 @@ class Mechanism:
         """What a whole round in which `clients` take part will release."""
         return []
 
+    def check(self, releases: Iterable[Release], clients: Sequence[int]) -> None:
+        """See that a round released what accounting planned for it, before anything of it leaves.
+
+        Args:
+            releases: as they were entered, with the rates of the batches that were drawn.
+            clients: who took part.
+
+        Raises:
+            RunError: it released something else, so the planned epsilon would not hold.
+        """
+        entered, planned = (Ledger().add(each).releases for each in (releases, self.round_releases(clients)))
+        if set(entered) == set(planned):
+            return
+        found = _difference(entered, planned)
+        raise RunError(
+            f"the method does not keep to its schedule, so its epsilon would not hold: {found}; nothing of this round "
+            "was released; mend the method's schedule(settings)"
+        )
+
     def planned(self, rounds: int | None = None) -> list[Release]:
         """What the first `rounds` rounds release, or the whole run; participation is spread evenly in between."""
         return []
@@ -170,13 +190,28 @@ class Mechanism:
         return tuple(each for each in self.facts.discloses if each.way not in covered)
 
     @property
-    def _randomness(self) -> Literal["seed", "system"]:
-        return "system" if self.settings.secure else "seed"
+    def _randomness(self) -> Source:
+        return "simulation" if self.settings.simulation else "system"
 
     @cached_property
     def total(self) -> Ledger:
         """The ledger as a whole run will leave it."""
         return self.empty_ledger().add(self.planned())
+
+
+def _difference(entered: Sequence[Release], planned: Sequence[Release]) -> str:
+    """Return the first difference of two rounds in words."""
+
+    def words(release: Release | None) -> str:
+        return "none" if release is None else f"{release.steps} at sampling rate {release.sampling_rate:.4g}"
+
+    for party in dict.fromkeys(each.party for each in (*planned, *entered)):
+        of_party = ([each for each in releases if each.party == party] for releases in (entered, planned))
+        drawn, plan = (set(each) for each in of_party)
+        if drawn != plan:
+            extra, missing = ("; ".join(sorted(map(words, each))) or "none" for each in (drawn - plan, plan - drawn))
+            return f"releases of {party} in a round: {missing} planned, {extra} drawn"
+    return "another order of releases"
 
 
 def unchanged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

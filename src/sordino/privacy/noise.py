@@ -1,7 +1,12 @@
-"""Where noise and samples come from: the run's seed, or the operating system.
+"""Where noise and Poisson samples come from: the operating system, or, for simulations, a key.
 
-With a seed, an experiment can be repeated, and whoever knows the seed can take the noise off again: nothing is
-protected from them. `SystemRandomness` draws from the operating system's entropy and cannot be repeated.
+`SystemRandomness` draws from the operating system's entropy and cannot be repeated. It is the default wherever a
+mechanism is on.
+
+`simulated` numbers can be repeated. Whoever knows seed and nonce can take the noise off again, so nothing is protected
+and no such run is called private. Two runs that shared noise would even give away each other's uploads: of u1 and u2
+with noise multipliers z1 and z2, (z2 u1 - z1 u2) / (z2 - z1) has no noise. So the key depends on everything that a run
+is made of: its nonce, seed, method, settings, model and data. Only the very same run draws the same noise again.
 """
 
 from __future__ import annotations
@@ -15,6 +20,10 @@ import numpy as np
 import torch
 from scipy.special import ndtri
 from torch import Tensor
+
+from sordino.randomness import Streams, derive_key
+
+NONCE_BYTES = 16
 
 
 class Randomness(Protocol):
@@ -54,10 +63,26 @@ class SystemRandomness:
 
     def common_normal(self, purpose: str, *shape: int) -> Tensor:
         four = ndtri((_integers(4, *shape) + 0.5) * 2.0**-53)
-        return torch.from_numpy(four.sum(0) / 2).float().to(self.device)
+        return torch.from_numpy(np.asarray(four.sum(0) / 2)).float().to(self.device)
 
     def uniform(self, purpose: str, counts: Sequence[int]) -> list[Tensor]:
         return [torch.from_numpy(_integers(count) * 2.0**-53) for count in counts]
+
+
+def new_nonce() -> str:
+    """Return 128 bits from the operating system, in hex: what tells a run from all others."""
+    return secrets.token_hex(NONCE_BYTES)
+
+
+def simulated(nonce: str, run: str, round: int, clients: Sequence[int], device: torch.device) -> Randomness:
+    """Return noise and samples of a round that can be drawn again, for simulations.
+
+    Args:
+        nonce: of the run, as `new_nonce` gives it.
+        run: a digest of all that the run is made of, its seed included.
+        round, clients, device: as of `Streams`.
+    """
+    return Streams(derive_key("simulated noise", nonce, run), round, clients, device)
 
 
 def _integers(*shape: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:

@@ -67,8 +67,20 @@ class PrivacySettings(BaseModel):
         description="dp-fedavg: adapt clip until this share of the uploads is below it (Andrew et al., 2021)",
     )
     clip_learning_rate: float = Field(default=0.2, gt=0, description="dp-fedavg: of the logarithm of an adaptive clip")
-    secure: bool = Field(
-        default=False, description="noise and samples from the operating system's entropy instead of the seed"
+    colluders: int = Field(
+        default=1,
+        ge=0,
+        description="noise_by = 'shares': clients that may pool what they know; noise is enough without their shares",
+    )
+    simulation: bool = Field(
+        default=False,
+        description="noise and samples that can be drawn again, from seed and nonce instead of the operating system; "
+        "such a run is called simulated, never private",
+    )
+    nonce: str | None = Field(
+        default=None,
+        pattern="^[0-9a-f]{32}$",
+        description="simulation: 32 hexadecimal digits that tell this run's noise from all others'; drawn if absent",
     )
 
     @property
@@ -83,6 +95,8 @@ class PrivacySettings(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> PrivacySettings:
+        if self.nonce is not None and not self.simulation:
+            raise ConfigError("privacy.nonce", self.nonce, "only a simulation has one; set privacy.simulation = true")
         if not self.on:
             return self
         if self.epsilon is None and self.noise_multiplier is None:

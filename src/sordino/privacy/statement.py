@@ -43,13 +43,15 @@ def statement(ledger: Ledger, unit: Unit) -> str:
             return "Private: nothing that was learned from images was sent or published."
         return f"Not private: {leaks}. No noise was added and no epsilon holds."
     sentences = []
-    if ledger.private and math.isfinite(worst.epsilon):
+    if ledger.noised and math.isfinite(worst.epsilon):
         against = listed([WHO[observer] for observer in OBSERVERS if observer not in ledger.trusted])
+        claim = f"epsilon = {worst.epsilon:.4g} at delta = {worst.delta:.2g} for each {unit}, against {against}"
         sentences.append(
-            f"Differentially private: epsilon = {worst.epsilon:.4g} at delta = {worst.delta:.2g} for each {unit}, "
-            f"against {against}."
+            f"Simulated, not private: with noise from the operating system it would have {claim}."
+            if ledger.simulated
+            else f"Differentially private: {claim}."
         )
-    elif ledger.private or not leaks:
+    elif ledger.noised or not leaks:
         sentences.append("Not private: contributions were clipped and sampled, but no noise was added.")
     else:
         sentences.append(f"Not private: {leaks}, without noise.")
@@ -58,8 +60,10 @@ def statement(ledger: Ledger, unit: Unit) -> str:
         sentences.append("The server is trusted" + (f": it sees {seen}." if seen else "."))
     if ledger.assumptions:
         sentences.append(f"Assumes that {listed(list(ledger.assumptions))}.")
-    if ledger.randomness == "seed":
-        sentences.append("Noise and samples come from the seed; whoever knows it can take them off.")
+    if ledger.simulated:
+        sentences.append(
+            "Noise and samples come from the seed and the run's nonce; whoever knows them can take them off."
+        )
     return " ".join(sentences)
 
 
@@ -69,6 +73,7 @@ def as_summary(ledger: Ledger, unit: Unit) -> dict[str, Any]:
     released = bool(ledger.releases)
     return {
         "private": ledger.private,
+        "simulated": ledger.simulated,
         "epsilon": _finite(worst.epsilon) if worst else 0.0 if ledger.private else None,
         "delta": ledger.delta,
         "unit": unit if released else None,
@@ -89,15 +94,18 @@ def read_ledgers(folders: Sequence[Path], delta: float | None = None) -> Ledger:
     """The ledgers of run directories, composed where there are several.
 
     Raises:
-        RunError: a directory has no ledger, or a damaged one.
+        RunError: a directory has no ledger, or a damaged one; a run is given twice.
         ConfigError: delta is not a probability.
     """
-    ledgers = []
+    ledgers: list[Ledger] = []
     for folder in folders:
         try:
             ledgers.append(Ledger.from_json((folder / "ledger.json").read_bytes()))
         except OSError as error:
             raise RunError(f"{folder}: no ledger.json to read ({error.strerror}); give a run directory") from None
+        twice = next((place for place, each in enumerate(ledgers[:-1]) if each.run == ledgers[-1].run), None)
+        if twice is not None:
+            raise RunError(f"{folder} is the same run as {folders[twice]}; its releases happened once, so give it once")
     ledger = ledgers[0] if len(ledgers) == 1 else accounting.compose(ledgers)
     if delta is None:
         return ledger

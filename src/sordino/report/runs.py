@@ -63,6 +63,7 @@ class Privacy(_Record):
     """What was spent, and the statement in words that goes with it."""
 
     private: bool
+    simulated: bool = False
     epsilon: float | None = None
     delta: float | None = None
     unit: str | None = None

@@ -88,14 +88,15 @@ def _spread_words(groups: Sequence[Group]) -> str:
 
 def privacy_words(group: Group) -> str:
     spent = [run.summary.privacy for run in group.runs]
-    if not all(entry.private for entry in spent):
+    simulated = any(entry.simulated for entry in spent)
+    if not all(entry.private or (entry.simulated and entry.epsilon is not None) for entry in spent):
         return '<strong class="exposed">not private</strong>'
     # Over several seeds the page claims only what the worst of them allows.
     epsilons = [entry.epsilon for entry in spent if entry.epsilon is not None]
     deltas = [entry.delta for entry in spent if entry.delta is not None]
     if len(epsilons) < len(spent):
         return "private, no ε stated"
-    words = f"private: ε = {_rounded_up(max(epsilons))}"
+    words = f"{'simulated, not private' if simulated else 'private'}: ε = {_rounded_up(max(epsilons))}"
     words += f", δ = {_rounded_up(max(deltas))}" if deltas else ""
     units = listed(dict.fromkeys(entry.unit for entry in spent if entry.unit))
     return escape(words + (f" for each {units}" if units else ""))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import sordino
 from sordino.algorithms.base import (
     Algorithm,
     AnyUpload,
@@ -23,6 +26,7 @@ from sordino.algorithms.base import (
     PersonalBroadcast,
     Server,
     Start,
+    State,
     Upload,
     map_tensors,
     model_class,
@@ -35,11 +39,12 @@ from sordino.errors import RunError
 from sordino.privacy.choice import mechanism_for
 from sordino.privacy.client_level import WEIGHT
 from sordino.privacy.gradients import Batch, Gradient, Gradients, Parameters, PromptOf
-from sordino.privacy.ledger import Disclosure, Ledger, Release
+from sordino.privacy.ledger import Disclosure, Ledger, Release, joint_digest
 from sordino.privacy.mechanism import Facts, Round
-from sordino.privacy.noise import Randomness, SystemRandomness
+from sordino.privacy.noise import Randomness, SystemRandomness, new_nonce, simulated
+from sordino.privacy.sampling import PoissonSampler
 from sordino.privacy.settings import PrivacySettings
-from sordino.randomness import Streams, derive_seed
+from sordino.randomness import Streams, generator
 from sordino.runtime import aggregation, wire
 from sordino.runtime.aggregation import aggregated
 from sordino.runtime.records import RoundRecord, protocol_record
@@ -77,6 +82,7 @@ class LocalRuntime:
         seed: of the run.
         privacy: the `[privacy]` settings.
         boosts: client to the factor on what it sends, of attackers that send more than they learned.
+        digests: of each client's data, in hex; by default of its rows of `features` and `labels`.
 
     Raises:
         ConfigError: the privacy mechanism or the aggregation does not fit the method.
@@ -95,12 +101,15 @@ class LocalRuntime:
         seed: int,
         privacy: PrivacySettings | None = None,
         boosts: Mapping[int, float] | None = None,
+        digests: Sequence[str] | None = None,
     ) -> None:
         self.algorithm, self.settings, self.model = algorithm, settings, model
         self.rounds = rounds if algorithm.ABOUT.trains else 0
         self.runtime, self.seed = runtime, seed
+        digests = [data_digest(features, labels, each) for each in rows] if digests is None else digests
         if algorithm.ABOUT.pools_data:
-            rows = [[row for client in rows for row in client]]
+            rows, digests = [[row for client in rows for row in client]], [joint_digest(digests)]
+        self.digests = list(digests)
         self.data = client_data(features, labels, rows, runtime.weighting)
         self.privacy = privacy or PrivacySettings()
         facts = facts_of(algorithm, settings, [len(each) for each in rows], self.rounds, runtime, seed)
@@ -109,11 +118,30 @@ class LocalRuntime:
             check(settings, model, participant_count(len(rows), runtime.participation))
         aggregation.check(runtime, self.privacy, algorithm.ABOUT, participant_count(len(rows), runtime.participation))
         self.boosts = dict(boosts or {})
+        self.nonce = self.privacy.nonce or new_nonce()
+
+    @cached_property
+    def identity(self) -> str:
+        """A digest of all that the run is made of but its nonce, in hex: two runs of one identity are the same run."""
+        encoder, method = self.model.encoder, self.algorithm
+        made_of = (
+            sordino.__version__,
+            getattr(method, "__name__", type(method).__name__),
+            repr(self.settings),
+            repr(self.runtime),
+            repr(self.privacy.model_copy(update={"nonce": None})),
+            repr((self.mechanism.noise_multiplier, self.mechanism.delta, self.rounds, self.seed, self.boosts)),
+            f"{encoder.name} {encoder.fingerprint} {encoder.dtype}",
+            repr(self.model.classes.names),
+            *self.digests,
+        )
+        return hashlib.sha256("\n".join(made_of).encode()).hexdigest()
 
     def start(self) -> Training:
         """The state before the first round."""
         encoder = self.model.encoder
         streams = self._streams(0, range(len(self.data)))
+        ledger = replace(self.mechanism.empty_ledger(), run=self._run_name(), data=self._party_digests())
         start = Start(
             encoder.embed,
             encoder.context_width,
@@ -127,21 +155,21 @@ class LocalRuntime:
             self.algorithm.server_init(self.settings, start),
             self.algorithm.client_init(self.settings, start, self.data),
             self.mechanism.initial_state(),
-            self.mechanism.empty_ledger(),
+            ledger,
         )
 
     def round(self, training: Training) -> tuple[Training, RoundRecord]:
         """The next round.
 
         Raises:
-            RunError: training diverged.
+            RunError: training diverged; the method does not keep to its schedule, and then nothing was released.
         """
         number = training.round + 1
         chosen = self._participants(number)
         # Coins may choose nobody. Then one client's round is computed for the messages' shapes, and counts for nothing.
         stack = chosen if len(chosen) else torch.zeros(1, dtype=torch.int64, device=chosen.device)
         clock = Clock(number, self.rounds, self._streams(number, stack.tolist()))
-        randomness = self._randomness(clock.streams)
+        randomness = self._randomness(number, stack.tolist())
         at_work = self.mechanism.open(randomness, chosen.tolist(), training.mechanism)
         gradients = _Recorded(at_work.gradients)
         broadcast = self.algorithm.broadcast(training.server)
@@ -151,11 +179,12 @@ class LocalRuntime:
             self.settings,
             broadcast,
             take(training.clients, stack),
-            _take_data(self.data, stack, randomness if self.mechanism.samples_examples else None),
+            _take_data(self.data, stack, PoissonSampler(randomness) if self.mechanism.samples_examples else None),
             gradients,
             clock,
         )
         upload, message = _protected(self._boosted(upload, stack), at_work)
+        self.mechanism.check(at_work.releases, chosen.tolist())
         there = torch.arange(len(chosen), device=stack.device)
         began = time.monotonic()
         if exchange := getattr(self.algorithm, "exchange", None):
@@ -167,7 +196,7 @@ class LocalRuntime:
         clients = put(training.clients, chosen, take(states, there))
         after = Training(number, server, clients, at_work.finish(), training.ledger.add(at_work.releases))
         loss = gradients.mean_loss()
-        if not (math.isfinite(loss) and _finite(after)):
+        if not self._sound(after, loss):
             attacked = ", or poisoning.boost, or have another runtime.aggregation" if self.boosts else ""
             raise RunError(f"training diverged in round {number} (loss {loss}); lower the learning rate{attacked}")
         first = torch.zeros(1, dtype=torch.int64, device=stack.device)
@@ -215,10 +244,30 @@ class LocalRuntime:
         by_coins = self.mechanism.samples_clients
         return self.mechanism.round_releases(range(len(self.data)) if by_coins else self._participants(number).tolist())
 
-    def _randomness(self, streams: Streams) -> Randomness:
-        if self.privacy.secure:
-            return SystemRandomness(len(streams.clients), self.data.features.device)
-        return streams
+    def _sound(self, training: Training, loss: float) -> bool:
+        """Whether training may go on.
+
+        With a mechanism on, only the server's state is looked at, which is made of what was released: that a run ends
+        must not tell anything else of anybody's data.
+        """
+        if self.privacy.on:
+            return _finite(training.server)
+        return math.isfinite(loss) and _finite(training.server) and _finite(training.clients)
+
+    def _randomness(self, number: int, clients: Sequence[int]) -> Randomness:
+        device = self.data.features.device
+        if self.privacy.simulation:
+            return simulated(self.nonce, self.identity, number, clients, device)
+        return SystemRandomness(len(clients), device)
+
+    def _run_name(self) -> str:
+        """A name that no other run has; a simulation that is the very same run again has the same."""
+        if self.privacy.simulation:
+            return hashlib.sha256(f"{self.nonce} {self.identity}".encode()).hexdigest()[:32]
+        return new_nonce()
+
+    def _party_digests(self) -> dict[str, str]:
+        return {f"client {client}": digest for client, digest in enumerate(self.digests)}
 
     def _streams(self, number: int, clients: Sequence[int]) -> Streams:
         return Streams(self.seed, number, clients, self.data.features.device)
@@ -228,14 +277,14 @@ class LocalRuntime:
         clients, device = len(self.data), self.data.features.device
         if not self.mechanism.samples_clients:
             return participants(self.seed, number, clients, self.runtime.participation).to(device)
-        tossed = self._randomness(self._streams(number, [0])).uniform("participants", [clients])[0]
+        tossed = self._randomness(number, [0]).uniform("participants", [clients])[0]
         return (tossed < self.runtime.participation).nonzero().flatten().to(device)
 
 
 def participants(seed: int, number: int, clients: int, participation: float) -> Tensor:
     """Which clients take part in round `number`: as many every round, ascending."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, number, "participants"))
-    return torch.randperm(clients, generator=generator)[: participant_count(clients, participation)].sort().values
+    order = torch.from_numpy(generator(seed, number, "participants").permutation(clients))
+    return order[: participant_count(clients, participation)].sort().values
 
 
 def participant_count(clients: int, participation: float) -> int:
@@ -255,7 +304,7 @@ def facts_of(
         runtime: the `[runtime]` settings.
         seed: of the run.
     """
-    about = algorithm.ABOUT
+    about, schedule = algorithm.ABOUT, algorithm.schedule(settings)
     tells_sizes = runtime.weighting == "examples" and "weight" in {each.name for each in fields(algorithm.Upload)}
     told = Disclosure("how many examples each client holds, to the server every round", "sizes")
     taken = [0] * len(sizes)
@@ -268,8 +317,8 @@ def facts_of(
         sizes=tuple(sizes),
         weights=tuple(map(float, sizes)) if runtime.weighting == "examples" else (1.0,) * len(sizes),
         uniform=runtime.weighting == "uniform",
-        batch_size=getattr(settings, "batch_size", None) or None,
-        steps=getattr(settings, "local_steps", 1),
+        batch_size=schedule.batch_size,
+        steps=schedule.steps,
         linear=model_class(algorithm).linear,
         taken=tuple(taken),
         rounds=rounds,
@@ -305,14 +354,21 @@ def client_data(features: Tensor, labels: Tensor, rows: Sequence[Sequence[int]],
     return ClientData(features, labels, padded.to(features.device), counts, weights)
 
 
-def _take_data(data: ClientData, chosen: Tensor, coins: Randomness | None) -> ClientData:
+def data_digest(features: Tensor, labels: Tensor, rows: Sequence[int]) -> str:
+    """Return a digest of a client's examples in hex, whatever their order: of what is read of them, and of labels."""
+    chosen = torch.as_tensor(list(rows), dtype=torch.int64)
+    read, told = features[chosen.to(features.device)].cpu().contiguous(), labels[chosen.to(labels.device)].tolist()
+    pairs = zip(read.reshape(len(told), -1).numpy(), told, strict=True)
+    return joint_digest(hashlib.sha256(row.tobytes() + str(label).encode()).hexdigest() for row, label in pairs)
+
+
+def _take_data(data: ClientData, chosen: Tensor, poisson: PoissonSampler | None) -> ClientData:
     rows, counts, weights = data.rows[chosen], data.counts[chosen], data.weights[chosen]
-    return replace(data, rows=rows, counts=counts, weights=weights, coins=coins)
+    return replace(data, rows=rows, counts=counts, weights=weights, poisson=poisson)
 
 
-def _finite(training: Training) -> bool:
-    tensors = [*named_tensors(training.server).values(), *named_tensors(training.clients).values()]
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+def _finite(state: State) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in named_tensors(state).values())
 
 
 class _Recorded:

@@ -1,0 +1,60 @@
+"""Poisson sampling: every example is in a batch by a coin of its own, whoever else is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sordino.privacy.noise import Randomness
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a batch was sampled.
+
+    Attributes:
+        rate: [K] float64, the probability with which each of a client's examples was in the batch.
+        expected: [K] float64, the expected number of examples, rate times the client's size.
+        draw: which draw of the round it was; two releases of one draw would not be two independent samples.
+    """
+
+    rate: Tensor
+    expected: Tensor
+    draw: int
+
+
+def sampling_rate(batch_size: int | None, examples: int) -> float:
+    """Return the probability with which each of so many examples is in a batch; None takes all."""
+    return 1.0 if batch_size is None else min(1.0, batch_size / max(1, examples))
+
+
+class PoissonSampler:
+    """Draws the batches of one round; no two draws toss the same coins, in however many loops they are asked for.
+
+    Args:
+        randomness: where the coins come from.
+    """
+
+    def __init__(self, randomness: Randomness) -> None:
+        self._randomness = randomness
+        self._draws = 0
+
+    def draw(self, counts: Sequence[int], batch_size: int | None) -> tuple[list[Tensor], Sampling]:
+        """Draw one batch of every client.
+
+        Args:
+            counts: K, how many examples each client holds.
+            batch_size: the expected number of examples; None takes all.
+
+        Returns:
+            For each client the places of the chosen examples, ascending, int64; and how they were sampled.
+        """
+        number, self._draws = self._draws, self._draws + 1
+        rates = [sampling_rate(batch_size, count) for count in counts]
+        coins = self._randomness.uniform(f"batch {number}", counts)
+        chosen = [(coin < rate).nonzero().flatten() for coin, rate in zip(coins, rates, strict=True)]
+        rate = torch.tensor(rates, dtype=torch.float64)
+        return chosen, Sampling(rate, rate * torch.tensor(counts, dtype=torch.float64), number)

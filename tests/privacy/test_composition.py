@@ -1,0 +1,153 @@
+"""Runs are composed over data: who is called what, and in which run, does not matter."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from sordino.cli import app
+from sordino.config import load_config
+from sordino.errors import RunError
+from sordino.experiment import run
+from sordino.privacy.accounting import compose, epsilon, spent
+from sordino.privacy.ledger import ALL_CLIENTS, OBSERVERS, Ledger, Release, joint_digest
+from sordino.runtime.local import LocalRuntime
+
+MakeRuntime = Callable[..., LocalRuntime]
+DELTA = 1e-3
+
+
+def release(party: str, z: float, rate: float = 1.0, steps: int = 10) -> Release:
+    return Release("x", party, "example", (z,), rate, steps, "client", OBSERVERS)
+
+
+def ledger(held: dict[str, float], digests: dict[str, str], run: str) -> Ledger:
+    releases = tuple(release(party, z) for party, z in held.items())
+    return Ledger(releases, delta=DELTA, run=run, data=digests)
+
+
+def example_level(rows: list[list[int]], make_runtime: MakeRuntime) -> Ledger:
+    privacy = {"mechanism": "dp-sgd", "noise_multiplier": 1.0, "clip": 0.5, "delta": DELTA}
+    runtime = make_runtime("promptfl", rows, {"context_length": 2, "batch_size": 2, "local_steps": 1}, 4, 0, privacy)
+    training = runtime.start()
+    while training.round < 4:
+        training, _ = runtime.round(training)
+    return training.ledger
+
+
+def close(value: float) -> object:
+    """Compositions in another order round otherwise."""
+    return pytest.approx(value, rel=1e-9)
+
+
+def of_parties(*parts: tuple[Ledger, str]) -> float:
+    """Epsilon of one example that is with a given party in each run."""
+    return epsilon([each for ledger, party in parts for each in ledger.releases if each.party == party], DELTA)
+
+
+def test_examples_that_change_client_are_followed(make_runtime: MakeRuntime) -> None:
+    """Four examples are client 0 in one run and client 1 in the other: names would add the small to the large."""
+    few, many = list(range(4)), list(range(4, 40))
+    one, other = example_level([few, many], make_runtime), example_level([many, few], make_runtime)
+    assert one.data["client 0"] == other.data["client 1"] != one.data["client 1"]
+    both = spent(compose([one, other]), "server", "example")
+    assert both.epsilon == close(of_parties((one, "client 0"), (other, "client 1")))
+    assert both.epsilon > 1.3 * of_parties((one, "client 0"), (other, "client 0"))
+
+
+def test_where_data_differ_the_worst_parties_add_up(make_runtime: MakeRuntime) -> None:
+    few, many = list(range(4)), list(range(4, 40))
+    one, other = (
+        example_level([few, many], make_runtime),
+        example_level([list(range(5)), list(range(5, 40))], make_runtime),
+    )
+    assert not set(one.data.values()) & set(other.data.values())
+    both = spent(compose([one, other]), "server", "example")
+    assert both.epsilon == close(of_parties((one, "client 0"), (other, "client 0")))
+    assert both.party == "client 0 of run 1, client 0 of run 2"
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_no_choice_of_parties_is_worse_than_what_is_stated(data: st.DataObject) -> None:
+    """Against every choice, for one example, of the party that holds it in each run; no party need hold it."""
+    names = ["client 0", "client 1", "client 2"]
+    runs = []
+    for number in range(data.draw(st.integers(2, 3))):
+        digests = data.draw(st.permutations(["a", "b", "c", f"only in {number}"]))[:3]
+        held = {name: data.draw(st.sampled_from([1.0, 2.0, 5.0])) for name in names}
+        runs.append(ledger(held, dict(zip(names, digests, strict=True)), f"run {number}"))
+    stated = spent(compose(runs), "server", "example").epsilon
+    known = {digest for each in runs for digest in each.data.values()}
+    worst = 0.0
+    for parties in itertools.product([None, *names], repeat=len(runs)):
+        mine = [None if party is None else each.data[party] for each, party in zip(runs, parties, strict=True)]
+        # An example of equal data is in it wherever these are: a run that holds them cannot have it with another party.
+        possible = all(
+            mine[other] == digest or digest not in each.data.values()
+            for digest in known & {x for x in mine if x}
+            for other, each in enumerate(runs)
+        )
+        if possible:
+            chosen = [(each, party) for each, party in zip(runs, parties, strict=True) if party]
+            worst = max(worst, of_parties(*chosen) if chosen else 0.0)
+    assert stated >= worst * (1 - 1e-9)
+    everybody = [max(of_parties((each, name)) for name in names) for each in runs]
+    assert stated >= max(everybody)
+
+
+def test_the_same_parties_are_not_mixed_up() -> None:
+    """Where all data are equal, a party adds up with itself alone: runs on one partition cost what they cost."""
+    digests = {"client 0": "a", "client 1": "b"}
+    one = ledger({"client 0": 1.0, "client 1": 3.0}, digests, "one")
+    other = ledger({"client 0": 3.0, "client 1": 1.0}, digests, "other")
+    both = spent(compose([one, other]), "server", "example").epsilon
+    assert both == close(of_parties((one, "client 0"), (other, "client 0")))
+    assert both < of_parties((one, "client 0"), (other, "client 1"))
+
+
+def test_unknown_or_repeated_data_count_as_different() -> None:
+    one = ledger({"client 0": 1.0, "client 1": 3.0}, {}, "one")
+    other = ledger({"client 0": 3.0, "client 1": 1.0}, {"client 0": "a", "client 1": "a"}, "other")
+    worst = of_parties((one, "client 0"), (other, "client 1"))
+    assert spent(compose([one, other]), "server", "example").epsilon == close(worst)
+
+
+def test_releases_of_all_clients_join_by_all_their_data() -> None:
+    both = {"client 0": "a", "client 1": "b"}
+    released = (release(ALL_CLIENTS, 2.0),)
+    one, other = (Ledger(released, delta=DELTA, run=name, data=both) for name in ("one", "other"))
+    assert one.digest_of(ALL_CLIENTS) == joint_digest(["b", "a"])
+    assert spent(compose([one, other]), "public", "example").epsilon == close(epsilon(released * 2, DELTA))
+    mixed = compose([one, ledger({"client 0": 1.0, "client 1": 3.0}, both, "third")])
+    assert spent(mixed, "public", "example").epsilon == close(epsilon([*released, release("", 1.0)], DELTA))
+
+
+def test_a_run_is_composed_once() -> None:
+    one = ledger({"client 0": 1.0}, {}, "one")
+    with pytest.raises(RunError, match="run one is given 2 times"):
+        compose([one, replace(one, delta=0.1)])
+
+
+def test_the_command_refuses_a_run_that_is_given_twice(config_file: Path, tmp_path: Path) -> None:
+    keys = ["privacy.mechanism=dp-sgd", "privacy.epsilon=2.0", "privacy.delta=0.01", "rounds=2"]
+    run(load_config(config_file, keys), tmp_path / "one")
+    run(load_config(config_file, keys), tmp_path / "two")
+    runner = CliRunner()
+
+    def composed(*names: str) -> object:
+        return runner.invoke(app, ["privacy", "ledger", *(str(tmp_path / name) for name in names), "--json"])
+
+    with pytest.raises(RunError, match=r"one is the same run as .*one; its releases happened once, so give it once"):
+        raise composed("one", "two", "one").exception  # type: ignore[attr-defined]
+    both = json.loads(composed("one", "two").stdout)  # type: ignore[attr-defined]
+    alone = json.loads(composed("one").stdout)  # type: ignore[attr-defined]
+    assert 1.2 * alone["spent"][0]["epsilon"] < both["spent"][0]["epsilon"] < 2 * alone["spent"][0]["epsilon"]
