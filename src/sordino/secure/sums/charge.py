@@ -13,9 +13,9 @@ deviation of four steps on this is below 10^-60.
 
 **A discrete Gaussian is not a rounded one** (`rounding_divergence`). With G = N(0, S - 1/12), rounding G + v to
 integers is post-processing of the Gaussian mechanism, and for an integer shift v it is round(G) + v. So the mechanism
-that adds round(G) is at least as private as the one that adds G, with no correction. It remains to compare the discrete Gaussian
-of parameter S with round(G). With b = 1 / (S - 1/12), a = k b and U uniform on [-1/2, 1/2], the logarithm of the ratio
-of their probabilities at k is
+that adds round(G) is at least as private as the one that adds G, with no correction. It remains to compare the discrete
+Gaussian of parameter S with round(G). With b = 1 / (S - 1/12), a = k b and U uniform on [-1/2, 1/2], the logarithm of
+the ratio of their probabilities at k is
 
     a^2 / 24 / (1 + b / 12) - log(1 + b / 12) / 2 - log E exp(a U - b U^2 / 2),
 

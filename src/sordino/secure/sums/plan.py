@@ -87,8 +87,8 @@ def _noised(setup: SumSetup, noise_multiplier: float, added: NDArray[np.float64]
     if setup.dimension < 1 or (added is not None and added.shape not in ((), (setup.clients,))):
         shape = None if added is None else added.shape
         raise SecureError(
-            f"dimension = {setup.dimension} with deviations of shape {shape}: must be 1 or more entries, and one number "
-            f"or {setup.clients}"
+            f"dimension = {setup.dimension} with deviations of shape {shape}: must be 1 or more entries, and one "
+            f"number or {setup.clients}"
         )
     while True:
         steps = (

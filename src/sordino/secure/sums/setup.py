@@ -207,9 +207,7 @@ class SumSetup(Message):
         limit = self.largest_squared_norm
         if not np.isfinite(values).all():
             if limit is None:
-                raise DataError(
-                    "a vector that is to be summed has entries that are not finite; leave out such examples"
-                )
+                raise DataError("a vector to be summed has entries that are not finite; leave such examples out")
             values = np.zeros(self.dimension)
         if limit is not None:
             values = _shortened(values, self.clip)
