@@ -1,4 +1,4 @@
-"""Clustering and averaging of what no party may see, on Lagrange shares (SecPC of SecFPP).
+"""Clustering and averaging of what no party may see, on Lagrange shares (SecPC of SecFPP); and sums (`secure.sums`).
 
 Hou, Li and Buyukates, Privacy-preserving Prompt Personalization in Federated Learning for Multimodal Large Language
 Models, 2025 (arXiv 2505.22447); on Lagrange coded computing, Yu et al., AISTATS 2019 (arXiv 1806.00939).
@@ -29,6 +29,13 @@ from sordino.secure.sealer import PlainSealer, Sealer
 from sordino.secure.search import Start, search
 from sordino.secure.server import Averages, Opened, Server
 from sordino.secure.setup import Setup, plan
+from sordino.secure.sums.charge import Charge, charge, client_sensitivity, example_sensitivity
+from sordino.secure.sums.client import SumClient
+from sordino.secure.sums.discrete_gaussian import discrete_gaussian, system_bits
+from sordino.secure.sums.local import NoisedSum, local_sum, noised_sum
+from sordino.secure.sums.plan import plan_sum
+from sordino.secure.sums.server import SecureSum, SumServer
+from sordino.secure.sums.setup import SumSetup
 
 __all__ = [
     "ITERATIONS",
@@ -36,9 +43,11 @@ __all__ = [
     "Adaptive",
     "Averages",
     "ByShares",
+    "Charge",
     "Client",
     "Clusters",
     "EncryptingSealer",
+    "NoisedSum",
     "Opened",
     "Outcome",
     "Pairs",
@@ -47,21 +56,33 @@ __all__ = [
     "Rejection",
     "Sealer",
     "SecureError",
+    "SecureSum",
     "Server",
     "Setup",
     "Start",
+    "SumClient",
+    "SumServer",
+    "SumSetup",
     "TooFewAnswers",
     "TooManyErrors",
     "Traffic",
     "adaptive",
+    "charge",
+    "client_sensitivity",
+    "discrete_gaussian",
     "drive",
+    "example_sensitivity",
     "farthest_first",
     "finish",
     "lloyd",
+    "local_sum",
+    "noised_sum",
     "plan",
+    "plan_sum",
     "renamed",
     "run",
     "run_average",
     "search",
+    "system_bits",
     "to_one_scale",
 ]

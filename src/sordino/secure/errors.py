@@ -9,6 +9,9 @@ class SecureError(SordinoError):
     """A step of the protocol that was refused, or that cannot be done."""
 
 
+FEWER_NEEDED = "plan the round with fewer blocks or less privacy, or wait for more clients"
+
+
 class TooFewAnswers(SecureError):
     """Fewer clients answered than it takes to decode.
 
@@ -17,11 +20,8 @@ class TooFewAnswers(SecureError):
         had: how many there were.
     """
 
-    def __init__(self, step: str, needed: int, had: int) -> None:
-        super().__init__(
-            f"{step}: {needed} answers are needed and {had} came; "
-            "plan the round with fewer blocks or less privacy, or wait for more clients"
-        )
+    def __init__(self, step: str, needed: int, had: int, remedy: str = FEWER_NEEDED) -> None:
+        super().__init__(f"{step}: {needed} answers are needed and {had} came; {remedy}")
         self.needed, self.had = needed, had
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,23 @@ from sordino.secure.setup import Setup
 Result = TypeVar("Result")
 ITERATIONS = 50  # of k-means, at most
 Drop = Mapping[int, int] | Callable[[int, int], bool]
+
+
+class Party(Protocol):
+    """A client's end of a protocol, as far as its carrier knows it."""
+
+    @property
+    def number(self) -> int:
+        """Which of the clients it is, from 0."""
+        ...
+
+    def handle(self, content: bytes) -> bytes:
+        """The reply to a message of the server.
+
+        Raises:
+            SecureError: it refuses.
+        """
+        ...
 
 
 @dataclass
@@ -134,7 +151,7 @@ def run_average(
     return Outcome(result, tuple(server.opened), tuple(server.rejected), traffic)
 
 
-def drive(exchange: Exchange[Result], clients: Sequence[Client], traffic: Traffic, drop: Drop | None = None) -> Result:
+def drive(exchange: Exchange[Result], clients: Sequence[Party], traffic: Traffic, drop: Drop | None = None) -> Result:
     """Carry an exchange of a server's to its end, counting bytes."""
     by_number = {client.number: client for client in clients}
     replies: list[tuple[int, bytes]] | None = None

@@ -32,14 +32,15 @@ class Mail:
     Args:
         round: messages of any other are late.
         clients: who is asked.
+        most: the longest reply that is read, in bytes.
 
     Attributes:
         rejected: what was not taken, and from whom.
         excluded: who is not asked any more.
     """
 
-    def __init__(self, round: int, clients: Iterable[int]) -> None:
-        self.round, self.clients = round, tuple(clients)
+    def __init__(self, round: int, clients: Iterable[int], most: int | None = None) -> None:
+        self.round, self.clients, self.most = round, tuple(clients), most
         self.rejected: list[Rejection] = []
         self.excluded: set[int] = set()
 
@@ -64,7 +65,7 @@ class Mail:
             try:
                 if sender not in letters:
                     raise SecureError("not asked: it does not take part, or does no more")
-                message = expect(content, kind)
+                message = expect(content, kind, self.most)
                 if getattr(message, "sender", sender) != sender:
                     raise SecureError(f"malformed: it speaks for client {getattr(message, 'sender', None)}")
                 if message.round != self.round:

@@ -37,7 +37,7 @@ WordRows = NDArray[np.uint64]
 AnyMessage = TypeVar("AnyMessage", bound="Message")
 
 # What a field holds, by its annotation: a scalar's type, or an array's type and number of axes.
-SCALARS = {"int": int, "float": float, "Purpose": str, "Reveal": str}
+SCALARS = {"int": int, "float": float, "str": str, "Purpose": str, "Reveal": str}
 ARRAYS = {"Octets": ("u1", 1), "OctetRows": ("u1", 2), "Numbers": ("i8", 1), "WordRows": ("u8", 2)}
 
 
@@ -46,15 +46,17 @@ class Message:
     """What every message has.
 
     Attributes:
-        round: the round of SecPC that it belongs to.
+        round: the round of the protocol that it belongs to.
     """
 
     KINDS: ClassVar[dict[str, type[Message]]] = {}
 
     round: int
 
-    def __init_subclass__(cls) -> None:
-        Message.KINDS[cls.__name__] = cls
+    def __init_subclass__(cls, abstract: bool = False) -> None:
+        """Register a kind of message, unless it is only what several kinds have in common."""
+        if not abstract:
+            Message.KINDS[cls.__name__] = cls
 
     def to_bytes(self) -> bytes:
         """The message as it travels."""
@@ -190,12 +192,18 @@ class Answer(Message):
     values: WordRows
 
 
-def read(content: bytes) -> Message:
+def read(content: bytes, most: int | None = None) -> Message:
     """The message in these bytes.
 
+    Args:
+        content: the bytes.
+        most: more bytes than this are refused unread.
+
     Raises:
-        SecureError: there is none.
+        SecureError: there is none, or it is too long.
     """
+    if most is not None and len(content) > most:
+        raise SecureError(f"malformed: {len(content)} bytes where at most {most} are due")
     try:
         arrays = safetensors.numpy.load(content)
         header = json.loads(arrays.pop("header").tobytes())
@@ -204,16 +212,16 @@ def read(content: bytes) -> Message:
         _check(kind, given)
         return kind(**given)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise SecureError(f"malformed: not a message of SecPC ({type(error).__name__}: {error})") from None
+        raise SecureError(f"malformed: not a message of a secure protocol ({type(error).__name__}: {error})") from None
 
 
-def expect(content: bytes, kind: type[AnyMessage]) -> AnyMessage:
-    """The message of a kind in these bytes.
+def expect(content: bytes, kind: type[AnyMessage], most: int | None = None) -> AnyMessage:
+    """The message of a kind in these bytes; see `read`.
 
     Raises:
         SecureError: there is none of this kind.
     """
-    message = read(content)
+    message = read(content, most)
     if not isinstance(message, kind):
         raise SecureError(f"out of turn: {type(message).__name__} where {kind.__name__} was due")
     return message

@@ -27,9 +27,13 @@ class EncryptingSealer:
 
     Keys are not signed. Whoever carries public keys between clients must not replace them: a server that does stands
     in the middle. The transport, or a directory of long-term keys, has to vouch for them.
+
+    Args:
+        protocol: the start of every key's info, so that no two protocols share a key.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, protocol: bytes = b"sordino secpc") -> None:
+        self._protocol = protocol
         self._private = X25519PrivateKey.generate()
         self._peers: dict[int, bytes] = {}
         self._secrets: dict[int, bytes] = {}
@@ -73,7 +77,7 @@ class EncryptingSealer:
             if peer not in self._peers:
                 raise SecureError(f"there is no public key of client {peer}")
             theirs, own = self._peers[peer], self.public_key
-            info = b"sordino secpc" + (own + theirs if sending else theirs + own)
+            info = self._protocol + (own + theirs if sending else theirs + own)
             key = HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(self._secret(peer))
             self._ciphers[peer, sending] = ChaCha20Poly1305(key)
         return self._ciphers[peer, sending]

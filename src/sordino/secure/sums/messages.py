@@ -1,0 +1,140 @@
+"""What passes between a client and the server in a secure sum; how it is made into bytes: `secure.messages`.
+
+| exchange | server to each client | client to server |
+|---|---|---|
+| 1 | `Invitation`: which sum it is | `Advertisement`: two public keys |
+| 2 | `Roster`: who takes part, and their keys | `SumShares`: one sealed payload for each other |
+| 3 | `SumDelivery`: the payloads for it | `MaskedInput`: its vector, noised and masked |
+| 4 | `UnmaskRequest`: who is in the sum, who dropped out | `Unmasking`: a share of one secret of each |
+
+Every message carries the digest of the setup, and so the session, the round, and all other numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sordino.secure.errors import SecureError
+from sordino.secure.messages import Message, Numbers, OctetRows, Octets, WordRows
+from sordino.secure.sums.setup import SumSetup
+
+
+@dataclass(frozen=True, eq=False)
+class SumMessage(Message, abstract=True):
+    """What every message of a sum has.
+
+    Attributes:
+        setup: the digest of the setup, [32].
+    """
+
+    setup: Octets
+
+    def check_setup(self, setup: SumSetup) -> None:
+        """Refuse a message of another session, round or setup.
+
+        Raises:
+            SecureError: it is one.
+        """
+        if self.round != setup.round:
+            raise SecureError(f"late: of round {self.round} in round {setup.round}")
+        if self.setup.tobytes() != setup.digest:
+            raise SecureError("foreign: of another session, or a sum with other numbers")
+
+
+@dataclass(frozen=True, eq=False)
+class Invitation(SumMessage):
+    """Clients are asked to take part."""
+
+
+@dataclass(frozen=True, eq=False)
+class Advertisement(SumMessage):
+    """A client takes part.
+
+    Attributes:
+        sender: its number.
+        sealing_key: the public key that shares for it are sealed to, [32].
+        mask_key: the public key that pairwise masks are agreed by, [32].
+    """
+
+    sender: int
+    sealing_key: Octets
+    mask_key: Octets
+
+
+@dataclass(frozen=True, eq=False)
+class Roster(SumMessage):
+    """Who takes part.
+
+    Attributes:
+        members: their numbers, ascending, [members].
+        sealing_keys, mask_keys: [members, 32].
+    """
+
+    members: Numbers
+    sealing_keys: OctetRows
+    mask_keys: OctetRows
+
+
+@dataclass(frozen=True, eq=False)
+class SumShares(SumMessage):
+    """Shares of a client's two secrets, one payload a member.
+
+    Attributes:
+        sender: its number.
+        payloads: [members - 1, bytes], sealed to each other member, in the roster's order.
+    """
+
+    sender: int
+    payloads: OctetRows
+
+
+@dataclass(frozen=True, eq=False)
+class SumDelivery(SumMessage):
+    """What others dealt to a client.
+
+    Attributes:
+        dealers: their numbers, ascending, without the client's own, [dealers].
+        payloads: [dealers, bytes].
+    """
+
+    dealers: Numbers
+    payloads: OctetRows
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedInput(SumMessage):
+    """A client's quantized vector with its noise and all its masks.
+
+    Attributes:
+        sender: its number.
+        values: elements of the ring, little-endian, [4 d] or [8 d].
+    """
+
+    sender: int
+    values: Octets
+
+
+@dataclass(frozen=True, eq=False)
+class UnmaskRequest(SumMessage):
+    """Clients are asked for shares, once.
+
+    Attributes:
+        living: whose vectors are in the sum, ascending; shares of their self masks' seeds are asked for.
+        dead: who dealt shares and sent no vector, ascending; shares of their masks' keys are asked for.
+    """
+
+    living: Numbers
+    dead: Numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Unmasking(SumMessage):
+    """A client's shares.
+
+    Attributes:
+        sender: its number.
+        shares: [living + dead, 5], by ascending number of whose secret it is.
+    """
+
+    sender: int
+    shares: WordRows

@@ -1,0 +1,236 @@
+"""The server of a secure sum: it relays sealed shares, adds masked vectors, and opens their sum alone.
+
+`sum` is a generator, as those of SecPC's server are: it yields the messages for each client, `{client: bytes}`, and is
+sent the replies, `[(client, bytes), ...]`, where the transport vouches for who sent what.
+
+**Against whom.** A server that follows the protocol and looks at all that it sees, together with any T clients who do
+the same. They learn the sum of the others' noised vectors, who dropped out when, and nothing else: a masked vector is
+uniform while its self mask's seed, or the key of a pairwise mask with a client outside the coalition, is unknown.
+
+**Steps**, each with the clients who answered the one before, of whom there must be t.
+
+1. Each advertises a key to seal to and a key to agree masks by.
+2. Each deals Shamir shares of its mask key and of the seed of a self mask, sealed to each other.
+3. Each sends its vector + noise + self mask + sum of signed pairwise masks, modulo 2^32 or 2^64.
+4. Each gives a share of the seed of every client whose vector came (living), and of the key of every other who dealt
+   (dead). From t shares the server computes the self masks of the living and the masks that the dead left in the sum.
+
+**Late vectors.** A vector that arrives after the server named its sender dead stays hidden by the self mask. For that
+reason there are two masks, and clients refuse to give both kinds of share about one client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from numpy.typing import NDArray
+
+from sordino.secure.clustering import Exchange
+from sordino.secure.errors import SecureError, TooFewAnswers
+from sordino.secure.field import Elements
+from sordino.secure.mail import Mail, Rejection
+from sordino.secure.messages import AnyMessage, Message, Octets
+from sordino.secure.sums.masks import Ring, from_limbs, pair_mask, self_mask
+from sordino.secure.sums.messages import (
+    Advertisement,
+    Invitation,
+    MaskedInput,
+    Roster,
+    SumDelivery,
+    SumMessage,
+    SumShares,
+    Unmasking,
+    UnmaskRequest,
+)
+from sordino.secure.sums.setup import LIMBS, SEALED, SECRET, Integers, SumSetup
+
+
+@dataclass(frozen=True)
+class SecureSum:
+    """What the server learns.
+
+    Attributes:
+        total: [d], the sum of quantized vectors and their noise, in steps.
+        values: [d], the same in the vectors' units.
+        survivors: whose vectors are in it, ascending.
+    """
+
+    total: Integers
+    values: NDArray[np.float64]
+    survivors: tuple[int, ...]
+
+
+class SumServer:
+    """One sum's server.
+
+    Args:
+        setup: the sum's numbers.
+
+    Raises:
+        SecureError: the setup is not in order.
+    """
+
+    def __init__(self, setup: SumSetup) -> None:
+        setup.check()
+        self.setup = setup
+        self._mail = Mail(setup.round, range(setup.clients), setup.largest_message)
+        self._mask_keys: dict[int, bytes] = {}
+
+    @property
+    def rejected(self) -> list[Rejection]:
+        """What was not taken, and from whom."""
+        return self._mail.rejected
+
+    def sum(self) -> Exchange[SecureSum]:
+        """Open the sum of the vectors of all who send one.
+
+        Raises:
+            TooFewAnswers: fewer than t clients answered a step; nothing was opened.
+            SecureError: their shares contradict each other beyond correction.
+        """
+        setup = self.setup
+        roster = yield from self._advertised()
+        dealers, deliveries = yield from self._dealt(roster)
+        living, total = yield from self._masked(deliveries)
+        shares = yield from self._unmasked(dealers, living)
+        for number, client in enumerate(dealers):
+            secret = from_limbs(shares[number])
+            if client in living:
+                total -= self_mask(setup, client, secret)
+            else:
+                total -= self._left_by(client, secret, living)
+        signed = total.view(f"<i{setup.word.itemsize}").astype(np.int64)
+        return SecureSum(signed, signed.astype(np.float64) * setup.step, tuple(living))
+
+    def _advertised(self) -> Exchange[Roster]:
+        """Step 1: who takes part, and their keys."""
+
+        def wrong(message: Advertisement) -> str | None:
+            shapes = message.sealing_key.shape, message.mask_key.shape
+            return None if shapes == ((SECRET,), (SECRET,)) else f"malformed: keys of {shapes} bytes where 32 are due"
+
+        answers = yield from self._ask(Invitation(*self._head), Advertisement, "advertising", wrong)
+        self._refuse_shared_keys(answers)
+        members = self._enough(answers, "advertising")
+        self._mask_keys = {member: answers[member].mask_key.tobytes() for member in members}
+        return Roster(
+            *self._head,
+            np.array(members, np.int64),
+            np.stack([answers[member].sealing_key for member in members]),
+            np.stack([answers[member].mask_key for member in members]),
+        )
+
+    def _dealt(self, roster: Roster) -> Exchange[tuple[list[int], dict[int, Message]]]:
+        """Step 2: who dealt shares, and what each of them is sent of the others'."""
+        members: list[int] = roster.members.tolist()
+
+        def wrong(message: SumShares) -> str | None:
+            due, shape = (len(members) - 1, SEALED), message.payloads.shape
+            return None if shape == due else f"malformed: payloads of shape {shape} where {due} is due"
+
+        answers = yield from self._ask(roster, SumShares, "sharing", wrong)
+        dealers = self._enough(answers, "sharing")
+        place = {member: number for number, member in enumerate(members)}
+        deliveries: dict[int, Message] = {}
+        for client in dealers:
+            others = [dealer for dealer in dealers if dealer != client]
+            # A dealer's payloads are in the roster's order without its own.
+            payloads = [answers[dealer].payloads[place[client] - (dealer < client)] for dealer in others]
+            deliveries[client] = SumDelivery(*self._head, np.array(others, np.int64), np.stack(payloads))
+        return dealers, deliveries
+
+    def _masked(self, deliveries: dict[int, Message]) -> Exchange[tuple[list[int], Ring]]:
+        """Step 3: whose vectors came, and the sum of what they sent."""
+        setup = self.setup
+
+        def wrong(message: MaskedInput) -> str | None:
+            due = setup.dimension * setup.word.itemsize
+            return None if len(message.values) == due else f"malformed: {len(message.values)} bytes where {due} are due"
+
+        answers = yield from self._ask(deliveries, MaskedInput, "masking", wrong)
+        living = self._enough(answers, "masking")
+        total = np.zeros(setup.dimension, setup.word)
+        for client in living:
+            total += answers[client].values.view(setup.word)
+        return living, total
+
+    def _unmasked(self, dealers: list[int], living: list[int]) -> Exchange[Elements]:
+        """Step 4: the limbs of one secret of each dealer, [dealers, 5]."""
+        code = self.setup.code
+        dead = sorted({*dealers} - {*living})
+
+        def wrong(message: Unmasking) -> str | None:
+            if message.shares.shape != (len(dealers), LIMBS):
+                return f"malformed: shares of shape {message.shares.shape} where {(len(dealers), LIMBS)} is due"
+            if (message.shares >= code.field.modulus).any():
+                return "out of range: numbers that are not in the field"
+            return None
+
+        request = UnmaskRequest(*self._head, np.array(living, np.int64), np.array(dead, np.int64))
+        questions: dict[int, Message] = dict.fromkeys(living, request)
+        answers = yield from self._ask(questions, Unmasking, "unmasking", wrong)
+        clients = self._enough(answers, "unmasking")
+        shares = np.stack([answers[client].shares for client in clients])
+        decoded = code.decode(shares, clients, self.setup.threshold - 1, "unmasking")
+        for client in decoded.bad:
+            self._mail.exclude(client, "unmasking", "its shares contradict the others'")
+        secrets: Elements = decoded.values[0]
+        return secrets
+
+    def _left_by(self, client: int, secret: bytes, living: list[int]) -> Ring:
+        """The masks that the living added for a client who dropped out."""
+        private = X25519PrivateKey.from_private_bytes(secret)
+        if private.public_key().public_bytes_raw() != self._mask_keys[client]:
+            raise SecureError(f"the shares that client {client} dealt are not of the key that it advertised")
+        left = np.zeros(self.setup.dimension, self.setup.word)
+        for survivor in living:
+            left -= pair_mask(self.setup, private, client, survivor, self._mask_keys[survivor])
+        return left
+
+    def _ask(
+        self,
+        question: Message | dict[int, Message],
+        kind: type[AnyMessage],
+        step: str,
+        wrong: Callable[[AnyMessage], str | None],
+    ) -> Exchange[dict[int, AnyMessage]]:
+        """The good replies by client; who gave none, or a bad one, is not asked again."""
+
+        def refused(message: AnyMessage) -> str | None:
+            assert isinstance(message, SumMessage)
+            try:
+                message.check_setup(self.setup)
+            except SecureError as error:
+                return str(error)
+            return wrong(message)
+
+        answers = yield from self._mail.ask(question, kind, step, refused)
+        self._mail.clients = tuple(sorted(answers))
+        return answers
+
+    def _enough(self, answers: Mapping[int, Message], step: str) -> list[int]:
+        if len(answers) < self.setup.threshold:
+            remedy = "nothing is opened; wait for more clients, or plan the sum with a lower threshold"
+            raise TooFewAnswers(step, self.setup.threshold, len(answers), remedy)
+        return sorted(answers)
+
+    def _refuse_shared_keys(self, answers: dict[int, Advertisement]) -> None:
+        """Leave out who advertises a key that another has: honest clients would refuse the whole roster."""
+        owners: dict[bytes, set[int]] = {}
+        twice: set[int] = set()
+        for client, answer in answers.items():
+            for key in (answer.sealing_key.tobytes(), answer.mask_key.tobytes()):
+                twice |= {client} if key in owners else set()
+                owners.setdefault(key, set()).add(client)
+        twice |= {client for clients in owners.values() if len(clients) > 1 for client in clients}
+        for client in sorted(twice):
+            del answers[client]
+            self._mail.exclude(client, "advertising", "one of its keys is advertised twice")
+        self._mail.clients = tuple(sorted(answers))
+
+    @property
+    def _head(self) -> tuple[int, Octets]:
+        return self.setup.round, np.frombuffer(self.setup.digest, np.uint8)
