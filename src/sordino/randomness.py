@@ -15,12 +15,15 @@ A seed protects nothing: whoever guesses it can draw the same numbers. Noise tha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Words = Callable[[int], NDArray[np.uint64]]  # from how many to so many uniform integers
 
 KEY_BYTES = 16  # Philox takes a key of 128 bits
 
@@ -69,6 +72,14 @@ class Streams:
         """Return uniform numbers in [0, 1), float64 on the CPU, for each client as many as it is asked for."""
         pairs = zip(counts, self.generators(purpose), strict=True)
         return [torch.from_numpy(generator.random(count)) for count, generator in pairs]
+
+    def words(self, purpose: str) -> list[Words]:
+        """Return for each client a source of uniform integers below 2^64."""
+
+        def source(own: np.random.Generator) -> Words:
+            return lambda count: own.integers(0, 2**64, size=count, dtype=np.uint64)
+
+        return [source(own) for own in self.generators(purpose)]
 
     def _generator(self, owner: str, purpose: str) -> np.random.Generator:
         return generator(self.seed, self.round, owner, purpose)

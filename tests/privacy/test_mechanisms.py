@@ -309,7 +309,9 @@ def test_noise_on_the_mean_gradient_covers_the_client_that_counts_most(
     assert float(values.std()) == pytest.approx(z_shared * moved * math.sqrt(more), rel=0.03)
     seen_by_others = [each for each in after.ledger.releases if "public" in each.observers]
     assert len(seen_by_others) == 2
-    assert all(each.noise_multiplier == pytest.approx(z) for each in seen_by_others)
+    # A secure sum's noise is rounded up to whole steps of its quantization, and charged as it is.
+    most = {"server": 1 + 1e-9, "shares": 1.001}[noise_by]
+    assert all(z * (1 - 1e-9) <= each.noise_multiplier <= z * most for each in seen_by_others)
 
 
 @pytest.mark.parametrize(("clip", "share"), [(1e6, 1.0), (1e-9, 0.0)])

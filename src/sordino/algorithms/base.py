@@ -83,6 +83,17 @@ class Upload(State):
 
 
 @dataclass(frozen=True)
+class StatedWeight(Upload):
+    """What a client sends beside a secure sum.
+
+    Attributes:
+        weight: [K], what the average weighs its vector with.
+    """
+
+    weight: Tensor
+
+
+@dataclass(frozen=True)
 class ClippedUpload(Upload):
     """An upload under an adaptive clip.
 

@@ -68,15 +68,29 @@ def _check(settings: PrivacySettings, facts: Facts) -> None:
                 facts.steps,
                 f"must be 1 with privacy.noise_by = {settings.noise_by!r}: the mean of one step's gradients is noised",
             )
-    if settings.noise_by == "shares" and settings.colluders >= len(facts.sizes):
-        raise ConfigError(
-            "privacy.colluders",
-            settings.colluders,
-            f"must be below the number of clients, {len(facts.sizes)}: colluders know their own shares of the noise",
-        )
-    if settings.noise_by == "shares" and facts.participation < 1:
+    if settings.noise_by == "shares":
+        _check_secure_sum(settings, facts)
+
+
+def _check_secure_sum(settings: PrivacySettings, facts: Facts) -> None:
+    clients = len(facts.sizes)
+    if facts.participation < 1:
         raise ConfigError(
             "runtime.participation",
             facts.participation,
             "must be 1 with privacy.noise_by = 'shares', as every share counts",
+        )
+    most = max(0, (clients - settings.colluders - 1) // 2)  # see sordino.secure.sums.setup.check_threshold
+    if settings.colluders >= clients:
+        raise ConfigError(
+            "privacy.colluders",
+            settings.colluders,
+            f"must be below the number of clients, {clients}: colluders know their own shares of the noise",
+        )
+    if settings.dropouts > most:
+        raise ConfigError(
+            "privacy.dropouts",
+            settings.dropouts,
+            f"must be at most {most} of {clients} clients with privacy.colluders = {settings.colluders}: else two "
+            "halves of the clients could open one's upload",
         )

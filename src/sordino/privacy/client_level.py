@@ -12,8 +12,9 @@ from torch import Tensor
 
 from sordino.privacy.gradients import ExactGradients
 from sordino.privacy.ledger import ALL_CLIENTS, OBSERVERS, Ledger, Observer, Release, Way
-from sordino.privacy.mechanism import SUMS_ONLY, Mechanism, Round
+from sordino.privacy.mechanism import Mechanism, Round, charge, summed_securely
 from sordino.privacy.noise import Randomness
+from sordino.privacy.secure_mean import SecureSums
 
 CLIP = "clip"  # the mechanism's state: the current bound, a scalar
 WEIGHT = "weight"  # the field of an upload by which it is averaged: known to all, not learned, so never clipped
@@ -44,8 +45,8 @@ class ClientMechanism(Mechanism):
     def empty_ledger(self) -> Ledger:
         noise_by = self.settings.noise_by
         covered: tuple[Way, ...] = ("mean",) if noise_by == "server" else ("mean", "upload")
-        trusted: tuple[Observer, ...] = () if noise_by == "client" else ("server",)
-        assumptions = (SUMS_ONLY,) if noise_by == "shares" else ()
+        trusted: tuple[Observer, ...] = ("server",) if noise_by == "server" else ()
+        assumptions = (summed_securely(self.settings),) if noise_by == "shares" else ()
         return Ledger((), self._left_open(covered), trusted, assumptions, self.delta, self._randomness)
 
     def open(self, randomness: Randomness, clients: Sequence[int], state: Mapping[str, Tensor]) -> Round:
@@ -53,37 +54,53 @@ class ClientMechanism(Mechanism):
         s, clip = self.settings, float(state[CLIP])
         z_upload, z_count = self._multipliers
         divisor = self.facts.participation * len(self.facts.sizes) if self.samples_clients else len(clients)
-        own_share = {"client": 1.0, "server": 0.0, "shares": self._share(clients)}[s.noise_by]
-        server_share = 1.0 if s.noise_by == "server" else 0.0
+        own, server_share = (1.0 if s.noise_by == who else 0.0 for who in ("client", "server"))
+        sums = SecureSums(s, randomness) if s.noise_by == "shares" else None
+        uploads: dict[str, Tensor] = {}  # clipped, at the clients
+        summed: dict[str, Tensor] = {}  # what a secure sum came to
 
         def protect(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             learned = {name: tensor for name, tensor in tensors.items() if name != WEIGHT}
             clipped, below = clip_jointly(learned, clip)
+            uploads.update(clipped)
             for name, tensor in clipped.items():
                 noise = randomness.normal(f"noise on {name}", *tensor.shape[1:]).to(tensor)
-                clipped[name] = tensor + own_share * z_upload * clip * noise
+                clipped[name] = tensor + own * z_upload * clip * noise
             if s.clip_quantile is not None:
                 noise = randomness.normal("noise on a bit").to(below.device)
-                at_work.below_clip = below.float() - 0.5 + own_share * z_count / 2 * noise
+                at_work.below_clip = below.float() - 0.5 + own * z_count / 2 * noise
             at_work.releases.extend(self.round_releases(clients))
             return tensors | clipped
 
         def average(name: str, values: Tensor, weights: Tensor) -> Tensor:
+            if sums is not None:
+                if not summed:  # all fields as one vector, as they were clipped
+                    found, charged = sums.of("the sum of uploads", uploads, "client", clip, z_upload)
+                    summed.update(found)
+                    charge(at_work.releases, 0, charged)
+                return summed[name].to(values) / divisor
             noise = randomness.common_normal(f"noise on the sum of {name}", *values.shape[1:]).to(values)
             total: Tensor = (values.sum(0) + server_share * z_upload * clip * noise) / divisor
             return total
+
+        def count_below(bits: Tensor) -> float:
+            if sums is not None:
+                found, charged = sums.of("the count", {"count": bits[:, None]}, "client", 0.5, z_count)
+                charge(at_work.releases, 1, charged)
+                return float(found["count"])
+            noise = randomness.common_normal("noise on the count")
+            return float(bits.sum()) + float(server_share * z_count / 2 * noise)
 
         def finish() -> dict[str, Tensor]:
             """Move the clip towards the quantile: smaller where more uploads than wanted are below it."""
             if s.clip_quantile is None or at_work.below_clip is None:
                 return dict(state)
-            noise = float(server_share * z_count / 2 * randomness.common_normal("noise on the count"))
-            below = (float(at_work.below_clip[: len(clients)].sum()) + noise) / divisor + 0.5
+            below = count_below(at_work.below_clip[: len(clients)]) / divisor + 0.5
             changed = clip * math.exp(-s.clip_learning_rate * (below - s.clip_quantile))
             return {CLIP: torch.tensor(changed, dtype=torch.float64)}
 
         told_clip = None if s.clip_quantile is None else state[CLIP]
-        at_work = Round(ExactGradients(self.model), protect, average, told_clip=told_clip, finish=finish)
+        at_work = Round(ExactGradients(self.model), protect, average, sums=sums, told_clip=told_clip, finish=finish)
         return at_work
 
     @cached_property
@@ -92,10 +109,6 @@ class ClientMechanism(Mechanism):
         if self.settings.clip_quantile is None:
             return self.noise_multiplier, math.inf
         return self.noise_multiplier / math.sqrt(1 - COUNT_SHARE), self.noise_multiplier / math.sqrt(COUNT_SHARE)
-
-    def _share(self, clients: Sequence[int]) -> float:
-        """The deviation of one client's noise over that of the sum, which must do without those of T colluders."""
-        return 1 / math.sqrt(max(1, len(clients) - self.settings.colluders))
 
     def round_releases(self, clients: Sequence[int]) -> list[Release]:
         s, facts = self.settings, self.facts
@@ -106,12 +119,8 @@ class ClientMechanism(Mechanism):
             parties = [f"client {client}" for client in clients]
             return [Release(what, party, "client", multipliers, 1.0, 1, s.noise_by, OBSERVERS) for party in parties]
         rate = facts.participation if self.samples_clients else 1.0
-        others: tuple[Observer, ...] = ("clients", "public")
-        releases = [Release(f"mean {what}", ALL_CLIENTS, "client", multipliers, rate, 1, s.noise_by, others)]
-        if s.noise_by == "shares":
-            alone = tuple(z * self._share(clients) for z in multipliers)
-            releases.append(Release(what, ALL_CLIENTS, "client", alone, 1.0, 1, s.noise_by, ("server",)))
-        return releases
+        seen_by: tuple[Observer, ...] = ("clients", "public") if s.noise_by == "server" else OBSERVERS
+        return [Release(f"mean {what}", ALL_CLIENTS, "client", multipliers, rate, 1, s.noise_by, seen_by)]
 
     def planned(self, rounds: int | None = None) -> list[Release]:
         count = self.facts.rounds if rounds is None else rounds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,8 +15,9 @@ from sordino.privacy.cotangent import CotangentGradients, public_directions
 from sordino.privacy.dp_sgd import DpSgdGradients, Group, sampled
 from sordino.privacy.gradients import Batch, Gradient, Gradients, Parameters, PromptOf
 from sordino.privacy.ledger import OBSERVERS, Ledger, Observer, Release, Way
-from sordino.privacy.mechanism import SUMS_ONLY, Mechanism, Round, plain_mean, unchanged
+from sordino.privacy.mechanism import Average, Mechanism, Round, charge, plain_mean, summed_securely, unchanged
 from sordino.privacy.noise import Randomness
+from sordino.privacy.secure_mean import SecureSums
 
 SIZES_KNOWN = "how many examples each client holds is known to all"
 
@@ -45,7 +46,8 @@ class ExampleMechanism(Mechanism):
             releases.extend(self._call_releases(clients, sampling.rate.tolist()))
             return noised(prompt_of, parameters, fixed, batch)
 
-        return Round(gradients, unchanged, self._averaging(randomness), releases)
+        sums = SecureSums(self.settings, randomness) if self.settings.noise_by == "shares" else None
+        return Round(gradients, unchanged, self._averaging(randomness, releases, sums), releases, sums=sums)
 
     def round_releases(self, clients: Sequence[int]) -> list[Release]:
         each = self._call_releases(clients, self._rates(clients))
@@ -61,8 +63,8 @@ class ExampleMechanism(Mechanism):
     def empty_ledger(self) -> Ledger:
         noise_by = self.settings.noise_by
         covered: tuple[Way, ...] = ("mean", "prompt", "sizes", *(() if noise_by == "server" else ("upload", "shares")))
-        trusted: tuple[Observer, ...] = ("server",) if noise_by != "client" or self.facts.pools_data else ()
-        assumptions = (SIZES_KNOWN, *((SUMS_ONLY,) if noise_by == "shares" else ()))
+        trusted: tuple[Observer, ...] = ("server",) if noise_by == "server" or self.facts.pools_data else ()
+        assumptions = (SIZES_KNOWN, *((summed_securely(self.settings),) if noise_by == "shares" else ()))
         return Ledger((), self._left_open(covered), trusted, assumptions, self.delta, self._randomness)
 
     @cached_property
@@ -90,8 +92,6 @@ class ExampleMechanism(Mechanism):
         personal_clip = s.clip if s.personal_clip is None or not self.facts.shared else s.personal_clip
         everyone = torch.ones(len(clients), dtype=torch.float64)
         shared = (z_shared * s.clip if s.noise_by == "client" else 0.0) * everyone
-        if s.noise_by == "shares":
-            shared = torch.tensor([self._share(client) for client in clients], dtype=torch.float64)
         return DpSgdGradients(
             self.model,
             frozenset(self.facts.shared),
@@ -101,32 +101,33 @@ class ExampleMechanism(Mechanism):
             call,
         )
 
-    def _share(self, client: int) -> float:
-        """Standard deviation that one client adds to its sum, so that the mean of all has what it needs.
+    def _averaging(self, randomness: Randomness, releases: list[Release], sums: SecureSums | None) -> Average:
+        """Means with noise where the server, or all clients together, add it.
 
-        The mean of gradients S_i / L_i with weights w_i changes by at most C max_i(w_i / L_i) / W for one example, and
-        has noise of deviation sqrt(sum_i (w_i s_i / L_i)^2) / W. With s_i as below, the noise of all clients but T is z
-        times the change: T colluding clients can take their own shares off, and the rest is enough.
+        The mean of gradients S_i / L_i with weights w_i changes by at most C max_i(w_i / L_i) / W for one example.
         """
-        facts = self.facts
-        expected = facts.rate(client) * facts.sizes[client]
-        whole = self._multipliers[1] * self.settings.clip * facts.largest_share * expected / facts.weights[client]
-        return whole / math.sqrt(len(facts.sizes) - self.settings.colluders)
+        noised, z_shared = set(self.facts.shared.values()), self._multipliers[1]
+        sensitivity = self.settings.clip * self.facts.largest_share  # of the weighted sum
 
-    def _averaging(self, randomness: Randomness) -> Callable[[str, Tensor, Tensor], Tensor]:
-        if self.settings.noise_by != "server":
-            return plain_mean
-        noised = set(self.facts.shared.values())
-
-        def average(name: str, values: Tensor, weights: Tensor) -> Tensor:
+        def by_server(name: str, values: Tensor, weights: Tensor) -> Tensor:
             plain = plain_mean(name, values, weights)
             if name not in noised:
                 return plain
-            sensitivity = self.settings.clip * self.facts.largest_share / float(weights.sum())
             noise = randomness.common_normal(f"noise on the mean of {name}", *plain.shape)
-            return plain + self._multipliers[1] * sensitivity * noise.to(plain)
+            return plain + z_shared * sensitivity / float(weights.sum()) * noise.to(plain)
 
-        return average
+        def in_shares(name: str, values: Tensor, weights: Tensor) -> Tensor:
+            if name not in noised:
+                return plain_mean(name, values, weights)
+            weights = weights.to(values)
+            weighted = {name: values * weights.view(-1, *[1] * (values.ndim - 1))}
+            assert sums is not None
+            largest = sensitivity * max(self.facts.sizes)  # of an entry: all of a client's examples at their clip
+            found, charged = sums.of(f"the sum of {name}", weighted, "example", sensitivity, z_shared, largest)
+            charge(releases, -1, charged)
+            return found[name] / weights.sum()
+
+        return {"client": plain_mean, "server": by_server, "shares": in_shares}[self.settings.noise_by]
 
     def _rates(self, clients: Iterable[int]) -> list[float]:
         """The sampling rates that are planned."""
@@ -144,17 +145,13 @@ class ExampleMechanism(Mechanism):
             return Release(content, f"client {client}", "example", multipliers, rate, 1, by, observers)
 
         z_personal, z_shared = self._multipliers
-        personal = (z_personal,) if facts.personal else ()
-        others: tuple[Observer, ...] = ("clients", "public")
+        seen_by: tuple[Observer, ...] = ("clients", "public") if by == "server" else OBSERVERS
         if self.settings.mechanism == "cotangent":
             yield release("sum of clipped cotangents of the class features", (self.noise_multiplier,), OBSERVERS)
         elif not (facts.shared and facts.personal):
-            yield release("sum of clipped gradients", (self.noise_multiplier,), OBSERVERS if by == "client" else others)
+            yield release("sum of clipped gradients", (self.noise_multiplier,), seen_by)
         elif by == "client":
             yield release("sums of clipped gradients, personal and shared", (z_personal, z_shared), OBSERVERS)
         else:
             what = "sum of clipped personal gradients, and mean over clients of shared ones"
-            yield release(what, (z_personal, z_shared), others)
-        if by == "shares":
-            alone = self._share(client) / self.settings.clip
-            yield release("sums of clipped gradients, as this client sends them", (*personal, alone), ("server",))
+            yield release(what, (z_personal, z_shared), seen_by)

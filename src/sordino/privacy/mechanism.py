@@ -21,6 +21,7 @@ from sordino.privacy.gradients import ExactGradients, Gradients
 from sordino.privacy.ledger import OBSERVERS, Disclosure, Ledger, Release, Source, Way
 from sordino.privacy.noise import Randomness
 from sordino.privacy.sampling import sampling_rate
+from sordino.privacy.secure_mean import SecureSums
 from sordino.privacy.settings import PrivacySettings
 
 ServerUses = Literal["mean", "each", "shares", "nothing"]
@@ -33,7 +34,6 @@ INSTEAD_OF_A_MEAN: dict[ServerUses, str] = {
     "nothing": "sends nothing to be averaged",
 }
 SLACK = 1e-6  # by which a budget may seem to be passed where rounding says so
-SUMS_ONLY = "the server sees the sum of uploads only (secure aggregation); it is listed with what single uploads tell"
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ class Round:
         average: (name, values [K, ...], weights [K]) to their mean, as the server sees it.
         releases: what was released so far; filled as it happens.
         below_clip: [K], 1/2 where an upload was below an adaptive clip, -1/2 where not, noised; a part of the upload.
+        sums: the round's secure sums; where they are set, the server sees nothing of uploads but `average`.
         told_clip: the clip that clients are told, where it adapts; a part of the broadcast.
         finish: the mechanism's state after the round.
     """
@@ -104,6 +105,7 @@ class Round:
     average: Average
     releases: list[Release] = field(default_factory=list)
     below_clip: Tensor | None = None
+    sums: SecureSums | None = None
     told_clip: Tensor | None = None
     finish: Callable[[], dict[str, Tensor]] = dict
 
@@ -212,6 +214,20 @@ def _difference(entered: Sequence[Release], planned: Sequence[Release]) -> str:
             extra, missing = ("; ".join(sorted(map(words, each))) or "none" for each in (drawn - plan, plan - drawn))
             return f"releases of {party} in a round: {missing} planned, {extra} drawn"
     return "another order of releases"
+
+
+def summed_securely(settings: PrivacySettings) -> str:
+    """What a secure sum takes as given, in words."""
+    together = f"at most {settings.colluders} of them pool what they know, with each other or with the server"
+    return f"clients' uploads are added up by a secure sum, in which all keep to the protocol and {together}"
+
+
+def charge(releases: list[Release], place: int, noise_multiplier: float) -> None:
+    """Enter, in place, what a secure sum's survivors really noised: the noise multiplier of one of the vectors."""
+    for number, release in enumerate(releases):
+        multipliers = list(release.noise_multipliers)
+        multipliers[place] = noise_multiplier
+        releases[number] = replace(release, noise_multipliers=tuple(multipliers))
 
 
 def unchanged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,10 +18,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.special import ndtri
 from torch import Tensor
 
-from sordino.randomness import Streams, derive_key
+from sordino.randomness import Streams, Words, derive_key
 
 NONCE_BYTES = 16
 
@@ -39,6 +40,10 @@ class Randomness(Protocol):
 
     def uniform(self, purpose: str, counts: Sequence[int]) -> list[Tensor]:
         """For each client as many uniform numbers in [0, 1) as it is asked for, float64 on the CPU."""
+        ...
+
+    def words(self, purpose: str) -> list[Words]:
+        """For each client a source of uniform integers below 2^64."""
         ...
 
 
@@ -68,6 +73,9 @@ class SystemRandomness:
     def uniform(self, purpose: str, counts: Sequence[int]) -> list[Tensor]:
         return [torch.from_numpy(_integers(count) * 2.0**-53) for count in counts]
 
+    def words(self, purpose: str) -> list[Words]:
+        return [_words] * self.clients
+
 
 def new_nonce() -> str:
     """Return 128 bits from the operating system, in hex: what tells a run from all others."""
@@ -85,8 +93,12 @@ def simulated(nonce: str, run: str, round: int, clients: Sequence[int], device: 
     return Streams(derive_key("simulated noise", nonce, run), round, clients, device)
 
 
+def _words(count: int) -> NDArray[np.uint64]:
+    return np.frombuffer(secrets.token_bytes(8 * count), dtype=np.uint64)
+
+
 def _integers(*shape: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
     """Uniform integers below 2^53, as float64, which holds them exactly."""
     size = int(np.prod(shape))
-    drawn = np.frombuffer(secrets.token_bytes(8 * size), dtype=np.uint64) >> np.uint64(11)
+    drawn = _words(size) >> np.uint64(11)
     return drawn.astype(np.float64).reshape(shape)

@@ -72,6 +72,9 @@ class PrivacySettings(BaseModel):
         ge=0,
         description="noise_by = 'shares': clients that may pool what they know; noise is enough without their shares",
     )
+    dropouts: int = Field(
+        default=0, ge=0, description="noise_by = 'shares': clients that may drop out of a sum; likewise"
+    )
     simulation: bool = Field(
         default=False,
         description="noise and samples that can be drawn again, from seed and nonce instead of the operating system; "

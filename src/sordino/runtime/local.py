@@ -27,6 +27,7 @@ from sordino.algorithms.base import (
     Server,
     Start,
     State,
+    StatedWeight,
     Upload,
     map_tensors,
     model_class,
@@ -40,7 +41,7 @@ from sordino.privacy.choice import mechanism_for
 from sordino.privacy.client_level import WEIGHT
 from sordino.privacy.gradients import Batch, Gradient, Gradients, Parameters, PromptOf
 from sordino.privacy.ledger import Disclosure, Ledger, Release, joint_digest
-from sordino.privacy.mechanism import Facts, Round
+from sordino.privacy.mechanism import Average, Facts, Round
 from sordino.privacy.noise import Randomness, SystemRandomness, new_nonce, simulated
 from sordino.privacy.sampling import PoissonSampler
 from sordino.privacy.settings import PrivacySettings
@@ -190,7 +191,7 @@ class LocalRuntime:
         if exchange := getattr(self.algorithm, "exchange", None):
             uploads = exchange(self.settings, self.model, training.server, take(upload, there), chosen.tolist(), clock)
         else:
-            uploads = aggregated(self.runtime, take(upload, there), at_work.average)
+            uploads = aggregated(self.runtime, *_as_the_server_sees_it(take(upload, there), at_work))
         server = self.algorithm.server_round(self.settings, training.server, uploads, clock)
         protocol = protocol_record(uploads, time.monotonic() - began)
         clients = put(training.clients, chosen, take(states, there))
@@ -203,8 +204,10 @@ class LocalRuntime:
         told = take(broadcast, first) if isinstance(broadcast, PersonalBroadcast) else broadcast
         down = len(wire.encode(_with_clip(told, at_work)))
         # Where there is a protocol, its messages carry the upload.
-        up = protocol.sent if protocol else len(wire.encode(take(message, first)))
+        up = protocol.sent if protocol else len(wire.encode(take(_message(message, at_work), first)))
         down += protocol.received if protocol else 0
+        if at_work.sums is not None:
+            up, down = up + at_work.sums.sent, down + at_work.sums.received
         labels = getattr(server, "labels", None)
         clusters = None if labels is None else labels.long().tolist()
         return after, RoundRecord(number, loss, len(chosen), up, down, clusters, protocol)
@@ -337,6 +340,26 @@ def _protected(upload: AnyUpload, at_work: Round) -> tuple[AnyUpload, Upload]:
     if at_work.below_clip is None:
         return protected, protected
     return protected, ClippedUpload(tensors, at_work.below_clip.float())
+
+
+def _as_the_server_sees_it(upload: AnyUpload, at_work: Round) -> tuple[AnyUpload, Average]:
+    """Uploads, and their means; under a secure sum the server is shown weights and means, and no upload."""
+    if at_work.sums is None:
+        return upload, at_work.average
+    hidden = named_tensors(upload)
+
+    def average(name: str, values: Tensor, weights: Tensor) -> Tensor:
+        return at_work.average(name, hidden[name], weights)
+
+    return map_tensors(upload, lambda name, each: each if name == WEIGHT else torch.full_like(each, math.nan)), average
+
+
+def _message(upload: Upload, at_work: Round) -> Upload:
+    """What a client sends in one piece; under a secure sum its weight alone, as all else is in the sum's messages."""
+    if at_work.sums is None:
+        return upload
+    weight = [tensor for name, tensor in named_tensors(upload).items() if name.rpartition(".")[-1] == WEIGHT]
+    return StatedWeight(weight[0]) if weight else Upload()
 
 
 def _with_clip(broadcast: Broadcast, at_work: Round) -> Broadcast:
