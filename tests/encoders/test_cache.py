@@ -138,6 +138,22 @@ def test_equal_pictures_are_encoded_once(tmp_path):
         assert torch.equal(result.features[0], result.features[3])
 
 
+def test_digests_are_those_of_the_content_by_row(tmp_path):
+    made = contents(2)
+    images = Pictures([made[1], b"text", made[0], made[1]])
+
+    def vanish(index, raw=images.raw):
+        if index == 2:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+        return raw(index)
+
+    images.raw = vanish
+    for _ in range(2):  # computed, then from the cache
+        result, _ = run(images, tmp_path)
+        expected = [hashlib.sha256(content).digest() for content in images.contents]
+        assert result.digests == (expected[0], expected[1], None, expected[0])
+
+
 def test_another_fingerprint_or_kind_is_another_feature(tmp_path):
     images = Pictures(contents(3))
     run(images, tmp_path)
