@@ -24,6 +24,7 @@ FORMATS = (
     *("PCX", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP"),
 )
 MAX_PIXELS = 89_478_485  # Pillow's own bound for a suspected decompression bomb: 256 MB of 24-bit pixels
+MAX_BYTES = 6 * MAX_PIXELS + (1 << 20)  # of a file: so many pixels of three 16-bit colors, not compressed
 
 
 # Endings of formats that a further package reads: the package, and the extra of this one that brings it.
