@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,11 +68,6 @@ def told(passed_over: Sequence[PassedOver]) -> str:
         by_kind.setdefault(part.kind, []).append(part)
     parts = [_told_of(kind, some) for kind, some in by_kind.items()]
     return f"passed over {sum(part.files for part in passed_over)} files: {'; '.join(parts)}"
-
-
-def as_summary(passed_over: Sequence[PassedOver]) -> list[Mapping[str, object]]:
-    """As in `summary.json`."""
-    return [{"kind": part.kind, "folder": part.folder, "files": part.files} for part in passed_over]
 
 
 def _told_of(kind: str, some: Sequence[PassedOver]) -> str:
