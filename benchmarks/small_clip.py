@@ -153,7 +153,7 @@ def text_features(encoder: DualEncoder, template: str, names: Sequence[str]) -> 
     """Features [C, D] of 'template name.'"""
     context = encoder.embed(template)
     chunks = [names[start : start + 128] for start in range(0, len(names), 128)]
-    return torch.cat([encoder.text_features(context, encoder.class_tokens(chunk)) for chunk in chunks])
+    return torch.cat([encoder.text_features(context, encoder.class_tokens(chunk, compete=False)) for chunk in chunks])
 
 
 def clip_tokenizer(texts: Sequence[str]) -> CLIPTokenizer:

@@ -12,13 +12,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors
 import safetensors.torch
+from PIL import Image
 
 from sordino.compare import compare, grid
 from sordino.config import Experiment, load_config
-from sordino.errors import ConfigError, DataError, RunError
+from sordino.errors import ConfigError, DataError, EncoderError, RunError
 from sordino.experiment import run
 
 
@@ -179,6 +181,91 @@ def test_unreadable_pictures_are_named_counted_and_skipped(config_file: Path, pi
     summary = run(load_config(config_file), tmp_path / "run")
     assert sorted(each["name"] for each in summary["images"]["skipped"]) == ["blue_sky/7.png", "red_apple/3.png"]
     assert summary["images"]["encoded"] == 30
+
+
+def test_files_passed_over_are_told_once_and_in_the_summary(
+    config_file: Path, pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (pictures / "red_apple" / "photo.xyz").write_bytes(b"x")
+    (pictures / "blue_sky" / "scan").write_bytes(b"x")
+    summary = run(load_config(config_file), tmp_path / "run")
+    assert summary["images"]["passed_over"] == [
+        {"kind": ".xyz", "folder": "red_apple", "files": 1},
+        {"kind": "no extension", "folder": "blue_sky", "files": 1},
+    ]
+    told = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+    assert len(told) == 1
+    assert "1 .xyz in 'red_apple'" in told[0]
+    assert (tmp_path / "run" / "summary.json").read_text().count("red_apple") >= 1
+
+
+def test_copies_are_told_once_and_in_the_summary(
+    config_file: Path, pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    same = (pictures / "red_apple" / "0.png").read_bytes()
+    for path in [*(pictures / "red_apple").iterdir(), pictures / "green_leaf" / "0.png"]:
+        path.write_bytes(same)
+    clean = run(load_config(config_file, ["data.train_per_class=2"]), tmp_path / "first")
+    config = load_config(config_file, ["data.train_per_class=2"])
+    found = compare(grid(config, ["promptfl", "local"]), 1, tmp_path / "both")
+    assert len(found) == 2
+    copies = clean["images"]["copies"]
+    # All eight apples are one picture: two train, six test; the leaf is a third copy if it trains or tests, as it does.
+    assert copies["in_two_classes"] == 1
+    assert copies["tested_and_trained"] in (6, 7)
+    assert copies["repeated_in_training"] in (1, 2)
+    assert set(copies["examples"]["in_two_classes"]) & {"green_leaf/0.png"}
+    told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("copies of pictures")]
+    assert len(told) == 2  # once for the run, once for both of the comparison
+    assert "in two classes ('" in told[0]
+
+
+def test_a_clean_run_has_no_copies_and_says_nothing(
+    config_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    summary = run(load_config(config_file), tmp_path / "run")
+    assert summary["images"]["copies"] == {
+        "tested_and_trained": 0,
+        "in_two_classes": 0,
+        "at_two_clients": 0,
+        "repeated_in_training": 0,
+        "examples": {},
+    }
+    assert summary["images"]["passed_over"] == []
+    assert not [record for record in caplog.records if "copies" in record.getMessage()]
+
+
+def test_names_that_read_the_same_end_a_run_before_anything_is_encoded(
+    config_file: Path, pictures: Path, tmp_path: Path
+) -> None:
+    (pictures / "red_apple").rename(pictures / "Blue sky")
+    with pytest.raises(EncoderError, match="reads class names 'Blue sky' and 'blue sky' as the same"):
+        run(load_config(config_file), tmp_path / "run")
+
+
+def test_deep_grey_in_a_run(config_file: Path, pictures: Path, tmp_path: Path) -> None:
+    """Twelve bits in 16-bit files: refused with the remedy, which then gives what 8 bits give."""
+    grey = tmp_path / "eight"
+    for folder in sorted(pictures.iterdir()):
+        (grey / folder.name).mkdir(parents=True)
+        for file in folder.iterdir():
+            values = np.asarray(Image.open(file).convert("L"))
+            Image.fromarray(values).save(grey / folder.name / file.name)
+            Image.fromarray(values.astype(np.uint16) * 4095 // 255).save(file)
+    with pytest.raises(DataError, match="has no readable picture"):
+        run(load_config(config_file), tmp_path / "refused")
+    given = run(load_config(config_file, ["data.grey_range=[0, 4095]"]), tmp_path / "deep")
+    expected = run(load_config(config_file, [f"data.source=imagefolder:{grey}"]), tmp_path / "grey")
+    assert given["images"]["encoded"] == expected["images"]["encoded"] == 32
+    deep, eight = prompts(tmp_path / "deep"), prompts(tmp_path / "grey")
+    assert given["images"]["skipped"] == []
+    assert deep.keys() == eight.keys()
+
+
+def test_a_configuration_may_begin_with_a_byte_order_mark(config_file: Path, tmp_path: Path) -> None:
+    marked = tmp_path / "marked.toml"
+    marked.write_bytes(b"\xef\xbb\xbf" + config_file.read_bytes())
+    assert load_config(marked) == load_config(config_file)
 
 
 def test_too_few_readable_pictures_are_told_before_training(config_file: Path, pictures: Path, tmp_path: Path) -> None:

@@ -16,11 +16,13 @@ from sordino.config import Experiment
 from sordino.encoders import choose_device, load_encoder
 from sordino.encoders.base import DualEncoder
 from sordino.encoders.cache import FeatureCache, Kind
-from sordino.encoders.encode import Skipped, encode
+from sordino.encoders.encode import Skipped, encode, tell_skipped
 from sordino.encoders.prompt_model import PromptModel
 from sordino.errors import DataError
 from sordino.progress import Progress, log
+from sordino.tasks.copies import Copies, find_copies
 from sordino.tasks.images import Flags, ImageSet, Indices
+from sordino.tasks.passed_over import told
 from sordino.tasks.poisoning import poisoned, with_triggers
 from sordino.tasks.sources import load_images
 from sordino.tasks.splits import Task, build_task
@@ -75,6 +77,7 @@ class Bench:
         readable: [N], false for those that were tried and could not be read.
         skipped: the images that could not be read.
         triggers: size of a trigger to the row at which the pictures with it start.
+        digests: SHA-256 of the raw content of every row that was tried and whose content could be read.
     """
 
     images: ImageSet
@@ -83,9 +86,11 @@ class Bench:
     readable: Flags
     skipped: list[Skipped] = field(default_factory=list)
     triggers: dict[float, int] = field(default_factory=dict)
+    digests: dict[int, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._originals = self.images
+        self._told: set[str] = set()
 
     @classmethod
     def open(cls, config: Experiment) -> Bench:
@@ -96,6 +101,8 @@ class Bench:
         """
         device = choose_device(config.device)
         images = load_images(config.data)
+        if images.passed_over:
+            log.warning("%s", told(images.passed_over))
         task = build_task(images, config.data, config.partition, config.seed)
         if config.poisoning is not None:
             poisoned(task, config.poisoning, len(images), config.seed)
@@ -132,7 +139,15 @@ class Bench:
             cost += self._encode(self._missing(task, kind), kind, progress)
             if not self.readable[task.used].all():
                 raise DataError("a picture cannot be read once a trigger is in it; see the warnings above")
+        copies = self.copies(task)
+        if copies and copies.told() not in self._told:
+            self._told.add(copies.told())
+            log.warning("%s", copies.told())
         return task, Encoding(time.monotonic() - started, int(cost[0]), int(cost[1]))
+
+    def copies(self, task: Task) -> Copies:
+        """The pictures of an encoded task that are copies of others in it."""
+        return find_copies(task, self.images, self.digests)
 
     def _missing(self, task: Task, kind: Kind) -> Indices:
         """The rows that a task uses and that were not read yet."""
@@ -155,9 +170,11 @@ class Bench:
         table.known[rows] = True
         self.readable[rows] = result.readable
         self.skipped += result.skipped
+        self.digests |= {
+            row: digest for row, digest in zip(rows.tolist(), result.digests, strict=True) if digest is not None
+        }
         log.info("%d images encoded, %d from the cache", result.encoded, result.cached)
-        for skipped in result.skipped:
-            log.warning("skipped %s: %s", skipped.name, skipped.reason)
+        tell_skipped(result.skipped)
         return result.encoded, result.cached
 
     def _triggered_from(self, size: float) -> int:

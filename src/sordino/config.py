@@ -64,7 +64,7 @@ def read_tables(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         ConfigError: the file is missing or malformed, or an override is.
     """
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors write a mark
     except FileNotFoundError:
         raise ConfigError("CONFIG", str(path), "no such file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -109,6 +109,8 @@ def _run(
             "encoded": encoding.encoded,
             "cached": encoding.cached,
             "skipped": [asdict(skipped) for skipped in bench.skipped],
+            "passed_over": [asdict(part) for part in bench.images.passed_over],
+            "copies": bench.copies(task).as_summary(),
         },
         "version": sordino.__version__,
     }

@@ -1,12 +1,44 @@
-"""Files that are whole or absent, whatever is killed when and however full the disk is."""
+"""Files that are written whole or not at all, and files of others that are read without hanging."""
 
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from uuid import uuid4
 
-from sordino.errors import RunError
+from sordino.errors import DataError, RunError
+
+# Neither waits for a writer of a pipe, nor makes a terminal the process's own, nor translates line ends.
+READING = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_BINARY", "O_CLOEXEC"))
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """The content of a regular file, or of one that a link leads to.
+
+    A path may come with somebody else's data and lead to a pipe that never ends, a device, or a file of any size.
+
+    Args:
+        path: of the file.
+        limit: bytes that are read at most.
+
+    Raises:
+        DataError: it is no regular file, or larger; the message is the reason alone.
+        OSError: it cannot be opened or read.
+    """
+    _require_regular(path.stat())  # before it is opened, which may move a tape
+    with os.fdopen(os.open(path, READING), "rb") as file:
+        status = os.fstat(file.fileno())  # what is open now may be another file
+        _require_regular(status)
+        content: bytes | None = file.read(limit + 1) if status.st_size <= limit else None
+        if content is None or len(content) > limit:
+            raise DataError(f"larger than the {limit:,} bytes that are read")
+    return content
+
+
+def _require_regular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError("not a regular file")
 
 
 def replace_file(path: Path, content: bytes) -> None:

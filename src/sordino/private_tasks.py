@@ -14,13 +14,14 @@ import torch
 
 from sordino.encoders.bundled import BundledEncoder
 from sordino.encoders.cache import FeatureCache
-from sordino.encoders.encode import encode
+from sordino.encoders.encode import encode, tell_skipped
 from sordino.mpc.search import projection
 from sordino.mpc.settings import PrivateTuning
 from sordino.mpc.tasks import TEST_SEED, ImageTask, Part, TextTask, drawn, text_task
 from sordino.progress import Progress, log, silent
 from sordino.tasks.folders import image_folder
-from sordino.tasks.images import Flags, ImageSet, Indices
+from sordino.tasks.images import Flags, ImageSet, Indices, with_grey_range
+from sordino.tasks.passed_over import told
 
 HALVES_STREAM = 4  # what a generator derived from the seed is for
 
@@ -45,7 +46,12 @@ def open_task(config: PrivateTuning, part: Part = "test", progress: Progress = s
 def _image_task(config: PrivateTuning, part: Part, progress: Progress) -> ImageTask:
     source = str(config.task.source)
     images = image_folder(Path(source.partition(":")[2]), source)
+    if images.passed_over:
+        log.warning("%s", told(images.passed_over))
+    if config.task.grey_range is not None:
+        images = with_grey_range(images, (config.task.grey_range[0], config.task.grey_range[1]))
     encoder = BundledEncoder.load(torch.device("cpu"))
+    encoder.class_tokens(images.class_names)  # refuses names that read the same, before anything is encoded
     readable = np.ones(len(images), dtype=np.bool_)
     while True:
         train, test = split_images(images, readable, config, part)
@@ -56,8 +62,7 @@ def _image_task(config: PrivateTuning, part: Part, progress: Progress) -> ImageT
             FeatureCache(),
             progress=lambda done, total: progress("encode images", done, total),
         )
-        for skipped in found.skipped:
-            log.warning("skipped %s: %s", skipped.name, skipped.reason)
+        tell_skipped(found.skipped)
         if found.readable.all():
             break
         readable[rows[~found.readable]] = False  # and others are drawn in their place

@@ -18,7 +18,7 @@ from sordino.encoders import cache as cache_module
 from sordino.encoders import encode as encode_module
 from sordino.encoders.base import Capability, DualEncoder
 from sordino.encoders.cache import FeatureCache, default_directory
-from sordino.encoders.encode import Skipped, encode
+from sordino.encoders.encode import Skipped, encode, tell_skipped
 from sordino.errors import DataError, EncoderError, SordinoWarning
 
 WIDTH = 6
@@ -138,6 +138,22 @@ def test_equal_pictures_are_encoded_once(tmp_path):
         assert torch.equal(result.features[0], result.features[3])
 
 
+def test_digests_are_those_of_the_content_by_row(tmp_path):
+    made = contents(2)
+    images = Pictures([made[1], b"text", made[0], made[1]])
+
+    def vanish(index, raw=images.raw):
+        if index == 2:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+        return raw(index)
+
+    images.raw = vanish
+    for _ in range(2):  # computed, then from the cache
+        result, _ = run(images, tmp_path)
+        expected = [hashlib.sha256(content).digest() for content in images.contents]
+        assert result.digests == (expected[0], expected[1], None, expected[0])
+
+
 def test_another_fingerprint_or_kind_is_another_feature(tmp_path):
     images = Pictures(contents(3))
     run(images, tmp_path)
@@ -191,6 +207,39 @@ def test_what_the_encoder_cannot_do_or_does_wrongly_is_an_error_and_not_kept(tmp
     with pytest.raises(EncoderError, match="'tiny' gives image features that are not finite"):
         run(Pictures(contents(2)), tmp_path, broken)
     assert shards(tmp_path) == []
+
+
+class OverflowingEncoder(TinyEncoder):
+    """Features are not finite where a picture's first value is 255."""
+
+    def image_features(self, pixels):
+        features = super().image_features(pixels)
+        features[pixels[:, 0, 0, 0] == 255] = float("inf")
+        return features
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_one_picture_without_finite_features_is_unreadable_and_ends_nothing(tmp_path, batch_size):
+    made = contents(5)
+    bad = bytes([255]) + made[1][1:]
+    images = Pictures([bad, made[0], made[2], bad, made[3]])
+    result, _ = run(images, tmp_path, OverflowingEncoder(), batch_size=batch_size)
+    assert result.readable.tolist() == [False, True, True, False, True]
+    assert {skipped.name for skipped in result.skipped} == {"0.png", "3.png"}
+    assert "not finite" in result.skipped[0].reason
+    assert torch.isfinite(result.features).all()
+    clean, _ = run(Pictures([made[0], made[2], made[3]]), None, batch_size=batch_size)
+    assert torch.equal(result.features[torch.from_numpy(result.readable)], clean.features)
+    again, encoder = run(images, tmp_path, OverflowingEncoder())
+    assert (again.cached, encoder.decoded) == (3, 1)  # what is not finite was not kept
+    alone, _ = run(Pictures([bad]), None, OverflowingEncoder(), batch_size=batch_size)
+    assert alone.readable.tolist() == [False]  # the encoder is sound: it is the picture
+
+
+def test_many_unreadable_pictures_are_not_all_told(caplog):
+    tell_skipped([Skipped(f"{row}.png", "damaged") for row in range(1000)])
+    assert len(caplog.records) == encode_module.TOLD + 1
+    assert "980 more" in caplog.records[-1].getMessage()
 
 
 # --- what may happen to a disk ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
-from sordino.errors import ConfigError, DataError
+from sordino.errors import ConfigError, DataError, EncoderError, SordinoWarning
 from sordino.mpc.sentences import Forward, Sentences, encoded, in_the_clear
 from sordino.mpc.settings import PrivateTuning, parse_private_config
 from sordino.mpc.tasks import TEXT_SCALE, ImageTask, TextTask, cross_entropies, drawn, initial_prompt, read_sentences
@@ -236,6 +238,55 @@ def test_malformed_lines_are_named(tmp_path: Path, content: str, message: str) -
     file.write_text(content, encoding="utf-8")
     with pytest.raises(DataError, match=message):
         read_sentences(file, "task.train", 2)
+
+
+def test_a_file_of_sentences_may_begin_with_a_byte_order_mark_and_must_be_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "data.tsv"
+    file.write_bytes(b"\xef\xbb\xbfsentence\tlabel\r\nfine\t1\r\n")
+    assert read_sentences(file, "task.train", 2)[0] == ("fine",)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(ConfigError, match=r"task\.train = .*not a regular file"):
+            read_sentences(path, "task.train", 2)
+
+
+def test_descriptions_that_read_the_same_are_refused(text_config: Callable[..., PrivateTuning]) -> None:
+    with pytest.raises(EncoderError, match="reads descriptions 'It was great.' and 'it was great.' as the same"):
+        open_task(text_config(descriptions=["It was great.", "it was great."]))
+    long = "it was a film of the year"
+    open_task(text_config(descriptions=[f"{long} one", f"{long} two"]))
+    with pytest.raises(ConfigError, match=r"task\.descriptions = .*same in their first 7 tokens"):
+        open_task(text_config(descriptions=[f"{long} one", f"{long} two"], longest=11))
+
+
+def test_unknown_words_in_sentences_and_prompts_are_a_warning(text_config: Callable[..., PrivateTuning]) -> None:
+    with pytest.warns(SordinoWarning, match="does not know words of description"):
+        open_task(text_config(descriptions=["龘", "it was great."]))
+    embedder = open_task(text_config()).embedder
+    with pytest.warns(SordinoWarning, match="does not know words of prompt.initial"):
+        initial_prompt(embedder, "a 龘", 2)
+    file = Path(str(text_config().task.test))
+    file.write_text(file.read_text(encoding="utf-8").replace("moving", "龘"), encoding="utf-8")
+    with pytest.warns(SordinoWarning, match="does not know words of sentence '龘"):
+        open_task(text_config())
+
+
+def test_class_folders_that_read_the_same_are_refused(
+    image_config: Callable[..., PrivateTuning], pictures: Path
+) -> None:
+    config = image_config()
+    (pictures / "red_apple").rename(pictures / "Blue Sky")
+    with pytest.raises(EncoderError, match="'Blue Sky' and 'blue sky' as the same"):
+        open_task(config)
+
+
+def test_deep_grey_is_read_in_a_given_range(image_config: Callable[..., PrivateTuning], pictures: Path) -> None:
+    generator = np.random.default_rng(0)
+    for file in pictures.rglob("*.png"):
+        Image.fromarray(generator.integers(0, 4096, (8, 8), dtype=np.uint16)).save(file)
+    with pytest.raises(DataError, match="0 readable examples"):
+        open_task(image_config())
+    assert len(open_task(image_config(grey_range=[0, 4095])).labels) == 8
 
 
 def test_what_is_missing_is_named(text_config: Callable[..., PrivateTuning], tmp_path: Path) -> None:

@@ -28,6 +28,13 @@ def test_an_unknown_source_is_refused_with_what_is_allowed(source):
         (DataSettings, {"source": "digits", "train_per_class": "4"}, "valid integer"),
         (DataSettings, {"source": "digits", "test_fraction": 1.0}, "less than 1"),
         (DataSettings, {"source": "digits", "label_column": "y"}, "applies to a source 'hf:"),
+        (DataSettings, {"source": "digits", "class_names": ["a", "b"]}, "applies to a source 'hf:"),
+        (DataSettings, {"source": "hf:x", "class_names": ["a", "_"]}, "must not be empty"),
+        (DataSettings, {"source": "hf:x", "class_names": {"0": "a_b", "1": "a b"}}, "two classes are named 'a b'"),
+        (DataSettings, {"source": "hf:x", "grey_range": [1.0, 1.0]}, "two different finite numbers"),
+        (DataSettings, {"source": "hf:x", "grey_range": [0.0, float("inf")]}, "two different finite numbers"),
+        (DataSettings, {"source": "hf:x", "grey_range": [0.0]}, "at least 2 items"),
+        (DataSettings, {"source": "digits", "grey_range": [0, 9]}, "whose pictures have 8 bits"),
         (PartitionSettings, {"scheme": "random", "clients": 2}, "'disjoint', 'classes'"),
         (PartitionSettings, {"scheme": "iid", "clients": 0}, "greater than or equal to 1"),
         (

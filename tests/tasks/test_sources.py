@@ -1,14 +1,20 @@
 """Sources: real files on disk, in every layout that is accepted, and what is said of those that are not."""
 
 import io
+import os
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from tasks.pictures_of_a_ramp import RAMP, png16, wide
 
 from sordino.errors import ConfigError, DataError
+from sordino.files import read_regular
 from sordino.tasks import DataSettings
-from sordino.tasks.pictures import decode
+from sordino.tasks.passed_over import PassedOver, told
+from sordino.tasks.pictures import MAX_BYTES, decode, suffixes
 from sordino.tasks.sources import load_images
 
 
@@ -49,7 +55,7 @@ def test_class_folders(tmp_path):
     assert images.labels.tolist() == [0, 0, 1, 1, 1]
     assert images.names == ["ant/0.png", "ant/1.png", *(f"polar_bear/{i}.png" for i in range(3))]
     assert (images.domains, images.domain_names, images.is_test) == (None, None, None)
-    assert images.ignored == 1
+    assert images.passed_over == (PassedOver(".txt", "ant", 1), PassedOver("hidden", "ant", 1))
     assert images.raw(0) == (tmp_path / "ant" / "0.png").read_bytes()
     assert images.image(3).getpixel((0, 0)) == (1, 0, 0)
 
@@ -292,3 +298,243 @@ def test_real_folders_of_both_depths(real_data):
     assert pacs.domain_names == ("art painting", "cartoon", "photo", "sketch")
     assert np.all(np.bincount(pacs.domains * 7 + pacs.labels) == 80)
     assert pacs.image(0).mode == "RGB"
+
+
+# --- what is passed over ---------------------------------------------------------------------------------------------
+
+
+def test_files_passed_over_are_counted_by_kind_and_folder(tmp_path):
+    source = write_folders(tmp_path, {"ant": 2, "bee": 1, "bee/old": 0})
+    for name in ("ant/1.XYZ", "ant/2.xyz", "bee/3.xyz", "bee/scan", "bee/old/4.xyz", "stray.png", "notes"):
+        (tmp_path / name).write_bytes(b"something")
+    (tmp_path / "ant" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "ant" / "itself.png").symlink_to(tmp_path / "ant" / "itself.png")
+    (tmp_path / "ant" / ".secret.png").write_bytes(content(picture(1)))
+    (tmp_path / "ant" / ".bashrc").write_text("")
+    os.mkfifo(tmp_path / "bee" / "pipe.png")
+    images = load(source)
+    assert images.names == ["ant/0.png", "ant/1.png", "bee/0.png"]
+    assert set(images.passed_over) == {
+        PassedOver(".xyz", "ant", 2),
+        PassedOver(".xyz", "bee", 1),
+        PassedOver(".xyz", "bee/old", 1),
+        PassedOver("no extension", "bee", 1),
+        PassedOver("no extension", ".", 1),
+        PassedOver("misplaced .png", ".", 1),
+        PassedOver("dangling link", "ant", 2),
+        PassedOver("hidden", "ant", 1),
+        PassedOver("no regular file", "bee", 1),
+    }
+    line = told(images.passed_over)
+    assert line.startswith("passed over 11 files: ")
+    assert "4 .xyz in 'ant', 'bee', 'bee/old'" in line
+    assert "2 no extension in '.', 'bee' (give them the ending" in line
+    assert "\n" not in line
+
+
+def test_all_files_are_taken_or_passed_over_or_junk(tmp_path):
+    """Conservation, in every layout: nothing vanishes without a word."""
+    for layout in (["a", "b"], ["p/a", "p/b", "q/a"], ["train/a", "train/b", "val/a", "test/a", "test/b"]):
+        root = tmp_path / str(len(layout))
+        source = write_folders(root, dict.fromkeys(layout, 2))
+        for folder in ("", *layout, *(f"{name}/deeper" for name in layout)):
+            (root / folder).mkdir(exist_ok=True)
+            for name in ("one.txt", "two.tar.gz", "three"):
+                (root / folder / name).write_text("x")
+        images = load(source)
+        there = sum(path.is_file() for path in root.rglob("*"))
+        assert len(images) + sum(part.files for part in images.passed_over) == there
+
+
+@pytest.mark.parametrize("junk", ["__MACOSX/a", "@eaDir", "ant/@eaDir", "lost+found", "ant/__MACOSX"])
+def test_what_systems_leave_stops_nothing(tmp_path, junk):
+    source = write_folders(tmp_path, {"ant": 1, "bee": 1, junk: 2})
+    for name in ("Thumbs.db", "ant/Thumbs.db", "bee/.DS_Store", "ant/._0.png", "bee/desktop.ini", ".DS_Store"):
+        (tmp_path / name).write_bytes(b"junk")
+    images = load(source)
+    assert images.names == ["ant/0.png", "bee/0.png"]
+    assert images.passed_over == ()
+
+
+def test_a_folder_without_pictures_says_what_it_holds(tmp_path, monkeypatch):
+    source = write_folders(tmp_path, {"ant": 1, "bee": 0})
+    (tmp_path / "bee" / "1.heic").write_bytes(b"x")
+    (tmp_path / "bee" / "2.dcm").write_bytes(b"x")
+    monkeypatch.setattr("sordino.tasks.pictures.find_spec", lambda name: None)
+    for module in ("folders", "passed_over"):
+        monkeypatch.setattr(f"sordino.tasks.{module}.suffixes", lambda: frozenset({".png"}))
+    with pytest.raises(DataError, match="holds no picture") as caught:
+        load(source)
+    assert "1 .dcm in '.' (pip install 'sordino[medical]')" in str(caught.value)
+    assert "1 .heic in '.' (pip install 'sordino[heif]')" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_endings_of_optional_formats_count_where_their_package_is_there(monkeypatch):
+    suffixes.cache_clear()
+    assert (".dcm" in suffixes()) == (find_spec("pydicom") is not None)
+    assert (".heic" in suffixes()) == (find_spec("pillow_heif") is not None)
+    monkeypatch.setattr("sordino.tasks.pictures.find_spec", lambda name: None)
+    suffixes.cache_clear()
+    assert ".dcm" not in suffixes()
+    monkeypatch.undo()
+    suffixes.cache_clear()
+
+
+def test_heic_pictures_are_read(tmp_path):
+    pytest.importorskip("pillow_heif")
+    suffixes()  # registers the format
+    source = write_folders(tmp_path, {"ant": 1, "bee": 1})
+    (tmp_path / "bee" / "photo.HEIC").write_bytes(content(picture(200, (16, 16)), "HEIF", quality=95))
+    images = load(source)
+    assert images.names[2] == "bee/photo.HEIC"
+    assert images.passed_over == ()
+    assert abs(images.image(2).getpixel((3, 3))[0] - 200) <= 3
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        ({"_": 1, "a": 1}, "folder '_' gives its class no name"),
+        ({"p/_": 1, "p/a": 1}, "folder '_' gives its class no name"),
+        ({"__/a": 1, "q/b": 1}, "folder '__' gives its domain no name"),
+        ({"p_q/a": 1, "p q/b": 1}, "name the same domain 'p q'"),
+    ],
+)
+def test_names_of_nothing_and_names_alike_are_refused(tmp_path, layout, expected):
+    with pytest.raises(DataError, match=expected):
+        load(write_folders(tmp_path, layout))
+
+
+def table_of(tmp_path, labels, key="label"):
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"bytes": content(picture(row)), "path": None} for row in range(len(labels))]
+    parquet.write_table(pyarrow.table({"image": rows, key: labels}), tmp_path / "some.parquet")
+    return f"hf:{tmp_path / 'some.parquet'}"
+
+
+def test_labels_that_are_numbers_can_be_named(tmp_path):
+    source = table_of(tmp_path, [7, 3, 7, 3])
+    for given in (["polar_bear", "ant"], {"7": "ant", "3": "polar bear", "9": "never seen"}):
+        images = load(source, class_names=given)
+        assert images.class_names == ("polar bear", "ant")
+        assert images.labels.tolist() == [1, 0, 1, 0]
+    with pytest.raises(ConfigError, match=r"data.class_names = .*has 3 names, and .* 2 labels \(3, 7\)"):
+        load(source, class_names=["a", "b", "c"])
+    with pytest.raises(ConfigError, match=r"data.class_names = .*no name for label '7'.* labels 3, 7"):
+        load(source, class_names={"3": "a"})
+
+
+def test_the_domain_keeps_its_own_names(tmp_path):
+    dataset().to_parquet(tmp_path / "some.parquet")
+    images = load(f"hf:{tmp_path / 'some.parquet'}", class_names=["cat of the woods", "hound"])
+    assert images.class_names == ("cat of the woods", "hound")
+    assert images.domain_names == ("photo", "sketch")
+
+
+def test_a_column_that_cannot_be_labels_is_named_by_its_key(tmp_path):
+    source = table_of(tmp_path, [0.5, 1.5, 0.5, 1.5])
+    with pytest.raises(ConfigError, match=r"^data.label_column = 'label': .*holds float"):
+        load(source)
+    with pytest.raises(DataError, match="column 'label' has an empty value '_'"):
+        load(table_of(tmp_path, ["_", "a"]))
+
+
+def test_a_domain_column_that_cannot_be_one_is_named_by_its_key(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"bytes": content(picture(row)), "path": None} for row in range(2)]
+    columns = {"image": rows, "label": ["a", "b"], "where": [0.5, 1.5]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "some.parquet")
+    with pytest.raises(ConfigError, match=r"^data.domain_column = 'where': .*holds float"):
+        load(f"hf:{tmp_path / 'some.parquet'}", domain_column="where")
+
+
+# --- files that others name ------------------------------------------------------------------------------------------
+
+
+def rows_of_paths(tmp_path, paths):
+    import pyarrow
+    from pyarrow import parquet
+
+    (tmp_path / "data").mkdir(exist_ok=True)
+    rows = [{"bytes": None, "path": path} for path in paths]
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    columns = {"image": pyarrow.array(rows, kind), "label": ["ab"[row % 2] for row in range(len(paths))]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "data" / "some.parquet")
+    return load(f"hf:{tmp_path / 'data' / 'some.parquet'}")
+
+
+def test_relative_paths_start_at_the_data_sets_folder(tmp_path, monkeypatch):
+    (tmp_path / "data" / "pictures").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "pictures").mkdir(parents=True)
+    (tmp_path / "data" / "pictures" / "0.png").write_bytes(content(picture(11)))
+    (tmp_path / "elsewhere" / "pictures" / "0.png").write_bytes(content(picture(99)))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    images = rows_of_paths(tmp_path, ["pictures/0.png", str(tmp_path / "elsewhere" / "pictures" / "0.png")])
+    assert [images.image(row).getpixel((0, 0))[0] for row in range(2)] == [11, 99]
+
+
+def test_a_row_that_names_no_regular_file_is_an_unreadable_picture(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    (tmp_path / "large").write_bytes(b"")
+    os.truncate(tmp_path / "large", MAX_BYTES + 1)  # a hole: no disk is used
+    bad = {
+        str(tmp_path / "pipe"): "not a regular file",
+        "../link": "not a regular file",
+        "/dev/zero": "not a regular file",
+        "/dev/stdin": "not a regular file|No such",
+        str(tmp_path): "not a regular file",
+        "nowhere.png": "No such file",
+        "a\0b": "no file can have its path",
+        "https://example.invalid/0.png": "No such file",
+        "": "the file is empty",
+        None: "the file is empty",
+        str(tmp_path / "large"): "larger than the .* bytes that are read",
+    }
+    images = rows_of_paths(tmp_path, [*bad, *bad])
+    for row, expected in enumerate(bad.values()):
+        with pytest.raises(DataError, match=expected) as caught:
+            images.image(row)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_grows_or_says_no_size_is_bounded(tmp_path):
+    (tmp_path / "a").write_bytes(b"12345678")
+    assert read_regular(tmp_path / "a", 8) == b"12345678"
+    with pytest.raises(DataError, match="larger than the 7 bytes"):
+        read_regular(tmp_path / "a", 7)
+    if Path("/proc/self/status").exists():  # says that it has no bytes, and has some
+        with pytest.raises(DataError, match="larger than the 7 bytes"):
+            read_regular(Path("/proc/self/status"), 7)
+
+
+def test_a_picture_that_became_a_pipe_is_unreadable(tmp_path):
+    images = load(write_folders(tmp_path, {"a": 1, "b": 1}))
+    (tmp_path / "a" / "0.png").unlink()
+    os.mkfifo(tmp_path / "a" / "0.png")
+    with pytest.raises(DataError, match="not a regular file"):
+        images.image(0)
+
+
+# --- depth -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_given_grey_range_is_taken_and_is_part_of_what_identifies_a_picture(tmp_path):
+    source = write_folders(tmp_path, {"a": 1, "b": 1})
+    (tmp_path / "a" / "0.png").write_bytes(png16(wide(12)))
+    with pytest.raises(DataError, match="set grey_range"):
+        load(source).image(0)
+    images = load(source, grey_range=[0, 4095])
+    np.testing.assert_array_equal(np.asarray(images.image(0)), RAMP)
+    assert images.image(1) == load(source).image(1)  # 8 bits need nothing said
+    other = load(source, grey_range=[0, 8190])
+    assert len({images.raw(0), other.raw(0), load(source).raw(0)}) == 3
+    np.testing.assert_array_equal(np.asarray(images.subset([0]).image(0)), RAMP)

@@ -108,8 +108,17 @@ class DualEncoder(ABC):
         raise AssertionError(f"{self.name} declares visual prompts but has no tower for them")
 
     @abstractmethod
-    def class_tokens(self, names: Sequence[str]) -> ClassTokens:
-        """Tokenise class names as they stand after a context (with the closing full stop and end token)."""
+    def class_tokens(self, names: Sequence[str], compete: bool = True) -> ClassTokens:
+        """Tokenise class names as they stand after a context (with the closing full stop and end token).
+
+        Args:
+            names: of C classes.
+            compete: whether they are candidates for one image, so that each must read differently.
+
+        Raises:
+            EncoderError: two names that compete have the same tokens, or one has none. Words that the tokenizer does
+                not know are a SordinoWarning.
+        """
 
     @abstractmethod
     def embed(self, text: str) -> Tensor:

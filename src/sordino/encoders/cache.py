@@ -27,7 +27,7 @@ from sordino.files import replace_file
 Kind = str  # "image", "patch", "pixels", or as `layer_kind` says
 Features = NDArray[np.float32]
 
-LAYOUT = "1"  # part of every key: raise it when shards or the decoding of pictures change
+LAYOUT = "2"  # part of every key: raise it when shards or the decoding of pictures change
 STALE_SECONDS = 24 * 3600.0  # a temporary file this old was left by a process that was killed
 
 

@@ -15,7 +15,6 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -24,6 +23,8 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, Siglip
 
 from sordino.encoders.base import Capability, ClassTokens, DualEncoder
 from sordino.encoders.linear import freeze
+from sordino.encoders.names import check_names, warn_unknown
+from sordino.encoders.pixels import bounded, rgb, shrunk
 from sordino.encoders.shared_prefix import TextTower, causal_features, causal_flops, padded_features, padded_flops
 from sordino.encoders.visual_prompts import ImageTower
 from sordino.errors import EncoderError
@@ -117,8 +118,15 @@ class ClipEncoder(DualEncoder):
         return digest.hexdigest()
 
     def transform(self, image: Image.Image) -> Tensor:
-        pixels: Tensor = self._processor(images=_rgb(image), return_tensors="pt").pixel_values[0]
+        pixels: Tensor = self._processor(images=rgb(self._bounded(image)), return_tensors="pt").pixel_values[0]
         return pixels.float()
+
+    def _bounded(self, image: Image.Image) -> Image.Image:
+        """The picture, cut or shrunk first where it is so long that scaling it would fill memory."""
+        size = getattr(self._processor, "size", None) or {}
+        if "shortest_edge" in size:  # and then the middle of it is cut out
+            return bounded(image)
+        return shrunk(image, max(size["height"], size["width"])) if "height" in size and "width" in size else image
 
     def image_features(self, pixels: Tensor) -> Tensor:
         if pixels.requires_grad:  # by way of layers that backward may recompute, so that many images fit into memory
@@ -139,8 +147,12 @@ class ClipEncoder(DualEncoder):
         """The image tower for prompts inside of it, with weights of its own: made only for methods that ask for it."""
         return ImageTower.of(self._vision, lambda pooled: self._unit(self._projection(pooled)))
 
-    def class_tokens(self, names: Sequence[str]) -> ClassTokens:
-        suffixes = [self._suffix(name) for name in names]
+    def class_tokens(self, names: Sequence[str], compete: bool = True) -> ClassTokens:
+        whole = [self._tokens_of(name) for name in names]
+        suffixes = [self._suffix(name, tokens) for name, tokens in zip(names, whole, strict=True)]
+        if compete:
+            unknown = [self._has_unknown(tokens[:-1]) for tokens in whole]  # CLIP's end token is its unknown one too
+            check_names(f"checkpoint {self.label!r}", "class name", names, suffixes, self._tokens_of(""), unknown)
         length = max(map(len, suffixes), default=0)
         ids = [token for suffix in suffixes for token in suffix + [self._padding] * (length - len(suffix))]
         mask = torch.tensor([[at < len(suffix) for at in range(length)] for suffix in suffixes])
@@ -148,7 +160,9 @@ class ClipEncoder(DualEncoder):
         return ClassTokens(tuple(names), embeddings, mask.to(self.device))
 
     def embed(self, text: str) -> Tensor:
-        return self._embeddings(self._tokenizer(text, add_special_tokens=False).input_ids)
+        tokens: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
+        warn_unknown(f"checkpoint {self.label!r}", "context", [text] if self._has_unknown(tokens) else [])
+        return self._embeddings(tokens)
 
     def text_features(self, context: Tensor, classes: ClassTokens) -> Tensor:
         """See `DualEncoder.text_features`.
@@ -189,10 +203,17 @@ class ClipEncoder(DualEncoder):
                 return framed[:start]
         raise EncoderError(f"checkpoint {self.label!r}: its tokenizer cannot read the word {CARRIER!r}: it is damaged")
 
-    def _suffix(self, name: str) -> list[int]:
-        """What follows the context in a sentence, up to the token whose state is the sentence's feature."""
+    def _tokens_of(self, name: str) -> list[int]:
+        """What follows the context in a sentence."""
         before = len(self._start) + len(self._tokenizer(CARRIER, add_special_tokens=False).input_ids)
-        suffix: list[int] = self._tokenizer(f"{CARRIER} {name}.").input_ids[before:]
+        tokens: list[int] = self._tokenizer(f"{CARRIER} {name}.").input_ids[before:]
+        return tokens
+
+    def _has_unknown(self, tokens: Sequence[int]) -> bool:
+        return self._tokenizer.unk_token_id is not None and self._tokenizer.unk_token_id in tokens
+
+    def _suffix(self, name: str, suffix: list[int]) -> list[int]:
+        """A sentence's tokens after the context, up to the one whose state is the sentence's feature."""
         if self.family != "clip":
             return suffix
         # Checkpoints of before 2023 have eos_token_id 2 in their configuration, wrongly; transformers then takes the
@@ -222,16 +243,6 @@ def _description(config: Any, processor: Any) -> str:
     towers = [{key: getattr(tower, key, None) for key in keys} for tower in (config.text_config, config.vision_config)]
     pixels = {key: value for key, value in processor.to_dict().items() if not key.startswith(("_", "image_processor"))}
     return json.dumps([config.model_type, towers, pixels], sort_keys=True, default=str)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of a picture of any mode; transparency is dropped, of 16-bit grey the upper eight bits are kept."""
-    if image.mode.startswith("I"):  # PIL's own conversion clips 16-bit values at 255
-        upper = np.asarray(image).astype(np.int64) >> 8
-        image = Image.fromarray(upper.clip(0, 255).astype(np.uint8))
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # PIL warns where a palette's transparency is lost in one step
-    return image.convert("RGB")
 
 
 def _locate(checkpoint: str) -> Path:
@@ -272,7 +283,7 @@ def _file_digest(file: Path, size: int, modified: int) -> bytes:
 
 def _read_json(folder: Path, name: str, checkpoint: str) -> dict[str, Any]:
     try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        content = json.loads((folder / name).read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise EncoderError(
             f"checkpoint {checkpoint!r}: no {name} in it; give a folder as transformers' save_pretrained writes it"

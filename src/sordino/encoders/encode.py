@@ -23,10 +23,13 @@ from torch import Tensor
 from sordino.encoders.base import Capability, DualEncoder
 from sordino.encoders.cache import FeatureCache, Features, Kind, layer_kind, layer_of
 from sordino.errors import DataError, EncoderError
+from sordino.progress import log
 
 SHARD_IMAGES, SHARD_BYTES, SHARD_SECONDS = 1000, 1 << 26, 30.0  # a shard is written when any is reached
 CHEAP = ("pixels", layer_kind(0))  # made of a picture in less time than they are worth on the disk
 WORKERS = min(8, os.cpu_count() or 1)  # threads that read and decode pictures
+NOT_FINITE = "the encoder gives features of it that are not finite"
+TOLD = 20  # unreadable pictures that are named in the log; the summary names all
 UNREADABLE = (DataError, OSError, ValueError, ArithmeticError, MemoryError)  # what a picture may fail with
 
 
@@ -61,6 +64,7 @@ class Encoded:
         skipped: the unreadable ones.
         encoded: how many different pictures went through the encoder.
         cached: how many different pictures came from the cache.
+        digests: [N], SHA-256 of each picture's raw content; None where the content cannot be read.
     """
 
     features: Tensor
@@ -68,6 +72,7 @@ class Encoded:
     skipped: tuple[Skipped, ...]
     encoded: int
     cached: int
+    digests: tuple[bytes | None, ...]
 
 
 def encode(
@@ -87,8 +92,11 @@ def encode(
             are not kept on disk.
         progress: called with (pictures done, all pictures), at first with those that the cache has.
 
+    A picture whose features are not finite is an unreadable one, unless it is the encoder that fails.
+
     Raises:
-        EncoderError: the encoder lacks patches or layers, or gives features that are not finite.
+        EncoderError: the encoder lacks patches or layers, or gives features that are not finite for every picture here
+            and for a plain grey one.
     """
     if kind == "patch":
         encoder.require(Capability.PATCHES, "encoding patches")
@@ -116,6 +124,8 @@ def encode(
                 else:
                     features[digest] = result
             progress(done, len(images))
+    if not features and NOT_FINITE in reasons.values():
+        _require_finite(encoder, kind)
     shape = next((feature.shape for feature in features.values()), _empty_shape(encoder, kind))
     table = np.zeros((len(images), *shape), dtype=np.float32)
     for digest, feature in features.items():
@@ -126,6 +136,7 @@ def encode(
         skipped=tuple(Skipped(images.names[row], reasons[row]) for row in sorted(reasons)),
         encoded=len(features) - cached,
         cached=cached,
+        digests=tuple(digests),
     )
 
 
@@ -172,16 +183,13 @@ def _encoded(
     try:
         for batch in _pixels(images, todo, encoder, batch_size):
             pixels = {digest: result for digest, result in batch.items() if not isinstance(result, str)}
-            rows = (
-                dict(zip(pixels, _forward(encoder, kind, list(pixels.values()), batch_size), strict=True))
-                if pixels
-                else {}
-            )
+            made = _forward(encoder, kind, list(pixels.values()), batch_size) if pixels else ()
+            rows = {digest: row for digest, row in zip(pixels, made, strict=True) if np.isfinite(row).all()}
             unstored |= rows
             size = sum(row.nbytes for row in unstored.values())
             if len(unstored) >= SHARD_IMAGES or size >= SHARD_BYTES or time.monotonic() - stored_at > SHARD_SECONDS:
                 store()
-            yield {digest: rows[digest] if digest in rows else str(batch[digest]) for digest in batch}
+            yield {digest: rows.get(digest, NOT_FINITE if digest in pixels else str(batch[digest])) for digest in batch}
     finally:  # also when the user interrupts: what is encoded is kept
         store()
 
@@ -218,13 +226,28 @@ def _forward(encoder: DualEncoder, kind: Kind, pixels: list[Tensor], size: int) 
     """
     filled = pixels + [pixels[0]] * (size - len(pixels))
     batch = torch.stack(filled).to(encoder.device)
-    features = forward(encoder, kind, batch)
-    if not torch.isfinite(features).all():
+    rows: Features = forward(encoder, kind, batch)[: len(pixels)].float().cpu().numpy()
+    return rows
+
+
+def _require_finite(encoder: DualEncoder, kind: Kind) -> None:
+    """Raise an EncoderError where not even a plain grey picture has finite features.
+
+    What this says depends on no picture of the data, so that no single one of them can end a run.
+    """
+    plain = encoder.transform(Image.new("RGB", (64, 64), (128, 128, 128)))
+    if not np.isfinite(_forward(encoder, kind, [plain], 1)).all():
         raise EncoderError(
             f"encoder {encoder.name!r} gives {kind} features that are not finite in {encoder.dtype}; use float32"
         )
-    rows: Features = features[: len(pixels)].float().cpu().numpy()
-    return rows
+
+
+def tell_skipped(skipped: Sequence[Skipped]) -> None:
+    """Name unreadable pictures in the log, the first ones of many."""
+    for picture in skipped[:TOLD]:
+        log.warning("skipped %s: %s", picture.name, picture.reason)
+    if len(skipped) > TOLD:
+        log.warning("skipped %d more pictures", len(skipped) - TOLD)
 
 
 def forward(encoder: DualEncoder, kind: Kind, pixels: Tensor) -> Tensor:

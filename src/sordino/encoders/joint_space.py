@@ -176,7 +176,7 @@ def encode(text: TextTower, template: str, phrases: Sequence[str], batch: int = 
     """Unit-norm text features [len(phrases), 384], float64, of 'template phrase.'"""
     context = text.embed(template)[None]
     chunks = [phrases[start : start + batch] for start in range(0, len(phrases), batch)]
-    pooled = torch.cat([text(context, text.class_tokens(chunk))[0] for chunk in chunks])
+    pooled = torch.cat([text(context, text.class_tokens(chunk, compete=False))[0] for chunk in chunks])
     return F.normalize(pooled.double(), dim=-1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +40,12 @@ class TaskSettings(BaseModel):
         default=None,
         pattern="^imagefolder:.+",
         description="images: 'imagefolder:PATH', class folders or domain folders of class folders",
+    )
+    grey_range: list[float] | None = Field(
+        default=None,
+        min_length=2,
+        max_length=2,
+        description="images: values of black and white in grey pictures of more than 8 bits; absent: as each file says",
     )
     shots: int = Field(default=16, ge=1, description="training examples a class, drawn from the seed")
     test_limit: int | None = Field(default=None, ge=1, description="test examples a class, at most; absent: all")
@@ -158,6 +165,9 @@ def _check(config: PrivateTuning) -> None:
             raise ConfigError(f"task.{key}", value, f"does not apply to kind {task.kind!r}; remove it")
         if value is None and key in needed:
             raise ConfigError(f"task.{key}", None, f"is needed with kind {task.kind!r}")
+    ends = task.grey_range
+    if ends is not None and (task.kind == "text" or not all(map(math.isfinite, ends)) or ends[0] == ends[1]):
+        raise ConfigError("task.grey_range", ends, "must be two different finite numbers, and goes with kind 'images'")
     if task.kind == "images" and config.model.embeddings is not None:
         raise ConfigError("model.embeddings", config.model.embeddings, "images go with the bundled ones; remove it")
     if task.kind == "text":
@@ -169,6 +179,9 @@ def _check(config: PrivateTuning) -> None:
 
 def _check_text(task: TaskSettings, length: int) -> None:
     names, descriptions = task.label_names or [], task.descriptions or []
+    for key, texts in (("label_names", names), ("descriptions", descriptions)):
+        if any(not text.strip() for text in texts):
+            raise ConfigError(f"task.{key}", texts, "must not be empty texts")
     if len(descriptions) != len(names):
         raise ConfigError("task.descriptions", descriptions, f"must be as many as task.label_names: {len(names)}")
     least = length + 3  # with start, end and one token of the sentence

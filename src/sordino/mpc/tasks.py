@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sordino.encoders.bundled import Embedder
 from sordino.errors import ConfigError, DataError
+from sordino.files import read_regular
 from sordino.mpc.distill import embedder_of
 from sordino.mpc.sentences import Forward, encoded
 from sordino.mpc.settings import PrivateTuning, longest_of
@@ -36,6 +37,7 @@ Flags = NDArray[np.bool_]
 SPLIT_STREAM = 3  # what a generator derived from the seed is for
 TEST_SEED = 0  # what is tested on is no matter of a run's seed
 TEXT_SCALE = 50.0  # logits of a text task over cosines, whose differences between classes are some hundredths
+MAX_BYTES = 1 << 30  # of a file of sentences
 HEADER = ["sentence", "label"]
 
 
@@ -199,6 +201,8 @@ def text_task(config: PrivateTuning, part: Part = "test") -> TextTask:
         test_sentences, test_labels = read_sentences(Path(str(task.test)), "task.test", len(names))
         among, where = np.ones(len(test_labels), dtype=np.bool_), str(task.test)
     tests = drawn(test_labels, among, task.test_limit, TEST_SEED, where)
+    chosen = [test_sentences[row] for row in tests] + [sentences[row] for row in shots]
+    _check_texts(embedder, task.descriptions or (), chosen, longest_of(task) - config.prompt.length - 2)
     return TextTask(
         embedder=embedder,
         class_names=names,
@@ -213,12 +217,28 @@ def text_task(config: PrivateTuning, part: Part = "test") -> TextTask:
     )
 
 
+def _check_texts(embedder: Embedder, descriptions: Sequence[str], sentences: Sequence[str], room: int) -> None:
+    """Refuse descriptions that read the same, also where they are cut to `room` tokens; warn of unknown words."""
+    embedder.check_names("description", descriptions, descriptions)
+    cut: dict[tuple[int, ...], str] = {}
+    for text in descriptions:
+        other = cut.setdefault(tuple(embedder.tokens(text)[:room]), text)
+        if other != text:
+            raise ConfigError(
+                "task.descriptions",
+                [other, text],
+                f"are the same in their first {room} tokens, after which task.longest cuts; shorten them or raise it",
+            )
+    embedder.warn_unknown("sentence", sentences)
+
+
 def initial_prompt(embedder: Embedder, text: str, length: int) -> Tensor:
     """A text's token embeddings, cut or repeated to M tokens: [M, E].
 
     Raises:
         ConfigError: the text has no token.
     """
+    embedder.warn_unknown("prompt.initial", [text])
     tokens = embedder.embed(text)
     if not len(tokens):
         raise ConfigError("prompt.initial", text, "must have a word at least")
@@ -238,10 +258,10 @@ def read_sentences(file: Path, key: str, classes: int) -> tuple[tuple[str, ...],
         DataError: it has another header, or a line without a sentence or a known label; the message names the line.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = read_regular(file, MAX_BYTES).decode("utf-8-sig").splitlines()
     except FileNotFoundError:
         raise ConfigError(key, str(file), "no such file; give one with the header 'sentence<TAB>label'") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, DataError) as error:
         raise ConfigError(key, str(file), f"not a readable text file: {error}") from None
     rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
     if not rows or rows[0] != HEADER:

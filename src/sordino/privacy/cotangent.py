@@ -133,7 +133,7 @@ def _public_basis(encoder: DualEncoder) -> Tensor:
     info = ImageNetInfo()
     names = [info.index_to_description(index).partition(",")[0] for index in range(info.num_classes())]
     context = encoder.embed("a photo of a")[None]
-    chunks = [encoder.class_tokens(names[start : start + 100]) for start in range(0, len(names), 100)]
+    chunks = [encoder.class_tokens(names[start : start + 100], compete=False) for start in range(0, len(names), 100)]
     text = torch.cat([encoder.text_features(context, chunk)[0] for chunk in chunks]).double().cpu()
     basis: Tensor = torch.linalg.svd(text - text.mean(0), full_matrices=True).Vh.T
     return basis.float().to(encoder.device)

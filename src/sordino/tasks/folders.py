@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from sordino.errors import DataError
+from sordino.files import read_regular
 from sordino.tasks.images import ImageSet
-from sordino.tasks.pictures import suffixes
+from sordino.tasks.passed_over import files_passed_over, is_junk, told
+from sordino.tasks.pictures import MAX_BYTES, suffixes
+from sordino.tasks.settings import spoken
 
 TRAIN_FOLDERS = ("train", "training")
 TEST_FOLDERS = ("test", "testing", "val", "valid", "validation")
@@ -22,7 +26,7 @@ def image_folder(root: Path, source: str) -> ImageSet:
     ROOT/CLASS/picture, or ROOT/DOMAIN/CLASS/picture. Where the upper folders are 'train' and one of 'test', 'val', ...
     they are the source's own test split rather than domains. A folder's name, with underscores as spaces, is the name
     of its class or domain. Order is that of the sorted names, so it is the same everywhere. Hidden files and folders do
-    not count.
+    not count, nor what systems leave, such as __MACOSX and Thumbs.db.
 
     Raises:
         DataError: `root` is missing; a folder holds no picture; pictures lie at two depths; there are fewer than two
@@ -41,22 +45,23 @@ def image_folder(root: Path, source: str) -> ImageSet:
             f"layout throughout: {LAYOUTS}"
         )
     if not all(nested):
-        return labelled_folders(source, root, _by_class_name(upper, source))
+        images = labelled_folders(source, root, _by_class_name(upper, source))
+        return replace(images, passed_over=tuple(files_passed_over(root, set(images.names))))
     groups = {folder.name: _by_class_name(_folders(folder), source) for folder in upper}
     return _grouped_folders(source, root, groups)
 
 
 def labelled_folders(source: str, root: Path, folders: Mapping[str, Path]) -> ImageSet:
     """The pictures of class folders given by class name; their order is the classes' order."""
-    names, labels, ignored = _listing(root, folders, {name: index for index, name in enumerate(folders)})
+    names, labels = _listing(root, folders, {name: index for index, name in enumerate(folders)})
     _at_least_two_classes(source, list(folders))
     return ImageSet(
         source=source,
         class_names=tuple(folders),
         labels=np.asarray(labels, dtype=np.int64),
         names=names,
-        read=lambda index: (root / names[index]).read_bytes(),
-        ignored=ignored,
+        read=lambda index: read_regular(root / names[index], MAX_BYTES),
+        passed_over=tuple(files_passed_over(root, set(names), list(folders.values()))),
     )
 
 
@@ -70,25 +75,25 @@ def _grouped_folders(source: str, root: Path, groups: Mapping[str, Mapping[str, 
     names: list[str] = []
     labels: list[int] = []
     group_of: list[int] = []
-    ignored = 0
     index_of = {name: index for index, name in enumerate(class_names)}
     for number, folders in enumerate(groups.values()):
-        more_names, more_labels, more_ignored = _listing(root, folders, index_of)
+        more_names, more_labels = _listing(root, folders, index_of)
         names += more_names
         labels += more_labels
         group_of += [number] * len(more_names)
-        ignored += more_ignored
     group = np.asarray(group_of, dtype=np.int64)
+    if test is None:
+        _domains_differ(source, list(groups))
     return ImageSet(
         source=source,
         class_names=tuple(class_names),
         labels=np.asarray(labels, dtype=np.int64),
         names=names,
-        read=lambda index: (root / names[index]).read_bytes(),
-        domain_names=None if test is not None else tuple(_spoken(name) for name in groups),
+        read=lambda index: read_regular(root / names[index], MAX_BYTES),
+        domain_names=None if test is not None else tuple(spoken(name) for name in groups),
         domains=None if test is not None else group,
         is_test=None if test is None else group == list(groups).index(test),
-        ignored=ignored,
+        passed_over=tuple(files_passed_over(root, set(names))),
     )
 
 
@@ -100,18 +105,15 @@ def _test_folder(names: list[str]) -> str | None:
     return lower[tests[0]] if len(train) == 1 and tests and len(train) + len(tests) == len(names) else None
 
 
-def _listing(root: Path, folders: Mapping[str, Path], index_of: Mapping[str, int]) -> tuple[list[str], list[int], int]:
-    """Names relative to `root`, labels, and how many files were passed over."""
+def _listing(root: Path, folders: Mapping[str, Path], index_of: Mapping[str, int]) -> tuple[list[str], list[int]]:
+    """Names relative to `root`, and labels."""
     names: list[str] = []
     labels: list[int] = []
-    ignored = 0
     for class_name, folder in folders.items():
-        files = [path for path in _visible(folder) if path.is_file()]
-        pictures = [path for path in files if path.suffix.lower() in suffixes()]
+        pictures = [path for path in _visible(folder) if path.suffix.lower() in suffixes() and path.is_file()]
         names += [path.relative_to(root).as_posix() for path in pictures]
         labels += [index_of[class_name]] * len(pictures)
-        ignored += len(files) - len(pictures)
-    return names, labels, ignored
+    return names, labels
 
 
 def _is_nested(folder: Path) -> bool:
@@ -130,7 +132,9 @@ def _is_nested(folder: Path) -> bool:
             )
         return False
     if not filled:
-        raise DataError(f"folder {str(folder)!r} holds no picture; remove it or fill it (layout: {LAYOUTS})")
+        others = files_passed_over(folder, ())
+        found = f" ({told(others)})" if others else ""
+        raise DataError(f"folder {str(folder)!r} holds no picture{found}; remove it or fill it (layout: {LAYOUTS})")
     for child in inner:
         if _is_nested(child):
             raise DataError(f"the pictures in folder {str(child)!r} lie too deep; use one layout: {LAYOUTS}")
@@ -141,13 +145,26 @@ def _by_class_name(folders: list[Path], source: str) -> dict[str, Path]:
     """Class folders by class name."""
     named: dict[str, Path] = {}
     for folder in folders:
-        name = _spoken(folder.name)
+        name = spoken(folder.name)
+        if not name:
+            raise DataError(f"{source}: folder {folder.name!r} gives its class no name; rename it")
         if name in named:
             raise DataError(
                 f"{source}: folders {named[name].name!r} and {folder.name!r} name the same class {name!r}; merge them"
             )
         named[name] = folder
     return named
+
+
+def _domains_differ(source: str, folders: list[str]) -> None:
+    named: dict[str, str] = {}
+    for folder in folders:
+        if not spoken(folder):
+            raise DataError(f"{source}: folder {folder!r} gives its domain no name; rename it")
+        if (other := named.setdefault(spoken(folder), folder)) != folder:
+            raise DataError(
+                f"{source}: folders {other!r} and {folder!r} name the same domain {spoken(folder)!r}; merge them"
+            )
 
 
 def _at_least_two_classes(source: str, class_names: list[str]) -> None:
@@ -165,10 +182,6 @@ def _folders(folder: Path) -> list[Path]:
 
 def _visible(folder: Path) -> list[Path]:
     try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        return sorted(path for path in folder.iterdir() if not (path.name.startswith(".") or is_junk(path.name)))
     except OSError as error:
         raise DataError(f"folder {str(folder)!r} cannot be listed: {error.strerror}") from error
-
-
-def _spoken(name: str) -> str:
-    return " ".join(name.replace("_", " ").split())

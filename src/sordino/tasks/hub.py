@@ -15,8 +15,10 @@ from datasets import ClassLabel, Dataset, DatasetDict
 from huggingface_hub.errors import HfHubHTTPError
 
 from sordino.errors import ConfigError, DataError
+from sordino.files import read_regular
 from sordino.tasks.images import ImageSet, Indices
-from sordino.tasks.settings import DataSettings
+from sordino.tasks.pictures import MAX_BYTES
+from sordino.tasks.settings import DataSettings, spoken
 
 TRAIN_SPLITS = ("train", "training")
 TEST_SPLITS = ("test", "validation", "valid", "val", "dev")
@@ -46,24 +48,20 @@ def hugging_face(where: str, settings: DataSettings) -> ImageSet:
         test = next((name for name in TEST_SPLITS if name in splits and _labelled(named_labels[name])), None)
     used = [name for name in (train, test) if name is not None]
     labels, class_names = _index(
-        [value for name in used for value in named_labels[name]], label, features[label], settings
+        [value for name in used for value in named_labels[name]], label, features[label], settings, "label_column"
     )
     if len(class_names) < 2:
         raise DataError(f"{settings.source}: column {label!r} holds only one class; at least two are needed")
     domains = domain_names = None
     if domain is not None:
         values = [value for name in used for value in _values(splits[name], domain)]
-        domains, domain_names = _index(values, domain, features[domain], settings)
+        domains, domain_names = _index(values, domain, features[domain], settings, "domain_column")
     contents = [splits[name].select_columns([image]).cast_column(image, datasets.Image(decode=False)) for name in used]
-    first = len(contents[0])
+    first, folder = len(contents[0]), _folder(where)
 
     def read(index: int) -> bytes:
         part, row = (contents[0], index) if index < first else (contents[1], index - first)
-        cell = part[row][image]
-        if cell is None:
-            return b""
-        content: bytes | None = cell["bytes"]
-        return Path(cell["path"]).read_bytes() if content is None else content
+        return _content(part[row][image], folder)
 
     return ImageSet(
         source=settings.source,
@@ -161,8 +159,40 @@ def _labelled(values: list[Any]) -> bool:
     return any(value is not None and value != -1 for value in values)
 
 
-def _index(values: list[Any], column: str, feature: Any, settings: DataSettings) -> tuple[Indices, tuple[str, ...]]:
-    """Indices into the names that occur (in their class label's order, else sorted), and those names as spoken."""
+def _content(cell: dict[str, Any] | None, folder: Path | None) -> bytes:
+    """The content of a picture that a row holds, or names a file of."""
+    if cell is None or (cell["bytes"] is None and not cell["path"]):
+        return b""
+    content: bytes | None = cell["bytes"]
+    if content is not None:
+        if len(content) > MAX_BYTES:
+            raise DataError(f"larger than the {MAX_BYTES:,} bytes that are read")
+        return content
+    path = Path(cell["path"])
+    if not path.is_absolute():
+        if folder is None:
+            raise DataError("its row names a file by a relative path, and the data set has no folder here")
+        path = folder / path
+    return read_regular(path, MAX_BYTES)
+
+
+def _folder(where: str) -> Path | None:
+    """Where relative paths in a data set start: its own folder, or a parquet file's; None for one on the hub."""
+    path = Path(where).expanduser()
+    return path if path.is_dir() else path.parent if path.is_file() else None
+
+
+def _index(
+    values: list[Any], column: str, feature: Any, settings: DataSettings, key: str
+) -> tuple[Indices, tuple[str, ...]]:
+    """Indices into the names that occur (in their class label's order, else sorted), and those names as spoken.
+
+    Args:
+        values: a column's, of all rows.
+        column, feature: its name and type.
+        settings: for messages, and `class_names` for the column of labels.
+        key: of the settings that chooses this column.
+    """
     missing = next((row for row, value in enumerate(values) if value is None), None)
     if missing is not None:
         raise DataError(
@@ -171,17 +201,40 @@ def _index(values: list[Any], column: str, feature: Any, settings: DataSettings)
     kinds = {type(value) for value in values}
     if not kinds <= {str} and not kinds <= {int, bool}:
         named = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise ConfigError(f"data.{column}", named, f"column {column!r} must hold words or whole numbers")
+        raise ConfigError(f"data.{key}", column, f"it must hold words or whole numbers, and holds {named}")
     occurring = set(values)
     known = sorted(occurring)
     if isinstance(feature, ClassLabel):
         known = [name for name in feature.names if name in occurring]
-    names = tuple(" ".join(str(value).replace("_", " ").split()) for value in known)
+    given = settings.class_names if key == "label_column" else None
+    names = tuple(spoken(str(value)) for value in known) if given is None else _given_names(known, given, column)
+    if "" in names:
+        raise DataError(f"{settings.source}: column {column!r} has an empty value {known[names.index('')]!r}; name it")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f"{settings.source}: several values of column {column!r} read {twice!r}; rename them")
     place = {value: index for index, value in enumerate(known)}
     return np.asarray([place[value] for value in values], dtype=np.int64), names
+
+
+def _given_names(known: list[Any], given: list[str] | dict[str, str], column: str) -> tuple[str, ...]:
+    """The names that the settings give the labels that occur."""
+    labels = _listed([str(value) for value in known])
+    if isinstance(given, list):
+        if len(given) != len(known):
+            raise ConfigError(
+                "data.class_names",
+                given,
+                f"has {len(given)} names, and column {column!r} has {len(known)} labels ({labels}): name each, or give "
+                "a table from label to name",
+            )
+        return tuple(spoken(name) for name in given)
+    nameless = next((str(value) for value in known if str(value) not in given), None)
+    if nameless is not None:
+        raise ConfigError(
+            "data.class_names", given, f"has no name for label {nameless!r}; column {column!r} has labels {labels}"
+        )
+    return tuple(spoken(given[str(value)]) for value in known)
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sordino.errors import DataError
+from sordino.tasks.depths import GreyRange
+from sordino.tasks.passed_over import PassedOver
 from sordino.tasks.pictures import decode
 
 Indices = NDArray[np.int64]
@@ -29,7 +31,7 @@ class ImageSet:
         draw: content to picture.
         domain_names, domains: the domains' names and [N] indices into them; None for a source without domains.
         is_test: [N], true in the source's own test split; None for a source without one.
-        ignored: how many files were passed over because their names are not those of pictures.
+        passed_over: files beside the pictures, by kind and folder.
     """
 
     source: str
@@ -41,7 +43,7 @@ class ImageSet:
     domain_names: tuple[str, ...] | None = None
     domains: Indices | None = None
     is_test: Flags | None = None
-    ignored: int = 0
+    passed_over: tuple[PassedOver, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -52,6 +54,8 @@ class ImageSet:
             return self.read(int(index))
         except OSError as error:
             raise DataError(error.strerror or str(error)) from error
+        except ValueError as error:  # a path that no file can have
+            raise DataError(f"no file can have its path: {error}") from error
 
     def image(self, index: int) -> Image.Image:
         """One picture. Raises DataError where it cannot be read, with the reason alone as message."""
@@ -69,3 +73,17 @@ class ImageSet:
             domains=None if self.domains is None else self.domains[rows],
             is_test=None if self.is_test is None else self.is_test[rows],
         )
+
+
+def with_grey_range(images: ImageSet, grey_range: GreyRange) -> ImageSet:
+    """The same pictures, with grey of more than 8 bits read between these values of black and white.
+
+    The content says so too, as it identifies a picture's features in the cache.
+    """
+    read = images.read
+    mark = f"sordino grey range {grey_range[0]!r} {grey_range[1]!r}\n".encode()
+    return replace(
+        images,
+        read=lambda index: mark + read(index),
+        draw=lambda content: decode(content[len(mark) :], grey_range),
+    )

@@ -5,11 +5,17 @@ These models check what can be known without looking at the data; `sordino.tasks
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 SOURCES = "'digits', 'textile', 'imagefolder:PATH', or 'hf:NAME_OR_PATH'"
+
+
+def spoken(name: str) -> str:
+    """A class's or domain's name as a prompt has it: of a folder or label, with underscores as spaces."""
+    return " ".join(name.replace("_", " ").split())
 
 
 class DataSettings(BaseModel):
@@ -62,6 +68,37 @@ class DataSettings(BaseModel):
     hf_config: str | None = Field(default=None, description="hf: the configuration of a data set that has several")
     revision: str | None = Field(default=None, description="hf: branch, tag or commit of a data set on the hub")
 
+    class_names: list[str] | dict[str, str] | None = Field(
+        default=None,
+        description="hf: names for labels that are numbers or codes: a list in the order of the sorted labels, or a "
+        "table from label to name; absent: the labels themselves",
+    )
+    grey_range: list[float] | None = Field(
+        default=None,
+        min_length=2,
+        max_length=2,
+        description="the values that are black and white in grey pictures of more than 8 bits, for example [0, 4095] "
+        "for 12 bits, or a window in Hounsfield units for DICOM; absent: as each file says, and a file that does not "
+        "say is not read",
+    )
+
+    @field_validator("class_names")
+    @classmethod
+    def _real_names(cls, names: list[str] | dict[str, str] | None) -> list[str] | dict[str, str] | None:
+        given = [spoken(name) for name in (names.values() if isinstance(names, dict) else names or [])]
+        if "" in given:
+            raise ValueError("a class name must not be empty")
+        if twice := next((name for name in given if given.count(name) > 1), None):
+            raise ValueError(f"two classes are named {twice!r}; give each a name of its own")
+        return names
+
+    @field_validator("grey_range")
+    @classmethod
+    def _two_values(cls, ends: list[float] | None) -> list[float] | None:
+        if ends is not None and not (all(math.isfinite(end) for end in ends) and ends[0] != ends[1]):
+            raise ValueError("must be two different finite numbers: the values of black and white")
+        return ends
+
     @field_validator("source")
     @classmethod
     def _known_source(cls, source: str) -> str:
@@ -73,9 +110,11 @@ class DataSettings(BaseModel):
 
     @model_validator(mode="after")
     def _columns_belong_to_hf(self) -> DataSettings:
-        for key in ("image_column", "label_column", "domain_column", "hf_config", "revision"):
+        for key in ("image_column", "label_column", "domain_column", "hf_config", "revision", "class_names"):
             if getattr(self, key) is not None and not self.source.startswith("hf:"):
                 raise ValueError(f"{key} applies to a source 'hf:NAME_OR_PATH' only, not to {self.source!r}")
+        if self.grey_range is not None and self.source in ("digits", "textile"):
+            raise ValueError(f"grey_range does not apply to {self.source!r}, whose pictures have 8 bits")
         return self
 
 

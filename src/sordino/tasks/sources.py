@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from sordino.tasks.folders import image_folder, labelled_folders
-from sordino.tasks.images import ImageSet
+from sordino.tasks.images import ImageSet, with_grey_range
 from sordino.tasks.settings import DataSettings
 
 __all__ = ["ImageSet", "load_images"]
@@ -22,6 +22,14 @@ def load_images(settings: DataSettings) -> ImageSet:
     Raises:
         DataError: the source is missing, empty, or not laid out as it should be.
     """
+    images = _listed(settings)
+    if settings.grey_range is None:
+        return images
+    black, white = settings.grey_range
+    return with_grey_range(images, (black, white))
+
+
+def _listed(settings: DataSettings) -> ImageSet:
     kind, _, rest = settings.source.partition(":")
     if kind == "digits":
         return _digits()
