@@ -144,3 +144,12 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)
         assert (tmp_path / str(number) / "report.html").exists()
+
+
+def test_the_secure_sum_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "secure-sum.md").read_text("utf-8"), re.DOTALL)
+    exec(compile(code, "docs/secure-sum.md", "exec"), {})
+    shape, survivors, multiplier = re.findall(r"\(.*?\)|[\d.]+", capsys.readouterr().out)
+    assert shape == "(3, 4)"
+    assert ast.literal_eval(survivors) == (0, 1, 2, 4, 5, 6, 7, 8, 9)
+    assert float(multiplier) >= 2.0
