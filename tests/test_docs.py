@@ -21,6 +21,7 @@ from sordino.cli import app
 from sordino.config import EncoderSettings, Experiment, load_config, parse_config
 from sordino.experiment import run
 from sordino.mpc.settings import load_private_config
+from sordino.privacy.settings import PrivacySettings
 from sordino.runtime.settings import RuntimeSettings
 from sordino.tasks.settings import DataSettings, PartitionSettings, PoisoningSettings
 
@@ -30,6 +31,7 @@ ROOT = Path(__file__).parents[1]
 def test_every_key_is_documented() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     tables = [Experiment, DataSettings, PartitionSettings, EncoderSettings, RuntimeSettings, PoisoningSettings]
+    tables.append(PrivacySettings)
     keys = {key for table in tables for key in table.model_fields}
     keys |= {field.name for name in METHODS for field in fields(algorithm(name).Settings)}
     assert not {key for key in keys if f"`{key}`" not in text and f"[{key}]" not in text}
