@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from sordino.secure.lagrange import basis
 from sordino.secure.messages import read
 from sordino.secure.sums import client as client_module
 from sordino.secure.sums.client import SumClient
@@ -174,7 +175,10 @@ def test_what_is_left_when_the_server_and_a_colluder_take_off_all_they_can_is_un
 
 
 def test_fewer_shares_than_the_threshold_say_nothing_of_a_secret() -> None:
-    """Of two fixed secrets: each share, and the differences of those held by t - 1 clients, are uniform and alike."""
+    """Of two fixed secrets: each of t - 1 shares, differences, and what they would decode to, are uniform and alike.
+
+    The last is the secret itself if the polynomial's degree is below t - 1.
+    """
     setup = setup_of()
     views: list[dict[str, np.ndarray]] = []
     for secret in (bytes(32), bytes([255]) * 32):
@@ -183,10 +187,9 @@ def test_fewer_shares_than_the_threshold_say_nothing_of_a_secret() -> None:
             shares = [clients[holder]._held[0].reshape(-1) for holder in range(1, setup.threshold)]
             field_ = setup.code.field
             pairs = [field_.sub(one, other) for one, other in itertools.combinations(shares, 2)]
-            whole = shares[0]
-            for share in shares[1:]:
-                whole = field_.add(whole, share)
-            for name, values in (("one", shares), ("difference", pairs), ("sum", [whole])):
+            nodes = tuple(setup.code.alphas[1 : setup.threshold])
+            decoded = field_.matmul(basis(field_, nodes, setup.code.betas[:1]), np.stack(shares))
+            for name, values in (("one", shares), ("difference", pairs), ("decoded", list(decoded))):
                 octets = np.concatenate(values).view(np.uint8).reshape(-1, 8)[:, :7]
                 counts[name] = counts.get(name, 0) + np.bincount(octets.reshape(-1), minlength=256)
         views.append(counts)

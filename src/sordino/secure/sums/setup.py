@@ -211,10 +211,10 @@ class SumSetup(Message):
             values = np.zeros(self.dimension)
         if limit is not None:
             values = _shortened(values, self.clip)
-        quantized = self._rounded(values)
+        quantized, shorter = self._rounded(values), 2.0**-40
         while limit is not None and squared_norm(quantized) > limit:
-            # Rounding errors of the scaling, of a part in 2^50, and no more than a few times.
-            values = values * (1 - 2.0**-40)
+            # The scaling's rounding errors are a part in 2^50, so once is enough; doubling makes sure that it ends.
+            values, shorter = values * (1 - shorter), 2 * shorter
             quantized = self._rounded(values)
         return quantized
 
