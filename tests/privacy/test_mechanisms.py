@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sordino.algorithms.base import ClientData, named_tensors
 from sordino.encoders.prompt_model import PromptModel
-from sordino.privacy.client_level import clip_jointly
+from sordino.privacy.clipping import clip_jointly, clipped_sum
 from sordino.privacy.cotangent import CotangentGradients, project, public_directions, summed_cotangents
-from sordino.privacy.dp_sgd import DpSgdGradients, Group, clipped_sum, example_gradients
+from sordino.privacy.dp_sgd import DpSgdGradients, Group, example_gradients
 from sordino.privacy.gradients import Batch, ExactGradients
 from sordino.privacy.noise import SystemRandomness
 from sordino.privacy.sampling import PoissonSampler, Sampling

@@ -93,3 +93,54 @@ def test_the_envelope_theorem() -> None:
     plan = transport_plan(cost, 0.7, weight, **EXACT)
     least = (plan * cost).sum() + weight * (plan * (plan.log() - 1)).sum()
     torch.testing.assert_close(torch.autograd.grad(least, cost)[0], plan.detach(), rtol=1e-5, atol=1e-8)
+
+
+# Under a privacy mechanism, an image may not decide how far other images' plans converge.
+
+LOOSE = {"iterations": 60, "tolerance": 1e-3}  # some problems end soon, some never
+
+
+def slow_and_fast(problems: int, seed: int) -> Tensor:
+    """Problems of which some converge at once, and some not in a hundred iterations."""
+    spreads = 10.0 ** torch.linspace(-3, 0, problems, dtype=torch.float64)
+    order = torch.randperm(problems, generator=torch.Generator().manual_seed(seed))
+    return costs(problems, 2, 6, seed=seed) * spreads[order, None, None]
+
+
+@given(st.integers(2, 12), st.integers(0, 999), st.sampled_from([0.01, 0.1]), st.sampled_from([0.8, 1.0]))
+def test_a_plan_does_not_depend_on_the_problems_beside_it(problems: int, seed: int, weight: float, mass: float) -> None:
+    """To the bit: each problem's numbers are reduced in the same order, whatever else is in the stack."""
+    cost = slow_and_fast(problems, seed)
+    together = transport_plan(cost, mass, weight, **LOOSE)
+    alone = torch.stack([transport_plan(one, mass, weight, **LOOSE) for one in cost])
+    assert torch.equal(together, alone)
+    assert torch.equal(transport_plan(cost.flip(0), mass, weight, **LOOSE), together.flip(0))
+
+
+def test_problems_end_at_different_iterations() -> None:
+    """So that the test above compares what could differ: further iterations do change the plans that ended."""
+    cost = slow_and_fast(8, 0)
+    plans, further = (transport_plan(cost, 0.8, 0.01, iterations=60, tolerance=t) for t in (1e-3, 1e-12))
+    moved = (plans - further).abs().amax((-2, -1)) / further.amax((-2, -1))
+    assert float(moved.max()) > 1e-5
+    assert float(moved.min()) == 0.0  # the slowest use all iterations in both
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e200])
+def test_a_problem_that_is_not_finite_changes_no_other(bad: float) -> None:
+    cost = slow_and_fast(6, 1)
+    spoiled = cost.clone()
+    spoiled[2, 0, 1] = bad
+    others = [0, 1, 3, 4, 5]
+    assert torch.equal(transport_plan(spoiled, **LOOSE)[others], transport_plan(cost, **LOOSE)[others])
+
+
+def test_gradients_do_not_depend_on_the_problems_beside_either() -> None:
+    """With all iterations unrolled; what parted early keeps its graph."""
+    cost = slow_and_fast(5, 2).requires_grad_()
+    weights = costs(5, 2, 6, seed=4)
+    together = torch.autograd.grad((transport_plan(cost, 0.7, 0.05, **LOOSE) * weights).sum(), cost)[0]
+    for one, weight, gradient in zip(cost.detach(), weights, together, strict=True):
+        one = one.requires_grad_()
+        alone = torch.autograd.grad((transport_plan(one, 0.7, 0.05, **LOOSE) * weight).sum(), one)[0]
+        torch.testing.assert_close(gradient, alone, rtol=1e-12, atol=1e-15)

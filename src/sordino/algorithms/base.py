@@ -267,7 +267,14 @@ class ClientData:
             yield self._batch(self.rows.gather(1, chosen.clamp(min=0)), chosen >= 0)
 
     def balanced(self) -> ClientData:
-        """The same examples, those of a client's rarer classes repeated so that all its classes count alike."""
+        """The same examples, those of a client's rarer classes repeated so that all its classes count alike.
+
+        Raises:
+            ValueError: examples are sampled by coins. A repeated example would be in a batch more than once, as often
+                as others say, and no mechanism bounds that.
+        """
+        if self.coins is not None:
+            raise ValueError("classes cannot be balanced where examples are sampled by coins; take batches as they are")
         repeated = []
         for row, count in zip(self.rows, self.counts, strict=True):
             own = row[:count]

@@ -9,8 +9,9 @@ averaged, the personal one stays.
 
 As in the authors' code, the optimisation starts both contexts anywhere (two different random vectors), all clients at
 the same two, and its few-shot scripts set gamma to 0.8, the entropy's weight to 0.01, at most 100 iterations. Choices
-where the paper is silent: clients' optimisers start afresh each round; iterations end when no potential moves by more
-than the tolerance, where the code watches the mean change of the scaling itself.
+where the paper is silent: clients' optimisers start afresh each round; iterations of a pair of image and class end when
+none of its potentials moves by more than the tolerance. The code watches the mean change of the scaling over a whole
+batch. Under differential privacy that must not be: an image would decide how far the plans of other images converge.
 """
 
 from dataclasses import dataclass, field
@@ -60,7 +61,7 @@ class Settings:
         optimizer: of a client's local steps, for both contexts.
         mass: gamma, the part of the patches that is transported; 1 is balanced transport.
         regularisation: the weight of the plan's entropy.
-        iterations, tolerance: of the transport; it ends at whichever is reached first.
+        iterations, tolerance: of the transport; it ends at whichever is reached first, for each image and class alone.
     """
 
     context_length: PositiveInt = 16

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from sordino.privacy.clipping import clip_jointly
 from sordino.privacy.gradients import ExactGradients
 from sordino.privacy.ledger import ALL_CLIENTS, OBSERVERS, Ledger, Observer, Release, Way
 from sordino.privacy.mechanism import Mechanism, Round, charge, summed_securely
@@ -100,7 +101,8 @@ class ClientMechanism(Mechanism):
             return {CLIP: torch.tensor(changed, dtype=torch.float64)}
 
         told_clip = None if s.clip_quantile is None else state[CLIP]
-        at_work = Round(ExactGradients(self.model), protect, average, sums=sums, told_clip=told_clip, finish=finish)
+        gradients = ExactGradients(self.model, finite_only=True)
+        at_work = Round(gradients, protect, average, sums=sums, told_clip=told_clip, finish=finish)
         return at_work
 
     @cached_property
@@ -131,14 +133,3 @@ class ClientMechanism(Mechanism):
                 for each, taken in zip(self.round_releases(range(len(self.facts.sizes))), self.facts.taken, strict=True)
             ]
         return [replace(each, steps=count) for each in self.round_releases(range(len(self.facts.sizes)))]
-
-
-def clip_jointly(tensors: Mapping[str, Tensor], clip: float) -> tuple[dict[str, Tensor], Tensor]:
-    """Each client's tensors [K, ...] scaled to a joint norm of at most `clip`; and [K], whether they were below it."""
-    norms = torch.stack([tensor.flatten(1).double().norm(dim=1) for tensor in tensors.values()]).norm(dim=0)
-    scale = torch.where(norms.isfinite(), (clip / norms.clamp(min=math.ulp(0.0))).clamp(max=1.0), 0.0)
-    clipped = {}
-    for name, tensor in tensors.items():
-        factor = scale.to(tensor).view(-1, *[1] * (tensor.ndim - 1))
-        clipped[name] = torch.where(factor > 0, tensor, 0.0) * factor
-    return clipped, norms <= clip

@@ -37,8 +37,18 @@ from torch import Tensor
 
 from sordino.encoders.base import DualEncoder
 from sordino.encoders.prompt_model import PromptModel
+from sordino.privacy.clipping import power_of_two
 from sordino.privacy.dp_sgd import sampled
-from sordino.privacy.gradients import Batch, Gradient, Parameters, PromptOf, client_losses
+from sordino.privacy.gradients import (
+    Batch,
+    Gradient,
+    Parameters,
+    PromptOf,
+    example_losses,
+    excluding,
+    finite_examples,
+    mean_losses,
+)
 from sordino.privacy.noise import Randomness
 
 
@@ -74,7 +84,7 @@ class CotangentGradients:
         clients, at_once = len(batch.labels), self.model.prompts_at_once(prompt, batch.labels.shape[1])
         for chunk in torch.arange(clients, device=batch.labels.device).split(at_once):
             leaves = {name: value[chunk].detach().requires_grad_() for name, value in parameters.items()}
-            examples = Batch(batch.features[chunk], batch.labels[chunk], batch.mask[chunk])
+            examples = finite_examples(Batch(batch.features[chunk], batch.labels[chunk], batch.mask[chunk]))
             with torch.enable_grad():
                 prompt = prompt_of({**leaves, **{n: v[chunk] for n, v in fixed.items()}})
                 features = self.model.class_features(prompt)
@@ -88,7 +98,8 @@ class CotangentGradients:
                 objective = (text * cotangent).sum() + (0 if penalty is None else penalty.sum())
             for name, gradient in zip(leaves, torch.autograd.grad(objective, list(leaves.values())), strict=True):
                 found[name].append(gradient)
-            losses.append(client_losses(logits, examples))
+            each = example_losses(logits, examples)
+            losses.append(mean_losses(each, examples.mask & each.isfinite()))
         return Gradient({name: torch.cat(parts) for name, parts in found.items()}, torch.cat(losses))
 
 
@@ -102,17 +113,23 @@ def summed_cotangents(logits: Tensor, batch: Batch, directions: Tensor, clip: fl
         clip: c.
 
     Returns:
-        [K, C, r]. One example more or less changes a client's matrix by at most c in Frobenius norm.
+        [K, C, r]. One example more or less changes a client's matrix by at most c in Frobenius norm, and by what
+        depends on it alone; by nothing if its features or logits are not finite.
     """
+    batch = finite_examples(excluding(batch, ~logits.isfinite().all(-1)))
     errors = logits.softmax(-1) - F.one_hot(batch.labels, logits.shape[-1])
     errors = errors * (clip / errors.norm(dim=-1, keepdim=True).clamp(min=clip))
-    errors = torch.where(batch.mask[..., None] & errors.isfinite(), errors, 0.0)
+    errors = torch.where(batch.mask[..., None], errors, 0.0)
     return errors.mT @ project(batch.features, directions)
 
 
 def project(features: Tensor, directions: Tensor) -> Tensor:
-    """Features [..., D] on public directions [D, r], with unit norm again: [..., r]; zero where nothing is left."""
-    return torch.nan_to_num(F.normalize(features @ directions.to(features), dim=-1))
+    """Features [..., D] on public directions [D, r], with unit norm again: [..., r]; zero where nothing is left.
+
+    Features of any finite size have unit norm: their squares do not overflow.
+    """
+    sized = features / power_of_two(features.abs().amax(-1, keepdim=True))
+    return torch.nan_to_num(F.normalize(sized @ directions.to(features), dim=-1))
 
 
 def public_directions(encoder: DualEncoder, rank: int) -> Tensor:

@@ -7,20 +7,32 @@ and the same sample, so together they are one Gaussian release with the noise mu
 
 Sensitivity: neighbouring data sets differ in one example of one client, added or removed, with the divisor, the
 expected size of a batch, unchanged. A group's sum is one of vectors of norm at most `clip`, one for each example in the
-sample, so it changes by at most `clip`; what a sample contains depends on each example's own coin only.
+sample, so it changes by at most `clip`; what a sample contains depends on each example's own coin only. That needs each
+vector to depend on its own example and on what was released before, and on nothing else: an example whose features,
+loss or gradient are not finite is the vector zero, and leaves all others as they are. Kernels round a little otherwise
+for a batch of another size; that alone is not covered.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sordino.encoders.prompt_model import PromptModel
-from sordino.privacy.gradients import Batch, ExactGradients, Gradient, Parameters, PromptOf, example_losses
+from sordino.encoders.prompt_model import Prompt, PromptModel
+from sordino.privacy.clipping import clipped_sum
+from sordino.privacy.gradients import (
+    Batch,
+    ExactGradients,
+    Gradient,
+    Parameters,
+    PromptOf,
+    example_losses,
+    excluding,
+    finite_examples,
+)
 from sordino.privacy.noise import Randomness
 from sordino.privacy.sampling import Sampling
 
@@ -103,7 +115,7 @@ def sampled(batch: Batch) -> Sampling:
 
 @dataclass(frozen=True)
 class ExampleGradients:
-    """Gradients of the examples of one client.
+    """Gradients of the examples of one client; zero, as the loss is, for those whose features or loss are not finite.
 
     Attributes:
         pieces: name to [n, ...], one after the other over all examples of the batch; computed as they are taken.
@@ -125,6 +137,7 @@ def example_gradients(
     pass takes as many examples to the parameters as fit into memory at once. Where the prompt enters the image tower,
     every example has a copy of the parameters and is a client of its own.
     """
+    batch = finite_examples(batch)
     by_example = _by_copies if model.prompts_images else _by_vectorised_backward
     return by_example(model, prompt_of, parameters, fixed, batch)
 
@@ -136,8 +149,12 @@ def _by_vectorised_backward(
     with torch.enable_grad():
         prompt = prompt_of({**leaves, **fixed})
         features = model.class_features(prompt)
-        losses = example_losses(model.scores(features, prompt, batch.features), batch)[0]  # [B]
         penalty = model.penalty(features)
+    graph = _Graph(model, leaves, prompt, features)
+    losses = graph.losses(batch)
+    if not bool(losses.isfinite().all()):
+        batch = excluding(batch, ~losses.isfinite()[None])
+        losses = graph.losses(batch)
     of_penalty = (
         ()
         if penalty is None
@@ -145,12 +162,51 @@ def _by_vectorised_backward(
     )
 
     def pieces() -> Iterator[dict[str, Tensor]]:
-        chosen = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
-        for rows in chosen.split(model.prompts_at_once(prompt, len(losses))) if len(losses) else ():
-            found = torch.autograd.grad(losses, list(leaves.values()), rows, is_grads_batched=True, retain_graph=True)
-            yield {name: gradient[:, 0] for name, gradient in zip(leaves, found, strict=True)}
+        numbers = torch.arange(len(losses), device=losses.device)
+        for rows in numbers.split(model.prompts_at_once(prompt, len(losses))) if len(losses) else ():
+            found = graph.gradients(losses, rows)
+            if not all(bool(gradient.isfinite().all()) for gradient in found):
+                # One example's derivative is infinite. Times zero it is in the gradients of the others too.
+                alone = [
+                    graph.gradients(graph.losses(_row(batch, row)), torch.zeros_like(rows[:1])) for row in rows.tolist()
+                ]
+                found = tuple(torch.cat(gradients) for gradients in zip(*alone, strict=True))
+            counted = batch.mask[0, rows]
+            yield {
+                name: torch.where(_over_clients(counted, gradient) > 0, gradient, 0.0)
+                for name, gradient in zip(leaves, found, strict=True)
+            }
 
-    return ExampleGradients(pieces(), losses.detach(), dict(zip(leaves, of_penalty, strict=False)))
+    counted_losses = torch.where(batch.mask[0], losses.detach(), 0.0)
+    return ExampleGradients(pieces(), counted_losses, dict(zip(leaves, of_penalty, strict=False)))
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """What the examples of a client have in common: its parameters, its prompt, and the class features."""
+
+    model: PromptModel
+    leaves: dict[str, Tensor]
+    prompt: Prompt
+    features: Tensor
+
+    def losses(self, batch: Batch) -> Tensor:
+        """Of every example, [B]."""
+        with torch.enable_grad():
+            return example_losses(self.model.scores(self.features, self.prompt, batch.features), batch)[0]
+
+    def gradients(self, losses: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+        """Of some of the losses [B], by each leaf [1, ...]: [n, ...]."""
+        chosen = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)[rows]
+        leaves = list(self.leaves.values())
+        found = torch.autograd.grad(losses, leaves, chosen, is_grads_batched=True, retain_graph=True)
+        return tuple(gradient[:, 0] for gradient in found)
+
+
+def _row(batch: Batch, row: int) -> Batch:
+    """One example of a stack of one client."""
+    one = slice(row, row + 1)
+    return Batch(batch.features[:, one], batch.labels[:, one], batch.mask[:, one])
 
 
 def _by_copies(
@@ -159,7 +215,7 @@ def _by_copies(
     examples = batch.labels.shape[1]
     if not examples:  # coins may choose nobody, and no tower takes an empty stack
         return ExampleGradients(iter(()), batch.features.new_zeros(0), {})
-    gradients = ExactGradients(model)
+    gradients = ExactGradients(model, finite_only=True)
     with torch.no_grad():
         at_once = model.prompts_at_once(prompt_of({**parameters, **fixed}), 1)
     losses = batch.features.new_zeros(examples)
@@ -180,19 +236,6 @@ def _by_copies(
 def _mean(losses: Tensor) -> Tensor:
     """0 for an empty batch."""
     return losses.sum() / max(1, len(losses))
-
-
-def clipped_sum(gradients: dict[str, Tensor], clip: float) -> dict[str, Tensor]:
-    """The sum over examples of gradients [n, ...], each example's scaled to a joint norm of at most `clip`.
-
-    An example whose gradient is not finite counts as zero: it may neither leak nor spoil the sum.
-    """
-    norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients.values()]).norm(dim=0)  # [n]
-    scale = torch.where(norms.isfinite(), (clip / norms.clamp(min=math.ulp(0.0))).clamp(max=1.0), 0.0)
-    return {
-        name: torch.tensordot(scale, torch.where(_over_clients(scale, gradient) > 0, gradient, 0.0), dims=1)
-        for name, gradient in gradients.items()
-    }
 
 
 def _over_clients(values: Tensor, like: Tensor) -> Tensor:

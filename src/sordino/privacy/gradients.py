@@ -3,12 +3,16 @@
 A method says how its parameters make a prompt; it does not know whether the gradient that comes back is exact or
 noised. Here is the exact one; it is not private, and enters nothing in the ledger. The noised ones are in `dp_sgd` and
 `cotangent`.
+
+Under a mechanism an example that is not finite counts as nothing: what it would contribute must be bounded, and must
+not depend on the other examples, nor theirs on it. Its features are taken away before the loss is differentiated, and
+not only its loss: a backward pass multiplies by zero what does not count, and zero times infinity is not a number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -72,16 +76,45 @@ def example_losses(logits: Tensor, batch: Batch) -> Tensor:
 
 def client_losses(logits: Tensor, batch: Batch) -> Tensor:
     """Mean cross-entropy of every client over its real examples: logits [K, B, C] to [K]; 0 where there is none."""
-    return (example_losses(logits, batch) * batch.mask).sum(1) / batch.mask.sum(1).clamp(min=1)
+    return mean_losses(example_losses(logits, batch), batch.mask)
+
+
+def mean_losses(losses: Tensor, mask: Tensor) -> Tensor:
+    """The mean of every client's losses [K, B] over the examples in the mask [K, B]: [K], 0 where there is none."""
+    return torch.where(mask, losses, 0.0).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def finite_examples(batch: Batch) -> Batch:
+    """The batch without the examples of which a feature is not finite."""
+    finite = batch.features.isfinite()
+    return excluding(batch, ~(finite.flatten(2).all(-1) if finite.ndim > 2 else finite))
+
+
+def excluding(batch: Batch, excluded: Tensor) -> Batch:
+    """The batch without some examples, [K, B]: they leave the mask, and zeros take the place of their features."""
+    if not bool(excluded.any()):
+        return batch
+    over_features = excluded.view(*excluded.shape, *[1] * (batch.features.ndim - 2))
+    features = torch.where(over_features, 0.0, batch.features)
+    return replace(batch, features=features, mask=batch.mask & ~excluded)
 
 
 @dataclass(frozen=True)
 class ExactGradients:
-    """Plain gradients, with no privacy, in pieces that bound memory whatever K and C are."""
+    """Plain gradients, with no privacy, in pieces that bound memory whatever K and C are.
+
+    Attributes:
+        model: the frozen model.
+        finite_only: whether an example whose features or loss are not finite counts as nothing, and so does a client's
+            whole batch if its gradient is not finite all the same. For what a mechanism follows. Elsewhere such numbers
+            go through, and the run ends with an error that shows them.
+    """
 
     model: PromptModel
+    finite_only: bool = False
 
     def __call__(self, prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch) -> Gradient:
+        batch = finite_examples(batch) if self.finite_only else batch
         with torch.no_grad():
             prompt = prompt_of({**parameters, **fixed})
         pieces = []
@@ -99,9 +132,19 @@ class ExactGradients:
         with torch.enable_grad():
             prompt = prompt_of({**leaves, **fixed})
             features = self.model.class_features(prompt)
-            losses = client_losses(self.model.scores(features, prompt, batch.features), batch)
+            losses = example_losses(self.model.scores(features, prompt, batch.features), batch)
+            if self.finite_only and not bool(losses[batch.mask].isfinite().all()):
+                return self._piece(prompt_of, parameters, fixed, excluding(batch, ~losses.isfinite()))
+            means = mean_losses(losses, batch.mask)
             penalty = self.model.penalty(features)
-            objective = losses if penalty is None else losses + penalty
+            objective = means if penalty is None else means + penalty
             # Client k's loss depends on slice k alone, so the gradient of the sum is the stack of the gradients.
             gradients = torch.autograd.grad(objective.sum(), list(leaves.values()))
-        return Gradient(dict(zip(leaves, gradients, strict=True)), losses.detach())
+        by = dict(zip(leaves, gradients, strict=True))
+        return Gradient(finite_clients(by) if self.finite_only else by, means.detach())
+
+
+def finite_clients(by: Parameters) -> dict[str, Tensor]:
+    """Tensors [K, ...], with zeros for a client that has a number among them which is not finite."""
+    finite = torch.stack([value.isfinite().flatten(1).all(1) for value in by.values()]).all(0)  # [K]
+    return {name: torch.where(finite.view(-1, *[1] * (value.ndim - 1)), value, 0.0) for name, value in by.items()}
