@@ -28,7 +28,7 @@ from sordino.secure.sealed import EncryptingSealer
 from sordino.secure.sealer import PlainSealer, Sealer
 from sordino.secure.search import Start, search
 from sordino.secure.server import Averages, Opened, Server
-from sordino.secure.setup import Setup, plan
+from sordino.secure.setup import Setup, fewest_members, plan
 
 __all__ = [
     "ITERATIONS",
@@ -56,6 +56,7 @@ __all__ = [
     "adaptive",
     "drive",
     "farthest_first",
+    "fewest_members",
     "finish",
     "lloyd",
     "plan",
