@@ -15,7 +15,8 @@ import torch
 from audit.test_one_run import federation
 
 from sordino.audit.broken import DEFECTS, BatchClippedGradients, Defect, with_defect
-from sordino.audit.one_run import Canaries, audit_in_one_run, with_canaries
+from sordino.audit.canaries import Canaries, with_canaries
+from sordino.audit.one_run import audit_in_one_run
 from sordino.audit.subject import train
 from sordino.encoders.prompt_model import PromptModel
 from sordino.errors import ConfigError
@@ -69,7 +70,7 @@ def test_a_defect_changes_what_is_released_and_nothing_that_is_claimed(model: Pr
     assert type(own.mechanism) not in DEFECTS.values()
     assert ended.ledger == badly.ledger
     assert not torch.equal(own.prompts(ended), broken.prompts(badly))
-    drawn = Canaries.draw(4, 2, 4, (model.encoder.feature_width,), 0)
+    drawn = Canaries.draw(4, 2, model, (model.encoder.feature_width,), 0)
     assert type(with_canaries(broken, drawn, 0).mechanism) is DEFECTS[defect]  # and so it is what the audit trains
 
 

@@ -202,6 +202,8 @@ class ClientData:
         counts: [K] how many of them are real.
         weights: [K] the weight that each client tells the server for averaging; ones where sizes stay untold.
         coins: where set, every example is in a batch by a coin of its own from here (Poisson sampling).
+        hidden: [N], true for rows of the table that no batch shows. They are masked after a batch was drawn, so that
+            they keep their place in sizes, rates and coins. An audit hides canaries so; None hides nothing.
     """
 
     features: Tensor
@@ -210,6 +212,7 @@ class ClientData:
     counts: Tensor
     weights: Tensor
     coins: Randomness | None = None
+    hidden: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -240,10 +243,15 @@ class ClientData:
             yield self._batch(self.rows.gather(1, chosen.clamp(min=0)), chosen >= 0)
 
     def balanced(self) -> ClientData:
-        """The same examples, those of a client's rarer classes repeated so that all its classes count alike."""
+        """The same examples, those of a client's rarer classes repeated so that all its classes count alike.
+
+        Hidden examples are left out, unless a client has no others.
+        """
         repeated = []
         for row, count in zip(self.rows, self.counts, strict=True):
             own = row[:count]
+            shown = own[self.shown(own)]
+            own = shown if len(shown) else own
             labels = self.labels[own]
             most = int(labels.bincount().max())
             classes = [own[labels == label] for label in labels.unique()]
@@ -263,8 +271,17 @@ class ClientData:
         batch = self._batch(self.rows.gather(1, chosen.clamp(min=0)), chosen >= 0)
         return replace(batch, sampling=Sampling(rate, rate * counts))
 
+    def shown(self, rows: Tensor) -> Tensor:
+        """Which rows of the table, of any shape, are not hidden."""
+        return torch.ones_like(rows, dtype=torch.bool) if self.hidden is None else ~self.hidden[rows]
+
     def _batch(self, rows: Tensor, mask: Tensor) -> Batch:
-        return Batch(self.features[rows], self.labels[rows], mask)
+        shown = self.shown(rows)
+        # A hidden example is not even read: another stands in for it, so that its numbers, which may not be finite,
+        # enter no sum, not even multiplied by zero.
+        stand_in = 0 if self.hidden is None else int((~self.hidden).to(torch.int8).argmax())
+        rows = torch.where(shown, rows, stand_in)
+        return Batch(self.features[rows], self.labels[rows], mask & shown, rows=rows)
 
 
 def _batch_plan(count: int, steps: int, size: int, generator: torch.Generator) -> Tensor:

@@ -115,9 +115,8 @@ def class_number(name: str) -> int:
 
 
 def client_init(settings: Settings, start: Start, data: ClientData) -> ClientState:
-    labels = torch.where(
-        torch.arange(data.rows.shape[1], device=data.rows.device) < data.counts[:, None], data.labels[data.rows], -1
-    )
+    there = torch.arange(data.rows.shape[1], device=data.rows.device) < data.counts[:, None]
+    labels = torch.where(there & data.shown(data.rows), data.labels[data.rows], -1)
     same = (
         (labels[:, :, None] == labels[:, None, :]).tril(diagonal=-1).sum(-1)
     )  # [K, n], how many of the class come before
