@@ -33,7 +33,7 @@ RIDGE = 0.1  # of the mean square of canaries' gradients: less lets noise throug
 NUMBERS = 1 << 26  # kept for the second fit, in float64
 FITS = 4  # of coins and covariance in turn: large noise leaves the first fit's remainder far from noise alone
 LONGEST = 64  # axis of a parameter along which noise is looked at
-SAMPLES = 10  # for each entry of such an axis, at least
+SAMPLES = 30  # for each entry of such an axis, at least
 NOISELESS = 1e-10  # share of the sums' squares that counts as rounding
 STRENGTHS = torch.logspace(-6, 9, 61, dtype=torch.float64)  # of coins beside noise, among which the likeliest is taken
 
@@ -324,7 +324,7 @@ def _regular(covariance: Tensor, samples: float) -> Tensor:
     mean = covariance.diagonal().mean()
     if not mean > 0:
         return torch.eye(length).to(covariance)
-    shrinkage = max(1e-6, length / (length + samples))
+    shrinkage = max(1e-6, (length / (length + samples)) ** 2)
     values, vectors = torch.linalg.eigh(covariance / mean)
     values = (1 - shrinkage) * values.clamp(min=0) + shrinkage
     shrunk: Tensor = (vectors * values) @ vectors.T

@@ -32,7 +32,7 @@ class Sight:
         place: in the stack of the round's participants.
         client: its number.
         call: which gradient of the training this is.
-        size: of its batch; the expected one under Poisson sampling.
+        size: of its batch, or the expected one under Poisson sampling, as if no canary were left out.
         own: its n canaries' gradients [n, ...], clipped, in units of the clip, weighed by the sampling rate.
         others: [d, ...], directions in which the rest of the sum lies.
         released: the noised sum [...], as it was released.
@@ -120,8 +120,10 @@ class Watching:
             if not len(mine):
                 continue
             if batch.sampling is None:
-                size, count = float(batch.mask[place].sum()), float(self._data.counts[client])
-                rate = min(1.0, batch.mask.shape[1] / count)
+                # How many examples a mean was really taken of depends on the coins, so it is not looked at.
+                count = float(self._data.counts[client])
+                size = min(float(batch.mask.shape[1]), count)
+                rate = size / count
             else:
                 size, rate = float(batch.sampling.expected[place]), float(batch.sampling.rate[place])
             at, held = ({name: value[slot] for name, value in each.items()} for each in (parameters, fixed))
