@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 RIDGE = 0.1  # of the mean square of canaries' gradients: less lets noise through, more lets them hide each other
-NUMBERS = 1 << 26  # kept for the second fit, in float64
+NUMBERS = 1 << 25  # kept for the second fit, in float64: a quarter of a gigabyte, and twice that while it is fitted
 FITS = 4  # of coins and covariance in turn: large noise leaves the first fit's remainder far from noise alone
 LONGEST = 64  # axis of a parameter along which noise is looked at
 SAMPLES = 30  # for each entry of such an axis, at least
@@ -165,8 +165,7 @@ def _decorrelated(systems: Sequence[System], by_clients: bool) -> list[Tensor]:
     """Coins of every client by generalized least squares."""
     noise = Covariance.unknown(systems)
     for _ in range(FITS):
-        white = [noise.whitened(system) for system in systems]
-        left = [system.left_over(each.fitted()) for system, each in zip(systems, white, strict=True)]
+        left = [system.left_over(noise.whitened(system).fitted()) for system in systems]
         noise = noise.refined(systems, left)
     white = [noise.whitened(system) for system in systems]
     precision = torch.eye(len(systems), dtype=torch.float64)

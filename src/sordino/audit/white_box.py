@@ -147,10 +147,12 @@ class Watching:
 
     def _others(self, batch: Batch, place: int) -> Batch:
         """One client's examples in a batch that are no canaries; these are the last rows of the table."""
-        assert batch.rows is not None
-        rows = batch.rows[place]
-        chosen = batch.mask[place] & (rows < len(self._data.features) - len(self._canaries.labels))
-        rows = rows[chosen][None]
+        if batch.rows is None:  # a batch that a method made itself: nothing is known of it
+            rows = torch.zeros(1, 0, dtype=torch.int64, device=self._data.labels.device)
+        else:
+            rows = batch.rows[place]
+            real = rows < len(self._data.features) - len(self._canaries.labels)
+            rows = rows[batch.mask[place] & real][None]
         return Batch(self._data.features[rows], self._data.labels[rows], torch.ones_like(rows, dtype=torch.bool))
 
     def _directions(
@@ -159,13 +161,12 @@ class Watching:
         """Unit vectors [d, ...]: the sum of the others' gradients, the same clipped one by one, and a penalty's."""
         sums: list[dict[str, Tensor]] = []
         if self._mechanism.settings.mechanism == "dp-sgd":
-            pieces = [
-                (self._in_units(piece), self._clipped(piece))
-                for piece in self._by_example(prompt_of, at, held, others).pieces
-            ]
-            sums = [
-                {name: sum_over([values[name] for values in kind]) for name in at} for kind in zip(*pieces, strict=True)
-            ]
+            sums = [{name: torch.zeros_like(value, dtype=torch.float64, device="cpu") for name, value in at.items()}]
+            sums.append({name: value.clone() for name, value in sums[0].items()})
+            for piece in self._by_example(prompt_of, at, held, others).pieces:
+                for total, values in zip(sums, (self._in_units(piece), self._clipped(piece)), strict=True):
+                    for name in total:
+                        total[name] += values[name].sum(0, keepdim=True)
         elif others.labels.numel():
             assert self._mechanism.model is not None
             sums = [self._in_units(ExactGradients(self._mechanism.model)(prompt_of, at, held, others).by)]
@@ -176,8 +177,9 @@ class Watching:
         return {name: torch.cat([empty[name], *each]) for name, each in found.items()}
 
     def _in_units(self, gradients: Parameters) -> dict[str, Tensor]:
-        """Gradients [n, ...] in units of the clips, in float64 on the CPU."""
-        return {name: value.double().cpu() / self._unit(name) for name, value in gradients.items()}
+        """Gradients [n, ...] in units of the clips, in float64 on the CPU; what is not finite is zero, as in dp-sgd."""
+        values = {name: value.double().cpu() / self._unit(name) for name, value in gradients.items()}
+        return {name: torch.where(value.isfinite(), value, 0.0) for name, value in values.items()}
 
     def _clipped(self, gradients: Parameters) -> dict[str, Tensor]:
         """Examples' gradients [n, ...] in these units, clipped as the mechanism would."""
@@ -207,8 +209,3 @@ class Watching:
     def _mine(self, client: int) -> Tensor:
         """Which canaries were offered to a client, as its rows have them."""
         return (self._canaries.owners == client).nonzero().flatten()
-
-
-def sum_over(pieces: Sequence[Tensor]) -> Tensor:
-    """The sum over all examples of pieces [n, ...], as [1, ...]."""
-    return torch.cat(list(pieces)).sum(0, keepdim=True)
