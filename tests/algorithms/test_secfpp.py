@@ -108,6 +108,36 @@ def test_a_cluster_below_the_minimum_is_not_opened(make_runtime: MakeRuntime) ->
     torch.testing.assert_close(runtime.prompts(after)[0], whole[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["secfpp", "secfpp-plain"])
+@pytest.mark.parametrize(("colluders", "labels"), [(1, [0, 0, 1, 1, 1, 1]), (2, [0, 0, 0, 1, 1, 1])])
+def test_no_member_computes_anothers_prompt(
+    make_runtime: MakeRuntime, name: str, colluders: int, labels: list[int]
+) -> None:
+    """T members of a cluster of T + 1 would have the last one's part: T + 1 times the mean, minus their own."""
+    runtime = make_runtime(name, TWO_KINDS, TABLES | {"secfpp": TABLES["secfpp"] | {"colluders": colluders}})
+    training = trained(runtime, 2)
+    numbers = torch.tensor(labels, dtype=torch.float64)
+    training = replace(training, server=replace(training.server, labels=numbers))  # type: ignore[call-arg]
+    after, _ = runtime.round(training)
+    opened = after.server.opened > 0  # type: ignore[attr-defined]
+    for number in (0.0, 1.0):
+        members = numbers == number
+        assert opened[members].all() == (int(members.sum()) >= colluders + 2)
+    assert not after.server.contexts[~opened].any()  # type: ignore[attr-defined]
+
+
+def test_fewer_members_than_colluders_leave_two_of_are_refused(make_runtime: MakeRuntime) -> None:
+    for colluders, least in ((1, 3), (2, 4), (4, 6)):
+        assert secfpp.Settings(colluders=colluders).minimum == least
+        assert secfpp.Settings(colluders=colluders, smallest_cluster=least + 1).minimum == least + 1
+        with pytest.raises(ConfigError, match=rf"smallest_cluster = {least - 1}: must be 0, or {least} or more"):
+            secfpp.Settings(colluders=colluders, smallest_cluster=least - 1)
+    with pytest.raises(ConfigError, match=r"settings\.secfpp.*smallest_cluster = 2: must be 0, or 3 or more"):
+        make_runtime("secfpp", TWO_KINDS, TABLES | {"secfpp": {"smallest_cluster": 2}})
+    with pytest.raises(ConfigError, match="no cluster of 6 clients a round could be opened"):
+        make_runtime("secfpp", TWO_KINDS, TABLES | {"secfpp": {"smallest_cluster": 7}})
+
+
 @pytest.mark.parametrize("exchange", [1, 4])
 def test_if_too_few_answer_training_goes_on_with_the_last_clusters(
     make_runtime: MakeRuntime, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, exchange: int
@@ -151,7 +181,8 @@ def test_a_client_that_vanishes_in_the_middle_changes_nothing_for_others(
     monkeypatch.setattr(secfpp, "exchange", one_gone)
     after, _ = runtime.round(training)
     assert torch.equal(after.server.labels, complete.server.labels)  # type: ignore[attr-defined]
-    assert after.server.opened.tolist() == [1.0] * 6  # type: ignore[attr-defined]
+    # It dealt no domain-level part: its cluster is one of two members now, which is not opened.
+    assert after.server.opened.tolist() == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]  # type: ignore[attr-defined]
     torch.testing.assert_close(
         after.server.contexts[0],  # type: ignore[attr-defined]
         complete.server.contexts[0],  # type: ignore[attr-defined]

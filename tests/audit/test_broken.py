@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from audit.test_one_run import federation
+from scipy.stats import chi2
 
 from sordino.audit.broken import DEFECTS, BatchClippedGradients, Defect, with_defect
-from sordino.audit.one_run import Canaries, audit_in_one_run, with_canaries
+from sordino.audit.canaries import Canaries, with_canaries
+from sordino.audit.one_run import audit_in_one_run
 from sordino.audit.subject import train
 from sordino.encoders.prompt_model import PromptModel
 from sordino.errors import ConfigError
@@ -27,6 +29,7 @@ from sordino.runtime.local import LocalRuntime
 SETTINGS = {"context_length": 8, "local_steps": 1, "batch_size": 0}
 PRIVACY = {"mechanism": "dp-sgd", "epsilon": 1.0, "delta": 1e-6, "clip": 0.01}
 CANARIES = 200
+MARGINS: dict[Defect, float] = {"batch clipped": 0.3, "noise skipped": 1.0, "noise repeated": 1.5}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,7 @@ def test_broken_mechanisms_are_caught(mild: PromptModel, defect: Defect) -> None
         audit = audit_in_one_run(broken, CANARIES, seed)
         assert audit.claimed_epsilon == pytest.approx(1.0, abs=1e-3)
         assert audit.refuted
-        assert audit.strongest.epsilon > audit.claimed_epsilon + {"batch clipped": 0.3, "noise skipped": 1.0}[defect]
+        assert audit.strongest.epsilon > audit.claimed_epsilon + MARGINS[defect]
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
@@ -69,7 +72,7 @@ def test_a_defect_changes_what_is_released_and_nothing_that_is_claimed(model: Pr
     assert type(own.mechanism) not in DEFECTS.values()
     assert ended.ledger == badly.ledger
     assert not torch.equal(own.prompts(ended), broken.prompts(badly))
-    drawn = Canaries.draw(4, 2, 4, (model.encoder.feature_width,), 0)
+    drawn = Canaries.draw(4, 2, model, (model.encoder.feature_width,), 0)
     assert type(with_canaries(broken, drawn, 0).mechanism) is DEFECTS[defect]  # and so it is what the audit trains
 
 
@@ -100,3 +103,34 @@ def test_the_batch_is_clipped_and_noise_skipped_above_the_bound(model: PromptMod
     noise = streams.normal("noise on context, 0", *context.shape[1:]) * torch.tensor([0.1, 0.14])[:, None, None]
     added = torch.zeros_like(noise) if skip and clip == 1e-3 else noise
     torch.testing.assert_close(released, clipped + added.double(), rtol=1e-6, atol=1e-7)
+
+
+def test_repeated_noise_has_its_deviation_and_cancels_in_every_difference(model: PromptModel) -> None:
+    """Of two rows, of two calls and of two rounds; and clients do not share it."""
+    generator = torch.Generator().manual_seed(0)
+    own = federation(model, "promptfl", 2, 10, 2, SETTINGS, PRIVACY | {"epsilon": None, "noise_multiplier": 2.0})
+    silent = federation(model, "promptfl", 2, 10, 2, SETTINGS, PRIVACY | {"epsilon": None, "noise_multiplier": 0.0})
+    broken = with_defect(own, "noise repeated")
+    width = model.encoder.context_width
+    context = torch.randn(2, 6, width, generator=generator).double()
+    features = torch.randn(2, 5, model.encoder.feature_width, generator=generator).double()
+    sampling = Sampling(torch.ones(2).double(), torch.full((2,), 5.0).double())
+    batch = Batch(features, torch.zeros(2, 5, dtype=torch.int64), torch.ones(2, 5).bool(), sampling)
+    noises = []
+    for number in (1, 2):
+        streams = Streams(0, number, [0, 1], torch.device("cpu"))
+        noised, plain = (each.mechanism.open(streams, [0, 1], {}).gradients for each in (broken, silent))
+        for _ in range(2):
+            released, exact = (
+                gradients(lambda p: p["context"], {"context": context}, {}, batch).by["context"]
+                for gradients in (noised, plain)
+            )
+            noises.append(released - exact)
+    together = torch.stack(noises)  # [calls, clients, tokens, width]
+    same = together[0, :, 0]
+    torch.testing.assert_close(together, same[:, None].expand_as(together), rtol=0, atol=1e-9)
+    assert not torch.isclose(same[0], same[1]).any()
+    deviation = PRIVACY["clip"] * 2.0 / 5
+    squares = float((same / deviation).square().sum())
+    low, high = chi2.ppf([1e-4, 1 - 1e-4], 2 * width)
+    assert low < squares < high

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from sklearn.metrics import adjusted_rand_score
 from sordino.errors import DataError
 from sordino.secure import (
     Adaptive,
+    Averages,
     Client,
     PlainDistances,
     SecureError,
@@ -27,6 +28,7 @@ from sordino.secure import (
     TooManyErrors,
     Traffic,
     adaptive,
+    fewest_members,
     finish,
     plan,
     run,
@@ -233,14 +235,14 @@ def test_spreads_of_ratios_are_opened_as_sums_once() -> None:
     setup = plan(clients=13, width=6, largest=1.0, privacy=2, reveal="ratios")
     clients, server = clients_of(points), Server(setup)
     run(clients, server, [0, 1, 2])
-    sets = [{0, 3, 6, 9}, {1, 4, 7}, {2, 5}]
+    sets = [{0, 3, 6, 9}, {1, 4, 7, 10}, {2, 5, 8}]
     spreads = drive(server.spreads(sets), clients, Traffic())
-    assert spreads[2] is None  # two are below the minimum of three
+    assert spreads[2] is None  # three are below the minimum of four
     for found, members in zip(spreads[:2], sets[:2], strict=True):
         assert found == pytest.approx(points[list(members)].var(0, ddof=1).sum(), rel=0.02)
     traffic = Traffic()
     with pytest.raises(TooFewAnswers):
-        drive(server.spreads([{0, 3, 6}]), clients, traffic)
+        drive(server.spreads([{0, 3, 6, 9}]), clients, traffic)
     assert {reason for _, reason in traffic.refusals} == {
         f"client {number} answers for one partition of points a sharing" for number in range(13)
     }
@@ -495,12 +497,30 @@ def test_sums_are_of_disjoint_sets_above_the_minimum(sets: list[set[int]]) -> No
 
 def test_a_client_may_ask_for_more_protection_than_a_round_offers() -> None:
     setup = plan(clients=8, width=2, largest=1.0, privacy=2)
-    for client in (Client(0, [0, 0], minimum=4), Client(0, [0, 0], privacy=3)):
+    for client in (Client(0, [0, 0], minimum=5), Client(0, [0, 0], privacy=3)):
         with pytest.raises(SecureError, match="client 0 requires minimum"):
             client.handle(setup.to_bytes())
-    with pytest.raises(ValueError, match="minimum = 1"):
-        Client(0, [0, 0], minimum=1)
-    Client(0, [0, 0], minimum=3, privacy=2).handle(setup.to_bytes())
+    Client(0, [0, 0], minimum=4, privacy=2).handle(setup.to_bytes())
+
+
+@pytest.mark.parametrize("privacy", [1, 2, 5])
+def test_no_minimum_leaves_fewer_than_two_beside_the_colluders(privacy: int) -> None:
+    """T members of a set take their vectors off its mean: at least two others are left, and never less than three."""
+    least = max(3, privacy + 2)
+    assert fewest_members(privacy) == least
+    assert Client(0, [0, 0], privacy=privacy).minimum == least
+    setup = plan(clients=16, width=2, largest=1.0, privacy=privacy, length=3)
+    assert setup.minimum == least
+    for minimum in (1, 2, least - 1):
+        with pytest.raises(ValueError, match=f"minimum = {minimum}: must be {least} or more with privacy = {privacy}"):
+            Client(0, [0, 0], minimum=minimum, privacy=privacy)
+        with pytest.raises(SecureError, match=f"minimum = {minimum}: must be {least} or more"):
+            plan(clients=16, width=2, largest=1.0, privacy=privacy, length=3, minimum=minimum)
+        lower = replace(setup, minimum=minimum)  # a server that ignores its own rule
+        with pytest.raises(SecureError, match=f"minimum = {minimum}: must be {least} or more"):
+            Server(lower)
+        with pytest.raises(SecureError, match=f"minimum = {minimum}: must be {least} or more"):
+            Client(0, [0, 0]).handle(lower.to_bytes())
 
 
 def test_a_round_is_joined_once_and_shared_once() -> None:
@@ -525,7 +545,7 @@ def test_a_round_is_joined_once_and_shared_once() -> None:
     ("changes", "message"),
     [
         ({"blocks": 7}, "answers are needed"),
-        ({"minimum": 2}, "minimum = 2: must be at least 2 and more than privacy = 2"),
+        ({"minimum": 3}, "minimum = 3: must be 4 or more with privacy = 2"),
         ({"minimum": 1, "privacy": 0}, "privacy = 0: must be 1 or more"),
         ({"blocks": 0}, "blocks = 0"),
         ({"largest": float("nan")}, "largest = nan: must be positive"),
@@ -587,25 +607,59 @@ def test_averages_need_no_clustering_before() -> None:
 
 def test_a_cluster_below_the_minimum_is_never_opened() -> None:
     """As it was given, or as it is left when members vanish before sharing."""
-    vectors = np.arange(10)[:, None] / 10 * np.ones((1, 4))
-    setup = plan(clients=10, width=1, largest=1.0, privacy=2, length=4)
-    assert setup.minimum == 3
+    vectors = np.arange(12)[:, None] / 12 * np.ones((1, 4))
+    setup = plan(clients=12, width=1, largest=1.0, privacy=2, length=4)
+    assert setup.minimum == 4
     outcome = run_average(
-        clients_of(np.zeros((10, 1)), vectors), Server(setup), [{0, 1, 2, 3}, {4, 5}, {6, 7, 8}], drop={8: 2}
+        clients_of(np.zeros((12, 1)), vectors), Server(setup), [{0, 1, 2, 3}, {4, 5, 6}, {7, 8, 9, 10}], drop={8: 2}
     )
     means = outcome.result.means
     assert means[0] is not None
-    np.testing.assert_allclose(means[0], 0.15, atol=1e-9)
+    np.testing.assert_allclose(means[0], 0.125, atol=1e-9)
     assert means[1:] == (None, None)
-    assert outcome.result.members == (frozenset({0, 1, 2, 3}), frozenset({4, 5}), frozenset({6, 7}))
+    assert outcome.result.members == (frozenset({0, 1, 2, 3}), frozenset({4, 5, 6}), frozenset({7, 9, 10}))
+
+
+def test_members_who_vanish_after_they_dealt_stay_in_the_mean() -> None:
+    """So those who are left learn the mean of as many as the minimum says, however few of them still answer."""
+    vectors = np.arange(12)[:, None] / 12 * np.ones((1, 4))
+    setup = plan(clients=12, width=1, largest=1.0, length=4)
+    outcome = run_average(
+        clients_of(np.zeros((12, 1)), vectors), Server(setup), [{0, 1, 2}, set(range(3, 12))], drop={0: 4, 1: 4}
+    )
+    assert outcome.result.members[0] == {0, 1, 2}
+    assert outcome.result.means[0] is not None
+    np.testing.assert_allclose(outcome.result.means[0], 1 / 12, atol=1e-9)
+
+
+class Careless(Server):
+    """A server that asks for the sums of all sets, however small."""
+
+    def average(self, sets: Sequence[Iterable[int]]) -> Exchange[Averages]:
+        yield from self._share("vector")
+        question = Partition(1, self._next_step(), "vector", pack(sets, self.setup.clients))
+        yield from self._summed_vectors(question, len(sets))
+        raise AssertionError("clients helped to open it")
+
+
+def test_clients_do_not_help_a_server_that_opens_too_small_a_cluster() -> None:
+    """Nor one of the right size with a member who dealt nothing: that would be the sum of the others."""
+    setup = plan(clients=8, width=1, largest=1.0, length=4)
+    for sets, drop in (([{0, 1}, {2, 3, 4}], {}), ([{0, 1, 2}, {3, 4, 5}], {2: 2})):
+        clients, traffic = clients_of(np.zeros((8, 1)), np.ones((8, 4))), Traffic()
+        with pytest.raises(TooFewAnswers):
+            drive(Careless(setup).average(sets), clients, traffic, drop)
+        assert {number for number, _ in traffic.refusals} == {*range(8)} - {*drop}
 
 
 def test_two_partitions_cannot_both_have_the_answers_that_they_need() -> None:
-    """A server that shows different partitions to different clients needs more answers than there are clients."""
+    """A server that shows different partitions to different clients needs more answers than there are honest clients,
+    and T who answer for both."""
     for clients in (4, 5, 12, 40, 1000):
-        for privacy in (1, clients // 8 or 1):
+        for privacy in (1, clients // 8 or 1, (clients - 1) // 2):
             setup = plan(clients=clients, width=3, largest=1.0, privacy=privacy, blocks=1, length=9)
-            assert 2 * setup.vector_needed > clients
+            assert 2 * setup.vector_needed > clients - privacy + 2 * privacy
+            assert setup.vector_needed <= clients
             assert setup.vector_code.degree + 1 == setup.vector_needed
             assert setup.vector_code.privacy >= privacy
 

@@ -229,6 +229,8 @@ class ClientData:
         counts: [K] how many of them are real.
         weights: [K] the weight that each client tells the server for averaging; ones where sizes stay untold.
         poisson: where set, it decides which examples are in a batch, each by a coin of its own.
+        hidden: [N], true for rows of the table that no batch shows. They are masked after a batch was drawn, so that
+            they keep their place in sizes, rates and coins. An audit hides canaries so; None hides nothing.
     """
 
     features: Tensor
@@ -237,6 +239,7 @@ class ClientData:
     counts: Tensor
     weights: Tensor
     poisson: PoissonSampler | None = None
+    hidden: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -269,15 +272,19 @@ class ClientData:
     def balanced(self) -> ClientData:
         """The same examples, those of a client's rarer classes repeated so that all its classes count alike.
 
+        Hidden examples are left out, unless a client has no others.
+
         Raises:
             ValueError: examples are sampled by coins. A repeated example would be in a batch more than once, as often
                 as others say, and no mechanism bounds that.
         """
-        if self.coins is not None:
+        if self.poisson is not None:
             raise ValueError("classes cannot be balanced where examples are sampled by coins; take batches as they are")
         repeated = []
         for row, count in zip(self.rows, self.counts, strict=True):
             own = row[:count]
+            shown = own[self.shown(own)]
+            own = shown if len(shown) else own
             labels = self.labels[own]
             most = int(labels.bincount().max())
             classes = [own[labels == label] for label in labels.unique()]
@@ -294,8 +301,17 @@ class ClientData:
         batch = self._batch(self.rows.gather(1, chosen.clamp(min=0)), chosen >= 0)
         return replace(batch, sampling=sampling)
 
+    def shown(self, rows: Tensor) -> Tensor:
+        """Which rows of the table, of any shape, are not hidden."""
+        return torch.ones_like(rows, dtype=torch.bool) if self.hidden is None else ~self.hidden[rows]
+
     def _batch(self, rows: Tensor, mask: Tensor) -> Batch:
-        return Batch(self.features[rows], self.labels[rows], mask)
+        shown = self.shown(rows)
+        # A hidden example is not even read: another stands in for it, so that its numbers, which may not be finite,
+        # enter no sum, not even multiplied by zero.
+        stand_in = 0 if self.hidden is None else int((~self.hidden).to(torch.int8).argmax())
+        rows = torch.where(shown, rows, stand_in)
+        return Batch(self.features[rows], self.labels[rows], mask & shown, rows=rows)
 
 
 def _batch_plan(count: int, steps: int, size: int, generator: np.random.Generator) -> Tensor:

@@ -121,7 +121,7 @@ def schedule(settings: Settings) -> Schedule:
 def client_init(settings: Settings, start: Start, data: ClientData) -> ClientState:
     held = torch.arange(data.rows.shape[1], device=data.rows.device) < data.counts[:, None]
     finite = data.features.isfinite().all(-1)  # others would leave nothing of a prediction that attends to them
-    labels = torch.where(held & finite[data.rows], data.labels[data.rows], -1)
+    labels = torch.where(held & finite[data.rows] & data.shown(data.rows), data.labels[data.rows], -1)
     same = (
         (labels[:, :, None] == labels[:, None, :]).tril(diagonal=-1).sum(-1)
     )  # [K, n], how many of the class come before

@@ -13,7 +13,8 @@ from the one, the other keeps. A client is clustered by its whole context, reduc
 the classes: [C, D], without their mean over classes (which no softmax sees), on leading directions of public class
 names' features, with unit norm. A context as it is, 3,072 numbers of which most is noise, did not show PACS's domains.
 The search opens the distances between all clients (`Pairs`) or only those that k-means needs (`Adaptive`). A cluster
-below the minimum size is not opened, and its clients keep their own domain-level parts. If too few clients answer, the
+below the minimum size is not opened, and its clients keep their own domain-level parts: its mean goes to its members,
+and T of a cluster of T + 1 would compute the last one's part from it. If too few clients answer, the
 last clusters stay. Cluster means are not weighed by sizes.
 """
 
@@ -78,7 +79,10 @@ class Settings:
         significance: with "pairs", how often noise alone may look as split as a split that is kept.
         width: d, numbers a prompt is reduced to, at most.
         reveal: "distances", or "ratios" of a client's distances to each other, without their scale.
-        colluders: T, how many clients may pool what they hold and learn nothing of others' prompts.
+        colluders: T, how many clients may pool what they hold and learn nothing of others' prompts, but the mean of the
+            others in their cluster, who are two or more.
+        smallest_cluster: fewest clients of a cluster whose mean is opened; 0 takes the fewest that are allowed, which
+            is max(3, T + 2). More hide each other better.
         dropouts: the share of a round's clients that may vanish in the middle of it.
         largest: entries of the domain-level part's change since the start are cut down to this size.
     """
@@ -96,13 +100,24 @@ class Settings:
     width: PositiveInt = 512
     reveal: Reveal = "distances"
     colluders: PositiveInt = 1
+    smallest_cluster: NonNegativeInt = 0
     dropouts: float = Field(default=0.25, ge=0, lt=1)
     largest: PositiveFloat = 4.0
+
+    def __post_init__(self) -> None:
+        if self.smallest_cluster and self.smallest_cluster < secure.fewest_members(self.colluders):
+            least = secure.fewest_members(self.colluders)
+            why = f"must be 0, or {least} or more with colluders = {self.colluders}"
+            raise ConfigError(
+                "smallest_cluster",
+                self.smallest_cluster,
+                f"{why}: the mean goes to the members, who could compute the last one's prompt from it",
+            )
 
     @property
     def minimum(self) -> int:
         """Fewest clients of a cluster whose mean is opened."""
-        return max(2, self.colluders + 1)
+        return self.smallest_cluster or secure.fewest_members(self.colluders)
 
 
 @dataclass(frozen=True)
@@ -223,6 +238,12 @@ def check(settings: Settings, model: PromptModel, clients: int) -> None:
     Raises:
         ConfigError: there are too few clients.
     """
+    if settings.smallest_cluster > clients:
+        raise ConfigError(
+            "settings.secfpp.smallest_cluster",
+            settings.smallest_cluster,
+            f"no cluster of {clients} clients a round could be opened; have it smaller, or more clients",
+        )
     try:
         agreed(settings, model, clients, 1, 1)
     except secure.SecureError as error:

@@ -1,6 +1,6 @@
 """Mechanisms as public code has them, to show that the audit catches what is wrong with them.
 
-No configuration selects these; they are put into a runtime by hand, with `with_defect`. Both enter in the ledger what
+No configuration selects these; they are put into a runtime by hand, with `with_defect`. All enter in the ledger what
 `dp-sgd` would, and so claim its epsilon, which does not hold for them.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -20,9 +20,10 @@ from sordino.privacy.dp_sgd import DpSgdGradients, Group, sampled
 from sordino.privacy.example_level import ExampleMechanism
 from sordino.privacy.gradients import Batch, ExactGradients, Gradient, Gradients, Parameters, PromptOf
 from sordino.privacy.noise import Randomness
+from sordino.randomness import Words
 from sordino.runtime.local import LocalRuntime
 
-Defect = Literal["batch clipped", "noise skipped"]
+Defect = Literal["batch clipped", "noise skipped", "noise repeated"]
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,77 @@ class SkippedNoiseMechanism(ExampleMechanism):
         return BatchClippedGradients(honest, skip=True)
 
 
+@dataclass(frozen=True)
+class RepeatedNoiseMechanism(ExampleMechanism):
+    """Every example is clipped as it should be, and the same noise is added in every step and to every token.
+
+    A public implementation of private linear probing draws its noise inside a vectorized map over classes without
+    splitting the random key, so that each class's row of the gradient gets the same numbers; a key that is not split
+    between steps repeats them step after step. A prompt's rows are its tokens: a client draws one row of numbers for
+    each parameter, once, and adds it to every row in every call.
+
+    Each entry of a release has noise of the deviation that was claimed. But the difference of two rows, or of one row
+    in two calls, has none: no epsilon is finite for it. All that one example moves is out of the noise's reach but its
+    mean over rows and calls, and there the noise does not average out either: over T calls of M rows the noise
+    multiplier that holds for this part alone is z / sqrt(T M), no better than for T M independent releases.
+
+    Attributes:
+        drawn: (parameter, client) to the numbers that were drawn for it.
+    """
+
+    drawn: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+
+    def _gradients(self, randomness: Randomness, clients: Sequence[int], call: int) -> Gradients:
+        honest = super()._gradients(randomness, clients, call)
+        assert isinstance(honest, DpSgdGradients)
+        return replace(honest, randomness=RepeatedRandomness(randomness, tuple(clients), self.drawn))
+
+
 DEFECTS: dict[Defect, type[ExampleMechanism]] = {
     "batch clipped": BatchClippedMechanism,
     "noise skipped": SkippedNoiseMechanism,
+    "noise repeated": RepeatedNoiseMechanism,
 }
 
 
 @dataclass(frozen=True)
+class RepeatedRandomness:
+    """Normal numbers that are drawn once for a client and parameter, a row of them, and given again ever after.
+
+    Attributes:
+        source: where they come from the first time.
+        clients: the numbers of the stack's K clients.
+        drawn: (parameter, client) to the row that was drawn for it.
+    """
+
+    source: Randomness
+    clients: tuple[int, ...]
+    drawn: dict[tuple[str, int], Tensor]
+
+    def words(self, purpose: str) -> list[Words]:
+        return self.source.words(purpose)
+
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        """[K, *shape], every row of a client's the same."""
+        parameter = purpose.rpartition(",")[0]  # "noise on context, 3" is for the third call
+        fresh = self.source.normal(purpose, *shape[-1:])
+        rows = [
+            self.drawn.setdefault((parameter, client), row) for client, row in zip(self.clients, fresh, strict=True)
+        ]
+        return torch.stack(rows).view(len(rows), *[1] * (len(shape) - 1), *shape[-1:]).expand(len(rows), *shape)
+
+    def common_normal(self, purpose: str, *shape: int) -> Tensor:
+        """As the source."""
+        return self.source.common_normal(purpose, *shape)
+
+    def uniform(self, purpose: str, counts: Sequence[int]) -> list[Tensor]:
+        """As the source."""
+        return self.source.uniform(purpose, counts)
+
+
+@dataclass(frozen=True)
 class BatchClippedGradients:
-    """What both make of a batch.
+    """What the first two make of a batch.
 
     Attributes:
         honest: the gradients whose groups, clips and noise are taken.

@@ -35,12 +35,14 @@ class Batch:
         labels: [K, B] class indices, int64.
         mask: [K, B], true where there is an example; clients with fewer examples are padded.
         sampling: how it was sampled, where that was by coins; what is noised must be.
+        rows: [K, B] which rows of the table of images they are, for who watches; None where nobody said.
     """
 
     features: Tensor
     labels: Tensor
     mask: Tensor
     sampling: Sampling | None = None
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from sordino.secure.sealed import EncryptingSealer
 from sordino.secure.sealer import PlainSealer, Sealer
 from sordino.secure.search import Start, search
 from sordino.secure.server import Averages, Opened, Server
-from sordino.secure.setup import Setup, plan
+from sordino.secure.setup import Setup, fewest_members, plan
 from sordino.secure.sums.charge import Charge, charge, client_sensitivity, example_sensitivity
 from sordino.secure.sums.client import SumClient
 from sordino.secure.sums.discrete_gaussian import discrete_gaussian, system_bits
@@ -73,6 +73,7 @@ __all__ = [
     "drive",
     "example_sensitivity",
     "farthest_first",
+    "fewest_members",
     "finish",
     "lloyd",
     "local_sum",

@@ -4,7 +4,8 @@ Whatever the server asks, an honest client answers
 
 - for a round once, and for a question once: masks are never used twice, and no more distances than were agreed;
 - for one partition of vectors, and one of distances, a sharing: two sums that differ by a client would give its vector;
-- for no set below the minimum size, and no minimum below what it was started with.
+- for no set with fewer members than the minimum, nor with one who dealt nothing; and for no minimum below its own, nor
+  below T + 2: T members of a set of T + 1 would compute the last one's vector from their mean.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from sordino.secure.messages import (
     unpack,
 )
 from sordino.secure.sealer import PlainSealer, Sealer
-from sordino.secure.setup import Setup
+from sordino.secure.setup import Setup, fewest_members
 from sordino.secure.shares import (
     Held,
     in_blocks,
@@ -53,7 +54,8 @@ class Client:
         vector: [L], what is averaged in its cluster; may be given until it is dealt.
         sealer: its channel to other clients. By default a `PlainSealer`, which hides nothing from the server.
         clip: cut entries down to the largest value that was agreed, instead of refusing to deal.
-        minimum: the smallest set that it lets a sum be opened of; at least 2. A round's own minimum may be higher.
+        minimum: the smallest set that it lets a sum be opened of. A round's own minimum may be higher. By default, and
+            at least, `fewest_members(privacy)`.
         privacy: the fewest colluding clients that a round must protect against.
         entropy: where random bytes come from; the operating system, except in tests.
     """
@@ -66,12 +68,17 @@ class Client:
         *,
         sealer: Sealer | None = None,
         clip: bool = False,
-        minimum: int = 2,
+        minimum: int | None = None,
         privacy: int = 1,
         entropy: Entropy = os.urandom,
     ) -> None:
-        if minimum < 2:
-            raise ValueError(f"minimum = {minimum}: must be at least 2; the sum of one client is its vector")
+        least = fewest_members(privacy)
+        minimum = least if minimum is None else minimum
+        if minimum < least:
+            raise ValueError(
+                f"minimum = {minimum}: must be {least} or more with privacy = {privacy}, or colluding members of a set "
+                "could compute another's vector; raise it"
+            )
         self.number, self.point, self.vector = number, np.asarray(point, np.float64), vector
         self.sealer = PlainSealer() if sealer is None else sealer
         self.clip, self.minimum, self.privacy, self.entropy = clip, minimum, privacy, entropy

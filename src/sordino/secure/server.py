@@ -31,14 +31,19 @@ wrongly only where two squared distances differ by less than a squared quantisat
 
 **What clients learn.** Any T of them together nothing about others but the sets that the server names. If they pass
 what they hold to the server, it learns of *their own* rows the whole polynomial, so distances block by block between
-their own points and the centres; and a sum over a set gives it the sum over the members that are not among them: so a
-set's sum is protected against the server with all but two of its members.
+their own points and the centres; and a sum over a set gives it the sum over the members that are not among them. The
+members of a set, who are told its mean, can do the same without the server. So a set's sum is protected against all
+but two of its members, and no set of fewer than T + 2 is opened (`fewest_members`). Members who vanish after they
+dealt stay in the sum; members who vanish before make the set smaller, and it is not opened if that leaves too few.
+Sums of successive rounds are sums of different vectors; what two of them tell, whose sets differ by one member, no
+client can prevent.
 
 **What is trusted.** Server and clients follow the protocol; for what deviating clients can do to results see
 `lagrange`; beyond that, a client can falsify its own row, whose masks it deals. The server could name different sets
-to different clients. Sums of vectors need a majority of answers for this reason. Distances are protected alike where
-2 (B + T - 1) + 1 is a majority; below it, such a server could open two distances behind one mask, and learn the
-difference of their polynomials. It must not be able to read what it relays: `sealer`.
+to different clients. Sums of vectors need more than (N + T) / 2 answers for this reason, as T colluders may help it to
+two of them. Distances are protected alike where 2 (B + T - 1) + 1 is more than that; below it, such a server could
+open two distances behind one mask, and learn the difference of their polynomials. It must not be able to read what it
+relays: `sealer`.
 """
 
 from __future__ import annotations

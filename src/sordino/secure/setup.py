@@ -37,7 +37,7 @@ class Setup(Message):
         reveal: "distances", or "ratios" of those in a row.
         factor_bits: how widely the factors that hide a row's scale are spread; 0 for "distances".
         columns: how many distances of each client may be opened.
-        minimum: fewest members of a set whose sum is opened.
+        minimum: fewest members of a set whose sum is opened; at least `fewest_members(privacy)`.
         length: entries of a full vector; 0 if none is averaged.
         vector_largest: the largest absolute value of a vector's entry.
         vector_bits: of a vector's fraction.
@@ -82,10 +82,10 @@ class Setup(Message):
                 f"{self.needed} answers are needed with {self.blocks} blocks and privacy {self.privacy}, "
                 f"of {self.clients} clients; use fewer blocks, less privacy, or more clients"
             )
-        if self.minimum < max(2, self.privacy + 1):
+        if self.minimum < fewest_members(self.privacy):
             raise SecureError(
-                f"minimum = {self.minimum}: must be at least 2 and more than privacy = {self.privacy}, "
-                "or a sum could be one client's vector"
+                f"minimum = {self.minimum}: must be {fewest_members(self.privacy)} or more with privacy = "
+                f"{self.privacy}, or colluding members of a set could compute another's vector; raise it"
             )
         check_distances(self.points, self.clients, self.width, self.factor_bits)
         if self.length:
@@ -100,10 +100,11 @@ class Setup(Message):
     def vector_needed(self) -> int:
         """Answers that it takes to open sums of vectors: as many as for distances, and always a majority.
 
-        A client answers for one partition only. Since no two partitions can both have a majority of answers, a server
-        that shows different partitions to different clients can open one of them at most.
+        An honest client answers for one partition only; T colluding ones may answer for every one. Two partitions of
+        which each has more than (N + T) / 2 answers would take more than N - T honest clients. So a server that shows
+        different partitions to different clients can open one of them at most.
         """
-        return max(self.needed, self.clients // 2 + 1, self.privacy + 1)
+        return max(self.needed, (self.clients + self.privacy) // 2 + 1)
 
     @cached_property
     def field(self) -> PrimeField:
@@ -142,6 +143,16 @@ class Setup(Message):
         return -(-self.length // self.vector_code.blocks)
 
 
+def fewest_members(privacy: int) -> int:
+    """The fewest members of a set whose sum may be opened, where T = `privacy` clients may collude.
+
+    The mean of a set goes to its members, and each knows its own vector. T members take theirs off and have the sum of
+    the others: at least two others have to be left, or that is somebody's vector. One honest but curious member is a
+    colluder too, so that a set of two is never opened.
+    """
+    return max(3, privacy + 2)
+
+
 def plan(
     *,
     clients: int,
@@ -165,8 +176,8 @@ def plan(
 
     Args:
         tolerance: the share of clients that may drop out, by which `blocks` are chosen.
-        minimum: by default more than `privacy`, and at least 2. A sum over a set is protected against the server
-            together with all but two of its members: choose `privacy` + 2 to have it against any `privacy` of them.
+        minimum: by default `fewest_members(privacy)`, which is also the least that is allowed. A sum over a set is
+            protected against all but two of its members, with the server or without it.
 
     Raises:
         SecureError: there is no such round; the message names the numbers and what to change.
@@ -187,7 +198,7 @@ def plan(
         reveal=reveal,
         factor_bits=spread,
         columns=columns,
-        minimum=max(2, privacy + 1) if minimum is None else minimum,
+        minimum=fewest_members(privacy) if minimum is None else minimum,
         length=length,
         vector_largest=float(vector_largest),
         vector_bits=bits_for_sums(field, vector_largest, clients) if vector_bits is None else vector_bits,
