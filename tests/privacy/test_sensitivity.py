@@ -245,7 +245,7 @@ def test_an_example_moves_what_is_released_by_at_most_the_clip(
     sums: list[Tensor] = []  # what the cotangent mechanism clips and noises
     summed = cotangent.summed_cotangents
     monkeypatch.setattr(cotangent, "summed_cotangents", lambda *given: sums.append(summed(*given)) or sums[-1])
-    released = releaser(make_again(make, runtime, name, mechanism, noise_by))
+    released = releaser(example_runtime(make, name, mechanism, noise_by))
     shared = set(runtime.mechanism.facts.shared) if mechanism == "dp-sgd" else set()
     for call in calls:
         everyone = call.batch.mask.shape[1]
@@ -269,11 +269,6 @@ def test_an_example_moves_what_is_released_by_at_most_the_clip(
         if mechanism == "cotangent":
             assert_sums_are_bounded(sums, everyone)
             sums.clear()
-
-
-def make_again(make: Any, runtime: LocalRuntime, name: str, mechanism: str, noise_by: str) -> LocalRuntime:
-    """The same runtime, unwatched."""
-    return example_runtime(make, name, mechanism, noise_by)
 
 
 def assert_close(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
@@ -356,6 +351,46 @@ def test_what_an_example_shows_decides_over_no_coin(name: str, mechanism: str, n
         assert torch.equal(before.batch.features[rest], after.batch.features[rest])
         assert torch.equal(before.batch.labels[rest], after.batch.labels[rest])
     assert seen  # by chance of the coins it could be in none
+
+
+def patches_alike(odd: int, spread: float) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Images whose patches are near each other, so that their plans are found at once; and one that takes long."""
+
+    def change(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(9)
+        center = torch.randn(1, 1, features.shape[-1], generator=generator, dtype=torch.float64)
+        noise = spread * torch.randn(features.shape, generator=generator, dtype=torch.float64)
+        features = torch.nn.functional.normalize(center + noise, dim=-1)
+        strange = torch.randn(features.shape[1:], generator=generator, dtype=torch.float64)
+        features[odd] = torch.nn.functional.normalize(strange, dim=-1)
+        return features, torch.where(torch.arange(len(labels)) == odd, 2, 1)
+
+    return change
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.3, 0.8])
+def test_an_image_does_not_decide_how_far_other_images_plans_converge(spread: float, make: Any) -> None:
+    """FedOTP under DP-SGD: where the iterations end for all at once, this image moves the sum by up to 1.01 clips."""
+    runtime = make("fedotp", privacy_of("dp-sgd"), [list(range(12))], patches_alike(0, spread), {"local_steps": 1})
+    calls, _ = watch(runtime)
+    runtime.round(doubled(runtime.start()))
+    released = releaser(make("fedotp", privacy_of("dp-sgd"), [list(range(12))], patches_alike(0, spread)))
+    whole, rest, alone = released(calls[0]), released(calls[0].without(0, 0)), released(calls[0].only(0, 0))
+    assert_close(less(whole, rest), alone)
+    assert norm_of(alone, 0, list(alone)) <= CLIP * (1 + ROUNDING)
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.3, 0.8])
+def test_a_client_does_not_decide_how_far_other_clients_plans_converge(spread: float, make: Any) -> None:
+    """FedOTP under DP-FedAvg, or none: clients in one stack, of which one has the image that takes long."""
+    rows = [list(range(10)), list(range(10, 20)), list(range(20, 30)), list(range(30, 40))]
+    privacy, tables = privacy_of("dp-fedavg"), {"local_steps": 2}
+    runtime = make("fedotp", privacy, rows, patches_alike(35, spread), tables, weighting="uniform")
+    training = doubled(runtime.start())
+    _, before, states = sent_by(runtime, training, [0, 1, 2])
+    _, after, all_states = sent_by(runtime, training, [0, 1, 2, 3])
+    torch.testing.assert_close(after["change"][:3], before["change"], rtol=0, atol=ROUNDING * CLIP)
+    torch.testing.assert_close(all_states.context[:3], states.context, rtol=1e-9, atol=1e-9)
 
 
 # Clients.
