@@ -21,6 +21,7 @@ from sordino.algorithms.base import ClientData, Clock, map_tensors, named_tensor
 from sordino.config import load_config
 from sordino.errors import ConfigError
 from sordino.experiment import run
+from sordino.privacy.sampling import PoissonSampler
 from sordino.randomness import Streams
 from sordino.runtime.local import LocalRuntime, Training
 
@@ -232,6 +233,9 @@ def test_balanced_batches_count_every_class_alike() -> None:
     held = [balanced.labels[row[:count]].tolist() for row, count in zip(balanced.rows, balanced.counts, strict=True)]
     assert [sorted(each) for each in held] == [[0, 0, 0, 1, 1, 1], [0, 0, 2, 2]]
     assert {*balanced.rows[0][:6].tolist()} == {0, 1, 2, 3}  # nothing is left out
+    # A repeated example has more than one coin, and how many depends on the others: no mechanism bounds that.
+    with pytest.raises(ValueError, match="cannot be balanced"):
+        replace(data, poisson=PoissonSampler(Streams(0, 1, [0, 1], torch.device("cpu")))).balanced()
 
 
 @given(st.lists(st.integers(-1, 3), min_size=6, max_size=6), st.lists(st.integers(0, 3), min_size=4, max_size=4))

@@ -104,3 +104,42 @@ def test_a_client_sees_only_its_own_examples(
     after = gradients(plain, {"context": context}, {}, Batch(batch.features, labels, batch.mask)).by["context"]
     torch.testing.assert_close(after[[0, 2]], before[[0, 2]])
     assert not torch.allclose(after[1], before[1])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_stay_with_their_client(
+    model: PromptModel, gradients: ExactGradients, table: tuple[Tensor, Tensor], bad: float
+) -> None:
+    """Plain gradients show them, so that a run ends with an error; no other client's gradient has them."""
+    context, batch = contexts(model, 3), batch_of(table, 3)
+    features = batch.features.clone()
+    features[1, 2, 4] = bad
+    found = gradients(plain, {"context": context}, {}, Batch(features, batch.labels, batch.mask))
+    expected = gradients(plain, {"context": context}, {}, batch)
+    assert not found.by["context"][1].isfinite().any()
+    assert not bool(found.loss[1].isfinite())
+    assert torch.equal(found.by["context"][[0, 2]], expected.by["context"][[0, 2]])
+    assert torch.equal(found.loss[[0, 2]], expected.loss[[0, 2]])
+
+
+@pytest.mark.parametrize("case", ["feature", "loss", "parameter"])
+def test_before_a_mechanism_what_is_not_finite_counts_as_nothing(
+    model: PromptModel, table: tuple[Tensor, Tensor], case: str
+) -> None:
+    """An example by its features or its loss; a client's batch where it is the parameters that are not finite."""
+    context, batch = contexts(model, 3), batch_of(table, 3)
+    features, mask = batch.features.clone(), batch.mask.clone()
+    if case == "parameter":
+        context[1, 0, 0] = float("nan")
+    else:
+        features[1, 2] *= float("nan") if case == "feature" else 1e308  # times the logit scale it is infinite
+        mask[1, 2] = False
+    take = ExactGradients(model, finite_only=True)
+    found = take(plain, {"context": context}, {}, Batch(features, batch.labels, batch.mask))
+    expected = take(plain, {"context": contexts(model, 3)}, {}, Batch(batch.features, batch.labels, mask))
+    assert torch.equal(found.by["context"][[0, 2]], expected.by["context"][[0, 2]])
+    if case == "parameter":
+        assert not found.by["context"][1].any()
+    else:
+        torch.testing.assert_close(found.by["context"], expected.by["context"], rtol=1e-9, atol=1e-13)
+        torch.testing.assert_close(found.loss, expected.loss)

@@ -82,7 +82,11 @@ class PromptModel:
         return self.text_features(prompt)
 
     def scores(self, features: Tensor, prompt: Prompt, images: Tensor) -> Tensor:
-        """Logits [P, B, C] of images [P, B, ...], given the prompts and their class features."""
+        """Logits [P, B, C] of images [P, B, ...], given the prompts and their class features.
+
+        An image's logits depend on that image and its prompt alone, whatever else is in the stack: mechanisms bound
+        what one example contributes, and cannot bound what it changes in others.
+        """
         return self.logits(features, images)
 
     def linear_part(self, features: Tensor) -> Tensor:
