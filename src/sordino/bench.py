@@ -75,6 +75,7 @@ class Bench:
         readable: [N], false for those that were tried and could not be read.
         skipped: the images that could not be read.
         triggers: size of a trigger to the row at which the pictures with it start.
+        digests: row to the SHA-256 of the content that was encoded.
     """
 
     images: ImageSet
@@ -83,6 +84,7 @@ class Bench:
     readable: Flags
     skipped: list[Skipped] = field(default_factory=list)
     triggers: dict[float, int] = field(default_factory=dict)
+    digests: dict[int, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._originals = self.images
@@ -155,6 +157,9 @@ class Bench:
         table.known[rows] = True
         self.readable[rows] = result.readable
         self.skipped += result.skipped
+        for row, digest in zip(rows.tolist(), result.digests, strict=True):
+            if digest is not None:
+                self.digests[row] = digest
         log.info("%d images encoded, %d from the cache", result.encoded, result.cached)
         for skipped in result.skipped:
             log.warning("skipped %s: %s", skipped.name, skipped.reason)

@@ -16,6 +16,8 @@ from typing import Any
 from sordino.audit.run import FILE, audit
 from sordino.bench import Bench
 from sordino.config import Experiment, parse_config, resolved, set_key
+from sordino.data_digests import data_record
+from sordino.data_record import check
 from sordino.errors import RunError
 from sordino.experiment import run
 from sordino.files import write_atomically
@@ -132,19 +134,41 @@ def compare(
     bench = Bench.open(variants[0].config)
     for each in variants:  # what does not fit is told before anything is trained
         planned_mechanism(each.config)
+    planned = [_planned(each, seeds, out) for each in variants]
+    if resume:
+        _check_finished({folder: config for runs in planned for folder, config in runs.items()}, bench, progress)
     rows, folders, summaries = [], [], []
-    for each in variants:
+    for each, runs in zip(variants, planned, strict=True):
         own = []
-        for offset in range(seeds):
-            config = each.config.model_copy(update={"seed": each.config.seed + offset})
-            folders.append(out / each.folder / f"seed-{config.seed}")
-            own.append(run(config, folders[-1], resume, progress, bench))
+        for folder, config in runs.items():
+            folders.append(folder)
+            own.append(run(config, folder, resume, progress, bench))
         attack = _attack(folders[-seeds], each.shadows, resume, progress, bench) if each.shadows else None
         rows.append(replace(row_of(own, each.variation), attack=attack))
         summaries += own
     write_tables(rows, summaries, out)
     write_report(folders, out / "report.html", title)
     return rows
+
+
+def _planned(variant: Variant, seeds: int, out: Path) -> dict[Path, Experiment]:
+    """The runs of a variant by their directories."""
+    first = variant.config
+    configs = [first.model_copy(update={"seed": first.seed + offset}) for offset in range(seeds)]
+    return {out / variant.folder / f"seed-{config.seed}": config for config in configs}
+
+
+def _check_finished(planned: Mapping[Path, Experiment], bench: Bench, progress: Progress) -> None:
+    """See that finished runs are of the data that the others will be of; one table must not mix two data sets.
+
+    Raises:
+        RunError: they are not.
+    """
+    finished = {folder: config for folder, config in planned.items() if (folder / "summary.json").exists()}
+    if len(finished) == len(planned):
+        return  # nothing will be trained, so the data need not be there any more
+    for folder, config in finished.items():
+        check(folder, data_record(bench, bench.task(config, progress)[0]))
 
 
 def _attack(folder: Path, shadows: int, resume: bool, progress: Progress, bench: Bench) -> float:

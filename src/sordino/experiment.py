@@ -17,6 +17,8 @@ import sordino
 from sordino.algorithms import algorithm, settings_for
 from sordino.bench import Bench
 from sordino.config import Experiment, resolved, to_toml
+from sordino.data_digests import data_record
+from sordino.data_record import pin
 from sordino.encoders.base import DualEncoder
 from sordino.encoders.prompt_model import Prompt, PromptModel, named_parts, prompt_count
 from sordino.files import write_atomically
@@ -68,6 +70,7 @@ def _run(
     task, encoding = bench.task(config, progress)
     started = time.monotonic()
     runtime, evaluation = assemble(config, bench, task)
+    pin(out, data_record(bench, task))  # before config.toml, so that where there is one there is the other
     if not (out / "config.toml").exists():
         write_atomically(out / "config.toml", to_toml(tables).encode())
     training = _resumed(runtime, out) if resume else runtime.start()

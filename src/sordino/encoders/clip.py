@@ -106,12 +106,12 @@ class ClipEncoder(DualEncoder):
 
     @cached_property
     def fingerprint(self) -> str:  # type: ignore[override]
-        """Digest of the weights, of what the configuration adds to them, and of the preprocessing.
+        """Digest of the weights, of what the configuration adds to them, of the tokenizer, and of the preprocessing.
 
         The precision is not part of it: a prompt learned in float32 may be used in bfloat16.
         """
         digest = hashlib.sha256(self._description.encode())
-        for file in _weight_files(self.folder):
+        for file in (*_weight_files(self.folder), *_tokenizer_files(self.folder)):
             stat = file.stat()
             digest.update(_file_digest(file, stat.st_size, stat.st_mtime_ns))
         return digest.hexdigest()
@@ -261,6 +261,12 @@ def _locate(checkpoint: str) -> Path:
 def _weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights: safetensors where there are any."""
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    """The files that decide how a class name is split into tokens."""
+    patterns = ("*token*.json", "vocab.*", "merges.txt", "*.model")
+    return sorted({file for pattern in patterns for file in folder.glob(pattern)})
 
 
 @lru_cache

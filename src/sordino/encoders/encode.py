@@ -61,6 +61,7 @@ class Encoded:
         skipped: the unreadable ones.
         encoded: how many different pictures went through the encoder.
         cached: how many different pictures came from the cache.
+        digests: SHA-256 of each picture's content, in row order; None where it could not be read.
     """
 
     features: Tensor
@@ -68,6 +69,7 @@ class Encoded:
     skipped: tuple[Skipped, ...]
     encoded: int
     cached: int
+    digests: tuple[bytes | None, ...]
 
 
 def encode(
@@ -126,6 +128,7 @@ def encode(
         skipped=tuple(Skipped(images.names[row], reasons[row]) for row in sorted(reasons)),
         encoded=len(features) - cached,
         cached=cached,
+        digests=tuple(digests),
     )
 
 
