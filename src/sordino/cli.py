@@ -119,11 +119,13 @@ def compare(
 def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, or one of `compare`")]) -> None:
     """Write the report of a run directory anew."""
     from sordino.report import write_report
+    from sordino.run_lock import held
 
     runs = sorted(path.parent for path in folder.rglob("summary.json"))
     if not runs:
         raise ConfigError("RUN", str(folder), "holds no finished run (no summary.json in it or below it)")
-    print(write_report(runs, folder / "report.html", f"Sordino: {folder.name}"))
+    with held(folder):
+        print(write_report(runs, folder / "report.html", f"Sordino: {folder.name}"))
 
 
 @app.command("tune-private")

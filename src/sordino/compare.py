@@ -24,6 +24,7 @@ from sordino.files import write_atomically
 from sordino.plan import planned_mechanism
 from sordino.progress import Progress, silent
 from sordino.report import write_report
+from sordino.run_lock import all_held, held, is_empty
 
 SPLITS = ("local", "neighbor", "overall", "novel", "domain")
 BACKDOOR = "attack_success"
@@ -129,12 +130,26 @@ def compare(
     Raises:
         SordinoError: as `run`; before anything is trained where an algorithm's settings are bad.
     """
-    if not resume and out.exists() and any(out.iterdir()):
-        raise RunError(f"{out} exists; go on with --resume, or choose another --out")
+    planned = [_planned(each, seeds, out) for each in variants]
+    with held(out):
+        if not resume and not is_empty(out):
+            raise RunError(f"{out} exists; go on with --resume, or choose another --out")
+        with all_held([folder for runs in planned for folder in runs]):
+            return _compare(variants, planned, out, resume, progress, title)
+
+
+def _compare(
+    variants: Sequence[Variant],
+    planned: Sequence[Mapping[Path, Experiment]],
+    out: Path,
+    resume: bool,
+    progress: Progress,
+    title: str,
+) -> list[Row]:
+    """`compare`, with all its directories held."""
     bench = Bench.open(variants[0].config)
     for each in variants:  # what does not fit is told before anything is trained
         planned_mechanism(each.config)
-    planned = [_planned(each, seeds, out) for each in variants]
     if resume:
         _check_finished({folder: config for runs in planned for folder, config in runs.items()}, bench, progress)
     rows, folders, summaries = [], [], []
@@ -143,7 +158,7 @@ def compare(
         for folder, config in runs.items():
             folders.append(folder)
             own.append(run(config, folder, resume, progress, bench))
-        attack = _attack(folders[-seeds], each.shadows, resume, progress, bench) if each.shadows else None
+        attack = _attack(next(iter(runs)), each.shadows, resume, progress, bench) if each.shadows else None
         rows.append(replace(row_of(own, each.variation), attack=attack))
         summaries += own
     write_tables(rows, summaries, out)

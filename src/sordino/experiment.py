@@ -27,6 +27,7 @@ from sordino.privacy.statement import as_summary
 from sordino.progress import Progress, log, silent
 from sordino.report import write_report
 from sordino.run_folder import Metrics, prepare
+from sordino.run_lock import held
 from sordino.runtime import checkpoint
 from sordino.runtime.evaluate import Evaluation, EvaluationSet, Scores
 from sordino.runtime.local import LocalRuntime, Training
@@ -56,11 +57,12 @@ def run(
         SordinoError: before anything is trained where input is bad; later where the disk is full or training diverges.
     """
     tables = resolved(config)
-    summary = prepare(out, tables, resume)
-    if summary is None:
-        summary = _run(config, tables, out, resume, progress, bench or Bench.open(config))
-    if not (out / "report.html").exists():
-        write_report([out], out / "report.html", f"Sordino: {config.algorithm} on {config.data.source}")
+    with held(out):
+        summary = prepare(out, tables, resume)
+        if summary is None:
+            summary = _run(config, tables, out, resume, progress, bench or Bench.open(config))
+        if not (out / "report.html").exists():
+            write_report([out], out / "report.html", f"Sordino: {config.algorithm} on {config.data.source}")
     return summary
 
 

@@ -62,6 +62,7 @@ def _image_task(config: PrivateTuning, part: Part, progress: Progress) -> ImageT
             break
         readable[rows[~found.readable]] = False  # and others are drawn in their place
     labels = torch.from_numpy(images.labels[rows])
+    contents = tuple(digest for digest in found.digests if digest is not None)  # all of them, as all were read
     return ImageTask(
         embedder=encoder.text,
         class_names=images.class_names,
@@ -73,6 +74,9 @@ def _image_task(config: PrivateTuning, part: Part, progress: Progress) -> ImageT
         labels=labels[: len(train)],
         test_features=found.features[len(train) :],
         test_labels=labels[len(train) :],
+        digests=contents[: len(train)],
+        test_digests=contents[len(train) :],
+        encoder={"name": encoder.name, "fingerprint": encoder.fingerprint, "dtype": str(encoder.dtype)},
     )
 
 

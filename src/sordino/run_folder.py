@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from sordino.config import first_difference
 from sordino.errors import RunError
 from sordino.files import write_atomically
+from sordino.run_lock import is_empty, writable
 
 
 def prepare(out: Path, tables: Mapping[str, Any], resume: bool, free: Sequence[str] = ()) -> dict[str, Any] | None:
@@ -26,12 +26,10 @@ def prepare(out: Path, tables: Mapping[str, Any], resume: bool, free: Sequence[s
     Raises:
         RunError: it may not; the message says what to do.
     """
+    writable(out)
     config_file = out / "config.toml"
-    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise RunError(f"{out} cannot be written, as {existing} cannot; choose another --out")
     if not resume:
-        if out.exists() and any(out.iterdir()):
+        if not is_empty(out):
             raise RunError(f"{out} exists; go on with --resume, or choose another --out")
         return None
     if not config_file.exists():

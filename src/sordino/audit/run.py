@@ -19,6 +19,7 @@ from sordino.files import write_atomically
 from sordino.privacy.statement import as_summary
 from sordino.progress import Progress, silent
 from sordino.report import write_report
+from sordino.run_lock import held
 
 ATTACKS = ("membership", "canaries", "inversion", "stealing", "distances")
 FILE = "audit.json"
@@ -55,6 +56,22 @@ def audit(
     for each in attacks:
         if each not in ATTACKS:
             raise ConfigError("--attacks", each, f"not an attack; choose from {', '.join(ATTACKS)}")
+    if not folder.is_dir():
+        raise RunError(f"{folder} holds no finished run (there is no such directory)")
+    with held(folder):
+        return _audit(folder, attacks, shadows, canaries, seed, progress, bench)
+
+
+def _audit(
+    folder: Path,
+    attacks: Sequence[str],
+    shadows: int,
+    canaries: int,
+    seed: int,
+    progress: Progress,
+    bench: Bench | None,
+) -> dict[str, Any]:
+    """`audit`, with the run directory held."""
     subject = Subject.open(folder, progress, bench)
     if not subject.runtime.rounds:
         raise RunError(f"{folder}: {subject.config.algorithm} learned nothing, so there is nothing to attack")

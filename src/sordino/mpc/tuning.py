@@ -6,6 +6,7 @@ here is the owner's own: losses, the prompt and accuracies never leave.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import sordino
 from sordino.config import to_toml
+from sordino.data_record import pin
 from sordino.errors import ConfigError, RunError
 from sordino.files import write_atomically
 from sordino.mpc.certificates import DATA_OWNER, Identity
@@ -26,9 +28,10 @@ from sordino.mpc.search import Found, tune
 from sordino.mpc.sentences import Forward
 from sordino.mpc.settings import PrivateTuning
 from sordino.mpc.tasks import Task
-from sordino.mpc.tower import PrivateTower, bundled_tower
+from sordino.mpc.tower import BUNDLED, PrivateTower, bundled_tower
 from sordino.progress import Progress, silent
 from sordino.run_folder import Metrics, prepare
+from sordino.run_lock import held
 
 STATE = "search.json"
 SESSION = "session"  # the table that may change between a run and its resumption: servers move
@@ -63,12 +66,25 @@ def tune_private(
     Raises:
         RunError: `out` may not be written or resumed, or a loss is not finite.
     """
-    finished = finished_before(config, out, resume)
-    if finished is not None:
-        return finished
+    with held(out):
+        finished = finished_before(config, out, resume)
+        return finished or _tuned(config, out, task, forward, clear, costs, progress)
+
+
+def _tuned(
+    config: PrivateTuning,
+    out: Path,
+    task: Task,
+    forward: Forward,
+    clear: bool,
+    costs: Costs | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """`tune_private`, with the run directory held and not finished."""
     tables = config.model_dump(exclude_none=True)
     began = time.monotonic()
     found = _state(out / STATE, clear, costs)
+    pin(out, {"version": sordino.__version__, **task.record(), "tower": _tower_digest(config) if clear else None})
     write_atomically(out / "config.toml", to_toml(tables).encode())
     record = _Record(out, clear, costs, len(found.losses))
     start, search = task.start(), config.search.search(config.seed)
@@ -119,6 +135,12 @@ def tower_of(config: PrivateTuning) -> PrivateTower:
         MpcError: its file holds none.
     """
     return PrivateTower.load(Path(config.model.tower).expanduser()) if config.model.tower else bundled_tower()
+
+
+def _tower_digest(config: PrivateTuning) -> str:
+    """SHA-256 of the file of the tower in the clear. Of a tower on shares, its owner alone could tell a digest."""
+    file = Path(config.model.tower).expanduser() if config.model.tower else BUNDLED
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def owner_of(config: PrivateTuning) -> tuple[Identity, list[str]]:
