@@ -302,7 +302,12 @@ def test_only_what_was_begun_is_to_be_resumed(file: Path, tmp_path: Path, begun:
     sides = ["session.servers=['127.0.0.1:1','127.0.0.1:2']", f"session.certificates={tmp_path}/parties/data-owner"]
     options = [word for side in [*sides, "session.timeout=2"] for word in ("--set", side)]
     if begun:
+        from sordino.config import to_toml
+
         (tmp_path / "run").mkdir()
+        tables = load_private_config(file, sides).model_dump(exclude_none=True)
+        (tmp_path / "run" / "config.toml").write_text(to_toml(tables))
+        options.append("--resume")
     with pytest.raises(PartyLost, match=r"server-\d .*cannot be reached") as lost:
         CliRunner().invoke(
             app, ["tune-private", str(file), "--out", str(tmp_path / "run"), *options], catch_exceptions=False

@@ -27,6 +27,7 @@ from sordino.encoders.linear import freeze
 from sordino.encoders.shared_prefix import TextTower, causal_features, causal_flops, padded_features, padded_flops
 from sordino.encoders.visual_prompts import ImageTower
 from sordino.errors import EncoderError
+from sordino.files import user_path
 
 # The processors on PIL: they need no torchvision, whose own resizing changes from one release to the next.
 FAMILIES = {"clip": (CLIPModel, CLIPImageProcessorPil), "siglip": (SiglipModel, SiglipImageProcessorPil)}
@@ -236,7 +237,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 def _locate(checkpoint: str) -> Path:
     """The checkpoint's folder; a hub name is downloaded into (or found in) the hub's cache."""
-    folder = Path(checkpoint).expanduser()
+    folder = user_path(checkpoint, "encoder.checkpoint")
     if folder.is_dir():
         return folder
     if folder.is_absolute() or checkpoint.startswith((".", "~")) or checkpoint.count("/") != 1:

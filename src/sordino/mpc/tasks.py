@@ -27,6 +27,7 @@ from torch import Tensor
 from sordino.data_record import sequence_digest
 from sordino.encoders.bundled import Embedder
 from sordino.errors import ConfigError, DataError
+from sordino.files import user_path
 from sordino.mpc.distill import embedder_of
 from sordino.mpc.sentences import Forward, encoded
 from sordino.mpc.settings import PrivateTuning, longest_of
@@ -220,7 +221,7 @@ def text_task(config: PrivateTuning, part: Part = "test") -> TextTask:
     """
     task, names, folder = config.task, tuple(config.task.label_names or ()), config.model.embeddings
     try:
-        embedder = embedder_of(None if folder is None else Path(folder).expanduser())
+        embedder = embedder_of(None if folder is None else user_path(folder, "model.embeddings"))
     except ConfigError as error:
         raise ConfigError("model.embeddings", folder, error.allowed) from None
     positions = len(embedder.positions)

@@ -20,7 +20,7 @@ import sordino
 from sordino.config import to_toml
 from sordino.data_record import pin
 from sordino.errors import ConfigError, RunError
-from sordino.files import write_atomically
+from sordino.files import user_path, write_atomically
 from sordino.mpc.certificates import DATA_OWNER, Identity
 from sordino.mpc.costs import Cost, Costs
 from sordino.mpc.network import LAN, WAN
@@ -134,12 +134,12 @@ def tower_of(config: PrivateTuning) -> PrivateTower:
     Raises:
         MpcError: its file holds none.
     """
-    return PrivateTower.load(Path(config.model.tower).expanduser()) if config.model.tower else bundled_tower()
+    return PrivateTower.load(user_path(config.model.tower, "model.tower")) if config.model.tower else bundled_tower()
 
 
 def _tower_digest(config: PrivateTuning) -> str:
     """SHA-256 of the file of the tower in the clear. Of a tower on shares, its owner alone could tell a digest."""
-    file = Path(config.model.tower).expanduser() if config.model.tower else BUNDLED
+    file = user_path(config.model.tower, "model.tower") if config.model.tower else BUNDLED
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
@@ -154,7 +154,7 @@ def owner_of(config: PrivateTuning) -> tuple[Identity, list[str]]:
         raise ConfigError("session.servers", None, "give the two servers, each as 'host:port', or use --clear")
     if session.certificates is None:
         raise ConfigError("session.certificates", None, "give the data owner's folder, or use --clear")
-    return Identity.load(Path(session.certificates).expanduser(), DATA_OWNER), session.servers
+    return Identity.load(user_path(session.certificates, "session.certificates"), DATA_OWNER), session.servers
 
 
 class _Record:
