@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from dataclasses import replace
 from datetime import datetime
@@ -353,9 +354,18 @@ def invoke(arguments: list[str] | None = None) -> int:
         return int(error.exit_code)
     except SordinoError as error:
         return fail(error)
-    except MemoryError:
-        return fail("out of memory; choose smaller batches, fewer clients, or a smaller encoder")
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error))):
+            raise
+        reason = str(error).strip().splitlines()[:1] or ["no more is to be had"]
+        return fail(f"out of memory ({reason[0]}); choose smaller batches, fewer clients, or shorter prompts")
     return 0
+
+
+# As torch says it, which has no class of its own for the CPU.
+_OUT_OF_MEMORY = re.compile(
+    "can't allocate memory|not enough memory|out of memory|overflow.*(size|numel)|numel.*overflow"
+)
 
 
 def main() -> None:

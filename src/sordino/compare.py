@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sordino.audit.run import FILE, audit
+from sordino.audit.run import FILE, audit, read_audit
 from sordino.bench import Bench
 from sordino.config import Experiment, parse_config, resolved, set_key
 from sordino.data_digests import data_record
@@ -188,7 +188,7 @@ def _check_finished(planned: Mapping[Path, Experiment], bench: Bench, progress: 
 
 def _attack(folder: Path, shadows: int, resume: bool, progress: Progress, bench: Bench) -> float:
     if resume and (folder / FILE).exists():
-        found = json.loads((folder / FILE).read_bytes())
+        found = read_audit(folder)
     else:
         found = audit(folder, ["membership"], shadows, progress=progress, bench=bench)
     return float(found["attacks"]["membership"]["lira"]["auc"])

@@ -22,7 +22,7 @@ class ConfigError(SordinoError):
     """A setting that is unknown, malformed, or out of range."""
 
     def __init__(self, key: str, value: object, allowed: str) -> None:
-        super().__init__(f"{_printable(key)} = {_shortened(value)}: {allowed}")
+        super().__init__(f"{_printable(key)} = {shortened(value)}: {allowed}")
         self.key, self.value, self.allowed = key, value, allowed
 
 
@@ -52,11 +52,11 @@ def config_error(error: ValidationError, prefix: str = "") -> ConfigError:
 
 def _printable(key: str) -> str:
     """A key as it is, or quoted where it would not print as one line."""
-    return key if key.isprintable() else _shortened(key)
+    return key if key.isprintable() else shortened(key)
 
 
-def _shortened(value: object) -> str:
-    """A value for a message of one line, its middle left out where it would fill a screen."""
+def shortened(value: object) -> str:
+    """A value in quotes for a message of one line, its middle left out where it would fill a screen."""
     try:
         text = ascii(value) if isinstance(value, str) and not _is_text(value) else repr(value)
     except ValueError:  # a whole number of thousands of digits

@@ -35,6 +35,7 @@ from sordino.runtime.records import RoundRecord
 from sordino.tasks.splits import Task
 
 LEDGER = "ledger.json"
+COUNTED = ("seconds", "evaluate_seconds", "upload_bytes", "broadcast_bytes", "participants")  # of a line of metrics
 DISTANCES = "distances"  # folder: what a server that clusters on shares saw, a file a round
 
 
@@ -76,7 +77,7 @@ def _run(
     if not (out / "config.toml").exists():
         write_atomically(out / "config.toml", to_toml(tables).encode())
     training = _resumed(runtime, out) if resume else runtime.start()
-    metrics = Metrics(out / "metrics.jsonl", training.round)
+    metrics = Metrics(out / "metrics.jsonl", training.round, numbers=COUNTED)
     training, scores = _train(config, runtime, evaluation, training, metrics, out, progress)
     ledger = training.ledger
     write_atomically(out / LEDGER, ledger.to_json().encode())

@@ -37,7 +37,12 @@ def open_task(config: PrivateTuning, part: Part = "test", progress: Progress = s
         ConfigError: a file or a checkpoint is missing, or the search is wider than the prompt.
         DataError: data is malformed, or too little.
     """
-    task = text_task(config, part) if config.task.kind == "text" else _image_task(config, part, progress)
+    task: TextTask | ImageTask
+    if config.task.kind == "text":
+        task = text_task(config, part)
+    else:
+        task = _image_task(config, part, progress)
+        task.check_length()
     projection(config.search.search(config.seed), *task.start().shape)  # refuses what does not fit, before it is needed
     return task
 

@@ -64,7 +64,7 @@ class Subject:
         except OSError as error:
             missing = Path(str(error.filename)).name
             raise RunError(f"{folder} holds no finished run ({missing}: {error.strerror})") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RunError(f"{folder} is damaged: {error}") from None
         bench = bench or Bench.open(config)
         task, _ = bench.task(config, progress)

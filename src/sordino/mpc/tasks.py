@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sordino.data_record import sequence_digest
 from sordino.encoders.bundled import Embedder
-from sordino.errors import ConfigError, DataError
+from sordino.errors import ConfigError, DataError, shortened
 from sordino.files import user_path
 from sordino.mpc.distill import embedder_of
 from sordino.mpc.sentences import Forward, encoded
@@ -191,6 +191,24 @@ class ImageTask(Task):
 
     def start(self) -> Tensor:
         return initial_prompt(self.embedder, self.initial, self.length)
+
+    def check_length(self) -> None:
+        """See that every class's sentence fits the checkpoint, before anything is searched.
+
+        Raises:
+            ConfigError: one does not.
+        """
+        classes, limit = self.embedder.class_tokens(self.class_names), len(self.embedder.positions)
+        longest = int(classes.mask.sum(1).max())
+        whole = 1 + self.length + longest
+        if whole > limit:
+            name = self.class_names[int(classes.mask.sum(1).argmax())]
+            raise ConfigError(
+                "prompt.length",
+                self.length,
+                f"with the longest class name, {shortened(name)}, a sentence has {whole} tokens and "
+                f"the checkpoint takes {limit}: shorten one of them",
+            )
 
     def contents(self, test: bool = False) -> list[bytes]:
         return list(self.test_digests if test else self.digests)

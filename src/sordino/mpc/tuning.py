@@ -162,7 +162,7 @@ class _Record:
 
     def __init__(self, out: Path, clear: bool, costs: Costs | None, generations: int) -> None:
         self._out, self._clear, self._costs = out, clear, costs
-        self.metrics = Metrics(out / "metrics.jsonl", generations, "generation")
+        self.metrics = Metrics(out / "metrics.jsonl", generations, "generation", ("seconds", "mean_loss"))
         self._then = time.monotonic()
 
     def generation(self, found: Found) -> None:
