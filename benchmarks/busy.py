@@ -28,9 +28,10 @@ COMPETE = "x = 1\nwhile True:\n    x = (x * 48271) % 2147483647"
 
 def measure(quick: bool) -> dict[str, float]:
     """Seconds of a round in this process, and how many threads it uses."""
-    import torch
-
     import sordino  # noqa: F401  settles the wait policy, so it comes before torch
+
+    # isort: split
+    import torch
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "encoders"))
     from text_tower import CLASS_NAMES
