@@ -4,16 +4,20 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
+# Tests run in as many processes as there are cores, each with one thread: kernels of small matrices gain little from
+# more, and processes that share cores would wait for each other. A file's tests stay together, with their fixtures.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
 .PHONY: demo test test-fast lint format install lock clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/sordino demo
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest
+	$(PYTEST)
 
 test-fast: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -11,6 +11,10 @@ one JSON object.
 
 from __future__ import annotations
 
+import sordino  # noqa: F401  settles how threads wait, so it comes before torch
+
+# isort: split
+
 import argparse
 import json
 import statistics

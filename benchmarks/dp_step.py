@@ -7,6 +7,10 @@ that other work on the machine slows them alike; seconds are medians. Prints one
 
 from __future__ import annotations
 
+import sordino  # noqa: F401  settles how threads wait, so it comes before torch
+
+# isort: split
+
 import argparse
 import json
 import resource

@@ -6,6 +6,10 @@ Held-out figures use no image and are the ones by which the recipe was chosen; z
 
 from __future__ import annotations
 
+import sordino  # noqa: F401  settles how threads wait, so it comes before torch
+
+# isort: split
+
 import argparse
 import json
 from pathlib import Path

@@ -9,6 +9,10 @@ repetition, so that other work on the machine slows them alike; seconds are medi
 
 from __future__ import annotations
 
+import sordino  # noqa: F401  settles how threads wait, so it comes before torch
+
+# isort: split
+
 import argparse
 import json
 import logging

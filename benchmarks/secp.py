@@ -10,6 +10,10 @@ after one of the same shapes, which is recorded. Prints one JSON object.
 
 from __future__ import annotations
 
+import sordino  # noqa: F401  settles how threads wait, so it comes before torch
+
+# isort: split
+
 import argparse
 import json
 import sys

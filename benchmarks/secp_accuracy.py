@@ -8,6 +8,10 @@ Prints one JSON object: for each task and method the accuracy by seed, their mea
 
 from __future__ import annotations
 
+import sordino  # noqa: F401  settles how threads wait, so it comes before torch
+
+# isort: split
+
 import argparse
 import json
 import os

@@ -16,6 +16,10 @@ other work on the machine slows them alike. Prints one JSON object.
 
 from __future__ import annotations
 
+import sordino  # noqa: F401  settles how threads wait, so it comes before torch
+
+# isort: split
+
 import argparse
 import json
 import logging

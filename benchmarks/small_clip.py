@@ -18,6 +18,10 @@ accuracy of 'a photo of a' on all pictures for teacher and student, and the stud
 
 from __future__ import annotations
 
+import sordino  # noqa: F401  settles how threads wait, so it comes before torch
+
+# isort: split
+
 import argparse
 import json
 import math

@@ -6,6 +6,10 @@ to 77 tokens. Both run the same random weights; times are medians. Prints one JS
 
 from __future__ import annotations
 
+import sordino  # noqa: F401  settles how threads wait, so it comes before torch
+
+# isort: split
+
 import argparse
 import json
 import logging

@@ -35,7 +35,8 @@ def test_a_run_directory_is_complete(config_file: Path, tmp_path: Path) -> None:
     summary = run(load_config(config_file), out)
     assert summary == json.loads((out / "summary.json").read_text())
     assert {path.name for path in out.iterdir()} == {
-        "config.toml", "metrics.jsonl", "checkpoint", "prompts", "ledger.json", "summary.json", "report.html",
+        "config.toml", "data.json", "metrics.jsonl", "checkpoint", "prompts", "ledger.json", "summary.json",
+        "report.html",
     }  # fmt: skip
     assert summary["clients"] == 2
     assert all(0 <= summary["accuracy"][split] <= 1 for split in ("local", "neighbor", "overall"))

@@ -1,5 +1,22 @@
 """`python -m sordino` is `sordino`."""
 
-from sordino.cli import main
+from __future__ import annotations
 
-main()
+import sys
+
+from sordino.console import run_command
+
+
+def main() -> None:
+    """The entry point. All imports but one happen inside, where an interruption is told in one line, too."""
+
+    def command() -> int:
+        from sordino.cli import invoke
+
+        return invoke()
+
+    sys.exit(run_command(command))
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from dataclasses import replace
 from datetime import datetime
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sordino.cli_mpc import app as mpc
+from sordino.console import at_work, fail, in_run_folder, run_command
 from sordino.errors import ConfigError, SordinoError
 from sordino.terminal import live_progress, print_items, print_method, print_table
 
@@ -42,6 +44,8 @@ privacy = typer.Typer(help="What a run costs in privacy: before it, and after it
 app.add_typer(privacy, name="privacy")
 app.add_typer(mpc, name="mpc")
 
+# The base of all errors of usage; typer has a public name for some of its heirs only.
+ClickException: Any = next(each for each in typer.BadParameter.__mro__ if each.__name__ == "ClickException")
 DEMO_ALGORITHMS = ("zero-shot", "local", "promptfl", "dp-fpl")
 DEMO_SHADOWS = 4  # few, so that the demo is short; `sordino audit` takes 64
 
@@ -119,11 +123,14 @@ def compare(
 def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, or one of `compare`")]) -> None:
     """Write the report of a run directory anew."""
     from sordino.report import write_report
+    from sordino.run_lock import held
 
     runs = sorted(path.parent for path in folder.rglob("summary.json"))
     if not runs:
         raise ConfigError("RUN", str(folder), "holds no finished run (no summary.json in it or below it)")
-    print(write_report(runs, folder / "report.html", f"Sordino: {folder.name}"))
+    at_work("repeat the command")
+    with held(folder):
+        print(write_report(runs, folder / "report.html", f"Sordino: {folder.name}"))
 
 
 @app.command("tune-private")
@@ -170,6 +177,7 @@ def audit(
     from sordino.audit.run import audit as attack
 
     names = [name.strip() for name in attacks.split(",") if name.strip()]
+    at_work("nothing was changed, as an audit is written at its end; repeat the command")
     with live_progress() as progress:
         found = attack(folder, names, shadows, canaries, seed, progress)
     print(json.dumps(found) if as_json else as_text(found))
@@ -316,29 +324,50 @@ def _tuned(settings: PrivateTuning, folder: Path, resume: bool, clear: bool) -> 
                 found = tune_private(settings, folder, task, session.forward, False, session.costs, resume, progress)
                 return found, session.costs.table()
         except PartyLost as error:
-            if not folder.exists():
+            if not (folder / "config.toml").exists():  # which is written once the parties have answered
                 raise
             raise PartyLost(f"{error}; with all parties there, go on with --resume --out {folder}") from None
 
 
 def _folder(out: Path | None, resume: bool, label: str) -> Path:
-    """The run directory: the one asked for, or a new one under runs/."""
-    if out is not None:
-        return out
-    if resume:
+    """The run directory: the one asked for, or a new one under runs/; it is named on standard error."""
+    if out is None and resume:
         raise ConfigError("--resume", True, "say which run with --out DIR")
-    return Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{label}"
+    folder = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{label}" if out is None else out
+    in_run_folder(folder)
+    return folder
+
+
+def invoke(arguments: list[str] | None = None) -> int:
+    """Run one command; its exit code. Errors that the user can mend are one line."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its errors are ours to tell
+    command = typer.main.get_command(app)
+    try:
+        # Not the command's own `main`, which would end an interruption without a word.
+        with command.make_context("sordino", sys.argv[1:] if arguments is None else arguments) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        return int(end.exit_code)
+    except ClickException as error:
+        error.show()
+        return int(error.exit_code)
+    except SordinoError as error:
+        return fail(error)
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error))):
+            raise
+        reason = str(error).strip().splitlines()[:1] or ["no more is to be had"]
+        return fail(f"out of memory ({reason[0]}); choose smaller batches, fewer clients, or shorter prompts")
+    return 0
+
+
+# As torch says it, which has no class of its own for the CPU.
+_OUT_OF_MEMORY = re.compile(
+    "can't allocate memory|not enough memory|out of memory|overflow.*(size|numel)|numel.*overflow"
+)
 
 
 def main() -> None:
-    """The entry point: errors that the user can mend are one line and exit code 2."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its errors are ours to tell
-    try:
-        app()
-    except SordinoError as error:
-        print(f"sordino: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("sordino: interrupted; go on with --resume --out DIR", file=sys.stderr)
-        sys.exit(130)
+    """The entry point."""
+    sys.exit(run_command(invoke))

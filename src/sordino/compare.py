@@ -13,15 +13,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sordino.audit.run import FILE, audit
+from sordino.audit.run import FILE, audit, read_audit
 from sordino.bench import Bench
 from sordino.config import Experiment, parse_config, resolved, set_key
+from sordino.data_digests import data_record
+from sordino.data_record import check
 from sordino.errors import RunError
 from sordino.experiment import run
 from sordino.files import write_atomically
 from sordino.plan import planned_mechanism
 from sordino.progress import Progress, silent
 from sordino.report import write_report
+from sordino.run_lock import all_held, held, is_empty
 
 SPLITS = ("local", "neighbor", "overall", "novel", "domain")
 BACKDOOR = "attack_success"
@@ -129,19 +132,35 @@ def compare(
     Raises:
         SordinoError: as `run`; before anything is trained where an algorithm's settings are bad.
     """
-    if not resume and out.exists() and any(out.iterdir()):
-        raise RunError(f"{out} exists; go on with --resume, or choose another --out")
+    planned = [_planned(each, seeds, out) for each in variants]
+    with held(out):
+        if not resume and not is_empty(out):
+            raise RunError(f"{out} exists; go on with --resume, or choose another --out")
+        with all_held([folder for runs in planned for folder in runs]):
+            return _compare(variants, planned, out, resume, progress, title)
+
+
+def _compare(
+    variants: Sequence[Variant],
+    planned: Sequence[Mapping[Path, Experiment]],
+    out: Path,
+    resume: bool,
+    progress: Progress,
+    title: str,
+) -> list[Row]:
+    """`compare`, with all its directories held."""
     bench = Bench.open(variants[0].config)
     for each in variants:  # what does not fit is told before anything is trained
         planned_mechanism(each.config)
+    if resume:
+        _check_finished({folder: config for runs in planned for folder, config in runs.items()}, bench, progress)
     rows, folders, summaries = [], [], []
-    for each in variants:
+    for each, runs in zip(variants, planned, strict=True):
         own = []
-        for offset in range(seeds):
-            config = each.config.model_copy(update={"seed": each.config.seed + offset})
-            folders.append(out / each.folder / f"seed-{config.seed}")
-            own.append(run(config, folders[-1], resume, progress, bench))
-        attack = _attack(folders[-seeds], each.shadows, resume, progress, bench) if each.shadows else None
+        for folder, config in runs.items():
+            folders.append(folder)
+            own.append(run(config, folder, resume, progress, bench))
+        attack = _attack(next(iter(runs)), each.shadows, resume, progress, bench) if each.shadows else None
         rows.append(replace(row_of(own, each.variation), attack=attack))
         summaries += own
     write_tables(rows, summaries, out)
@@ -149,9 +168,29 @@ def compare(
     return rows
 
 
+def _planned(variant: Variant, seeds: int, out: Path) -> dict[Path, Experiment]:
+    """The runs of a variant by their directories."""
+    first = variant.config
+    configs = [first.model_copy(update={"seed": first.seed + offset}) for offset in range(seeds)]
+    return {out / variant.folder / f"seed-{config.seed}": config for config in configs}
+
+
+def _check_finished(planned: Mapping[Path, Experiment], bench: Bench, progress: Progress) -> None:
+    """See that finished runs are of the data that the others will be of; one table must not mix two data sets.
+
+    Raises:
+        RunError: they are not.
+    """
+    finished = {folder: config for folder, config in planned.items() if (folder / "summary.json").exists()}
+    if len(finished) == len(planned):
+        return  # nothing will be trained, so the data need not be there any more
+    for folder, config in finished.items():
+        check(folder, data_record(bench, bench.task(config, progress)[0]))
+
+
 def _attack(folder: Path, shadows: int, resume: bool, progress: Progress, bench: Bench) -> float:
     if resume and (folder / FILE).exists():
-        found = json.loads((folder / FILE).read_bytes())
+        found = read_audit(folder)
     else:
         found = audit(folder, ["membership"], shadows, progress=progress, bench=bench)
     return float(found["attacks"]["membership"]["lira"]["auc"])

@@ -11,6 +11,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sordino.errors import ConfigError, config_error
+from sordino.files import absolute_path, user_path
 from sordino.privacy.settings import PrivacySettings
 from sordino.runtime.settings import RuntimeSettings
 from sordino.tasks.settings import DataSettings, PartitionSettings, PoisoningSettings
@@ -67,10 +68,11 @@ def read_tables(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors write a mark
     except FileNotFoundError:
         raise ConfigError("CONFIG", str(path), "no such file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError("CONFIG", str(path), f"not a readable TOML file: {error}") from None
     for override in overrides:
         _set(tables, override)
+    check_text(tables)
     return tables
 
 
@@ -135,7 +137,7 @@ def toml_value(text: str) -> Any:
     """A value as TOML reads it, or as plain text where it is not TOML."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -157,7 +159,31 @@ def set_key(tables: dict[str, Any], key: str, value: Any) -> None:
 def _absolute(data: DataSettings) -> DataSettings:
     """The same data from anywhere: a relative folder is one from the working directory."""
     kind, colon, rest = data.source.partition(":")
-    path = Path(rest).expanduser()
-    if colon and (kind == "imagefolder" or path.exists()):
-        return data.model_copy(update={"source": f"{kind}:{path.resolve()}"})
+    if colon and (kind == "imagefolder" or user_path(rest, "data.source").exists()):
+        source = f"{kind}:{absolute_path(rest, 'data.source')}"
+        check_text(source, "data.source")
+        return data.model_copy(update={"source": source})
     return data
+
+
+def check_text(value: Any, key: str = "") -> None:
+    """See that all text in a value can be written into a run directory's `config.toml`.
+
+    Raises:
+        ConfigError: it is not Unicode, as names of files may be, or holds a null character.
+    """
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            check_text(name, key or "CONFIG")
+            check_text(inner, f"{key}.{name}" if key else name)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            check_text(inner, key)
+    elif isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            remedy = "is not UTF-8 text; where it is a path, rename the file or folder, or link to it by another name"
+            raise ConfigError(key, value, remedy) from None
+        if "\0" in value:
+            raise ConfigError(key, value, "must not hold a null character")

@@ -97,6 +97,8 @@ def _cache() -> Check:
     from sordino.encoders.cache import default_directory
 
     folder = default_directory()
+    if folder is None:
+        return Check("feature cache", False, "this user has no home directory; set SORDINO_CACHE to a folder")
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not os.access(existing, os.W_OK):
         return Check("feature cache", False, f"{folder} cannot be written; set SORDINO_CACHE to a folder that can")

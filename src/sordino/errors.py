@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 
+LONGEST = 300  # characters of a value in a message
+
+
 class SordinoError(Exception):
     """Something that the user can mend; its message is one line."""
 
@@ -19,7 +22,7 @@ class ConfigError(SordinoError):
     """A setting that is unknown, malformed, or out of range."""
 
     def __init__(self, key: str, value: object, allowed: str) -> None:
-        super().__init__(f"{key} = {value!r}: {allowed}")
+        super().__init__(f"{_printable(key)} = {shortened(value)}: {allowed}")
         self.key, self.value, self.allowed = key, value, allowed
 
 
@@ -45,6 +48,29 @@ def config_error(error: ValidationError, prefix: str = "") -> ConfigError:
     key = ".".join(str(part) for part in (prefix, *first["loc"]) if part != "")
     allowed = "no such key" if first["type"] in _UNKNOWN_KEY else first["msg"][0].lower() + first["msg"][1:]
     return ConfigError(key, first["input"], allowed)
+
+
+def _printable(key: str) -> str:
+    """A key as it is, or quoted where it would not print as one line."""
+    return key if key.isprintable() else shortened(key)
+
+
+def shortened(value: object) -> str:
+    """A value in quotes for a message of one line, its middle left out where it would fill a screen."""
+    try:
+        text = ascii(value) if isinstance(value, str) and not _is_text(value) else repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}...{text[-LONGEST // 2 :]}"
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string is Unicode text: the name of a file may hold bytes that are none."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 _UNKNOWN_KEY = {"extra_forbidden", "unexpected_keyword_argument"}

@@ -17,6 +17,8 @@ import sordino
 from sordino.algorithms import algorithm, settings_for
 from sordino.bench import Bench
 from sordino.config import Experiment, resolved, to_toml
+from sordino.data_digests import data_record, party_digests
+from sordino.data_record import pin
 from sordino.encoders.base import DualEncoder
 from sordino.encoders.prompt_model import Prompt, PromptModel, named_parts, prompt_count
 from sordino.files import write_atomically
@@ -26,6 +28,7 @@ from sordino.privacy.statement import as_summary
 from sordino.progress import Progress, log, silent
 from sordino.report import write_report
 from sordino.run_folder import Metrics, prepare, started_with
+from sordino.run_lock import held
 from sordino.runtime import checkpoint
 from sordino.runtime.evaluate import Evaluation, EvaluationSet, Scores
 from sordino.runtime.local import LocalRuntime, Training
@@ -33,6 +36,7 @@ from sordino.runtime.records import RoundRecord
 from sordino.tasks.splits import Task
 
 LEDGER = "ledger.json"
+COUNTED = ("seconds", "evaluate_seconds", "upload_bytes", "broadcast_bytes", "participants")  # of a line of metrics
 DISTANCES = "distances"  # folder: what a server that clusters on shares saw, a file a round
 
 
@@ -54,13 +58,14 @@ def run(
     Raises:
         SordinoError: before anything is trained where input is bad; later where the disk is full or training diverges.
     """
-    config = _with_nonce(config, out)
-    tables = resolved(config)
-    summary = prepare(out, tables, resume)
-    if summary is None:
-        summary = _run(config, tables, out, resume, progress, bench or Bench.open(config))
-    if not (out / "report.html").exists():
-        write_report([out], out / "report.html", f"Sordino: {config.algorithm} on {config.data.source}")
+    with held(out):
+        config = _with_nonce(config, out)
+        tables = resolved(config)
+        summary = prepare(out, tables, resume)
+        if summary is None:
+            summary = _run(config, tables, out, resume, progress, bench or Bench.open(config))
+        if not (out / "report.html").exists():
+            write_report([out], out / "report.html", f"Sordino: {config.algorithm} on {config.data.source}")
     return summary
 
 
@@ -78,10 +83,11 @@ def _run(
     task, encoding = bench.task(config, progress)
     started = time.monotonic()
     runtime, evaluation = assemble(config, bench, task)
+    pin(out, data_record(bench, task))  # before config.toml, so that where there is one there is the other
     if not (out / "config.toml").exists():
         write_atomically(out / "config.toml", to_toml(tables).encode())
     training = _resumed(runtime, out) if resume else runtime.start()
-    metrics = Metrics(out / "metrics.jsonl", training.round)
+    metrics = Metrics(out / "metrics.jsonl", training.round, numbers=COUNTED)
     training, scores = _train(config, runtime, evaluation, training, metrics, out, progress)
     ledger = training.ledger
     write_atomically(out / LEDGER, ledger.to_json().encode())
@@ -157,6 +163,7 @@ def assemble(config: Experiment, bench: Bench, task: Task) -> tuple[LocalRuntime
         config.seed,
         config.privacy,
         dict.fromkeys(range(task.attackers), config.poisoning.boost) if config.poisoning else {},
+        party_digests(bench, task),
     )
     return runtime, evaluation
 

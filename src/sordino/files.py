@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 from uuid import uuid4
 
-from sordino.errors import DataError, RunError
+from sordino.errors import ConfigError, DataError, RunError
 
 # Neither waits for a writer of a pipe, nor makes a terminal the process's own, nor translates line ends.
 READING = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_BINARY", "O_CLOEXEC"))
@@ -76,6 +76,39 @@ def write_atomically(path: Path, content: bytes) -> None:
             f"cannot write {path}: {error.strerror or error}; free space or choose another --out; "
             "what was written before is intact, go on with --resume"
         ) from None
+
+
+def user_path(text: str, key: str) -> Path:
+    """A path as a user writes it, with `~` for a home.
+
+    Args:
+        text: the path.
+        key: of the configuration that names it, for messages.
+
+    Raises:
+        ConfigError: there is no such home, or no file can have this name.
+    """
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except RuntimeError:
+        raise ConfigError(key, text, "there is no such home directory; write the path out") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(key, text, f"no file can have this name: {getattr(error, 'strerror', error)}") from None
+    return path
+
+
+def absolute_path(text: str, key: str) -> Path:
+    """`user_path` from the root, through all links.
+
+    Raises:
+        ConfigError: as `user_path`, or links lead in a circle, or the working directory is gone.
+    """
+    path = user_path(text, key)
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(key, text, f"leads nowhere: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _flush_folder(folder: Path) -> None:

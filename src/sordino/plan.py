@@ -161,7 +161,8 @@ def as_text(chosen: Plan, curve: bool = True) -> str:
         most = max(epsilon for _, epsilon in worst)
         lines += ["", "Epsilon by round, for whoever is not trusted:"]
         lines += [
-            f"  {number:>6,}  {epsilon:8.4g}  {'#' * max(1, round(40 * epsilon / most))}" for number, epsilon in worst
+            f"  {number:>6,}  {epsilon:8.4g}  {'#' * max(1, round(40 * epsilon / (most or 1)))}"
+            for number, epsilon in worst
         ]
     lines += ["", statement(ledger, settings.unit)]
     formula = chosen.formula()

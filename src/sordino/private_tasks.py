@@ -38,7 +38,12 @@ def open_task(config: PrivateTuning, part: Part = "test", progress: Progress = s
         ConfigError: a file or a checkpoint is missing, or the search is wider than the prompt.
         DataError: data is malformed, or too little.
     """
-    task = text_task(config, part) if config.task.kind == "text" else _image_task(config, part, progress)
+    task: TextTask | ImageTask
+    if config.task.kind == "text":
+        task = text_task(config, part)
+    else:
+        task = _image_task(config, part, progress)
+        task.check_length()
     projection(config.search.search(config.seed), *task.start().shape)  # refuses what does not fit, before it is needed
     return task
 
@@ -67,6 +72,7 @@ def _image_task(config: PrivateTuning, part: Part, progress: Progress) -> ImageT
             break
         readable[rows[~found.readable]] = False  # and others are drawn in their place
     labels = torch.from_numpy(images.labels[rows])
+    contents = tuple(digest for digest in found.digests if digest is not None)  # all of them, as all were read
     return ImageTask(
         embedder=encoder.text,
         class_names=images.class_names,
@@ -78,6 +84,9 @@ def _image_task(config: PrivateTuning, part: Part, progress: Progress) -> ImageT
         labels=labels[: len(train)],
         test_features=found.features[len(train) :],
         test_labels=labels[len(train) :],
+        digests=contents[: len(train)],
+        test_digests=contents[len(train) :],
+        encoder={"name": encoder.name, "fingerprint": encoder.fingerprint, "dtype": str(encoder.dtype)},
     )
 
 

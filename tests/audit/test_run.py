@@ -64,7 +64,7 @@ def test_a_claim_that_is_false_is_called_so(config_file: Path, tmp_path: Path) -
 
 
 def test_what_cannot_be_attacked_is_told(config_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"holds no finished run \(config.toml"):
+    with pytest.raises(RunError, match=r"holds no finished run \(there is no"):
         audit(tmp_path / "nothing")
     run(load_config(config_file, ["algorithm=zero-shot"]), tmp_path / "zero")
     with pytest.raises(RunError, match="learned nothing"):

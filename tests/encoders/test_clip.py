@@ -356,3 +356,14 @@ def test_weights_in_a_pickle_load_as_tensors_only(tmp_path: Path) -> None:
     with pytest.raises(EncoderError, match="weights cannot be read"):
         ClipEncoder.load(str(tmp_path), CPU)
     assert not (tmp_path / "executed").exists()
+
+
+def test_fingerprint_follows_the_tokenizer(tmp_path: Path) -> None:
+    """Another split of class names into tokens gives other text features of the same weights."""
+    folder = save_clip(tmp_path / "a")
+    fingerprint = ClipEncoder.load(str(folder), CPU).fingerprint
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["merges"] = content["model"]["merges"][:-1]
+    file.write_text(json.dumps(content))
+    assert ClipEncoder.load(str(folder), CPU).fingerprint != fingerprint

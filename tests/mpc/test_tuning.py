@@ -208,6 +208,44 @@ def test_a_folder_is_not_overwritten_and_not_gone_on_with_otherwise(
     tune_private(moved, out, open_task(moved), in_the_clear(tower), True, resume=True)
 
 
+CHANGES = [
+    ("data.tsv", b"a fine film", b"a good film", "the training examples changed; the test examples changed"),
+    ("data.tsv", b"!!\t1", b"!!!!!!!!\t1", "the t.* examples changed"),
+    ("tower.safetensors", None, None, "the private tower changed"),
+]
+
+
+@pytest.mark.parametrize(("name", "old", "new", "message"), CHANGES)
+def test_what_changed_since_the_start_is_refused(
+    file: Path, tower: PrivateTower, tmp_path: Path, name: str, old: bytes | None, new: bytes | None, message: str
+) -> None:
+    out, interrupted = tmp_path / "run", Paid(tower, 3)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(file, out, interrupted)
+    changed = tmp_path / name
+    content = changed.read_bytes()
+    changed.write_bytes(replace(tower, layers=()).to_bytes({}) if old is None else content.replace(old, new or b""))
+    with pytest.raises(RunError, match=f"not the same as when .* was started: {message}"):
+        tuned(file, out, in_the_clear(tower), resume=True)
+    changed.write_bytes(content)
+    tuned(file, out, in_the_clear(tower), resume=True)
+
+
+def test_pictures_that_changed_are_refused(file: Path, pictures: Path, tower: PrivateTower, tmp_path: Path) -> None:
+    overrides = ["task={kind='images', shots=4, source='imagefolder:" + str(pictures) + "'}", "search.generations=1"]
+    config, out = load_private_config(file, overrides), tmp_path / "run"
+    tune_private(config, out, open_task(config), in_the_clear(tower), True)
+    record = json.loads((out / "data.json").read_text(encoding="utf-8"))
+    assert record["encoder"]["name"] == "bundled"
+    (out / "summary.json").unlink()
+    tune_private(config, out, open_task(config), in_the_clear(tower), True, resume=True)
+    (out / "summary.json").unlink()
+    for picture in (pictures / "blue_sky").iterdir():
+        picture.write_bytes((pictures / "green_leaf" / picture.name).read_bytes())
+    with pytest.raises(RunError, match="the training examples changed; the test examples changed"):
+        tune_private(config, out, open_task(config), in_the_clear(tower), True, resume=True)
+
+
 def test_costs_are_those_of_the_whole_run(file: Path, tower: PrivateTower, tmp_path: Path) -> None:
     paid = Paid(tower)
     found = tuned(file, tmp_path / "run", paid, paid.costs)["costs"]
@@ -264,7 +302,12 @@ def test_only_what_was_begun_is_to_be_resumed(file: Path, tmp_path: Path, begun:
     sides = ["session.servers=['127.0.0.1:1','127.0.0.1:2']", f"session.certificates={tmp_path}/parties/data-owner"]
     options = [word for side in [*sides, "session.timeout=2"] for word in ("--set", side)]
     if begun:
+        from sordino.config import to_toml
+
         (tmp_path / "run").mkdir()
+        tables = load_private_config(file, sides).model_dump(exclude_none=True)
+        (tmp_path / "run" / "config.toml").write_text(to_toml(tables))
+        options.append("--resume")
     with pytest.raises(PartyLost, match=r"server-\d .*cannot be reached") as lost:
         CliRunner().invoke(
             app, ["tune-private", str(file), "--out", str(tmp_path / "run"), *options], catch_exceptions=False

@@ -19,6 +19,7 @@ from sordino.files import write_atomically
 from sordino.privacy.statement import as_summary
 from sordino.progress import Progress, silent
 from sordino.report import write_report
+from sordino.run_lock import held
 
 ATTACKS = ("membership", "canaries", "inversion", "stealing", "distances")
 FILE = "audit.json"
@@ -55,12 +56,26 @@ def audit(
     for each in attacks:
         if each not in ATTACKS:
             raise ConfigError("--attacks", each, f"not an attack; choose from {', '.join(ATTACKS)}")
+    if not folder.is_dir():
+        raise RunError(f"{folder} holds no finished run (there is no such directory)")
+    with held(folder):
+        return _audit(folder, attacks, shadows, canaries, seed, progress, bench)
+
+
+def _audit(
+    folder: Path,
+    attacks: Sequence[str],
+    shadows: int,
+    canaries: int,
+    seed: int,
+    progress: Progress,
+    bench: Bench | None,
+) -> dict[str, Any]:
+    """`audit`, with the run directory held."""
     subject = Subject.open(folder, progress, bench)
     if not subject.runtime.rounds:
         raise RunError(f"{folder}: {subject.config.algorithm} learned nothing, so there is nothing to attack")
-    found: dict[str, Any] = {}
-    if (folder / FILE).exists():
-        found = json.loads((folder / FILE).read_bytes())["attacks"]
+    found: dict[str, Any] = read_audit(folder)["attacks"] if (folder / FILE).exists() else {}
     for name in (each for each in ATTACKS if each in attacks):
         try:
             found[name] = _attack(name, subject, shadows, canaries, seed)
@@ -76,6 +91,21 @@ def audit(
         [folder], folder / "report.html", f"Sordino: {subject.config.algorithm} on {subject.config.data.source}"
     )
     return dict(json.loads(text))
+
+
+def read_audit(folder: Path) -> dict[str, Any]:
+    """What an earlier audit found.
+
+    Raises:
+        RunError: its file is damaged.
+    """
+    try:
+        found = json.loads((folder / FILE).read_bytes())
+        if not (isinstance(found, dict) and isinstance(found.get("attacks"), dict)):
+            raise ValueError("it holds no attacks")
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{folder / FILE} is damaged ({error}); remove it, and repeat the attacks") from None
+    return found
 
 
 def _attack(name: str, subject: Subject, shadows: int, canaries: int, seed: int) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from sordino.bench import Bench
 from sordino.config import Experiment, parse_config
+from sordino.data_digests import data_record
+from sordino.data_record import check
 from sordino.encoders.prompt_model import Prompt, PromptModel
 from sordino.errors import RunError
 from sordino.experiment import assemble
@@ -53,7 +55,7 @@ class Subject:
         """Read a run directory and encode its images again, from the cache where they are still there.
 
         Raises:
-            SordinoError: the directory holds no finished run, or its data are gone.
+            SordinoError: the directory holds no finished run, or its data are gone or changed.
         """
         try:
             config = parse_config(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
@@ -62,10 +64,11 @@ class Subject:
         except OSError as error:
             missing = Path(str(error.filename)).name
             raise RunError(f"{folder} holds no finished run ({missing}: {error.strerror})") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RunError(f"{folder} is damaged: {error}") from None
         bench = bench or Bench.open(config)
         task, _ = bench.task(config, progress)
+        check(folder, data_record(bench, task))
         runtime, _ = assemble(config, bench, task)
         training = checkpoint.load(folder / "checkpoint", runtime.start())
         if training is None:

@@ -29,7 +29,7 @@ from sordino.encoders.bert_folder import EMBEDDINGS, SHORT, bert_form, bert_toke
 from sordino.encoders.linear import frozen_linear
 from sordino.encoders.names import check_names, warn_unknown
 from sordino.encoders.pixels import bounded, rgb
-from sordino.errors import EncoderError
+from sordino.errors import EncoderError, shortened
 
 JOINT_SPACE = Path(__file__).parent / "data" / "joint_space.safetensors"
 _TRANSFORM = "resize 256 bilinear, centre crop 224, (x - 127) / 128"
@@ -114,11 +114,28 @@ class BundledEncoder(DualEncoder):
         return self.text.embed(text).to(self.output_dtype)
 
     def text_features(self, context: Tensor, classes: ClassTokens) -> Tensor:
-        """Unit-norm features [..., C, D] of '[CLS] context name . [SEP]' for contexts [..., M, E]."""
+        """Unit-norm features [..., C, D] of '[CLS] context name . [SEP]' for contexts [..., M, E].
+
+        Raises:
+            EncoderError: a sentence would be longer than the text tower's position table.
+        """
+        self._check_length(context.shape[-2], classes)
         flat = context.to(self.device, self.dtype).reshape(-1, *context.shape[-2:])
         pooled = self.text(flat, classes).to(self.output_dtype)  # [N, C, E]
         features = self.project_text(pooled)
         return features.reshape(*context.shape[:-2], len(classes), self.feature_width)
+
+    def _check_length(self, context_length: int, classes: ClassTokens) -> None:
+        limit, longest = len(self.text.positions), classes.mask.shape[1]
+        length = 1 + context_length + longest
+        if length > limit:
+            name = classes.names[int(classes.mask.sum(dim=1).argmax())]
+            most = limit - 1 - longest
+            remedy = f"use a context_length of at most {most}, or shorter names" if most > 0 else "shorten it"
+            raise EncoderError(
+                f"context_length = {context_length}: with the longest class name, {shortened(name)}, the sentence has "
+                f"{length} tokens and the bundled encoder takes {limit}: {remedy}"
+            )
 
     def project_text(self, pooled: Tensor) -> Tensor:
         """Mean-pooled sentences [..., E] to unit-norm features [..., D]."""

@@ -14,6 +14,7 @@ import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -49,19 +50,20 @@ class FeatureCache:
     or a damaged shard is a SordinoWarning, and the features in question are computed again.
 
     Args:
-        directory: made when first written to; None: $SORDINO_CACHE, else $XDG_CACHE_HOME/sordino, else
-            ~/.cache/sordino.
+        directory: made when first written to; None: `default_directory`. Where that is None too, nothing is kept.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = default_directory() if directory is None else directory
-        self._writable = True
+        self._writable = self.directory is not None
+        if self.directory is None:
+            _warn_homeless()
 
     def find(self, fingerprint: str, kind: Kind, digests: Sequence[bytes]) -> dict[bytes, Features]:
         """Those features that are there, by digest."""
-        missing = set(digests)
+        missing = set(digests) if self.directory is not None else set()
         found: dict[bytes, Features] = {}
-        for shard in self._shards(fingerprint, kind):
+        for shard in self._shards(fingerprint, kind) if missing else ():
             if not missing:
                 break
             rows = self._read(shard, missing)
@@ -92,6 +94,7 @@ class FeatureCache:
 
     def _folder(self, fingerprint: str, kind: Kind) -> Path:
         key = hashlib.sha256("\n".join((LAYOUT, fingerprint, kind)).encode()).hexdigest()
+        assert self.directory is not None
         return self.directory / "features" / key[:32]
 
     def _shards(self, fingerprint: str, kind: Kind) -> list[Path]:
@@ -133,12 +136,26 @@ class FeatureCache:
         warnings.warn(f"feature cache {str(self.directory)!r} {what}", SordinoWarning, stacklevel=2)
 
 
-def default_directory() -> Path:
-    """$SORDINO_CACHE, else $XDG_CACHE_HOME/sordino, else ~/.cache/sordino."""
+def default_directory() -> Path | None:
+    """$SORDINO_CACHE, else $XDG_CACHE_HOME/sordino, else ~/.cache/sordino; None for a user without a home."""
     own, shared = os.environ.get("SORDINO_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own).expanduser()
-    return (Path(shared) if shared else Path("~/.cache").expanduser()) / "sordino"
+    try:
+        if own:
+            return Path(own).expanduser()
+        return (Path(shared) if shared else Path("~/.cache").expanduser()) / "sordino"
+    except RuntimeError:  # no HOME, and no entry in the system's list of users, as in many containers
+        return None
+
+
+@cache
+def _warn_homeless() -> None:
+    """Say once that features are not kept."""
+    warnings.warn(
+        "this user has no home directory, so features of pictures are not kept; set SORDINO_CACHE to a folder that "
+        "can be written",
+        SordinoWarning,
+        stacklevel=3,
+    )
 
 
 def _remove_stale(folder: Path) -> None:

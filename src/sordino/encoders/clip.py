@@ -28,6 +28,7 @@ from sordino.encoders.pixels import bounded, rgb, shrunk
 from sordino.encoders.shared_prefix import TextTower, causal_features, causal_flops, padded_features, padded_flops
 from sordino.encoders.visual_prompts import ImageTower
 from sordino.errors import EncoderError
+from sordino.files import user_path
 
 # The processors on PIL: they need no torchvision, whose own resizing changes from one release to the next.
 FAMILIES = {"clip": (CLIPModel, CLIPImageProcessorPil), "siglip": (SiglipModel, SiglipImageProcessorPil)}
@@ -107,12 +108,12 @@ class ClipEncoder(DualEncoder):
 
     @cached_property
     def fingerprint(self) -> str:  # type: ignore[override]
-        """Digest of the weights, of what the configuration adds to them, and of the preprocessing.
+        """Digest of the weights, of what the configuration adds to them, of the tokenizer, and of the preprocessing.
 
         The precision is not part of it: a prompt learned in float32 may be used in bfloat16.
         """
         digest = hashlib.sha256(self._description.encode())
-        for file in _weight_files(self.folder):
+        for file in (*_weight_files(self.folder), *_tokenizer_files(self.folder)):
             stat = file.stat()
             digest.update(_file_digest(file, stat.st_size, stat.st_mtime_ns))
         return digest.hexdigest()
@@ -247,7 +248,7 @@ def _description(config: Any, processor: Any) -> str:
 
 def _locate(checkpoint: str) -> Path:
     """The checkpoint's folder; a hub name is downloaded into (or found in) the hub's cache."""
-    folder = Path(checkpoint).expanduser()
+    folder = user_path(checkpoint, "encoder.checkpoint")
     if folder.is_dir():
         return folder
     if folder.is_absolute() or checkpoint.startswith((".", "~")) or checkpoint.count("/") != 1:
@@ -272,6 +273,12 @@ def _locate(checkpoint: str) -> Path:
 def _weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights: safetensors where there are any."""
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    """The files that decide how a class name is split into tokens."""
+    patterns = ("*token*.json", "vocab.*", "merges.txt", "*.model")
+    return sorted({file for pattern in patterns for file in folder.glob(pattern)})
 
 
 @lru_cache

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sordino.config import read_tables
+from sordino.config import check_text, read_tables
 from sordino.errors import ConfigError, config_error
+from sordino.files import absolute_path
 from sordino.mpc.search import Search
 
 LONGEST = 64  # tokens of a sentence, where the configuration says nothing
@@ -145,14 +146,13 @@ def parse_private_config(tables: Mapping[str, Any]) -> PrivateTuning:
     except ValidationError as error:
         raise config_error(error) from None
     _check(config)
-    task = {key: _absolute(value) for key in ("train", "test") if (value := getattr(config.task, key)) is not None}
+    given = {key: value for key in ("train", "test") if (value := getattr(config.task, key)) is not None}
+    task = {key: str(absolute_path(value, f"task.{key}")) for key, value in given.items()}
     if config.task.source is not None:
-        task["source"] = f"imagefolder:{_absolute(config.task.source.partition(':')[2])}"
+        folder = config.task.source.partition(":")[2]
+        task["source"] = f"imagefolder:{absolute_path(folder, 'task.source')}"
+    check_text({"task": task})
     return config.model_copy(update={"task": config.task.model_copy(update=task)})
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().resolve())
 
 
 def _check(config: PrivateTuning) -> None:

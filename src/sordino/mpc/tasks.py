@@ -11,11 +11,12 @@ What is tested on is the same for all seeds; what neither tests nor trains is fo
 from __future__ import annotations
 
 import csv
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -23,9 +24,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sordino.data_record import sequence_digest
 from sordino.encoders.bundled import Embedder
-from sordino.errors import ConfigError, DataError
-from sordino.files import read_regular
+from sordino.errors import ConfigError, DataError, shortened
+from sordino.files import read_regular, user_path
 from sordino.mpc.distill import embedder_of
 from sordino.mpc.sentences import Forward, encoded
 from sordino.mpc.settings import PrivateTuning, longest_of
@@ -68,6 +70,24 @@ class Task(ABC):
 
         Differentiable in the prompts where `forward` is.
         """
+
+    @abstractmethod
+    def contents(self, test: bool = False) -> list[bytes]:
+        """SHA-256 of each training or test example, in their order."""
+
+    def record(self) -> dict[str, Any]:
+        """What a run directory writes down of the task, as digests; see `sordino.data_record`."""
+        words = self.embedder
+        embeddings = hashlib.sha256(words.tokenizer.to_str().encode())
+        for part in (words.words, words.positions):
+            embeddings.update(part.detach().cpu().float().numpy().tobytes())
+
+        def digest(test: bool) -> str:
+            labels = (self.test_labels if test else self.labels).tolist()
+            names = [self.class_names[label] for label in labels]
+            return sequence_digest(zip(self.contents(test), names, strict=True))
+
+        return {"train": digest(False), "tests": digest(True), "embeddings": embeddings.hexdigest()}
 
     def losses(self, forward: Forward, prompts: Tensor) -> Tensor:
         """Mean cross-entropy over training examples of prompts [P, M, E], [P]; without a gradient."""
@@ -117,6 +137,10 @@ class TextTask(Task):
     def start(self) -> Tensor:
         return initial_prompt(self.embedder, self.initial, self.length)
 
+    def contents(self, test: bool = False) -> list[bytes]:
+        texts = self.test_sentences if test else self.sentences
+        return [hashlib.sha256(text.encode()).digest() for text in texts]
+
     def logits(self, forward: Forward, prompts: Tensor, test: bool = False) -> Tensor:
         """Scaled cosines of sentences to descriptions behind the same prompt, see `Task`."""
         texts = [*self.descriptions, *(self.test_sentences if test else self.sentences)]
@@ -146,6 +170,8 @@ class ImageTask(Task):
         logit_scale: of cosines.
         features, labels: training examples: unit-norm image features [N, D].
         test_features, test_labels: test examples.
+        digests, test_digests: SHA-256 of the pictures' contents.
+        encoder: name, fingerprint and precision of the image tower.
     """
 
     kind = "images"
@@ -160,9 +186,36 @@ class ImageTask(Task):
     labels: Tensor
     test_features: Tensor
     test_labels: Tensor
+    digests: tuple[bytes, ...]
+    test_digests: tuple[bytes, ...]
+    encoder: Mapping[str, str]
 
     def start(self) -> Tensor:
         return initial_prompt(self.embedder, self.initial, self.length)
+
+    def check_length(self) -> None:
+        """See that every class's sentence fits the checkpoint, before anything is searched.
+
+        Raises:
+            ConfigError: one does not.
+        """
+        classes, limit = self.embedder.class_tokens(self.class_names), len(self.embedder.positions)
+        longest = int(classes.mask.sum(1).max())
+        whole = 1 + self.length + longest
+        if whole > limit:
+            name = self.class_names[int(classes.mask.sum(1).argmax())]
+            raise ConfigError(
+                "prompt.length",
+                self.length,
+                f"with the longest class name, {shortened(name)}, a sentence has {whole} tokens and "
+                f"the checkpoint takes {limit}: shorten one of them",
+            )
+
+    def contents(self, test: bool = False) -> list[bytes]:
+        return list(self.test_digests if test else self.digests)
+
+    def record(self) -> dict[str, Any]:
+        return super().record() | {"encoder": dict(self.encoder)}
 
     def logits(self, forward: Forward, prompts: Tensor, test: bool = False) -> Tensor:
         """Scaled cosines of image features to class features, see `Task`; images play no part in `forward`."""
@@ -187,7 +240,7 @@ def text_task(config: PrivateTuning, part: Part = "test") -> TextTask:
     """
     task, names, folder = config.task, tuple(config.task.label_names or ()), config.model.embeddings
     try:
-        embedder = embedder_of(None if folder is None else Path(folder).expanduser())
+        embedder = embedder_of(None if folder is None else user_path(folder, "model.embeddings"))
     except ConfigError as error:
         raise ConfigError("model.embeddings", folder, error.allowed) from None
     positions = len(embedder.positions)

@@ -6,6 +6,7 @@ here is the owner's own: losses, the prompt and accuracies never leave.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -17,8 +18,9 @@ from torch import Tensor
 
 import sordino
 from sordino.config import to_toml
+from sordino.data_record import pin
 from sordino.errors import ConfigError, RunError
-from sordino.files import write_atomically
+from sordino.files import user_path, write_atomically
 from sordino.mpc.certificates import DATA_OWNER, Identity
 from sordino.mpc.costs import Cost, Costs
 from sordino.mpc.network import LAN, WAN
@@ -26,9 +28,10 @@ from sordino.mpc.search import Found, tune
 from sordino.mpc.sentences import Forward
 from sordino.mpc.settings import PrivateTuning
 from sordino.mpc.tasks import Task
-from sordino.mpc.tower import PrivateTower, bundled_tower
+from sordino.mpc.tower import BUNDLED, PrivateTower, bundled_tower
 from sordino.progress import Progress, silent
 from sordino.run_folder import Metrics, prepare
+from sordino.run_lock import held
 
 STATE = "search.json"
 SESSION = "session"  # the table that may change between a run and its resumption: servers move
@@ -63,12 +66,25 @@ def tune_private(
     Raises:
         RunError: `out` may not be written or resumed, or a loss is not finite.
     """
-    finished = finished_before(config, out, resume)
-    if finished is not None:
-        return finished
+    with held(out):
+        finished = finished_before(config, out, resume)
+        return finished or _tuned(config, out, task, forward, clear, costs, progress)
+
+
+def _tuned(
+    config: PrivateTuning,
+    out: Path,
+    task: Task,
+    forward: Forward,
+    clear: bool,
+    costs: Costs | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """`tune_private`, with the run directory held and not finished."""
     tables = config.model_dump(exclude_none=True)
     began = time.monotonic()
     found = _state(out / STATE, clear, costs)
+    pin(out, {"version": sordino.__version__, **task.record(), "tower": _tower_digest(config) if clear else None})
     write_atomically(out / "config.toml", to_toml(tables).encode())
     record = _Record(out, clear, costs, len(found.losses))
     start, search = task.start(), config.search.search(config.seed)
@@ -118,7 +134,13 @@ def tower_of(config: PrivateTuning) -> PrivateTower:
     Raises:
         MpcError: its file holds none.
     """
-    return PrivateTower.load(Path(config.model.tower).expanduser()) if config.model.tower else bundled_tower()
+    return PrivateTower.load(user_path(config.model.tower, "model.tower")) if config.model.tower else bundled_tower()
+
+
+def _tower_digest(config: PrivateTuning) -> str:
+    """SHA-256 of the file of the tower in the clear. Of a tower on shares, its owner alone could tell a digest."""
+    file = user_path(config.model.tower, "model.tower") if config.model.tower else BUNDLED
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def owner_of(config: PrivateTuning) -> tuple[Identity, list[str]]:
@@ -132,7 +154,7 @@ def owner_of(config: PrivateTuning) -> tuple[Identity, list[str]]:
         raise ConfigError("session.servers", None, "give the two servers, each as 'host:port', or use --clear")
     if session.certificates is None:
         raise ConfigError("session.certificates", None, "give the data owner's folder, or use --clear")
-    return Identity.load(Path(session.certificates).expanduser(), DATA_OWNER), session.servers
+    return Identity.load(user_path(session.certificates, "session.certificates"), DATA_OWNER), session.servers
 
 
 class _Record:
@@ -140,7 +162,7 @@ class _Record:
 
     def __init__(self, out: Path, clear: bool, costs: Costs | None, generations: int) -> None:
         self._out, self._clear, self._costs = out, clear, costs
-        self.metrics = Metrics(out / "metrics.jsonl", generations, "generation")
+        self.metrics = Metrics(out / "metrics.jsonl", generations, "generation", ("seconds", "mean_loss"))
         self._then = time.monotonic()
 
     def generation(self, found: Found) -> None:

@@ -25,11 +25,13 @@ from dp_accounting.rdp import RdpAccountant
 
 from sordino.errors import ConfigError, RunError
 from sordino.privacy.ledger import ALL_CLIENTS, Ledger, Observer, Release, Unit
+from sordino.privacy.settings import EPSILONS, LEAST_EPSILON, MOST_EPSILON
 
 Accountant = Literal["pld", "rdp"]
 Kind = tuple[float, float, int]  # noise multiplier, sampling rate, steps
 Kinds = tuple[Kind, ...]  # in ascending order, no two of one multiplier and rate
 
+LEAST_NOISE, MOST_NOISE = 1e-30, 1e12  # multipliers outside are counted as none, and as the second
 LEAST_MULTIPLIER = 0.01  # `noise_multiplier` looks no lower
 
 
@@ -197,6 +199,8 @@ def noise_multiplier(epsilon: float, delta: float, schedules: Collection[tuple[f
         raise ConfigError("privacy.delta", delta, "must be above 0 and below 1")
     if math.isinf(epsilon):
         return 0.0
+    if not LEAST_EPSILON <= epsilon <= MOST_EPSILON:
+        raise ConfigError("privacy.epsilon", epsilon, f"must be {EPSILONS}")
     counting = {((0.0, rate, steps),) for rate, steps in schedules if rate > 0 and steps > 0}
     multiplier = 0.0
     for ((_, rate, steps),) in sorted(_largest(counting), key=lambda each: -each[0][1] * each[0][2] ** 0.5):
@@ -230,7 +234,7 @@ def formula_epsilon(noise_multiplier: float, rounds: int, delta: float) -> float
     It does not hold: a constant and the term rounds / (2 noise_multiplier^2) are missing, and it counts rounds, however
     many releases there are in one. It is here to be compared with `epsilon`, for nothing else.
     """
-    return math.sqrt(rounds * math.log(1 / delta)) / noise_multiplier if noise_multiplier > 0 else math.inf
+    return math.sqrt(rounds * -math.log(delta)) / noise_multiplier if noise_multiplier > 0 else math.inf
 
 
 def _for_unit(release: Release, unit: Unit) -> Release:
@@ -259,7 +263,9 @@ def _kinds(releases: Iterable[Release]) -> Kinds:
 def _merged(kinds: Iterable[Kind]) -> Kinds:
     """What counts, equal ones added up, and those with everybody in the sample as one Gaussian release."""
     steps: dict[tuple[float, float], int] = {}
-    for multiplier, rate, count in kinds:
+    for given, rate, count in kinds:
+        # Beyond what squares of floats can hold, towards the safe side: no noise, or less of it.
+        multiplier = 0.0 if given < LEAST_NOISE else min(given, MOST_NOISE)
         if count > 0 and rate > 0:
             steps[multiplier, rate] = steps.get((multiplier, rate), 0) + count
     always = [(multiplier, count) for (multiplier, rate), count in steps.items() if rate == 1]

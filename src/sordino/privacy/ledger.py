@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -61,9 +62,11 @@ class Release:
     @property
     def noise_multiplier(self) -> float:
         """That of one Gaussian release as revealing as all vectors together: (sum of z^-2)^(-1/2)."""
-        if 0.0 in self.noise_multipliers:
-            return 0.0
-        return float(sum(z**-2 for z in self.noise_multipliers) ** -0.5)
+        least = min(self.noise_multipliers)
+        if least == 0 or math.isinf(least):
+            return least
+        # Relative to the least, so that squares of very large or small ones neither vanish nor overflow.
+        return least * float(sum((z / least) ** -2 for z in self.noise_multipliers) ** -0.5)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,12 @@ from sordino.privacy.ledger import Unit
 Mechanism = Literal["none", "dp-sgd", "cotangent", "dp-fedavg"]
 NoiseBy = Literal["client", "server", "shares"]
 
+# Budgets and noise for which epsilon can be computed; beyond, floats have no room for it.
+LEAST_EPSILON, MOST_EPSILON = 1e-9, 1e6
+EPSILONS = f"from {LEAST_EPSILON:g} to {MOST_EPSILON:g}, or inf for no noise"
+LEAST_MULTIPLIER, MOST_MULTIPLIER = 1e-30, 1e9
+MULTIPLIERS = f"from {LEAST_MULTIPLIER:g} to {MOST_MULTIPLIER:g}, or 0 for no noise"
+
 
 class PrivacySettings(BaseModel):
     """What is noised, by whom, and how much may be spent."""
@@ -100,6 +106,11 @@ class PrivacySettings(BaseModel):
     def _consistent(self) -> PrivacySettings:
         if self.nonce is not None and not self.simulation:
             raise ConfigError("privacy.nonce", self.nonce, "only a simulation has one; set privacy.simulation = true")
+        budget = self.epsilon
+        if budget is not None and math.isfinite(budget) and not LEAST_EPSILON <= budget <= MOST_EPSILON:
+            raise ConfigError("privacy.epsilon", budget, f"must be {EPSILONS}")
+        if self.noise_multiplier and not LEAST_MULTIPLIER <= self.noise_multiplier <= MOST_MULTIPLIER:
+            raise ConfigError("privacy.noise_multiplier", self.noise_multiplier, f"must be {MULTIPLIERS}")
         if not self.on:
             return self
         if self.epsilon is None and self.noise_multiplier is None:

@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset, DatasetDict
 from huggingface_hub.errors import HfHubHTTPError
 
 from sordino.errors import ConfigError, DataError
-from sordino.files import read_regular
+from sordino.files import read_regular, user_path
 from sordino.tasks.images import ImageSet, Indices
 from sordino.tasks.pictures import MAX_BYTES
 from sordino.tasks.settings import DataSettings, spoken
@@ -77,7 +77,7 @@ def hugging_face(where: str, settings: DataSettings) -> ImageSet:
 
 def _load(where: str, settings: DataSettings) -> dict[str, Dataset]:
     """The data set's splits by name."""
-    path = Path(where).expanduser()
+    path = user_path(where, "data.source")
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             loaded = datasets.load_from_disk(str(path))

@@ -45,6 +45,18 @@ class ImageSet:
     is_test: Flags | None = None
     passed_over: tuple[PassedOver, ...] = ()
 
+    def __post_init__(self) -> None:
+        """See that classes and domains have names that can be read, written and told.
+
+        Raises:
+            DataError: one is not text, as the name of a folder may be.
+        """
+        for name in (*self.class_names, *(self.domain_names or ())):
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                raise DataError(f"{self.source}: the name {name!r} is not UTF-8 text; rename the folder") from None
+
     def __len__(self) -> int:
         return len(self.labels)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from PIL import Image
 
+from sordino.files import user_path
 from sordino.tasks.folders import image_folder, labelled_folders
 from sordino.tasks.images import ImageSet, with_grey_range
 from sordino.tasks.settings import DataSettings
@@ -36,7 +35,7 @@ def _listed(settings: DataSettings) -> ImageSet:
     if kind == "textile":
         return _textile()
     if kind == "imagefolder":
-        return image_folder(Path(rest).expanduser(), settings.source)
+        return image_folder(user_path(rest, "data.source"), settings.source)
     from sordino.tasks.hub import hugging_face  # imports `datasets`, which takes a second
 
     return hugging_face(rest, settings)

@@ -1,0 +1,179 @@
+"""One process at a time in a run directory: two would write every round twice, and count half of what they release.
+
+The lock is the operating system's, on a file in the directory. It ends with its process however that ends, so what a
+dead process left behind is no obstacle, and a process id that is in use again fools nobody: the id in the file is there
+for the message only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from sordino.errors import RunError
+from sordino.progress import log
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+FILE = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of file systems that have none
+_held: dict[Path, int] = {}  # directories that this process holds, and the thread that does
+_guard = threading.Lock()
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a run directory for as long as the block lasts; in one thread, blocks may be nested.
+
+    The directory is made where it is missing, and removed again if nothing came to be in it.
+
+    Raises:
+        RunError: another process or thread holds it, or it cannot be written; the message is one line.
+    """
+    place = writable(folder)
+    with _guard:
+        nested = _held.get(place) == threading.get_ident()
+        if not nested:
+            if place in _held:
+                raise _in_use(folder, f"another thread of this process ({os.getpid()})")
+            made = _missing(folder)
+            descriptor = _locked(folder)
+            _held[place] = threading.get_ident()
+    try:
+        yield
+    finally:
+        if not nested:
+            with _guard:
+                del _held[place]
+                _release(folder, descriptor, made)
+
+
+@contextmanager
+def all_held(folders: Sequence[Path]) -> Iterator[None]:
+    """Hold several directories, or none of them."""
+    with contextlib.ExitStack() as stack:
+        for folder in folders:
+            stack.enter_context(held(folder))
+        yield
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a directory holds nothing, or is not there; its lock, in use or left behind, does not count."""
+    return not folder.exists() or all(path.name == FILE for path in folder.iterdir())
+
+
+def writable(folder: Path) -> Path:
+    """The absolute path of a directory that may be written, or made.
+
+    Raises:
+        RunError: it may not.
+    """
+    try:
+        existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+        if existing.is_dir() and os.access(existing, os.W_OK):
+            return folder.resolve()
+        reason = f"as {existing} cannot"
+    except (OSError, ValueError) as error:  # too long a name, or a null byte in it
+        reason = f"as the system says: {getattr(error, 'strerror', None) or error}"
+    raise RunError(f"{_short(folder)} cannot be written, {reason}; choose another --out")
+
+
+def _locked(folder: Path) -> int | None:
+    """The open and locked file; None where there are no locks to be had."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder / FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:
+            continue  # another process ended, and removed the directory, in between
+        except OSError as error:
+            raise RunError(f"{_short(folder)} cannot be written: {error.strerror}; choose another --out") from None
+        try:
+            if not _lock(descriptor, folder):
+                os.close(descriptor)
+                return None
+            if _is_current(descriptor, folder):
+                _write_owner(descriptor)
+                return descriptor
+            os.close(descriptor)  # the file was removed by its holder when it ended: take the new one
+        except BlockingIOError:
+            owner = _owner(descriptor)
+            os.close(descriptor)
+            raise _in_use(folder, owner) from None
+
+
+def _lock(descriptor: int, folder: Path) -> bool:
+    """Take the lock; false where the system has none.
+
+    Raises:
+        BlockingIOError: somebody else has it.
+    """
+    if fcntl is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise BlockingIOError from None
+            if error.errno not in NO_LOCKS:
+                raise RunError(f"{folder / FILE} cannot be locked: {error.strerror}; choose another --out") from None
+    log.warning("%s: its file system has no locks; see yourself that no other process writes there", folder)
+    return False
+
+
+def _is_current(descriptor: int, folder: Path) -> bool:
+    """Whether the open file is the one that stands in the directory now."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), (folder / FILE).stat())
+    except FileNotFoundError:
+        return False
+
+
+def _write_owner(descriptor: int) -> None:
+    with contextlib.suppress(OSError):  # a full disk costs the message its number, no more
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+
+
+def _owner(descriptor: int) -> str:
+    try:
+        number = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
+    except OSError:
+        number = ""
+    return f"process {number}" if number.isdecimal() else "another process"
+
+
+def _release(folder: Path, descriptor: int | None, made: Sequence[Path]) -> None:
+    """Remove the file while the lock is held, so that nobody's lock on it is taken for one on the directory."""
+    with contextlib.suppress(OSError):
+        (folder / FILE).unlink()
+    if descriptor is not None:
+        os.close(descriptor)
+    with contextlib.suppress(OSError):  # not empty: all is well
+        for each in made:
+            each.rmdir()
+
+
+def _missing(folder: Path) -> list[Path]:
+    """The directories that are to be made for this one, the deepest first."""
+    return [each for each in (folder, *folder.parents) if not each.exists()]
+
+
+def _in_use(folder: Path, owner: str) -> RunError:
+    return RunError(f"{folder} is in use by {owner}; wait until it ends, or choose another --out")
+
+
+def _short(folder: Path) -> str:
+    """A path for a message, its middle left out where it is longer than any line."""
+    text = str(folder)
+    return text if len(text) <= 300 else f"{text[:100]}...{text[-100:]}"
