@@ -178,6 +178,7 @@ def test_an_exact_system_is_solved_exactly() -> None:
 # --- what is read off
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", [True, False])
 def test_a_batch_of_one_gives_its_feature_and_label(
     dense: bool,
@@ -228,6 +229,7 @@ def test_two_labels_in_a_batch_are_both_named(
             assert set(score.argsort(descending=True)[:2].tolist()) == {first, second}
 
 
+@pytest.mark.slow
 def test_clipping_alone_protects_nothing_and_strong_noise_does(make_subject: MakeSubject) -> None:
     clipped = invert(make_subject("dp-fpl", privacy=NOISE | {"noise_multiplier": 0.0}), seed=1, batches=6).attacks[0]
     assert clipped.cosine > 0.99

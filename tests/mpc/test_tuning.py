@@ -231,6 +231,7 @@ def test_what_changed_since_the_start_is_refused(
     tuned(file, out, in_the_clear(tower), resume=True)
 
 
+@pytest.mark.slow
 def test_pictures_that_changed_are_refused(file: Path, pictures: Path, tower: PrivateTower, tmp_path: Path) -> None:
     overrides = ["task={kind='images', shots=4, source='imagefolder:" + str(pictures) + "'}", "search.generations=1"]
     config, out = load_private_config(file, overrides), tmp_path / "run"

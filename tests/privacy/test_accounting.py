@@ -257,6 +257,7 @@ def test_runs_on_the_same_data_add_up() -> None:
     assert compose([]) == Ledger()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "rate", "steps"),
     [(2.0, 0.25, 80), (8.0, 0.25, 80), (0.1, 0.25, 80), (2.0, 1.0, 80), (1.0, 0.01, 10**5), (20.0, 0.5, 10)],

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sordino.config import check_text, read_tables
+from sordino.config import check_values, read_tables
 from sordino.errors import ConfigError, config_error
 from sordino.files import absolute_path
 from sordino.mpc.search import Search
@@ -144,7 +144,7 @@ def parse_private_config(tables: Mapping[str, Any]) -> PrivateTuning:
     if config.task.source is not None:
         folder = config.task.source.partition(":")[2]
         task["source"] = f"imagefolder:{absolute_path(folder, 'task.source')}"
-    check_text({"task": task})
+    check_values({"task": task})
     return config.model_copy(update={"task": config.task.model_copy(update=task)})
 
 
@@ -161,13 +161,13 @@ def _check(config: PrivateTuning) -> None:
     if task.kind == "images" and config.model.embeddings is not None:
         raise ConfigError("model.embeddings", config.model.embeddings, "images go with the bundled ones; remove it")
     if task.kind == "text":
-        _check_text(task, config.prompt.length)
+        _check_values(task, config.prompt.length)
     servers = config.session.servers
     if servers is not None and not (len(servers) == 2 and all(is_address(each) for each in servers)):
         raise ConfigError("session.servers", servers, "must be two, each as 'host:port'")
 
 
-def _check_text(task: TaskSettings, length: int) -> None:
+def _check_values(task: TaskSettings, length: int) -> None:
     names, descriptions = task.label_names or [], task.descriptions or []
     if len(descriptions) != len(names):
         raise ConfigError("task.descriptions", descriptions, f"must be as many as task.label_names: {len(names)}")

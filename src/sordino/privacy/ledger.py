@@ -152,7 +152,7 @@ class Ledger:
                 content["delta"],
                 content["randomness"],
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise RunError(f"not a ledger of this version of Sordino ({error!r}); run the experiment again") from None
 
     def digest(self) -> str:
