@@ -315,3 +315,12 @@ def test_only_what_was_begun_is_to_be_resumed(file: Path, tmp_path: Path, begun:
         )
     assert ("--resume" in str(lost.value)) == begun
     assert (tmp_path / "run").exists() == begun
+
+
+def test_a_class_whose_sentence_does_not_fit_is_told_before_the_search(file: Path, pictures: Path) -> None:
+    """512 tokens are what the bundled tower takes: a start, the prompt, and 'red apple.' with an end."""
+    task = "task={kind='images', shots=1, source='imagefolder:" + str(pictures) + "'}"
+    longest = 512 - 1 - 4
+    open_task(load_private_config(file, [task, f"prompt.length={longest}"]))
+    with pytest.raises(ConfigError, match=rf"prompt.length = {longest + 1}: .* a sentence has 513 tokens"):
+        open_task(load_private_config(file, [task, f"prompt.length={longest + 1}"]))
