@@ -60,7 +60,7 @@ class SearchSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     width: int = Field(default=Search.width, ge=1, description="of z, which CMA-ES searches")
-    population: int = Field(default=Search.population, ge=4, description="candidates a generation")
+    population: int = Field(default=Search.population, ge=4, le=100_000, description="candidates a generation")
     generations: int = Field(default=Search.generations, ge=0, description="of them; 0 keeps the initial prompt")
     deviation: float = Field(
         default=Search.deviation, gt=0, allow_inf_nan=False, description="of z's entries at the start"
@@ -111,7 +111,8 @@ class PrivateTuning(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    seed: int = Field(default=0, ge=0, description="decides the split, the projection and the candidates")
+    # CMA-ES takes seed + 1, in 32 bits.
+    seed: int = Field(default=0, ge=0, le=2**32 - 2, description="decides the split, the projection and the candidates")
     task: TaskSettings
     prompt: PromptSettings
     search: SearchSettings = SearchSettings()
