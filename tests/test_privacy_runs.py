@@ -35,6 +35,7 @@ def pld(noise_multiplier: float, rate: float, steps: int, delta: float) -> float
     return float(accountant.get_epsilon(delta))
 
 
+@pytest.mark.slow
 def test_the_ledger_of_a_run_says_what_was_spent(config_file: Path, tmp_path: Path) -> None:
     config = load_config(config_file, [*DP_SGD, "privacy.noise_multiplier=1.5"])
     summary = run(config, tmp_path / "run")
@@ -61,6 +62,7 @@ def test_a_target_is_met_and_not_passed(config_file: Path, tmp_path: Path) -> No
     assert summary["privacy"]["rounds_unpaid"] == 0
 
 
+@pytest.mark.slow
 def test_a_run_stops_at_its_budget_whether_or_not_it_is_interrupted(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,6 +80,7 @@ def test_a_run_stops_at_its_budget_whether_or_not_it_is_interrupted(
     assert json.loads((tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()[-1])["round"] == 3
 
 
+@pytest.mark.slow
 def test_noise_of_the_operating_system_stays_counted_over_an_interruption(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +169,7 @@ def test_compare_checks_the_mechanism_of_every_method_first(config_file: Path, t
     assert not (tmp_path / "all").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["zero-shot", "local", "central", "promptfl", "dp-fpl", "dplora", "dp-fpl-full"])
 def test_every_method_says_what_a_mechanism_leaves_open(algorithm: str, config_file: Path, tmp_path: Path) -> None:
     config = load_config(config_file, [f"algorithm={algorithm}", *DP_SGD, "privacy.epsilon=4", "rounds=2"])
@@ -221,6 +225,7 @@ def test_an_adaptive_clip_moves_is_kept_and_is_paid_for(
         assert whole["wire"][sent] > plain["wire"][sent]  # the bit goes up, the clip goes down, and both are counted
 
 
+@pytest.mark.slow
 def test_the_command_line_plans_and_reads_ledgers(config_file: Path, tmp_path: Path) -> None:
     keys = [part for key in [*DP_SGD, "privacy.noise_multiplier=1.0"] for part in ("--set", key)]
     runner = CliRunner()

@@ -60,6 +60,25 @@ def refusal(*arguments: object) -> str:
     return done.stderr.strip().splitlines()[-1]
 
 
+def private_config(folder: Path) -> Path:
+    """Of `tune-private`, with sentences beside it."""
+    (folder / "data.tsv").write_text("sentence\tlabel\n" + "good\t1\nbad\t0\n" * 3)
+    file = folder / "private.toml"
+    file.write_text(f"""
+        [task]
+        kind = "text"
+        train = "{folder}/data.tsv"
+        test = "{folder}/data.tsv"
+        label_names = ["negative", "positive"]
+        descriptions = ["bad", "good"]
+        shots = 1
+        [prompt]
+        length = 1
+        initial = "it was"
+    """)
+    return file
+
+
 @pytest.mark.slow
 def test_a_second_process_is_refused_and_told_which_is_the_first(
     config_file: Path, tmp_path: Path, holders: list[subprocess.Popen[str]]
@@ -75,7 +94,7 @@ def test_a_second_process_is_refused_and_told_which_is_the_first(
     assert words in refusal("run", config_file, "--resume", "--out", finished)
     assert f"{fresh} is in use by process {second.pid}" in refusal("run", config_file, "--out", fresh)
     assert f"{fresh} is" in refusal("compare", config_file, "--algorithms", "local", "--seeds", 1, "--out", fresh)
-    private = Path(__file__).parents[1] / "examples" / "private_sst2.toml"
+    private = private_config(tmp_path)
     assert f"{fresh} is" in refusal("tune-private", private, "--clear", "--out", fresh)
     first.communicate("")
     assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}

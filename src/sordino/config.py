@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ from sordino.files import absolute_path, user_path
 from sordino.privacy.settings import PrivacySettings
 from sordino.runtime.settings import RuntimeSettings
 from sordino.tasks.settings import DataSettings, PartitionSettings, PoisoningSettings
+
+LARGEST_INT, LARGEST = 2**63 - 1, 1e30  # of a configuration's numbers: tensors hold no larger ones
+LARGEST_COUNT = 1_000_000  # of a method's whole numbers: more tokens, steps or pictures at once fit no machine
 
 
 class EncoderSettings(BaseModel):
@@ -35,7 +39,7 @@ class Experiment(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     algorithm: str = Field(default="dp-fpl", description="the method that `sordino run` runs")
-    rounds: int = Field(default=50, ge=1, description="rounds of training")
+    rounds: int = Field(default=50, ge=1, le=100_000, description="rounds of training")
     seed: int = Field(default=0, ge=0, description="decides splits, partition, initial prompts, batches and noise")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where tensors live")
     data: DataSettings
@@ -72,7 +76,7 @@ def read_tables(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise ConfigError("CONFIG", str(path), f"not a readable TOML file: {error}") from None
     for override in overrides:
         _set(tables, override)
-    check_text(tables)
+    check_values(tables)
     return tables
 
 
@@ -161,24 +165,24 @@ def _absolute(data: DataSettings) -> DataSettings:
     kind, colon, rest = data.source.partition(":")
     if colon and (kind == "imagefolder" or user_path(rest, "data.source").exists()):
         source = f"{kind}:{absolute_path(rest, 'data.source')}"
-        check_text(source, "data.source")
+        check_values(source, "data.source")
         return data.model_copy(update={"source": source})
     return data
 
 
-def check_text(value: Any, key: str = "") -> None:
-    """See that all text in a value can be written into a run directory's `config.toml`.
+def check_values(value: Any, key: str = "") -> None:
+    """See that text in a value can be written into a run directory's `config.toml`, and numbers fit into tensors.
 
     Raises:
-        ConfigError: it is not Unicode, as names of files may be, or holds a null character.
+        ConfigError: text is not Unicode, as names of files may be, or holds a null character; or a number is too large.
     """
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            check_text(name, key or "CONFIG")
-            check_text(inner, f"{key}.{name}" if key else name)
+            check_values(name, key or "CONFIG")
+            check_values(inner, f"{key}.{name}" if key else name)
     elif isinstance(value, list | tuple):
         for inner in value:
-            check_text(inner, key)
+            check_values(inner, key)
     elif isinstance(value, str):
         try:
             value.encode()
@@ -187,3 +191,9 @@ def check_text(value: Any, key: str = "") -> None:
             raise ConfigError(key, value, remedy) from None
         if "\0" in value:
             raise ConfigError(key, value, "must not hold a null character")
+    elif isinstance(value, int) and abs(value) > (
+        most := LARGEST_COUNT if key.startswith("settings.") else LARGEST_INT
+    ):
+        raise ConfigError(key, value, f"whole numbers go up to {most:,} here")
+    elif isinstance(value, float) and math.isfinite(value) and abs(value) > LARGEST and not key.startswith("privacy."):
+        raise ConfigError(key, value, f"numbers go up to {LARGEST:g}")

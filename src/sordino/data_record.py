@@ -76,7 +76,7 @@ def check(folder: Path, record: Mapping[str, Any]) -> None:
             f"{folder} has no {FILE}, so it cannot be known what it was trained on: an older version made it, or the "
             "file was removed; start a new run"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{folder / FILE} is damaged ({error}); put it back, or start a new run") from None
     changed = changes(before, json.loads(json.dumps(record)))
     if changed:

@@ -52,12 +52,6 @@ EVERY = [
 ]
 
 
-@pytest.fixture
-def same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs that differ in their canaries draw the same noise and coins, as no runs outside of a test do."""
-    monkeypatch.setattr(LocalRuntime, "identity", "the same for all")
-
-
 def canaries_of(runtime: LocalRuntime, count: int, seed: int = 0) -> Canaries:
     shape = runtime.data.features.shape[1:]
     return Canaries.draw(count, len(runtime.data), runtime.model, shape, seed).to(runtime.data.features)
@@ -100,7 +94,6 @@ def first_calls(runtime: LocalRuntime) -> list[tuple[PromptOf, Parameters, Param
 # --- left out
 
 
-@pytest.mark.usefixtures("same_noise")
 @pytest.mark.parametrize(("name", "mechanism"), EVERY)
 def test_a_canary_that_is_left_out_is_never_read(name: str, mechanism: str, make_runtime: Make) -> None:
     """Its features may be anything, not a number even: every state and the ledger stay as they are, to the last bit."""
@@ -227,7 +220,11 @@ def test_behind_an_image_tower_canaries_are_found_without_noise_and_honest_claim
     assert audit.claimed_epsilon is None
     assert audit.white_box.epsilon > 1.0
     honest = make_runtime(
-        name, rows, tables, rounds=2, privacy={"mechanism": "dp-sgd", "epsilon": 1.0, "delta": 1e-6, "clip": 0.05}
+        name,
+        rows,
+        tables,
+        rounds=2,
+        privacy={"mechanism": "dp-sgd", "epsilon": 1.0, "delta": 1e-6, "clip": 0.05} | REPEATED,
     )
     refuted = [audit_in_one_run(honest, 96, seed).refuted for seed in range(6)]
     likely = binom.isf(1e-3, len(refuted), 0.05)  # so many honest audits of six go wrong once in a thousand times

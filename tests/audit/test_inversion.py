@@ -32,7 +32,7 @@ ONE_STEP = {
     "optimizer": {"learning_rate": 0.1},
     "local_learning_rate": 0.1,
 }
-NOISE = {"mechanism": "dp-sgd", "clip": 0.1}
+NOISE = {"mechanism": "dp-sgd", "clip": 0.1, "simulation": True, "nonce": "a5" * 16}
 
 
 def subject_of(runtime: LocalRuntime, table: Table, rounds: int = 2) -> Subject:
@@ -178,6 +178,7 @@ def test_an_exact_system_is_solved_exactly() -> None:
 # --- what is read off
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", [True, False])
 def test_a_batch_of_one_gives_its_feature_and_label(
     dense: bool,
@@ -228,6 +229,7 @@ def test_two_labels_in_a_batch_are_both_named(
             assert set(score.argsort(descending=True)[:2].tolist()) == {first, second}
 
 
+@pytest.mark.slow
 def test_clipping_alone_protects_nothing_and_strong_noise_does(make_subject: MakeSubject) -> None:
     clipped = invert(make_subject("dp-fpl", privacy=NOISE | {"noise_multiplier": 0.0}), seed=1, batches=6).attacks[0]
     assert clipped.cosine > 0.99
@@ -248,7 +250,8 @@ def test_a_trusted_server_sees_through_its_own_noise(make_subject: MakeSubject) 
 
 
 def test_noise_on_uploads_counts(make_subject: MakeSubject) -> None:
-    fedavg = {"mechanism": "dp-fedavg", "clip": 0.1, "noise_multiplier": 30.0}
+    repeated = {"simulation": True, "nonce": "a5" * 16}
+    fedavg = {"mechanism": "dp-fedavg", "clip": 0.1, "noise_multiplier": 30.0} | repeated
     noised = make_subject("promptfl", privacy=fedavg, weighting="uniform")
     plain = make_subject("promptfl", privacy=fedavg | {"noise_multiplier": 0.0}, weighting="uniform")
     assert invert(plain, seed=1, batches=3).attacks[0].cosine > 0.99

@@ -30,7 +30,7 @@ from sordino.runtime.settings import RuntimeSettings
 ALL_AT_ONCE = {"context_length": 8, "local_steps": 1, "batch_size": 0}
 DP_FPL = {"context_length": 8, "rank": 4, "batch_size": 0}
 REPEATED = {"simulation": True, "nonce": "a5" * 16}  # noise that two runs of one identity share
-EPSILON_1 = {"mechanism": "dp-sgd", "epsilon": 1.0, "delta": 1e-6, "clip": 0.3}
+EPSILON_1 = {"mechanism": "dp-sgd", "epsilon": 1.0, "delta": 1e-6, "clip": 0.3} | REPEATED
 Make = Callable[..., LocalRuntime]
 
 
@@ -114,7 +114,7 @@ def test_coins_are_fair_and_follow_the_seed(model: PromptModel) -> None:
 
 
 def test_audits_repeat_by_seed(model: PromptModel) -> None:
-    runtime = federation(model, "promptfl", 4, 5, 2, ALL_AT_ONCE, EPSILON_1 | REPEATED)
+    runtime = federation(model, "promptfl", 4, 5, 2, ALL_AT_ONCE, EPSILON_1)
     first, again, other = (audit_in_one_run(runtime, 16, seed) for seed in (0, 0, 1))
     assert first == again
     assert first != other
@@ -156,7 +156,7 @@ def test_without_noise_and_ridge_the_scores_are_the_coins(
 
 @pytest.mark.parametrize(("privacy", "others"), [({}, {"participation": 0.7}), ({"noise_by": "shares"}, {})])
 def test_watching_changes_nothing(model: PromptModel, privacy: dict[str, Any], others: dict[str, Any]) -> None:
-    noise = EPSILON_1 | REPEATED | privacy
+    noise = EPSILON_1 | privacy
     runtime = federation(model, "dp-fpl", 3, 6, 3, DP_FPL | {"batch_size": 4}, noise, **others)
     drawn = Canaries.draw(7, 3, model, (model.encoder.feature_width,), 1)
     plain, watched = (with_canaries(runtime, drawn, 1) for _ in range(2))

@@ -101,7 +101,7 @@ def test_a_comparison_attacks_and_draws_accuracy_over_epsilon(config_file: Path,
     assert 'data-figure="epsilon-local"' in page
     assert "Accuracy over epsilon" in page
     header, first, _ = (tmp_path / "all" / "comparison.csv").read_text().splitlines()
-    assert header.endswith("private,epsilon,membership_auc")
+    assert header.endswith("private,simulated,epsilon,membership_auc")
     assert 0 <= float(first.rsplit(",", 1)[1]) <= 1
 
 

@@ -298,6 +298,7 @@ def test_the_best_of_several_bounds_is_covered_only_with_the_correction(epsilon:
     assert uncorrected > 2 * most_failures(trials)
 
 
+@pytest.mark.slow
 def test_the_best_of_several_bounds_is_covered_with_delta() -> None:
     generator, trials, delta, epsilon = np.random.default_rng(8), 100, 1e-3, 1.0
     response = delta + (1 - delta) / (1 + math.exp(-epsilon))

@@ -72,6 +72,7 @@ def test_sentences_equal_those_in_the_clear(tower: PrivateTower, calibration: Ca
     assert ((found - oracle).norm(dim=-1) / oracle.norm(dim=-1)).max() < 0.0045  # as that cosine: sqrt(2 - 2 c)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [(17, 20, 32), (33, 50, 64)])
 def test_padding_changes_no_sentence_and_costs_nothing(
     tower: PrivateTower, calibration: Calibration, lengths: tuple[int, ...]

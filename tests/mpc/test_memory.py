@@ -35,6 +35,7 @@ def faults(*arguments: str) -> int:
     return int(found.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
 def test_a_process_that_keeps_what_it_frees_has_no_page_cleared_twice() -> None:
     assert faults("keep") < 100

@@ -175,6 +175,7 @@ def test_fewer_shots_are_among_more() -> None:
     assert not few & set(drawn(labels, hidden, 16, 5, "data").tolist())
 
 
+@pytest.mark.slow
 def test_settings_are_chosen_on_neither_shots_nor_tests(
     text_config: Callable[..., PrivateTuning], image_config: Callable[..., PrivateTuning]
 ) -> None:

@@ -90,6 +90,7 @@ def test_the_softmax_tower_is_the_encoders_own(teacher: TextTower) -> None:
         torch.testing.assert_close(found[0], wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_distillation_brings_the_student_to_its_teacher(shallow: TextTower) -> None:
     steps = 24
     tower, agreements = distil(shallow, steps, batch=8, features=16)

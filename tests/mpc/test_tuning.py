@@ -231,6 +231,7 @@ def test_what_changed_since_the_start_is_refused(
     tuned(file, out, in_the_clear(tower), resume=True)
 
 
+@pytest.mark.slow
 def test_pictures_that_changed_are_refused(file: Path, pictures: Path, tower: PrivateTower, tmp_path: Path) -> None:
     overrides = ["task={kind='images', shots=4, source='imagefolder:" + str(pictures) + "'}", "search.generations=1"]
     config, out = load_private_config(file, overrides), tmp_path / "run"
@@ -314,3 +315,12 @@ def test_only_what_was_begun_is_to_be_resumed(file: Path, tmp_path: Path, begun:
         )
     assert ("--resume" in str(lost.value)) == begun
     assert (tmp_path / "run").exists() == begun
+
+
+def test_a_class_whose_sentence_does_not_fit_is_told_before_the_search(file: Path, pictures: Path) -> None:
+    """512 tokens are what the bundled tower takes: a start, the prompt, and 'red apple.' with an end."""
+    task = "task={kind='images', shots=1, source='imagefolder:" + str(pictures) + "'}"
+    longest = 512 - 1 - 4
+    open_task(load_private_config(file, [task, f"prompt.length={longest}"]))
+    with pytest.raises(ConfigError, match=rf"prompt.length = {longest + 1}: .* a sentence has 513 tokens"):
+        open_task(load_private_config(file, [task, f"prompt.length={longest + 1}"]))

@@ -1,6 +1,5 @@
 import logging
 import math
-import time
 import warnings
 from dataclasses import replace
 from itertools import product
@@ -139,10 +138,8 @@ def test_nothing_and_no_noise(accountant: Any) -> None:
     ],
 )
 def test_extremes_end(kind: tuple[float, float, int], low: float, high: float) -> None:
-    start = time.process_time()
     assert low <= epsilon([release(*kind)], DELTA) <= high
     assert epsilon([release(*kind)], DELTA, "rdp") >= low
-    assert time.process_time() - start < 30
 
 
 def test_a_coarse_grid_bounds_the_fine_one() -> None:
@@ -182,10 +179,11 @@ def test_a_release_of_all_clients_adds_to_each() -> None:
 
 
 def test_a_hundred_like_parties_cost_one() -> None:
+    """Those that release less in every kind are not accounted at all."""
     parties = [release(3.0, 0.2 - 1e-3 * i, 20, party=f"client {i}") for i in range(100)]
-    start = time.process_time()
+    before = accounting._epsilon.cache_info().misses
     assert spent(ledger(*parties), "server", "example").party == "client 0"
-    assert time.process_time() - start < 5
+    assert accounting._epsilon.cache_info().misses - before <= 2  # by each accountant once
 
 
 def test_units() -> None:
@@ -263,6 +261,7 @@ def test_runs_on_the_same_data_add_up() -> None:
     assert compose([]) == Ledger()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "rate", "steps"),
     [(2.0, 0.25, 80), (8.0, 0.25, 80), (0.1, 0.25, 80), (2.0, 1.0, 80), (1.0, 0.01, 10**5), (20.0, 0.5, 10)],

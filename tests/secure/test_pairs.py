@@ -41,6 +41,7 @@ def test_noise_is_one_cluster(clients: int, width: int) -> None:
     assert sum(split) <= 7
 
 
+@pytest.mark.slow
 def test_more_significance_never_splits_less() -> None:
     for seed in range(5):
         points = points_of(12, 20, 3, 0.7, seed)

@@ -8,6 +8,7 @@ gradient at the parameters of the call. The estimates of b that `decoding` makes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,8 @@ from sordino.privacy.dp_sgd import ExampleGradients, example_gradients
 from sordino.privacy.gradients import Batch, ExactGradients, Gradient, Parameters, PromptOf
 from sordino.privacy.mechanism import Mechanism, Round
 from sordino.privacy.noise import Randomness
+
+PARALLEL = 1e-6  # of a vector's length: less of it beside others is rounding
 
 
 @dataclass
@@ -158,7 +161,7 @@ class Watching:
     def _directions(
         self, prompt_of: PromptOf, at: Parameters, held: Parameters, others: Batch, penalty: Parameters
     ) -> dict[str, Tensor]:
-        """Unit vectors [d, ...]: the sum of the others' gradients, the same clipped one by one, and a penalty's."""
+        """Orthonormal vectors [d, ...]: of the others' sum, of the same clipped one by one, of a penalty's gradient."""
         sums: list[dict[str, Tensor]] = []
         if self._mechanism.settings.mechanism == "dp-sgd":
             sums = [{name: torch.zeros_like(value, dtype=torch.float64, device="cpu") for name, value in at.items()}]
@@ -171,10 +174,11 @@ class Watching:
             assert self._mechanism.model is not None
             sums = [self._in_units(ExactGradients(self._mechanism.model)(prompt_of, at, held, others).by)]
         sums += [self._in_units(penalty)] if penalty else []
-        norms = [torch.cat([each.flatten() for each in one.values()]).norm() for one in sums]
-        found = {name: [one[name] / norm for one, norm in zip(sums, norms, strict=True) if norm > 0] for name in at}
-        empty = {name: value.new_zeros(0, *value.shape[1:], dtype=torch.float64).cpu() for name, value in at.items()}
-        return {name: torch.cat([empty[name], *each]) for name, each in found.items()}
+        basis = _orthonormal([torch.cat([one[name].flatten() for name in at]) for one in sums])
+        sizes = [value[0].numel() for value in at.values()]
+        empty = torch.zeros(0, sum(sizes), dtype=torch.float64)
+        parts = torch.cat([empty, *(each[None] for each in basis)]).split(sizes, 1)
+        return {name: part.view(-1, *at[name].shape[1:]) for name, part in zip(at, parts, strict=True)}
 
     def _in_units(self, gradients: Parameters) -> dict[str, Tensor]:
         """Gradients [n, ...] in units of the clips, in float64 on the CPU; what is not finite is zero, as in dp-sgd."""
@@ -209,3 +213,20 @@ class Watching:
     def _mine(self, client: int) -> Tensor:
         """Which canaries were offered to a client, as its rows have them."""
         return (self._canaries.owners == client).nonzero().flatten()
+
+
+def _orthonormal(vectors: Sequence[Tensor]) -> list[Tensor]:
+    """Unit vectors that span the same, without those that the vectors before give but for rounding.
+
+    Where no example is clipped, the sum of clipped gradients is the plain sum; what rounding makes of their difference
+    is no direction of the others'.
+    """
+    basis: list[Tensor] = []
+    for vector in vectors:
+        rest = vector / vector.norm().clamp(min=math.ulp(0.0))
+        for _ in range(2):  # the second time for what rounding left of the first
+            for known in basis:
+                rest = rest - (known @ rest) * known
+        if rest.norm() > PARALLEL:
+            basis.append(rest / rest.norm())
+    return basis

@@ -84,7 +84,7 @@ class Found:
             losses = [[float(loss) for loss in generation] for generation in stored["losses"]]
             least = min((min(generation) for generation in losses), default=float("inf"))
             return cls(losses, [float(each) for each in stored["best"]], least)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise RunError(f"the state of a search is damaged ({error}); start anew") from None
 
 

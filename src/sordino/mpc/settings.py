@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sordino.config import check_text, read_tables
+from sordino.config import check_values, read_tables
 from sordino.errors import ConfigError, config_error
 from sordino.files import absolute_path
 from sordino.mpc.search import Search
@@ -67,7 +67,7 @@ class SearchSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     width: int = Field(default=Search.width, ge=1, description="of z, which CMA-ES searches")
-    population: int = Field(default=Search.population, ge=4, description="candidates a generation")
+    population: int = Field(default=Search.population, ge=4, le=100_000, description="candidates a generation")
     generations: int = Field(default=Search.generations, ge=0, description="of them; 0 keeps the initial prompt")
     deviation: float = Field(
         default=Search.deviation, gt=0, allow_inf_nan=False, description="of z's entries at the start"
@@ -118,7 +118,8 @@ class PrivateTuning(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    seed: int = Field(default=0, ge=0, description="decides the split, the projection and the candidates")
+    # CMA-ES takes seed + 1, in 32 bits.
+    seed: int = Field(default=0, ge=0, le=2**32 - 2, description="decides the split, the projection and the candidates")
     task: TaskSettings
     prompt: PromptSettings
     search: SearchSettings = SearchSettings()
@@ -151,7 +152,7 @@ def parse_private_config(tables: Mapping[str, Any]) -> PrivateTuning:
     if config.task.source is not None:
         folder = config.task.source.partition(":")[2]
         task["source"] = f"imagefolder:{absolute_path(folder, 'task.source')}"
-    check_text({"task": task})
+    check_values({"task": task})
     return config.model_copy(update={"task": config.task.model_copy(update=task)})
 
 
@@ -171,13 +172,13 @@ def _check(config: PrivateTuning) -> None:
     if task.kind == "images" and config.model.embeddings is not None:
         raise ConfigError("model.embeddings", config.model.embeddings, "images go with the bundled ones; remove it")
     if task.kind == "text":
-        _check_text(task, config.prompt.length)
+        _check_values(task, config.prompt.length)
     servers = config.session.servers
     if servers is not None and not (len(servers) == 2 and all(is_address(each) for each in servers)):
         raise ConfigError("session.servers", servers, "must be two, each as 'host:port'")
 
 
-def _check_text(task: TaskSettings, length: int) -> None:
+def _check_values(task: TaskSettings, length: int) -> None:
     names, descriptions = task.label_names or [], task.descriptions or []
     for key, texts in (("label_names", names), ("descriptions", descriptions)):
         if any(not text.strip() for text in texts):

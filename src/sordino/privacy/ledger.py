@@ -174,7 +174,7 @@ class Ledger:
                 str(content["run"]),
                 {str(party): str(digest) for party, digest in content["data"].items()},
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise RunError(f"not a ledger of this version of Sordino ({error!r}); run the experiment again") from None
 
     def digest_of(self, party: str) -> str:

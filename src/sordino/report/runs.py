@@ -203,7 +203,9 @@ def _audit(directory: Path) -> dict[str, Any] | None:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(text)
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("it is no JSON object")
     return value
 
 

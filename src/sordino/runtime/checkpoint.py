@@ -69,7 +69,7 @@ def load(folder: Path, like: Training) -> Training | None:
             {name: tensors[f"mechanism.{name}"] for name in like.mechanism},
             Ledger.from_json(latest["ledger"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
         raise RunError(
             f"checkpoint in {folder} is damaged ({error}); nothing was changed; "
             "delete the folder to train from the start"
