@@ -9,5 +9,5 @@ from sordino.runtime.local import LocalRuntime
 
 @pytest.fixture(autouse=True)
 def noise_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a simulation's noise depend on nonce and seed alone, and not on bits of features, which machines differ in."""
+    """Let a simulation's noise depend on nonce and seed alone: bits of features differ between machines."""
     monkeypatch.setattr(LocalRuntime, "identity", property(lambda runtime: f"seed {runtime.seed}"))

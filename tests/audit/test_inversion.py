@@ -245,7 +245,7 @@ def test_a_trusted_server_sees_through_its_own_noise(make_subject: MakeSubject) 
     """It adds the noise to the mean; single uploads reach it as they are."""
     by_server = NOISE | {"noise_multiplier": 30.0, "noise_by": "server"}
     found = invert(make_subject("dp-fpl", privacy=by_server), seed=1, batches=6, knows="prompt").attacks[0]
-    assert found.cosine > 0.99
+    assert found.cosine > 0.9  # with noise on uploads it is below 0.5
     assert found.reidentified == 1.0
 
 

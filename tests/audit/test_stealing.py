@@ -129,7 +129,7 @@ def test_factors_hide_little_more_than_their_projections(make_subject: MakeSubje
     found = steal(make_subject("dp-fpl", {"local_learning_rate": 0.01}), seed=1)
     assert min(cosines(found, "by_server_with_luck")) > 1 - 1e-9
     own = cosines(found, "by_server")
-    assert min(own) > 0.3
+    assert min(own) > 3 / 128**0.5  # three deviations of the cosine of random directions in 4 x 32 entries
     assert max(own) < 0.999
     assert cosines(found, "by_client") == [0.0] * 3
 

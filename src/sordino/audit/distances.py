@@ -36,7 +36,7 @@ from sordino.randomness import Streams
 from sordino.secure import Opened, to_one_scale
 
 Floats = NDArray[np.float64]
-STEPS, RATE = 150, 0.01  # of the descent to a context; the rate falls to zero on a cosine
+STEPS, RATE = 300, 0.01  # of the descent to a context; the rate falls to zero on a cosine
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ class _Contexts:
         start = self.server.start.to(self.upload.context)
         known = self.of_cluster(victim)
         begin = start if known is None else known.to(start)
-        nudge = 1e-3 * torch.randn(start.shape, generator=torch.Generator().manual_seed(0)).to(start)
+        nudge = 1e-2 * torch.randn(start.shape, generator=torch.Generator().manual_seed(0)).to(start)
         context = (begin + nudge).requires_grad_()  # the start itself has no direction
         target = torch.from_numpy(point).to(start)
         optimizer = torch.optim.Adam([context], lr=RATE)
