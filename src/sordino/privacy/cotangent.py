@@ -75,7 +75,7 @@ class CotangentGradients:
     def __call__(self, prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch) -> Gradient:
         with torch.no_grad():
             prompt = prompt_of({**parameters, **fixed})
-        expected = sampled(batch).expected
+        expected = sampled(batch).expected.to(batch.labels.device)
         classes, rank = len(self.model.classes), self.directions.shape[1]
         drawn = self.randomness.normal(f"noise on the cotangent, {self.call}", classes, rank)
         noise = self.clip * self.noise_multiplier * drawn
