@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -228,7 +229,7 @@ def _record(
     started = time.monotonic()
     scores = evaluation.scores(runtime.prompts(training)) if evaluation else None
     line = record.line() | {
-        "loss": record.loss if record.round else None,
+        "loss": record.loss if record.round and math.isfinite(record.loss) else None,  # JSON has no NaN
         "seconds": seconds,
         "evaluate_seconds": time.monotonic() - started,
         "accuracy": scores.means() if scores else None,

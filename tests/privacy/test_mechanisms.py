@@ -18,6 +18,7 @@ from torch import Tensor
 from sordino.algorithms.base import ClientData, named_tensors
 from sordino.encoders import prompt_model
 from sordino.encoders.prompt_model import Prompt, PromptModel
+from sordino.errors import RunError
 from sordino.privacy.clipping import clip_jointly, clipped_sum
 from sordino.privacy.cotangent import CotangentGradients, project, public_directions, summed_cotangents
 from sordino.privacy.dp_sgd import DpSgdGradients, Group, example_gradients
@@ -388,7 +389,7 @@ def test_examples_are_sampled_by_independent_coins(table: tuple[Tensor, Tensor])
 
 def test_what_is_noised_must_have_been_sampled(model: PromptModel, table: tuple[Tensor, Tensor]) -> None:
     batch = replace(real_batch(table), sampling=None)
-    with pytest.raises(ValueError, match="sampled by coins"):
+    with pytest.raises(RunError, match="sampled by coins"):
         noiseless_dp_sgd(model, 2, 1.0)(plain, {"context": contexts(model, 2)}, {}, batch)
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sordino.encoders.prompt_model import Prompt, PromptModel
+from sordino.errors import RunError
 from sordino.privacy.clipping import clipped_sum
 from sordino.privacy.gradients import (
     Batch,
@@ -103,13 +104,15 @@ class DpSgdGradients:
 
 
 def sampled(batch: Batch) -> Sampling:
-    """How a batch was sampled.
+    """Return how a batch was sampled.
 
     Raises:
-        ValueError: not by coins, so that no guarantee would hold.
+        RunError: it was not sampled by coins, so no guarantee would hold.
     """
     if batch.sampling is None:
-        raise ValueError("a batch to be noised must be sampled by coins (ClientData.batches with `poisson`)")
+        raise RunError(
+            "a batch to be noised must be sampled by coins; let the method take its batches from data.batches, whole"
+        )
     return batch.sampling
 
 
