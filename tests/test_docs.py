@@ -37,6 +37,15 @@ def test_every_key_is_documented() -> None:
     assert not {key for key in keys if f"`{key}`" not in text and f"[{key}]" not in text}
 
 
+def test_every_pitfall_names_a_test_that_is_there() -> None:
+    page = (ROOT / "docs" / "privacy.md").read_text(encoding="utf-8")
+    section = page.split("## Pitfalls")[1].split("\n## ")[0]
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?` \|$", section, re.MULTILINE)
+    assert len(named) == section.count("\n| ") - 1  # a line each, but for the heading
+    for file, test in named:
+        assert f"def {test or 'test_'}" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/configuration.md"])
 def test_configurations_in_documents_are_valid(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```toml\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
