@@ -18,7 +18,7 @@ from sordino import experiment
 from sordino.cli import app
 from sordino.compare import compare, grid
 from sordino.config import load_config
-from sordino.errors import ConfigError
+from sordino.errors import ConfigError, RunError
 from sordino.experiment import run
 from sordino.plan import as_text, plan
 from sordino.privacy.ledger import Ledger
@@ -116,6 +116,17 @@ def interrupt(config: experiment.Experiment, out: Path, after: int, monkeypatch:
         patch.setattr(LocalRuntime, "round", dies)
         with pytest.raises(KeyboardInterrupt):
             run(config, out)
+
+
+def test_what_a_diverging_round_released_is_counted(config_file: Path, tmp_path: Path) -> None:
+    """The round is lost; who saw its uploads has seen them."""
+    keys = ["privacy.noise_multiplier=1.0", "algorithm=promptfl"]
+    keys += [f"settings.{each}.learning_rate=1e30" for each in ("optimizer", "server_optimizer")]
+    config = load_config(config_file, [*DP_SGD, *keys])
+    with pytest.raises(RunError, match="training diverged in round 1"):
+        run(config, tmp_path / "run")
+    ledger = Ledger.from_json((tmp_path / "run" / "ledger.json").read_bytes())
+    assert {each.steps for each in ledger.releases} == {1}
 
 
 def test_runs_with_the_operating_systems_noise_differ_and_say_so(config_file: Path, tmp_path: Path) -> None:

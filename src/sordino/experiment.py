@@ -32,7 +32,7 @@ from sordino.run_folder import Metrics, prepare, started_with
 from sordino.run_lock import held
 from sordino.runtime import checkpoint
 from sordino.runtime.evaluate import Evaluation, EvaluationSet, Scores
-from sordino.runtime.local import LocalRuntime, Training
+from sordino.runtime.local import Diverged, LocalRuntime, Training
 from sordino.runtime.records import RoundRecord
 from sordino.tasks.splits import Task
 
@@ -201,7 +201,11 @@ def _train(
             log.warning("the privacy budget is spent after round %d of %d", training.round, runtime.rounds)
             break
         started = time.monotonic()
-        training, record = runtime.round(training)
+        try:
+            training, record = runtime.round(training)
+        except Diverged as error:  # its round is lost, and what it released is not
+            write_atomically(out / LEDGER, error.ledger.to_json().encode())
+            raise
         if training.ledger.releases:  # before anything else of this round is written, so that nothing goes uncounted
             write_atomically(out / LEDGER, training.ledger.to_json().encode())
         if record.protocol and record.protocol.opened:

@@ -70,6 +70,18 @@ class Training:
     ledger: Ledger = field(default_factory=Ledger)
 
 
+class Diverged(RunError):
+    """Training came to numbers that are not finite.
+
+    Attributes:
+        ledger: with what the round released before that was seen.
+    """
+
+    def __init__(self, message: str, ledger: Ledger) -> None:
+        super().__init__(message)
+        self.ledger = ledger
+
+
 class LocalRuntime:
     """Runs the rounds of a method over K simulated clients.
 
@@ -163,7 +175,8 @@ class LocalRuntime:
         """The next round.
 
         Raises:
-            RunError: training diverged; the method does not keep to its schedule, and then nothing was released.
+            Diverged: what was released is not finite; without a mechanism, nor may be the loss or a client's state.
+            RunError: the method does not keep to its schedule, and nothing was released.
         """
         number = training.round + 1
         chosen = self._participants(number)
@@ -199,7 +212,9 @@ class LocalRuntime:
         loss = gradients.mean_loss()
         if not self._sound(after, loss):
             attacked = ", or poisoning.boost, or have another runtime.aggregation" if self.boosts else ""
-            raise RunError(f"training diverged in round {number} (loss {loss}); lower the learning rate{attacked}")
+            raise Diverged(
+                f"training diverged in round {number} (loss {loss}); lower the learning rate{attacked}", after.ledger
+            )
         first = torch.zeros(1, dtype=torch.int64, device=stack.device)
         told = take(broadcast, first) if isinstance(broadcast, PersonalBroadcast) else broadcast
         down = len(wire.encode(_with_clip(told, at_work)))
