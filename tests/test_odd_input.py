@@ -131,6 +131,7 @@ def private_file(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.filterwarnings("ignore::sordino.errors.SordinoWarning")  # of words that the tower does not know
 @pytest.mark.slow
 @pytest.mark.parametrize("key", PRIVATE_KEYS)
 def test_no_value_of_a_key_makes_private_tuning_crash(key: str, private_file: Path, tmp_path: Path, sordino) -> None:
