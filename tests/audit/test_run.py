@@ -20,6 +20,14 @@ from sordino.report.privacy import without_epsilon
 DP = ["privacy.mechanism=cotangent", "privacy.epsilon=4.0", "privacy.delta=0.01", "privacy.subspace=4", "rounds=3"]
 
 
+def test_a_simulated_claim_is_called_simulated(config_file: Path, tmp_path: Path) -> None:
+    run(load_config(config_file, [*DP, "privacy.simulation=true"]), tmp_path / "run")
+    found = audit(tmp_path / "run", ["membership"], shadows=4)
+    assert found["claimed"]["simulated"]
+    assert as_text(found).splitlines()[0].endswith("(simulated, not private)")
+    assert "simulated 4" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
 def test_an_audit_of_a_run_stands_beside_its_claim(config_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(load_config(config_file, DP), folder)
@@ -49,7 +57,7 @@ def test_attacks_made_before_are_kept(config_file: Path, tmp_path: Path) -> None
     second = audit(folder, ["stealing"])
     assert second["attacks"]["membership"] == first["attacks"]["membership"]
     assert second["attacks"]["stealing"]["reason"]  # PromptFL keeps nothing personal that could be stolen
-    assert second["claimed"] == {"epsilon": None, "delta": None, "unit": None}
+    assert second["claimed"] == {"epsilon": None, "delta": None, "unit": None, "simulated": False}
 
 
 def test_a_claim_that_is_false_is_called_so(config_file: Path, tmp_path: Path) -> None:

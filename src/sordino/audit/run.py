@@ -84,7 +84,11 @@ def _audit(
                 raise
             found[name] = {"reason": str(error)}
     claimed = as_summary(subject.ledger, subject.config.privacy.unit)
-    result = {"claimed": {key: claimed[key] for key in ("epsilon", "delta", "unit")}, "seed": seed, "attacks": found}
+    result = {
+        "claimed": {key: claimed[key] for key in ("epsilon", "delta", "unit", "simulated")},
+        "seed": seed,
+        "attacks": found,
+    }
     text = json.dumps(result, indent=2) + "\n"
     write_atomically(folder / FILE, text.encode())
     write_report(
@@ -123,7 +127,8 @@ def _attack(name: str, subject: Subject, shadows: int, canaries: int, seed: int)
 def as_text(found: dict[str, Any]) -> str:
     """An audit for a terminal."""
     claimed, attacks = found["claimed"], found["attacks"]
-    lines = ["Claimed: no epsilon" if claimed["epsilon"] is None else f"Claimed: epsilon = {claimed['epsilon']:.4g}"]
+    claim = "Claimed: no epsilon" if claimed["epsilon"] is None else f"Claimed: epsilon = {claimed['epsilon']:.4g}"
+    lines = [claim + (" (simulated, not private)" if claimed.get("simulated") else "")]
     for name in (each for each in ATTACKS if each in attacks):
         result = attacks[name]
         if result.get("reason"):

@@ -8,7 +8,7 @@ from typing import Any
 
 from sordino.report.figures import Figure, colour, plain, symbol
 from sordino.report.groups import MEASURES, Group
-from sordino.report.runs import Measure, Run
+from sordino.report.runs import Measure, Privacy, Run
 from sordino.report.tables import html_table
 
 _NONE = '<span class="none">n/a</span>'
@@ -29,7 +29,7 @@ def audits(groups: Sequence[Group]) -> str:
         rows.append(
             [
                 escape(group.label) + seed,
-                _claim(run.summary.privacy.epsilon, run.summary.privacy.delta),
+                _claim(run.summary.privacy),
                 _bound(canaries),
                 f"{lira['auc']:.3f} <small>({lira['auc_interval'][0]:.3f} to {lira['auc_interval'][1]:.3f})</small>"
                 if lira
@@ -68,10 +68,11 @@ def audits(groups: Sequence[Group]) -> str:
     )
 
 
-def _claim(epsilon: float | None, delta: float | None) -> str:
-    if epsilon is None:
+def _claim(claimed: Privacy) -> str:
+    if claimed.epsilon is None:
         return "none"
-    return f"{epsilon:.3g}" + (f" <small>(δ = {delta:.1g})</small>" if delta else "")
+    delta = f" <small>(δ = {claimed.delta:.1g})</small>" if claimed.delta else ""
+    return ("simulated " if claimed.simulated else "") + f"{claimed.epsilon:.3g}{delta}"
 
 
 def _bound(canaries: dict[str, Any]) -> str:
