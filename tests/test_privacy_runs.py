@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,9 @@ from sordino.config import load_config
 from sordino.errors import ConfigError, RunError
 from sordino.experiment import run
 from sordino.plan import as_text, plan
+from sordino.privacy.accounting import spent
 from sordino.privacy.ledger import Ledger
+from sordino.privacy.statement import read_ledgers
 from sordino.runtime.local import LocalRuntime
 
 SIMULATED = ["privacy.simulation=true", "privacy.nonce=" + "a5" * 16]  # noise that can be drawn again
@@ -97,6 +100,21 @@ def test_noise_of_the_operating_system_stays_counted_over_an_interruption(
     assert ledger.randomness == "system"
     assert summary["privacy"]["private"]
     assert not summary["privacy"]["simulated"]
+
+
+def test_copies_of_a_run_that_both_go_on_are_two_runs(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What both released before is then counted twice, which is too much and never too little."""
+    config = load_config(config_file, [*DP_SGD, "privacy.noise_multiplier=1.0"])
+    interrupt(config, tmp_path / "one", after=2, monkeypatch=monkeypatch)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    for name in ("one", "two"):
+        run(config, tmp_path / name, resume=True)
+    both = read_ledgers([tmp_path / "one", tmp_path / "two"])
+    assert spent(both, "server", "example").epsilon == pytest.approx(pld(1.0, 0.25, 12, 0.01), abs=1e-6)
+    with pytest.raises(RunError, match="is the same run as"):
+        read_ledgers([tmp_path / "one", tmp_path / "one"])
 
 
 def prompt(folder: Path, name: str) -> torch.Tensor:

@@ -177,9 +177,11 @@ def _resumed(runtime: LocalRuntime, out: Path) -> Training:
     """
     start = runtime.start()
     training = checkpoint.load(out / "checkpoint", start) or start
-    if not runtime.privacy.simulation and (out / LEDGER).exists():
-        training = replace(training, ledger=Ledger.from_json((out / LEDGER).read_bytes()))
-    return training
+    if runtime.privacy.simulation:
+        return training
+    ledger = Ledger.from_json((out / LEDGER).read_bytes()) if (out / LEDGER).exists() else training.ledger
+    # A new name from here on: of two copies of a directory that both go on, the releases differ.
+    return replace(training, ledger=replace(ledger, run=start.ledger.run))
 
 
 def _train(

@@ -155,3 +155,31 @@ def test_sums_that_would_protect_nobody_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         make_runtime("promptfl", ROWS, TABLES, privacy=CLIENT | changed | {"epsilon": 1.0}, weighting="uniform")
+
+
+@pytest.mark.parametrize("noise_by", ["server", "shares"])
+@pytest.mark.parametrize(
+    ("name", "field", "privacy"), [("dp-fpl", "gradient", EXAMPLE), ("promptfl", "change", CLIENT)]
+)
+def test_a_mean_is_released_once_however_often_a_server_asks(
+    name: str, field: str, privacy: dict[str, Any], noise_by: str, make_runtime: MakeRuntime
+) -> None:
+    """The ledger has one release of it; two of them with fresh noise could be averaged."""
+    noise = privacy | {"noise_multiplier": 1.0, "noise_by": noise_by}
+    tables = TABLES | {"dp-fpl": {"rank": 2}}
+    runtime = make_runtime(name, ROWS, tables, privacy=noise, weighting="uniform")
+    algorithm, heard = runtime.algorithm, list[Tensor]()
+
+    class Asking:
+        def __getattr__(self, attribute: str) -> Any:
+            return getattr(algorithm, attribute)
+
+        def server_round(self, settings: Any, server: Any, uploads: Any, clock: Any) -> Any:
+            heard.extend(uploads.mean(field) for _ in range(3))
+            return algorithm.server_round(settings, server, uploads, clock)
+
+    runtime.algorithm = Asking()  # type: ignore[assignment]
+    runtime.round(runtime.start())
+    assert float(heard[0].abs().max()) > 0
+    assert torch.equal(heard[0], heard[1])
+    assert torch.equal(heard[0], heard[2])

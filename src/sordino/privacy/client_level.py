@@ -13,7 +13,7 @@ from torch import Tensor
 from sordino.privacy.clipping import clip_jointly
 from sordino.privacy.gradients import ExactGradients
 from sordino.privacy.ledger import ALL_CLIENTS, OBSERVERS, Ledger, Observer, Release, Way
-from sordino.privacy.mechanism import Mechanism, Round, charge, summed_securely
+from sordino.privacy.mechanism import Mechanism, Round, charge, once, summed_securely
 from sordino.privacy.noise import Randomness
 from sordino.privacy.secure_mean import SecureSums
 
@@ -102,7 +102,7 @@ class ClientMechanism(Mechanism):
 
         told_clip = None if s.clip_quantile is None else state[CLIP]
         gradients = ExactGradients(self.model, finite_only=True)
-        at_work = Round(gradients, protect, average, sums=sums, told_clip=told_clip, finish=finish)
+        at_work = Round(gradients, protect, once(average), sums=sums, told_clip=told_clip, finish=finish)
         return at_work
 
     @cached_property

@@ -15,7 +15,7 @@ from sordino.privacy.cotangent import CotangentGradients, public_directions
 from sordino.privacy.dp_sgd import DpSgdGradients, Group, sampled
 from sordino.privacy.gradients import Batch, Gradient, Gradients, Parameters, PromptOf
 from sordino.privacy.ledger import OBSERVERS, Ledger, Observer, Release, Way
-from sordino.privacy.mechanism import Average, Mechanism, Round, charge, plain_mean, summed_securely, unchanged
+from sordino.privacy.mechanism import Average, Mechanism, Round, charge, once, plain_mean, summed_securely, unchanged
 from sordino.privacy.noise import Randomness
 from sordino.privacy.secure_mean import SecureSums
 
@@ -127,7 +127,7 @@ class ExampleMechanism(Mechanism):
             charge(releases, -1, charged)
             return found[name] / weights.sum()
 
-        return {"client": plain_mean, "server": by_server, "shares": in_shares}[self.settings.noise_by]
+        return {"client": plain_mean, "server": once(by_server), "shares": once(in_shares)}[self.settings.noise_by]
 
     def _rates(self, clients: Iterable[int]) -> list[float]:
         """The sampling rates that are planned."""
