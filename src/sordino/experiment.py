@@ -180,6 +180,9 @@ def _resumed(runtime: LocalRuntime, out: Path) -> Training:
     if runtime.privacy.simulation:
         return training
     ledger = Ledger.from_json((out / LEDGER).read_bytes()) if (out / LEDGER).exists() else training.ledger
+    training = replace(training, ledger=ledger)
+    if training.round == runtime.rounds or not runtime.within_budget(training):
+        return training  # nothing more is released
     # A new name from here on: of two copies of a directory that both go on, the releases differ.
     return replace(training, ledger=replace(ledger, run=start.ledger.run))
 
