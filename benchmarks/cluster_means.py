@@ -30,9 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sordino.bench import Bench
-from sordino.config import load_config
-from sordino.experiment import assemble
+from sordino.experiments.config import load_config
+from sordino.experiments.features import Bench
+from sordino.experiments.run import assemble
 from sordino.progress import silent
 from sordino.secure import fewest_members
 

@@ -23,9 +23,9 @@ import time
 from typing import Any
 
 from sordino.audit.subject import train
-from sordino.bench import Bench
-from sordino.config import parse_config
-from sordino.experiment import assemble
+from sordino.experiments.config import parse_config
+from sordino.experiments.features import Bench
+from sordino.experiments.run import assemble
 
 MECHANISMS: dict[str, dict[str, Any]] = {
     "dp-sgd": {"privacy": {"clip": 0.1}, "batch_size": 64, "rounds": 30},

@@ -17,9 +17,9 @@ import typer
 from PIL import Image
 
 from sordino.algorithms import METHODS, Method, algorithm
-from sordino.cli import app
-from sordino.config import EncoderSettings, Experiment, load_config, parse_config
-from sordino.experiment import run
+from sordino.cli.app import app
+from sordino.experiments.config import EncoderSettings, Experiment, load_config, parse_config
+from sordino.experiments.run import run
 from sordino.mpc.settings import load_private_config
 from sordino.privacy.settings import PrivacySettings
 from sordino.runtime.settings import RuntimeSettings

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from sordino import secure
 from sordino.algorithms import algorithm, secfpp, secfpp_plain
 from sordino.algorithms.base import ClientData, Clock, map_tensors, named_tensors
-from sordino.config import load_config
 from sordino.errors import ConfigError
-from sordino.experiment import run
+from sordino.experiments.config import load_config
+from sordino.experiments.run import run
 from sordino.privacy.sampling import PoissonSampler
 from sordino.randomness import Streams
 from sordino.runtime.local import LocalRuntime, Training

@@ -14,8 +14,8 @@ import torch
 from sordino.algorithms import secfpp
 from sordino.audit.distances import _Contexts, between_clients, located
 from sordino.audit.run import audit
-from sordino.config import load_config
-from sordino.experiment import run
+from sordino.experiments.config import load_config
+from sordino.experiments.run import run
 from sordino.runtime.local import LocalRuntime
 from sordino.secure import Client, Opened, Pairs, Server, plan
 from sordino.secure import run as run_protocol

@@ -14,8 +14,8 @@ from report.test_report import HOSTILE, contrast, page_of, refused, strings, wri
 from sklearn.metrics import adjusted_rand_score
 
 from sordino.report.clusters import agreement, moves
+from sordino.report.distance_data import plane
 from sordino.report.figures import PALETTE, SYMBOLS
-from sordino.report.opened import plane
 from sordino.secure import to_one_scale
 
 Floats = NDArray[np.float64]

@@ -13,9 +13,9 @@ import torch
 from sordino import algorithms
 from sordino.algorithms import METHODS, Method, algorithm, promptfl, settings_for
 from sordino.algorithms.base import ClientData, Schedule
-from sordino.config import load_config
 from sordino.errors import ConfigError, RunError
-from sordino.experiment import run
+from sordino.experiments.config import load_config
+from sordino.experiments.run import run
 from sordino.privacy.accounting import spent
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.noise import SystemRandomness

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from sordino.bench import Bench
-from sordino.compare import compare, grid
-from sordino.config import load_config
+from sordino.cli.terminal import print_table
 from sordino.encoders.bundled import BundledEncoder
 from sordino.errors import ConfigError
-from sordino.experiment import assemble, run
-from sordino.plan import planned_mechanism
+from sordino.experiments.compare import compare, grid
+from sordino.experiments.config import load_config
+from sordino.experiments.features import Bench
+from sordino.experiments.privacy_plan import planned_mechanism
+from sordino.experiments.run import assemble, run
 from sordino.progress import silent
 from sordino.runtime.local import LocalRuntime
 from sordino.tasks import DataSettings, PartitionSettings
@@ -29,7 +30,6 @@ from sordino.tasks.poisoning import poisoned, stamp, with_triggers
 from sordino.tasks.settings import PoisoningSettings
 from sordino.tasks.sources import load_images
 from sordino.tasks.splits import Task, build_task
-from sordino.terminal import print_table
 
 IID = PartitionSettings(scheme="iid", clients=10)
 SPLITS = ("test", "local", "neighbor", "novel", "domain", "class_names", "novel_names", "client_classes")

@@ -32,7 +32,7 @@ from sordino.encoders.prompt_model import NUMBERS_AT_ONCE, Prompt, PromptModel, 
 from sordino.privacy.gradients import Gradients
 from sordino.privacy.ledger import Disclosure
 from sordino.prompts.contexts import initial_context
-from sordino.prompts.transport import transport_plan
+from sordino.prompts.optimal_transport import transport_plan
 
 ABOUT = About(
     paper="Li et al., FedOTP, CVPR 2024 (arXiv 2403.00041)",

@@ -13,13 +13,13 @@ from sordino.audit.membership import infer_membership
 from sordino.audit.one_run import audit_in_one_run
 from sordino.audit.stealing import steal
 from sordino.audit.subject import Subject
-from sordino.bench import Bench
 from sordino.errors import ConfigError, DataError, RunError
+from sordino.experiments.features import Bench
+from sordino.experiments.run_lock import held
 from sordino.files import write_atomically
 from sordino.privacy.statement import as_summary
 from sordino.progress import Progress, silent
 from sordino.report import write_report
-from sordino.run_lock import held
 
 ATTACKS = ("membership", "canaries", "inversion", "stealing", "distances")
 FILE = "audit.json"

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sordino.bench import Bench
-from sordino.config import Experiment, parse_config
-from sordino.data_digests import data_record
-from sordino.data_record import check
 from sordino.encoders.prompt_model import Prompt, PromptModel
 from sordino.errors import RunError
-from sordino.experiment import assemble
+from sordino.experiments.config import Experiment, parse_config
+from sordino.experiments.data_digests import data_record
+from sordino.experiments.data_record import check
+from sordino.experiments.features import Bench
+from sordino.experiments.run import assemble
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.mechanism import Mechanism
 from sordino.progress import Progress, silent

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sordino.data_record import sequence_digest
 from sordino.encoders.bundled import Embedder
 from sordino.errors import ConfigError, DataError, shortened
+from sordino.experiments.data_record import sequence_digest
 from sordino.files import read_regular, user_path
 from sordino.mpc.distill import embedder_of
 from sordino.mpc.sentences import Forward, encoded
@@ -76,7 +76,7 @@ class Task(ABC):
         """SHA-256 of each training or test example, in their order."""
 
     def record(self) -> dict[str, Any]:
-        """What a run directory writes down of the task, as digests; see `sordino.data_record`."""
+        """What a run directory writes down of the task, as digests; see `sordino.experiments.data_record`."""
         words = self.embedder
         embeddings = hashlib.sha256(words.tokenizer.to_str().encode())
         for part in (words.words, words.positions):

@@ -8,9 +8,9 @@ from itertools import compress
 
 import numpy as np
 
+from sordino.report.distance_data import Floats, Seen, plane, seen
 from sordino.report.figures import SYMBOLS, Figure, colour, plain, symbol
 from sordino.report.heatmap import client_layout, colour_scale, numbered, numbers, scale_luminance, tick_step
-from sordino.report.opened import Floats, Seen, plane, seen
 from sordino.report.runs import Run
 from sordino.report.tables import counted, html_table, keys, listed
 from sordino.secure import NOBODY, to_one_scale

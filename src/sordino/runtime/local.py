@@ -46,7 +46,7 @@ from sordino.privacy.noise import Randomness, SystemRandomness, new_nonce, simul
 from sordino.privacy.sampling import PoissonSampler
 from sordino.privacy.settings import PrivacySettings
 from sordino.randomness import Streams, generator
-from sordino.runtime import aggregation, wire
+from sordino.runtime import aggregation, messages
 from sordino.runtime.aggregation import aggregated
 from sordino.runtime.records import RoundRecord, protocol_record
 from sordino.runtime.settings import RuntimeSettings
@@ -217,9 +217,9 @@ class LocalRuntime:
             )
         first = torch.zeros(1, dtype=torch.int64, device=stack.device)
         told = take(broadcast, first) if isinstance(broadcast, PersonalBroadcast) else broadcast
-        down = len(wire.encode(_with_clip(told, at_work)))
+        down = len(messages.encode(_with_clip(told, at_work)))
         # Where there is a protocol, its messages carry the upload.
-        up = protocol.sent if protocol else len(wire.encode(take(_message(message, at_work), first)))
+        up = protocol.sent if protocol else len(messages.encode(take(_message(message, at_work), first)))
         down += protocol.received if protocol else 0
         if at_work.sums is not None:
             up, down = up + at_work.sums.sent, down + at_work.sums.received

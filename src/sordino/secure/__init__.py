@@ -9,6 +9,7 @@ Models, 2025 (arXiv 2505.22447); on Lagrange coded computing, Yu et al., AISTATS
 """
 
 from sordino.secure.adaptive import Adaptive, adaptive
+from sordino.secure.cipher import PlainSealer, Sealer
 from sordino.secure.client import Client
 from sordino.secure.clustering import (
     NOBODY,
@@ -20,12 +21,11 @@ from sordino.secure.clustering import (
     renamed,
     to_one_scale,
 )
+from sordino.secure.encryption import EncryptingSealer
 from sordino.secure.errors import SecureError, TooFewAnswers, TooManyErrors
 from sordino.secure.local import ITERATIONS, ByShares, Outcome, Traffic, drive, run, run_average
-from sordino.secure.mail import Rejection
+from sordino.secure.mailbox import Rejection
 from sordino.secure.pairs import Pairs
-from sordino.secure.sealed import EncryptingSealer
-from sordino.secure.sealer import PlainSealer, Sealer
 from sordino.secure.search import Start, search
 from sordino.secure.server import Averages, Opened, Server
 from sordino.secure.setup import Setup, fewest_members, plan

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sordino.errors import DataError
+from sordino.secure.cipher import PlainSealer, Sealer
 from sordino.secure.errors import SecureError
 from sordino.secure.field import Elements, Entropy
 from sordino.secure.messages import (
@@ -32,7 +33,6 @@ from sordino.secure.messages import (
     read,
     unpack,
 )
-from sordino.secure.sealer import PlainSealer, Sealer
 from sordino.secure.setup import Setup, fewest_members
 from sordino.secure.shares import (
     Held,

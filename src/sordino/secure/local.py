@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sordino.secure.client import Client
 from sordino.secure.clustering import Clusters, Exchange
 from sordino.secure.errors import SecureError
-from sordino.secure.mail import Rejection
+from sordino.secure.mailbox import Rejection
 from sordino.secure.messages import kind_of
 from sordino.secure.search import Start
 from sordino.secure.server import Averages, Opened, Server

@@ -57,7 +57,7 @@ from numpy.typing import NDArray
 from sordino.secure.clustering import Clusters, Exchange, Floats, Integers, Set
 from sordino.secure.errors import SecureError, TooFewAnswers
 from sordino.secure.field import Elements
-from sordino.secure.mail import Mail, Rejection
+from sordino.secure.mailbox import Mail, Rejection
 from sordino.secure.messages import (
     Answer,
     Deal,

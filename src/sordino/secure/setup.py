@@ -10,7 +10,7 @@ from sordino.secure.errors import SecureError
 from sordino.secure.field import MERSENNE_61, PrimeField
 from sordino.secure.lagrange import LagrangeCode
 from sordino.secure.messages import Message
-from sordino.secure.quantise import (
+from sordino.secure.quantization import (
     FixedPoint,
     bits_for_distances,
     bits_for_sums,

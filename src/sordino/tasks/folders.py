@@ -10,9 +10,9 @@ import numpy as np
 
 from sordino.errors import DataError
 from sordino.files import read_regular
+from sordino.pictures.decoding import MAX_BYTES, suffixes
 from sordino.tasks.images import ImageSet
 from sordino.tasks.passed_over import files_passed_over, is_junk, told
-from sordino.tasks.pictures import MAX_BYTES, suffixes
 from sordino.tasks.settings import spoken
 
 TRAIN_FOLDERS = ("train", "training")

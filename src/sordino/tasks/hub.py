@@ -16,8 +16,8 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from sordino.errors import ConfigError, DataError
 from sordino.files import read_regular, user_path
+from sordino.pictures.decoding import MAX_BYTES
 from sordino.tasks.images import ImageSet, Indices
-from sordino.tasks.pictures import MAX_BYTES
 from sordino.tasks.settings import DataSettings, spoken
 
 TRAIN_SPLITS = ("train", "training")

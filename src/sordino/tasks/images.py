@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sordino.errors import DataError
-from sordino.tasks.depths import GreyRange
+from sordino.pictures.decoding import decode
+from sordino.pictures.depths import GreyRange
 from sordino.tasks.passed_over import PassedOver
-from sordino.tasks.pictures import decode
 
 Indices = NDArray[np.int64]
 Flags = NDArray[np.bool_]

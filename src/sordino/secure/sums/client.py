@@ -20,10 +20,10 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import ArrayLike
 
 from sordino.errors import DataError
+from sordino.secure.encryption import EncryptingSealer
 from sordino.secure.errors import SecureError
 from sordino.secure.field import Elements, Entropy
 from sordino.secure.messages import Numbers, Octets, read
-from sordino.secure.sealed import EncryptingSealer
 from sordino.secure.sums.discrete_gaussian import Bits, discrete_gaussian, system_bits
 from sordino.secure.sums.masks import pair_mask, self_mask, to_limbs
 from sordino.secure.sums.messages import (

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from sordino.secure.clustering import Exchange
 from sordino.secure.errors import SecureError, TooFewAnswers
 from sordino.secure.field import Elements
-from sordino.secure.mail import Mail, Rejection
+from sordino.secure.mailbox import Mail, Rejection
 from sordino.secure.messages import AnyMessage, Message, Octets
 from sordino.secure.sums.masks import Ring, from_limbs, pair_mask, self_mask
 from sordino.secure.sums.messages import (

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sordino.config import first_difference
 from sordino.errors import RunError
+from sordino.experiments.config import first_difference
+from sordino.experiments.run_lock import is_empty, writable
 from sordino.files import write_atomically
 from sordino.progress import log
-from sordino.run_lock import is_empty, writable
 
 SUMMARY_KEYS = ("accuracy", "seconds", "version")  # of every command's summary
 

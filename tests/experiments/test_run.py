@@ -18,10 +18,10 @@ import safetensors
 import safetensors.torch
 from PIL import Image
 
-from sordino.compare import compare, grid
-from sordino.config import Experiment, load_config
 from sordino.errors import ConfigError, DataError, EncoderError, RunError
-from sordino.experiment import run
+from sordino.experiments.compare import compare, grid
+from sordino.experiments.config import Experiment, load_config
+from sordino.experiments.run import run
 
 
 def prompts(folder: Path) -> dict[str, bytes]:
@@ -347,7 +347,7 @@ def test_the_bundled_encoder_on_real_pictures(real_data: Callable[[str], Path], 
         "rounds=20",
         "device=cpu",
     ]
-    config = load_config(Path(__file__).parents[1] / "examples" / "pacs.toml", overrides)
+    config = load_config(Path(__file__).parents[2] / "examples" / "pacs.toml", overrides)
     rows = compare(grid(config, ["zero-shot", "dp-fpl", "local"]), 1, tmp_path / "out")
     accuracy = {row.algorithm: {split: (row.accuracy[split] or (0, 0))[0] for split in row.accuracy} for row in rows}
     assert accuracy["zero-shot"]["local"] > 0.35  # chance is 1/7

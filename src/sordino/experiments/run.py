@@ -16,20 +16,20 @@ import torch
 
 import sordino
 from sordino.algorithms import algorithm, settings_for
-from sordino.bench import Bench
-from sordino.config import Experiment, resolved, to_toml
-from sordino.data_digests import data_record, party_digests
-from sordino.data_record import pin
 from sordino.encoders.base import DualEncoder
 from sordino.encoders.prompt_model import Prompt, PromptModel, named_parts, prompt_count
+from sordino.experiments.config import Experiment, resolved, to_toml
+from sordino.experiments.data_digests import data_record, party_digests
+from sordino.experiments.data_record import pin
+from sordino.experiments.features import Bench
+from sordino.experiments.run_folder import Metrics, prepare, started_with
+from sordino.experiments.run_lock import held
 from sordino.files import write_atomically
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.noise import new_nonce
 from sordino.privacy.statement import as_summary
 from sordino.progress import Progress, log, silent
 from sordino.report import write_report
-from sordino.run_folder import Metrics, prepare, started_with
-from sordino.run_lock import held
 from sordino.runtime import checkpoint
 from sordino.runtime.evaluate import Evaluation, EvaluationSet, Scores
 from sordino.runtime.local import Diverged, LocalRuntime, Training

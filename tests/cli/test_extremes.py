@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sordino.config import load_config
 from sordino.encoders.bundled import BundledEncoder
 from sordino.errors import ConfigError, EncoderError
-from sordino.plan import as_text, plan, write_page
+from sordino.experiments.config import load_config
+from sordino.experiments.privacy_plan import as_text, plan, write_page
 from sordino.privacy.accounting import epsilon, formula_epsilon, noise_multiplier
 from sordino.privacy.ledger import Release
 

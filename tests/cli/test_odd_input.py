@@ -25,12 +25,12 @@ from PIL import Image
 from pydantic import BaseModel
 
 from sordino.algorithms import METHODS, algorithm
-from sordino.cli import invoke
-from sordino.config import EncoderSettings, Experiment, load_config
-from sordino.console import run_command
+from sordino.cli.app import invoke
+from sordino.cli.console import run_command
 from sordino.encoders import cache
 from sordino.errors import SordinoWarning
-from sordino.experiment import run
+from sordino.experiments.config import EncoderSettings, Experiment, load_config
+from sordino.experiments.run import run
 from sordino.mpc import settings as private
 from sordino.privacy.settings import PrivacySettings
 from sordino.runtime.settings import RuntimeSettings

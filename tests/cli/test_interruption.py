@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from sordino import console
-from sordino.console import run_command
+from sordino.cli import console
+from sordino.cli.console import run_command
 
 pytestmark = pytest.mark.slow
 UNTIL = 120.0  # seconds within which a process must come to a certain point, on however busy a machine
@@ -61,7 +61,7 @@ def started() -> Iterator[list[Command]]:
 
 # How a process tells where it is. Each is a module that says so, and then takes its time.
 MOMENTS = {
-    "imports": "import sordino.console as c, sys, time\n"
+    "imports": "import sordino.cli.console as c, sys, time\n"
     "class Slow:\n"
     "    def find_spec(self, name, *_):\n"
     "        if name == 'torch': print('here', file=sys.stderr, flush=True); time.sleep(60)\n"
@@ -119,8 +119,8 @@ def test_other_commands_say_what_holds(name: str, config_file: Path, tmp_path: P
     }
     moment = MOMENTS["training"]
     if name == "audit":
-        from sordino.config import load_config
-        from sordino.experiment import run
+        from sordino.experiments.config import load_config
+        from sordino.experiments.run import run
 
         run(load_config(config_file), tmp_path / "finished")
     if name == "tune-private":

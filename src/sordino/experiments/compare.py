@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from sordino.audit.run import FILE, audit, read_audit
-from sordino.bench import Bench
-from sordino.config import Experiment, parse_config, resolved, set_key
-from sordino.data_digests import data_record
-from sordino.data_record import check
 from sordino.errors import RunError
-from sordino.experiment import run
+from sordino.experiments.config import Experiment, parse_config, resolved, set_key
+from sordino.experiments.data_digests import data_record
+from sordino.experiments.data_record import check
+from sordino.experiments.features import Bench
+from sordino.experiments.privacy_plan import planned_mechanism
+from sordino.experiments.run import run
+from sordino.experiments.run_lock import all_held, held, is_empty
 from sordino.files import write_atomically
-from sordino.plan import planned_mechanism
 from sordino.progress import Progress, silent
 from sordino.report import write_report
-from sordino.run_lock import all_held, held, is_empty
 
 SPLITS = ("local", "neighbor", "overall", "novel", "domain")
 BACKDOOR = "attack_success"

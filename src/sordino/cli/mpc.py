@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sordino.cli.terminal import live_progress
 from sordino.errors import ConfigError
-from sordino.terminal import live_progress
 
 if TYPE_CHECKING:
     import grpc

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sordino.prompts.transport import transport_plan
+from sordino.prompts.optimal_transport import transport_plan
 
 EXACT = {"iterations": 5000, "tolerance": 1e-12}
 

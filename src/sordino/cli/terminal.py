@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from sordino.compare import Row
-    from sordino.methods import Card
+    from sordino.experiments.compare import Row
+    from sordino.experiments.methods import Card
     from sordino.progress import Progress
 
 ERRORS = Console(stderr=True)
@@ -51,7 +51,7 @@ def live_progress() -> Iterator[Progress]:
 
 
 def print_table(rows: list[Row]) -> None:
-    from sordino.compare import SPLITS
+    from sordino.experiments.compare import SPLITS
 
     splits = [split for split in SPLITS if any(row.accuracy[split] for row in rows)]
     over = "seeds" if rows[0].seeds > 1 else "clients"

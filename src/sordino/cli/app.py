@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sordino.cli_mpc import app as mpc
-from sordino.console import at_work, fail, in_run_folder, run_command
+from sordino.cli.console import at_work, fail, in_run_folder, run_command
+from sordino.cli.mpc import app as mpc
+from sordino.cli.terminal import live_progress, print_items, print_method, print_table
 from sordino.errors import ConfigError, SordinoError
-from sordino.terminal import live_progress, print_items, print_method, print_table
 
 if TYPE_CHECKING:
-    from sordino.compare import Variant
+    from sordino.experiments.compare import Variant
     from sordino.mpc.settings import PrivateTuning
 
 app = typer.Typer(
@@ -53,8 +53,8 @@ DEMO_SHADOWS = 4  # few, so that the demo is short; `sordino audit` takes 64
 @app.command()
 def demo(out: OutFolder = None, resume: Resume = False, as_json: AsJson = False) -> None:
     """Ten simulated clients learn prompts for handwritten digits, without and with privacy; no download."""
-    from sordino.compare import grid
-    from sordino.config import load_config
+    from sordino.experiments.compare import grid
+    from sordino.experiments.config import load_config
 
     here = Path(__file__).parent
     variants = grid(load_config(here / "demo.toml"), DEMO_ALGORITHMS)
@@ -72,10 +72,10 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run one method as a configuration says, and write a run directory."""
-    from sordino.config import load_config
+    from sordino.experiments.config import load_config
 
     experiment = load_config(config, overrides or [])
-    from sordino.experiment import run as run_experiment
+    from sordino.experiments.run import run as run_experiment
 
     folder = _folder(out, resume, f"{config.stem}-{experiment.algorithm}")
     with live_progress() as progress:
@@ -83,7 +83,7 @@ def run(
     if as_json:
         print(json.dumps(summary))
         return
-    from sordino.compare import row_of
+    from sordino.experiments.compare import row_of
 
     print_table([row_of([summary])])
     print(summary["privacy"]["statement"])
@@ -105,8 +105,8 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Run several methods with several seeds, and settings, over shared features; a table, a CSV and a report."""
-    from sordino.compare import grid
-    from sordino.config import load_config, toml_value
+    from sordino.experiments.compare import grid
+    from sordino.experiments.config import load_config, toml_value
 
     values: dict[str, list[Any]] = {}
     for each in vary or []:
@@ -122,8 +122,8 @@ def compare(
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, or one of `compare`")]) -> None:
     """Write the report of a run directory anew."""
+    from sordino.experiments.run_lock import held
     from sordino.report import write_report
-    from sordino.run_lock import held
 
     runs = sorted(path.parent for path in folder.rglob("summary.json"))
     if not runs:
@@ -193,10 +193,10 @@ def privacy_plan(
     as_json: AsJson = False,
 ) -> None:
     """Say who will learn what, who adds the noise, and epsilon by round; nothing is trained."""
-    from sordino.config import load_config
+    from sordino.experiments.config import load_config
 
     experiment = load_config(config, overrides or [])
-    from sordino.plan import as_text, plan, write_page
+    from sordino.experiments.privacy_plan import as_text, plan, write_page
 
     chosen = plan(experiment)
     if out is not None:
@@ -225,7 +225,7 @@ def methods(
     as_json: AsJson = False,
 ) -> None:
     """List the methods: paper, what is personal, what is shared, what they promise; or tell all about one."""
-    from sordino.methods import card, rows
+    from sordino.experiments.methods import card, rows
 
     if name is not None:
         described = card(name)
@@ -243,7 +243,7 @@ def methods(
 @app.command()
 def encoders(as_json: AsJson = False) -> None:
     """List the encoders: sizes, capabilities, and whether they are ready."""
-    from sordino.doctor import describe_encoders
+    from sordino.experiments.doctor import describe_encoders
 
     infos = describe_encoders()
     if as_json:
@@ -269,7 +269,7 @@ def encoders(as_json: AsJson = False) -> None:
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Check what this machine has, and say what is missing and how to mend it; exit code 1 if anything is."""
-    from sordino.doctor import examine
+    from sordino.experiments.doctor import examine
 
     checks = examine()
     if as_json:
@@ -289,7 +289,7 @@ def _compare(
     as_json: bool,
     label: str,
 ) -> None:
-    from sordino.compare import compare as compare_variants
+    from sordino.experiments.compare import compare as compare_variants
 
     folder = _folder(out, resume, label)
     with live_progress() as progress:

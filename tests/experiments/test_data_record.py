@@ -12,13 +12,13 @@ from PIL import Image
 
 import sordino
 from sordino.audit.run import audit
-from sordino.bench import Bench
-from sordino.compare import compare, grid
-from sordino.config import load_config
-from sordino.data_digests import party_digests
-from sordino.data_record import changes, sequence_digest, set_digest
 from sordino.errors import RunError
-from sordino.experiment import run
+from sordino.experiments.compare import compare, grid
+from sordino.experiments.config import load_config
+from sordino.experiments.data_digests import party_digests
+from sordino.experiments.data_record import changes, sequence_digest, set_digest
+from sordino.experiments.features import Bench
+from sordino.experiments.run import run
 from sordino.progress import silent
 
 Change = Callable[[Path, Path, pytest.MonkeyPatch], None]

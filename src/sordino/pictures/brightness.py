@@ -72,7 +72,7 @@ def rgb(picture: Image.Image) -> Image.Image:
     """A picture in memory as RGB; transparency is dropped.
 
     Of deep grey nothing but the mode tells the range: 'I;16' ends at 65,535; so does 'I', as which Pillow reads 16-bit
-    files; 'F' ends at 255, as Pillow converts to it. Files are read by `sordino.tasks.pictures`, which knows more.
+    files; 'F' ends at 255, as Pillow converts to it. Files are read by `sordino.pictures.decoding`, which knows more.
 
     Raises:
         DataError: deep grey that has values beyond this range, or none in its upper half.

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
-from sordino.brightness import is_deep, range_hint, scaled, uses_upper_half
 from sordino.errors import DataError
+from sordino.pictures.brightness import is_deep, range_hint, scaled, uses_upper_half
 
 GreyRange = tuple[float, float]  # black, white
 

@@ -10,8 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from PIL import Image
-from tasks.pictures_of_a_ramp import (
+from pictures.pictures_of_a_ramp import (
     RAMP,
     dicom,
     lab,
@@ -22,10 +21,11 @@ from tasks.pictures_of_a_ramp import (
     twelve_bit_tiff,
     wide,
 )
+from PIL import Image
 
-from sordino.brightness import rgb
 from sordino.errors import DataError
-from sordino.tasks.pictures import decode, suffixes
+from sordino.pictures.brightness import rgb
+from sordino.pictures.decoding import decode, suffixes
 
 GREY = Image.fromarray(RAMP)
 COLORS = np.stack([RAMP] * 3, -1)
@@ -426,7 +426,7 @@ def test_dicom_that_cannot_be_read_is_refused_without_a_word_about_the_patient(
 
 def test_of_a_header_nothing_that_names_a_patient_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pydicom")
-    from sordino.tasks import dicom as module
+    from sordino.pictures import dicom as module
 
     header = module._header(dicom(RAMP))
     assert not any(word in str(header) for word in ("Doe", "4711"))
@@ -446,8 +446,8 @@ def test_formats_of_packages_that_are_missing_are_named_with_the_remedy(monkeypa
     pytest.importorskip("pydicom")
     content = dicom(RAMP)
     monkeypatch.setitem(sys.modules, "pydicom", None)
-    monkeypatch.setattr("sordino.tasks.dicom.find_spec", lambda name: None)
-    monkeypatch.setattr("sordino.tasks.pictures.find_spec", lambda name: None)
+    monkeypatch.setattr("sordino.pictures.dicom.find_spec", lambda name: None)
+    monkeypatch.setattr("sordino.pictures.decoding.find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"pip install 'sordino\[medical\]'"):
         decode(content)
     with pytest.raises(DataError, match=r"a HEIC picture.*pip install 'sordino\[heif\]'"):

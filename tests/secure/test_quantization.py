@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sordino.errors import DataError
 from sordino.secure.errors import SecureError
 from sordino.secure.field import PrimeField
-from sordino.secure.quantise import (
+from sordino.secure.quantization import (
     FixedPoint,
     bits_for_distances,
     bits_for_sums,

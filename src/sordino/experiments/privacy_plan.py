@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sordino.algorithms import algorithm, settings_for
-from sordino.config import Experiment
+from sordino.experiments.config import Experiment
 from sordino.files import write_atomically
 from sordino.privacy.accounting import Spent, formula_epsilon
 from sordino.privacy.choice import mechanism_for

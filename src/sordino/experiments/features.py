@@ -12,13 +12,13 @@ from torch import Tensor
 
 from sordino.algorithms import algorithm, settings_for
 from sordino.algorithms.base import model_class
-from sordino.config import Experiment
 from sordino.encoders import choose_device, load_encoder
 from sordino.encoders.base import DualEncoder
 from sordino.encoders.cache import FeatureCache, Kind
 from sordino.encoders.encode import Skipped, encode, tell_skipped
 from sordino.encoders.prompt_model import PromptModel
 from sordino.errors import DataError
+from sordino.experiments.config import Experiment
 from sordino.progress import Progress, log
 from sordino.tasks.copies import Copies, find_copies
 from sordino.tasks.images import Flags, ImageSet, Indices

@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from sordino import experiment
-from sordino.cli import app
-from sordino.compare import compare, grid
-from sordino.config import load_config
+from sordino.cli.app import app
 from sordino.errors import ConfigError, RunError
-from sordino.experiment import run
-from sordino.plan import as_text, plan
+from sordino.experiments import run as experiment
+from sordino.experiments.compare import compare, grid
+from sordino.experiments.config import load_config
+from sordino.experiments.privacy_plan import as_text, plan
+from sordino.experiments.run import run
 from sordino.privacy.accounting import spent
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.statement import read_ledgers

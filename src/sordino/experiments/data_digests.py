@@ -7,8 +7,8 @@ import json
 from typing import Any
 
 import sordino
-from sordino.bench import Bench
-from sordino.data_record import sequence_digest, set_digest
+from sordino.experiments.data_record import sequence_digest, set_digest
+from sordino.experiments.features import Bench
 from sordino.tasks.images import Indices
 from sordino.tasks.splits import Task
 

@@ -14,17 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from sordino import run_lock
-from sordino.compare import compare, grid
-from sordino.config import load_config
 from sordino.errors import RunError
-from sordino.experiment import run
-from sordino.run_lock import all_held, held, is_empty
+from sordino.experiments import run_lock
+from sordino.experiments.compare import compare, grid
+from sordino.experiments.config import load_config
+from sordino.experiments.run import run
+from sordino.experiments.run_lock import all_held, held, is_empty
 
 HOLDER = """
 import sys
 from pathlib import Path
-from sordino.run_lock import held
+from sordino.experiments.run_lock import held
 with held(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -232,7 +232,7 @@ def test_holders_that_come_and_go_never_hold_together(tmp_path: Path) -> None:
 import os, sys, time
 from pathlib import Path
 from sordino.errors import RunError
-from sordino.run_lock import held
+from sordino.experiments.run_lock import held
 folder, mark = Path(sys.argv[1]) / "run", Path(sys.argv[1]) / "mark"
 taken = 0
 while taken < 60:

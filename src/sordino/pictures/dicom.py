@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sordino.brightness import range_hint, scaled, uses_upper_half
 from sordino.errors import DataError
+from sordino.pictures.brightness import range_hint, scaled, uses_upper_half
 
 Values = NDArray[Any]
 
@@ -193,7 +193,7 @@ def _window(header: Any, values: Values) -> tuple[float, float, Values] | None:
 
 
 def _unwindowed(header: Any, stored: Values, values: Values, ends: Values | None) -> tuple[float, float, Values]:
-    """The range of the stored bits; where these are all of 16 or more, only as in `sordino.tasks.depths`."""
+    """The range of the stored bits; where these are all of 16 or more, only as in `sordino.pictures.depths`."""
     found = f"a DICOM file without a window, with values from {values.min():g} to {values.max():g}"
     remedy = f"set grey_range to the values of black and white, e.g. {range_hint(values)}"
     if ends is None:

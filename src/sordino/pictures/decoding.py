@@ -14,10 +14,10 @@ from importlib.util import find_spec
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from sordino.brightness import eight_bits
 from sordino.errors import DataError
-from sordino.tasks.depths import GreyRange, depth_of, in_eight_bits
-from sordino.tasks.dicom import draw_dicom, is_dicom
+from sordino.pictures.brightness import eight_bits
+from sordino.pictures.depths import GreyRange, depth_of, in_eight_bits
+from sordino.pictures.dicom import draw_dicom, is_dicom
 
 FORMATS = (
     *("AVIF", "BMP", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sordino import cli
+from sordino.cli import app as cli
 from sordino.errors import SordinoError
 
 CONFIG = """
@@ -96,7 +96,7 @@ def test_bad_input_is_one_line_that_names_key_and_value(
 
 @pytest.mark.parametrize("content", [None, "rounds = ", "rounds = 3"])
 def test_a_missing_or_broken_configuration_is_told(content: str | None, tmp_path: Path) -> None:
-    from sordino.config import load_config
+    from sordino.experiments.config import load_config
 
     if content is not None:
         (tmp_path / "c.toml").write_text(content)
