@@ -135,7 +135,7 @@ def test_a_method_is_described_in_80_columns(monkeypatch: pytest.MonkeyPatch, ca
         cli.main()
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
-    assert "regularisation" in printed
+    assert "regularization" in printed
     assert "0.01" in printed
 
 

@@ -251,7 +251,7 @@ def test_a_summary_that_was_cut_is_made_again(finished: Path, tmp_path: Path, so
     (tmp_path / "run" / "summary.json").write_bytes((tmp_path / "run" / "summary.json").read_bytes()[:99])
     assert sordino("run", finished / "config.toml", "--resume", "--out", tmp_path / "run")[0] == 0
     again = json.loads((tmp_path / "run" / "summary.json").read_bytes())
-    for key in ("accuracy", "per_client", "privacy", "wire", "rounds"):
+    for key in ("accuracy", "per_client", "privacy", "communication", "rounds"):
         assert again[key] == whole[key]
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == prompt
 

@@ -17,7 +17,7 @@ from sordino.experiments.compare import compare, grid
 from sordino.experiments.config import load_config
 from sordino.experiments.data_digests import party_digests
 from sordino.experiments.data_record import changes, sequence_digest, set_digest
-from sordino.experiments.features import Bench
+from sordino.experiments.features import EncodedDataset
 from sordino.experiments.run import run
 from sordino.progress import silent
 
@@ -131,9 +131,9 @@ def test_the_clients_whose_pictures_changed_are_named(config_file: Path, picture
     one_repainted(pictures, pictures, pytest.MonkeyPatch())
     with pytest.raises(RunError) as error:
         run(config, tmp_path / "run", resume=True)
-    bench = Bench.open(config)
-    task, _ = bench.task(config, silent)
-    (changed,) = [number for number in range(4) if party_digests(bench, task)[number] != clients[number]]
+    dataset = EncodedDataset.open(config)
+    task, _ = dataset.task(config, silent)
+    (changed,) = [number for number in range(4) if party_digests(dataset, task)[number] != clients[number]]
     assert f"the training pictures of client {changed} changed; the test pictures changed" in str(error.value)
 
 
@@ -143,9 +143,9 @@ def test_triggers_of_poisoned_runs_are_part_of_it(config_file: Path, tmp_path: P
     digests = []
     for extra in ([], ["poisoning.target=green leaf"]):
         config = load_config(config_file, [*keys, *extra])
-        bench = Bench.open(config)
-        task, _ = bench.task(config, silent)
-        digests.append(party_digests(bench, task))
+        dataset = EncodedDataset.open(config)
+        task, _ = dataset.task(config, silent)
+        digests.append(party_digests(dataset, task))
     assert digests[0][0] != digests[1][0]
     assert digests[0][1:] == digests[1][1:]
     run(config, tmp_path / "run")
@@ -159,8 +159,8 @@ def test_a_party_is_known_by_its_examples_alone(config_file: Path, pictures: Pat
 
     def digests(*overrides: str) -> list[str]:
         config = load_config(config_file, ["partition.clients=4", "partition.shuffle_classes=false", *overrides])
-        bench = Bench.open(config)
-        return party_digests(bench, bench.task(config, silent)[0])
+        dataset = EncodedDataset.open(config)
+        return party_digests(dataset, dataset.task(config, silent)[0])
 
     before = digests("data.train_per_class=7")
     assert len(set(before)) == 4

@@ -251,7 +251,9 @@ def test_an_adaptive_clip_moves_is_kept_and_is_paid_for(
     # The clip after round 2 came back from the checkpoint.
     plain = run(load_config(config_file, ["algorithm=promptfl", "runtime.weighting=uniform"]), tmp_path / "plain")
     for sent in ("upload_bytes_per_client_round", "broadcast_bytes_per_client_round"):
-        assert whole["wire"][sent] > plain["wire"][sent]  # the bit goes up, the clip goes down, and both are counted
+        assert (
+            whole["communication"][sent] > plain["communication"][sent]
+        )  # the bit goes up, the clip goes down, and both are counted
 
 
 @pytest.mark.slow

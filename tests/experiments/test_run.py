@@ -51,7 +51,7 @@ def test_a_run_directory_is_complete(config_file: Path, tmp_path: Path) -> None:
     assert [line["round"] for line in lines if line["accuracy"]] == [0, 2, 4, 6]
     assert lines[-1]["accuracy"] == summary["accuracy"]
     total = sum(line["upload_bytes"] * line["participants"] for line in lines)
-    assert summary["wire"]["total_upload_bytes"] == total > 0
+    assert summary["communication"]["total_upload_bytes"] == total > 0
 
 
 def test_a_prompt_says_what_it_belongs_to(config_file: Path, tmp_path: Path) -> None:
@@ -244,21 +244,21 @@ def test_names_that_read_the_same_end_a_run_before_anything_is_encoded(
         run(load_config(config_file), tmp_path / "run")
 
 
-def test_deep_grey_in_a_run(config_file: Path, pictures: Path, tmp_path: Path) -> None:
+def test_deep_gray_in_a_run(config_file: Path, pictures: Path, tmp_path: Path) -> None:
     """Twelve bits in 16-bit files: refused with the remedy, which then gives what 8 bits give."""
-    grey = tmp_path / "eight"
+    gray = tmp_path / "eight"
     for folder in sorted(pictures.iterdir()):
-        (grey / folder.name).mkdir(parents=True)
+        (gray / folder.name).mkdir(parents=True)
         for file in folder.iterdir():
             values = np.asarray(Image.open(file).convert("L"))
-            Image.fromarray(values).save(grey / folder.name / file.name)
+            Image.fromarray(values).save(gray / folder.name / file.name)
             Image.fromarray(values.astype(np.uint16) * 4095 // 255).save(file)
     with pytest.raises(DataError, match="has no readable picture"):
         run(load_config(config_file), tmp_path / "refused")
-    given = run(load_config(config_file, ["data.grey_range=[0, 4095]"]), tmp_path / "deep")
-    expected = run(load_config(config_file, [f"data.source=imagefolder:{grey}"]), tmp_path / "grey")
+    given = run(load_config(config_file, ["data.gray_range=[0, 4095]"]), tmp_path / "deep")
+    expected = run(load_config(config_file, [f"data.source=imagefolder:{gray}"]), tmp_path / "gray")
     assert given["images"]["encoded"] == expected["images"]["encoded"] == 32
-    deep, eight = prompts(tmp_path / "deep"), prompts(tmp_path / "grey")
+    deep, eight = prompts(tmp_path / "deep"), prompts(tmp_path / "gray")
     assert given["images"]["skipped"] == []
     assert deep.keys() == eight.keys()
 

@@ -92,7 +92,7 @@ def pgm(maximum: int, plain: bool = False, channels: int = 1) -> bytes:
 
 
 def png16(values: np.ndarray, significant: int | None = None, clear: int | None = None) -> bytes:
-    """A 16-bit PNG of grey [H, W] or colors [H, W, C], with an sBIT chunk, and a transparent value, if asked for."""
+    """A 16-bit PNG of gray [H, W] or colors [H, W, C], with an sBIT chunk, and a transparent value, if asked for."""
     channels = 1 if values.ndim == 2 else values.shape[2]
     kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
     rows = values.astype(">u2").reshape(values.shape[0], -1)
@@ -110,7 +110,7 @@ def png16(values: np.ndarray, significant: int | None = None, clear: int | None 
 
 
 def lab() -> tuple[bytes, np.ndarray]:
-    """A grey ramp of lightness as TIFF, and its sRGB values by CIE 1976 and IEC 61966-2-1."""
+    """A gray ramp of lightness as TIFF, and its sRGB values by CIE 1976 and IEC 61966-2-1."""
     middle = Image.new("L", (256, 4), 128)
     content = saved(Image.merge("LAB", [Image.fromarray(RAMP), middle, middle]), "TIFF")
     lightness = RAMP.astype(np.float64) * 100 / 255

@@ -27,22 +27,22 @@ from sordino.errors import DataError
 from sordino.pictures.brightness import rgb
 from sordino.pictures.decoding import decode, suffixes
 
-GREY = Image.fromarray(RAMP)
+GRAY = Image.fromarray(RAMP)
 COLORS = np.stack([RAMP] * 3, -1)
 
 
-def luminance(content: bytes, grey_range: tuple[float, float] | None = None) -> np.ndarray:
-    return np.asarray(decode(content, grey_range).convert("L")).astype(np.float64)
+def luminance(content: bytes, gray_range: tuple[float, float] | None = None) -> np.ndarray:
+    return np.asarray(decode(content, gray_range).convert("L")).astype(np.float64)
 
 
 # What each file should give is RAMP, with at most so many steps of rounding. A lossless format has none; one of fewer
 # bits is cut to them before it is compared.
 EXACT: dict[str, Callable[[], bytes]] = {
-    "L PNG": lambda: saved(GREY, "PNG"),
-    "LA PNG": lambda: saved(GREY.convert("LA"), "PNG"),
-    "P PNG": lambda: saved(GREY.convert("P"), "PNG"),
-    "RGB PNG": lambda: saved(GREY.convert("RGB"), "PNG"),
-    "RGBA PNG": lambda: saved(GREY.convert("RGBA"), "PNG"),
+    "L PNG": lambda: saved(GRAY, "PNG"),
+    "LA PNG": lambda: saved(GRAY.convert("LA"), "PNG"),
+    "P PNG": lambda: saved(GRAY.convert("P"), "PNG"),
+    "RGB PNG": lambda: saved(GRAY.convert("RGB"), "PNG"),
+    "RGBA PNG": lambda: saved(GRAY.convert("RGBA"), "PNG"),
     "I;16 PNG": lambda: png16(wide(16)),
     "I;16 PNG by Pillow": lambda: saved(Image.fromarray(wide(16).astype(np.uint16)), "PNG"),
     "LA;16 PNG": lambda: png16(np.stack([wide(16), np.full_like(wide(16), 65535)], -1)),
@@ -51,13 +51,13 @@ EXACT: dict[str, Callable[[], bytes]] = {
     "12 bits in PNG, sBIT, as they are": lambda: png16(wide(12), 12),
     "12 bits in PNG, sBIT, scaled up": lambda: png16(wide(12) << 4 | wide(12) >> 8, 12),
     "10 bits in PNG, sBIT, as they are": lambda: png16(wide(10), 10),
-    "L TIFF": lambda: saved(GREY, "TIFF"),
-    "LA TIFF": lambda: saved(GREY.convert("LA"), "TIFF"),
-    "P TIFF": lambda: saved(GREY.convert("P"), "TIFF"),
-    "PA TIFF": lambda: saved(GREY.convert("P").convert("PA"), "TIFF"),
-    "RGBX TIFF": lambda: saved(GREY.convert("RGB").convert("RGBX"), "TIFF"),
-    "CMYK TIFF": lambda: saved(GREY.convert("RGB").convert("CMYK"), "TIFF"),
-    "YCbCr TIFF": lambda: saved(GREY.convert("RGB").convert("YCbCr"), "TIFF"),
+    "L TIFF": lambda: saved(GRAY, "TIFF"),
+    "LA TIFF": lambda: saved(GRAY.convert("LA"), "TIFF"),
+    "P TIFF": lambda: saved(GRAY.convert("P"), "TIFF"),
+    "PA TIFF": lambda: saved(GRAY.convert("P").convert("PA"), "TIFF"),
+    "RGBX TIFF": lambda: saved(GRAY.convert("RGB").convert("RGBX"), "TIFF"),
+    "CMYK TIFF": lambda: saved(GRAY.convert("RGB").convert("CMYK"), "TIFF"),
+    "YCbCr TIFF": lambda: saved(GRAY.convert("RGB").convert("YCbCr"), "TIFF"),
     "white is zero, 8 bits": lambda: tiff(255 - RAMP, 8, photometric=0),
     "I;16 TIFF": lambda: tiff(wide(16).astype("<u2"), 16),
     "I;16 TIFF, compressed": lambda: saved(Image.fromarray(wide(16).astype(np.uint16)), "TIFF", compression="tiff_lzw"),
@@ -87,22 +87,22 @@ EXACT: dict[str, Callable[[], bytes]] = {
     "16-bit PPM": lambda: pgm(65535, channels=3),
     "12-bit PPM": lambda: pgm(4095, channels=3),
     "PFM": lambda: b"Pf\n256 4\n-1.0\n" + (RAMP / 255).astype("<f4").tobytes(),
-    "L JPEG 2000": lambda: saved(GREY, "JPEG2000"),
+    "L JPEG 2000": lambda: saved(GRAY, "JPEG2000"),
     "I;16 JPEG 2000": lambda: saved(Image.fromarray(wide(16).astype(np.uint16)), "JPEG2000"),
     "I;16 ICO": lambda: saved(Image.fromarray(wide(16).astype(np.uint16)), "ICO", sizes=[(256, 4)]),
-    "L BMP": lambda: saved(GREY, "BMP"),
-    "L GIF": lambda: saved(GREY, "GIF"),
-    "L PCX": lambda: saved(GREY, "PCX"),
-    "L TGA": lambda: saved(GREY, "TGA"),
-    "LA TGA": lambda: saved(GREY.convert("LA"), "TGA"),
-    "RGB QOI": lambda: saved(GREY.convert("RGB"), "QOI"),
-    "RGB WebP": lambda: saved(GREY.convert("RGB"), "WEBP", lossless=True),
+    "L BMP": lambda: saved(GRAY, "BMP"),
+    "L GIF": lambda: saved(GRAY, "GIF"),
+    "L PCX": lambda: saved(GRAY, "PCX"),
+    "L TGA": lambda: saved(GRAY, "TGA"),
+    "LA TGA": lambda: saved(GRAY.convert("LA"), "TGA"),
+    "RGB QOI": lambda: saved(GRAY.convert("RGB"), "QOI"),
+    "RGB WebP": lambda: saved(GRAY.convert("RGB"), "WEBP", lossless=True),
 }
 
 
 @pytest.mark.parametrize("name", EXACT)
 def test_a_ramp_is_the_same_ramp_in_every_format_and_depth(name: str) -> None:
-    # 16-bit colors lose their lower byte in Pillow, and YCbCr rounds twice; grey rounds to the nearest step.
+    # 16-bit colors lose their lower byte in Pillow, and YCbCr rounds twice; gray rounds to the nearest step.
     tolerance = 1 if "RGB" in name or "YCbCr" in name or ("LA;16" in name) else 0
     np.testing.assert_allclose(luminance(EXACT[name]()), RAMP, rtol=0, atol=tolerance)
 
@@ -113,12 +113,12 @@ def test_a_ramp_survives_lossy_formats(form: str) -> None:
     if form == "HEIF":
         pytest.importorskip("pillow_heif")
         suffixes()  # registers the format
-    made = luminance(saved(GREY.convert("RGB"), form, quality=95))
+    made = luminance(saved(GRAY.convert("RGB"), form, quality=95))
     assert np.abs(made - RAMP).mean() < 2
 
 
 def test_cmyk_jpeg_and_bilevel() -> None:
-    made = luminance(saved(GREY.convert("RGB").convert("CMYK"), "JPEG", quality=95))
+    made = luminance(saved(GRAY.convert("RGB").convert("CMYK"), "JPEG", quality=95))
     assert np.abs(made - RAMP).mean() < 2
     steps = Image.fromarray(RAMP > 127)
     for form in ("PNG", "TIFF", "PPM", "BMP"):
@@ -131,8 +131,8 @@ def test_lab_is_what_its_lightness_is_in_srgb() -> None:
     np.testing.assert_allclose(luminance(content), expected, rtol=0, atol=2)
 
 
-def test_premultiplied_grey_is_put_on_white() -> None:
-    """TIFF's associated alpha: the value is grey x alpha, so half of it and half of white is what is seen."""
+def test_premultiplied_gray_is_put_on_white() -> None:
+    """TIFF's associated alpha: the value is gray x alpha, so half of it and half of white is what is seen."""
     made = luminance(tiff(np.stack([RAMP // 2, np.full_like(RAMP, 128)], -1), 8, extra=1))
     expected = RAMP // 2 + 255 * (1 - 128 / 255)
     np.testing.assert_allclose(made, expected, rtol=0, atol=2)
@@ -152,7 +152,7 @@ def test_sixteen_bits_keep_their_orientation() -> None:
 
 
 UNKNOWN: dict[str, tuple[Callable[[], bytes], str]] = {
-    "12 bits in PNG": (lambda: png16(wide(12)), r"16-bit unsigned grey from 0 to 4095 .*\[0, 4095\]"),
+    "12 bits in PNG": (lambda: png16(wide(12)), r"16-bit unsigned gray from 0 to 4095 .*\[0, 4095\]"),
     "12 bits in PNG, step 16": (lambda: png16(RAMP.astype(int) * 16), r"\[0, 4095\]"),
     "12 bits in PNG, sBIT, dark or as they are": (lambda: png16(RAMP.astype(int) * 16, 12), "upper half"),
     "15 bits in PNG": (lambda: png16(wide(15)), r"\[0, 32767\]"),
@@ -170,13 +170,13 @@ UNKNOWN: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: saved(Image.fromarray(wide(10).astype(np.uint16)), "JPEG2000"),
         r"\[0, 1023\]",
     ),
-    "signed 8-bit": (lambda: tiff((RAMP.astype(int) - 128).astype("i1"), 8, form=2), "8-bit signed grey from -128"),
+    "signed 8-bit": (lambda: tiff((RAMP.astype(int) - 128).astype("i1"), 8, form=2), "8-bit signed gray from -128"),
     "signed 16-bit": (lambda: tiff((wide(12).astype(int) - 1024).astype("<i2"), 16, form=2), "from -1024 to 3071"),
     "32-bit": (lambda: tiff(wide(16).astype("<i4"), 32, form=2), r"32-bit signed .*\[0, 65535\]"),
-    "unsigned 32-bit": (lambda: tiff(wide(32).astype("<u4"), 32), "32-bit unsigned grey from 0 to 4.29497e\\+09"),
-    "float, 0 to 255": (lambda: tiff(RAMP.astype("<f4"), 32, form=3), r"floating-point grey from 0 to 255.*\[0, 255\]"),
+    "unsigned 32-bit": (lambda: tiff(wide(32).astype("<u4"), 32), "32-bit unsigned gray from 0 to 4.29497e\\+09"),
+    "float, 0 to 255": (lambda: tiff(RAMP.astype("<f4"), 32, form=3), r"floating-point gray from 0 to 255.*\[0, 255\]"),
     "dark float": (lambda: tiff((RAMP / 2550).astype("<f4"), 32, form=3), r"upper half of 0 to 1.*\[0.0, 1.0\]"),
-    "negative float": (lambda: tiff((RAMP / 255 - 0.5).astype("<f4"), 32, form=3), "grey from -0.5"),
+    "negative float": (lambda: tiff((RAMP / 255 - 0.5).astype("<f4"), 32, form=3), "gray from -0.5"),
     "not a number": (lambda: tiff(np.where(RAMP > 9, 1.0, np.nan).astype("<f4"), 32, form=3), "not finite"),
     "PFM in units": (lambda: b"Pf\n256 4\n-2.5\n" + (RAMP / 255).astype("<f4").tobytes(), "states no range"),
     "12-bit colors in PNG": (lambda: png16(np.stack([wide(12)] * 3, -1)), "16-bit colors .* convert it to 8 bits"),
@@ -197,7 +197,7 @@ def test_a_picture_of_unknown_range_is_refused_with_the_remedy(name: str) -> Non
     with pytest.raises(DataError, match=message) as caught:
         decode(make())
     assert "\n" not in str(caught.value)
-    assert "grey_range" in str(caught.value) or "not finite" in str(caught.value)
+    assert "gray_range" in str(caught.value) or "not finite" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_a_picture_of_unknown_range_is_refused_with_the_remedy(name: str) -> Non
         (lambda: tiff(wide(32).astype("<u4"), 32), (0, 4294967295)),
         (lambda: tiff(RAMP.astype("<f4"), 32, form=3), (0.0, 255.0)),
         (lambda: tiff((RAMP.astype(int) - 128).astype("i1"), 8, form=2), (-128, 127)),
-        (lambda: saved(GREY, "PNG"), (0, 4095)),  # 8 bits need nothing said
+        (lambda: saved(GRAY, "PNG"), (0, 4095)),  # 8 bits need nothing said
     ],
 )
 def test_what_the_user_says_of_the_range_is_taken(content: Callable[[], bytes], given: tuple[float, float]) -> None:
@@ -375,7 +375,7 @@ def test_compressed_dicom() -> None:
     whole = saved(Image.fromarray(wide(16).astype(np.uint16)), "JPEG2000", no_jp2=True)
     stored = wide(16).astype("<u2")
     np.testing.assert_array_equal(luminance(dicom(stored, "1.2.840.10008.1.2.4.90", compressed=whole)), RAMP)
-    colors = saved(GREY.convert("RGB"), "JPEG", quality=95)
+    colors = saved(GRAY.convert("RGB"), "JPEG", quality=95)
     content = dicom(COLORS, JPEG, compressed=colors, PhotometricInterpretation="YBR_FULL_422")
     assert np.abs(luminance(content) - RAMP).mean() < 2
 

@@ -39,9 +39,9 @@ def upload(make_runtime: MakeRuntime, z: float, rows: list[list[int]] = ROWS, **
         def __getattr__(self, name: str) -> Any:
             return getattr(algorithm, name)
 
-        def server_round(self, settings: Any, server: Any, uploads: Any, clock: Any) -> Any:
+        def server_round(self, settings: Any, server: Any, uploads: Any, round_context: Any) -> Any:
             heard.append(uploads.each.gradient[0])
-            return algorithm.server_round(settings, server, uploads, clock)
+            return algorithm.server_round(settings, server, uploads, round_context)
 
     runtime.algorithm = Wiretap()  # type: ignore[assignment]
     runtime.round(runtime.start())

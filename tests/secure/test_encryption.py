@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 from secure.test_secpc import groups
 
-from sordino.secure import Client, EncryptingSealer, Pairs, SecureError, Server, plan, run
+from sordino.secure import Client, EncryptingCipher, Pairs, SecureError, Server, plan, run
 from sordino.secure.messages import Shares, read
 
 
-def met(count: int = 3) -> list[EncryptingSealer]:
-    sealers = [EncryptingSealer() for _ in range(count)]
-    for sealer in sealers:
-        sealer.meet({number: each.public_key for number, each in enumerate(sealers)})
+def met(count: int = 3) -> list[EncryptingCipher]:
+    sealers = [EncryptingCipher() for _ in range(count)]
+    for cipher in sealers:
+        cipher.meet({number: each.public_key for number, each in enumerate(sealers)})
     return sealers
 
 
@@ -47,15 +47,15 @@ def test_nothing_else_opens(what: str) -> None:
 
 
 def test_keys_that_are_none_or_that_change_are_refused() -> None:
-    one, other = EncryptingSealer(), EncryptingSealer()
+    one, other = EncryptingCipher(), EncryptingCipher()
     with pytest.raises(SecureError, match="client 1 .* 32"):
         one.meet({1: b"short"})
     one.meet({1: other.public_key})
     with pytest.raises(SecureError, match="client 1 changed"):
-        one.meet({1: EncryptingSealer().public_key})
+        one.meet({1: EncryptingCipher().public_key})
     with pytest.raises(SecureError, match="no public key of client 5"):
         one.seal(5, b"", b"")
-    weak = EncryptingSealer()
+    weak = EncryptingCipher()
     weak.meet({1: bytes(32)})  # a point of small order, with which everybody has the same secret
     with pytest.raises(SecureError, match="client 1 is not one"):
         weak.seal(1, b"", b"")
@@ -76,7 +76,7 @@ def test_a_round_with_sealed_shares_finds_what_one_without_finds() -> None:
                 dealt.append(message.payloads.tobytes())
             return reply
 
-    sealed = [Watched(number, point, sealer=EncryptingSealer()) for number, point in enumerate(points)]
+    sealed = [Watched(number, point, cipher=EncryptingCipher()) for number, point in enumerate(points)]
     plain = [Client(number, point) for number, point in enumerate(points)]
     with_seals, without = (run(each, Server(setup), Pairs()).result for each in (sealed, plain))
     assert with_seals.labels.tolist() == without.labels.tolist() == [0, 1, 2] * 4

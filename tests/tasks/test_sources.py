@@ -527,14 +527,14 @@ def test_a_picture_that_became_a_pipe_is_unreadable(tmp_path):
 # --- depth -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_given_grey_range_is_taken_and_is_part_of_what_identifies_a_picture(tmp_path):
+def test_a_given_gray_range_is_taken_and_is_part_of_what_identifies_a_picture(tmp_path):
     source = write_folders(tmp_path, {"a": 1, "b": 1})
     (tmp_path / "a" / "0.png").write_bytes(png16(wide(12)))
-    with pytest.raises(DataError, match="set grey_range"):
+    with pytest.raises(DataError, match="set gray_range"):
         load(source).image(0)
-    images = load(source, grey_range=[0, 4095])
+    images = load(source, gray_range=[0, 4095])
     np.testing.assert_array_equal(np.asarray(images.image(0)), RAMP)
     assert images.image(1) == load(source).image(1)  # 8 bits need nothing said
-    other = load(source, grey_range=[0, 8190])
+    other = load(source, gray_range=[0, 8190])
     assert len({images.raw(0), other.raw(0), load(source).raw(0)}) == 3
     np.testing.assert_array_equal(np.asarray(images.subset([0]).image(0)), RAMP)

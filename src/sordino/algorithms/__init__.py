@@ -46,8 +46,8 @@ METHODS: dict[str, Method] = {
     "secfpp": Method("secfpp"),
     "secfpp-plain": Method("secfpp_plain", "secfpp"),
     "dp-fpl": Method("dp_fpl"),
-    "dplora": Method("dp_fpl", "dp-fpl", {"parameterisation": "lora"}),
-    "dp-fpl-full": Method("dp_fpl", "dp-fpl", {"parameterisation": "full"}),
+    "dplora": Method("dp_fpl", "dp-fpl", {"parameterization": "lora"}),
+    "dp-fpl-full": Method("dp_fpl", "dp-fpl", {"parameterization": "full"}),
 }
 
 

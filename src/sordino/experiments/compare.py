@@ -18,7 +18,7 @@ from sordino.errors import RunError
 from sordino.experiments.config import Experiment, parse_config, resolved, set_key
 from sordino.experiments.data_digests import data_record
 from sordino.experiments.data_record import check
-from sordino.experiments.features import Bench
+from sordino.experiments.features import EncodedDataset
 from sordino.experiments.privacy_plan import planned_mechanism
 from sordino.experiments.run import run
 from sordino.experiments.run_lock import all_held, held, is_empty
@@ -149,18 +149,18 @@ def _compare(
     title: str,
 ) -> list[Row]:
     """`compare`, with all its directories held."""
-    bench = Bench.open(variants[0].config)
+    dataset = EncodedDataset.open(variants[0].config)
     for each in variants:  # what does not fit is told before anything is trained
         planned_mechanism(each.config)
     if resume:
-        _check_finished({folder: config for runs in planned for folder, config in runs.items()}, bench, progress)
+        _check_finished({folder: config for runs in planned for folder, config in runs.items()}, dataset, progress)
     rows, folders, summaries = [], [], []
     for each, runs in zip(variants, planned, strict=True):
         own = []
         for folder, config in runs.items():
             folders.append(folder)
-            own.append(run(config, folder, resume, progress, bench))
-        attack = _attack(next(iter(runs)), each.shadows, resume, progress, bench) if each.shadows else None
+            own.append(run(config, folder, resume, progress, dataset))
+        attack = _attack(next(iter(runs)), each.shadows, resume, progress, dataset) if each.shadows else None
         rows.append(replace(row_of(own, each.variation), attack=attack))
         summaries += own
     write_tables(rows, summaries, out)
@@ -175,7 +175,7 @@ def _planned(variant: Variant, seeds: int, out: Path) -> dict[Path, Experiment]:
     return {out / variant.folder / f"seed-{config.seed}": config for config in configs}
 
 
-def _check_finished(planned: Mapping[Path, Experiment], bench: Bench, progress: Progress) -> None:
+def _check_finished(planned: Mapping[Path, Experiment], dataset: EncodedDataset, progress: Progress) -> None:
     """See that finished runs are of the data that the others will be of; one table must not mix two data sets.
 
     Raises:
@@ -185,14 +185,14 @@ def _check_finished(planned: Mapping[Path, Experiment], bench: Bench, progress: 
     if len(finished) == len(planned):
         return  # nothing will be trained, so the data need not be there any more
     for folder, config in finished.items():
-        check(folder, data_record(bench, bench.task(config, progress)[0]))
+        check(folder, data_record(dataset, dataset.task(config, progress)[0]))
 
 
-def _attack(folder: Path, shadows: int, resume: bool, progress: Progress, bench: Bench) -> float:
+def _attack(folder: Path, shadows: int, resume: bool, progress: Progress, dataset: EncodedDataset) -> float:
     if resume and (folder / FILE).exists():
         found = read_audit(folder)
     else:
-        found = audit(folder, ["membership"], shadows, progress=progress, bench=bench)
+        found = audit(folder, ["membership"], shadows, progress=progress, dataset=dataset)
     return float(found["attacks"]["membership"]["lira"]["auc"])
 
 
@@ -212,8 +212,8 @@ def row_of(summaries: Sequence[dict[str, Any]], variation: str = "") -> Row:
         len(summaries),
         {split: _mean_and_spread(summaries, split) for split in SPLITS},
         _mean_and_spread(summaries, BACKDOOR),
-        first["wire"]["upload_bytes_per_client_round"],
-        first["wire"]["broadcast_bytes_per_client_round"],
+        first["communication"]["upload_bytes_per_client_round"],
+        first["communication"]["broadcast_bytes_per_client_round"],
         statistics.fmean(s["seconds"]["train"] for s in summaries),
         all(s["privacy"]["private"] for s in summaries),
         any(s["privacy"]["simulated"] for s in summaries),

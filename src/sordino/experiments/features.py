@@ -67,7 +67,7 @@ class Table:
 
 
 @dataclass
-class Bench:
+class EncodedDataset:
     """One data set and one encoder, shared by many runs: every image is encoded at most once.
 
     Attributes:
@@ -93,7 +93,7 @@ class Bench:
         self._told: set[str] = set()
 
     @classmethod
-    def open(cls, config: Experiment) -> Bench:
+    def open(cls, config: Experiment) -> EncodedDataset:
         """List the images, check that the task can be made of them, and load the encoder.
 
         Raises:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from sordino.algorithms import METHODS, algorithm, settings_for
-from sordino.algorithms.base import About
+from sordino.algorithms.base import MethodInfo
 
 COLUMNS = ("paper", "personal", "shared", "privacy", "needs")
 ATTRIBUTES = re.compile(r"Attributes?:\s*\n?(.*)", re.DOTALL)
@@ -43,7 +43,7 @@ class Card:
     """
 
     name: str
-    about: About
+    about: MethodInfo
     text: str
     settings: tuple[Setting, ...]
     discloses: tuple[str, ...]

@@ -16,7 +16,7 @@ from sordino.privacy.ledger import Ledger, Observer
 from sordino.privacy.mechanism import Mechanism
 from sordino.privacy.statement import WHO, statement, views
 from sordino.runtime import aggregation
-from sordino.runtime.local import facts_of, participant_count
+from sordino.runtime.local import mechanism_inputs, participant_count
 from sordino.tasks.poisoning import poisoned
 from sordino.tasks.sources import load_images
 from sordino.tasks.splits import build_task
@@ -62,16 +62,16 @@ class Plan:
         """The epsilon that public implementations of DP-FPL would claim for this noise; it does not hold."""
         if not self.ledger.releases or self.mechanism.delta is None or self.mechanism.noise_multiplier == 0:
             return None
-        return formula_epsilon(self.mechanism.noise_multiplier, self.mechanism.facts.rounds, self.mechanism.delta)
+        return formula_epsilon(self.mechanism.noise_multiplier, self.mechanism.inputs.rounds, self.mechanism.delta)
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`; what does not apply, or is infinite, is null."""
-        facts = self.mechanism.facts
+        inputs = self.mechanism.inputs
         return {
             "algorithm": self.config.algorithm,
             "mechanism": self.config.privacy.mechanism,
             "unit": self.config.privacy.unit,
-            "rounds": facts.rounds,
+            "rounds": inputs.rounds,
             "delta": self.mechanism.delta,
             "noise_multiplier": self.mechanism.noise_multiplier if self.ledger.releases else None,
             "noise_by": self.config.privacy.noise_by if self.ledger.releases else None,
@@ -111,10 +111,10 @@ def planned_mechanism(config: Experiment) -> Mechanism:
     sizes = [len(rows) for rows in task.train]
     sizes = [sum(sizes)] if method.ABOUT.pools_data else sizes
     rounds = config.rounds if method.ABOUT.trains else 0
-    facts = facts_of(method, settings, sizes, rounds, config.runtime, config.seed)
+    inputs = mechanism_inputs(method, settings, sizes, rounds, config.runtime, config.seed)
     count = participant_count(len(sizes), config.runtime.participation)
     aggregation.check(config.runtime, config.privacy, method.ABOUT, count)
-    return mechanism_for(config.privacy, facts, None)
+    return mechanism_for(config.privacy, inputs, None)
 
 
 def plan(config: Experiment) -> Plan:
@@ -124,7 +124,7 @@ def plan(config: Experiment) -> Plan:
         SordinoError: the configuration cannot be run.
     """
     chosen, unit = planned_mechanism(config), config.privacy.unit
-    rounds = chosen.facts.rounds
+    rounds = chosen.inputs.rounds
     numbers = sorted({max(1, round(rounds * step / POINTS)) for step in range(1, POINTS + 1)}) if rounds else []
     by_round = [
         (number, tuple(each.epsilon for each in views(chosen.empty_ledger().add(chosen.planned(number)), unit)))
@@ -135,12 +135,12 @@ def plan(config: Experiment) -> Plan:
 
 def as_text(chosen: Plan, curve: bool = True) -> str:
     """A plan for a terminal, with or without a curve of epsilon by round."""
-    facts, settings, ledger = chosen.mechanism.facts, chosen.config.privacy, chosen.ledger
-    low, high = min(facts.sizes), max(facts.sizes)
+    inputs, settings, ledger = chosen.mechanism.inputs, chosen.config.privacy, chosen.ledger
+    low, high = min(inputs.sizes), max(inputs.sizes)
     held = f"{low:,}" if low == high else f"{low:,} to {high:,}"
     lines = [
-        f"{chosen.config.algorithm} on {chosen.config.data.source}: {len(facts.sizes):,} "
-        f"{'party' if len(facts.sizes) == 1 else 'clients'} with {held} examples each, {facts.rounds:,} rounds.",
+        f"{chosen.config.algorithm} on {chosen.config.data.source}: {len(inputs.sizes):,} "
+        f"{'party' if len(inputs.sizes) == 1 else 'clients'} with {held} examples each, {inputs.rounds:,} rounds.",
     ]
     if ledger.releases:
         rates = sorted({each.sampling_rate for each in ledger.releases})

@@ -21,7 +21,7 @@ from sordino.encoders.prompt_model import Prompt, PromptModel, named_parts, prom
 from sordino.experiments.config import Experiment, resolved, to_toml
 from sordino.experiments.data_digests import data_record, party_digests
 from sordino.experiments.data_record import pin
-from sordino.experiments.features import Bench
+from sordino.experiments.features import EncodedDataset
 from sordino.experiments.run_folder import Metrics, prepare, started_with
 from sordino.experiments.run_lock import held
 from sordino.files import write_atomically
@@ -42,7 +42,11 @@ DISTANCES = "distances"  # folder: what a server that clusters on shares saw, a 
 
 
 def run(
-    config: Experiment, out: Path, resume: bool = False, progress: Progress = silent, bench: Bench | None = None
+    config: Experiment,
+    out: Path,
+    resume: bool = False,
+    progress: Progress = silent,
+    dataset: EncodedDataset | None = None,
 ) -> dict[str, Any]:
     """Train, evaluate and write a run directory.
 
@@ -51,7 +55,7 @@ def run(
         out: the run directory; must not exist, unless `resume`.
         resume: go on after the last checkpoint in `out`.
         progress: is told how far the run is.
-        bench: data and encoder, where several runs share them.
+        dataset: data and encoder, where several runs share them.
 
     Returns:
         The summary, as in `summary.json`.
@@ -64,7 +68,7 @@ def run(
         tables = resolved(config)
         summary = prepare(out, tables, resume)
         if summary is None:
-            summary = _run(config, tables, out, resume, progress, bench or Bench.open(config))
+            summary = _run(config, tables, out, resume, progress, dataset or EncodedDataset.open(config))
         if not (out / "report.html").exists():
             write_report([out], out / "report.html", f"Sordino: {config.algorithm} on {config.data.source}")
     return summary
@@ -79,12 +83,12 @@ def _with_nonce(config: Experiment, out: Path) -> Experiment:
 
 
 def _run(
-    config: Experiment, tables: dict[str, Any], out: Path, resume: bool, progress: Progress, bench: Bench
+    config: Experiment, tables: dict[str, Any], out: Path, resume: bool, progress: Progress, dataset: EncodedDataset
 ) -> dict[str, Any]:
-    task, encoding = bench.task(config, progress)
+    task, encoding = dataset.task(config, progress)
     started = time.monotonic()
-    runtime, evaluation = assemble(config, bench, task)
-    pin(out, data_record(bench, task))  # before config.toml, so that where there is one there is the other
+    runtime, evaluation = assemble(config, dataset, task)
+    pin(out, data_record(dataset, task))  # before config.toml, so that where there is one there is the other
     if not (out / "config.toml").exists():
         write_atomically(out / "config.toml", to_toml(tables).encode())
     training = _resumed(runtime, out) if resume else runtime.start()
@@ -92,7 +96,7 @@ def _run(
     training, scores = _train(config, runtime, evaluation, training, metrics, out, progress)
     ledger = training.ledger
     write_atomically(out / LEDGER, ledger.to_json().encode())
-    _save_prompts(out / "prompts", config, bench.encoder, task, runtime.prompts(training), ledger)
+    _save_prompts(out / "prompts", config, dataset.encoder, task, runtime.prompts(training), ledger)
     seconds = {
         "encode": encoding.seconds,
         "train": metrics.seconds("seconds"),
@@ -101,7 +105,7 @@ def _run(
     }
     summary = {
         "algorithm": config.algorithm,
-        "encoder": bench.encoder.name,
+        "encoder": dataset.encoder.name,
         "dataset": config.data.source,
         "clients": task.clients,
         "rounds": training.round,
@@ -110,14 +114,14 @@ def _run(
         "attack_success": scores.mean_attack_success(),
         "per_client": _per_client(task, scores),
         "privacy": as_summary(ledger, config.privacy.unit) | {"rounds_unpaid": runtime.rounds - training.round},
-        "wire": _wire(metrics, _handed_over(runtime, bench, task)),
+        "communication": _communication(metrics, _handed_over(runtime, dataset, task)),
         "seconds": seconds,
         "images": {
             "encoded": encoding.encoded,
             "cached": encoding.cached,
-            "skipped": [asdict(skipped) for skipped in bench.skipped],
-            "passed_over": [asdict(part) for part in bench.images.passed_over],
-            "copies": bench.copies(task).as_summary(),
+            "skipped": [asdict(skipped) for skipped in dataset.skipped],
+            "passed_over": [asdict(part) for part in dataset.images.passed_over],
+            "copies": dataset.copies(task).as_summary(),
         },
         "version": sordino.__version__,
     }
@@ -126,26 +130,26 @@ def _run(
     return summary
 
 
-def assemble(config: Experiment, bench: Bench, task: Task) -> tuple[LocalRuntime, Evaluation]:
+def assemble(config: Experiment, dataset: EncodedDataset, task: Task) -> tuple[LocalRuntime, Evaluation]:
     """The federation of a configuration, ready to be trained, and the splits that it is evaluated on.
 
     Raises:
         ConfigError: the method's settings or the privacy mechanism do not fit.
     """
-    device = bench.encoder.device
+    device = dataset.encoder.device
     labels = torch.from_numpy(task.labels)
 
     def evaluation_set(model: PromptModel, rows: np.ndarray[Any, np.dtype[np.int64]]) -> EvaluationSet:
         chosen = torch.from_numpy(rows)
         return EvaluationSet(model, features[chosen].to(device), labels[chosen].to(device))
 
-    model = bench.model(config, task.class_names)
-    features = bench.tables[model.reads].features
+    model = dataset.model(config, task.class_names)
+    features = dataset.tables[model.reads].features
     evaluation = Evaluation(
         evaluation_set(model, task.test),
         torch.from_numpy(task.local),
         torch.from_numpy(task.neighbor),
-        evaluation_set(bench.model(config, task.novel_names), task.novel) if task.novel_names else None,
+        evaluation_set(dataset.model(config, task.novel_names), task.novel) if task.novel_names else None,
         evaluation_set(model, task.domain) if len(task.domain) else None,
         evaluation_set(model, task.triggered) if len(task.triggered) else None,
         task.attackers,
@@ -164,7 +168,7 @@ def assemble(config: Experiment, bench: Bench, task: Task) -> tuple[LocalRuntime
         config.seed,
         config.privacy,
         dict.fromkeys(range(task.attackers), config.poisoning.boost) if config.poisoning else {},
-        party_digests(bench, task),
+        party_digests(dataset, task),
     )
     return runtime, evaluation
 
@@ -248,15 +252,15 @@ def _record(
     return scores
 
 
-def _handed_over(runtime: LocalRuntime, bench: Bench, task: Task) -> int:
+def _handed_over(runtime: LocalRuntime, dataset: EncodedDataset, task: Task) -> int:
     """Bytes of the images that clients hand over before training, where a method pools them."""
     if not runtime.algorithm.ABOUT.pools_data:
         return 0
-    return sum(len(bench.images.raw(int(row))) for rows in task.train for row in rows)
+    return sum(len(dataset.images.raw(int(row))) for rows in task.train for row in rows)
 
 
-def _wire(metrics: Metrics, handed_over: int) -> dict[str, int]:
-    """What crossed the wire, in bytes of serialised messages, and of images where those are handed over."""
+def _communication(metrics: Metrics, handed_over: int) -> dict[str, int]:
+    """What crossed the wire, in bytes of serialized messages, and of images where those are handed over."""
     rounds = [line for line in metrics.lines if line["round"] > 0]
     return {
         "upload_bytes_per_client_round": max((line["upload_bytes"] for line in rounds), default=0),

@@ -18,12 +18,12 @@ PIXELS_AT_ONCE = 1 << 20  # pixels that are scaled at once, in double precision
 
 
 def is_deep(picture: Image.Image) -> bool:
-    """Whether a picture is grey with more than 8 bits a pixel (modes 'I;16' and its like, 'I', 'F')."""
+    """Whether a picture is gray with more than 8 bits a pixel (modes 'I;16' and its like, 'I', 'F')."""
     return picture.mode[:1] in ("I", "F")
 
 
 def scaled(values: NDArray[np.generic], black: float, white: float) -> Image.Image:
-    """Grey values [H, W] as an 8-bit picture: linear between black (0) and white (255), cut off beyond both.
+    """Gray values [H, W] as an 8-bit picture: linear between black (0) and white (255), cut off beyond both.
 
     Args:
         values: integers of any size, or finite floating point.
@@ -54,7 +54,7 @@ def range_hint(values: NDArray[np.generic]) -> str:
 
 
 def eight_bits(picture: Image.Image) -> Image.Image:
-    """A picture without transparency in mode 'L' or 'RGB', of any mode but deep grey.
+    """A picture without transparency in mode 'L' or 'RGB', of any mode but deep gray.
 
     Raises:
         ValueError: Pillow knows no conversion.
@@ -71,11 +71,11 @@ def eight_bits(picture: Image.Image) -> Image.Image:
 def rgb(picture: Image.Image) -> Image.Image:
     """A picture in memory as RGB; transparency is dropped.
 
-    Of deep grey nothing but the mode tells the range: 'I;16' ends at 65,535; so does 'I', as which Pillow reads 16-bit
+    Of deep gray nothing but the mode tells the range: 'I;16' ends at 65,535; so does 'I', as which Pillow reads 16-bit
     files; 'F' ends at 255, as Pillow converts to it. Files are read by `sordino.pictures.decoding`, which knows more.
 
     Raises:
-        DataError: deep grey that has values beyond this range, or none in its upper half.
+        DataError: deep gray that has values beyond this range, or none in its upper half.
     """
     if not is_deep(picture):
         return eight_bits(picture).convert("RGB")

@@ -16,7 +16,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from sordino.errors import DataError
 from sordino.pictures.brightness import eight_bits
-from sordino.pictures.depths import GreyRange, depth_of, in_eight_bits
+from sordino.pictures.depths import GrayRange, depth_of, in_eight_bits
 from sordino.pictures.dicom import draw_dicom, is_dicom
 
 FORMATS = (
@@ -51,14 +51,14 @@ def remedy(suffix: str) -> str | None:
     return f"pip install 'sordino[{extra}]'"
 
 
-def decode(content: bytes, grey_range: GreyRange | None = None) -> Image.Image:
+def decode(content: bytes, gray_range: GrayRange | None = None) -> Image.Image:
     """A picture from a file's content, its pixels loaded: upright, opaque, 8 bits a channel, mode 'RGB' or 'L'.
 
     Transparent parts become white. Of an animation, the first frame.
 
     Args:
         content: of the file.
-        grey_range: the values that are black and white in grey pictures of more than 8 bits; None: as the file says.
+        gray_range: the values that are black and white in gray pictures of more than 8 bits; None: as the file says.
 
     Raises:
         DataError: the content is not a whole picture, or of unknown brightness; the message is the reason alone
@@ -67,7 +67,7 @@ def decode(content: bytes, grey_range: GreyRange | None = None) -> Image.Image:
     if not content:
         raise DataError("the file is empty")
     if is_dicom(content):
-        return draw_dicom(content, grey_range, MAX_PIXELS)
+        return draw_dicom(content, gray_range, MAX_PIXELS)
     try:
         with Image.open(io.BytesIO(content), formats=_formats()) as picture:
             width, height = picture.size
@@ -75,7 +75,7 @@ def decode(content: bytes, grey_range: GreyRange | None = None) -> Image.Image:
                 raise DataError("the picture has no pixels")
             if width * height > MAX_PIXELS:
                 raise DataError(f"{width} x {height} pixels, more than the {MAX_PIXELS:,} that are read")
-            return _drawn(picture, content, grey_range)
+            return _drawn(picture, content, gray_range)
     except DataError:
         raise
     except UnidentifiedImageError:
@@ -87,13 +87,13 @@ def decode(content: bytes, grey_range: GreyRange | None = None) -> Image.Image:
         raise DataError(f"damaged picture: {reason}") from error
 
 
-def _drawn(picture: ImageFile.ImageFile, content: bytes, grey_range: GreyRange | None) -> Image.Image:
+def _drawn(picture: ImageFile.ImageFile, content: bytes, gray_range: GrayRange | None) -> Image.Image:
     """The pixels of an opened picture."""
     depth = depth_of(picture, content)
     picture.load()
     upright = ImageOps.exif_transpose(picture)
     clear = upright.info.get("transparency") if upright.mode.startswith("I;16") else None
-    plain = upright if depth is None else in_eight_bits(upright, depth, grey_range)
+    plain = upright if depth is None else in_eight_bits(upright, depth, gray_range)
     if clear is not None:  # a 16-bit PNG names one value that is transparent
         white = np.where(np.asarray(upright) == clear, np.uint8(255), np.asarray(plain))
         return Image.fromarray(white)

@@ -20,13 +20,13 @@ from PIL import Image, ImageFile
 from sordino.errors import DataError
 from sordino.pictures.brightness import is_deep, range_hint, scaled, uses_upper_half
 
-GreyRange = tuple[float, float]  # black, white
+GrayRange = tuple[float, float]  # black, white
 
 BITS, PHOTOMETRIC, SAMPLE_FORMAT, S_MIN, S_MAX = 258, 262, 339, 340, 341  # tags of a TIFF
 UNSIGNED, SIGNED, FLOATING = 1, 2, 3  # values of SampleFormat
 WHITE_IS_ZERO = 0  # a value of PhotometricInterpretation
 PNG_START, CODESTREAM = 8, b"\xff\x4f\xff\x51"  # length of a PNG's signature; how a JPEG 2000 codestream begins
-REMEDY = "set grey_range to the values of black and white"
+REMEDY = "set gray_range to the values of black and white"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def depth_of(picture: ImageFile.ImageFile, content: bytes) -> Depth | None:
     return Depth(16, 0, 65535) if is_deep(picture) else None  # an ICO holds a PNG
 
 
-def in_eight_bits(picture: Image.Image, depth: Depth, given: GreyRange | None) -> Image.Image:
+def in_eight_bits(picture: Image.Image, depth: Depth, given: GrayRange | None) -> Image.Image:
     """A loaded picture of such a depth in 8 bits.
 
     Args:
@@ -93,12 +93,12 @@ def in_eight_bits(picture: Image.Image, depth: Depth, given: GreyRange | None) -
     return scaled(values, high, low) if depth.inverted else scaled(values, low, high)
 
 
-def _container(values: NDArray[np.generic], depth: Depth) -> GreyRange:
+def _container(values: NDArray[np.generic], depth: Depth) -> GrayRange:
     """The container's range, where it may be believed, or that of a PNG's significant bits."""
     if depth.significant is not None and not _is_shifted(values, depth.significant):
         return 0, (1 << depth.significant) - 1
     kind = {"f": "floating-point", "u": "unsigned", "i": "signed"}[values.dtype.kind]
-    found = f"{depth.bits}-bit {kind} grey from {values.min():g} to {values.max():g} that states no range of its own"
+    found = f"{depth.bits}-bit {kind} gray from {values.min():g} to {values.max():g} that states no range of its own"
     if depth.low is None or depth.high is None or values.min() < depth.low or values.max() > depth.high:
         raise DataError(f"{found}: {REMEDY}, e.g. {range_hint(values)}")
     if not uses_upper_half(values, depth.low, depth.high):
@@ -122,14 +122,14 @@ def _is_shifted(values: NDArray[np.generic], bits: int) -> bool:
     return bool(((whole == filled) | (whole == filled | upper >> (2 * bits - 16))).all())
 
 
-def _color(picture: Image.Image, depth: Depth, given: GreyRange | None) -> Image.Image:
+def _color(picture: Image.Image, depth: Depth, given: GrayRange | None) -> Image.Image:
     """Pillow keeps the upper 8 bits of colors; whether these are the ones that count cannot be told from below 128."""
     colors = np.asarray(picture)[..., :3]
     whole = given is not None and given[0] == 0 and given[1] * depth.unit == (1 << depth.bits) - 1
     if not (depth.stated or whole or colors.max() > 127):
         raise DataError(
             f"{depth.bits}-bit colors with nothing in the upper half of 0 to {(1 << depth.bits) - 1}: convert it to "
-            f"8 bits a color, or, if it is as dark as that, set grey_range to [0, {(1 << depth.bits) - 1}]"
+            f"8 bits a color, or, if it is as dark as that, set gray_range to [0, {(1 << depth.bits) - 1}]"
         )
     return picture
 
@@ -167,7 +167,7 @@ def _first(value: object, default: object) -> int:
 
 
 def _pnm(picture: ImageFile.ImageFile) -> Depth | None:
-    """PGM and PPM, which Pillow scales to 65,535 (grey) or 255 (colors), and PFM."""
+    """PGM and PPM, which Pillow scales to 65,535 (gray) or 255 (colors), and PFM."""
     if picture.mode == "F":
         scale = float(picture.info.get("scale", 1))  # "the file's values times this", but of what, no standard says
         return Depth(32, 0, 1) if scale == 1 else Depth(32)
@@ -195,7 +195,7 @@ def _png(content: bytes) -> Depth | None:
 
 
 def _jpeg2000(content: bytes) -> Depth | None:
-    """By the first component's precision, in the SIZ segment; Pillow shifts grey up to 16 bits and colors to 8."""
+    """By the first component's precision, in the SIZ segment; Pillow shifts gray up to 16 bits and colors to 8."""
     start = content.find(CODESTREAM)
     if start < 0 or start + 42 >= len(content):
         return None

@@ -29,7 +29,7 @@ Values = NDArray[Any]
 MARK_AT, MARK = 128, b"DICM"
 SYNTAX = b"\x02\x00\x10\x00UI"  # how the element begins that says how pixels are encoded
 DEFLATED = "1.2.840.10008.1.2.1.99"
-GREY, COLOR = ("MONOCHROME1", "MONOCHROME2"), ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+GRAY, COLOR = ("MONOCHROME1", "MONOCHROME2"), ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 PALETTE = tuple(f"{color}PaletteColorLookupTable" for color in ("Red", "Green", "Blue"))
 NEEDED = (  # all that is read of a header
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration"),
@@ -47,12 +47,12 @@ def is_dicom(content: bytes) -> bool:
     return content[MARK_AT : MARK_AT + 4] == MARK
 
 
-def draw_dicom(content: bytes, grey_range: tuple[float, float] | None, max_pixels: int) -> Image.Image:
+def draw_dicom(content: bytes, gray_range: tuple[float, float] | None, max_pixels: int) -> Image.Image:
     """The picture of a single-frame file, 8 bits a channel, mode 'L' or 'RGB'.
 
     Args:
         content: of the file.
-        grey_range: rescaled values that are black and white, instead of the file's window.
+        gray_range: rescaled values that are black and white, instead of the file's window.
         max_pixels: more are refused before they are unpacked.
 
     Raises:
@@ -67,7 +67,7 @@ def draw_dicom(content: bytes, grey_range: tuple[float, float] | None, max_pixel
         header = _header(content)
         _check(header, max_pixels)
         values, meaning = _decoded(header, syntax)
-        return _picture(header, values, meaning, grey_range)
+        return _picture(header, values, meaning, gray_range)
     except DataError:
         raise
     except Exception as error:  # and no word of its message, which may show values of the header
@@ -94,7 +94,7 @@ def _transfer_syntax(content: bytes) -> str:
 def _check(header: Any, max_pixels: int) -> None:
     if not any(part in header for part in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise DataError("a DICOM file without a picture, such as a report or a directory")
-    if header.get("PhotometricInterpretation") not in (*GREY, *COLOR, "PALETTE COLOR"):
+    if header.get("PhotometricInterpretation") not in (*GRAY, *COLOR, "PALETTE COLOR"):
         raise DataError("a DICOM file of a photometric interpretation that is not read; export it as RGB")
     frames, rows, columns = int(header.get("NumberOfFrames") or 1), int(header.Rows), int(header.Columns)
     if frames > 1:
@@ -126,9 +126,9 @@ def _decoded(header: Any, syntax: str) -> tuple[Values, str]:
     return values, str(properties["photometric_interpretation"])
 
 
-def _picture(header: Any, values: Values, meaning: str, grey_range: tuple[float, float] | None) -> Image.Image:
-    if meaning in GREY and values.ndim == 2:
-        low, high, shown = _shown(header, values, grey_range)
+def _picture(header: Any, values: Values, meaning: str, gray_range: tuple[float, float] | None) -> Image.Image:
+    if meaning in GRAY and values.ndim == 2:
+        low, high, shown = _shown(header, values, gray_range)
         return scaled(shown, high, low) if meaning == "MONOCHROME1" else scaled(shown, low, high)
     if meaning == "PALETTE COLOR" and values.ndim == 2:
         return _palette(header, values)
@@ -189,13 +189,13 @@ def _window(header: Any, values: Values) -> tuple[float, float, Values] | None:
         return center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2, values
     if function == "LINEAR" and width == 1:  # a threshold
         return 0, 1, values > center - 0.5
-    raise DataError("a DICOM file whose window has no width, or an unknown function; set grey_range")
+    raise DataError("a DICOM file whose window has no width, or an unknown function; set gray_range")
 
 
 def _unwindowed(header: Any, stored: Values, values: Values, ends: Values | None) -> tuple[float, float, Values]:
     """The range of the stored bits; where these are all of 16 or more, only as in `sordino.pictures.depths`."""
     found = f"a DICOM file without a window, with values from {values.min():g} to {values.max():g}"
-    remedy = f"set grey_range to the values of black and white, e.g. {range_hint(values)}"
+    remedy = f"set gray_range to the values of black and white, e.g. {range_hint(values)}"
     if ends is None:
         raise DataError(f"{found}: {remedy}")
     low, high = (float(end) for end in ends)

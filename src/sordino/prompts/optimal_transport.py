@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 def transport_plan(
-    cost: Tensor, mass: float = 1.0, regularisation: float = 0.1, iterations: int = 100, tolerance: float = 1e-3
+    cost: Tensor, mass: float = 1.0, regularization: float = 0.1, iterations: int = 100, tolerance: float = 1e-3
 ) -> Tensor:
     """Plans of least cost between uniform prompts and patches.
 
@@ -33,7 +33,7 @@ def transport_plan(
     Args:
         cost: [..., N, V]; any leading axes, solved together.
         mass: in (0, 1], how much of the patches is transported.
-        regularisation: r, in units of the cost.
+        regularization: r, in units of the cost.
         iterations: at most so many.
         tolerance: ends a problem once none of its prompts' potentials log v moves by more.
 
@@ -43,7 +43,7 @@ def transport_plan(
     """
     prompts, patches = cost.shape[-2:]
     log_row, log_column = math.log(mass / prompts), -math.log(patches)
-    log_kernel = (cost / -regularisation).reshape(-1, prompts, patches)  # [Q, N, V], Q problems
+    log_kernel = (cost / -regularization).reshape(-1, prompts, patches)  # [Q, N, V], Q problems
     log_v = torch.zeros_like(log_kernel[..., :1])  # [Q, N, 1]
     log_u = torch.zeros_like(log_kernel[..., :1, :])  # [Q, 1, V]
     done = torch.zeros(len(log_kernel), 1, 1, dtype=torch.bool, device=cost.device)

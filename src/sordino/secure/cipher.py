@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Protocol
 
 
-class Sealer(Protocol):
+class Cipher(Protocol):
     """A client's end of an authenticated channel to every other client, over the server.
 
-    `sealed.EncryptingSealer` is one. Keys must reach the peers unchanged: a server that could replace them could read
+    `sealed.EncryptingCipher` is one. Keys must reach the peers unchanged: a server that could replace them could read
     everything. `context` is authenticated with a payload, so that it cannot be replayed in another round or to another
     client.
     """
@@ -36,7 +36,7 @@ class Sealer(Protocol):
         ...
 
 
-class PlainSealer:
+class PlainCipher:
     """NO SECRECY FROM THE SERVER: payloads travel as they are, and a server that reads what it relays sees all shares.
 
     For simulations in one process, where there is nobody to hide from, and for tests.

@@ -16,7 +16,7 @@ from sordino.secure.errors import SecureError
 TAG = 16  # bytes by which a sealed payload is longer
 
 
-class EncryptingSealer:
+class EncryptingCipher:
     """One round's channel of a client to every other, encrypted and authenticated; the server relays it unread.
 
     1. A fresh X25519 key pair (RFC 7748); its public half goes to the peers.

@@ -26,7 +26,7 @@ class Rejection:
     reason: str
 
 
-class Mail:
+class Mailbox:
     """Asks, and keeps account of who did not answer as they should.
 
     Args:
@@ -56,14 +56,14 @@ class Mail:
         Whatever is wrong with a message, its sender is named, and the others go on without it.
         """
         if isinstance(question, Message):
-            letters = dict.fromkeys(self.clients, question.to_bytes())
+            messages = dict.fromkeys(self.clients, question.to_bytes())
         else:
-            letters = {client: message.to_bytes() for client, message in question.items()}
-        letters = {client: content for client, content in letters.items() if client not in self.excluded}
+            messages = {client: message.to_bytes() for client, message in question.items()}
+        messages = {client: content for client, content in messages.items() if client not in self.excluded}
         taken: dict[int, AnyMessage] = {}
-        for sender, content in (yield letters):
+        for sender, content in (yield messages):
             try:
-                if sender not in letters:
+                if sender not in messages:
                     raise SecureError("not asked: it does not take part, or does no more")
                 message = expect(content, kind, self.most)
                 if getattr(message, "sender", sender) != sender:

@@ -43,7 +43,7 @@ class FixedPoint:
 
     @property
     def largest_integer(self) -> int:
-        """Q: no quantised number is larger."""
+        """Q: no quantized number is larger."""
         return math.ceil(self.largest * 2.0**self.bits)
 
     def integers(self, values: ArrayLike, clip: bool = False) -> NDArray[np.int64]:
@@ -86,7 +86,7 @@ def distances_bound(clients: int, width: int, largest_integer: int, factor_bits:
 
 
 def spreads_bound(clients: int, width: int, largest_integer: int) -> int:
-    """What the sum of the distances of a cluster's members to its centre stays at or below."""
+    """What the sum of the distances of a cluster's members to its center stays at or below."""
     return clients**3 * width * largest_integer**2
 
 

@@ -124,12 +124,12 @@ class Setup(Message):
 
     @property
     def points(self) -> FixedPoint:
-        """How points are quantised."""
+        """How points are quantized."""
         return FixedPoint(self.largest, self.bits, self.field)
 
     @property
     def vectors(self) -> FixedPoint:
-        """How vectors are quantised."""
+        """How vectors are quantized."""
         return FixedPoint(self.vector_largest, self.vector_bits, self.field)
 
     @property

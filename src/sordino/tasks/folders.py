@@ -45,13 +45,13 @@ def image_folder(root: Path, source: str) -> ImageSet:
             f"layout throughout: {LAYOUTS}"
         )
     if not all(nested):
-        images = labelled_folders(source, root, _by_class_name(upper, source))
+        images = labeled_folders(source, root, _by_class_name(upper, source))
         return replace(images, passed_over=tuple(files_passed_over(root, set(images.names))))
     groups = {folder.name: _by_class_name(_folders(folder), source) for folder in upper}
     return _grouped_folders(source, root, groups)
 
 
-def labelled_folders(source: str, root: Path, folders: Mapping[str, Path]) -> ImageSet:
+def labeled_folders(source: str, root: Path, folders: Mapping[str, Path]) -> ImageSet:
     """The pictures of class folders given by class name; their order is the classes' order."""
     names, labels = _listing(root, folders, {name: index for index, name in enumerate(folders)})
     _at_least_two_classes(source, list(folders))
