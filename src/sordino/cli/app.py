@@ -51,14 +51,15 @@ DEMO_SHADOWS = 4  # few, so that the demo is short; `sordino audit` takes 64
 
 
 @app.command()
-def demo(out: OutFolder = None, resume: Resume = False, as_json: AsJson = False) -> None:
+def demo(overrides: Overrides = None, out: OutFolder = None, resume: Resume = False, as_json: AsJson = False) -> None:
     """Ten simulated clients learn prompts for handwritten digits, without and with privacy; no download."""
     from sordino.experiments.compare import grid
     from sordino.experiments.config import load_config
 
     here = Path(__file__).parent
-    variants = grid(load_config(here / "demo.toml"), DEMO_ALGORITHMS)
-    variants += grid(load_config(here / "demo_private.toml"), ["dp-fpl"], {"privacy.epsilon": [8.0, 2.0]})
+    variants = grid(load_config(here / "demo.toml", overrides or []), DEMO_ALGORITHMS)
+    private = load_config(here / "demo_private.toml", overrides or [])
+    variants += grid(private, ["dp-fpl"], {"privacy.epsilon": [8.0, 2.0]})
     variants = [replace(each, shadows=DEMO_SHADOWS) if each.config.algorithm == "dp-fpl" else each for each in variants]
     _compare(variants, 1, out, resume, as_json, "demo")
 

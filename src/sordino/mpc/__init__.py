@@ -14,6 +14,10 @@ correlated randomness and sees no data, follow the protocol, and no two of them 
     reconstruct(ran.results), ran.costs.table()
 """
 
+from sordino.errors import require_extra
+
+require_extra("mpc", "computation on secret shares (sordino mpc, sordino tune-private)")  # imports below need it
+
 from sordino.mpc.attention import random_feature_attention
 from sordino.mpc.calibration import Calibration
 from sordino.mpc.correlations import Correlation
