@@ -29,16 +29,16 @@ from torch.nn.functional import cosine_similarity
 
 from sordino.encoders.bundled import TextTower
 from sordino.mpc import Calibration, Costs, Encoder, Party, Plan, Shared, encode, encode_sentences, reconstruct, run
-from sordino.mpc.correlations import Mask, Product
-from sordino.mpc.distill import teacher_of
-from sordino.mpc.encoder import shared_weights
-from sordino.mpc.memory import keep_freed
-from sordino.mpc.public_text import SENTENCES, calibration_of, embedded, held_out_rows
-from sordino.mpc.ring import share
-from sordino.mpc.sentences import Sentences, batches, in_the_clear
-from sordino.mpc.server import HELD
-from sordino.mpc.supply import Numbered, Tape
-from sordino.mpc.tower import PrivateTower, bundled_tower
+from sordino.mpc.arithmetic.memory import keep_freed
+from sordino.mpc.arithmetic.ring import share
+from sordino.mpc.dealing.correlations import Mask, Product
+from sordino.mpc.dealing.supply import Numbered, Tape
+from sordino.mpc.parties.server import HELD
+from sordino.mpc.tower.distill import teacher_of
+from sordino.mpc.tower.encoder import shared_weights
+from sordino.mpc.tower.public_text import SENTENCES, calibration_of, embedded, held_out_rows
+from sordino.mpc.tower.sentences import Sentences, batches, in_the_clear
+from sordino.mpc.tower.tower import PrivateTower, bundled_tower
 
 FRACTION = 14  # of embeddings
 

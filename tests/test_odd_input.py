@@ -31,8 +31,8 @@ from sordino.console import run_command
 from sordino.encoders import cache
 from sordino.errors import SordinoWarning
 from sordino.experiment import run
-from sordino.mpc import settings as private
 from sordino.privacy.settings import PrivacySettings
+from sordino.private_tuning import settings as private
 from sordino.runtime.settings import RuntimeSettings
 from sordino.tasks.settings import DataSettings, PartitionSettings, PoisoningSettings
 

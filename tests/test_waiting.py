@@ -11,7 +11,14 @@ import pytest
 
 from sordino.waiting import CHOICES
 
-MODULES = ("sordino", "sordino.cli", "sordino.mpc", "sordino.mpc.server", "sordino.experiment", "sordino.__main__")
+MODULES = (
+    "sordino",
+    "sordino.cli",
+    "sordino.mpc",
+    "sordino.mpc.parties.server",
+    "sordino.experiment",
+    "sordino.__main__",
+)
 
 
 def spins(module: str, **given: str) -> int:

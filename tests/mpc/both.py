@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sordino.mpc.costs import Cost, Costs
-from sordino.mpc.packing import packed_size
-from sordino.mpc.party import Party, Shared, reconstruct, run
-from sordino.mpc.prg import Prg
-from sordino.mpc.ring import encode
-from sordino.mpc.roots import Root
+from sordino.mpc.arithmetic.packing import packed_size
+from sordino.mpc.arithmetic.prg import Prg
+from sordino.mpc.arithmetic.ring import encode
+from sordino.mpc.dealing.costs import Cost, Costs
+from sordino.mpc.protocols.party import Party, Shared, reconstruct, run
+from sordino.mpc.protocols.roots import Root
 
 KEYS = bytes(range(32)), bytes(range(32, 64))
 Held = Callable[[Party], Shared]

@@ -16,19 +16,19 @@ from mpc.small import batches, sentences, small_tower
 from scipy import stats
 from torch import Tensor
 
-from sordino.mpc.attention import random_feature_attention
-from sordino.mpc.calibration import Calibration
-from sordino.mpc.correlations import Correlation
-from sordino.mpc.encoder import Encoder, encode_sentences, shared_weights
+from sordino.mpc.arithmetic.packing import Covered, unpack
+from sordino.mpc.arithmetic.ring import encode, lowest, share
+from sordino.mpc.dealing.correlations import Correlation
+from sordino.mpc.dealing.supply import Assistant
 from sordino.mpc.errors import MaskReused
-from sordino.mpc.fourier import cosine_and_sine, gelu
-from sordino.mpc.linear import concatenated, hide, triple_product, truncate
-from sordino.mpc.packing import Covered, unpack
-from sordino.mpc.party import Party, Shared, run
-from sordino.mpc.plan import Plan
-from sordino.mpc.ring import encode, lowest, share
-from sordino.mpc.roots import Norm, calibrate, inverse_root, layer_norm, variance_root
-from sordino.mpc.supply import Assistant
+from sordino.mpc.protocols.attention import random_feature_attention
+from sordino.mpc.protocols.fourier import cosine_and_sine, gelu
+from sordino.mpc.protocols.linear import concatenated, hide, triple_product, truncate
+from sordino.mpc.protocols.party import Party, Shared, run
+from sordino.mpc.protocols.roots import Norm, calibrate, inverse_root, layer_norm, variance_root
+from sordino.mpc.tower.calibration import Calibration
+from sordino.mpc.tower.encoder import Encoder, encode_sentences, shared_weights
+from sordino.mpc.tower.plan import Plan
 
 ENOUGH = 5  # times that each value of a byte is expected, at least
 FALSE_ALARM = 1e-6  # of a whole test of fresh randomness, by as many chi-squares as it makes

@@ -14,20 +14,20 @@ correlated randomness and sees no data, follow the protocol, and no two of them 
     reconstruct(ran.results), ran.costs.table()
 """
 
-from sordino.mpc.attention import random_feature_attention
-from sordino.mpc.calibration import Calibration
-from sordino.mpc.correlations import Correlation
-from sordino.mpc.costs import Cost, Costs, protocol
-from sordino.mpc.dealer import Dealer
-from sordino.mpc.encoder import Encoder, encode_sentences, shared_weights
+from sordino.mpc.arithmetic.ring import decode, encode, share
+from sordino.mpc.dealing.correlations import Correlation
+from sordino.mpc.dealing.costs import Cost, Costs, protocol
+from sordino.mpc.dealing.dealer import Dealer
+from sordino.mpc.dealing.supply import Assistant, Supply
 from sordino.mpc.errors import MaskReused, MpcError, OutOfRange, PartyLost
-from sordino.mpc.fourier import Series, angle_of, cosine_and_sine, evaluate, fit, gelu, gelu_series, turn
-from sordino.mpc.linear import concatenated, hide, lifted, multiply, product, reveal, triple_product, truncate
-from sordino.mpc.party import Channel, Masked, Party, Ran, Shared, reconstruct, run
-from sordino.mpc.plan import Plan
-from sordino.mpc.ring import decode, encode, share
-from sordino.mpc.roots import Norm, Root, calibrate, inverse_root, layer_norm, unit_norm, variance_root
-from sordino.mpc.supply import Assistant, Supply
+from sordino.mpc.protocols.attention import random_feature_attention
+from sordino.mpc.protocols.fourier import Series, angle_of, cosine_and_sine, evaluate, fit, gelu, gelu_series, turn
+from sordino.mpc.protocols.linear import concatenated, hide, lifted, multiply, product, reveal, triple_product, truncate
+from sordino.mpc.protocols.party import Channel, Masked, Party, Ran, Shared, reconstruct, run
+from sordino.mpc.protocols.roots import Norm, Root, calibrate, inverse_root, layer_norm, unit_norm, variance_root
+from sordino.mpc.tower.calibration import Calibration
+from sordino.mpc.tower.encoder import Encoder, encode_sentences, shared_weights
+from sordino.mpc.tower.plan import Plan
 
 __all__ = [
     "Assistant",

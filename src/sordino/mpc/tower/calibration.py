@@ -1,0 +1,258 @@
+"""The ranges that a tower's states keep to, which protocols without comparison have to know beforehand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import combinations, pairwise
+from typing import Any, Self, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from sordino.mpc.errors import MpcError, OutOfRange
+from sordino.mpc.protocols.fourier import least_period
+from sordino.mpc.tower.tower import PrivateTower
+
+Range = tuple[float, float]  # smallest and largest
+GROUPS = 4  # of inner units, at most
+T = TypeVar("T")
+
+
+class Stored:
+    """A dataclass that comes and goes as JSON."""
+
+    def to_json(self) -> str:
+        """As text."""
+        return TypeAdapter(type(self)).dump_json(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse of `to_json`.
+
+        Raises:
+            MpcError: it is no such thing.
+        """
+        try:
+            return TypeAdapter(cls).validate_json(text)
+        except ValidationError as error:
+            raise MpcError(f"no {cls.__name__.lower()}: {error}") from None
+
+
+@dataclass(frozen=True)
+class NormRanges:
+    """What a LayerNorm meets.
+
+    Attributes:
+        first: variances of the first token's rows.
+        rest: those of the others.
+        size: sizes of its result.
+    """
+
+    first: Range
+    rest: Range
+    size: Range
+
+
+@dataclass(frozen=True)
+class LayerRanges:
+    """What a layer meets. Sizes are absolute values.
+
+    Attributes:
+        query, key: squared norms, for each head.
+        weights: of attention: the mean over a sentence's keys, for each query.
+        value: sizes of values.
+        attended: sizes of what attention gives.
+        out: sizes of its projection.
+        norm1: of the norm after attention.
+        inner: sizes of GeLU's arguments, of each unit; with few different ends, as units share their ranges in groups.
+        outer: sizes of the second linear layer's results.
+        norm2: of the norm after it.
+    """
+
+    query: tuple[Range, ...]
+    key: tuple[Range, ...]
+    weights: Range
+    value: Range
+    attended: Range
+    out: Range
+    norm1: NormRanges
+    inner: tuple[Range, ...]
+    outer: Range
+    norm2: NormRanges
+
+
+@dataclass(frozen=True)
+class Calibration(Stored):
+    """The ranges that the protocols need, found by running a tower in the clear on public sentences.
+
+    Attributes:
+        norm: of the norm on embeddings.
+        layers: of each layer.
+        margin: every range was widened by it as a factor, at both ends. Squared norms and variances count as they
+            are, so that they allow for its root in the vectors.
+    """
+
+    norm: NormRanges
+    layers: tuple[LayerRanges, ...]
+    margin: float
+
+    @classmethod
+    def measure(
+        cls, tower: PrivateTower, sentences: Iterable[tuple[Tensor, Tensor]], margin: float = 1.5
+    ) -> Calibration:
+        """Run a tower on sentences of two tokens or more.
+
+        Args:
+            tower: in the clear.
+            sentences: batches of embeddings [B, T, E], of tokens with their positions, and mask [B, T]. They should be
+                like those to come: of all lengths, and with soft prompts where these will be tuned, which widen
+                some variances in MiniLM's tower 24 times.
+            margin: a factor of at least 1.
+
+        Raises:
+            MpcError: there are no sentences of two tokens.
+            OutOfRange: attention weights of a query add up to nothing or less, of which no reciprocal can be taken.
+        """
+        found = [_measured(tower, *batch) for batch in sentences]
+        if not found or not math.isfinite(_joined(found).norm.rest[0]):
+            raise MpcError("no sentence of two tokens to calibrate with: give some")
+        joined = _joined(found)
+        for number, layer in enumerate(joined.layers):
+            if layer.weights[0] <= 0:
+                raise OutOfRange(f"mean attention weights of layer {number} go down to {layer.weights[0]:g}; train it")
+        wide = _widened(joined, margin)
+        return replace(wide, layers=tuple(_levelled(layer) for layer in wide.layers))
+
+    def outside(self, tower: PrivateTower, sentences: Iterable[tuple[Tensor, Tensor]]) -> list[str]:
+        """The names of ranges that sentences leave, such as `layers.0.norm1.rest`; none if all is well.
+
+        See `measure`. This is for whoever holds the tower and public sentences: on shares nothing can be checked.
+        """
+        found = _flat(_joined([_measured(tower, *batch) for batch in sentences]))
+        own = _flat(self)
+        return [name for name, (low, high) in found.items() if low < own[name][0] or high > own[name][1]]
+
+
+@torch.no_grad()
+def _measured(tower: PrivateTower, embeddings: Tensor, mask: Tensor) -> Calibration:
+    """Ranges of one batch, without a margin."""
+    there, width = mask > 0, embeddings.shape[-1]
+    norm = _norm_ranges(embeddings, F.layer_norm(embeddings, (width,), *tower.norm, tower.epsilon), there)
+    x, layers = F.layer_norm(embeddings, (width,), *tower.norm, tower.epsilon), []
+    for layer in tower.layers:
+        query, key, value = _projected(x, layer, tower.heads)
+        attended, weights = tower.attend(x, layer, mask)
+        out = F.linear(attended, layer["out.weight"], layer["out.bias"])
+        middle = F.layer_norm(x + out, (width,), layer["norm1.weight"], layer["norm1.bias"], tower.epsilon)
+        inner = F.linear(middle, layer["inner.weight"], layer["inner.bias"])
+        outer = F.linear(F.gelu(inner), layer["outer.weight"], layer["outer.bias"])
+        state = F.layer_norm(middle + outer, (width,), layer["norm2.weight"], layer["norm2.bias"], tower.epsilon)
+        tokens = there[:, None].expand(-1, tower.heads, -1)  # [B, H, T]
+        layers.append(
+            LayerRanges(
+                query=tuple(_range((part**2).sum(-1)[there]) for part in query.unbind(1)),
+                key=tuple(_range((part**2).sum(-1)[there]) for part in key.unbind(1)),
+                weights=_range(weights[tokens]),
+                value=_size(value[tokens]),
+                attended=_size(attended[there]),
+                out=_size(out[there]),
+                norm1=_norm_ranges(x + out, middle, there),
+                inner=tuple((0.0, size) for size in inner[there].abs().amax(0).tolist()),
+                outer=_size(outer[there]),
+                norm2=_norm_ranges(middle + outer, state, there),
+            )
+        )
+        x = state
+    return Calibration(norm, tuple(layers), 1.0)
+
+
+def _projected(x: Tensor, layer: Mapping[str, Tensor], heads: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values, [B, H, T, d]."""
+    return tuple(heads_of(part, heads) for part in F.linear(x, layer["qkv.weight"], layer["qkv.bias"]).chunk(3, -1))
+
+
+def _norm_ranges(x: Tensor, result: Tensor, there: Tensor) -> NormRanges:
+    variances = x.var(-1, correction=0)
+    return NormRanges(_range(variances[:, 0]), _range(variances[:, 1:][there[:, 1:]]), _size(result[there]))
+
+
+def _range(values: Tensor) -> Range:
+    """Of all values; from infinity to minus infinity if there are none."""
+    if values.numel() == 0:
+        return math.inf, -math.inf
+    low, high = values.aminmax()
+    return low.item(), high.item()
+
+
+def _size(values: Tensor) -> Range:
+    return 0.0, values.abs().max().item()
+
+
+def _joined(found: Sequence[Calibration]) -> Calibration:
+    """The smallest ranges that hold all."""
+    return _each_range(lambda *ranges: (min(low for low, _ in ranges), max(high for _, high in ranges)), *found)
+
+
+def _levelled(layer: LayerRanges) -> LayerRanges:
+    """With the inner units in groups, each unit's range that of the widest of its group.
+
+    A group has one series for GeLU, whose frequencies, and with them what is dealt for a unit, grow with its period.
+    Of all ways to part the units, in the order of their ranges, where 1, 2, 3, 4, 6, 8, 12 .. are left, the cheapest is
+    taken.
+    """
+    order = sorted(range(len(layer.inner)), key=lambda unit: layer.inner[unit][1])
+    ends = [layer.inner[unit][1] for unit in order]
+    left = {1} | {step << power for step in (2, 3) for power in range(len(ends).bit_length())}
+    marks = sorted(len(ends) - each for each in left if each < len(ends))
+
+    def dealt(cuts: Iterable[int]) -> float:
+        return sum((end - start) * least_period(ends[end - 1]) for start, end in pairwise(cuts))
+
+    ways = ((0, *inner, len(ends)) for number in range(GROUPS) for inner in combinations(marks, number))
+    highs = {order[at]: ends[end - 1] for start, end in pairwise(min(ways, key=dealt)) for at in range(start, end)}
+    return replace(layer, inner=tuple((0.0, highs[unit]) for unit in range(len(ends))))
+
+
+def _widened(calibration: Calibration, margin: float) -> Calibration:
+    wider = _each_range(lambda ends: (ends[0] / margin, ends[1] * margin), calibration)
+    return replace(wider, margin=margin)
+
+
+def _each_range(change: Callable[..., Range], *trees: T) -> T:
+    """Trees of dataclasses and tuples alike, joined range by range; other numbers are those of the first."""
+    first: Any = trees[0]
+    if is_dataclass(first) and not isinstance(first, type):
+        parts = {each.name: [getattr(tree, each.name) for tree in trees] for each in fields(first)}
+        return cast(T, replace(first, **{name: _each_range(change, *part) for name, part in parts.items()}))
+    if not isinstance(first, tuple):
+        return cast(T, first)
+    if isinstance(first[0], float):
+        return cast(T, change(*trees))
+    return cast(T, tuple(_each_range(change, *part) for part in zip(*cast(Any, trees), strict=True)))
+
+
+def _flat(tree: object, name: str = "") -> dict[str, Range]:
+    """Ranges of a tree by their names, `layers.0.norm1.first`."""
+    if is_dataclass(tree):
+        parts = {each.name: getattr(tree, each.name) for each in fields(tree)}
+    elif isinstance(tree, tuple):
+        if isinstance(tree[0], float):
+            return {name: (tree[0], tree[1])}
+        parts = {str(index): part for index, part in enumerate(tree)}
+    else:
+        return {}
+    return {
+        full: ends
+        for own, part in parts.items()
+        for full, ends in _flat(part, f"{name}.{own}" if name else own).items()
+    }
+
+
+def heads_of(x: Tensor, heads: int) -> Tensor:
+    """[B, T, H d] as [B, H, T, d]."""
+    split: Tensor = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return split

@@ -1,0 +1,264 @@
+"""Teach a tower with random feature attention what a tower with softmax says, once, in the clear, on public text.
+
+The text is WordNet's definitions and ImageNet's class names, as timm lists them: no image and nobody's data. Names come
+behind a hand-written context, and behind soft ones, words drawn at random with noise on their embeddings, since that is
+what tuning will put there. All weights of the layers are trained, the frequencies with them; embeddings stay. The loss
+is one minus the cosine of the mean-pooled sentences, plus the squared error of the hidden states after each layer
+relative to their size, which is what makes it quick: each layer has a target of its own. Cosines may add up to nothing,
+and on shares a quotient needs a divisor that is well above; so mean attention weights below `FLOOR` are punished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sordino.encoders.bert_folder import EMBEDDINGS, bert_weights
+from sordino.encoders.bundled import TEXT_MODEL, Embedder, TextTower, package_path
+from sordino.errors import ConfigError, EncoderError, RunError
+from sordino.files import write_atomically
+from sordino.mpc.tower.public_text import (
+    HELD_OUT,
+    SOFT_NOISE,
+    behind_soft_context,
+    embedded,
+    name_tokens,
+    split_definitions,
+)
+from sordino.mpc.tower.tower import FEATURES, PrivateTower, SoftmaxTower
+from sordino.progress import Progress, silent
+
+LONGEST = 32  # tokens of a sentence; the rest is cut off
+SOFT_SHARE = 0.25  # of the batches: names behind soft contexts
+WARM_UP = 50  # steps, at most
+FLOOR = 0.3  # mean attention weights below it are punished, by the squared difference
+FLOOR_WEIGHT = 3.0
+TEMPERATURE = "temperature"  # of a layer while it is trained: [H, 1, 1], its logarithm
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Cosines of student's and teacher's sentences.
+
+    Attributes:
+        step: after how many.
+        mean, low: over sentences that were held out, and the 5% quantile.
+    """
+
+    step: int
+    mean: float
+    low: float
+
+
+def distil(
+    teacher: TextTower,
+    steps: int,
+    batch: int = 32,
+    learning_rate: float = 5e-4,
+    features: int = 64,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> tuple[PrivateTower, list[Agreement]]:
+    """A tower with random feature attention that says what the teacher says.
+
+    Args:
+        teacher: a BERT-like tower.
+        steps: of AdamW, after a linear warm-up on a cosine schedule.
+        batch: sentences a step.
+        learning_rate: the largest.
+        features: R, frequencies a head.
+        seed: of frequencies, batches and soft contexts.
+        progress: is told how far it is.
+
+    Returns:
+        The tower, and its agreement with the teacher on held-out sentences, at the start, every 100 steps and at the
+        end.
+
+    Raises:
+        RunError: training diverged.
+    """
+    texts, original = _Texts(teacher, batch, seed), SoftmaxTower.of(teacher)
+    student = _trainable(PrivateTower.from_softmax(teacher, features, seed))
+    parameters = [part for layer in student.layers for part in layer.values()]
+    optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    warm_up = max(1, min(WARM_UP, steps // 4))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / warm_up) * (1 + math.cos(math.pi * step / steps)) / 2
+    )
+    agreements = []
+    for step, (embeddings, mask) in zip(range(steps + 1), texts.batches(), strict=False):
+        if step % 100 == 0 or step == steps:
+            agreements.append(_agreement(_folded(student), original, texts, step))
+            progress("distil", step, steps, f"cosine {agreements[-1].mean:.4f}")
+        if step == steps:
+            break
+        with torch.no_grad():
+            wanted = original(embeddings, mask)
+        loss = _loss(_folded(student).passes(embeddings, mask), wanted, mask)
+        if not loss.isfinite():
+            raise RunError(f"distillation diverged in step {step}; lower the learning rate")
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        return _folded(student, detached=True), agreements
+
+
+def distil_to(
+    file: Path, model: Path | None, steps: int, batch: int, features: int, seed: int, progress: Progress = silent
+) -> Agreement:
+    """Distil a tower, and store it with what it is made of.
+
+    Args:
+        file: where to; a directory that is not there is made.
+        model: folder of a BERT-like checkpoint; None for the bundled text tower.
+        steps, batch, features, seed, progress: see `distil`.
+
+    Returns:
+        The agreement at the end.
+
+    Raises:
+        ConfigError: there is no such checkpoint.
+        RunError: training diverged, or the file cannot be written.
+    """
+    teacher = teacher_of(model)
+    tower, agreements = distil(teacher, steps, batch, features=features, seed=seed, progress=progress)
+    recipe = {"steps": steps, "batch": batch, "features": features, "seed": seed}
+    about = {"teacher": fingerprint(teacher), "recipe": json.dumps(recipe)}
+    about["agreement"] = json.dumps([asdict(each) for each in agreements])
+    write_atomically(file, tower.to_bytes(about))
+    return agreements[-1]
+
+
+def teacher_of(model: Path | None) -> TextTower:
+    """A tower with softmax: that of a folder, or the bundled one.
+
+    Raises:
+        ConfigError: the folder holds no BERT-like checkpoint.
+    """
+    folder = package_path(*TEXT_MODEL) if model is None else model
+    try:
+        return TextTower.load(folder, torch.device("cpu"))
+    except EncoderError as error:
+        raise ConfigError("--model", str(folder), f"no BERT-like checkpoint: {error}") from None
+
+
+def embedder_of(folder: Path | None) -> Embedder:
+    """What a data owner has of a checkpoint, or of the bundled one; `write_embeddings` makes such a folder.
+
+    Raises:
+        ConfigError: the folder holds no embeddings.
+    """
+    folder = package_path(*TEXT_MODEL) if folder is None else folder
+    try:
+        return Embedder.of_folder(folder, torch.device("cpu"))
+    except EncoderError as error:
+        raise ConfigError(
+            "model.embeddings", str(folder), f"no folder as 'sordino mpc embeddings' makes them: {error}"
+        ) from None
+
+
+def write_embeddings(model: Path, folder: Path) -> None:
+    """What a data owner needs of a checkpoint: its tokenizer, and the embeddings of tokens and of positions.
+
+    Args:
+        model: a BERT folder.
+        folder: to be made.
+
+    Raises:
+        ConfigError: there is no such checkpoint.
+        RunError: the folder cannot be written.
+    """
+    teacher_of(model)  # for its complaints
+    named = bert_weights(model, EMBEDDINGS)
+    write_atomically(folder / "model.safetensors", safetensors.torch.save(named))
+    write_atomically(folder / "tokenizer.json", (model / "tokenizer.json").read_bytes())
+
+
+def pooled(states: Tensor, mask: Tensor) -> Tensor:
+    """Mean over tokens, with unit norm: [B, T, E] to [B, E]."""
+    return F.normalize((states * mask[..., None]).sum(1), dim=-1)
+
+
+def fingerprint(tower: TextTower) -> str:
+    """SHA-256 of a tower's weights, by which a stored student knows its teacher."""
+    digest = hashlib.sha256()
+    for part in (tower.words, tower.positions, *(layer[name] for layer in tower.layers for name in sorted(layer))):
+        digest.update(part.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _loss(found: list[tuple[Tensor, Tensor]], wanted: list[Tensor], mask: Tensor) -> Tensor:
+    """Of states and mean attention weights, against a teacher's states."""
+    whole = (1 - (pooled(found[-1][0], mask) * pooled(wanted[-1], mask)).sum(-1)).mean()
+    there = mask[..., None]
+    layers = [((a - b) ** 2 * there).sum() / (b**2 * there).sum() for (a, _), b in zip(found, wanted, strict=True)]
+    short = [(F.relu(FLOOR - weights) ** 2 * mask[:, None]).sum() for _, weights in found]
+    return whole + torch.stack(layers).mean() + FLOOR_WEIGHT * torch.stack(short).sum() / mask.sum()
+
+
+@torch.no_grad()
+def _agreement(student: PrivateTower, original: SoftmaxTower, texts: _Texts, step: int) -> Agreement:
+    cosines = []
+    for embeddings, mask in texts.held_out():
+        found, wanted = student(embeddings, mask)[-1], original(embeddings, mask)[-1]
+        cosines.append((pooled(found, mask) * pooled(wanted, mask)).sum(-1))
+    every = torch.cat(cosines)
+    return Agreement(step, float(every.mean()), float(every.quantile(0.05)))
+
+
+def _trainable(tower: PrivateTower) -> PrivateTower:
+    """With weights that take gradients, and a temperature of each head beside its frequencies."""
+    layers = []
+    for layer in tower.layers:
+        named = {**layer, TEMPERATURE: torch.zeros(tower.heads, 1, 1).to(layer[FEATURES])}
+        layers.append({name: part.detach().clone().requires_grad_() for name, part in named.items()})
+    return replace(tower, layers=tuple(layers))
+
+
+def _folded(tower: PrivateTower, detached: bool = False) -> PrivateTower:
+    """With temperatures in the frequencies."""
+    layers = []
+    for layer in tower.layers:
+        named = {name: part for name, part in layer.items() if name != TEMPERATURE}
+        named[FEATURES] = layer[FEATURES] * layer[TEMPERATURE].exp()
+        layers.append({name: part.detach() if detached else part for name, part in named.items()})
+    return replace(tower, layers=tuple(layers))
+
+
+class _Texts:
+    """Sentences as embeddings, in batches of about one length."""
+
+    def __init__(self, tower: TextTower, batch: int, seed: int) -> None:
+        self._tower, self._batch = tower, batch
+        self._generator = torch.Generator().manual_seed(seed)
+        self._held, self._train = (
+            [tower.tokenizer.encode(text).ids[:LONGEST] for text in texts] for texts in split_definitions()
+        )
+        self._names = name_tokens(tower)
+
+    def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All sentences that are never trained on."""
+        for start in range(0, HELD_OUT, 64):
+            yield embedded(self._tower, self._held[start : start + 64])
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches without end: embeddings [B, T, E] and mask [B, T]."""
+        while True:
+            drawn = torch.randperm(len(self._train), generator=self._generator)[: 16 * self._batch].tolist()
+            sentences = sorted((self._train[index] for index in drawn), key=len)
+            for number in torch.randperm(16, generator=self._generator).tolist():
+                if float(torch.rand((), generator=self._generator)) < SOFT_SHARE:
+                    yield behind_soft_context(self._tower, self._names, self._batch, SOFT_NOISE, self._generator)
+                yield embedded(self._tower, sentences[number * self._batch : (number + 1) * self._batch])
