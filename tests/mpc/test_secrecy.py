@@ -16,7 +16,7 @@ from mpc.small import batches, sentences, small_tower
 from scipy import stats
 from torch import Tensor
 
-from sordino.mpc.arithmetic.packing import Covered, unpack
+from sordino.mpc.arithmetic.packing import MaskedShare, unpack
 from sordino.mpc.arithmetic.ring import encode, lowest, share
 from sordino.mpc.dealing.correlations import Correlation
 from sordino.mpc.dealing.supply import Assistant
@@ -109,9 +109,9 @@ def transcript(embeddings: Tensor, number: int, key: bytes, calibration: Calibra
             def unmasked(values: Sequence[Tensor], bits: Sequence[int]) -> list[Tensor]:
                 raise AssertionError("a share was sent as it is")
 
-            def overheard(covered: Sequence[Covered]) -> list[Tensor]:
-                sums = opening(covered)
-                for each, found in zip(covered, sums, strict=True):
+            def overheard(masked_shares: Sequence[MaskedShare]) -> list[Tensor]:
+                sums = opening(masked_shares)
+                for each, found in zip(masked_shares, sums, strict=True):
                     own = unpack(each.packed(), tuple(found.shape), each.bits)
                     seen.online.append((lowest(found - own, each.bits), each.bits))
                     seen.opened.append((lowest(found + each.mask, each.bits), each.bits))

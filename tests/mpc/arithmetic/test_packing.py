@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sordino.mpc.arithmetic.packing import Covered, pack, packed_size, unpack, unpack_each
+from sordino.mpc.arithmetic.packing import MaskedShare, pack, packed_size, unpack, unpack_each
 from sordino.mpc.arithmetic.prg import Prg
 from sordino.mpc.arithmetic.ring import lowest
 from sordino.mpc.errors import PartyLost
@@ -60,8 +60,8 @@ def test_covered_shares_open_to_their_sum(
 ) -> None:
     """Against Python's integers: what is sent, and what comes out of both."""
     columns = torch.tensor(rows, dtype=torch.int64).view(-1, 4).T.contiguous()
-    first = Covered(columns[0], columns[1], bits, times, shift, up=True)
-    second = Covered(columns[2], columns[3], bits, times, shift)
+    first = MaskedShare(columns[0], columns[1], bits, times, shift, up=True)
+    second = MaskedShare(columns[2], columns[3], bits, times, shift)
     sent = [(wrapped(wrapped(a * times) + 2**shift - 1) >> shift) - b for a, b, _, _ in rows]
     other = [(wrapped(a * times) >> shift) - b for _, _, a, b in rows]
     assert first.packed() == pack(torch.tensor([wrapped(each) for each in sent], dtype=torch.int64), bits)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from sordino.mpc.arithmetic.prg import Prg
-from sordino.mpc.arithmetic.ring import centred, decode, encode, lowest, share
+from sordino.mpc.arithmetic.ring import centered, decode, encode, lowest, share
 from sordino.mpc.errors import OutOfRange
 
 WORDS = st.sampled_from([0, 1, -1, 2**63 - 1, -(2**63), 2**32]) | st.integers(-(2**63), 2**63 - 1)
@@ -33,7 +33,7 @@ def test_arithmetic_is_that_of_integers_modulo_two_to_the_64(pairs: list[tuple[i
 @given(WORDS, st.integers(1, 64))
 def test_representatives_modulo_fewer_bits(value: int, bits: int) -> None:
     integer = torch.tensor(value)
-    assert centred(integer, bits).item() == wrapped(value, bits)
+    assert centered(integer, bits).item() == wrapped(value, bits)
     assert lowest(integer, bits).item() == (wrapped(value) if bits == 64 else value % 2**bits)
 
 

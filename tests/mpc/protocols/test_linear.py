@@ -14,7 +14,7 @@ from scipy import stats
 
 from sordino.mpc.arithmetic.packing import packed_size
 from sordino.mpc.arithmetic.prg import Prg
-from sordino.mpc.arithmetic.ring import centred, lowest
+from sordino.mpc.arithmetic.ring import centered, lowest
 from sordino.mpc.dealing.costs import Cost
 from sordino.mpc.errors import OutOfRange
 from sordino.mpc.protocols.linear import hide, multiply, product, reveal, triple_product, truncate
@@ -27,7 +27,7 @@ def integers_of(program: object) -> torch.Tensor:
     """What a program's result is in the ring."""
     ran = run(program, KEYS, timeout=60)  # type: ignore[arg-type]
     first, second = ran.results
-    return centred(first.share + second.share, first.bits)
+    return centered(first.share + second.share, first.bits)
 
 
 @settings(max_examples=25)
@@ -35,12 +35,12 @@ def integers_of(program: object) -> torch.Tensor:
 def test_products_are_those_of_the_ring(triples: list[tuple[int, int, int]], bits: int) -> None:
     a, b, c = torch.tensor(triples).T
     x, y, z = (held_integers(value, seed=seed) for seed, value in enumerate((a, b, c)))
-    assert (integers_of(lambda p: multiply(p, x(p), y(p), bits)) == centred(a * b, bits)).all()
+    assert (integers_of(lambda p: multiply(p, x(p), y(p), bits)) == centered(a * b, bits)).all()
 
     def program(party: Party) -> Shared:
         return triple_product(party, *hide(party, x(party), y(party), z(party), bits=[bits, 64, 64]))
 
-    assert (integers_of(program) == centred(a * b * c, bits)).all()
+    assert (integers_of(program) == centered(a * b * c, bits)).all()
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_no_truncation_of_a_hundred_million_fails(bits: int, shift: int) -> None
     generator = Prg(bytes(32))
 
     def block(number: int) -> torch.Tensor:
-        small = centred(generator.integers(2 * number, (count // 2,)), bits - 10)
+        small = centered(generator.integers(2 * number, (count // 2,)), bits - 10)
         return torch.cat([small, torch.full((count // 4,), limit), torch.full((count // 4,), -limit)])
 
     def program(party: Party) -> int:

@@ -26,7 +26,7 @@ def compiled(kernel: Kernel) -> Kernel:
     """Without the interpreter's lock; kept beside this file or in the user's cache for later, where one may write."""
     try:
         return cast(Kernel, numba.njit(nogil=True, cache=True)(kernel))
-    except RuntimeError:  # numba found no folder
+    except RuntimeError:  # numba has no folder to write to
         return cast(Kernel, numba.njit(nogil=True)(kernel))
 
 
@@ -77,14 +77,14 @@ def unpack(
 
 
 @compiled
-def digits(integers: Integers, found: Bytes) -> None:
-    """The lowest digits of eight bits of integers [I, J], from -128 to 127, as many as found [I, D, J] holds."""
+def digits(integers: Integers, places: Bytes) -> None:
+    """The lowest digits of eight bits of integers [I, J], from -128 to 127, as many as places [I, D, J] holds."""
     for i in range(integers.shape[0]):
         for j in range(integers.shape[1]):
             rest = integers[i, j]
-            for place in range(found.shape[1]):
+            for place in range(places.shape[1]):
                 digit = np.int8(rest)
-                found[i, place, j] = digit
+                places[i, place, j] = digit
                 rest = (rest - digit) >> 8
 
 
@@ -112,7 +112,7 @@ def add_products(
 
 
 @compiled
-def wave(turn: int, coarse: Integers, fine: Integers) -> tuple[int, int]:
+def cosine_and_sine(turn: int, coarse: Integers, fine: Integers) -> tuple[int, int]:
     """cos and sin of an angle with 26 fraction bits, by the addition theorems; both are rounded, halves upwards.
 
     Its upper 18 bits have cosines and sines in `coarse` [2, 2^18], the lower 8 in `fine` [2, 2^8].
@@ -126,10 +126,10 @@ def wave(turn: int, coarse: Integers, fine: Integers) -> tuple[int, int]:
 
 
 @compiled
-def waves(turns: Integers, coarse: Integers, fine: Integers, cosines: Integers, sines: Integers) -> None:
-    """The `wave` of each angle, which has 26 bits."""
+def cosines_and_sines(turns: Integers, coarse: Integers, fine: Integers, cosines: Integers, sines: Integers) -> None:
+    """The `cosine_and_sine` of each angle, which has 26 bits."""
     for i in range(len(turns)):
-        cosines[i], sines[i] = wave(turns[i], coarse, fine)
+        cosines[i], sines[i] = cosine_and_sine(turns[i], coarse, fine)
 
 
 @compiled
@@ -144,7 +144,7 @@ def harmonics(
     count, whole, half = len(frequencies), (np.int64(1) << 26) - 1, np.int64(1) << (cut - 1)
     for i in range(len(turns)):
         for k in range(count):
-            cosine, sine = wave(turns[i] * frequencies[k] & whole, coarse, fine)
+            cosine, sine = cosine_and_sine(turns[i] * frequencies[k] & whole, coarse, fine)
             a, b = coefficients[0, k], coefficients[1, k]
             factors[i, k] = (a * cosine + b * sine + half) >> cut
             factors[i, count + k] = (b * cosine - a * sine + half) >> cut
@@ -191,12 +191,12 @@ def triple(
 
 
 @compiled
-def look_up(table: Narrow, rows: Integers, found: Integers) -> None:
+def look_up(table: Narrow, rows: Integers, values: Integers) -> None:
     """Rows of a table, as wide integers."""
     for i in range(len(rows)):
         row = rows[i]
         for j in range(table.shape[1]):
-            found[i, j] = table[row, j]
+            values[i, j] = table[row, j]
 
 
 @compiled

@@ -72,7 +72,7 @@ def cut(content: Octets, sizes: Sequence[int]) -> list[memoryview]:
 
 
 @dataclass(frozen=True, eq=False)
-class Covered:
+class MaskedShare:
     """A party's share less its share of a mask, modulo 2^bits: share times / 2^shift, rounded to an integer, - mask.
 
     If one party rounds down and the other up, the sum is off by less than one, is right where nothing is lost, and is

@@ -76,18 +76,22 @@ def by_digits(left: Tensor, right: Tensor, bits: int = WORD) -> Tensor:
     product of bytes is the sum of all a_i b_j with i + j = s. J is below 2^14.
     """
     count, (rows, inner), columns = math.ceil(bits / DIGIT), left.shape, len(right)
-    theirs = torch.empty(columns, count, inner, dtype=torch.int8)
-    kernels.digits(right.contiguous().numpy(), theirs.numpy()[:, ::-1])
-    ours = torch.empty(min(ROWS, rows), count, inner, dtype=torch.int8)
+    right_digits = torch.empty(columns, count, inner, dtype=torch.int8)
+    kernels.digits(right.contiguous().numpy(), right_digits.numpy()[:, ::-1])
+    left_digits = torch.empty(min(ROWS, rows), count, inner, dtype=torch.int8)
     sums = torch.empty(count, min(ROWS, rows), columns, dtype=torch.int32)
     result = torch.empty(rows, columns, dtype=torch.int64)
-    for some, part in zip(left.contiguous().split(ROWS), result.split(ROWS), strict=True):
-        kernels.digits(some.numpy(), ours.numpy()[: len(some)])
+    for rows_of_left, rows_of_result in zip(left.contiguous().split(ROWS), result.split(ROWS), strict=True):
+        kernels.digits(rows_of_left.numpy(), left_digits.numpy()[: len(rows_of_left)])
         for place in range(count):
             width = (place + 1) * inner
-            last = theirs.view(columns, -1)[:, -width:]
-            torch._int_mm(ours.view(len(ours), -1)[: len(some), :width], last.T, out=sums[place, : len(some)])
-        kernels.carry(sums.numpy()[:, : len(some)], part.numpy())
+            last = right_digits.view(columns, -1)[:, -width:]
+            torch._int_mm(
+                left_digits.view(len(left_digits), -1)[: len(rows_of_left), :width],
+                last.T,
+                out=sums[place, : len(rows_of_left)],
+            )
+        kernels.carry(sums.numpy()[:, : len(rows_of_left)], rows_of_result.numpy())
     return result
 
 
@@ -97,7 +101,7 @@ def digits_are_exact() -> bool:
 
     Not where a processor adds pairs of products in 16 bits, as without VNNI, which the largest digits show.
     """
-    left, right = _tried()
+    left, right = _trial()
     difference = by_digits(left, right, 48) - left @ right.mT
     return bool((difference & low_bits(48) == 0).all())
 
@@ -107,19 +111,19 @@ def digits_are_faster() -> bool:
     """Whether `by_digits` is exact and takes less time than int64 here, for 48 bits: tried once, in some 0.05 s."""
     if not hasattr(torch, "_int_mm") or not digits_are_exact():
         return False
-    left, right = _tried()
+    left, right = _trial()
 
     def seconds(work: Callable[[], Tensor]) -> float:
         began = time.perf_counter()
         work()
         return time.perf_counter() - began
 
-    both = [(seconds(lambda: by_digits(left, right, 48)), seconds(lambda: left @ right.mT)) for _ in range(3)]
-    digits, plain = (min(each) for each in zip(*both, strict=True))
+    trials = [(seconds(lambda: by_digits(left, right, 48)), seconds(lambda: left @ right.mT)) for _ in range(3)]
+    digits, plain = (min(times) for times in zip(*trials, strict=True))
     return bool(digits < plain)
 
 
-def _tried() -> tuple[Tensor, Tensor]:
+def _trial() -> tuple[Tensor, Tensor]:
     """Two matrices of 48 bits; the first rows are of the least and of the largest digits."""
     source = torch.Generator().manual_seed(0)
     left, right = (torch.randint(-(2**47), 2**47, (ROWS, 384), generator=source) for _ in range(2))

@@ -37,10 +37,10 @@ def encode(values: Tensor | float, fraction: int) -> Tensor:
 
 def decode(integers: Tensor, fraction: int, bits: int = WORD) -> Tensor:
     """Integers modulo 2^bits as numbers, float64: the inverse of `encode`."""
-    return centred(integers, bits).to(torch.float64) / 2.0**fraction
+    return centered(integers, bits).to(torch.float64) / 2.0**fraction
 
 
-def centred(integers: Tensor, bits: int) -> Tensor:
+def centered(integers: Tensor, bits: int) -> Tensor:
     """The representatives from -2^(bits-1) to 2^(bits-1) - 1 of integers modulo 2^bits."""
     return (integers << (WORD - bits)) >> (WORD - bits)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sordino.mpc.arithmetic.packing import Covered, Octets
+from sordino.mpc.arithmetic.packing import MaskedShare, Octets
 from sordino.mpc.arithmetic.prg import Prg
 from sordino.mpc.arithmetic.ring import lowest_
 from sordino.mpc.dealing.correlations import Correlation, Mask
@@ -44,7 +44,7 @@ class Dealer:
         self._last = number
         values = correlation.values(*(self._mask(mask) for mask in correlation.masks))
         other = self.generators[0].integers(number, correlation.shape)  # of which packing takes the lowest bits
-        return Covered(values, other, correlation.bits).packed()
+        return MaskedShare(values, other, correlation.bits).packed()
 
     def _mask(self, mask: Mask) -> Tensor:
         first, second = (generator.integers(mask.number, mask.shape, mask.bits) for generator in self.generators)

@@ -22,7 +22,7 @@ from scipy.special import erf
 from torch import Tensor
 
 from sordino.mpc.arithmetic import kernels
-from sordino.mpc.arithmetic.packing import Covered
+from sordino.mpc.arithmetic.packing import MaskedShare
 from sordino.mpc.arithmetic.ring import CHUNK, WORD, for_each, low_bits, lowest, narrow, worth_a_table
 from sordino.mpc.dealing.correlations import Harmonics, Mask
 from sordino.mpc.dealing.costs import protocol
@@ -173,7 +173,7 @@ def turn(
     Raises:
         OutOfRange: shares are right modulo less than the period.
     """
-    masks, covered = [], []
+    masks, masked_shares = [], []
     given = (for_each(each, len(values)) for each in (period, resolution, eighths))
     for value, log, most, part in zip(values, *given, strict=True):
         times, more = (part, 3) if part != 8 else (1, 0)
@@ -183,9 +183,12 @@ def turn(
         width = min(length, most)
         mask, own = party.supply.mask(value.shape, width)
         masks.append(mask)
-        covered.append(Covered(value.share.contiguous(), own, width, times, length - width, party.number == 1))
+        masked_shares.append(
+            MaskedShare(value.share.contiguous(), own, width, times, length - width, party.number == 1)
+        )
     return [
-        Angle(opened, own.bits, mask) for opened, own, mask in zip(party.open(covered), covered, masks, strict=True)
+        Angle(opened, own.bits, mask)
+        for opened, own, mask in zip(party.open(masked_shares), masked_shares, masks, strict=True)
     ]
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sordino.mpc.arithmetic import kernels
-from sordino.mpc.arithmetic.packing import Covered
+from sordino.mpc.arithmetic.packing import MaskedShare
 from sordino.mpc.arithmetic.products import FORMS
 from sordino.mpc.arithmetic.ring import WORD, decode, for_each, low_bits, lowest_
 from sordino.mpc.dealing.correlations import Lift, Product, TripleProduct
@@ -66,7 +66,7 @@ def hide(
     Raises:
         OutOfRange: shares are right modulo less than asked for, or no bit would be left.
     """
-    masks, covered = [], []
+    masks, masked_shares = [], []
     for value, width, kept in zip(values, for_each(bits, len(values)), for_each(fraction, len(values)), strict=True):
         dropped = max(0, value.fraction - kept)
         right = value.bits - dropped
@@ -76,10 +76,10 @@ def hide(
             raise OutOfRange(f"a value shared modulo 2^{right} cannot be opened modulo 2^{width}; lift it first")
         mask, share = party.supply.mask(value.shape, width)
         masks.append(mask)
-        covered.append(Covered(value.share.contiguous(), share, width, shift=dropped, up=party.number == 1))
+        masked_shares.append(MaskedShare(value.share.contiguous(), share, width, shift=dropped, up=party.number == 1))
     return [
         Masked(opened, own.mask, mask, value.fraction - own.shift)
-        for opened, own, mask, value in zip(party.open(covered), covered, masks, values, strict=True)
+        for opened, own, mask, value in zip(party.open(masked_shares), masked_shares, masks, values, strict=True)
     ]
 
 

@@ -11,7 +11,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from sordino.mpc.arithmetic.packing import Covered, Octets, cut, pack, unpack
+from sordino.mpc.arithmetic.packing import MaskedShare, Octets, cut, pack, unpack
 from sordino.mpc.arithmetic.ring import WORD, Shape, decode, encode
 from sordino.mpc.dealing.correlations import Mask
 from sordino.mpc.dealing.costs import Cost, Costs
@@ -132,14 +132,14 @@ class Party:
             unpack(part, tuple(value.shape), width) for part, value, width in zip(theirs, values, bits, strict=True)
         ]
 
-    def open(self, covered: Sequence[Covered]) -> list[Tensor]:
+    def open(self, masked_shares: Sequence[MaskedShare]) -> list[Tensor]:
         """Send shares less masks, and give their sums with the other party's: one round, likewise.
 
         Raises:
             PartyLost: the other party is gone or astray.
         """
-        theirs = self._swap([each.packed() for each in covered])
-        return [each.opened(part) for each, part in zip(covered, theirs, strict=True)]
+        theirs = self._swap([each.packed() for each in masked_shares])
+        return [each.opened(part) for each, part in zip(masked_shares, theirs, strict=True)]
 
     def _swap(self, contents: Sequence[Octets]) -> list[memoryview]:
         content = contents[0] if len(contents) == 1 else bytearray().join(contents)

@@ -247,11 +247,11 @@ def layer_norm(party: Party, x: Shared, norm: Norm, fraction: int, kept: int = W
         OutOfRange: there are too many fraction bits for the ring.
     """
     width = x.shape[-1]
-    centred = x.view(lambda share: width * share - share.sum(-1, keepdim=True)).doubled(-_log_width(width))
-    left = min(kept, centred.fraction)
+    centered = x.view(lambda share: width * share - share.sum(-1, keepdim=True)).doubled(-_log_width(width))
+    left = min(kept, centered.fraction)
     squares_need = 2 * left + math.log2(norm.root.start.high)
     bits = _width(x, squares_need, left + norm.inverse_fraction + norm.gain.fraction + norm.largest)
-    (hidden,) = hide(party, centred, bits=bits, fraction=left)
+    (hidden,) = hide(party, centered, bits=bits, fraction=left)
     squares = product(party, hidden, hidden, "dot")
     epsilon = party.public(_scale(width) * norm.epsilon, squares.fraction)
     inverse = inverse_root(party, squares + epsilon, norm.root, norm.inverse_fraction)

@@ -31,7 +31,7 @@ def public_cosine_and_sine(opened: Tensor, bits: int, frequency: int) -> tuple[T
     """
     turns = lowest(turns_of(opened, bits) * frequency, COARSE + FINE)
     cosine, sine = torch.empty_like(turns), torch.empty_like(turns)
-    kernels.waves(turns.numpy(), *tables(), cosine.numpy(), sine.numpy())
+    kernels.cosines_and_sines(turns.numpy(), *tables(), cosine.numpy(), sine.numpy())
     return cosine, sine
 
 

@@ -39,7 +39,7 @@ from sordino.mpc.tower.plan import (
     ACTIVATION,
     ANGLE,
     BELOW,
-    CENTRED,
+    CENTERED,
     GAIN,
     GELU,
     MEAN,
@@ -247,7 +247,7 @@ def _normed(party: Party, x: Shared, norm: Norm, plan: NormPlan) -> Shared:
     times = torch.full((x.shape[1], 1), rest)
     times[0] = first
     scaled = x.view(lambda own: own << times).doubled(-rest)
-    return layer_norm(party, scaled, norm, ACTIVATION, CENTRED)
+    return layer_norm(party, scaled, norm, ACTIVATION, CENTERED)
 
 
 def _folded(layer: Mapping[str, Tensor], ranges: LayerRanges) -> dict[str, Tensor]:

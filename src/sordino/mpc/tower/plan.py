@@ -15,7 +15,7 @@ from sordino.mpc.tower.calibration import Calibration, LayerRanges, NormRanges, 
 from sordino.mpc.tower.tower import FEATURES, PrivateTower
 
 ACTIVATION, WEIGHT, GAIN = 11, 15, 8  # fraction bits: of hidden states, of weights, of gains times sqrt(E)
-CENTRED, UNIT = 13, 12  # of what a norm divides, of queries and keys of unit norm
+CENTERED, UNIT = 13, 12  # of what a norm divides, of queries and keys of unit norm
 WAVE, ANGLE = 8, 12  # of attention's cosines: fraction bits, and bits of their arguments
 GELU, BELOW = 14, 12  # of GeLU: fraction bits of its cosines, and bits of its argument below one
 INVERSE = 11  # bits of inverse norms below the smallest of them
