@@ -1,6 +1,6 @@
 """What a forward pass of the private text tower costs on shares: rounds, bytes, and seconds of both servers here.
 
-The bundled tower and its calibration, sentences made of held-out definitions. Both servers and the assistant are in
+The bundled tower and its calibration, sentences made of held-out definitions. Both servers and the dealer are in
 this process, a thread for each server, each with one thread of torch. Randomness is dealt ahead in turns of bounded
 memory: `offline_seconds` is server 1's time in those, the dealer's work included, and `seconds` the rest of its time.
 `int64_share` is the rate of the matrix products that are left online, multiplications a second of both servers, over
@@ -32,7 +32,7 @@ from sordino.mpc import Calibration, Costs, Encoder, Party, Plan, Shared, encode
 from sordino.mpc.arithmetic.memory import keep_freed
 from sordino.mpc.arithmetic.ring import share
 from sordino.mpc.dealing.correlations import Mask, Product
-from sordino.mpc.dealing.supply import Numbered, Tape
+from sordino.mpc.dealing.supply import Numbered, RequestTrace
 from sordino.mpc.parties.server import HELD
 from sordino.mpc.tower.distill import teacher_of
 from sordino.mpc.tower.encoder import shared_weights
@@ -53,11 +53,11 @@ def whole_rows(text_tower: TextTower, batch: int, length: int) -> Sentences:
     return Sentences(embedded(text_tower, rows)[0], torch.full((batch,), length))
 
 
-def multiplications(tape: Tape) -> int:
+def multiplications(trace: RequestTrace) -> int:
     """Of a server's matrix products online: one for a product with a fixed factor or of masks, else two."""
-    fixed = {each.mask.number for each in tape.wanted if not isinstance(each, (Mask, Numbered))}
+    fixed = {each.mask.number for each in trace.requests if not isinstance(each, (Mask, Numbered))}
     total = 0
-    for each in tape.wanted:
+    for each in trace.requests:
         if isinstance(each, Numbered) and isinstance(each.correlation, Product):
             product = each.correlation
             if product.form.startswith("matmul"):
@@ -75,14 +75,14 @@ def measured(tower: PrivateTower, calibration: Calibration, sentences: Sentences
     def program(party: Party) -> tuple[Shared, Costs, float, float, int]:
         encoder = Encoder.hide(party, weights[party.number], plan)
         x = Shared(halves[party.number], FRACTION)
-        with party.supply.recording() as tape:
+        with party.randomness.recording() as trace:
             encode_sentences(party, encoder, x, sentences.lengths)
         party.exchange([], [])  # both begin together
         began = time.perf_counter()
-        party.supply.prepare(tape, HELD)
+        party.randomness.prepare(trace, HELD)
         found = encode_sentences(party, encoder, x, sentences.lengths)
-        passed = time.perf_counter() - began - party.supply.seconds
-        return found, party.costs, passed, party.supply.seconds, multiplications(tape)
+        passed = time.perf_counter() - began - party.randomness.seconds
+        return found, party.costs, passed, party.randomness.seconds, multiplications(trace)
 
     ran = run(program, timeout=3600, keep_messages=False)
     _, costs, seconds, offline, count = ran.results[1]

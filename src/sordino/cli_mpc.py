@@ -1,4 +1,4 @@
-"""The command line of the parties: `sordino mpc certificates`, `assistant`, `server`, `provide`, `distill`."""
+"""The command line of the parties: `sordino mpc certificates`, `dealer`, `server`, `provide`, `distill`."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ def certificates(
         print(folder)
 
 
-@app.command("assistant")
-def assistant(listen: Listen, certificates: Certificates, timeout: Timeout = 60.0, threads: Threads = None) -> None:
+@app.command("dealer")
+def dealer(listen: Listen, certificates: Certificates, timeout: Timeout = 60.0, threads: Threads = None) -> None:
     """Deal correlated randomness to the two servers; sees shapes, and no data."""
-    from sordino.mpc.parties.assistant import start_assistant
-    from sordino.mpc.parties.certificates import ASSISTANT, Identity
+    from sordino.mpc.parties.certificates import DEALER, Identity
+    from sordino.mpc.parties.dealer_service import start_dealer
 
-    own = Identity.load(certificates, ASSISTANT, key="--certificates")
+    own = Identity.load(certificates, DEALER, key="--certificates")
     _check_address("--listen", listen, least_port=0)
     _use(threads)
-    _until_stopped(*start_assistant(own, listen, timeout))
+    _until_stopped(*start_dealer(own, listen, timeout))
 
 
 @app.command("server")
 def server(
     listen: Listen,
     certificates: Certificates,
-    assistant: Annotated[str, typer.Option(metavar="HOST:PORT", help="where the assistant is")],
+    dealer: Annotated[str, typer.Option(metavar="HOST:PORT", help="where the dealer is")],
     peer: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="for server 1: where server 0 is")] = None,
     timeout: Timeout = 60.0,
     threads: Threads = None,
@@ -72,12 +72,12 @@ def server(
     if own.role == SERVERS[1] and peer is None:
         raise ConfigError("--peer", peer, "server-1 dials server-0: give HOST:PORT of it")
     _check_address("--listen", listen, least_port=0)
-    _check_address("--assistant", assistant)
+    _check_address("--dealer", dealer)
     if peer is not None:
         _check_address("--peer", peer)
     _use(threads)
     network = network_of(imitate) if imitate else None
-    _until_stopped(*start_server(own, listen, assistant, peer, timeout, network))
+    _until_stopped(*start_server(own, listen, dealer, peer, timeout, network))
 
 
 @app.command("provide")
@@ -155,7 +155,7 @@ def _check_address(option: str, text: str, least_port: int = 1) -> None:
 
 
 def _use(threads: int | None) -> None:
-    """Settle how this process, a server or the assistant, uses the machine."""
+    """Settle how this process, a server or the dealer, uses the machine."""
     import torch
 
     from sordino.mpc.arithmetic.memory import keep_freed

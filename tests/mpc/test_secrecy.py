@@ -19,7 +19,7 @@ from torch import Tensor
 from sordino.mpc.arithmetic.packing import MaskedShare, unpack
 from sordino.mpc.arithmetic.ring import encode, lowest, share
 from sordino.mpc.dealing.correlations import Correlation
-from sordino.mpc.dealing.supply import Assistant
+from sordino.mpc.dealing.supply import DealerLink
 from sordino.mpc.errors import MaskReused
 from sordino.mpc.protocols.attention import random_feature_attention
 from sordino.mpc.protocols.fourier import cosine_and_sine, gelu
@@ -82,13 +82,13 @@ def alike(one: np.ndarray, other: np.ndarray) -> float:
 
 
 class Overheard:
-    """An assistant whose answers are kept."""
+    """A dealer whose answers are kept."""
 
-    def __init__(self, assistant: Assistant, seen: Seen) -> None:
-        self._assistant, self._seen = assistant, seen
+    def __init__(self, dealer: DealerLink, seen: Seen) -> None:
+        self._dealer, self._seen = dealer, seen
 
     def deal(self, number: int, correlation: Correlation) -> bytes:
-        content = self._assistant.deal(number, correlation)
+        content = self._dealer.deal(number, correlation)
         self._seen.dealt.append((unpack(content, correlation.shape, correlation.bits), correlation.bits))
         return content
 
@@ -120,7 +120,7 @@ def transcript(embeddings: Tensor, number: int, key: bytes, calibration: Calibra
             party.open = overheard  # type: ignore[method-assign]
             party.exchange = unmasked  # type: ignore[method-assign]
             if number == 1:
-                party.supply._assistant = Overheard(party.supply._assistant, seen)  # type: ignore[arg-type]
+                party.randomness._dealer = Overheard(party.randomness._dealer, seen)  # type: ignore[arg-type]
         encoder = Encoder.hide(party, weights[party.number], plan)
         return encode_sentences(party, encoder, Shared(halves[party.number], 14), torch.full((len(embeddings),), 8))
 
@@ -240,14 +240,14 @@ def test_a_session_never_uses_a_mask_twice() -> None:
 
     def program(party: Party) -> int:
         encoder = Encoder.hide(party, weights[party.number], plan)
-        with party.supply.recording() as tape:
+        with party.randomness.recording() as trace:
             for _ in range(2):
                 encode_sentences(party, encoder, Shared(halves[party.number], 14))
         if party.number == 1:
-            numbers.extend(getattr(each, "number", None) for each in tape.wanted)
-            last = next(each for each in reversed(tape.wanted) if hasattr(each, "correlation"))
+            numbers.extend(getattr(each, "number", None) for each in trace.requests)
+            last = next(each for each in reversed(trace.requests) if hasattr(each, "correlation"))
             with pytest.raises(MaskReused, match="was dealt before"):
-                party.supply._assistant.deal(last.number, last.correlation)  # type: ignore[union-attr]
+                party.randomness._dealer.deal(last.number, last.correlation)  # type: ignore[union-attr]
         return 0
 
     run(program, timeout=120)

@@ -1,6 +1,6 @@
 """Computation on numbers that two servers hold in shares, of which neither learns anything; SecP-Tuning's protocols.
 
-Luo et al., SecP-Tuning, ICLR 2026 (arXiv 2506.15307). Semi-honest: both servers and the assistant, which deals
+Luo et al., SecP-Tuning, ICLR 2026 (arXiv 2506.15307). Semi-honest: both servers and the dealer, which deals
 correlated randomness and sees no data, follow the protocol, and no two of them join what they know.
 
     first, second = share(encode(values, 16))               # the owner's: one for each server
@@ -18,7 +18,7 @@ from sordino.mpc.arithmetic.ring import decode, encode, share
 from sordino.mpc.dealing.correlations import Correlation
 from sordino.mpc.dealing.costs import Cost, Costs, protocol
 from sordino.mpc.dealing.dealer import Dealer
-from sordino.mpc.dealing.supply import Assistant, Supply
+from sordino.mpc.dealing.supply import CorrelatedRandomness, DealerLink
 from sordino.mpc.errors import MaskReused, MpcError, OutOfRange, PartyLost
 from sordino.mpc.protocols.attention import random_feature_attention
 from sordino.mpc.protocols.fourier import Series, angle_of, cosine_and_sine, evaluate, fit, gelu, gelu_series, turn
@@ -30,13 +30,14 @@ from sordino.mpc.tower.encoder import Encoder, encode_sentences, shared_weights
 from sordino.mpc.tower.plan import Plan
 
 __all__ = [
-    "Assistant",
     "Calibration",
     "Channel",
+    "CorrelatedRandomness",
     "Correlation",
     "Cost",
     "Costs",
     "Dealer",
+    "DealerLink",
     "Encoder",
     "MaskReused",
     "Masked",
@@ -50,7 +51,6 @@ __all__ = [
     "Root",
     "Series",
     "Shared",
-    "Supply",
     "angle_of",
     "calibrate",
     "concatenated",

@@ -46,30 +46,30 @@ def test_the_authoritys_key_is_kept_nowhere(tmp_path: Path) -> None:
 
 def test_what_is_there_is_not_replaced(tmp_path: Path) -> None:
     make_certificates(tmp_path)
-    before = (tmp_path / "assistant" / KEY).read_bytes()
+    before = (tmp_path / "dealer" / KEY).read_bytes()
     with pytest.raises(ConfigError, match=r"--out = .*server-0 is there already; choose another folder"):
         make_certificates(tmp_path)
-    assert (tmp_path / "assistant" / KEY).read_bytes() == before
+    assert (tmp_path / "dealer" / KEY).read_bytes() == before
 
 
 @pytest.mark.parametrize("key", ["--certificates", "session.certificates"])
 def test_another_role_and_no_role(tmp_path: Path, key: str) -> None:
     """Named as whoever asks calls the folder."""
     make_certificates(tmp_path)
-    with pytest.raises(ConfigError, match="is that of assistant; server-0 or server-1 is needed") as other:
-        Identity.load(tmp_path / "assistant", "server-0", "server-1", key=key)
+    with pytest.raises(ConfigError, match="is that of dealer; server-0 or server-1 is needed") as other:
+        Identity.load(tmp_path / "dealer", "server-0", "server-1", key=key)
     with pytest.raises(ConfigError, match="no party's folder.*'sordino mpc certificates' makes them") as nobody:
-        Identity.load(tmp_path / "nobody", "assistant", key=key)
-    (tmp_path / "assistant" / CERTIFICATE).write_bytes(b"no certificate")
+        Identity.load(tmp_path / "nobody", "dealer", key=key)
+    (tmp_path / "dealer" / CERTIFICATE).write_bytes(b"no certificate")
     with pytest.raises(ConfigError, match="no party's folder") as damaged:
-        Identity.load(tmp_path / "assistant", "assistant", key=key)
+        Identity.load(tmp_path / "dealer", "dealer", key=key)
     assert {each.value.key for each in (other, nobody, damaged)} == {key}
 
 
 def test_commands_name_their_option(tmp_path: Path) -> None:
     for words in (
-        ["assistant", "--listen", "127.0.0.1:0"],
-        ["server", "--listen", "127.0.0.1:0", "--assistant", "a:1"],
+        ["dealer", "--listen", "127.0.0.1:0"],
+        ["server", "--listen", "127.0.0.1:0", "--dealer", "a:1"],
         ["provide", "--servers", "a:1,b:2"],
     ):
         found = CliRunner().invoke(app, ["mpc", *words, "--certificates", str(tmp_path)]).exception
@@ -81,11 +81,11 @@ def test_addresses_are_checked_before_anything_is_started(tmp_path: Path) -> Non
     make_certificates(tmp_path)
     server = ["server", "--listen", "127.0.0.1:0"]
     for role, words, key in (
-        ("assistant", ["assistant", "--listen", "127.0.0.1"], "--listen"),
-        ("assistant", ["assistant", "--listen", "127.0.0.1:65536"], "--listen"),
-        ("server-0", ["server", "--listen", "7001", "--assistant", "a:1"], "--listen"),
-        ("server-0", [*server, "--assistant", "http://a:1"], "--assistant"),
-        ("server-1", [*server, "--assistant", "a:1", "--peer", "a"], "--peer"),
+        ("dealer", ["dealer", "--listen", "127.0.0.1"], "--listen"),
+        ("dealer", ["dealer", "--listen", "127.0.0.1:65536"], "--listen"),
+        ("server-0", ["server", "--listen", "7001", "--dealer", "a:1"], "--listen"),
+        ("server-0", [*server, "--dealer", "http://a:1"], "--dealer"),
+        ("server-1", [*server, "--dealer", "a:1", "--peer", "a"], "--peer"),
         ("model-owner", ["provide", "--servers", "a:1,b"], "--servers"),
         ("model-owner", ["provide", "--servers", "a:1,b:0"], "--servers"),
     ):
@@ -97,7 +97,7 @@ def test_addresses_are_checked_before_anything_is_started(tmp_path: Path) -> Non
 
 def test_each_server_is_told_what_a_peer_is(tmp_path: Path) -> None:
     make_certificates(tmp_path)
-    words = ["mpc", "server", "--listen", "127.0.0.1:0", "--assistant", "a:1", "--certificates"]
+    words = ["mpc", "server", "--listen", "127.0.0.1:0", "--dealer", "a:1", "--certificates"]
     for given, message in (
         ([str(tmp_path / "server-1")], "--peer = None: .*server-1 dials server-0: give HOST:PORT of it"),
         ([str(tmp_path / "server-0"), "--peer", "b:2"], "--peer = 'b:2': is for server-1 alone.*leave it out"),

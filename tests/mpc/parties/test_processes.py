@@ -39,7 +39,7 @@ TIMEOUT = 5.0
 
 
 class Processes:
-    """An assistant and two servers, started by the command line on ports that stay; `name` of one is its role."""
+    """A dealer and two servers, started by the command line on ports that stay; `name` of one is its role."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.running = folder, dict[str, subprocess.Popen[str]]()
@@ -97,8 +97,8 @@ class Processes:
         words = ["--certificates", str(self.folder / "parties" / role), "--listen", self.addresses[role]]
         words += ["--timeout", str(TIMEOUT), "--threads", "1"]
         if role not in SERVERS:
-            return command("assistant", *words)
-        words += ["--assistant", self.addresses["assistant"], *self.more]
+            return command("dealer", *words)
+        words += ["--dealer", self.addresses["dealer"], *self.more]
         return command("server", *words, *(["--peer", self.servers[0]] if role == SERVERS[1] else []))
 
 
@@ -136,7 +136,7 @@ def test_they_compute_and_write_nothing(processes: Processes) -> None:
         process.terminate()
         assert process.wait(timeout=10) == 0, role
     files = {file.name for file in processes.folder.rglob("*") if file.is_file()}
-    assert files == {"key.pem", "certificate.pem", "authority.pem", "assistant.log", "server-0.log", "server-1.log"}
+    assert files == {"key.pem", "certificate.pem", "authority.pem", "dealer.log", "server-0.log", "server-1.log"}
     for role in SERVERS:
         lines = (processes.folder / f"{role}.log").read_text().splitlines()
         kinds = [line.split()[0] + " " + line.split()[-1] for line in lines]
@@ -144,7 +144,7 @@ def test_they_compute_and_write_nothing(processes: Processes) -> None:
         assert kinds == ["model layers", "session begins", "session ends", "stopped stopped"]
 
 
-@pytest.mark.parametrize("role", ["server-0", "server-1", "assistant"])
+@pytest.mark.parametrize("role", ["server-0", "server-1", "dealer"])
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_party_that_dies_or_stalls_is_named(processes: Processes, role: str, end: signal.Signals) -> None:
     """Within two timeouts: one to notice, and one for those who wait for who noticed."""
@@ -204,21 +204,21 @@ def test_a_slow_network_takes_the_time_of_the_model(processes: Processes) -> Non
 
 
 def test_a_port_that_is_taken(processes: Processes) -> None:
-    own = str(processes.folder / "parties" / "assistant")
-    words = ["assistant", "--listen", processes.addresses["assistant"], "--certificates", own]
+    own = str(processes.folder / "parties" / "dealer")
+    words = ["dealer", "--listen", processes.addresses["dealer"], "--certificates", own]
     done = subprocess.run(command(*words), capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
-    assert line.startswith(f"sordino: --listen = '{processes.addresses['assistant']}': cannot be listened at")
+    assert line.startswith(f"sordino: --listen = '{processes.addresses['dealer']}': cannot be listened at")
 
 
 def test_arguments_that_do_not_fit(processes: Processes) -> None:
     folder = processes.folder / "parties"
-    server = ["server", "--listen", "127.0.0.1:0", "--assistant", "x:1", "--certificates"]
+    server = ["server", "--listen", "127.0.0.1:0", "--dealer", "x:1", "--certificates"]
     for words, message in (
         ([*server, str(folder / SERVERS[1])], "--peer = None: server-1 dials server-0: give HOST:PORT of it"),
         ([*server, str(folder / SERVERS[0]), "--peer", "x:2"], "--peer = 'x:2': is for server-1 alone"),
-        ([*server, str(folder / "assistant")], "is that of assistant; server-0 or server-1 is needed"),
+        ([*server, str(folder / "dealer")], "is that of dealer; server-0 or server-1 is needed"),
         (
             ["provide", "--servers", "x:1", "--certificates", str(folder / MODEL_OWNER)],
             "--servers = 'x:1': must be two",

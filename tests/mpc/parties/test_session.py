@@ -18,8 +18,8 @@ from torch.nn.functional import cosine_similarity
 from sordino.mpc.dealing.correlations import CORRELATIONS, Harmonics, Lift, Mask, Powers, Product, TripleProduct
 from sordino.mpc.errors import MpcError, OutOfRange, PartyLost
 from sordino.mpc.parties import transport
-from sordino.mpc.parties.assistant import RemoteAssistant, correlation_from, correlation_to, start_assistant
 from sordino.mpc.parties.certificates import DATA_OWNER, MODEL_OWNER, ROLES, SERVERS, Identity, make_certificates
+from sordino.mpc.parties.dealer_service import RemoteDealer, correlation_from, correlation_to, start_dealer
 from sordino.mpc.parties.server import start_server
 from sordino.mpc.parties.session import connect, provide
 from sordino.mpc.parties.transport import PATIENCE, PIECE, Dialled, Line, listen, packed, unpacked
@@ -41,7 +41,7 @@ class Parties:
     """Running, each with its own gRPC server."""
 
     identities: dict[str, Identity]
-    assistant: tuple[grpc.Server, str]
+    dealer: tuple[grpc.Server, str]
     servers: list[tuple[grpc.Server, str]]
 
     @property
@@ -51,12 +51,12 @@ class Parties:
 
 @pytest.fixture
 def parties(identities: dict[str, Identity]) -> Iterator[Parties]:
-    assistant = start_assistant(identities["assistant"], "127.0.0.1:0", TIMEOUT)
-    first = start_server(identities["server-0"], "127.0.0.1:0", assistant[1], timeout=TIMEOUT)
-    second = start_server(identities["server-1"], "127.0.0.1:0", assistant[1], first[1], TIMEOUT)
-    running = Parties(identities, assistant, [first, second])
+    dealer = start_dealer(identities["dealer"], "127.0.0.1:0", TIMEOUT)
+    first = start_server(identities["server-0"], "127.0.0.1:0", dealer[1], timeout=TIMEOUT)
+    second = start_server(identities["server-1"], "127.0.0.1:0", dealer[1], first[1], TIMEOUT)
+    running = Parties(identities, dealer, [first, second])
     yield running
-    for server, _ in (*running.servers, assistant):
+    for server, _ in (*running.servers, dealer):
         server.stop(grace=None)
 
 
@@ -154,11 +154,11 @@ def test_no_model(parties: Parties) -> None:
 def test_different_models(parties: Parties, calibration: Calibration) -> None:
     """Each server has one, by two model owners that did not speak with each other; their masked weights fit."""
     owner = parties.identities[MODEL_OWNER]
-    elsewhere = start_server(parties.identities["server-0"], "127.0.0.1:0", parties.assistant[1], timeout=TIMEOUT)
+    elsewhere = start_server(parties.identities["server-0"], "127.0.0.1:0", parties.dealer[1], timeout=TIMEOUT)
     try:
         provide(owner, [elsewhere[1], parties.addresses[1]], small_tower(), calibration, TIMEOUT)
         kept = parties.addresses
-        other = start_server(parties.identities["server-1"], "127.0.0.1:0", parties.assistant[1], kept[0], TIMEOUT)
+        other = start_server(parties.identities["server-1"], "127.0.0.1:0", parties.dealer[1], kept[0], TIMEOUT)
         try:
             provide(owner, [kept[0], other[1]], small_tower(), calibration, TIMEOUT)
             with pytest.raises(MpcError, match="shares of different models"), session_of(parties):
@@ -175,15 +175,13 @@ def test_different_models(parties: Parties, calibration: Calibration) -> None:
         (MODEL_OWNER, "Session", 0),
         (DATA_OWNER, "Install", 1),
         (DATA_OWNER, "Peer", 0),
-        (DATA_OWNER, "Deal", "assistant"),
+        (DATA_OWNER, "Deal", "dealer"),
     ],
 )
 def test_a_role_may_ask_for_its_own_things_only(parties: Parties, role: str, method: str, listener: Any) -> None:
-    """A data owner that could speak to the assistant would get a server's key, and with it the other's share."""
+    """A data owner that could speak to the dealer would get a server's key, and with it the other's share."""
     name, address = (
-        ("assistant", parties.assistant[1])
-        if listener == "assistant"
-        else (SERVERS[listener], parties.addresses[listener])
+        ("dealer", parties.dealer[1]) if listener == "dealer" else (SERVERS[listener], parties.addresses[listener])
     )
     dialled = Dialled(parties.identities[role], name, address, TIMEOUT)
     line = dialled.line(method)
@@ -210,19 +208,19 @@ def test_strangers_are_not_believed(parties: Parties, tmp_path: Path) -> None:
 
 def test_a_servers_key_is_given_once(parties: Parties) -> None:
     """A second one would draw the same masks."""
-    address, own = parties.assistant[1], parties.identities["server-1"]
-    first = RemoteAssistant(own, address, "session", TIMEOUT)
+    address, own = parties.dealer[1], parties.identities["server-1"]
+    first = RemoteDealer(own, address, "session", TIMEOUT)
     with pytest.raises(PartyLost, match="had the key of this session before"):
-        RemoteAssistant(own, address, "session", TIMEOUT)
-    assert RemoteAssistant(own, address, "another", TIMEOUT).key != first.key
-    other = RemoteAssistant(parties.identities["server-0"], address, "session", TIMEOUT)
+        RemoteDealer(own, address, "session", TIMEOUT)
+    assert RemoteDealer(own, address, "another", TIMEOUT).key != first.key
+    other = RemoteDealer(parties.identities["server-0"], address, "session", TIMEOUT)
     assert other.key != first.key
     with pytest.raises(PartyLost, match="draws from its own key"):
         other.deal(0, Product(Mask(0, (2,), 64), Mask(1, (2,), 64), "multiply"))
     first.close()
     time.sleep(0.5)
     with pytest.raises(PartyLost, match="had the key of this session before"):
-        RemoteAssistant(own, address, "session", TIMEOUT)
+        RemoteDealer(own, address, "session", TIMEOUT)
 
 
 @pytest.mark.parametrize(
@@ -267,26 +265,24 @@ WORDS = {"garbage": "sent garbage", "short": "sent garbage: 3 bytes where", "gon
 
 
 @pytest.mark.parametrize("behaviour", ["garbage", "short", "gone"])
-def test_an_assistant_astray_is_named(
-    identities: dict[str, Identity], calibration: Calibration, behaviour: str
-) -> None:
+def test_a_dealer_astray_is_named(identities: dict[str, Identity], calibration: Calibration, behaviour: str) -> None:
     def deal(line: Line) -> None:
         line.receive()
         line.send(bytes(32))
         astray(line, behaviour)
 
-    assistant = listen(identities["assistant"], "127.0.0.1:0", TIMEOUT, {"Deal": dict.fromkeys(SERVERS, deal)})
-    first = start_server(identities["server-0"], "127.0.0.1:0", assistant[1], timeout=TIMEOUT)
-    second = start_server(identities["server-1"], "127.0.0.1:0", assistant[1], first[1], TIMEOUT)
+    dealer = listen(identities["dealer"], "127.0.0.1:0", TIMEOUT, {"Deal": dict.fromkeys(SERVERS, deal)})
+    first = start_server(identities["server-0"], "127.0.0.1:0", dealer[1], timeout=TIMEOUT)
+    second = start_server(identities["server-1"], "127.0.0.1:0", dealer[1], first[1], TIMEOUT)
     try:
         provide(identities[MODEL_OWNER], [first[1], second[1]], small_tower(), calibration, TIMEOUT)
         with (
-            pytest.raises(PartyLost, match=f"assistant .*({WORDS[behaviour]})"),
+            pytest.raises(PartyLost, match=f"dealer .*({WORDS[behaviour]})"),
             connect(identities[DATA_OWNER], [first[1], second[1]], TIMEOUT) as session,
         ):
             session.forward(groups())
     finally:
-        for server, _ in (assistant, first, second):
+        for server, _ in (dealer, first, second):
             server.stop(grace=None)
 
 
@@ -301,7 +297,7 @@ def test_a_server_astray_is_named(parties: Parties, behaviour: str, calibration:
     honest = parties.servers[0]
     provide(identities[MODEL_OWNER], parties.addresses, small_tower(), calibration, TIMEOUT)
     first = listen(identities["server-0"], "127.0.0.1:0", TIMEOUT, {"Peer": {"server-1": peer}})
-    second = start_server(identities["server-1"], "127.0.0.1:0", parties.assistant[1], first[1], TIMEOUT)
+    second = start_server(identities["server-1"], "127.0.0.1:0", parties.dealer[1], first[1], TIMEOUT)
     try:
         provide(identities[MODEL_OWNER], [honest[1], second[1]], small_tower(), calibration, TIMEOUT)
         dialled = Dialled(identities[DATA_OWNER], "server-1", second[1], TIMEOUT)

@@ -12,7 +12,7 @@ from sordino.mpc.arithmetic.prg import Prg
 from sordino.mpc.dealing.correlations import Correlation, Mask, Product
 from sordino.mpc.dealing.costs import Cost, Costs, protocol
 from sordino.mpc.dealing.dealer import Dealer
-from sordino.mpc.dealing.supply import Supply
+from sordino.mpc.dealing.supply import CorrelatedRandomness
 from sordino.mpc.errors import MaskReused, PartyLost
 from sordino.mpc.protocols.linear import hide, multiply, product, reveal
 from sordino.mpc.protocols.party import Party, Shared, run
@@ -57,8 +57,8 @@ def test_parties_that_run_different_programs_are_told_so() -> None:
 
 
 def test_masks_are_new_each_time_and_a_dealer_deals_no_number_twice() -> None:
-    supply = Supply(Prg(), Costs())
-    (first, share), (second, other) = supply.mask((9,), 64), supply.mask((9,), 64)
+    randomness = CorrelatedRandomness(Prg(), Costs())
+    (first, share), (second, other) = randomness.mask((9,), 64), randomness.mask((9,), 64)
     assert first.number != second.number
     assert not (share == other).any()
     dealer, mask = Dealer(), Mask(0, (2,), 64)
@@ -74,9 +74,9 @@ def test_party_0_is_sent_nothing_by_the_dealer() -> None:
             raise AssertionError
 
     dealer, costs = Dealer(KEYS), Costs()
-    mask, _ = Supply(dealer.generators[0], costs).mask((3,), 64)
+    mask, _ = CorrelatedRandomness(dealer.generators[0], costs).mask((3,), 64)
     correlation = Product(mask, mask, "multiply")
-    share = Supply(dealer.generators[0], costs)
+    share = CorrelatedRandomness(dealer.generators[0], costs)
     share.mask((3,), 64)
     drawn = share.correlated(correlation)
     sent = torch.frombuffer(bytearray(Dealer(KEYS).deal(1, correlation)), dtype=torch.int64)
@@ -119,7 +119,7 @@ def test_fraction_bits_meet_exactly() -> None:
 
 @pytest.mark.parametrize("limit", [1, 300, 2**31])
 def test_what_is_prepared_is_ordered_ahead_within_the_limit_and_numbers_are_still_used_once(limit: int) -> None:
-    """Of 16 bytes each, from an assistant that takes orders; they are right whatever was under way."""
+    """Of 16 bytes each, from a dealer that takes orders; they are right whatever was under way."""
 
     class Orders:
         def __init__(self, dealer: Dealer) -> None:
@@ -138,24 +138,24 @@ def test_what_is_prepared_is_ordered_ahead_within_the_limit_and_numbers_are_stil
 
     dealer = Dealer(KEYS)
     orders = Orders(dealer)
-    supplies = [Supply(dealer.generators[i], Costs(), orders if i else None) for i in range(2)]
+    randomness_of_both = [CorrelatedRandomness(dealer.generators[i], Costs(), orders if i else None) for i in range(2)]
 
-    def asked(supply: Supply) -> tuple[list[int], list[torch.Tensor]]:
+    def asked(randomness: CorrelatedRandomness) -> tuple[list[int], list[torch.Tensor]]:
         numbers, shares = [], []
         for _ in range(50):
-            mask, own = supply.mask((2,), 64)
+            mask, own = randomness.mask((2,), 64)
             numbers.append(mask.number)
-            shares += [own, supply.correlated(Product(mask, mask, "multiply"))]
+            shares += [own, randomness.correlated(Product(mask, mask, "multiply"))]
         return numbers, shares
 
     used = []
-    for supply in supplies:
-        with supply.recording() as tape:
-            asked(supply)
-        supply.prepare(tape, limit)
-        used.append(asked(supply))
+    for randomness in randomness_of_both:
+        with randomness.recording() as trace:
+            asked(randomness)
+        randomness.prepare(trace, limit)
+        used.append(asked(randomness))
         assert used[-1][0] == list(range(100, 200, 2))
-        supply.correlated(Product(Mask(0, (2,), 64), Mask(0, (2,), 64), "multiply"))  # and goes on without
+        randomness.correlated(Product(Mask(0, (2,), 64), Mask(0, (2,), 64), "multiply"))  # and goes on without
     assert 1 <= orders.most <= max(1, min(50, -(-limit // 16)))
     assert orders.most == 50 or limit < 2**31
     whole = [first + second for first, second in zip(used[0][1], used[1][1], strict=True)]
@@ -165,12 +165,12 @@ def test_what_is_prepared_is_ordered_ahead_within_the_limit_and_numbers_are_stil
 
 def test_a_number_is_drawn_once() -> None:
     """By either party, in whatever way it is asked for."""
-    for assistant in (None, Dealer(KEYS)):
-        supply = Supply(Dealer(KEYS).generators[0], Costs(), assistant)
-        mask, _ = supply.mask((2,), 64)
-        supply.correlated(Product(mask, mask, "multiply"))
-        supply._next = mask.number  # as it would after a fault
+    for dealer in (None, Dealer(KEYS)):
+        randomness = CorrelatedRandomness(Dealer(KEYS).generators[0], Costs(), dealer)
+        mask, _ = randomness.mask((2,), 64)
+        randomness.correlated(Product(mask, mask, "multiply"))
+        randomness._next = mask.number  # as it would after a fault
         with pytest.raises(MaskReused, match="randomness 0 was drawn before"):
-            supply.mask((2,), 64)
+            randomness.mask((2,), 64)
         with pytest.raises(MaskReused, match="randomness 1 was drawn before"):
-            supply.correlated(Product(mask, mask, "multiply"))
+            randomness.correlated(Product(mask, mask, "multiply"))

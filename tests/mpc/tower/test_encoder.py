@@ -109,14 +109,14 @@ def test_a_prepared_pass_is_the_same_and_asks_for_no_more(
 
     def program(party: Party) -> Shared:
         encoder, x = Encoder.hide(party, weights[party.number], plan), Shared(halves[party.number], 14)
-        with party.costs.label("recorded"), party.supply.recording() as tape:
+        with party.costs.label("recorded"), party.randomness.recording() as trace:
             encode_sentences(party, encoder, x)
-        party.supply.prepare(tape, limit)
+        party.randomness.prepare(trace, limit)
         with pytest.raises(MpcError, match="did not come"):
-            party.supply.prepare(tape)
+            party.randomness.prepare(trace)
         found = encode_sentences(party, encoder, x)
-        assert party.supply.seconds > 0
-        party.supply.prepare(tape, limit)
+        assert party.randomness.seconds > 0
+        party.randomness.prepare(trace, limit)
         with pytest.raises(MpcError, match="another computation"):
             encode_sentences(party, encoder, x.view(lambda own: own[:2]))
         return found

@@ -1,4 +1,4 @@
-"""What an assistant deals: masks, and functions of masks, by shapes and constants that are public."""
+"""Masks and functions of masks that a dealer deals. Their shapes and constants are public."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sordino.mpc.arithmetic.ring import WORD, Shape, encode, lowest, narrow, wor
 
 @dataclass(frozen=True)
 class Mask:
-    """Names a mask: integers of a shape, uniform from 0 to 2^bits - 1.
+    """The name of a mask: integers of one shape, uniform from 0 to 2^bits - 1.
 
     Attributes:
-        number: its stream.
-        shape: its axes.
+        number: its stream of the parties' generators.
+        shape: of the integers.
         bits: of each integer.
     """
 
@@ -31,7 +31,13 @@ class Mask:
 
 
 class Correlation(Protocol):
-    """A function of masks. Attributes: `masks`, which; `shape` of the values; `bits`, modulo what they are shared."""
+    """A function of masks.
+
+    Attributes:
+        masks: its arguments.
+        shape: of the values.
+        bits: values are shared modulo 2^bits.
+    """
 
     @property
     def masks(self) -> tuple[Mask, ...]: ...
@@ -40,13 +46,13 @@ class Correlation(Protocol):
     @property
     def bits(self) -> int: ...
     def values(self, *masks: Tensor) -> Tensor:
-        """The values, from the masks themselves."""
+        """Compute the values from the masks themselves, int64 of `shape`."""
         ...
 
 
 @dataclass(frozen=True)
 class Product:
-    """A bilinear map of two masks, by its name in `products.FORMS`."""
+    """A bilinear map of two masks, named by `form` as in `products.FORMS`."""
 
     left: Mask
     right: Mask
@@ -68,7 +74,7 @@ class Product:
 
 @dataclass(frozen=True)
 class TripleProduct:
-    """The products a b, a c, b c and a b c of three masks, entry by entry and broadcast: [4, ...]."""
+    """The products a b, a c, b c and a b c of three masks, [4, ...], entry by entry and broadcast."""
 
     masks: tuple[Mask, Mask, Mask]
     bits: int = WORD
@@ -84,7 +90,7 @@ class TripleProduct:
 
 @dataclass(frozen=True)
 class Powers:
-    """Of masks y and a of one shape: y^2 .. y^degree, then a y .. a y^degree: [2 degree - 1, ...]."""
+    """Powers of two masks y and a of one shape: y^2 .. y^degree, then a y .. a y^degree, [2 degree - 1, ...]."""
 
     base: Mask
     factor: Mask
@@ -109,10 +115,10 @@ class Powers:
 
 @dataclass(frozen=True)
 class Lift:
-    """What turns an opened x - a, modulo 2^n, into a share of x >> shift in a larger ring; see `linear.lifted`.
+    """Two parts of a mask that turn an opened x - a, modulo 2^n, into a share of x >> shift in a larger ring.
 
-    With r = -a modulo 2^n: the upper bits of r without its highest bit, (r mod 2^(n-1)) >> shift, and its highest bit:
-    [2, ...].
+    With r = -a modulo 2^n, they are (r mod 2^(n-1)) >> shift and the highest bit of r, [2, ...]. See
+    `linear.truncate_masked`.
     """
 
     mask: Mask
@@ -135,14 +141,14 @@ class Lift:
 
 @dataclass(frozen=True)
 class Harmonics:
-    """cos(k t) for every frequency k, then sin(k t), in fixed point, where t = 2 pi a / 2^period: [..., 2, K].
+    """cos(k t) for every frequency k, then sin(k t), in fixed point, [..., 2, K], where t = 2 pi a / 2^period.
 
     Attributes:
         mask: a.
         period: log2 of the period in the ring; at most the mask's bits.
-        frequencies: K of them.
-        fraction: bits of the fraction.
-        bits: modulo what they are shared.
+        frequencies: k, of which there are K.
+        fraction: fraction bits.
+        bits: values are shared modulo 2^bits.
     """
 
     mask: Mask
@@ -171,12 +177,12 @@ class Harmonics:
 
 @lru_cache(maxsize=32)
 def _whole_period(period: int, frequencies: tuple[int, ...], fraction: int) -> Tensor:
-    """`Harmonics` of all angles of a period, [2^period, 2 K]: one look-up finds all of an angle."""
+    """Tabulate `Harmonics` for all angles of a period, [2^period, 2 K]. One row holds everything for an angle."""
     return narrow(_harmonics(torch.arange(2**period), period, frequencies, fraction).flatten(1))
 
 
 def _harmonics(turns: Tensor, period: int, frequencies: tuple[int, ...], fraction: int) -> Tensor:
-    """Of angles as integers, [N]: [N, 2, K]."""
+    """Compute `Harmonics` of angles that are integers, [N] to [N, 2, K]."""
     parts = turns.to(torch.float64)[:, None] / 2.0**period
     angles = 2 * torch.pi * (parts * torch.tensor(frequencies) % 1.0)
     return encode(torch.stack([angles.cos(), angles.sin()], 1), fraction)

@@ -1,4 +1,4 @@
-"""What a computation on shares costs: rounds, and bytes online and offline, by protocol and label."""
+"""Costs of a computation on shares: rounds, and bytes online and offline, by protocol and label."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Cost:
-    """A cost, or a sum of them.
+    """A cost, or a sum of costs.
 
     Attributes:
         rounds: openings that wait for each other.
-        online: bytes that one party sends to the other, as the other sends to it.
-        offline: bytes that the dealer sends to party 1; party 0 needs none.
+        online: bytes that each party sends to the other.
+        offline: bytes that the dealer sends to party 1. Party 0 needs none.
     """
 
     rounds: int = 0
@@ -32,19 +32,19 @@ class Cost:
 
 
 class Costs:
-    """A party's costs, entered under the label and the protocols that are under way."""
+    """A party's costs, entered under the current label and the protocols under way."""
 
     def __init__(self) -> None:
         self._entries: dict[tuple[str, tuple[str, ...]], Cost] = defaultdict(Cost)
         self._label, self._path = "", tuple[str, ...]()
 
     def add(self, cost: Cost) -> None:
-        """Enter a cost where the computation stands."""
+        """Enter a cost under the current label and protocols."""
         self._entries[self._label, self._path] += cost
 
     @contextmanager
     def label(self, label: str) -> Iterator[None]:
-        """Enter what follows under a label, such as a layer's name."""
+        """Enter the costs within the context under a label, such as a layer's name."""
         before, self._label = self._label, label
         try:
             yield
@@ -53,7 +53,7 @@ class Costs:
 
     @contextmanager
     def protocol(self, name: str) -> Iterator[None]:
-        """Enter what follows under a protocol, within those that are under way."""
+        """Enter the costs within the context under a protocol, nested in those under way."""
         before, self._path = self._path, (*self._path, name)
         try:
             yield
@@ -62,42 +62,46 @@ class Costs:
 
     @property
     def total(self) -> Cost:
-        """All of it."""
+        """The sum of all costs."""
         return sum(self._entries.values(), Cost())
 
     def by_label(self) -> dict[str, Cost]:
-        """By label, in the order of their first entries."""
+        """Sum costs by label, in the order of first entry."""
         return self._grouped(lambda label, _: label)
 
     def by_protocol(self, depth: int | None = 1) -> dict[str, Cost]:
-        """By protocol, of which `depth` that contain each other are told apart, or all: "layer_norm/inverse_root"."""
+        """Sum costs by protocol.
+
+        Args:
+            depth: nested protocols that are told apart, as in "layer_norm/inverse_root"; None for all.
+        """
         return self._grouped(lambda _, path: "/".join(path[:depth]))
 
     def by_label_and_protocol(self) -> dict[str, dict[str, Cost]]:
-        """By label, and by outermost protocol within it."""
-        found: dict[str, dict[str, Cost]] = defaultdict(dict)
+        """Sum costs by label, and within a label by outermost protocol."""
+        grouped: dict[str, dict[str, Cost]] = defaultdict(dict)
         for (label, name), cost in self._grouped(lambda label, path: (label, "/".join(path[:1]))).items():
-            found[label][name] = cost
-        return dict(found)
+            grouped[label][name] = cost
+        return dict(grouped)
 
     def taken(self) -> list[list[Any]]:
-        """Entries since this was asked last, for JSON: label, protocols, rounds, online and offline each."""
+        """Remove all entries and return them for JSON: rows of label, protocols, rounds, online, offline."""
         rows = [[label, list(path), *astuple(cost)] for (label, path), cost in self._entries.items()]
         self._entries.clear()
         return rows
 
     def add_taken(self, rows: Sequence[Sequence[Any]]) -> None:
-        """Enter what another's `taken` gave.
+        """Enter rows that `taken` returned elsewhere.
 
         Raises:
-            ValueError, TypeError: it is no such thing.
+            ValueError, TypeError: the rows are malformed.
         """
         for label, path, rounds, online, offline in rows:
             self._entries[str(label), tuple(map(str, path))] += Cost(int(rounds), int(online), int(offline))
 
     def table(self) -> str:
-        """A line a label and protocol, and the total."""
-        rows = [(label, *each) for label, inner in self.by_label_and_protocol().items() for each in inner.items()]
+        """Format one line for each label and protocol, and one for the total."""
+        rows = [(label, *entry) for label, inner in self.by_label_and_protocol().items() for entry in inner.items()]
         lines = [f"{'label':<16}{'protocol':<28}{'rounds':>9}{'online':>17}{'offline':>17}"]
         for label, name, cost in [*rows, ("total", "", self.total)]:
             lines.append(f"{label:<16}{name:<28}{cost.rounds:>9,}{cost.online:>17,}{cost.offline:>17,}")
@@ -111,7 +115,7 @@ class Costs:
 
 
 class Accountable(Protocol):
-    """Who keeps costs."""
+    """An object that keeps costs, such as a party."""
 
     @property
     def costs(self) -> Costs: ...
@@ -121,7 +125,7 @@ A = TypeVar("A", bound=Accountable)
 
 
 def protocol(function: Callable[Concatenate[A, P], R]) -> Callable[Concatenate[A, P], R]:
-    """Enter what a function of a party costs under the function's name."""
+    """Decorate a function of a party: its costs are entered under its name."""
 
     @wraps(function)
     def counted(party: A, *args: P.args, **kwargs: P.kwargs) -> R:

@@ -1,12 +1,12 @@
-"""The assistant: deals randomness that is correlated, before the computation and without seeing any data.
+"""The dealer: deals correlated randomness ahead of the computation, and sees no data.
 
-*Masks* are uniform: each party draws its share from a key that only it and the dealer hold, and nothing is sent. All
-else that is dealt is a function of masks, a `Correlation`: their products, truncations, cosines. Party 0 draws its
-share of that from its key as well; party 1 is sent the difference, which is uniform as long as it does not know party
-0's key. What is asked for is public: numbers of masks, shapes and constants.
+*Masks* are uniform. Each party draws its share of a mask from a key that only it and the dealer hold, so nothing is
+sent. A `Correlation` is a function of masks, such as a product, a truncation or a cosine. Party 0 draws its share of a
+correlation from its key, too. The dealer sends party 1 the difference, which is uniform to anyone without party 0's
+key. Requests are public: numbers of masks, shapes and constants.
 
-Every mask and every correlation has a number of its own, counted upwards by both parties alike, which is the stream of
-the generator that it is drawn from. A number that does not rise is refused.
+Every mask and every correlation has a number of its own. Both parties count these numbers upwards alike. The number
+selects the stream of the generator, and one that does not rise is refused.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from sordino.mpc.errors import MaskReused
 
 
 class Dealer:
-    """The assistant itself.
+    """A dealer for one computation.
 
     Args:
-        keys: those of parties 0 and 1, 32 bytes each; fresh from the operating system if none are given. Keys that were
-            used for one computation must not serve another.
+        keys: of parties 0 and 1, 32 bytes each. Drawn from the operating system if absent. Keys of one computation
+            must never be used for another.
     """
 
     def __init__(self, keys: tuple[bytes, bytes] | None = None) -> None:
@@ -34,16 +34,16 @@ class Dealer:
         self._last = -1
 
     def deal(self, number: int, correlation: Correlation) -> Octets:
-        """Party 1's share of a correlation, packed.
+        """Return party 1's share of a correlation, packed.
 
         Raises:
-            MaskReused: the number is not above all before it.
+            MaskReused: the number is not above every earlier one.
         """
         if number <= self._last:
             raise MaskReused(f"randomness {number} was dealt before; start a computation with new keys")
         self._last = number
         values = correlation.values(*(self._mask(mask) for mask in correlation.masks))
-        other = self.generators[0].integers(number, correlation.shape)  # of which packing takes the lowest bits
+        other = self.generators[0].integers(number, correlation.shape)  # packing keeps its lowest bits
         return MaskedShare(values, other, correlation.bits).packed()
 
     def _mask(self, mask: Mask) -> Tensor:

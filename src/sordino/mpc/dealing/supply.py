@@ -1,4 +1,7 @@
-"""A party's shares of what is dealt: as it is asked for, or ahead of that where a computation is known beforehand."""
+"""A party's shares of dealt randomness, drawn on request or ahead of time.
+
+A computation that was recorded once can be prepared from then on: dealing then overlaps with computing.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from sordino.mpc.errors import MaskReused, MpcError
 
 @dataclass(frozen=True)
 class Numbered:
-    """A correlation, and its stream."""
+    """A correlation with the number of its stream."""
 
     number: int
     correlation: Correlation
@@ -31,46 +34,48 @@ class Numbered:
 
 @dataclass(frozen=True)
 class Fixed:
-    """Work of a party's own: its share of a mask times what is known of a fixed factor."""
+    """A local product: this party's share of a mask times the opened part of a fixed factor."""
 
     mask: Mask
     known: Tensor = field(compare=False)
     form: str
 
 
-Wanted = Mask | Numbered | Fixed
+Request = Mask | Numbered | Fixed
 
 
 @dataclass(frozen=True)
-class Tape:
-    """What a computation asked its supply for, in order, from the number `start` on; see `Supply.recording`.
+class RequestTrace:
+    """A computation's requests for randomness, in order, from the number `start` on.
 
-    A computation of the same shapes asks for the same again, of masks that are as far behind its own start; masks from
-    before, those of weights, stay the same.
+    `CorrelatedRandomness.recording` makes one. A later computation of the same shapes repeats these requests. Masks of
+    its own are as far behind its start. Masks from before the start, such as those of weights, stay the same.
     """
 
     start: int
-    wanted: list[Wanted] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
 
-    def moved(self, start: int) -> list[Wanted]:
-        """The same for another start."""
-        return [_moved(each, self.start, start - self.start) for each in self.wanted]
-
-
-def _moved(wanted: Any, start: int, by: int) -> Any:
-    if isinstance(wanted, Mask) and wanted.number >= start:
-        return replace(wanted, number=wanted.number + by)
-    if isinstance(wanted, Numbered):
-        return Numbered(wanted.number + by, _moved(wanted.correlation, start, by))
-    if isinstance(wanted, tuple):
-        return tuple(_moved(each, start, by) for each in wanted)
-    if isinstance(wanted, (*CORRELATIONS, Fixed)):
-        return replace(wanted, **{each.name: _moved(getattr(wanted, each.name), start, by) for each in fields(wanted)})
-    return wanted
+    def moved(self, start: int) -> list[Request]:
+        """Return the requests of the same computation for another start."""
+        return [_moved(request, self.start, start - self.start) for request in self.requests]
 
 
-class Assistant(Protocol):
-    """How party 1 asks: `Dealer`, or what speaks with one over a network."""
+def _moved(request: Any, start: int, shift: int) -> Any:
+    if isinstance(request, Mask) and request.number >= start:
+        return replace(request, number=request.number + shift)
+    if isinstance(request, Numbered):
+        return Numbered(request.number + shift, _moved(request.correlation, start, shift))
+    if isinstance(request, tuple):
+        return tuple(_moved(part, start, shift) for part in request)
+    if isinstance(request, (*CORRELATIONS, Fixed)):
+        return replace(
+            request, **{part.name: _moved(getattr(request, part.name), start, shift) for part in fields(request)}
+        )
+    return request
+
+
+class DealerLink(Protocol):
+    """Party 1's way to the dealer: `Dealer` itself, or a connection to one."""
 
     def deal(self, number: int, correlation: Correlation) -> Octets:
         """Party 1's share of a correlation, packed."""
@@ -78,142 +83,142 @@ class Assistant(Protocol):
 
 
 @runtime_checkable
-class Remote(Assistant, Protocol):
-    """An assistant that takes orders ahead, and deals in their order while the servers compute."""
+class PrefetchingDealerLink(DealerLink, Protocol):
+    """A link that takes orders ahead. The dealer answers them in order while the servers compute."""
 
     def ask(self, number: int, correlation: Correlation) -> None:
-        """Order a correlation; does not wait."""
+        """Order a correlation, without waiting for it."""
         ...
 
     def dealt(self) -> Octets:
-        """What was ordered first, of what has not come yet."""
+        """Return the oldest order that has not been returned yet, packed."""
         ...
 
 
-class Supply:
-    """A party's shares of what the dealer deals, each of them once: a number that does not rise is refused.
+class CorrelatedRandomness:
+    """A party's shares of masks and correlations. Each is drawn once: a number that does not rise is refused.
 
     Args:
-        generator: that of the party's key.
-        costs: where bytes are entered.
-        assistant: whom to ask, for party 1; None for party 0, which draws everything.
+        generator: of the party's key.
+        costs: the party's, where offline bytes are entered.
+        dealer: party 1's link to the dealer. None for party 0, which draws every share from its key.
 
     Attributes:
-        seconds: spent on what was prepared.
+        seconds: spent on preparing.
     """
 
-    def __init__(self, generator: Prg, costs: Costs, assistant: Assistant | None = None) -> None:
-        self._generator, self._costs, self._assistant = generator, costs, assistant
-        self._next, self._last = 0, -1  # the number that is next, and that which was drawn last
-        self._tape: Tape | None = None
-        self._due: deque[Wanted] = deque()  # prepared for, and not drawn yet
-        self._orders: deque[Numbered] = deque()  # of these, what is to be ordered still
-        self._ordered: deque[int] = deque()  # bytes of what was ordered, and has not come
-        self._drawn: deque[tuple[Wanted, Tensor]] = deque()
+    def __init__(self, generator: Prg, costs: Costs, dealer: DealerLink | None = None) -> None:
+        self._generator, self._costs, self._dealer = generator, costs, dealer
+        self._next, self._last = 0, -1  # the next number, and the last one that was drawn
+        self._trace: RequestTrace | None = None
+        self._due: deque[Request] = deque()  # prepared, not drawn yet
+        self._orders: deque[Numbered] = deque()  # prepared, not ordered yet
+        self._ordered: deque[int] = deque()  # bytes of each order that is under way
+        self._drawn: deque[tuple[Request, Tensor]] = deque()
         self._limit = 0
         self.seconds = 0.0
 
     @contextmanager
-    def recording(self) -> Iterator[Tape]:
-        """A `Tape` of all that is asked for meanwhile."""
-        self._tape = tape = Tape(self._next)
+    def recording(self) -> Iterator[RequestTrace]:
+        """Record every request made within the context in a `RequestTrace`."""
+        self._trace = trace = RequestTrace(self._next)
         try:
-            yield tape
+            yield trace
         finally:
-            self._tape = None
+            self._trace = None
 
-    def prepare(self, tape: Tape, limit: int = 2**31) -> None:
-        """Draw, fetch and compute ahead what a computation like that of the tape will ask for.
+    def prepare(self, trace: RequestTrace, limit: int = 2**31) -> None:
+        """Prefetch the correlated randomness for a computation with the same trace.
 
-        About `limit` bytes are held at most, and as many are drawn again whenever none are left, so that a long
-        computation goes by turns; as many again are under way from a `Remote` assistant, which deals them while this
-        party computes. Every number is still used once.
+        At most about `limit` bytes are held. When they are used up, as many are drawn again, so a long computation
+        goes by turns. A `PrefetchingDealerLink` has as many bytes again under way, dealt while this party computes.
+        Every number is still used once.
 
         Args:
-            tape: of the computation that comes next.
+            trace: of a computation of the same shapes.
             limit: bytes.
 
         Raises:
-            MpcError: what was prepared before is not used up.
+            MpcError: randomness that was prepared before is not used up.
         """
         if self._due or self._drawn:
             raise MpcError("randomness was prepared for a computation that did not come; begin a new session")
-        self._due.extend(tape.moved(self._next))
-        self._next += sum(not isinstance(each, Fixed) for each in self._due)
+        self._due.extend(trace.moved(self._next))
+        self._next += sum(not isinstance(request, Fixed) for request in self._due)
         self._limit = limit
-        if isinstance(self._assistant, Remote):
-            self._orders.extend(each for each in self._due if isinstance(each, Numbered))
-            self._order(self._assistant)
+        if isinstance(self._dealer, PrefetchingDealerLink):
+            self._orders.extend(request for request in self._due if isinstance(request, Numbered))
+            self._order(self._dealer)
         self._fill()
 
     def mask(self, shape: Shape, bits: int) -> tuple[Mask, Tensor]:
-        """A new mask, and this party's share of it; costs nothing."""
+        """Return a new mask and this party's share of it, int64 of `shape`. Costs nothing."""
         mask = Mask(self._following(), shape, bits)
         return mask, self._given(mask)
 
     def correlated(self, correlation: Correlation) -> Tensor:
-        """This party's share of a function of masks; its bytes are entered offline."""
+        """Return this party's share of a function of masks, int64. Its bytes are entered as offline."""
         self._costs.add(Cost(offline=packed_size(math.prod(correlation.shape), correlation.bits)))
         return self._given(Numbered(self._following(), correlation))
 
     def with_fixed(self, mask: Mask, known: Tensor, form: str) -> Tensor:
-        """This party's share of a mask, times what both know of a fixed factor: work that needs no data."""
+        """Return this party's share of a mask times a fixed factor's opened part. This work needs no data."""
         return self._given(Fixed(mask, known, form))
 
     def _following(self) -> int:
-        """The number that is next: of what was prepared, or a new one."""
+        """Return the next number: the next prepared request's, or a new one."""
         if not self._drawn and self._due:
             self._fill()
         if self._drawn:
-            wanted = self._drawn[0][0]
-            return -1 if isinstance(wanted, Fixed) else wanted.number
+            request = self._drawn[0][0]
+            return -1 if isinstance(request, Fixed) else request.number
         self._next += 1
         return self._next - 1
 
-    def _given(self, wanted: Wanted) -> Tensor:
-        if self._tape is not None:
-            self._tape.wanted.append(wanted)
+    def _given(self, request: Request) -> Tensor:
+        if self._trace is not None:
+            self._trace.requests.append(request)
         if not self._drawn and self._due:
             self._fill()
         if not self._drawn:
-            return self._draw(wanted)
+            return self._draw(request)
         prepared, share = self._drawn.popleft()
-        if prepared != wanted:
+        if prepared != request:
             raise MpcError("randomness was prepared for another computation than this; begin a new session")
         return share
 
     def _fill(self) -> None:
         began, held = time.perf_counter(), 0
         while self._due and held < self._limit:
-            wanted = self._due.popleft()
-            share = self._draw(wanted)
-            self._drawn.append((wanted, share))
+            request = self._due.popleft()
+            share = self._draw(request)
+            self._drawn.append((request, share))
             held += share.nbytes
         self.seconds += time.perf_counter() - began
 
-    def _draw(self, wanted: Wanted) -> Tensor:
-        if isinstance(wanted, Fixed):
-            share = self._generator.integers(wanted.mask.number, wanted.mask.shape, wanted.mask.bits)
-            return FORMS[wanted.form](share, wanted.known, wanted.mask.bits)
-        if wanted.number <= self._last:
-            raise MaskReused(f"randomness {wanted.number} was drawn before; begin a new session")
-        self._last = wanted.number
-        if isinstance(wanted, Mask):
-            return self._generator.integers(wanted.number, wanted.shape, wanted.bits)
-        shape, bits = wanted.correlation.shape, wanted.correlation.bits
-        if self._assistant is None:
-            return self._generator.integers(wanted.number, shape, bits)
-        if self._ordered and isinstance(self._assistant, Remote):
-            content = self._assistant.dealt()
+    def _draw(self, request: Request) -> Tensor:
+        if isinstance(request, Fixed):
+            share = self._generator.integers(request.mask.number, request.mask.shape, request.mask.bits)
+            return FORMS[request.form](share, request.known, request.mask.bits)
+        if request.number <= self._last:
+            raise MaskReused(f"randomness {request.number} was drawn before; begin a new session")
+        self._last = request.number
+        if isinstance(request, Mask):
+            return self._generator.integers(request.number, request.shape, request.bits)
+        shape, bits = request.correlation.shape, request.correlation.bits
+        if self._dealer is None:
+            return self._generator.integers(request.number, shape, bits)
+        if self._ordered and isinstance(self._dealer, PrefetchingDealerLink):
+            content = self._dealer.dealt()
             self._ordered.popleft()
-            self._order(self._assistant)
+            self._order(self._dealer)
             return unpack(content, shape, bits)
-        return unpack(self._assistant.deal(wanted.number, wanted.correlation), shape, bits)
+        return unpack(self._dealer.deal(request.number, request.correlation), shape, bits)
 
-    def _order(self, assistant: Remote) -> None:
-        """Order what comes next, as long as less than the limit is under way."""
+    def _order(self, dealer: PrefetchingDealerLink) -> None:
+        """Order the next requests while fewer bytes than the limit are under way."""
         while self._orders and (not self._ordered or sum(self._ordered) < self._limit):
             following = self._orders.popleft()
-            assistant.ask(following.number, following.correlation)
+            dealer.ask(following.number, following.correlation)
             size = math.prod(following.correlation.shape)
             self._ordered.append(packed_size(size, following.correlation.bits))

@@ -22,8 +22,8 @@ from sordino.errors import ConfigError, RunError
 from sordino.files import write_atomically
 
 SERVERS = ("server-0", "server-1")
-ASSISTANT, MODEL_OWNER, DATA_OWNER = "assistant", "model-owner", "data-owner"
-ROLES = (*SERVERS, ASSISTANT, MODEL_OWNER, DATA_OWNER)
+DEALER, MODEL_OWNER, DATA_OWNER = "dealer", "model-owner", "data-owner"
+ROLES = (*SERVERS, DEALER, MODEL_OWNER, DATA_OWNER)
 KEY, CERTIFICATE, AUTHORITY = "key.pem", "certificate.pem", "authority.pem"  # files of a party's folder
 
 

@@ -34,7 +34,7 @@ class Network:
         return cost.rounds * self.delay + 8 * cost.online / self.rate
 
     def offline(self, cost: Cost) -> float:
-        """Seconds that the assistant's part needs, which can come beforehand, as one stream."""
+        """Seconds that the dealer's part needs, which can come beforehand, as one stream."""
         return (self.delay if cost.offline else 0.0) + 8 * cost.offline / self.rate
 
 

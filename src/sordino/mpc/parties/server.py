@@ -1,7 +1,7 @@
 """A computing server as a process: holds shares of a model, and runs its forward pass on shares of sentences.
 
 The model owner installs shares of a tower; they stay in memory. A data owner's session has a line to each server. The
-servers fetch their keys of that session from the assistant, and server 1 dials server 0; then they open the weights
+servers fetch their keys of that session from the dealer, and server 1 dials server 0; then they open the weights
 under masks, and answer batches of sentences until the data owner is done. One line's failure ends the session at all.
 """
 
@@ -23,10 +23,10 @@ from sordino.mpc.arithmetic.packing import Octets, pack, unpack_each
 from sordino.mpc.arithmetic.prg import Prg
 from sordino.mpc.arithmetic.ring import WORD, Shape
 from sordino.mpc.dealing.costs import Costs
-from sordino.mpc.dealing.supply import Supply, Tape
+from sordino.mpc.dealing.supply import CorrelatedRandomness, RequestTrace
 from sordino.mpc.errors import MpcError, PartyLost
-from sordino.mpc.parties.assistant import RemoteAssistant
 from sordino.mpc.parties.certificates import DATA_OWNER, MODEL_OWNER, SERVERS, Identity
+from sordino.mpc.parties.dealer_service import RemoteDealer
 from sordino.mpc.parties.network import Network, Throttled
 from sordino.mpc.parties.transport import Dialled, Header, Line, listen
 from sordino.mpc.protocols.party import Channel, Party, Shared
@@ -82,17 +82,17 @@ class ServerService:
 
     Args:
         own: its identity, which says which of them it is.
-        assistant: address of the assistant.
+        dealer: address of the dealer.
         peer: address of server 0, for server 1.
         timeout: seconds of silence after which a party counts as lost.
         network: to be imitated between the servers, if any.
     """
 
     def __init__(
-        self, own: Identity, assistant: str, peer: str | None, timeout: float, network: Network | None = None
+        self, own: Identity, dealer: str, peer: str | None, timeout: float, network: Network | None = None
     ) -> None:
         self.number = SERVERS.index(own.role)
-        self._own, self._assistant, self._peer, self._timeout = own, assistant, peer, timeout
+        self._own, self._dealer, self._peer, self._timeout = own, dealer, peer, timeout
         self._network = network
         self._model: Model | None = None
         self._dialled_by_peer: dict[str, queue.SimpleQueue[_PeerLine]] = defaultdict(queue.SimpleQueue)
@@ -154,46 +154,46 @@ class ServerService:
             width, largest = model.weights["norm.weight"].shape[0], model.plan.layers[-1].norm2.largest
             ranges = {"largest": largest, "entering": model.plan.entering}
             line.send(model=model.name, fraction=FRACTION, width=width, ranges=ranges, **_news(party.costs))
-            tapes: dict[tuple[Shape, ...], Tape] = {}
+            traces: dict[tuple[Shape, ...], RequestTrace] = {}
             while True:
                 header, payload = line.receive()
                 if header.get("end"):
                     break
-                self._answer(line, party, encoder, tapes, header, payload)
+                self._answer(line, party, encoder, traces, header, payload)
 
     def _answer(
         self,
         line: Line,
         party: Party,
         encoder: Encoder,
-        tapes: dict[tuple[Shape, ...], Tape],
+        traces: dict[tuple[Shape, ...], RequestTrace],
         header: Header,
         payload: Octets,
     ) -> None:
         """Run the batches of one message; of each, send shares of its features, and costs and seconds since the last.
 
         Each is answered when it is done, so that its owner sees that this server gets on. What batches of the same
-        shapes asked the assistant for, the first time, is asked for ahead from then on.
+        shapes asked the dealer for, the first time, is asked for ahead from then on.
         """
-        began, before = time.perf_counter(), party.supply.seconds
+        began, before = time.perf_counter(), party.randomness.seconds
         batches = batches_of(line, header)
         shapes = tuple(batch["shape"] for batch in batches)
-        if shapes in tapes:
-            party.supply.prepare(tapes[shapes], HELD)
+        if shapes in traces:
+            party.randomness.prepare(traces[shapes], HELD)
             recording: AbstractContextManager[Any] = nullcontext()
         else:
-            recording = party.supply.recording()
+            recording = party.randomness.recording()
         shares = unpack_each(payload, shapes, [WORD] * len(shapes))
-        with recording as tape:
+        with recording as trace:
             for batch, share in zip(batches, shares, strict=True):
                 found = encode_sentences(party, encoder, Shared(share, FRACTION), batch["lengths"])
-                now, offline = time.perf_counter(), party.supply.seconds - before
+                now, offline = time.perf_counter(), party.randomness.seconds - before
                 form = {"fraction": found.fraction, "bits": found.bits}
                 seconds = {"offline": offline, "online": now - began - offline}
                 line.send(pack(found.share, WORD), **form, seconds=seconds, **_news(party.costs))
-                began, before = now, party.supply.seconds
-        if tape is not None:
-            tapes[shapes] = tape
+                began, before = now, party.randomness.seconds
+        if trace is not None:
+            traces[shapes] = trace
 
     def line_to_peer(self, session: str) -> tuple[Line, Any]:
         """For server 1 a new line to server 0; for server 0 the one that it gets. And what ends it."""
@@ -218,9 +218,9 @@ class ServerService:
         plain = LineChannel(line)
         return Throttled(plain, self._network) if self._network else plain
 
-    def assistant(self, session: str) -> RemoteAssistant:
-        """A line to the assistant."""
-        return RemoteAssistant(self._own, self._assistant, session, self._timeout)
+    def dealer(self, session: str) -> RemoteDealer:
+        """A line to the dealer."""
+        return RemoteDealer(self._own, self._dealer, session, self._timeout)
 
 
 class _Session:
@@ -231,21 +231,21 @@ class _Session:
 
     def __enter__(self) -> Party:
         service = self._service
-        self._assistant: RemoteAssistant | None = None
+        self._dealer: RemoteDealer | None = None
         self._line, self._end = service.line_to_peer(self._session)
         try:
-            self._assistant = service.assistant(self._session)
+            self._dealer = service.dealer(self._session)
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
         costs = Costs()
-        supply = Supply(Prg(self._assistant.key), costs, self._assistant if service.number else None)
-        return Party(service.number, service.channel(self._line), supply, costs)
+        randomness = CorrelatedRandomness(Prg(self._dealer.key), costs, self._dealer if service.number else None)
+        return Party(service.number, service.channel(self._line), randomness, costs)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if self._assistant:
+        if self._dealer:
             with suppress(PartyLost):
-                self._assistant.close()
+                self._dealer.close()
         if error is not None:
             self._line.fail(str(error) if isinstance(error, MpcError) else f"failed with {type(error).__name__}")
         self._line.close()
@@ -255,7 +255,7 @@ class _Session:
 def start_server(
     own: Identity,
     address: str,
-    assistant: str,
+    dealer: str,
     peer: str | None = None,
     timeout: float = 60.0,
     network: Network | None = None,
@@ -268,7 +268,7 @@ def start_server(
     Raises:
         ConfigError: the address cannot be listened at.
     """
-    service = ServerService(own, assistant, peer, timeout, network)
+    service = ServerService(own, dealer, peer, timeout, network)
     methods = {"Install": {MODEL_OWNER: service.install}, "Session": {DATA_OWNER: service.session}}
     if service.number == 0:
         methods["Peer"] = {SERVERS[1]: service.peer}

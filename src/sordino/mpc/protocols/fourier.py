@@ -181,7 +181,7 @@ def turn(
         if not 1 <= length <= value.bits:
             raise OutOfRange(f"a period of 2^{length} in a value shared modulo 2^{value.bits}: must divide it")
         width = min(length, most)
-        mask, own = party.supply.mask(value.shape, width)
+        mask, own = party.randomness.mask(value.shape, width)
         masks.append(mask)
         masked_shares.append(
             MaskedShare(value.share.contiguous(), own, width, times, length - width, party.number == 1)
@@ -223,7 +223,7 @@ def cosine_and_sine(
     """
     results = []
     for angle in turn(party, *values, period=period, resolution=resolution):
-        dealt = party.supply.correlated(Harmonics(angle.mask, angle.bits, (1,), precision, bits)).view(-1, 2)
+        dealt = party.randomness.correlated(Harmonics(angle.mask, angle.bits, (1,), precision, bits)).view(-1, 2)
         opened = angle.opened.reshape(-1)
         pair = [torch.empty(angle.opened.shape, dtype=torch.int64) for _ in range(2)]
         table, rows = tabulated_rotations(opened, angle.bits, precision)
@@ -259,7 +259,7 @@ def evaluate(
     constant = int(rounded(torch.tensor(series.constant), COEFFICIENT - 2 * precision)) if party.number == 0 else 0
     for some in _pieces(len(series.frequencies), len(opened)):
         frequencies = series.frequencies[some]
-        dealt = party.supply.correlated(Harmonics(angle.mask, angle.bits, frequencies, precision, bits))
+        dealt = party.randomness.correlated(Harmonics(angle.mask, angle.bits, frequencies, precision, bits))
         factors = dealt.view(len(opened), 2 * len(frequencies)).numpy()
         table, rows = _factors(opened, angle.bits, series, some, precision)
         up, own = fraction - 2 * precision, 0 if some.start else constant

@@ -74,7 +74,7 @@ def hide(
             raise OutOfRange(f"fraction = {kept}: no bit would be left of a value; keep more")
         if width > right:
             raise OutOfRange(f"a value shared modulo 2^{right} cannot be opened modulo 2^{width}; lift it first")
-        mask, share = party.supply.mask(value.shape, width)
+        mask, share = party.randomness.mask(value.shape, width)
         masks.append(mask)
         masked_shares.append(MaskedShare(value.share.contiguous(), share, width, shift=dropped, up=party.number == 1))
     return [
@@ -102,9 +102,11 @@ def product(party: Party, left: Masked, right: Masked, form: str = "matmul", bia
     fraction = left.fraction + right.fraction
     row = bias.at(fraction) if bias else None
     bits, apply = min(left.bits, right.bits, row.bits if row else WORD), FORMS[form]
-    dealt = party.supply.correlated(Product(left.mask, right.mask, form, bits))
+    dealt = party.randomness.correlated(Product(left.mask, right.mask, form, bits))
     fixed = right.fixed
-    known = party.supply.with_fixed(left.mask, right.opened, form) if fixed else apply(left.share, right.opened, bits)
+    known = (
+        party.randomness.with_fixed(left.mask, right.opened, form) if fixed else apply(left.share, right.opened, bits)
+    )
     own = right.share + right.opened if party.number else right.share
     share = apply(left.opened, own, bits).contiguous()
     sums, first, second = (_rows(part).numpy() for part in (share, known, dealt))
@@ -124,7 +126,7 @@ def triple_product(party: Party, first: Masked, second: Masked, third: Masked) -
     Rounds: 0. Online: 0. Offline: 4 N n / 8. Error: none.
     """
     bits = min(first.bits, second.bits, third.bits)
-    dealt = party.supply.correlated(TripleProduct((first.mask, second.mask, third.mask), bits))
+    dealt = party.randomness.correlated(TripleProduct((first.mask, second.mask, third.mask), bits))
     share = torch.empty(dealt.shape[1:], dtype=torch.int64)
     rows, factors = _rows(share), (first, second, third)
     opened = tuple(_rows(each.opened.expand(share.shape)).numpy() for each in factors)
@@ -174,7 +176,7 @@ def lifted(party: Party, value: Masked, fraction: int, bits: int = WORD) -> Shar
     shift, top = value.fraction - fraction, value.bits - 1
     if not 0 <= shift < top:
         raise OutOfRange(f"fraction = {fraction}: must be from {value.fraction - top + 1} to {value.fraction}")
-    dealt = party.supply.correlated(Lift(value.mask, shift, bits)).view(2, -1)
+    dealt = party.randomness.correlated(Lift(value.mask, shift, bits)).view(2, -1)
     opened, share = value.opened.contiguous(), torch.empty(value.opened.shape, dtype=torch.int64)
     known = party.number == 0
     kernels.lift(opened.view(-1).numpy(), dealt.numpy(), top, shift, known, share.view(-1).numpy())

@@ -16,7 +16,7 @@ from sordino.mpc.arithmetic.ring import WORD, Shape, decode, encode
 from sordino.mpc.dealing.correlations import Mask
 from sordino.mpc.dealing.costs import Cost, Costs
 from sordino.mpc.dealing.dealer import Dealer
-from sordino.mpc.dealing.supply import Supply
+from sordino.mpc.dealing.supply import CorrelatedRandomness
 from sordino.mpc.errors import PartyLost
 
 T = TypeVar("T")
@@ -113,12 +113,12 @@ class Party:
     Args:
         number: 0 or 1.
         channel: to the other.
-        supply: of dealt randomness.
-        costs: those of the supply.
+        randomness: of dealt randomness.
+        costs: those of the randomness.
     """
 
-    def __init__(self, number: int, channel: Channel, supply: Supply, costs: Costs) -> None:
-        self.number, self.supply, self.costs = number, supply, costs
+    def __init__(self, number: int, channel: Channel, randomness: CorrelatedRandomness, costs: Costs) -> None:
+        self.number, self.randomness, self.costs = number, randomness, costs
         self._channel = channel
 
     def exchange(self, values: Sequence[Tensor], bits: Sequence[int]) -> list[Tensor]:
@@ -226,8 +226,8 @@ def run(
     dealer, queues = Dealer(keys), (SimpleQueue[Octets | None](), SimpleQueue[Octets | None]())
     channels = [LocalChannel(queues[i], queues[1 - i], timeout, keep_messages) for i in range(2)]
     costs = [Costs(), Costs()]
-    supplies = [Supply(dealer.generators[i], costs[i], dealer if i else None) for i in range(2)]
-    parties = [Party(i, channels[i], supplies[i], costs[i]) for i in range(2)]
+    randomness_of_both = [CorrelatedRandomness(dealer.generators[i], costs[i], dealer if i else None) for i in range(2)]
+    parties = [Party(i, channels[i], randomness_of_both[i], costs[i]) for i in range(2)]
     results: dict[int, T] = {}
     errors: list[BaseException] = []
 

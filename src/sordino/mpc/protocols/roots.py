@@ -151,7 +151,7 @@ def newton_step(party: Party, y: Masked, x: Masked, power: int) -> Shared:
     of x, and one more for p = 2.
     """
     degree = power + 1
-    dealt = list(party.supply.correlated(Powers(y.mask, x.mask, degree)))
+    dealt = list(party.randomness.correlated(Powers(y.mask, x.mask, degree)))
     powers = [party.only(0, torch.ones_like(y.opened)), y.share, *dealt[: degree - 1]]  # r^j
     mixed = [x.share, *dealt[degree - 1 :]]  # a r^j
     total, known = torch.zeros_like(y.opened), torch.ones_like(y.opened)

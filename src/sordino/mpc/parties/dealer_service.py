@@ -1,4 +1,4 @@
-"""The assistant as a process: deals for any number of sessions, and sees the shapes of what is computed, and no data.
+"""The dealer as a process: deals for any number of sessions, and sees the shapes of what is computed, and no data.
 
 A session is a number that its data owner drew. Each server gets its key of a session once; server 1 then asks for
 correlations, in any number ahead of their use, and gets them in that order. All is forgotten when server 1 is done.
@@ -21,7 +21,7 @@ from sordino.mpc.arithmetic.prg import KEY
 from sordino.mpc.dealing.correlations import CORRELATIONS, Correlation
 from sordino.mpc.dealing.dealer import Dealer
 from sordino.mpc.errors import MaskReused, PartyLost
-from sordino.mpc.parties.certificates import ASSISTANT, SERVERS, Identity
+from sordino.mpc.parties.certificates import DEALER, SERVERS, Identity
 from sordino.mpc.parties.transport import Dialled, Line, listen
 
 KINDS: dict[str, TypeAdapter[Correlation]] = {kind.__name__: TypeAdapter(kind) for kind in CORRELATIONS}
@@ -38,8 +38,8 @@ class _Dealing:
         self.dealer = Dealer(self.keys)
 
 
-class AssistantService:
-    """Deals; see `start_assistant`."""
+class DealerService:
+    """Deals; see `start_dealer`."""
 
     def __init__(self) -> None:
         self._dealings: dict[str, _Dealing | None] = {}  # None for sessions that are over
@@ -75,12 +75,12 @@ class AssistantService:
                 self._dealings[session] = None
 
 
-class RemoteAssistant:
-    """A server's line to the assistant, for one session.
+class RemoteDealer:
+    """A server's line to the dealer, for one session.
 
     Args:
         own: the server's identity.
-        address: the assistant's.
+        address: the dealer's.
         session: its number.
         timeout: seconds of silence.
 
@@ -89,7 +89,7 @@ class RemoteAssistant:
     """
 
     def __init__(self, own: Identity, address: str, session: str, timeout: float) -> None:
-        self._dialled = Dialled(own, ASSISTANT, address, timeout)
+        self._dialled = Dialled(own, DEALER, address, timeout)
         self._line, self._due = self._dialled.line("Deal"), deque[int]()
         self._line.send(session=session)
         self.key = bytes(self._line.receive()[1])
@@ -103,7 +103,7 @@ class RemoteAssistant:
         """What was ordered first, of what has not come yet.
 
         Raises:
-            PartyLost: the assistant is lost, or sends something else.
+            PartyLost: the dealer is lost, or sends something else.
         """
         content, due = self._line.receive()[1], self._due.popleft()
         if len(content) != due:
@@ -122,7 +122,7 @@ class RemoteAssistant:
         self._dialled.close()
 
 
-def start_assistant(own: Identity, address: str, timeout: float) -> tuple[grpc.Server, str]:
+def start_dealer(own: Identity, address: str, timeout: float) -> tuple[grpc.Server, str]:
     """Deal for the servers that ask.
 
     Returns:
@@ -131,7 +131,7 @@ def start_assistant(own: Identity, address: str, timeout: float) -> tuple[grpc.S
     Raises:
         ConfigError: the address cannot be listened at.
     """
-    service = AssistantService()
+    service = DealerService()
     by_role = {role: lambda line, number=number: service.serve(number, line) for number, role in enumerate(SERVERS)}
     return listen(own, address, timeout, {"Deal": by_role})
 
