@@ -73,7 +73,7 @@ def measured(tower: PrivateTower, calibration: Calibration, sentences: Sentences
     weights, halves = shared_weights(tower, calibration), share(encode(sentences.embeddings, FRACTION))
 
     def program(party: Party) -> tuple[Shared, Costs, float, float, int]:
-        encoder = Encoder.hide(party, weights[party.number], plan)
+        encoder = Encoder.mask_and_open(party, weights[party.number], plan)
         x = Shared(halves[party.number], FRACTION)
         with party.randomness.recording() as trace:
             encode_sentences(party, encoder, x, sentences.lengths)
@@ -84,13 +84,16 @@ def measured(tower: PrivateTower, calibration: Calibration, sentences: Sentences
         passed = time.perf_counter() - began - party.randomness.seconds
         return found, party.costs, passed, party.randomness.seconds, multiplications(trace)
 
-    ran = run(program, timeout=3600, keep_messages=False)
-    _, costs, seconds, offline, count = ran.results[1]
+    result = run(program, timeout=3600, keep_messages=False)
+    _, costs, seconds, offline, count = result.results[1]
     labels = [cost for label, cost in costs.by_label().items() if label not in ("set-up", "")]
     layer = max(
         (cost for label, cost in costs.by_label().items() if label.startswith("layer")), key=lambda cost: cost.online
     )
-    found, clear = reconstruct((ran.results[0][0], ran.results[1][0])), in_the_clear(tower)([sentences])[0].double()
+    found, clear = (
+        reconstruct((result.results[0][0], result.results[1][0])),
+        in_the_clear(tower)([sentences])[0].double(),
+    )
     cosines = cosine_similarity(found, clear, dim=-1)
     return {
         "layer": {"online_bytes_per_server": layer.online // 2, "rounds": layer.rounds // 2},
@@ -141,7 +144,7 @@ def over_sentences(tower: PrivateTower, calibration: Calibration, text_tower: Te
     halves = [share(encode(group.embeddings, FRACTION)) for group in groups]
 
     def program(party: Party) -> list[Shared]:
-        encoder = Encoder.hide(party, weights[party.number], plan)
+        encoder = Encoder.mask_and_open(party, weights[party.number], plan)
         pairs = zip(groups, halves, strict=True)
         found = []
         for number, (group, half) in enumerate(pairs):
@@ -150,8 +153,8 @@ def over_sentences(tower: PrivateTower, calibration: Calibration, text_tower: Te
                 print(f"batch {number + 1} of {len(groups)}", file=sys.stderr, flush=True)
         return found
 
-    ran = run(program, timeout=3600, keep_messages=False)
-    found = torch.cat([reconstruct(pair) for pair in zip(*ran.results, strict=True)])
+    result = run(program, timeout=3600, keep_messages=False)
+    found = torch.cat([reconstruct(pair) for pair in zip(*result.results, strict=True)])
     cosines = cosine_similarity(found, torch.cat(in_the_clear(tower)(groups)).double(), dim=-1)
     return {
         "sentences": len(rows),

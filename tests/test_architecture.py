@@ -64,11 +64,11 @@ def test_the_rooms_of_mpc_are_a_strict_order() -> None:
 
 
 def test_private_tuning_knows_no_federation() -> None:
-    hidden = {"algorithms", "audit", "cli", "report", "runtime", "serving"}
+    masked = {"algorithms", "audit", "cli", "report", "runtime", "serving"}
     files = sorted((SOURCE / "private_tuning").rglob("*.py"))
     assert files
     for file in files:
-        upwards = {name for name in imported(file) if name.split(".")[0] in hidden}
+        upwards = {name for name in imported(file) if name.split(".")[0] in masked}
         assert not upwards, f"{file.relative_to(SOURCE)} imports {sorted(upwards)}"
 
 

@@ -32,8 +32,8 @@ def held_integers(integers: Tensor, fraction: int = 0, seed: int = 0) -> Held:
 
 def computed(program: Callable[[Party], Shared]) -> tuple[Tensor, Costs]:
     """The numbers that a program comes to, and what they cost."""
-    ran = run(program, KEYS, timeout=60)
-    return reconstruct(ran.results), ran.costs
+    result = run(program, KEYS, timeout=60)
+    return reconstruct(result.results), result.costs
 
 
 def cost_of(costs: Costs, name: str) -> Cost:

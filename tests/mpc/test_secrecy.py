@@ -23,7 +23,7 @@ from sordino.mpc.dealing.supply import DealerLink
 from sordino.mpc.errors import MaskReused
 from sordino.mpc.protocols.attention import random_feature_attention
 from sordino.mpc.protocols.fourier import cosine_and_sine, gelu
-from sordino.mpc.protocols.linear import concatenated, hide, triple_product, truncate
+from sordino.mpc.protocols.linear import concatenated, mask_and_open, triple_product, truncate
 from sordino.mpc.protocols.party import Party, Shared, run
 from sordino.mpc.protocols.roots import Norm, calibrate, inverse_root, layer_norm, variance_root
 from sordino.mpc.tower.calibration import Calibration
@@ -121,7 +121,7 @@ def transcript(embeddings: Tensor, number: int, key: bytes, calibration: Calibra
             party.exchange = unmasked  # type: ignore[method-assign]
             if number == 1:
                 party.randomness._dealer = Overheard(party.randomness._dealer, seen)  # type: ignore[arg-type]
-        encoder = Encoder.hide(party, weights[party.number], plan)
+        encoder = Encoder.mask_and_open(party, weights[party.number], plan)
         return encode_sentences(party, encoder, Shared(halves[party.number], 14), torch.full((len(embeddings),), 8))
 
     other = os.urandom(32)
@@ -167,7 +167,7 @@ root_of = cache(calibrate)
 
 def _triple_product(party: Party, value: float) -> Shared:
     own = [held(torch.full((60_000,), value, dtype=torch.float64), 12, seed)(party) for seed in range(3)]
-    return triple_product(party, *hide(party, *own, bits=[37, 64, 64]))
+    return triple_product(party, *mask_and_open(party, *own, bits=[37, 64, 64]))
 
 
 def _waves(party: Party, value: float) -> Shared:
@@ -177,14 +177,14 @@ def _waves(party: Party, value: float) -> Shared:
 
 def _layer_norm(party: Party, value: float) -> Shared:
     sign = 1 - 2 * (torch.arange(64, dtype=torch.float64) % 2)
-    (gain,) = hide(party, held(torch.full((64,), 8.0), 12)(party))
+    (gain,) = mask_and_open(party, held(torch.full((64,), 8.0), 12)(party))
     norm = Norm(gain, party.public(0.0, 14), variance_root(64, 0.1, 8))
     return layer_norm(party, held((value * sign).expand(1000, 64), 14, 1)(party), norm, fraction=14)
 
 
 def _attention(party: Party, value: float) -> Shared:
     x = held(torch.full((30, 1, 32, 32), 1 / math.sqrt(32), dtype=torch.float64), 14)(party)
-    (features,) = hide(party, held(normal(1, 32, 64) / (4 * torch.pi), 14, 1)(party))
+    (features,) = mask_and_open(party, held(normal(1, 32, 64) / (4 * torch.pi), 14, 1)(party))
     values = held(torch.full(x.shape, value, dtype=torch.float64), 14, 2)(party)
     return random_feature_attention(party, x, x, values, features, root_of(1, 0.1, 1.2, 1e-4), fraction=14)
 
@@ -239,7 +239,7 @@ def test_a_session_never_uses_a_mask_twice() -> None:
     halves = share(encode(sentences(2, 8, seed=1), 14))
 
     def program(party: Party) -> int:
-        encoder = Encoder.hide(party, weights[party.number], plan)
+        encoder = Encoder.mask_and_open(party, weights[party.number], plan)
         with party.randomness.recording() as trace:
             for _ in range(2):
                 encode_sentences(party, encoder, Shared(halves[party.number], 14))

@@ -178,9 +178,9 @@ def test_fewer_shots_are_among_more() -> None:
     among = np.ones(40, dtype=np.bool_)
     few, many = (set(drawn(labels, among, shots, 5, "data").tolist()) for shots in (4, 16))
     assert few < many
-    hidden = among.copy()
-    hidden[list(few)] = False
-    assert not few & set(drawn(labels, hidden, 16, 5, "data").tolist())
+    masked = among.copy()
+    masked[list(few)] = False
+    assert not few & set(drawn(labels, masked, 16, 5, "data").tolist())
 
 
 @pytest.mark.slow

@@ -275,9 +275,9 @@ def test_costs_of_finished_generations_are_kept(file: Path, tower: PrivateTower,
 
 def test_the_command_prints_one_object(file: Path, tmp_path: Path) -> None:
     arguments = ["tune-private", str(file), "--clear", "--out", str(tmp_path / "run"), "--set", "search.generations=1"]
-    ran = CliRunner().invoke(app, [*arguments, "--json"])
-    assert ran.exit_code == 0, ran.output
-    summary = json.loads(ran.stdout)
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
     assert summary["generations"] == 1
     again = CliRunner().invoke(app, [*arguments, "--resume"])
     assert "accuracy" in again.stdout
@@ -289,10 +289,10 @@ def test_the_command_prints_one_object(file: Path, tmp_path: Path) -> None:
 )
 def test_without_servers_it_says_what_to_give(file: Path, tmp_path: Path, given: list[str], key: str) -> None:
     options = [part for each in given for part in ("--set", each)]
-    ran = CliRunner().invoke(app, ["tune-private", str(file), "--out", str(tmp_path / "run"), *options])
-    assert isinstance(ran.exception, ConfigError)
-    assert ran.exception.key == key
-    assert "--clear" in ran.exception.allowed
+    result = CliRunner().invoke(app, ["tune-private", str(file), "--out", str(tmp_path / "run"), *options])
+    assert isinstance(result.exception, ConfigError)
+    assert result.exception.key == key
+    assert "--clear" in result.exception.allowed
     assert not (tmp_path / "run").exists()
 
 

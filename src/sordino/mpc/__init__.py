@@ -7,11 +7,11 @@ correlated randomness and sees no data, follow the protocol, and no two of them 
 
     def program(party):                                      # both servers run it
         x = Shared((first, second)[party.number], 16)
-        (hidden,) = hide(party, x)                           # opened under a mask, once
-        return product(party, hidden, hidden, "multiply")    # and no more bytes for products with it
+        (masked,) = mask_and_open(party, x)                           # opened under a mask, once
+        return product(party, masked, masked, "multiply")    # and no more bytes for products with it
 
-    ran = run(program)                                       # here, both in one process
-    reconstruct(ran.results), ran.costs.table()
+    result = run(program)                                       # here, both in one process
+    reconstruct(result.results), result.costs.table()
 """
 
 from sordino.mpc.arithmetic.ring import decode, encode, share
@@ -21,9 +21,27 @@ from sordino.mpc.dealing.dealer import Dealer
 from sordino.mpc.dealing.supply import CorrelatedRandomness, DealerLink
 from sordino.mpc.errors import MaskReused, MpcError, OutOfRange, PartyLost
 from sordino.mpc.protocols.attention import random_feature_attention
-from sordino.mpc.protocols.fourier import Series, angle_of, cosine_and_sine, evaluate, fit, gelu, gelu_series, turn
-from sordino.mpc.protocols.linear import concatenated, hide, lifted, multiply, product, reveal, triple_product, truncate
-from sordino.mpc.protocols.party import Channel, Masked, Party, Ran, Shared, reconstruct, run
+from sordino.mpc.protocols.fourier import (
+    Series,
+    angle_of,
+    cosine_and_sine,
+    evaluate,
+    fit,
+    gelu,
+    gelu_series,
+    open_angle,
+)
+from sordino.mpc.protocols.linear import (
+    concatenated,
+    mask_and_open,
+    multiply,
+    product,
+    reveal,
+    triple_product,
+    truncate,
+    truncate_masked,
+)
+from sordino.mpc.protocols.party import Channel, Masked, Party, RunResult, Shared, reconstruct, run
 from sordino.mpc.protocols.roots import Norm, Root, calibrate, inverse_root, layer_norm, unit_norm, variance_root
 from sordino.mpc.tower.calibration import Calibration
 from sordino.mpc.tower.encoder import Encoder, encode_sentences, shared_weights
@@ -47,8 +65,8 @@ __all__ = [
     "Party",
     "PartyLost",
     "Plan",
-    "Ran",
     "Root",
+    "RunResult",
     "Series",
     "Shared",
     "angle_of",
@@ -62,11 +80,11 @@ __all__ = [
     "fit",
     "gelu",
     "gelu_series",
-    "hide",
     "inverse_root",
     "layer_norm",
-    "lifted",
+    "mask_and_open",
     "multiply",
+    "open_angle",
     "product",
     "protocol",
     "random_feature_attention",
@@ -77,7 +95,7 @@ __all__ = [
     "shared_weights",
     "triple_product",
     "truncate",
-    "turn",
+    "truncate_masked",
     "unit_norm",
     "variance_root",
 ]

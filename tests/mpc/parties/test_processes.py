@@ -225,9 +225,9 @@ def test_arguments_that_do_not_fit(processes: Processes) -> None:
         ),
         (["certificates", "--out", str(folder)], "choose another folder"),
     ):
-        ran = CliRunner().invoke(app, ["mpc", *words])
-        assert isinstance(ran.exception, ConfigError)
-        assert message in str(ran.exception)
+        result = CliRunner().invoke(app, ["mpc", *words])
+        assert isinstance(result.exception, ConfigError)
+        assert message in str(result.exception)
 
 
 def test_the_commands_tune_a_prompt_as_in_the_clear(processes: Processes) -> None:

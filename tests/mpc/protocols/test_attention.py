@@ -12,7 +12,7 @@ from mpc.both import computed, held, normal, root_cost
 
 from sordino.mpc.arithmetic.packing import packed_size
 from sordino.mpc.protocols.attention import random_feature_attention
-from sordino.mpc.protocols.linear import hide
+from sordino.mpc.protocols.linear import mask_and_open
 from sordino.mpc.protocols.party import Party, Shared
 from sordino.mpc.protocols.roots import calibrate
 
@@ -29,10 +29,10 @@ def test_attention_within_the_stated_error(length: int, extra_rounds: int) -> No
     root = calibrate(1, 0.1, 1.2, 1e-4)
 
     def program(party: Party) -> Shared:
-        (hidden,) = hide(party, held(features / (2 * torch.pi), 14)(party))
+        (masked,) = mask_and_open(party, held(features / (2 * torch.pi), 14)(party))
         with party.costs.label("attention"):
             tensors = (held(x, 14, seed)(party) for seed, x in enumerate((query, key, value), start=1))
-            return random_feature_attention(party, *tensors, hidden, root, fraction=14)  # type: ignore[misc]
+            return random_feature_attention(party, *tensors, masked, root, fraction=14)  # type: ignore[misc]
 
     found, costs = computed(program)
     assert (found - oracle).abs().max() < 2e-3
@@ -52,8 +52,8 @@ def test_attention_within_the_stated_error(length: int, extra_rounds: int) -> No
             )
         bits = 8 + 4 + 2 + max(14 + 7, 16 + 6 + 1)
         beside, state = group * length * (width + 1), group * 2 * count * (width + 1)
-        hidden = 2 * packed_size(2 * angles, bits) + packed_size(beside, bits) + packed_size(state, bits)
-        return hidden + packed_size(state, bits - (8 + 14 + 7 - 16)) + packed_size(beside, bits - (8 + 16 + 6 - 16))
+        masked = 2 * packed_size(2 * angles, bits) + packed_size(beside, bits) + packed_size(state, bits)
+        return masked + packed_size(state, bits - (8 + 14 + 7 - 16)) + packed_size(beside, bits - (8 + 16 + 6 - 16))
 
     size = rows * width
     online = 2 * packed_size(size, 28) + 2 * packed_size(angles, 14) + order(length)
@@ -92,10 +92,10 @@ def test_attention_of_tokens_of_any_kind(data: st.DataObject, length: int, width
     assert 0.1 < means.min() <= means.max() < 1.2
 
     def program(party: Party) -> Shared:
-        (hidden,) = hide(party, held(features / (2 * torch.pi), 14)(party))
+        (masked,) = mask_and_open(party, held(features / (2 * torch.pi), 14)(party))
         own = (held(x, 14, number)(party) for number, x in enumerate((query, key, value), start=1))
         return random_feature_attention(
-            party, *own, hidden, root, fraction=14, mask=mask if bool((mask == 0).any()) else None
+            party, *own, masked, root, fraction=14, mask=mask if bool((mask == 0).any()) else None
         )
 
     found, _ = computed(program)
@@ -108,9 +108,9 @@ def test_a_long_sequence_costs_no_more_than_linearly() -> None:
 
     def bytes_a_token(length: int) -> float:
         def program(party: Party) -> Shared:
-            (hidden,) = hide(party, party.public(torch.zeros(1, 8, 16), 14))
+            (masked,) = mask_and_open(party, party.public(torch.zeros(1, 8, 16), 14))
             x = party.public(torch.ones(1, 1, length, 8) / math.sqrt(8), 14)
-            return random_feature_attention(party, x, x, x, hidden, root, fraction=14)
+            return random_feature_attention(party, x, x, x, masked, root, fraction=14)
 
         return computed(program)[1].by_protocol()["random_feature_attention"].online / length
 

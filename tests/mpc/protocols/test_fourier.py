@@ -27,12 +27,19 @@ from sordino.mpc.protocols.fourier import (
     fit,
     gelu,
     gelu_series,
+    open_angle,
     public_factors,
-    turn,
 )
-from sordino.mpc.protocols.linear import concatenated, hide
+from sordino.mpc.protocols.linear import concatenated, mask_and_open
 from sordino.mpc.protocols.party import Party, Shared, reconstruct, run
-from sordino.mpc.protocols.waves import COARSE, FINE, TABLE, public_cosine_and_sine, rotations, tabulated_rotations
+from sordino.mpc.protocols.trigonometry import (
+    COARSE,
+    FINE,
+    TABLE,
+    public_cosine_and_sine,
+    rotations,
+    tabulated_rotations,
+)
 
 WORDS = st.sampled_from([0, 1, -1, 2**63 - 1, -(2**63)]) | st.integers(-(2**63), 2**63 - 1)
 MASKS = 50  # that each number is tried under
@@ -41,9 +48,9 @@ MASKS = 50  # that each number is tried under
 def both(values: torch.Tensor, fraction: int, **how: int) -> tuple[torch.Tensor, torch.Tensor, Cost]:
     """Cosines, sines, and their cost."""
     x = held(values, fraction)
-    ran = run(lambda party: cosine_and_sine(party, x(party), **how)[0], KEYS)
-    cosine, sine = (reconstruct(shares) for shares in zip(*ran.results, strict=True))
-    return cosine, sine, ran.costs.total
+    result = run(lambda party: cosine_and_sine(party, x(party), **how)[0], KEYS)
+    cosine, sine = (reconstruct(shares) for shares in zip(*result.results, strict=True))
+    return cosine, sine, result.costs.total
 
 
 @pytest.mark.parametrize(("period", "resolution", "precision"), [(0, 16, 14), (3, 12, 10), (-2, 20, 20), (0, 28, 24)])
@@ -89,8 +96,8 @@ def test_wrapping_around_the_ring_is_whole_periods(value: int, turns: int) -> No
 
     def shares(number: int) -> tuple[torch.Tensor, torch.Tensor]:
         x = held_integers(torch.tensor([number]), fraction=20)
-        ran = run(lambda party: cosine_and_sine(party, x(party))[0][0].share, KEYS)
-        return ran.results
+        result = run(lambda party: cosine_and_sine(party, x(party))[0][0].share, KEYS)
+        return result.results
 
     assert sum(shares(value)) == sum(shares(wrapped))
 
@@ -100,16 +107,16 @@ def test_all_harmonics_of_an_argument_come_from_one_opening() -> None:
     x = held(values, 20)
 
     def program(party: Party, series: tuple[Series, ...]) -> list[Shared]:
-        (angle,) = turn(party, x(party), period=3, resolution=18)
+        (angle,) = open_angle(party, x(party), period=3, resolution=18)
         return [evaluate(party, angle, each) for each in series]
 
     square = fit(lambda t: erf(t / math.sqrt(2)), -3, 3, 3, range(1, 9), parity="odd")
     other = fit(lambda t: np.tanh(t) + 0.1 * t**2, -3, 3, 3, range(1, 13))
-    ran = run(lambda party: program(party, (square, other)), KEYS)
-    assert ran.costs.total.rounds == 1
-    assert ran.costs.total.online == packed_size(501, 18)
-    assert ran.costs.total.offline == 16 * 501 * (8 + 12)
-    for series, *shares in zip((square, other), *ran.results, strict=True):
+    result = run(lambda party: program(party, (square, other)), KEYS)
+    assert result.costs.total.rounds == 1
+    assert result.costs.total.online == packed_size(501, 18)
+    assert result.costs.total.offline == 16 * 501 * (8 + 12)
+    for series, *shares in zip((square, other), *result.results, strict=True):
         found = reconstruct((shares[0], shares[1]))
         slope = float(np.abs(np.gradient(series(values.numpy()), values.numpy())).max())
         bound = math.sqrt(2) * (len(series.frequencies) + series.weight) * 2**-14 + 1.05 * slope * 2.0 ** (3 - 18)
@@ -119,9 +126,9 @@ def test_all_harmonics_of_an_argument_come_from_one_opening() -> None:
 @settings(max_examples=25)
 @given(st.data(), st.integers(-2, 6), st.integers(8, 20), st.booleans(), st.integers(0, 40))
 def test_any_series_of_any_argument(
-    data: st.DataObject, period: int, precision: int, hidden: bool, plus_fraction: int
+    data: st.DataObject, period: int, precision: int, masked: bool, plus_fraction: int
 ) -> None:
-    """A series' value in double precision and what is added to it, of an argument turned or hidden anyway."""
+    """A series' value in double precision and what is added to it, of an argument turned or masked anyway."""
     sizes = st.sampled_from([0, 1, -1, 2**24, -(2**24)]) | st.integers(-(2**24), 2**24)  # up to 4
     frequencies = tuple(data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=8, unique=True)))
     cosine, sine = (tuple(data.draw(sizes) for _ in frequencies) for _ in range(2))
@@ -133,7 +140,11 @@ def test_any_series_of_any_argument(
 
     def program(party: Party) -> Shared:
         x = held_integers(words, fraction)(party)
-        angle = angle_of(*hide(party, x), period) if hidden else turn(party, x, period=period, resolution=20)[0]
+        angle = (
+            angle_of(*mask_and_open(party, x), period)
+            if masked
+            else open_angle(party, x, period=period, resolution=20)[0]
+        )
         plus = held(torch.full((len(words),), added, dtype=torch.float64), plus_fraction, 1)(party)
         bits = max(2 * precision, plus_fraction) + 8  # series and sum are below 2^7 in size
         result = evaluate(party, angle, series, precision, bits, plus)
@@ -239,12 +250,12 @@ def test_gelu_of_values_with_a_series_each_takes_one_round() -> None:
     assert costs.total == Cost(1, packed_size(999, 17) + packed_size(500, 19), 16 * (6 * 999 + 20 * 500))
 
 
-def test_a_hidden_value_is_an_argument_too() -> None:
+def test_a_masked_value_is_an_argument_too() -> None:
     values = 3 * normal(400)
 
     def program(party: Party) -> Shared:
-        (hidden,) = hide(party, held(values, 30)(party), bits=40)
-        return evaluate(party, angle_of(hidden, 5), gelu_series(), precision=20)
+        (masked,) = mask_and_open(party, held(values, 30)(party), bits=40)
+        return evaluate(party, angle_of(masked, 5), gelu_series(), precision=20)
 
     found, costs = computed(program)
     bound = math.sqrt(2) * 18 * 2**-20 + 2**-24 + 6e-5
@@ -256,7 +267,7 @@ def test_arguments_shared_modulo_too_little_are_refused() -> None:
     with pytest.raises(OutOfRange, match="must divide it"):
         computed(lambda party: gelu(party, party.public(0.1, 62))[0])
     with pytest.raises(OutOfRange, match="must divide it"):
-        run(lambda party: angle_of(*hide(party, party.public(1.0, 20), bits=24), 5), KEYS)
+        run(lambda party: angle_of(*mask_and_open(party, party.public(1.0, 20), bits=24), 5), KEYS)
 
 
 def test_public_cosines_are_exact_to_their_last_bits_and_round_alike_everywhere() -> None:
@@ -293,10 +304,10 @@ def test_public_factors_are_a_series_turned_by_what_is_opened(bits: int) -> None
 @pytest.mark.parametrize("number", [0, 1])
 def test_an_opened_argument_is_uniform(number: int) -> None:
     x = held(torch.full((60_000,), 0.3, dtype=torch.float64), 20)
-    ran = run(lambda party: turn(party, x(party), period=0, resolution=11)[0], KEYS)
-    counts = torch.bincount(ran.results[number].opened >> 3, minlength=256).numpy()
+    result = run(lambda party: open_angle(party, x(party), period=0, resolution=11)[0], KEYS)
+    counts = torch.bincount(result.results[number].opened >> 3, minlength=256).numpy()
     assert stats.chisquare(counts).pvalue > 1e-4
-    octets = np.bincount(np.frombuffer(ran.received[number][0], np.uint8), minlength=256)
+    octets = np.bincount(np.frombuffer(result.received[number][0], np.uint8), minlength=256)
     assert stats.chisquare(octets).pvalue > 1e-4
 
 

@@ -17,7 +17,7 @@ from sordino.mpc.arithmetic.prg import Prg
 from sordino.mpc.arithmetic.ring import centered, lowest
 from sordino.mpc.dealing.costs import Cost
 from sordino.mpc.errors import OutOfRange
-from sordino.mpc.protocols.linear import hide, multiply, product, reveal, triple_product, truncate
+from sordino.mpc.protocols.linear import mask_and_open, multiply, product, reveal, triple_product, truncate
 from sordino.mpc.protocols.party import Masked, Party, Shared, reconstruct, run
 
 WORDS = st.sampled_from([0, 1, -1, 2**63 - 1, -(2**63)]) | st.integers(-(2**63), 2**63 - 1)
@@ -25,8 +25,8 @@ WORDS = st.sampled_from([0, 1, -1, 2**63 - 1, -(2**63)]) | st.integers(-(2**63),
 
 def integers_of(program: object) -> torch.Tensor:
     """What a program's result is in the ring."""
-    ran = run(program, KEYS, timeout=60)  # type: ignore[arg-type]
-    first, second = ran.results
+    result = run(program, KEYS, timeout=60)  # type: ignore[arg-type]
+    first, second = result.results
     return centered(first.share + second.share, first.bits)
 
 
@@ -38,7 +38,7 @@ def test_products_are_those_of_the_ring(triples: list[tuple[int, int, int]], bit
     assert (integers_of(lambda p: multiply(p, x(p), y(p), bits)) == centered(a * b, bits)).all()
 
     def program(party: Party) -> Shared:
-        return triple_product(party, *hide(party, x(party), y(party), z(party), bits=[bits, 64, 64]))
+        return triple_product(party, *mask_and_open(party, x(party), y(party), z(party), bits=[bits, 64, 64]))
 
     assert (integers_of(program) == centered(a * b * c, bits)).all()
 
@@ -75,7 +75,7 @@ def test_a_bias_is_added_to_each_row_at_no_cost(fraction: int) -> None:
     x, y, bias = normal(2, 4, 5), normal(6, 5, seed=1), normal(6, seed=2)
 
     def program(party: Party) -> Shared:
-        factors = hide(party, held(x, 16)(party), held(y, 12, 1)(party), bits=44)
+        factors = mask_and_open(party, held(x, 16)(party), held(y, 12, 1)(party), bits=44)
         return product(party, *factors, "matmul_nt", held(bias, fraction, 2)(party))
 
     values, costs = computed(program)
@@ -88,27 +88,27 @@ def test_a_fixed_operand_is_sent_once() -> None:
 
     def program(party: Party) -> list[Shared]:
         with party.costs.label("set-up"):
-            (hidden,) = hide(party, held(weight, 12)(party))
+            (masked,) = mask_and_open(party, held(weight, 12)(party))
         results = []
         for x in inputs:
             with party.costs.label("product"):
-                results.append(product(party, *hide(party, held(x, 16)(party)), hidden))
+                results.append(product(party, *mask_and_open(party, held(x, 16)(party)), masked))
         return results
 
-    ran = run(program, KEYS)
-    assert ran.costs.by_label() == {"set-up": Cost(1, 8 * 21), "product": Cost(3, 3 * 8 * 35, 3 * 8 * 15)}
-    for x, *shares in zip(inputs, *ran.results, strict=True):
+    result = run(program, KEYS)
+    assert result.costs.by_label() == {"set-up": Cost(1, 8 * 21), "product": Cost(3, 3 * 8 * 35, 3 * 8 * 15)}
+    for x, *shares in zip(inputs, *result.results, strict=True):
         values = reconstruct((shares[0], shares[1]))
         assert (values - x @ weight).abs().max() < 7 * (2**-17 * weight.abs().max() + 2**-13 * x.abs().max())
 
 
-def test_a_value_hidden_once_serves_many_products() -> None:
+def test_a_value_masked_once_serves_many_products() -> None:
     x, y = normal(6, 4), normal(6, 1, seed=1)
 
     def program(party: Party) -> Shared:
-        hidden, other = hide(party, held(x, 16)(party), held(y, 16, 1)(party))
-        squares = product(party, hidden, hidden, "dot")
-        return product(party, hidden, other, "multiply").view(lambda share: share.sum(-1)) + squares
+        masked, other = mask_and_open(party, held(x, 16)(party), held(y, 16, 1)(party))
+        squares = product(party, masked, masked, "dot")
+        return product(party, masked, other, "multiply").view(lambda share: share.sum(-1)) + squares
 
     values, costs = computed(program)
     assert (values - (x * x).sum(-1) - (x * y).sum(-1)).abs().max() < 1e-3
@@ -140,7 +140,7 @@ def test_truncation_errs_to_neither_side_and_costs_what_it_says() -> None:
 
 @settings(max_examples=60)
 @given(st.data(), st.integers(2, 64), st.integers(0, 40))
-def test_what_is_hidden_without_its_last_bits_is_right_modulo_as_much_less(
+def test_what_is_masked_without_its_last_bits_is_right_modulo_as_much_less(
     data: st.DataObject, bits: int, dropped: int
 ) -> None:
     """Of any integers of the ring, however they are shared: off by less than one of the last bits that are kept."""
@@ -150,8 +150,8 @@ def test_what_is_hidden_without_its_last_bits_is_right_modulo_as_much_less(
 
     def program(party: Party) -> Shared:
         share = Shared(lowest(x(party).share, bits), dropped, bits)  # nothing is known above
-        (hidden,) = hide(party, share, bits=bits - dropped, fraction=0)
-        return Shared(hidden.share + party.only(0, hidden.opened), hidden.fraction, hidden.bits)
+        (masked,) = mask_and_open(party, share, bits=bits - dropped, fraction=0)
+        return Shared(masked.share + party.only(0, masked.opened), masked.fraction, masked.bits)
 
     for value, found in zip(values, integers_of(program).tolist(), strict=True):
         away = ((found << dropped) - value) % 2**bits
@@ -207,8 +207,8 @@ def test_what_a_party_receives_does_not_depend_on_the_input(number: int) -> None
         x = held(torch.full((count,), value, dtype=torch.float64), 16)
 
         def program(party: Party) -> None:
-            (hidden,) = hide(party, x(party), bits=48)
-            square = product(party, hidden, hidden, "multiply")
+            (masked,) = mask_and_open(party, x(party), bits=48)
+            square = product(party, masked, masked, "multiply")
             truncate(party, square, fraction=16, bits=48)
 
         return run(program, KEYS).received[number]
@@ -226,15 +226,15 @@ def test_what_a_party_receives_does_not_depend_on_the_input(number: int) -> None
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_shares_and_openings_of_any_width_are_uniform(number: int) -> None:
-    """The highest bits of a value hidden modulo 2^19, its mask's share, and the share of a product."""
+    """The highest bits of a value masked modulo 2^19, its mask's share, and the share of a product."""
     x = held(torch.full((60_000,), 3.25, dtype=torch.float64), 12)
 
     def program(party: Party) -> tuple[Masked, Shared]:
-        (hidden,) = hide(party, x(party), bits=19)
-        return hidden, product(party, hidden, hidden, "multiply")
+        (masked,) = mask_and_open(party, x(party), bits=19)
+        return masked, product(party, masked, masked, "multiply")
 
-    hidden, square = run(program, KEYS).results[number]
-    for part in (hidden.opened, hidden.share, square.share):
+    masked, square = run(program, KEYS).results[number]
+    for part in (masked.opened, masked.share, square.share):
         for place in (0, 11):
             counts = torch.bincount(lowest(part >> place, 8), minlength=256).numpy()
             assert stats.chisquare(counts).pvalue > 1e-4
@@ -242,7 +242,7 @@ def test_shares_and_openings_of_any_width_are_uniform(number: int) -> None:
 
 def test_revealing_gives_both_the_numbers() -> None:
     x = normal(4)
-    ran = run(lambda party: reveal(party, held(x, 16)(party)), KEYS)
-    assert (ran.results[0][0] - x).abs().max() <= 2**-17
-    assert (ran.results[0][0] == ran.results[1][0]).all()
-    assert cost_of(ran.costs, "reveal") == Cost(1, 32)
+    result = run(lambda party: reveal(party, held(x, 16)(party)), KEYS)
+    assert (result.results[0][0] - x).abs().max() <= 2**-17
+    assert (result.results[0][0] == result.results[1][0]).all()
+    assert cost_of(result.costs, "reveal") == Cost(1, 32)

@@ -14,7 +14,7 @@ from sordino.mpc.dealing.costs import Cost, Costs, protocol
 from sordino.mpc.dealing.dealer import Dealer
 from sordino.mpc.dealing.supply import CorrelatedRandomness
 from sordino.mpc.errors import MaskReused, PartyLost
-from sordino.mpc.protocols.linear import hide, multiply, product, reveal
+from sordino.mpc.protocols.linear import mask_and_open, multiply, product, reveal
 from sordino.mpc.protocols.party import Party, Shared, run
 
 
@@ -87,8 +87,8 @@ def test_party_0_is_sent_nothing_by_the_dealer() -> None:
 def test_costs_are_entered_by_label_and_protocol() -> None:
     @protocol
     def outer(party: Party, x: Shared) -> Shared:
-        (hidden,) = hide(party, x, bits=12)
-        return product(party, hidden, hidden, "multiply")
+        (masked,) = mask_and_open(party, x, bits=12)
+        return product(party, masked, masked, "multiply")
 
     def program(party: Party) -> Shared:
         with party.costs.label("layer 1"):
@@ -97,7 +97,7 @@ def test_costs_are_entered_by_label_and_protocol() -> None:
 
     _, costs = computed(program)
     assert costs.by_protocol() == {"outer": Cost(1, 15, 15), "multiply": Cost(1, 160, 80)}
-    assert costs.by_protocol(2)["outer/hide"] == Cost(1, 15, 0)
+    assert costs.by_protocol(2)["outer/mask_and_open"] == Cost(1, 15, 0)
     assert costs.by_label() == {"layer 1": Cost(1, 15, 15), "": Cost(1, 160, 80)}
     assert costs.total == Cost(2, 175, 95)
     assert "outer" in costs.table()
@@ -108,7 +108,7 @@ def test_fraction_bits_meet_exactly() -> None:
     x, y = held(torch.tensor([1.5, -2.25]), 4), held(torch.tensor([0.125, 8.0]), 10, seed=1)
 
     def program(party: Party) -> Shared:
-        return (x(party) - y(party) + party.public(torch.tensor([0.5, 0.25]), 2)).doubled(1).scaled(3)
+        return (x(party) - y(party) + party.public(torch.tensor([0.5, 0.25]), 2)).times_power_of_two(1).scaled(3)
 
     values, costs = computed(program)
     assert values.tolist() == [6 * 1.875, 6 * -10.0]

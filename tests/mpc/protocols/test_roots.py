@@ -17,7 +17,7 @@ from sordino.mpc.arithmetic.packing import packed_size
 from sordino.mpc.arithmetic.ring import WORD, decode, encode, lowest
 from sordino.mpc.dealing.costs import Cost
 from sordino.mpc.errors import OutOfRange
-from sordino.mpc.protocols.linear import hide
+from sordino.mpc.protocols.linear import mask_and_open
 from sordino.mpc.protocols.party import Party, Shared, run
 from sordino.mpc.protocols.roots import (
     Norm,
@@ -93,7 +93,7 @@ def test_a_step_of_newtons_method_is_that_of_the_ring(pairs: list[tuple[int, int
 
     def program(party: Party) -> Shared:
         own = held_integers(bases, 8)(party), held_integers(factors, 6, seed=1)(party)
-        return newton_step(party, *hide(party, *own), power)
+        return newton_step(party, *mask_and_open(party, *own), power)
 
     first, second = run(program, KEYS).results
     assert first.fraction == (power + 1) * 8 + 6 + power - 1
@@ -107,7 +107,7 @@ def test_a_step_of_newtons_method_is_that_of_the_ring(pairs: list[tuple[int, int
 def test_a_step_of_newtons_method_squares_the_error(x: float, off: float, power: int) -> None:
     """As `calibrate` says of it: e becomes -e^2 for reciprocals, and -(3 e^2 + e^3) / 2 for inverse square roots."""
     own, near = (torch.tensor([value], dtype=torch.float64) for value in (x, x ** (-1 / power) * (1 + off)))
-    found, _ = computed(lambda p: newton_step(p, *hide(p, held(near, 14)(p), held(own, 16, 1)(p)), power))
+    found, _ = computed(lambda p: newton_step(p, *mask_and_open(p, held(near, 14)(p), held(own, 16, 1)(p)), power))
     x, y = (decode(encode(value, bits), bits).item() for value, bits in ((own, 16), (near, 14)))
     e = y * x ** (1 / power) - 1
     squared = e**2 if power == 1 else 1.5 * e**2 + 0.5 * e**3
@@ -163,7 +163,7 @@ def norm_case(
     root, gain, gamma = variance_root(width, 0.1, 8), held(gains, gain_fraction, 3), gains / math.sqrt(width)
 
     def program(party: Party) -> Shared:
-        norm = Norm(hide(party, gain(party))[0], held(beta, 14, 4)(party), root, 1e-5)
+        norm = Norm(mask_and_open(party, gain(party))[0], held(beta, 14, 4)(party), root, 1e-5)
         with party.costs.label("norm"):
             return layer_norm(party, held(x, fraction)(party), norm, fraction=14)
 
@@ -237,7 +237,9 @@ def test_layer_norm_of_rows_of_any_kind(
     assert low <= total.min() <= total.max() <= high  # encoding leaves them in range
 
     def program(party: Party) -> Shared:
-        norm = Norm(*hide(party, held_integers(gain, 12, 3)(party)), held_integers(bias, 14, 4)(party), root, epsilon)
+        norm = Norm(
+            *mask_and_open(party, held_integers(gain, 12, 3)(party)), held_integers(bias, 14, 4)(party), root, epsilon
+        )
         return layer_norm(party, held_integers(x, 14)(party), norm, fraction, kept)
 
     found, _ = computed(program)
@@ -252,7 +254,7 @@ def test_a_norm_of_fewer_bits_is_off_by_as_much_and_costs_less() -> None:
     gain = held(torch.full((64,), 8.0), 12, 3)
 
     def program(party: Party) -> Shared:
-        norm = Norm(hide(party, gain(party))[0], party.public(0.0, 14), root, 1e-5)
+        norm = Norm(mask_and_open(party, gain(party))[0], party.public(0.0, 14), root, 1e-5)
         with party.costs.label("norm"):
             return layer_norm(party, held(x, 14)(party), norm, fraction=14, kept=kept)
 
@@ -280,7 +282,7 @@ def test_no_message_of_a_layer_norm_tells_its_input(number: int) -> None:
 
     def transcript(x: torch.Tensor) -> list[bytes]:
         def program(party: Party) -> None:
-            (gain,) = hide(party, held(torch.ones(width), 12)(party))
+            (gain,) = mask_and_open(party, held(torch.ones(width), 12)(party))
             layer_norm(party, held(x, 14)(party), Norm(gain, party.public(0.0, 14), root), fraction=14)
 
         return run(program, KEYS).received[number]

@@ -52,13 +52,13 @@ def on_shares(
     weights, halves = shared_weights(tower, calibration), share(encode(embeddings, 14))
 
     def program(party: Party) -> Shared:
-        encoder = Encoder.hide(party, weights[party.number], plan)
+        encoder = Encoder.mask_and_open(party, weights[party.number], plan)
         x = Shared(halves[party.number], 14)
         passes = [encode_sentences(party, encoder, x, lengths) for _ in range(times)]
         return passes[-1]
 
-    ran = run(program, timeout=120)
-    return reconstruct(ran.results), ran.costs.by_label()
+    result = run(program, timeout=120)
+    return reconstruct(result.results), result.costs.by_label()
 
 
 @pytest.mark.parametrize("length", [2, 7, 32, 50])
@@ -108,7 +108,7 @@ def test_a_prepared_pass_is_the_same_and_asks_for_no_more(
     halves = share(encode(embeddings, 14))
 
     def program(party: Party) -> Shared:
-        encoder, x = Encoder.hide(party, weights[party.number], plan), Shared(halves[party.number], 14)
+        encoder, x = Encoder.mask_and_open(party, weights[party.number], plan), Shared(halves[party.number], 14)
         with party.costs.label("recorded"), party.randomness.recording() as trace:
             encode_sentences(party, encoder, x)
         party.randomness.prepare(trace, limit)
@@ -146,7 +146,7 @@ def test_blocks_are_dealt_what_they_say(tower: PrivateTower, calibration: Calibr
 
     def program(party: Party) -> Shared:
         return encode_sentences(
-            party, Encoder.hide(party, weights[party.number], plan), Shared(halves[party.number], 14)
+            party, Encoder.mask_and_open(party, weights[party.number], plan), Shared(halves[party.number], 14)
         )
 
     costs = run(program, timeout=120).costs.by_label_and_protocol()

@@ -201,7 +201,7 @@ def look_up(table: Narrow, rows: Integers, values: Integers) -> None:
 
 @compiled
 def lift(opened: Integers, dealt: Integers, top: int, shift: int, known: bool, shares: Integers) -> None:
-    """The local part of `linear.lifted`, for a mask of top + 1 bits; `known`: what is public is this party's.
+    """The local part of `linear.truncate_masked`, for a mask of top + 1 bits; `known`: what is public is this party's.
 
     dealt [2, N] has shares of r' >> shift, then of m.
     """

@@ -150,7 +150,7 @@ class ServerService:
     def _computed(self, line: Line, session: str, model: Model) -> None:
         """All that a session asks for."""
         with _Session(self, session) as party:
-            encoder = Encoder.hide(party, model.weights, model.plan)
+            encoder = Encoder.mask_and_open(party, model.weights, model.plan)
             width, largest = model.weights["norm.weight"].shape[0], model.plan.layers[-1].norm2.largest
             ranges = {"largest": largest, "entering": model.plan.entering}
             line.send(model=model.name, fraction=FRACTION, width=width, ranges=ranges, **_news(party.costs))

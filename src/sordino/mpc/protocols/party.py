@@ -1,4 +1,4 @@
-"""The two servers: what each holds, how they speak, and both of them in one process."""
+"""The two parties: their shares, their channel, and a run of both in one process."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Shared:
     """A party's share of numbers in fixed point.
 
     Attributes:
-        share: int64 [...]; the sum of both parties' is the integer, modulo 2^bits.
-        fraction: fraction bits; the number is the integer times 2^-fraction.
-        bits: modulo what the shares are right: 64, or fewer after a product of masks of fewer.
+        share: int64 [...]. Both parties' shares add up to the integer, modulo 2^bits.
+        fraction: fraction bits. The number is the integer times 2^-fraction.
+        bits: log2 of the modulus for which the shares are right: 64, or fewer after a product of masks of fewer.
     """
 
     share: Tensor
@@ -51,35 +51,39 @@ class Shared:
         return self + -other
 
     def at(self, fraction: int) -> Shared:
-        """The same numbers with as many or more fraction bits, exactly."""
+        """Return the same numbers with as many fraction bits or more, exactly.
+
+        Raises:
+            ValueError: `fraction` is below the present one.
+        """
         if fraction < self.fraction:
             raise ValueError(f"fraction = {fraction}: below {self.fraction}; truncation takes a round, see `truncate`")
         more = fraction - self.fraction
         return Shared(self.share << more, fraction, min(WORD, self.bits + more))
 
-    def doubled(self, times: int) -> Shared:
-        """The numbers times 2^times, of any sign, exactly and at no cost."""
-        return replace(self, fraction=self.fraction - times)
+    def times_power_of_two(self, exponent: int) -> Shared:
+        """Multiply by 2^exponent, of any sign, exactly and at no cost."""
+        return replace(self, fraction=self.fraction - exponent)
 
     def scaled(self, integers: Tensor | int, fraction: int = 0) -> Shared:
-        """The numbers times public ones in fixed point, broadcast."""
+        """Multiply by public numbers in fixed point, broadcast."""
         return replace(self, share=self.share * integers, fraction=self.fraction + fraction)
 
     def view(self, change: Callable[[Tensor], Tensor]) -> Shared:
-        """The share with its axes rearranged, or summed."""
+        """Rearrange or sum the share's axes."""
         return replace(self, share=change(self.share))
 
 
 @dataclass(frozen=True, eq=False)
 class Masked:
-    """A number of which x - a is known to both parties, and the mask a to neither.
+    """Numbers x of which both parties know x - a, and neither knows the mask a.
 
     Attributes:
         opened: x - a modulo 2^bits, int64 [...].
         share: this party's share of a.
-        mask: its name at the dealer.
+        mask: the name of a at the dealer.
         fraction: fraction bits of x.
-        fixed: it is a factor of many products, such as a weight: what these have of masks alone is offline work.
+        fixed: x is a factor of many products, such as a weight. Terms of masks and x - a alone are then offline work.
     """
 
     opened: Tensor
@@ -94,27 +98,25 @@ class Masked:
 
 
 class Channel(Protocol):
-    """The way to the other party."""
+    """A connection to the other party."""
 
     def exchange(self, content: Octets) -> Octets:
-        """Send bytes, and give those that the other sends meanwhile.
+        """Send bytes, and return those that the other party sends meanwhile.
 
         Raises:
-            PartyLost: none came.
+            PartyLost: nothing arrived.
         """
         ...
 
 
 class Party:
-    """One of the two servers, for one computation.
-
-    Both run the same program, and differ in what they hold.
+    """One of the two parties, for one computation. Both run the same program on their own shares.
 
     Args:
         number: 0 or 1.
-        channel: to the other.
-        randomness: of dealt randomness.
-        costs: those of the randomness.
+        channel: to the other party.
+        randomness: this party's.
+        costs: where `randomness` enters its bytes, too.
     """
 
     def __init__(self, number: int, channel: Channel, randomness: CorrelatedRandomness, costs: Costs) -> None:
@@ -122,49 +124,49 @@ class Party:
         self._channel = channel
 
     def exchange(self, values: Sequence[Tensor], bits: Sequence[int]) -> list[Tensor]:
-        """Send integers modulo 2^bits, and give the other party's: one round, `packed_size` bytes a tensor.
+        """Send integers modulo 2^bits, and return the other party's. One round, `packed_size` bytes a tensor.
 
         Raises:
             PartyLost: the other party is gone or astray.
         """
-        theirs = self._swap([pack(value, width) for value, width in zip(values, bits, strict=True)])
+        contents = self._swap([pack(value, width) for value, width in zip(values, bits, strict=True)])
         return [
-            unpack(part, tuple(value.shape), width) for part, value, width in zip(theirs, values, bits, strict=True)
+            unpack(part, tuple(value.shape), width) for part, value, width in zip(contents, values, bits, strict=True)
         ]
 
     def open(self, masked_shares: Sequence[MaskedShare]) -> list[Tensor]:
-        """Send shares less masks, and give their sums with the other party's: one round, likewise.
+        """Send masked shares, and return their sums with the other party's. One round, likewise.
 
         Raises:
             PartyLost: the other party is gone or astray.
         """
-        theirs = self._swap([each.packed() for each in masked_shares])
-        return [each.opened(part) for each, part in zip(masked_shares, theirs, strict=True)]
+        contents = self._swap([masked.packed() for masked in masked_shares])
+        return [masked.opened(part) for masked, part in zip(masked_shares, contents, strict=True)]
 
     def _swap(self, contents: Sequence[Octets]) -> list[memoryview]:
         content = contents[0] if len(contents) == 1 else bytearray().join(contents)
         self.costs.add(Cost(rounds=1, online=len(content)))
-        return cut(self._channel.exchange(content), [len(each) for each in contents])
+        return cut(self._channel.exchange(content), [len(part) for part in contents])
 
     def only(self, number: int, values: Tensor) -> Tensor:
-        """What is public, as the share of one party, and nothing as the other's."""
+        """Return public values as the share of party `number`, and zeros as the other party's."""
         return values if self.number == number else torch.zeros_like(values)
 
     def public(self, values: Tensor | float, fraction: int) -> Shared:
-        """Shares of numbers that both know."""
+        """Return shares of numbers that both parties know."""
         return Shared(self.only(0, encode(values, fraction)), fraction)
 
 
 class LocalChannel:
-    """Between two threads of one process.
+    """A `Channel` between two threads of one process.
 
     Args:
-        inbox, outbox: None in them ends the other's waiting.
-        timeout: seconds to wait for the other.
-        kept: whether messages are.
+        inbox, outbox: messages of either direction. None tells the reader that no more will come.
+        timeout: seconds to wait for a message.
+        kept: keep received messages.
 
     Attributes:
-        received: all that came, in order, if they are kept.
+        received: kept messages, in order.
     """
 
     def __init__(
@@ -187,18 +189,18 @@ class LocalChannel:
         return reply
 
     def close(self) -> None:
-        """Tell the other that no more will come."""
+        """Tell the other party that no more messages will come."""
         self._outbox.put(None)
 
 
 @dataclass(frozen=True)
-class Ran(Generic[T]):
-    """What a computation in one process came to.
+class RunResult(Generic[T]):
+    """The result of a computation in one process.
 
     Attributes:
         results: of parties 0 and 1.
         costs: rounds and bytes.
-        received: the messages that each party had from the other, if they are kept.
+        received: messages that each party received from the other, if they are kept.
     """
 
     results: tuple[T, T]
@@ -211,17 +213,17 @@ def run(
     keys: tuple[bytes, bytes] | None = None,
     timeout: float = 600.0,
     keep_messages: bool = True,
-) -> Ran[T]:
-    """Both parties and the dealer in this process, a thread a party; the result does not depend on their timing.
+) -> RunResult[T]:
+    """Run both parties and the dealer in this process, a thread a party. Their timing does not change the result.
 
     Args:
-        program: what each runs.
+        program: run by each party.
         keys: of the dealer, for tests that need the same randomness twice.
-        timeout: seconds that one waits for the other.
-        keep_messages: for a look at what a party saw; a long computation has gigabytes of them.
+        timeout: seconds that a party waits for the other.
+        keep_messages: keep every received message, to inspect the view of a party. Long computations have gigabytes.
 
     Raises:
-        Exception: the first that a party's program raised, where it is not about the other's end.
+        Exception: the first that a party's program raised, other than the `PartyLost` that follows from it.
     """
     dealer, queues = Dealer(keys), (SimpleQueue[Octets | None](), SimpleQueue[Octets | None]())
     channels = [LocalChannel(queues[i], queues[1 - i], timeout, keep_messages) for i in range(2)]
@@ -246,10 +248,10 @@ def run(
         thread.join()
     if errors:
         raise next((error for error in errors if not isinstance(error, PartyLost)), errors[0])
-    return Ran((results[0], results[1]), costs[0], (channels[0].received, channels[1].received))
+    return RunResult((results[0], results[1]), costs[0], (channels[0].received, channels[1].received))
 
 
 def reconstruct(shares: tuple[Shared, Shared]) -> Tensor:
-    """The numbers, float64 [...], of both parties' shares."""
+    """Return the numbers, float64 [...], from both parties' shares."""
     first, second = shares
     return decode(first.share + second.share, first.fraction, first.bits)

@@ -5,7 +5,7 @@
     held = shared_weights(tower, calibration)                           # and each its shares
 
     def program(party):
-        encoder = Encoder.hide(party, held[party.number], plan)         # once
+        encoder = Encoder.mask_and_open(party, held[party.number], plan)         # once
         return encode_sentences(party, encoder, sentences[party.number])
 
 On shares there is no comparison, so no protocol can tell that a number left the range it was calibrated for: roots and
@@ -31,7 +31,7 @@ from sordino.mpc.arithmetic.ring import WORD, encode, share
 from sordino.mpc.errors import OutOfRange
 from sordino.mpc.protocols.attention import random_feature_attention
 from sordino.mpc.protocols.fourier import gelu
-from sordino.mpc.protocols.linear import concatenated, hide, product, truncate
+from sordino.mpc.protocols.linear import concatenated, mask_and_open, product, truncate
 from sordino.mpc.protocols.party import Masked, Party, Shared
 from sordino.mpc.protocols.roots import Norm, layer_norm, unit_norm
 from sordino.mpc.tower.calibration import Calibration, LayerRanges, heads_of
@@ -80,7 +80,7 @@ def shared_weights(tower: PrivateTower, calibration: Calibration) -> tuple[dict[
 
 
 @dataclass(frozen=True, eq=False)
-class HiddenLayer:
+class MaskedLayer:
     """A layer's weights, opened under masks.
 
     Attributes:
@@ -99,17 +99,17 @@ class HiddenLayer:
 
 @dataclass(frozen=True, eq=False)
 class Encoder:
-    """A tower on shares; see `hide`."""
+    """A tower on shares; see `mask_and_open`."""
 
     plan: Plan
     norm: Norm
-    layers: tuple[HiddenLayer, ...]
+    layers: tuple[MaskedLayer, ...]
 
     @classmethod
-    def hide(cls, party: Party, weights: Mapping[str, Shared], plan: Plan) -> Encoder:
+    def mask_and_open(cls, party: Party, weights: Mapping[str, Shared], plan: Plan) -> Encoder:
         """Open a tower's weights under masks, once for all forward passes; entered under the label "set-up".
 
-        1. `hide` all weights; biases stay shares, as they are only added.
+        1. `mask_and_open` all weights; biases stay shares, as they are only added.
 
         Rounds: 1. Online: for each weight the bits of what it is a factor of (see `LayerPlan`), 64 for gains; for
         MiniLM's tower of six layers 54 MB. Offline: 0. Error: none.
@@ -125,21 +125,21 @@ class Encoder:
             bits |= {"norm1.weight": WORD, "norm2.weight": WORD}
             widths |= {f"{number}.{name}": width for name, width in bits.items()}
         with party.costs.label("set-up"):
-            opened = hide(party, *(weights[name] for name in widths), bits=list(widths.values()))
-        hidden = {name: replace(weight, fixed=True) for name, weight in zip(widths, opened, strict=True)}
+            opened = mask_and_open(party, *(weights[name] for name in widths), bits=list(widths.values()))
+        masked = {name: replace(weight, fixed=True) for name, weight in zip(widths, opened, strict=True)}
 
         def norm(name: str, own: NormPlan) -> Norm:
-            gain, bias = hidden[f"{name}.weight"], weights[f"{name}.bias"]
+            gain, bias = masked[f"{name}.weight"], weights[f"{name}.bias"]
             return Norm(gain, bias, own.root, plan.epsilon, own.largest, own.inverse_fraction)
 
         layers = []
         for number, layer in enumerate(plan.layers):
             linear = {name: f"{number}.{name}" for name in ("qkv", "out", "inner", "outer")}
-            own = {name: hidden[f"{full}.weight"] for name, full in linear.items()}
-            own[FEATURES] = hidden[f"{number}.{FEATURES}"]
+            own = {name: masked[f"{full}.weight"] for name, full in linear.items()}
+            own[FEATURES] = masked[f"{number}.{FEATURES}"]
             biases = {name: weights[f"{full}.bias"] for name, full in linear.items()}
             norms = norm(f"{number}.norm1", layer.norm1), norm(f"{number}.norm2", layer.norm2)
-            layers.append(HiddenLayer(layer, own, biases, *norms))
+            layers.append(MaskedLayer(layer, own, biases, *norms))
         return cls(plan, norm("norm", plan.norm), tuple(layers))
 
 
@@ -158,7 +158,7 @@ def encode_sentences(party: Party, encoder: Encoder, embeddings: Shared, lengths
     0.999999 with the tower in the clear.
 
     Args:
-        encoder: see `Encoder.hide`.
+        encoder: see `Encoder.mask_and_open`.
         embeddings: [B, T, E], of tokens with their positions, with about 14 fraction bits, as embeddings are small;
             within the plan's ranges, or the result is nonsense without notice. Padding repeats a sentence's last token,
             as `Sentences` has it, and changes no result.
@@ -182,14 +182,14 @@ def encode_sentences(party: Party, encoder: Encoder, embeddings: Shared, lengths
     return x.view(lambda own: (own if mask is None else own * mask[..., None]).sum(1)).scaled(factors, MEAN)
 
 
-def attention_block(party: Party, x: Shared, layer: HiddenLayer, heads: int, mask: Tensor | None = None) -> Shared:
+def attention_block(party: Party, x: Shared, layer: MaskedLayer, heads: int, mask: Tensor | None = None) -> Shared:
     """Hidden states [B, T, E] after attention, its projection and the norm.
 
-    1. Hide x; multiply with the weights of queries, keys and values.
+    1. Mask and open x; multiply with the weights of queries, keys and values.
     2. Truncate the result.
     3. Give queries and keys `unit_norm`.
     4. Take the `random_feature_attention`.
-    5. Hide what comes out, multiply with the projection, truncate.
+    5. Mask and open what comes out, multiply with the projection, truncate.
     6. Add x; take the `layer_norm`.
 
     Rounds: 4, and those of the three protocols: 4, 9 and 5 where no root takes a step. Online, for N = B T E, beside
@@ -198,7 +198,7 @@ def attention_block(party: Party, x: Shared, layer: HiddenLayer, heads: int, mas
     """
     plan = layer.plan
     width = x.shape[-1]
-    (masked,) = hide(party, x, bits=plan.projected)
+    (masked,) = mask_and_open(party, x, bits=plan.projected)
     projected = product(party, masked, layer.weights["qkv"], "matmul_nt", layer.biases["qkv"])
     parts = [
         projected.view(lambda own: heads_of(own[..., : 2 * width], 2 * heads)),  # queries and keys, [B, 2 H, T, d]
@@ -211,18 +211,18 @@ def attention_block(party: Party, x: Shared, layer: HiddenLayer, heads: int, mas
     attended = random_feature_attention(
         party, query, key, value, layer.weights[FEATURES], plan.weights, ACTIVATION, UNIT, ANGLE, WAVE, mask
     )
-    (masked,) = hide(party, attended.view(lambda own: own.transpose(1, 2).flatten(2)), bits=plan.out)
+    (masked,) = mask_and_open(party, attended.view(lambda own: own.transpose(1, 2).flatten(2)), bits=plan.out)
     result = product(party, masked, layer.weights["out"], "matmul_nt", layer.biases["out"])
     (result,) = truncate(party, result, fraction=ACTIVATION, bits=plan.out)
     return _normed(party, x + result, layer.norm1, plan.norm1)
 
 
-def feed_forward_block(party: Party, x: Shared, layer: HiddenLayer) -> Shared:
+def feed_forward_block(party: Party, x: Shared, layer: MaskedLayer) -> Shared:
     """Hidden states [B, T, E] after both linear layers and the norm.
 
-    1. Hide x; multiply with the weights of the first.
+    1. Mask and open x; multiply with the weights of the first.
     2. Take `gelu`.
-    3. Hide the result, multiply with the weights of the second, truncate.
+    3. Mask and open the result, multiply with the weights of the second, truncate.
     4. Add x; take the `layer_norm`.
 
     Rounds: 3, and those of GeLU, 1, and of the norm, 5 where its root takes no step. Online, for N = B T E and M = B T
@@ -230,12 +230,12 @@ def feed_forward_block(party: Party, x: Shared, layer: HiddenLayer) -> Shared:
     Offline: (M inner + N outer) / 8 + 16 N. Error: as in `attention_block`.
     """
     plan = layer.plan
-    (masked,) = hide(party, x, bits=plan.inner)
+    (masked,) = mask_and_open(party, x, bits=plan.inner)
     inner = product(party, masked, layer.weights["inner"], "matmul_nt", layer.biases["inner"])
     parts = [replace(inner, share=part) for part in inner.share.split([units.count for units in plan.gelu], -1)]
     series = [units.series for units in plan.gelu]
     activated = concatenated(gelu(party, *parts, series=series, below=BELOW, precision=GELU, bits=plan.inner))
-    (masked,) = hide(party, activated, bits=plan.outer, fraction=ACTIVATION)
+    (masked,) = mask_and_open(party, activated, bits=plan.outer, fraction=ACTIVATION)
     result = product(party, masked, layer.weights["outer"], "matmul_nt", layer.biases["outer"])
     (result,) = truncate(party, result, fraction=ACTIVATION, bits=plan.outer)
     return _normed(party, x + result, layer.norm2, plan.norm2)
@@ -246,7 +246,7 @@ def _normed(party: Party, x: Shared, norm: Norm, plan: NormPlan) -> Shared:
     first, rest = max(0, -plan.exponent), max(0, plan.exponent)
     times = torch.full((x.shape[1], 1), rest)
     times[0] = first
-    scaled = x.view(lambda own: own << times).doubled(-rest)
+    scaled = x.view(lambda own: own << times).times_power_of_two(-rest)
     return layer_norm(party, scaled, norm, ACTIVATION, CENTERED)
 
 
