@@ -1,16 +1,19 @@
-"""Computation on numbers that two servers hold in shares, of which neither learns anything; SecP-Tuning's protocols.
+"""Computation on secret shares of two servers, with the protocols of SecP-Tuning. Neither server learns the numbers.
 
-Luo et al., SecP-Tuning, ICLR 2026 (arXiv 2506.15307). Semi-honest: both servers and the dealer, which deals
-correlated randomness and sees no data, follow the protocol, and no two of them join what they know.
+Luo et al., SecP-Tuning, ICLR 2026 (arXiv 2506.15307). Security is semi-honest. Both servers and the dealer follow the
+protocol, and no two of them combine their knowledge. The dealer deals correlated randomness and sees no data.
 
-    first, second = share(encode(values, 16))               # the owner's: one for each server
+Modules are in rooms, and a room imports only from rooms before it: `arithmetic`, `dealing`, `protocols`, `tower`,
+`parties`.
 
-    def program(party):                                      # both servers run it
+    first, second = share(encode(values, 16))               # by the owner: one share for each server
+
+    def program(party):                                     # run by both servers
         x = Shared((first, second)[party.number], 16)
-        (masked,) = mask_and_open(party, x)                           # opened under a mask, once
-        return product(party, masked, masked, "multiply")    # and no more bytes for products with it
+        (masked,) = mask_and_open(party, x)                 # opened under a mask, once
+        return product(party, masked, masked, "multiply")   # products with it send nothing more
 
-    result = run(program)                                       # here, both in one process
+    result = run(program)                                   # both servers in this process
     reconstruct(result.results), result.costs.table()
 """
 

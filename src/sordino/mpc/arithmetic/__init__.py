@@ -1,1 +1,1 @@
-"""Integers modulo powers of two: the ring, kernels, packing, products, pseudo-random streams."""
+"""Integers modulo powers of two: ring, kernels, packing, products, pseudo-random streams."""

@@ -1,7 +1,7 @@
-"""Passes over many integers, each of which torch would make several of: compiled by numba, at their first use.
+"""Single passes over many integers, compiled by numba at first use. torch would make several passes of each.
 
-On shares the sums are short and the tensors long, so memory decides how long they take. All arrays are one-dimensional
-or rows, without gaps; results are written into arrays that are given. Integers are modulo 2^64, in int64.
+On shares the sums are short and the tensors long, so memory bandwidth decides the time. All arrays are one-dimensional
+or rows, without gaps. Results are written into arrays of the caller. Integers are modulo 2^64, in int64.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ ONE, SIX, ROOM = np.uint64(1), np.uint64(6), np.uint64(64)
 
 
 def compiled(kernel: Kernel) -> Kernel:
-    """Without the interpreter's lock; kept beside this file or in the user's cache for later, where one may write."""
+    """Compile a kernel that runs without the interpreter's lock.
+
+    The compiled code is cached beside this file or in the user's cache, if one of the two can be written.
+    """
     try:
         return cast(Kernel, numba.njit(nogil=True, cache=True)(kernel))
     except RuntimeError:  # numba has no folder to write to
@@ -34,9 +37,9 @@ def compiled(kernel: Kernel) -> Kernel:
 def pack(
     shares: Integers, masks: Integers | None, times: int, shift: int, more: int, bits: int, words: Words
 ) -> None:  # fmt: skip
-    """The lowest bits of (shares times + more >> shift) - masks one after the other: 64 integers in `bits` words.
+    """Pack the lowest bits of (shares times + more >> shift) - masks, 64 integers into `bits` words.
 
-    Without masks, of shares alone. No array goes to a function in the loop, which would count its references.
+    Without masks, pack shares alone. No array is passed to a function in the loop, which would count its references.
     """
     width, low = np.uint64(bits), ~np.uint64(0) >> (ROOM - np.uint64(bits))
     place, word, filled, changed = 0, np.uint64(0), np.uint64(0), times != 1 or shift != 0 or more != 0
@@ -63,7 +66,7 @@ def unpack(
     shares: Integers | None, masks: Integers | None, times: int, shift: int, more: int, bits: int, words: Words,
     integers: Integers,
 ) -> None:  # fmt: skip
-    """What `pack` packed, from 0 to 2^bits - 1; what it packs of shares and masks, if there are any, is added."""
+    """Unpack what `pack` packed, from 0 to 2^bits - 1. If shares and masks are given, add their difference, too."""
     width, low = np.uint64(bits), ~np.uint64(0) >> (ROOM - np.uint64(bits))
     for i in range(len(integers)):
         start = np.uint64(i) * width
@@ -78,7 +81,7 @@ def unpack(
 
 @compiled
 def digits(integers: Integers, places: Bytes) -> None:
-    """The lowest digits of eight bits of integers [I, J], from -128 to 127, as many as places [I, D, J] holds."""
+    """Write the D lowest digits of eight bits, from -128 to 127, of integers [I, J] to places [I, D, J]."""
     for i in range(integers.shape[0]):
         for j in range(integers.shape[1]):
             rest = integers[i, j]
@@ -90,7 +93,7 @@ def digits(integers: Integers, places: Bytes) -> None:
 
 @compiled
 def carry(sums: npt.NDArray[np.int32], integers: Integers) -> None:
-    """The inverse of `digits` for sums [D, I, K], which may be larger than digits: integers [I, K]."""
+    """Invert `digits` for sums [D, I, K], which may be larger than digits, to integers [I, K]."""
     for i in range(integers.shape[0]):
         for k in range(integers.shape[1]):
             total = np.int64(0)
@@ -113,9 +116,9 @@ def add_products(
 
 @compiled
 def cosine_and_sine(turn: int, coarse: Integers, fine: Integers) -> tuple[int, int]:
-    """cos and sin of an angle with 26 fraction bits, by the addition theorems; both are rounded, halves upwards.
+    """Compute cos and sin of an angle with 26 fraction bits by the addition theorems, rounded, halves upwards.
 
-    Its upper 18 bits have cosines and sines in `coarse` [2, 2^18], the lower 8 in `fine` [2, 2^8].
+    `coarse` [2, 2^18] has cosines and sines of the angle's upper 18 bits, `fine` [2, 2^8] of its lower 8.
     """
     cosine, sine = coarse[0, turn >> 8], coarse[1, turn >> 8]
     low = turn & 255
@@ -127,7 +130,7 @@ def cosine_and_sine(turn: int, coarse: Integers, fine: Integers) -> tuple[int, i
 
 @compiled
 def cosines_and_sines(turns: Integers, coarse: Integers, fine: Integers, cosines: Integers, sines: Integers) -> None:
-    """The `cosine_and_sine` of each angle, which has 26 bits."""
+    """Compute `cosine_and_sine` of each angle of 26 bits."""
     for i in range(len(turns)):
         cosines[i], sines[i] = cosine_and_sine(turns[i], coarse, fine)
 
@@ -137,9 +140,9 @@ def harmonics(
     turns: Integers, frequencies: Integers, coefficients: Integers, coarse: Integers, fine: Integers, cut: int,
     factors: Integers,
 ) -> None:  # fmt: skip
-    """The public factors of a Fourier series, see `fourier.public_factors`, divided by 2^cut and rounded: [N, 2 K].
+    """Compute public factors of a Fourier series, divided by 2^cut and rounded, [N, 2 K].
 
-    Angles [N] have 26 bits; coefficients [2, K]: a_k, then b_k.
+    See `fourier.public_factors`. Angles [N] have 26 bits. Coefficients [2, K] are a_k, then b_k.
     """
     count, whole, half = len(frequencies), (np.int64(1) << 26) - 1, np.int64(1) << (cut - 1)
     for i in range(len(turns)):
@@ -152,7 +155,7 @@ def harmonics(
 
 @compiled
 def rotate(table: Narrow, rows: Integers, dealt: Integers, cosines: Integers, sines: Integers) -> None:
-    """The addition theorems: table[rows[i]] and dealt[i] are a cosine and a sine each, results those of the sum."""
+    """Apply the addition theorems. table[rows[i]] and dealt[i] hold a cosine and a sine each; results are the sum's."""
     for i in range(len(rows)):
         cosine, sine = np.int64(table[rows[i], 0]), np.int64(table[rows[i], 1])
         cosines[i] = cosine * dealt[i, 0] - sine * dealt[i, 1]
@@ -161,7 +164,7 @@ def rotate(table: Narrow, rows: Integers, dealt: Integers, cosines: Integers, si
 
 @compiled
 def add_up(sums: Integers, first: Integers, second: Integers, row: Integers | None, low: int) -> None:
-    """Add two more [I, J] to sums, and a row [J] if there is one, and keep the bits of `low`."""
+    """Add first and second [I, J] to sums, and a row [J] if given. Keep the bits of `low`."""
     for i in range(sums.shape[0]):
         for j in range(sums.shape[1]):
             total = sums[i, j] + first[i, j] + second[i, j]
@@ -175,9 +178,10 @@ def triple(
     opened: tuple[Integers, ...], masks: tuple[Integers, ...], dealt: Integers,
     known: bool, low: int, shares: Integers,
 ) -> None:  # fmt: skip
-    """The local part of `linear.triple_product`; dealt [4, I, J] has shares of ab, ac, bc and abc, the others [I, J].
+    """Compute the local part of `linear.triple_product`.
 
-    `known`: what is public is this party's.
+    dealt [4, I, J] has shares of ab, ac, bc and abc. All other arrays are [I, J]. `known`: this party adds the public
+    term.
     """
     for i in range(shares.shape[0]):
         for j in range(shares.shape[1]):
@@ -192,7 +196,7 @@ def triple(
 
 @compiled
 def look_up(table: Narrow, rows: Integers, values: Integers) -> None:
-    """Rows of a table, as wide integers."""
+    """Copy rows of a table as int64."""
     for i in range(len(rows)):
         row = rows[i]
         for j in range(table.shape[1]):
@@ -201,9 +205,9 @@ def look_up(table: Narrow, rows: Integers, values: Integers) -> None:
 
 @compiled
 def lift(opened: Integers, dealt: Integers, top: int, shift: int, known: bool, shares: Integers) -> None:
-    """The local part of `linear.truncate_masked`, for a mask of top + 1 bits; `known`: what is public is this party's.
+    """Compute the local part of `linear.truncate_masked`, for a mask of top + 1 bits.
 
-    dealt [2, N] has shares of r' >> shift, then of m.
+    dealt [2, N] has shares of r' >> shift, then of m. `known`: this party adds the public term.
     """
     half, rest = np.int64(1) << (top - 1), (np.int64(1) << top) - 1
     borrowed = np.int64(1) << (top - 1 - shift)

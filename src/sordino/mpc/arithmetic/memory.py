@@ -1,4 +1,4 @@
-"""How a party's process gets its memory."""
+"""Memory allocation of a party's process."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ TRIM_THRESHOLD, TOP_PAD, MMAP_MAX, ARENA_MAX = -1, -2, -4, -8
 
 
 def keep_freed() -> bool:
-    """Let this process keep the memory that it frees, for its next tensors; call it before there are threads.
+    """Make this process keep the memory that it frees, for its next tensors. Call it before there are threads.
 
-    glibc hands large blocks back as soon as they are free, and the system clears each page of the next. On shares each
-    value is a large tensor that is used once, and clearing took a third of the time that dealing takes. From here on
-    the process is as large as it was at its largest.
+    By default glibc returns large blocks as soon as they are freed, and the system clears each page of the next block.
+    On shares each value is a large tensor that is used once, and clearing took a third of the time of dealing. After
+    this call the process stays as large as it was at its largest.
 
     Returns:
-        Whether the C library is glibc, and was told so.
+        True if the C library is glibc and took the settings.
     """
     if not sys.platform.startswith("linux"):
         return False

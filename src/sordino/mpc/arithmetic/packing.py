@@ -1,6 +1,6 @@
-"""Integers of few bits as bytes: what the parties send.
+"""Packing of integers of few bits into bytes, the form in which parties send them.
 
-64 integers of n bits take n words of 64, one behind the other, little-endian and without gaps.
+64 integers of n bits take n words of 64 bits, one after the other, little-endian and without gaps.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Octets = bytes | bytearray | memoryview
 
 
 def packed_size(count: int, bits: int) -> int:
-    """How many bytes `pack` makes of `count` integers."""
+    """Return the number of bytes that `pack` makes of `count` integers."""
     return math.ceil(count * bits / 8)
 
 
 def pack(integers: Tensor, bits: int) -> Octets:
-    """Integers modulo 2^bits as `packed_size` bytes."""
+    """Pack integers modulo 2^bits into `packed_size` bytes."""
     flat = _flat(integers)
     if bits == WORD:
         return flat.tobytes()
@@ -38,7 +38,7 @@ def pack(integers: Tensor, bits: int) -> Octets:
 
 
 def unpack(content: Octets, shape: Shape, bits: int) -> Tensor:
-    """The integers that `pack` made into bytes, as representatives from 0 to 2^bits - 1.
+    """Unpack what `pack` made, as representatives from 0 to 2^bits - 1, int64 of `shape`.
 
     Raises:
         PartyLost: the bytes are too few or too many.
@@ -51,7 +51,7 @@ def unpack(content: Octets, shape: Shape, bits: int) -> Tensor:
 
 
 def unpack_each(content: Octets, shapes: Sequence[Shape], bits: Sequence[int]) -> list[Tensor]:
-    """Tensors that were packed one after the other.
+    """Unpack tensors that were packed one after the other.
 
     Raises:
         PartyLost: the bytes are too few or too many.
@@ -61,7 +61,7 @@ def unpack_each(content: Octets, shapes: Sequence[Shape], bits: Sequence[int]) -
 
 
 def cut(content: Octets, sizes: Sequence[int]) -> list[memoryview]:
-    """Bytes as pieces of these sizes.
+    """Cut bytes into pieces of the given sizes.
 
     Raises:
         PartyLost: the bytes are too few or too many.
@@ -73,16 +73,17 @@ def cut(content: Octets, sizes: Sequence[int]) -> list[memoryview]:
 
 @dataclass(frozen=True, eq=False)
 class MaskedShare:
-    """A party's share less its share of a mask, modulo 2^bits: share times / 2^shift, rounded to an integer, - mask.
+    """A party's share less its share of a mask, modulo 2^bits: round(share times / 2^shift) - mask.
 
-    If one party rounds down and the other up, the sum is off by less than one, is right where nothing is lost, and is
-    right in the mean over uniform shares.
+    One party rounds down and the other up. The sum is then off by less than one, is exact if no set bit is dropped, and
+    is right in the mean over uniform shares.
 
     Attributes:
         share, mask: int64, of one shape.
         bits: of the mask; at most those that the share is right for, less the shift.
-        times, shift: what the share is multiplied with, and the bits that are dropped.
-        up: whether this party rounds up.
+        times: factor of the share.
+        shift: bits that are dropped.
+        up: this party rounds up.
     """
 
     share: Tensor
@@ -94,18 +95,18 @@ class MaskedShare:
 
     @property
     def more(self) -> int:
-        """What is added before the shift."""
+        """The integer that is added before the shift."""
         return (1 << self.shift) - 1 if self.up else 0
 
     def packed(self) -> Octets:
-        """For the other party."""
+        """Pack for the other party."""
         shares, masks = _flat(self.share), _flat(self.mask)
         words = np.empty(math.ceil(shares.size * self.bits / WORD), np.uint64)
         kernels.pack(shares, masks, self.times, self.shift, self.more, self.bits, words)
         return _octets(words, shares.size, self.bits)
 
     def opened(self, content: Octets) -> Tensor:
-        """The sum with what the other party packed, from 0 to 2^bits - 1; all of Z_2^64 for 64 bits.
+        """Add the other party's packed masked share, from 0 to 2^bits - 1; all of Z_2^64 for 64 bits.
 
         Raises:
             PartyLost: the bytes are too few or too many.
@@ -129,7 +130,9 @@ def _words(content: Octets, count: int, bits: int) -> NDArray[np.uint64]:
     if len(content) != due:
         raise PartyLost(f"{len(content)} bytes came where {due} were due; the other party is astray")
     octets = np.frombuffer(content, np.uint8)
-    if due % 8 == 0 and octets.flags.writeable and octets.ctypes.data % 8 == 0:  # as kernels are compiled for
+    if (
+        due % 8 == 0 and octets.flags.writeable and octets.ctypes.data % 8 == 0
+    ):  # kernels are compiled for aligned arrays
         return octets.view(np.uint64)
     words = np.empty(math.ceil(count * bits / WORD), np.uint64)
     words.view(np.uint8)[:due] = octets

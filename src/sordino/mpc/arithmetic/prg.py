@@ -1,4 +1,4 @@
-"""Pseudo-random integers that two who hold the same key agree on without a word: AES-256 in counter mode."""
+"""Pseudo-random integers that two holders of one key draw alike without communication: AES-256 in counter mode."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ PIECE = 2**18  # bytes
 
 
 class Prg:
-    """Streams of integers, one a number below 2^64.
+    """Numbered streams of integers. Stream numbers are below 2^64.
 
-    The upper half of the first counter block is the stream's number, so that streams of up to 2^64 blocks never meet.
+    The upper half of the first counter block is the stream's number, so streams of up to 2^64 blocks never meet.
 
     Args:
-        key: 32 bytes; from the operating system if none are given.
+        key: 32 bytes. Drawn from the operating system if absent.
     """
 
     def __init__(self, key: bytes | None = None) -> None:
         self._key = os.urandom(KEY) if key is None else key
 
     def integers(self, stream: int, shape: Shape, bits: int = WORD) -> Tensor:
-        """Uniform integers from 0 to 2^bits - 1, int64: the same whenever a stream and a shape are asked for."""
+        """Draw uniform integers from 0 to 2^bits - 1, int64. A stream and a shape always give the same integers."""
         encryptor = Cipher(algorithms.AES(self._key), modes.CTR(stream.to_bytes(8, "big") + bytes(8))).encryptor()
         words = np.empty(math.prod(shape), "<i8")
         plain, octets = bytes(min(words.nbytes, PIECE)), words.view(np.uint8).data
-        for start in range(0, words.nbytes, PIECE):  # so that what is enciphered, and a block of it, stay in the cache
+        for start in range(0, words.nbytes, PIECE):  # small pieces, so that plaintext and ciphertext stay in the cache
             piece = octets[start : start + PIECE]
             encryptor.update_into(plain[: len(piece)], piece)
         return lowest_(torch.from_numpy(words.reshape(shape)), bits)

@@ -1,9 +1,9 @@
-"""The bilinear maps that products on shares are taken by, modulo 2^bits.
+"""Bilinear maps for products on shares, modulo 2^bits.
 
 torch multiplies matrices of int64 modulo 2^64, exactly, at about 9 10^9 multiplications a second on a core of 2.6 GHz
-with AVX-512. Processors for neural networks multiply bytes a hundred times as fast, so large products with a weight are
-taken of the integers' digits of eight bits: of n bits there are d = ceil(n / 8), and d (d + 1) / 2 products of digits
-matter modulo 2^n. This is exact, too; whether it is faster is tried once.
+with AVX-512. Processors for neural networks multiply bytes a hundred times as fast. So large products with a weight are
+computed from the integers' digits of eight bits. Integers of n bits have d = ceil(n / 8) digits, and d (d + 1) / 2
+products of digits matter modulo 2^n. This is exact, too. A trial at the first product decides if it is faster.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from sordino.mpc.arithmetic import kernels
 from sordino.mpc.arithmetic.ring import WORD, Shape, low_bits
 
 DIGIT = 8  # bits
-ROWS = 256  # that are multiplied at a time, so that their digits' products stay in the cache
-LEAST = 16  # of each axis, for digits; torch's product of bytes is wrong for a single column
-MOST = 2**14  # terms of a sum, of which 8 times as many products of two digits fit int32
+ROWS = 256  # rows multiplied at a time, so that their digits' products stay in the cache
+LEAST = 16  # least size of each axis for digits; torch's product of bytes is wrong for a single column
+MOST = 2**14  # bound on the terms of a sum: 8 times as many products of two digits still fit int32
 
 
 def multiply(left: Tensor, right: Tensor, bits: int) -> Tensor:
@@ -47,7 +47,7 @@ def matmul_tn(left: Tensor, right: Tensor, bits: int) -> Tensor:
 
 
 def matmul_nt(left: Tensor, right: Tensor, bits: int) -> Tensor:
-    """[..., I, J], [..., K, J] -> [..., I, K]; by digits where these are faster and `right` is one matrix."""
+    """[..., I, J], [..., K, J] -> [..., I, K]. By digits if these are faster and `right` is a single matrix."""
     if right.ndim == 2 and left.ndim >= 2:
         rows = left.reshape(-1, left.shape[-1])
         if min(*rows.shape, len(right)) >= LEAST and rows.shape[1] < MOST and digits_are_faster():
@@ -57,11 +57,11 @@ def matmul_nt(left: Tensor, right: Tensor, bits: int) -> Tensor:
 
 FORMS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     form.__name__: form for form in (multiply, dot, matmul, matmul_nt, matmul_tn)
-}  # leading axes broadcast; results are right modulo 2^bits, whatever is above these
+}  # leading axes broadcast; results are right modulo 2^bits, higher bits are arbitrary
 
 
 def shape_of(form: str, left: Shape, right: Shape) -> Shape:
-    """The shape that a bilinear map of `FORMS` gives."""
+    """Return the shape of the result of a bilinear map in `FORMS`."""
     if form in ("multiply", "dot"):
         shape = np.broadcast_shapes(left, right)
         return shape if form == "multiply" else shape[:-1]
@@ -70,10 +70,10 @@ def shape_of(form: str, left: Shape, right: Shape) -> Shape:
 
 
 def by_digits(left: Tensor, right: Tensor, bits: int = WORD) -> Tensor:
-    """left [I, J] times right [K, J] transposed, right modulo 2^bits; int64 [I, K].
+    """Compute left [I, J] times right [K, J] transposed from digits, correct modulo 2^bits; int64 [I, K].
 
-    Digits are from -128 to 127, a_0 + a_1 2^8 + .. With the rows [a_0 .. a_s] of one and [b_s .. b_0] of the other, one
-    product of bytes is the sum of all a_i b_j with i + j = s. J is below 2^14.
+    An integer is a_0 + a_1 2^8 + .., with digits from -128 to 127. The digits [a_0 .. a_s] of one factor meet
+    [b_s .. b_0] of the other, so one product of bytes sums all a_i b_j with i + j = s. J is below 2^14.
     """
     count, (rows, inner), columns = math.ceil(bits / DIGIT), left.shape, len(right)
     right_digits = torch.empty(columns, count, inner, dtype=torch.int8)
@@ -84,7 +84,7 @@ def by_digits(left: Tensor, right: Tensor, bits: int = WORD) -> Tensor:
     for rows_of_left, rows_of_result in zip(left.contiguous().split(ROWS), result.split(ROWS), strict=True):
         kernels.digits(rows_of_left.numpy(), left_digits.numpy()[: len(rows_of_left)])
         for place in range(count):
-            width = (place + 1) * inner
+            width = (place + 1) * inner  # digits [a_0 .. a_place], against the last ones [b_place .. b_0]
             last = right_digits.view(columns, -1)[:, -width:]
             torch._int_mm(
                 left_digits.view(len(left_digits), -1)[: len(rows_of_left), :width],
@@ -97,9 +97,9 @@ def by_digits(left: Tensor, right: Tensor, bits: int = WORD) -> Tensor:
 
 @lru_cache(maxsize=1)
 def digits_are_exact() -> bool:
-    """Whether this machine multiplies matrices of bytes exactly.
+    """Return true if this machine multiplies matrices of bytes exactly.
 
-    Not where a processor adds pairs of products in 16 bits, as without VNNI, which the largest digits show.
+    A processor without VNNI adds pairs of products in 16 bits and is not exact. The largest digits show it.
     """
     left, right = _trial()
     difference = by_digits(left, right, 48) - left @ right.mT
@@ -108,7 +108,10 @@ def digits_are_exact() -> bool:
 
 @lru_cache(maxsize=1)
 def digits_are_faster() -> bool:
-    """Whether `by_digits` is exact and takes less time than int64 here, for 48 bits: tried once, in some 0.05 s."""
+    """Return true if `by_digits` is exact and faster than int64 on this machine, for 48 bits.
+
+    The trial runs once and takes about 0.05 s.
+    """
     if not hasattr(torch, "_int_mm") or not digits_are_exact():
         return False
     left, right = _trial()
@@ -124,7 +127,7 @@ def digits_are_faster() -> bool:
 
 
 def _trial() -> tuple[Tensor, Tensor]:
-    """Two matrices of 48 bits; the first rows are of the least and of the largest digits."""
+    """Return two matrices of 48 bits. Their first rows have the least and the largest digits."""
     source = torch.Generator().manual_seed(0)
     left, right = (torch.randint(-(2**47), 2**47, (ROWS, 384), generator=source) for _ in range(2))
     for row, digit in enumerate((-128, 127)):

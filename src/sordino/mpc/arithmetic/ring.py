@@ -1,6 +1,6 @@
 """Arithmetic modulo 2^64 on torch's int64, fixed point, and additive shares.
 
-torch adds, subtracts and multiplies int64 modulo 2^64, exactly; see `products` for matrices.
+torch adds, subtracts and multiplies int64 modulo 2^64, exactly. See `products` for matrices.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ CHUNK = 2048  # rows of a table looked up at a time, so that they stay in the ca
 
 
 def encode(values: Tensor | float, fraction: int) -> Tensor:
-    """Numbers as integers, round(value 2^fraction), int64 of the same shape; the error is at most 2^-(fraction + 1).
+    """Convert numbers to fixed point: round(value 2^fraction), int64 of the same shape.
+
+    The error is at most 2^-(fraction + 1).
 
     Raises:
         OutOfRange: a number is not finite, or 2^(62 - fraction) or more in size.
@@ -36,48 +38,48 @@ def encode(values: Tensor | float, fraction: int) -> Tensor:
 
 
 def decode(integers: Tensor, fraction: int, bits: int = WORD) -> Tensor:
-    """Integers modulo 2^bits as numbers, float64: the inverse of `encode`."""
+    """Convert integers modulo 2^bits to numbers, float64. The inverse of `encode`."""
     return centered(integers, bits).to(torch.float64) / 2.0**fraction
 
 
 def centered(integers: Tensor, bits: int) -> Tensor:
-    """The representatives from -2^(bits-1) to 2^(bits-1) - 1 of integers modulo 2^bits."""
+    """Return the representatives of integers modulo 2^bits from -2^(bits-1) to 2^(bits-1) - 1."""
     return (integers << (WORD - bits)) >> (WORD - bits)
 
 
 def low_bits(bits: int) -> int:
-    """The integer whose lowest `bits` bits are set, as int64 has it."""
+    """Return the integer, as an int64, whose lowest `bits` bits are set."""
     return -1 if bits == WORD else (1 << bits) - 1
 
 
 def lowest(integers: Tensor, bits: int) -> Tensor:
-    """The representatives from 0 to 2^bits - 1 of integers modulo 2^bits; all of Z_2^64 for 64 bits."""
+    """Return the representatives of integers modulo 2^bits from 0 to 2^bits - 1; integers themselves for 64 bits."""
     return integers if bits == WORD else integers & low_bits(bits)
 
 
 def lowest_(integers: Tensor, bits: int) -> Tensor:
-    """`lowest` in place."""
+    """Apply `lowest` in place."""
     return integers if bits == WORD else integers.bitwise_and_(low_bits(bits))
 
 
 def narrow(integers: Tensor) -> Tensor:
-    """The same as int32, for tables that are to be small, where all fit."""
+    """Convert to int32 if all integers fit, which keeps tables small."""
     low, high = integers.aminmax()
     return integers.int() if int(low) >= -(2**31) and int(high) < 2**31 else integers
 
 
 def for_each(given: int | Sequence[int], count: int) -> Sequence[int]:
-    """So many integers, where one may be given for all."""
+    """Return `count` integers, from one for all or from a sequence."""
     return [given] * count if isinstance(given, int) else given
 
 
 def worth_a_table(count: int, bits: int) -> bool:
-    """Whether a function of `count` integers of so many bits is looked up; tables are kept, and serve many passes."""
+    """Return true if a function of `count` integers of `bits` bits should be tabulated. Tables are kept for reuse."""
     return 1 << bits <= 16 * count
 
 
 def share(integers: Tensor) -> tuple[Tensor, Tensor]:
-    """Two shares whose sum is what is given; each by itself is uniform, by the operating system's randomness."""
+    """Split integers into two shares. Each alone is uniform, drawn from the operating system's randomness."""
     first = torch.frombuffer(bytearray(secrets.token_bytes(8 * integers.numel())), dtype=torch.int64)
     first = first.reshape(integers.shape)
     return first, integers - first
