@@ -28,7 +28,18 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from sordino.encoders.bundled import TextTower
-from sordino.mpc import Calibration, Costs, Encoder, Party, Plan, Shared, encode, encode_sentences, reconstruct, run
+from sordino.mpc import (
+    Calibration,
+    Costs,
+    Encoder,
+    FixedPointPlan,
+    Party,
+    Shared,
+    encode,
+    encode_sentences,
+    reconstruct,
+    run,
+)
 from sordino.mpc.arithmetic.memory import keep_freed
 from sordino.mpc.arithmetic.ring import share
 from sordino.mpc.dealing.correlations import Mask, Product
@@ -69,7 +80,7 @@ def multiplications(trace: RequestTrace) -> int:
 
 def measured(tower: PrivateTower, calibration: Calibration, sentences: Sentences) -> dict[str, Any]:
     """A pass that is recorded, and one that is prepared for and timed."""
-    plan = Plan.of(tower, calibration)
+    plan = FixedPointPlan.of(tower, calibration)
     weights, halves = shared_weights(tower, calibration), share(encode(sentences.embeddings, FRACTION))
 
     def program(party: Party) -> tuple[Shared, Costs, float, float, int]:
@@ -140,7 +151,7 @@ def over_sentences(tower: PrivateTower, calibration: Calibration, text_tower: Te
     rows = [embedded(text_tower, [row])[0][0] for row in held_out_rows(text_tower, 128, count)]
     groups, _ = batches(rows, 32)
     outside = {name for group in groups for name in calibration.outside(tower, [(group.embeddings, group.mask)])}
-    plan, weights = Plan.of(tower, calibration), shared_weights(tower, calibration)
+    plan, weights = FixedPointPlan.of(tower, calibration), shared_weights(tower, calibration)
     halves = [share(encode(group.embeddings, FRACTION)) for group in groups]
 
     def program(party: Party) -> list[Shared]:

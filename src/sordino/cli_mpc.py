@@ -138,10 +138,10 @@ def distill(
     seed: Annotated[int, typer.Option(min=0, help="of frequencies and batches")] = 0,
 ) -> None:
     """Teach a text tower to do without softmax, on public text, so that it is cheap on shares."""
-    from sordino.mpc.tower.distill import distil_to
+    from sordino.mpc.tower.distill import distill_to
 
     with live_progress() as progress:
-        found = distil_to(out, model, steps, batch, features, seed, progress)
+        found = distill_to(out, model, steps, batch, features, seed, progress)
     print(f"cosine to the teacher on held-out sentences: {found.mean:.4f}, 5% below {found.low:.4f}")
     print(f"Tower: {out}")
 

@@ -28,7 +28,7 @@ from sordino.mpc.protocols.party import Party, Shared, run
 from sordino.mpc.protocols.roots import Norm, calibrate, inverse_root, layer_norm, variance_root
 from sordino.mpc.tower.calibration import Calibration
 from sordino.mpc.tower.encoder import Encoder, encode_sentences, shared_weights
-from sordino.mpc.tower.plan import Plan
+from sordino.mpc.tower.fixed_point_plan import FixedPointPlan
 
 ENOUGH = 5  # times that each value of a byte is expected, at least
 FALSE_ALARM = 1e-6  # of a whole test of fresh randomness, by as many chi-squares as it makes
@@ -97,7 +97,7 @@ def transcript(embeddings: Tensor, number: int, key: bytes, calibration: Calibra
     """What server `number` is sent in set-up and a pass, its own key given, and the other's fresh."""
     tower, seen = small_tower(), Seen()
     plan, weights, halves = (
-        Plan.of(tower, calibration),
+        FixedPointPlan.of(tower, calibration),
         shared_weights(tower, calibration),
         share(encode(embeddings, 14)),
     )
@@ -235,7 +235,7 @@ def test_a_session_never_uses_a_mask_twice() -> None:
     """Neither within a pass nor from one to the next; and a dealer asked again for what it dealt refuses."""
     calibration = Calibration.measure(small_tower(), batches(1))
     tower, numbers = small_tower(), []
-    plan, weights = Plan.of(tower, calibration), shared_weights(tower, calibration)
+    plan, weights = FixedPointPlan.of(tower, calibration), shared_weights(tower, calibration)
     halves = share(encode(sentences(2, 8, seed=1), 14))
 
     def program(party: Party) -> int:

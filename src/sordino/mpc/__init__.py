@@ -48,7 +48,7 @@ from sordino.mpc.protocols.party import Channel, Masked, Party, RunResult, Share
 from sordino.mpc.protocols.roots import Norm, Root, calibrate, inverse_root, layer_norm, unit_norm, variance_root
 from sordino.mpc.tower.calibration import Calibration
 from sordino.mpc.tower.encoder import Encoder, encode_sentences, shared_weights
-from sordino.mpc.tower.plan import Plan
+from sordino.mpc.tower.fixed_point_plan import FixedPointPlan
 
 __all__ = [
     "Calibration",
@@ -60,6 +60,7 @@ __all__ = [
     "Dealer",
     "DealerLink",
     "Encoder",
+    "FixedPointPlan",
     "MaskReused",
     "Masked",
     "MpcError",
@@ -67,7 +68,6 @@ __all__ = [
     "OutOfRange",
     "Party",
     "PartyLost",
-    "Plan",
     "Root",
     "RunResult",
     "Series",

@@ -19,7 +19,7 @@ from sordino.mpc.errors import MpcError, OutOfRange
 from sordino.mpc.protocols.party import Party, Shared, reconstruct, run
 from sordino.mpc.tower.calibration import GROUPS, Calibration
 from sordino.mpc.tower.encoder import Encoder, encode_sentences, shared_weights
-from sordino.mpc.tower.plan import UNIT, WEIGHT, Plan
+from sordino.mpc.tower.fixed_point_plan import UNIT, WEIGHT, FixedPointPlan
 from sordino.mpc.tower.public_text import definitions
 from sordino.mpc.tower.sentences import batches as padded
 from sordino.mpc.tower.tower import PrivateTower
@@ -48,7 +48,7 @@ def on_shares(
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Cost]]:
     """The same on shares, computed so many times, and what it costs by label."""
-    plan = Plan.from_json(Plan.of(tower, calibration).to_json())
+    plan = FixedPointPlan.from_json(FixedPointPlan.of(tower, calibration).to_json())
     weights, halves = shared_weights(tower, calibration), share(encode(embeddings, 14))
 
     def program(party: Party) -> Shared:
@@ -103,7 +103,7 @@ def test_a_prepared_pass_is_the_same_and_asks_for_no_more(
     tower: PrivateTower, calibration: Calibration, limit: int
 ) -> None:
     """All at once, and by turns; another pass than the one that was prepared for is refused."""
-    plan, weights = Plan.of(tower, calibration), shared_weights(tower, calibration)
+    plan, weights = FixedPointPlan.of(tower, calibration), shared_weights(tower, calibration)
     embeddings = sentences(4, 8, seed=3)
     halves = share(encode(embeddings, 14))
 
@@ -141,7 +141,7 @@ def test_weights_are_opened_at_set_up_only(tower: PrivateTower, calibration: Cal
 
 def test_blocks_are_dealt_what_they_say(tower: PrivateTower, calibration: Calibration) -> None:
     """Beside their protocols: `attention_block` and `feed_forward_block` together."""
-    plan = Plan.of(tower, calibration)
+    plan = FixedPointPlan.of(tower, calibration)
     weights, halves = shared_weights(tower, calibration), share(encode(sentences(2, 8, seed=6), 14))
 
     def program(party: Party) -> Shared:
@@ -161,7 +161,7 @@ def test_blocks_are_dealt_what_they_say(tower: PrivateTower, calibration: Calibr
 def test_set_up_costs_the_bits_of_the_plan(tower: PrivateTower, calibration: Calibration) -> None:
     _, costs = on_shares(tower, calibration, sentences(1, 2, seed=6))
     due = packed_size(WIDTH, 64) * 5
-    for layer in Plan.of(tower, calibration).layers:
+    for layer in FixedPointPlan.of(tower, calibration).layers:
         due += packed_size(3 * WIDTH**2, layer.projected) + packed_size(WIDTH**2, layer.out)
         due += packed_size(WIDTH * INNER, layer.inner) + packed_size(WIDTH * INNER, layer.outer)
         due += packed_size(WIDTH * FREQUENCIES, UNIT + WEIGHT)
@@ -202,7 +202,7 @@ def test_inner_units_have_the_range_of_the_widest_in_their_group(tower: PrivateT
     assert len(set(ends.tolist())) <= GROUPS
     assert ends[[3, 40]].min() > 25
     assert sorted(ends.tolist())[-4] < 10
-    plan = Plan.of(uneven, calibration).layers[0].gelu
+    plan = FixedPointPlan.of(uneven, calibration).layers[0].gelu
     assert plan[-1].count <= 3
     assert sum(units.count for units in plan) == INNER
     assert all(units.series.high == end for units, end in zip(plan, sorted(set(ends.tolist())), strict=True))
@@ -241,11 +241,11 @@ def test_a_range_too_narrow_is_noticed_in_the_clear_and_not_on_shares(
 
 def test_stored_and_read(tower: PrivateTower, calibration: Calibration) -> None:
     assert Calibration.from_json(calibration.to_json()) == calibration
-    plan = Plan.of(tower, calibration)
-    assert Plan.from_json(plan.to_json()) == plan
-    with pytest.raises(MpcError, match="no plan"):
-        Plan.from_json(calibration.to_json())
-    with pytest.raises(MpcError, match="no calibration"):
+    plan = FixedPointPlan.of(tower, calibration)
+    assert FixedPointPlan.from_json(plan.to_json()) == plan
+    with pytest.raises(MpcError, match="not a FixedPointPlan"):
+        FixedPointPlan.from_json(calibration.to_json())
+    with pytest.raises(MpcError, match="not a Calibration"):
         Calibration.from_json("[]")
 
 
@@ -259,7 +259,7 @@ def test_what_cannot_be_calibrated_is_refused(tower: PrivateTower, calibration: 
         Calibration.measure(dataclasses.replace(tower, layers=many), batches(1))
     large = dataclasses.replace(calibration.layers[0], value=(0.0, 40.0))
     with pytest.raises(OutOfRange, match="value: sizes up to 40"):
-        Plan.of(tower, dataclasses.replace(calibration, layers=(large, calibration.layers[1])))
+        FixedPointPlan.of(tower, dataclasses.replace(calibration, layers=(large, calibration.layers[1])))
 
 
 def full_batches(tower: TextTower, start: int) -> Iterator[Batch]:

@@ -11,7 +11,7 @@ from sordino.encoders.bundled import TextTower
 from sordino.mpc.errors import OutOfRange
 from sordino.mpc.tower.calibration import Calibration
 from sordino.mpc.tower.distill import teacher_of
-from sordino.mpc.tower.plan import Plan
+from sordino.mpc.tower.fixed_point_plan import FixedPointPlan
 from sordino.mpc.tower.public_text import LENGTHS, calibration_batches, calibration_of, embedded, held_out_rows
 from sordino.mpc.tower.tower import PrivateTower, bundled_tower
 
@@ -74,5 +74,5 @@ def test_held_out_text_is_within_the_ranges(tower: PrivateTower, embedder: TextT
 @pytest.mark.slow
 def test_every_range_can_be_served(tower: PrivateTower, calibration: Calibration) -> None:
     """With at most four steps of Newton's method a layer, which makes 40 rounds."""
-    for layer in Plan.of(tower, calibration).layers:
+    for layer in FixedPointPlan.of(tower, calibration).layers:
         assert layer.unit.steps + layer.weights.steps + layer.norm1.root.steps + layer.norm2.root.steps <= 4

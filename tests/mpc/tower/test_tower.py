@@ -24,7 +24,7 @@ from sordino.encoders.bundled import TEXT_MODEL, Embedder, TextTower, package_pa
 from sordino.errors import ConfigError
 from sordino.mpc import MpcError
 from sordino.mpc.parties.certificates import make_certificates
-from sordino.mpc.tower.distill import distil, embedder_of, fingerprint, pooled, teacher_of, write_embeddings
+from sordino.mpc.tower.distill import distill, embedder_of, fingerprint, pooled, teacher_of, write_embeddings
 from sordino.mpc.tower.public_text import definitions
 from sordino.mpc.tower.tower import BUNDLED, FEATURES, PrivateTower, SoftmaxTower, about, bundled_tower
 
@@ -93,7 +93,7 @@ def test_the_softmax_tower_is_the_encoders_own(teacher: TextTower) -> None:
 @pytest.mark.slow
 def test_distillation_brings_the_student_to_its_teacher(shallow: TextTower) -> None:
     steps = 24
-    tower, agreements = distil(shallow, steps, batch=8, features=16)
+    tower, agreements = distill(shallow, steps, batch=8, features=16)
     assert [each.step for each in agreements] == [0, steps]
     assert 1 - agreements[-1].mean < 0.75 * (1 - agreements[0].mean)
     assert tower.layers[0][FEATURES].shape == (12, 32, 16)

@@ -31,7 +31,7 @@ from sordino.mpc.parties.network import Network, Throttled
 from sordino.mpc.parties.transport import Dialled, Header, Line, listen
 from sordino.mpc.protocols.party import Channel, Party, Shared
 from sordino.mpc.tower.encoder import Encoder, encode_sentences
-from sordino.mpc.tower.plan import Plan
+from sordino.mpc.tower.fixed_point_plan import FixedPointPlan
 
 HELD = 2**27  # bytes of dealt randomness that are held ahead of their use: few, so that dealing and computing overlap
 LINGER = 1.0  # seconds for the last message of a session to leave
@@ -49,7 +49,7 @@ class Model:
     """
 
     name: str
-    plan: Plan
+    plan: FixedPointPlan
     weights: dict[str, Shared]
 
 
@@ -105,7 +105,7 @@ class ServerService:
         """
         header, payload = line.receive()
         try:
-            plan = Plan.from_json(header["plan"])
+            plan = FixedPointPlan.from_json(header["plan"])
             model = Model(str(header["name"]), plan, weights_from(header, payload))
         except Exception as error:  # whatever it is that reading another's message fails of
             raise PartyLost(f"{line.party} sent garbage: no model ({type(error).__name__}: {error})") from None

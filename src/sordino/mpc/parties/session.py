@@ -32,7 +32,7 @@ from sordino.mpc.parties.transport import Dialled, Header, Line
 from sordino.mpc.protocols.party import Shared, reconstruct
 from sordino.mpc.tower.calibration import Calibration, Range
 from sordino.mpc.tower.encoder import shared_weights
-from sordino.mpc.tower.plan import Plan
+from sordino.mpc.tower.fixed_point_plan import FixedPointPlan
 from sordino.mpc.tower.sentences import Sentences
 from sordino.mpc.tower.tower import PrivateTower
 
@@ -236,7 +236,11 @@ def provide(
         PartyLost: a server is lost.
         OutOfRange: a range is too wide.
     """
-    plan, halves, name = Plan.of(tower, calibration).to_json(), shared_weights(tower, calibration), secrets.token_hex(8)
+    plan, halves, name = (
+        FixedPointPlan.of(tower, calibration).to_json(),
+        shared_weights(tower, calibration),
+        secrets.token_hex(8),
+    )
     dialled = [Dialled(own, role, address, timeout) for role, address in zip(SERVERS, servers, strict=True)]
     try:
         lines = [each.line("Install") for each in dialled]

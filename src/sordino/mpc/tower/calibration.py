@@ -39,7 +39,7 @@ class Stored:
         try:
             return TypeAdapter(cls).validate_json(text)
         except ValidationError as error:
-            raise MpcError(f"no {cls.__name__.lower()}: {error}") from None
+            raise MpcError(f"not a {cls.__name__}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,10 @@ class Calibration(Stored):
             MpcError: there are no sentences of two tokens.
             OutOfRange: attention weights of a query add up to nothing or less, of which no reciprocal can be taken.
         """
-        found = [_measured(tower, *batch) for batch in sentences]
-        if not found or not math.isfinite(_joined(found).norm.rest[0]):
+        measured = [_measured(tower, *batch) for batch in sentences]
+        if not measured or not math.isfinite(_joined(measured).norm.rest[0]):
             raise MpcError("no sentence of two tokens to calibrate with: give some")
-        joined = _joined(found)
+        joined = _joined(measured)
         for number, layer in enumerate(joined.layers):
             if layer.weights[0] <= 0:
                 raise OutOfRange(f"mean attention weights of layer {number} go down to {layer.weights[0]:g}; train it")
@@ -132,16 +132,16 @@ class Calibration(Stored):
 
         See `measure`. This is for whoever holds the tower and public sentences: on shares nothing can be checked.
         """
-        found = _flat(_joined([_measured(tower, *batch) for batch in sentences]))
-        own = _flat(self)
-        return [name for name, (low, high) in found.items() if low < own[name][0] or high > own[name][1]]
+        measured = _flat(_joined([_measured(tower, *batch) for batch in sentences]))
+        allowed = _flat(self)
+        return [name for name, (low, high) in measured.items() if low < allowed[name][0] or high > allowed[name][1]]
 
 
 @torch.no_grad()
 def _measured(tower: PrivateTower, embeddings: Tensor, mask: Tensor) -> Calibration:
     """Ranges of one batch, without a margin."""
-    there, width = mask > 0, embeddings.shape[-1]
-    norm = _norm_ranges(embeddings, F.layer_norm(embeddings, (width,), *tower.norm, tower.epsilon), there)
+    is_token, width = mask > 0, embeddings.shape[-1]
+    norm = _norm_ranges(embeddings, F.layer_norm(embeddings, (width,), *tower.norm, tower.epsilon), is_token)
     x, layers = F.layer_norm(embeddings, (width,), *tower.norm, tower.epsilon), []
     for layer in tower.layers:
         query, key, value = _projected(x, layer, tower.heads)
@@ -151,19 +151,19 @@ def _measured(tower: PrivateTower, embeddings: Tensor, mask: Tensor) -> Calibrat
         inner = F.linear(middle, layer["inner.weight"], layer["inner.bias"])
         outer = F.linear(F.gelu(inner), layer["outer.weight"], layer["outer.bias"])
         state = F.layer_norm(middle + outer, (width,), layer["norm2.weight"], layer["norm2.bias"], tower.epsilon)
-        tokens = there[:, None].expand(-1, tower.heads, -1)  # [B, H, T]
+        head_tokens = is_token[:, None].expand(-1, tower.heads, -1)  # [B, H, T]
         layers.append(
             LayerRanges(
-                query=tuple(_range((part**2).sum(-1)[there]) for part in query.unbind(1)),
-                key=tuple(_range((part**2).sum(-1)[there]) for part in key.unbind(1)),
-                weights=_range(weights[tokens]),
-                value=_size(value[tokens]),
-                attended=_size(attended[there]),
-                out=_size(out[there]),
-                norm1=_norm_ranges(x + out, middle, there),
-                inner=tuple((0.0, size) for size in inner[there].abs().amax(0).tolist()),
-                outer=_size(outer[there]),
-                norm2=_norm_ranges(middle + outer, state, there),
+                query=tuple(_range((part**2).sum(-1)[is_token]) for part in query.unbind(1)),
+                key=tuple(_range((part**2).sum(-1)[is_token]) for part in key.unbind(1)),
+                weights=_range(weights[head_tokens]),
+                value=_size(value[head_tokens]),
+                attended=_size(attended[is_token]),
+                out=_size(out[is_token]),
+                norm1=_norm_ranges(x + out, middle, is_token),
+                inner=tuple((0.0, size) for size in inner[is_token].abs().amax(0).tolist()),
+                outer=_size(outer[is_token]),
+                norm2=_norm_ranges(middle + outer, state, is_token),
             )
         )
         x = state
@@ -175,9 +175,9 @@ def _projected(x: Tensor, layer: Mapping[str, Tensor], heads: int) -> tuple[Tens
     return tuple(heads_of(part, heads) for part in F.linear(x, layer["qkv.weight"], layer["qkv.bias"]).chunk(3, -1))
 
 
-def _norm_ranges(x: Tensor, result: Tensor, there: Tensor) -> NormRanges:
+def _norm_ranges(x: Tensor, result: Tensor, is_token: Tensor) -> NormRanges:
     variances = x.var(-1, correction=0)
-    return NormRanges(_range(variances[:, 0]), _range(variances[:, 1:][there[:, 1:]]), _size(result[there]))
+    return NormRanges(_range(variances[:, 0]), _range(variances[:, 1:][is_token[:, 1:]]), _size(result[is_token]))
 
 
 def _range(values: Tensor) -> Range:
@@ -192,9 +192,9 @@ def _size(values: Tensor) -> Range:
     return 0.0, values.abs().max().item()
 
 
-def _joined(found: Sequence[Calibration]) -> Calibration:
+def _joined(calibrations: Sequence[Calibration]) -> Calibration:
     """The smallest ranges that hold all."""
-    return _each_range(lambda *ranges: (min(low for low, _ in ranges), max(high for _, high in ranges)), *found)
+    return _each_range(lambda *ranges: (min(low for low, _ in ranges), max(high for _, high in ranges)), *calibrations)
 
 
 def _levelled(layer: LayerRanges) -> LayerRanges:
@@ -206,8 +206,8 @@ def _levelled(layer: LayerRanges) -> LayerRanges:
     """
     order = sorted(range(len(layer.inner)), key=lambda unit: layer.inner[unit][1])
     ends = [layer.inner[unit][1] for unit in order]
-    left = {1} | {step << power for step in (2, 3) for power in range(len(ends).bit_length())}
-    marks = sorted(len(ends) - each for each in left if each < len(ends))
+    counts = {1} | {step << power for step in (2, 3) for power in range(len(ends).bit_length())}
+    marks = sorted(len(ends) - count for count in counts if count < len(ends))
 
     def dealt(cuts: Iterable[int]) -> float:
         return sum((end - start) * least_period(ends[end - 1]) for start, end in pairwise(cuts))
@@ -238,7 +238,7 @@ def _each_range(change: Callable[..., Range], *trees: T) -> T:
 def _flat(tree: object, name: str = "") -> dict[str, Range]:
     """Ranges of a tree by their names, `layers.0.norm1.first`."""
     if is_dataclass(tree):
-        parts = {each.name: getattr(tree, each.name) for each in fields(tree)}
+        parts = {entry.name: getattr(tree, entry.name) for entry in fields(tree)}
     elif isinstance(tree, tuple):
         if isinstance(tree[0], float):
             return {name: (tree[0], tree[1])}
@@ -247,8 +247,8 @@ def _flat(tree: object, name: str = "") -> dict[str, Range]:
         return {}
     return {
         full: ends
-        for own, part in parts.items()
-        for full, ends in _flat(part, f"{name}.{own}" if name else own).items()
+        for key, part in parts.items()
+        for full, ends in _flat(part, f"{name}.{key}" if name else key).items()
     }
 
 

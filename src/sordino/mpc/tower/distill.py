@@ -59,7 +59,7 @@ class Agreement:
     low: float
 
 
-def distil(
+def distill(
     teacher: TextTower,
     steps: int,
     batch: int = 32,
@@ -98,12 +98,12 @@ def distil(
     for step, (embeddings, mask) in zip(range(steps + 1), texts.batches(), strict=False):
         if step % 100 == 0 or step == steps:
             agreements.append(_agreement(_folded(student), original, texts, step))
-            progress("distil", step, steps, f"cosine {agreements[-1].mean:.4f}")
+            progress("distill", step, steps, f"cosine {agreements[-1].mean:.4f}")
         if step == steps:
             break
         with torch.no_grad():
-            wanted = original(embeddings, mask)
-        loss = _loss(_folded(student).passes(embeddings, mask), wanted, mask)
+            target = original(embeddings, mask)
+        loss = _loss(_folded(student).passes(embeddings, mask), target, mask)
         if not loss.isfinite():
             raise RunError(f"distillation diverged in step {step}; lower the learning rate")
         optimizer.zero_grad()
@@ -115,7 +115,7 @@ def distil(
         return _folded(student, detached=True), agreements
 
 
-def distil_to(
+def distill_to(
     file: Path, model: Path | None, steps: int, batch: int, features: int, seed: int, progress: Progress = silent
 ) -> Agreement:
     """Distil a tower, and store it with what it is made of.
@@ -123,7 +123,7 @@ def distil_to(
     Args:
         file: where to; a directory that is not there is made.
         model: folder of a BERT-like checkpoint; None for the bundled text tower.
-        steps, batch, features, seed, progress: see `distil`.
+        steps, batch, features, seed, progress: see `distill`.
 
     Returns:
         The agreement at the end.
@@ -133,10 +133,10 @@ def distil_to(
         RunError: training diverged, or the file cannot be written.
     """
     teacher = teacher_of(model)
-    tower, agreements = distil(teacher, steps, batch, features=features, seed=seed, progress=progress)
+    tower, agreements = distill(teacher, steps, batch, features=features, seed=seed, progress=progress)
     recipe = {"steps": steps, "batch": batch, "features": features, "seed": seed}
     about = {"teacher": fingerprint(teacher), "recipe": json.dumps(recipe)}
-    about["agreement"] = json.dumps([asdict(each) for each in agreements])
+    about["agreement"] = json.dumps([asdict(agreement) for agreement in agreements])
     write_atomically(file, tower.to_bytes(about))
     return agreements[-1]
 
@@ -199,12 +199,12 @@ def fingerprint(tower: TextTower) -> str:
     return digest.hexdigest()
 
 
-def _loss(found: list[tuple[Tensor, Tensor]], wanted: list[Tensor], mask: Tensor) -> Tensor:
+def _loss(passes: list[tuple[Tensor, Tensor]], targets: list[Tensor], mask: Tensor) -> Tensor:
     """Of states and mean attention weights, against a teacher's states."""
-    whole = (1 - (pooled(found[-1][0], mask) * pooled(wanted[-1], mask)).sum(-1)).mean()
-    there = mask[..., None]
-    layers = [((a - b) ** 2 * there).sum() / (b**2 * there).sum() for (a, _), b in zip(found, wanted, strict=True)]
-    short = [(F.relu(FLOOR - weights) ** 2 * mask[:, None]).sum() for _, weights in found]
+    whole = (1 - (pooled(passes[-1][0], mask) * pooled(targets[-1], mask)).sum(-1)).mean()
+    tokens = mask[..., None]
+    layers = [((a - b) ** 2 * tokens).sum() / (b**2 * tokens).sum() for (a, _), b in zip(passes, targets, strict=True)]
+    short = [(F.relu(FLOOR - weights) ** 2 * mask[:, None]).sum() for _, weights in passes]
     return whole + torch.stack(layers).mean() + FLOOR_WEIGHT * torch.stack(short).sum() / mask.sum()
 
 
@@ -212,10 +212,10 @@ def _loss(found: list[tuple[Tensor, Tensor]], wanted: list[Tensor], mask: Tensor
 def _agreement(student: PrivateTower, original: SoftmaxTower, texts: _Texts, step: int) -> Agreement:
     cosines = []
     for embeddings, mask in texts.held_out():
-        found, wanted = student(embeddings, mask)[-1], original(embeddings, mask)[-1]
-        cosines.append((pooled(found, mask) * pooled(wanted, mask)).sum(-1))
-    every = torch.cat(cosines)
-    return Agreement(step, float(every.mean()), float(every.quantile(0.05)))
+        states, target = student(embeddings, mask)[-1], original(embeddings, mask)[-1]
+        cosines.append((pooled(states, mask) * pooled(target, mask)).sum(-1))
+    all_cosines = torch.cat(cosines)
+    return Agreement(step, float(all_cosines.mean()), float(all_cosines.quantile(0.05)))
 
 
 def _trainable(tower: PrivateTower) -> PrivateTower:

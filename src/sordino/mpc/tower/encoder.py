@@ -1,7 +1,7 @@
 """The text tower's forward pass on shares: `PrivateTower`, whose weights and whose sentences neither server sees.
 
     calibration = Calibration.measure(tower, public_sentences)          # the model owner, in the clear
-    plan = Plan.of(tower, calibration)                                  # both servers get it, as JSON
+    plan = FixedPointPlan.of(tower, calibration)                                  # both servers get it, as JSON
     held = shared_weights(tower, calibration)                           # and each its shares
 
     def program(party):
@@ -35,7 +35,7 @@ from sordino.mpc.protocols.linear import concatenated, mask_and_open, product, t
 from sordino.mpc.protocols.party import Masked, Party, Shared
 from sordino.mpc.protocols.roots import Norm, layer_norm, unit_norm
 from sordino.mpc.tower.calibration import Calibration, LayerRanges, heads_of
-from sordino.mpc.tower.plan import (
+from sordino.mpc.tower.fixed_point_plan import (
     ACTIVATION,
     ANGLE,
     BELOW,
@@ -47,9 +47,9 @@ from sordino.mpc.tower.plan import (
     UNIT,
     WAVE,
     WEIGHT,
+    FixedPointPlan,
     LayerPlan,
     NormPlan,
-    Plan,
     inverse_fraction,
 )
 from sordino.mpc.tower.sentences import bracket
@@ -74,8 +74,8 @@ def shared_weights(tower: PrivateTower, calibration: Calibration) -> tuple[dict[
         if "norm" in module:
             fraction = GAIN if kind == "weight" else ACTIVATION + WEIGHT
             part = part * len(part) ** 0.5 if kind == "weight" else part
-        for own, half in zip(both, share(encode(part.detach(), fraction)), strict=True):
-            own[name] = Shared(half, fraction)
+        for shares, half in zip(both, share(encode(part.detach(), fraction)), strict=True):
+            shares[name] = Shared(half, fraction)
     return both
 
 
@@ -101,12 +101,12 @@ class MaskedLayer:
 class Encoder:
     """A tower on shares; see `mask_and_open`."""
 
-    plan: Plan
+    plan: FixedPointPlan
     norm: Norm
     layers: tuple[MaskedLayer, ...]
 
     @classmethod
-    def mask_and_open(cls, party: Party, weights: Mapping[str, Shared], plan: Plan) -> Encoder:
+    def mask_and_open(cls, party: Party, weights: Mapping[str, Shared], plan: FixedPointPlan) -> Encoder:
         """Open a tower's weights under masks, once for all forward passes; entered under the label "set-up".
 
         1. `mask_and_open` all weights; biases stay shares, as they are only added.
@@ -128,18 +128,18 @@ class Encoder:
             opened = mask_and_open(party, *(weights[name] for name in widths), bits=list(widths.values()))
         masked = {name: replace(weight, fixed=True) for name, weight in zip(widths, opened, strict=True)}
 
-        def norm(name: str, own: NormPlan) -> Norm:
+        def norm(name: str, norm_plan: NormPlan) -> Norm:
             gain, bias = masked[f"{name}.weight"], weights[f"{name}.bias"]
-            return Norm(gain, bias, own.root, plan.epsilon, own.largest, own.inverse_fraction)
+            return Norm(gain, bias, norm_plan.root, plan.epsilon, norm_plan.largest, norm_plan.inverse_fraction)
 
         layers = []
         for number, layer in enumerate(plan.layers):
             linear = {name: f"{number}.{name}" for name in ("qkv", "out", "inner", "outer")}
-            own = {name: masked[f"{full}.weight"] for name, full in linear.items()}
-            own[FEATURES] = masked[f"{number}.{FEATURES}"]
+            layer_weights = {name: masked[f"{full}.weight"] for name, full in linear.items()}
+            layer_weights[FEATURES] = masked[f"{number}.{FEATURES}"]
             biases = {name: weights[f"{full}.bias"] for name, full in linear.items()}
             norms = norm(f"{number}.norm1", layer.norm1), norm(f"{number}.norm2", layer.norm2)
-            layers.append(MaskedLayer(layer, own, biases, *norms))
+            layers.append(MaskedLayer(layer, layer_weights, biases, *norms))
         return cls(plan, norm("norm", plan.norm), tuple(layers))
 
 
@@ -179,7 +179,7 @@ def encode_sentences(party: Party, encoder: Encoder, embeddings: Shared, lengths
         with party.costs.label(f"layer {number}"):
             x = feed_forward_block(party, attention_block(party, x, layer, encoder.plan.heads, mask), layer)
     factors = torch.tensor([[round(2**MEAN / number)] for number in lengths.tolist()])
-    return x.view(lambda own: (own if mask is None else own * mask[..., None]).sum(1)).scaled(factors, MEAN)
+    return x.view(lambda share: (share if mask is None else share * mask[..., None]).sum(1)).scaled(factors, MEAN)
 
 
 def attention_block(party: Party, x: Shared, layer: MaskedLayer, heads: int, mask: Tensor | None = None) -> Shared:
@@ -201,17 +201,17 @@ def attention_block(party: Party, x: Shared, layer: MaskedLayer, heads: int, mas
     (masked,) = mask_and_open(party, x, bits=plan.projected)
     projected = product(party, masked, layer.weights["qkv"], "matmul_nt", layer.biases["qkv"])
     parts = [
-        projected.view(lambda own: heads_of(own[..., : 2 * width], 2 * heads)),  # queries and keys, [B, 2 H, T, d]
-        projected.view(lambda own: heads_of(own[..., 2 * width :], heads)),
+        projected.view(lambda share: heads_of(share[..., : 2 * width], 2 * heads)),  # queries and keys, [B, 2 H, T, d]
+        projected.view(lambda share: heads_of(share[..., 2 * width :], heads)),
     ]
     both, value = truncate(party, *parts, fraction=ACTIVATION, bits=plan.projected)
     inverse = inverse_fraction(plan.unit)
     both = unit_norm(party, both, plan.unit, inverse, ACTIVATION + inverse + WEIGHT)
-    query, key = both.view(lambda own: own[:, :heads]), both.view(lambda own: own[:, heads:])
+    query, key = both.view(lambda share: share[:, :heads]), both.view(lambda share: share[:, heads:])
     attended = random_feature_attention(
         party, query, key, value, layer.weights[FEATURES], plan.weights, ACTIVATION, UNIT, ANGLE, WAVE, mask
     )
-    (masked,) = mask_and_open(party, attended.view(lambda own: own.transpose(1, 2).flatten(2)), bits=plan.out)
+    (masked,) = mask_and_open(party, attended.view(lambda share: share.transpose(1, 2).flatten(2)), bits=plan.out)
     result = product(party, masked, layer.weights["out"], "matmul_nt", layer.biases["out"])
     (result,) = truncate(party, result, fraction=ACTIVATION, bits=plan.out)
     return _normed(party, x + result, layer.norm1, plan.norm1)
@@ -246,7 +246,7 @@ def _normed(party: Party, x: Shared, norm: Norm, plan: NormPlan) -> Shared:
     first, rest = max(0, -plan.exponent), max(0, plan.exponent)
     times = torch.full((x.shape[1], 1), rest)
     times[0] = first
-    scaled = x.view(lambda own: own << times).times_power_of_two(-rest)
+    scaled = x.view(lambda share: share << times).times_power_of_two(-rest)
     return layer_norm(party, scaled, norm, ACTIVATION, CENTERED)
 
 

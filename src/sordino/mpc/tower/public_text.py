@@ -1,4 +1,4 @@
-"""Public sentences to distil and to calibrate a tower on: WordNet's definitions and ImageNet's names, as timm has them.
+"""Public sentences to distill and to calibrate a tower on: definitions of WordNet and names of ImageNet, from timm.
 
 For calibration, definitions come in all lengths up to 128 tokens, the long ones made of several; names stand behind
 soft contexts, which is what tuning will put there.
@@ -82,9 +82,9 @@ def calibration_batches(tower: Embedder, sentences: int, seed: int) -> Iterator[
     for _ in range(max(1, round(sentences / 2 / sum(sizes.values())))):
         for longest, size in sizes.items():
             yield embedded(tower, [_joined(rows, longest, generator) for _ in range(size)])
-    own = name_tokens(tower)
+    name_rows = name_tokens(tower)
     for number in range(max(len(NOISES), round(sentences / 2 / SOFT_BATCH))):
-        yield behind_soft_context(tower, own, SOFT_BATCH, NOISES[number % len(NOISES)], generator)
+        yield behind_soft_context(tower, name_rows, SOFT_BATCH, NOISES[number % len(NOISES)], generator)
 
 
 def held_out_rows(tower: Embedder, longest: int, count: int = HELD_OUT) -> list[list[int]]:
@@ -131,7 +131,7 @@ def name_tokens(tower: Embedder) -> list[list[int]]:
 
 
 def behind_soft_context(
-    tower: Embedder, own: list[list[int]], count: int, noise: float, generator: torch.Generator
+    tower: Embedder, name_rows: list[list[int]], count: int, noise: float, generator: torch.Generator
 ) -> Batch:
     """Names behind a soft context each, all of one length: random words with noise on their embeddings.
 
@@ -144,10 +144,10 @@ def behind_soft_context(
     """
     low, high = SOFT_LENGTHS
     length = int(torch.randint(low, high + 1, (), generator=generator))
-    chosen = torch.randint(len(own), (count,), generator=generator).tolist()
+    chosen = torch.randint(len(name_rows), (count,), generator=generator).tolist()
     start, end = (tower.tokenizer.token_to_id(mark) for mark in ("[CLS]", "[SEP]"))
     words = torch.randint(len(tower.words), (count, length), generator=generator).tolist()
-    rows = [[start, *context, *own[name], end] for context, name in zip(words, chosen, strict=True)]
+    rows = [[start, *context, *name_rows[name], end] for context, name in zip(words, chosen, strict=True)]
     embeddings, mask = embedded(tower, rows)
     drawn = torch.randn(count, length, embeddings.shape[-1], generator=generator)
     embeddings[:, 1 : 1 + length] += noise * drawn.to(embeddings)

@@ -58,9 +58,11 @@ def batches(rows: Sequence[Tensor], largest: int) -> tuple[list[Sentences], list
     for index in sorted(range(len(rows)), key=lambda index: len(rows[index])):
         brackets[bracket(len(rows[index]))].append(index)
     members = [
-        some[start : start + largest] for _, some in sorted(brackets.items()) for start in range(0, len(some), largest)
+        indices[start : start + largest]
+        for _, indices in sorted(brackets.items())
+        for start in range(0, len(indices), largest)
     ]
-    return [_batch([rows[index] for index in some]) for some in members], members
+    return [_batch([rows[index] for index in indices]) for indices in members], members
 
 
 def encoded(forward: Forward, rows: Sequence[Tensor], largest: int = 64) -> Tensor:
@@ -70,11 +72,11 @@ def encoded(forward: Forward, rows: Sequence[Tensor], largest: int = 64) -> Tens
         RunError: what came back is not of that shape.
     """
     groups, members = batches(rows, largest)
-    found = forward(groups)
-    if [tuple(part.shape) for part in found] != [(len(some), rows[0].shape[-1]) for some in members]:
+    features = forward(groups)
+    if [tuple(part.shape) for part in features] != [(len(indices), rows[0].shape[-1]) for indices in members]:
         raise RunError("a tower gave features of another shape than was asked for")
-    order = torch.tensor([index for some in members for index in some])
-    return torch.cat(found)[order.argsort()]
+    order = torch.tensor([index for indices in members for index in indices])
+    return torch.cat(features)[order.argsort()]
 
 
 def in_the_clear(tower: PrivateTower) -> Forward:

@@ -98,7 +98,7 @@ class PrivateTower:
         """A layer's attention: what it gives [B, T, E], before its projection, and mean weights [B, H, T]."""
         qkv = F.linear(x, layer["qkv.weight"], layer["qkv.bias"])
         q, k, v = (part.view(*part.shape[:2], self.heads, -1).transpose(1, 2) for part in qkv.chunk(3, -1))
-        phi_q, phi_k = (_phi(F.normalize(each, dim=-1), layer[FEATURES]) for each in (q, k))
+        phi_q, phi_k = (_phi(F.normalize(part, dim=-1), layer[FEATURES]) for part in (q, k))
         phi_k = phi_k * mask[:, None, :, None]
         sums = phi_q @ (phi_k.mT @ v)  # [B, H, T, d]
         weights = phi_q @ phi_k.sum(2)[..., None]  # [B, H, T, 1]
@@ -138,8 +138,8 @@ class PrivateTower:
             tower._check()
         except (OSError, KeyError, ValueError, IndexError, SafetensorError) as error:
             why = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else error
-            found = "no such file" if isinstance(error, FileNotFoundError) else f"holds no private tower ({why})"
-            raise ConfigError(key, str(file), f"{found}; make one with 'sordino mpc distill'") from None
+            problem = "no such file" if isinstance(error, FileNotFoundError) else f"holds no private tower ({why})"
+            raise ConfigError(key, str(file), f"{problem}; make one with 'sordino mpc distill'") from None
         return tower
 
     def _check(self) -> None:

@@ -91,7 +91,7 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class Plan(Stored):
+class FixedPointPlan(Stored):
     """What both servers must have alike, to the last digit: series' coefficients, and bits.
 
     It is made once, by the model owner, and sent; made at two places it may differ in a last digit. It tells the
@@ -112,7 +112,7 @@ class Plan(Stored):
     layers: tuple[LayerPlan, ...]
 
     @classmethod
-    def of(cls, tower: PrivateTower, calibration: Calibration) -> Plan:
+    def of(cls, tower: PrivateTower, calibration: Calibration) -> FixedPointPlan:
         """That for a tower and its ranges.
 
         Raises:
