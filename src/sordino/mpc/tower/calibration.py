@@ -1,4 +1,4 @@
-"""The ranges that a tower's states keep to, which protocols without comparison have to know beforehand."""
+"""Ranges of a tower's states. Protocols without comparison must know them beforehand."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from sordino.mpc.protocols.fourier import least_period
 from sordino.mpc.tower.tower import PrivateTower
 
 Range = tuple[float, float]  # smallest and largest
-GROUPS = 4  # of inner units, at most
+GROUPS = 4  # most groups of inner units
 T = TypeVar("T")
 
 
 class Stored:
-    """A dataclass that comes and goes as JSON."""
+    """A dataclass that is stored and sent as JSON."""
 
     def to_json(self) -> str:
-        """As text."""
+        """Return the JSON text."""
         return TypeAdapter(type(self)).dump_json(self).decode()
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The inverse of `to_json`.
+        """Invert `to_json`.
 
         Raises:
-            MpcError: it is no such thing.
+            MpcError: the text is malformed.
         """
         try:
             return TypeAdapter(cls).validate_json(text)
@@ -44,12 +44,12 @@ class Stored:
 
 @dataclass(frozen=True)
 class NormRanges:
-    """What a LayerNorm meets.
+    """Ranges of a LayerNorm's input and result.
 
     Attributes:
         first: variances of the first token's rows.
-        rest: those of the others.
-        size: sizes of its result.
+        rest: variances of the other rows.
+        size: sizes of the result.
     """
 
     first: Range
@@ -59,18 +59,18 @@ class NormRanges:
 
 @dataclass(frozen=True)
 class LayerRanges:
-    """What a layer meets. Sizes are absolute values.
+    """Ranges within a layer. Sizes are absolute values.
 
     Attributes:
         query, key: squared norms, for each head.
-        weights: of attention: the mean over a sentence's keys, for each query.
+        weights: attention weights: the mean over a sentence's keys, for each query.
         value: sizes of values.
-        attended: sizes of what attention gives.
-        out: sizes of its projection.
+        attended: sizes of attention's results.
+        out: sizes of their projection.
         norm1: of the norm after attention.
-        inner: sizes of GeLU's arguments, of each unit; with few different ends, as units share their ranges in groups.
+        inner: sizes of GeLU's arguments, for each unit. Units share ranges in groups, so few of these differ.
         outer: sizes of the second linear layer's results.
-        norm2: of the norm after it.
+        norm2: of the norm after the second linear layer.
     """
 
     query: tuple[Range, ...]
@@ -87,13 +87,13 @@ class LayerRanges:
 
 @dataclass(frozen=True)
 class Calibration(Stored):
-    """The ranges that the protocols need, found by running a tower in the clear on public sentences.
+    """Ranges that the protocols need, measured by running a tower in the clear on public sentences.
 
     Attributes:
         norm: of the norm on embeddings.
         layers: of each layer.
-        margin: every range was widened by it as a factor, at both ends. Squared norms and variances count as they
-            are, so that they allow for its root in the vectors.
+        margin: factor by which every range was widened, at both ends. It applies to squared norms and variances
+            themselves, so vectors have a margin of its square root.
     """
 
     norm: NormRanges
@@ -104,18 +104,18 @@ class Calibration(Stored):
     def measure(
         cls, tower: PrivateTower, sentences: Iterable[tuple[Tensor, Tensor]], margin: float = 1.5
     ) -> Calibration:
-        """Run a tower on sentences of two tokens or more.
+        """Run a tower on sentences of two tokens or more, and measure its ranges.
 
         Args:
             tower: in the clear.
-            sentences: batches of embeddings [B, T, E], of tokens with their positions, and mask [B, T]. They should be
-                like those to come: of all lengths, and with soft prompts where these will be tuned, which widen
+            sentences: batches of embeddings [B, T, E], of tokens with their positions, and mask [B, T]. They should
+                resemble later sentences: all lengths, and soft prompts if prompts will be tuned. Soft prompts widen
                 some variances in MiniLM's tower 24 times.
             margin: a factor of at least 1.
 
         Raises:
-            MpcError: there are no sentences of two tokens.
-            OutOfRange: attention weights of a query add up to nothing or less, of which no reciprocal can be taken.
+            MpcError: no sentence has two tokens.
+            OutOfRange: attention weights of a query add up to zero or less, so that no reciprocal can be taken.
         """
         measured = [_measured(tower, *batch) for batch in sentences]
         if not measured or not math.isfinite(_joined(measured).norm.rest[0]):
@@ -128,9 +128,9 @@ class Calibration(Stored):
         return replace(wide, layers=tuple(_levelled(layer) for layer in wide.layers))
 
     def outside(self, tower: PrivateTower, sentences: Iterable[tuple[Tensor, Tensor]]) -> list[str]:
-        """The names of ranges that sentences leave, such as `layers.0.norm1.rest`; none if all is well.
+        """Return the names of ranges that sentences leave, such as `layers.0.norm1.rest`; an empty list if none.
 
-        See `measure`. This is for whoever holds the tower and public sentences: on shares nothing can be checked.
+        See `measure` for the arguments. Only a holder of the tower can check this. On shares nothing can be checked.
         """
         measured = _flat(_joined([_measured(tower, *batch) for batch in sentences]))
         allowed = _flat(self)
@@ -139,7 +139,7 @@ class Calibration(Stored):
 
 @torch.no_grad()
 def _measured(tower: PrivateTower, embeddings: Tensor, mask: Tensor) -> Calibration:
-    """Ranges of one batch, without a margin."""
+    """Measure the ranges of one batch, without a margin."""
     is_token, width = mask > 0, embeddings.shape[-1]
     norm = _norm_ranges(embeddings, F.layer_norm(embeddings, (width,), *tower.norm, tower.epsilon), is_token)
     x, layers = F.layer_norm(embeddings, (width,), *tower.norm, tower.epsilon), []
@@ -171,7 +171,7 @@ def _measured(tower: PrivateTower, embeddings: Tensor, mask: Tensor) -> Calibrat
 
 
 def _projected(x: Tensor, layer: Mapping[str, Tensor], heads: int) -> tuple[Tensor, ...]:
-    """Queries, keys and values, [B, H, T, d]."""
+    """Compute queries, keys and values, [B, H, T, d] each."""
     return tuple(heads_of(part, heads) for part in F.linear(x, layer["qkv.weight"], layer["qkv.bias"]).chunk(3, -1))
 
 
@@ -181,7 +181,7 @@ def _norm_ranges(x: Tensor, result: Tensor, is_token: Tensor) -> NormRanges:
 
 
 def _range(values: Tensor) -> Range:
-    """Of all values; from infinity to minus infinity if there are none."""
+    """Return the range of all values; from infinity to minus infinity if there are none."""
     if values.numel() == 0:
         return math.inf, -math.inf
     low, high = values.aminmax()
@@ -193,16 +193,16 @@ def _size(values: Tensor) -> Range:
 
 
 def _joined(calibrations: Sequence[Calibration]) -> Calibration:
-    """The smallest ranges that hold all."""
+    """Join calibrations to the smallest ranges that contain all of theirs."""
     return _each_range(lambda *ranges: (min(low for low, _ in ranges), max(high for _, high in ranges)), *calibrations)
 
 
 def _levelled(layer: LayerRanges) -> LayerRanges:
-    """With the inner units in groups, each unit's range that of the widest of its group.
+    """Put the inner units in groups, and give each unit the widest range of its group.
 
-    A group has one series for GeLU, whose frequencies, and with them what is dealt for a unit, grow with its period.
-    Of all ways to part the units, in the order of their ranges, where 1, 2, 3, 4, 6, 8, 12 .. are left, the cheapest is
-    taken.
+    A group has one series for GeLU. The series' frequencies, and with them the values dealt for a unit, grow with its
+    period. Units are ordered by their ranges. Groups may end where 1, 2, 3, 4, 6, 8, 12 .. units are left. The cheapest
+    of these partitions is taken.
     """
     order = sorted(range(len(layer.inner)), key=lambda unit: layer.inner[unit][1])
     ends = [layer.inner[unit][1] for unit in order]
@@ -223,7 +223,7 @@ def _widened(calibration: Calibration, margin: float) -> Calibration:
 
 
 def _each_range(change: Callable[..., Range], *trees: T) -> T:
-    """Trees of dataclasses and tuples alike, joined range by range; other numbers are those of the first."""
+    """Join trees of dataclasses and tuples range by range. Other values are copied from the first tree."""
     first: Any = trees[0]
     if is_dataclass(first) and not isinstance(first, type):
         parts = {each.name: [getattr(tree, each.name) for tree in trees] for each in fields(first)}
@@ -236,7 +236,7 @@ def _each_range(change: Callable[..., Range], *trees: T) -> T:
 
 
 def _flat(tree: object, name: str = "") -> dict[str, Range]:
-    """Ranges of a tree by their names, `layers.0.norm1.first`."""
+    """Return a tree's ranges by names such as `layers.0.norm1.first`."""
     if is_dataclass(tree):
         parts = {entry.name: getattr(tree, entry.name) for entry in fields(tree)}
     elif isinstance(tree, tuple):
@@ -253,6 +253,6 @@ def _flat(tree: object, name: str = "") -> dict[str, Range]:
 
 
 def heads_of(x: Tensor, heads: int) -> Tensor:
-    """[B, T, H d] as [B, H, T, d]."""
+    """Split heads, [B, T, H d] to [B, H, T, d]."""
     split: Tensor = x.unflatten(-1, (heads, -1)).transpose(1, 2)
     return split

@@ -1,11 +1,13 @@
-"""Teach a tower with random feature attention what a tower with softmax says, once, in the clear, on public text.
+"""Distillation of a tower with softmax into one with random feature attention, in the clear, on public text.
 
-The text is WordNet's definitions and ImageNet's class names, as timm lists them: no image and nobody's data. Names come
-behind a hand-written context, and behind soft ones, words drawn at random with noise on their embeddings, since that is
-what tuning will put there. All weights of the layers are trained, the frequencies with them; embeddings stay. The loss
-is one minus the cosine of the mean-pooled sentences, plus the squared error of the hidden states after each layer
-relative to their size, which is what makes it quick: each layer has a target of its own. Cosines may add up to nothing,
-and on shares a quotient needs a divisor that is well above; so mean attention weights below `FLOOR` are punished.
+The text consists of WordNet's definitions and ImageNet's class names, as timm lists them. No image and no private data
+is used. Names stand behind soft contexts, random words with noise on their embeddings, since tuning will put soft
+contexts there.
+
+All weights of the layers are trained, including the frequencies. Embeddings stay fixed. The loss is one minus the
+cosine of the mean-pooled sentences, plus the squared error of the hidden states after each layer relative to their
+size. The second term makes training quick, since each layer has a target of its own. Cosines may add up to zero, and a
+quotient on shares needs a divisor well above it, so mean attention weights below `FLOOR` are penalized.
 """
 
 from __future__ import annotations
@@ -38,11 +40,11 @@ from sordino.mpc.tower.tower import FEATURES, PrivateTower, SoftmaxTower
 from sordino.progress import Progress, silent
 
 LONGEST = 32  # tokens of a sentence; the rest is cut off
-SOFT_SHARE = 0.25  # of the batches: names behind soft contexts
+SOFT_SHARE = 0.25  # probability that a batch is preceded by one of names behind soft contexts
 WARM_UP = 50  # steps, at most
-FLOOR = 0.3  # mean attention weights below it are punished, by the squared difference
+FLOOR = 0.3  # mean attention weights below it are penalized by the squared difference
 FLOOR_WEIGHT = 3.0
-TEMPERATURE = "temperature"  # of a layer while it is trained: [H, 1, 1], its logarithm
+TEMPERATURE = "temperature"  # of a layer in training: logarithms of its heads' temperatures, [H, 1, 1]
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Agreement:
     """Cosines of student's and teacher's sentences.
 
     Attributes:
-        step: after how many.
-        mean, low: over sentences that were held out, and the 5% quantile.
+        step: number of training steps before.
+        mean, low: mean and 5% quantile over held-out sentences.
     """
 
     step: int
@@ -68,19 +70,19 @@ def distill(
     seed: int = 0,
     progress: Progress = silent,
 ) -> tuple[PrivateTower, list[Agreement]]:
-    """A tower with random feature attention that says what the teacher says.
+    """Train a tower with random feature attention to agree with a teacher.
 
     Args:
         teacher: a BERT-like tower.
-        steps: of AdamW, after a linear warm-up on a cosine schedule.
+        steps: of AdamW, with a linear warm-up and a cosine schedule.
         batch: sentences a step.
         learning_rate: the largest.
         features: R, frequencies a head.
         seed: of frequencies, batches and soft contexts.
-        progress: is told how far it is.
+        progress: receives the number of steps done.
 
     Returns:
-        The tower, and its agreement with the teacher on held-out sentences, at the start, every 100 steps and at the
+        The tower, and its agreement with the teacher on held-out sentences: at the start, every 100 steps and at the
         end.
 
     Raises:
@@ -118,10 +120,10 @@ def distill(
 def distill_to(
     file: Path, model: Path | None, steps: int, batch: int, features: int, seed: int, progress: Progress = silent
 ) -> Agreement:
-    """Distil a tower, and store it with what it is made of.
+    """Distill a tower, and store it with its teacher's fingerprint, its recipe and its agreement.
 
     Args:
-        file: where to; a directory that is not there is made.
+        file: to write; missing folders are made.
         model: folder of a BERT-like checkpoint; None for the bundled text tower.
         steps, batch, features, seed, progress: see `distill`.
 
@@ -142,7 +144,7 @@ def distill_to(
 
 
 def teacher_of(model: Path | None) -> TextTower:
-    """A tower with softmax: that of a folder, or the bundled one.
+    """Load a tower with softmax from a folder, or the bundled one.
 
     Raises:
         ConfigError: the folder holds no BERT-like checkpoint.
@@ -155,7 +157,7 @@ def teacher_of(model: Path | None) -> TextTower:
 
 
 def embedder_of(folder: Path | None) -> Embedder:
-    """What a data owner has of a checkpoint, or of the bundled one; `write_embeddings` makes such a folder.
+    """Load a data owner's part of a checkpoint from a folder that `write_embeddings` made, or of the bundled one.
 
     Raises:
         ConfigError: the folder holds no embeddings.
@@ -170,29 +172,29 @@ def embedder_of(folder: Path | None) -> Embedder:
 
 
 def write_embeddings(model: Path, folder: Path) -> None:
-    """What a data owner needs of a checkpoint: its tokenizer, and the embeddings of tokens and of positions.
+    """Write a data owner's part of a checkpoint: its tokenizer, and the embeddings of tokens and of positions.
 
     Args:
         model: a BERT folder.
-        folder: to be made.
+        folder: to make.
 
     Raises:
         ConfigError: there is no such checkpoint.
         RunError: the folder cannot be written.
     """
-    teacher_of(model)  # for its complaints
+    teacher_of(model)  # raises the errors of a folder that is no checkpoint
     named = bert_weights(model, EMBEDDINGS)
     write_atomically(folder / "model.safetensors", safetensors.torch.save(named))
     write_atomically(folder / "tokenizer.json", (model / "tokenizer.json").read_bytes())
 
 
 def pooled(states: Tensor, mask: Tensor) -> Tensor:
-    """Mean over tokens, with unit norm: [B, T, E] to [B, E]."""
+    """Pool states to the mean over tokens, with unit norm: [B, T, E] to [B, E]."""
     return F.normalize((states * mask[..., None]).sum(1), dim=-1)
 
 
 def fingerprint(tower: TextTower) -> str:
-    """SHA-256 of a tower's weights, by which a stored student knows its teacher."""
+    """Return the SHA-256 of a tower's weights. A stored student records its teacher's."""
     digest = hashlib.sha256()
     for part in (tower.words, tower.positions, *(layer[name] for layer in tower.layers for name in sorted(layer))):
         digest.update(part.detach().cpu().float().numpy().tobytes())
@@ -200,7 +202,7 @@ def fingerprint(tower: TextTower) -> str:
 
 
 def _loss(passes: list[tuple[Tensor, Tensor]], targets: list[Tensor], mask: Tensor) -> Tensor:
-    """Of states and mean attention weights, against a teacher's states."""
+    """Compute the loss of states and mean attention weights against a teacher's states."""
     whole = (1 - (pooled(passes[-1][0], mask) * pooled(targets[-1], mask)).sum(-1)).mean()
     tokens = mask[..., None]
     layers = [((a - b) ** 2 * tokens).sum() / (b**2 * tokens).sum() for (a, _), b in zip(passes, targets, strict=True)]
@@ -219,7 +221,7 @@ def _agreement(student: PrivateTower, original: SoftmaxTower, texts: _Texts, ste
 
 
 def _trainable(tower: PrivateTower) -> PrivateTower:
-    """With weights that take gradients, and a temperature of each head beside its frequencies."""
+    """Copy a tower with weights that take gradients, and a temperature for each head."""
     layers = []
     for layer in tower.layers:
         named = {**layer, TEMPERATURE: torch.zeros(tower.heads, 1, 1).to(layer[FEATURES])}
@@ -228,7 +230,7 @@ def _trainable(tower: PrivateTower) -> PrivateTower:
 
 
 def _folded(tower: PrivateTower, detached: bool = False) -> PrivateTower:
-    """With temperatures in the frequencies."""
+    """Fold a tower's temperatures into its frequencies."""
     layers = []
     for layer in tower.layers:
         named = {name: part for name, part in layer.items() if name != TEMPERATURE}
@@ -238,7 +240,7 @@ def _folded(tower: PrivateTower, detached: bool = False) -> PrivateTower:
 
 
 class _Texts:
-    """Sentences as embeddings, in batches of about one length."""
+    """Embedded sentences, in batches of about one length."""
 
     def __init__(self, tower: TextTower, batch: int, seed: int) -> None:
         self._tower, self._batch = tower, batch
@@ -249,12 +251,12 @@ class _Texts:
         self._names = name_tokens(tower)
 
     def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """All sentences that are never trained on."""
+        """Yield all held-out sentences."""
         for start in range(0, HELD_OUT, 64):
             yield embedded(self._tower, self._held[start : start + 64])
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches without end: embeddings [B, T, E] and mask [B, T]."""
+        """Yield training batches without end: embeddings [B, T, E] and mask [B, T]."""
         while True:
             drawn = torch.randperm(len(self._train), generator=self._generator)[: 16 * self._batch].tolist()
             sentences = sorted((self._train[index] for index in drawn), key=len)

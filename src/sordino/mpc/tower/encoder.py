@@ -1,21 +1,21 @@
-"""The text tower's forward pass on shares: `PrivateTower`, whose weights and whose sentences neither server sees.
+"""Forward pass of a `PrivateTower` on shares. Neither server sees the weights or the sentences.
 
     calibration = Calibration.measure(tower, public_sentences)          # the model owner, in the clear
-    plan = FixedPointPlan.of(tower, calibration)                                  # both servers get it, as JSON
-    held = shared_weights(tower, calibration)                           # and each its shares
+    plan = FixedPointPlan.of(tower, calibration)                        # sent to both servers, as JSON
+    shares = shared_weights(tower, calibration)                         # one for each server
 
     def program(party):
-        encoder = Encoder.mask_and_open(party, held[party.number], plan)         # once
+        encoder = Encoder.mask_and_open(party, shares[party.number], plan)          # once
         return encode_sentences(party, encoder, sentences[party.number])
 
-On shares there is no comparison, so no protocol can tell that a number left the range it was calibrated for: roots and
-GeLU are then wrong, and sums wrap around, without notice. That is what `Calibration`'s margin is for, and what
-`Calibration.outside` checks in the clear.
+Shares allow no comparison, so no protocol can notice that a number left its calibrated range. Roots and GeLU are then
+wrong, and sums wrap around, without notice. `Calibration`'s margin guards against this, and `Calibration.outside`
+checks it in the clear.
 
-Two sources of wide ranges are taken away beforehand, at no cost. Vectors that get unit norm may be scaled before, so
-the owner folds a scale for each head into the weights of queries and keys. A LayerNorm does not see the scale of a row,
-and the first token, [CLS] in every sentence, has states many times as large as others in some towers, so its rows are
-divided by a public power of two.
+Two causes of wide ranges are removed beforehand, at no cost. Vectors that get unit norm may be scaled first. So the
+owner folds a scale for each head into the weights of queries and keys. A LayerNorm ignores the scale of a row. In some
+towers the first token, [CLS] in every sentence, has states many times as large as others. So its rows are divided by a
+public power of two.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from sordino.mpc.tower.fixed_point_plan import (
     ANGLE,
     BELOW,
     CENTERED,
+    COSINE,
     GAIN,
     GELU,
     MEAN,
     SQUARED_NORM,
     UNIT,
-    WAVE,
     WEIGHT,
     FixedPointPlan,
     LayerPlan,
@@ -57,12 +57,12 @@ from sordino.mpc.tower.tower import FEATURES, PrivateTower
 
 
 def shared_weights(tower: PrivateTower, calibration: Calibration) -> tuple[dict[str, Shared], dict[str, Shared]]:
-    """Shares of a tower's weights, for either server, by the names `norm.weight`, `0.qkv.weight` and so on.
+    """Share a tower's weights for both servers, by names such as `norm.weight` and `0.qkv.weight`.
 
-    Frequencies are in turns, gains times sqrt(E), and queries and keys so scaled that the squared norms of each head
-    are about 16 in the middle of their range, which changes nothing, as they get unit norm. Inner units are in the
-    order of their ranges, which changes nothing either. Weights have 15 fraction bits: an error of at most 2^-16 each,
-    so that a matrix of standard deviation 0.05 is off by 0.02%.
+    Frequencies are in turns, and gains are times sqrt(E). Queries and keys are scaled: the middle of each head's range
+    of squared norms becomes about 16. This changes no result, as they get unit norm. Inner units are ordered by their
+    ranges, which changes no result either. Weights have 15 fraction bits, an error of at most 2^-16 each, so a matrix
+    of standard deviation 0.05 is off by 0.02%.
     """
     named = {f"norm.{kind}": part for kind, part in zip(("weight", "bias"), tower.norm, strict=True)}
     for number, (layer, ranges) in enumerate(zip(tower.layers, calibration.layers, strict=True)):
@@ -84,10 +84,10 @@ class MaskedLayer:
     """A layer's weights, opened under masks.
 
     Attributes:
-        plan: how it is computed.
+        plan: of the layer.
         weights: by the names `qkv`, `features`, `out`, `inner`, `outer`.
-        biases: shares, by the names of the linear ones.
-        norm1, norm2: of the norms.
+        biases: shares, by the names of the linear layers.
+        norm1, norm2: parameters of the norms.
     """
 
     plan: LayerPlan
@@ -99,7 +99,7 @@ class MaskedLayer:
 
 @dataclass(frozen=True, eq=False)
 class Encoder:
-    """A tower on shares; see `mask_and_open`."""
+    """A tower on shares; made by `mask_and_open`."""
 
     plan: FixedPointPlan
     norm: Norm
@@ -107,15 +107,15 @@ class Encoder:
 
     @classmethod
     def mask_and_open(cls, party: Party, weights: Mapping[str, Shared], plan: FixedPointPlan) -> Encoder:
-        """Open a tower's weights under masks, once for all forward passes; entered under the label "set-up".
+        """Open a tower's weights under masks, once for all forward passes. Costs have the label "set-up".
 
-        1. `mask_and_open` all weights; biases stay shares, as they are only added.
+        1. `mask_and_open` all weights. Biases stay shares, as they are only added.
 
-        Rounds: 1. Online: for each weight the bits of what it is a factor of (see `LayerPlan`), 64 for gains; for
-        MiniLM's tower of six layers 54 MB. Offline: 0. Error: none.
+        Rounds: 1. Online: for each weight the bits of its products (see `LayerPlan`), and 64 for gains. These are
+        54 MB for MiniLM's tower of six layers. Offline: 0. Error: none.
 
         Args:
-            weights: this party's of `shared_weights`.
+            weights: this party's shares, of `shared_weights`.
             plan: of the same calibration.
         """
         widths = {"norm.weight": WORD}
@@ -144,28 +144,28 @@ class Encoder:
 
 
 def encode_sentences(party: Party, encoder: Encoder, embeddings: Shared, lengths: Tensor | None = None) -> Shared:
-    """Sentences as the mean of their tokens' last hidden states, [B, E].
+    """Compute sentences as the mean of their tokens' last hidden states, [B, E].
 
     1. Take the `layer_norm` of the embeddings.
-    2. Take each layer: `attention_block`, `feed_forward_block`.
+    2. Apply each layer: `attention_block`, then `feed_forward_block`.
     3. Add up each sentence's tokens, and multiply with 1 over its length, which is public.
 
-    Costs are entered under the labels "embeddings", "layer 0", "layer 1" and so on. Rounds: 5 for the first norm, and
-    31 a layer; two more for each step of Newton's method that one of a layer's four roots takes: for an inverse square
-    root none for ranges up to about 1:50, one up to about 1:200, then two. Online, for MiniLM's tower with 64
-    frequencies a head, 4 sentences of 32 tokens: 0.37 MB, and 6.7 to 6.9 MB a layer; proportional to the number of
-    sentences. Offline: 210 MB for six layers. Error: 0.15% of a sentence's norm, measured there, which is a cosine of
-    0.999999 with the tower in the clear.
+    Costs are entered under the labels "embeddings", "layer 0", "layer 1" and so on.
+    Rounds: 5 for the first norm, and 31 a layer. Each step of Newton's method in one of a layer's four roots adds two.
+    An inverse square root needs no step for ranges up to about 1:50, one up to about 1:200, then two.
+    Online, for MiniLM's tower with 64 frequencies a head and 4 sentences of 32 tokens: 0.37 MB, and 6.7 to 6.9 MB a
+    layer. This is proportional to the number of sentences. Offline: 210 MB for six layers.
+    Error, measured there: 0.15% of a sentence's norm, a cosine of 0.999999 with the tower in the clear.
 
     Args:
         encoder: see `Encoder.mask_and_open`.
-        embeddings: [B, T, E], of tokens with their positions, with about 14 fraction bits, as embeddings are small;
-            within the plan's ranges, or the result is nonsense without notice. Padding repeats a sentence's last token,
-            as `Sentences` has it, and changes no result.
-        lengths: tokens of each, int64 [B], public, of one `bracket`; T for all if none are given.
+        embeddings: [B, T, E], of tokens with their positions. They are small, so about 14 fraction bits suit them.
+            Outside the plan's ranges the result is wrong without notice. Padding repeats a sentence's last token, as
+            in `Sentences`, and changes no result.
+        lengths: tokens of each sentence, int64 [B], public, of one `bracket`. T for all if absent.
 
     Raises:
-        OutOfRange: the lengths are not of the bracket of T, or above T.
+        OutOfRange: a length is above T, or not of the bracket of T.
     """
     batch, length = embeddings.shape[:2]
     lengths = torch.full((batch,), length) if lengths is None else lengths
@@ -183,18 +183,19 @@ def encode_sentences(party: Party, encoder: Encoder, embeddings: Shared, lengths
 
 
 def attention_block(party: Party, x: Shared, layer: MaskedLayer, heads: int, mask: Tensor | None = None) -> Shared:
-    """Hidden states [B, T, E] after attention, its projection and the norm.
+    """Compute hidden states [B, T, E] after attention, its projection and the norm.
 
-    1. Mask and open x; multiply with the weights of queries, keys and values.
+    1. Mask and open x. Multiply with the weights of queries, keys and values.
     2. Truncate the result.
     3. Give queries and keys `unit_norm`.
     4. Take the `random_feature_attention`.
-    5. Mask and open what comes out, multiply with the projection, truncate.
-    6. Add x; take the `layer_norm`.
+    5. Mask and open its result, multiply with the projection, truncate.
+    6. Add x, and take the `layer_norm`.
 
-    Rounds: 4, and those of the three protocols: 4, 9 and 5 where no root takes a step. Online, for N = B T E, beside
-    the protocols: N (4 projected + 2 out - 4 WEIGHT) / 8, with the plan's bits. Offline: N (3 projected + out) / 8 +
-    64 N. Error: those of the protocols, and 2^-ACTIVATION from each truncation; 2^-16 a weight, see `shared_weights`.
+    Rounds: 4, and those of the three protocols: 4, 9 and 5 if no root takes a step. Online, for N = B T E, in addition
+    to the protocols: N (4 projected + 2 out - 4 WEIGHT) / 8, with the plan's bits. Offline:
+    N (3 projected + out) / 8 + 64 N. Error: those of the protocols, 2^-ACTIVATION from each truncation, and 2^-16 a
+    weight, see `shared_weights`.
     """
     plan = layer.plan
     width = x.shape[-1]
@@ -209,7 +210,7 @@ def attention_block(party: Party, x: Shared, layer: MaskedLayer, heads: int, mas
     both = unit_norm(party, both, plan.unit, inverse, ACTIVATION + inverse + WEIGHT)
     query, key = both.view(lambda share: share[:, :heads]), both.view(lambda share: share[:, heads:])
     attended = random_feature_attention(
-        party, query, key, value, layer.weights[FEATURES], plan.weights, ACTIVATION, UNIT, ANGLE, WAVE, mask
+        party, query, key, value, layer.weights[FEATURES], plan.weights, ACTIVATION, UNIT, ANGLE, COSINE, mask
     )
     (masked,) = mask_and_open(party, attended.view(lambda share: share.transpose(1, 2).flatten(2)), bits=plan.out)
     result = product(party, masked, layer.weights["out"], "matmul_nt", layer.biases["out"])
@@ -218,15 +219,15 @@ def attention_block(party: Party, x: Shared, layer: MaskedLayer, heads: int, mas
 
 
 def feed_forward_block(party: Party, x: Shared, layer: MaskedLayer) -> Shared:
-    """Hidden states [B, T, E] after both linear layers and the norm.
+    """Compute hidden states [B, T, E] after both linear layers and the norm.
 
-    1. Mask and open x; multiply with the weights of the first.
+    1. Mask and open x. Multiply with the weights of the first layer.
     2. Take `gelu`.
-    3. Mask and open the result, multiply with the weights of the second, truncate.
-    4. Add x; take the `layer_norm`.
+    3. Mask and open the result, multiply with the weights of the second layer, truncate.
+    4. Add x, and take the `layer_norm`.
 
-    Rounds: 3, and those of GeLU, 1, and of the norm, 5 where its root takes no step. Online, for N = B T E and M = B T
-    times the inner width, beside the protocols: (N inner + (N + M) outer - N WEIGHT) / 8, with the plan's bits.
+    Rounds: 3, and those of GeLU, 1, and of the norm, 5 if its root takes no step. Online, for N = B T E and M = B T
+    times the inner width, in addition to the protocols: (N inner + (N + M) outer - N WEIGHT) / 8, with the plan's bits.
     Offline: (M inner + N outer) / 8 + 16 N. Error: as in `attention_block`.
     """
     plan = layer.plan
@@ -242,7 +243,10 @@ def feed_forward_block(party: Party, x: Shared, layer: MaskedLayer) -> Shared:
 
 
 def _normed(party: Party, x: Shared, norm: Norm, plan: NormPlan) -> Shared:
-    """The norm of x [B, T, E], its first token's rows divided by a power of two, which is more for the others."""
+    """Normalize x [B, T, E] after dividing its first token's rows by the plan's power of two.
+
+    A negative exponent divides the other rows instead. A row's scale does not change the result.
+    """
     first, rest = max(0, -plan.exponent), max(0, plan.exponent)
     times = torch.full((x.shape[1], 1), rest)
     times[0] = first
@@ -251,7 +255,7 @@ def _normed(party: Party, x: Shared, norm: Norm, plan: NormPlan) -> Shared:
 
 
 def _folded(layer: Mapping[str, Tensor], ranges: LayerRanges) -> dict[str, Tensor]:
-    """A layer's weights: frequencies in turns, the heads' scales in those of queries and keys, inner units by range."""
+    """Fold a layer's weights: frequencies in turns, heads' scales in queries and keys, inner units by range."""
     squares = torch.tensor([math.sqrt(low * high) for low, high in (*ranges.query, *ranges.key)])
     scales = (SQUARED_NORM / squares).sqrt()  # [2 H]
     named = dict(layer)

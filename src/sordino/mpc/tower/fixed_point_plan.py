@@ -1,4 +1,4 @@
-"""How a tower is computed on shares: bits, roots and series for the ranges that its states keep to."""
+"""Fixed-point plan of a tower on shares: bits, roots and series that suit the ranges of its states."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from sordino.mpc.protocols.roots import Root, calibrate, variance_root
 from sordino.mpc.tower.calibration import Calibration, LayerRanges, NormRanges, Range, Stored
 from sordino.mpc.tower.tower import FEATURES, PrivateTower
 
-ACTIVATION, WEIGHT, GAIN = 11, 15, 8  # fraction bits: of hidden states, of weights, of gains times sqrt(E)
-CENTERED, UNIT = 13, 12  # of what a norm divides, of queries and keys of unit norm
-WAVE, ANGLE = 8, 12  # of attention's cosines: fraction bits, and bits of their arguments
+ACTIVATION, WEIGHT, GAIN = 11, 15, 8  # fraction bits of hidden states, of weights, of gains times sqrt(E)
+CENTERED, UNIT = 13, 12  # fraction bits of a norm's centered input, of queries and keys of unit norm
+COSINE, ANGLE = 8, 12  # of attention's cosines: fraction bits, and bits of their arguments
 GELU, BELOW = 14, 12  # of GeLU: fraction bits of its cosines, and bits of its argument below one
 INVERSE = 11  # bits of inverse norms below the smallest of them
 SQUARED_NORM = 16.0  # of queries and keys, in the middle of each head's range
-ERROR, GELU_ERROR = 5e-4, 2e-4  # of roots, relative, and of GeLU's series
-HARMONICS = (*range(5, 16), *range(16, 32, 2), 32, 36, 40)  # of GeLU's series, tried in turn
+ERROR, GELU_ERROR = 5e-4, 2e-4  # bounds: relative error of roots, error of GeLU's series
+HARMONICS = (*range(5, 16), *range(16, 32, 2), 32, 36, 40)  # numbers of frequencies of GeLU's series, tried in turn
 MEAN = 20  # fraction bits of 1 / T
 
 
 @dataclass(frozen=True)
 class NormPlan:
-    """How a LayerNorm is computed.
+    """Plan of a LayerNorm.
 
     Attributes:
         root: of variances; see `variance_root`.
         exponent: the first token's rows are divided by 2^exponent.
-        largest: log2 of its result.
+        largest: log2 of a bound on the result's size.
         inverse_fraction: bits of inverse norms.
     """
 
@@ -43,7 +43,7 @@ class NormPlan:
 
     @classmethod
     def of(cls, ranges: NormRanges, width: int) -> NormPlan:
-        """That for the ranges, of rows of E entries."""
+        """Make the plan for given ranges and rows of E entries."""
         middles = [math.log2(low) + math.log2(high) for low, high in (ranges.first, ranges.rest)]
         exponent = round((middles[0] - middles[1]) / 4)
         first = tuple(end * 4.0**-exponent for end in ranges.first)
@@ -54,11 +54,11 @@ class NormPlan:
 
 @dataclass(frozen=True)
 class Units:
-    """Inner units of a layer that have one series for GeLU.
+    """A group of a layer's inner units that share one series for GeLU.
 
     Attributes:
-        count: how many.
-        series: for the range of the widest.
+        count: number of units.
+        series: for the widest range in the group.
     """
 
     count: int
@@ -67,16 +67,16 @@ class Units:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """How a layer is computed.
+    """Plan of a layer.
 
     Attributes:
-        projected, out, inner, outer: bits of what is multiplied by the weights of queries, keys and values; of the
-            projection; and of both linear layers. GeLU's result is shared modulo 2^inner, and must be right modulo
-            2^outer once its last fraction bits are dropped.
+        projected, out, inner, outer: bits of the factors of weights: of queries, keys and values, of the projection,
+            and of both linear layers. GeLU's result is shared modulo 2^inner. It must be right modulo 2^outer after
+            its last fraction bits are dropped.
         unit: root for queries and keys.
         weights: reciprocal of mean attention weights, for every length.
-        gelu: inner units, from those of the narrowest range to those of the widest.
-        norm1, norm2: of the norms.
+        gelu: groups of inner units, from the narrowest range to the widest.
+        norm1, norm2: plans of the norms.
     """
 
     projected: int
@@ -92,17 +92,17 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class FixedPointPlan(Stored):
-    """What both servers must have alike, to the last digit: series' coefficients, and bits.
+    """Settings in which both servers must agree to the last digit: series' coefficients, and bits.
 
-    It is made once, by the model owner, and sent; made at two places it may differ in a last digit. It tells the
-    servers the tower's form, and ranges of its states on public sentences.
+    The model owner makes the plan once and sends it. Two plans made at two places may differ in a last digit. The plan
+    tells the servers the tower's form, and ranges of its states on public sentences.
 
     Attributes:
         heads: H of a layer.
         epsilon: of the norms.
-        norm: on embeddings.
-        entering: variances of embeddings, of first tokens and of others, which whoever embeds must keep to.
-        layers: of each.
+        norm: plan of the norm on embeddings.
+        entering: allowed variances of embeddings, of first tokens and of others.
+        layers: plans of the layers.
     """
 
     heads: int
@@ -113,7 +113,7 @@ class FixedPointPlan(Stored):
 
     @classmethod
     def of(cls, tower: PrivateTower, calibration: Calibration) -> FixedPointPlan:
-        """That for a tower and its ranges.
+        """Make the plan for a tower and its ranges.
 
         Raises:
             OutOfRange: a range is too wide.
@@ -157,10 +157,10 @@ def _layer_plan(ranges: LayerRanges, features: int, width: int) -> LayerPlan:
 
 
 def _gelu(high: float) -> Series:
-    """The series of fewest frequencies for arguments up to `high`.
+    """Find the series of fewest frequencies for GeLU's arguments up to `high`.
 
     Raises:
-        OutOfRange: it would need more than 40.
+        OutOfRange: it would need more than 40 frequencies.
     """
     least = least_period(high)
     period = max(4, math.ceil(math.log2(least)))
@@ -173,7 +173,7 @@ def _gelu(high: float) -> Series:
 
 
 def _affordable(make: Callable[[int], Root]) -> Root:
-    """A root without steps of Newton's method if that will do, which take two rounds each."""
+    """Make a root with as few steps of Newton's method as possible, since each takes two rounds."""
     for steps in range(2):
         try:
             return make(steps)
@@ -183,10 +183,10 @@ def _affordable(make: Callable[[int], Root]) -> Root:
 
 
 def inverse_fraction(root: Root) -> int:
-    """Fraction bits of inverse roots, so that the smallest has `INVERSE` bits."""
+    """Return the fraction bits of inverse roots that give the smallest of them `INVERSE` bits."""
     return max(0, math.ceil(math.log2(root.start.high) / root.power)) + INVERSE
 
 
 def _bits(size: Range) -> int:
-    """log2 of the next power of two that is above all sizes."""
+    """Return log2 of the least power of two above all sizes; at least 0."""
     return max(0, math.floor(math.log2(size[1])) + 1)

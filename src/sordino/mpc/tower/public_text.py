@@ -1,7 +1,7 @@
 """Public sentences to distill and to calibrate a tower on: definitions of WordNet and names of ImageNet, from timm.
 
-For calibration, definitions come in all lengths up to 128 tokens, the long ones made of several; names stand behind
-soft contexts, which is what tuning will put there.
+For calibration, definitions have all lengths up to 128 tokens; long ones are joined from several. Names stand behind
+soft contexts, since tuning will put soft contexts there.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from sordino.mpc.tower.calibration import Calibration
 from sordino.mpc.tower.tower import PrivateTower
 from sordino.progress import Progress, silent
 
-HELD_OUT = 512  # definitions that are never trained or calibrated on
+HELD_OUT = 512  # definitions that are used neither to train nor to calibrate
 SOFT_LENGTHS = (1, 16)  # tokens of a soft context
 SOFT_NOISE = 0.03  # standard deviation of the noise on its embeddings in distillation; they have one of 0.05
-LENGTHS = (8, 16, 32, 64, 128)  # tokens, at most
-FEWEST = 32  # tokens of a name behind the longest soft context, at most
+LENGTHS = (8, 16, 32, 64, 128)  # most tokens of a definition
+FEWEST = 32  # most tokens of a name behind the longest soft context
 BATCH = 64
 SOFT_BATCH = 32
 NOISES = (SOFT_NOISE, 0.3, 0.05, 0.1)  # in calibration
-SENTENCES = 4000  # that ranges are measured on
+SENTENCES = 4000  # for the measurement of ranges
 TOKENS = 1024  # of a batch, about, at most
 Batch = tuple[Tensor, Tensor]  # embeddings [B, T, E], and mask [B, T]
 
@@ -39,36 +39,36 @@ def calibration_of(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Calibration:
-    """A tower's ranges on public text: half of it definitions, half names behind soft contexts.
+    """Measure a tower's ranges on public text: half definitions, half names behind soft contexts.
 
     Args:
         tower: in the clear.
-        embedder: whose tokens and embeddings it has.
-        sentences: about how many, at least 300; 4,000 take a minute on one core. With half as many, a squared norm of
+        embedder: with the tower's tokenizer and embeddings.
+        sentences: about how many, at least 300. 4,000 take a minute on one core. With half as many, a squared norm of
             new soft contexts was once 3% outside.
         margin: see `Calibration.measure`.
-        seed: of what is drawn.
-        progress: is told how far it is.
+        seed: of random draws.
+        progress: receives the number of sentences done.
 
     Raises:
-        OutOfRange: attention weights of a query add up to nothing or less, or the tower has too few positions.
+        OutOfRange: attention weights of a query add up to zero or less, or the tower has too few positions.
     """
 
-    def told() -> Iterator[Batch]:
+    def reported() -> Iterator[Batch]:
         done = 0
         for embeddings, mask in calibration_batches(embedder, sentences, seed):
             yield embeddings, mask
             done += len(mask)
             progress("calibrate", min(done, sentences), sentences)
 
-    return Calibration.measure(tower, told(), margin)
+    return Calibration.measure(tower, reported(), margin)
 
 
 def calibration_batches(tower: Embedder, sentences: int, seed: int) -> Iterator[Batch]:
-    """Batches of about `sentences` in all, behind soft contexts and of every length of `LENGTHS`; none is held out.
+    """Yield batches of about `sentences` in all, with soft contexts and every length in `LENGTHS`. None is held out.
 
-    Lengths for which a tower has no positions are left out.
-    Three in four soft contexts have more noise than distillation has, since a search goes far from where it starts.
+    Lengths for which a tower has no positions are left out. Three in four soft contexts have more noise than in
+    distillation, since a search goes far from its start.
 
     Raises:
         OutOfRange: the tower has too few positions.
@@ -88,14 +88,17 @@ def calibration_batches(tower: Embedder, sentences: int, seed: int) -> Iterator[
 
 
 def held_out_rows(tower: Embedder, longest: int, count: int = HELD_OUT) -> list[list[int]]:
-    """Tokens of definitions that neither distillation nor calibration sees; after the first 512 in pairs, reversed."""
+    """Return tokens of held-out definitions, cut to `longest`: the first 512 alone, later ones in reversed pairs.
+
+    Neither distillation nor calibration uses these definitions.
+    """
     rows = [tower.tokenizer.encode(text).ids for text in split_definitions()[0]]
     pairs = [[*second[:-1], *first[1:]] for first, second in pairwise(rows)]
     return [_cut(row, longest) for row in [*rows, *pairs][:count]]
 
 
 def embedded(tower: Embedder, rows: list[list[int]]) -> Batch:
-    """Sentences of tokens, padded with token 0."""
+    """Embed sentences of tokens, padded with token 0."""
     longest = max(len(row) for row in rows)
     tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
     mask = torch.tensor([[1.0] * len(row) + [0.0] * (longest - len(row)) for row in rows])
@@ -103,7 +106,10 @@ def embedded(tower: Embedder, rows: list[list[int]]) -> Batch:
 
 
 def definitions() -> list[str]:
-    """WordNet's 21,841 definitions with their words, such as `jacksnipe, half snipe: a small short-billed snipe`."""
+    """Return WordNet's 21,841 definitions with their words.
+
+    An example is `jacksnipe, half snipe: a small short-billed snipe`.
+    """
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo("imagenet-22k")
@@ -111,7 +117,7 @@ def definitions() -> list[str]:
 
 
 def names() -> list[str]:
-    """ImageNet's 1,000 class names."""
+    """Return ImageNet's 1,000 class names."""
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo()
@@ -119,28 +125,28 @@ def names() -> list[str]:
 
 
 def split_definitions() -> tuple[list[str], list[str]]:
-    """Those that are held out, and the others; the same for every seed."""
+    """Return held-out definitions, and the others. The split is the same for every seed."""
     texts = definitions()
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
     return [texts[index] for index in order[:HELD_OUT]], [texts[index] for index in order[HELD_OUT:]]
 
 
 def name_tokens(tower: Embedder) -> list[list[int]]:
-    """Tokens of 'name.' for each of ImageNet's names."""
+    """Return the tokens of 'name.' for each of ImageNet's names."""
     return [tower.tokenizer.encode(f"{name}.", add_special_tokens=False).ids for name in names()]
 
 
 def behind_soft_context(
     tower: Embedder, name_rows: list[list[int]], count: int, noise: float, generator: torch.Generator
 ) -> Batch:
-    """Names behind a soft context each, all of one length: random words with noise on their embeddings.
+    """Make names behind soft contexts of one length: random words with noise on their embeddings.
 
     Args:
-        tower: whose tokens and embeddings.
-        own: see `name_tokens`.
-        count: of sentences.
-        noise: its standard deviation.
-        generator: of all that is drawn.
+        tower: with its tokenizer and embeddings.
+        name_rows: see `name_tokens`.
+        count: number of sentences.
+        noise: standard deviation.
+        generator: of all random draws.
     """
     low, high = SOFT_LENGTHS
     length = int(torch.randint(low, high + 1, (), generator=generator))
@@ -155,7 +161,7 @@ def behind_soft_context(
 
 
 def _joined(rows: list[list[int]], longest: int, generator: torch.Generator) -> list[int]:
-    """Definitions at random, one after the other, between the first's [CLS] and the last's [SEP]."""
+    """Join random definitions between one [CLS] and one [SEP], until they have more than half of `longest` tokens."""
     least = longest // 2 + 1
     row: list[int] = []
     while len(row) < least:

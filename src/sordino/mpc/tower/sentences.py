@@ -1,7 +1,7 @@
-"""Sentences as a data owner sends them to a tower: embedded, grouped by length, and padded with their own last token.
+"""Sentences in the form that a data owner sends to a tower: embedded, grouped by length, padded with the last token.
 
-The owner embeds. Token and position embeddings are public to the data owner, and so is the tokenizer; what stays
-private of a model is its layers. Whoever encodes learns how many sentences there are, and their lengths.
+The data owner embeds them. It knows the tokenizer and the embeddings of tokens and positions; only a model's layers
+stay private. The servers that encode learn the number of sentences and their lengths.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from sordino.mpc.tower.tower import PrivateTower
 
 @dataclass(frozen=True, eq=False)
 class Sentences:
-    """A batch.
+    """A batch of sentences.
 
     Attributes:
-        embeddings: [B, T, E], of tokens with their positions; places behind a sentence's end repeat its last token.
-        lengths: tokens of each, int64 [B]; T is the longest, and ceil(log2) of all is the same, since attention on
-            shares takes means over a power of two, see `bracket`.
+        embeddings: [B, T, E], of tokens with their positions. Places behind a sentence's end repeat its last token.
+        lengths: tokens of each sentence, int64 [B]. T is the longest. All have the same ceil(log2), since attention
+            on shares takes means over a power of two, see `bracket`.
     """
 
     embeddings: Tensor
@@ -43,16 +43,19 @@ Forward = Callable[[Sequence[Sentences]], list[Tensor]]  # to mean-pooled last h
 
 
 def bracket(length: int) -> int:
-    """The least b with length <= 2^b: sentences of one bracket may share a batch."""
+    """Return the least b with length <= 2^b. Sentences of one bracket may share a batch."""
     return math.ceil(math.log2(length))
 
 
 def batches(rows: Sequence[Tensor], largest: int) -> tuple[list[Sentences], list[list[int]]]:
-    """Embedded sentences as batches, and which sentences are in each.
+    """Group embedded sentences in batches.
 
     Args:
-        rows: [T, E] each.
-        largest: sentences of a batch, at most.
+        rows: sentences, [T, E] each.
+        largest: most sentences of a batch.
+
+    Returns:
+        The batches, and for each batch the indices of its sentences.
     """
     brackets: dict[int, list[int]] = defaultdict(list)
     for index in sorted(range(len(rows)), key=lambda index: len(rows[index])):
@@ -66,10 +69,10 @@ def batches(rows: Sequence[Tensor], largest: int) -> tuple[list[Sentences], list
 
 
 def encoded(forward: Forward, rows: Sequence[Tensor], largest: int = 64) -> Tensor:
-    """Mean-pooled last hidden states [N, E] of N embedded sentences, in their order.
+    """Encode N embedded sentences to mean-pooled last hidden states [N, E], in their order.
 
     Raises:
-        RunError: what came back is not of that shape.
+        RunError: `forward` returned features of another shape.
     """
     groups, members = batches(rows, largest)
     features = forward(groups)
@@ -80,7 +83,7 @@ def encoded(forward: Forward, rows: Sequence[Tensor], largest: int = 64) -> Tens
 
 
 def in_the_clear(tower: PrivateTower) -> Forward:
-    """A tower that is not shared: the oracle."""
+    """Return the forward pass of a tower that is not shared: the oracle."""
 
     def forward(groups: Sequence[Sentences]) -> list[Tensor]:
         pooled = []

@@ -1,9 +1,10 @@
 """A text tower that is cheap on shares: BERT's layers with random feature attention in place of softmax.
 
-Luo et al., SecP-Tuning, ICLR 2026 (arXiv 2506.15307), on Peng et al., Random Feature Attention, ICLR 2021. Queries and
-keys have unit norm; a query q weighs a key k by the mean over R frequencies of cos(w_r . (q - k)), which is the product
-of their features [cos(w_r . x), sin(w_r . x)]. Frequencies belong to a head and are learned, its temperature with them.
-This is the tower in the clear, differentiable; `distill` makes one of a tower with softmax.
+Luo et al., SecP-Tuning, ICLR 2026 (arXiv 2506.15307), based on Peng et al., Random Feature Attention, ICLR 2021.
+Queries and keys have unit norm. A query q weighs a key k by the mean over R frequencies of cos(w_r . (q - k)). This
+mean is the product of their features [cos(w_r . x), sin(w_r . x)]. Each head learns its frequencies, and its
+temperature with them. This module has the tower in the clear, differentiable. `distill` makes one from a tower with
+softmax.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sordino.errors import ConfigError
 from sordino.mpc.errors import MpcError
 
 BUNDLED = Path(__file__).parent / "data" / "private_tower.safetensors"
-FEATURES = "features"  # of a layer: [H, d, R], the frequencies
+FEATURES = "features"  # name of a layer's frequencies, [H, d, R]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class PrivateTower:
         heads: H, a layer's heads; each has width d.
         epsilon: of the layer norms.
         norm: weight and bias of the norm on embeddings, each [E].
-        layers: for each layer, by short names as `TextTower` has them, and `features`.
+        layers: weights of each layer, by the short names of `TextTower`, and `features`.
     """
 
     heads: int
@@ -45,12 +46,12 @@ class PrivateTower:
 
     @property
     def width(self) -> int:
-        """E, of the embeddings that it takes."""
+        """E, the width of embeddings."""
         return len(self.norm[0])
 
     @classmethod
     def from_softmax(cls, tower: TextTower, features: int, seed: int) -> PrivateTower:
-        """A tower's own weights, with random frequencies: a start, which is far from the tower until it is trained.
+        """Combine a tower's weights with random frequencies. Before training, the result is far from the tower.
 
         Args:
             tower: with softmax attention.
@@ -67,7 +68,7 @@ class PrivateTower:
         return cls(tower.heads, tower.epsilon, tower.norm, tuple(layers))
 
     def __call__(self, embeddings: Tensor, mask: Tensor) -> list[Tensor]:
-        """Hidden states [B, T, E] after each layer.
+        """Compute hidden states [B, T, E] after each layer.
 
         Args:
             embeddings: [B, T, E], of tokens with their positions.
@@ -76,10 +77,13 @@ class PrivateTower:
         return [states for states, _ in self.passes(embeddings, mask)]
 
     def passes(self, embeddings: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Hidden states as above, and each layer's mean attention weights [B, H, T], over keys, for every query.
+        """Compute hidden states and mean attention weights after each layer.
+
+        Returns:
+            For each layer, states [B, T, E], and the mean weights over keys for every query, [B, H, T].
 
         Raises:
-            MpcError: embeddings are of another width.
+            MpcError: embeddings have another width.
         """
         width = embeddings.shape[-1]
         if width != self.width:
@@ -95,7 +99,7 @@ class PrivateTower:
         return states
 
     def attend(self, x: Tensor, layer: Mapping[str, Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
-        """A layer's attention: what it gives [B, T, E], before its projection, and mean weights [B, H, T]."""
+        """Compute a layer's attention [B, T, E] before its projection, and its mean weights [B, H, T]."""
         qkv = F.linear(x, layer["qkv.weight"], layer["qkv.bias"])
         q, k, v = (part.view(*part.shape[:2], self.heads, -1).transpose(1, 2) for part in qkv.chunk(3, -1))
         phi_q, phi_k = (_phi(F.normalize(part, dim=-1), layer[FEATURES]) for part in (q, k))
@@ -106,7 +110,7 @@ class PrivateTower:
         return mixed, weights.squeeze(-1) / mask.sum(1)[:, None, None]
 
     def to_bytes(self, about: Mapping[str, str]) -> bytes:
-        """Weights as safetensors in half precision, with what `about` says of them."""
+        """Serialize weights as safetensors in half precision, with `about` as metadata."""
         named = {f"norm.{kind}": part for kind, part in zip(("weight", "bias"), self.norm, strict=True)}
         for number, layer in enumerate(self.layers):
             named |= {f"{number}.{name}": part for name, part in layer.items()}
@@ -116,14 +120,14 @@ class PrivateTower:
 
     @classmethod
     def load(cls, file: Path, key: str = "model.tower") -> PrivateTower:
-        """Read what `to_bytes` made; loading executes nothing.
+        """Load a file that `to_bytes` made. Loading executes no code.
 
         Args:
             file: to read.
-            key: of the configuration, or the option, that names it, for messages.
+            key: configuration key or option that names the file, for messages.
 
         Raises:
-            ConfigError: it is not such a file.
+            ConfigError: the file is missing or malformed.
         """
         try:
             with safe_open(file, "pt") as stored:
@@ -143,11 +147,11 @@ class PrivateTower:
         return tower
 
     def _check(self) -> None:
-        """Compare the parts' shapes with each other.
+        """Check that the parts' shapes fit each other.
 
         Raises:
-            KeyError: one is missing.
-            ValueError: one does not fit the others.
+            KeyError: a part is missing.
+            ValueError: a part does not fit the others.
         """
         width, heads = self.width, self.heads
         if not self.layers or heads < 1 or width % heads:
@@ -165,15 +169,15 @@ class PrivateTower:
 
 
 class SoftmaxTower(PrivateTower):
-    """A tower as its checkpoint has it, with softmax attention, on the same path; differentiable in its weights."""
+    """A checkpoint's tower with softmax attention, on the same code path; differentiable in its weights."""
 
     @classmethod
     def of(cls, tower: TextTower) -> SoftmaxTower:
-        """The same weights."""
+        """Take a tower's weights."""
         return cls(tower.heads, tower.epsilon, tower.norm, tuple(tower.layers))
 
     def attend(self, x: Tensor, layer: Mapping[str, Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
-        """See `PrivateTower`; a softmax divides by no sum that could vanish, so the mean weights are put at 1."""
+        """See `PrivateTower`. The sum that softmax divides by cannot vanish, so mean weights are set to 1."""
         qkv = F.linear(x, layer["qkv.weight"], layer["qkv.bias"])
         q, k, v = (part.view(*part.shape[:2], self.heads, -1).transpose(1, 2) for part in qkv.chunk(3, -1))
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :] > 0)
@@ -181,28 +185,28 @@ class SoftmaxTower(PrivateTower):
 
 
 def bundled_tower() -> PrivateTower:
-    """The bundled text tower, distilled; comes with the package.
+    """Load the distilled tower that comes with the package.
 
     Raises:
-        ConfigError: it is missing.
+        ConfigError: the file is missing.
     """
     return PrivateTower.load(BUNDLED, "bundled tower")
 
 
 def about(file: Path) -> dict[str, str]:
-    """What a stored tower says of itself: its teacher, its recipe, and how near it came."""
+    """Return a stored tower's metadata: its teacher, its recipe, and its agreement with the teacher."""
     with safe_open(file, "pt") as stored:
         return dict(stored.metadata() or {})
 
 
 def _phi(x: Tensor, frequencies: Tensor) -> Tensor:
-    """Features [B, H, T, 2 R] of unit-norm x [B, H, T, d], so that their products are means over R."""
+    """Compute features [B, H, T, 2 R] of unit-norm x [B, H, T, d]. Their products are means over R."""
     angles = x @ frequencies
     return torch.cat([angles.cos(), angles.sin()], -1) / math.sqrt(frequencies.shape[-1])
 
 
 def _orthogonal(width: int, count: int, generator: torch.Generator) -> Tensor:
-    """[d, R] standard normal directions, orthogonal in blocks of d."""
+    """Draw standard normal directions [d, R], orthogonal in blocks of d."""
     blocks = []
     for _ in range(-(-count // width)):
         basis, _ = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
