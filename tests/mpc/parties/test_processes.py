@@ -32,7 +32,7 @@ from sordino.mpc.parties.network import network_of
 from sordino.mpc.parties.session import Session, connect, provide
 from sordino.mpc.tower.calibration import Calibration
 from sordino.mpc.tower.sentences import Sentences
-from sordino.private_tuning.search import Found, Search, tune
+from sordino.private_tuning.search import Search, SearchState, tune
 
 pytestmark = pytest.mark.slow
 TIMEOUT = 5.0
@@ -62,7 +62,7 @@ class Processes:
         for role in dead:
             log = (self.folder / f"{role}.log").open("a")
             self.running[role] = subprocess.Popen(
-                self._line(role), stdout=subprocess.PIPE, stderr=log, text=True, cwd=self.folder
+                self._stream(role), stdout=subprocess.PIPE, stderr=log, text=True, cwd=self.folder
             )
         for role in dead:
             stdout = self.running[role].stdout
@@ -93,7 +93,7 @@ class Processes:
         self.current: Session = stack.enter_context(connect(identity, self.servers, TIMEOUT))
         return stack
 
-    def _line(self, role: str) -> list[str]:
+    def _stream(self, role: str) -> list[str]:
         words = ["--certificates", str(self.folder / "parties" / role), "--listen", self.addresses[role]]
         words += ["--timeout", str(TIMEOUT), "--threads", "1"]
         if role not in SERVERS:
@@ -181,9 +181,9 @@ def test_the_search_goes_on_from_the_last_generation(processes: Processes) -> No
     processes.heal()
     asked.extend([0, 0])  # so that nobody is killed again
     with processes.session():
-        _, found = tune(search, start, losses, Found.from_json(states[-1]))
+        _, found = tune(search, start, losses, SearchState.from_json(states[-1]))
     assert len(found.losses) == 4
-    assert found.losses[:2] == Found.from_json(states[-1]).losses
+    assert found.losses[:2] == SearchState.from_json(states[-1]).losses
     assert asked == [4, 4, 0, 0, 4, 4, 1]  # the last is the mean
 
 

@@ -22,7 +22,7 @@ from sordino.mpc.parties.certificates import DATA_OWNER, MODEL_OWNER, ROLES, SER
 from sordino.mpc.parties.dealer_service import RemoteDealer, correlation_from, correlation_to, start_dealer
 from sordino.mpc.parties.server import start_server
 from sordino.mpc.parties.session import connect, provide
-from sordino.mpc.parties.transport import PATIENCE, PIECE, Dialled, Line, listen, packed, unpacked
+from sordino.mpc.parties.transport import PATIENCE, PIECE, ClientConnection, Stream, listen, packed, unpacked
 from sordino.mpc.tower.calibration import Calibration
 from sordino.mpc.tower.sentences import Sentences, encoded, in_the_clear
 
@@ -137,13 +137,13 @@ def test_embeddings_that_were_not_calibrated_for(parties: Parties, calibration: 
 def test_a_session_that_is_begun_at_one_server_only_ends(parties: Parties, calibration: Calibration) -> None:
     """Server 1 does not wait for one that never comes, although server 0 is alive."""
     provide(parties.identities[MODEL_OWNER], parties.addresses, small_tower(), calibration, TIMEOUT)
-    dialled = Dialled(parties.identities[DATA_OWNER], SERVERS[1], parties.addresses[1], TIMEOUT)
-    line, began = dialled.line("Session"), time.monotonic()
-    line.send(session="alone")
+    connection = ClientConnection(parties.identities[DATA_OWNER], SERVERS[1], parties.addresses[1], TIMEOUT)
+    stream, began = connection.stream("Session"), time.monotonic()
+    stream.send(session="alone")
     with pytest.raises(PartyLost, match="data owner did not begin the session at server-0"):
-        line.receive()
+        stream.receive()
     assert time.monotonic() - began < 2 * TIMEOUT
-    dialled.close()
+    connection.close()
 
 
 def test_no_model(parties: Parties) -> None:
@@ -183,12 +183,12 @@ def test_a_role_may_ask_for_its_own_things_only(parties: Parties, role: str, met
     name, address = (
         ("dealer", parties.dealer[1]) if listener == "dealer" else (SERVERS[listener], parties.addresses[listener])
     )
-    dialled = Dialled(parties.identities[role], name, address, TIMEOUT)
-    line = dialled.line(method)
-    line.send(session="a")
+    connection = ClientConnection(parties.identities[role], name, address, TIMEOUT)
+    stream = connection.stream(method)
+    stream.send(session="a")
     with pytest.raises(PartyLost, match=f"{name} .* refused: {role} may not ask for {method}"):
-        line.receive()
-    dialled.close()
+        stream.receive()
+    connection.close()
 
 
 def test_strangers_are_not_believed(parties: Parties, tmp_path: Path) -> None:
@@ -252,13 +252,13 @@ def test_no_correlation(content: dict[str, Any]) -> None:
 # What goes wrong. A party in the place of another, which behaves as told.
 
 
-def astray(line: Line, behaviour: str) -> None:
+def astray(stream: Stream, behaviour: str) -> None:
     """In the place of a party, after its first message."""
-    line.receive()
+    stream.receive()
     if behaviour == "garbage":
-        line._outbox.put(b"\x00\x00")
+        stream._outbox.put(b"\x00\x00")
     elif behaviour == "short":
-        line.send(b"123")
+        stream.send(b"123")
 
 
 WORDS = {"garbage": "sent garbage", "short": "sent garbage: 3 bytes where", "gone": "ended|is gone"}
@@ -266,10 +266,10 @@ WORDS = {"garbage": "sent garbage", "short": "sent garbage: 3 bytes where", "gon
 
 @pytest.mark.parametrize("behaviour", ["garbage", "short", "gone"])
 def test_a_dealer_astray_is_named(identities: dict[str, Identity], calibration: Calibration, behaviour: str) -> None:
-    def deal(line: Line) -> None:
-        line.receive()
-        line.send(bytes(32))
-        astray(line, behaviour)
+    def deal(stream: Stream) -> None:
+        stream.receive()
+        stream.send(bytes(32))
+        astray(stream, behaviour)
 
     dealer = listen(identities["dealer"], "127.0.0.1:0", TIMEOUT, {"Deal": dict.fromkeys(SERVERS, deal)})
     first = start_server(identities["server-0"], "127.0.0.1:0", dealer[1], timeout=TIMEOUT)
@@ -290,8 +290,8 @@ def test_a_dealer_astray_is_named(identities: dict[str, Identity], calibration: 
 def test_a_server_astray_is_named(parties: Parties, behaviour: str, calibration: Calibration) -> None:
     """Server 0, as server 1 and the data owner see it: it says that it is ready, and what it sends then is wrong."""
 
-    def peer(line: Line) -> None:
-        astray(line, behaviour)
+    def peer(stream: Stream) -> None:
+        astray(stream, behaviour)
 
     identities = parties.identities
     honest = parties.servers[0]
@@ -300,12 +300,12 @@ def test_a_server_astray_is_named(parties: Parties, behaviour: str, calibration:
     second = start_server(identities["server-1"], "127.0.0.1:0", parties.dealer[1], first[1], TIMEOUT)
     try:
         provide(identities[MODEL_OWNER], [honest[1], second[1]], small_tower(), calibration, TIMEOUT)
-        dialled = Dialled(identities[DATA_OWNER], "server-1", second[1], TIMEOUT)
-        line = dialled.line("Session")
-        line.send(session="one")
+        connection = ClientConnection(identities[DATA_OWNER], "server-1", second[1], TIMEOUT)
+        stream = connection.stream("Session")
+        stream.send(session="one")
         with pytest.raises(PartyLost, match=f"server-1 .*: server-0 .*({WORDS[behaviour]})"):
-            line.receive()
-        dialled.close()
+            stream.receive()
+        connection.close()
     finally:
         for server, _ in (first, second):
             server.stop(grace=None)
@@ -324,27 +324,27 @@ def test_a_server_that_answers_garbage_is_named(parties: Parties, calibration: C
     provide(parties.identities[MODEL_OWNER], parties.addresses, small_tower(), calibration, TIMEOUT)
     group = groups()[0]
     with session_of(parties) as session:
-        line = session._lines[1]
-        line.receive = lambda: (REPLIES[reply], bytes(8 * group.embeddings[:, 0].numel()))
+        stream = session._streams[1]
+        stream.receive = lambda: (REPLIES[reply], bytes(8 * group.embeddings[:, 0].numel()))
         with pytest.raises(PartyLost, match=r"server-1 .* sent garbage"):
             session.forward([group])
-        del line.receive
+        del stream.receive
 
 
 def test_features_that_no_sentence_has_name_the_servers(parties: Parties, calibration: Calibration) -> None:
     provide(parties.identities[MODEL_OWNER], parties.addresses, small_tower(), calibration, TIMEOUT)
     with session_of(parties) as session:
-        line = session._lines[0]
-        honest = line.receive
+        stream = session._streams[0]
+        honest = stream.receive
 
         def noise() -> Any:
             header, payload = honest()
             return header, torch.randint(-(2**62), 2**62, (len(payload) // 8,)).numpy().tobytes()
 
-        line.receive = noise
+        stream.receive = noise
         with pytest.raises(PartyLost, match=r"no sentence has: server-0 .* or server-1 .* is astray"):
             session.forward(groups())
-        line.receive = honest
+        stream.receive = honest
 
 
 @pytest.mark.parametrize(
@@ -355,12 +355,12 @@ def test_what_is_no_model_is_refused(parties: Parties, calibration: Calibration,
     """And the model before it stays."""
     owner = parties.identities[MODEL_OWNER]
     provide(owner, parties.addresses, small_tower(), calibration, TIMEOUT)
-    dialled = Dialled(owner, SERVERS[1], parties.addresses[1], TIMEOUT)
-    line = dialled.line("Install")
-    line.send(b"12345", **header)
+    connection = ClientConnection(owner, SERVERS[1], parties.addresses[1], TIMEOUT)
+    stream = connection.stream("Install")
+    stream.send(b"12345", **header)
     with pytest.raises(PartyLost, match=r"model-owner .* sent garbage: no model"):
-        line.receive()
-    dialled.close()
+        stream.receive()
+    connection.close()
     with session_of(parties) as session:
         assert agree(session.forward(groups()), groups())
 
@@ -368,31 +368,31 @@ def test_what_is_no_model_is_refused(parties: Parties, calibration: Calibration,
 def test_a_message_without_an_end_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "LARGEST", 2 * PIECE)
     for parts, taken in ((3, True), (4, False)):
-        line = Line("somebody", TIMEOUT)
+        stream = Stream("somebody", TIMEOUT)
         for _ in range(parts):
-            line._inbox.put(packed(bytes(PIECE), part=True))
-        line._inbox.put(packed(b"end"))
+            stream._inbox.put(packed(bytes(PIECE), part=True))
+        stream._inbox.put(packed(b"end"))
         if taken:
-            assert line.receive()[1] == bytes(parts * PIECE) + b"end"
+            assert stream.receive()[1] == bytes(parts * PIECE) + b"end"
         else:
             with pytest.raises(PartyLost, match="a message without an end"):
-                line.receive()
+                stream.receive()
     for piece in (b"", b"123", bytes(PIECE + 1)):
-        line = Line("somebody", TIMEOUT)
-        line._inbox.put(packed(piece, part=True))
+        stream = Stream("somebody", TIMEOUT)
+        stream._inbox.put(packed(piece, part=True))
         with pytest.raises(PartyLost, match="somebody sent garbage: a message without an end"):
-            line.receive()
+            stream.receive()
 
 
 def test_who_lives_and_does_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not who gets on: patience is with each message anew."""
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    line = Line("somebody", 1.0)
+    stream = Stream("somebody", 1.0)
     for _ in range(5):
-        line._inbox.put(packed(alive=True))
-        line._inbox.put(packed(b"x"))
-        assert line.receive()[1] == b"x"
+        stream._inbox.put(packed(alive=True))
+        stream._inbox.put(packed(b"x"))
+        assert stream.receive()[1] == b"x"
         now += PATIENCE - 1
 
     def later() -> bytes:
@@ -400,33 +400,33 @@ def test_who_lives_and_does_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch)
         now += 1
         return packed(alive=True)
 
-    line._inbox = type("Inbox", (), {"get": staticmethod(lambda timeout: later())})()  # type: ignore[assignment]
+    stream._inbox = type("Inbox", (), {"get": staticmethod(lambda timeout: later())})()  # type: ignore[assignment]
     with pytest.raises(PartyLost, match=r"somebody lives, but sent nothing for 10 s.*session\.timeout"):
-        line.receive()
+        stream.receive()
 
 
 def test_each_batch_is_answered_when_it_is_done(parties: Parties, calibration: Calibration) -> None:
     """So that a long message is no long silence."""
     provide(parties.identities[MODEL_OWNER], parties.addresses, small_tower(), calibration, TIMEOUT)
     with session_of(parties) as session:
-        answers, line = [], session._lines[1]
-        honest = line.receive
+        answers, stream = [], session._streams[1]
+        honest = stream.receive
 
         def counted() -> Any:
             answers.append(honest())
             return answers[-1]
 
-        line.receive = counted
+        stream.receive = counted
         assert agree(session.forward([*groups(), *groups()]), [*groups(), *groups()])
-        line.receive = honest
+        stream.receive = honest
     assert len(answers) == 2 * len(groups())
 
 
 def test_a_data_owner_that_sends_garbage_ends_its_own_session_only(parties: Parties, calibration: Calibration) -> None:
     provide(parties.identities[MODEL_OWNER], parties.addresses, small_tower(), calibration, TIMEOUT)
     with session_of(parties) as session:
-        for line in session._lines:
-            line.send(b"", batches=[{"shape": [1, -2], "lengths": []}])
+        for stream in session._streams:
+            stream.send(b"", batches=[{"shape": [1, -2], "lengths": []}])
         with pytest.raises(PartyLost, match="data-owner .* sent garbage: no sentences"):
             session._answers()
     with session_of(parties) as session:

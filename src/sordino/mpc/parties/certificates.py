@@ -1,8 +1,8 @@
-"""Who a party is: certificates for mutual TLS, one a role, from one authority.
+"""Identities of parties: certificates for mutual TLS, one for each role, from one authority.
 
-An identity is a role and not a host: whoever dials a party demands the certificate of its role, and a party reads from
-a caller's certificate what the caller may ask for. The authority's own key is forgotten once all are signed, so that
-nobody can make another party later.
+An identity is a role and not a host. A caller demands the certificate of the role that it calls, and a party reads the
+caller's rights from the caller's certificate. The authority's key is discarded after signing, so nobody can add a party
+later.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ KEY, CERTIFICATE, AUTHORITY = "key.pem", "certificate.pem", "authority.pem"  # f
 
 @dataclass(frozen=True)
 class Identity:
-    """What a party shows of itself, and whom it believes.
+    """A party's credentials, and the authority that it trusts.
 
     Attributes:
-        role: of `ROLES`.
-        key, certificate, authority: PEM; the key is the party's secret.
+        role: one of `ROLES`.
+        key, certificate, authority: PEM. The key is the party's secret.
     """
 
     role: str
@@ -43,15 +43,15 @@ class Identity:
 
     @classmethod
     def load(cls, folder: Path, *roles: str, key: str = "session.certificates") -> Identity:
-        """Read a party's folder.
+        """Load a party's folder.
 
         Args:
             folder: with `key.pem`, `certificate.pem` and `authority.pem`.
-            roles: that will do.
-            key: of the configuration, or the option, that names the folder, for messages.
+            roles: allowed roles.
+            key: configuration key or option that names the folder, for messages.
 
         Raises:
-            ConfigError: a file is missing or damaged, or the role is another.
+            ConfigError: a file is missing or damaged, or the role is not allowed.
         """
         try:
             secret, certificate, authority = ((folder / name).read_bytes() for name in (KEY, CERTIFICATE, AUTHORITY))
@@ -66,57 +66,57 @@ class Identity:
         return cls(role, secret, certificate, authority)
 
     def server_credentials(self) -> grpc.ServerCredentials:
-        """For a party that listens; callers must show a certificate of the same authority."""
+        """Return credentials to listen with. Callers must show a certificate of the same authority."""
         pairs = [(self.key, self.certificate)]
         return grpc.ssl_server_credentials(pairs, root_certificates=self.authority, require_client_auth=True)
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
-        """For a party that dials."""
+        """Return credentials to connect with."""
         return grpc.ssl_channel_credentials(self.authority, self.key, self.certificate)
 
 
 def make_certificates(folder: Path, days: int = 365) -> list[Path]:
-    """An authority, and a folder with key and certificate for each role, to be handed to the parties.
+    """Make an authority, and a folder with key and certificate for each role, to hand to the parties.
 
     Args:
-        folder: where to; must not hold any yet.
-        days: until they expire.
+        folder: parent of the new folders; must not contain any of them.
+        days: until the certificates expire.
 
     Returns:
         The folders.
 
     Raises:
-        ConfigError: there are some already.
-        RunError: the folder cannot be written.
+        ConfigError: a role's folder exists already.
+        RunError: a folder cannot be written.
     """
     folders = [folder / role for role in ROLES]
-    for each in folders:
-        if each.exists():
-            raise ConfigError("--out", str(folder), f"{each.name} is there already; choose another folder")
+    for party_folder in folders:
+        if party_folder.exists():
+            raise ConfigError("--out", str(folder), f"{party_folder.name} is there already; choose another folder")
     authority = generate_private_key(SECP256R1())
     issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "sordino mpc")])
-    own = _certificate(issuer, issuer, authority, authority, days).public_bytes(Encoding.PEM)
-    for role, each in zip(ROLES, folders, strict=True):
+    authority_certificate = _certificate(issuer, issuer, authority, authority, days).public_bytes(Encoding.PEM)
+    for role, party_folder in zip(ROLES, folders, strict=True):
         try:
-            each.mkdir(mode=0o700, parents=True)
+            party_folder.mkdir(mode=0o700, parents=True)
         except OSError as error:
-            raise RunError(f"cannot make {each}: {error.strerror or error}; choose another --out") from None
+            raise RunError(f"cannot make {party_folder}: {error.strerror or error}; choose another --out") from None
         key = generate_private_key(SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, role)])
         secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        write_atomically(each / KEY, secret)
-        (each / KEY).chmod(0o600)
+        write_atomically(party_folder / KEY, secret)
+        (party_folder / KEY).chmod(0o600)
         write_atomically(
-            each / CERTIFICATE, _certificate(subject, issuer, key, authority, days).public_bytes(Encoding.PEM)
+            party_folder / CERTIFICATE, _certificate(subject, issuer, key, authority, days).public_bytes(Encoding.PEM)
         )
-        write_atomically(each / AUTHORITY, own)
+        write_atomically(party_folder / AUTHORITY, authority_certificate)
     return folders
 
 
 def _certificate(
     subject: x509.Name, issuer: x509.Name, key: EllipticCurvePrivateKey, signer: EllipticCurvePrivateKey, days: int
 ) -> x509.Certificate:
-    """Of an authority for itself, or of a role for both ends of TLS."""
+    """Sign the certificate of an authority for itself, or of a role for both ends of TLS."""
     now, root = datetime.now(UTC), subject == issuer
     role = str(subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
     builder = (

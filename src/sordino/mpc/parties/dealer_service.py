@@ -1,7 +1,8 @@
-"""The dealer as a process: deals for any number of sessions, and sees the shapes of what is computed, and no data.
+"""The dealer as a process. It deals for any number of sessions, and sees the shapes of computations, but no data.
 
-A session is a number that its data owner drew. Each server gets its key of a session once; server 1 then asks for
-correlations, in any number ahead of their use, and gets them in that order. All is forgotten when server 1 is done.
+A session's name is a random number from its data owner. Each server gets its key of a session once. Server 1 then
+orders correlations, any number of them ahead of use, and gets them in that order. The dealer forgets the session when
+server 1 is done.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from sordino.mpc.dealing.correlations import CORRELATIONS, Correlation
 from sordino.mpc.dealing.dealer import Dealer
 from sordino.mpc.errors import MaskReused, PartyLost
 from sordino.mpc.parties.certificates import DEALER, SERVERS, Identity
-from sordino.mpc.parties.transport import Dialled, Line, listen
+from sordino.mpc.parties.transport import ClientConnection, Stream, listen
 
 KINDS: dict[str, TypeAdapter[Correlation]] = {kind.__name__: TypeAdapter(kind) for kind in CORRELATIONS}
 
 
 @dataclass
 class _Dealing:
-    """A session: the servers' keys, who has one already, and the dealer."""
+    """The state of a session: the servers' keys, the servers that have theirs, and the dealer."""
 
     keys: tuple[bytes, bytes] = field(default_factory=lambda: (os.urandom(KEY), os.urandom(KEY)), repr=False)
     given: set[int] = field(default_factory=set)
@@ -39,20 +40,20 @@ class _Dealing:
 
 
 class DealerService:
-    """Deals; see `start_dealer`."""
+    """The dealer's handler of streams; see `start_dealer`."""
 
     def __init__(self) -> None:
-        self._dealings: dict[str, _Dealing | None] = {}  # None for sessions that are over
+        self._dealings: dict[str, _Dealing | None] = {}  # None for finished sessions
         self._lock = threading.Lock()
 
-    def serve(self, number: int, line: Line) -> None:
-        """A server's line: its key, and whatever it asks for.
+    def serve(self, number: int, stream: Stream) -> None:
+        """Serve a server's stream: send its key, then the correlations that it orders.
 
         Raises:
-            MaskReused: the server has that session's key already, or the session is over.
-            PartyLost: it asks for what is no correlation.
+            MaskReused: the server has this session's key already, or the session is over.
+            PartyLost: an order is malformed.
         """
-        header, _ = line.receive()
+        header, _ = stream.receive()
         session = str(header.get("session"))
         with self._lock:
             dealing = self._dealings.setdefault(session, _Dealing())
@@ -60,70 +61,70 @@ class DealerService:
                 raise MaskReused(f"{SERVERS[number]} had the key of this session before; begin another session")
             dealing.given.add(number)
         try:
-            line.send(dealing.keys[number])
+            stream.send(dealing.keys[number])
             while True:
-                header, _ = line.receive()
+                header, _ = stream.receive()
                 if header.get("end"):
                     return
                 if number == 0:
-                    raise PartyLost(f"{line.party} asks for shares that it draws from its own key")
-                line.send(dealing.dealer.deal(int(header["number"]), correlation_from(header["correlation"])))
+                    raise PartyLost(f"{stream.party} asks for shares that it draws from its own key")
+                stream.send(dealing.dealer.deal(int(header["number"]), correlation_from(header["correlation"])))
         except (KeyError, TypeError, ValueError) as error:
-            raise PartyLost(f"{line.party} sent garbage: no correlation ({type(error).__name__})") from None
+            raise PartyLost(f"{stream.party} sent garbage: no correlation ({type(error).__name__})") from None
         finally:
-            if number == 1:  # the key of a session that is over is of no use to anybody
+            if number == 1:  # the session is over: its keys are forgotten, and never sent again
                 self._dealings[session] = None
 
 
 class RemoteDealer:
-    """A server's line to the dealer, for one session.
+    """A server's stream to the dealer, for one session.
 
     Args:
-        own: the server's identity.
+        identity: the server's.
         address: the dealer's.
-        session: its number.
-        timeout: seconds of silence.
+        session: its name.
+        timeout: seconds of silence after which the dealer counts as lost.
 
     Attributes:
-        key: this server's.
+        key: this server's key for the session.
     """
 
-    def __init__(self, own: Identity, address: str, session: str, timeout: float) -> None:
-        self._dialled = Dialled(own, DEALER, address, timeout)
-        self._line, self._due = self._dialled.line("Deal"), deque[int]()
-        self._line.send(session=session)
-        self.key = bytes(self._line.receive()[1])
+    def __init__(self, identity: Identity, address: str, session: str, timeout: float) -> None:
+        self._connection = ClientConnection(identity, DEALER, address, timeout)
+        self._stream, self._due = self._connection.stream("Deal"), deque[int]()
+        self._stream.send(session=session)
+        self.key = bytes(self._stream.receive()[1])
 
     def ask(self, number: int, correlation: Correlation) -> None:
-        """Order a correlation; never waits."""
+        """Order a correlation, without waiting for it."""
         self._due.append(packed_size(math.prod(correlation.shape), correlation.bits))
-        self._line.send(number=number, correlation=correlation_to(correlation))
+        self._stream.send(number=number, correlation=correlation_to(correlation))
 
     def dealt(self) -> Octets:
-        """What was ordered first, of what has not come yet.
+        """Return the oldest order that has not been returned yet, packed.
 
         Raises:
-            PartyLost: the dealer is lost, or sends something else.
+            PartyLost: the dealer is lost, or the reply has another length.
         """
-        content, due = self._line.receive()[1], self._due.popleft()
+        content, due = self._stream.receive()[1], self._due.popleft()
         if len(content) != due:
-            raise PartyLost(f"{self._line.party} sent garbage: {len(content)} bytes where {due} were due")
+            raise PartyLost(f"{self._stream.party} sent garbage: {len(content)} bytes where {due} were due")
         return content
 
     def deal(self, number: int, correlation: Correlation) -> Octets:
-        """Party 1's share of a correlation, packed; orders that are under way must be taken first."""
+        """Return party 1's share of a correlation, packed. Orders under way must be taken first."""
         self.ask(number, correlation)
         return self.dealt()
 
     def close(self) -> None:
-        """No more is needed."""
-        self._line.send(end=True)
-        self._line.close()
-        self._dialled.close()
+        """End the session at the dealer."""
+        self._stream.send(end=True)
+        self._stream.close()
+        self._connection.close()
 
 
-def start_dealer(own: Identity, address: str, timeout: float) -> tuple[grpc.Server, str]:
-    """Deal for the servers that ask.
+def start_dealer(identity: Identity, address: str, timeout: float) -> tuple[grpc.Server, str]:
+    """Start a dealer for servers that connect.
 
     Returns:
         The server, and its address with its port.
@@ -132,20 +133,20 @@ def start_dealer(own: Identity, address: str, timeout: float) -> tuple[grpc.Serv
         ConfigError: the address cannot be listened at.
     """
     service = DealerService()
-    by_role = {role: lambda line, number=number: service.serve(number, line) for number, role in enumerate(SERVERS)}
-    return listen(own, address, timeout, {"Deal": by_role})
+    by_role = {role: lambda stream, number=number: service.serve(number, stream) for number, role in enumerate(SERVERS)}
+    return listen(identity, address, timeout, {"Deal": by_role})
 
 
 def correlation_to(correlation: Correlation) -> dict[str, Any]:
-    """As JSON has it."""
+    """Convert a correlation to a JSON object."""
     return {"kind": type(correlation).__name__, **asdict(correlation)}  # type: ignore[call-overload]
 
 
 def correlation_from(content: dict[str, Any]) -> Correlation:
-    """The inverse of `correlation_to`.
+    """Invert `correlation_to`.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the content is malformed.
     """
     rest = dict(content)
     kind = KINDS.get(str(rest.pop("kind", None)))

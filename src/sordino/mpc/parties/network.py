@@ -1,7 +1,7 @@
-"""How long a computation on shares takes on a network: a model, and a channel that imitates one to check it.
+"""Time of a computation on shares on a network: a model, and a channel that imitates a network to check the model.
 
-Both servers send at once, so a round costs what a message needs one way, and bytes are those of one direction. Work of
-the processors comes on top; it is what was measured, and no part of the model.
+Both servers send at once. So a round takes the delay of one message, and only the bytes of one direction count. The
+model has no processor time. That is measured, and comes on top.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Network:
     Attributes:
         name: for tables.
         rate: bits a second, each way.
-        delay: seconds that a message needs one way, however short.
+        delay: seconds that the shortest message needs one way.
     """
 
     name: str
@@ -30,11 +30,11 @@ class Network:
     delay: float
 
     def online(self, cost: Cost) -> float:
-        """Seconds that messages between the servers need."""
+        """Return the seconds that messages between the servers need."""
         return cost.rounds * self.delay + 8 * cost.online / self.rate
 
     def offline(self, cost: Cost) -> float:
-        """Seconds that the dealer's part needs, which can come beforehand, as one stream."""
+        """Return the seconds that the dealer's bytes need, as one stream. They can be sent beforehand."""
         return (self.delay if cost.offline else 0.0) + 8 * cost.offline / self.rate
 
 
@@ -43,10 +43,10 @@ WAN = Network("WAN (100 Mbit/s, 40 ms)", 100e6, 40e-3)
 
 
 def network_of(text: str) -> Network:
-    """ "lan", "wan", or "RATE,DELAY" in Mbit/s and ms.
+    """Parse "lan", "wan", or "RATE,DELAY" in Mbit/s and ms.
 
     Raises:
-        ConfigError: it is none of these.
+        ConfigError: the text is none of these.
     """
     known = {"lan": LAN, "wan": WAN}
     if text.lower() in known:
@@ -61,11 +61,11 @@ def network_of(text: str) -> Network:
 
 
 class Throttled:
-    """A channel that is as slow as a network: what comes is handed on when it would have arrived there.
+    """A channel as slow as a network: messages are delivered when they would have arrived there.
 
     Args:
-        channel: that does the work.
-        network: to be imitated.
+        channel: carries the messages.
+        network: to imitate.
     """
 
     def __init__(self, channel: Channel, network: Network) -> None:

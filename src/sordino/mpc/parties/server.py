@@ -1,8 +1,9 @@
-"""A computing server as a process: holds shares of a model, and runs its forward pass on shares of sentences.
+"""A computing server as a process. It holds shares of a model, and runs the model on shares of sentences.
 
-The model owner installs shares of a tower; they stay in memory. A data owner's session has a line to each server. The
-servers fetch their keys of that session from the dealer, and server 1 dials server 0; then they open the weights
-under masks, and answer batches of sentences until the data owner is done. One line's failure ends the session at all.
+The model owner installs shares of a tower, which stay in memory. A data owner's session has a stream to each server.
+The servers get their keys of the session from the dealer, and server 1 connects to server 0. Then they open the weights
+under masks, and answer batches of sentences until the data owner is done. If a stream fails, the session ends at all
+parties.
 """
 
 from __future__ import annotations
@@ -28,23 +29,23 @@ from sordino.mpc.errors import MpcError, PartyLost
 from sordino.mpc.parties.certificates import DATA_OWNER, MODEL_OWNER, SERVERS, Identity
 from sordino.mpc.parties.dealer_service import RemoteDealer
 from sordino.mpc.parties.network import Network, Throttled
-from sordino.mpc.parties.transport import Dialled, Header, Line, listen
+from sordino.mpc.parties.transport import ClientConnection, Header, Stream, listen
 from sordino.mpc.protocols.party import Channel, Party, Shared
 from sordino.mpc.tower.encoder import Encoder, encode_sentences
 from sordino.mpc.tower.fixed_point_plan import FixedPointPlan
 
-HELD = 2**27  # bytes of dealt randomness that are held ahead of their use: few, so that dealing and computing overlap
+HELD = 2**27  # bytes of randomness that are prepared at a time: few, so that dealing and computing overlap
 LINGER = 1.0  # seconds for the last message of a session to leave
 FRACTION = 14  # fraction bits of embeddings, which are small numbers
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A server's part of a tower.
+    """A server's share of a tower.
 
     Attributes:
         name: drawn by the model owner, the same at both servers.
-        plan: how it is computed.
+        plan: of the computation.
         weights: shares, by name.
     """
 
@@ -54,129 +55,129 @@ class Model:
 
 
 @dataclass(frozen=True, eq=False)
-class _PeerLine:
-    """Server 1's line at server 0, and whether the session that it is for has begun and ended."""
+class _PeerStream:
+    """Server 1's stream at server 0, with events for the begin and the end of its session."""
 
-    line: Line
+    stream: Stream
     taken: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)
 
 
-class LineChannel:
-    """`Channel` to the other server on a line."""
+class StreamChannel:
+    """A `Channel` to the other server, carried by a stream."""
 
-    def __init__(self, line: Line) -> None:
-        self._line = line
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
 
     def exchange(self, content: Octets) -> Octets:
         """See `Channel`."""
-        self._line.send(content)
-        reply = self._line.receive()[1]
-        if len(reply) != len(content):  # both servers run the same program
-            raise PartyLost(f"{self._line.party} sent garbage: {len(reply)} bytes where {len(content)} were due")
+        self._stream.send(content)
+        reply = self._stream.receive()[1]
+        if len(reply) != len(content):  # both servers run the same program, so lengths agree
+            raise PartyLost(f"{self._stream.party} sent garbage: {len(reply)} bytes where {len(content)} were due")
         return reply
 
 
 class ServerService:
-    """One of the two servers.
+    """The handlers of one of the two servers.
 
     Args:
-        own: its identity, which says which of them it is.
+        identity: the server's. Its role says which of the two it is.
         dealer: address of the dealer.
         peer: address of server 0, for server 1.
         timeout: seconds of silence after which a party counts as lost.
-        network: to be imitated between the servers, if any.
+        network: to imitate between the servers, if any.
     """
 
     def __init__(
-        self, own: Identity, dealer: str, peer: str | None, timeout: float, network: Network | None = None
+        self, identity: Identity, dealer: str, peer: str | None, timeout: float, network: Network | None = None
     ) -> None:
-        self.number = SERVERS.index(own.role)
-        self._own, self._dealer, self._peer, self._timeout = own, dealer, peer, timeout
+        self.number = SERVERS.index(identity.role)
+        self._identity, self._dealer, self._peer, self._timeout = identity, dealer, peer, timeout
         self._network = network
         self._model: Model | None = None
-        self._dialled_by_peer: dict[str, queue.SimpleQueue[_PeerLine]] = defaultdict(queue.SimpleQueue)
+        self._streams_of_peer: dict[str, queue.SimpleQueue[_PeerStream]] = defaultdict(queue.SimpleQueue)
 
-    def install(self, line: Line) -> None:
-        """The model owner's line: a plan and shares of weights, in place of those before.
+    def install(self, stream: Stream) -> None:
+        """Install a plan and shares of weights from the model owner's stream, in place of earlier ones.
 
         Raises:
-            PartyLost: they are damaged.
+            PartyLost: the message is malformed.
         """
-        header, payload = line.receive()
+        header, payload = stream.receive()
         try:
             plan = FixedPointPlan.from_json(header["plan"])
             model = Model(str(header["name"]), plan, weights_from(header, payload))
-        except Exception as error:  # whatever it is that reading another's message fails of
-            raise PartyLost(f"{line.party} sent garbage: no model ({type(error).__name__}: {error})") from None
+        except Exception as error:  # a malformed message can fail in any way
+            raise PartyLost(f"{stream.party} sent garbage: no model ({type(error).__name__}: {error})") from None
         self._model = model
-        line.send(name=model.name)
+        stream.send(name=model.name)
         _say(f"model {model.name[:8]} installed: {len(model.plan.layers)} layers")
 
-    def peer(self, line: Line) -> None:
-        """Server 1's line, for the session that it names.
+    def peer(self, stream: Stream) -> None:
+        """Hold server 1's stream for the session that it names, until the session ends.
 
         Raises:
             PartyLost: no data owner begins that session here.
         """
-        header, _ = line.receive()
-        session, own = str(header.get("session")), _PeerLine(line)
-        self._dialled_by_peer[session].put(own)
-        if not own.taken.wait(self._timeout):
-            self._dialled_by_peer.pop(session, None)
-            raise PartyLost(f"the data owner did not begin the session at {self._own.role} in {self._timeout:g} s")
-        own.done.wait()
+        header, _ = stream.receive()
+        session, peer_stream = str(header.get("session")), _PeerStream(stream)
+        self._streams_of_peer[session].put(peer_stream)
+        if not peer_stream.taken.wait(self._timeout):
+            self._streams_of_peer.pop(session, None)
+            raise PartyLost(f"the data owner did not begin the session at {self._identity.role} in {self._timeout:g} s")
+        peer_stream.done.wait()
 
-    def session(self, line: Line) -> None:
-        """A data owner's line, from its beginning to its end.
+    def session(self, stream: Stream) -> None:
+        """Serve a data owner's stream from beginning to end.
 
         Raises:
-            MpcError: there is no model.
+            MpcError: no model is installed.
             PartyLost: a party is lost.
         """
-        header, _ = line.receive()
+        header, _ = stream.receive()
         session = str(header.get("session"))
         model = self._model
         if model is None:
-            raise MpcError(f"{self._own.role} holds no model yet; the model owner runs 'sordino mpc provide'")
+            raise MpcError(f"{self._identity.role} holds no model yet; the model owner runs 'sordino mpc provide'")
         _say(f"session {session[:8]} begins")
         try:
-            self._computed(line, session, model)
+            self._computed(stream, session, model)
         except Exception as error:
             _say(f"session {session[:8]} broke: {error if isinstance(error, MpcError) else type(error).__name__}")
             raise
         _say(f"session {session[:8]} ends")
 
-    def _computed(self, line: Line, session: str, model: Model) -> None:
-        """All that a session asks for."""
+    def _computed(self, stream: Stream, session: str, model: Model) -> None:
+        """Open the model's weights, and answer a session's messages until it ends."""
         with _Session(self, session) as party:
             encoder = Encoder.mask_and_open(party, model.weights, model.plan)
             width, largest = model.weights["norm.weight"].shape[0], model.plan.layers[-1].norm2.largest
             ranges = {"largest": largest, "entering": model.plan.entering}
-            line.send(model=model.name, fraction=FRACTION, width=width, ranges=ranges, **_news(party.costs))
+            stream.send(model=model.name, fraction=FRACTION, width=width, ranges=ranges, **_news(party.costs))
             traces: dict[tuple[Shape, ...], RequestTrace] = {}
             while True:
-                header, payload = line.receive()
+                header, payload = stream.receive()
                 if header.get("end"):
                     break
-                self._answer(line, party, encoder, traces, header, payload)
+                self._answer(stream, party, encoder, traces, header, payload)
 
     def _answer(
         self,
-        line: Line,
+        stream: Stream,
         party: Party,
         encoder: Encoder,
         traces: dict[tuple[Shape, ...], RequestTrace],
         header: Header,
         payload: Octets,
     ) -> None:
-        """Run the batches of one message; of each, send shares of its features, and costs and seconds since the last.
+        """Run the batches of one message. For each, send shares of its features, and its costs and seconds.
 
-        Each is answered when it is done, so that its owner sees that this server gets on. What batches of the same
-        shapes asked the dealer for, the first time, is asked for ahead from then on.
+        Each batch is answered as soon as it is done, so that the data owner sees progress. Requests for randomness are
+        recorded for the first message of the same shapes, and prefetched from then on.
         """
         began, before = time.perf_counter(), party.randomness.seconds
-        batches = batches_of(line, header)
+        batches = batches_of(stream, header)
         shapes = tuple(batch["shape"] for batch in batches)
         if shapes in traces:
             party.randomness.prepare(traces[shapes], HELD)
@@ -186,45 +187,55 @@ class ServerService:
         shares = unpack_each(payload, shapes, [WORD] * len(shapes))
         with recording as trace:
             for batch, share in zip(batches, shares, strict=True):
-                found = encode_sentences(party, encoder, Shared(share, FRACTION), batch["lengths"])
+                features = encode_sentences(party, encoder, Shared(share, FRACTION), batch["lengths"])
                 now, offline = time.perf_counter(), party.randomness.seconds - before
-                form = {"fraction": found.fraction, "bits": found.bits}
+                form = {"fraction": features.fraction, "bits": features.bits}
                 seconds = {"offline": offline, "online": now - began - offline}
-                line.send(pack(found.share, WORD), **form, seconds=seconds, **_news(party.costs))
+                stream.send(pack(features.share, WORD), **form, seconds=seconds, **_news(party.costs))
                 began, before = now, party.randomness.seconds
         if trace is not None:
             traces[shapes] = trace
 
-    def line_to_peer(self, session: str) -> tuple[Line, Any]:
-        """For server 1 a new line to server 0; for server 0 the one that it gets. And what ends it."""
+    def stream_to_peer(self, session: str) -> tuple[Stream, Any]:
+        """Return a session's stream between the servers, and a function that ends it.
+
+        Server 1 opens the stream. Server 0 waits for it.
+
+        Raises:
+            MpcError: server 1 has no address of server 0.
+            PartyLost: server 1 did not connect in time.
+        """
         if self.number == 1:
             if self._peer is None:
                 raise MpcError("server-1 was not told where server-0 is; start it with --peer HOST:PORT")
-            dialled = Dialled(self._own, SERVERS[0], self._peer, self._timeout)
-            line = dialled.line("Peer")
-            line.send(session=session)
-            return line, dialled.close
+            connection = ClientConnection(self._identity, SERVERS[0], self._peer, self._timeout)
+            stream = connection.stream("Peer")
+            stream.send(session=session)
+            return stream, connection.close
         try:
-            own = self._dialled_by_peer[session].get(timeout=self._timeout)
+            peer_stream = self._streams_of_peer[session].get(timeout=self._timeout)
         except queue.Empty:
             raise PartyLost(f"server-1 did not begin the session within {self._timeout:g} s") from None
         finally:
-            self._dialled_by_peer.pop(session, None)
-        own.taken.set()
-        return own.line, own.done.set
+            self._streams_of_peer.pop(session, None)
+        peer_stream.taken.set()
+        return peer_stream.stream, peer_stream.done.set
 
-    def channel(self, line: Line) -> Channel:
-        """To the other server, as slow as the network that is imitated."""
-        plain = LineChannel(line)
+    def channel(self, stream: Stream) -> Channel:
+        """Return a channel to the other server, as slow as the imitated network."""
+        plain = StreamChannel(stream)
         return Throttled(plain, self._network) if self._network else plain
 
     def dealer(self, session: str) -> RemoteDealer:
-        """A line to the dealer."""
-        return RemoteDealer(self._own, self._dealer, session, self._timeout)
+        """Open a stream to the dealer."""
+        return RemoteDealer(self._identity, self._dealer, session, self._timeout)
 
 
 class _Session:
-    """A party for one session; what fails within is told to the other server before the line to it ends."""
+    """A context with the party of one session.
+
+    An error within the context is sent to the other server before the stream to it ends.
+    """
 
     def __init__(self, service: ServerService, session: str) -> None:
         self._service, self._session = service, session
@@ -232,7 +243,7 @@ class _Session:
     def __enter__(self) -> Party:
         service = self._service
         self._dealer: RemoteDealer | None = None
-        self._line, self._end = service.line_to_peer(self._session)
+        self._stream, self._end = service.stream_to_peer(self._session)
         try:
             self._dealer = service.dealer(self._session)
         except BaseException as error:
@@ -240,27 +251,27 @@ class _Session:
             raise
         costs = Costs()
         randomness = CorrelatedRandomness(Prg(self._dealer.key), costs, self._dealer if service.number else None)
-        return Party(service.number, service.channel(self._line), randomness, costs)
+        return Party(service.number, service.channel(self._stream), randomness, costs)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if self._dealer:
             with suppress(PartyLost):
                 self._dealer.close()
         if error is not None:
-            self._line.fail(str(error) if isinstance(error, MpcError) else f"failed with {type(error).__name__}")
-        self._line.close()
+            self._stream.fail(str(error) if isinstance(error, MpcError) else f"failed with {type(error).__name__}")
+        self._stream.close()
         threading.Timer(LINGER, self._end).start()
 
 
 def start_server(
-    own: Identity,
+    identity: Identity,
     address: str,
     dealer: str,
     peer: str | None = None,
     timeout: float = 60.0,
     network: Network | None = None,
 ) -> tuple[grpc.Server, str]:
-    """Compute for data owners; see `ServerService`.
+    """Start a server that computes for data owners; see `ServerService` for the arguments.
 
     Returns:
         The server, and its address with its port.
@@ -268,24 +279,24 @@ def start_server(
     Raises:
         ConfigError: the address cannot be listened at.
     """
-    service = ServerService(own, dealer, peer, timeout, network)
+    service = ServerService(identity, dealer, peer, timeout, network)
     methods = {"Install": {MODEL_OWNER: service.install}, "Session": {DATA_OWNER: service.session}}
     if service.number == 0:
         methods["Peer"] = {SERVERS[1]: service.peer}
-    return listen(own, address, timeout, methods)
+    return listen(identity, address, timeout, methods)
 
 
 def weights_to(weights: dict[str, Shared]) -> tuple[Header, bytes]:
-    """Shares as a message."""
+    """Convert shares of weights to a message."""
     forms = {name: {"shape": list(part.shape), "fraction": part.fraction} for name, part in weights.items()}
     return {"weights": forms}, b"".join(pack(part.share, WORD) for part in weights.values())
 
 
 def weights_from(header: Header, payload: Octets) -> dict[str, Shared]:
-    """The inverse of `weights_to`.
+    """Invert `weights_to`.
 
     Raises:
-        KeyError, TypeError, ValueError, PartyLost: it is none.
+        KeyError, TypeError, ValueError, PartyLost: the message is malformed.
     """
     forms = header["weights"]
     shapes = [tuple(int(side) for side in form["shape"]) for form in forms.values()]
@@ -296,26 +307,26 @@ def weights_from(header: Header, payload: Octets) -> dict[str, Shared]:
     }
 
 
-def batches_of(line: Line, header: Header) -> list[dict[str, Any]]:
-    """Forms of the batches of a message: shapes [B, T, E] and lengths [B].
+def batches_of(stream: Stream, header: Header) -> list[dict[str, Any]]:
+    """Parse the shapes [B, T, E] and lengths [B] of a message's batches.
 
     Raises:
-        PartyLost: they are none.
+        PartyLost: they are malformed.
     """
     try:
-        found = []
+        batches = []
         for batch in header["batches"]:
             shape, lengths = tuple(int(side) for side in batch["shape"]), torch.tensor(batch["lengths"])
             if len(shape) != 3 or lengths.shape != shape[:1] or not 2 <= int(lengths.max()) <= shape[1]:
                 raise ValueError(f"shape {shape} with {len(lengths)} lengths")
-            found.append({"shape": shape, "lengths": lengths})
-        return found
-    except Exception as error:  # whatever it is that reading another's message fails of
-        raise PartyLost(f"{line.party} sent garbage: no sentences ({type(error).__name__}: {error})") from None
+            batches.append({"shape": shape, "lengths": lengths})
+        return batches
+    except Exception as error:  # a malformed message can fail in any way
+        raise PartyLost(f"{stream.party} sent garbage: no sentences ({type(error).__name__}: {error})") from None
 
 
 def _news(costs: Costs) -> Header:
-    """What was spent since the last message."""
+    """Return the costs since the last message, as a header."""
     return {"costs": costs.taken()}
 
 

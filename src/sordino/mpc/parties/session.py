@@ -1,4 +1,4 @@
-"""The owners' ends: a model owner gives two servers shares of a tower; a data owner asks them for features.
+"""The owners' ends. A model owner gives two servers shares of a tower, and a data owner gets features from them.
 
     provide(identity, servers, tower, calibration)                       # once, by the model owner
 
@@ -6,8 +6,8 @@
         features = session.forward(groups)                               # a `sentences.Forward`
     session.costs.table()
 
-What the data owner sends is a share to each server; the other share exists nowhere else. Features are opened here, and
-nowhere else.
+The data owner sends each server one share of its sentences, and nobody else gets a share. Features are opened only
+here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sordino.mpc.dealing.costs import Costs
 from sordino.mpc.errors import MpcError, OutOfRange, PartyLost
 from sordino.mpc.parties.certificates import SERVERS, Identity
 from sordino.mpc.parties.server import weights_to
-from sordino.mpc.parties.transport import Dialled, Header, Line
+from sordino.mpc.parties.transport import ClientConnection, Header, Stream
 from sordino.mpc.protocols.party import Shared, reconstruct
 from sordino.mpc.tower.calibration import Calibration, Range
 from sordino.mpc.tower.encoder import shared_weights
@@ -42,14 +42,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Form:
-    """What servers say of their model: its name, and what embeddings and features of it are like.
+    """The servers' description of their model.
 
     Attributes:
-        name: drawn by its owner.
-        fraction: bits of embeddings.
+        name: drawn by the model's owner.
+        fraction: fraction bits of embeddings.
         width: E.
-        largest: size of features.
-        first, rest: variances of embeddings, of first tokens and of others.
+        largest: bound on the size of features.
+        first, rest: allowed variances of embeddings, of first tokens and of others.
     """
 
     name: str
@@ -61,23 +61,23 @@ class _Form:
 
     @classmethod
     def of(cls, header: Header) -> _Form:
-        """As a server sends it."""
+        """Parse the header that a server sends."""
         ranges = header["ranges"]
         (low, high), (lower, higher) = ranges["entering"]
         form = str(header["model"]), int(header["fraction"]), int(header["width"]), 2.0 ** int(ranges["largest"])
         return cls(*form, (float(low), float(high)), (float(lower), float(higher)))
 
     def check(self, group: Sentences) -> None:
-        """See `Session.forward`."""
+        """Check sentences against the model; see `Session.forward` for errors."""
         width = group.embeddings.shape[-1]
         if width != self.width:
             raise MpcError(
                 f"embeddings are {width} wide where the servers' model takes {self.width}: set model.embeddings to "
                 "the folder that its owner gave"
             )
-        variances, there = group.embeddings.var(-1, correction=0), group.mask > 0
-        for found, (low, high) in ((variances[:, 0], self.first), (variances[:, 1:][there[:, 1:]], self.rest)):
-            outside = found[(found < low) | (found > high)]
+        variances, is_token = group.embeddings.var(-1, correction=0), group.mask > 0
+        for checked, (low, high) in ((variances[:, 0], self.first), (variances[:, 1:][is_token[:, 1:]], self.rest)):
+            outside = checked[(checked < low) | (checked > high)]
             if len(outside):
                 raise OutOfRange(
                     f"embeddings of a variance of {float(outside[0]):.3g} where the servers' model was calibrated for "
@@ -89,20 +89,20 @@ class Session:
     """A data owner's session; see `connect`.
 
     Attributes:
-        costs: of the servers, of all that was done so far: set-up, and each forward pass.
-        seconds: waited for them.
-        online, offline: seconds that the slower server took for forward passes; what was dealt ahead is offline.
+        costs: of the servers so far: set-up, and each forward pass.
+        seconds: spent waiting for the servers.
+        online, offline: seconds that the slower server took for forward passes. Dealing ahead is offline.
         sent, received: bytes between this owner and both servers together.
     """
 
-    def __init__(self, lines: tuple[Line, Line]) -> None:
-        self._lines = lines
+    def __init__(self, streams: tuple[Stream, Stream]) -> None:
+        self._streams = streams
         self.costs, self.seconds, self.sent, self.received = Costs(), 0.0, 0, 0
         self.online, self.offline = 0.0, 0.0
         name = secrets.token_hex(16)
         began = time.monotonic()
-        for line in lines:
-            line.send(session=name)
+        for stream in streams:
+            stream.send(session=name)
         answers = self._answers()
         self.seconds += time.monotonic() - began
         forms = self._read(answers, lambda header, _: _Form.of(header))
@@ -112,75 +112,76 @@ class Session:
         self._enter(answers)
 
     def forward(self, groups: Sequence[Sentences]) -> list[Tensor]:
-        """Mean-pooled last hidden states of each batch of sentences, [B, E], float32; see `sentences.Forward`.
+        """Compute mean-pooled last hidden states of each batch of sentences, [B, E], float32; see `sentences.Forward`.
 
         Raises:
-            MpcError: embeddings are not those of the servers' model.
-            OutOfRange: they are not such as the model was calibrated for.
-            PartyLost: a party is lost; the error names it.
+            MpcError: embeddings have another width than the servers' model.
+            OutOfRange: embeddings are outside the ranges that the model was calibrated for.
+            PartyLost: a party is lost. The error names it.
         """
         began = time.monotonic()
         for group in groups:
             self._form.check(group)
         halves = [share(encode(group.embeddings, self._form.fraction)) for group in groups]
         forms = [{"shape": list(group.embeddings.shape), "lengths": group.lengths.tolist()} for group in groups]
-        for number, line in enumerate(self._lines):
+        for number, stream in enumerate(self._streams):
             payload = b"".join(pack(half[number], WORD) for half in halves)
             self.sent += len(payload)
-            line.send(payload, batches=forms)
+            stream.send(payload, batches=forms)
         features = [self._features(group) for group in groups]
         self.seconds += time.monotonic() - began
         return features
 
     def close(self) -> None:
-        """The servers are not needed any more."""
-        for line in self._lines:
-            line.send(end=True)
-            line.close()
+        """End the session at both servers."""
+        for stream in self._streams:
+            stream.send(end=True)
+            stream.close()
 
     def _features(self, group: Sentences) -> Tensor:
-        """Of the batch that the servers answer next, [B, E]."""
+        """Open the features of the batch that the servers answer next, [B, E]."""
         answers = self._answers()
         self.received += sum(len(payload) for _, payload in answers)
         first, second = self._read(answers, lambda header, payload: _share_of(header, payload, group))
-        took = self._read(answers, lambda header, _: {name: float(header["seconds"][name]) for name in SECONDS})
+        seconds = self._read(answers, lambda header, _: {name: float(header["seconds"][name]) for name in SECONDS})
         if (first.fraction, first.bits) != (second.fraction, second.bits):
-            raise PartyLost(f"{self._lines[0].party} or {self._lines[1].party} sent garbage: their forms differ")
+            raise PartyLost(f"{self._streams[0].party} or {self._streams[1].party} sent garbage: their forms differ")
         features = reconstruct((first, second))
         if float(features.abs().max()) > 2 * self._form.largest:
+            servers = f"{self._streams[0].party} or {self._streams[1].party}"
             raise PartyLost(
-                f"features came that no sentence has: {self._lines[0].party} or {self._lines[1].party} is astray, or "
-                "sentences are unlike those of the calibration; compare with --clear"
+                f"features came that no sentence has: {servers} is astray, or sentences are unlike those of the "
+                "calibration; compare with --clear"
             )
         self._enter(answers)
-        self.online += max(one["online"] for one in took)
-        self.offline += max(one["offline"] for one in took)
+        self.online += max(server_seconds["online"] for server_seconds in seconds)
+        self.offline += max(server_seconds["offline"] for server_seconds in seconds)
         return features.float()
 
     def _answers(self) -> list[tuple[Header, Octets]]:
-        """What both servers say; as soon as one is lost, who is at fault."""
+        """Wait for both servers' answers. Raise the error of the first server that is lost at once."""
         with ThreadPoolExecutor(2) as pool:
-            waiting = [pool.submit(line.receive) for line in self._lines]
+            waiting = [pool.submit(stream.receive) for stream in self._streams]
             done, _ = wait(waiting, return_when=FIRST_EXCEPTION)
-            errors = [error for each in done if (error := each.exception())]
+            errors = [error for answer in done if (error := answer.exception())]
             if errors:
-                for line in self._lines:
-                    line.abandon(str(errors[0]))
+                for stream in self._streams:
+                    stream.abandon(str(errors[0]))
                 raise errors[0]
-        return [each.result() for each in waiting]
+        return [answer.result() for answer in waiting]
 
     def _read(self, answers: Sequence[tuple[Header, Octets]], read: Callable[[Header, Octets], T]) -> list[T]:
-        """What is in both servers' answers."""
-        found = []
-        for line, answer in zip(self._lines, answers, strict=True):
+        """Parse both servers' answers with `read`."""
+        contents = []
+        for stream, answer in zip(self._streams, answers, strict=True):
             try:
-                found.append(read(*answer))
-            except Exception as error:  # whatever it is that reading another's message fails of
-                raise PartyLost(f"{line.party} sent garbage ({type(error).__name__}: {error})") from None
-        return found
+                contents.append(read(*answer))
+            except Exception as error:  # a malformed message can fail in any way
+                raise PartyLost(f"{stream.party} sent garbage ({type(error).__name__}: {error})") from None
+        return contents
 
     def _enter(self, answers: Sequence[tuple[Header, Octets]]) -> None:
-        """Costs, which both servers count alike."""
+        """Enter the answers' costs, which both servers count alike."""
 
         def costs_of(header: Header, _: Octets) -> Costs:
             costs = Costs()
@@ -192,45 +193,47 @@ class Session:
 
 
 @contextmanager
-def connect(own: Identity, servers: Sequence[str], timeout: float = 60.0) -> Iterator[Session]:
-    """A session with two servers, set up: the weights are opened under masks.
+def connect(identity: Identity, servers: Sequence[str], timeout: float = 60.0) -> Iterator[Session]:
+    """Open a session with two servers, which open the weights under masks.
 
     Args:
-        own: the data owner's identity.
+        identity: the data owner's.
         servers: addresses of server 0 and server 1.
         timeout: seconds of silence after which a party counts as lost.
 
     Raises:
-        PartyLost: a party is lost; the error names it.
-        MpcError: the servers hold no model, or not the same.
+        PartyLost: a party is lost. The error names it.
+        MpcError: the servers hold no model, or not the same one.
     """
-    dialled = [Dialled(own, role, address, timeout) for role, address in zip(SERVERS, servers, strict=True)]
+    connections = [
+        ClientConnection(identity, role, address, timeout) for role, address in zip(SERVERS, servers, strict=True)
+    ]
     try:
-        first, second = (each.line("Session") for each in dialled)
+        first, second = (connection.stream("Session") for connection in connections)
         session = Session((first, second))
         yield session
         session.close()
-        for line in (first, second):  # until the servers have ended, too
-            line.drain()
+        for stream in (first, second):  # wait until the servers have ended, too
+            stream.drain()
     finally:
-        for each in dialled:
-            each.close()
+        for connection in connections:
+            connection.close()
 
 
 def provide(
-    own: Identity, servers: Sequence[str], tower: PrivateTower, calibration: Calibration, timeout: float = 60.0
+    identity: Identity, servers: Sequence[str], tower: PrivateTower, calibration: Calibration, timeout: float = 60.0
 ) -> str:
-    """Give the servers shares of a tower, each what it may hold, and the plan to both.
+    """Give each server its share of a tower, and both the plan.
 
     Args:
-        own: the model owner's identity.
+        identity: the model owner's.
         servers: addresses of server 0 and server 1.
         tower: in the clear.
-        calibration: its ranges.
+        calibration: the tower's ranges.
         timeout: seconds of silence after which a server counts as lost.
 
     Returns:
-        The name that was drawn for the model.
+        The random name of the model.
 
     Raises:
         PartyLost: a server is lost.
@@ -241,26 +244,28 @@ def provide(
         shared_weights(tower, calibration),
         secrets.token_hex(8),
     )
-    dialled = [Dialled(own, role, address, timeout) for role, address in zip(SERVERS, servers, strict=True)]
+    connections = [
+        ClientConnection(identity, role, address, timeout) for role, address in zip(SERVERS, servers, strict=True)
+    ]
     try:
-        lines = [each.line("Install") for each in dialled]
-        for line, weights in zip(lines, halves, strict=True):
+        streams = [connection.stream("Install") for connection in connections]
+        for stream, weights in zip(streams, halves, strict=True):
             header, payload = weights_to(weights)
-            line.send(payload, name=name, plan=plan, **header)
-        for line in lines:
-            line.receive()
-            line.close()
+            stream.send(payload, name=name, plan=plan, **header)
+        for stream in streams:
+            stream.receive()
+            stream.close()
     finally:
-        for each in dialled:
-            each.close()
+        for connection in connections:
+            connection.close()
     return name
 
 
 def _share_of(header: Header, payload: Octets, group: Sentences) -> Shared:
-    """Of a batch's features, [B, E].
+    """Parse a server's share of a batch's features, [B, E].
 
     Raises:
-        KeyError, TypeError, ValueError, PartyLost: it is none.
+        KeyError, TypeError, ValueError, PartyLost: the message is malformed.
     """
     (share,) = unpack_each(payload, [(len(group.lengths), group.embeddings.shape[-1])], [WORD])
     fraction, bits = int(header["fraction"]), int(header["bits"])

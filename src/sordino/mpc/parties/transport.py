@@ -1,8 +1,8 @@
-"""Messages between parties: gRPC streams under mutual TLS, which end with an error that names who is at fault.
+"""Messages between parties: gRPC streams under mutual TLS. A failure's error names the party at fault.
 
-A message is a small JSON header and bytes. A `Line` is one stream seen from one end. Both ends say that they are alive
-four times in a timeout, so that silence means a process that was stopped or a network that broke, and not one that
-computes; a connection that is closed is noticed at once. What an end fails of, it tells the other before it closes.
+A message is a small JSON header and bytes. A `Stream` is one end of a gRPC stream. Both ends send a sign of life four
+times in a timeout. So silence means that a process was stopped or a network broke, and not that a party is computing.
+A closed connection is noticed at once. An end that fails tells the other its reason before it closes.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from sordino.mpc.errors import PartyLost
 from sordino.mpc.parties.certificates import Identity
 
 SERVICE = "sordino.mpc"
-PATIENCE = 10  # timeouts, after which a party that lives but says nothing is given up
-PIECE = 2**20  # bytes of a message that go at a time, so that a long one is a sign of life all along
-LARGEST = 2**33  # bytes that a message may have: far more than any of ours
+PATIENCE = 10  # timeouts after which a party that is alive, but sends no message, counts as lost
+PIECE = 2**20  # bytes sent at a time, so that the pieces of a long message are signs of life
+LARGEST = 2**33  # most bytes of a message: far more than any of ours
 ALIVE, ERROR, PART = "alive", "error", "part"  # headers
 OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0)]
 Header = dict[str, Any]
 
 
 def packed(payload: Octets = b"", **header: Any) -> bytes:
-    """A message: the header's length in four bytes, the header as JSON, and the payload."""
+    """Serialize a message: the header's length in four bytes, the header as JSON, and the payload."""
     head = json.dumps(header).encode()
     return b"".join([struct.pack(">I", len(head)), head, payload])
 
 
 def unpacked(message: bytes) -> tuple[Header, Octets]:
-    """Header and payload of a message.
+    """Parse a message to its header and payload.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the message is malformed.
     """
     if len(message) < 4:
         raise ValueError("shorter than a message can be")
@@ -56,11 +56,11 @@ def unpacked(message: bytes) -> tuple[Header, Octets]:
     return header, memoryview(message)[4 + length :]
 
 
-class Line:
+class Stream:
     """One end of a stream of messages.
 
     Args:
-        party: who is at the other end, for errors.
+        party: name of the other end, for errors.
         timeout: seconds of silence after which the other end counts as lost.
     """
 
@@ -71,7 +71,7 @@ class Line:
         self._closed = threading.Event()
 
     def send(self, payload: Octets = b"", **header: Any) -> None:
-        """Queue a message; never waits."""
+        """Queue a message, without waiting."""
         rest = memoryview(payload)
         while len(rest) > PIECE:
             self._outbox.put(packed(rest[:PIECE], part=True))
@@ -79,10 +79,10 @@ class Line:
         self._outbox.put(packed(rest, **header))
 
     def receive(self) -> tuple[Header, Octets]:
-        """The next message.
+        """Wait for the next message, and return its header and payload.
 
         Raises:
-            PartyLost: the other end closed, failed, fell silent, or sent what is no message.
+            PartyLost: the other end closed, failed, fell silent, or sent a malformed message.
         """
         if self._lost:
             raise self._lost
@@ -106,17 +106,17 @@ class Line:
             raise
 
     def fail(self, reason: str) -> None:
-        """Tell the other end why this one closes, and close."""
+        """Send the other end the reason of a failure, and close."""
         self.send(error=reason)
         self.close()
 
     def abandon(self, reason: str) -> None:
-        """`fail`, and wake whoever waits to `receive`."""
+        """Call `fail`, and wake a thread that waits in `receive`."""
         self.fail(reason)
         self._inbox.put(PartyLost(reason))
 
     def drain(self) -> None:
-        """Wait until the other end closes, too, but no longer than a timeout."""
+        """Wait until the other end closes, too, but not longer than a timeout."""
         try:
             while True:
                 self.receive()
@@ -124,13 +124,13 @@ class Line:
             return
 
     def close(self) -> None:
-        """No more will be sent."""
+        """Close this end; nothing more is sent."""
         if not self._closed.is_set():
             self._closed.set()
             self._outbox.put(None)
 
     def outgoing(self) -> Iterator[bytes]:
-        """What gRPC shall send, with signs of life, until this end is closed."""
+        """Yield messages and signs of life for gRPC to send, until this end is closed."""
         while True:
             try:
                 message = self._outbox.get(timeout=self._timeout / 4)
@@ -141,7 +141,7 @@ class Line:
             yield message
 
     def pump(self, incoming: Iterator[bytes]) -> None:
-        """Take what gRPC receives, in a thread of its own."""
+        """Start a thread that takes the messages that gRPC receives."""
         threading.Thread(target=self._pump, args=(incoming,), daemon=True).start()
 
     def _pump(self, incoming: Iterator[bytes]) -> None:
@@ -150,7 +150,7 @@ class Line:
             for message in incoming:
                 self._inbox.put(message)
         except grpc.RpcError as error:
-            if isinstance(error, grpc.Call):  # where this end dialled; where it listens, there is nothing more to know
+            if isinstance(error, grpc.Call):  # only the end that connected gets details
                 end = PartyLost(f"{self.party} {_complaint(error)}")
         self._inbox.put(end)
 
@@ -170,48 +170,48 @@ class Line:
         return header, payload
 
 
-class Dialled:
-    """A connection to a party, and lines on it.
+class ClientConnection:
+    """A connection to a party, which carries streams.
 
     Args:
-        own: who dials.
-        role: that the other's certificate must show.
+        identity: of the caller.
+        role: that the other party's certificate must show.
         address: host:port.
-        timeout: of its lines.
+        timeout: of the streams.
     """
 
-    def __init__(self, own: Identity, role: str, address: str, timeout: float) -> None:
+    def __init__(self, identity: Identity, role: str, address: str, timeout: float) -> None:
         options = [*OPTIONS, ("grpc.ssl_target_name_override", role)]
-        self._channel = grpc.secure_channel(address, own.channel_credentials(), options)
+        self._channel = grpc.secure_channel(address, identity.channel_credentials(), options)
         self._party, self._timeout = f"{role} ({address})", timeout
 
-    def line(self, method: str) -> Line:
-        """A new stream to one of its methods."""
-        line = Line(self._party, self._timeout)
-        line.pump(self._channel.stream_stream(f"/{SERVICE}/{method}")(line.outgoing()))
-        return line
+    def stream(self, method: str) -> Stream:
+        """Open a stream to one of the party's methods."""
+        stream = Stream(self._party, self._timeout)
+        stream.pump(self._channel.stream_stream(f"/{SERVICE}/{method}")(stream.outgoing()))
+        return stream
 
     def close(self) -> None:
-        """End all lines."""
+        """Close the connection and all its streams."""
         self._channel.close()
 
 
-Serve = Callable[[Line], None]  # handles a line to its end, in a thread of its own
+Serve = Callable[[Stream], None]  # handles a stream to its end, in a thread of its own
 
 
 def listen(
-    own: Identity, address: str, timeout: float, methods: Mapping[str, Mapping[str, Serve]]
+    identity: Identity, address: str, timeout: float, methods: Mapping[str, Mapping[str, Serve]]
 ) -> tuple[grpc.Server, str]:
-    """Serve lines.
+    """Start a server of streams.
 
     Args:
-        own: who listens.
-        address: host:port; port 0 for any that is free.
-        timeout: of the lines.
-        methods: by name, what is done for which caller's role; others are refused.
+        identity: of the party that listens.
+        address: host:port; port 0 for any free port.
+        timeout: of the streams.
+        methods: for each method's name, handlers by the caller's role. Other roles are refused.
 
     Returns:
-        The server, started, and its address with the port that it has.
+        The started server, and its address with the actual port.
 
     Raises:
         ConfigError: the address cannot be listened at.
@@ -224,7 +224,7 @@ def listen(
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, handlers)])
     host = address.rpartition(":")[0]
     try:
-        port = server.add_secure_port(address, own.server_credentials())
+        port = server.add_secure_port(address, identity.server_credentials())
     except RuntimeError:
         port = 0
     if not host or not port:
@@ -239,21 +239,21 @@ def _handler(name: str, by_role: Mapping[str, Serve], timeout: float) -> Callabl
         role = names[0].decode()
         if role not in by_role:
             context.abort(grpc.StatusCode.PERMISSION_DENIED, f"{role} may not ask for {name}")
-        line = Line(f"{role} ({context.peer()})", timeout)
-        context.add_callback(line.close)
-        line.pump(incoming)
-        threading.Thread(target=_served, args=(by_role[role], line), daemon=True).start()
-        return line.outgoing()
+        stream = Stream(f"{role} ({context.peer()})", timeout)
+        context.add_callback(stream.close)
+        stream.pump(incoming)
+        threading.Thread(target=_served, args=(by_role[role], stream), daemon=True).start()
+        return stream.outgoing()
 
     return handle
 
 
-def _served(serve: Serve, line: Line) -> None:
-    """Run a handler; what it fails of goes to the other end, by its kind only where it is no error of our own."""
+def _served(serve: Serve, stream: Stream) -> None:
+    """Run a handler. Send its error to the other end, but only the type of an error that is not the package's own."""
     try:
-        serve(line)
+        serve(stream)
     except PartyLost as error:
-        line.fail(str(error))
+        stream.fail(str(error))
     except Exception as error:
         from sordino.errors import SordinoError
 
@@ -264,13 +264,13 @@ def _served(serve: Serve, line: Line) -> None:
                 place = place.tb_next
             where = f"{place.tb_frame.f_code.co_filename}:{place.tb_lineno}" if place else "?"
             print(f"{type(error).__name__} at {where}", file=sys.stderr)
-        line.fail(str(error) if known else f"failed with {type(error).__name__}")
+        stream.fail(str(error) if known else f"failed with {type(error).__name__}")
     finally:
-        line.close()
+        stream.close()
 
 
 def _complaint(error: grpc.Call) -> str:
-    """What became of a party, from gRPC's status."""
+    """Describe a party's failure from gRPC's status."""
     code, details = error.code(), error.details() or ""
     if code == grpc.StatusCode.PERMISSION_DENIED:
         return f"refused: {details}"
