@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sordino.errors import ConfigError, RunError
-from sordino.private_tuning.search import Found, Search, projection, prompts, tune
+from sordino.private_tuning.search import Search, SearchState, projection, prompts, tune
 
 SEARCH = Search(width=6, population=12, generations=40, scale=1.0)
 START = torch.linspace(-1, 1, 15).view(3, 5)
@@ -58,7 +58,7 @@ def test_an_interrupted_search_ends_where_one_in_one_go_does() -> None:
         SEARCH,
         START,
         lambda asked: (asked_again.append(len(asked)), distances(asked))[1],  # type: ignore[func-returns-value]
-        Found.from_json(kept[-1]),
+        SearchState.from_json(kept[-1]),
     )
     assert torch.equal(resumed, whole)
     assert asked_again == [12] * 33 + [1]  # no candidate is asked for twice; and the mean
@@ -106,10 +106,10 @@ def test_without_a_generation_the_prompt_stays() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(RunError, match="3 candidates a generation where 12"):
-        tune(SEARCH, START, distances, Found([[1.0, 2.0, 3.0]], [0.0] * 6))
+        tune(SEARCH, START, distances, SearchState([[1.0, 2.0, 3.0]], [0.0] * 6))
     with pytest.raises(ConfigError, match=r"search.width = 16: must be at most the 15 numbers"):
         projection(Search(width=16), 3, 5)
     with pytest.raises(RunError, match="not finite"):
         tune(SEARCH, START, lambda asked: torch.full((len(asked),), float("nan")))
     with pytest.raises(RunError, match="damaged"):
-        Found.from_json(b"{}")
+        SearchState.from_json(b"{}")

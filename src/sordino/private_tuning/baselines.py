@@ -1,12 +1,12 @@
-"""What forward-only tuning on shares is compared with: the same few-shot tasks, in the clear, by other means.
+"""Baselines for forward-only tuning on shares: other methods on the same few-shot tasks, in the clear.
 
-Each method takes an opened task and gives an accuracy on its test examples. They are those of the tables of Luo et al.,
-SecP-Tuning, ICLR 2026 (arXiv 2506.15307): full fine-tuning, gradient prompt tuning (Lester, Al-Rfou and Constant, EMNLP
-2021), and forward-only tuning, with softmax attention and with random features. Beside them what costs nothing to
-learn: the hand-written prompt alone and, for text, a logistic regression on the features that come back once.
+Each method takes an opened task and returns the accuracy on its test examples. The methods are those in the tables of
+Luo et al., SecP-Tuning, ICLR 2026 (arXiv 2506.15307): full fine-tuning, gradient prompt tuning (Lester, Al-Rfou and
+Constant, EMNLP 2021), and forward-only tuning, with softmax attention and with random features. Two methods need almost
+no learning: the hand-written prompt alone and, for text, a logistic regression on features of one forward pass.
 
-Settings were chosen on "validation" (`tasks.Part`) with seeds 10 and 11, where nothing is of what is tested on; what
-was tried is written at each constant.
+Settings were chosen on "validation" (`tasks.Part`), which has no test examples, with seeds 10 and 11. A comment at each
+constant lists the values that were tried.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from sordino.private_tuning.tasks import ImageTask, TextTask, cross_entropies
 
 @dataclass(frozen=True)
 class Descent:
-    """A descent along gradients on all shots at once, with a linear decay to nothing.
+    """Gradient descent on all shots at once, with a linear decay to zero.
 
     Attributes:
-        steps: of it.
+        steps: their number.
         learning_rate: the largest.
-        warm_up: steps on the way to it. A prompt has none: its first gradients are the largest, and with small steps
-            among them Adam hardly moves for as long as it remembers them.
+        warm_up: steps until the largest rate. A prompt has none. Its first gradients are the largest, and if steps are
+            small then, Adam hardly moves for as long as it remembers them.
     """
 
     steps: int
@@ -50,12 +50,12 @@ PENALTIES = (0.01, 0.1, 1.0, 10.0, 100.0)  # of the logistic regression; cross-v
 
 
 def zero_shot(task: TextTask | ImageTask, tower: PrivateTower) -> float:
-    """Accuracy of the hand-written prompt."""
+    """Compute the accuracy of the hand-written prompt."""
     return task.accuracy(in_the_clear(tower), task.start())
 
 
 def logistic_regression(task: TextTask, tower: PrivateTower) -> float:
-    """Accuracy of a linear classifier on features behind the hand-written prompt, which come back once."""
+    """Compute the accuracy of a linear classifier on features behind the hand-written prompt."""
     from sklearn.linear_model import LogisticRegressionCV
 
     forward, prompts = in_the_clear(tower), task.start()[None]
@@ -71,7 +71,7 @@ def logistic_regression(task: TextTask, tower: PrivateTower) -> float:
 
 
 def fine_tuning(task: TextTask | ImageTask, tower: PrivateTower, descent: Descent | None = None) -> float:
-    """Accuracy after all weights of all layers followed gradients, behind the hand-written prompt; AdamW."""
+    """Compute the accuracy after AdamW has trained all weights of all layers, behind the hand-written prompt."""
     descent = descent or FULL[task.kind]
     layers = [{name: part.clone().requires_grad_() for name, part in layer.items()} for layer in tower.layers]
     norm = (tower.norm[0].clone().requires_grad_(), tower.norm[1].clone().requires_grad_())
@@ -83,7 +83,7 @@ def fine_tuning(task: TextTask | ImageTask, tower: PrivateTower, descent: Descen
 
 
 def prompt_tuning(task: TextTask | ImageTask, tower: PrivateTower, descent: Descent | None = None) -> float:
-    """Accuracy after the prompt followed gradients, from the hand-written one; Adam."""
+    """Compute the accuracy after Adam has trained the prompt, starting at the hand-written one."""
     descent = descent or PROMPT[task.kind]
     prompt = task.start().clone().requires_grad_()
     _descend(torch.optim.Adam([prompt], descent.learning_rate), descent, lambda: _loss(task, tower, prompt[None]))
@@ -91,7 +91,7 @@ def prompt_tuning(task: TextTask | ImageTask, tower: PrivateTower, descent: Desc
 
 
 def forward_only(task: TextTask | ImageTask, forward: Forward, search: Search) -> float:
-    """Accuracy of the prompt that a search found without a gradient, as `sordino tune-private --clear` does."""
+    """Compute the accuracy of a prompt found without gradients, as by `sordino tune-private --clear`."""
     prompt, _ = tune(search, task.start(), lambda prompts: task.losses(forward, prompts))
     return task.accuracy(forward, prompt)
 

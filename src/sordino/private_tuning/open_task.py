@@ -1,8 +1,8 @@
-"""The task of a configuration of `sordino tune-private`: read, split, and with pictures encoded.
+"""Opens the task of a `sordino tune-private` configuration: reads data, splits it, and encodes pictures.
 
-The shots depend on the seed alone. What is tested on is the same for all seeds: a text task's test file; of pictures
-the source's own test split, or else a fixed half of every class. So settings can be chosen on "validation", the other
-examples of the training side, while tests stay unseen.
+Shots depend on the seed alone. Test examples are the same for all seeds: a text task's test file, and for pictures the
+source's own test split, or else a fixed half of every class. So settings can be chosen on "validation", the remaining
+training examples, while test examples stay unseen.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from sordino.tasks.folders import image_folder
 from sordino.tasks.images import Flags, ImageSet, Indices, with_grey_range
 from sordino.tasks.passed_over import told
 
-HALVES_STREAM = 4  # what a generator derived from the seed is for
+HALVES_STREAM = 4  # purpose of a generator that is derived from the seed
 
 
 def open_task(config: PrivateTuning, part: Part = "test", progress: Progress = silent) -> TextTask | ImageTask:
-    """The task of a configuration, its few-shot split drawn from the seed.
+    """Open the task of a configuration, with a few-shot split drawn from the seed.
 
     Args:
         config: of `sordino tune-private`.
-        part: what to test on.
-        progress: is told how many pictures are encoded.
+        part: examples to test on.
+        progress: receives the number of pictures encoded.
 
     Raises:
         ConfigError: a file or a checkpoint is missing, or the search is wider than the prompt.
-        DataError: data is malformed, or too little.
+        DataError: data is malformed, or there is too little.
     """
     task: TextTask | ImageTask
     if config.task.kind == "text":
@@ -44,7 +44,7 @@ def open_task(config: PrivateTuning, part: Part = "test", progress: Progress = s
     else:
         task = _image_task(config, part, progress)
         task.check_length()
-    projection(config.search.search(config.seed), *task.start().shape)  # refuses what does not fit, before it is needed
+    projection(config.search.search(config.seed), *task.start().shape)  # raises early if z does not fit
     return task
 
 
@@ -56,23 +56,25 @@ def _image_task(config: PrivateTuning, part: Part, progress: Progress) -> ImageT
     if config.task.grey_range is not None:
         images = with_grey_range(images, (config.task.grey_range[0], config.task.grey_range[1]))
     encoder = BundledEncoder.load(torch.device("cpu"))
-    encoder.class_tokens(images.class_names)  # refuses names that read the same, before anything is encoded
+    encoder.class_tokens(images.class_names)  # raises on names with equal tokens, before the encoding
     readable = np.ones(len(images), dtype=np.bool_)
     while True:
         train, test = split_images(images, readable, config, part)
         rows = np.concatenate([train, test])
-        found = encode(
+        encoded = encode(
             images.subset(rows),
             encoder,
             FeatureCache(),
             progress=lambda done, total: progress("encode images", done, total),
         )
-        tell_skipped(found.skipped)
-        if found.readable.all():
+        tell_skipped(encoded.skipped)
+        if encoded.readable.all():
             break
-        readable[rows[~found.readable]] = False  # and others are drawn in their place
+        readable[rows[~encoded.readable]] = False  # the next draw replaces them
     labels = torch.from_numpy(images.labels[rows])
-    contents = tuple(digest for digest in found.digests if digest is not None)  # all of them, as all were read
+    contents = tuple(
+        digest for digest in encoded.digests if digest is not None
+    )  # no digest is missing, as all pictures were read
     return ImageTask(
         embedder=encoder.text,
         class_names=images.class_names,
@@ -80,9 +82,9 @@ def _image_task(config: PrivateTuning, part: Part, progress: Progress) -> ImageT
         length=config.prompt.length,
         project=encoder.project_text,
         logit_scale=encoder.logit_scale,
-        features=found.features[: len(train)],
+        features=encoded.features[: len(train)],
         labels=labels[: len(train)],
-        test_features=found.features[len(train) :],
+        test_features=encoded.features[len(train) :],
         test_labels=labels[len(train) :],
         digests=contents[: len(train)],
         test_digests=contents[len(train) :],
@@ -91,16 +93,16 @@ def _image_task(config: PrivateTuning, part: Part, progress: Progress) -> ImageT
 
 
 def split_images(images: ImageSet, readable: Flags, config: PrivateTuning, part: Part) -> tuple[Indices, Indices]:
-    """Shots, and pictures to test on, see `Part`.
+    """Draw shots, and pictures to test on; see `Part`.
 
     Args:
-        images: N.
-        readable: [N], false for pictures that could not be read; they do not change the draw of the others.
-        config: its seed, `task.shots` and `task.test_limit`.
-        part: what to test on.
+        images: N pictures.
+        readable: [N], false for pictures that could not be read. They do not change the draw of the others.
+        config: gives the seed, `task.shots` and `task.test_limit`.
+        part: examples to test on.
 
     Raises:
-        DataError: a class has too few.
+        DataError: a class has too few pictures.
     """
     tested = images.is_test if images.is_test is not None else _fixed_halves(images.labels)
     shots = drawn(images.labels, readable & ~tested, config.task.shots, config.seed, images.source)
@@ -109,7 +111,7 @@ def split_images(images: ImageSet, readable: Flags, config: PrivateTuning, part:
 
 
 def _fixed_halves(labels: Indices) -> Flags:
-    """[N], true for a half of each class, the same whatever the run."""
+    """Mark a half of each class, [N], the same in every run."""
     tested = np.zeros(len(labels), dtype=np.bool_)
     for label in np.unique(labels).tolist():
         rows = np.random.default_rng([TEST_SEED, HALVES_STREAM, label]).permutation(np.flatnonzero(labels == label))

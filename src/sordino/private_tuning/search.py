@@ -1,10 +1,10 @@
-"""Forward-only tuning: a prompt that is found by asking for losses, with no gradient of anything.
+"""Forward-only tuning: a search for a prompt that needs losses only, and no gradient.
 
-The prompt is p_0 + A z, with a fixed random projection A and a short z, which CMA-ES searches: Hansen, The CMA
-Evolution Strategy (arXiv 1604.00772), in the `cma` package; for prompts, Sun, Shao, Qian, Huang and Qiu, Black-Box
-Tuning for Language-Model-as-a-Service, ICML 2022. Luo et al., SecP-Tuning, ICLR 2026 (arXiv 2506.15307), do so on
-shares. All candidates of a generation are asked for at once; whoever answers sees prompts, or shares of them, and never
-a loss, if the one who searches computes it from what comes back.
+The prompt is p_0 + A z, with a fixed random projection A and a short z. CMA-ES searches z: Hansen, The CMA Evolution
+Strategy (arXiv 1604.00772), by the `cma` package. The method for prompts is from Sun, Shao, Qian, Huang and Qiu,
+Black-Box Tuning for Language-Model-as-a-Service, ICML 2022. Luo et al., SecP-Tuning, ICLR 2026 (arXiv 2506.15307), run
+it on shares. All candidates of a generation are evaluated at once. The forward pass sees prompts, or shares of them.
+It never sees a loss if the searcher computes losses from the features that it returns.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from torch import Tensor
 from sordino.errors import ConfigError, RunError
 from sordino.progress import Progress, silent
 
-Losses = Callable[[Tensor], Tensor]  # prompts [P, M, E] to their losses [P]
+Losses = Callable[[Tensor], Tensor]  # maps prompts [P, M, E] to their losses [P]
 
 
 @dataclass(frozen=True)
 class Search:
-    """How to search.
+    """Settings of a search.
 
     Attributes:
         width: of z.
         population: candidates a generation.
-        generations: of them.
-        deviation: of z at the start.
-        scale: standard deviation of a prompt's entries where z's have one of 1.
+        generations: their number.
+        deviation: standard deviation of z's entries at the start.
+        scale: standard deviation of a prompt's entries if z's entries have a standard deviation of 1.
         seed: of A and of candidates.
-        keep_norms: give each of a prompt's tokens the norm that it has in p_0. A tower normalises what enters it, so
-            little is lost but the way to values for which a tower on shares was not calibrated.
+        keep_norms: give each token of a prompt its norm in p_0. A tower normalizes its input, so this loses little. It
+            keeps prompts away from values for which a tower on shares was not calibrated.
     """
 
     width: int = 64
@@ -50,13 +50,13 @@ class Search:
 
 
 @dataclass
-class Found:
-    """Where a search stands; all that it takes to go on.
+class SearchState:
+    """The state of a search, complete enough to go on.
 
     Attributes:
-        losses: of every candidate so far, a list a generation.
+        losses: of every candidate so far, a list for each generation.
         best: z of the least loss.
-        least: that loss; infinite before the first generation.
+        least: the least loss; infinite before the first generation.
     """
 
     losses: list[list[float]] = field(default_factory=list)
@@ -64,39 +64,39 @@ class Found:
     least: float = float("inf")
 
     def better(self, z: Sequence[float], loss: float) -> None:
-        """Take z for the best, if it is."""
+        """Replace the best z if this loss is lower."""
         if loss < self.least:
-            self.best, self.least = [float(each) for each in z], loss
+            self.best, self.least = [float(value) for value in z], loss
 
     def to_json(self) -> str:
-        """For a file; it holds no prompt but the best z, which is useless without A."""
+        """Serialize the state for a file. It holds no prompt but the best z, which is useless without A."""
         return json.dumps({"losses": self.losses, "best": self.best})
 
     @classmethod
-    def from_json(cls, content: str | bytes) -> Found:
-        """What `to_json` wrote.
+    def from_json(cls, content: str | bytes) -> SearchState:
+        """Invert `to_json`.
 
         Raises:
-            RunError: it is damaged.
+            RunError: the content is damaged.
         """
         try:
             stored = json.loads(content)
             losses = [[float(loss) for loss in generation] for generation in stored["losses"]]
             least = min((min(generation) for generation in losses), default=float("inf"))
-            return cls(losses, [float(each) for each in stored["best"]], least)
+            return cls(losses, [float(value) for value in stored["best"]], least)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise RunError(f"the state of a search is damaged ({error}); start anew") from None
 
 
 @lru_cache(maxsize=4)
 def projection(search: Search, length: int, width: int) -> Tensor:
-    """A, [d, M, E]: fixed by the seed. Its rows are orthogonal, all of one norm, in directions that are uniform.
+    """Draw A, [d, M, E], from the seed. Its rows are orthogonal, of one norm, in uniform directions.
 
-    With rows that are merely independent, a d near M E stretches some directions many times as far as others, and the
-    search is the slower for it.
+    If rows were merely independent, a d near M E would stretch some directions many times as far as others, and slow
+    the search.
 
     Args:
-        search: its width, scale and seed.
+        search: gives width, scale and seed.
         length, width: M and E of the prompt.
 
     Raises:
@@ -105,8 +105,8 @@ def projection(search: Search, length: int, width: int) -> Tensor:
     if search.width > length * width:
         raise ConfigError("search.width", search.width, f"must be at most the {length * width} numbers of a prompt")
     generator = torch.Generator().manual_seed(search.seed)
-    drawn = torch.randn(length * width, search.width, generator=generator, dtype=torch.float64)
-    rows, triangle = torch.linalg.qr(drawn)
+    gaussian = torch.randn(length * width, search.width, generator=generator, dtype=torch.float64)
+    rows, triangle = torch.linalg.qr(gaussian)
     rows = rows * triangle.diagonal().sign()  # uniform only with this choice of signs
     norm = search.scale * (length * width / search.width) ** 0.5
     scaled: Tensor = (rows.T * norm).float().view(search.width, length, width)
@@ -114,7 +114,7 @@ def projection(search: Search, length: int, width: int) -> Tensor:
 
 
 def prompts(search: Search, start: Tensor, z: Tensor) -> Tensor:
-    """p_0 + A z for candidates z [P, d], with p_0's norms if these are kept: [P, M, E]."""
+    """Compute p_0 + A z for candidates z [P, d], with p_0's norms if these are kept: [P, M, E]."""
     moved = start + torch.einsum("pd,dme->pme", z.to(start), projection(search, *start.shape).to(start))
     if search.keep_norms:
         moved = moved * (start.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True))
@@ -125,32 +125,32 @@ def tune(
     search: Search,
     start: Tensor,
     losses: Losses,
-    found: Found | None = None,
-    finished: Callable[[Found], None] = lambda _: None,
+    state: SearchState | None = None,
+    finished: Callable[[SearchState], None] = lambda _: None,
     progress: Progress = silent,
-) -> tuple[Tensor, Found]:
-    """The prompt of the least loss, of all candidates and the mean of the last distribution.
+) -> tuple[Tensor, SearchState]:
+    """Find the prompt of the least loss, among all candidates and the mean of the last distribution.
 
-    That mean is usually better than any candidate, and depends less on which of them came first.
+    This mean is usually better than any candidate, and depends less on chance.
 
-    An interrupted search goes on from the last finished generation: CMA-ES is told the losses it was told before, and
-    so stands where it stood, without a forward pass.
+    An interrupted search goes on after the last finished generation. CMA-ES is given the recorded losses again, which
+    restores its state without a forward pass.
 
     Args:
-        search: how to search.
+        search: settings.
         start: p_0, [M, E].
         losses: of a generation's prompts.
-        found: where an earlier search with the same settings ended.
-        finished: is given the state after each generation.
-        progress: is told how far it is.
+        state: of an interrupted search with the same settings.
+        finished: receives the state after each generation.
+        progress: receives the number of generations done.
 
     Returns:
-        The prompt [M, E], p_0 if there was no generation; and the state.
+        The prompt [M, E], which is p_0 if there was no generation; and the state.
 
     Raises:
-        RunError: `found` is of another search, or a loss is not finite.
+        RunError: `state` belongs to another search, or a loss is not finite.
     """
-    found = found or Found()
+    state = state or SearchState()
     options = {
         "popsize": search.population,
         "seed": search.seed + 1,  # cma takes 0 for the time of day
@@ -158,22 +158,24 @@ def tune(
         "maxiter": search.generations,
     }
     strategy = cma.CMAEvolutionStrategy(np.zeros(search.width), search.deviation, options)
-    for told in found.losses:
-        if len(told) != search.population:
-            raise RunError(f"the state has {len(told)} candidates a generation where {search.population} are due")
-        strategy.tell(strategy.ask(), told)
-    for generation in range(len(found.losses), search.generations):
+    for generation_losses in state.losses:
+        if len(generation_losses) != search.population:
+            raise RunError(
+                f"the state has {len(generation_losses)} candidates a generation where {search.population} are due"
+            )
+        strategy.tell(strategy.ask(), generation_losses)
+    for generation in range(len(state.losses), search.generations):
         candidates = strategy.ask()
         values = losses(prompts(search, start, torch.tensor(np.array(candidates)))).tolist()
         if not np.isfinite(values).all():
             raise RunError(f"a loss in generation {generation + 1} is not finite; lower the deviation or the scale")
         strategy.tell(candidates, values)
-        found.better(candidates[int(np.argmin(values))], min(values))
-        found.losses.append([float(value) for value in values])
-        finished(found)
-        progress("tune", generation + 1, search.generations, f"loss {found.least:.3f}")
-    if not found.best:
-        return start, found
+        state.better(candidates[int(np.argmin(values))], min(values))
+        state.losses.append([float(value) for value in values])
+        finished(state)
+        progress("tune", generation + 1, search.generations, f"loss {state.least:.3f}")
+    if not state.best:
+        return start, state
     mean = strategy.result.xfavorite
-    found.better(mean, losses(prompts(search, start, torch.tensor(mean[None]))).item())
-    return prompts(search, start, torch.tensor([found.best]))[0], found
+    state.better(mean, losses(prompts(search, start, torch.tensor(mean[None]))).item())
+    return prompts(search, start, torch.tensor([state.best]))[0], state

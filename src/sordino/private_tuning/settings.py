@@ -1,4 +1,4 @@
-"""The configuration of `sordino tune-private`: a TOML file, `--set` overrides, and what they resolve to."""
+"""Configuration of `sordino tune-private`: a TOML file and `--set` overrides, checked and resolved."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sordino.errors import ConfigError, config_error
 from sordino.files import absolute_path
 from sordino.private_tuning.search import Search
 
-LONGEST = 64  # tokens of a sentence, where the configuration says nothing
+LONGEST = 64  # default of task.longest: tokens of a sentence
 TEXT_NEEDS = ("train", "test", "label_names", "descriptions")
 
 
@@ -62,7 +62,7 @@ class PromptSettings(BaseModel):
 
 
 class SearchSettings(BaseModel):
-    """The `[search]` table: `search.Search` but for its seed."""
+    """The `[search]` table: `search.Search` without its seed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -85,7 +85,7 @@ class SearchSettings(BaseModel):
     )
 
     def search(self, seed: int) -> Search:
-        """What `search.tune` takes."""
+        """Return the settings for `search.tune`."""
         return Search(**self.model_dump(), seed=seed)
 
 
@@ -104,7 +104,7 @@ class ModelSettings(BaseModel):
 
 
 class SessionSettings(BaseModel):
-    """The `[session]` table: where the servers are; of no use with --clear."""
+    """The `[session]` table: addresses and credentials for the servers. Not used with --clear."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -128,7 +128,7 @@ class PrivateTuning(BaseModel):
 
 
 def load_private_config(path: Path, overrides: Sequence[str] = ()) -> PrivateTuning:
-    """Read a TOML file and apply `key=value` overrides; relative paths are from the working directory.
+    """Read a TOML file and apply `key=value` overrides. Relative paths start at the working directory.
 
     Raises:
         ConfigError: the file is missing or malformed, or a key or value is not allowed.
@@ -157,7 +157,7 @@ def parse_private_config(tables: Mapping[str, Any]) -> PrivateTuning:
 
 
 def _check(config: PrivateTuning) -> None:
-    """What concerns several keys at once."""
+    """Check constraints between keys."""
     task = config.task
     needed = TEXT_NEEDS if task.kind == "text" else ("source",)
     for key in (*TEXT_NEEDS, "longest", "source"):
@@ -174,7 +174,7 @@ def _check(config: PrivateTuning) -> None:
     if task.kind == "text":
         _check_values(task, config.prompt.length)
     servers = config.session.servers
-    if servers is not None and not (len(servers) == 2 and all(is_address(each) for each in servers)):
+    if servers is not None and not (len(servers) == 2 and all(is_address(server) for server in servers)):
         raise ConfigError("session.servers", servers, "must be two, each as 'host:port'")
 
 
@@ -191,12 +191,12 @@ def _check_values(task: TaskSettings, length: int) -> None:
 
 
 def longest_of(task: TaskSettings) -> int:
-    """Tokens of a sentence, at most."""
+    """Return the most tokens of a sentence."""
     return LONGEST if task.longest is None else task.longest
 
 
 def is_address(text: str, least_port: int = 1) -> bool:
-    """Whether a text is HOST:PORT."""
+    """Return true if a text is HOST:PORT."""
     host, _, port = text.rpartition(":")
     plain = bool(host) and not any(mark.isspace() or mark in "/," for mark in host)
     return plain and port.isdecimal() and least_port <= int(port) < 65536

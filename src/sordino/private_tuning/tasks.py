@@ -1,11 +1,12 @@
-"""What a prompt is tuned for, as a data owner asks for it: sentences go out, features come back, losses stay here.
+"""Tasks that a data owner tunes a prompt for. Sentences leave, features come back, and losses stay with the owner.
 
-A text task sorts sentences: a feature of '[CLS] prompt sentence [SEP]' is compared with those of descriptions of the
-classes, behind the same prompt. An image task sorts pictures: only '[CLS] prompt class name. [SEP]' goes out, and what
-comes back is compared with image features that never leave. All candidates of a generation are one call of the forward
-pass. Few-shot splits depend on the seed alone, so every method of a comparison has the same.
+A text task classifies sentences. It compares features of '[CLS] prompt sentence [SEP]' with features of the classes'
+descriptions behind the same prompt. An image task classifies pictures. Only '[CLS] prompt class name. [SEP]' leaves,
+and the features that come back are compared with image features that never leave. All candidates of a generation are
+one call of the forward pass. Few-shot splits depend on the seed alone, so all methods of a comparison share them.
 
-What is tested on is the same for all seeds; what neither tests nor trains is for choosing settings, see `Part`.
+Test examples are the same for all seeds. Examples that are neither trained nor tested on serve to choose settings, see
+`Part`.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ from sordino.mpc.tower.distill import embedder_of
 from sordino.mpc.tower.sentences import Forward, encoded
 from sordino.private_tuning.settings import PrivateTuning, longest_of
 
-Part = Literal["test", "validation"]  # what is tested on: "validation" are training examples that no shot is
+Part = Literal["test", "validation"]  # examples to test on; "validation": training examples that are no shots
 Indices = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
-SPLIT_STREAM = 3  # what a generator derived from the seed is for
-TEST_SEED = 0  # what is tested on is no matter of a run's seed
-TEXT_SCALE = 50.0  # logits of a text task over cosines, whose differences between classes are some hundredths
+SPLIT_STREAM = 3  # purpose of a generator that is derived from the seed
+TEST_SEED = 0  # test examples do not depend on a run's seed
+TEXT_SCALE = 50.0  # ratio of a text task's logits to cosines, which differ between classes by some hundredths
 MAX_BYTES = 1 << 30  # of a file of sentences
 HEADER = ["sentence", "label"]
 
@@ -62,21 +63,21 @@ class Task(ABC):
 
     @abstractmethod
     def start(self) -> Tensor:
-        """The hand-written prompt, [M, E]."""
+        """Return the hand-written prompt, [M, E]."""
 
     @abstractmethod
     def logits(self, forward: Forward, prompts: Tensor, test: bool = False) -> Tensor:
-        """Of training or test examples behind prompts [P, M, E], [P, N, C], in one call of `forward`.
+        """Compute logits [P, N, C] of training or test examples behind prompts [P, M, E], in one call of `forward`.
 
-        Differentiable in the prompts where `forward` is.
+        Differentiable in the prompts if `forward` is.
         """
 
     @abstractmethod
     def contents(self, test: bool = False) -> list[bytes]:
-        """SHA-256 of each training or test example, in their order."""
+        """Return the SHA-256 of each training or test example, in order."""
 
     def record(self) -> dict[str, Any]:
-        """What a run directory writes down of the task, as digests; see `sordino.data_record`."""
+        """Return the task's digests for the run directory; see `sordino.data_record`."""
         words = self.embedder
         embeddings = hashlib.sha256(words.tokenizer.to_str().encode())
         for part in (words.words, words.positions):
@@ -90,33 +91,33 @@ class Task(ABC):
         return {"train": digest(False), "tests": digest(True), "embeddings": embeddings.hexdigest()}
 
     def losses(self, forward: Forward, prompts: Tensor) -> Tensor:
-        """Mean cross-entropy over training examples of prompts [P, M, E], [P]; without a gradient."""
+        """Compute the mean cross-entropy [P] over training examples for prompts [P, M, E], without a gradient."""
         with torch.no_grad():
             return cross_entropies(self.logits(forward, prompts), self.labels)
 
     def accuracy(self, forward: Forward, prompt: Tensor) -> float:
-        """On test examples, behind a prompt [M, E]."""
+        """Compute the accuracy on test examples behind a prompt [M, E]."""
         with torch.no_grad():
-            found = self.logits(forward, prompt[None], test=True)[0].argmax(-1)
-        return float((found == self.test_labels).double().mean())
+            predicted = self.logits(forward, prompt[None], test=True)[0].argmax(-1)
+        return float((predicted == self.test_labels).double().mean())
 
 
 def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy over examples: [P, N, C] and [N] to [P]."""
+    """Compute mean cross-entropies over examples, from [P, N, C] and [N] to [P]."""
     return F.cross_entropy(logits.mT, labels.expand(len(logits), -1), reduction="none").mean(1)
 
 
 @dataclass(frozen=True, eq=False)
 class TextTask(Task):
-    """Sentences in classes that descriptions stand for.
+    """Classification of sentences into classes given by descriptions.
 
     Attributes:
         embedder: the owner's: tokenizer, and embeddings of tokens and of positions.
         class_names: C names.
         descriptions: C texts, one a class.
         initial: the hand-written prompt.
-        length: M, its tokens: it is cut, or filled up with repetitions of itself.
-        longest: tokens of a whole sentence with prompt, start and end; what is beyond is cut off.
+        length: M, tokens of the prompt. The hand-written one is cut or repeated to this length.
+        longest: most tokens of a sentence with prompt, start and end. The rest is cut off.
         sentences, labels: training examples.
         test_sentences, test_labels: test examples.
     """
@@ -142,33 +143,33 @@ class TextTask(Task):
         return [hashlib.sha256(text.encode()).digest() for text in texts]
 
     def logits(self, forward: Forward, prompts: Tensor, test: bool = False) -> Tensor:
-        """Scaled cosines of sentences to descriptions behind the same prompt, see `Task`."""
+        """Compute scaled cosines of sentences to descriptions behind the same prompt; see `Task`."""
         texts = [*self.descriptions, *(self.test_sentences if test else self.sentences)]
-        found = self.features(forward, prompts, texts)
-        classes, sentences = found.split([len(self.descriptions), len(texts) - len(self.descriptions)], 1)
+        features = self.features(forward, prompts, texts)
+        classes, sentences = features.split([len(self.descriptions), len(texts) - len(self.descriptions)], 1)
         logits: Tensor = TEXT_SCALE * sentences @ classes.mT
         return logits
 
     def features(self, forward: Forward, prompts: Tensor, texts: Sequence[str]) -> Tensor:
-        """Unit-norm features of texts behind each prompt [P, M, E]: [P, len(texts), E]."""
+        """Compute unit-norm features of texts behind each prompt, [P, M, E] to [P, len(texts), E]."""
         room = self.longest - prompts.shape[1] - 2
         tokens = [self.embedder.embed(text)[:room] for text in texts]
         end = _mark(self.embedder, "[SEP]")
-        rows = [torch.cat([each, end]) for each in tokens]
+        rows = [torch.cat([embedded, end]) for embedded in tokens]
         return F.normalize(_behind(self.embedder, forward, prompts, rows), dim=-1)
 
 
 @dataclass(frozen=True, eq=False)
 class ImageTask(Task):
-    """Pictures in classes that their names stand for.
+    """Classification of pictures into classes given by names.
 
     Attributes:
         embedder: as in `TextTask`.
         class_names: C names.
         initial, length: as in `TextTask`.
-        project: mean-pooled sentences [..., E] to unit-norm features [..., D].
+        project: maps mean-pooled sentences [..., E] to unit-norm features [..., D].
         logit_scale: of cosines.
-        features, labels: training examples: unit-norm image features [N, D].
+        features, labels: training examples, as unit-norm image features [N, D].
         test_features, test_labels: test examples.
         digests, test_digests: SHA-256 of the pictures' contents.
         encoder: name, fingerprint and precision of the image tower.
@@ -194,10 +195,10 @@ class ImageTask(Task):
         return initial_prompt(self.embedder, self.initial, self.length)
 
     def check_length(self) -> None:
-        """See that every class's sentence fits the checkpoint, before anything is searched.
+        """Check that every class's sentence fits the checkpoint, before the search.
 
         Raises:
-            ConfigError: one does not.
+            ConfigError: a sentence does not fit.
         """
         classes, limit = self.embedder.class_tokens(self.class_names), len(self.embedder.positions)
         longest = int(classes.mask.sum(1).max())
@@ -218,25 +219,25 @@ class ImageTask(Task):
         return super().record() | {"encoder": dict(self.encoder)}
 
     def logits(self, forward: Forward, prompts: Tensor, test: bool = False) -> Tensor:
-        """Scaled cosines of image features to class features, see `Task`; images play no part in `forward`."""
+        """Compute scaled cosines of image features to class features; see `Task`. No image enters `forward`."""
         classes = self.embedder.class_tokens(self.class_names)
-        rows = [row[there] for row, there in zip(classes.embeddings, classes.mask, strict=True)]
-        found = self.project(_behind(self.embedder, forward, prompts, rows))  # [P, C, D]
+        rows = [row[is_token] for row, is_token in zip(classes.embeddings, classes.mask, strict=True)]
+        class_features = self.project(_behind(self.embedder, forward, prompts, rows))  # [P, C, D]
         images = self.test_features if test else self.features
-        logits: Tensor = self.logit_scale * images @ found.mT
+        logits: Tensor = self.logit_scale * images @ class_features.mT
         return logits
 
 
 def text_task(config: PrivateTuning, part: Part = "test") -> TextTask:
-    """The text task of a configuration, its shots drawn from the seed.
+    """Open the text task of a configuration, with shots drawn from the seed.
 
     Args:
         config: of `sordino tune-private`.
-        part: what to test on.
+        part: examples to test on.
 
     Raises:
         ConfigError: a file or a checkpoint is missing, or sentences may be longer than a checkpoint's.
-        DataError: data is malformed, or too little.
+        DataError: data is malformed, or there is too little.
     """
     task, names, folder = config.task, tuple(config.task.label_names or ()), config.model.embeddings
     try:
@@ -271,7 +272,7 @@ def text_task(config: PrivateTuning, part: Part = "test") -> TextTask:
 
 
 def _check_texts(embedder: Embedder, descriptions: Sequence[str], sentences: Sequence[str], room: int) -> None:
-    """Refuse descriptions that read the same, also where they are cut to `room` tokens; warn of unknown words."""
+    """Refuse descriptions that have the same tokens, also after a cut to `room` tokens. Warn of unknown words."""
     embedder.check_names("description", descriptions, descriptions)
     cut: dict[tuple[int, ...], str] = {}
     for text in descriptions:
@@ -286,7 +287,7 @@ def _check_texts(embedder: Embedder, descriptions: Sequence[str], sentences: Seq
 
 
 def initial_prompt(embedder: Embedder, text: str, length: int) -> Tensor:
-    """A text's token embeddings, cut or repeated to M tokens: [M, E].
+    """Embed a text's tokens, cut or repeated to M tokens: [M, E].
 
     Raises:
         ConfigError: the text has no token.
@@ -299,16 +300,16 @@ def initial_prompt(embedder: Embedder, text: str, length: int) -> Tensor:
 
 
 def read_sentences(file: Path, key: str, classes: int) -> tuple[tuple[str, ...], Indices]:
-    """Sentences and labels of a tab-separated file with the header `sentence label`.
+    """Read sentences and labels from a tab-separated file with the header `sentence label`.
 
     Args:
         file: to read.
-        key: of the configuration that names it, for messages.
-        classes: C; labels are below it.
+        key: configuration key that names the file, for messages.
+        classes: C. Labels are below it.
 
     Raises:
         ConfigError: there is no such file.
-        DataError: it has another header, or a line without a sentence or a known label; the message names the line.
+        DataError: the header is another, or a line lacks a sentence or a known label. The message names the line.
     """
     try:
         lines = read_regular(file, MAX_BYTES).decode("utf-8-sig").splitlines()
@@ -328,17 +329,17 @@ def read_sentences(file: Path, key: str, classes: int) -> tuple[tuple[str, ...],
 
 
 def drawn(labels: Indices, among: Flags, per_class: int | None, seed: int, what: str) -> Indices:
-    """Rows of so many examples of each class, sorted by class; 4 shots are among 16, whatever else is set.
+    """Draw rows of examples of each class, sorted by class. The draw of 4 shots is part of the draw of 16.
 
     Args:
         labels: [N].
-        among: [N], false for rows that are not to be drawn. They do not change the draw of the others.
-        per_class: how many of each; None for all.
+        among: [N], false for rows that must not be drawn. They do not change the draw of the others.
+        per_class: examples of each class; None for all.
         seed: of the draw.
-        what: they are, for messages.
+        what: name of the examples' source, for messages.
 
     Raises:
-        DataError: a class has too few.
+        DataError: a class has too few examples.
     """
     chosen = []
     for label in range(int(labels.max()) + 1):
@@ -354,7 +355,7 @@ def drawn(labels: Indices, among: Flags, per_class: int | None, seed: int, what:
 
 
 def _behind(embedder: Embedder, forward: Forward, prompts: Tensor, rows: Sequence[Tensor]) -> Tensor:
-    """Mean-pooled '[CLS] prompt row' for each prompt [P, M, E] and each row [T, E]: [P, rows, E], in one call."""
+    """Encode '[CLS] prompt row' for each prompt [P, M, E] and row [T, E] in one call: mean-pooled, [P, rows, E]."""
     start = _mark(embedder, "[CLS]")
     sentences = []
     for prompt in prompts:
@@ -365,5 +366,5 @@ def _behind(embedder: Embedder, forward: Forward, prompts: Tensor, rows: Sequenc
 
 
 def _mark(embedder: Embedder, mark: str) -> Tensor:
-    """A special token's embedding, [1, E]."""
+    """Return a special token's embedding, [1, E]."""
     return embedder.words[embedder.tokenizer.token_to_id(mark)][None]

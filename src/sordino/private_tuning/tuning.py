@@ -1,7 +1,7 @@
-"""`sordino tune-private`: a data owner's search for a prompt, in a run directory, from which it can be resumed.
+"""`sordino tune-private`: a data owner's search for a prompt, in a run directory from which it can be resumed.
 
-Whoever runs the forward pass is given by the caller: two servers on shares, or a tower in the clear. What is written
-here is the owner's own: losses, the prompt and accuracies never leave.
+The caller supplies the forward pass: two servers on shares, or a tower in the clear. The run directory belongs to the
+data owner. Losses, the prompt and accuracies never leave it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sordino.mpc.parties.certificates import DATA_OWNER, Identity
 from sordino.mpc.parties.network import LAN, WAN
 from sordino.mpc.tower.sentences import Forward
 from sordino.mpc.tower.tower import BUNDLED, PrivateTower, bundled_tower
-from sordino.private_tuning.search import Found, tune
+from sordino.private_tuning.search import SearchState, tune
 from sordino.private_tuning.settings import PrivateTuning
 from sordino.private_tuning.tasks import Task
 from sordino.progress import Progress, silent
@@ -34,7 +34,7 @@ from sordino.run_folder import Metrics, prepare
 from sordino.run_lock import held
 
 STATE = "search.json"
-SESSION = "session"  # the table that may change between a run and its resumption: servers move
+SESSION = "session"  # table that may change between a run and its resumption, as servers may move
 
 
 def tune_private(
@@ -50,15 +50,15 @@ def tune_private(
     """Search for a prompt, measure it, and write a run directory.
 
     Args:
-        config: what to do.
+        config: of the run.
         out: the run directory; must not exist, unless `resume`.
         task: of the configuration, see `sordino.private_tuning.open_task.open_task`.
-        forward: sentences to features.
-        clear: whether `forward` is a tower in the clear; written down, and the same when resumed.
-        costs: that `forward` enters what it costs in, None where it has none. At the end it holds those of the whole
-            run, with those of generations that were finished before it was resumed.
+        forward: maps sentences to features.
+        clear: `forward` is a tower in the clear. It is recorded, and must be the same when the run is resumed.
+        costs: where `forward` enters its costs; None if it has none. At the end it holds the costs of the whole run,
+            including generations that were finished before the run was resumed.
         resume: go on after the last finished generation in `out`.
-        progress: is told how far the search is.
+        progress: receives the number of generations done.
 
     Returns:
         The summary, as in `summary.json`.
@@ -80,31 +80,33 @@ def _tuned(
     costs: Costs | None,
     progress: Progress,
 ) -> dict[str, Any]:
-    """`tune_private`, with the run directory held and not finished."""
+    """Do the work of `tune_private` for a run directory that is locked and not finished."""
     tables = config.model_dump(exclude_none=True)
     began = time.monotonic()
-    found = _state(out / STATE, clear, costs)
+    state = _state(out / STATE, clear, costs)
     pin(out, {"version": sordino.__version__, **task.record(), "tower": _tower_digest(config) if clear else None})
     write_atomically(out / "config.toml", to_toml(tables).encode())
-    record = _Record(out, clear, costs, len(found.losses))
+    record = _Record(out, clear, costs, len(state.losses))
     start, search = task.start(), config.search.search(config.seed)
     if not record.metrics.lines:
         record.add(0, task.losses(forward, start[None]).tolist())
-    prompt, found = tune(search, start, lambda asked: task.losses(forward, asked), found, record.generation, progress)
+    prompt, state = tune(
+        search, start, lambda prompts: task.losses(forward, prompts), state, record.generation, progress
+    )
     searched = time.monotonic()
     accuracy = {"zero_shot": task.accuracy(forward, start), "tuned": task.accuracy(forward, prompt)}
-    _save_prompt(out / "prompts" / "private.safetensors", config, task, prompt, found)
+    _save_prompt(out / "prompts" / "private.safetensors", config, task, prompt, state)
     before = record.metrics.lines[0]["mean_loss"]
     summary = {
         "task": task.kind,
         "classes": list(task.class_names),
         "shots": config.task.shots,
         "seed": config.seed,
-        "generations": len(found.losses),
-        "evaluations": sum(map(len, found.losses)),
+        "generations": len(state.losses),
+        "evaluations": sum(map(len, state.losses)),
         "test_examples": len(task.test_labels),
         "accuracy": accuracy,
-        "train_loss": {"before": before, "after": found.least if found.losses else before},
+        "train_loss": {"before": before, "after": state.least if state.losses else before},
         "seconds": {
             "search": record.metrics.seconds("seconds"),
             "evaluate": time.monotonic() - searched,
@@ -114,13 +116,13 @@ def _tuned(
         "clear": clear,
         "version": sordino.__version__,
     }
-    # At the very end, as it marks the run as finished.
+    # Written last, since it marks the run as finished.
     write_atomically(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     return summary
 
 
 def finished_before(config: PrivateTuning, out: Path, resume: bool) -> dict[str, Any] | None:
-    """The summary of a run that is finished already, which needs no servers and no data; None for one that is not.
+    """Return the summary of a finished run, without servers or data; None if the run is not finished.
 
     Raises:
         RunError: `out` may not be written or resumed.
@@ -129,25 +131,25 @@ def finished_before(config: PrivateTuning, out: Path, resume: bool) -> dict[str,
 
 
 def tower_of(config: PrivateTuning) -> PrivateTower:
-    """The tower of a run in the clear.
+    """Load the tower of a run in the clear.
 
     Raises:
-        MpcError: its file holds none.
+        ConfigError: the file holds no tower.
     """
     return PrivateTower.load(user_path(config.model.tower, "model.tower")) if config.model.tower else bundled_tower()
 
 
 def _tower_digest(config: PrivateTuning) -> str:
-    """SHA-256 of the file of the tower in the clear. Of a tower on shares, its owner alone could tell a digest."""
+    """Return the SHA-256 of the file of the tower in the clear. Only its owner could do so for a tower on shares."""
     file = user_path(config.model.tower, "model.tower") if config.model.tower else BUNDLED
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def owner_of(config: PrivateTuning) -> tuple[Identity, list[str]]:
-    """Of a run on shares, the data owner's identity, and the servers.
+    """Return the data owner's identity and the servers' addresses for a run on shares.
 
     Raises:
-        ConfigError: the configuration does not say, or there is no such identity.
+        ConfigError: the configuration lacks them, or the identity cannot be loaded.
     """
     session = config.session
     if session.servers is None:
@@ -158,24 +160,24 @@ def owner_of(config: PrivateTuning) -> tuple[Identity, list[str]]:
 
 
 class _Record:
-    """What is written while a search runs: a line of metrics a generation, then the state."""
+    """Writes the files of a running search: for each generation a line of metrics, then the state."""
 
     def __init__(self, out: Path, clear: bool, costs: Costs | None, generations: int) -> None:
         self._out, self._clear, self._costs = out, clear, costs
         self.metrics = Metrics(out / "metrics.jsonl", generations, "generation", ("seconds", "mean_loss"))
         self._then = time.monotonic()
 
-    def generation(self, found: Found) -> None:
-        """The last generation of a search is finished; a state that lags behind its metrics only repeats one."""
-        self.add(len(found.losses), found.losses[-1], found.least)
-        state = {"clear": self._clear} | json.loads(found.to_json())
+    def generation(self, state: SearchState) -> None:
+        """Record a search's last generation. A state that lags behind the metrics only repeats one generation."""
+        self.add(len(state.losses), state.losses[-1], state.least)
+        stored = {"clear": self._clear} | json.loads(state.to_json())
         if self._costs is not None:
-            state["costs"] = self._costs.taken()
-            self._costs.add_taken(state["costs"])
-        write_atomically(self._out / STATE, json.dumps(state).encode())
+            stored["costs"] = self._costs.taken()
+            self._costs.add_taken(stored["costs"])
+        write_atomically(self._out / STATE, json.dumps(stored).encode())
 
     def add(self, generation: int, losses: list[float], least: float | None = None) -> None:
-        """A line of metrics; the start is generation 0."""
+        """Append a line of metrics. Generation 0 is the initial prompt."""
         line: dict[str, Any] = {
             "generation": generation,
             "least_loss": min(losses) if least is None else least,
@@ -183,31 +185,31 @@ class _Record:
             "seconds": time.monotonic() - self._then,
         }
         if self._costs is not None:
-            line |= _figures(self._costs.total)  # up to here
+            line |= _figures(self._costs.total)  # since the start of the run
         self.metrics.add(line)
         self._then = time.monotonic()
 
 
-def _state(file: Path, clear: bool, costs: Costs | None) -> Found:
-    """Where an interrupted search stands; what it cost is entered with what is to come."""
+def _state(file: Path, clear: bool, costs: Costs | None) -> SearchState:
+    """Read the state of an interrupted search, and enter its costs."""
     if not file.exists():
-        return Found()
+        return SearchState()
     content = file.read_bytes()
-    found = Found.from_json(content)
-    state = json.loads(content)
-    if state.get("clear") != clear:
+    state = SearchState.from_json(content)
+    stored = json.loads(content)
+    if stored.get("clear") != clear:
         raise RunError(f"{file.parent} was begun {'on shares' if clear else 'with --clear'}; go on in the same way")
     if costs is not None:
         try:
-            costs.add_taken(state["costs"])
+            costs.add_taken(stored["costs"])
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"{file} is damaged ({error}); start anew") from None
-    return found
+    return state
 
 
-def _save_prompt(file: Path, config: PrivateTuning, task: Task, prompt: Tensor, found: Found) -> None:
-    """The prompt, and z, with what they belong to."""
-    z = torch.tensor(found.best or [0.0] * config.search.width, dtype=torch.float64)
+def _save_prompt(file: Path, config: PrivateTuning, task: Task, prompt: Tensor, state: SearchState) -> None:
+    """Write the prompt and z, with the task, encoder, classes and seed that they belong to."""
+    z = torch.tensor(state.best or [0.0] * config.search.width, dtype=torch.float64)
     metadata = {
         "task": task.kind,
         "encoder": config.model.embeddings or "bundled",
@@ -223,7 +225,7 @@ def _figures(cost: Cost) -> dict[str, int]:
 
 
 def _costs(costs: Costs) -> dict[str, Any]:
-    """Of the run: set-up, generations, and test examples; and the seconds that messages need on two networks."""
+    """Summarize a run's costs: set-up, generations and test examples, and seconds of messages on two networks."""
     total = costs.total
     return _figures(total) | {
         "by_label": {label: _figures(cost) for label, cost in costs.by_label().items()},
@@ -241,7 +243,7 @@ def _costs(costs: Costs) -> dict[str, Any]:
 
 
 def as_text(summary: dict[str, Any]) -> str:
-    """A summary for people."""
+    """Format a summary as text."""
     accuracy, loss = summary["accuracy"], summary["train_loss"]
     lines = [
         f"accuracy on {summary['test_examples']} test examples: {accuracy['tuned']:.3f}, "
