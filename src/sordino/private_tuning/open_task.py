@@ -114,6 +114,7 @@ def _fixed_halves(labels: Indices) -> Flags:
     """Mark a half of each class, [N], the same in every run."""
     tested = np.zeros(len(labels), dtype=np.bool_)
     for label in np.unique(labels).tolist():
-        rows = np.random.default_rng([TEST_SEED, HALVES_STREAM, label]).permutation(np.flatnonzero(labels == label))
+        generator = np.random.default_rng([TEST_SEED, HALVES_STREAM, label])
+        rows = generator.permutation(np.flatnonzero(labels == label))
         tested[rows[: len(rows) // 2]] = True
     return tested

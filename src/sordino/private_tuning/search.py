@@ -115,7 +115,8 @@ def projection(search: Search, length: int, width: int) -> Tensor:
 
 def prompts(search: Search, start: Tensor, z: Tensor) -> Tensor:
     """Compute p_0 + A z for candidates z [P, d], with p_0's norms if these are kept: [P, M, E]."""
-    moved = start + torch.einsum("pd,dme->pme", z.to(start), projection(search, *start.shape).to(start))
+    a = projection(search, *start.shape).to(start)
+    moved = start + torch.einsum("pd,dme->pme", z.to(start), a)
     if search.keep_norms:
         moved = moved * (start.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True))
     return moved

@@ -23,14 +23,15 @@ class TaskSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    kind: Literal["text", "images"] = Field(description="what is sorted into classes: sentences or pictures")
+    kind: Literal["text", "images"] = Field(description="examples to classify: sentences or pictures")
     train: str | None = Field(default=None, description="text: a file with the header 'sentence<TAB>label'")
-    test: str | None = Field(default=None, description="text: another, for the accuracy at the end")
+    test: str | None = Field(default=None, description="text: another such file, for the final accuracy")
     label_names: list[str] | None = Field(
         default=None, min_length=2, description="text: the classes' names; a label is an index into them"
     )
     descriptions: list[str] | None = Field(
-        default=None, description="text: what sentences are compared with, one a class, e.g. 'it was great.'"
+        default=None,
+        description="text: descriptions that sentences are compared with, one a class, e.g. 'it was great.'",
     )
     longest: int | None = Field(
         default=None,
@@ -46,7 +47,7 @@ class TaskSettings(BaseModel):
         default=None,
         min_length=2,
         max_length=2,
-        description="images: values of black and white in grey pictures of more than 8 bits; absent: as each file says",
+        description="images: values of black and white in gray pictures of more than 8 bits; absent: as each file says",
     )
     shots: int = Field(default=16, ge=1, description="training examples a class, drawn from the seed")
     test_limit: int | None = Field(default=None, ge=1, description="test examples a class, at most; absent: all")
@@ -66,11 +67,16 @@ class SearchSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    width: int = Field(default=Search.width, ge=1, description="of z, which CMA-ES searches")
+    width: int = Field(default=Search.width, ge=1, description="width of z, which CMA-ES searches")
     population: int = Field(default=Search.population, ge=4, le=100_000, description="candidates a generation")
-    generations: int = Field(default=Search.generations, ge=0, description="of them; 0 keeps the initial prompt")
+    generations: int = Field(
+        default=Search.generations, ge=0, description="number of generations; 0 keeps the initial prompt"
+    )
     deviation: float = Field(
-        default=Search.deviation, gt=0, allow_inf_nan=False, description="of z's entries at the start"
+        default=Search.deviation,
+        gt=0,
+        allow_inf_nan=False,
+        description="standard deviation of z's entries at the start",
     )
     scale: float = Field(
         default=Search.scale,

@@ -146,7 +146,8 @@ class TextTask(Task):
         """Compute scaled cosines of sentences to descriptions behind the same prompt; see `Task`."""
         texts = [*self.descriptions, *(self.test_sentences if test else self.sentences)]
         features = self.features(forward, prompts, texts)
-        classes, sentences = features.split([len(self.descriptions), len(texts) - len(self.descriptions)], 1)
+        count = len(self.descriptions)
+        classes, sentences = features[:, :count], features[:, count:]
         logits: Tensor = TEXT_SCALE * sentences @ classes.mT
         return logits
 
@@ -343,7 +344,8 @@ def drawn(labels: Indices, among: Flags, per_class: int | None, seed: int, what:
     """
     chosen = []
     for label in range(int(labels.max()) + 1):
-        rows = np.random.default_rng([seed, SPLIT_STREAM, label]).permutation(np.flatnonzero(labels == label))
+        generator = np.random.default_rng([seed, SPLIT_STREAM, label])
+        rows = generator.permutation(np.flatnonzero(labels == label))
         rows = rows[among[rows]]
         if len(rows) < (per_class or 1):
             raise DataError(

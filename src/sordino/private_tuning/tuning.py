@@ -84,7 +84,8 @@ def _tuned(
     tables = config.model_dump(exclude_none=True)
     began = time.monotonic()
     state = _state(out / STATE, clear, costs)
-    pin(out, {"version": sordino.__version__, **task.record(), "tower": _tower_digest(config) if clear else None})
+    tower = _tower_digest(config) if clear else None
+    pin(out, {"version": sordino.__version__, **task.record(), "tower": tower})
     write_atomically(out / "config.toml", to_toml(tables).encode())
     record = _Record(out, clear, costs, len(state.losses))
     start, search = task.start(), config.search.search(config.seed)
@@ -136,7 +137,9 @@ def tower_of(config: PrivateTuning) -> PrivateTower:
     Raises:
         ConfigError: the file holds no tower.
     """
-    return PrivateTower.load(user_path(config.model.tower, "model.tower")) if config.model.tower else bundled_tower()
+    if not config.model.tower:
+        return bundled_tower()
+    return PrivateTower.load(user_path(config.model.tower, "model.tower"))
 
 
 def _tower_digest(config: PrivateTuning) -> str:

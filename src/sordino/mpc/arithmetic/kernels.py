@@ -42,7 +42,8 @@ def pack(
     Without masks, pack shares alone. No array is passed to a function in the loop, which would count its references.
     """
     width, low = np.uint64(bits), ~np.uint64(0) >> (ROOM - np.uint64(bits))
-    place, word, filled, changed = 0, np.uint64(0), np.uint64(0), times != 1 or shift != 0 or more != 0
+    changed = times != 1 or shift != 0 or more != 0
+    place, word, filled = 0, np.uint64(0), np.uint64(0)
     for i in range(len(shares)):
         value = shares[i]
         if changed:

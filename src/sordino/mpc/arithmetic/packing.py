@@ -43,9 +43,10 @@ def unpack(content: Octets, shape: Shape, bits: int) -> Tensor:
     Raises:
         PartyLost: the bytes are too few or too many.
     """
-    words, integers = _words(content, math.prod(shape), bits), torch.empty(shape, dtype=torch.int64)
+    words = _words(content, math.prod(shape), bits)
     if bits == WORD:
         return torch.from_numpy(words.view(np.int64).copy()).view(shape)
+    integers = torch.empty(shape, dtype=torch.int64)
     kernels.unpack(None, None, 1, 0, 0, bits, words, _flat(integers))
     return integers
 
@@ -57,7 +58,8 @@ def unpack_each(content: Octets, shapes: Sequence[Shape], bits: Sequence[int]) -
         PartyLost: the bytes are too few or too many.
     """
     sizes = [packed_size(math.prod(shape), width) for shape, width in zip(shapes, bits, strict=True)]
-    return [unpack(part, shape, width) for part, shape, width in zip(cut(content, sizes), shapes, bits, strict=True)]
+    parts = cut(content, sizes)
+    return [unpack(part, shape, width) for part, shape, width in zip(parts, shapes, bits, strict=True)]
 
 
 def cut(content: Octets, sizes: Sequence[int]) -> list[memoryview]:
@@ -112,7 +114,8 @@ class MaskedShare:
             PartyLost: the bytes are too few or too many.
         """
         shares, masks = _flat(self.share), _flat(self.mask)
-        words, opened = _words(content, shares.size, self.bits), torch.empty(self.share.shape, dtype=torch.int64)
+        words = _words(content, shares.size, self.bits)
+        opened = torch.empty(self.share.shape, dtype=torch.int64)
         kernels.unpack(shares, masks, self.times, self.shift, self.more, self.bits, words, _flat(opened))
         return opened
 

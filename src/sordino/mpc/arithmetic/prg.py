@@ -30,10 +30,12 @@ class Prg:
 
     def integers(self, stream: int, shape: Shape, bits: int = WORD) -> Tensor:
         """Draw uniform integers from 0 to 2^bits - 1, int64. A stream and a shape always give the same integers."""
-        encryptor = Cipher(algorithms.AES(self._key), modes.CTR(stream.to_bytes(8, "big") + bytes(8))).encryptor()
+        first_block = stream.to_bytes(8, "big") + bytes(8)
+        encryptor = Cipher(algorithms.AES(self._key), modes.CTR(first_block)).encryptor()
         words = np.empty(math.prod(shape), "<i8")
         plain, octets = bytes(min(words.nbytes, PIECE)), words.view(np.uint8).data
-        for start in range(0, words.nbytes, PIECE):  # small pieces, so that plaintext and ciphertext stay in the cache
+        # Pieces are small, so that plaintext and ciphertext stay in the cache.
+        for start in range(0, words.nbytes, PIECE):
             piece = octets[start : start + PIECE]
             encryptor.update_into(plain[: len(piece)], piece)
         return lowest_(torch.from_numpy(words.reshape(shape)), bits)

@@ -65,7 +65,8 @@ def shape_of(form: str, left: Shape, right: Shape) -> Shape:
     if form in ("multiply", "dot"):
         shape = np.broadcast_shapes(left, right)
         return shape if form == "multiply" else shape[:-1]
-    rows, columns = left[-1 if form == "matmul_tn" else -2], right[-2 if form == "matmul_nt" else -1]
+    rows = left[-1 if form == "matmul_tn" else -2]
+    columns = right[-2 if form == "matmul_nt" else -1]
     return (*np.broadcast_shapes(left[:-2], right[:-2]), rows, columns)
 
 
@@ -121,9 +122,11 @@ def digits_are_faster() -> bool:
         work()
         return time.perf_counter() - began
 
-    trials = [(seconds(lambda: by_digits(left, right, 48)), seconds(lambda: left @ right.mT)) for _ in range(3)]
-    digits, plain = (min(times) for times in zip(*trials, strict=True))
-    return bool(digits < plain)
+    digits = plain = math.inf
+    for _ in range(3):  # in turns, and the least of each, so that other work on the machine matters little
+        digits = min(digits, seconds(lambda: by_digits(left, right, 48)))
+        plain = min(plain, seconds(lambda: left @ right.mT))
+    return digits < plain
 
 
 def _trial() -> tuple[Tensor, Tensor]:

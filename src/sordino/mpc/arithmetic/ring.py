@@ -80,6 +80,6 @@ def worth_a_table(count: int, bits: int) -> bool:
 
 def share(integers: Tensor) -> tuple[Tensor, Tensor]:
     """Split integers into two shares. Each alone is uniform, drawn from the operating system's randomness."""
-    first = torch.frombuffer(bytearray(secrets.token_bytes(8 * integers.numel())), dtype=torch.int64)
-    first = first.reshape(integers.shape)
+    octets = bytearray(secrets.token_bytes(8 * integers.numel()))
+    first = torch.frombuffer(octets, dtype=torch.int64).reshape(integers.shape)
     return first, integers - first

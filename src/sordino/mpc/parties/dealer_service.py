@@ -12,6 +12,7 @@ import os
 import threading
 from collections import deque
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import grpc
@@ -133,7 +134,7 @@ def start_dealer(identity: Identity, address: str, timeout: float) -> tuple[grpc
         ConfigError: the address cannot be listened at.
     """
     service = DealerService()
-    by_role = {role: lambda stream, number=number: service.serve(number, stream) for number, role in enumerate(SERVERS)}
+    by_role = {role: partial(service.serve, number) for number, role in enumerate(SERVERS)}
     return listen(identity, address, timeout, {"Deal": by_role})
 
 

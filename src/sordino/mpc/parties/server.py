@@ -152,7 +152,8 @@ class ServerService:
         """Open the model's weights, and answer a session's messages until it ends."""
         with _Session(self, session) as party:
             encoder = Encoder.mask_and_open(party, model.weights, model.plan)
-            width, largest = model.weights["norm.weight"].shape[0], model.plan.layers[-1].norm2.largest
+            width = model.weights["norm.weight"].shape[0]
+            largest = model.plan.layers[-1].norm2.largest
             ranges = {"largest": largest, "entering": model.plan.entering}
             stream.send(model=model.name, fraction=FRACTION, width=width, ranges=ranges, **_news(party.costs))
             traces: dict[tuple[Shape, ...], RequestTrace] = {}
@@ -250,7 +251,8 @@ class _Session:
             self.__exit__(type(error), error, None)
             raise
         costs = Costs()
-        randomness = CorrelatedRandomness(Prg(self._dealer.key), costs, self._dealer if service.number else None)
+        link = self._dealer if service.number else None  # server 0 draws everything from its key
+        randomness = CorrelatedRandomness(Prg(self._dealer.key), costs, link)
         return Party(service.number, service.channel(self._stream), randomness, costs)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
@@ -316,7 +318,8 @@ def batches_of(stream: Stream, header: Header) -> list[dict[str, Any]]:
     try:
         batches = []
         for batch in header["batches"]:
-            shape, lengths = tuple(int(side) for side in batch["shape"]), torch.tensor(batch["lengths"])
+            shape = tuple(int(side) for side in batch["shape"])
+            lengths = torch.tensor(batch["lengths"])
             if len(shape) != 3 or lengths.shape != shape[:1] or not 2 <= int(lengths.max()) <= shape[1]:
                 raise ValueError(f"shape {shape} with {len(lengths)} lengths")
             batches.append({"shape": shape, "lengths": lengths})

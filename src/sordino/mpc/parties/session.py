@@ -64,8 +64,14 @@ class _Form:
         """Parse the header that a server sends."""
         ranges = header["ranges"]
         (low, high), (lower, higher) = ranges["entering"]
-        form = str(header["model"]), int(header["fraction"]), int(header["width"]), 2.0 ** int(ranges["largest"])
-        return cls(*form, (float(low), float(high)), (float(lower), float(higher)))
+        return cls(
+            name=str(header["model"]),
+            fraction=int(header["fraction"]),
+            width=int(header["width"]),
+            largest=2.0 ** int(ranges["largest"]),
+            first=(float(low), float(high)),
+            rest=(float(lower), float(higher)),
+        )
 
     def check(self, group: Sentences) -> None:
         """Check sentences against the model; see `Session.forward` for errors."""
@@ -76,7 +82,8 @@ class _Form:
                 "the folder that its owner gave"
             )
         variances, is_token = group.embeddings.var(-1, correction=0), group.mask > 0
-        for checked, (low, high) in ((variances[:, 0], self.first), (variances[:, 1:][is_token[:, 1:]], self.rest)):
+        rest = variances[:, 1:][is_token[:, 1:]]
+        for checked, (low, high) in ((variances[:, 0], self.first), (rest, self.rest)):
             outside = checked[(checked < low) | (checked > high)]
             if len(outside):
                 raise OutOfRange(

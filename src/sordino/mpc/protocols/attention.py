@@ -80,9 +80,11 @@ def random_feature_attention(
     angles = [product(party, masked, features) for masked in (masked_query, masked_key)]
     logs = math.ceil(math.log2(count)), math.ceil(math.log2(length))
     if length**2 <= 2 * count * (width + 1):
-        order, bits = _by_scores, 2 * precision + logs[0] + 3
+        order = _by_scores
+        bits = 2 * precision + logs[0] + 3
     else:
-        order, bits = _by_state, precision + LARGEST + 2 + max(value.fraction + logs[1], SCORE + logs[0] + 1)
+        order = _by_state
+        bits = precision + LARGEST + 2 + max(value.fraction + logs[1], SCORE + logs[0] + 1)
     finer = precision + FINER
     pairs = cosine_and_sine(
         party, *angles, resolution=resolution, precision=finer, bits=min(WORD, bits + 2 * finer - precision)

@@ -73,7 +73,8 @@ class Series:
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Evaluate the series in the clear, at numbers of any shape."""
-        angle = self.eighths / 8 * 2 * np.pi * np.asarray(x)[..., None] * np.array(self.frequencies) / 2.0**self.period
+        frequencies = np.array(self.frequencies)
+        angle = self.eighths / 8 * 2 * np.pi * np.asarray(x)[..., None] * frequencies / 2.0**self.period
         terms = np.cos(angle) @ np.array(self.cosine) + np.sin(angle) @ np.array(self.sine)
         return np.asarray((self.constant + terms) / 2.0**COEFFICIENT)
 
@@ -115,7 +116,8 @@ def fit(
 
     def design(x: np.ndarray) -> np.ndarray:
         angle = eighths / 8 * 2 * np.pi * x[:, None] * ks / 2.0**period
-        return np.hstack([np.ones((len(x), 1 if evens else 0)), np.cos(angle[:, :evens]), np.sin(angle[:, :odds])])
+        constants = np.ones((len(x), 1 if evens else 0))
+        return np.hstack([constants, np.cos(angle[:, :evens]), np.sin(angle[:, :odds])])
 
     nodes = np.cos(np.pi * (np.arange(40 * len(ks) + 400) + 0.5) / (40 * len(ks) + 400))
     x = (low + high) / 2 + (high - low) / 2 * nodes
@@ -126,7 +128,8 @@ def fit(
     whole = [round(float(value) * 2**COEFFICIENT) for value in solution]
     constant, rest = (whole[0], whole[1:]) if evens else (0, whole)
     cosine, sine = rest[:evens] or [0] * len(ks), rest[evens:] or [0] * len(ks)
-    series = Series(period, tuple(map(int, ks)), tuple(cosine), tuple(sine), constant, low, high, math.nan, eighths)
+    frequencies = tuple(map(int, ks))
+    series = Series(period, frequencies, tuple(cosine), tuple(sine), constant, low, high, math.nan, eighths)
     x = np.linspace(low, high, 20001)
     error = np.abs(series(x) - function(x)) / (np.abs(function(x)) if relative else 1)
     return replace(series, error=float(error.max()))
@@ -175,19 +178,19 @@ def open_angle(
         OutOfRange: shares are right modulo less than the period.
     """
     masks, masked = [], []
-    given = (for_each(setting, len(values)) for setting in (period, resolution, eighths))
-    for value, log, most, eighth in zip(values, *given, strict=True):
-        times, more = (eighth, 3) if eighth != 8 else (1, 0)
+    settings = (for_each(setting, len(values)) for setting in (period, resolution, eighths))
+    for value, log, most, eighth in zip(values, *settings, strict=True):
+        times, more = (eighth, 3) if eighth != 8 else (1, 0)  # the division by 8 is three more fraction bits
         length = value.fraction + more + log
         if not 1 <= length <= value.bits:
             raise OutOfRange(f"a period of 2^{length} in a value shared modulo 2^{value.bits}: must divide it")
         width = min(length, most)
         mask, share = party.randomness.mask(value.shape, width)
         masks.append(mask)
-        masked.append(MaskedShare(value.share.contiguous(), share, width, times, length - width, party.number == 1))
-    return [
-        Angle(opened, share.bits, mask) for opened, share, mask in zip(party.open(masked), masked, masks, strict=True)
-    ]
+        rounds_up = party.number == 1
+        masked.append(MaskedShare(value.share.contiguous(), share, width, times, length - width, rounds_up))
+    opened = party.open(masked)
+    return [Angle(angle, share.bits, mask) for angle, share, mask in zip(opened, masked, masks, strict=True)]
 
 
 def angle_of(value: Masked, period: int) -> Angle:
@@ -254,7 +257,9 @@ def evaluate(
     fraction = max(2 * precision, plus.fraction if plus else 0)
     start = plus.at(fraction) if plus else Shared(torch.zeros_like(opened), fraction)
     bits, total = min(bits, start.bits), start.share.reshape(-1)
-    constant = int(rounded(torch.tensor(series.constant), COEFFICIENT - 2 * precision)) if party.number == 0 else 0
+    constant = 0
+    if party.number == 0:
+        constant = int(rounded(torch.tensor(series.constant), COEFFICIENT - 2 * precision))
     for piece in _pieces(len(series.frequencies), len(opened)):
         frequencies = series.frequencies[piece]
         dealt = party.randomness.correlated(Harmonics(angle.mask, angle.bits, frequencies, precision, bits))
@@ -314,13 +319,16 @@ def gelu(
         precision, bits: see `evaluate`. bits must hold the result with max(2 precision, x.fraction + 1) fraction bits.
     """
     chosen = series or [gelu_series()] * len(values)
-    periods, eighths = [one_series.period for one_series in chosen], [one_series.eighths for one_series in chosen]
     angles = open_angle(
-        party, *values, period=periods, resolution=[one_series + below for one_series in periods], eighths=eighths
+        party,
+        *values,
+        period=[chosen_series.period for chosen_series in chosen],
+        resolution=[chosen_series.period + below for chosen_series in chosen],
+        eighths=[chosen_series.eighths for chosen_series in chosen],
     )
     return [
-        evaluate(party, angle, one_series, precision, bits, value.times_power_of_two(-1))
-        for value, angle, one_series in zip(values, angles, chosen, strict=True)
+        evaluate(party, angle, chosen_series, precision, bits, plus=value.times_power_of_two(-1))
+        for value, angle, chosen_series in zip(values, angles, chosen, strict=True)
     ]
 
 
@@ -330,7 +338,8 @@ def public_factors(opened: Tensor, bits: int, series: Series, piece: slice, prec
     The factors have `precision` fraction bits. u [N] is modulo 2^bits.
     """
     turns, frequencies = turns_of(opened, bits), np.array(series.frequencies[piece])
-    coefficients, cut = np.array([series.cosine[piece], series.sine[piece]]), TABLE + COEFFICIENT - precision
+    coefficients = np.array([series.cosine[piece], series.sine[piece]])
+    cut = TABLE + COEFFICIENT - precision
     factors = torch.empty(len(turns), 2 * len(frequencies), dtype=torch.int64)
     kernels.harmonics(turns.numpy(), frequencies, coefficients, *tables(), cut, factors.numpy())
     return factors

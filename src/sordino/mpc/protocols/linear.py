@@ -67,7 +67,8 @@ def mask_and_open(
         OutOfRange: shares are right modulo less than 2^bits, or no bit would be left.
     """
     masks, masked = [], []
-    for value, width, kept in zip(values, for_each(bits, len(values)), for_each(fraction, len(values)), strict=True):
+    widths, fractions = for_each(bits, len(values)), for_each(fraction, len(values))
+    for value, width, kept in zip(values, widths, fractions, strict=True):
         dropped = max(0, value.fraction - kept)
         right = value.bits - dropped
         if width < 1:
@@ -76,7 +77,8 @@ def mask_and_open(
             raise OutOfRange(f"a value shared modulo 2^{right} cannot be opened modulo 2^{width}; lift it first")
         mask, share = party.randomness.mask(value.shape, width)
         masks.append(mask)
-        masked.append(MaskedShare(value.share.contiguous(), share, width, shift=dropped, up=party.number == 1))
+        rounds_up = party.number == 1
+        masked.append(MaskedShare(value.share.contiguous(), share, width, shift=dropped, up=rounds_up))
     return [
         Masked(opened, masked_share.mask, mask, value.fraction - masked_share.shift)
         for opened, masked_share, mask, value in zip(party.open(masked), masked, masks, values, strict=True)
@@ -101,12 +103,14 @@ def product(party: Party, left: Masked, right: Masked, form: str = "matmul", bia
     """
     fraction = left.fraction + right.fraction
     row = bias.at(fraction) if bias else None
-    bits, apply = min(left.bits, right.bits, row.bits if row else WORD), FORMS[form]
-    dealt = party.randomness.correlated(Product(left.mask, right.mask, form, bits))
-    fixed = right.fixed
-    known = (
-        party.randomness.with_fixed(left.mask, right.opened, form) if fixed else apply(left.share, right.opened, bits)
-    )
+    bits = min(left.bits, right.bits, row.bits if row else WORD)
+    apply = FORMS[form]
+    dealt = party.randomness.correlated(Product(left.mask, right.mask, form, bits))  # [a b]
+    if right.fixed:
+        known = party.randomness.with_fixed(left.mask, right.opened, form)  # [a] v, prepared offline
+    else:
+        known = apply(left.share, right.opened, bits)
+    # Party 1 takes u v, as part of u (v + [b]).
     right_share = right.share + right.opened if party.number else right.share
     share = apply(left.opened, right_share, bits).contiguous()
     sums, first, second = (_rows(part).numpy() for part in (share, known, dealt))

@@ -41,7 +41,8 @@ class Shared:
         return tuple(self.share.shape)
 
     def __add__(self, other: Shared) -> Shared:
-        left, right = self.at(max(self.fraction, other.fraction)), other.at(max(self.fraction, other.fraction))
+        fraction = max(self.fraction, other.fraction)
+        left, right = self.at(fraction), other.at(fraction)
         return Shared(left.share + right.share, left.fraction, min(left.bits, right.bits))
 
     def __neg__(self) -> Shared:
@@ -225,10 +226,12 @@ def run(
     Raises:
         Exception: the first that a party's program raised, other than the `PartyLost` that follows from it.
     """
-    dealer, queues = Dealer(keys), (SimpleQueue[Octets | None](), SimpleQueue[Octets | None]())
+    dealer = Dealer(keys)
+    queues = SimpleQueue[Octets | None](), SimpleQueue[Octets | None]()
     channels = [LocalChannel(queues[i], queues[1 - i], timeout, keep_messages) for i in range(2)]
     costs = [Costs(), Costs()]
-    randomness_of_both = [CorrelatedRandomness(dealer.generators[i], costs[i], dealer if i else None) for i in range(2)]
+    links = None, dealer
+    randomness_of_both = [CorrelatedRandomness(dealer.generators[i], costs[i], links[i]) for i in range(2)]
     parties = [Party(i, channels[i], randomness_of_both[i], costs[i]) for i in range(2)]
     results: dict[int, T] = {}
     errors: list[BaseException] = []

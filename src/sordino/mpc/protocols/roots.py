@@ -185,7 +185,8 @@ def unit_norm(party: Party, x: Shared, root: Root, inverse_fraction: int = 16, b
     Raises:
         OutOfRange: x has too many fraction bits for the ring.
     """
-    bits = max(bits, _width(x, 2 * x.fraction + math.log2(root.start.high), x.fraction + inverse_fraction + 1))
+    squared_norm_needs = 2 * x.fraction + math.log2(root.start.high)
+    bits = max(bits, _width(x, squared_norm_needs, x.fraction + inverse_fraction + 1))
     (masked,) = mask_and_open(party, x, bits=bits)
     norm = inverse_root(party, product(party, masked, masked, "dot"), root, inverse_fraction)
     (inverse,) = mask_and_open(party, norm.view(lambda share: share[..., None]), bits=bits)
@@ -246,7 +247,8 @@ def layer_norm(party: Party, x: Shared, norm: Norm, fraction: int, kept: int = W
         OutOfRange: there are too many fraction bits for the ring.
     """
     width = x.shape[-1]
-    centered = x.view(lambda share: width * share - share.sum(-1, keepdim=True)).times_power_of_two(-_log_width(width))
+    centered = x.view(lambda share: width * share - share.sum(-1, keepdim=True))
+    centered = centered.times_power_of_two(-_log_width(width))
     left = min(kept, centered.fraction)
     squares_need = 2 * left + math.log2(norm.root.start.high)
     bits = _width(x, squares_need, left + norm.inverse_fraction + norm.gain.fraction + norm.largest)

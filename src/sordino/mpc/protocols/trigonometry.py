@@ -47,7 +47,8 @@ def tables() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     both = []
     for resolution, bits in ((COARSE, COARSE), (COARSE + FINE, FINE)):
         angles = 2 * np.pi * np.arange(2**bits) / 2.0**resolution
-        both.append(np.rint(np.stack([np.cos(angles), np.sin(angles)]) * 2.0**TABLE).astype(np.int64))
+        exact = np.stack([np.cos(angles), np.sin(angles)]) * 2.0**TABLE
+        both.append(np.rint(exact).astype(np.int64))
     return both[0], both[1]
 
 
@@ -65,4 +66,5 @@ def _all_rotations(bits: int, precision: int) -> Tensor:
 
 def rotations(opened: Tensor, bits: int, precision: int) -> Tensor:
     """Compute cos u and sin u of u [N] modulo 2^bits, with `precision` fraction bits, [N, 2]."""
-    return torch.stack([rounded(part, TABLE - precision) for part in public_cosine_and_sine(opened, bits, 1)], -1)
+    pair = public_cosine_and_sine(opened, bits, 1)
+    return torch.stack([rounded(part, TABLE - precision) for part in pair], -1)

@@ -141,8 +141,9 @@ class Calibration(Stored):
 def _measured(tower: PrivateTower, embeddings: Tensor, mask: Tensor) -> Calibration:
     """Measure the ranges of one batch, without a margin."""
     is_token, width = mask > 0, embeddings.shape[-1]
-    norm = _norm_ranges(embeddings, F.layer_norm(embeddings, (width,), *tower.norm, tower.epsilon), is_token)
-    x, layers = F.layer_norm(embeddings, (width,), *tower.norm, tower.epsilon), []
+    x = F.layer_norm(embeddings, (width,), *tower.norm, tower.epsilon)
+    norm = _norm_ranges(embeddings, x, is_token)
+    layers = []
     for layer in tower.layers:
         query, key, value = _projected(x, layer, tower.heads)
         attended, weights = tower.attend(x, layer, mask)
@@ -172,12 +173,14 @@ def _measured(tower: PrivateTower, embeddings: Tensor, mask: Tensor) -> Calibrat
 
 def _projected(x: Tensor, layer: Mapping[str, Tensor], heads: int) -> tuple[Tensor, ...]:
     """Compute queries, keys and values, [B, H, T, d] each."""
-    return tuple(heads_of(part, heads) for part in F.linear(x, layer["qkv.weight"], layer["qkv.bias"]).chunk(3, -1))
+    qkv = F.linear(x, layer["qkv.weight"], layer["qkv.bias"])
+    return tuple(heads_of(part, heads) for part in qkv.chunk(3, -1))
 
 
 def _norm_ranges(x: Tensor, result: Tensor, is_token: Tensor) -> NormRanges:
     variances = x.var(-1, correction=0)
-    return NormRanges(_range(variances[:, 0]), _range(variances[:, 1:][is_token[:, 1:]]), _size(result[is_token]))
+    rest = variances[:, 1:][is_token[:, 1:]]
+    return NormRanges(_range(variances[:, 0]), _range(rest), _size(result[is_token]))
 
 
 def _range(values: Tensor) -> Range:
@@ -194,7 +197,11 @@ def _size(values: Tensor) -> Range:
 
 def _joined(calibrations: Sequence[Calibration]) -> Calibration:
     """Join calibrations to the smallest ranges that contain all of theirs."""
-    return _each_range(lambda *ranges: (min(low for low, _ in ranges), max(high for _, high in ranges)), *calibrations)
+
+    def hull(*ranges: Range) -> Range:
+        return min(low for low, _ in ranges), max(high for _, high in ranges)
+
+    return _each_range(hull, *calibrations)
 
 
 def _levelled(layer: LayerRanges) -> LayerRanges:
@@ -212,8 +219,9 @@ def _levelled(layer: LayerRanges) -> LayerRanges:
     def dealt(cuts: Iterable[int]) -> float:
         return sum((end - start) * least_period(ends[end - 1]) for start, end in pairwise(cuts))
 
-    ways = ((0, *inner, len(ends)) for number in range(GROUPS) for inner in combinations(marks, number))
-    highs = {order[at]: ends[end - 1] for start, end in pairwise(min(ways, key=dealt)) for at in range(start, end)}
+    partitions = ((0, *inner, len(ends)) for number in range(GROUPS) for inner in combinations(marks, number))
+    cheapest = min(partitions, key=dealt)
+    highs = {order[at]: ends[end - 1] for start, end in pairwise(cheapest) for at in range(start, end)}
     return replace(layer, inner=tuple((0.0, highs[unit]) for unit in range(len(ends))))
 
 
@@ -226,7 +234,7 @@ def _each_range(change: Callable[..., Range], *trees: T) -> T:
     """Join trees of dataclasses and tuples range by range. Other values are copied from the first tree."""
     first: Any = trees[0]
     if is_dataclass(first) and not isinstance(first, type):
-        parts = {each.name: [getattr(tree, each.name) for tree in trees] for each in fields(first)}
+        parts = {entry.name: [getattr(tree, entry.name) for tree in trees] for entry in fields(first)}
         return cast(T, replace(first, **{name: _each_range(change, *part) for name, part in parts.items()}))
     if not isinstance(first, tuple):
         return cast(T, first)

@@ -196,7 +196,8 @@ def pooled(states: Tensor, mask: Tensor) -> Tensor:
 def fingerprint(tower: TextTower) -> str:
     """Return the SHA-256 of a tower's weights. A stored student records its teacher's."""
     digest = hashlib.sha256()
-    for part in (tower.words, tower.positions, *(layer[name] for layer in tower.layers for name in sorted(layer))):
+    layer_parts = (layer[name] for layer in tower.layers for name in sorted(layer))
+    for part in (tower.words, tower.positions, *layer_parts):
         digest.update(part.detach().cpu().float().numpy().tobytes())
     return digest.hexdigest()
 
@@ -205,7 +206,10 @@ def _loss(passes: list[tuple[Tensor, Tensor]], targets: list[Tensor], mask: Tens
     """Compute the loss of states and mean attention weights against a teacher's states."""
     whole = (1 - (pooled(passes[-1][0], mask) * pooled(targets[-1], mask)).sum(-1)).mean()
     tokens = mask[..., None]
-    layers = [((a - b) ** 2 * tokens).sum() / (b**2 * tokens).sum() for (a, _), b in zip(passes, targets, strict=True)]
+    layers = [
+        ((states - target) ** 2 * tokens).sum() / (target**2 * tokens).sum()
+        for (states, _), target in zip(passes, targets, strict=True)
+    ]
     short = [(F.relu(FLOOR - weights) ** 2 * mask[:, None]).sum() for _, weights in passes]
     return whole + torch.stack(layers).mean() + FLOOR_WEIGHT * torch.stack(short).sum() / mask.sum()
 

@@ -177,9 +177,12 @@ def encode_sentences(party: Party, encoder: Encoder, embeddings: Shared, lengths
         x = _normed(party, embeddings, encoder.norm, encoder.plan.norm)
     for number, layer in enumerate(encoder.layers):
         with party.costs.label(f"layer {number}"):
-            x = feed_forward_block(party, attention_block(party, x, layer, encoder.plan.heads, mask), layer)
+            x = attention_block(party, x, layer, encoder.plan.heads, mask)
+            x = feed_forward_block(party, x, layer)
     factors = torch.tensor([[round(2**MEAN / number)] for number in lengths.tolist()])
-    return x.view(lambda share: (share if mask is None else share * mask[..., None]).sum(1)).scaled(factors, MEAN)
+    if mask is not None:
+        x = x.scaled(mask[..., None])
+    return x.view(lambda share: share.sum(1)).scaled(factors, MEAN)
 
 
 def attention_block(party: Party, x: Shared, layer: MaskedLayer, heads: int, mask: Tensor | None = None) -> Shared:
@@ -212,7 +215,8 @@ def attention_block(party: Party, x: Shared, layer: MaskedLayer, heads: int, mas
     attended = random_feature_attention(
         party, query, key, value, layer.weights[FEATURES], plan.weights, ACTIVATION, UNIT, ANGLE, COSINE, mask
     )
-    (masked,) = mask_and_open(party, attended.view(lambda share: share.transpose(1, 2).flatten(2)), bits=plan.out)
+    attended = attended.view(lambda share: share.transpose(1, 2).flatten(2))  # [B, T, E]
+    (masked,) = mask_and_open(party, attended, bits=plan.out)
     result = product(party, masked, layer.weights["out"], "matmul_nt", layer.biases["out"])
     (result,) = truncate(party, result, fraction=ACTIVATION, bits=plan.out)
     return _normed(party, x + result, layer.norm1, plan.norm1)
@@ -233,7 +237,8 @@ def feed_forward_block(party: Party, x: Shared, layer: MaskedLayer) -> Shared:
     plan = layer.plan
     (masked,) = mask_and_open(party, x, bits=plan.inner)
     inner = product(party, masked, layer.weights["inner"], "matmul_nt", layer.biases["inner"])
-    parts = [replace(inner, share=part) for part in inner.share.split([units.count for units in plan.gelu], -1)]
+    counts = [units.count for units in plan.gelu]
+    parts = [replace(inner, share=part) for part in inner.share.split(counts, -1)]
     series = [units.series for units in plan.gelu]
     activated = concatenated(gelu(party, *parts, series=series, below=BELOW, precision=GELU, bits=plan.inner))
     (masked,) = mask_and_open(party, activated, bits=plan.outer, fraction=ACTIVATION)
@@ -260,7 +265,8 @@ def _folded(layer: Mapping[str, Tensor], ranges: LayerRanges) -> dict[str, Tenso
     scales = (SQUARED_NORM / squares).sqrt()  # [2 H]
     named = dict(layer)
     width = layer["qkv.bias"].shape[0] // 3
-    per_entry = torch.cat([scales.repeat_interleave(2 * width // len(scales)), torch.ones(width)]).to(layer["qkv.bias"])
+    of_queries_and_keys = scales.repeat_interleave(2 * width // len(scales))
+    per_entry = torch.cat([of_queries_and_keys, torch.ones(width)]).to(layer["qkv.bias"])
     named["qkv.weight"] = layer["qkv.weight"] * per_entry[:, None]
     named["qkv.bias"] = layer["qkv.bias"] * per_entry
     named[FEATURES] = layer[FEATURES] / (2 * math.pi)

@@ -129,7 +129,8 @@ class FixedPointPlan(Stored):
 
 def _layer_plan(ranges: LayerRanges, features: int, width: int) -> LayerPlan:
     ratios = [math.sqrt(high / low) for low, high in (*ranges.query, *ranges.key)]
-    unit = _affordable(lambda steps: calibrate(2, SQUARED_NORM / max(ratios), SQUARED_NORM * max(ratios), ERROR, steps))
+    smallest_norm, largest_norm = SQUARED_NORM / max(ratios), SQUARED_NORM * max(ratios)
+    unit = _affordable(lambda steps: calibrate(2, smallest_norm, largest_norm, ERROR, steps))
     # The protocol's mean is over powers of two: at least half, for some lengths, of the mean over keys.
     filled = features / 2.0 ** math.ceil(math.log2(features))
     low, high = ranges.weights[0] * filled / 2, ranges.weights[1] * filled
@@ -137,16 +138,16 @@ def _layer_plan(ranges: LayerRanges, features: int, width: int) -> LayerPlan:
     for name, size in (("value", ranges.value), ("attended", ranges.attended)):
         if _bits(size) > LARGEST:
             raise OutOfRange(f"{name}: sizes up to {size[1]:g}, margin included, must be below {2**LARGEST}")
-    largest_query = math.sqrt(SQUARED_NORM * max(ratios))
-    gelu = tuple(
-        Units(len(list(units)), _gelu(high)) for high, units in groupby(sorted(high for _, high in ranges.inner))
-    )
+    largest_query = math.sqrt(largest_norm)
+    highs = sorted(high for _, high in ranges.inner)
+    gelu = tuple(Units(len(list(units)), _gelu(high)) for high, units in groupby(highs))
     fraction = max(2 * GELU, ACTIVATION + WEIGHT + 1)  # of GeLU's result, of which ACTIVATION are kept
     outer = ACTIVATION + WEIGHT + _bits(ranges.outer) + 2
+    longest_period = max(units.series.period for units in gelu)
     return LayerPlan(
         projected=ACTIVATION + WEIGHT + max(_bits(ranges.value), _bits((0, largest_query))) + 2,
         out=ACTIVATION + WEIGHT + _bits(ranges.out) + 2,
-        inner=max(outer + fraction - ACTIVATION, ACTIVATION + WEIGHT + 3 + max(units.series.period for units in gelu)),
+        inner=max(outer + fraction - ACTIVATION, ACTIVATION + WEIGHT + 3 + longest_period),
         outer=outer,
         unit=unit,
         weights=weights,
