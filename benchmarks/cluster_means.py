@@ -30,9 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sordino.bench import Bench
-from sordino.config import load_config
-from sordino.experiment import assemble
+from sordino.experiments.config import load_config
+from sordino.experiments.features import EncodedDataset
+from sordino.experiments.run import assemble
 from sordino.progress import silent
 from sordino.secure import fewest_members
 
@@ -52,14 +52,14 @@ def uploads_of(size: int, seed: int) -> dict[int, Tensor]:
         "settings.secfpp.clusters=1",
     ]
     config = load_config(Path(__file__).resolve().parents[1] / "examples" / "digits.toml", overrides)
-    bench = Bench.open(config)
-    task, _ = bench.task(config, silent)
-    runtime, _ = assemble(config, bench, task)
+    dataset = EncodedDataset.open(config)
+    task, _ = dataset.task(config, silent)
+    runtime, _ = assemble(config, dataset, task)
     method, seen = runtime.algorithm, {}
 
-    def exchange(settings: Any, model: Any, server: Any, upload: Any, clients: Any, clock: Any) -> Any:
-        seen[clock.round] = (upload.domain - server.start).flatten(1).double()
-        return method.exchange(settings, model, server, upload, clients, clock)  # type: ignore[attr-defined]
+    def exchange(settings: Any, model: Any, server: Any, upload: Any, clients: Any, round_context: Any) -> Any:
+        seen[round_context.round] = (upload.domain - server.start).flatten(1).double()
+        return method.exchange(settings, model, server, upload, clients, round_context)  # type: ignore[attr-defined]
 
     members = {name: getattr(method, name) for name in dir(method)}
     runtime.algorithm = SimpleNamespace(**members | {"exchange": exchange})  # type: ignore[assignment]

@@ -23,9 +23,9 @@ import time
 from typing import Any
 
 from sordino.audit.subject import train
-from sordino.bench import Bench
-from sordino.config import parse_config
-from sordino.experiment import assemble
+from sordino.experiments.config import parse_config
+from sordino.experiments.features import EncodedDataset
+from sordino.experiments.run import assemble
 
 MECHANISMS: dict[str, dict[str, Any]] = {
     "dp-sgd": {"privacy": {"clip": 0.1}, "batch_size": 64, "rounds": 30},
@@ -51,15 +51,15 @@ def main() -> None:
     if arguments.novel_classes:
         data["novel_classes"] = arguments.novel_classes
     base = {"data": data, "partition": {"scheme": "iid", "clients": 1}, "algorithm": "central"}
-    bench: Bench | None = None
+    dataset: EncodedDataset | None = None
 
     def accuracy(tables: dict[str, Any], seed: int) -> tuple[float, float, float]:
         """Test accuracy, noise multiplier, and seconds of training a step."""
-        nonlocal bench
+        nonlocal dataset
         config = parse_config(base | tables | {"seed": seed})
-        bench = bench or Bench.open(config)
-        task, _ = bench.task(config, lambda *_: None)
-        runtime, evaluation = assemble(config, bench, task)
+        dataset = dataset or EncodedDataset.open(config)
+        task, _ = dataset.task(config, lambda *_: None)
+        runtime, evaluation = assemble(config, dataset, task)
         began = time.perf_counter()
         training = train(runtime)
         seconds = (time.perf_counter() - began) / max(1, runtime.rounds)

@@ -52,7 +52,7 @@ def accuracy(encoder: BundledEncoder, data: Path, quick: bool) -> list[dict[str,
     zero_mean = torch.zeros(1280)
     recipes = [("first synonym after the template", first, 384, None), ("all synonyms", templated, 384, None)]
     recipes += [("and without the template", bare, 384, None), ("and definitions", full, 384, None)]
-    recipes += [("and definitions, images not centred", full, 384, zero_mean)]
+    recipes += [("and definitions, images not centered", full, 384, zero_mean)]
     recipes += [(f"and definitions, width {width}", full, width, None) for width in (128, 256)]
     rows = []
     for name, corpus, width, image_mean in recipes[-1:] if quick else recipes:

@@ -2,7 +2,7 @@
 
 Ten clients, 100 classes, 16 context tokens, batches of 32, one local step for all (where a method has several kinds of
 steps, one of each). Methods on text prompts run on the bundled encoder; those that put prompts into a vision
-transformer on a randomly initialised CLIP, with few classes and 64-pixel images, as PromptFL then does for comparison
+transformer on a randomly initialized CLIP, with few classes and 64-pixel images, as PromptFL then does for comparison
 (`encoder`). What models read of images is random, as time does not depend on it. Methods take turns within each
 repetition, so that other work on the machine slows them alike; seconds are medians. Prints one JSON object.
 """

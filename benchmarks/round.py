@@ -53,7 +53,7 @@ def rate(product: Callable[[], object], flops: float) -> float:
 
 
 def encoder_of(name: str, names: list[str]) -> DualEncoder:
-    """The bundled encoder, or a randomly initialised CLIP with ViT-B/16's text tower."""
+    """The bundled encoder, or a randomly initialized CLIP with ViT-B/16's text tower."""
     if name == "bundled":
         return load_encoder("bundled", None, "float32", torch.device("cpu"))
     from checkpoints import save_clip

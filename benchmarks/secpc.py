@@ -1,7 +1,7 @@
 """Seconds and bytes of one secure clustering by number of clients, and its share of a training round.
 
 A whole clustering with all its clients in one process, messages made into bytes and back: points of d = 64 entries in
-four groups, T = N / 10, four clusters from first centres by farthest-first; where the number of clusters adapts takes
+four groups, T = N / 10, four clusters from first centers by farthest-first; where the number of clusters adapts takes
 more exchanges, and is `adaptive_seconds`. Shares are not sealed there, so that what grows is the protocol; up to 100
 clients, `sealed_seconds` has them sealed, and `pairs_seconds` is the search over pairs, sealed. `client_seconds` is the
 median over clients of all that one computes, `server_seconds` what the server does; `bytes_per_client` is what a client
@@ -45,13 +45,13 @@ from sordino.runtime.local import LocalRuntime
 from sordino.runtime.settings import RuntimeSettings
 from sordino.secure import (
     Adaptive,
+    Cipher,
     Client,
-    EncryptingSealer,
+    EncryptingCipher,
+    InitContext,
     Pairs,
-    PlainSealer,
-    Sealer,
+    PlainCipher,
     Server,
-    Start,
     plan,
     run,
     run_average,
@@ -81,7 +81,7 @@ def points_of(clients: int) -> np.ndarray:
 
 
 def clustering(
-    number: int, start: Start, vectors: np.ndarray | None = None, sealer: Callable[[], Sealer] = PlainSealer
+    number: int, start: InitContext, vectors: np.ndarray | None = None, cipher: Callable[[], Cipher] = PlainCipher
 ) -> dict[str, float]:
     """One clustering, and averages within its clusters if there are vectors [N, L]."""
     length = 0 if vectors is None else vectors.shape[1]
@@ -89,7 +89,7 @@ def clustering(
     columns = {"columns": number} if isinstance(start, Pairs) else {}
     setup = plan(clients=number, width=WIDTH, largest=1.0, privacy=number // 10, length=length, **columns)
     clients = [
-        TimedClient(i, point, None if vectors is None else vectors[i], sealer=sealer())
+        TimedClient(i, point, None if vectors is None else vectors[i], cipher=cipher())
         for i, point in enumerate(points_of(number))
     ]
     server = Server(setup)
@@ -156,7 +156,7 @@ def share_of_round(names: list[str], repeats: int) -> dict[str, float]:
     train, length = training(names)
     vectors = np.random.default_rng(0).uniform(-1, 1, (10, length))
     train()
-    pairs = [(clustering(10, Pairs(), vectors, EncryptingSealer)["seconds"], train()) for _ in range(repeats)]
+    pairs = [(clustering(10, Pairs(), vectors, EncryptingCipher)["seconds"], train()) for _ in range(repeats)]
     secure, rounds = (statistics.median(each) for each in zip(*pairs, strict=True))
     return {"secure_seconds": secure, "round_seconds": rounds, "share_of_training_round": secure / rounds}
 
@@ -177,7 +177,7 @@ def main() -> None:
             adaptive = median_of(partial(clustering, number, Adaptive()), repeats)
             by_clients[number] |= {f"adaptive_{name}": adaptive[name] for name in ("seconds", "exchanges")}
             for name, start in (("sealed", GROUPS), ("pairs", Pairs())):
-                sealed = median_of(partial(clustering, number, start, None, EncryptingSealer), repeats)
+                sealed = median_of(partial(clustering, number, start, None, EncryptingCipher), repeats)
                 by_clients[number][f"{name}_seconds"] = sealed["seconds"]
         print(number, f"{by_clients[number]['seconds']:.2f} s", file=sys.stderr, flush=True)
     share: dict[str, Any] = share_of_round(names[:20] if quick else names, 1 if quick else 5)

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from sordino.secure.local import Traffic, drive
+from sordino.secure.local import Traffic, run_exchange
 from sordino.secure.sums import client as client_module
 from sordino.secure.sums.client import SumClient
 from sordino.secure.sums.discrete_gaussian import Bits, discrete_gaussian
@@ -70,7 +70,7 @@ def one_sum(number: int) -> dict[str, Any]:
     clients = [TimedClient(setup, client, vector) for client, vector in enumerate(vectors)]
     traffic = Traffic()
     gone = dict.fromkeys(range(int(DROPPED * number)), MASKING)
-    found = drive(SumServer(setup).sum(), clients, traffic, gone)
+    found = run_exchange(SumServer(setup).sum(), clients, traffic, gone)
     seconds = time.perf_counter() - began
     expected = noise.total + sum(setup.quantize(vectors[client]) for client in found.survivors)
     return {

@@ -51,7 +51,7 @@ from sordino.tasks.settings import DataSettings
 from sordino.tasks.sources import load_images
 
 SIZE, PATCH, WIDTH, PATCHES = 64, 8, 128, (64 // 8) ** 2
-RESIZED = 73  # the shorter side of a picture whose centre of SIZE is what the teacher sees, 224 of 256
+RESIZED = 73  # the shorter side of a picture whose center of SIZE is what the teacher sees, 224 of 256
 STORED = 80  # the side of pictures kept for training
 MERGES = 2756
 VOCABULARY = 2 * 256 + MERGES + 2  # bytes, bytes that end a word, merges, start and end
@@ -221,7 +221,7 @@ def train_text(
             yield 1 - (features * targets[template, rows]).sum(1).mean()
 
     batches = math.ceil(len(names) / BATCH)
-    optimise("text", nn.ModuleList([model.text_model, model.text_projection]), losses, TEXT_EPOCHS, batches)
+    optimize("text", nn.ModuleList([model.text_model, model.text_projection]), losses, TEXT_EPOCHS, batches)
 
 
 def train_images(
@@ -251,7 +251,7 @@ def train_images(
             yield 1 - cosine + ENTROPY_WEIGHT * entropy + PLACES_WEIGHT * (1 - local_cosine)
 
     batches = math.ceil(len(pixels) / BATCH)
-    optimise("images", nn.ModuleList([model.vision_model, model.visual_projection]), losses, epochs, batches)
+    optimize("images", nn.ModuleList([model.vision_model, model.visual_projection]), losses, epochs, batches)
 
 
 @torch.no_grad()
@@ -303,14 +303,14 @@ def views(pixels: Tensor, theta: Tensor) -> Tensor:
 
 
 def seen_by_teacher(places: Tensor, theta: Tensor) -> Tensor:
-    """The same crops of the teacher's features [B, D, 7, 7], which are of the picture's centre: unit norm [B, P, D]."""
+    """The same crops of the teacher's features [B, D, 7, 7], which are of the picture's center: unit norm [B, P, D]."""
     side = SIZE // PATCH
     grid = F.affine_grid(theta * RESIZED / SIZE, [*places.shape[:2], side, side], align_corners=False)
     drawn = F.grid_sample(places, grid, padding_mode="border", align_corners=False)
     return F.normalize(drawn.flatten(2).transpose(1, 2), dim=2)
 
 
-def optimise(
+def optimize(
     what: str, modules: nn.Module, losses: Callable[[int], Iterator[Tensor]], epochs: int, batches: int
 ) -> None:
     """Muon (Jordan et al., 2024) on the layers' matrices and AdamW on all else, warmed up, with a cosine decay."""

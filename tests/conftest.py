@@ -26,7 +26,7 @@ from sordino.runtime.settings import RuntimeSettings
 settings.register_profile("sordino", deadline=None, derandomize=True)
 settings.load_profile("sordino")
 
-COLOURS = {
+COLORS = {
     "red apple": (200, 30, 30),
     "green leaf": (30, 180, 40),
     "blue sky": (40, 60, 210),
@@ -37,7 +37,7 @@ CLASS_NAMES = ["cat", "dog", "sunflower", "grand piano"]
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small CLIP checkpoint in a folder, randomly initialised."""
+    """A small CLIP checkpoint in a folder, randomly initialized."""
     return save_clip(tmp_path_factory.mktemp("clip"))
 
 
@@ -80,9 +80,9 @@ def read(model: PromptModel, table: tuple[torch.Tensor, torch.Tensor]) -> Callab
             patches[:, :2] = 5 * features[:, None] + 0.1 * patches[:, :2]
             return torch.nn.functional.normalize(patches, dim=-1)
         size = model.encoder.transform(Image.new("RGB", (8, 8))).shape[-1]
-        colours = torch.tensor([[2.0, -1, -1], [-1, 2, -1], [-1, -1, 2], [1, 1, 1]], dtype=torch.float64)
+        colors = torch.tensor([[2.0, -1, -1], [-1, 2, -1], [-1, -1, 2], [1, 1, 1]], dtype=torch.float64)
         noise = torch.randn(40, 3, size, size, generator=generator, dtype=torch.float64)
-        return forward(model.encoder, kind, colours[labels, :, None, None] + 0.3 * noise)
+        return forward(model.encoder, kind, colors[labels, :, None, None] + 0.3 * noise)
 
     return as_kind
 
@@ -143,14 +143,14 @@ def real_data() -> Callable[[str], Path]:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Four classes of eight noisy pictures of one colour each."""
+    """Four classes of eight noisy pictures of one color each."""
     generator = np.random.default_rng(0)
-    for name, colour in COLOURS.items():
+    for name, color in COLORS.items():
         folder = tmp_path / "pictures" / name.replace(" ", "_")
         folder.mkdir(parents=True)
         for number in range(8):
             noise = generator.integers(-25, 25, (24, 24, 3))
-            Image.fromarray(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)).save(folder / f"{number}.png")
+            Image.fromarray(np.clip(np.array(color) + noise, 0, 255).astype(np.uint8)).save(folder / f"{number}.png")
     return tmp_path / "pictures"
 
 

@@ -17,9 +17,9 @@ import typer
 from PIL import Image
 
 from sordino.algorithms import METHODS, Method, algorithm
-from sordino.cli import app
-from sordino.config import EncoderSettings, Experiment, load_config, parse_config
-from sordino.experiment import run
+from sordino.cli.app import app
+from sordino.experiments.config import EncoderSettings, Experiment, load_config, parse_config
+from sordino.experiments.run import run
 from sordino.privacy.settings import PrivacySettings
 from sordino.private_tuning.settings import load_private_config
 from sordino.runtime.settings import RuntimeSettings
@@ -88,7 +88,7 @@ def test_the_new_method_of_the_page_runs(page_method: str, config_file: Path, tm
     settings = ["settings.local_steps=2", "settings.optimizer.learning_rate=0.5", f"algorithm={page_method}"]
     summary = run(load_config(config_file, settings), tmp_path / "plain")
     assert not summary["privacy"]["private"]
-    assert summary["wire"]["upload_bytes_per_client_round"] > 0
+    assert summary["communication"]["upload_bytes_per_client_round"] > 0
     losses = [json.loads(line)["loss"] for line in (tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[1]
     noised = [*settings, "privacy.mechanism=cotangent", "privacy.epsilon=8.0", "settings.batch_size=0"]

@@ -13,10 +13,10 @@ from sordino.waiting import CHOICES
 
 MODULES = (
     "sordino",
-    "sordino.cli",
+    "sordino.cli.app",
     "sordino.mpc",
     "sordino.mpc.parties.server",
-    "sordino.experiment",
+    "sordino.experiments.run",
     "sordino.__main__",
 )
 

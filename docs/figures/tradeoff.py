@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "privacy.md"
 TABLE = re.compile(r"^(\w+) accuracy by epsilon.*?:\n\n((?:\|.*\n)+)", re.MULTILINE)
-COLOURS = {"promptfl": "#555555", "dp-fpl-full": "#b35806", "dplora": "#1a6faf", "dp-fpl": "#2f8f4e"}
+COLORS = {"promptfl": "#555555", "dp-fpl-full": "#b35806", "dplora": "#1a6faf", "dp-fpl": "#2f8f4e"}
 MARKERS = {"": "o", "1": "v", "2": "^", "4": "s", "8": "D"}
 
 
@@ -44,7 +44,7 @@ def draw(tables: list[tuple[str, str]], path: Path) -> None:
                 [value[0] for value in values],
                 [value[1] for value in values],
                 label=label,
-                color=COLOURS[algorithm],
+                color=COLORS[algorithm],
                 marker=MARKERS[rank],
                 markersize=4,
                 linewidth=1,

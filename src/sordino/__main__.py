@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from sordino.console import run_command
+from sordino.cli.console import run_command
 
 
 def main() -> None:
     """The entry point. All imports but one happen inside, where an interruption is told in one line, too."""
 
     def command() -> int:
-        from sordino.cli import invoke
+        from sordino.cli.app import invoke
 
         return invoke()
 

@@ -1,4 +1,4 @@
-"""FedPrompt is PromptFL with another start, another optimiser, and a server that averages and does nothing else."""
+"""FedPrompt is PromptFL with another start, another optimizer, and a server that averages and does nothing else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sordino.algorithms import settings_for
-from sordino.algorithms.base import Clock, map_tensors, named_tensors
+from sordino.algorithms.base import RoundContext, map_tensors, named_tensors
 from sordino.algorithms.fedprompt import Server
 from sordino.errors import ConfigError
 from sordino.privacy.accounting import spent
@@ -101,7 +101,7 @@ def test_only_the_prompt_is_exchanged(make_runtime: MakeRuntime) -> None:
         start.clients,
         runtime.data,
         ExactGradients(runtime.model),
-        Clock(1, runtime.rounds, Streams(0, 1, range(3), torch.device("cpu"))),
+        RoundContext(1, runtime.rounds, Streams(0, 1, range(3), torch.device("cpu"))),
     )
     assert {name: tensor.shape for name, tensor in named_tensors(sent).items()} == {
         "change": (3, *shape),

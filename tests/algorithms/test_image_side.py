@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sordino.algorithms import algorithm, pfedpg, settings_for, sgpt
-from sordino.algorithms.base import Clock, PersonalBroadcast, Start, map_tensors, model_class, named_tensors
+from sordino.algorithms.base import (
+    InitContext,
+    PersonalBroadcast,
+    RoundContext,
+    map_tensors,
+    model_class,
+    named_tensors,
+)
 from sordino.algorithms.pfedpt import frame_places
 from sordino.encoders.bundled import BundledEncoder
 from sordino.encoders.encode import forward
@@ -80,8 +87,8 @@ def rounds(runtime: LocalRuntime, training: Training, count: int) -> Training:
     return training
 
 
-def clock_of(clients: list[int], number: int = 1) -> Clock:
-    return Clock(number, 6, Streams(0, number, clients, torch.device("cpu")))
+def clock_of(clients: list[int], number: int = 1) -> RoundContext:
+    return RoundContext(number, 6, Streams(0, number, clients, torch.device("cpu")))
 
 
 def random(*shape: int, seed: int = 1) -> Tensor:
@@ -165,7 +172,7 @@ def test_pfedpt_trains_the_frame_and_then_the_context(make, model: PromptModel) 
 
 
 def test_a_frames_momentum_lasts_and_the_contexts_ends_with_the_round(make) -> None:
-    """Two rounds as torch's SGD takes them: one optimiser for the frame, and for the context one a round."""
+    """Two rounds as torch's SGD takes them: one optimizer for the frame, and for the context one a round."""
     frames, contexts = {"learning_rate": 0.7, "momentum": 0.5}, {"learning_rate": 0.5, "momentum": 0.9}
     runtime, start = make("pfedpt", [list(range(12))], frame_optimizer=frames, optimizer=contexts)
     frame, context = (t.clone().requires_grad_() for t in (start.clients.frame, start.server.context))
@@ -202,7 +209,7 @@ def test_pfedpt_runs_on_the_bundled_encoder() -> None:
     frame = random(1, 3, len(frame_places((224, 224), 1 / 16))).float()
     context = encoder.embed("a photo")[None, :2]
     batch = Batch(pixels, torch.tensor([[0, 1]]), torch.ones(1, 2, dtype=torch.bool))
-    by = ExactGradients(model)(dict, {"frame": frame}, {"context": context}, batch).by
+    by = ExactGradients(model)(dict, {"frame": frame}, {"context": context}, batch).values
     assert by["frame"].isfinite().all()
     assert by["frame"].norm() > 0
 
@@ -242,7 +249,7 @@ def test_fedperfix_has_the_gradients_of_its_formula(make, model: PromptModel) ->
     torch.testing.assert_close(found.loss[0], loss.detach(), rtol=1e-10, atol=0)
     for name, leaf in leaves.items():
         assert leaf.grad.norm() > 1e-8
-        torch.testing.assert_close(found.by[name][0], leaf.grad, rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(found.values[name][0], leaf.grad, rtol=1e-8, atol=1e-12)
 
 
 def test_appended_prefixes_learn_too(make) -> None:
@@ -344,7 +351,7 @@ def test_sgpts_keys_move_to_the_images_that_chose_them(make, model: PromptModel)
     prompt = {name: value[None] for name, value in vars(start.server).items()}
     shared, parameters = prompt.pop("shared"), prompt
     fixed = {"shared": shared, "attraction": torch.full((1,), 0.3, dtype=torch.float64)}
-    by = ExactGradients(runtime.model)(dict, parameters, fixed, batch).by
+    by = ExactGradients(runtime.model)(dict, parameters, fixed, batch).values
     tower = model.encoder.image_tower
     query = F.normalize(tower.summary(tower.forward(batch.features, 0, 1, {0: shared[:, 0]})).relu(), dim=-1)[0]
     keys = parameters["keys"][0].clone().requires_grad_()
@@ -352,7 +359,7 @@ def test_sgpts_keys_move_to_the_images_that_chose_them(make, model: PromptModel)
     (-0.3 * nearest.mean()).backward()
     torch.testing.assert_close(by["keys"][0], keys.grad, rtol=1e-8, atol=1e-12)
     without = {"shared": shared, "attraction": torch.zeros(1, dtype=torch.float64)}
-    plain = ExactGradients(runtime.model)(dict, parameters, without, batch).by
+    plain = ExactGradients(runtime.model)(dict, parameters, without, batch).values
     torch.testing.assert_close(by["group"], plain["group"], rtol=1e-8, atol=1e-12)
     assert plain["keys"].norm() == 0  # nothing but the term teaches them
 
@@ -392,7 +399,9 @@ def test_the_keys_term_does_not_reach_the_shared_prompts(make) -> None:
     batch = next(iter(runtime.data.batches(1, None, clock_of([0]).streams)))
     prompt = {name: value[None] for name, value in vars(start.server).items()}
     one, five = (
-        ExactGradients(runtime.model)(dict, prompt, {"attraction": torch.full((1,), w, dtype=torch.float64)}, batch).by
+        ExactGradients(runtime.model)(
+            dict, prompt, {"attraction": torch.full((1,), w, dtype=torch.float64)}, batch
+        ).values
         for w in (1.0, 5.0)
     )
     torch.testing.assert_close(five["shared"], one["shared"], rtol=1e-8, atol=1e-12)
@@ -508,7 +517,7 @@ def test_pfedpg_clients_keep_what_they_trained_and_send_the_change(make) -> None
 def test_a_client_starts_alike_in_a_federation_and_in_a_process_of_its_own(make) -> None:
     runtime, _ = make("pfedpg")
     streams, encoder = clock_of([0, 1, 2], 0).streams, runtime.model.encoder
-    start = Start(encoder.embed, encoder.context_width, (), streams, encoder.image_width, encoder.image_layers)
+    start = InitContext(encoder.embed, encoder.context_width, (), streams, encoder.image_width, encoder.image_layers)
     together = pfedpg.client_init(runtime.settings, start, runtime.data).tokens
     alone = pfedpg.client_init(runtime.settings, replace(start, streams=clock_of([2], 0).streams), runtime.data).tokens
     torch.testing.assert_close(alone[0], together[2])
@@ -543,10 +552,10 @@ def test_an_examples_gradient_is_that_of_the_example_alone(name: str, make, monk
     exact = ExactGradients(runtime.model)
     for at in range(6):
         one = Batch(batch.features[:, [at]], batch.labels[:, [at]], batch.mask[:, [at]])
-        for key, gradient in exact(dict, prompt, fixed, one).by.items():
+        for key, gradient in exact(dict, prompt, fixed, one).values.items():
             torch.testing.assert_close(by[key][[at]], gradient, rtol=1e-8, atol=1e-12)
     whole = exact(dict, prompt, fixed, batch)
-    for key, gradient in whole.by.items():
+    for key, gradient in whole.values.items():
         torch.testing.assert_close(by[key].mean(0, keepdim=True), gradient, rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(found.losses.mean()[None], whole.loss, rtol=1e-8, atol=1e-12)
     # A few copies of the parameters at a time, however many examples there are.

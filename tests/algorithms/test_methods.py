@@ -98,16 +98,16 @@ def test_a_stack_of_clients_equals_each_client_alone(name: str, make_runtime: Ma
     settings = settings_for(name, TABLES)
 
     def round_of(clients: list[int]) -> tuple[Upload, ClientState]:
-        from sordino.algorithms.base import Clock
+        from sordino.algorithms.base import RoundContext
         from sordino.randomness import Streams
         from sordino.runtime.local import client_data
 
         data = client_data(runtime.data.features, runtime.data.labels, [ROWS[k] for k in clients], "examples")
-        clock = Clock(number, number, Streams(0, number, clients, torch.device("cpu")))
+        round_context = RoundContext(number, number, Streams(0, number, clients, torch.device("cpu")))
         state = take(training.clients, torch.tensor(clients))
         gradients = ExactGradients(runtime.model)
         told = told_to(broadcast, clients)
-        result: tuple[Upload, ClientState] = module.client_round(settings, told, state, data, gradients, clock)
+        result: tuple[Upload, ClientState] = module.client_round(settings, told, state, data, gradients, round_context)
         return result
 
     together = round_of([0, 1, 2])
@@ -122,14 +122,14 @@ def test_averaging_commutes_with_the_clients_order(name: str, make_runtime: Make
     runtime = make_runtime(name, ROWS, TABLES)
     training = doubled(runtime.start())
     module, settings = algorithm(name), settings_for(name, TABLES)
-    clock, order = runtime_clock(runtime), [2, 0, 1]
+    round_context, order = runtime_clock(runtime), [2, 0, 1]
     gradients = ExactGradients(runtime.model)
     upload, _ = module.client_round(
-        settings, module.broadcast(training.server), training.clients, runtime.data, gradients, clock
+        settings, module.broadcast(training.server), training.clients, runtime.data, gradients, round_context
     )
     shuffled = take(upload, torch.tensor(order))
-    one = module.server_round(settings, training.server, Uploads(upload, plain_mean), clock)
-    reordered = replace(clock, streams=replace(clock.streams, clients=order))
+    one = module.server_round(settings, training.server, Uploads(upload, plain_mean), round_context)
+    reordered = replace(round_context, streams=replace(round_context.streams, clients=order))
     other = module.server_round(settings, training.server, Uploads(shuffled, plain_mean), reordered)
     for key, tensor in named_tensors(one).items():
         torch.testing.assert_close(named_tensors(other)[key], tensor)
@@ -141,10 +141,10 @@ def told_to(broadcast: Broadcast, clients: list[int]) -> Broadcast:
 
 
 def runtime_clock(runtime: LocalRuntime, number: int = 1):
-    from sordino.algorithms.base import Clock
+    from sordino.algorithms.base import RoundContext
     from sordino.randomness import Streams
 
-    return Clock(number, 5, Streams(0, number, range(len(runtime.data)), torch.device("cpu")))
+    return RoundContext(number, 5, Streams(0, number, range(len(runtime.data)), torch.device("cpu")))
 
 
 @pytest.mark.parametrize("name", ["promptfl", "local"])
@@ -186,7 +186,7 @@ def test_nothing_of_the_state_is_in_the_upload(name: str, make_runtime: MakeRunt
     """Two clients whose personal states differ, but who compute the same gradient, send the same bytes."""
     runtime = make_runtime(name, ROWS, TABLES)
     module, settings = algorithm(name), settings_for(name, TABLES)
-    training, clock = train(runtime), runtime_clock(runtime)
+    training, round_context = train(runtime), runtime_clock(runtime)
     gradients = ExactGradients(runtime.model)
 
     class Constant:
@@ -194,11 +194,11 @@ def test_nothing_of_the_state_is_in_the_upload(name: str, make_runtime: MakeRunt
 
         def __call__(self, prompt_of, parameters, fixed, batch):
             found = gradients(prompt_of, parameters, fixed, batch)
-            return replace(found, by={key: torch.ones_like(value) for key, value in found.by.items()})
+            return replace(found, values={key: torch.ones_like(value) for key, value in found.values.items()})
 
     def upload(state: ClientState) -> dict[str, Tensor]:
         sent, _ = module.client_round(
-            settings, module.broadcast(training.server), state, runtime.data, Constant(), clock
+            settings, module.broadcast(training.server), state, runtime.data, Constant(), round_context
         )
         return named_tensors(sent)
 
@@ -253,21 +253,21 @@ def test_dp_fpl_without_a_personal_prompt_is_promptfl(make_runtime: MakeRuntime)
 
 def test_dp_fpl_takes_the_step_of_the_paper(make_runtime: MakeRuntime, gradients: ExactGradients) -> None:
     """p_L <- (U - lr gU)(V - lr gV) + R, with gU = g V^T and gV = U^T g for the prompt's gradient g."""
-    from sordino.prompts.lowrank import factorise
+    from sordino.prompts.lowrank import factorize
 
     tables = TABLES | {"local_steps": 1, "batch_size": 0}
     runtime = make_runtime("dp-fpl", ROWS, tables)
     start = doubled(runtime.start())
-    clock = runtime_clock(runtime)
+    round_context = runtime_clock(runtime)
     settings = settings_for("dp-fpl", tables)
     module = algorithm("dp-fpl")
     upload, state = module.client_round(
-        settings, module.broadcast(start.server), start.clients, runtime.data, gradients, clock
+        settings, module.broadcast(start.server), start.clients, runtime.data, gradients, round_context
     )
     personal = start.clients.context  # type: ignore[attr-defined]
-    batch = next(iter(runtime.data.batches(1, None, clock.streams)))
-    g = gradients(lambda p: p["x"], {"x": start.server.context + personal}, {}, batch).by["x"]  # type: ignore[attr-defined]
-    factors = factorise(personal, clock.streams.normal("projection 0", personal.shape[-1], 2).double())
+    batch = next(iter(runtime.data.batches(1, None, round_context.streams)))
+    g = gradients(lambda p: p["x"], {"x": start.server.context + personal}, {}, batch).values["x"]  # type: ignore[attr-defined]
+    factors = factorize(personal, round_context.streams.normal("projection 0", personal.shape[-1], 2).double())
     rate = settings.local_learning_rate
     expected = (factors.u - rate * g @ factors.v.mT) @ (factors.v - rate * factors.u.mT @ g) + factors.residual
     torch.testing.assert_close(state.context, expected, rtol=1e-4, atol=1e-7)  # the projection is drawn in float32
@@ -315,7 +315,7 @@ def test_bad_settings_are_named_with_key_and_value(name: str, tables: dict[str, 
 def test_settings_reach_ablations_through_their_parent() -> None:
     tables = {"rank": 3, "dp-fpl": {"rank": 4}, "dplora": {"local_learning_rate": 0.5}}
     assert settings_for("dplora", tables).rank == 4
-    assert settings_for("dplora", tables).parameterisation == "lora"
+    assert settings_for("dplora", tables).parameterization == "lora"
     assert settings_for("dp-fpl", tables).local_learning_rate != 0.5
     with pytest.raises(ConfigError, match="not a method; choose from zero-shot"):
         algorithm("promptlf")

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from sordino.algorithms.base import Clock
+from sordino.algorithms.base import RoundContext
 from sordino.algorithms.optimizer import Optimizer
 from sordino.randomness import Streams
 
@@ -18,8 +18,8 @@ CASES = [
 ]
 
 
-def clock(number: int, rounds: int) -> Clock:
-    return Clock(number, rounds, Streams(0, number, [0], torch.device("cpu")))
+def round_context(number: int, rounds: int) -> RoundContext:
+    return RoundContext(number, rounds, Streams(0, number, [0], torch.device("cpu")))
 
 
 @pytest.mark.parametrize(("ours", "make"), CASES)
@@ -54,8 +54,8 @@ def test_cosine_schedule_anneals_from_the_rate_towards_zero() -> None:
     ours = Optimizer("sgd", 0.4, schedule="cosine")
     for number in (1, 2, 5, 10):
         expected = 0.4 * 0.5 * (1 + math.cos(math.pi * (number - 1) / 10))
-        assert ours.rate(clock(number, 10)) == pytest.approx(expected, abs=1e-12)
+        assert ours.rate(round_context(number, 10)) == pytest.approx(expected, abs=1e-12)
 
 
 def test_constant_schedule_is_constant() -> None:
-    assert {Optimizer("adam", 0.4).rate(clock(number, 10)) for number in range(1, 11)} == {0.4}
+    assert {Optimizer("adam", 0.4).rate(round_context(number, 10)) for number in range(1, 11)} == {0.4}

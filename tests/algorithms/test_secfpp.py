@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from sordino import secure
 from sordino.algorithms import algorithm, secfpp, secfpp_plain
-from sordino.algorithms.base import ClientData, Clock, map_tensors, named_tensors
-from sordino.config import load_config
+from sordino.algorithms.base import ClientData, RoundContext, map_tensors, named_tensors
 from sordino.errors import ConfigError
-from sordino.experiment import run
+from sordino.experiments.config import load_config
+from sordino.experiments.run import run
 from sordino.privacy.sampling import PoissonSampler
 from sordino.randomness import Streams
 from sordino.runtime.local import LocalRuntime, Training
@@ -46,12 +46,12 @@ def trained(runtime: LocalRuntime, rounds: int | None = None) -> Training:
     return training
 
 
-def clock_of(runtime: LocalRuntime, number: int) -> Clock:
-    return Clock(number, runtime.rounds, Streams(0, number, range(len(runtime.data)), torch.device("cpu")))
+def clock_of(runtime: LocalRuntime, number: int) -> RoundContext:
+    return RoundContext(number, runtime.rounds, Streams(0, number, range(len(runtime.data)), torch.device("cpu")))
 
 
 def test_on_shares_as_in_the_clear(make_runtime: MakeRuntime) -> None:
-    """The same clusters every round; the same prompts, up to what a round quantises means by."""
+    """The same clusters every round; the same prompts, up to what a round quantizes means by."""
     shared, plain = (make_runtime(name, TWO_KINDS, TABLES | ADAPTIVE, rounds=6) for name in ("secfpp", "secfpp-plain"))
     one, other = shared.start(), plain.start()
     seen = set()
@@ -150,7 +150,7 @@ def test_if_too_few_answer_training_goes_on_with_the_last_clusters(
     assert labels.tolist() == [0, 0, 0, 1, 1, 1]
     whole = secfpp.exchange
 
-    def broken(*given: object) -> secure.ByShares:
+    def broken(*given: object) -> secure.SharedExchange:
         made = whole(*given)  # type: ignore[arg-type]
         made._drop = dict.fromkeys(range(5), exchange)
         return made
@@ -174,7 +174,7 @@ def test_a_client_that_vanishes_in_the_middle_changes_nothing_for_others(
     whole = secfpp.exchange
     complete, _ = runtime.round(training)
 
-    def one_gone(*given: object) -> secure.ByShares:
+    def one_gone(*given: object) -> secure.SharedExchange:
         made = whole(*given)  # type: ignore[arg-type]
         made._drop = {5: 4}  # after it dealt its point
         return made
@@ -263,7 +263,7 @@ def test_too_few_clients_are_refused_before_training(make_runtime: MakeRuntime) 
 def test_noise_covers_all_that_the_exchange_tells(make_runtime: MakeRuntime) -> None:
     """What is computed of noised gradients, on shares or not, is covered; without noise, all of it is disclosed."""
     open_ = make_runtime("secfpp", TWO_KINDS, TABLES)
-    ways = {each.way for each in open_.start().ledger.disclosures}
+    ways = {each.channel for each in open_.start().ledger.disclosures}
     assert ways == {"shares", "mean", "prompt"}
     noised = make_runtime("secfpp", TWO_KINDS, TABLES, privacy={"mechanism": "dp-sgd", "noise_multiplier": 1.0})
     training = trained(noised, 4)
@@ -273,8 +273,8 @@ def test_noise_covers_all_that_the_exchange_tells(make_runtime: MakeRuntime) -> 
         make_runtime("secfpp", TWO_KINDS, TABLES, privacy={"mechanism": "dp-fedavg", "noise_multiplier": 1.0})
 
 
-def test_ratios_and_centres_run_too(make_runtime: MakeRuntime) -> None:
-    for change in ({"reveal": "ratios"}, {"search": "centres"}, {"search": "centres", "clusters": 0}):
+def test_ratios_and_centers_run_too(make_runtime: MakeRuntime) -> None:
+    for change in ({"reveal": "ratios"}, {"search": "centers"}, {"search": "centers", "clusters": 0}):
         runtime = make_runtime("secfpp", TWO_KINDS, TABLES | {"secfpp": TABLES["secfpp"] | change})
         training, record = trained(runtime, 1), None
         training, record = runtime.round(training)
@@ -304,7 +304,7 @@ def test_a_run_keeps_what_the_server_saw(config_file: Path, tmp_path: Path) -> N
 
 
 def test_the_plain_oracle_sees_prompts_and_says_so() -> None:
-    assert any(each.way == "upload" for each in secfpp_plain.ABOUT.discloses)
+    assert any(each.channel == "upload" for each in secfpp_plain.ABOUT.discloses)
     assert secfpp_plain.Settings is secfpp.Settings
 
 

@@ -97,7 +97,7 @@ def test_the_batch_is_clipped_and_noise_skipped_above_the_bound(model: PromptMod
     group = Group(clip, torch.tensor([0.5, 0.7]))
     settings = DpSgdGradients(model, frozenset(), group, group, streams)
     released, exact = (
-        gradients(lambda p: p["context"], {"context": context}, {}, batch).by["context"]
+        gradients(lambda p: p["context"], {"context": context}, {}, batch).values["context"]
         for gradients in (BatchClippedGradients(settings, skip), ExactGradients(model))
     )
     norms = exact.flatten(1).norm(dim=1)
@@ -126,7 +126,7 @@ def test_repeated_noise_has_its_deviation_and_cancels_in_every_difference(model:
         for draw in range(2):
             drawn = replace(batch, sampling=replace(sampling, draw=draw))
             released, exact = (
-                gradients(lambda p: p["context"], {"context": context}, {}, drawn).by["context"]
+                gradients(lambda p: p["context"], {"context": context}, {}, drawn).values["context"]
                 for gradients in (noised, plain)
             )
             noises.append(released - exact)

@@ -124,9 +124,9 @@ def test_with_all_canaries_out_the_sums_are_those_of_the_federation_alone(
     (*_, batch, found), (*_, expected_batch, expected) = (
         first_calls(each)[0] for each in (with_canaries(runtime, nobody, 0), alone)
     )
-    for key, value in expected.by.items():
+    for key, value in expected.values.items():
         sums = [
-            gradient.by[key]
+            gradient.values[key]
             * (1.0 if each.sampling is None else each.sampling.expected.view(-1, *[1] * (value.ndim - 1)))
             for gradient, each in ((found, batch), (expected, expected_batch))
         ]

@@ -14,10 +14,10 @@ import torch
 from sordino.algorithms import secfpp
 from sordino.audit.distances import _Contexts, between_clients, located
 from sordino.audit.run import audit
-from sordino.config import load_config
-from sordino.experiment import run
+from sordino.experiments.config import load_config
+from sordino.experiments.run import run
 from sordino.runtime.local import LocalRuntime
-from sordino.secure import Client, Opened, Pairs, Server, plan
+from sordino.secure import Client, Pairs, RevealedDistances, Server, plan
 from sordino.secure import run as run_protocol
 
 
@@ -31,14 +31,16 @@ def squared(points: np.ndarray) -> np.ndarray:
     return found
 
 
-def opened(points: np.ndarray, sets: Iterable[Iterable[int]], factors: np.ndarray | None = None) -> list[Opened]:
+def opened(
+    points: np.ndarray, sets: Iterable[Iterable[int]], factors: np.ndarray | None = None
+) -> list[RevealedDistances]:
     """What a server sees of points, in steps of 1e-9."""
     columns = []
     for members in sets:
         chosen = sorted(members)
         values = ((points - points[chosen].mean(0)) ** 2).sum(1) * len(chosen) ** 2 * 1e18
         values = values if factors is None else values * factors
-        columns.append(Opened(tuple(chosen), tuple(range(len(points))), tuple(map(round, values.tolist()))))
+        columns.append(RevealedDistances(tuple(chosen), tuple(range(len(points))), tuple(map(round, values.tolist()))))
     return columns
 
 
@@ -62,14 +64,14 @@ def test_ratios_of_all_rows_give_all_distances_but_one_scale() -> None:
     np.testing.assert_allclose(relative(found, squared(points)), 1, rtol=1e-8)
 
 
-def test_centres_that_span_the_points_give_all_distances() -> None:
+def test_centers_that_span_the_points_give_all_distances() -> None:
     points = unit_points(8, 3)
     sets = [[0, 1], [2, 3, 4], [5], [6, 7, 0], [1, 2]]
     found = between_clients(opened(points, sets), 8, ratios=False)
     np.testing.assert_allclose(relative(found, squared(points)), 1, rtol=1e-6)
 
 
-def test_fewer_centres_give_less_and_never_too_much() -> None:
+def test_fewer_centers_give_less_and_never_too_much() -> None:
     points = unit_points(8, 7)
     found = between_clients(opened(points, [[0, 1], [2, 3, 4], [5, 6, 7]]), 8, ratios=False)
     assert found is not None

@@ -94,7 +94,7 @@ def true_cotangent(model: PromptModel, context: Tensor, features: Tensor, labels
 
 def exact_gradient(gradients: ExactGradients, context: Tensor, features: Tensor, labels: Tensor) -> Tensor:
     batch = Batch(features[None], labels[None], torch.ones(1, len(labels), dtype=torch.bool))
-    return gradients(lambda by: by["x"], {"x": context[None]}, {}, batch).by["x"][0].flatten()
+    return gradients(lambda by: by["x"], {"x": context[None]}, {}, batch).values["x"][0].flatten()
 
 
 # --- the linear map, and its solution

@@ -29,9 +29,9 @@ from sordino.audit.membership import (
 )
 from sordino.audit.statistics import roc
 from sordino.audit.subject import Subject, train
-from sordino.config import Experiment
 from sordino.encoders.prompt_model import PromptModel
 from sordino.errors import ConfigError, DataError
+from sordino.experiments.config import Experiment
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.settings import PrivacySettings
 from sordino.runtime.local import LocalRuntime

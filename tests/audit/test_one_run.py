@@ -73,8 +73,8 @@ def test_neither_claim_nor_weights_nor_batches_depend_on_the_coins(model: Prompt
     nobody, everybody = (
         with_canaries(runtime, replace(drawn, included=torch.full((7,), value)), 1) for value in (False, True)
     )
-    assert nobody.mechanism.facts == everybody.mechanism.facts
-    assert nobody.mechanism.facts.sizes == (9, 8, 8)
+    assert nobody.mechanism.inputs == everybody.mechanism.inputs
+    assert nobody.mechanism.inputs.sizes == (9, 8, 8)
     assert nobody.mechanism.noise_multiplier == everybody.mechanism.noise_multiplier
     first, second = (replace(train(each).ledger, run="", data={}) for each in (nobody, everybody))
     assert first == second
@@ -189,7 +189,7 @@ def test_without_noise_canaries_are_found(model: PromptModel, name: str, setting
 
 
 @pytest.mark.slow
-def test_a_prompt_that_memorised_its_canaries_gives_them_away(model: PromptModel) -> None:
+def test_a_prompt_that_memorized_its_canaries_gives_them_away(model: PromptModel) -> None:
     """Clients with two examples and six canaries each, alone, trained for long."""
     adam = {"name": "adam", "learning_rate": 0.03}
     settings = {"context_length": 8, "local_steps": 4, "batch_size": 0, "optimizer": adam}

@@ -236,15 +236,15 @@ def fewest_correct_above(epsilon: float, guesses: int, delta: float) -> int:
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.5, 2.0, 5.0])
-def test_randomised_response_is_covered_exactly(epsilon: float) -> None:
-    """Each answer of randomised response is right with probability e^eps / (1 + e^eps), independently."""
+def test_randomized_response_is_covered_exactly(epsilon: float) -> None:
+    """Each answer of randomized response is right with probability e^eps / (1 + e^eps), independently."""
     response, fewest = 1 / (1 + math.exp(-epsilon)), fewest_correct_above(epsilon, 1000, 0.0)
     assert binom.sf(fewest - 1, 1000, response) <= 0.05 + 1e-12
     assert binom.sf(fewest - 2, 1000, response) > 0.05  # no smaller count would do: the bound wastes nothing
 
 
 @pytest.mark.parametrize("epsilon", [0.5, 3.0])
-def test_randomised_response_is_covered_in_simulation(epsilon: float) -> None:
+def test_randomized_response_is_covered_in_simulation(epsilon: float) -> None:
     generator, trials = np.random.default_rng(6), 2000
     correct = generator.binomial(300, 1 / (1 + math.exp(-epsilon)), size=trials)
     above = sum(one_run_epsilon(int(v), 300, 300, 0.0) > epsilon for v in correct)
@@ -270,7 +270,7 @@ def test_the_term_in_delta_is_needed() -> None:
 # --- the best number of guesses
 
 
-def randomised_response(
+def randomized_response(
     generator: np.random.Generator, canaries: int, epsilon: float
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     included = generator.random(canaries) < 0.5
@@ -290,7 +290,7 @@ def test_the_best_of_several_bounds_is_covered_only_with_the_correction(epsilon:
     generator, trials, numbers = np.random.default_rng(7), 1000, 8
     corrected = uncorrected = 0
     for _ in range(trials):
-        scores, included = randomised_response(generator, 1024, epsilon)
+        scores, included = randomized_response(generator, 1024, epsilon)
         corrected += best_guesses(scores, included, 0.0, 0.95, generator).epsilon > epsilon
         # A confidence of 1 - 8 x 0.05 gives each of the eight numbers 0.95: the same choice without the correction.
         uncorrected += best_guesses(scores, included, 0.0, 1 - numbers * 0.05, generator).epsilon > epsilon

@@ -93,8 +93,8 @@ def test_replayed_gradients_are_the_exact_ones(
         context: Tensor = p["shared"] + p["u"] @ p["v"] + p["residual"]
         return context
 
-    exact = gradients(prompt_of, parameters, fixed, batch).by
-    replayed = Replayed(exact["shared"])(prompt_of, parameters, fixed, batch).by
+    exact = gradients(prompt_of, parameters, fixed, batch).values
+    replayed = Replayed(exact["shared"])(prompt_of, parameters, fixed, batch).values
     assert exact.keys() == replayed.keys()
     for name, value in exact.items():
         torch.testing.assert_close(replayed[name], value, rtol=1e-9, atol=1e-12)

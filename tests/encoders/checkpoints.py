@@ -1,4 +1,4 @@
-"""Randomly initialised CLIP and SigLIP checkpoints in a folder, as a user would have them from the hub.
+"""Randomly initialized CLIP and SigLIP checkpoints in a folder, as a user would have them from the hub.
 
 Shared by the tests here and by `benchmarks/text_tower.py`; nothing is downloaded.
 """

@@ -1,4 +1,4 @@
-"""The bundled encoder against transformers' own BERT, finite differences, and pictures that it must recognise."""
+"""The bundled encoder against transformers' own BERT, finite differences, and pictures that it must recognize."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -77,7 +77,7 @@ def test_a_stack_of_contexts_equals_one_at_a_time(encoder: BundledEncoder) -> No
             torch.testing.assert_close(stacked[first, second], alone, atol=1e-5, rtol=0)
 
 
-def test_a_name_does_not_depend_on_its_longer_neighbours(encoder: BundledEncoder) -> None:
+def test_a_name_does_not_depend_on_its_longer_neighbors(encoder: BundledEncoder) -> None:
     context = random_context(5)
     together = encoder.text_features(context, encoder.class_tokens(NAMES))
     for index, name in enumerate(NAMES):
@@ -94,7 +94,7 @@ def test_features_have_unit_norm_and_the_declared_width(encoder: BundledEncoder)
         torch.testing.assert_close(features.norm(dim=-1), torch.ones(features.shape[:-1]))
 
 
-def test_image_features_are_the_mean_of_unnormalised_patches(encoder: BundledEncoder) -> None:
+def test_image_features_are_the_mean_of_unnormalized_patches(encoder: BundledEncoder) -> None:
     pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     patches = encoder.patch_features(pixels)
     assert patches.shape == (2, 49, encoder.feature_width)
@@ -127,7 +127,7 @@ def test_folded_batch_norms_change_nothing() -> None:
         torch.testing.assert_close(folded(pixels), plain(pixels), atol=1e-4, rtol=1e-4)
 
 
-def test_the_classifier_recognises_dogs_and_elephants(
+def test_the_classifier_recognizes_dogs_and_elephants(
     encoder: BundledEncoder, real_data: Callable[[str], Path]
 ) -> None:
     photos = real_data("pacs") / "photo"

@@ -148,7 +148,7 @@ def test_a_stack_of_contexts_gives_what_each_gives_alone(folder: Path, length: i
             torch.testing.assert_close(features[i, j], encoder.text_features(stack[i, j], classes), rtol=0, atol=1e-12)
 
 
-def test_a_class_does_not_feel_its_neighbours(folder: Path) -> None:
+def test_a_class_does_not_feel_its_neighbors(folder: Path) -> None:
     encoder = load(folder, torch.float64)
     context = contexts(encoder, 4)
     together = encoder.text_features(context, encoder.class_tokens(NAMES))
@@ -202,13 +202,13 @@ def test_pictures_of_any_mode_become_pixels(clip_folder: Path, mode: str) -> Non
     pixels = encoder.transform(picture("L").convert(mode))
     assert pixels.shape == (3, 32, 32)
     assert pixels.dtype == torch.float32
-    # All of these but the black-and-white one hold a grey picture, some with a rounding of a step or two of 256.
+    # All of these but the black-and-white one hold a gray picture, some with a rounding of a step or two of 256.
     if mode != "1":
         torch.testing.assert_close(pixels, encoder.transform(picture("L")), rtol=0, atol=3 / 255 / 0.26)
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("I;16", np.uint16), ("I", np.int32)])
-def test_sixteen_bit_grey_keeps_its_brightness(clip_folder: Path, mode: str, kind: type) -> None:
+def test_sixteen_bit_gray_keeps_its_brightness(clip_folder: Path, mode: str, kind: type) -> None:
     encoder = load(clip_folder)
     image = Image.fromarray(np.asarray(picture("L")).astype(kind) * kind(257))
     assert image.mode == mode

@@ -81,7 +81,7 @@ def test_unknown_words_in_names_and_contexts_are_a_warning() -> None:
     with pytest.warns(SordinoWarning, match=f"does not know words of class name '{CHINESE[0]}'"):
         encoder.class_tokens(["cat", CHINESE[0]])
     with pytest.warns(SordinoWarning, match="and 1 more"):
-        encoder.class_tokens([f"{kind} {CHINESE[0]}" for kind in ("red", "green", "blue", "grey")])
+        encoder.class_tokens([f"{kind} {CHINESE[0]}" for kind in ("red", "green", "blue", "gray")])
     with pytest.warns(SordinoWarning, match="of context"):
         encoder.embed(f"a photo of {CHINESE[0]}")
 

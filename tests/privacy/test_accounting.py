@@ -218,10 +218,10 @@ def test_observers() -> None:
     assert (nothing.party, nothing.epsilon, nothing.epsilon_rdp) == (None, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("way", ["upload", "mean", "prompt", "images", "sizes"])
+@pytest.mark.parametrize("channel", ["upload", "mean", "prompt", "images", "sizes"])
 @pytest.mark.parametrize("unit", ["example", "client"])
-def test_what_is_disclosed_without_noise_is_unbounded_for_who_sees_it(way: Any, unit: Any) -> None:
-    disclosure = Disclosure("something", way)
+def test_what_is_disclosed_without_noise_is_unbounded_for_who_sees_it(channel: Any, unit: Any) -> None:
+    disclosure = Disclosure("something", channel)
     for observer in OBSERVERS:
         told = spent(ledger(disclosures=(disclosure,)), observer, unit)
         assert told.epsilon == told.epsilon_rdp == (math.inf if observer in disclosure.observers else 0.0)

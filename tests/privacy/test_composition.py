@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from sordino.cli import app
-from sordino.config import load_config
+from sordino.cli.app import app
 from sordino.errors import RunError
-from sordino.experiment import run
+from sordino.experiments.config import load_config
+from sordino.experiments.run import run
 from sordino.privacy.accounting import compose, epsilon, spent
 from sordino.privacy.ledger import ALL_CLIENTS, OBSERVERS, Ledger, Release, joint_digest
 from sordino.runtime.local import LocalRuntime

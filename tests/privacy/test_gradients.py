@@ -28,7 +28,7 @@ def test_gradient_of_the_prompt_equals_finite_differences(
     model: PromptModel, gradients: ExactGradients, table: tuple[Tensor, Tensor]
 ) -> None:
     context, batch = contexts(model, 1), batch_of(table, 1)
-    exact = gradients(plain, {"context": context}, {}, batch).by["context"]
+    exact = gradients(plain, {"context": context}, {}, batch).values["context"]
 
     def loss(at: Tensor) -> Tensor:
         return client_losses(model.logits(model.text_features(at), batch.features), batch).sum()
@@ -48,7 +48,7 @@ def test_factors_get_the_gradients_of_the_chain_rule(
     u, v = contexts(model, 2, length=4)[..., :2], contexts(model, 2, length=2)
     by = gradients(
         lambda p: p["g"] + p["u"] @ p["v"] + p["r"], {"g": context, "u": u, "v": v}, {"r": context}, batch
-    ).by
+    ).values
     torch.testing.assert_close(by["u"], by["g"] @ v.mT)
     torch.testing.assert_close(by["v"], u.mT @ by["g"])
     assert set(by) == {"g", "u", "v"}  # what is fixed has no gradient
@@ -68,7 +68,7 @@ def test_pieces_change_nothing(
     monkeypatch.setitem(prompt_model.FLOPS_AT_ONCE, "cpu", budget)
     assert model.prompts_at_once(context[:1], 8) < 5
     parts = gradients(plain, {"context": context}, {}, batch)
-    torch.testing.assert_close(parts.by["context"], whole.by["context"], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(parts.values["context"], whole.values["context"], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(parts.loss, whole.loss)
 
 
@@ -80,7 +80,7 @@ def test_padding_is_invisible(model: PromptModel, gradients: ExactGradients, tab
     padded = Batch(batch.features, batch.labels, mask)
     expected = gradients(plain, {"context": context}, {}, short)
     found = gradients(plain, {"context": context}, {}, padded)
-    torch.testing.assert_close(found.by["context"], expected.by["context"])
+    torch.testing.assert_close(found.values["context"], expected.values["context"])
     torch.testing.assert_close(found.loss, expected.loss)
 
 
@@ -90,7 +90,7 @@ def test_an_empty_batch_has_no_gradient(
     context, batch = contexts(model, 2), batch_of(table, 2)
     empty = Batch(batch.features, batch.labels, torch.zeros_like(batch.mask))
     found = gradients(plain, {"context": context}, {}, empty)
-    assert found.by["context"].abs().max() == 0
+    assert found.values["context"].abs().max() == 0
     assert found.loss.abs().max() == 0
 
 
@@ -98,10 +98,10 @@ def test_a_client_sees_only_its_own_examples(
     model: PromptModel, gradients: ExactGradients, table: tuple[Tensor, Tensor]
 ) -> None:
     context, batch = contexts(model, 3), batch_of(table, 3)
-    before = gradients(plain, {"context": context}, {}, batch).by["context"]
+    before = gradients(plain, {"context": context}, {}, batch).values["context"]
     labels = batch.labels.clone()
     labels[1] = (labels[1] + 1) % 4
-    after = gradients(plain, {"context": context}, {}, Batch(batch.features, labels, batch.mask)).by["context"]
+    after = gradients(plain, {"context": context}, {}, Batch(batch.features, labels, batch.mask)).values["context"]
     torch.testing.assert_close(after[[0, 2]], before[[0, 2]])
     assert not torch.allclose(after[1], before[1])
 
@@ -116,9 +116,9 @@ def test_numbers_that_are_not_finite_stay_with_their_client(
     features[1, 2, 4] = bad
     found = gradients(plain, {"context": context}, {}, Batch(features, batch.labels, batch.mask))
     expected = gradients(plain, {"context": context}, {}, batch)
-    assert not found.by["context"][1].isfinite().any()
+    assert not found.values["context"][1].isfinite().any()
     assert not bool(found.loss[1].isfinite())
-    assert torch.equal(found.by["context"][[0, 2]], expected.by["context"][[0, 2]])
+    assert torch.equal(found.values["context"][[0, 2]], expected.values["context"][[0, 2]])
     assert torch.equal(found.loss[[0, 2]], expected.loss[[0, 2]])
 
 
@@ -137,9 +137,9 @@ def test_before_a_mechanism_what_is_not_finite_counts_as_nothing(
     take = ExactGradients(model, finite_only=True)
     found = take(plain, {"context": context}, {}, Batch(features, batch.labels, batch.mask))
     expected = take(plain, {"context": contexts(model, 3)}, {}, Batch(batch.features, batch.labels, mask))
-    assert torch.equal(found.by["context"][[0, 2]], expected.by["context"][[0, 2]])
+    assert torch.equal(found.values["context"][[0, 2]], expected.values["context"][[0, 2]])
     if case == "parameter":
-        assert not found.by["context"][1].any()
+        assert not found.values["context"][1].any()
     else:
-        torch.testing.assert_close(found.by["context"], expected.by["context"], rtol=1e-9, atol=1e-13)
+        torch.testing.assert_close(found.values["context"], expected.values["context"], rtol=1e-9, atol=1e-13)
         torch.testing.assert_close(found.loss, expected.loss)

@@ -52,7 +52,7 @@ def real_batch(table: tuple[Tensor, Tensor], clients: int = 2, size: int = 6) ->
 
 
 def without(batch: Batch, client: int, example: int) -> Batch:
-    """The neighbouring batch: one example of one client less."""
+    """The neighboring batch: one example of one client less."""
     mask = batch.mask.clone()
     mask[client, example] = False
     return replace(batch, mask=mask)
@@ -148,7 +148,7 @@ def test_a_whole_step_moves_by_what_is_accounted(
     if mechanism == "dp-sgd":
         take = noiseless_dp_sgd(model, 2, clip)
         for example in range(6):
-            one, other = (take(factored, by, {}, each).by for each in (batch, without(batch, 0, example)))
+            one, other = (take(factored, by, {}, each).values for each in (batch, without(batch, 0, example)))
             move = {name: 4.0 * (one[name] - other[name]) for name in by}  # 4 is the expected size it was divided by
             assert max(float(value[1].abs().max()) for value in move.values()) == 0.0
             personal = torch.cat([move["u"][0].flatten(), move["v"][0].flatten()]).norm()
@@ -183,7 +183,7 @@ def test_example_gradients_are_the_gradients_of_single_examples(
         expected = gradients(factored, by, {}, single)
         losses.append(expected.loss)
         for name in by:
-            torch.testing.assert_close(mine[name], expected.by[name][0], rtol=1e-8, atol=1e-12)
+            torch.testing.assert_close(mine[name], expected.values[name][0], rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(found.losses, torch.cat(losses))
 
 
@@ -194,7 +194,7 @@ def test_pieces_of_examples_change_nothing(
     whole = noiseless_dp_sgd(model, 2, 0.3)(plain, by, {}, batch)
     monkeypatch.setitem(prompt_model.FLOPS_AT_ONCE, "cpu", 1.0)
     parts = noiseless_dp_sgd(model, 2, 0.3)(plain, by, {}, batch)
-    torch.testing.assert_close(parts.by["context"], whole.by["context"], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(parts.values["context"], whole.values["context"], rtol=1e-9, atol=1e-12)
 
 
 def test_a_clip_beyond_reach_gives_the_plain_gradient(
@@ -203,14 +203,14 @@ def test_a_clip_beyond_reach_gives_the_plain_gradient(
     """Of the examples' sum over the expected size; for the cotangent too, if no direction is left out."""
     batch, by = real_batch(table), {"context": contexts(model, 2)}
     expected = gradients(plain, by, {}, batch)
-    exact = expected.by["context"] * (6 / 4)
+    exact = expected.values["context"] * (6 / 4)
     found = noiseless_dp_sgd(model, 2, 1e9)(plain, by, {}, batch)
-    torch.testing.assert_close(found.by["context"], exact, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(found.values["context"], exact, rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(found.loss, expected.loss)
     everything = torch.eye(model.encoder.feature_width, dtype=torch.float64)
     streams = Streams(0, 1, range(2), CPU)
     cotangent = CotangentGradients(model, everything, math.sqrt(2), 0.0, streams)(plain, by, {}, batch)
-    torch.testing.assert_close(cotangent.by["context"], exact, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(cotangent.values["context"], exact, rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(cotangent.loss, expected.loss)
 
 
@@ -250,7 +250,7 @@ def test_noise_has_the_stated_deviation(simulated: bool, model: PromptModel, tab
     by = {"shared": start, "u": start[..., :2], "v": start[:, :2]}
     spread = torch.full((clients,), z * clip, dtype=torch.float64)
     noised = DpSgdGradients(model, frozenset({"shared"}), Group(clip, spread), Group(clip, 2 * spread), randomness)
-    found = noised(factored, by, {}, batch).by
+    found = noised(factored, by, {}, batch).values
     assert chi_square_accepts(torch.cat([found["u"].flatten(), found["v"].flatten()]), z * clip / expected)
     assert chi_square_accepts(found["shared"], 2 * z * clip / expected)
     assert not chi_square_accepts(found["shared"], 1.1 * 2 * z * clip / expected)  # the test can tell
@@ -423,7 +423,7 @@ def test_extremes_neither_crash_nor_leak(
     else:
         features *= 1e30
     clip, batch = 0.1, batch_of(features, labels, mask)
-    found = noiseless(mechanism, model, clip)(plain, by, {}, batch).by["context"]
+    found = noiseless(mechanism, model, clip)(plain, by, {}, batch).values["context"]
     assert bool(found.isfinite().all())
     if case == "empty":
         assert float(found.abs().max()) == 0.0
@@ -446,8 +446,8 @@ def test_an_example_that_is_not_finite_counts_as_nothing(
     take = noiseless(mechanism, model, 0.1)
     found, expected = take(plain, by, {}, replace(batch, features=features)), take(plain, by, {}, absent)
     assert bool(found.loss.isfinite().all())
-    assert bool((expected.by["context"].flatten(1).norm(dim=1) > 1e-4).all())
-    torch.testing.assert_close(found.by["context"], expected.by["context"], rtol=1e-9, atol=1e-13)
+    assert bool((expected.values["context"].flatten(1).norm(dim=1) > 1e-4).all())
+    torch.testing.assert_close(found.values["context"], expected.values["context"], rtol=1e-9, atol=1e-13)
 
 
 @pytest.mark.parametrize("mechanism", ["dp-sgd", "cotangent"])
@@ -464,7 +464,7 @@ def test_an_example_of_any_size_is_clipped_to_the_clip(
     rest = without(batch, 0, 1)
     if mechanism == "dp-sgd":
         take = noiseless_dp_sgd(model, 1, clip)
-        one, other = (4.0 * take(plain, by, {}, each).by["context"][0] for each in (batch, rest))
+        one, other = (4.0 * take(plain, by, {}, each).values["context"][0] for each in (batch, rest))
     else:
         logits = model.logits(model.text_features(by["context"]), features)
         directions = noiseless(mechanism, model, clip).directions  # type: ignore[union-attr]
@@ -483,7 +483,7 @@ class RootModel(PromptModel):
         return self.logits(features, images).abs().sqrt()
 
 
-@pytest.mark.parametrize("budget", [1e11, 1.0])  # all examples in one vectorised backward pass, or each in its own
+@pytest.mark.parametrize("budget", [1e11, 1.0])  # all examples in one vectorized backward pass, or each in its own
 def test_an_infinite_derivative_stays_with_its_example(
     budget: float, model: PromptModel, table: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -492,13 +492,16 @@ def test_an_infinite_derivative_stays_with_its_example(
     features = batch.features.clone()
     features[0, 3] = 0.0
     assert (
-        not ExactGradients(rooted)(plain, by, {}, replace(batch, features=features)).by["context"][0].isfinite().all()
+        not ExactGradients(rooted)(plain, by, {}, replace(batch, features=features))
+        .values["context"][0]
+        .isfinite()
+        .all()
     )
     take = noiseless_dp_sgd(rooted, 2, 0.01)
     found = take(plain, by, {}, replace(batch, features=features))
     expected = take(plain, by, {}, without(batch, 0, 3))
-    assert bool((expected.by["context"].flatten(1).norm(dim=1) > 1e-4).all())
-    torch.testing.assert_close(found.by["context"], expected.by["context"], rtol=1e-9, atol=1e-13)
+    assert bool((expected.values["context"].flatten(1).norm(dim=1) > 1e-4).all())
+    torch.testing.assert_close(found.values["context"], expected.values["context"], rtol=1e-9, atol=1e-13)
     assert bool(found.loss.isfinite().all())
 
 
@@ -508,7 +511,7 @@ def test_an_empty_batch_still_has_its_noise(model: PromptModel, table: tuple[Ten
     spread = torch.ones(2, dtype=torch.float64)
     streams = Streams(0, 1, range(2), CPU)
     noised = DpSgdGradients(model, frozenset(), Group(1.0, spread), Group(1.0, spread), streams)
-    assert float(noised(plain, {"context": contexts(model, 2)}, {}, batch).by["context"].abs().min()) > 0
+    assert float(noised(plain, {"context": contexts(model, 2)}, {}, batch).values["context"].abs().min()) > 0
 
 
 @pytest.mark.parametrize("privacy", [{"mechanism": "dp-sgd"}, {"mechanism": "cotangent", "subspace": 4}])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sordino.algorithms import METHODS, algorithm, settings_for
-from sordino.algorithms.base import Broadcast, ClientState, Clock, map_tensors, model_class, named_tensors, take
+from sordino.algorithms.base import Broadcast, ClientState, RoundContext, map_tensors, model_class, named_tensors, take
 from sordino.encoders.encode import forward
 from sordino.encoders.prompt_model import PromptModel
 from sordino.errors import ConfigError
@@ -199,7 +199,7 @@ def releaser(runtime: LocalRuntime) -> Callable[[Call], dict[str, Tensor]]:
         gradients = runtime.mechanism.open(randomness_of(clients), clients, runtime.mechanism.initial_state()).gradients
         assert call.batch.sampling is not None
         expected = call.batch.sampling.expected.double()
-        by = gradients(call.prompt_of, call.parameters, call.fixed, call.batch).by
+        by = gradients(call.prompt_of, call.parameters, call.fixed, call.batch).values
         return {name: value * expected.view(-1, *[1] * (value.ndim - 1)) for name, value in by.items()}
 
     return released
@@ -252,7 +252,7 @@ def test_an_example_moves_what_is_released_by_at_most_the_clip(
     summed = cotangent.summed_cotangents
     monkeypatch.setattr(cotangent, "summed_cotangents", lambda *given: sums.append(summed(*given)) or sums[-1])
     released = releaser(example_runtime(make, name, mechanism, noise_by))
-    shared = set(runtime.mechanism.facts.shared) if mechanism == "dp-sgd" else set()
+    shared = set(runtime.mechanism.inputs.shared) if mechanism == "dp-sgd" else set()
     for call in calls:
         everyone = call.batch.mask.shape[1]
         assert everyone == (24 if name == "central" else FIRST)  # all are in the sample, in the order of their rows
@@ -434,8 +434,8 @@ def sent_by(runtime: LocalRuntime, training: Training, clients: list[int]) -> tu
     at_work = runtime.mechanism.open(streams, clients, runtime.mechanism.initial_state())
     told: Broadcast = module.broadcast(training.server)
     state: ClientState = take(training.clients, chosen)
-    clock = Clock(number, 4, streams)
-    upload, state = module.client_round(runtime.settings, told, state, data, at_work.gradients, clock)
+    round_context = RoundContext(number, 4, streams)
+    upload, state = module.client_round(runtime.settings, told, state, data, at_work.gradients, round_context)
     return at_work, at_work.protect(named_tensors(upload)), state
 
 

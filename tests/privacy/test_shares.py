@@ -103,9 +103,9 @@ def test_the_server_is_shown_sums_alone(name: str, privacy: dict[str, Any], make
         def __getattr__(self, attribute: str) -> Any:
             return getattr(algorithm, attribute)
 
-        def server_round(self, settings: Any, server: Any, uploads: Any, clock: Any) -> Any:
+        def server_round(self, settings: Any, server: Any, uploads: Any, round_context: Any) -> Any:
             heard.append(uploads.each)
-            return algorithm.server_round(settings, server, uploads, clock)
+            return algorithm.server_round(settings, server, uploads, round_context)
 
     runtime.algorithm = Curious()  # type: ignore[assignment]
     training, record = runtime.round(runtime.start())
@@ -174,9 +174,9 @@ def test_a_mean_is_released_once_however_often_a_server_asks(
         def __getattr__(self, attribute: str) -> Any:
             return getattr(algorithm, attribute)
 
-        def server_round(self, settings: Any, server: Any, uploads: Any, clock: Any) -> Any:
+        def server_round(self, settings: Any, server: Any, uploads: Any, round_context: Any) -> Any:
             heard.extend(uploads.mean(field) for _ in range(3))
-            return algorithm.server_round(settings, server, uploads, clock)
+            return algorithm.server_round(settings, server, uploads, round_context)
 
     runtime.algorithm = Asking()  # type: ignore[assignment]
     runtime.round(runtime.start())

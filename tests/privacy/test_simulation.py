@@ -13,14 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sordino.compare import compare, grid, row_of
-from sordino.config import load_config
+from sordino.cli.terminal import _privacy
 from sordino.errors import ConfigError
-from sordino.experiment import run
+from sordino.experiments.compare import compare, grid, row_of
+from sordino.experiments.config import load_config
+from sordino.experiments.run import run
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.settings import PrivacySettings
 from sordino.runtime.local import LocalRuntime
-from sordino.terminal import _privacy
 
 MakeRuntime = Callable[..., LocalRuntime]
 ROWS = [list(range(10 * k, 10 * k + 10)) for k in range(4)]
@@ -39,9 +39,9 @@ def upload(make_runtime: MakeRuntime, z: float, rows: list[list[int]] = ROWS, **
         def __getattr__(self, name: str) -> Any:
             return getattr(algorithm, name)
 
-        def server_round(self, settings: Any, server: Any, uploads: Any, clock: Any) -> Any:
+        def server_round(self, settings: Any, server: Any, uploads: Any, round_context: Any) -> Any:
             heard.append(uploads.each.gradient[0])
-            return algorithm.server_round(settings, server, uploads, clock)
+            return algorithm.server_round(settings, server, uploads, round_context)
 
     runtime.algorithm = Wiretap()  # type: ignore[assignment]
     runtime.round(runtime.start())

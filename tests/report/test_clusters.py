@@ -14,8 +14,8 @@ from report.test_report import HOSTILE, contrast, page_of, refused, strings, wri
 from sklearn.metrics import adjusted_rand_score
 
 from sordino.report.clusters import agreement, moves
+from sordino.report.distance_data import plane
 from sordino.report.figures import PALETTE, SYMBOLS
-from sordino.report.opened import plane
 from sordino.secure import to_one_scale
 
 Floats = NDArray[np.float64]
@@ -25,7 +25,7 @@ ROUNDING = 5e-4  # of numbers on the page, relative: four digits are kept
 
 
 def drawn(clients: int, dimensions: int = 3, seed: int = 0) -> Floats:
-    """Points [clients, dimensions] that are whole numbers of quantisation steps."""
+    """Points [clients, dimensions] that are whole numbers of quantization steps."""
     points = np.random.default_rng(seed).normal(size=(clients, dimensions))
     return np.round(points / np.linalg.norm(points, axis=1, keepdims=True) / STEP) * STEP
 
@@ -185,11 +185,11 @@ def test_clusters_by_round(tmp_path: Path) -> None:
         (0, 1, 1, 1, 5, None),
         (0, 1, 1, 1, 5, None),
     ]
-    for label in (0, 1, 5):  # where the scale is of one colour, from stop to stop
+    for label in (0, 1, 5):  # where the scale is of one color, from stop to stop
         position = (label - trace["zmin"]) / (trace["zmax"] - trace["zmin"])
         ends = [pair for pair in pairwise(trace["colorscale"]) if pair[0][0] < position < pair[1][0]]
         assert ends
-        assert {colour for pair in ends for _, colour in pair} == {PALETTE[label]}
+        assert {color for pair in ends for _, color in pair} == {PALETTE[label]}
     score = adjusted_rand_score([held for (held,) in domains], [0, 1, 1, 1, 5, 9])
     said = page.text["Clusters"]
     assert "3 clusters in round 8, 3 in round 20; 2 clients moved on the way. Adjusted Rand index" in said
@@ -254,23 +254,23 @@ def test_numbers_of_the_heat_map_are_distances_and_so_is_the_plane(tmp_path: Pat
     assert float(coordinates[6][3]) == pytest.approx(located[5, 0], rel=6e-3)
 
 
-def test_without_domains_the_plane_is_coloured_by_cluster(tmp_path: Path) -> None:
+def test_without_domains_the_plane_is_colored_by_cluster(tmp_path: Path) -> None:
     labels = [3, 3, 1, 1]
     run = write_clustered(tmp_path / "run", {10: labels}, {10: opened(drawn(4), singles(4))})
     page = page_of(tmp_path, run)
     marker = page.figures["plane-0"]["data"][0]["marker"]
     assert marker["color"] == [PALETTE[label] for label in labels]
-    assert "except for the colours" not in page.text["Clusters"]
+    assert "except for the colors" not in page.text["Clusters"]
 
 
-def test_distances_to_centres_have_no_plane_and_are_labelled_by_members(tmp_path: Path) -> None:
+def test_distances_to_centers_have_no_plane_and_are_labeled_by_members(tmp_path: Path) -> None:
     points = drawn(5)
     sets = [[0, 1, 2, 3, 4], [2], [0, 1], [3, 4, 2]]
     run = write_clustered(tmp_path / "run", {10: [0, 0, 1, 1, 1]}, {10: opened(points, sets)})
     page = page_of(tmp_path, run)
     figure = page.figures["distances-0"]
-    centres = np.array([points[members].mean(0) for members in sets])
-    assert heat(figure) == pytest.approx(between(points, centres), rel=ROUNDING)
+    centers = np.array([points[members].mean(0) for members in sets])
+    assert heat(figure) == pytest.approx(between(points, centers), rel=ROUNDING)
     assert figure["layout"]["xaxis"]["ticktext"] == ["0, 1, 2, 3, 4", "2", "0, 1", "2, 3, 4"]
     assert figure["data"][0]["text"][0][1:3] == ["client 2", "the mean of clients 0 and 1"]
     assert "plane-0" not in page.figures
@@ -377,8 +377,8 @@ def test_two_hundred_clients(tmp_path: Path) -> None:
     assert page.figures["plane-0"]["data"][0]["mode"] == "markers"
     widths = [int(found) for found in re.findall(r"min-width:(\d+)px", (tmp_path / "report.html").read_text())]
     assert max(widths) < 600
-    assert "Colours repeat after 8 clusters" in page.text["Clusters"]
-    assert sum(attributes.get("class") == "key" for _, attributes in page.tags) >= 11, "colours are named beside it"
+    assert "Colors repeat after 8 clusters" in page.text["Clusters"]
+    assert sum(attributes.get("class") == "key" for _, attributes in page.tags) >= 11, "colors are named beside it"
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def write_run(
             "unit": "example" if private else None,
             "statement": f"{algorithm} uploads its prompt {'with noise' if private else 'without noise: not private'}.",
         },
-        "wire": {
+        "communication": {
             "upload_bytes_per_client_round": upload,
             "broadcast_bytes_per_client_round": 2 * upload,
             "total_upload_bytes": upload * clients * rounds,
@@ -225,7 +225,7 @@ def test_one_run_spreads_over_its_clients(tmp_path: Path) -> None:
     accuracy = {"local": 0.9, "neighbor": 0.25, "overall": 0.5, "novel": 0.125, "domain": None}
     run = write_run(tmp_path / "run", "dp-fpl", accuracy=accuracy)
     page = page_of(tmp_path, tmp_path / "run")
-    for measure, name in (("local", "Local, %"), ("neighbor", "Neighbour, %"), ("overall", "Overall, %")):
+    for measure, name in (("local", "Local, %"), ("neighbor", "Neighbor, %"), ("overall", "Overall, %")):
         spread = [client[measure] for client in run["per_client"]]
         assert page.column(name) == {"dp-fpl": percent(spread, accuracy[measure])}
     assert page.column("Novel, %") == {"dp-fpl": "12.5"}, "no value by client, so no spread"
@@ -260,7 +260,7 @@ def test_demo_has_a_row_a_line_and_a_column_for_each_algorithm(tmp_path: Path, d
     assert set(page.figures) == {"round-local", "round-neighbor", "round-overall", "clients", "wire"}
 
 
-def test_lines_differ_in_dash_by_measure_and_in_colour_and_symbol_by_algorithm(
+def test_lines_differ_in_dash_by_measure_and_in_color_and_symbol_by_algorithm(
     tmp_path: Path, demo: dict[str, Path]
 ) -> None:
     page = page_of(tmp_path, *demo.values())
@@ -280,7 +280,7 @@ def test_lines_differ_in_dash_by_measure_and_in_colour_and_symbol_by_algorithm(
 
 def test_seeds_are_aggregated_to_mean_and_sample_deviation(tmp_path: Path, comparison: dict[str, list[Path]]) -> None:
     page = page_of(tmp_path, *(directory for directories in comparison.values() for directory in directories))
-    for measure, column in (("local", "Local, %"), ("neighbor", "Neighbour, %"), ("overall", "Overall, %")):
+    for measure, column in (("local", "Local, %"), ("neighbor", "Neighbor, %"), ("overall", "Overall, %")):
         assert page.column(column) == {
             name: percent([summary(directory)["accuracy"][measure] for directory in directories])
             for name, directories in comparison.items()
@@ -330,7 +330,7 @@ def test_heat_map_is_the_mean_over_seeds_by_client(tmp_path: Path, comparison: d
     page = page_of(tmp_path, *(directory for directories in comparison.values() for directory in directories))
     heat, numbers = page.figures["clients"]["data"]
     columns = page.figures["clients"]["layout"]["xaxis"]["ticktext"]
-    names = {"local": "local", "neighbor": "neighbour"}
+    names = {"local": "local", "neighbor": "neighbor"}
     assert columns == [f"{name}<br>{word}" for name in comparison for word in names.values()]
     expected = [
         [
@@ -413,7 +413,7 @@ def test_bytes_by_direction_in_human_units(tmp_path: Path) -> None:
         "total_upload_bytes": 199_800,
         "total_broadcast_bytes": 250_000_000_000,
     }
-    write_run(tmp_path / "run", wire=wire)
+    write_run(tmp_path / "run", communication=wire)
     write_run(tmp_path / "zero-shot", "zero-shot", rounds=0)
     page = page_of(tmp_path, tmp_path / "run", tmp_path / "zero-shot")
     assert page.tables["Bytes on the wire by algorithm"][1:] == [
@@ -483,7 +483,7 @@ def test_nulls_everywhere(tmp_path: Path) -> None:
     }
     write_run(tmp_path / "run", accuracy=nothing, per_client=[client])
     page = page_of(tmp_path, tmp_path / "run")
-    assert [page.column(name)["promptfl"] for name in ("Local, %", "Neighbour, %", "Overall, %")] == ["n/a"] * 3
+    assert [page.column(name)["promptfl"] for name in ("Local, %", "Neighbor, %", "Overall, %")] == ["n/a"] * 3
     assert set(page.figures) == {"clients", "wire"}, "no empty axes for what was not measured"
     heat = page.figures["clients"]["data"][0]
     assert (heat["z"], heat["customdata"]) == ([[0.4]], [[""]])
@@ -501,7 +501,7 @@ def test_a_client_without_a_value_leaves_a_gap(tmp_path: Path) -> None:
     assert heat["z"][3][1] is None
     assert (1, "3") not in set(zip(numbers["x"], numbers["y"], strict=True))
     known = [client["neighbor"] for client in run["per_client"] if client["client"] != 3]
-    assert page.column("Neighbour, %")["promptfl"] == percent(known, run["accuracy"]["neighbor"])
+    assert page.column("Neighbor, %")["promptfl"] == percent(known, run["accuracy"]["neighbor"])
 
 
 def test_novel_and_domain_have_columns_and_panels_where_measured(tmp_path: Path) -> None:
@@ -620,12 +620,12 @@ def test_accessible_markup(tmp_path: Path, demo: dict[str, Path]) -> None:
     assert f"to {final:.1%} in round 20" in (plots["round-local"]["aria-label"] or "")
     identities = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(identities) == len(set(identities))
-    labelled = [attributes["aria-labelledby"] for _, attributes in page.tags if "aria-labelledby" in attributes]
-    assert set(labelled) <= set(identities)
+    labeled = [attributes["aria-labelledby"] for _, attributes in page.tags if "aria-labelledby" in attributes]
+    assert set(labeled) <= set(identities)
 
 
-def luminance(colour: str) -> float:
-    channels = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+def luminance(color: str) -> float:
+    channels = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
@@ -644,7 +644,7 @@ def test_contrast_in_both_themes(tmp_path: Path) -> None:
         theme = dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", part))
         for background in (theme["paper"], theme["box"]):
             assert all(contrast(theme[text], background) >= 4.5 for text in ("ink", "faint", "exposed"))
-        assert all(contrast(colour, theme["paper"]) >= 3 for colour in PALETTE)
+        assert all(contrast(color, theme["paper"]) >= 3 for color in PALETTE)
 
 
 def test_figures_are_valid_plotly(tmp_path: Path, comparison: dict[str, list[Path]]) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sordino.algorithms import METHODS, algorithm, base, promptfl
-from sordino.algorithms.base import Clock, Uploads, named_tensors
+from sordino.algorithms.base import RoundContext, Uploads, named_tensors
 from sordino.errors import ConfigError, RunError
 from sordino.privacy.mechanism import plain_mean
 from sordino.privacy.settings import PrivacySettings
@@ -201,9 +201,11 @@ def wiretapped(runtime: LocalRuntime) -> list[Uploads[base.Upload]]:
     """What the server of a runtime is given from now on."""
     heard, module = list[Uploads[base.Upload]](), runtime.algorithm
 
-    def server_round(settings: object, server: object, uploads: Uploads[base.Upload], clock: Clock) -> object:
+    def server_round(
+        settings: object, server: object, uploads: Uploads[base.Upload], round_context: RoundContext
+    ) -> object:
         heard.append(uploads)
-        return module.server_round(settings, server, uploads, clock)
+        return module.server_round(settings, server, uploads, round_context)
 
     runtime.algorithm = SimpleNamespace(**vars(module) | {"server_round": server_round})  # type: ignore[assignment]
     return heard
@@ -233,8 +235,8 @@ def test_every_field_of_every_method_is_aggregated(name: str, kind: str, make_ru
     for field in sent.keys() - {"weight"}:
         assert not torch.allclose(aggregate(field).to(sent[field]), heard[0].mean(field)), "it matters what is done"
     uploads = Uploads(upload, lambda field, values, weights: aggregate(field).to(values))
-    clock = Clock(1, plain.rounds, Streams(0, 1, [], torch.device("cpu")))
-    expected = named_tensors(plain.algorithm.server_round(plain.settings, start.server, uploads, clock))
+    round_context = RoundContext(1, plain.rounds, Streams(0, 1, [], torch.device("cpu")))
+    expected = named_tensors(plain.algorithm.server_round(plain.settings, start.server, uploads, round_context))
     values = {"aggregation": kind, "trim": 0.25, "norm_bound": bound}
     robust = make_runtime(name, UNEQUAL, tables, participation=0.8, **values)
     robust.boosts = plain.boosts

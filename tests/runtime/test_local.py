@@ -7,7 +7,7 @@ import torch
 
 from sordino.algorithms.base import named_tensors
 from sordino.errors import RunError
-from sordino.runtime import wire
+from sordino.runtime import messages
 from sordino.runtime.local import LocalRuntime
 
 MakeRuntime = Callable[..., LocalRuntime]
@@ -63,16 +63,16 @@ def test_only_messages_can_be_sent(make_runtime: MakeRuntime) -> None:
     training = runtime.start()
     for kept in (training.clients, training.server):
         with pytest.raises(TypeError, match="may not leave its party"):
-            wire.encode(kept)  # type: ignore[arg-type]
+            messages.encode(kept)  # type: ignore[arg-type]
 
 
 def test_a_message_is_its_declared_tensors_and_comes_back_whole(make_runtime: MakeRuntime) -> None:
     runtime = make_runtime("dp-fpl", ROWS, TABLES)
     training = runtime.start()
     broadcast = runtime.algorithm.broadcast(training.server)
-    content = wire.encode(broadcast)
+    content = messages.encode(broadcast)
     assert set(safetensors.torch.load(content)) == set(named_tensors(broadcast)) == {"context"}
-    assert torch.equal(wire.decode(content, broadcast).context, broadcast.context)
+    assert torch.equal(messages.decode(content, broadcast).context, broadcast.context)
     _, record = runtime.round(training)
     assert record.broadcast_bytes == len(content)
     assert record.upload_bytes > broadcast.context.numel() * 4  # a gradient of p_G and a weight, for one client

@@ -13,9 +13,9 @@ import torch
 from sordino import algorithms
 from sordino.algorithms import METHODS, Method, algorithm, promptfl, settings_for
 from sordino.algorithms.base import ClientData, Schedule
-from sordino.config import load_config
 from sordino.errors import ConfigError, RunError
-from sordino.experiment import run
+from sordino.experiments.config import load_config
+from sordino.experiments.run import run
 from sordino.privacy.accounting import spent
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.noise import SystemRandomness
@@ -38,13 +38,15 @@ def method(**changed: Any) -> types.SimpleNamespace:
 def with_batches(change: Callable[..., Any]) -> Callable[..., Any]:
     """A client's round that asks for other batches than its settings say."""
 
-    def client_round(settings: Any, broadcast: Any, state: Any, data: ClientData, gradients: Any, clock: Any) -> Any:
+    def client_round(
+        settings: Any, broadcast: Any, state: Any, data: ClientData, gradients: Any, round_context: Any
+    ) -> Any:
         class Other(ClientData):
             def batches(self, steps: int, size: int | None, streams: Streams) -> Any:
                 return change(super().batches, steps, size, streams)
 
         other = Other(**{name: getattr(data, name) for name in data.__dataclass_fields__})
-        return HONEST(settings, broadcast, state, other, gradients, clock)
+        return HONEST(settings, broadcast, state, other, gradients, round_context)
 
     return client_round
 
@@ -118,9 +120,9 @@ def test_a_run_that_leaves_its_schedule_has_spent_nothing_more(
     config = load_config(config_file, [*keys, "runtime.checkpoint_every=1"])
     greedy = with_batches(BROKEN["all examples each time"])
 
-    def client_round(settings: Any, broadcast: Any, state: Any, data: Any, gradients: Any, clock: Any) -> Any:
-        chosen = greedy if clock.round == 3 else HONEST
-        return chosen(settings, broadcast, state, data, gradients, clock)
+    def client_round(settings: Any, broadcast: Any, state: Any, data: Any, gradients: Any, round_context: Any) -> Any:
+        chosen = greedy if round_context.round == 3 else HONEST
+        return chosen(settings, broadcast, state, data, gradients, round_context)
 
     monkeypatch.setattr(promptfl, "client_round", client_round)
     with pytest.raises(RunError, match="does not keep to its schedule"):

@@ -46,16 +46,16 @@ class Scaled(PlainDistances):
 
 
 def groups(clients: int, width: int, count: int, gap: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Integer points [N, d] in `count` groups; squared distance within a group about 2, between centres `gap`."""
+    """Integer points [N, d] in `count` groups; squared distance within a group about 2, between centers `gap`."""
     generator = np.random.default_rng(seed)
-    centres = generator.normal(size=(count, width)) * np.sqrt(gap / 2 / width)
+    centers = generator.normal(size=(count, width)) * np.sqrt(gap / 2 / width)
     labels = np.arange(clients) % count
-    points = centres[labels] * (count > 1) + generator.normal(size=(clients, width)) / np.sqrt(width)
+    points = centers[labels] * (count > 1) + generator.normal(size=(clients, width)) / np.sqrt(width)
     return np.rint(points * 2**16).astype(np.int64), labels
 
 
-def reference(points: np.ndarray, centres: np.ndarray, iterations: int = 300) -> np.ndarray:
-    kmeans = KMeans(len(centres), init=centres.astype(float), n_init=1, algorithm="lloyd", tol=0, max_iter=iterations)
+def reference(points: np.ndarray, centers: np.ndarray, iterations: int = 300) -> np.ndarray:
+    kmeans = KMeans(len(centers), init=centers.astype(float), n_init=1, algorithm="lloyd", tol=0, max_iter=iterations)
     labels: np.ndarray = kmeans.fit(points.astype(float)).labels_
     return labels
 
@@ -89,7 +89,7 @@ def test_so_they_are_when_stopped_early(seed: int, iterations: int) -> None:
 
 @given(st.integers(0, 2**32 - 1))
 def test_an_emptied_cluster_is_refounded_as_scikit_learn_does(seed: int) -> None:
-    """First centres in one place: the lower number takes all, and the farthest client founds the other."""
+    """First centers in one place: the lower number takes all, and the farthest client founds the other."""
     points = np.random.default_rng(seed).integers(-(2**20), 2**20, (12, 3))
     points[1] = points[0]
     found = finish(lloyd(PlainDistances(points), [frozenset({0}), frozenset({1}), frozenset({2})], 300))
@@ -161,7 +161,7 @@ def test_there_are_no_more_clusters_than_allowed() -> None:
     assert finish(adaptive(PlainDistances(points), Adaptive(most=4), 50)).labels.tolist() == labels.tolist()
 
 
-def test_close_centres_are_merged() -> None:
+def test_close_centers_are_merged() -> None:
     """Noise is split while its spread is above the threshold, and merged again, because its halves are too close."""
     points, _ = groups(40, 64, 1, 0.0, 0)
     eager = Adaptive(split=0.0, merge=0.0, silhouette=-1.0)
@@ -169,8 +169,8 @@ def test_close_centres_are_merged() -> None:
     assert finish(adaptive(PlainDistances(points), Adaptive(split=0.0, merge=1.0, silhouette=-1.0), 50)).count == 1
 
 
-def test_chance_alone_does_not_keep_centres_apart() -> None:
-    """Random thirds of noise are merged, though their centres are two thirds of a spread apart; true groups are not."""
+def test_chance_alone_does_not_keep_centers_apart() -> None:
+    """Random thirds of noise are merged, though their centers are two thirds of a spread apart; true groups are not."""
     for seed in range(5):
         for gap, merged in ((0.0, True), (3.0, False)):
             points, labels = groups(9, 256, 3 if gap else 1, gap, seed)
@@ -199,7 +199,7 @@ def test_spreads_are_unbiased_variances() -> None:
     np.testing.assert_allclose(found.spreads, expected, rtol=1e-9)
 
 
-def test_the_silhouette_is_that_of_the_other_members_centre() -> None:
+def test_the_silhouette_is_that_of_the_other_members_center() -> None:
     points, labels = groups(24, 8, 3, 10.0, 0)
     sizes = np.bincount(labels)[labels]
     own, other = np.empty(24), np.full(24, np.inf)
@@ -215,11 +215,11 @@ def test_the_silhouette_is_that_of_the_other_members_centre() -> None:
 
 
 def test_noise_has_no_silhouette() -> None:
-    """Split at random, pure noise gives nothing, while the silhouette with biased centres gives a good deal."""
+    """Split at random, pure noise gives nothing, while the silhouette with biased centers gives a good deal."""
     generator = np.random.default_rng(0)
     points, labels = generator.normal(size=(120, 64)), np.arange(120) % 40
-    centres = np.stack([points[labels == k].mean(0) for k in range(40)])
-    distances = ((points[:, None] - centres) ** 2).sum(-1)
+    centers = np.stack([points[labels == k].mean(0) for k in range(40)])
+    distances = ((points[:, None] - centers) ** 2).sum(-1)
     own = distances[np.arange(120), labels]
     distances[np.arange(120), labels] = np.inf
     sizes = np.full(120, 3)

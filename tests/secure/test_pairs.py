@@ -13,8 +13,8 @@ from sordino.secure.pairs import _Derived, chance, effective_dimensions, silhoue
 
 def points_of(clients: int, width: int, count: int, gap: float, seed: int) -> np.ndarray:
     generator = np.random.default_rng(seed)
-    centres = gap * generator.normal(size=(count, width))
-    points = centres[np.arange(clients) % count] + generator.normal(size=(clients, width))
+    centers = gap * generator.normal(size=(count, width))
+    points = centers[np.arange(clients) % count] + generator.normal(size=(clients, width))
     return np.rint(1000 * points).astype(np.int64)
 
 
@@ -82,7 +82,7 @@ def test_chance_is_a_quantile_and_falls_with_dimensions() -> None:
         assert chance(12, 4, 2, 0.05)[which] > chance(12, 4, 2, 0.5)[which] > chance(12, 64, 2, 0.5)[which]
 
 
-def test_distances_to_centres_follow_exactly_from_those_between_clients() -> None:
+def test_distances_to_centers_follow_exactly_from_those_between_clients() -> None:
     points = points_of(9, 6, 2, 2.0, 0)
     plain = PlainDistances(points)
     between = finish(plain.columns([frozenset({client}) for client in plain.clients]))

@@ -35,7 +35,7 @@ from sordino.secure import (
     run_average,
 )
 from sordino.secure.clustering import Exchange
-from sordino.secure.local import drive
+from sordino.secure.local import run_exchange
 from sordino.secure.messages import Answer, Deal, Delivery, Join, Message, Partition, Query, Receipt, Shares, pack, read
 from sordino.secure.shares import random_below, random_factor
 
@@ -55,7 +55,7 @@ def clients_of(points: np.ndarray, vectors: np.ndarray | None = None) -> list[Cl
 
 
 def expected(setup: Setup, points: np.ndarray, who: Sequence[int], first: Sequence[int]) -> list[int]:
-    """The labels of scikit-learn, on the same quantised points of those who took part."""
+    """The labels of scikit-learn, on the same quantized points of those who took part."""
     integers = setup.points.integers(points)
     kmeans = KMeans(len(first), init=integers[list(first)].astype(float), n_init=1, algorithm="lloyd", tol=0)
     labels: list[int] = kmeans.fit(integers[list(who)].astype(float)).labels_.tolist()
@@ -85,11 +85,11 @@ def meddled(
 ) -> list[Replies]:
     """Carry an exchange to its end, changing the replies to each question on their way; gives them all."""
     by_number = {client.number: client for client in clients}
-    letters, every = next(exchange), []
+    messages, every = next(exchange), []
     try:
         while True:
-            every.append([(number, by_number[number].handle(content)) for number, content in letters.items()])
-            letters = exchange.send(meddle(len(every), every[-1]))
+            every.append([(number, by_number[number].handle(content)) for number, content in messages.items()])
+            messages = exchange.send(meddle(len(every), every[-1]))
     except StopIteration:
         return every
 
@@ -173,9 +173,9 @@ def test_the_server_sees_exactly_the_distances() -> None:
         total = integers[list(column.members)].sum(0)
         exact = ((len(column.members) * integers - total) ** 2).sum(1)
         assert list(column.values) == exact.tolist()
-        centre = points[list(column.members)].mean(0)
+        center = points[list(column.members)].mean(0)
         step = 2.0**-setup.bits
-        np.testing.assert_allclose(column.squared(step), ((points - centre) ** 2).sum(1), rtol=1e-3, atol=1e3 * step)
+        np.testing.assert_allclose(column.squared(step), ((points - center) ** 2).sum(1), rtol=1e-3, atol=1e3 * step)
 
 
 def test_what_the_server_could_decode_of_a_single_block_is_noise() -> None:
@@ -212,7 +212,7 @@ def test_ratios_have_no_common_divisor_and_no_scale() -> None:
         assert low <= high
         factors.append(high)
         if i < 4:
-            assert row[i] == 0  # a first centre's distance to itself
+            assert row[i] == 0  # a first center's distance to itself
         else:
             assert math.gcd(*row.tolist()) < max(2, high / 2) or high < 8
     assert max(factors) / min(factors) > 100
@@ -236,13 +236,13 @@ def test_spreads_of_ratios_are_opened_as_sums_once() -> None:
     clients, server = clients_of(points), Server(setup)
     run(clients, server, [0, 1, 2])
     sets = [{0, 3, 6, 9}, {1, 4, 7, 10}, {2, 5, 8}]
-    spreads = drive(server.spreads(sets), clients, Traffic())
+    spreads = run_exchange(server.spreads(sets), clients, Traffic())
     assert spreads[2] is None  # three are below the minimum of four
     for found, members in zip(spreads[:2], sets[:2], strict=True):
         assert found == pytest.approx(points[list(members)].var(0, ddof=1).sum(), rel=0.02)
     traffic = Traffic()
     with pytest.raises(TooFewAnswers):
-        drive(server.spreads([{0, 3, 6, 9}]), clients, traffic)
+        run_exchange(server.spreads([{0, 3, 6, 9}]), clients, traffic)
     assert {reason for _, reason in traffic.refusals} == {
         f"client {number} answers for one partition of points a sharing" for number in range(13)
     }
@@ -272,7 +272,7 @@ def test_who_vanishes_before_sharing_is_left_out_and_after_it_is_not() -> None:
     found = run(clients_of(points), Server(setup), [0, 1, 2], drop={3: 1, 4: 2, 5: 3, 6: 4, 7: 5}).result
     assert found.clients == (0, 1, 2, *range(5, 12))
     assert found.labels.tolist() == expected(setup, points, found.clients, [0, 1, 2])
-    with pytest.raises(SecureError, match=r"first centre \[3\]: dealt no shares"):
+    with pytest.raises(SecureError, match=r"first center \[3\]: dealt no shares"):
         run(clients_of(points), Server(setup), [0, 1, 3], drop={3: 2})
 
 
@@ -648,7 +648,7 @@ def test_clients_do_not_help_a_server_that_opens_too_small_a_cluster() -> None:
     for sets, drop in (([{0, 1}, {2, 3, 4}], {}), ([{0, 1, 2}, {3, 4, 5}], {2: 2})):
         clients, traffic = clients_of(np.zeros((8, 1)), np.ones((8, 4))), Traffic()
         with pytest.raises(TooFewAnswers):
-            drive(Careless(setup).average(sets), clients, traffic, drop)
+            run_exchange(Careless(setup).average(sets), clients, traffic, drop)
         assert {number for number, _ in traffic.refusals} == {*range(8)} - {*drop}
 
 
@@ -716,16 +716,16 @@ def test_payloads_are_sealed_end_to_end() -> None:
     """Keys reach all, payloads are relayed as they are, and one that was sealed for another client is refused."""
     points = groups(8)
     setup = plan(clients=8, width=8, largest=1.0, blocks=1)
-    clients = [Client(i, point, sealer=TaggedSealer(i)) for i, point in enumerate(points)]
+    clients = [Client(i, point, cipher=TaggedSealer(i)) for i, point in enumerate(points)]
     assert run(clients, Server(setup), [0, 1, 2]).result.labels.tolist() == expected(setup, points, range(8), [0, 1, 2])
-    assert clients[0].sealer.met == {i: bytes([i] * 4) for i in range(8)}  # type: ignore[attr-defined]
+    assert clients[0].cipher.met == {i: bytes([i] * 4) for i in range(8)}  # type: ignore[attr-defined]
 
     def swapped(shares: Shares) -> Message:
         return replace(shares, payloads=shares.payloads[::-1])
 
-    clients = [Client(i, point, sealer=TaggedSealer(i)) for i, point in enumerate(points)]
+    clients = [Client(i, point, cipher=TaggedSealer(i)) for i, point in enumerate(points)]
     clients[5] = Meddler(5, points[5], Shares, swapped)
-    clients[5].sealer = TaggedSealer(5)
+    clients[5].cipher = TaggedSealer(5)
     outcome = run(clients, Server(setup), [0, 1, 2])
     assert 5 not in outcome.result.clients
     assert outcome.rejected[0].client == 5

@@ -73,12 +73,12 @@ def questions(
 ) -> tuple[list[Letters], SecureSum]:
     """Play a sum; all that the server sent, by exchange. `gone`: as in `local_sum`, by number of the exchange."""
     exchange, every = SumServer(setup).sum(), []
-    letters = next(exchange)
+    messages = next(exchange)
     try:
         while True:
-            every.append(letters)
-            present = [number for number in letters if (gone or {}).get(number, 9) > len(every)]
-            letters = exchange.send([(number, clients[number].handle(letters[number])) for number in present])
+            every.append(messages)
+            present = [number for number in messages if (gone or {}).get(number, 9) > len(every)]
+            messages = exchange.send([(number, clients[number].handle(messages[number])) for number in present])
     except StopIteration as end:
         return every, end.value
 
@@ -89,12 +89,12 @@ def at_stage(
     """Clients who have answered `stage` exchanges, and what the server sends in all four."""
     clients, recorded = clients_of(setup), []
     exchange = SumServer(setup).sum()
-    letters = next(exchange)
+    messages = next(exchange)
     for number in range(1, stage + 1):
-        recorded.append(letters)
-        present = [client for client in letters if (gone or {}).get(client, 9) > number]
-        letters = exchange.send([(client, clients[client].handle(letters[client])) for client in present])
-    return clients, [*recorded, letters]
+        recorded.append(messages)
+        present = [client for client in messages if (gone or {}).get(client, 9) > number]
+        messages = exchange.send([(client, clients[client].handle(messages[client])) for client in present])
+    return clients, [*recorded, messages]
 
 
 def changed(content: bytes, **changes: Any) -> bytes:
@@ -204,8 +204,8 @@ def test_the_noise_stays_within_the_bound_that_the_ring_was_chosen_by() -> None:
 
 def test_living_and_dead_must_not_overlap_and_a_refusal_costs_nothing() -> None:
     setup = a_setup(7, 3, 5)
-    clients, letters = at_stage(setup, 3, {6: 3})
-    good = letters[3][0]
+    clients, messages = at_stage(setup, 3, {6: 3})
+    good = messages[3][0]
     request = read(good)
     assert isinstance(request, UnmaskRequest)
     assert request.dead.tolist() == [6]
@@ -231,26 +231,26 @@ def test_living_and_dead_must_not_overlap_and_a_refusal_costs_nothing() -> None:
 def test_a_client_gives_one_kind_of_share_about_each_and_answers_once() -> None:
     """A second question, however it is put, gets no answer: not the same, and not with another client named dead."""
     setup = a_setup(7, 3, 5)
-    clients, letters = at_stage(setup, 3, {6: 3})
-    good = letters[3][0]
+    clients, messages = at_stage(setup, 3, {6: 3})
+    good = messages[3][0]
     answer = read(clients[0].handle(good))
     assert isinstance(answer, Unmasking)
     held = clients[0]._held
     assert (answer.shares == np.stack([held[client][1 if client == 6 else 0] for client in range(7)])).all()
     other = changed(good, living=np.arange(5), dead=np.array([5, 6]))
-    for content in (good, other, *(each[0] for each in letters)):
+    for content in (good, other, *(each[0] for each in messages)):
         with pytest.raises(SecureError, match="out of turn"):
             clients[0].handle(content)
 
 
 def test_messages_are_taken_in_their_order_each_once() -> None:
     setup = a_setup(5, 3)
-    _, letters = at_stage(setup, 3)
+    _, messages = at_stage(setup, 3)
     for stage in range(4):
         clients, own = at_stage(setup, stage)
         for number in range(4):
             if number != stage:
-                content = own[number][0] if number < len(own) else letters[number][0]
+                content = own[number][0] if number < len(own) else messages[number][0]
                 with pytest.raises(SecureError, match="out of turn"):
                     clients[0].handle(content)
         clients[0].handle(own[stage][0])
@@ -271,7 +271,7 @@ def test_messages_are_taken_in_their_order_each_once() -> None:
 def test_messages_of_another_session_round_or_setup_are_refused(stage: int, other: dict[str, Any], match: str) -> None:
     """By clients at every stage, and by the server."""
     setup, elsewhere = a_setup(5, 3, 4), replace(a_setup(5, 3, 4), **other)
-    clients, letters = at_stage(setup, stage)
+    clients, messages = at_stage(setup, stage)
     others, foreign = at_stage(elsewhere, stage)
     with pytest.raises(SecureError, match=match):
         clients[0].handle(foreign[stage][0])
@@ -284,16 +284,16 @@ def test_messages_of_another_session_round_or_setup_are_refused(stage: int, othe
             exchange.send(replies)
         assert all(match in each.reason for each in server.rejected)
         assert len(server.rejected) == 5
-    clients[0].handle(letters[stage][0])
+    clients[0].handle(messages[stage][0])
 
 
 def test_a_sealed_payload_is_good_for_one_sender_receiver_and_sum() -> None:
     setup = a_setup(5, 3)
-    clients, letters = at_stage(setup, 2)
-    delivery = read(letters[2][0])
+    clients, messages = at_stage(setup, 2)
+    delivery = read(messages[2][0])
     assert isinstance(delivery, SumDelivery)
     swapped = delivery.payloads[[1, 0, *range(2, len(delivery.payloads))]]
-    for_another = read(letters[2][1])
+    for_another = read(messages[2][1])
     assert isinstance(for_another, SumDelivery)
     damaged = delivery.payloads.copy()
     damaged[2, 7] ^= 1
@@ -302,14 +302,14 @@ def test_a_sealed_payload_is_good_for_one_sender_receiver_and_sum() -> None:
     assert isinstance(replayed, SumDelivery)
     for payloads in (swapped, for_another.payloads, damaged, replayed.payloads):
         with pytest.raises(SecureError, match="was not sealed by it"):
-            clients[0].handle(changed(letters[2][0], payloads=payloads))
-    assert isinstance(read(clients[0].handle(letters[2][0])), MaskedInput)
+            clients[0].handle(changed(messages[2][0], payloads=payloads))
+    assert isinstance(read(clients[0].handle(messages[2][0])), MaskedInput)
 
 
 def test_rosters_that_are_not_in_order_are_refused() -> None:
     setup = a_setup(5, 3)
-    clients, letters = at_stage(setup, 1)
-    good = letters[1][0]
+    clients, messages = at_stage(setup, 1)
+    good = messages[1][0]
     roster = read(good)
     assert isinstance(roster, Roster)
     own_changed, twice = roster.mask_keys.copy(), roster.mask_keys.copy()
@@ -342,8 +342,8 @@ def test_rosters_that_are_not_in_order_are_refused() -> None:
 
 def test_deliveries_that_are_not_in_order_are_refused() -> None:
     setup = a_setup(6, 3, 4)
-    clients, letters = at_stage(setup, 2, {5: 1})  # client 5 is not on the roster
-    good = letters[2][0]
+    clients, messages = at_stage(setup, 2, {5: 1})  # client 5 is not on the roster
+    good = messages[2][0]
     delivery = read(good)
     assert isinstance(delivery, SumDelivery)
     assert delivery.dealers.tolist() == [1, 2, 3, 4]
@@ -388,12 +388,12 @@ def test_other_protocols_messages_and_clients_that_are_not_there() -> None:
 
 def test_a_client_without_a_vector_says_so() -> None:
     setup = a_setup(5, 3)
-    clients, letters = at_stage(setup, 2)
+    clients, messages = at_stage(setup, 2)
     vector, clients[0].vector = clients[0].vector, None
     with pytest.raises(DataError, match="client 0 has no vector"):
-        clients[0].handle(letters[2][0])
+        clients[0].handle(messages[2][0])
     clients[0].vector = vector
-    clients[0].handle(letters[2][0])
+    clients[0].handle(messages[2][0])
 
 
 # What the server refuses
@@ -427,10 +427,12 @@ def meddled(
         clients.append(client)
     server = SumServer(setup)
     exchange = server.sum()
-    letters = next(exchange)
+    messages = next(exchange)
     try:
         while True:
-            letters = exchange.send([(number, clients[number].handle(content)) for number, content in letters.items()])
+            messages = exchange.send(
+                [(number, clients[number].handle(content)) for number, content in messages.items()]
+            )
     except StopIteration as end:
         found: SecureSum = end.value
     assert (found.total == expected(setup, vectors, found.survivors)).all()
@@ -485,8 +487,8 @@ def test_replies_of_nobody_and_twice_are_not_taken() -> None:
     clients = clients_of(setup)
     server = SumServer(setup)
     exchange = server.sum()
-    letters = next(exchange)
-    replies = [(number, clients[number].handle(content)) for number, content in letters.items()]
+    messages = next(exchange)
+    replies = [(number, clients[number].handle(content)) for number, content in messages.items()]
     exchange.send([*replies, replies[0], (77, replies[1][1])])
     assert [(each.client, each.reason.split(":")[0]) for each in server.rejected] == [
         (0, "duplicated"),
@@ -530,8 +532,8 @@ GARBAGE = a_setup(5, 3)
 def test_any_changed_byte_is_refused_or_changes_nothing_but_what_it_says(stage: int) -> None:
     """No byte of a question makes a client fail otherwise than by a refusal; so too with replies and the server."""
     setup = a_setup(5, 3, 4)
-    clients, letters = at_stage(setup, stage)
-    content = letters[stage][0]
+    clients, messages = at_stage(setup, stage)
+    content = messages[stage][0]
     generator = np.random.default_rng(stage)
     refused = 0
     for place in generator.choice(len(content), 150, replace=len(content) < 150):
@@ -542,8 +544,8 @@ def test_any_changed_byte_is_refused_or_changes_nothing_but_what_it_says(stage: 
         except SecureError:
             refused += 1
         else:  # a changed key of a peer, or padding: the client went on
-            clients, letters = at_stage(setup, stage)
-            content = letters[stage][0]
+            clients, messages = at_stage(setup, stage)
+            content = messages[stage][0]
     assert refused > 100 if stage != 1 else refused
 
 
@@ -557,7 +559,7 @@ def test_over_long_messages_are_refused_unread() -> None:
 def test_no_message_of_the_protocol_is_longer_than_is_read(n: int, d: int) -> None:
     setup = a_setup(n, d, noise=1.0 if n == 2 else 0.0, colluders=0)
     every, _ = questions(setup, clients_of(setup))
-    assert max(len(content) for letters in every for content in letters.values()) <= setup.largest_message
+    assert max(len(content) for messages in every for content in messages.values()) <= setup.largest_message
 
 
 def test_bytes_per_client_grow_by_the_vector_and_by_the_clients_and_not_by_their_product() -> None:
@@ -618,15 +620,15 @@ def test_messages_come_back_as_they_were() -> None:
     setup = a_setup(5, 3)
     clients = clients_of(setup)
     every, _ = questions(setup, clients)
-    contents = [letters[0] for letters in every]
+    contents = [messages[0] for messages in every]
     fresh = clients_of(setup)
     exchange = SumServer(setup).sum()
-    letters = next(exchange)
+    messages = next(exchange)
     for _ in range(4):
-        replies = [(number, fresh[number].handle(content)) for number, content in letters.items()]
+        replies = [(number, fresh[number].handle(content)) for number, content in messages.items()]
         contents.append(replies[0][1])
         try:
-            letters = exchange.send(replies)
+            messages = exchange.send(replies)
         except StopIteration:
             break
     kinds = set()

@@ -61,12 +61,12 @@ def watch(setup: SumSetup, vectors: np.ndarray, runs: int, seen: Seen) -> Iterat
     for _ in range(runs):
         clients = [SumClient(setup, number, vector) for number, vector in enumerate(vectors)]
         exchange, exchanges, masked = SumServer(setup).sum(), 0, {}
-        letters = next(exchange)
+        messages = next(exchange)
         try:
             while True:
                 exchanges += 1
-                present = [number for number in letters if number != GONE or exchanges < 3]
-                replies = [(number, clients[number].handle(letters[number])) for number in present]
+                present = [number for number in messages if number != GONE or exchanges < 3]
+                replies = [(number, clients[number].handle(messages[number])) for number in present]
                 for number, content in replies:
                     message = read(content)
                     if isinstance(message, SumShares):
@@ -77,7 +77,7 @@ def watch(setup: SumSetup, vectors: np.ndarray, runs: int, seen: Seen) -> Iterat
                     elif isinstance(message, Unmasking):
                         # Elements of the field are uniform below 2^61 - 1, so their lowest 56 bits are, to 2^-61.
                         seen.add("shares", number, message.shares, 7)
-                letters = exchange.send(replies)
+                messages = exchange.send(replies)
         except StopIteration as end:
             yield clients, masked, end.value
 
@@ -126,10 +126,10 @@ def test_with_one_kind_of_mask_left_out_partial_sums_would_be_seen(
         clients = [SumClient(setup, number, vector) for number, vector in enumerate(vectors)]
         server = SumServer(setup)
         exchange = server.sum()
-        letters = next(exchange)
+        messages = next(exchange)
         for _ in range(2):
-            letters = exchange.send([(number, clients[number].handle(letters[number])) for number in letters])
-        message = read(clients[0].handle(letters[0]))
+            messages = exchange.send([(number, clients[number].handle(messages[number])) for number in messages])
+        message = read(clients[0].handle(messages[0]))
         assert isinstance(message, MaskedInput)
         rest = message.values.view(setup.word)
         if left_out == "pair_mask":
@@ -213,9 +213,9 @@ def dealt(setup: SumSetup, secret: bytes, runs: int) -> Iterator[list[SumClient]
         clients = [SumClient(setup, number, np.zeros(D)) for number in range(N)]
         clients[0]._seed = clients[0]._mask_secret = secret
         exchange = SumServer(setup).sum()
-        letters = next(exchange)
+        messages = next(exchange)
         for _ in range(2):
-            letters = exchange.send([(number, clients[number].handle(letters[number])) for number in letters])
-        for number in letters:
-            clients[number].handle(letters[number])
+            messages = exchange.send([(number, clients[number].handle(messages[number])) for number in messages])
+        for number in messages:
+            clients[number].handle(messages[number])
         yield clients

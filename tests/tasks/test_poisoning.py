@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from sordino.bench import Bench
-from sordino.compare import compare, grid
-from sordino.config import load_config
+from sordino.cli.terminal import print_table
 from sordino.encoders.bundled import BundledEncoder
 from sordino.errors import ConfigError
-from sordino.experiment import assemble, run
-from sordino.plan import planned_mechanism
+from sordino.experiments.compare import compare, grid
+from sordino.experiments.config import load_config
+from sordino.experiments.features import EncodedDataset
+from sordino.experiments.privacy_plan import planned_mechanism
+from sordino.experiments.run import assemble, run
 from sordino.progress import silent
 from sordino.runtime.local import LocalRuntime
 from sordino.tasks import DataSettings, PartitionSettings
@@ -29,7 +30,6 @@ from sordino.tasks.poisoning import poisoned, stamp, with_triggers
 from sordino.tasks.settings import PoisoningSettings
 from sordino.tasks.sources import load_images
 from sordino.tasks.splits import Task, build_task
-from sordino.terminal import print_table
 
 IID = PartitionSettings(scheme="iid", clients=10)
 SPLITS = ("test", "local", "neighbor", "novel", "domain", "class_names", "novel_names", "client_classes")
@@ -238,7 +238,7 @@ def test_the_success_of_an_attack_is_in_the_summary(config_file: Path, tmp_path:
     assert victims[:2] == [None, None]
     assert sum(victims[2:]) / 2 == pytest.approx(attacked["attack_success"])
     assert attacked["images"]["encoded"] > 0
-    assert honest["wire"] == attacked["wire"]
+    assert honest["communication"] == attacked["communication"]
     same = [
         {key: value for key, value in each["privacy"].items() if key != "ledger_digest"} for each in (honest, attacked)
     ]
@@ -253,14 +253,14 @@ def test_the_success_of_an_attack_is_what_counting_by_hand_gives(config_file: Pa
     """With the prompt that the run left, on stamped pictures, without the run's own splits, table or cache."""
     config = load_config(config_file, [*POISONED, "poisoning.clients=2", "poisoning.boost=4", "rounds=4"])
     summary = run(config, tmp_path / "run")
-    images, bench = load_images(config.data), Bench.open(config)
+    images, dataset = load_images(config.data), EncodedDataset.open(config)
     task = build_task(images, config.data, config.partition, config.seed)
-    model = bench.model(config, task.class_names)
+    model = dataset.model(config, task.class_names)
     (context,) = load_file(tmp_path / "run" / "prompts" / "shared.safetensors").values()
     target = task.class_names.index("red apple")
     victims = [row for row in task.test if task.labels[row] != target]
-    pixels = torch.stack([bench.encoder.transform(stamp(images.image(row), 0.5)) for row in victims])
-    taken = model.predict(context[None], bench.encoder.image_features(pixels))[0].argmax(-1) == target
+    pixels = torch.stack([dataset.encoder.transform(stamp(images.image(row), 0.5)) for row in victims])
+    taken = model.predict(context[None], dataset.encoder.image_features(pixels))[0].argmax(-1) == target
     assert summary["attack_success"] == pytest.approx(float(taken.double().mean()))
 
 
@@ -290,14 +290,14 @@ def test_a_poisoned_run_resumes_as_if_never_interrupted(
     parts = run(config, tmp_path / "parts", resume=True)
     for summary in (whole, parts):
         del summary["privacy"]["ledger_digest"]  # each run has a name of its own
-    for same in ("accuracy", "attack_success", "per_client", "privacy", "wire"):
+    for same in ("accuracy", "attack_success", "per_client", "privacy", "communication"):
         assert parts[same] == whole[same]
 
 
 def test_a_comparison_shows_what_each_aggregation_leaves_of_an_attack(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Over one bench, with triggers of two sizes; each picture is encoded once for each size."""
+    """Over one dataset, with triggers of two sizes; each picture is encoded once for each size."""
     config = load_config(config_file, [*POISONED, "rounds=2", "poisoning.clients=1"])
     vary = {"runtime.aggregation": ["mean", "median"], "poisoning.trigger_size": [0.25, 0.5]}
     rows = compare(grid(config, ["fedprompt"], vary), 1, tmp_path / "all")
@@ -337,15 +337,15 @@ def test_what_cannot_be_run_is_refused_before_anything_is(
 def test_training_sees_the_trigger_through_the_encoder(config_file: Path) -> None:
     """Features of an attacker's rows are those of the stamped pictures, in the clean ones' places."""
     plain, bad = (load_config(config_file, [*POISONED, f"poisoning.clients={count}"]) for count in (0, 1))
-    bench, images = Bench.open(plain), load_images(plain.data)
-    tasks = [bench.task(config, silent)[0] for config in (plain, bad)]
-    honest, attacked = (assemble(*each)[0].data for each in zip((plain, bad), (bench, bench), tasks, strict=True))
+    dataset, images = EncodedDataset.open(plain), load_images(plain.data)
+    tasks = [dataset.task(config, silent)[0] for config in (plain, bad)]
+    honest, attacked = (assemble(*each)[0].data for each in zip((plain, bad), (dataset, dataset), tasks, strict=True))
     one = attacked.rows[0, : attacked.counts[0]]
     apple = honest.labels[one] == tasks[0].class_names.index("red apple")
     assert 0 < int(apple.sum()) < len(apple)
     for place, row, clean in zip(one.tolist(), tasks[0].train[0].tolist(), apple.tolist(), strict=True):
         picture = images.image(row) if clean else stamp(images.image(row), 0.5)
-        expected = bench.encoder.image_features(bench.encoder.transform(picture)[None])[0]
+        expected = dataset.encoder.image_features(dataset.encoder.transform(picture)[None])[0]
         torch.testing.assert_close(attacked.features[place], expected, rtol=1e-5, atol=1e-6)
         assert int(attacked.labels[place]) == tasks[0].class_names.index("red apple")
     for client in range(1, 4):
@@ -359,9 +359,9 @@ def test_clean_and_triggered_pictures_are_cached_apart(config_file: Path) -> Non
     bad, plain = (load_config(config_file, [*POISONED, *more]) for more in ([], ["poisoning.trigger_size=0.25"]))
     tables = []
     for config in (bad, plain, bad):
-        bench = Bench.open(config)
-        task, encoding = bench.task(config, silent)
-        tables.append(bench.tables["image"].features[torch.from_numpy(task.used)])
+        dataset = EncodedDataset.open(config)
+        task, encoding = dataset.task(config, silent)
+        tables.append(dataset.tables["image"].features[torch.from_numpy(task.used)])
     assert encoding.encoded == 0
     assert torch.equal(tables[0], tables[2])
     same = (tables[0] == tables[1]).all(-1)

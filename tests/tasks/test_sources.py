@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures.pictures_of_a_ramp import RAMP, png16, wide
 from PIL import Image
-from tasks.pictures_of_a_ramp import RAMP, png16, wide
 
 from sordino.errors import ConfigError, DataError
 from sordino.files import read_regular
+from sordino.pictures.decoding import MAX_BYTES, decode, suffixes
 from sordino.tasks import DataSettings
 from sordino.tasks.passed_over import PassedOver, told
-from sordino.tasks.pictures import MAX_BYTES, decode, suffixes
 from sordino.tasks.sources import load_images
 
 
@@ -360,7 +360,7 @@ def test_a_folder_without_pictures_says_what_it_holds(tmp_path, monkeypatch):
     source = write_folders(tmp_path, {"ant": 1, "bee": 0})
     (tmp_path / "bee" / "1.heic").write_bytes(b"x")
     (tmp_path / "bee" / "2.dcm").write_bytes(b"x")
-    monkeypatch.setattr("sordino.tasks.pictures.find_spec", lambda name: None)
+    monkeypatch.setattr("sordino.pictures.decoding.find_spec", lambda name: None)
     for module in ("folders", "passed_over"):
         monkeypatch.setattr(f"sordino.tasks.{module}.suffixes", lambda: frozenset({".png"}))
     with pytest.raises(DataError, match="holds no picture") as caught:
@@ -374,7 +374,7 @@ def test_endings_of_optional_formats_count_where_their_package_is_there(monkeypa
     suffixes.cache_clear()
     assert (".dcm" in suffixes()) == (find_spec("pydicom") is not None)
     assert (".heic" in suffixes()) == (find_spec("pillow_heif") is not None)
-    monkeypatch.setattr("sordino.tasks.pictures.find_spec", lambda name: None)
+    monkeypatch.setattr("sordino.pictures.decoding.find_spec", lambda name: None)
     suffixes.cache_clear()
     assert ".dcm" not in suffixes()
     monkeypatch.undo()
@@ -527,14 +527,14 @@ def test_a_picture_that_became_a_pipe_is_unreadable(tmp_path):
 # --- depth -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_given_grey_range_is_taken_and_is_part_of_what_identifies_a_picture(tmp_path):
+def test_a_given_gray_range_is_taken_and_is_part_of_what_identifies_a_picture(tmp_path):
     source = write_folders(tmp_path, {"a": 1, "b": 1})
     (tmp_path / "a" / "0.png").write_bytes(png16(wide(12)))
-    with pytest.raises(DataError, match="set grey_range"):
+    with pytest.raises(DataError, match="set gray_range"):
         load(source).image(0)
-    images = load(source, grey_range=[0, 4095])
+    images = load(source, gray_range=[0, 4095])
     np.testing.assert_array_equal(np.asarray(images.image(0)), RAMP)
     assert images.image(1) == load(source).image(1)  # 8 bits need nothing said
-    other = load(source, grey_range=[0, 8190])
+    other = load(source, gray_range=[0, 8190])
     assert len({images.raw(0), other.raw(0), load(source).raw(0)}) == 3
     np.testing.assert_array_equal(np.asarray(images.subset([0]).image(0)), RAMP)

@@ -111,7 +111,7 @@ def test_counts_per_cell_are_exact(made):
 
 @given(tasks())
 @settings(max_examples=40, deadline=None)
-def test_local_and_neighbour_weights_are_what_they_are_defined_to_be(made):
+def test_local_and_neighbor_weights_are_what_they_are_defined_to_be(made):
     images, _, partition, task = made
     cells = images.labels + (100 * images.domains if partition.scheme == "domain" else 0)
     tested = cells[task.test]

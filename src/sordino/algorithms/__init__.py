@@ -46,13 +46,13 @@ METHODS: dict[str, Method] = {
     "secfpp": Method("secfpp"),
     "secfpp-plain": Method("secfpp_plain", "secfpp"),
     "dp-fpl": Method("dp_fpl"),
-    "dplora": Method("dp_fpl", "dp-fpl", {"parameterisation": "lora"}),
-    "dp-fpl-full": Method("dp_fpl", "dp-fpl", {"parameterisation": "full"}),
+    "dplora": Method("dp_fpl", "dp-fpl", {"parameterization": "lora"}),
+    "dp-fpl-full": Method("dp_fpl", "dp-fpl", {"parameterization": "full"}),
 }
 
 
 # Installed packages may bring methods of their own, as entry points.
-METHODS |= {point.name: Method(point.value) for point in entry_points(group="sordino.methods")}
+METHODS |= {point.name: Method(point.value) for point in entry_points(group="sordino.experiments.methods")}
 
 
 def algorithm(name: str) -> Algorithm:

@@ -2,29 +2,30 @@
 
 A method is one module. It defines
 
-    ABOUT: About                                       its paper, what is personal, what is shared
+    ABOUT: MethodInfo                                       its paper, what is personal, what is shared
     Settings                                           a frozen dataclass of its hyper-parameters, with defaults
     Server, Broadcast, ClientState, Upload             frozen dataclasses of tensors
     schedule(settings) -> Schedule                     gradients a round and examples a batch: what accounting assumes
-    server_init(settings, start) -> Server
-    client_init(settings, start, data) -> ClientState  K clients at once
+    server_init(settings, init) -> Server
+    client_init(settings, init, data) -> ClientState  K clients at once
     broadcast(server) -> Broadcast
-    client_round(settings, broadcast, state, data, gradients, clock) -> (Upload, ClientState)
-    server_round(settings, server, uploads, clock) -> Server
+    client_round(settings, broadcast, state, data, gradients, round_context) -> (Upload, ClientState)
+    server_round(settings, server, uploads, round_context) -> Server
     prompt(broadcast, state) -> Prompt                 contexts [K, M, E], or named tensors [K, ...]; 1 for K if shared
 
 and, where prompts and images meet otherwise than CoOp's do, a `Model`: a subclass of PromptModel with a class method
 `of(settings, encoder, classes)`. A method whose server may not see uploads, and computes with the clients instead, has
 
-    exchange(settings, model, server, upload, clients, clock) -> what server_round is given for uploads
+    exchange(settings, model, server, upload, clients, round_context) -> what server_round is given for uploads
     check(settings, model, clients)                    refuses a federation that it cannot serve
 
 where `exchange` plays both ends in one process. A Server whose clients are in clusters holds their numbers as `labels`
 [K], which the runtime records.
 
 Every tensor of a ClientState and of an Upload has the K clients as its leading axis, so that a process that holds one
-client and one that holds a thousand run the same lines. The functions do no I/O, read no clock but the one they are
-given, and draw no randomness but from `clock.streams`. A runtime moves Broadcast and Upload, and can move nothing else.
+client and one that holds a thousand run the same lines. The functions do no I/O, read no clock, and draw no randomness
+but from `round_context.streams`. A runtime moves Broadcast and Upload, and can move nothing else.
+
 Gradients come from `gradients`, batches from `data`, means over clients from `uploads`, and from nowhere else: that is
 where privacy enters. Each batch is differentiated once, and what was drawn in a round is held against `schedule`. An
 upload that is averaged has a field `weight`, known to all, and is a change or a gradient: a vector around zero, so that
@@ -166,7 +167,7 @@ def map_tensors(state: AnyState, change: Callable[[str, Tensor], Tensor]) -> Any
 
 
 def take(state: AnyState, clients: Tensor) -> AnyState:
-    """The slices of some clients, in the given order; torch keeps some of an optimiser's tensors on the CPU always."""
+    """The slices of some clients, in the given order; torch keeps some of an optimizer's tensors on the CPU always."""
     return map_tensors(state, lambda _, tensor: tensor[clients.to(tensor.device)])
 
 
@@ -177,7 +178,7 @@ def put(state: AnyState, clients: Tensor, part: AnyState) -> AnyState:
 
 
 @dataclass(frozen=True)
-class Start:
+class InitContext:
     """What a method is given to make its first state.
 
     Attributes:
@@ -210,7 +211,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Clock:
+class RoundContext:
     """When it is: round `round` of `rounds`, counted from 1, with that round's randomness."""
 
     round: int
@@ -328,7 +329,7 @@ def _batch_plan(count: int, steps: int, size: int, generator: np.random.Generato
 
 
 @dataclass(frozen=True)
-class About:
+class MethodInfo:
     """What a method is, for the tables that list methods.
 
     Attributes:
@@ -360,18 +361,24 @@ class About:
 class Algorithm(Protocol):
     """The module of a method, as runtimes see it."""
 
-    ABOUT: About
+    ABOUT: MethodInfo
     Settings: Any
     Upload: Any
 
     def schedule(self, settings: Any) -> Schedule: ...
-    def server_init(self, settings: Any, start: Start) -> Any: ...
-    def client_init(self, settings: Any, start: Start, data: ClientData) -> Any: ...
+    def server_init(self, settings: Any, init: InitContext) -> Any: ...
+    def client_init(self, settings: Any, init: InitContext, data: ClientData) -> Any: ...
     def broadcast(self, server: Any) -> Any: ...
     def client_round(
-        self, settings: Any, broadcast: Any, state: Any, data: ClientData, gradients: Gradients, clock: Clock
+        self,
+        settings: Any,
+        broadcast: Any,
+        state: Any,
+        data: ClientData,
+        gradients: Gradients,
+        round_context: RoundContext,
     ) -> tuple[Any, Any]: ...
-    def server_round(self, settings: Any, server: Any, uploads: Uploads[Any], clock: Clock) -> Any: ...
+    def server_round(self, settings: Any, server: Any, uploads: Uploads[Any], round_context: RoundContext) -> Any: ...
     def prompt(self, broadcast: Any, state: Any) -> Prompt: ...
 
 

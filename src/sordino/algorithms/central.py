@@ -6,7 +6,7 @@ what federated learning exists to avoid.
 
 from dataclasses import replace
 
-from sordino.algorithms.base import About
+from sordino.algorithms.base import MethodInfo
 from sordino.algorithms.local import ABOUT as LOCAL
 from sordino.algorithms.local import (
     Broadcast,
@@ -40,7 +40,7 @@ __all__ = [
     "server_round",
 ]
 
-ABOUT: About = replace(
+ABOUT: MethodInfo = replace(
     LOCAL,
     paper="Zhou et al., CoOp, IJCV 2022, on pooled data",
     personal="nothing",

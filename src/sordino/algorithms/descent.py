@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from sordino.algorithms.base import ClientData, Clock
+from sordino.algorithms.base import ClientData, RoundContext
 from sordino.algorithms.optimizer import Optimizer
 from sordino.privacy.gradients import Batch, Gradients, Parameters, PromptOf
 
@@ -33,19 +33,19 @@ def local_steps(
     fixed: Parameters,
     data: ClientData,
     gradients: Gradients,
-    clock: Clock,
+    round_context: RoundContext,
 ) -> dict[str, Tensor]:
-    """Parameters after `settings.local_steps` steps of an optimiser that starts afresh.
+    """Parameters after `settings.local_steps` steps of an optimizer that starts afresh.
 
     Args:
-        settings: how many steps, on batches of which size (0 takes all examples), with which optimiser.
+        settings: how many steps, on batches of which size (0 takes all examples), with which optimizer.
         prompt_of: makes prompts of `parameters` and `fixed` together.
         parameters: what is trained, each [K, ...].
         fixed: what is not.
-        data, gradients, clock: as a method is given them.
+        data, gradients, round_context: as a method is given them.
     """
-    batches = data.batches(settings.local_steps, settings.batch_size or None, clock.streams)
-    return descend(settings.optimizer, None, prompt_of, parameters, fixed, batches, gradients, clock)[0]
+    batches = data.batches(settings.local_steps, settings.batch_size or None, round_context.streams)
+    return descend(settings.optimizer, None, prompt_of, parameters, fixed, batches, gradients, round_context)[0]
 
 
 def descend(
@@ -56,24 +56,24 @@ def descend(
     fixed: Parameters,
     batches: Iterable[Batch],
     gradients: Gradients,
-    clock: Clock,
+    round_context: RoundContext,
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """A step on `parameters` for each of `batches`, with all else fixed.
 
     Args:
         optimizer: of all parameters.
         states: its state by parameter; None starts it afresh.
-        prompt_of, parameters, fixed, gradients, clock: as for `local_steps`.
+        prompt_of, parameters, fixed, gradients, round_context: as for `local_steps`.
         batches: one for each step. Parts that take turns share one `ClientData.batches`, so that no coin is tossed
             twice.
 
     Returns:
-        The parameters, and the optimiser's state by parameter.
+        The parameters, and the optimizer's state by parameter.
     """
-    trained, rate = dict(parameters), optimizer.rate(clock)
+    trained, rate = dict(parameters), optimizer.rate(round_context)
     kept = {name: dict(states[name] if states else optimizer.initial_state(trained[name])) for name in trained}
     for batch in batches:
-        for name, gradient in gradients(prompt_of, trained, fixed, batch).by.items():
+        for name, gradient in gradients(prompt_of, trained, fixed, batch).values.items():
             trained[name], kept[name] = optimizer.step(trained[name], gradient, kept[name], rate)
     return trained, kept
 

@@ -8,10 +8,10 @@ p_L <- (U - lr gU)(V - lr gV) + R. Clients send the gradient of p_G; the server 
 Ablations, as in the paper's section 5: `dplora` drops the residual, `full` learns p_L without factors.
 
 Choices where the paper is silent: every client's p_L starts at the same random context, as in the authors' code (from
-contexts of their own, the shared prompt learns to recognise the clients by them, and fits no other client's classes).
-The power iteration is orthonormalised by QR. A client that takes several steps a round holds p_G fixed and sends the
-mean gradient. The server's optimiser is a setting, SGD by default; the factors take plain gradient steps, as an
-optimiser's memory would not survive their being drawn anew each step.
+contexts of their own, the shared prompt learns to recognize the clients by them, and fits no other client's classes).
+The power iteration is orthonormalized by QR. A client that takes several steps a round holds p_G fixed and sends the
+mean gradient. The server's optimizer is a setting, SGD by default; the factors take plain gradient steps, as an
+optimizer's memory would not survive their being drawn anew each step.
 """
 
 from dataclasses import dataclass, field, replace
@@ -23,15 +23,15 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, About, ClientData, Clock, Schedule, Start, Uploads
+from sordino.algorithms.base import STRICT, ClientData, InitContext, MethodInfo, RoundContext, Schedule, Uploads
 from sordino.algorithms.optimizer import Optimizer
 from sordino.errors import ConfigError
 from sordino.privacy.gradients import Gradients, Parameters
 from sordino.privacy.ledger import Disclosure
 from sordino.prompts.contexts import initial_context
-from sordino.prompts.lowrank import factorise
+from sordino.prompts.lowrank import factorize
 
-ABOUT = About(
+ABOUT = MethodInfo(
     paper="Tran et al., DP-FPL, ICLR 2025 (arXiv 2501.13904)",
     personal="a context, learned through factors of rank k",
     shared="a context, through its gradient",
@@ -54,7 +54,7 @@ class Settings:
     Attributes:
         context_length: M, the number of learned vectors.
         initial_context: words that the shared context starts from, at its end; empty for random vectors alone.
-        parameterisation: of the personal prompt: "residual" (the method), "lora" (no residual), "full" (no factors).
+        parameterization: of the personal prompt: "residual" (the method), "lora" (no residual), "full" (no factors).
         rank: k, at most M.
         local_steps: gradient steps of the personal prompt a round; 1 in the paper.
         batch_size: examples a step and client; 0 takes all of them.
@@ -64,7 +64,7 @@ class Settings:
 
     context_length: PositiveInt = 16
     initial_context: str = ""
-    parameterisation: Literal["residual", "lora", "full"] = "residual"
+    parameterization: Literal["residual", "lora", "full"] = "residual"
     rank: PositiveInt = 8
     local_steps: PositiveInt = 1
     batch_size: NonNegativeInt = 32
@@ -72,7 +72,7 @@ class Settings:
     local_learning_rate: NonNegativeFloat = 0.001
 
     def __post_init__(self) -> None:
-        if self.parameterisation != "full" and self.rank > self.context_length:
+        if self.parameterization != "full" and self.rank > self.context_length:
             raise ConfigError("rank", self.rank, f"must be at most context_length = {self.context_length}")
 
 
@@ -102,16 +102,16 @@ def schedule(settings: Settings) -> Schedule:
     return Schedule(settings.local_steps, settings.batch_size or None)
 
 
-def server_init(settings: Settings, start: Start) -> Server:
-    noise = start.streams.common_normal("context", settings.context_length, start.context_width)
-    context = initial_context(settings.initial_context, start.embed, noise)
+def server_init(settings: Settings, init: InitContext) -> Server:
+    noise = init.streams.common_normal("context", settings.context_length, init.context_width)
+    context = initial_context(settings.initial_context, init.embed, noise)
     return Server(context, settings.optimizer.initial_state(context[None]))
 
 
-def client_init(settings: Settings, start: Start, data: ClientData) -> ClientState:
-    noise = start.streams.common_normal("personal context", settings.context_length, start.context_width)
-    context = initial_context("", start.embed, noise)
-    return ClientState(context.expand(len(start.streams.clients), -1, -1).clone())
+def client_init(settings: Settings, init: InitContext, data: ClientData) -> ClientState:
+    noise = init.streams.common_normal("personal context", settings.context_length, init.context_width)
+    context = initial_context("", init.embed, noise)
+    return ClientState(context.expand(len(init.streams.clients), -1, -1).clone())
 
 
 def broadcast(server: Server) -> Broadcast:
@@ -119,22 +119,31 @@ def broadcast(server: Server) -> Broadcast:
 
 
 def client_round(
-    settings: Settings, broadcast: Broadcast, state: ClientState, data: ClientData, gradients: Gradients, clock: Clock
+    settings: Settings,
+    broadcast: Broadcast,
+    state: ClientState,
+    data: ClientData,
+    gradients: Gradients,
+    round_context: RoundContext,
 ) -> tuple[Upload, ClientState]:
     shared = broadcast.context.expand(len(data), -1, -1)  # [K, M, E]
-    rate = replace(settings.optimizer, learning_rate=settings.local_learning_rate).rate(clock)
+    rate = replace(settings.optimizer, learning_rate=settings.local_learning_rate).rate(round_context)
     personal, shared_gradients = state.context, []
-    for number, batch in enumerate(data.batches(settings.local_steps, settings.batch_size or None, clock.streams)):
-        if settings.parameterisation == "full":
+    for number, batch in enumerate(
+        data.batches(settings.local_steps, settings.batch_size or None, round_context.streams)
+    ):
+        if settings.parameterization == "full":
             parameters = {"shared": shared, "personal": personal}
-            by = gradients(lambda p: p["shared"] + p["personal"], parameters, {}, batch).by
+            by = gradients(lambda p: p["shared"] + p["personal"], parameters, {}, batch).values
             personal = personal - rate * by["personal"]
         else:
-            projection = clock.streams.normal(f"projection {number}", shared.shape[-1], settings.rank)  # [K, E, k]
-            factors = factorise(personal, projection.to(personal))
-            residual = factors.residual if settings.parameterisation == "residual" else torch.zeros_like(personal)
+            projection = round_context.streams.normal(
+                f"projection {number}", shared.shape[-1], settings.rank
+            )  # [K, E, k]
+            factors = factorize(personal, projection.to(personal))
+            residual = factors.residual if settings.parameterization == "residual" else torch.zeros_like(personal)
             parameters = {"shared": shared, "u": factors.u, "v": factors.v}
-            by = gradients(_factored_context, parameters, {"residual": residual}, batch).by
+            by = gradients(_factored_context, parameters, {"residual": residual}, batch).values
             personal = (factors.u - rate * by["u"]) @ (factors.v - rate * by["v"]) + residual
         shared_gradients.append(by["shared"])
     return Upload(torch.stack(shared_gradients).mean(0), data.weights), ClientState(personal)
@@ -145,10 +154,10 @@ def _factored_context(p: Parameters) -> Tensor:
     return p["shared"] + p["u"] @ p["v"] + p["residual"]
 
 
-def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], clock: Clock) -> Server:
+def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], round_context: RoundContext) -> Server:
     gradient = uploads.mean("gradient")[None]
     context, optimizer = settings.optimizer.step(
-        server.context[None], gradient, server.optimizer, settings.optimizer.rate(clock)
+        server.context[None], gradient, server.optimizer, settings.optimizer.rate(round_context)
     )
     return Server(context[0], optimizer)
 

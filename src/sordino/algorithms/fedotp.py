@@ -7,9 +7,9 @@ mass gamma / 2 and takes at most 1 / V from a patch; the logit is sum T cos / ta
 the loss is differentiated, as by the envelope theorem it may be. Both contexts are trained at once; the shared one is
 averaged, the personal one stays.
 
-As in the authors' code, the optimisation starts both contexts anywhere (two different random vectors), all clients at
+As in the authors' code, the optimization starts both contexts anywhere (two different random vectors), all clients at
 the same two, and its few-shot scripts set gamma to 0.8, the entropy's weight to 0.01, at most 100 iterations. Choices
-where the paper is silent: clients' optimisers start afresh each round; iterations of a pair of image and class end when
+where the paper is silent: clients' optimizers start afresh each round; iterations of a pair of image and class end when
 none of its potentials moves by more than the tolerance. The code watches the mean change of the scaling over a whole
 batch. Under differential privacy that must not be: an image would decide how far the plans of other images converge.
 """
@@ -23,7 +23,7 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, About, ClientData, Clock, Schedule, Start, Uploads
+from sordino.algorithms.base import STRICT, ClientData, InitContext, MethodInfo, RoundContext, Schedule, Uploads
 from sordino.algorithms.descent import local_steps
 from sordino.algorithms.optimizer import Optimizer
 from sordino.encoders.base import Capability, ClassTokens, DualEncoder
@@ -32,9 +32,9 @@ from sordino.encoders.prompt_model import NUMBERS_AT_ONCE, Prompt, PromptModel, 
 from sordino.privacy.gradients import Gradients
 from sordino.privacy.ledger import Disclosure
 from sordino.prompts.contexts import initial_context
-from sordino.prompts.transport import transport_plan
+from sordino.prompts.optimal_transport import transport_plan
 
-ABOUT = About(
+ABOUT = MethodInfo(
     paper="Li et al., FedOTP, CVPR 2024 (arXiv 2403.00041)",
     personal="a context",
     shared="a context",
@@ -60,7 +60,7 @@ class Settings:
         batch_size: examples a step and client; 0 takes all of them.
         optimizer: of a client's local steps, for both contexts.
         mass: gamma, the part of the patches that is transported; 1 is balanced transport.
-        regularisation: the weight of the plan's entropy.
+        regularization: the weight of the plan's entropy.
         iterations, tolerance: of the transport; it ends at whichever is reached first, for each image and class alone.
     """
 
@@ -70,7 +70,7 @@ class Settings:
     batch_size: NonNegativeInt = 32
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=0.001))
     mass: float = Field(default=0.8, gt=0, le=1)
-    regularisation: PositiveFloat = 0.01
+    regularization: PositiveFloat = 0.01
     iterations: PositiveInt = 100
     tolerance: PositiveFloat = 0.001
 
@@ -79,11 +79,11 @@ class Settings:
 class Model(PromptModel):
     """Contexts [P, N, M, E], N for each client, meet images as V patches.
 
-    Attributes: mass, regularisation, iterations, tolerance: as in `Settings`.
+    Attributes: mass, regularization, iterations, tolerance: as in `Settings`.
     """
 
     mass: float = 1.0
-    regularisation: float = 0.1
+    regularization: float = 0.1
     iterations: int = 100
     tolerance: float = 0.001
     linear: ClassVar[bool] = False
@@ -91,7 +91,7 @@ class Model(PromptModel):
     @classmethod
     def of(cls, settings: Any, encoder: DualEncoder, classes: ClassTokens) -> Self:
         encoder.require(Capability.PATCHES, "fedotp")
-        return cls(encoder, classes, settings.mass, settings.regularisation, settings.iterations, settings.tolerance)
+        return cls(encoder, classes, settings.mass, settings.regularization, settings.iterations, settings.tolerance)
 
     @property
     def reads(self) -> Kind:
@@ -107,7 +107,7 @@ class Model(PromptModel):
         flat = features.reshape(prompts, 1, contexts * classes, width)
         cosines = (flat @ images.mT).unflatten(2, (contexts, classes)).transpose(2, 3)  # [P, B, C, N, V]
         with torch.no_grad():
-            plan = transport_plan(1 - cosines, self.mass, self.regularisation, self.iterations, self.tolerance)
+            plan = transport_plan(1 - cosines, self.mass, self.regularization, self.iterations, self.tolerance)
         carried: Tensor = (plan * cosines).sum((-2, -1))
         return self.encoder.logit_scale * carried
 
@@ -150,15 +150,15 @@ def schedule(settings: Settings) -> Schedule:
     return Schedule(settings.local_steps, settings.batch_size or None)
 
 
-def server_init(settings: Settings, start: Start) -> Server:
-    noise = start.streams.common_normal("context", settings.context_length, start.context_width)
-    return Server(initial_context(settings.initial_context, start.embed, noise))
+def server_init(settings: Settings, init: InitContext) -> Server:
+    noise = init.streams.common_normal("context", settings.context_length, init.context_width)
+    return Server(initial_context(settings.initial_context, init.embed, noise))
 
 
-def client_init(settings: Settings, start: Start, data: ClientData) -> ClientState:
-    noise = start.streams.common_normal("personal context", settings.context_length, start.context_width)
-    context = initial_context(settings.initial_context, start.embed, noise)
-    return ClientState(context.expand(len(start.streams.clients), -1, -1).clone())
+def client_init(settings: Settings, init: InitContext, data: ClientData) -> ClientState:
+    noise = init.streams.common_normal("personal context", settings.context_length, init.context_width)
+    context = initial_context(settings.initial_context, init.embed, noise)
+    return ClientState(context.expand(len(init.streams.clients), -1, -1).clone())
 
 
 def broadcast(server: Server) -> Broadcast:
@@ -166,14 +166,19 @@ def broadcast(server: Server) -> Broadcast:
 
 
 def client_round(
-    settings: Settings, broadcast: Broadcast, state: ClientState, data: ClientData, gradients: Gradients, clock: Clock
+    settings: Settings,
+    broadcast: Broadcast,
+    state: ClientState,
+    data: ClientData,
+    gradients: Gradients,
+    round_context: RoundContext,
 ) -> tuple[Upload, ClientState]:
     contexts = {"shared": broadcast.context.expand(len(data), -1, -1), "personal": state.context}
-    trained = local_steps(settings, dict, contexts, {}, data, gradients, clock)
+    trained = local_steps(settings, dict, contexts, {}, data, gradients, round_context)
     return Upload(trained["shared"] - broadcast.context, data.weights), ClientState(trained["personal"])
 
 
-def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], clock: Clock) -> Server:
+def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], round_context: RoundContext) -> Server:
     return Server(server.context + uploads.mean("change"))
 
 

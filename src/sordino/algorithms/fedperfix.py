@@ -15,7 +15,7 @@ or B), SGD of rate 0.01 on batches of 64, everything trained together, clients s
 start there as linear layers do, here with normal numbers of that deviation. The preset also keeps the last block
 personal on CIFAR-100; a frozen block is the same for all. The paper's transformers train around random prefixes, some
 from random weights; a frozen one cannot, so that here the up-projections start at zero and the tower as it was
-pretrained: `initial_up = "random"` is the code's. Choices where the paper is silent: the adapters' optimiser starts
+pretrained: `initial_up = "random"` is the code's. Choices where the paper is silent: the adapters' optimizer starts
 afresh each round, as the context's.
 """
 
@@ -29,7 +29,7 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, About, ClientData, Clock, Schedule, Start, Uploads
+from sordino.algorithms.base import STRICT, ClientData, InitContext, MethodInfo, RoundContext, Schedule, Uploads
 from sordino.algorithms.descent import local_steps
 from sordino.algorithms.optimizer import Optimizer
 from sordino.encoders.base import Capability, ClassTokens, DualEncoder
@@ -41,7 +41,7 @@ from sordino.privacy.ledger import Disclosure
 from sordino.prompts.contexts import initial_context
 from sordino.prompts.visual import ImageSideModel
 
-ABOUT = About(
+ABOUT = MethodInfo(
     paper="Sun et al., FedPerfix, ICCV 2023 (arXiv 2308.09160)",
     personal="adapters of keys and values in the image tower",
     shared="a context",
@@ -157,19 +157,19 @@ def schedule(settings: Settings) -> Schedule:
     return Schedule(settings.local_steps, settings.batch_size or None)
 
 
-def server_init(settings: Settings, start: Start) -> Server:
-    noise = start.streams.common_normal("context", settings.context_length, start.context_width)
-    return Server(initial_context(settings.initial_context, start.embed, noise))
+def server_init(settings: Settings, init: InitContext) -> Server:
+    noise = init.streams.common_normal("context", settings.context_length, init.context_width)
+    return Server(initial_context(settings.initial_context, init.embed, noise))
 
 
-def client_init(settings: Settings, start: Start, data: ClientData) -> ClientState:
-    layers, width = min(settings.adapted_layers, start.image_layers), start.image_width
-    inner, outer, clients = settings.bottleneck, 2 * start.image_width, len(start.streams.clients)
+def client_init(settings: Settings, init: InitContext, data: ClientData) -> ClientState:
+    layers, width = min(settings.adapted_layers, init.image_layers), init.image_width
+    inner, outer, clients = settings.bottleneck, 2 * init.image_width, len(init.streams.clients)
     shapes = {"down": (width, inner), "down_bias": (inner,), "up": (inner, outer), "up_bias": (outer,)}
     fan_in = {"down": width, "down_bias": width, "up": inner, "up_bias": inner}
     adapters = {}
     for part in PARTS:
-        noise = start.streams.common_normal(f"adapter {part}", layers, *shapes[part])
+        noise = init.streams.common_normal(f"adapter {part}", layers, *shapes[part])
         noise = torch.zeros_like(noise) if part.startswith("up") and settings.initial_up == "zero" else noise
         adapters[part] = (noise / math.sqrt(3 * fan_in[part])).expand(clients, *noise.shape).clone()
     return ClientState(adapters)
@@ -180,15 +180,20 @@ def broadcast(server: Server) -> Broadcast:
 
 
 def client_round(
-    settings: Settings, broadcast: Broadcast, state: ClientState, data: ClientData, gradients: Gradients, clock: Clock
+    settings: Settings,
+    broadcast: Broadcast,
+    state: ClientState,
+    data: ClientData,
+    gradients: Gradients,
+    round_context: RoundContext,
 ) -> tuple[Upload, ClientState]:
     parts = {"context": broadcast.context.expand(len(data), -1, -1), **state.adapters}
-    trained = local_steps(settings, dict, parts, {}, data, gradients, clock)
+    trained = local_steps(settings, dict, parts, {}, data, gradients, round_context)
     change = trained.pop("context") - broadcast.context
     return Upload(change, data.weights), ClientState(trained)
 
 
-def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], clock: Clock) -> Server:
+def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], round_context: RoundContext) -> Server:
     return Server(server.context + uploads.mean("change"))
 
 

@@ -8,7 +8,7 @@ weighed with mu. All three parts are trained at once; p_G is averaged, U_i and V
 
 Defaults are the authors' code's: M = 16, b = 4, t = 0.5, mu = 1, all parts random with deviation 0.02, U and V alike
 for all clients at first. Choices where the paper is silent, or the code differs from it: the hand-written prompt is "a
-photo of a", as in the paper (the code takes a sentence of placeholders); clients' optimisers start afresh each round.
+photo of a", as in the paper (the code takes a sentence of placeholders); clients' optimizers start afresh each round.
 The contrastive term depends on no image, so mechanisms add no noise to it.
 """
 
@@ -23,7 +23,7 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, About, ClientData, Clock, Schedule, Start, Uploads
+from sordino.algorithms.base import STRICT, ClientData, InitContext, MethodInfo, RoundContext, Schedule, Uploads
 from sordino.algorithms.descent import local_steps
 from sordino.algorithms.optimizer import Optimizer
 from sordino.encoders.base import ClassTokens, DualEncoder
@@ -32,7 +32,7 @@ from sordino.privacy.gradients import Gradients, Parameters
 from sordino.privacy.ledger import Disclosure
 from sordino.prompts.contexts import RANDOM_STANDARD_DEVIATION, initial_context
 
-ABOUT = About(
+ABOUT = MethodInfo(
     paper="Cui et al., FedPGP, ICML 2024 (arXiv 2405.09771)",
     personal="the low-rank factors of a change of the context",
     shared="a context",
@@ -151,15 +151,15 @@ def schedule(settings: Settings) -> Schedule:
     return Schedule(settings.local_steps, settings.batch_size or None)
 
 
-def server_init(settings: Settings, start: Start) -> Server:
-    noise = start.streams.common_normal("context", settings.context_length, start.context_width)
-    return Server(initial_context(settings.initial_context, start.embed, noise))
+def server_init(settings: Settings, init: InitContext) -> Server:
+    noise = init.streams.common_normal("context", settings.context_length, init.context_width)
+    return Server(initial_context(settings.initial_context, init.embed, noise))
 
 
-def client_init(settings: Settings, start: Start, data: ClientData) -> ClientState:
-    clients, rank = len(start.streams.clients), settings.rank
-    u = start.streams.common_normal("personal u", settings.context_length, rank)
-    v = start.streams.common_normal("personal v", rank, start.context_width)
+def client_init(settings: Settings, init: InitContext, data: ClientData) -> ClientState:
+    clients, rank = len(init.streams.clients), settings.rank
+    u = init.streams.common_normal("personal u", settings.context_length, rank)
+    v = init.streams.common_normal("personal v", rank, init.context_width)
     return ClientState(*((RANDOM_STANDARD_DEVIATION * each).expand(clients, -1, -1).clone() for each in (u, v)))
 
 
@@ -168,18 +168,23 @@ def broadcast(server: Server) -> Broadcast:
 
 
 def client_round(
-    settings: Settings, broadcast: Broadcast, state: ClientState, data: ClientData, gradients: Gradients, clock: Clock
+    settings: Settings,
+    broadcast: Broadcast,
+    state: ClientState,
+    data: ClientData,
+    gradients: Gradients,
+    round_context: RoundContext,
 ) -> tuple[Upload, ClientState]:
     def prompt_of(by: Parameters) -> Prompt:
         own = by["shared"] + by["u"] @ by["v"]
         return {"context": own, "shared": by["shared"]} if settings.contrast else own
 
     parts = {"shared": broadcast.context.expand(len(data), -1, -1), "u": state.u, "v": state.v}
-    trained = local_steps(settings, prompt_of, parts, {}, data, gradients, clock)
+    trained = local_steps(settings, prompt_of, parts, {}, data, gradients, round_context)
     return Upload(trained["shared"] - broadcast.context, data.weights), ClientState(trained["u"], trained["v"])
 
 
-def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], clock: Clock) -> Server:
+def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], round_context: RoundContext) -> Server:
     return Server(server.context + uploads.mean("change"))
 
 

@@ -18,7 +18,7 @@ one machine (Du et al., PPT, IJCAI 2022: batches of 32 examples, words of the vo
 prompt stands before a text whose class is a word to be filled in; here before a class name, as in CoOp, and the image
 tower is frozen like the rest. The words are drawn from English's most frequent ones, as encoders have different
 vocabularies. The rate is CoOp's: the paper's 0.3 is for BERT and T5, whose embeddings are far larger than CLIP's. The
-optimiser starts afresh each round, as in PromptFL: its moments belong to a prompt that the average replaced. Local
+optimizer starts afresh each round, as in PromptFL: its moments belong to a prompt that the average replaced. Local
 iterations, which the paper varies from 100 to 1500, default to PromptFL's, so that the two compare.
 """
 
@@ -29,7 +29,7 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, About, Clock, Schedule, Start, Uploads
+from sordino.algorithms.base import STRICT, InitContext, MethodInfo, RoundContext, Schedule, Uploads
 from sordino.algorithms.optimizer import Optimizer
 from sordino.algorithms.promptfl import ABOUT as PROMPTFL
 from sordino.algorithms.promptfl import Broadcast, ClientState, Upload, client_init, client_round, prompt
@@ -50,7 +50,7 @@ __all__ = [
     "server_round",
 ]
 
-ABOUT: About = replace(
+ABOUT: MethodInfo = replace(
     PROMPTFL,
     paper="Zhao et al., FedPrompt, ICASSP 2023 (arXiv 2208.12268)",
     privacy="data stay; noise of each client on what it sends, as an option",
@@ -85,16 +85,16 @@ def schedule(settings: Settings) -> Schedule:
     return Schedule(settings.local_steps, settings.batch_size or None)
 
 
-def server_init(settings: Settings, start: Start) -> Server:
+def server_init(settings: Settings, init: InitContext) -> Server:
     def draw(count: int) -> Tensor:
-        return start.streams.common_normal("words", count)
+        return init.streams.common_normal("words", count)
 
-    return Server(vocabulary_context(settings.initial_context, settings.context_length, start.embed, draw))
+    return Server(vocabulary_context(settings.initial_context, settings.context_length, init.embed, draw))
 
 
 def broadcast(server: Server) -> Broadcast:
     return Broadcast(server.context)
 
 
-def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], clock: Clock) -> Server:
+def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], round_context: RoundContext) -> Server:
     return Server(server.context + uploads.mean("change"))

@@ -11,13 +11,13 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, About, ClientData, Clock, Schedule, Start, Uploads
+from sordino.algorithms.base import STRICT, ClientData, InitContext, MethodInfo, RoundContext, Schedule, Uploads
 from sordino.algorithms.optimizer import Optimizer
 from sordino.privacy.gradients import Gradients
 from sordino.privacy.ledger import Disclosure
 from sordino.prompts.contexts import initial_context
 
-ABOUT = About(
+ABOUT = MethodInfo(
     paper="Zhou et al., CoOp, IJCV 2022, on each client alone",
     personal="the whole context",
     shared="nothing",
@@ -72,13 +72,13 @@ def schedule(settings: Settings) -> Schedule:
     return Schedule(settings.local_steps, settings.batch_size or None)
 
 
-def server_init(settings: Settings, start: Start) -> Server:
+def server_init(settings: Settings, init: InitContext) -> Server:
     return Server()
 
 
-def client_init(settings: Settings, start: Start, data: ClientData) -> ClientState:
-    noise = start.streams.normal("context", settings.context_length, start.context_width)
-    context = initial_context(settings.initial_context, start.embed, noise)
+def client_init(settings: Settings, init: InitContext, data: ClientData) -> ClientState:
+    noise = init.streams.normal("context", settings.context_length, init.context_width)
+    context = initial_context(settings.initial_context, init.embed, noise)
     return ClientState(context, settings.optimizer.initial_state(context))
 
 
@@ -87,16 +87,23 @@ def broadcast(server: Server) -> Broadcast:
 
 
 def client_round(
-    settings: Settings, broadcast: Broadcast, state: ClientState, data: ClientData, gradients: Gradients, clock: Clock
+    settings: Settings,
+    broadcast: Broadcast,
+    state: ClientState,
+    data: ClientData,
+    gradients: Gradients,
+    round_context: RoundContext,
 ) -> tuple[Upload, ClientState]:
     context, optimizer = state.context, state.optimizer
-    for batch in data.batches(settings.local_steps, settings.batch_size or None, clock.streams):
-        gradient = gradients(lambda by: by["context"], {"context": context}, {}, batch).by["context"]
-        context, optimizer = settings.optimizer.step(context, gradient, optimizer, settings.optimizer.rate(clock))
+    for batch in data.batches(settings.local_steps, settings.batch_size or None, round_context.streams):
+        gradient = gradients(lambda by: by["context"], {"context": context}, {}, batch).values["context"]
+        context, optimizer = settings.optimizer.step(
+            context, gradient, optimizer, settings.optimizer.rate(round_context)
+        )
     return Upload(), ClientState(context, optimizer)
 
 
-def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], clock: Clock) -> Server:
+def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], round_context: RoundContext) -> Server:
     return server
 
 

@@ -1,6 +1,6 @@
-"""torch's optimisers and schedules for stacks of clients.
+"""torch's optimizers and schedules for stacks of clients.
 
-torch keeps an optimiser's state beside the parameter objects; here it is part of a method's own state, so that it is
+torch keeps an optimizer's state beside the parameter objects; here it is part of a method's own state, so that it is
 checkpointed, sliced by client, and never shared. Each client's slice is a parameter of its own to torch, so clients
 that took part in different numbers of rounds stay independent.
 """
@@ -16,14 +16,14 @@ from pydantic import NonNegativeFloat
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from sordino.algorithms.base import STRICT, Clock
+from sordino.algorithms.base import STRICT, RoundContext
 
 OptimizerState = Mapping[str, Tensor]  # each [K, ...]; empty before the first step
 
 
 @dataclass(frozen=True, config=STRICT)
 class Optimizer:
-    """An optimiser of torch's and its schedule over rounds.
+    """An optimizer of torch's and its schedule over rounds.
 
     Attributes:
         name: torch.optim.SGD, Adam or AdamW.
@@ -39,14 +39,14 @@ class Optimizer:
     weight_decay: NonNegativeFloat = 0.0
     schedule: Literal["constant", "cosine"] = "constant"
 
-    def rate(self, clock: Clock) -> float:
+    def rate(self, round_context: RoundContext) -> float:
         """The learning rate of a round."""
-        return _rates(self.schedule, self.learning_rate, clock.rounds)[clock.round - 1]
+        return _rates(self.schedule, self.learning_rate, round_context.rounds)[round_context.round - 1]
 
     def step(
         self, parameters: Tensor, gradients: Tensor, state: OptimizerState, rate: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One step of K independent optimisers.
+        """One step of K independent optimizers.
 
         Args:
             parameters, gradients: [K, ...].

@@ -15,7 +15,7 @@ server. A client's head, in the paper a personal linear layer, is here the froze
 prompt. There is no official code, and of three others' two add P_base, as here. The paper takes plus the change for the
 gradient; with that sign the server would climb. Choices where the paper is silent: a descriptor is one vector, so that
 attention adds the same to all of P_base, or may be one for each prompt (`descriptor_length`); one head of width 64; the
-server's optimiser is Adam, as SGD would hardly move at that rate, and descriptors of absent clients rest; prompts and
+server's optimizer is Adam, as SGD would hardly move at that rate, and descriptors of absent clients rest; prompts and
 descriptors start at random numbers of deviation 1 / sqrt(W), VPT's in a ViT-B/16, and the W as those of linear layers;
 a client is evaluated with the prompt that it trained last, or with its first generated one. The server sees each
 client's change by itself: no average hides it.
@@ -31,7 +31,16 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, About, ClientData, Clock, PersonalBroadcast, Schedule, Start, Uploads
+from sordino.algorithms.base import (
+    STRICT,
+    ClientData,
+    InitContext,
+    MethodInfo,
+    PersonalBroadcast,
+    RoundContext,
+    Schedule,
+    Uploads,
+)
 from sordino.algorithms.descent import local_steps
 from sordino.algorithms.optimizer import Optimizer
 from sordino.encoders.base import Capability, ClassTokens, DualEncoder
@@ -41,7 +50,7 @@ from sordino.privacy.gradients import Gradients, Parameters
 from sordino.privacy.ledger import Disclosure
 from sordino.prompts.visual import HandWrittenHeadModel, token_deviation
 
-ABOUT = About(
+ABOUT = MethodInfo(
     paper="Yang et al., pFedPG, ICCV 2023 (arXiv 2308.15367)",
     personal="visual prompt tokens, which the server generates for it alone",
     shared="through the server's generator, what makes a good prompt",
@@ -134,20 +143,20 @@ def schedule(settings: Settings) -> Schedule:
     return Schedule(settings.local_steps, settings.batch_size or None)
 
 
-def server_init(settings: Settings, start: Start) -> Server:
-    draw, width, inner = start.streams.common_normal, start.image_width, settings.attention_width
+def server_init(settings: Settings, init: InitContext) -> Server:
+    draw, width, inner = init.streams.common_normal, init.image_width, settings.attention_width
     shared = {"base": token_deviation(width) * draw("base prompts", settings.prompt_length, width)}
     for name in ("query", "key", "value"):
         shared[name] = draw(f"generator {name}", width, inner) / math.sqrt(3 * width)
     shared["output"] = draw("generator output", inner, width) / math.sqrt(3 * inner)
-    descriptors = token_deviation(width) * start.streams.normal("descriptors", settings.descriptor_length, width)
+    descriptors = token_deviation(width) * init.streams.normal("descriptors", settings.descriptor_length, width)
     fresh = settings.server_optimizer.initial_state
     optimizer = {f"{name}/{key}": value for name in shared for key, value in fresh(shared[name][None]).items()}
     return Server(shared, descriptors, optimizer, fresh(descriptors))
 
 
-def client_init(settings: Settings, start: Start, data: ClientData) -> ClientState:
-    return ClientState(broadcast(server_init(settings, start)).tokens)
+def client_init(settings: Settings, init: InitContext, data: ClientData) -> ClientState:
+    return ClientState(broadcast(server_init(settings, init)).tokens)
 
 
 def generate(shared: Parameters, descriptors: Tensor) -> Tensor:
@@ -163,16 +172,21 @@ def broadcast(server: Server) -> Broadcast:
 
 
 def client_round(
-    settings: Settings, broadcast: Broadcast, state: ClientState, data: ClientData, gradients: Gradients, clock: Clock
+    settings: Settings,
+    broadcast: Broadcast,
+    state: ClientState,
+    data: ClientData,
+    gradients: Gradients,
+    round_context: RoundContext,
 ) -> tuple[Upload, ClientState]:
-    trained = local_steps(settings, dict, {"tokens": broadcast.tokens}, {}, data, gradients, clock)["tokens"]
+    trained = local_steps(settings, dict, {"tokens": broadcast.tokens}, {}, data, gradients, round_context)["tokens"]
     return Upload(trained - broadcast.tokens), ClientState(trained)
 
 
-def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], clock: Clock) -> Server:
-    clients = torch.as_tensor(clock.streams.clients, device=server.descriptors.device)
+def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], round_context: RoundContext) -> Server:
+    clients = torch.as_tensor(round_context.streams.clients, device=server.descriptors.device)
     by = generator_gradients(server.shared, server.descriptors[clients], uploads.each.change)
-    optimizer, rate = settings.server_optimizer, settings.server_optimizer.rate(clock)
+    optimizer, rate = settings.server_optimizer, settings.server_optimizer.rate(round_context)
     shared, states = {}, {}
     for name, value in server.shared.items():
         old = {key.removeprefix(f"{name}/"): s for key, s in server.optimizer.items() if key.startswith(f"{name}/")}

@@ -23,7 +23,7 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base, promptfl
-from sordino.algorithms.base import STRICT, About, ClientData, Schedule, Start
+from sordino.algorithms.base import STRICT, ClientData, InitContext, MethodInfo, Schedule
 from sordino.algorithms.optimizer import Optimizer
 from sordino.algorithms.promptfl import Broadcast, Server, Upload, broadcast, client_round, server_init, server_round
 from sordino.encoders.base import ClassTokens, DualEncoder
@@ -33,7 +33,7 @@ from sordino.randomness import derive_key
 
 __all__ = ["Broadcast", "Server", "Upload", "broadcast", "client_round", "server_init", "server_round"]
 
-ABOUT: About = replace(
+ABOUT: MethodInfo = replace(
     promptfl.ABOUT,
     paper="Guo et al., pFedPrompt, WWW 2023",
     personal="the features of its own images, which predictions attend to",
@@ -118,7 +118,7 @@ def schedule(settings: Settings) -> Schedule:
     return Schedule(settings.local_steps, settings.batch_size or None)
 
 
-def client_init(settings: Settings, start: Start, data: ClientData) -> ClientState:
+def client_init(settings: Settings, init: InitContext, data: ClientData) -> ClientState:
     held = torch.arange(data.rows.shape[1], device=data.rows.device) < data.counts[:, None]
     finite = data.features.isfinite().all(-1)  # others would leave nothing of a prediction that attends to them
     labels = torch.where(held & finite[data.rows] & data.shown(data.rows), data.labels[data.rows], -1)
@@ -128,7 +128,7 @@ def client_init(settings: Settings, start: Start, data: ClientData) -> ClientSta
     kept = (labels >= 0) & (same < settings.shots)
     order = (~kept).to(torch.int8).argsort(dim=1, stable=True)[:, : int(kept.sum(1).max())]
     rows, there = data.rows.gather(1, order), kept.gather(1, order)
-    numbers = torch.tensor([class_number(name) for name in start.class_names], device=labels.device)
+    numbers = torch.tensor([class_number(name) for name in init.class_names], device=labels.device)
     keys = torch.where(there[..., None], data.features[rows], 0.0)
     return ClientState(keys, torch.where(there, numbers[data.labels[rows]], 0))
 

@@ -6,11 +6,11 @@ is trained with the shared model fixed, then the shared model with the frame fix
 paper the shared model is a whole network; here both towers are frozen and what is shared is the text context, as in
 PromptFL.
 
-As in the authors' code: the frame is added (not pasted) to normalised pixels, starts at standard normal numbers that
+As in the authors' code: the frame is added (not pasted) to normalized pixels, starts at standard normal numbers that
 are the same for all clients, is 2 of 32 pixels wide (1/16 of a side), and trains by SGD of momentum 0.5, whose state a
 client keeps, for as many steps as the shared part; the rate of 1 is its script's (its command line's default is 20).
-(Pixels are normalised there by a deviation of 0.5, CLIP's by about half of it, the bundled encoder's by 0.5.) Choices
-where the paper is silent, as its model has no text: the context's optimiser is PromptFL's, afresh each round. A round's
+(Pixels are normalized there by a deviation of 0.5, CLIP's by about half of it, the bundled encoder's by 0.5.) Choices
+where the paper is silent, as its model has no text: the context's optimizer is PromptFL's, afresh each round. A round's
 `local_steps` are divided between the parts, so that a method does not take more gradients for having two; with a single
 step only the context trains.
 """
@@ -25,7 +25,7 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, About, ClientData, Clock, Schedule, Start, Uploads
+from sordino.algorithms.base import STRICT, ClientData, InitContext, MethodInfo, RoundContext, Schedule, Uploads
 from sordino.algorithms.descent import descend, first_steps
 from sordino.algorithms.optimizer import Optimizer
 from sordino.encoders.base import Capability, ClassTokens, DualEncoder
@@ -36,7 +36,7 @@ from sordino.privacy.ledger import Disclosure
 from sordino.prompts.contexts import initial_context
 from sordino.prompts.visual import ImageSideModel
 
-ABOUT = About(
+ABOUT = MethodInfo(
     paper="Li et al., pFedPT, TMLR 2024 (arXiv 2303.08678)",
     personal="a frame of pixels, added to every image",
     shared="a context",
@@ -64,7 +64,7 @@ class Settings:
         optimizer: of the context.
         frame_optimizer: of the frame; a client keeps its state.
         frame_width: of the frame's edges, as a share of the image's side.
-        frame_deviation: standard deviation of the numbers that the frame starts from, in units of normalised pixels.
+        frame_deviation: standard deviation of the numbers that the frame starts from, in units of normalized pixels.
     """
 
     context_length: PositiveInt = 16
@@ -145,15 +145,15 @@ def schedule(settings: Settings) -> Schedule:
     return Schedule(settings.local_steps, settings.batch_size or None)
 
 
-def server_init(settings: Settings, start: Start) -> Server:
-    noise = start.streams.common_normal("context", settings.context_length, start.context_width)
-    return Server(initial_context(settings.initial_context, start.embed, noise))
+def server_init(settings: Settings, init: InitContext) -> Server:
+    noise = init.streams.common_normal("context", settings.context_length, init.context_width)
+    return Server(initial_context(settings.initial_context, init.embed, noise))
 
 
-def client_init(settings: Settings, start: Start, data: ClientData) -> ClientState:
+def client_init(settings: Settings, init: InitContext, data: ClientData) -> ClientState:
     places = frame_places(data.features.shape[-2:], settings.frame_width)
-    noise = settings.frame_deviation * start.streams.common_normal("frame", 3, len(places))
-    frame = noise.expand(len(start.streams.clients), -1, -1).clone()
+    noise = settings.frame_deviation * init.streams.common_normal("frame", 3, len(places))
+    frame = noise.expand(len(init.streams.clients), -1, -1).clone()
     return ClientState(frame, settings.frame_optimizer.initial_state(frame))
 
 
@@ -162,10 +162,15 @@ def broadcast(server: Server) -> Broadcast:
 
 
 def client_round(
-    settings: Settings, broadcast: Broadcast, state: ClientState, data: ClientData, gradients: Gradients, clock: Clock
+    settings: Settings,
+    broadcast: Broadcast,
+    state: ClientState,
+    data: ClientData,
+    gradients: Gradients,
+    round_context: RoundContext,
 ) -> tuple[Upload, ClientState]:
     context = {"context": broadcast.context.expand(len(data), -1, -1)}
-    batches = data.batches(settings.local_steps, settings.batch_size or None, clock.streams)
+    batches = data.batches(settings.local_steps, settings.batch_size or None, round_context.streams)
     framing = islice(batches, first_steps(settings.local_steps, settings.frame_share))
     frame, kept = descend(
         settings.frame_optimizer,
@@ -175,14 +180,14 @@ def client_round(
         context,
         framing,
         gradients,
-        clock,
+        round_context,
     )
-    trained, _ = descend(settings.optimizer, None, dict, context, frame, batches, gradients, clock)
+    trained, _ = descend(settings.optimizer, None, dict, context, frame, batches, gradients, round_context)
     change = trained["context"] - broadcast.context
     return Upload(change, data.weights), ClientState(frame["frame"], kept["frame"])
 
 
-def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], clock: Clock) -> Server:
+def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], round_context: RoundContext) -> Server:
     return Server(server.context + uploads.mean("change"))
 
 

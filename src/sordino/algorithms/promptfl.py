@@ -2,9 +2,9 @@
 
 Guo et al., PromptFL: Let Federated Participants Cooperatively Learn Prompts Instead of Models, IEEE Transactions on
 Mobile Computing 2023 (arXiv 2208.11625), section 4: federated averaging (McMahan et al., 2017) of CoOp's context.
-The server may treat the mean change as a gradient of its own optimiser (Reddi et al., Adaptive Federated Optimization,
+The server may treat the mean change as a gradient of its own optimizer (Reddi et al., Adaptive Federated Optimization,
 ICLR 2021); the default, SGD with rate 1, is plain averaging, as published. The paper is silent on whether a client
-keeps its optimiser's state; here it starts afresh each round, as the context that it would belong to is replaced.
+keeps its optimizer's state; here it starts afresh each round, as the context that it would belong to is replaced.
 Clients send the change of the context, not the context: the server knows the rest.
 """
 
@@ -15,14 +15,14 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, About, ClientData, Clock, Schedule, Start, Uploads
+from sordino.algorithms.base import STRICT, ClientData, InitContext, MethodInfo, RoundContext, Schedule, Uploads
 from sordino.algorithms.descent import local_steps
 from sordino.algorithms.optimizer import Optimizer
 from sordino.privacy.gradients import Gradients
 from sordino.privacy.ledger import Disclosure
 from sordino.prompts.contexts import initial_context
 
-ABOUT = About(
+ABOUT = MethodInfo(
     paper="Guo et al., PromptFL, IEEE TMC 2023 (arXiv 2208.11625)",
     personal="nothing",
     shared="the context",
@@ -83,13 +83,13 @@ def schedule(settings: Settings) -> Schedule:
     return Schedule(settings.local_steps, settings.batch_size or None)
 
 
-def server_init(settings: Settings, start: Start) -> Server:
-    noise = start.streams.common_normal("context", settings.context_length, start.context_width)
-    context = initial_context(settings.initial_context, start.embed, noise)
+def server_init(settings: Settings, init: InitContext) -> Server:
+    noise = init.streams.common_normal("context", settings.context_length, init.context_width)
+    context = initial_context(settings.initial_context, init.embed, noise)
     return Server(context, settings.server_optimizer.initial_state(context[None]))
 
 
-def client_init(settings: Settings, start: Start, data: ClientData) -> ClientState:
+def client_init(settings: Settings, init: InitContext, data: ClientData) -> ClientState:
     return ClientState()
 
 
@@ -98,17 +98,22 @@ def broadcast(server: Server) -> Broadcast:
 
 
 def client_round(
-    settings: Settings, broadcast: Broadcast, state: ClientState, data: ClientData, gradients: Gradients, clock: Clock
+    settings: Settings,
+    broadcast: Broadcast,
+    state: ClientState,
+    data: ClientData,
+    gradients: Gradients,
+    round_context: RoundContext,
 ) -> tuple[Upload, ClientState]:
     contexts = {"context": broadcast.context.expand(len(data), -1, -1)}  # [K, M, E]
-    trained = local_steps(settings, lambda by: by["context"], contexts, {}, data, gradients, clock)
+    trained = local_steps(settings, lambda by: by["context"], contexts, {}, data, gradients, round_context)
     return Upload(trained["context"] - broadcast.context, data.weights), state
 
 
-def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], clock: Clock) -> Server:
+def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], round_context: RoundContext) -> Server:
     descent = -uploads.mean("change")
     context, optimizer = settings.server_optimizer.step(
-        server.context[None], descent[None], server.optimizer, settings.server_optimizer.rate(clock)
+        server.context[None], descent[None], server.optimizer, settings.server_optimizer.rate(round_context)
     )
     return Server(context[0], optimizer)
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from sordino import secure
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, About, ClientData, Clock, Schedule, Start
+from sordino.algorithms.base import STRICT, ClientData, InitContext, MethodInfo, RoundContext, Schedule
 from sordino.algorithms.descent import descend
 from sordino.algorithms.optimizer import Optimizer
 from sordino.encoders.prompt_model import PromptModel
@@ -44,9 +44,9 @@ from sordino.prompts.contexts import initial_context
 from sordino.secure.setup import Reveal
 
 DIRECTIONS = 64  # public directions on which class features are read, at most
-COLUMNS = 96  # distances to centres that a client answers a round, beside those to other clients
+COLUMNS = 96  # distances to centers that a client answers a round, beside those to other clients
 
-ABOUT = About(
+ABOUT = MethodInfo(
     paper="Hou et al., SecFPP, 2025 (arXiv 2505.22447)",
     personal="a class-level context",
     shared="a domain-level context, by cluster",
@@ -74,7 +74,7 @@ class Settings:
         optimizer: of both parts; its state stays at the client.
         cluster_every: rounds between two clusterings; clients learn alone before the first.
         clusters: their number; 0 lets it adapt.
-        search: "pairs" opens the distances between all clients; "centres" those that k-means with splits and merges
+        search: "pairs" opens the distances between all clients; "centers" those that k-means with splits and merges
             asks for, fewer, and finds less.
         significance: with "pairs", how often noise alone may look as split as a split that is kept.
         width: d, numbers a prompt is reduced to, at most.
@@ -95,7 +95,7 @@ class Settings:
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=0.002))
     cluster_every: PositiveInt = 10
     clusters: NonNegativeInt = 0
-    search: Literal["pairs", "centres"] = "pairs"
+    search: Literal["pairs", "centers"] = "pairs"
     significance: float = Field(default=0.05, gt=0, lt=1)
     width: PositiveInt = 512
     reveal: Reveal = "distances"
@@ -186,18 +186,18 @@ def schedule(settings: Settings) -> Schedule:
     return Schedule(settings.local_steps, settings.batch_size or None)
 
 
-def server_init(settings: Settings, start: Start) -> Server:
-    noise = start.streams.common_normal("context", settings.context_length, start.context_width)
-    context = initial_context(settings.initial_context, start.embed, noise)
-    clients = len(start.streams.clients)
+def server_init(settings: Settings, init: InitContext) -> Server:
+    noise = init.streams.common_normal("context", settings.context_length, init.context_width)
+    context = initial_context(settings.initial_context, init.embed, noise)
+    clients = len(init.streams.clients)
     nothing = torch.zeros(clients, device=context.device)
     return Server(
         context, torch.zeros_like(context).repeat(clients, 1, 1), nothing, torch.full_like(nothing, secure.NOBODY)
     )
 
 
-def client_init(settings: Settings, start: Start, data: ClientData) -> ClientState:
-    domain = server_init(settings, start).start.repeat(len(start.streams.clients), 1, 1)
+def client_init(settings: Settings, init: InitContext, data: ClientData) -> ClientState:
+    domain = server_init(settings, init).start.repeat(len(init.streams.clients), 1, 1)
     states = (settings.optimizer.initial_state(domain) for _ in range(2))
     return ClientState(domain, torch.zeros_like(domain), *states)
 
@@ -207,16 +207,21 @@ def broadcast(server: Server) -> Broadcast:
 
 
 def client_round(
-    settings: Settings, broadcast: Broadcast, state: ClientState, data: ClientData, gradients: Gradients, clock: Clock
+    settings: Settings,
+    broadcast: Broadcast,
+    state: ClientState,
+    data: ClientData,
+    gradients: Gradients,
+    round_context: RoundContext,
 ) -> tuple[Upload, ClientState]:
     parts = {"domain": _domain(broadcast, state), "personal": state.personal}
     kept = {"domain": state.domain_optimizer, "personal": state.personal_optimizer}
     fixed: dict[str, Tensor] = {}
-    if clock.round <= settings.cluster_every:  # alone
+    if round_context.round <= settings.cluster_every:  # alone
         fixed = {"personal": parts.pop("personal")}
         data = data.balanced() if settings.balanced and data.poisson is None else data
-    batches = data.batches(settings.local_steps, settings.batch_size or None, clock.streams)
-    trained, optimizers = descend(settings.optimizer, kept, _sum, parts, fixed, batches, gradients, clock)
+    batches = data.batches(settings.local_steps, settings.batch_size or None, round_context.streams)
+    trained, optimizers = descend(settings.optimizer, kept, _sum, parts, fixed, batches, gradients, round_context)
     whole, optimizers = trained | fixed, kept | optimizers
     after = ClientState(whole["domain"], whole["personal"], optimizers["domain"], optimizers["personal"])
     return Upload(_sum(whole), after.domain), after
@@ -251,24 +256,29 @@ def check(settings: Settings, model: PromptModel, clients: int) -> None:
 
 
 def exchange(
-    settings: Settings, model: PromptModel, server: Server, upload: Upload, clients: Sequence[int], clock: Clock
-) -> secure.ByShares:
+    settings: Settings,
+    model: PromptModel,
+    server: Server,
+    upload: Upload,
+    clients: Sequence[int],
+    round_context: RoundContext,
+) -> secure.SharedExchange:
     """Both ends of the protocol in one process, messages and all."""
-    points, changes = reduced(settings, model, server, upload, clock)
-    setup = agreed(settings, model, len(clients), changes.shape[1], clock.round)
+    points, changes = reduced(settings, model, server, upload, round_context)
+    setup = agreed(settings, model, len(clients), changes.shape[1], round_context.round)
     parties = [
         secure.Client(
             place,
             point,
             change,
-            sealer=secure.EncryptingSealer(),
+            cipher=secure.EncryptingCipher(),
             clip=True,
             minimum=settings.minimum,
             privacy=settings.colluders,
         )
         for place, (point, change) in enumerate(zip(points, changes, strict=True))
     ]
-    return secure.ByShares(setup, parties, clients)
+    return secure.SharedExchange(setup, parties, clients)
 
 
 def agreed(settings: Settings, model: PromptModel, clients: int, length: int, number: int) -> secure.Setup:
@@ -277,7 +287,7 @@ def agreed(settings: Settings, model: PromptModel, clients: int, length: int, nu
     Raises:
         SecureError: there is no protocol for so many clients.
     """
-    columns = COLUMNS if settings.search == "centres" else clients + (0 if settings.reveal == "distances" else COLUMNS)
+    columns = COLUMNS if settings.search == "centers" else clients + (0 if settings.reveal == "distances" else COLUMNS)
     return secure.plan(
         clients=clients,
         width=_directions(settings, model)[1],
@@ -301,7 +311,7 @@ def _directions(settings: Settings, model: PromptModel) -> tuple[int, int]:
 
 @torch.no_grad()
 def reduced(
-    settings: Settings, model: PromptModel, server: Server, upload: Upload, clock: Clock
+    settings: Settings, model: PromptModel, server: Server, upload: Upload, round_context: RoundContext
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """What each client brings to the exchange: what it is clustered by, and what is averaged.
 
@@ -309,7 +319,7 @@ def reduced(
         Points [K, d], zero in rounds without clustering; and changes [K, M E] of the domain-level part.
     """
     changes = (upload.domain - server.start).flatten(1).double().cpu().numpy()
-    if not due(settings, clock):
+    if not due(settings, round_context):
         return np.zeros((len(changes), _directions(settings, model)[1])), changes
     pieces = upload.context.split(model.prompts_at_once(upload.context, 1))
     found = torch.cat([points(settings, model, piece, server.start) for piece in pieces])
@@ -328,19 +338,19 @@ def points(settings: Settings, model: PromptModel, contexts: Tensor, start: Tens
     return torch.nn.functional.normalize(read, dim=1)
 
 
-def due(settings: Settings, clock: Clock) -> bool:
+def due(settings: Settings, round_context: RoundContext) -> bool:
     """Whether clients are clustered in this round."""
-    return clock.round % settings.cluster_every == 0
+    return round_context.round % settings.cluster_every == 0
 
 
-def server_round(settings: Settings, server: Server, uploads: Exchanged, clock: Clock) -> Server:
+def server_round(settings: Settings, server: Server, uploads: Exchanged, round_context: RoundContext) -> Server:
     labels, there = server.labels.long().cpu().numpy(), np.asarray(uploads.clients)
-    if due(settings, clock):
+    if due(settings, round_context):
         try:
             found = uploads.cluster(searching(settings))
             labels = secure.renamed(labels, there[list(found.clients)], found.labels)
         except secure.SecureError as error:
-            log.warning("round %d keeps the last clusters: %s", clock.round, error)
+            log.warning("round %d keeps the last clusters: %s", round_context.round, error)
     contexts, opened = torch.zeros_like(server.contexts), torch.zeros_like(server.opened)
     numbers = sorted({*labels[there].tolist()} - {secure.NOBODY})
     if numbers:
@@ -348,7 +358,7 @@ def server_round(settings: Settings, server: Server, uploads: Exchanged, clock: 
         try:
             means = uploads.average(sets).means
         except secure.SecureError as error:
-            log.warning("round %d averages nothing: %s", clock.round, error)
+            log.warning("round %d averages nothing: %s", round_context.round, error)
             means = (None,) * len(sets)
         for number, mean in zip(numbers, means, strict=True):
             if mean is not None:

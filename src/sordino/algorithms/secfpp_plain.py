@@ -1,7 +1,7 @@
 """SecFPP without shares: the server sees every client's prompt, and clusters and averages in the clear.
 
-The oracle of `secfpp`, with its settings: on the same prompts, quantised alike, it finds the same clusters, and the
-same means up to their quantisation. What it costs less is what the shares cost.
+The oracle of `secfpp`, with its settings: on the same prompts, quantized alike, it finds the same clusters, and the
+same means up to their quantization. What it costs less is what the shares cost.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from sordino import secure
 from sordino.algorithms import secfpp
-from sordino.algorithms.base import Clock
+from sordino.algorithms.base import RoundContext
 from sordino.algorithms.secfpp import (
     Broadcast,
     ClientState,
@@ -58,11 +58,11 @@ ABOUT = replace(
 
 
 @dataclass(frozen=True)
-class InTheClear:
+class PlaintextExchange:
     """An exchange that hides nothing.
 
     Attributes:
-        setup: says how finely points are quantised, and which clusters are too small.
+        setup: says how finely points are quantized, and which clusters are too small.
         points: [n, d].
         changes: [n, M E].
         clients: the participants' numbers.
@@ -89,9 +89,14 @@ class InTheClear:
 
 
 def exchange(
-    settings: Settings, model: PromptModel, server: Server, upload: Upload, clients: Sequence[int], clock: Clock
-) -> InTheClear:
+    settings: Settings,
+    model: PromptModel,
+    server: Server,
+    upload: Upload,
+    clients: Sequence[int],
+    round_context: RoundContext,
+) -> PlaintextExchange:
     """What the server sees: everything."""
-    points, changes = secfpp.reduced(settings, model, server, upload, clock)
-    setup = secfpp.agreed(settings, model, len(clients), changes.shape[1], clock.round)
-    return InTheClear(setup, points, changes, tuple(clients))
+    points, changes = secfpp.reduced(settings, model, server, upload, round_context)
+    setup = secfpp.agreed(settings, model, len(clients), changes.shape[1], round_context.round)
+    return PlaintextExchange(setup, points, changes, tuple(clients))

@@ -33,7 +33,7 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, About, ClientData, Clock, Schedule, Start, Uploads
+from sordino.algorithms.base import STRICT, ClientData, InitContext, MethodInfo, RoundContext, Schedule, Uploads
 from sordino.algorithms.descent import descend, first_steps
 from sordino.algorithms.optimizer import Optimizer
 from sordino.encoders.base import Capability, ClassTokens, DualEncoder
@@ -43,7 +43,7 @@ from sordino.privacy.gradients import Gradients
 from sordino.privacy.ledger import Disclosure
 from sordino.prompts.visual import HandWrittenHeadModel, token_deviation
 
-ABOUT = About(
+ABOUT = MethodInfo(
     paper="Deng et al., SGPT, CVPR 2024 (arXiv 2310.18285)",
     personal="nothing",
     shared="visual prompts for all images; group prompts, which each image picks by their keys",
@@ -181,17 +181,17 @@ def schedule(settings: Settings) -> Schedule:
     return Schedule(settings.local_steps, settings.batch_size or None)
 
 
-def server_init(settings: Settings, start: Start) -> Server:
-    draw, width, n = start.streams.common_normal, start.image_width, settings.prompt_length
+def server_init(settings: Settings, init: InitContext) -> Server:
+    draw, width, n = init.streams.common_normal, init.image_width, settings.prompt_length
     if settings.groups > width:
         raise ConfigError("settings.sgpt.groups", settings.groups, f"at most {width} keys of that width are orthogonal")
-    shared, grouped = settings.layers(start.image_layers)
+    shared, grouped = settings.layers(init.image_layers)
     group = token_deviation(width) * draw("group prompts", settings.groups, grouped, n, width)
     keys = torch.linalg.qr(draw("keys", width, settings.groups).cpu()).Q.T.contiguous()
     return Server(group.new_zeros(shared, n, width), group, keys.to(group))
 
 
-def client_init(settings: Settings, start: Start, data: ClientData) -> ClientState:
+def client_init(settings: Settings, init: InitContext, data: ClientData) -> ClientState:
     return ClientState()
 
 
@@ -200,21 +200,26 @@ def broadcast(server: Server) -> Broadcast:
 
 
 def client_round(
-    settings: Settings, broadcast: Broadcast, state: ClientState, data: ClientData, gradients: Gradients, clock: Clock
+    settings: Settings,
+    broadcast: Broadcast,
+    state: ClientState,
+    data: ClientData,
+    gradients: Gradients,
+    round_context: RoundContext,
 ) -> tuple[Upload, ClientState]:
     at_first = {name: tensor.expand(len(data), *tensor.shape) for name, tensor in vars(broadcast).items()}
-    batches = data.batches(settings.local_steps, settings.batch_size or None, clock.streams)
+    batches = data.batches(settings.local_steps, settings.batch_size or None, round_context.streams)
     sharing = islice(batches, first_steps(settings.local_steps, settings.shared_share))
     parameters = {"shared": at_first["shared"]}
-    shared, _ = descend(settings.optimizer, None, dict, parameters, {}, sharing, gradients, clock)
+    shared, _ = descend(settings.optimizer, None, dict, parameters, {}, sharing, gradients, round_context)
     parameters = {"group": at_first["group"], "keys": at_first["keys"]}
     fixed = shared | {"attraction": torch.full_like(data.weights, settings.attraction)}
-    trained, _ = descend(settings.optimizer, None, dict, parameters, fixed, batches, gradients, clock)
+    trained, _ = descend(settings.optimizer, None, dict, parameters, fixed, batches, gradients, round_context)
     changes = {name: tensor - at_first[name] for name, tensor in (shared | trained).items()}
     return Upload(**changes, weight=data.weights), state
 
 
-def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], clock: Clock) -> Server:
+def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], round_context: RoundContext) -> Server:
     return Server(
         server.shared + uploads.mean("shared"),
         server.group + (1 - settings.group_momentum) * uploads.mean("group"),

@@ -9,10 +9,10 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, About, ClientData, Clock, Schedule, Start, Uploads
+from sordino.algorithms.base import STRICT, ClientData, InitContext, MethodInfo, RoundContext, Schedule, Uploads
 from sordino.privacy.gradients import Gradients
 
-ABOUT = About(
+ABOUT = MethodInfo(
     paper="Radford et al., CLIP, ICML 2021",
     personal="nothing",
     shared="nothing; every client uses the hand-written prompt",
@@ -55,11 +55,11 @@ def schedule(settings: Settings) -> Schedule:
     return Schedule(0, None)
 
 
-def server_init(settings: Settings, start: Start) -> Server:
-    return Server(start.embed(settings.prompt_text))
+def server_init(settings: Settings, init: InitContext) -> Server:
+    return Server(init.embed(settings.prompt_text))
 
 
-def client_init(settings: Settings, start: Start, data: ClientData) -> ClientState:
+def client_init(settings: Settings, init: InitContext, data: ClientData) -> ClientState:
     return ClientState()
 
 
@@ -68,12 +68,17 @@ def broadcast(server: Server) -> Broadcast:
 
 
 def client_round(
-    settings: Settings, broadcast: Broadcast, state: ClientState, data: ClientData, gradients: Gradients, clock: Clock
+    settings: Settings,
+    broadcast: Broadcast,
+    state: ClientState,
+    data: ClientData,
+    gradients: Gradients,
+    round_context: RoundContext,
 ) -> tuple[Upload, ClientState]:
     return Upload(), state
 
 
-def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], clock: Clock) -> Server:
+def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], round_context: RoundContext) -> Server:
     return server
 
 

@@ -142,10 +142,10 @@ class BatchClippedGradients:
         mean = ExactGradients(self.honest.model)(prompt_of, parameters, fixed, batch)
         by: dict[str, Tensor] = {}
         for group, names in self._groups(parameters):
-            norms = torch.stack([mean.by[name].flatten(1).norm(dim=1) for name in names]).norm(dim=0)  # [K]
+            norms = torch.stack([mean.values[name].flatten(1).norm(dim=1) for name in names]).norm(dim=0)  # [K]
             noised = (norms <= group.clip) | (not self.skip)
             for name in names:
-                value = mean.by[name]
+                value = mean.values[name]
                 noise = self.honest.randomness.normal(f"noise on {name}, {self.honest.call}", *value.shape[1:])
                 deviation = group.deviation.to(norms) / expected.to(norms) * noised
                 by[name] = _scaled(value, group.clip / norms.clamp(min=group.clip)) + _scaled(

@@ -4,8 +4,8 @@ SecFPP's server opens squared distances between reduced prompts. This attack tak
 for the distances between all clients, then for prompts:
 
 1. *Distances.* If those between clients were opened, there is nothing to do. With "ratios", each row has a factor of
-   its own; distances are symmetric, so all factors follow from one of them. If only distances to centres were opened,
-   the Gram matrix is completed from them (Nyström), exactly if centres span what the points span.
+   its own; distances are symmetric, so all factors follow from one of them. If only distances to centers were opened,
+   the Gram matrix is completed from them (Nyström), exactly if centers span what the points span.
 2. *Points.* Distances give points up to a rotation, so the server alone has no coordinate of any. It gets some from
    clients who help it. With the points a_1, ..., a_A of A clients, and as all points have unit norm, every other
    point x obeys 2 a_i . x = 1 + |a_i|^2 - |x - a_i|^2: its part within the helpers' span is known, and nothing of the
@@ -30,10 +30,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sordino.algorithms import secfpp
-from sordino.algorithms.base import Clock
+from sordino.algorithms.base import RoundContext
 from sordino.audit.subject import Subject
 from sordino.randomness import Streams
-from sordino.secure import Opened, to_one_scale
+from sordino.secure import RevealedDistances, to_one_scale
 
 Floats = NDArray[np.float64]
 STEPS, RATE = 300, 0.01  # of the descent to a context; the rate falls to zero on a cosine
@@ -73,7 +73,7 @@ class Exposure:
 
     Attributes:
         reason: why there is nothing to attack; None where there is.
-        columns: to how many centres distances were opened.
+        columns: to how many centers distances were opened.
         distance_error: of the reconstructed distances between clients, relative, up to one factor for all; mean.
         helped: by the number of helpers.
         by_best, by_truth: the victims' prompts from the best reconstructed point, and from the true one; mean over
@@ -112,17 +112,17 @@ def expose(subject: Subject, seed: int, victims: int = 3) -> Exposure:
     if not number:
         return Exposure("the run ended before its first clustering")
     clients = range(len(runtime.data))
-    clock = Clock(number, runtime.rounds, Streams(seed, number, clients, server.start.device))
-    at_work = runtime.mechanism.open(clock.streams, list(clients), training.mechanism)
+    round_context = RoundContext(number, runtime.rounds, Streams(seed, number, clients, server.start.device))
+    at_work = runtime.mechanism.open(round_context.streams, list(clients), training.mechanism)
     upload, _ = secfpp.client_round(
-        settings, secfpp.broadcast(server), training.clients, runtime.data, at_work.gradients, clock
+        settings, secfpp.broadcast(server), training.clients, runtime.data, at_work.gradients, round_context
     )
-    exchange = secfpp.exchange(settings, runtime.model, server, upload, clients, clock)
+    exchange = secfpp.exchange(settings, runtime.model, server, upload, clients, round_context)
     exchange.cluster(secfpp.searching(settings))
     truth = exchange.points
     distances = between_clients(exchange.server.opened, len(truth), settings.reveal == "ratios")
     if distances is None:
-        return Exposure("rows of distances to centres have scales of their own", len(exchange.server.opened))
+        return Exposure("rows of distances to centers have scales of their own", len(exchange.server.opened))
     order = np.random.default_rng(seed).permutation(len(truth))
     distances, error = _to_scale(distances, truth)
     counts = sorted({1, 2, len(truth) // 4, len(truth) // 2, len(truth) - 1} - {0, len(truth)})
@@ -142,8 +142,8 @@ def expose(subject: Subject, seed: int, victims: int = 3) -> Exposure:
     )
 
 
-def between_clients(opened: Sequence[Opened], count: int, ratios: bool) -> Floats | None:
-    """Squared distances [N, N] between clients, up to one factor, from columns of those to centres.
+def between_clients(opened: Sequence[RevealedDistances], count: int, ratios: bool) -> Floats | None:
+    """Squared distances [N, N] between clients, up to one factor, from columns of those to centers.
 
     Args:
         opened: what the server saw, of all N clients.
@@ -161,9 +161,9 @@ def between_clients(opened: Sequence[Opened], count: int, ratios: bool) -> Float
     if ratios:
         return None
     weights = np.array([[(client in each.members) / len(each.members) for client in range(count)] for each in opened])
-    centred = np.eye(count) - 1 / count
-    # Without the means over rows and over columns, distances are -2 X C^T, with X the points and C the centres.
-    products = -centred @ (columns - columns.mean(1, keepdims=True)) / 2  # [N, columns]
+    centered = np.eye(count) - 1 / count
+    # Without the means over rows and over columns, distances are -2 X C^T, with X the points and C the centers.
+    products = -centered @ (columns - columns.mean(1, keepdims=True)) / 2  # [N, columns]
     spread = weights - weights.mean(0)
     gram = products @ np.linalg.pinv(spread @ products, rcond=1e-9) @ products.T
     norms = np.diag(gram)

@@ -1,7 +1,7 @@
 """Gradient inversion: what the server reads off one upload.
 
 Zhu, Liu, Han, Deep Leakage from Gradients, NeurIPS 2019; Geiping, Bauermeister, Dröge, Moeller, Inverting Gradients,
-NeurIPS 2020. There pixels are searched by optimisation. A prompt's gradient is easier to undo: with the frozen text
+NeurIPS 2020. There pixels are searched by optimization. A prompt's gradient is easier to undo: with the frozen text
 tower f, known to all, it is J^T vec(S) for J the derivative of the C class features by the context, and
 
     S = sum over b of (p_b - y_b) x_b^T / (B tau)    [C, D]
@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sordino.algorithms.base import Clock, named_tensors
+from sordino.algorithms.base import RoundContext, named_tensors
 from sordino.audit.subject import Subject, contexts_of, coop
 from sordino.audit.tower_map import TowerMap
 from sordino.privacy.sampling import PoissonSampler
@@ -163,24 +163,28 @@ def observe(
     """
     module, data = runtime.algorithm, runtime.data
     clients = range(len(data))
-    clock = Clock(max(1, training.round), runtime.rounds, Streams(seed, training.round, clients, data.features.device))
-    orders = clock.streams.uniform("batch to invert", data.counts.tolist())
+    round_context = RoundContext(
+        max(1, training.round), runtime.rounds, Streams(seed, training.round, clients, data.features.device)
+    )
+    orders = round_context.streams.uniform("batch to invert", data.counts.tolist())
     chosen = [row[order.argsort()[:size].to(row.device)] for row, order in zip(data.rows, orders, strict=True)]
     counts = torch.tensor([len(rows) for rows in chosen], device=data.counts.device)
     # No more than the batch size, so that every one of them is in the batch for certain, coins or not.
-    poisson = PoissonSampler(clock.streams) if runtime.mechanism.samples_examples else None
+    poisson = PoissonSampler(round_context.streams) if runtime.mechanism.samples_examples else None
     rows = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True)
-    at_work = runtime.mechanism.open(clock.streams, list(clients), training.mechanism)
+    at_work = runtime.mechanism.open(round_context.streams, list(clients), training.mechanism)
     broadcast = module.broadcast(training.server)
     batches = replace(data, rows=rows, counts=counts, poisson=poisson)
-    upload, _ = module.client_round(runtime.settings, broadcast, training.clients, batches, at_work.gradients, clock)
+    upload, _ = module.client_round(
+        runtime.settings, broadcast, training.clients, batches, at_work.gradients, round_context
+    )
     sent = at_work.protect(named_tensors(upload))
     if module.ABOUT.averages:
         gradient = sent[next(iter(module.ABOUT.averages.values()))]
     else:  # one step of SGD: change = -rate (gradient + decay context)
         optimizer = runtime.settings.optimizer
         context = contexts_of(module.prompt(broadcast, training.clients))
-        gradient = -sent["change"] - optimizer.rate(clock) * optimizer.weight_decay * context
+        gradient = -sent["change"] - optimizer.rate(round_context) * optimizer.weight_decay * context
     return gradient.detach(), [data.features[each] for each in chosen], [data.labels[each] for each in chosen]
 
 

@@ -288,7 +288,7 @@ def shadow_attack(target: Floats, shadows: Floats, included: Flags, labels: Indi
 
     For every class a classifier learns, from all shadows' signals on all candidates of the class, which were trained
     on; it is asked about the attacked prompts' signals. A class of which that is too little shares a classifier with
-    all. It is a logistic regression on standardised signals, in and out weighted alike.
+    all. It is a logistic regression on standardized signals, in and out weighted alike.
 
     Args:
         target: [n, F] signals of the attacked prompts.

@@ -13,13 +13,13 @@ from sordino.audit.membership import infer_membership
 from sordino.audit.one_run import audit_in_one_run
 from sordino.audit.stealing import steal
 from sordino.audit.subject import Subject
-from sordino.bench import Bench
 from sordino.errors import ConfigError, DataError, RunError
+from sordino.experiments.features import EncodedDataset
+from sordino.experiments.run_lock import held
 from sordino.files import write_atomically
 from sordino.privacy.statement import as_summary
 from sordino.progress import Progress, silent
 from sordino.report import write_report
-from sordino.run_lock import held
 
 ATTACKS = ("membership", "canaries", "inversion", "stealing", "distances")
 FILE = "audit.json"
@@ -32,7 +32,7 @@ def audit(
     canaries: int = 128,
     seed: int = 1,
     progress: Progress = silent,
-    bench: Bench | None = None,
+    dataset: EncodedDataset | None = None,
 ) -> dict[str, Any]:
     """Attack a finished run, and write `audit.json` and its report.
 
@@ -45,7 +45,7 @@ def audit(
         canaries: of the one-run audit, which costs about as much as the run.
         seed: of the attacker's randomness.
         progress: is told how far the attacks are.
-        bench: data and encoder, where they are open already.
+        dataset: data and encoder, where they are open already.
 
     Returns:
         What `audit.json` holds.
@@ -59,7 +59,7 @@ def audit(
     if not folder.is_dir():
         raise RunError(f"{folder} holds no finished run (there is no such directory)")
     with held(folder):
-        return _audit(folder, attacks, shadows, canaries, seed, progress, bench)
+        return _audit(folder, attacks, shadows, canaries, seed, progress, dataset)
 
 
 def _audit(
@@ -69,10 +69,10 @@ def _audit(
     canaries: int,
     seed: int,
     progress: Progress,
-    bench: Bench | None,
+    dataset: EncodedDataset | None,
 ) -> dict[str, Any]:
     """`audit`, with the run directory held."""
-    subject = Subject.open(folder, progress, bench)
+    subject = Subject.open(folder, progress, dataset)
     if not subject.runtime.rounds:
         raise RunError(f"{folder}: {subject.config.algorithm} learned nothing, so there is nothing to attack")
     found: dict[str, Any] = read_audit(folder)["attacks"] if (folder / FILE).exists() else {}
@@ -164,7 +164,7 @@ def _inversion_words(result: dict[str, Any]) -> list[str]:
         f"from an upload of {each['size']} example{'s' if each['size'] > 1 else ''}: "
         f"{100 * each['labels_found']:.0f}% of the labels ({100 * each['labels_chance']:.0f}% by chance), "
         f"cosine to the image's feature {each['cosine']:.2f} ({each['cosine_chance']:.2f} by chance), "
-        f"{100 * each['reidentified']:.0f}% of images recognised ({100 * each['reidentified_chance']:.2g}% by chance)"
+        f"{100 * each['reidentified']:.0f}% of images recognized ({100 * each['reidentified_chance']:.2g}% by chance)"
         for each in result["attacks"]
     ]
 

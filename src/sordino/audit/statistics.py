@@ -22,7 +22,7 @@ from sklearn.metrics import roc_curve
 
 @dataclass(frozen=True, eq=False)
 class Roc:
-    """An attack's receiver operating characteristic.
+    """An attack's receiver operating characteriztic.
 
     Attributes:
         false_positive_rate: [P], ascending from 0 to 1; the share of non-members that are taken for members.

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sordino.algorithms.base import ClientData, ClientState, Clock, map_tensors, named_tensors, put, take
+from sordino.algorithms.base import ClientData, ClientState, RoundContext, map_tensors, named_tensors, put, take
 from sordino.audit.subject import Subject, contexts_of, coop
 from sordino.encoders.prompt_model import PromptModel
 from sordino.privacy.gradients import Batch, Gradient, Parameters, PromptOf
@@ -158,12 +158,12 @@ class _Wiretap:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._algorithm, name)
 
-    def server_round(self, settings: Any, server: Any, uploads: Any, clock: Clock) -> Any:
+    def server_round(self, settings: Any, server: Any, uploads: Any, round_context: RoundContext) -> Any:
         gradients = named_tensors(uploads.each)[self._field]
-        clients = tuple(clock.streams.clients)[: len(gradients)]
+        clients = tuple(round_context.streams.clients)[: len(gradients)]
         broadcast = self._algorithm.broadcast(server)
-        self.messages.append(Message(clock.round, clients, broadcast, gradients.detach().clone()))
-        return self._algorithm.server_round(settings, server, uploads, clock)
+        self.messages.append(Message(round_context.round, clients, broadcast, gradients.detach().clone()))
+        return self._algorithm.server_round(settings, server, uploads, round_context)
 
 
 def repeated(subject: Subject) -> tuple[Training, list[Message]]:
@@ -226,7 +226,7 @@ def replayed(runtime: LocalRuntime, messages: Sequence[Message], start: ClientSt
             take(states, stack),
             _no_data(runtime, len(message.clients)),
             Replayed(message.gradients),
-            Clock(message.number, runtime.rounds, streams),
+            RoundContext(message.number, runtime.rounds, streams),
         )
         states = put(states, stack, after)
     return states

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sordino.bench import Bench
-from sordino.config import Experiment, parse_config
-from sordino.data_digests import data_record
-from sordino.data_record import check
 from sordino.encoders.prompt_model import Prompt, PromptModel
 from sordino.errors import RunError
-from sordino.experiment import assemble
+from sordino.experiments.config import Experiment, parse_config
+from sordino.experiments.data_digests import data_record
+from sordino.experiments.data_record import check
+from sordino.experiments.features import EncodedDataset
+from sordino.experiments.run import assemble
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.mechanism import Mechanism
 from sordino.progress import Progress, silent
@@ -51,7 +51,7 @@ class Subject:
     progress: Progress = silent
 
     @classmethod
-    def open(cls, folder: Path, progress: Progress = silent, bench: Bench | None = None) -> Subject:
+    def open(cls, folder: Path, progress: Progress = silent, dataset: EncodedDataset | None = None) -> Subject:
         """Read a run directory and encode its images again, from the cache where they are still there.
 
         Raises:
@@ -66,16 +66,16 @@ class Subject:
             raise RunError(f"{folder} holds no finished run ({missing}: {error.strerror})") from None
         except (ValueError, RecursionError) as error:
             raise RunError(f"{folder} is damaged: {error}") from None
-        bench = bench or Bench.open(config)
-        task, _ = bench.task(config, progress)
-        check(folder, data_record(bench, task))
-        runtime, _ = assemble(config, bench, task)
+        dataset = dataset or EncodedDataset.open(config)
+        task, _ = dataset.task(config, progress)
+        check(folder, data_record(dataset, task))
+        runtime, _ = assemble(config, dataset, task)
         training = checkpoint.load(folder / "checkpoint", runtime.start())
         if training is None:
             raise RunError(f"{folder} has no checkpoint; attacks need the trained state")
-        device = bench.encoder.device
+        device = dataset.encoder.device
         features, labels = (
-            bench.tables[runtime.model.reads].features.to(device),
+            dataset.tables[runtime.model.reads].features.to(device),
             torch.from_numpy(task.labels).to(device),
         )
         return cls(config, runtime, training, ledger, task, features, labels, progress)
@@ -131,7 +131,7 @@ def contexts_of(prompt: Prompt) -> Tensor:
 
 
 def as_implemented_by(kind: type[Mechanism], mechanism: Mechanism) -> Mechanism:
-    """A mechanism of class `kind` with the settings, facts and noise of another."""
+    """A mechanism of class `kind` with the settings, inputs and noise of another."""
     return kind(**{each.name: getattr(mechanism, each.name) for each in fields(mechanism)})
 
 

@@ -86,7 +86,7 @@ class TowerMap:
         )
 
     def solve(self, gradient: Tensor) -> Tensor:
-        """What a gradient [M E] was made of, by regularised least squares; flat."""
+        """What a gradient [M E] was made of, by regularized least squares; flat."""
         if self.matrix is None:
             return _conjugate_gradients(self.forward, self.adjoint, gradient)
         return self._ridge.solve(gradient)
@@ -151,7 +151,7 @@ class Ridge:
 def _conjugate_gradients(
     forward: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor], observed: Tensor
 ) -> Tensor:
-    """Least squares by CGLS (Hestenes, Stiefel, 1952); stopping early regularises."""
+    """Least squares by CGLS (Hestenes, Stiefel, 1952); stopping early regularizes."""
     residual, steepest = observed, adjoint(observed)
     solution, direction = torch.zeros_like(steepest), steepest
     start = norm = steepest.square().sum()

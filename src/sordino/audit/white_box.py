@@ -106,7 +106,7 @@ class Watching:
     def _means(self) -> Mapping[str, str]:
         """The parameters of which a noised mean is released, with the upload's field."""
         settings = self._mechanism.settings
-        return self._mechanism.facts.shared if settings.on and settings.noise_by != "client" else {}
+        return self._mechanism.inputs.shared if settings.on and settings.noise_by != "client" else {}
 
     def _look(
         self,
@@ -141,7 +141,7 @@ class Watching:
                 size,
                 {name: rate * torch.cat([piece[name] for piece in own]) for name in parameters},
                 self._directions(prompt_of, at, held, self._others(batch, place), found.penalty),
-                {name: value[place] * size for name, value in gradient.by.items()},
+                {name: value[place] * size for name, value in gradient.values.items()},
             )
 
     def _by_example(self, prompt_of: PromptOf, at: Parameters, held: Parameters, batch: Batch) -> ExampleGradients:
@@ -172,7 +172,7 @@ class Watching:
                         total[name] += values[name].sum(0, keepdim=True)
         elif others.labels.numel():
             assert self._mechanism.model is not None
-            sums = [self._in_units(ExactGradients(self._mechanism.model)(prompt_of, at, held, others).by)]
+            sums = [self._in_units(ExactGradients(self._mechanism.model)(prompt_of, at, held, others).values)]
         sums += [self._in_units(penalty)] if penalty else []
         basis = _orthonormal([torch.cat([one[name].flatten() for name in at]) for one in sums])
         sizes = [value[0].numel() for value in at.values()]
@@ -187,7 +187,7 @@ class Watching:
 
     def _clipped(self, gradients: Parameters) -> dict[str, Tensor]:
         """Examples' gradients [n, ...] in these units, clipped as the mechanism would."""
-        values, shared = self._in_units(gradients), self._mechanism.facts.shared
+        values, shared = self._in_units(gradients), self._mechanism.inputs.shared
         if self._mechanism.settings.mechanism != "dp-sgd":
             return values
         for group in ([n for n in values if n in shared], [n for n in values if n not in shared]):
@@ -199,7 +199,7 @@ class Watching:
 
     def _unit(self, name: str) -> float:
         """The clip of a parameter's group; 1 where gradients are not clipped."""
-        settings, shared = self._mechanism.settings, self._mechanism.facts.shared
+        settings, shared = self._mechanism.settings, self._mechanism.inputs.shared
         if settings.mechanism != "dp-sgd":
             return 1.0
         personal = settings.personal_clip if shared and name not in shared else None

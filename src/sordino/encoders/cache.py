@@ -2,7 +2,7 @@
 
 A feature belongs to (encoder, kind of feature, content of the picture), whatever the file is called and whichever data
 set it is in. Features lie in *shards*, files of up to about a thousand that are written once and never changed. A
-shard's name is the digest of its content, so a damaged one is recognised; it comes into being by a rename, so a reader
+shard's name is the digest of its content, so a damaged one is recognized; it comes into being by a rename, so a reader
 sees a whole shard or none, and any number of processes may write at once.
 """
 

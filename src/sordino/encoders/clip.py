@@ -33,7 +33,7 @@ from sordino.files import user_path
 # The processors on PIL: they need no torchvision, whose own resizing changes from one release to the next.
 FAMILIES = {"clip": (CLIPModel, CLIPImageProcessorPil), "siglip": (SiglipModel, SiglipImageProcessorPil)}
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
-CARRIER = "a"  # a word that stands for the context when a class name is tokenised as what follows it
+CARRIER = "a"  # a word that stands for the context when a class name is tokenized as what follows it
 
 
 class ClipEncoder(DualEncoder):

@@ -96,7 +96,7 @@ def encode(
 
     Raises:
         EncoderError: the encoder lacks patches or layers, or gives features that are not finite for every picture here
-            and for a plain grey one.
+            and for a plain gray one.
     """
     if kind == "patch":
         encoder.require(Capability.PATCHES, "encoding patches")
@@ -231,7 +231,7 @@ def _forward(encoder: DualEncoder, kind: Kind, pixels: list[Tensor], size: int) 
 
 
 def _require_finite(encoder: DualEncoder, kind: Kind) -> None:
-    """Raise an EncoderError where not even a plain grey picture has finite features.
+    """Raise an EncoderError where not even a plain gray picture has finite features.
 
     What this says depends on no picture of the data, so that no single one of them can end a run.
     """

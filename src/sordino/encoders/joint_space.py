@@ -9,7 +9,7 @@ predicts the row of a class that the classifier never had (Frome et al., DeViSE,
 - Targets: the classifier's rows, less their mean (softmax does not see it), at unit norm.
 - Images: pooled features less their mean. It is read off the last batch norm: if a channel before ReLU6 is normal with
   mean beta and standard deviation gamma, the mean after it has a closed form.
-- The ridge weight and the logit scale minimise the cross-entropy of classifier rows, taken as images of their class,
+- The ridge weight and the logit scale minimize the cross-entropy of classifier rows, taken as images of their class,
   over held-out classes by their predicted rows: ten folds over classes.
 - The map has rank at most 384, so its singular value decomposition expresses scores in as many dimensions, exactly but
   for a positive factor an image and the rounding to the half precision in which the maps are stored. The shipped space
@@ -108,9 +108,9 @@ def ridge_map(corpus: Corpus, targets: Tensor, ridge: float, keep: Tensor) -> tu
     features, classes = corpus.features[kept], corpus.classes[kept]
     weight = 1 / torch.bincount(classes, minlength=CLASSES)[classes, None].double()  # [R, 1]
     mean = (weight * features).sum(0) / weight.sum()
-    centred = features - mean
-    gram = centred.T @ (weight * centred) + ridge * torch.eye(centred.shape[1], dtype=torch.float64)
-    return mean, torch.linalg.solve(gram, centred.T @ (weight * targets[classes]))
+    centered = features - mean
+    gram = centered.T @ (weight * centered) + ridge * torch.eye(centered.shape[1], dtype=torch.float64)
+    return mean, torch.linalg.solve(gram, centered.T @ (weight * targets[classes]))
 
 
 def held_out(corpus: Corpus, weights: dict[str, Tensor], ridge: float, width: int = WIDTH) -> HeldOut:

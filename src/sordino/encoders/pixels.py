@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from PIL import Image
 
-from sordino.brightness import rgb
+from sordino.pictures.brightness import rgb
 
 __all__ = ["bounded", "rgb", "shrunk"]
 

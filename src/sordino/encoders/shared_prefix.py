@@ -210,7 +210,7 @@ def causal_features(tower: TextTower, context: Tensor, classes: ClassTokens) -> 
         context: [N, M, E] in the tower's precision.
 
     Returns:
-        [N, C, D], not normalised.
+        [N, C, D], not normalized.
     """
     count, prefix_length = len(context), len(tower.start) + context.shape[1]
     prefix = torch.cat([tower.start.expand(count, -1, -1), context], dim=1) + tower.positions[:prefix_length]
@@ -299,7 +299,7 @@ def padded_features(tower: TextTower, context: Tensor, classes: ClassTokens) -> 
         context: [N, M, E] in the tower's precision.
 
     Returns:
-        [N, C, D], not normalised.
+        [N, C, D], not normalized.
     """
     count, (limit, width) = len(context), tower.positions.shape
     names = torch.where(classes.mask[..., None], classes.embeddings.to(context), tower.padding)

@@ -1,7 +1,7 @@
 """Prompts inside a frozen vision transformer: tokens between its own, and adapters of its keys and values.
 
 Jia et al., Visual Prompt Tuning, ECCV 2022 (arXiv 2203.12119): learned tokens stand behind the class token at the first
-layer (*shallow*), or at several, where those of a layer take the place of the ones before (*deep*). CLIP normalises
+layer (*shallow*), or at several, where those of a layer take the place of the ones before (*deep*). CLIP normalizes
 its embeddings before the first layer; tokens join behind that norm. SigLIP has no class token: there learned tokens
 stand first, and its pooling head looks at the image's own tokens only, as it was trained to.
 """

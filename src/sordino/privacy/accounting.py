@@ -41,7 +41,7 @@ class Spent:
 
     Attributes:
         observer: who learned it.
-        unit: what neighbouring data sets differ in.
+        unit: what neighboring data sets differ in.
         party: whose unit it learned most about; None where it saw nothing.
         epsilon: of that party, by privacy loss distributions; math.inf where nothing is promised.
         epsilon_rdp: the largest of any party, by Renyi divergences.
@@ -94,7 +94,7 @@ def spent(ledger: Ledger, observer: Observer, unit: Unit, delta: float | None = 
     Args:
         ledger: of one run, or of several by `compose`.
         observer: who looks.
-        unit: what neighbouring data sets differ in.
+        unit: what neighboring data sets differ in.
         delta: in place of the ledger's.
     """
     delta = (ledger.delta if delta is None else delta) or 0.0

@@ -7,77 +7,77 @@ from sordino.errors import ConfigError
 from sordino.privacy import accounting
 from sordino.privacy.client_level import ClientMechanism
 from sordino.privacy.example_level import ExampleMechanism
-from sordino.privacy.mechanism import INSTEAD_OF_A_MEAN, Facts, Mechanism
+from sordino.privacy.mechanism import INSTEAD_OF_A_MEAN, Mechanism, MechanismInputs
 from sordino.privacy.settings import PrivacySettings
 
 
-def mechanism_for(settings: PrivacySettings, facts: Facts, model: PromptModel | None) -> Mechanism:
+def mechanism_for(settings: PrivacySettings, inputs: MechanismInputs, model: PromptModel | None) -> Mechanism:
     """The mechanism of a run, with its noise matched to the budget.
 
     Args:
         settings: the `[privacy]` table.
-        facts: of the method and federation.
+        inputs: of the method and federation.
         model: the frozen model; None where nothing will be run.
 
     Raises:
         ConfigError: the mechanism does not fit the method, or delta the number of units.
     """
-    if not (settings.on and facts.trains):
-        return Mechanism(settings, facts, model)
-    _check(settings, facts)
-    units = len(facts.sizes) if settings.unit == "client" else sum(facts.sizes)
+    if not (settings.on and inputs.trains):
+        return Mechanism(settings, inputs, model)
+    _check(settings, inputs)
+    units = len(inputs.sizes) if settings.unit == "client" else sum(inputs.sizes)
     delta = accounting.default_delta(units) if settings.delta is None else settings.delta
     accounting.check_delta(delta, units)
     kind = ClientMechanism if settings.unit == "client" else ExampleMechanism
     if settings.noise_multiplier is not None:
-        return kind(settings, facts, model, delta, settings.noise_multiplier)
+        return kind(settings, inputs, model, delta, settings.noise_multiplier)
     assert settings.epsilon is not None
-    unknown = kind(settings, facts, model, delta, 1.0)
+    unknown = kind(settings, inputs, model, delta, 1.0)
     judged = [each for each in unknown.planned() if set(each.observers) - set(unknown.empty_ledger().trusted)]
     schedules = {(each.sampling_rate, each.steps) for each in judged if each.steps}
-    return kind(settings, facts, model, delta, accounting.noise_multiplier(settings.epsilon, delta, schedules))
+    return kind(settings, inputs, model, delta, accounting.noise_multiplier(settings.epsilon, delta, schedules))
 
 
-def _check(settings: PrivacySettings, facts: Facts) -> None:
-    if settings.mechanism == "cotangent" and not facts.linear:
+def _check(settings: PrivacySettings, inputs: MechanismInputs) -> None:
+    if settings.mechanism == "cotangent" and not inputs.linear:
         raise ConfigError(
             "privacy.mechanism",
             "cotangent",
             "this method's logits are not products of image features and class features; use 'dp-sgd'",
         )
     if settings.unit == "client":
-        if facts.server_uses != "mean":
-            does = INSTEAD_OF_A_MEAN[facts.server_uses]
+        if inputs.server_uses != "mean":
+            does = INSTEAD_OF_A_MEAN[inputs.server_uses]
             raise ConfigError("privacy.mechanism", "dp-fedavg", f"this method {does}; use 'dp-sgd' or 'cotangent'")
-        if not facts.uniform:
+        if not inputs.uniform:
             raise ConfigError(
                 "runtime.weighting",
                 "examples",
                 "with 'dp-fedavg' every client must count the same; set it to 'uniform'",
             )
     elif settings.noise_by != "client":
-        if not facts.shared:
+        if not inputs.shared:
             raise ConfigError(
                 "privacy.noise_by",
                 settings.noise_by,
                 "this method does not upload gradients to be averaged; use 'client'",
             )
-        if facts.steps != 1:
+        if inputs.steps != 1:
             raise ConfigError(
                 "settings.local_steps",
-                facts.steps,
+                inputs.steps,
                 f"must be 1 with privacy.noise_by = {settings.noise_by!r}: the mean of one step's gradients is noised",
             )
     if settings.noise_by == "shares":
-        _check_secure_sum(settings, facts)
+        _check_secure_sum(settings, inputs)
 
 
-def _check_secure_sum(settings: PrivacySettings, facts: Facts) -> None:
-    clients = len(facts.sizes)
-    if facts.participation < 1:
+def _check_secure_sum(settings: PrivacySettings, inputs: MechanismInputs) -> None:
+    clients = len(inputs.sizes)
+    if inputs.participation < 1:
         raise ConfigError(
             "runtime.participation",
-            facts.participation,
+            inputs.participation,
             "must be 1 with privacy.noise_by = 'shares', as every share counts",
         )
     most = max(0, (clients - settings.colluders - 1) // 2)  # see sordino.secure.sums.setup.check_threshold

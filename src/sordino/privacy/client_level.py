@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sordino.privacy.clipping import clip_jointly
 from sordino.privacy.gradients import ExactGradients
-from sordino.privacy.ledger import ALL_CLIENTS, OBSERVERS, Ledger, Observer, Release, Way
+from sordino.privacy.ledger import ALL_CLIENTS, OBSERVERS, Channel, Ledger, Observer, Release
 from sordino.privacy.mechanism import Mechanism, Round, charge, once, summed_securely
 from sordino.privacy.noise import Randomness
 from sordino.privacy.secure_mean import SecureSums
@@ -31,21 +31,21 @@ class ClientMechanism(Mechanism):
     enough for itself, as in FedPrompt (Zhao et al., 2023). The clip may follow a quantile of the uploads' norms:
     Andrew, Thakkar, McMahan, Ramaswamy, Differentially Private Learning with Adaptive Clipping, NeurIPS 2021.
 
-    Sensitivity: neighbouring federations differ in one client, present or not, with the divisor unchanged; the sum of
+    Sensitivity: neighboring federations differ in one client, present or not, with the divisor unchanged; the sum of
     uploads then changes by one vector of norm at most `clip`. Whether an upload is below the clip is counted as +-1/2,
     so the count changes by at most 1/2.
     """
 
     @property
     def samples_clients(self) -> bool:
-        return self.settings.noise_by == "server" and self.facts.participation < 1
+        return self.settings.noise_by == "server" and self.inputs.participation < 1
 
     def initial_state(self) -> dict[str, Tensor]:
         return {CLIP: torch.tensor(self.settings.clip, dtype=torch.float64)}
 
     def empty_ledger(self) -> Ledger:
         noise_by = self.settings.noise_by
-        covered: tuple[Way, ...] = ("mean",) if noise_by == "server" else ("mean", "upload")
+        covered: tuple[Channel, ...] = ("mean",) if noise_by == "server" else ("mean", "upload")
         trusted: tuple[Observer, ...] = ("server",) if noise_by == "server" else ()
         assumptions = (summed_securely(self.settings),) if noise_by == "shares" else ()
         return Ledger((), self._left_open(covered), trusted, assumptions, self.delta, self._randomness)
@@ -54,7 +54,7 @@ class ClientMechanism(Mechanism):
         assert self.model is not None
         s, clip = self.settings, float(state[CLIP])
         z_upload, z_count = self._multipliers
-        divisor = self.facts.participation * len(self.facts.sizes) if self.samples_clients else len(clients)
+        divisor = self.inputs.participation * len(self.inputs.sizes) if self.samples_clients else len(clients)
         own, server_share = (1.0 if s.noise_by == who else 0.0 for who in ("client", "server"))
         sums = SecureSums(s, randomness) if s.noise_by == "shares" else None
         uploads: dict[str, Tensor] = {}  # clipped, at the clients
@@ -100,9 +100,9 @@ class ClientMechanism(Mechanism):
             changed = clip * math.exp(-s.clip_learning_rate * (below - s.clip_quantile))
             return {CLIP: torch.tensor(changed, dtype=torch.float64)}
 
-        told_clip = None if s.clip_quantile is None else state[CLIP]
+        broadcast_clip = None if s.clip_quantile is None else state[CLIP]
         gradients = ExactGradients(self.model, finite_only=True)
-        at_work = Round(gradients, protect, once(average), sums=sums, told_clip=told_clip, finish=finish)
+        at_work = Round(gradients, protect, once(average), sums=sums, broadcast_clip=broadcast_clip, finish=finish)
         return at_work
 
     @cached_property
@@ -113,23 +113,25 @@ class ClientMechanism(Mechanism):
         return self.noise_multiplier / math.sqrt(1 - COUNT_SHARE), self.noise_multiplier / math.sqrt(COUNT_SHARE)
 
     def round_releases(self, clients: Sequence[int]) -> list[Release]:
-        s, facts = self.settings, self.facts
+        s, inputs = self.settings, self.inputs
         counted = s.clip_quantile is not None
         multipliers = self._multipliers if counted else self._multipliers[:1]
         what = "clipped upload" + (" and whether it was clipped" if counted else "")
         if s.noise_by == "client":
             parties = [f"client {client}" for client in clients]
             return [Release(what, party, "client", multipliers, 1.0, 1, s.noise_by, OBSERVERS) for party in parties]
-        rate = facts.participation if self.samples_clients else 1.0
+        rate = inputs.participation if self.samples_clients else 1.0
         seen_by: tuple[Observer, ...] = ("clients", "public") if s.noise_by == "server" else OBSERVERS
         return [Release(f"mean {what}", ALL_CLIENTS, "client", multipliers, rate, 1, s.noise_by, seen_by)]
 
     def planned(self, rounds: int | None = None) -> list[Release]:
-        count = self.facts.rounds if rounds is None else rounds
+        count = self.inputs.rounds if rounds is None else rounds
         if self.settings.noise_by == "client":
-            share = count / self.facts.rounds
+            share = count / self.inputs.rounds
             return [
                 replace(each, steps=math.ceil(taken * share))
-                for each, taken in zip(self.round_releases(range(len(self.facts.sizes))), self.facts.taken, strict=True)
+                for each, taken in zip(
+                    self.round_releases(range(len(self.inputs.sizes))), self.inputs.rounds_participated, strict=True
+                )
             ]
-        return [replace(each, steps=count) for each in self.round_releases(range(len(self.facts.sizes)))]
+        return [replace(each, steps=count) for each in self.round_releases(range(len(self.inputs.sizes)))]

@@ -10,7 +10,7 @@ Noise grows with the number of entries, so image features are first projected on
 again. The directions are singular vectors of *public* text features, of names that have nothing to do with anybody's
 images, so they cost no privacy.
 
-Sensitivity. Neighbouring data sets differ in one example of one client, added or removed. Write z_b = P^T x_b / |P^T
+Sensitivity. Neighboring data sets differ in one example of one client, added or removed. Write z_b = P^T x_b / |P^T
 x_b| for the projected feature, of norm at most 1 (0 where the projection vanishes), and e_b for p_b - y_b scaled down
 to norm at most c. The released sum is S = sum over b in the sample of e_b z_b^T. Each term is a rank-one matrix of
 Frobenius norm |e_b| |z_b| <= c, and depends on its own example and on what was released before only: p_b is a function

@@ -5,7 +5,7 @@ accounting by subsampled Gaussian mechanisms applies. A method may have personal
 gradients it sends to be averaged (DP-FPL); each group then has a clip and a noise of its own. Both are released of one
 and the same sample, so together they are one Gaussian release with the noise multiplier (z_p^-2 + z_s^-2)^(-1/2).
 
-Sensitivity: neighbouring data sets differ in one example of one client, added or removed, with the divisor, the
+Sensitivity: neighboring data sets differ in one example of one client, added or removed, with the divisor, the
 expected size of a batch, unchanged. A group's sum is one of vectors of norm at most `clip`, one for each example in the
 sample, so it changes by at most `clip`; what a sample contains depends on each example's own coin only. That needs each
 vector to depend on its own example and on what was released before, and on nothing else: an example whose features,
@@ -136,16 +136,16 @@ def example_gradients(
 ) -> ExampleGradients:
     """Every example's own gradient, exact, for a stack of one client.
 
-    Where images meet a prompt behind the text tower, the class features are computed once, and one vectorised backward
+    Where images meet a prompt behind the text tower, the class features are computed once, and one vectorized backward
     pass takes as many examples to the parameters as fit into memory at once. Where the prompt enters the image tower,
     every example has a copy of the parameters and is a client of its own.
     """
     batch = finite_examples(batch)
-    by_example = _by_copies if model.prompts_images else _by_vectorised_backward
+    by_example = _by_copies if model.prompts_images else _by_vectorized_backward
     return by_example(model, prompt_of, parameters, fixed, batch)
 
 
-def _by_vectorised_backward(
+def _by_vectorized_backward(
     model: PromptModel, prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch
 ) -> ExampleGradients:
     leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
@@ -231,7 +231,7 @@ def _by_copies(
             alone = Batch(batch.features[0, rows, None], batch.labels[0, rows, None], batch.mask[0, rows, None])
             found = gradients(prompt_of, copies(parameters, len(rows)), copies(fixed, len(rows)), alone)
             losses[rows] = found.loss
-            yield found.by
+            yield found.values
 
     return ExampleGradients(pieces(), losses, {})
 

@@ -14,7 +14,7 @@ from sordino.errors import RunError
 from sordino.privacy.cotangent import CotangentGradients, public_directions
 from sordino.privacy.dp_sgd import DpSgdGradients, Group, sampled
 from sordino.privacy.gradients import Batch, Gradient, Gradients, Parameters, PromptOf
-from sordino.privacy.ledger import OBSERVERS, Ledger, Observer, Release, Way
+from sordino.privacy.ledger import OBSERVERS, Channel, Ledger, Observer, Release
 from sordino.privacy.mechanism import Average, Mechanism, Round, charge, once, plain_mean, summed_securely, unchanged
 from sordino.privacy.noise import Randomness
 from sordino.privacy.secure_mean import SecureSums
@@ -51,28 +51,35 @@ class ExampleMechanism(Mechanism):
 
     def round_releases(self, clients: Sequence[int]) -> list[Release]:
         each = self._call_releases(clients, self._rates(clients))
-        return [replace(release, steps=self.facts.steps) for release in each]
+        return [replace(release, steps=self.inputs.steps) for release in each]
 
     def planned(self, rounds: int | None = None) -> list[Release]:
-        share = 1.0 if rounds is None else rounds / self.facts.rounds
-        times = {f"client {client}": math.ceil(count * share) for client, count in enumerate(self.facts.taken)}
-        clients = range(len(self.facts.sizes))
+        share = 1.0 if rounds is None else rounds / self.inputs.rounds
+        times = {
+            f"client {client}": math.ceil(count * share) for client, count in enumerate(self.inputs.rounds_participated)
+        }
+        clients = range(len(self.inputs.sizes))
         releases = self._call_releases(clients, self._rates(clients))
-        return [replace(each, steps=self.facts.steps * times[each.party]) for each in releases]
+        return [replace(each, steps=self.inputs.steps * times[each.party]) for each in releases]
 
     def empty_ledger(self) -> Ledger:
         noise_by = self.settings.noise_by
-        covered: tuple[Way, ...] = ("mean", "prompt", "sizes", *(() if noise_by == "server" else ("upload", "shares")))
-        trusted: tuple[Observer, ...] = ("server",) if noise_by == "server" or self.facts.pools_data else ()
+        covered: tuple[Channel, ...] = (
+            "mean",
+            "prompt",
+            "sizes",
+            *(() if noise_by == "server" else ("upload", "shares")),
+        )
+        trusted: tuple[Observer, ...] = ("server",) if noise_by == "server" or self.inputs.pools_data else ()
         assumptions = (SIZES_KNOWN, *((summed_securely(self.settings),) if noise_by == "shares" else ()))
         return Ledger((), self._left_open(covered), trusted, assumptions, self.delta, self._randomness)
 
     @cached_property
     def _multipliers(self) -> tuple[float, float]:
         """(z of the personal group, z of the shared one); where there is one group only, it gets it all."""
-        if self.settings.mechanism == "cotangent" or not self.facts.shared:
+        if self.settings.mechanism == "cotangent" or not self.inputs.shared:
             return self.noise_multiplier, self.noise_multiplier
-        if not self.facts.personal:
+        if not self.inputs.personal:
             return self.noise_multiplier, self.noise_multiplier
         share = self.settings.shared_budget
         return self.noise_multiplier / math.sqrt(1 - share), self.noise_multiplier / math.sqrt(share)
@@ -89,12 +96,12 @@ class ExampleMechanism(Mechanism):
         if s.mechanism == "cotangent":
             return CotangentGradients(self.model, self._directions, s.clip, self.noise_multiplier, randomness, call)
         z_personal, z_shared = self._multipliers
-        personal_clip = s.clip if s.personal_clip is None or not self.facts.shared else s.personal_clip
+        personal_clip = s.clip if s.personal_clip is None or not self.inputs.shared else s.personal_clip
         everyone = torch.ones(len(clients), dtype=torch.float64)
         shared = (z_shared * s.clip if s.noise_by == "client" else 0.0) * everyone
         return DpSgdGradients(
             self.model,
-            frozenset(self.facts.shared),
+            frozenset(self.inputs.shared),
             Group(personal_clip, z_personal * personal_clip * everyone),
             Group(s.clip, shared),
             randomness,
@@ -106,8 +113,8 @@ class ExampleMechanism(Mechanism):
 
         The mean of gradients S_i / L_i with weights w_i changes by at most C max_i(w_i / L_i) / W for one example.
         """
-        noised, z_shared = set(self.facts.shared.values()), self._multipliers[1]
-        sensitivity = self.settings.clip * self.facts.largest_share  # of the weighted sum
+        noised, z_shared = set(self.inputs.shared.values()), self._multipliers[1]
+        sensitivity = self.settings.clip * self.inputs.largest_share  # of the weighted sum
 
         def by_server(name: str, values: Tensor, weights: Tensor) -> Tensor:
             plain = plain_mean(name, values, weights)
@@ -122,7 +129,7 @@ class ExampleMechanism(Mechanism):
             weights = weights.to(values)
             weighted = {name: values * weights.view(-1, *[1] * (values.ndim - 1))}
             assert sums is not None
-            largest = sensitivity * max(self.facts.sizes)  # of an entry: all of a client's examples at their clip
+            largest = sensitivity * max(self.inputs.sizes)  # of an entry: all of a client's examples at their clip
             found, charged = sums.of(f"the sum of {name}", weighted, "example", sensitivity, z_shared, largest)
             charge(releases, -1, charged)
             return found[name] / weights.sum()
@@ -131,7 +138,7 @@ class ExampleMechanism(Mechanism):
 
     def _rates(self, clients: Iterable[int]) -> list[float]:
         """The sampling rates that are planned."""
-        return [self.facts.rate(client) for client in clients]
+        return [self.inputs.rate(client) for client in clients]
 
     def _call_releases(self, clients: Iterable[int], rates: Iterable[float]) -> list[Release]:
         """What one gradient releases of each client's examples, which were sampled at these rates."""
@@ -139,7 +146,7 @@ class ExampleMechanism(Mechanism):
         return [release for client, rate in pairs for release in self._client_releases(client, rate)]
 
     def _client_releases(self, client: int, rate: float) -> Iterator[Release]:
-        facts, by = self.facts, self.settings.noise_by
+        inputs, by = self.inputs, self.settings.noise_by
 
         def release(content: str, multipliers: tuple[float, ...], observers: tuple[Observer, ...]) -> Release:
             return Release(content, f"client {client}", "example", multipliers, rate, 1, by, observers)
@@ -148,7 +155,7 @@ class ExampleMechanism(Mechanism):
         seen_by: tuple[Observer, ...] = ("clients", "public") if by == "server" else OBSERVERS
         if self.settings.mechanism == "cotangent":
             yield release("sum of clipped cotangents of the class features", (self.noise_multiplier,), OBSERVERS)
-        elif not (facts.shared and facts.personal):
+        elif not (inputs.shared and inputs.personal):
             yield release("sum of clipped gradients", (self.noise_multiplier,), seen_by)
         elif by == "client":
             yield release("sums of clipped gradients, personal and shared", (z_personal, z_shared), OBSERVERS)

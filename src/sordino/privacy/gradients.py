@@ -50,11 +50,11 @@ class Gradient:
     """The gradient of every client's mean loss, and of its penalty where the method's model has one.
 
     Attributes:
-        by: parameter name to gradient, shaped as the parameter, [K, ...].
+        values: parameter name to gradient, shaped as the parameter, [K, ...].
         loss: [K], mean cross-entropy in nats, without a penalty. For the simulation's log only: no method sends it.
     """
 
-    by: dict[str, Tensor]
+    values: dict[str, Tensor]
     loss: Tensor
 
 
@@ -126,8 +126,8 @@ class ExactGradients:
             rest = {name: value[chunk] for name, value in fixed.items()}
             examples = Batch(batch.features[chunk], batch.labels[chunk], batch.mask[chunk])
             pieces.append(self._piece(prompt_of, own, rest, examples))
-        by = {name: torch.cat([piece.by[name] for piece in pieces]) for name in parameters}
-        return Gradient(by, torch.cat([piece.loss for piece in pieces]))
+        values = {name: torch.cat([piece.values[name] for piece in pieces]) for name in parameters}
+        return Gradient(values, torch.cat([piece.loss for piece in pieces]))
 
     def _piece(self, prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch) -> Gradient:
         leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
@@ -142,11 +142,11 @@ class ExactGradients:
             objective = means if penalty is None else means + penalty
             # Client k's loss depends on slice k alone, so the gradient of the sum is the stack of the gradients.
             gradients = torch.autograd.grad(objective.sum(), list(leaves.values()))
-        by = dict(zip(leaves, gradients, strict=True))
-        return Gradient(finite_clients(by) if self.finite_only else by, means.detach())
+        values = dict(zip(leaves, gradients, strict=True))
+        return Gradient(finite_clients(values) if self.finite_only else values, means.detach())
 
 
-def finite_clients(by: Parameters) -> dict[str, Tensor]:
-    """Tensors [K, ...], with zeros for a client that has a number among them which is not finite."""
-    finite = torch.stack([value.isfinite().flatten(1).all(1) for value in by.values()]).all(0)  # [K]
-    return {name: torch.where(finite.view(-1, *[1] * (value.ndim - 1)), value, 0.0) for name, value in by.items()}
+def finite_clients(values: Parameters) -> dict[str, Tensor]:
+    """Replace all tensors [K, ...] of a client by zeros if one of its numbers is not finite."""
+    finite = torch.stack([value.isfinite().flatten(1).all(1) for value in values.values()]).all(0)  # [K]
+    return {name: torch.where(finite.view(-1, *[1] * (value.ndim - 1)), value, 0.0) for name, value in values.items()}

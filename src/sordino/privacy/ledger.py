@@ -19,10 +19,10 @@ Unit = Literal["example", "client"]
 Observer = Literal["server", "clients", "public"]
 OBSERVERS: tuple[Observer, ...] = get_args(Observer)
 Source = Literal["system", "simulation"]
-Way = Literal["upload", "shares", "mean", "prompt", "memory", "images", "sizes"]
+Channel = Literal["upload", "shares", "mean", "prompt", "memory", "images", "sizes"]
 
 # Who sees what leaves in which way. The mean reaches all clients, and everybody who is given a prompt.
-SEEN_BY: dict[Way, tuple[Observer, ...]] = {
+SEEN_BY: dict[Channel, tuple[Observer, ...]] = {
     "upload": ("server",),
     "shares": ("server",),
     "mean": OBSERVERS,
@@ -41,7 +41,7 @@ class Release:
     Attributes:
         content: what was released, in words.
         party: whose data they were made of: "client 3", or ALL_CLIENTS.
-        unit: what neighbouring data sets differ in.
+        unit: what neighboring data sets differ in.
         noise_multipliers: standard deviation of the noise over the sensitivity, for each vector that was released of
             one and the same sample; 0 where no noise was added.
         sampling_rate: probability with which a unit was in the sample, by independent coins; 1 where it always was.
@@ -75,18 +75,18 @@ class Disclosure:
 
     Attributes:
         content: what, and to whom, in words.
-        way: how it leaves: to the server in an "upload", or as what it computes on "shares"; to all as the server's
+        channel: how it leaves: to the server in an "upload", or as what it computes on "shares"; to all as the server's
             "mean" of uploads; to the public as a client's "prompt", or as a "memory" of images that comes with it; as
             "images" that are handed over; as the "sizes" of the clients' data.
     """
 
     content: str
-    way: Way
+    channel: Channel
 
     @property
     def observers(self) -> tuple[Observer, ...]:
         """Who sees it."""
-        return SEEN_BY[self.way]
+        return SEEN_BY[self.channel]
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class Ledger:
                 Release(**each | {name: tuple(each[name]) for name in ("noise_multipliers", "observers")})
                 for each in content["releases"]
             ]
-            disclosures = [Disclosure(each["content"], each["way"]) for each in content["disclosures"]]
+            disclosures = [Disclosure(each["content"], each["channel"]) for each in content["disclosures"]]
             return cls(
                 tuple(releases),
                 tuple(disclosures),

@@ -1,7 +1,7 @@
 """A run's privacy mechanism: what it does to gradients and uploads, and what it enters in the ledger for it.
 
-A `Mechanism` is made once a run, with its noise already matched to the budget, and opened anew for every round. What it
-needs to know of a method is in `Facts`: which parameters' gradients are only ever averaged, and what leaves a client.
+A `Mechanism` is made once a run, with its noise already matched to the budget, and opened anew for every round.
+`MechanismInputs` tells it which parameters' gradients are only ever averaged, and what leaves a client.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sordino.encoders.prompt_model import PromptModel
 from sordino.errors import RunError
 from sordino.privacy import accounting
 from sordino.privacy.gradients import ExactGradients, Gradients
-from sordino.privacy.ledger import OBSERVERS, Disclosure, Ledger, Release, Source, Way
+from sordino.privacy.ledger import OBSERVERS, Channel, Disclosure, Ledger, Release, Source
 from sordino.privacy.noise import Randomness
 from sordino.privacy.sampling import sampling_rate
 from sordino.privacy.secure_mean import SecureSums
@@ -37,7 +37,7 @@ SLACK = 1e-6  # by which a budget may seem to be passed where rounding says so
 
 
 @dataclass(frozen=True)
-class Facts:
+class MechanismInputs:
     """What a mechanism must know of a method and of the federation that runs it.
 
     Attributes:
@@ -49,7 +49,7 @@ class Facts:
         batch_size: examples a batch; None takes all.
         steps: gradients that a client takes in a round.
         linear: whether its logits are linear in the class features (`PromptModel.linear`).
-        taken: in how many rounds each client takes part.
+        rounds_participated: in how many rounds each client takes part.
         rounds: of the whole run.
         participation: the fraction of the clients that take part in a round.
         shared: parameters whose gradient is uploaded and only ever averaged, with the name of the upload's field.
@@ -66,7 +66,7 @@ class Facts:
     batch_size: int | None
     steps: int
     linear: bool
-    taken: tuple[int, ...]
+    rounds_participated: tuple[int, ...]
     rounds: int
     participation: float
     shared: Mapping[str, str]
@@ -96,7 +96,7 @@ class Round:
         releases: what was released so far; filled as it happens.
         below_clip: [K], 1/2 where an upload was below an adaptive clip, -1/2 where not, noised; a part of the upload.
         sums: the round's secure sums; where they are set, the server sees nothing of uploads but `average`.
-        told_clip: the clip that clients are told, where it adapts; a part of the broadcast.
+        broadcast_clip: the clip that clients are told, where it adapts; a part of the broadcast.
         finish: the mechanism's state after the round.
     """
 
@@ -106,7 +106,7 @@ class Round:
     releases: list[Release] = field(default_factory=list)
     below_clip: Tensor | None = None
     sums: SecureSums | None = None
-    told_clip: Tensor | None = None
+    broadcast_clip: Tensor | None = None
     finish: Callable[[], dict[str, Tensor]] = dict
 
 
@@ -116,14 +116,14 @@ class Mechanism:
 
     Attributes:
         settings: the `[privacy]` table.
-        facts: of the method and federation.
+        inputs: of the method and federation.
         model: the frozen model.
         delta: at which the guarantee is stated.
         noise_multiplier: z, of all that is released in one step together.
     """
 
     settings: PrivacySettings
-    facts: Facts
+    inputs: MechanismInputs
     model: PromptModel | None
     delta: float | None = None
     noise_multiplier: float = 0.0
@@ -187,9 +187,9 @@ class Mechanism:
         """The ledger before anything was released: what stays without noise, and whom the mechanism trusts."""
         return Ledger(disclosures=self._left_open())
 
-    def _left_open(self, covered: Collection[Way] = ()) -> tuple[Disclosure, ...]:
+    def _left_open(self, covered: Collection[Channel] = ()) -> tuple[Disclosure, ...]:
         """What leaves without noise, if what leaves in the `covered` ways is noised or made of what is."""
-        return tuple(each for each in self.facts.discloses if each.way not in covered)
+        return tuple(each for each in self.inputs.discloses if each.channel not in covered)
 
     @property
     def _randomness(self) -> Source:

@@ -99,7 +99,7 @@ class PrivacySettings(BaseModel):
 
     @property
     def unit(self) -> Unit:
-        """What neighbouring data sets differ in."""
+        """What neighboring data sets differ in."""
         return "client" if self.mechanism == "dp-fedavg" else "example"
 
     @model_validator(mode="after")

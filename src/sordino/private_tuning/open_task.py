@@ -20,7 +20,7 @@ from sordino.private_tuning.settings import PrivateTuning
 from sordino.private_tuning.tasks import TEST_SEED, ImageTask, Part, TextTask, drawn, text_task
 from sordino.progress import Progress, log, silent
 from sordino.tasks.folders import image_folder
-from sordino.tasks.images import Flags, ImageSet, Indices, with_grey_range
+from sordino.tasks.images import Flags, ImageSet, Indices, with_gray_range
 from sordino.tasks.passed_over import told
 
 HALVES_STREAM = 4  # purpose of a generator that is derived from the seed
@@ -54,7 +54,7 @@ def _image_task(config: PrivateTuning, part: Part, progress: Progress) -> ImageT
     if images.passed_over:
         log.warning("%s", told(images.passed_over))
     if config.task.grey_range is not None:
-        images = with_grey_range(images, (config.task.grey_range[0], config.task.grey_range[1]))
+        images = with_gray_range(images, (config.task.grey_range[0], config.task.grey_range[1]))
     encoder = BundledEncoder.load(torch.device("cpu"))
     encoder.class_tokens(images.class_names)  # raises on names with equal tokens, before the encoding
     readable = np.ones(len(images), dtype=np.bool_)

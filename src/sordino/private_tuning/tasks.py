@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sordino.data_record import sequence_digest
 from sordino.encoders.bundled import Embedder
 from sordino.errors import ConfigError, DataError, shortened
+from sordino.experiments.data_record import sequence_digest
 from sordino.files import read_regular, user_path
 from sordino.mpc.tower.distill import embedder_of
 from sordino.mpc.tower.sentences import Forward, encoded
@@ -77,7 +77,7 @@ class Task(ABC):
         """Return the SHA-256 of each training or test example, in order."""
 
     def record(self) -> dict[str, Any]:
-        """Return the task's digests for the run directory; see `sordino.data_record`."""
+        """Return the task's digests for the run directory; see `sordino.experiments.data_record`."""
         words = self.embedder
         embeddings = hashlib.sha256(words.tokenizer.to_str().encode())
         for part in (words.words, words.positions):

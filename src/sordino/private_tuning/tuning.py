@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 import sordino
-from sordino.config import to_toml
-from sordino.data_record import pin
 from sordino.errors import ConfigError, RunError
+from sordino.experiments.config import to_toml
+from sordino.experiments.data_record import pin
+from sordino.experiments.run_folder import Metrics, prepare
+from sordino.experiments.run_lock import held
 from sordino.files import user_path, write_atomically
 from sordino.mpc.dealing.costs import Cost, Costs
 from sordino.mpc.parties.certificates import DATA_OWNER, Identity
@@ -30,8 +32,6 @@ from sordino.private_tuning.search import SearchState, tune
 from sordino.private_tuning.settings import PrivateTuning
 from sordino.private_tuning.tasks import Task
 from sordino.progress import Progress, silent
-from sordino.run_folder import Metrics, prepare
-from sordino.run_lock import held
 
 STATE = "search.json"
 SESSION = "session"  # table that may change between a run and its resumption, as servers may move

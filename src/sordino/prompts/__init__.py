@@ -1,1 +1,1 @@
-"""Prompt parameterisations that several methods share."""
+"""Prompt parameterizations that several methods share."""

@@ -30,7 +30,7 @@ class Factors:
         return self.u @ self.v
 
 
-def factorise(context: Tensor, projection: Tensor) -> Factors:
+def factorize(context: Tensor, projection: Tensor) -> Factors:
     """Split contexts by one power iteration.
 
     Args:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from itertools import pairwise
 
-from sordino.report.distances import Domains, cluster_colour, holding, what_the_server_saw
+from sordino.report.distances import Domains, cluster_color, holding, what_the_server_saw
 from sordino.report.figures import PALETTE, Figure
 from sordino.report.groups import Group
 from sordino.report.heatmap import client_layout, luminance, numbered, numbers, tick_step
@@ -95,8 +95,8 @@ def _over_rounds(index: int, label: str, found: Sequence[Clustering], domains: D
         "in which, and who moved."
     )
     unnumbered = len(figure["data"]) == 1
-    legend = keys("Cluster", [("square", cluster_colour(each), str(each)) for each in present if unnumbered])
-    repeated = f" Colours repeat after {len(PALETTE)} clusters." if max(present) >= len(PALETTE) else ""
+    legend = keys("Cluster", [("square", cluster_color(each), str(each)) for each in present if unnumbered])
+    repeated = f" Colors repeat after {len(PALETTE)} clusters." if max(present) >= len(PALETTE) else ""
     steps = pairwise([(0, (NOBODY,) * len(labels)), *found])
     rows = [
         [
@@ -110,7 +110,7 @@ def _over_rounds(index: int, label: str, found: Sequence[Clustering], domains: D
     return (
         f"<h4>Clusters over rounds</h4>\n<p>{_told(found, domains)}</p>\n"
         f"<figure>\n{legend}{place(f'clusters-{index}', figure, words)}<figcaption>Each row is a client, each column a "
-        "round in which clusters were computed or changed. Colours are clusters, which keep their numbers from round "
+        "round in which clusters were computed or changed. Colors are clusters, which keep their numbers from round "
         f"to round.{repeated}</figcaption>\n</figure>\n"
         f"<details{folded}><summary>Who moved</summary>\n{table}</details>\n{_at_the_end(label, labels, domains)}"
     )
@@ -135,7 +135,7 @@ def _told(found: Sequence[Clustering], domains: Domains) -> str:
 
 
 def _by_round(found: Sequence[Clustering], holdings: Sequence[str]) -> Figure:
-    """Heat map: rows are clients, columns rounds, and colours clusters."""
+    """Heat map: rows are clients, columns rounds, and colors clusters."""
     present = sorted({label for _, labels in found for label in labels if label >= 0})
     edges = [present[0] - 0.5, *((a + b) / 2 for a, b in pairwise(present)), present[-1] + 0.5]
     shares = [(edge - edges[0]) / (edges[-1] - edges[0]) for edge in edges]
@@ -152,7 +152,7 @@ def _by_round(found: Sequence[Clustering], holdings: Sequence[str]) -> Figure:
         "zmin": edges[0],
         "zmax": edges[-1],
         "colorscale": [
-            [at, cluster_colour(each)] for each, ends in zip(present, pairwise(shares), strict=True) for at in ends
+            [at, cluster_color(each)] for each, ends in zip(present, pairwise(shares), strict=True) for at in ends
         ],
         "showscale": False,
         "hoverongaps": False,
@@ -167,7 +167,7 @@ def _by_round(found: Sequence[Clustering], holdings: Sequence[str]) -> Figure:
     axis |= {"tickvals": axis["tickvals"][::step], "ticktext": axis["ticktext"][::step], "title": {"text": "Round"}}
 
     def luminance_of(label: float) -> float:
-        return luminance(bytes.fromhex(cluster_colour(int(label))[1:]))
+        return luminance(bytes.fromhex(cluster_color(int(label))[1:]))
 
     return {"data": [heat, numbers(heat, str, luminance_of)] if few else [heat], "layout": layout}
 

@@ -8,16 +8,16 @@ from itertools import compress
 
 import numpy as np
 
-from sordino.report.figures import SYMBOLS, Figure, colour, plain, symbol
-from sordino.report.heatmap import client_layout, colour_scale, numbered, numbers, scale_luminance, tick_step
-from sordino.report.opened import Floats, Seen, plane, seen
+from sordino.report.distance_data import Floats, Seen, plane, seen
+from sordino.report.figures import SYMBOLS, Figure, color, plain, symbol
+from sordino.report.heatmap import client_layout, color_scale, numbered, numbers, scale_luminance, tick_step
 from sordino.report.runs import Run
 from sordino.report.tables import counted, html_table, keys, listed
 from sordino.secure import NOBODY, to_one_scale
 
 Domains = Mapping[int, tuple[str, ...]]  # of each client, empty where they are not known
 
-_NEUTRAL = "#788290"  # its colour
+_NEUTRAL = "#788290"  # its color
 _SQUARE = 580  # height at which a matrix is about as high as its half of the page is wide
 _NAMED_POINTS = 60  # with more, numbers beside the points would cover each other
 
@@ -111,7 +111,7 @@ def heat_map(found: Seen, ratios: bool, holdings: Sequence[str]) -> Figure:
         "text": [["<br>".join(textwrap.wrap(named(each), 60, max_lines=6, placeholder=" …")) for each in found.sets]],
         "zmin": 0,
         "zmax": top,
-        "colorscale": colour_scale(),
+        "colorscale": color_scale(),
         "colorbar": {"thickness": 10, "len": 1, "outlinewidth": 0, "xpad": 4},
         "hoverongaps": False,
         "hovertemplate": "client %{y} to %{text}: %{z:.3~g}<br>%{customdata}<extra></extra>",
@@ -146,22 +146,22 @@ def _plane(index: int, label: str, opened: Seen, ratios: bool, labels: Sequence[
     cluster = [max(labels[client], NOBODY) for client in opened.clients]
     held = [listed(domains.get(client, ())) or "no domain" for client in opened.clients]
     kinds = list(dict.fromkeys(held)) if any(domains.values()) else []
-    colours = [colour(kinds.index(each)) for each in held] if kinds else [cluster_colour(each) for each in cluster]
+    colors = [color(kinds.index(each)) for each in held] if kinds else [cluster_color(each) for each in cluster]
     symbols = [_cluster_symbol(each) for each in cluster]
     texts = [
         f"client {client}<br>{plain(domain) + '<br>' if kinds else ''}{cluster_name(each)}"
         for client, domain, each in zip(opened.clients, held, cluster, strict=True)
     ]
-    figure = scatter(points, opened.clients, colours, symbols, texts)
+    figure = scatter(points, opened.clients, colors, symbols, texts)
     named_clusters = sorted({*cluster}, key=lambda each: (each < 0, each))
-    legend = keys("Domain", [("circle", colour(at), name) for at, name in enumerate(kinds)]) + keys(
+    legend = keys("Domain", [("circle", color(at), name) for at, name in enumerate(kinds)]) + keys(
         "Cluster",
         [
-            (_cluster_symbol(each), "inherit" if kinds else cluster_colour(each), str(each) if each >= 0 else "none")
+            (_cluster_symbol(each), "inherit" if kinds else cluster_color(each), str(each) if each >= 0 else "none")
             for each in named_clusters
         ],
     )
-    but = ", except for the colours, which are true domains" if kinds else ""
+    but = ", except for the colors, which are true domains" if kinds else ""
     scale = " and to a common scale" if ratios else ""
     repeated = f" Symbols repeat after {len(SYMBOLS)} clusters." if max(cluster) >= len(SYMBOLS) else ""
     words = f"{counted(len(opened.clients), 'client')} as points on a plane; the table below has their coordinates."
@@ -185,9 +185,9 @@ def cluster_name(label: int) -> str:
     return f"cluster {label}" if label >= 0 else "in no cluster"
 
 
-def cluster_colour(label: int) -> str:
-    """The colour of a cluster."""
-    return colour(label) if label >= 0 else _NEUTRAL
+def cluster_color(label: int) -> str:
+    """The color of a cluster."""
+    return color(label) if label >= 0 else _NEUTRAL
 
 
 def _cluster_symbol(label: int) -> str:
@@ -195,14 +195,14 @@ def _cluster_symbol(label: int) -> str:
 
 
 def scatter(
-    points: Floats, names: Sequence[int], colours: Sequence[str], symbols: Sequence[str], texts: Sequence[str]
+    points: Floats, names: Sequence[int], colors: Sequence[str], symbols: Sequence[str], texts: Sequence[str]
 ) -> Figure:
     """Clients as points on a plane, with their numbers beside them where there is room.
 
     Args:
         points: [N, 2].
         names: numbers of the N clients.
-        colours, symbols: of their markers.
+        colors, symbols: of their markers.
         texts: what their hover labels say.
     """
     marks = {
@@ -215,7 +215,7 @@ def scatter(
         "customdata": list(texts),
         "hovertemplate": "%{customdata}<extra></extra>",
         "cliponaxis": False,
-        "marker": {"color": list(colours), "symbol": list(symbols), "size": 10},
+        "marker": {"color": list(colors), "symbol": list(symbols), "size": 10},
     }
     layout = {
         "margin": {"l": 56, "r": 16, "t": 28, "b": 48},

@@ -1,6 +1,6 @@
 """The page's figures, as plain plotly.js dictionaries: {"data": [...], "layout": {...}}.
 
-Colours of text and grid are left to the page's script, which follows the reader's light or dark theme. Strings go in
+Colors of text and grid are left to the page's script, which follows the reader's light or dark theme. Strings go in
 escaped, since plotly reads a little HTML in labels.
 """
 
@@ -16,7 +16,7 @@ from sordino.report.runs import Measure
 Figure = dict[str, Any]
 
 # Searched for: at least 3:1 against white and against the dark background (WCAG 1.4.11), and apart from each other
-# under simulated protanopia, deuteranopia and tritanopia. Symbols say the same again for who sees no colour.
+# under simulated protanopia, deuteranopia and tritanopia. Symbols say the same again for who sees no color.
 PALETTE = ("#6996c3", "#c32d0f", "#0f785a", "#9600ff", "#96961e", "#e10f78", "#695ab4", "#9678ff")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "x", "star")
 _NEUTRAL = "#5f7d95"
@@ -30,13 +30,13 @@ DASHES: dict[Measure, str] = {
 }
 
 
-def colour(index: int) -> str:
-    """Colour of the algorithm in row `index` of the table."""
+def color(index: int) -> str:
+    """Color of the algorithm in row `index` of the table."""
     return PALETTE[index % len(PALETTE)]
 
 
 def symbol(index: int) -> str:
-    """Marker of the algorithm in row `index`; colour and symbol together repeat only after 64 algorithms."""
+    """Marker of the algorithm in row `index`; color and symbol together repeat only after 64 algorithms."""
     return SYMBOLS[(index + index // len(PALETTE)) % len(SYMBOLS)]
 
 
@@ -90,7 +90,7 @@ def _curve(curve: Sequence[Point], index: int, group: Group, dash: str) -> list[
         "meta": {"series": index, "role": "mean"},
         "x": rounds,
         "y": means,
-        "line": {"color": colour(index), "dash": dash, "width": 2},
+        "line": {"color": color(index), "dash": dash, "width": 2},
         "marker": {"symbol": symbol(index), "size": 7, "maxdisplayed": 12},
         "hovertemplate": "%{y:.1%}",
     }
@@ -109,7 +109,7 @@ def _curve(curve: Sequence[Point], index: int, group: Group, dash: str) -> list[
         "x": rounds + rounds[::-1],
         "y": upper + lower[::-1],
         "fill": "toself",
-        "fillcolor": _translucent(colour(index)),
+        "fillcolor": _translucent(color(index)),
         "line": {"width": 0},
         "hoverinfo": "skip",
     }
@@ -125,8 +125,8 @@ def bytes_on_the_wire(groups: Sequence[Group]) -> Figure:
     """Bars: bytes up and down, for one client and one round, by algorithm."""
     labels = [wrapped(group.label) for group in groups]
     directions = {
-        "up": [group.mean("wire.upload_bytes_per_client_round") for group in groups],
-        "down": [group.mean("wire.broadcast_bytes_per_client_round") for group in groups],
+        "up": [group.mean("communication.upload_bytes_per_client_round") for group in groups],
+        "down": [group.mean("communication.broadcast_bytes_per_client_round") for group in groups],
     }
     sizes = [size for values in directions.values() for size in values if size > 0]
     # A method that sends features beside one that sends a prompt would leave the prompt's bar invisible.
@@ -142,7 +142,7 @@ def bytes_on_the_wire(groups: Sequence[Group]) -> Figure:
             "textposition": "outside",
             "cliponaxis": False,
             "hovertemplate": "%{y}<br>" + direction + ": %{text}<extra></extra>",
-            # One neutral colour: the others stand for algorithms on this page.
+            # One neutral color: the others stand for algorithms on this page.
             "marker": {"color": _NEUTRAL, "pattern": {"shape": "/" if direction == "down" else "", "solidity": 0.3}},
         }
         for direction, values in directions.items()

@@ -14,7 +14,7 @@ from sordino.report.runs import Client, Measure, Run
 # What the page calls each measure, in the order in which it shows them.
 MEASURES: dict[Measure, str] = {
     "local": "Local",
-    "neighbor": "Neighbour",
+    "neighbor": "Neighbor",
     "overall": "Overall",
     "novel": "Novel",
     "domain": "Domain",
@@ -105,7 +105,7 @@ class Group:
         return (client for run in self.runs for client in run.summary.per_client)
 
     def mean(self, quantity: str) -> float:
-        """Mean over runs of a number in the summary, named as `wire.total_upload_bytes`."""
+        """Mean over runs of a number in the summary, named as `communication.total_upload_bytes`."""
         section, name = quantity.split(".")
         return statistics.fmean(getattr(getattr(run.summary, section), name) for run in self.runs)
 
@@ -114,7 +114,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Group runs by algorithm and settings (all but the seed), in order of first appearance.
 
     An algorithm that was run with several settings gives one group for each, so that no two settings are averaged. It
-    is labelled with what differs: with as few settings as tell the groups apart, epsilon first.
+    is labeled with what differs: with as few settings as tell the groups apart, epsilon first.
 
     Raises:
         RunError: two runs agree in everything, the seed included: averaging them would feign a smaller spread.

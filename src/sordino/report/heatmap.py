@@ -9,7 +9,7 @@ from sordino.report.runs import Measure
 _NUMBERED_CELLS = 240  # above this, numbers in the cells of a heat map would not be read
 _NUMBERED_COLUMNS = 16
 _NAMED_CLASSES = 12  # a hover label with more does not fit on a screen
-# Five stops of cividis, which reads the same with and without colour vision, evenly apart.
+# Five stops of cividis, which reads the same with and without color vision, evenly apart.
 _SCALE = (
     (0.0, (0, 32, 77)),
     (0.25, (65, 77, 107)),
@@ -20,7 +20,7 @@ _SCALE = (
 
 
 def client_columns(groups: Sequence[Group]) -> list[tuple[Group, Measure, dict[int, float | None]]]:
-    """Columns of the heat map: local and neighbour of each algorithm; overall where an algorithm has neither."""
+    """Columns of the heat map: local and neighbor of each algorithm; overall where an algorithm has neither."""
     columns: list[tuple[Group, Measure, dict[int, float | None]]] = []
     personal: tuple[Measure, ...] = ("local", "neighbor")
     for group in groups:
@@ -46,7 +46,7 @@ def accuracy_by_client(groups: Sequence[Group]) -> Figure | None:
         "customdata": [[text] for text in _holdings(groups, clients)],
         "zmin": 0,
         "zmax": 1,
-        "colorscale": colour_scale(),
+        "colorscale": color_scale(),
         "colorbar": {"tickformat": ".0%", "thickness": 10, "len": 1, "outlinewidth": 0, "xpad": 4},
         "hoverongaps": False,
         "hovertemplate": "client %{y}<br>%{x}: %{z:.1%}<br>%{customdata}<extra></extra>",
@@ -69,7 +69,7 @@ def numbers(heat: Figure, text: Callable[[float], str], luminance_of: Callable[[
     Args:
         heat: the heat map's trace.
         text: a cell's value as it is written.
-        luminance_of: relative luminance of a value's colour.
+        luminance_of: relative luminance of a value's color.
     """
     cells = [
         (column, client, value)
@@ -91,7 +91,7 @@ def numbers(heat: Figure, text: Callable[[float], str], luminance_of: Callable[[
     }
 
 
-def colour_scale() -> list[list[object]]:
+def color_scale() -> list[list[object]]:
     """The heat maps' scale from 0 to 1, as plotly takes it."""
     return [[at, f"rgb{rgb}"] for at, rgb in _SCALE]
 
@@ -109,7 +109,7 @@ def scale_luminance(value: float) -> float:
 
 
 def luminance(rgb: Sequence[float]) -> float:
-    """Relative luminance (WCAG) of a colour with channels in [0, 255]."""
+    """Relative luminance (WCAG) of a color with channels in [0, 255]."""
     red, green, blue = (
         c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (each / 255 for each in rgb)
     )

@@ -28,7 +28,7 @@ def render(runs: Sequence[Run], groups: Sequence[Group], title: str) -> str:
         _by_round(groups),
         _by_client(groups),
         clusters(groups),
-        _wire(groups),
+        _communication(groups),
         _privacy(groups),
         _skipped(runs),
         _configuration(runs, groups),
@@ -114,7 +114,7 @@ def _by_round(groups: Sequence[Group]) -> str:
     drawn = figures.accuracy_by_round(groups, measures)
     keys = "".join(
         f'<label><input type="checkbox" checked autocomplete="off" data-series="{index}">'
-        f'<span class="swatch" data-symbol="{figures.symbol(index)}" style="color:{figures.colour(index)}"></span>'
+        f'<span class="swatch" data-symbol="{figures.symbol(index)}" style="color:{figures.color(index)}"></span>'
         f"{escape(group.label)}</label>\n"
         for index, group in enumerate(groups)
     )
@@ -181,14 +181,16 @@ def _by_client(groups: Sequence[Group]) -> str:
     )
 
 
-def _wire(groups: Sequence[Group]) -> str:
+def _communication(groups: Sequence[Group]) -> str:
     names = (
         "upload_bytes_per_client_round",
         "broadcast_bytes_per_client_round",
         "total_upload_bytes",
         "total_broadcast_bytes",
     )
-    rows = [[escape(group.label), *(human_bytes(group.mean(f"wire.{name}")) for name in names)] for group in groups]
+    rows = [
+        [escape(group.label), *(human_bytes(group.mean(f"communication.{name}")) for name in names)] for group in groups
+    ]
     words = "; ".join(f"{group.label} {row[1]} up and {row[2]} down" for group, row in zip(groups, rows, strict=True))
     figure = place("wire", figures.bytes_on_the_wire(groups), f"Bar chart of bytes a client and round: {words}.")
     table = html_table(

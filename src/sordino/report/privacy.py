@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from sordino.report.figures import Figure, colour, plain, symbol
+from sordino.report.figures import Figure, color, plain, symbol
 from sordino.report.groups import MEASURES, Group
 from sordino.report.runs import Measure, Privacy, Run
 from sordino.report.tables import html_table
@@ -48,7 +48,7 @@ def audits(groups: Sequence[Group]) -> str:
         "AUC, LiRA",
         "AUC, shadow models",
         "Found at 0.1% / 1% false positives, %",
-        "Images recognised from an upload, %",
+        "Images recognized from an upload, %",
         "Stolen prompt, local accuracy, %",
         "Prompt from opened distances, cosine",
     ]
@@ -59,7 +59,7 @@ def audits(groups: Sequence[Group]) -> str:
         '<section aria-labelledby="audit"><h2 id="audit">Attacked</h2>\n'
         f"{table}<p><em>Shown ε</em>: the lower bound of the one-run audit with canaries, at 95% confidence, for the "
         "attacked run's mechanism trained once more; above the claim, the claim is false. <em>AUC</em>: of membership "
-        "inference on the published prompts, half is guessing, with its 95% interval. <em>Images recognised</em>: by "
+        "inference on the published prompts, half is guessing, with its 95% interval. <em>Images recognized</em>: by "
         "the server, from a client's upload of one image, with the share that chance gives. <em>Stolen prompt</em>: "
         "the mean over clients of the personal prompt that the server can replay from uploads, beside the client's "
         "own. <em>Prompt from opened distances</em>: how near the server comes to a client's prompt with the distances "
@@ -122,7 +122,7 @@ def _curves(audited: Sequence[tuple[int, Group, Run]]) -> str:
                     "name": plain(f"{group.label}, seed {run.summary.seed}"),
                     "x": [max(x, 1e-4) for x, _ in curve],
                     "y": [max(y, 1e-4) for _, y in curve],
-                    "line": {"color": colour(index), "width": 2},
+                    "line": {"color": color(index), "width": 2},
                     "meta": {"series": index},
                 }
             )
@@ -174,7 +174,7 @@ def tradeoff(groups: Sequence[Group]) -> str:
                     "x": [_tick(epsilon) for epsilon, _ in known],
                     "y": [spread.mean for _, spread in known],
                     "error_y": {"array": [spread.deviation or 0 for _, spread in known], "thickness": 1, "width": 3},
-                    "line": {"color": colour(index), "width": 2},
+                    "line": {"color": color(index), "width": 2},
                     "marker": {"symbol": symbol(index), "size": 8},
                     "meta": {"series": index},
                 }

@@ -70,7 +70,7 @@ class Privacy(_Record):
     statement: str
 
 
-class Wire(_Record):
+class Communication(_Record):
     """Bytes that crossed the wire."""
 
     upload_bytes_per_client_round: Count
@@ -116,7 +116,7 @@ class Summary(_Record):
     attack_success: Fraction | None = None
     per_client: tuple[Client, ...]
     privacy: Privacy
-    wire: Wire
+    communication: Communication
     seconds: Durations
     images: Images = Images()
     version: str = ""
@@ -140,7 +140,7 @@ class Round(_Record):
 class Column(_Record):
     """Distances to the mean of the set S of `members`: |S|^2 times the squared distance of each of `clients`.
 
-    They are in squared quantisation steps, and times a factor of the client's own where only ratios were revealed.
+    They are in squared quantization steps, and times a factor of the client's own where only ratios were revealed.
     """
 
     members: tuple[Count, ...] = Field(min_length=1)
@@ -157,7 +157,7 @@ class Column(_Record):
 class Distances(_Record):
     """`distances/round-000010.json`: all distances between reduced prompts that the server saw in a round."""
 
-    step: Annotated[float, Field(gt=0, le=1)]  # a quantisation step, in the points' units
+    step: Annotated[float, Field(gt=0, le=1)]  # a quantization step, in the points' units
     columns: tuple[Column, ...]
     round: Count = 0
 

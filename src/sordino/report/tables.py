@@ -47,8 +47,8 @@ def results(groups: Sequence[Group]) -> str:
             escape(group.label),
             *(_percent(group.accuracy(measure)) for measure in measures),
             *([_percent(group.attack_success())] if attacked else []),
-            human_bytes(group.mean("wire.upload_bytes_per_client_round")),
-            human_bytes(group.mean("wire.broadcast_bytes_per_client_round")),
+            human_bytes(group.mean("communication.upload_bytes_per_client_round")),
+            human_bytes(group.mean("communication.broadcast_bytes_per_client_round")),
             f'<span class="words">{privacy_words(group)}</span>',
             f"{group.mean('seconds.total'):,.1f}",
             ", ".join(str(seed) for seed in group.seeds),
@@ -125,11 +125,11 @@ def html_table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]],
 
 
 def keys(title: str, marks: Sequence[tuple[str, str, str]]) -> str:
-    """What the marks of a figure stand for, as (symbol, colour in CSS, name); nothing where there are none."""
+    """What the marks of a figure stand for, as (symbol, color in CSS, name); nothing where there are none."""
     shown = "".join(
-        f'<span class="key"><span class="swatch" data-symbol="{mark}" style="color:{colour}"></span>'
+        f'<span class="key"><span class="swatch" data-symbol="{mark}" style="color:{color}"></span>'
         f"{escape(name)}</span>\n"
-        for mark, colour, name in marks[:_KEYS]
+        for mark, color, name in marks[:_KEYS]
     )
     more = f"<span>and {len(marks) - _KEYS} more</span>" if len(marks) > _KEYS else ""
     return f'<div class="legend"><span class="none">{escape(title)}</span>\n{shown}{more}</div>\n' if marks else ""

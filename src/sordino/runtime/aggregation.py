@@ -10,7 +10,7 @@ import math
 
 from torch import Tensor
 
-from sordino.algorithms.base import About, AnyUpload, Uploads, map_tensors, named_tensors
+from sordino.algorithms.base import AnyUpload, MethodInfo, Uploads, map_tensors, named_tensors
 from sordino.errors import ConfigError
 from sordino.privacy.client_level import WEIGHT
 from sordino.privacy.clipping import clip_jointly
@@ -85,7 +85,7 @@ def bounded(upload: AnyUpload, bound: float) -> AnyUpload:
     return map_tensors(upload, lambda name, tensor: shortened.get(name, tensor))
 
 
-def check(settings: RuntimeSettings, privacy: PrivacySettings, about: About, clients: int) -> None:
+def check(settings: RuntimeSettings, privacy: PrivacySettings, about: MethodInfo, clients: int) -> None:
     """Refuse an aggregation that cannot be had.
 
     Args:

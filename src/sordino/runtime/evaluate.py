@@ -46,7 +46,7 @@ class Evaluation:
             where a split is empty.
         novel: images of classes that nobody trained on, or None.
         domain: images of the held-out domain, or None.
-        triggered: test images of other classes than an attacker's target, with its trigger, labelled as the target; or
+        triggered: test images of other classes than an attacker's target, with its trigger, labeled as the target; or
             None where nobody attacks.
         attackers: how many clients attack: the first ones.
     """

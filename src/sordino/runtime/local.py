@@ -22,10 +22,10 @@ from sordino.algorithms.base import (
     ClientState,
     ClippedBroadcast,
     ClippedUpload,
-    Clock,
+    InitContext,
     PersonalBroadcast,
+    RoundContext,
     Server,
-    Start,
     State,
     StatedWeight,
     Upload,
@@ -41,12 +41,12 @@ from sordino.privacy.choice import mechanism_for
 from sordino.privacy.client_level import WEIGHT
 from sordino.privacy.gradients import Batch, Gradient, Gradients, Parameters, PromptOf
 from sordino.privacy.ledger import Disclosure, Ledger, Release, joint_digest
-from sordino.privacy.mechanism import Average, Facts, Round
+from sordino.privacy.mechanism import Average, MechanismInputs, Round
 from sordino.privacy.noise import Randomness, SystemRandomness, new_nonce, simulated
 from sordino.privacy.sampling import PoissonSampler
 from sordino.privacy.settings import PrivacySettings
 from sordino.randomness import Streams, generator
-from sordino.runtime import aggregation, wire
+from sordino.runtime import aggregation, messages
 from sordino.runtime.aggregation import aggregated
 from sordino.runtime.records import RoundRecord, protocol_record
 from sordino.runtime.settings import RuntimeSettings
@@ -125,8 +125,8 @@ class LocalRuntime:
         self.digests = list(digests)
         self.data = client_data(features, labels, rows, runtime.weighting)
         self.privacy = privacy or PrivacySettings()
-        facts = facts_of(algorithm, settings, [len(each) for each in rows], self.rounds, runtime, seed)
-        self.mechanism = mechanism_for(self.privacy, facts, model)
+        inputs = mechanism_inputs(algorithm, settings, [len(each) for each in rows], self.rounds, runtime, seed)
+        self.mechanism = mechanism_for(self.privacy, inputs, model)
         if check := getattr(algorithm, "check", None):
             check(settings, model, participant_count(len(rows), runtime.participation))
         aggregation.check(runtime, self.privacy, algorithm.ABOUT, participant_count(len(rows), runtime.participation))
@@ -155,7 +155,7 @@ class LocalRuntime:
         encoder = self.model.encoder
         streams = self._streams(0, range(len(self.data)))
         ledger = replace(self.mechanism.empty_ledger(), run=self._run_name(), data=self._party_digests())
-        start = Start(
+        start = InitContext(
             encoder.embed,
             encoder.context_width,
             self.model.classes.names,
@@ -182,7 +182,7 @@ class LocalRuntime:
         chosen = self._participants(number)
         # Coins may choose nobody. Then one client's round is computed for the messages' shapes, and counts for nothing.
         stack = chosen if len(chosen) else torch.zeros(1, dtype=torch.int64, device=chosen.device)
-        clock = Clock(number, self.rounds, self._streams(number, stack.tolist()))
+        round_context = RoundContext(number, self.rounds, self._streams(number, stack.tolist()))
         randomness = self._randomness(number, stack.tolist())
         at_work = self.mechanism.open(randomness, chosen.tolist(), training.mechanism)
         gradients = _Recorded(at_work.gradients)
@@ -195,17 +195,19 @@ class LocalRuntime:
             take(training.clients, stack),
             _take_data(self.data, stack, PoissonSampler(randomness) if self.mechanism.samples_examples else None),
             gradients,
-            clock,
+            round_context,
         )
         upload, message = _protected(self._boosted(upload, stack), at_work)
         self.mechanism.check(at_work.releases, chosen.tolist())
         there = torch.arange(len(chosen), device=stack.device)
         began = time.monotonic()
         if exchange := getattr(self.algorithm, "exchange", None):
-            uploads = exchange(self.settings, self.model, training.server, take(upload, there), chosen.tolist(), clock)
+            uploads = exchange(
+                self.settings, self.model, training.server, take(upload, there), chosen.tolist(), round_context
+            )
         else:
             uploads = aggregated(self.runtime, *_as_the_server_sees_it(take(upload, there), at_work))
-        server = self.algorithm.server_round(self.settings, training.server, uploads, clock)
+        server = self.algorithm.server_round(self.settings, training.server, uploads, round_context)
         protocol = protocol_record(uploads, time.monotonic() - began)
         clients = put(training.clients, chosen, take(states, there))
         after = Training(number, server, clients, at_work.finish(), training.ledger.add(at_work.releases))
@@ -217,9 +219,9 @@ class LocalRuntime:
             )
         first = torch.zeros(1, dtype=torch.int64, device=stack.device)
         told = take(broadcast, first) if isinstance(broadcast, PersonalBroadcast) else broadcast
-        down = len(wire.encode(_with_clip(told, at_work)))
+        down = len(messages.encode(_with_clip(told, at_work)))
         # Where there is a protocol, its messages carry the upload.
-        up = protocol.sent if protocol else len(wire.encode(take(_message(message, at_work), first)))
+        up = protocol.sent if protocol else len(messages.encode(take(_message(message, at_work), first)))
         down += protocol.received if protocol else 0
         if at_work.sums is not None:
             up, down = up + at_work.sums.sent, down + at_work.sums.received
@@ -310,9 +312,9 @@ def participant_count(clients: int, participation: float) -> int:
     return max(1, round(participation * clients))
 
 
-def facts_of(
+def mechanism_inputs(
     algorithm: Algorithm, settings: Any, sizes: Sequence[int], rounds: int, runtime: RuntimeSettings, seed: int
-) -> Facts:
+) -> MechanismInputs:
     """What a privacy mechanism must know of a method and its federation.
 
     Args:
@@ -329,7 +331,7 @@ def facts_of(
     for number in range(1, rounds + 1):
         for client in participants(seed, number, len(sizes), runtime.participation).tolist():
             taken[client] += 1
-    return Facts(
+    return MechanismInputs(
         trains=about.trains,
         pools_data=about.pools_data,
         sizes=tuple(sizes),
@@ -338,7 +340,7 @@ def facts_of(
         batch_size=schedule.batch_size,
         steps=schedule.steps,
         linear=model_class(algorithm).linear,
-        taken=tuple(taken),
+        rounds_participated=tuple(taken),
         rounds=rounds,
         participation=runtime.participation,
         shared=about.averages,
@@ -379,9 +381,9 @@ def _message(upload: Upload, at_work: Round) -> Upload:
 
 def _with_clip(broadcast: Broadcast, at_work: Round) -> Broadcast:
     """The message that tells a client its broadcast and, where that adapts, the clip of the round."""
-    if at_work.told_clip is None:
+    if at_work.broadcast_clip is None:
         return broadcast
-    return ClippedBroadcast(named_tensors(broadcast), at_work.told_clip.float())
+    return ClippedBroadcast(named_tensors(broadcast), at_work.broadcast_clip.float())
 
 
 def client_data(features: Tensor, labels: Tensor, rows: Sequence[Sequence[int]], weighting: str) -> ClientData:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sordino.secure import ByShares, Opened
+from sordino.secure import RevealedDistances, SharedExchange
 
 NOT_LISTED = ("opened", "clients", "sent", "received")  # of a protocol, in the metrics of a round
 
@@ -18,7 +18,7 @@ class ProtocolRecord:
         exchanges: of messages, in which all clients were asked.
         opened: all distances that the server saw.
         clients: the participants, by their number in the protocol.
-        step: a quantisation step of what distances are of.
+        step: a quantization step of what distances are of.
         rejected: what the server did not take, as (client, step, reason).
         refused: what clients refused to do, as (client, reason).
         seconds: that it took.
@@ -26,7 +26,7 @@ class ProtocolRecord:
     """
 
     exchanges: int
-    opened: tuple[Opened, ...]
+    opened: tuple[RevealedDistances, ...]
     clients: tuple[int, ...]
     step: float
     rejected: list[tuple[int, str, str]]
@@ -36,7 +36,7 @@ class ProtocolRecord:
     received: int
 
     def line(self) -> dict[str, Any]:
-        """All of it but the distances, of which it says how many clients had them opened to how many centres."""
+        """All of it but the distances, of which it says how many clients had them opened to how many centers."""
         line = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in NOT_LISTED}
         return line | {"columns": len(self.opened)}
 
@@ -63,7 +63,7 @@ class RoundRecord:
         round: counted from 1.
         loss: mean over the participants of their mean cross-entropy, in nats. Known to a simulation only.
         participants: how many clients took part.
-        upload_bytes, broadcast_bytes: of one client's messages, serialised.
+        upload_bytes, broadcast_bytes: of one client's messages, serialized.
         clusters: the number of each client's cluster after the round, where a method has any; negative for none.
         protocol: what a protocol on shares between clients and server came to, where there was one.
     """
@@ -85,7 +85,7 @@ class RoundRecord:
 
 def protocol_record(uploads: Any, seconds: float) -> ProtocolRecord | None:
     """What a protocol came to; None where there was none."""
-    if not isinstance(uploads, ByShares):
+    if not isinstance(uploads, SharedExchange):
         return None
     server, traffic = uploads.server, uploads.traffic
     return ProtocolRecord(

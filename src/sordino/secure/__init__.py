@@ -9,6 +9,7 @@ Models, 2025 (arXiv 2505.22447); on Lagrange coded computing, Yu et al., AISTATS
 """
 
 from sordino.secure.adaptive import Adaptive, adaptive
+from sordino.secure.cipher import Cipher, PlainCipher
 from sordino.secure.client import Client
 from sordino.secure.clustering import (
     NOBODY,
@@ -20,14 +21,13 @@ from sordino.secure.clustering import (
     renamed,
     to_one_scale,
 )
+from sordino.secure.encryption import EncryptingCipher
 from sordino.secure.errors import SecureError, TooFewAnswers, TooManyErrors
-from sordino.secure.local import ITERATIONS, ByShares, Outcome, Traffic, drive, run, run_average
-from sordino.secure.mail import Rejection
+from sordino.secure.local import ITERATIONS, Outcome, SharedExchange, Traffic, run, run_average, run_exchange
+from sordino.secure.mailbox import Rejection
 from sordino.secure.pairs import Pairs
-from sordino.secure.sealed import EncryptingSealer
-from sordino.secure.sealer import PlainSealer, Sealer
 from sordino.secure.search import Start, search
-from sordino.secure.server import Averages, Opened, Server
+from sordino.secure.server import Averages, RevealedDistances, Server
 from sordino.secure.setup import Setup, fewest_members, plan
 from sordino.secure.sums.charge import Charge, charge, client_sensitivity, example_sensitivity
 from sordino.secure.sums.client import SumClient
@@ -42,23 +42,23 @@ __all__ = [
     "NOBODY",
     "Adaptive",
     "Averages",
-    "ByShares",
     "Charge",
+    "Cipher",
     "Client",
     "Clusters",
-    "EncryptingSealer",
+    "EncryptingCipher",
     "NoisedSum",
-    "Opened",
     "Outcome",
     "Pairs",
+    "PlainCipher",
     "PlainDistances",
-    "PlainSealer",
     "Rejection",
-    "Sealer",
+    "RevealedDistances",
     "SecureError",
     "SecureSum",
     "Server",
     "Setup",
+    "SharedExchange",
     "Start",
     "SumClient",
     "SumServer",
@@ -70,7 +70,6 @@ __all__ = [
     "charge",
     "client_sensitivity",
     "discrete_gaussian",
-    "drive",
     "example_sensitivity",
     "farthest_first",
     "fewest_members",
@@ -83,6 +82,7 @@ __all__ = [
     "renamed",
     "run",
     "run_average",
+    "run_exchange",
     "search",
     "system_bits",
     "to_one_scale",

@@ -1,11 +1,11 @@
-"""A number of clusters that adapts, from squared distances of clients to centres of sets alone.
+"""A number of clusters that adapts, from squared distances of clients to centers of sets alone.
 
 After Ball and Hall's ISODATA (1965): clusters split where they spread, and merge where they are close. Everything
 that it takes follows from the columns that `lloyd` opens, and two more a split. With the squared distances of the
-members of S' to the centres of S and of S', the squared distance between the centres is the difference of their means
+members of S' to the centers of S and of S', the squared distance between the centers is the difference of their means
 (Huygens and Steiner's parallel axis theorem), so it is not opened. With "ratios", where the rows of different clients
-are of unknown scales, each row is first divided by the client's distance to the centre of all; spreads and distances
-between centres are then in terms of that.
+are of unknown scales, each row is first divided by the client's distance to the center of all; spreads and distances
+between centers are then in terms of that.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Adaptive:
     Attributes:
         most: the largest number of clusters; by default as many as the clients allow with `smallest` in each.
         smallest: how many clients a cluster should have at least; with fewer in every cluster, there are too many.
-        split: a cluster is split while its spread (mean squared distance to the centre, unbiased) is above this share
+        split: a cluster is split while its spread (mean squared distance to the center, unbiased) is above this share
             of the spread of all clients.
-        merge: two clusters are merged if the squared distance of their centres, less what chance alone puts between
+        merge: two clusters are merged if the squared distance of their centers, less what chance alone puts between
             them, is below this share of their spread.
         silhouette: a number of clusters other than one must have a silhouette above this.
     """
@@ -44,7 +44,7 @@ def adaptive(distances: Distances, how: Adaptive, iterations: int) -> Exchange[C
 
     1. Start with one cluster.
     2. Split the cluster of the largest spread, if that is above a share of the whole spread. Run `lloyd`.
-    3. Merge clusters whose centres are closer than chance allows, the closest pair first. Run `lloyd` after each.
+    3. Merge clusters whose centers are closer than chance allows, the closest pair first. Run `lloyd` after each.
     4. Repeat from 2 until there are enough clusters, or nothing new comes of it.
     5. Of all that was seen, take the clustering of the best silhouette.
 
@@ -86,9 +86,9 @@ def adaptive(distances: Distances, how: Adaptive, iterations: int) -> Exchange[C
 
 
 def _halves(distances: Distances, members: Set) -> Exchange[list[Set]]:
-    """A cluster cut in two: by which of two of its members is nearer, one farthest from the centre, one from that one.
+    """A cluster cut in two: by which of two of its members is nearer, one farthest from the center, one from that one.
 
-    A single member is a poor centre in many dimensions, since all its noise is in every distance to it. That cancels in
+    A single member is a poor center in many dimensions, since all its noise is in every distance to it. That cancels in
     the comparison of two members.
     """
     rows = [distances.clients.index(client) for client in sorted(members)]
@@ -106,7 +106,7 @@ def _halves(distances: Distances, members: Set) -> Exchange[list[Set]]:
 
 
 def closest(distances: Distances, state: Clusters, merge: float) -> Exchange[tuple[Set, Set] | None]:
-    """The pair of clusters whose centres are the closest beside their spread, if that is below `merge`."""
+    """The pair of clusters whose centers are the closest beside their spread, if that is below `merge`."""
     if state.count < 2 or not state.converged or not distances.affords(state.sets):
         return None
     matrix = yield from real_distances(distances, state.sets)

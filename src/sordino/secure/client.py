@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sordino.errors import DataError
+from sordino.secure.cipher import Cipher, PlainCipher
 from sordino.secure.errors import SecureError
 from sordino.secure.field import Elements, Entropy
 from sordino.secure.messages import (
@@ -32,7 +33,6 @@ from sordino.secure.messages import (
     read,
     unpack,
 )
-from sordino.secure.sealer import PlainSealer, Sealer
 from sordino.secure.setup import Setup, fewest_members
 from sordino.secure.shares import (
     Held,
@@ -52,7 +52,7 @@ class Client:
         number: which of the N clients it is, from 0.
         point: [d], what it is clustered by: its reduced prompt.
         vector: [L], what is averaged in its cluster; may be given until it is dealt.
-        sealer: its channel to other clients. By default a `PlainSealer`, which hides nothing from the server.
+        cipher: its channel to other clients. By default a `PlainCipher`, which hides nothing from the server.
         clip: cut entries down to the largest value that was agreed, instead of refusing to deal.
         minimum: the smallest set that it lets a sum be opened of. A round's own minimum may be higher. By default, and
             at least, `fewest_members(privacy)`.
@@ -66,7 +66,7 @@ class Client:
         point: ArrayLike,
         vector: ArrayLike | None = None,
         *,
-        sealer: Sealer | None = None,
+        cipher: Cipher | None = None,
         clip: bool = False,
         minimum: int | None = None,
         privacy: int = 1,
@@ -80,7 +80,7 @@ class Client:
                 "could compute another's vector; raise it"
             )
         self.number, self.point, self.vector = number, np.asarray(point, np.float64), vector
-        self.sealer = PlainSealer() if sealer is None else sealer
+        self.cipher = PlainCipher() if cipher is None else cipher
         self.clip, self.minimum, self.privacy, self.entropy = clip, minimum, privacy, entropy
         self.refused: list[tuple[int, str]] = []  # whose payloads were not in order, and why
         self._setup: Setup | None = None
@@ -135,12 +135,12 @@ class Client:
             )
         self._setup, self._joined, self._next_step, self._next_mask = setup, (), 0, 0
         self._held, self._dealt, self._summed, self.refused = {}, set(), set(), []
-        return Join(setup.round, self.number, np.frombuffer(self.sealer.public_key, np.uint8))
+        return Join(setup.round, self.number, np.frombuffer(self.cipher.public_key, np.uint8))
 
     def _deal(self, request: Deal) -> Message:
         """Share what is asked for.
 
-        1. Quantise it and cut it into blocks.
+        1. Quantize it and cut it into blocks.
         2. Encode it, one share a client.
         3. For a point, add shares of a factor and of masks.
         4. Seal each client's payload.
@@ -156,9 +156,9 @@ class Client:
         payload = self._point_shares() if request.purpose == "point" else self._vector_shares()
         self._dealt.add(request.purpose)
         self._joined = joined
-        self.sealer.meet({each: key.tobytes() for each, key in zip(joined, request.keys, strict=True)})
+        self.cipher.meet({each: key.tobytes() for each, key in zip(joined, request.keys, strict=True)})
         sealed = [
-            self.sealer.seal(each, payload[each].tobytes(), self._context(request.purpose, self.number, each))
+            self.cipher.seal(each, payload[each].tobytes(), self._context(request.purpose, self.number, each))
             for each in joined
         ]
         payloads = np.frombuffer(b"".join(sealed), np.uint8).reshape(len(joined), -1)
@@ -185,7 +185,7 @@ class Client:
         table, dealt = np.zeros((setup.clients, block + extra), np.uint64), np.zeros(setup.clients, bool)
         for dealer, payload in zip(dealers, delivery.payloads, strict=True):
             try:
-                content = self.sealer.unseal(dealer, payload.tobytes(), self._context(purpose, dealer, self.number))
+                content = self.cipher.unseal(dealer, payload.tobytes(), self._context(purpose, dealer, self.number))
                 if len(content) != 8 * (block + extra):
                     raise SecureError(f"malformed: {len(content)} bytes where {8 * (block + extra)} are due")
                 table[dealer] = np.frombuffer(content, "<u8")
@@ -200,7 +200,7 @@ class Client:
         return Receipt(setup.round, self.number, purpose, np.array(refused, np.int64))
 
     def _distances(self, query: Query) -> Message:
-        """The distances of row clients to the centres of column sets, at this client's point, masked."""
+        """The distances of row clients to the centers of column sets, at this client's point, masked."""
         setup, held = self._current, self._shares("point")
         rows = unpack(query.rows[None], setup.clients)[0]
         columns = unpack(query.columns, setup.clients)
@@ -230,7 +230,7 @@ class Client:
         weights = sets.astype(np.uint64)
         if purpose == "vector":
             return Answer(setup.round, self.number, partition.step, field.matmul(weights, held.values))
-        # Every member's distance to its own set's centre, [N, K], and its mask for it.
+        # Every member's distance to its own set's center, [N, K], and its mask for it.
         own = scaled_distances(setup, held.values, sets)
         spread_mask = held.extra[:, 1 if setup.factor_bits else 0]
         totals = field.sum(field.mul(field.add(own, spread_mask[:, None]), weights.T), axis=0)

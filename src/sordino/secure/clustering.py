@@ -1,11 +1,11 @@
-"""Lloyd's k-means from squared distances of clients to centres of sets alone.
+"""Lloyd's k-means from squared distances of clients to centers of sets alone.
 
 The algorithm is written against an oracle that opens columns of distances. On shares it is the server of SecPC; in the
 clear it is `PlainDistances`. It is a generator, because on shares every opening is an exchange of messages: it yields
 what is to be sent, and is sent what came back.
 
 A column of a set S of s clients holds s^2 times the squared distance of every client to the mean of S, an integer.
-Which of two centres is nearer is decided on these integers, exactly: by D s'^2 < D' s^2.
+Which of two centers is nearer is decided on these integers, exactly: by D s'^2 < D' s^2.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Distances(Protocol):
         ...
 
     def columns(self, sets: Sequence[Set]) -> Exchange[Integers]:
-        """[rows, sets]: |S|^2 times the squared distance to the centre of S, times the row's scale."""
+        """[rows, sets]: |S|^2 times the squared distance to the center of S, times the row's scale."""
         ...
 
 
@@ -63,8 +63,8 @@ class Clusters:
         iterations: how often all clients were assigned.
         converged: whether the last time changed nothing.
         silhouette: how well clients fit their clusters, from -1 to 1; see `silhouette`. 0 for one cluster.
-        spreads: unbiased mean squared distance of each cluster's members to its centre, in squared quantisation steps;
-            NaN for clusters of one. With "ratios", relative to the distance to the centre of all.
+        spreads: unbiased mean squared distance of each cluster's members to its center, in squared quantization steps;
+            NaN for clusters of one. With "ratios", relative to the distance to the center of all.
     """
 
     clients: tuple[int, ...]
@@ -82,9 +82,9 @@ class Clusters:
 
 
 def lloyd(distances: Distances, sets: Sequence[Set], iterations: int) -> Exchange[Clusters]:
-    """K-means from the centres of given sets.
+    """K-means from the centers of given sets.
 
-    1. Assign every client to the nearest centre, the lowest number first where several are as near.
+    1. Assign every client to the nearest center, the lowest number first where several are as near.
     2. Stop if nobody moved.
     3. Take the new clusters as sets; refound empty ones; repeat.
 
@@ -93,8 +93,8 @@ def lloyd(distances: Distances, sets: Sequence[Set], iterations: int) -> Exchang
 
     Args:
         distances: where they come from.
-        sets: whose means are the first centres, one a cluster.
-        iterations: at most so many times are new centres computed.
+        sets: whose means are the first centers, one a cluster.
+        iterations: at most so many times are new centers computed.
 
     Raises:
         SecureError: there are fewer columns left than sets.
@@ -148,7 +148,7 @@ def renamed(labels: NDArray[np.int64], clients: NDArray[np.int64], found: NDArra
 
 
 def farthest_first(distances: Distances, count: int) -> Exchange[list[Set]]:
-    """First centres: the client farthest from the centre of all, then always the one farthest from those chosen.
+    """First centers: the client farthest from the center of all, then always the one farthest from those chosen.
 
     Gonzalez, Clustering to Minimize the Maximum Intercluster Distance, 1985. It opens distances between clients. With
     "ratios", where the first choice is not possible, the first client is taken.
@@ -163,17 +163,17 @@ def farthest_first(distances: Distances, count: int) -> Exchange[list[Set]]:
 
 
 def silhouette(own: Floats, other: Floats, sizes: NDArray[np.int64]) -> float:
-    """The mean simplified silhouette with the client's own influence on its centre taken away.
+    """The mean simplified silhouette with the client's own influence on its center taken away.
 
     The simplified silhouette (Hruschka, Campello and de Castro, 2006) of a client is (b - a) / max(a, b), with a and
-    b its distances to its own centre and to the nearest other one. A client draws its own centre towards itself, by a
+    b its distances to its own center and to the nearest other one. A client draws its own center towards itself, by a
     factor of (s - 1) / s in a cluster of s, so that noise in small clusters would look like structure; here a is the
-    distance to the centre of the *other* members, a s / (s - 1). Noise then gives zero or less. A client alone counts
+    distance to the center of the *other* members, a s / (s - 1). Noise then gives zero or less. A client alone counts
     0, as for Rousseeuw (1987).
 
     Args:
-        own: squared distances to the own centre, [rows].
-        other: squared distances to the nearest other centre, [rows].
+        own: squared distances to the own center, [rows].
+        other: squared distances to the nearest other center, [rows].
         sizes: of each client's cluster, [rows].
     """
     alone = sizes < 2
@@ -246,8 +246,8 @@ def _described(distances: Distances, found: Clusters) -> Exchange[Clusters]:
 def _refounded(sets: list[Set], scores: ArrayLike, clients: Sequence[int], labels: NDArray[np.int64]) -> list[Set]:
     """Sets with empty ones refounded, as scikit-learn's `KMeans` does.
 
-    The clients that are farthest from their centres found them, one each, and leave the cluster that they were in. A
-    set that is empty even so takes the centre of the largest.
+    The clients that are farthest from their centers found them, one each, and leave the cluster that they were in. A
+    set that is empty even so takes the center of the largest.
     """
     empty = [number for number, members in enumerate(sets) if not members]
     order = sorted(range(len(clients)), key=lambda row: -np.asarray(scores)[row])
@@ -290,7 +290,7 @@ def common_scale(distances: Distances, sets: Sequence[Set]) -> Exchange[Integers
 
 
 def _relative(distances: Distances, own: Integers) -> Exchange[Floats]:
-    """Distances to the own centre, up to one factor for all, beside those to the centre of all."""
+    """Distances to the own center, up to one factor for all, beside those to the center of all."""
     if not distances.affords([frozenset(distances.clients)]):
         return np.zeros(len(own))
     overall = yield from distances.columns([frozenset(distances.clients)])
@@ -298,7 +298,7 @@ def _relative(distances: Distances, own: Integers) -> Exchange[Floats]:
 
 
 def real_distances(distances: Distances, sets: Sequence[Set]) -> Exchange[Floats]:
-    """Squared distances [rows, sets], in squared quantisation steps; with "ratios", over those to the centre of all."""
+    """Squared distances [rows, sets], in squared quantization steps; with "ratios", over those to the center of all."""
     everybody = frozenset(distances.clients)
     wanted = list(sets) if distances.comparable else [*sets, everybody]
     columns = yield from distances.columns(wanted)

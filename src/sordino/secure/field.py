@@ -1,4 +1,4 @@
-"""Arithmetic modulo a prime on numpy arrays: vectorised, and exact.
+"""Arithmetic modulo a prime on numpy arrays: vectorized, and exact.
 
 Elements are uint64 arrays with values in [0, p). The default prime is 2^61 - 1, large enough for the squared
 distances of a thousand clients; reducing modulo a Mersenne prime takes a shift and an addition. Any other prime below

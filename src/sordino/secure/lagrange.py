@@ -12,7 +12,7 @@ blocks enter them is invertible, so they are masked as by a one-time pad (their 
 degree D = e (B + T - 1), which at the betas is what the secrets themselves would have given. Any D + 1 results decode
 it. Fewer leave every value possible where the polynomial is otherwise unconstrained.
 
-*Errors.* The A answers of a step are a codeword of a generalised Reed-Solomon code of length A and dimension D + 1,
+*Errors.* The A answers of a step are a codeword of a generalized Reed-Solomon code of length A and dimension D + 1,
 with R = A - D - 1 checks. What is checked is one random linear combination of all values that each client sent, drawn
 afresh from the operating system after the answers are in (more combinations over a small field, so that a wrong
 answer escapes with probability at most 2^-60).

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from sordino.secure.client import Client
 from sordino.secure.clustering import Clusters, Exchange
 from sordino.secure.errors import SecureError
-from sordino.secure.mail import Rejection
+from sordino.secure.mailbox import Rejection
 from sordino.secure.messages import kind_of
 from sordino.secure.search import Start
-from sordino.secure.server import Averages, Opened, Server
+from sordino.secure.server import Averages, RevealedDistances, Server
 from sordino.secure.setup import Setup
 
 Result = TypeVar("Result")
@@ -62,7 +62,7 @@ class Traffic:
         return sum(self.sent.get(client, Counter()).values()) + self.received[client]
 
 
-class ByShares:
+class SharedExchange:
     """A round of one server with its clients, who are some of a federation's.
 
     Args:
@@ -89,11 +89,11 @@ class ByShares:
 
     def cluster(self, start: Start) -> Clusters:
         """Cluster the clients' points; see `Server.cluster`."""
-        return drive(self.server.cluster(start, ITERATIONS), self._parties, self.traffic, self._drop)
+        return run_exchange(self.server.cluster(start, ITERATIONS), self._parties, self.traffic, self._drop)
 
     def average(self, sets: Sequence[Iterable[int]]) -> Averages:
         """The means of the clients' vectors within disjoint sets; see `Server.average`."""
-        return drive(self.server.average(sets), self._parties, self.traffic, self._drop)
+        return run_exchange(self.server.average(sets), self._parties, self.traffic, self._drop)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Outcome(Generic[Result]):
     """
 
     result: Result
-    opened: tuple[Opened, ...]
+    opened: tuple[RevealedDistances, ...]
     rejected: tuple[Rejection, ...]
     traffic: Traffic
 
@@ -125,8 +125,8 @@ def run(
     Args:
         clients: those of the N who are there.
         server: a server that has not clustered yet.
-        start: first centres, or their number, or how it adapts.
-        iterations: at most so many times are new centres computed.
+        start: first centers, or their number, or how it adapts.
+        iterations: at most so many times are new centers computed.
         drop: for clients who vanish, the exchange from which on they are not there any more (1 is joining, 2 dealing, 3
             delivery, further ones questions); or whether a client misses an exchange, by (client, exchange).
 
@@ -135,7 +135,7 @@ def run(
         DataError: a client's point does not fit what was agreed.
     """
     traffic = Traffic()
-    result = drive(server.cluster(start, iterations), clients, traffic, drop)
+    result = run_exchange(server.cluster(start, iterations), clients, traffic, drop)
     return Outcome(result, tuple(server.opened), tuple(server.rejected), traffic)
 
 
@@ -147,23 +147,25 @@ def run_average(
     Exchanges are counted anew: after a clustering 1 is dealing, 2 delivery, 3 the sums.
     """
     traffic = Traffic()
-    result = drive(server.average(sets), clients, traffic, drop)
+    result = run_exchange(server.average(sets), clients, traffic, drop)
     return Outcome(result, tuple(server.opened), tuple(server.rejected), traffic)
 
 
-def drive(exchange: Exchange[Result], clients: Sequence[Party], traffic: Traffic, drop: Drop | None = None) -> Result:
+def run_exchange(
+    exchange: Exchange[Result], clients: Sequence[Party], traffic: Traffic, drop: Drop | None = None
+) -> Result:
     """Carry an exchange of a server's to its end, counting bytes."""
     by_number = {client.number: client for client in clients}
     replies: list[tuple[int, bytes]] | None = None
     while True:
         try:
-            letters = next(exchange) if replies is None else exchange.send(replies)
+            messages = next(exchange) if replies is None else exchange.send(replies)
         except StopIteration as end:
             result: Result = end.value
             return result
         traffic.exchanges += 1
         replies = []
-        for number, content in letters.items():
+        for number, content in messages.items():
             if number not in by_number or _missing(drop, number, traffic.exchanges):
                 continue
             _count(traffic, "server", content)

@@ -147,7 +147,7 @@ class Receipt(Message):
 
 @dataclass(frozen=True, eq=False)
 class Query(Message):
-    """Clients are asked for distances of every row client to the centre of every column set.
+    """Clients are asked for distances of every row client to the center of every column set.
 
     Attributes:
         step: counts the questions of a round.
@@ -168,7 +168,7 @@ class Partition(Message):
 
     Attributes:
         step: counts the questions of a round.
-        purpose: "vector" for sums of vectors, "point" for sums of distances to the set's own centre.
+        purpose: "vector" for sums of vectors, "point" for sums of distances to the set's own center.
         sets: as bits [K, ceil(N/8)].
     """
 

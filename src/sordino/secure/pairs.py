@@ -63,7 +63,7 @@ def by_pairs(distances: Distances, how: Pairs, iterations: int) -> Exchange[Clus
        effective dimensions, in all but `significance` of `DRAWS` draws. The first sees a weak split in many dimensions,
        the second clusters that do not fall into two groups. The idea is that of SigClust (Liu, Hayes, Nobel and Marron,
        2008).
-    4. Run `lloyd` from there. With "distances" nothing more is opened, as those to centres follow.
+    4. Run `lloyd` from there. With "distances" nothing more is opened, as those to centers follow.
 
     Clusters are numbered by their lowest client.
 
@@ -184,7 +184,7 @@ def chance(count: int, dimensions: int, smallest: int, significance: float) -> t
 
 @dataclass(frozen=True)
 class _Derived:
-    """Distances to any centre, from those between all clients, exactly.
+    """Distances to any center, from those between all clients, exactly.
 
     || s x_i - sum over S of x_l ||^2 = s sum over S of D_il - sum over pairs in S of D_ll', with s = |S|.
 

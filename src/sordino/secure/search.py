@@ -19,12 +19,12 @@ def search(distances: Distances, start: Start, iterations: int) -> Exchange[Clus
 
     Args:
         distances: where they come from.
-        start: first centres as client numbers; or as sets of clients, whose means they are; or a number of clusters,
-            with first centres by `farthest_first`; or how the number of clusters adapts.
-        iterations: at most so many times are new centres computed.
+        start: first centers as client numbers; or as sets of clients, whose means they are; or a number of clusters,
+            with first centers by `farthest_first`; or how the number of clusters adapts.
+        iterations: at most so many times are new centers computed.
 
     Raises:
-        SecureError: a first centre is a client who has no row, or more distances are needed than were agreed.
+        SecureError: a first center is a client who has no row, or more distances are needed than were agreed.
     """
     if isinstance(start, Adaptive):
         return (yield from adaptive(distances, start, iterations))
@@ -37,6 +37,6 @@ def search(distances: Distances, start: Start, iterations: int) -> Exchange[Clus
     for members in sets:
         if not members or not members <= {*distances.clients}:
             raise SecureError(
-                f"first centre {sorted(members)}: dealt no shares, or is empty; choose among {distances.clients}"
+                f"first center {sorted(members)}: dealt no shares, or is empty; choose among {distances.clients}"
             )
     return (yield from lloyd(distances, sets, iterations))

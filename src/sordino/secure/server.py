@@ -9,29 +9,29 @@ each client evaluates || |S| x_i - sum_{l in S} x_l ||^2 at its point for every 
 and the server decodes. (5) The same with vectors, of which sums over clusters are opened once.
 
 **What the server learns with `reveal = "distances"`.** Who took part; the sets that it asked about, which are its
-own; and for every client i and set S asked about, the squared distance of x_i to the mean of S, in quantisation
+own; and for every client i and set S asked about, the squared distance of x_i to the mean of S, in quantization
 steps, exactly. Nothing else, whatever it computes: an answer's polynomial carries a mask that is uniform among all
 polynomials of its degree whose sum over the blocks is zero, so that only the sum over the blocks is determined.
 (Without masks, as in the paper, the server would see the distance within every block; where a block is one number,
-that is every coordinate of x_i minus the centre, up to sign.) From enough distances much can be reconstructed: those
-to single clients, which are opened where clients are first centres and for two clients a split where the number of
+that is every coordinate of x_i minus the center, up to sign.) From enough distances much can be reconstructed: those
+to single clients, which are opened where clients are first centers and for two clients a split where the number of
 clusters adapts, are distances between clients, and a full set of them gives all points up to a rotation and a shift.
 `columns` in the setup bounds how many are ever opened, and clients enforce it.
 
 **What it learns with `reveal = "ratios"`.** Each row i comes multiplied by a factor r_i that only client i knows,
 plus a whole number below r_i that differs by column: D becomes r_i D + e. So a row gives the ratios of its distances,
-to one quantisation step, hence assignments and silhouettes; a whole number divided by another would give more, as the
+to one quantization step, hence assignments and silhouettes; a whole number divided by another would give more, as the
 greatest common divisor of r_i D and r_i D' is r_i more often than not. A row alone shows no absolute distance beyond
 what the spread of the factors (2^factor_bits) leaves open (a client's distance to itself, known to be zero, is not
 answered, or its e would show the size of r_i). Rows together show more: D_il = D_li ties the factors of clients to
 whom distances were opened to each other, and points in few dimensions tie all. So `ratios` hide the common scale, and
 make a reconstruction harder; they do not make it impossible. Spreads are opened as sums over the clusters of at least
 the minimum size of one partition, if `spreads` is asked for, and fix the scale of those clusters. Nearer is decided
-wrongly only where two squared distances differ by less than a squared quantisation step.
+wrongly only where two squared distances differ by less than a squared quantization step.
 
 **What clients learn.** Any T of them together nothing about others but the sets that the server names. If they pass
 what they hold to the server, it learns of *their own* rows the whole polynomial, so distances block by block between
-their own points and the centres; and a sum over a set gives it the sum over the members that are not among them. The
+their own points and the centers; and a sum over a set gives it the sum over the members that are not among them. The
 members of a set, who are told its mean, can do the same without the server. So a set's sum is protected against all
 but two of its members, and no set of fewer than T + 2 is opened (`fewest_members`). Members who vanish after they
 dealt stay in the sum; members who vanish before make the set smaller, and it is not opened if that leaves too few.
@@ -43,7 +43,7 @@ client can prevent.
 to different clients. Sums of vectors need more than (N + T) / 2 answers for this reason, as T colluders may help it to
 two of them. Distances are protected alike where 2 (B + T - 1) + 1 is more than that; below it, such a server could
 open two distances behind one mask, and learn the difference of their polynomials. It must not be able to read what it
-relays: `sealer`.
+relays: `cipher`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from numpy.typing import NDArray
 from sordino.secure.clustering import Clusters, Exchange, Floats, Integers, Set
 from sordino.secure.errors import SecureError, TooFewAnswers
 from sordino.secure.field import Elements
-from sordino.secure.mail import Mail, Rejection
+from sordino.secure.mailbox import Mailbox, Rejection
 from sordino.secure.messages import (
     Answer,
     Deal,
@@ -76,13 +76,13 @@ from sordino.secure.setup import Setup
 
 
 @dataclass(frozen=True)
-class Opened:
+class RevealedDistances:
     """One column of distances that the server saw.
 
     Attributes:
-        members: the set to whose centre the distances are.
+        members: the set to whose center the distances are.
         clients: whose distances, [rows].
-        values: as they were decoded, whole numbers: |S|^2 times the squared distance in quantisation steps, times the
+        values: as they were decoded, whole numbers: |S|^2 times the squared distance in quantization steps, times the
             row's factor (and plus a remainder below it) with "ratios".
     """
 
@@ -91,7 +91,7 @@ class Opened:
     values: tuple[int, ...]
 
     def squared(self, step: float) -> Floats:
-        """Squared distances [rows] in the points' units, where a quantisation step is `step`."""
+        """Squared distances [rows] in the points' units, where a quantization step is `step`."""
         return np.array([value / len(self.members) ** 2 for value in self.values]) * step**2
 
 
@@ -122,10 +122,10 @@ class Server:
     def __init__(self, setup: Setup) -> None:
         setup.check()
         self.setup, self.comparable = setup, setup.reveal == "distances"
-        self.opened: list[Opened] = []
+        self.opened: list[RevealedDistances] = []
         self.clients: tuple[int, ...] = ()
         self._joined: dict[int, bytes] = {}
-        self._mail = Mail(setup.round, range(setup.clients))
+        self._mailbox = Mailbox(setup.round, range(setup.clients))
         self._columns: dict[Set, Integers] = {}
         self._step = self._masks = 0
 
@@ -134,13 +134,13 @@ class Server:
 
         Args:
             start: where to search; see `search`.
-            iterations: at most so many times are new centres computed.
+            iterations: at most so many times are new centers computed.
 
         Returns:
             The clusters of those who dealt shares.
 
         Raises:
-            SecureError: too few clients answered, answers contradict each other beyond correction, or a first centre
+            SecureError: too few clients answered, answers contradict each other beyond correction, or a first center
                 is a client who dealt no shares.
         """
         if not self.clients:
@@ -150,7 +150,7 @@ class Server:
     @property
     def rejected(self) -> list[Rejection]:
         """What was not taken, and from whom."""
-        return self._mail.rejected
+        return self._mailbox.rejected
 
     def affords(self, sets: Sequence[Set]) -> bool:
         """Whether so many columns may still be opened."""
@@ -175,11 +175,11 @@ class Server:
             for number, members in enumerate(new):
                 column = np.array(values[:, number].tolist(), object)
                 self._columns[members] = column
-                self.opened.append(Opened(tuple(sorted(members)), self.clients, tuple(column)))
+                self.opened.append(RevealedDistances(tuple(sorted(members)), self.clients, tuple(column)))
         return np.stack([self._columns[members] for members in sets], axis=1)
 
     def spreads(self, sets: Sequence[Iterable[int]]) -> Exchange[list[float | None]]:
-        """Unbiased mean squared distances to the own centre, in the points' units; None below the minimum.
+        """Unbiased mean squared distances to the own center, in the points' units; None below the minimum.
 
         They are known from the distances already with "distances"; this is for "ratios", opens sums alone, and may be
         asked once a round.
@@ -228,8 +228,8 @@ class Server:
         joined, keys = tuple(self._joined), tuple(self._joined.values())
         public = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), len(keys[0]))
         deal = Deal(setup.round, purpose, np.array(joined, np.int64), public)
-        dealt = yield from self._mail.ask(deal, Shares, "dealing", lambda shares: self._misdealt(shares, purpose))
-        self._mail.keep_common(dealt, "dealing", lambda shares: shares.payloads.shape[1])
+        dealt = yield from self._mailbox.ask(deal, Shares, "dealing", lambda shares: self._misdealt(shares, purpose))
+        self._mailbox.keep_common(dealt, "dealing", lambda shares: shares.payloads.shape[1])
         if len(dealt) < 2:
             raise TooFewAnswers("dealing", 2, len(dealt))
         dealers = np.array(sorted(dealt), np.int64)
@@ -238,7 +238,7 @@ class Server:
         deliveries: dict[int, Message] = {
             client: Delivery(setup.round, purpose, dealers, payloads[number]) for number, client in enumerate(joined)
         }
-        receipts = yield from self._mail.ask(
+        receipts = yield from self._mailbox.ask(
             deliveries,
             Receipt,
             "delivery",
@@ -247,12 +247,12 @@ class Server:
         return self._accepted(dealers.tolist(), receipts)
 
     def _join(self) -> Exchange[None]:
-        joins = yield from self._mail.ask(self.setup, Join, "joining")
-        self._mail.keep_common(joins, "joining", lambda join: len(join.key))
+        joins = yield from self._mailbox.ask(self.setup, Join, "joining")
+        self._mailbox.keep_common(joins, "joining", lambda join: len(join.key))
         if len(joins) < self.setup.needed:
             raise TooFewAnswers("joining", self.setup.needed, len(joins))
         self._joined = {sender: joins[sender].key.tobytes() for sender in sorted(joins)}
-        self._mail.clients = tuple(self._joined)
+        self._mailbox.clients = tuple(self._joined)
 
     def _accepted(self, dealers: Sequence[int], receipts: dict[int, Receipt]) -> tuple[int, ...]:
         refusing: dict[int, set[int]] = {dealer: set() for dealer in dealers}
@@ -261,11 +261,13 @@ class Server:
                 refusing[dealer].add(client)
         for dealer, clients in refusing.items():
             if len(clients) > self.setup.privacy:
-                self._mail.exclude(dealer, "dealing", f"its shares were refused by clients {sorted(clients)}")
+                self._mailbox.exclude(dealer, "dealing", f"its shares were refused by clients {sorted(clients)}")
         accepted = tuple(dealer for dealer in dealers if len(refusing[dealer]) <= self.setup.privacy)
         for dealer in accepted:
-            for client in sorted(refusing[dealer] - self._mail.excluded):
-                self._mail.exclude(client, "delivery", f"it refuses the shares of client {dealer}, which others took")
+            for client in sorted(refusing[dealer] - self._mailbox.excluded):
+                self._mailbox.exclude(
+                    client, "delivery", f"it refuses the shares of client {dealer}, which others took"
+                )
         if len(accepted) < 2:
             raise TooFewAnswers("dealing", 2, len(accepted))
         return accepted
@@ -297,7 +299,7 @@ class Server:
                 return "out of range: numbers that are not in the field"
             return None
 
-        replies = yield from self._mail.ask(question, Answer, step, wrong)
+        replies = yield from self._mailbox.ask(question, Answer, step, wrong)
         clients = sorted(replies)
         values = [replies[client].values for client in clients]
         return clients, np.stack(values) if values else np.zeros((0, *shape), np.uint64)
@@ -311,7 +313,7 @@ class Server:
 
     def _name(self, clients: Sequence[int], step: str) -> None:
         for client in clients:
-            self._mail.exclude(client, step, "its answer contradicts the others'")
+            self._mailbox.exclude(client, step, "its answer contradicts the others'")
 
     def _next_step(self) -> int:
         self._step += 1

@@ -10,7 +10,7 @@ from sordino.secure.errors import SecureError
 from sordino.secure.field import MERSENNE_61, PrimeField
 from sordino.secure.lagrange import LagrangeCode
 from sordino.secure.messages import Message
-from sordino.secure.quantise import (
+from sordino.secure.quantization import (
     FixedPoint,
     bits_for_distances,
     bits_for_sums,
@@ -124,12 +124,12 @@ class Setup(Message):
 
     @property
     def points(self) -> FixedPoint:
-        """How points are quantised."""
+        """How points are quantized."""
         return FixedPoint(self.largest, self.bits, self.field)
 
     @property
     def vectors(self) -> FixedPoint:
-        """How vectors are quantised."""
+        """How vectors are quantized."""
         return FixedPoint(self.vector_largest, self.vector_bits, self.field)
 
     @property

@@ -19,7 +19,7 @@ class Copies:
 
     Attributes:
         tested_and_trained: test pictures (of any evaluation) that are trained on too, so accuracy on them says little.
-        in_two_classes: different pictures that are labelled with two classes or more.
+        in_two_classes: different pictures that are labeled with two classes or more.
         at_two_clients: different pictures that two clients or more train on.
         repeated_in_training: training pictures beyond the first of each content; what a mechanism promises for an
             example holds for one of them.

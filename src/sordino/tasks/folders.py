@@ -10,9 +10,9 @@ import numpy as np
 
 from sordino.errors import DataError
 from sordino.files import read_regular
+from sordino.pictures.decoding import MAX_BYTES, suffixes
 from sordino.tasks.images import ImageSet
 from sordino.tasks.passed_over import files_passed_over, is_junk, told
-from sordino.tasks.pictures import MAX_BYTES, suffixes
 from sordino.tasks.settings import spoken
 
 TRAIN_FOLDERS = ("train", "training")
@@ -45,13 +45,13 @@ def image_folder(root: Path, source: str) -> ImageSet:
             f"layout throughout: {LAYOUTS}"
         )
     if not all(nested):
-        images = labelled_folders(source, root, _by_class_name(upper, source))
+        images = labeled_folders(source, root, _by_class_name(upper, source))
         return replace(images, passed_over=tuple(files_passed_over(root, set(images.names))))
     groups = {folder.name: _by_class_name(_folders(folder), source) for folder in upper}
     return _grouped_folders(source, root, groups)
 
 
-def labelled_folders(source: str, root: Path, folders: Mapping[str, Path]) -> ImageSet:
+def labeled_folders(source: str, root: Path, folders: Mapping[str, Path]) -> ImageSet:
     """The pictures of class folders given by class name; their order is the classes' order."""
     names, labels = _listing(root, folders, {name: index for index, name in enumerate(folders)})
     _at_least_two_classes(source, list(folders))

@@ -16,8 +16,8 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from sordino.errors import ConfigError, DataError
 from sordino.files import read_regular, user_path
+from sordino.pictures.decoding import MAX_BYTES
 from sordino.tasks.images import ImageSet, Indices
-from sordino.tasks.pictures import MAX_BYTES
 from sordino.tasks.settings import DataSettings, spoken
 
 TRAIN_SPLITS = ("train", "training")
@@ -45,7 +45,7 @@ def hugging_face(where: str, settings: DataSettings) -> ImageSet:
     if train is None:
         train, test = next(iter(splits)), None
     else:
-        test = next((name for name in TEST_SPLITS if name in splits and _labelled(named_labels[name])), None)
+        test = next((name for name in TEST_SPLITS if name in splits and _labeled(named_labels[name])), None)
     used = [name for name in (train, test) if name is not None]
     labels, class_names = _index(
         [value for name in used for value in named_labels[name]], label, features[label], settings, "label_column"
@@ -155,7 +155,7 @@ def _values(split: Dataset, column: str) -> list[Any]:
     return list(values)
 
 
-def _labelled(values: list[Any]) -> bool:
+def _labeled(values: list[Any]) -> bool:
     return any(value is not None and value != -1 for value in values)
 
 

@@ -1,4 +1,4 @@
-"""`ImageSet`: labelled pictures of any source, listed now and read when asked for."""
+"""`ImageSet`: labeled pictures of any source, listed now and read when asked for."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sordino.errors import DataError
-from sordino.tasks.depths import GreyRange
+from sordino.pictures.decoding import decode
+from sordino.pictures.depths import GrayRange
 from sordino.tasks.passed_over import PassedOver
-from sordino.tasks.pictures import decode
 
 Indices = NDArray[np.int64]
 Flags = NDArray[np.bool_]
@@ -20,7 +20,7 @@ Flags = NDArray[np.bool_]
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """N labelled pictures, read one at a time when asked for.
+    """N labeled pictures, read one at a time when asked for.
 
     Attributes:
         source: as in the settings, for messages and summaries.
@@ -87,15 +87,15 @@ class ImageSet:
         )
 
 
-def with_grey_range(images: ImageSet, grey_range: GreyRange) -> ImageSet:
-    """The same pictures, with grey of more than 8 bits read between these values of black and white.
+def with_gray_range(images: ImageSet, gray_range: GrayRange) -> ImageSet:
+    """The same pictures, with gray of more than 8 bits read between these values of black and white.
 
     The content says so too, as it identifies a picture's features in the cache.
     """
     read = images.read
-    mark = f"sordino grey range {grey_range[0]!r} {grey_range[1]!r}\n".encode()
+    mark = f"sordino gray range {gray_range[0]!r} {gray_range[1]!r}\n".encode()
     return replace(
         images,
         read=lambda index: mark + read(index),
-        draw=lambda content: decode(content[len(mark) :], grey_range),
+        draw=lambda content: decode(content[len(mark) :], gray_range),
     )

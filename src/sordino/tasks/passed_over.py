@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sordino.tasks.pictures import remedy, suffixes
+from sordino.pictures.decoding import remedy, suffixes
 
 # What systems and programs leave beside pictures; it is no part of anybody's data and is not even counted.
 JUNK = frozenset(

@@ -105,7 +105,7 @@ def with_triggers(images: ImageSet, originals: int, size: float) -> ImageSet:
 
 
 def stamp(picture: Image.Image, size: float) -> Image.Image:
-    """The picture with a black and white checkered square in the lower right of its largest centred square.
+    """The picture with a black and white checkered square in the lower right of its largest centered square.
 
     Encoders crop pictures to that square, and some of them cut off its border as well: the trigger stays inside.
     """

@@ -73,11 +73,11 @@ class DataSettings(BaseModel):
         description="hf: names for labels that are numbers or codes: a list in the order of the sorted labels, or a "
         "table from label to name; absent: the labels themselves",
     )
-    grey_range: list[float] | None = Field(
+    gray_range: list[float] | None = Field(
         default=None,
         min_length=2,
         max_length=2,
-        description="the values that are black and white in grey pictures of more than 8 bits, for example [0, 4095] "
+        description="the values that are black and white in gray pictures of more than 8 bits, for example [0, 4095] "
         "for 12 bits, or a window in Hounsfield units for DICOM; absent: as each file says, and a file that does not "
         "say is not read",
     )
@@ -92,7 +92,7 @@ class DataSettings(BaseModel):
             raise ValueError(f"two classes are named {twice!r}; give each a name of its own")
         return names
 
-    @field_validator("grey_range")
+    @field_validator("gray_range")
     @classmethod
     def _two_values(cls, ends: list[float] | None) -> list[float] | None:
         if ends is not None and not (all(math.isfinite(end) for end in ends) and ends[0] != ends[1]):
@@ -113,8 +113,8 @@ class DataSettings(BaseModel):
         for key in ("image_column", "label_column", "domain_column", "hf_config", "revision", "class_names"):
             if getattr(self, key) is not None and not self.source.startswith("hf:"):
                 raise ValueError(f"{key} applies to a source 'hf:NAME_OR_PATH' only, not to {self.source!r}")
-        if self.grey_range is not None and self.source in ("digits", "textile"):
-            raise ValueError(f"grey_range does not apply to {self.source!r}, whose pictures have 8 bits")
+        if self.gray_range is not None and self.source in ("digits", "textile"):
+            raise ValueError(f"gray_range does not apply to {self.source!r}, whose pictures have 8 bits")
         return self
 
 

@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image
 
 from sordino.files import user_path
-from sordino.tasks.folders import image_folder, labelled_folders
-from sordino.tasks.images import ImageSet, with_grey_range
+from sordino.tasks.folders import image_folder, labeled_folders
+from sordino.tasks.images import ImageSet, with_gray_range
 from sordino.tasks.settings import DataSettings
 
 __all__ = ["ImageSet", "load_images"]
@@ -22,10 +22,10 @@ def load_images(settings: DataSettings) -> ImageSet:
         DataError: the source is missing, empty, or not laid out as it should be.
     """
     images = _listed(settings)
-    if settings.grey_range is None:
+    if settings.gray_range is None:
         return images
-    black, white = settings.grey_range
-    return with_grey_range(images, (black, white))
+    black, white = settings.gray_range
+    return with_gray_range(images, (black, white))
 
 
 def _listed(settings: DataSettings) -> ImageSet:
@@ -69,4 +69,4 @@ def _textile() -> ImageSet:
         "fabric with a local defect": package.local_dir(),
         "fabric with a global defect": package.global_dir(),
     }
-    return labelled_folders("textile", package.textile_simulated_root(), folders)
+    return labeled_folders("textile", package.textile_simulated_root(), folders)

@@ -1,4 +1,4 @@
-"""From labelled pictures to a `Task`: who trains on what, and which pictures each accuracy is measured on.
+"""From labeled pictures to a `Task`: who trains on what, and which pictures each accuracy is measured on.
 
 A *cell* is a class, or a (domain, class) pair where the partition is by domain. Training and test pictures are drawn
 cell by cell, each from a generator of its own, so that a cell's split does not change with the other cells, the number

@@ -9,7 +9,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from typer.testing import CliRunner
 
-from sordino.cli import app
+from sordino.cli.app import app
 from sordino.errors import ConfigError
 from sordino.mpc.parties.certificates import AUTHORITY, CERTIFICATE, KEY, ROLES, Identity, make_certificates
 

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
-from sordino.cli import app
+from sordino.cli.app import app
 from sordino.encoders.bundled import TEXT_MODEL, package_path
 from sordino.errors import ConfigError
 from sordino.mpc.dealing.costs import Cost

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
 from typer.testing import CliRunner
 
-from sordino.cli import app
+from sordino.cli.app import app
 from sordino.encoders.bert_folder import EMBEDDINGS
 from sordino.encoders.bundled import TEXT_MODEL, Embedder, TextTower, package_path
 from sordino.errors import ConfigError

@@ -20,10 +20,10 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import ArrayLike
 
 from sordino.errors import DataError
+from sordino.secure.encryption import EncryptingCipher
 from sordino.secure.errors import SecureError
 from sordino.secure.field import Elements, Entropy
 from sordino.secure.messages import Numbers, Octets, read
-from sordino.secure.sealed import EncryptingSealer
 from sordino.secure.sums.discrete_gaussian import Bits, discrete_gaussian, system_bits
 from sordino.secure.sums.masks import pair_mask, self_mask, to_limbs
 from sordino.secure.sums.messages import (
@@ -71,7 +71,7 @@ class SumClient:
             raise SecureError(f"client {number} is not one of the {setup.clients} of this sum, numbered from 0")
         self.setup, self.number, self.vector = setup, number, vector
         self._bits, self._entropy = bits, entropy
-        self._sealer = EncryptingSealer(b"sordino secure sum")
+        self._cipher = EncryptingCipher(b"sordino secure sum")
         self._seed = entropy(SECRET)
         self._mask_secret = entropy(SECRET)
         self._mask_private = X25519PrivateKey.from_private_bytes(self._mask_secret)
@@ -108,7 +108,7 @@ class SumClient:
         return reply.to_bytes()
 
     def _advertise(self) -> SumMessage:
-        keys = np.frombuffer(self._sealer.public_key, np.uint8), np.frombuffer(self._own_mask_key, np.uint8)
+        keys = np.frombuffer(self._cipher.public_key, np.uint8), np.frombuffer(self._own_mask_key, np.uint8)
         return Advertisement(*self._head, self.number, *keys)
 
     def _deal(self, roster: Roster) -> SumMessage:
@@ -126,7 +126,7 @@ class SumClient:
         sealing_keys = {member: key.tobytes() for member, key in zip(members, roster.sealing_keys, strict=True)}
         mask_keys = {member: key.tobytes() for member, key in zip(members, roster.mask_keys, strict=True)}
         if own not in sealing_keys or (sealing_keys[own], mask_keys[own]) != (
-            self._sealer.public_key,
+            self._cipher.public_key,
             self._own_mask_key,
         ):
             raise SecureError(f"the roster does not have client {own} with the keys that it advertised")
@@ -134,9 +134,9 @@ class SumClient:
             raise SecureError("the roster has one key twice; two clients, or one client's purposes, must not share one")
         secrets = np.concatenate([to_limbs(self._seed), to_limbs(self._mask_secret)])
         shares = self.setup.code.encode(secrets[None], self._entropy)  # [n, 10]
-        self._sealer.meet(sealing_keys)
+        self._cipher.meet(sealing_keys)
         sealed = [
-            self._sealer.seal(member, shares[member].astype("<u8").tobytes(), self._context(own, member))
+            self._cipher.seal(member, shares[member].astype("<u8").tobytes(), self._context(own, member))
             for member in members
             if member != own
         ]
@@ -176,7 +176,7 @@ class SumClient:
             raise SecureError(f"malformed: payloads of shape {delivery.payloads.shape} of {len(dealers)} dealers")
         held: dict[int, Elements] = {}
         for dealer, payload in zip(dealers, delivery.payloads, strict=True):
-            content = self._sealer.unseal(dealer, payload.tobytes(), self._context(dealer, own))
+            content = self._cipher.unseal(dealer, payload.tobytes(), self._context(dealer, own))
             shares = np.frombuffer(content, "<u8").astype(np.uint64).reshape(2, LIMBS)
             if (shares >= setup.code.field.modulus).any():
                 raise SecureError(f"the shares of client {dealer} are not in the field")

@@ -61,7 +61,7 @@ def discrete_gaussian(deviation: int, count: int, bits: Bits = system_bits) -> N
     samples = np.zeros(count, np.int64)
     filled = 0 if deviation else count
     while filled < count:
-        # About two thirds of the discrete Laplace candidates are accepted.
+        # MethodInfo two thirds of the discrete Laplace candidates are accepted.
         candidates = _discrete_laplace(deviation, min(PIECE, 2 * (count - filled) + 16), bits)
         accepted = candidates[_accepted(candidates, deviation, bits)][: count - filled]
         samples[filled : filled + len(accepted)] = accepted

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sordino.errors import DataError
 from sordino.secure.errors import SecureError
-from sordino.secure.local import Traffic, drive
+from sordino.secure.local import Traffic, run_exchange
 from sordino.secure.sums.charge import Charge
 from sordino.secure.sums.client import SumClient
 from sordino.secure.sums.discrete_gaussian import Bits
@@ -106,4 +106,4 @@ def local_sum(
         for number, row in enumerate(rows)
     ]
     traffic = Traffic()
-    return drive(SumServer(setup).sum(), parties, traffic, drop), traffic
+    return run_exchange(SumServer(setup).sum(), parties, traffic, drop), traffic

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from sordino.secure.clustering import Exchange
 from sordino.secure.errors import SecureError, TooFewAnswers
 from sordino.secure.field import Elements
-from sordino.secure.mail import Mail, Rejection
+from sordino.secure.mailbox import Mailbox, Rejection
 from sordino.secure.messages import AnyMessage, Message, Octets
 from sordino.secure.sums.masks import Ring, from_limbs, pair_mask, self_mask
 from sordino.secure.sums.messages import (
@@ -76,13 +76,13 @@ class SumServer:
     def __init__(self, setup: SumSetup) -> None:
         setup.check()
         self.setup = setup
-        self._mail = Mail(setup.round, range(setup.clients), setup.largest_message)
+        self._mailbox = Mailbox(setup.round, range(setup.clients), setup.largest_message)
         self._mask_keys: dict[int, bytes] = {}
 
     @property
     def rejected(self) -> list[Rejection]:
         """What was not taken, and from whom."""
-        return self._mail.rejected
+        return self._mailbox.rejected
 
     def sum(self) -> Exchange[SecureSum]:
         """Open the sum of the vectors of all who send one.
@@ -176,7 +176,7 @@ class SumServer:
         shares = np.stack([answers[client].shares for client in clients])
         decoded = code.decode(shares, clients, self.setup.threshold - 1, "unmasking")
         for client in decoded.bad:
-            self._mail.exclude(client, "unmasking", "its shares contradict the others'")
+            self._mailbox.exclude(client, "unmasking", "its shares contradict the others'")
         secrets: Elements = decoded.values[0]
         return secrets
 
@@ -207,8 +207,8 @@ class SumServer:
                 return str(error)
             return wrong(message)
 
-        answers = yield from self._mail.ask(question, kind, step, refused)
-        self._mail.clients = tuple(sorted(answers))
+        answers = yield from self._mailbox.ask(question, kind, step, refused)
+        self._mailbox.clients = tuple(sorted(answers))
         return answers
 
     def _enough(self, answers: Mapping[int, Message], step: str) -> list[int]:
@@ -228,8 +228,8 @@ class SumServer:
         twice |= {client for clients in owners.values() if len(clients) > 1 for client in clients}
         for client in sorted(twice):
             del answers[client]
-            self._mail.exclude(client, "advertising", "one of its keys is advertised twice")
-        self._mail.clients = tuple(sorted(answers))
+            self._mailbox.exclude(client, "advertising", "one of its keys is advertised twice")
+        self._mailbox.clients = tuple(sorted(answers))
 
     @property
     def _head(self) -> tuple[int, Octets]:

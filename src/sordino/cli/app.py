@@ -1,0 +1,373 @@
+"""The command line: parses, calls, prints. Heavy imports happen in the commands that need them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sordino.cli.console import at_work, fail, in_run_folder, run_command
+from sordino.cli.mpc import app as mpc
+from sordino.cli.terminal import live_progress, print_items, print_method, print_table
+from sordino.errors import ConfigError, SordinoError
+
+if TYPE_CHECKING:
+    from sordino.experiments.compare import Variant
+    from sordino.private_tuning.settings import PrivateTuning
+
+app = typer.Typer(
+    help="Federated prompt learning for frozen vision-language models, private and honest about it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="the experiment")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. settings.dp-fpl.rank=4")
+]
+OutFolder = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="where to write; default: a new runs/...")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on where DIR was interrupted")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="print one JSON object on standard output, and nothing else there")
+]
+
+privacy = typer.Typer(help="What a run costs in privacy: before it, and after it.", no_args_is_help=True)
+app.add_typer(privacy, name="privacy")
+app.add_typer(mpc, name="mpc")
+
+# The base of all errors of usage; typer has a public name for some of its heirs only.
+ClickException: Any = next(each for each in typer.BadParameter.__mro__ if each.__name__ == "ClickException")
+DEMO_ALGORITHMS = ("zero-shot", "local", "promptfl", "dp-fpl")
+DEMO_SHADOWS = 4  # few, so that the demo is short; `sordino audit` takes 64
+
+
+@app.command()
+def demo(out: OutFolder = None, resume: Resume = False, as_json: AsJson = False) -> None:
+    """Ten simulated clients learn prompts for handwritten digits, without and with privacy; no download."""
+    from sordino.experiments.compare import grid
+    from sordino.experiments.config import load_config
+
+    here = Path(__file__).parent
+    variants = grid(load_config(here / "demo.toml"), DEMO_ALGORITHMS)
+    variants += grid(load_config(here / "demo_private.toml"), ["dp-fpl"], {"privacy.epsilon": [8.0, 2.0]})
+    variants = [replace(each, shadows=DEMO_SHADOWS) if each.config.algorithm == "dp-fpl" else each for each in variants]
+    _compare(variants, 1, out, resume, as_json, "demo")
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: OutFolder = None,
+    resume: Resume = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run one method as a configuration says, and write a run directory."""
+    from sordino.experiments.config import load_config
+
+    experiment = load_config(config, overrides or [])
+    from sordino.experiments.run import run as run_experiment
+
+    folder = _folder(out, resume, f"{config.stem}-{experiment.algorithm}")
+    with live_progress() as progress:
+        summary = run_experiment(experiment, folder, resume, progress)
+    if as_json:
+        print(json.dumps(summary))
+        return
+    from sordino.experiments.compare import row_of
+
+    print_table([row_of([summary])])
+    print(summary["privacy"]["statement"])
+    print(f"Run directory: {folder}\nReport: {folder / 'report.html'}")
+
+
+@app.command()
+def compare(
+    config: ConfigFile,
+    algorithms: Annotated[str, typer.Option(help="names, separated by commas; see `sordino methods`")],
+    seeds: Annotated[int, typer.Option(min=1, help="how many seeds, from the configuration's on")] = 3,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=V1,V2", help="every value of a key, e.g. privacy.epsilon=inf,8,2; may be repeated"),
+    ] = None,
+    overrides: Overrides = None,
+    out: OutFolder = None,
+    resume: Resume = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run several methods with several seeds, and settings, over shared features; a table, a CSV and a report."""
+    from sordino.experiments.compare import grid
+    from sordino.experiments.config import load_config, toml_value
+
+    values: dict[str, list[Any]] = {}
+    for each in vary or []:
+        key, equals, texts = each.partition("=")
+        if not (equals and key and texts):
+            raise ConfigError("--vary", each, "write key=value,value,..., e.g. privacy.epsilon=inf,8,2")
+        values[key.strip()] = [toml_value(text.strip()) for text in texts.split(",")]
+    names = [name.strip() for name in algorithms.split(",") if name.strip()]
+    variants = grid(load_config(config, overrides or []), names, values)
+    _compare(variants, seeds, out, resume, as_json, f"compare-{config.stem}")
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, or one of `compare`")]) -> None:
+    """Write the report of a run directory anew."""
+    from sordino.experiments.run_lock import held
+    from sordino.report import write_report
+
+    runs = sorted(path.parent for path in folder.rglob("summary.json"))
+    if not runs:
+        raise ConfigError("RUN", str(folder), "holds no finished run (no summary.json in it or below it)")
+    at_work("repeat the command")
+    with held(folder):
+        print(write_report(runs, folder / "report.html", f"Sordino: {folder.name}"))
+
+
+@app.command("tune-private")
+def tune_private(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: OutFolder = None,
+    resume: Resume = False,
+    as_json: AsJson = False,
+    clear: Annotated[bool, typer.Option("--clear", help="without servers: the tower is here")] = False,
+) -> None:
+    """Tune a prompt for a private text tower by asking for features only; losses and the prompt stay here."""
+    from sordino.private_tuning.settings import load_private_config
+
+    settings = load_private_config(config, overrides or [])
+    from sordino.private_tuning.tuning import as_text, finished_before
+
+    folder, table = _folder(out, resume, f"{config.stem}-private"), ""
+    summary = finished_before(settings, folder, resume)
+    if summary is None:
+        summary, table = _tuned(settings, folder, resume, clear)
+    if as_json:
+        print(json.dumps(summary))
+        return
+    if table:
+        print(table)
+    print(as_text(summary))
+    print(f"Run directory: {folder}")
+
+
+@app.command()
+def audit(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run directory")],
+    attacks: Annotated[
+        str, typer.Option(help="of membership, canaries, inversion, stealing, distances")
+    ] = "membership,canaries,inversion,stealing,distances",
+    shadows: Annotated[int, typer.Option(min=4, help="shadow federations; each costs as much as the run")] = 64,
+    canaries: Annotated[int, typer.Option(min=8, help="planted examples; each costs a gradient every round")] = 128,
+    seed: Annotated[int, typer.Option(help="of the attacker's randomness")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Attack a finished run, and set what it claims beside what the attacks found."""
+    from sordino.audit.run import as_text
+    from sordino.audit.run import audit as attack
+
+    names = [name.strip() for name in attacks.split(",") if name.strip()]
+    at_work("nothing was changed, as an audit is written at its end; repeat the command")
+    with live_progress() as progress:
+        found = attack(folder, names, shadows, canaries, seed, progress)
+    print(json.dumps(found) if as_json else as_text(found))
+    if not as_json:
+        print(f"Report: {folder / 'report.html'}")
+
+
+@privacy.command("plan")
+def privacy_plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE.html", help="also a page with a plot")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say who will learn what, who adds the noise, and epsilon by round; nothing is trained."""
+    from sordino.experiments.config import load_config
+
+    experiment = load_config(config, overrides or [])
+    from sordino.experiments.privacy_plan import as_text, plan, write_page
+
+    chosen = plan(experiment)
+    if out is not None:
+        write_page(chosen, out)
+    print(json.dumps(chosen.as_dict()) if as_json else as_text(chosen))
+    if out is not None and not as_json:
+        print(f"Page: {out}")
+
+
+@privacy.command("ledger")
+def privacy_ledger(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run directories; several are composed")],
+    delta: Annotated[float | None, typer.Option(help="at which to state epsilon; default: the run's")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read what was released, and what that comes to; of several runs on the same data, together."""
+    from sordino.privacy.statement import as_text, read_ledgers, spending
+
+    ledger = read_ledgers(folders, delta)
+    print(json.dumps(spending(ledger)) if as_json else as_text(ledger))
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="one method, with its settings")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the methods: paper, what is personal, what is shared, what they promise; or tell all about one."""
+    from sordino.experiments.methods import card, rows
+
+    if name is not None:
+        described = card(name)
+        if as_json:
+            print(json.dumps(described.as_dict()))
+        else:
+            print_method(described)
+        return
+    if as_json:
+        print(json.dumps({"methods": rows()}))
+        return
+    print_items(rows())
+
+
+@app.command()
+def encoders(as_json: AsJson = False) -> None:
+    """List the encoders: sizes, capabilities, and whether they are ready."""
+    from sordino.experiments.doctor import describe_encoders
+
+    infos = describe_encoders()
+    if as_json:
+        print(json.dumps({"encoders": [vars(info) for info in infos]}))
+        return
+    by_checkpoint = "as the checkpoint says"
+    print_items(
+        [
+            {
+                "name": info.name,
+                "towers": info.towers,
+                "size": by_checkpoint if info.megabytes is None else f"{info.megabytes:.0f} MB of weights",
+                "features": by_checkpoint if info.feature_width is None else f"{info.feature_width} wide",
+                "context": by_checkpoint if info.context_width is None else f"{info.context_width} wide",
+                "can do": ", ".join(["text prompts", *info.capabilities]),
+                "ready": "yes" if info.ready else f"no: {info.missing}",
+            }
+            for info in infos
+        ]
+    )
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Check what this machine has, and say what is missing and how to mend it; exit code 1 if anything is."""
+    from sordino.experiments.doctor import examine
+
+    checks = examine()
+    if as_json:
+        print(json.dumps({"checks": [vars(check) for check in checks]}))
+    else:
+        for check in checks:
+            print(f"{'ok     ' if check.ok else 'missing'}  {check.name}: {check.finding}")
+    if not all(check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+def _compare(
+    variants: list[Variant],
+    seeds: int,
+    out: Path | None,
+    resume: bool,
+    as_json: bool,
+    label: str,
+) -> None:
+    from sordino.experiments.compare import compare as compare_variants
+
+    folder = _folder(out, resume, label)
+    with live_progress() as progress:
+        rows = compare_variants(variants, seeds, folder, resume, progress, f"Sordino: {label}")
+    if as_json:
+        print((folder / "comparison.json").read_text(encoding="utf-8").replace("\n", ""))
+        return
+    print_table(rows)
+    print(f"Run directory: {folder}\nReport: {folder / 'report.html'}")
+
+
+def _tuned(settings: PrivateTuning, folder: Path, resume: bool, clear: bool) -> tuple[dict[str, Any], str]:
+    """A search for a prompt in the clear or with servers: its summary, and the table of what it cost."""
+    from sordino.mpc.errors import PartyLost
+    from sordino.mpc.parties.session import connect
+    from sordino.mpc.tower.sentences import in_the_clear
+    from sordino.private_tuning.open_task import open_task
+    from sordino.private_tuning.tuning import owner_of, tower_of, tune_private
+
+    with live_progress() as progress:
+        if clear:
+            tower, task = tower_of(settings), open_task(settings, progress=progress)
+            if tower.width != task.embedder.width:
+                why = f"it takes embeddings {tower.width} wide, and the task's are {task.embedder.width} wide"
+                remedy = "give model.tower and model.embeddings of one checkpoint; without, both are the bundled one's"
+                raise ConfigError("model.tower", settings.model.tower, f"{why}; {remedy}")
+            return tune_private(settings, folder, task, in_the_clear(tower), True, None, resume, progress), ""
+        own, servers = owner_of(settings)
+        task = open_task(settings, progress=progress)
+        try:
+            with connect(own, servers, settings.session.timeout) as session:
+                found = tune_private(settings, folder, task, session.forward, False, session.costs, resume, progress)
+                return found, session.costs.table()
+        except PartyLost as error:
+            if not (folder / "config.toml").exists():  # which is written once the parties have answered
+                raise
+            raise PartyLost(f"{error}; with all parties there, go on with --resume --out {folder}") from None
+
+
+def _folder(out: Path | None, resume: bool, label: str) -> Path:
+    """The run directory: the one asked for, or a new one under runs/; it is named on standard error."""
+    if out is None and resume:
+        raise ConfigError("--resume", True, "say which run with --out DIR")
+    folder = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{label}" if out is None else out
+    in_run_folder(folder)
+    return folder
+
+
+def invoke(arguments: list[str] | None = None) -> int:
+    """Run one command; its exit code. Errors that the user can mend are one line."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its errors are ours to tell
+    command = typer.main.get_command(app)
+    try:
+        # Not the command's own `main`, which would end an interruption without a word.
+        with command.make_context("sordino", sys.argv[1:] if arguments is None else arguments) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        return int(end.exit_code)
+    except ClickException as error:
+        error.show()
+        return int(error.exit_code)
+    except SordinoError as error:
+        return fail(error)
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error))):
+            raise
+        reason = str(error).strip().splitlines()[:1] or ["no more is to be had"]
+        return fail(f"out of memory ({reason[0]}); choose smaller batches, fewer clients, or shorter prompts")
+    return 0
+
+
+# As torch says it, which has no class of its own for the CPU.
+_OUT_OF_MEMORY = re.compile(
+    "can't allocate memory|not enough memory|out of memory|overflow.*(size|numel)|numel.*overflow"
+)
+
+
+def main() -> None:
+    """The entry point."""
+    sys.exit(run_command(invoke))

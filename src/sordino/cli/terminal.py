@@ -1,0 +1,145 @@
+"""What the command line prints: progress, tables, and lists."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from sordino.experiments.compare import Row
+    from sordino.experiments.methods import Card
+    from sordino.progress import Progress
+
+ERRORS = Console(stderr=True)
+WIDE = 130  # columns from which a list of items is shown as a table
+
+
+@contextmanager
+def live_progress() -> Iterator[Progress]:
+    """Live bars on a terminal, a line per tenth where standard error is a file; the log goes to the same place."""
+    from rich.logging import RichHandler
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    handler = RichHandler(console=ERRORS, show_path=False, show_level=False, show_time=False)
+    logger = logging.getLogger("sordino")
+    logger.handlers, logger.level, logger.propagate = [handler], logging.INFO, False
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Bars(*columns, console=ERRORS, disable=not ERRORS.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def draw(stage: str, done: int, total: int, note: str = "") -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, note=note)
+            bars.update(tasks[stage], completed=done, total=total, note=note)
+            if bars.disable and (done == total or done % max(1, total // 10) == 0):
+                logger.info("%s: %d of %d %s", stage, done, total, note)
+
+        yield draw
+
+
+def print_table(rows: list[Row]) -> None:
+    from sordino.experiments.compare import SPLITS
+
+    splits = [split for split in SPLITS if any(row.accuracy[split] for row in rows)]
+    over = "seeds" if rows[0].seeds > 1 else "clients"
+    audited = any(row.attack is not None for row in rows)
+    poisoned = any(row.attack_success is not None for row in rows)
+    # Where there are attacks to show, 80 columns have no room for bytes; the report has them.
+    bytes_shown = not (audited or poisoned)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # three splits fit 80 columns
+    table.add_column("algorithm")  # the one that is wrapped where not all fit
+    measured = [*splits, *(["backdoor"] if poisoned else []), *(["sent up", "down"] if bytes_shown else [])]
+    for heading in (*measured, "seconds"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("private", no_wrap=True)
+    if audited:
+        table.add_column("attack", justify="right", no_wrap=True)
+    for row in rows:
+        cells = [_percent(row.accuracy[split]) for split in splits]
+        cells += [_percent(row.attack_success)] if poisoned else []
+        cells += [_bytes(row.upload_bytes), _bytes(row.broadcast_bytes)] if bytes_shown else []
+        found = ["-" if row.attack is None else f"{row.attack:.2f}"] if audited else []
+        table.add_row(_label(row), *cells, f"{row.seconds:.0f}", _privacy(row), *found)
+    console = Console()
+    console.print(table)
+    sent = " Sent up and down: by one client in one round." if bytes_shown else ""
+    backdoor = " Backdoor: test images of other classes that an attacker's trigger turns into the attacker's target."
+    attack = " Attack: area under the ROC curve of membership inference on the prompts; 0.5 is guessing."
+    console.print(
+        f"Accuracy in percent, mean ± standard deviation over {over}: local on what a client trains on, neighbor on "
+        f"what others train on, overall on both.{backdoor if poisoned else ''}{sent} Private: epsilon, or yes where "
+        f"nothing learned from images left a client, no where it left without noise.{attack if audited else ''}",
+        highlight=False,
+    )
+
+
+def print_items(items: Sequence[Mapping[str, str]]) -> None:
+    """A table where there is room for one, else each item under its name, a line a property."""
+    console = Console(highlight=False)
+    if console.width >= WIDE:
+        table = Table(box=None, pad_edge=False, row_styles=["", "dim"])
+        for key in items[0]:
+            table.add_column(key, no_wrap=key == "name", overflow="fold")
+        for item in items:
+            table.add_row(*item.values())
+        console.print(table)
+        return
+    for item in items:
+        console.print(item["name"], style="bold", markup=False)
+        lines = Table.grid(padding=(0, 2), pad_edge=True)
+        for key, value in item.items():
+            if key != "name":
+                lines.add_row(f"  {key}", value)
+        console.print(lines)
+
+
+def print_method(card: Card) -> None:
+    """All about one method: its docstring, what it keeps and sends, its settings."""
+    console = Console(highlight=False)
+    console.print(re.sub(r"(?<=\S)\n(?=[^\s*-])", " ", card.text), markup=False)  # lines of a paragraph joined
+    about = Table.grid(padding=(0, 2))
+    for key in ("personal", "shared", "privacy", "needs"):
+        about.add_row(key, getattr(card.about, key))
+    for content in card.discloses:
+        about.add_row("leaves", content)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("setting", "default", "meaning"):
+        table.add_column(heading, no_wrap=heading == "setting")
+    for each in card.settings:
+        table.add_row(each.name, each.default, each.meaning)
+    for part in ("", about, "", table):
+        console.print(part, markup=False)
+
+
+def _label(row: Row) -> str:
+    """The algorithm, and what varies by the last part of its name."""
+    varied = re.sub(r"[\w.-]*\.([\w-]+=)", r"\1", row.variation)
+    return f"{row.algorithm} {varied}".strip()
+
+
+def _privacy(row: Row) -> str:
+    epsilon = f"ε = {row.epsilon:.3g}" if row.epsilon else ""
+    if row.simulated:
+        return f"simulated {epsilon}" if epsilon else "no"
+    return (epsilon or "yes") if row.private else "no"
+
+
+def _percent(value: tuple[float, float] | None) -> str:
+    return "-" if value is None else f"{100 * value[0]:.1f} ± {100 * value[1]:.1f}"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB" if count >= 1e3 else f"{count} B"

@@ -1,0 +1,219 @@
+"""What a run will cost in privacy, before it is trained: who learns what, who adds the noise, epsilon by round."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sordino.algorithms import algorithm, settings_for
+from sordino.experiments.config import Experiment
+from sordino.files import write_atomically
+from sordino.privacy.accounting import Spent, formula_epsilon
+from sordino.privacy.choice import mechanism_for
+from sordino.privacy.ledger import Ledger, Observer
+from sordino.privacy.mechanism import Mechanism
+from sordino.privacy.statement import WHO, statement, views
+from sordino.runtime import aggregation
+from sordino.runtime.local import mechanism_inputs, participant_count
+from sordino.tasks.poisoning import poisoned
+from sordino.tasks.sources import load_images
+from sordino.tasks.splits import build_task
+
+POINTS = 12  # of the curve of epsilon by round
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's privacy, before it.
+
+    Attributes:
+        config: the run.
+        mechanism: with its noise matched to the budget.
+        views: what each observer will have learned at the end.
+        by_round: (round, epsilon of each observer, in the order of `views`), ascending.
+    """
+
+    config: Experiment
+    mechanism: Mechanism
+    views: tuple[Spent, ...]
+    by_round: tuple[tuple[int, tuple[float, ...]], ...]
+
+    @property
+    def ledger(self) -> Ledger:
+        """As the whole run will leave it."""
+        return self.mechanism.total
+
+    def seen_by(self, observer: Observer) -> list[str]:
+        """What an observer sees, a line a kind: noised, and by whom, or not."""
+        noised: dict[tuple[str, str], list[int]] = {}
+        for each in self.ledger.releases:
+            if observer in each.observers:
+                noised.setdefault((each.content, each.noise_by), []).append(each.steps)
+        lines = [
+            f"{content}, {max(steps):,} times; noise by {_NOISE_BY[noise_by]}"
+            for (content, noise_by), steps in noised.items()
+        ]
+        bare = [f"{each.content}: no noise" for each in self.ledger.disclosures if observer in each.observers]
+        return [*lines, *bare] or ["nothing that was learned from images"]
+
+    def formula(self) -> float | None:
+        """The epsilon that public implementations of DP-FPL would claim for this noise; it does not hold."""
+        if not self.ledger.releases or self.mechanism.delta is None or self.mechanism.noise_multiplier == 0:
+            return None
+        return formula_epsilon(self.mechanism.noise_multiplier, self.mechanism.inputs.rounds, self.mechanism.delta)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`; what does not apply, or is infinite, is null."""
+        inputs = self.mechanism.inputs
+        return {
+            "algorithm": self.config.algorithm,
+            "mechanism": self.config.privacy.mechanism,
+            "unit": self.config.privacy.unit,
+            "rounds": inputs.rounds,
+            "delta": self.mechanism.delta,
+            "noise_multiplier": self.mechanism.noise_multiplier if self.ledger.releases else None,
+            "noise_by": self.config.privacy.noise_by if self.ledger.releases else None,
+            "statement": statement(self.ledger, self.config.privacy.unit),
+            "observers": [
+                {
+                    "observer": view.observer,
+                    "trusted": view.observer in self.ledger.trusted,
+                    "sees": self.seen_by(view.observer),
+                    "epsilon": _finite(view.epsilon),
+                    "epsilon_rdp": _finite(view.epsilon_rdp),
+                }
+                for view in self.views
+            ],
+            "epsilon_by_round": [
+                {"round": number, "epsilon": dict(zip(WHO, map(_finite, epsilons), strict=True))}
+                for number, epsilons in self.by_round
+            ],
+            "formula_epsilon": self.formula(),
+        }
+
+
+_NOISE_BY = {"client": "each client", "server": "the server", "shares": "all clients, a share each"}
+
+
+def planned_mechanism(config: Experiment) -> Mechanism:
+    """The mechanism that a configuration will be run with; lists its images, encodes none, trains nothing.
+
+    Raises:
+        SordinoError: the configuration cannot be run.
+    """
+    method, settings = algorithm(config.algorithm), settings_for(config.algorithm, config.settings)
+    images = load_images(config.data)
+    task = build_task(images, config.data, config.partition, config.seed)
+    if config.poisoning is not None:
+        task = poisoned(task, config.poisoning, len(images), config.seed)
+    sizes = [len(rows) for rows in task.train]
+    sizes = [sum(sizes)] if method.ABOUT.pools_data else sizes
+    rounds = config.rounds if method.ABOUT.trains else 0
+    inputs = mechanism_inputs(method, settings, sizes, rounds, config.runtime, config.seed)
+    count = participant_count(len(sizes), config.runtime.participation)
+    aggregation.check(config.runtime, config.privacy, method.ABOUT, count)
+    return mechanism_for(config.privacy, inputs, None)
+
+
+def plan(config: Experiment) -> Plan:
+    """The plan of a configuration.
+
+    Raises:
+        SordinoError: the configuration cannot be run.
+    """
+    chosen, unit = planned_mechanism(config), config.privacy.unit
+    rounds = chosen.inputs.rounds
+    numbers = sorted({max(1, round(rounds * step / POINTS)) for step in range(1, POINTS + 1)}) if rounds else []
+    by_round = [
+        (number, tuple(each.epsilon for each in views(chosen.empty_ledger().add(chosen.planned(number)), unit)))
+        for number in numbers
+    ]
+    return Plan(config, chosen, tuple(views(chosen.total, unit)), tuple(by_round))
+
+
+def as_text(chosen: Plan, curve: bool = True) -> str:
+    """A plan for a terminal, with or without a curve of epsilon by round."""
+    inputs, settings, ledger = chosen.mechanism.inputs, chosen.config.privacy, chosen.ledger
+    low, high = min(inputs.sizes), max(inputs.sizes)
+    held = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    lines = [
+        f"{chosen.config.algorithm} on {chosen.config.data.source}: {len(inputs.sizes):,} "
+        f"{'party' if len(inputs.sizes) == 1 else 'clients'} with {held} examples each, {inputs.rounds:,} rounds.",
+    ]
+    if ledger.releases:
+        rates = sorted({each.sampling_rate for each in ledger.releases})
+        between = f"{rates[0]:.3g}" if len(rates) == 1 else f"{rates[0]:.3g} to {rates[-1]:.3g}"
+        lines.append(
+            f"Mechanism: {settings.mechanism}, noise multiplier {chosen.mechanism.noise_multiplier:.4g}, added by "
+            f"{_NOISE_BY[settings.noise_by]}; sampling rate {between}; delta {chosen.mechanism.delta:.2g}."
+        )
+    lines += ["", "Who learns what:"]
+    for view in chosen.views:
+        trusted = " (trusted)" if view.observer in ledger.trusted else ""
+        lines.append(
+            f"  {WHO[view.observer]}{trusted}: epsilon {_words(view.epsilon)} (by RDP {_words(view.epsilon_rdp)})"
+        )
+        lines += [f"    {line}" for line in chosen.seen_by(view.observer)]
+    worst = [(number, _worst(chosen, epsilons)) for number, epsilons in chosen.by_round]
+    if curve and ledger.releases and all(math.isfinite(epsilon) for _, epsilon in worst):
+        most = max(epsilon for _, epsilon in worst)
+        lines += ["", "Epsilon by round, for whoever is not trusted:"]
+        lines += [
+            f"  {number:>6,}  {epsilon:8.4g}  {'#' * max(1, round(40 * epsilon / (most or 1)))}"
+            for number, epsilon in worst
+        ]
+    lines += ["", statement(ledger, settings.unit)]
+    formula = chosen.formula()
+    if formula is not None:
+        lines.append(
+            f"Public implementations' formula would claim epsilon = {formula:.4g} for this noise; it does not hold."
+        )
+    return "\n".join(lines)
+
+
+def write_page(chosen: Plan, path: Path) -> None:
+    """A plan as one HTML page with a plot of epsilon by round.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    from html import escape
+
+    import plotly.graph_objects as go
+    import plotly.io
+
+    figure = go.Figure(layout={"xaxis": {"title": "round"}, "yaxis": {"title": "epsilon", "rangemode": "tozero"}})
+    for index, view in enumerate(chosen.views):
+        points = [(number, epsilons[index]) for number, epsilons in chosen.by_round if math.isfinite(epsilons[index])]
+        if points:
+            figure.add_scatter(
+                x=[x for x, _ in points], y=[y for _, y in points], name=WHO[view.observer], mode="lines+markers"
+            )
+    budget = chosen.config.privacy.epsilon
+    if budget is not None and math.isfinite(budget):
+        figure.add_hline(y=budget, line_dash="dash", annotation_text="budget")
+    text = escape(as_text(chosen, curve=False))
+    plot = plotly.io.to_html(figure, include_plotlyjs=True, full_html=False, config={"displaylogo": False})
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Privacy plan</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        "<style>body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
+        "pre{white-space:pre-wrap}</style></head>\n"
+        f"<body><h1>Privacy plan</h1>\n<pre>{text}</pre>\n<h2>Epsilon by round</h2>\n{plot}</body></html>\n"
+    )
+    write_atomically(path, page.encode())
+
+
+def _worst(chosen: Plan, epsilons: tuple[float, ...]) -> float:
+    pairs = zip(chosen.views, epsilons, strict=True)
+    return max((epsilon for view, epsilon in pairs if view.observer not in chosen.ledger.trusted), default=0.0)
+
+
+def _words(epsilon: float) -> str:
+    return f"{epsilon:.4g}" if math.isfinite(epsilon) else "unbounded"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

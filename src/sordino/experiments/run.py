@@ -1,0 +1,311 @@
+"""The one path from a configuration to a finished run directory."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+
+import sordino
+from sordino.algorithms import algorithm, settings_for
+from sordino.encoders.base import DualEncoder
+from sordino.encoders.prompt_model import Prompt, PromptModel, named_parts, prompt_count
+from sordino.experiments.config import Experiment, resolved, to_toml
+from sordino.experiments.data_digests import data_record, party_digests
+from sordino.experiments.data_record import pin
+from sordino.experiments.features import EncodedDataset
+from sordino.experiments.run_folder import Metrics, prepare, started_with
+from sordino.experiments.run_lock import held
+from sordino.files import write_atomically
+from sordino.privacy.ledger import Ledger
+from sordino.privacy.noise import new_nonce
+from sordino.privacy.statement import as_summary
+from sordino.progress import Progress, log, silent
+from sordino.report import write_report
+from sordino.runtime import checkpoint
+from sordino.runtime.evaluate import Evaluation, EvaluationSet, Scores
+from sordino.runtime.local import Diverged, LocalRuntime, Training
+from sordino.runtime.records import RoundRecord
+from sordino.tasks.splits import Task
+
+LEDGER = "ledger.json"
+COUNTED = ("seconds", "evaluate_seconds", "upload_bytes", "broadcast_bytes", "participants")  # of a line of metrics
+DISTANCES = "distances"  # folder: what a server that clusters on shares saw, a file a round
+
+
+def run(
+    config: Experiment,
+    out: Path,
+    resume: bool = False,
+    progress: Progress = silent,
+    dataset: EncodedDataset | None = None,
+) -> dict[str, Any]:
+    """Train, evaluate and write a run directory.
+
+    Args:
+        config: what to do.
+        out: the run directory; must not exist, unless `resume`.
+        resume: go on after the last checkpoint in `out`.
+        progress: is told how far the run is.
+        dataset: data and encoder, where several runs share them.
+
+    Returns:
+        The summary, as in `summary.json`.
+
+    Raises:
+        SordinoError: before anything is trained where input is bad; later where the disk is full or training diverges.
+    """
+    with held(out):
+        config = _with_nonce(config, out)
+        tables = resolved(config)
+        summary = prepare(out, tables, resume)
+        if summary is None:
+            summary = _run(config, tables, out, resume, progress, dataset or EncodedDataset.open(config))
+        if not (out / "report.html").exists():
+            write_report([out], out / "report.html", f"Sordino: {config.algorithm} on {config.data.source}")
+    return summary
+
+
+def _with_nonce(config: Experiment, out: Path) -> Experiment:
+    """The configuration with the nonce that a simulation was started with, or with a new one."""
+    if not (config.privacy.simulation and config.privacy.on and config.privacy.nonce is None):
+        return config
+    nonce = started_with(out).get("privacy", {}).get("nonce") or new_nonce()
+    return config.model_copy(update={"privacy": config.privacy.model_copy(update={"nonce": nonce})})
+
+
+def _run(
+    config: Experiment, tables: dict[str, Any], out: Path, resume: bool, progress: Progress, dataset: EncodedDataset
+) -> dict[str, Any]:
+    task, encoding = dataset.task(config, progress)
+    started = time.monotonic()
+    runtime, evaluation = assemble(config, dataset, task)
+    pin(out, data_record(dataset, task))  # before config.toml, so that where there is one there is the other
+    if not (out / "config.toml").exists():
+        write_atomically(out / "config.toml", to_toml(tables).encode())
+    training = _resumed(runtime, out) if resume else runtime.start()
+    metrics = Metrics(out / "metrics.jsonl", training.round, numbers=COUNTED)
+    training, scores = _train(config, runtime, evaluation, training, metrics, out, progress)
+    ledger = training.ledger
+    write_atomically(out / LEDGER, ledger.to_json().encode())
+    _save_prompts(out / "prompts", config, dataset.encoder, task, runtime.prompts(training), ledger)
+    seconds = {
+        "encode": encoding.seconds,
+        "train": metrics.seconds("seconds"),
+        "evaluate": metrics.seconds("evaluate_seconds"),
+        "total": encoding.seconds + time.monotonic() - started,
+    }
+    summary = {
+        "algorithm": config.algorithm,
+        "encoder": dataset.encoder.name,
+        "dataset": config.data.source,
+        "clients": task.clients,
+        "rounds": training.round,
+        "seed": config.seed,
+        "accuracy": scores.means(),
+        "attack_success": scores.mean_attack_success(),
+        "per_client": _per_client(task, scores),
+        "privacy": as_summary(ledger, config.privacy.unit) | {"rounds_unpaid": runtime.rounds - training.round},
+        "communication": _communication(metrics, _handed_over(runtime, dataset, task)),
+        "seconds": seconds,
+        "images": {
+            "encoded": encoding.encoded,
+            "cached": encoding.cached,
+            "skipped": [asdict(skipped) for skipped in dataset.skipped],
+            "passed_over": [asdict(part) for part in dataset.images.passed_over],
+            "copies": dataset.copies(task).as_summary(),
+        },
+        "version": sordino.__version__,
+    }
+    # At the very end, as it marks the run as finished.
+    write_atomically(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    return summary
+
+
+def assemble(config: Experiment, dataset: EncodedDataset, task: Task) -> tuple[LocalRuntime, Evaluation]:
+    """The federation of a configuration, ready to be trained, and the splits that it is evaluated on.
+
+    Raises:
+        ConfigError: the method's settings or the privacy mechanism do not fit.
+    """
+    device = dataset.encoder.device
+    labels = torch.from_numpy(task.labels)
+
+    def evaluation_set(model: PromptModel, rows: np.ndarray[Any, np.dtype[np.int64]]) -> EvaluationSet:
+        chosen = torch.from_numpy(rows)
+        return EvaluationSet(model, features[chosen].to(device), labels[chosen].to(device))
+
+    model = dataset.model(config, task.class_names)
+    features = dataset.tables[model.reads].features
+    evaluation = Evaluation(
+        evaluation_set(model, task.test),
+        torch.from_numpy(task.local),
+        torch.from_numpy(task.neighbor),
+        evaluation_set(dataset.model(config, task.novel_names), task.novel) if task.novel_names else None,
+        evaluation_set(model, task.domain) if len(task.domain) else None,
+        evaluation_set(model, task.triggered) if len(task.triggered) else None,
+        task.attackers,
+    )
+    held = np.concatenate(task.train)
+    ends = np.cumsum([len(rows) for rows in task.train])
+    runtime = LocalRuntime(
+        algorithm(config.algorithm),
+        settings_for(config.algorithm, config.settings),
+        model,
+        features[torch.from_numpy(held)].to(device),
+        labels[torch.from_numpy(held)].to(device),
+        [range(end - len(rows), end) for rows, end in zip(task.train, ends, strict=True)],
+        config.rounds,
+        config.runtime,
+        config.seed,
+        config.privacy,
+        dict.fromkeys(range(task.attackers), config.poisoning.boost) if config.poisoning else {},
+        party_digests(dataset, task),
+    )
+    return runtime, evaluation
+
+
+def _resumed(runtime: LocalRuntime, out: Path) -> Training:
+    """Where an interrupted run stands.
+
+    Rounds after the last checkpoint are run again. A simulation releases the same numbers again, which tells nothing
+    new. Noise from the operating system is new each time, so what was released stays counted.
+    """
+    start = runtime.start()
+    training = checkpoint.load(out / "checkpoint", start) or start
+    if runtime.privacy.simulation:
+        return training
+    ledger = Ledger.from_json((out / LEDGER).read_bytes()) if (out / LEDGER).exists() else training.ledger
+    training = replace(training, ledger=ledger)
+    if training.round == runtime.rounds or not runtime.within_budget(training):
+        return training  # nothing more is released
+    # A new name from here on: of two copies of a directory that both go on, the releases differ.
+    return replace(training, ledger=replace(ledger, run=start.ledger.run))
+
+
+def _train(
+    config: Experiment,
+    runtime: LocalRuntime,
+    evaluation: Evaluation,
+    training: Training,
+    metrics: Metrics,
+    out: Path,
+    progress: Progress,
+) -> tuple[Training, Scores]:
+    """All remaining rounds; a line of metrics for each, and for the start."""
+    scores: Scores | None = None
+    if training.round == 0 and not metrics.lines:
+        scores = _record(metrics, RoundRecord(0, 0.0, 0, 0, 0), 0.0, runtime, evaluation, training)
+    unlimited = runtime.pays_for_all(training)
+    while training.round < runtime.rounds:
+        if not (unlimited or runtime.within_budget(training)):
+            log.warning("the privacy budget is spent after round %d of %d", training.round, runtime.rounds)
+            break
+        started = time.monotonic()
+        try:
+            training, record = runtime.round(training)
+        except Diverged as error:  # its round is lost, and what it released is not
+            write_atomically(out / LEDGER, error.ledger.to_json().encode())
+            raise
+        if training.ledger.releases:  # before anything else of this round is written, so that nothing goes uncounted
+            write_atomically(out / LEDGER, training.ledger.to_json().encode())
+        if record.protocol and record.protocol.opened:
+            content = json.dumps(record.protocol.distances()).encode()
+            write_atomically(out / DISTANCES / f"round-{training.round:06d}.json", content)
+        last = training.round == runtime.rounds
+        due = last or training.round % config.runtime.evaluate_every == 0
+        scores = _record(metrics, record, time.monotonic() - started, runtime, evaluation if due else None, training)
+        if training.round % config.runtime.checkpoint_every == 0:
+            checkpoint.save(out / "checkpoint", training)
+        progress(f"{config.algorithm} (seed {config.seed})", training.round, runtime.rounds, f"loss {record.loss:.3f}")
+    checkpoint.save(out / "checkpoint", training)
+    return training, scores or evaluation.scores(runtime.prompts(training))
+
+
+def _record(
+    metrics: Metrics,
+    record: RoundRecord,
+    seconds: float,
+    runtime: LocalRuntime,
+    evaluation: Evaluation | None,
+    training: Training,
+) -> Scores | None:
+    """Evaluate where an evaluation is given, and write the round's line."""
+    started = time.monotonic()
+    scores = evaluation.scores(runtime.prompts(training)) if evaluation else None
+    line = record.line() | {
+        "loss": record.loss if record.round and math.isfinite(record.loss) else None,  # JSON has no NaN
+        "seconds": seconds,
+        "evaluate_seconds": time.monotonic() - started,
+        "accuracy": scores.means() if scores else None,
+        "attack_success": scores.mean_attack_success() if scores else None,
+    }
+    metrics.add(line)
+    return scores
+
+
+def _handed_over(runtime: LocalRuntime, dataset: EncodedDataset, task: Task) -> int:
+    """Bytes of the images that clients hand over before training, where a method pools them."""
+    if not runtime.algorithm.ABOUT.pools_data:
+        return 0
+    return sum(len(dataset.images.raw(int(row))) for rows in task.train for row in rows)
+
+
+def _communication(metrics: Metrics, handed_over: int) -> dict[str, int]:
+    """What crossed the wire, in bytes of serialized messages, and of images where those are handed over."""
+    rounds = [line for line in metrics.lines if line["round"] > 0]
+    return {
+        "upload_bytes_per_client_round": max((line["upload_bytes"] for line in rounds), default=0),
+        "broadcast_bytes_per_client_round": max((line["broadcast_bytes"] for line in rounds), default=0),
+        "total_upload_bytes": handed_over + sum(line["upload_bytes"] * line["participants"] for line in rounds),
+        "total_broadcast_bytes": sum(line["broadcast_bytes"] * line["participants"] for line in rounds),
+    }
+
+
+def _per_client(task: Task, scores: Scores) -> list[dict[str, Any]]:
+    return [
+        {
+            "client": line["client"],
+            "local": scores.local[index],
+            "neighbor": scores.neighbor[index],
+            "overall": scores.overall[index],
+            "novel": scores.novel[index],
+            "domain": scores.domain[index],
+            "attack_success": scores.attack_success[index],
+            "examples": line["images"],
+            "classes": line["classes"],
+            "domains": line["domains"] or None,
+        }
+        for index, line in enumerate(task.summary())
+    ]
+
+
+def _save_prompts(
+    folder: Path, config: Experiment, encoder: DualEncoder, task: Task, prompt: Prompt, ledger: Ledger
+) -> None:
+    """One file a client, or one for all where they share a prompt; each says what it belongs to."""
+    parts = {name: part.cpu() for name, part in named_parts(prompt).items()}
+    names: Sequence[str] = [f"client-{client:04d}" for client in range(prompt_count(prompt))]
+    if len(names) == 1:
+        names = ["shared"]
+    for client, name in enumerate(names):
+        metadata = {
+            "algorithm": config.algorithm,
+            "encoder": encoder.name,
+            "encoder_fingerprint": encoder.fingerprint,
+            "classes": json.dumps(task.class_names),
+            "ledger_sha256": ledger.digest(),
+            "private": json.dumps(ledger.private),
+            "simulated": json.dumps(ledger.simulated),
+        }
+        own = {part: tensor[client].contiguous() for part, tensor in parts.items()}
+        content = safetensors.torch.save(own, metadata=metadata)
+        write_atomically(folder / f"{name}.safetensors", content)

@@ -1,0 +1,164 @@
+"""What every run directory has: a configuration that it belongs to, and a line of metrics for each step."""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sordino.errors import RunError
+from sordino.experiments.config import first_difference
+from sordino.experiments.run_lock import is_empty, writable
+from sordino.files import write_atomically
+from sordino.progress import log
+
+SUMMARY_KEYS = ("accuracy", "seconds", "version")  # of every command's summary
+
+
+def prepare(out: Path, tables: Mapping[str, Any], resume: bool, free: Sequence[str] = ()) -> dict[str, Any] | None:
+    """Check that `out` may be written; the summary of a run that is finished already.
+
+    Args:
+        out: the run directory.
+        tables: the configuration, resolved.
+        resume: whether it is to go on.
+        free: tables that may differ from those that it was started with.
+
+    Raises:
+        RunError: it may not; the message says what to do.
+    """
+    writable(out)
+    if not resume:
+        if not is_empty(out):
+            raise RunError(f"{out} exists; go on with --resume, or choose another --out")
+        return None
+    old = started_with(out)
+    if not old:
+        return None
+    before, after = ({key: value for key, value in each.items() if key not in free} for each in (old, tables))
+    difference = first_difference(before, after)
+    if difference:
+        key, before, after = difference
+        raise RunError(
+            f"the configuration changed since {out} was started: {key} was {before!r} and is {after!r}; "
+            "change it back or choose another --out"
+        )
+    return _summary(out / "summary.json")
+
+
+def _summary(file: Path) -> dict[str, Any] | None:
+    """What a finished run says of itself; None where it is not there, or damaged, as it can be made again."""
+    if not file.exists():
+        return None
+    try:
+        summary = json.loads(file.read_bytes())
+        if not (isinstance(summary, dict) and set(SUMMARY_KEYS) <= set(summary)):
+            raise ValueError("it lacks what every summary has")
+    except OSError as error:
+        raise RunError(f"{file} cannot be read: {error.strerror}; mend its permissions") from None
+    except (ValueError, RecursionError) as error:
+        log.warning("%s is damaged (%s); it is made again from what was trained", file, error)
+        return None
+    return summary
+
+
+def started_with(out: Path) -> dict[str, Any]:
+    """The configuration that a run was started with; empty where there is none.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    config_file = out / "config.toml"
+    try:
+        return tomllib.loads(config_file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{config_file} cannot be read ({error}); choose another --out") from None
+
+
+class Metrics:
+    """`metrics.jsonl`: a line a round, of the rounds up to the one that training resumes after.
+
+    Attributes:
+        lines: what it holds.
+    """
+
+    def __init__(self, path: Path, last: int, key: str = "round", numbers: Sequence[str] = ()) -> None:
+        """Read what an interrupted run left, and drop the lines after `last`.
+
+        Args:
+            path: of the file.
+            last: the round that training resumes after; 0 where it starts.
+            key: the entry that numbers the lines.
+            numbers: entries that every line must have as numbers.
+
+        Raises:
+            RunError: a line is damaged, other than by a process that stopped in the middle of the last one, or a round
+                is missing; nothing was changed.
+        """
+        self.path = path
+        lines = _read_lines(path, key, (key, *numbers))
+        self.lines = [line for line in lines if line[key] <= last]
+        held = [line[key] for line in self.lines]
+        if held != list(range(last + 1)) and (last or held):
+            missing = sorted(set(range(last + 1)) - set(held))
+            what = f"lacks {key} {missing[0]}" if missing else f"does not hold each {key} once and in order"
+            raise RunError(f"{path} {what}, though the run got beyond it; {_REMEDY}")
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Write a line."""
+        self.lines.append(line)
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # before the checkpoint that follows, which is flushed too
+        except OSError as error:
+            raise RunError(
+                f"cannot write {self.path}: {error.strerror}; free space, then go on with --resume"
+            ) from None
+
+    def seconds(self, name: str) -> float:
+        """The sum of one entry over all lines."""
+        return float(sum(line[name] for line in self.lines))
+
+
+_REMEDY = "nothing was changed; put the file back, or start a new run"
+
+
+def _read_lines(path: Path, key: str, numbers: Sequence[str]) -> list[dict[str, Any]]:
+    """The whole lines of a file of metrics.
+
+    Raises:
+        RunError: see `Metrics`.
+    """
+    try:
+        texts = path.read_bytes().split(b"\n") if path.exists() else []
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}; {_REMEDY}") from None
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(texts, 1):
+        cut = number == len(texts)  # no line break after it: the process was stopped in the middle of this line
+        if not text:
+            continue
+        try:
+            line = json.loads(text)
+            if not (isinstance(line, dict) and all(_is_number(line.get(name)) for name in numbers)):
+                raise ValueError(f"it must be an object with the numbers {', '.join(numbers)}")
+            if not isinstance(line[key], int):
+                raise ValueError(f"{key} must be a whole number")
+        except (ValueError, RecursionError) as error:
+            if cut:
+                break
+            raise RunError(f"line {number} of {path} is damaged ({error}); {_REMEDY}") from None
+        lines.append(line)
+    return lines
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

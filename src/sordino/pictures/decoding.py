@@ -1,0 +1,122 @@
+"""File content to picture: which files count as pictures, and how each is read.
+
+Content may come from anyone, so only raster formats that Pillow decodes by itself are opened (it hands PostScript to
+an external program, for one), and a picture's size is checked before its pixels are unpacked. HEIC needs the package
+`pillow-heif`, DICOM the package `pydicom`.
+"""
+
+from __future__ import annotations
+
+import io
+from functools import cache
+from importlib.util import find_spec
+
+import numpy as np
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+from sordino.errors import DataError
+from sordino.pictures.brightness import eight_bits
+from sordino.pictures.depths import GrayRange, depth_of, in_eight_bits
+from sordino.pictures.dicom import draw_dicom, is_dicom
+
+FORMATS = (
+    *("AVIF", "BMP", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO"),
+    *("PCX", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP"),
+)
+MAX_PIXELS = 89_478_485  # Pillow's own bound for a suspected decompression bomb: 256 MB of 24-bit pixels
+MAX_BYTES = 6 * MAX_PIXELS + (1 << 20)  # of a file: so many pixels of three 16-bit colors, not compressed
+
+
+# Endings of formats that a further package reads: the package, and the extra of this one that brings it.
+OPTIONAL = {
+    **dict.fromkeys((".dcm", ".dicom"), ("pydicom", "medical")),
+    **dict.fromkeys((".heic", ".heics", ".heif", ".heifs", ".hif"), ("pillow_heif", "heif")),
+}
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """The lower-case file name endings ('.jpg', ...) of the formats that can be read here."""
+    formats = _formats()
+    pillow = {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
+    return frozenset(pillow | {suffix for suffix in (".dcm", ".dicom") if remedy(suffix) is None})
+
+
+def remedy(suffix: str) -> str | None:
+    """What to install so that files of a lower-case ending can be read; None where nothing helps or is missing."""
+    package, extra = OPTIONAL.get(suffix, (None, None))
+    if package is None or find_spec(package) is not None:
+        return None
+    return f"pip install 'sordino[{extra}]'"
+
+
+def decode(content: bytes, gray_range: GrayRange | None = None) -> Image.Image:
+    """A picture from a file's content, its pixels loaded: upright, opaque, 8 bits a channel, mode 'RGB' or 'L'.
+
+    Transparent parts become white. Of an animation, the first frame.
+
+    Args:
+        content: of the file.
+        gray_range: the values that are black and white in gray pictures of more than 8 bits; None: as the file says.
+
+    Raises:
+        DataError: the content is not a whole picture, or of unknown brightness; the message is the reason alone
+            ("truncated", ...).
+    """
+    if not content:
+        raise DataError("the file is empty")
+    if is_dicom(content):
+        return draw_dicom(content, gray_range, MAX_PIXELS)
+    try:
+        with Image.open(io.BytesIO(content), formats=_formats()) as picture:
+            width, height = picture.size
+            if width * height == 0:
+                raise DataError("the picture has no pixels")
+            if width * height > MAX_PIXELS:
+                raise DataError(f"{width} x {height} pixels, more than the {MAX_PIXELS:,} that are read")
+            return _drawn(picture, content, gray_range)
+    except DataError:
+        raise
+    except UnidentifiedImageError:
+        raise DataError(_unidentified(content)) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DataError(f"more than the {MAX_PIXELS:,} pixels that are read") from None
+    except Exception as error:  # Pillow's readers of broken files raise whatever their parsing stumbled over
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"damaged picture: {reason}") from error
+
+
+def _drawn(picture: ImageFile.ImageFile, content: bytes, gray_range: GrayRange | None) -> Image.Image:
+    """The pixels of an opened picture."""
+    depth = depth_of(picture, content)
+    picture.load()
+    upright = ImageOps.exif_transpose(picture)
+    clear = upright.info.get("transparency") if upright.mode.startswith("I;16") else None
+    plain = upright if depth is None else in_eight_bits(upright, depth, gray_range)
+    if clear is not None:  # a 16-bit PNG names one value that is transparent
+        white = np.where(np.asarray(upright) == clear, np.uint8(255), np.asarray(plain))
+        return Image.fromarray(white)
+    if plain.has_transparency_data:
+        layer = (plain.convert("LA") if plain.mode == "La" else plain).convert("RGBA")
+        ground = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(ground, layer).convert("RGB")
+    return eight_bits(plain)
+
+
+def _unidentified(content: bytes) -> str:
+    """Why content that Pillow does not know cannot be read."""
+    if content[4:8] == b"ftyp" and content[8:12] in HEIF_BRANDS and (missing := remedy(".heic")):
+        return f"a HEIC picture, which this installation cannot read: {missing}"
+    return "not a picture in a known format"
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow was built with."""
+    Image.init()
+    if find_spec("pillow_heif") is not None:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
