@@ -1,1 +1,1 @@
-"""Correlated randomness: which functions of masks are dealt, by whom, and what they cost."""
+"""Correlated randomness: masks and functions of masks, the dealer, the parties' supply, and costs."""

@@ -29,7 +29,7 @@ from sordino.mpc.protocols.party import Masked, Party, Shared
 def reveal(party: Party, *values: Shared) -> list[Tensor]:
     """Open values to both parties, and return the numbers, float64.
 
-    1. Exchange shares, modulo what they are right.
+    1. Exchange shares, modulo the 2^bits that they are right for.
     2. Add.
 
     Rounds: 1. Online: N n / 8. Offline: 0. Error: none.
@@ -193,7 +193,7 @@ def truncate(party: Party, *values: Shared, fraction: int, bits: int | Sequence[
     """Share values modulo 2^64 with fewer fraction bits. Never wrong by wrap-around.
 
     1. Mask and open them without the s fraction bits that are dropped, modulo 2^(bits-s).
-    2. Take shares of them by `truncate_masked`.
+    2. Apply `truncate_masked` to each.
 
     Rounds: 1. Online: N (bits - s) / 8. Offline: 16 N. Error: below 2^-fraction, with a mean of zero over uniform
     shares.
