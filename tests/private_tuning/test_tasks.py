@@ -295,7 +295,7 @@ def test_deep_grey_is_read_in_a_given_range(image_config: Callable[..., PrivateT
         Image.fromarray(generator.integers(0, 4096, (8, 8), dtype=np.uint16)).save(file)
     with pytest.raises(DataError, match="0 readable examples"):
         open_task(image_config())
-    assert len(open_task(image_config(grey_range=[0, 4095])).labels) == 8
+    assert len(open_task(image_config(gray_range=[0, 4095])).labels) == 8
 
 
 def test_what_is_missing_is_named(text_config: Callable[..., PrivateTuning], tmp_path: Path) -> None:

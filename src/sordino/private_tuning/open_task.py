@@ -53,8 +53,8 @@ def _image_task(config: PrivateTuning, part: Part, progress: Progress) -> ImageT
     images = image_folder(Path(source.partition(":")[2]), source)
     if images.passed_over:
         log.warning("%s", told(images.passed_over))
-    if config.task.grey_range is not None:
-        images = with_gray_range(images, (config.task.grey_range[0], config.task.grey_range[1]))
+    if config.task.gray_range is not None:
+        images = with_gray_range(images, (config.task.gray_range[0], config.task.gray_range[1]))
     encoder = BundledEncoder.load(torch.device("cpu"))
     encoder.class_tokens(images.class_names)  # raises on names with equal tokens, before the encoding
     readable = np.ones(len(images), dtype=np.bool_)

@@ -43,7 +43,7 @@ class TaskSettings(BaseModel):
         pattern="^imagefolder:.+",
         description="images: 'imagefolder:PATH', class folders or domain folders of class folders",
     )
-    grey_range: list[float] | None = Field(
+    gray_range: list[float] | None = Field(
         default=None,
         min_length=2,
         max_length=2,
@@ -172,9 +172,9 @@ def _check(config: PrivateTuning) -> None:
             raise ConfigError(f"task.{key}", value, f"does not apply to kind {task.kind!r}; remove it")
         if value is None and key in needed:
             raise ConfigError(f"task.{key}", None, f"is needed with kind {task.kind!r}")
-    ends = task.grey_range
+    ends = task.gray_range
     if ends is not None and (task.kind == "text" or not all(map(math.isfinite, ends)) or ends[0] == ends[1]):
-        raise ConfigError("task.grey_range", ends, "must be two different finite numbers, and goes with kind 'images'")
+        raise ConfigError("task.gray_range", ends, "must be two different finite numbers, and goes with kind 'images'")
     if task.kind == "images" and config.model.embeddings is not None:
         raise ConfigError("model.embeddings", config.model.embeddings, "images go with the bundled ones; remove it")
     if task.kind == "text":
