@@ -1,4 +1,4 @@
-"""The methods, by name."""
+"""The registry of methods, by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sordino.errors import ConfigError, config_error
 
 @dataclass(frozen=True)
 class Method:
-    """A name under which a module runs.
+    """The module and defaults behind a method's name.
 
     Attributes:
         module: in this package, or elsewhere with all its dots.
@@ -56,23 +56,23 @@ METHODS |= {point.name: Method(point.value) for point in entry_points(group="sor
 
 
 def algorithm(name: str) -> Algorithm:
-    """The module of a method.
+    """Import and return the module of a method.
 
     Raises:
-        ConfigError: there is no method of this name, or it does not say its schedule.
+        ConfigError: there is no method of this name, or its module has no `schedule`.
     """
     if name not in METHODS:
         raise ConfigError("algorithm", name, f"not a method; choose from {', '.join(METHODS)}")
     module = METHODS[name].module
-    found = importlib.import_module(module if "." in module else f"sordino.algorithms.{module}")
-    if not callable(getattr(found, "schedule", None)):
+    imported = importlib.import_module(module if "." in module else f"sordino.algorithms.{module}")
+    if not callable(getattr(imported, "schedule", None)):
         needs = "schedule(settings) -> Schedule(steps, batch_size), which its epsilon is accounted by"
         raise ConfigError("algorithm", name, f"its module {module} lacks {needs}; see docs/new-method.md")
-    return cast(Algorithm, found)
+    return cast(Algorithm, imported)
 
 
 def settings_for(name: str, tables: Mapping[str, Any]) -> Any:
-    """A method's settings from a configuration's `[settings]`.
+    """Return a method's settings from a configuration's `[settings]`.
 
     A key straight under `[settings]` goes to every method that knows it; `[settings.NAME]` goes to one method, and to
     its ablations.
@@ -81,18 +81,20 @@ def settings_for(name: str, tables: Mapping[str, Any]) -> Any:
         ConfigError: a key that no method knows, or a value out of range.
     """
     settings_type = algorithm(name).Settings
-    known = {each.name for each in fields(settings_type)}
+    known = {entry.name for entry in fields(settings_type)}
     common = {key: value for key, value in tables.items() if key not in METHODS}
     for key, value in common.items():
         if not any(key in _keys(other) for other in METHODS):
-            raise ConfigError(f"settings.{key}", value, f"not a setting of any method; {name} has {', '.join(known)}")
+            allowed = f"not a setting of any method; {name} has {', '.join(known)}"
+            raise ConfigError(f"settings.{key}", value, allowed)
     merged = {key: value for key, value in common.items() if key in known}
     for table in (METHODS[name].parent, name):
         if table is not None:
             merged = _merge(merged, tables.get(table, {}))
     try:
-        # By way of JSON, as pydantic's strict mode takes a table for a dataclass only there.
-        return TypeAdapter(settings_type).validate_json(json.dumps(_merge(METHODS[name].defaults, merged), default=str))
+        # Through JSON, because pydantic's strict mode accepts a table for a dataclass only there.
+        text = json.dumps(_merge(METHODS[name].defaults, merged), default=str)
+        return TypeAdapter(settings_type).validate_json(text)
     except ValidationError as error:
         raise config_error(error, f"settings.{name}") from None
     except ConfigError as error:
@@ -100,11 +102,11 @@ def settings_for(name: str, tables: Mapping[str, Any]) -> Any:
 
 
 def _keys(name: str) -> set[str]:
-    return {each.name for each in fields(algorithm(name).Settings)}
+    return {entry.name for entry in fields(algorithm(name).Settings)}
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the entries of `over` laid over it, tables within tables."""
+    """Return `base` with the entries of `over` laid over it, tables within tables."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
