@@ -1,1 +1,1 @@
-"""What an adversary learns of the training data from what was released, measured rather than promised."""
+"""Attacks that measure what an adversary learns of the training data from a run's releases."""

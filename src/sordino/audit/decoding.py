@@ -1,22 +1,22 @@
-"""Which canaries are in noised sums: generalized least squares, with the noise's covariance estimated from the sums.
+"""Estimates of canaries in noised sums: generalized least squares, the noise's covariance estimated from the sums.
 
-Each call of each client gives a released sum R = sum_i b_i g_i + sum_j c_j h_j + noise, of which all but the coins
-b_i, the lengths c_j and the noise are known; h_j are directions in which the rest of the sum lies. Honest noise is
-independent in every entry. Noise that is not (the same in every step, for every class, token or client, because a key
-was not split) cancels in differences of entries, steps or clients, and differences are what generalized least squares
-looks at, once the covariance says so:
+Each call of each client gives a released sum R = sum_i b_i g_i + sum_j c_j h_j + noise. The inclusion bits b_i, the
+lengths c_j and the noise are unknown; the rest is known. The h_j are directions in which the rest of the sum lies.
+Honest noise is independent in every entry. Dependent noise is the same in every step, or for every class, token or
+client, because a key was not split. It cancels in differences of entries, steps or clients, and generalized least
+squares uses such differences, once the covariance shows them:
 
-1. Fit coins and lengths by least squares; what is left over is mostly noise.
-2. Estimate the noise's covariance from that, as a product of one matrix over calls and one for each short axis of each
-   parameter. Shrink each to the identity by as much as it has too few samples.
-3. Whiten sums and gradients by it, and repeat from 1, `FITS` times; then estimate the covariance over clients.
-4. Project out the directions h_j of every call. Their lengths are left open, so that scores do not depend on how a
-   mechanism scales what it releases, as long as it keeps to directions.
-5. Solve for the coins with a ridge, of the size at which the whitened sums are the most likely. Inner products alone
+1. Fit bits and lengths by least squares. The residual is mostly noise.
+2. Estimate the noise's covariance from the residual, as a product of one matrix over calls and one for each short axis
+   of each parameter. Shrink each to the identity: by more, the fewer samples it has.
+3. Whiten sums and gradients by it, and repeat from 1, `FITS` times. Then estimate the covariance over clients.
+4. Project out the directions h_j of every call. Their lengths stay open, so that scores do not depend on a mechanism's
+   scaling of its releases, as long as it keeps directions.
+5. Solve for the bits with a ridge, of the size at which the whitened sums are the most likely. Inner products alone
    would be scores as well, but canaries that train on the same client then hide each other.
 
-No step sees a coin, so that a bound from these scores holds whatever the covariance came to. Where there is no noise,
-or there is more to keep than `NUMBERS`, plain least squares with a ridge of `RIDGE` times the mean square stands.
+No step sees an inclusion bit, so a bound from these scores holds whatever the estimated covariance is. If there is no
+noise, or more to keep than `NUMBERS`, plain least squares with a ridge of `RIDGE` times the mean square is used.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ import torch
 from torch import Tensor
 
 RIDGE = 0.1  # of the mean square of canaries' gradients: less lets noise through, more lets them hide each other
-NUMBERS = 1 << 25  # kept for the second fit, in float64: a quarter of a gigabyte, and twice that while it is fitted
-FITS = 4  # of coins and covariance in turn: large noise leaves the first fit's remainder far from noise alone
-LONGEST = 64  # axis of a parameter along which noise is looked at
+NUMBERS = 1 << 25  # kept for the second fit, in float64: a quarter of a gigabyte, and twice that during the fit
+FITS = 4  # of bits and covariance in turn: under large noise the first fit's residual is far from noise alone
+LONGEST = 64  # axis of a parameter along which the noise's covariance is estimated
 SAMPLES = 30  # for each entry of such an axis, at least
 NOISELESS = 1e-10  # share of the sums' squares that counts as rounding
-STRENGTHS = torch.logspace(-6, 9, 61, dtype=torch.float64)  # of coins beside noise, among which the likeliest is taken
+STRENGTHS = torch.logspace(-6, 9, 61, dtype=torch.float64)  # of bits beside noise; the likeliest is used
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Seen:
 
     Attributes:
         client: its number.
-        call: which gradient of the training this is.
+        call: the number of this gradient in the training.
         own: its n canaries' gradients [n, ...], clipped, and weighed by the sampling rate.
         others: [d, ...], directions in which the rest of the sum lies, each of a length of its own.
         released: the noised sum [...].
@@ -59,7 +59,7 @@ class Seen:
 
 @dataclass
 class System:
-    """One client's sums in all calls, and what they are sums of.
+    """One client's sums in all calls, and their regressors.
 
     Attributes:
         canaries: n.
@@ -75,49 +75,49 @@ class System:
 
     @classmethod
     def of(cls, seen: Sequence[Seen]) -> System:
-        """The system of one client, in the order of calls."""
+        """Return the system of one client, in the order of calls."""
         canaries = len(next(iter(seen[0].own.values())))
-        ends = list(accumulate([len(next(iter(each.others.values()))) for each in seen], initial=canaries))
+        ends = list(accumulate([_directions(one) for one in seen], initial=canaries))
         calls, regressors, released = {}, {}, {}
-        for name in dict.fromkeys(name for each in seen for name in each.own):
-            there = [(place, each) for place, each in enumerate(seen) if name in each.own]
-            calls[name] = [each.call for _, each in there]
-            released[name] = torch.stack([each.released[name] for _, each in there])
+        for name in dict.fromkeys(name for one in seen for name in one.own):
+            present = [(place, one) for place, one in enumerate(seen) if name in one.own]
+            calls[name] = [one.call for _, one in present]
+            released[name] = torch.stack([one.released[name] for _, one in present])
             table = torch.zeros(ends[-1], *released[name].shape, dtype=torch.float64)
-            for column, (place, each) in enumerate(there):
-                table[:canaries, column] = each.own[name]
-                table[ends[place] : ends[place + 1], column] = each.others[name]
+            for column, (place, one) in enumerate(present):
+                table[:canaries, column] = one.own[name]
+                table[ends[place] : ends[place + 1], column] = one.others[name]
             regressors[name] = table
         return cls(canaries, calls, regressors, released)
 
     def flat(self) -> tuple[Tensor, Tensor]:
-        """Regressors [n + d calls, D] and sums [D], of all parameters."""
+        """Return regressors [n + d calls, D] and sums [D], of all parameters."""
         return (
-            torch.cat([each.flatten(1) for each in self.regressors.values()], 1),
-            torch.cat([each.flatten() for each in self.released.values()]),
+            torch.cat([table.flatten(1) for table in self.regressors.values()], 1),
+            torch.cat([sums.flatten() for sums in self.released.values()]),
         )
 
     def equations(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The normal equations of all unknowns, and which of these are coins."""
+        """Return the normal equations of all unknowns, and a mask of the inclusion bits among these."""
         table, sums = self.flat()
         return table @ table.T, table @ sums, torch.arange(len(table)) < self.canaries
 
     def fitted(self) -> Tensor:
-        """All unknowns, by least squares."""
+        """Return all unknowns, by least squares."""
         gram, along, _ = self.equations()
         values: Tensor = _inverse(gram) @ along
         return values
 
     def left_over(self, fitted: Tensor) -> dict[str, Tensor]:
-        """The sums without what these values of the unknowns explain, [T, ...]."""
-        return {name: self.released[name] - torch.tensordot(fitted, self.regressors[name], 1) for name in self.released}
+        """Return the residual [T, ...] of the sums at these values of the unknowns."""
+        return {name: sums - torch.tensordot(fitted, self.regressors[name], 1) for name, sums in self.released.items()}
 
 
 class Decoder:
-    """Collects sums as they are released, and estimates the coins from them.
+    """Collects sums as they are released, and estimates the inclusion bits from them.
 
     Args:
-        by_clients: whether clients' noises are separate, so that one may tell of another's where they are alike.
+        by_clients: true if clients' noises are separate. If these are alike, one then tells of another.
     """
 
     def __init__(self, by_clients: bool) -> None:
@@ -127,62 +127,67 @@ class Decoder:
         self._kept: dict[int, list[Seen]] | None = {}
 
     def add(self, seen: Seen) -> None:
-        """Take in one client's sum of one call; calls come in order."""
+        """Add one client's sum of one call; calls come in order."""
         system = System.of([seen])
         gram, along = _without_others(*system.equations())
         before = self._plain.get(seen.client, (torch.zeros_like(gram), torch.zeros_like(along)))
         self._plain[seen.client] = before[0] + gram, before[1] + along
-        self._squares += sum(float(each.square().sum()) for each in seen.released.values())
+        self._squares += sum(float(sums.square().sum()) for sums in seen.released.values())
         if self._kept is not None:
             self._kept.setdefault(seen.client, []).append(seen)
             if sum(map(_numbers, self._kept.values())) > NUMBERS:
                 self._kept = None
 
     def estimates(self) -> dict[int, Tensor]:
-        """Client to its canaries' scores [n]: without noise about 1 for what was in and 0 for what was not."""
+        """Return each client's scores [n] of its canaries: without noise about 1 if included, 0 if not."""
         if self._kept is not None:
-            clients, systems = list(self._kept), [System.of(each) for each in self._kept.values()]
-            left = [system.left_over(system.fitted()) for system in systems]
-            if sum(float(each.square().sum()) for one in left for each in one.values()) > NOISELESS * self._squares:
+            clients, systems = list(self._kept), [System.of(seen) for seen in self._kept.values()]
+            residuals = [system.left_over(system.fitted()) for system in systems]
+            squares = sum(float(part.square().sum()) for residual in residuals for part in residual.values())
+            if squares > NOISELESS * self._squares:
                 return dict(zip(clients, _decorrelated(systems, self._by_clients), strict=True))
         return {client: _ridge(*equations) for client, equations in self._plain.items()}
 
 
+def _directions(seen: Seen) -> int:
+    """Return the number of directions in which the rest of a sum lies."""
+    return len(next(iter(seen.others.values())))
+
+
 def _numbers(seen: Sequence[Seen]) -> int:
-    """What the system of one client takes."""
-    directions = [len(next(iter(each.others.values()))) for each in seen]
-    unknowns = len(next(iter(seen[0].own.values()))) + sum(directions)
-    return unknowns * sum(value.numel() for each in seen for value in each.released.values())
+    """Return the number of values in the system of one client."""
+    unknowns = len(next(iter(seen[0].own.values()))) + sum(_directions(one) for one in seen)
+    return unknowns * sum(value.numel() for one in seen for value in one.released.values())
 
 
 def _ridge(gram: Tensor, along: Tensor) -> Tensor:
     ridge = RIDGE * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
-    coins: Tensor = torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), along)
-    return coins
+    bits: Tensor = torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), along)
+    return bits
 
 
 def _decorrelated(systems: Sequence[System], by_clients: bool) -> list[Tensor]:
-    """Coins of every client by generalized least squares."""
+    """Return the inclusion bits of every client by generalized least squares."""
     noise = Covariance.unknown(systems)
     for _ in range(FITS):
-        left = [system.left_over(noise.whitened(system).fitted()) for system in systems]
-        noise = noise.refined(systems, left)
+        residuals = [system.left_over(noise.whitened(system).fitted()) for system in systems]
+        noise = noise.refined(systems, residuals)
     white = [noise.whitened(system) for system in systems]
     precision = torch.eye(len(systems), dtype=torch.float64)
     if by_clients and all(system.calls == systems[0].calls for system in systems):
-        precision = _precision([each.left_over(each.fitted()) for each in white])
+        precision = _precision([system.left_over(system.fitted()) for system in white])
     gram, along = _without_others(*_joint(white, precision))
     return list(_likeliest(gram, along).split([system.canaries for system in systems]))
 
 
 @dataclass
 class Covariance:
-    """The covariance of noise, but for that over clients: a product of matrices of mean variance 1, and a scale.
+    """The covariance of noise, except over clients: a product of matrices of mean variance 1, and a scale.
 
     Attributes:
         scales: parameter name to its standard deviation.
         calls: [T, T] over all calls.
-        axes: parameter name to [d, d] over each of its axes; None for an axis that is too long to tell.
+        axes: parameter name to [d, d] over each of its axes; None for an axis that is too long to estimate.
     """
 
     scales: dict[str, Tensor]
@@ -191,32 +196,34 @@ class Covariance:
 
     @classmethod
     def unknown(cls, systems: Sequence[System]) -> Covariance:
-        """Noise that is independent everywhere."""
+        """Return the covariance of noise that is independent everywhere."""
         last = max(call for system in systems for calls in system.calls.values() for call in calls)
         axes: dict[str, list[Tensor | None]] = {}
         for name in _names(systems):
-            together = [system.released[name] for system in systems if name in system.released]
-            numbers, shape = sum(each.numel() for each in together), together[0].shape[1:]
-            told = [1 < length <= LONGEST and numbers >= SAMPLES * length**2 for length in shape]
-            axes[name] = [_identity(length) if tell else None for length, tell in zip(shape, told, strict=True)]
+            sums = [system.released[name] for system in systems if name in system.released]
+            numbers, shape = sum(part.numel() for part in sums), sums[0].shape[1:]
+            axes[name] = [
+                _identity(length) if 1 < length <= LONGEST and numbers >= SAMPLES * length**2 else None
+                for length in shape
+            ]
         return cls({name: torch.ones(()).double() for name in axes}, _identity(last + 1), axes)
 
-    def refined(self, systems: Sequence[System], left: Sequence[dict[str, Tensor]]) -> Covariance:
-        """The covariance of what is left over, one factor after the other, each with the others taken off."""
+    def refined(self, systems: Sequence[System], residuals: Sequence[dict[str, Tensor]]) -> Covariance:
+        """Estimate the covariance of residuals, one factor after the other, each with the other factors removed."""
         scales = {}
         for name in self.axes:
-            pooled = torch.cat([one[name].flatten() for one in left if name in one])
+            pooled = torch.cat([residual[name].flatten() for residual in residuals if name in residual])
             scales[name] = pooled.square().mean().sqrt().clamp(min=math.ulp(0.0) ** 0.5)
-        found = Covariance(scales, self.calls, {name: list(axes) for name, axes in self.axes.items()})
-        found.calls = found._over_calls(systems, left)
-        for name, axes in found.axes.items():
+        estimate = Covariance(scales, self.calls, {name: list(axes) for name, axes in self.axes.items()})
+        estimate.calls = estimate._over_calls(systems, residuals)
+        for name, axes in estimate.axes.items():
             for axis, known in enumerate(axes):
                 if known is not None:
-                    axes[axis] = found._over_axis(name, axis, systems, left)
-        return found
+                    axes[axis] = estimate._over_axis(name, axis, systems, residuals)
+        return estimate
 
     def whitened(self, system: System) -> System:
-        """A client's system, as if noise were independent and of variance 1."""
+        """Return a client's system, transformed so that its noise is independent and of variance 1."""
         regressors, released = {}, {}
         for name, numbers in system.calls.items():
             whole = torch.cat([system.regressors[name], system.released[name][None]])
@@ -224,33 +231,36 @@ class Covariance:
             regressors[name], released[name] = white[:-1], white[-1]
         return System(system.canaries, system.calls, regressors, released)
 
-    def _over_calls(self, systems: Sequence[System], left: Sequence[dict[str, Tensor]]) -> Tensor:
-        """From those clients and parameters that two calls have in common."""
+    def _over_calls(self, systems: Sequence[System], residuals: Sequence[dict[str, Tensor]]) -> Tensor:
+        """Estimate the factor over calls, from the clients and parameters that two calls have in common."""
         total, samples = torch.zeros_like(self.calls), torch.zeros_like(self.calls)
-        for system, one in zip(systems, left, strict=True):
+        for system, residual in zip(systems, residuals, strict=True):
             for name, numbers in system.calls.items():
-                flat = self._white(name, one[name][None], None, self.axes[name])[0].flatten(1)
-                both = torch.tensor(numbers)
-                total[both[:, None], both] += flat @ flat.T
-                samples[both[:, None], both] += flat.shape[1]
+                flat = self._white(name, residual[name][None], None, self.axes[name])[0].flatten(1)
+                calls = torch.tensor(numbers)
+                total[calls[:, None], calls] += flat @ flat.T
+                samples[calls[:, None], calls] += flat.shape[1]
         diagonal = samples.diagonal()
         unseen = torch.diag((diagonal == 0).double())
         return _regular(total / samples.clamp(min=1) + unseen, float(diagonal[diagonal > 0].mean()))
 
-    def _over_axis(self, name: str, axis: int, systems: Sequence[System], left: Sequence[dict[str, Tensor]]) -> Tensor:
-        others: list[Tensor | None] = [None if at == axis else each for at, each in enumerate(self.axes[name])]
+    def _over_axis(
+        self, name: str, axis: int, systems: Sequence[System], residuals: Sequence[dict[str, Tensor]]
+    ) -> Tensor:
+        """Estimate the factor over one axis of a parameter."""
+        others = [None if place == axis else factor for place, factor in enumerate(self.axes[name])]
         unfolded = []
-        for system, one in zip(systems, left, strict=True):
-            if name in one:
+        for system, residual in zip(systems, residuals, strict=True):
+            if name in residual:
                 numbers = system.calls[name]
-                white = self._white(name, one[name][None], self.calls[numbers][:, numbers], others)[0]
+                white = self._white(name, residual[name][None], self.calls[numbers][:, numbers], others)[0]
                 unfolded.append(white.movedim(axis + 1, 0).flatten(1))
-        together = torch.cat(unfolded, 1)
-        samples = together.shape[1]
-        return _regular(together @ together.T / samples, samples)
+        pooled = torch.cat(unfolded, 1)
+        samples = pooled.shape[1]
+        return _regular(pooled @ pooled.T / samples, samples)
 
     def _white(self, name: str, values: Tensor, calls: Tensor | None, axes: Sequence[Tensor | None]) -> Tensor:
-        """Values [n, T, ...] multiplied by the inverse roots of the factors that are given."""
+        """Return values [n, T, ...] multiplied by the inverse roots of the given factors."""
         values = values / self.scales[name]
         for axis, covariance in enumerate([calls, *axes], 1):
             if covariance is not None:
@@ -269,56 +279,56 @@ def _identity(length: int) -> Tensor:
     return torch.eye(length, dtype=torch.float64)
 
 
-def _precision(left: Sequence[dict[str, Tensor]]) -> Tensor:
-    """The inverse covariance [K, K] over clients of what is left over after whitening."""
-    flat = torch.stack([torch.cat([each.flatten() for each in one.values()]) for one in left])
+def _precision(residuals: Sequence[dict[str, Tensor]]) -> Tensor:
+    """Return the inverse covariance [K, K] over clients of the residuals after whitening."""
+    flat = torch.stack([torch.cat([part.flatten() for part in residual.values()]) for residual in residuals])
     precision: Tensor = torch.linalg.inv(_regular(flat @ flat.T / flat.shape[1], flat.shape[1]))
     return precision
 
 
 def _joint(systems: Sequence[System], precision: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All clients' normal equations: their matrix, their right side, and which unknowns are coins."""
+    """Return all clients' normal equations: matrix, right side, and a mask of the inclusion bits among the unknowns."""
     flat = [system.flat() for system in systems]
     ends = torch.tensor([len(table) for table, _ in flat]).cumsum(0).tolist()
     places = [slice(end - len(table), end) for end, (table, _) in zip(ends, flat, strict=True)]
     gram, along = torch.zeros(ends[-1], ends[-1]).double(), torch.zeros(ends[-1]).double()
-    for one, (here, (table, _)) in enumerate(zip(places, flat, strict=True)):
-        for other, (there, (second, sums)) in enumerate(zip(places, flat, strict=True)):
+    for one, (rows, (table, _)) in enumerate(zip(places, flat, strict=True)):
+        for other, (columns, (second, sums)) in enumerate(zip(places, flat, strict=True)):
             if weight := float(precision[one, other]):
-                gram[here, there] = weight * table @ second.T
-                along[here] += weight * table @ sums
-    coins = [torch.arange(len(table)) < system.canaries for system, (table, _) in zip(systems, flat, strict=True)]
-    return gram, along, torch.cat(coins)
+                gram[rows, columns] = weight * table @ second.T
+                along[rows] += weight * table @ sums
+    bits = [torch.arange(len(table)) < system.canaries for system, (table, _) in zip(systems, flat, strict=True)]
+    return gram, along, torch.cat(bits)
 
 
-def _without_others(gram: Tensor, along: Tensor, coins: Tensor) -> tuple[Tensor, Tensor]:
-    """Normal equations of the coins alone, with every other unknown left open."""
-    other = ~coins
-    between = gram[coins][:, other] @ _inverse(gram[other][:, other])
-    return gram[coins][:, coins] - between @ gram[other][:, coins], along[coins] - between @ along[other]
+def _without_others(gram: Tensor, along: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the normal equations of the inclusion bits alone, with every other unknown left open."""
+    other = ~bits
+    between = gram[bits][:, other] @ _inverse(gram[other][:, other])
+    return gram[bits][:, bits] - between @ gram[other][:, bits], along[bits] - between @ along[other]
 
 
 def _likeliest(gram: Tensor, along: Tensor) -> Tensor:
-    """Coins [m], with the ridge under which the whitened sums are the likeliest.
+    """Return inclusion bits [m], with the ridge under which the whitened sums are the likeliest.
 
-    Were the coins normal with variance v, a sum along an eigenvector of `gram` with eigenvalue w, divided by sqrt(w),
+    Were the bits normal with variance v, a sum along an eigenvector of `gram` with eigenvalue w, divided by sqrt(w),
     would be normal with variance v w + 1. The ridge is 1 / v.
     """
     values, vectors = torch.linalg.eigh(gram)
-    there = values > 1e-9 * values.clamp(min=0).max()
-    values, vectors = values[there], vectors[:, there]
+    kept = values > 1e-9 * values.clamp(min=0).max()
+    values, vectors = values[kept], vectors[:, kept]
     if not len(values):
         return torch.zeros_like(along)
     parts = vectors.T @ along
     variances = STRENGTHS[:, None] / values.mean() * values + 1
     likelihoods = -(variances.log() + parts.square() / values / variances).sum(1)
     ridge = values.mean() / STRENGTHS[likelihoods.argmax()]
-    coins: Tensor = vectors @ (parts / (values + ridge))
-    return coins
+    bits: Tensor = vectors @ (parts / (values + ridge))
+    return bits
 
 
 def _regular(covariance: Tensor, samples: float) -> Tensor:
-    """A covariance [d, d] with a mean variance of 1, shrunk to the identity: by more, the fewer samples there are."""
+    """Return a covariance [d, d] with mean variance 1, shrunk to the identity: by more, the fewer samples there are."""
     length = len(covariance)
     mean = covariance.diagonal().mean()
     if not mean > 0:
@@ -331,5 +341,5 @@ def _regular(covariance: Tensor, samples: float) -> Tensor:
 
 
 def _inverse(matrix: Tensor) -> Tensor:
-    """The pseudo-inverse of a positive semidefinite matrix."""
+    """Return the pseudo-inverse of a positive semidefinite matrix."""
     return torch.linalg.pinv(matrix, rtol=1e-12, hermitian=True) if len(matrix) else matrix

@@ -1,20 +1,21 @@
-"""Reconstruction of prompts from what a server saw that clusters clients on secret shares.
+"""Reconstruction of prompts from the distances that a server opens when it clusters clients on secret shares.
 
-SecFPP's server opens squared distances between reduced prompts. This attack takes all that one clustering opened, first
-for the distances between all clients, then for prompts:
+SecFPP's server opens squared distances between reduced prompts. This attack uses everything that one clustering opened,
+first for the distances between all clients, then for prompts:
 
 1. *Distances.* If those between clients were opened, there is nothing to do. With "ratios", each row has a factor of
    its own; distances are symmetric, so all factors follow from one of them. If only distances to centers were opened,
-   the Gram matrix is completed from them (Nyström), exactly if centers span what the points span.
+   the Gram matrix is completed from them (Nyström), exactly if centers and points span the same space.
 2. *Points.* Distances give points up to a rotation, so the server alone has no coordinate of any. It gets some from
-   clients who help it. With the points a_1, ..., a_A of A clients, and as all points have unit norm, every other
-   point x obeys 2 a_i . x = 1 + |a_i|^2 - |x - a_i|^2: its part within the helpers' span is known, and nothing of the
-   rest but its length.
-3. *Prompts.* A context is sought whose reduction is the point that was found, by gradient descent: from the mean
-   domain-level context of the victim's cluster, which the protocol opens to the server by design, or from where all
-   started if that was not opened. Once for the attacker's best point, and once for the true one, which no attacker has.
+   clients who help it. Let a_1, ..., a_A be the points of A clients. As all points have unit norm, every other point x
+   obeys 2 a_i . x = 1 + |a_i|^2 - |x - a_i|^2. So its part within the helpers' span is known, and of the rest only its
+   length.
+3. *Prompts.* Gradient descent finds a context whose reduction is the reconstructed point. It starts at the mean
+   domain-level context of the victim's cluster, which the protocol opens to the server by design, or at the common
+   start if that was not opened. It runs once for the attacker's best point, and once for the true one, which no
+   attacker has.
 
-Beside them stands what needs no distances: the mean of the helpers' points, and that cluster's mean as it is.
+For comparison, two results need no distances: the mean of the helpers' points, and that cluster's mean as it is.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ STEPS, RATE = 300, 0.01  # of the descent to a context; the rate falls to zero o
 
 @dataclass(frozen=True)
 class Helped:
-    """What the server learns of others' points if some clients help it.
+    """The server's knowledge of others' points if some clients help it.
 
     Attributes:
-        helpers: how many clients give it their points.
+        helpers: number of clients that give it their points.
         cosine: of the reconstructed and the true point, mean over the other clients.
-        cosine_of_mean: of the helpers' mean point instead, for which no distance is needed.
+        cosine_of_mean: of the helpers' mean point instead, which needs no distance.
     """
 
     helpers: int
@@ -58,7 +59,7 @@ class Helped:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A context that was reconstructed, beside the victim's own.
+    """A reconstructed context, compared with the victim's.
 
     Attributes:
         cosine: of the reconstructed and the true change of the whole context since the start.
@@ -71,16 +72,16 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Exposure:
-    """What the opened distances give away.
+    """The results of the attack on opened distances.
 
     Attributes:
-        reason: why there is nothing to attack; None where there is.
-        columns: to how many centers distances were opened.
+        reason: the reason why there is nothing to attack; None if there is.
+        columns: number of centers to which distances were opened.
         distance_error: of the reconstructed distances between clients, relative, up to one factor for all; mean.
         helped: by the number of helpers.
         by_best, by_truth: the victims' prompts from the best reconstructed point, and from the true one; mean over
             victims.
-        by_mean: the mean domain-level context of the victim's cluster. None where that was not opened.
+        by_mean: the mean domain-level context of the victim's cluster; None if that was not opened.
     """
 
     reason: str | None
@@ -92,17 +93,17 @@ class Exposure:
     by_mean: Prompt | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 def expose(subject: Subject, seed: int, victims: int = 3) -> Exposure:
-    """Cluster the run's final state once more, and attack what the server sees of that.
+    """Cluster the run's final state once more, and attack the distances that the server opens.
 
     Args:
         subject: the run.
-        seed: decides batches, noise, and who helps.
-        victims: how many clients' prompts are sought.
+        seed: decides batches, noise, and the helpers.
+        victims: number of clients whose prompts are attacked.
     """
     runtime, training = subject.runtime, subject.training
     if runtime.algorithm.ABOUT.server_uses != "shares":
@@ -120,10 +121,10 @@ def expose(subject: Subject, seed: int, victims: int = 3) -> Exposure:
     upload, _ = secfpp.client_round(
         settings, broadcast, training.clients, runtime.data, mechanism_round.gradients, round_context
     )
-    given = (settings, runtime.model)
-    parties = secfpp.client_exchange(*given, broadcast, upload, clients, round_context)
+    model = runtime.model
+    parties = secfpp.client_exchange(settings, model, broadcast, upload, clients, round_context)
     carrier = secure.in_process(parties)
-    exchange = secfpp.server_exchange(*given, server, upload, clients, round_context, carrier)
+    exchange = secfpp.server_exchange(settings, model, server, upload, clients, round_context, carrier)
     exchange.cluster(secfpp.searching(settings))
     truth = np.stack([party.point for party in parties])
     distances = between_clients(exchange.server.opened, len(truth), settings.reveal == "ratios")
@@ -149,15 +150,15 @@ def expose(subject: Subject, seed: int, victims: int = 3) -> Exposure:
 
 
 def between_clients(opened: Sequence[RevealedDistances], count: int, ratios: bool) -> Floats | None:
-    """Squared distances [N, N] between clients, up to one factor, from columns of those to centers.
+    """Compute squared distances [N, N] between clients, up to one factor, from columns of those to centers.
 
     Args:
-        opened: what the server saw, of all N clients.
+        opened: the distances that the server opened, of all N clients.
         count: N.
-        ratios: whether each row has a factor of its own.
+        ratios: true if each row has a factor of its own.
 
     Returns:
-        None where they do not follow.
+        The distances; None if they cannot be computed from the opened ones.
     """
     columns = np.stack([column.squared(1.0) for column in opened], axis=1)  # [N, columns]
     singles = {column.members[0]: number for number, column in enumerate(opened) if len(column.members) == 1}
@@ -166,44 +167,52 @@ def between_clients(opened: Sequence[RevealedDistances], count: int, ratios: boo
         return to_one_scale(matrix) if ratios else matrix
     if ratios:
         return None
-    weights = np.array([[(client in each.members) / len(each.members) for client in range(count)] for each in opened])
+    weights = np.array(
+        [[(client in column.members) / len(column.members) for client in range(count)] for column in opened]
+    )
     centered = np.eye(count) - 1 / count
     # Without the means over rows and over columns, distances are -2 X C^T, with X the points and C the centers.
     products = -centered @ (columns - columns.mean(1, keepdims=True)) / 2  # [N, columns]
     spread = weights - weights.mean(0)
     gram = products @ np.linalg.pinv(spread @ products, rcond=1e-9) @ products.T
     norms = np.diag(gram)
-    found: Floats = np.maximum(norms[:, None] + norms - gram - gram.T, 0.0)
-    return found
+    squared: Floats = np.maximum(norms[:, None] + norms - gram - gram.T, 0.0)
+    return squared
 
 
 def _to_scale(distances: Floats, truth: Floats) -> tuple[Floats, float]:
-    """Distances with the one factor that fits best, which two helpers' distance gives; and how wrong they are then."""
+    """Return distances with the one factor that fits best, and their mean relative error.
+
+    An attacker gets the factor from two helpers' distance.
+    """
+    tiny = np.finfo(float).tiny
     true = ((truth[:, None] - truth) ** 2).sum(-1)
-    scaled = distances * (distances * true).sum() / max((distances**2).sum(), np.finfo(float).tiny)
+    scaled = distances * (distances * true).sum() / max((distances**2).sum(), tiny)
     others = ~np.eye(len(truth), dtype=bool)
-    return scaled, float((np.abs(scaled - true)[others] / np.maximum(true[others], np.finfo(float).tiny)).mean())
+    errors = np.abs(scaled - true)[others] / np.maximum(true[others], tiny)
+    return scaled, float(errors.mean())
 
 
 def located(helpers: Floats, distances: Floats) -> Floats:
-    """The part of a unit-norm point that its squared distances to known points determine.
+    """Compute the part of a unit-norm point that its squared distances to known points determine.
 
     Args:
         helpers: [A, d], the known points.
         distances: [A], squared.
 
     Returns:
-        [d], within the helpers' span; what is orthogonal to it stays unknown and is left zero.
+        [d], within the helpers' span; the part orthogonal to it stays unknown and is zero.
     """
     sides = (1 + (helpers**2).sum(1) - distances) / 2
-    found: Floats = np.linalg.pinv(helpers, rcond=1e-6) @ sides
-    return found
+    point: Floats = np.linalg.pinv(helpers, rcond=1e-6) @ sides
+    return point
 
 
 def _helped(distances: Floats, truth: Floats, helpers: NDArray[np.int64]) -> Helped:
     others = np.setdiff1d(np.arange(len(truth)), helpers)
-    mean = truth[helpers].mean(0)
-    by_distances = [_cosine(located(truth[helpers], distances[client, helpers]), truth[client]) for client in others]
+    known = truth[helpers]
+    mean = known.mean(0)
+    by_distances = [_cosine(located(known, distances[client, helpers]), truth[client]) for client in others]
     by_mean = [_cosine(mean, truth[client]) for client in others]
     return Helped(len(helpers), float(np.mean(by_distances)), float(np.mean(by_mean)))
 
@@ -214,21 +223,22 @@ def _cosine(one: Floats, other: Floats) -> float:
 
 
 class _Contexts:
-    """Contexts that an attacker arrives at, and how near they are to the victims'."""
+    """Contexts that an attacker reconstructs, and their distance to the victims'."""
 
     def __init__(self, subject: Subject, upload: secfpp.Upload, server: secfpp.Server) -> None:
         self.runtime, self.upload, self.server = subject.runtime, upload, server
         self.images = subject.features[torch.from_numpy(subject.task.test)]
 
     def mean(self, victims: Sequence[int] | NDArray[np.int64], of: Callable[[int], Tensor | None]) -> Prompt | None:
-        found = [(int(victim), of(int(victim))) for victim in victims]
-        judged = [self._judged(victim, context) for victim, context in found if context is not None]
-        if not judged:
+        """Return the mean figures of the victims' contexts that `of` returns; None if it returns none."""
+        contexts = [(int(victim), of(int(victim))) for victim in victims]
+        figures = [self._judged(victim, context) for victim, context in contexts if context is not None]
+        if not figures:
             return None
-        return Prompt(*(float(np.mean([each[part] for each in judged])) for part in (0, 1)))
+        return Prompt(*(float(np.mean([figure[part] for figure in figures])) for part in (0, 1)))
 
     def sought(self, point: Floats, victim: int) -> Tensor:
-        """A context [M, E] whose reduction points where `point` does, near the victim's cluster's mean."""
+        """Return a context [M, E] whose reduction points where `point` does, near the victim's cluster's mean."""
         start = self.server.start.to(self.upload.context)
         known = self.of_cluster(victim)
         begin = start if known is None else known.to(start)
@@ -239,17 +249,19 @@ class _Contexts:
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
         for _ in range(STEPS):
             optimizer.zero_grad()
-            found = points(self.runtime.model, context[None], start, self.runtime.settings.width)[0]
-            (1 - F.cosine_similarity(found, target, dim=0)).backward()
+            reached = points(self.runtime.model, context[None], start, self.runtime.settings.width)[0]
+            (1 - F.cosine_similarity(reached, target, dim=0)).backward()
             optimizer.step()
             schedule.step()
         return context.detach()
 
     def of_cluster(self, victim: int) -> Tensor | None:
+        """Return the mean context [M, E] of the victim's cluster; None if it was not opened."""
         return self.server.contexts[victim] if self.server.opened[victim] else None
 
     @torch.no_grad()
     def _judged(self, victim: int, context: Tensor) -> tuple[float, float]:
+        """Return the cosine of a context's change with the true one, and the share of images classified alike."""
         true, start = self.upload.context[victim], self.server.start
         cosine = F.cosine_similarity((context - start).flatten(), (true - start).flatten(), dim=0)
         both = self.runtime.model.predict(torch.stack([context.to(true), true]), self.images).argmax(-1)

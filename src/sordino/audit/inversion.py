@@ -1,18 +1,18 @@
-"""Gradient inversion: what the server reads off one upload.
+"""Gradient inversion: labels, features and images that the server recovers from one upload.
 
 Zhu, Liu, Han, Deep Leakage from Gradients, NeurIPS 2019; Geiping, Bauermeister, Dröge, Moeller, Inverting Gradients,
-NeurIPS 2020. There pixels are searched by optimization. A prompt's gradient is easier to undo: with the frozen text
+NeurIPS 2020. There pixels are found by optimization. A prompt's gradient is easier to invert. With the frozen text
 tower f, known to all, it is J^T vec(S) for J the derivative of the C class features by the context, and
 
     S = sum over b of (p_b - y_b) x_b^T / (B tau)    [C, D]
 
-holds all that the batch enters by. So S is recovered by least squares, up to the null space of J^T: class features have
-unit norm, so what row c has along the feature of class c is never seen. Then
+contains everything by which the batch enters. So S is recovered by least squares, up to the null space of J^T: class
+features have unit norm, so the component of row c along the feature of class c is never seen. Then
 
-- the label of an example has the one row that points away from its image: rows that point away from images of their
+- the row of an example's label is the one that points away from its image: rows that point away from images of their
   class name the labels (the server is granted the task's test images as examples of each class);
 - minus that row is near to the sum of the class's image features;
-- for a batch of one, S = e x^T has D + C unknowns only, and x is solved for, exactly where nothing is noised.
+- for a batch of one, S = e x^T has D + C unknowns only, and x is solved for, exactly if nothing is noised.
 
 The recovered features are looked up among all images of the task, the attacker's gallery. Other clients see the mean of
 uploads only: one batch of everybody's, which is harder.
@@ -41,11 +41,11 @@ REFINEMENTS = 10  # of a rank-one S, each half by a linear solve
 
 @dataclass(frozen=True)
 class Attack:
-    """The outcome for batches of one size; shares and cosines are means.
+    """The results for batches of one size; shares and cosines are means.
 
     Attributes:
-        size: examples a batch; the smallest client's where clients hold fewer than the run's batch size.
-        batches: how many were attacked.
+        size: examples a batch; the smallest client's if clients hold fewer than the run's batch size.
+        batches: number of attacked batches.
         labels_found: share of the examples whose label was named; at most `size` labels are.
         labels_right: share of the named labels that were in the batch.
         labels_chance: `labels_found` of as many labels named blindly.
@@ -68,13 +68,13 @@ class Attack:
 
 @dataclass(frozen=True)
 class Inversion:
-    """What single uploads tell the server.
+    """The results of inverting single uploads.
 
     Attributes:
-        reason: why the attack does not apply; None where it does.
-        knows: what the server takes for the victim's context: its whole "prompt" (published, or replayed as in
+        reason: the reason why the attack does not apply; None if it does.
+        knows: the server's knowledge of the victim's context: its whole "prompt" (published, or replayed as in
             `stealing`), or the "broadcast" with the personal part as it publicly started.
-        gallery: how many images the recovered features were looked up among.
+        gallery: number of images among which the recovered features were looked up.
         attacks: one for each batch size.
     """
 
@@ -84,7 +84,7 @@ class Inversion:
     attacks: tuple[Attack, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
@@ -105,9 +105,9 @@ def invert(
     Args:
         subject: the run.
         seed: decides batches and noise.
-        batches: how many of each size; they go round the victims.
-        victims: how many clients are attacked, the first ones; each costs a derivative of the text tower.
-        knows: what the server takes for the victim's context.
+        batches: number of batches of each size; they go round the victims.
+        victims: number of attacked clients, the first ones; each costs a derivative of the text tower.
+        knows: the server's knowledge of the victim's context.
     """
     runtime, training = subject.runtime, subject.training
     gallery = F.normalize(subject.features[torch.from_numpy(subject.task.used)].cpu().double(), dim=-1)
@@ -119,7 +119,7 @@ def invert(
     contexts = contexts.expand(len(runtime.data), -1, -1)
     references = class_references(subject)
     sizes, victims = sorted({1, own_size(runtime)}), min(victims, batches, len(contexts))
-    found: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
+    figures: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
     repeats = [
         (size, turn, observe(runtime, training, size, derive_key(seed, "inversion", size, turn)))
         for size in sizes
@@ -130,17 +130,17 @@ def invert(
         for size, turn, (gradients, features, labels) in repeats:
             if turn * victims + client < batches:
                 truth = (features[client].cpu().double(), labels[client].cpu())
-                found[size].append(_judged(tower, gradients[client], truth, references, gallery))
+                figures[size].append(_judged(tower, gradients[client], truth, references, gallery))
         subject.progress("gradient inversion", client + 1, victims)
-    return Inversion(None, knows, len(gallery), tuple(_summed(size, found[size]) for size in sizes))
+    return Inversion(None, knows, len(gallery), tuple(_summed(size, figures[size]) for size in sizes))
 
 
 def inapplicable(runtime: LocalRuntime) -> str | None:
-    """Why uploads of this method are not read as gradients of a context; None where they are."""
+    """Return the reason why this method's uploads are not read as gradients of a context; None if they are."""
     about, settings = runtime.algorithm.ABOUT, runtime.settings
     if about.pools_data:
         return "all images are in one place already; there is no upload to invert"
-    names = {each.name for each in fields(runtime.algorithm.Upload)}
+    names = {entry.name for entry in fields(runtime.algorithm.Upload)}
     if not names:
         return "nothing that was learned leaves a client"
     if not coop(runtime):
@@ -157,7 +157,7 @@ def inapplicable(runtime: LocalRuntime) -> str | None:
 def observe(
     runtime: LocalRuntime, training: Training, size: int, seed: int
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """One round's uploads, of batches of `size` examples of each client, read as gradients of the context.
+    """Return one round's uploads, of batches of `size` examples of each client, read as gradients of the context.
 
     Returns:
         [K, M, E] gradients up to a positive factor, and the K batches' features [B, D] and labels [B].
@@ -170,7 +170,7 @@ def observe(
     orders = round_context.streams.uniform("batch to invert", data.counts.tolist())
     chosen = [row[order.argsort()[:size].to(row.device)] for row, order in zip(data.rows, orders, strict=True)]
     counts = torch.tensor([len(rows) for rows in chosen], device=data.counts.device)
-    # No more than the batch size, so that every one of them is in the batch for certain, coins or not.
+    # No more examples than the batch size, so that all are in the batch for certain, Poisson sampling or not.
     poisson = PoissonSampler(round_context.streams) if runtime.mechanism.samples_examples else None
     rows = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True)
     clip = training.mechanism.get(CLIP)
@@ -187,17 +187,18 @@ def observe(
         optimizer = runtime.settings.optimizer
         context = contexts_of(module.prompt(broadcast, training.clients))
         gradient = -sent["change"] - optimizer.rate(round_context) * optimizer.weight_decay * context
-    return gradient.detach(), [data.features[each] for each in chosen], [data.labels[each] for each in chosen]
+    features = [data.features[client_rows] for client_rows in chosen]
+    return gradient.detach(), features, [data.labels[client_rows] for client_rows in chosen]
 
 
 def own_size(runtime: LocalRuntime) -> int:
-    """Examples in a batch of the run; of its smallest client, where that takes all it has."""
+    """Return the examples in a batch of the run; those of its smallest client, if that has no more."""
     smallest = int(runtime.data.counts.min())
     return min(runtime.algorithm.schedule(runtime.settings).batch_size or smallest, smallest)
 
 
 def class_references(subject: Subject) -> Tensor:
-    """[C, D] mean features of each class's test images, or of all of them for a class that has none."""
+    """Return mean features [C, D] of each class's test images, or of all of them for a class that has none."""
     rows = torch.from_numpy(subject.task.test)
     features, labels = subject.features[rows].cpu().double(), subject.labels[rows].cpu()
     of_class = F.one_hot(labels, len(subject.task.class_names)).to(features)  # [T, C]
@@ -206,10 +207,10 @@ def class_references(subject: Subject) -> Tensor:
 
 
 def rank_one(tower: TowerMap, gradient: Tensor, cotangent: Tensor, references: Tensor) -> tuple[Tensor, int]:
-    """The feature [D] and label of a batch of one: S = e x^T by alternating least squares from a first S [C, D].
+    """Solve for the feature [D] and label of a batch of one: S = e x^T by alternating least squares.
 
-    That e and x may both change their sign leaves two readings; the better is the one whose feature is nearer to images
-    of the class that it names.
+    The first S [C, D] is `cotangent`. Both e and x may change their sign, which leaves two readings. The better one has
+    a feature nearer to images of the class that it names.
     """
     left, _, right = torch.linalg.svd(cotangent, full_matrices=False)
     errors, feature = left[:, 0], right[0]
@@ -217,32 +218,37 @@ def rank_one(tower: TowerMap, gradient: Tensor, cotangent: Tensor, references: T
         feature = F.normalize(tower.given_errors(errors).solve(gradient), dim=0)
         errors = F.normalize(tower.given_feature(feature).solve(gradient), dim=0)
     readings = [(sign * feature, int((sign * errors).argmin())) for sign in (1, -1)]
-    return max(readings, key=lambda reading: float(F.normalize(references[reading[1]], dim=0) @ reading[0]))
+
+    def likeness(reading: tuple[Tensor, int]) -> float:
+        return float(F.normalize(references[reading[1]], dim=0) @ reading[0])
+
+    return max(readings, key=likeness)
 
 
 def _judged(
     tower: TowerMap, gradient: Tensor, truth: tuple[Tensor, Tensor], references: Tensor, gallery: Tensor
 ) -> dict[str, float]:
-    """What one batch gave away: the figures of `Attack`, of this batch alone."""
+    """Return the figures of `Attack`, of one batch alone."""
     features, labels = truth
     observed = gradient.flatten().cpu().double()
     cotangent = tower.solve(observed).view(tower.classes, -1)  # S, [C, D]
     recovered = F.normalize(-cotangent, dim=-1)
     score = -(cotangent * references).sum(-1)
-    named = [int(each) for each in score.argsort(descending=True)[: len(labels)] if score[each] > 0]
+    named = [int(label) for label in score.argsort(descending=True)[: len(labels)] if score[label] > 0]
     if len(labels) == 1:
         feature, label = rank_one(tower, observed, cotangent, references)
         recovered, named = recovered.index_copy(0, labels, feature[None]), [label]
     present = sorted(set(labels.tolist()))
     cosines, by_chance, hits, hits_chance = [], [], [], []
     for label in present:
-        mine = features[labels == label]
-        total = F.normalize(mine.sum(0), dim=0)
+        of_class = features[labels == label]
+        total = F.normalize(of_class.sum(0), dim=0)
         cosines.append(float(recovered[label] @ total))
         by_chance.append(float((gallery @ total).mean()))
         nearest = (gallery @ recovered[label]).max()
-        hits.append(bool((F.normalize(mine, dim=-1) @ recovered[label]).max() >= nearest - 1e-9))
-        hits_chance.append(len(mine) / len(gallery))
+        likeness = (F.normalize(of_class, dim=-1) @ recovered[label]).max()
+        hits.append(bool(likeness >= nearest - 1e-9))
+        hits_chance.append(len(of_class) / len(gallery))
     return {
         "labels_found": _mean([label in named for label in labels.tolist()]),
         "labels_right": _mean([label in present for label in named]),
@@ -254,9 +260,9 @@ def _judged(
     }
 
 
-def _summed(size: int, findings: list[dict[str, float]]) -> Attack:
-    means = {name: _mean([each[name] for each in findings]) for name in findings[0]}
-    return Attack(size, len(findings), **means)
+def _summed(size: int, figures: list[dict[str, float]]) -> Attack:
+    means = {name: _mean([figure[name] for figure in figures]) for name in figures[0]}
+    return Attack(size, len(figures), **means)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,14 +1,14 @@
-"""Was this image trained on? Membership inference against the prompts that a run publishes, by shadow federations.
+"""Membership inference against the prompts that a run publishes, by shadow federations.
 
-Two attacks on the same shadows: `shadow_attack`, with which DP-FPL is evaluated (Tran et al., Privacy-Preserving
+Two attacks use the same shadows. `shadow_attack` is the one that evaluates DP-FPL (Tran et al., Privacy-Preserving
 Personalized Federated Prompt Learning for Multimodal Large Language Models, ICLR 2025, section 5), after Shokri,
-Stronati, Song, Shmatikov, Membership Inference Attacks Against Machine Learning Models, S&P 2017; and `lira`, Carlini,
+Stronati, Song, Shmatikov, Membership Inference Attacks Against Machine Learning Models, S&P 2017. `lira` is Carlini,
 Chien, Nasr, Song, Terzis, Tramer, Membership Inference Attacks From First Principles, S&P 2022, Algorithm 1 (online).
 
-Each client has as many test images for non-members as it has members, class by class, and a shadow federation trains
-on a random half of these candidates, again of every client and class. So nothing is won by knowing which classes or
-clients are frequent, and one image more or less of a class tells nothing. Where training and test images were split at
-random, the attacked run's own members are one more such half.
+Each client has as many test images for non-members as it has members, class by class. A shadow federation trains on a
+random half of these candidates, again of every client and class. So the frequency of classes or clients tells nothing,
+nor does one image more or less of a class. If training and test images were split at random, the attacked run's own
+members are one more such half.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ Indices = NDArray[np.int64]
 STAGE = "audit: shadow federations"
 FALSE_POSITIVE_RATES = (0.001, 0.01)
 FEWEST_SHADOWS = 4  # two with and two without each candidate, the least that has a variance
-OWN_VARIANCE = 32  # shadows with, and without, a candidate, from which on it has variances of its own (LiRA, VI.A)
-FEWEST_RECORDS = 50  # shadows' records of a class, in and out each, from which on it has an attack model of its own
+OWN_VARIANCE = 32  # a candidate with as many shadows in, and out, has variances of its own (LiRA, VI.A)
+FEWEST_RECORDS = 50  # a class with as many shadows' records in, and out, has an attack model of its own
 RUNNERS_UP = 3  # wrong classes whose probabilities an attack model sees, the largest first
 ROUNDING = 1e-5  # standard deviation below which confidences differ by rounding only
 CURVE_POINTS = 200
@@ -52,8 +52,8 @@ class Candidates:
 
     Attributes:
         rows: [n] indices into the subject's features and labels, none twice.
-        owner: [n] the client that each belongs to. Its prompt is attacked, or the only one.
-        member: [n] whether its owner trained on it in the attacked run.
+        owner: [n] the client of each image. Its prompt is attacked, or the only one.
+        member: [n] true if the owner trained on the image in the attacked run.
     """
 
     rows: Indices
@@ -66,8 +66,8 @@ class Shadows:
     """Federations like the attacked one, whose members are known.
 
     Attributes:
-        prompts: S stacks of K prompts each, or of one where clients share it; on the CPU.
-        included: [S, n] which candidates each trained on.
+        prompts: S stacks of K prompts each, or of one if clients share it; on the CPU.
+        included: [S, n] true for the candidates that each trained on.
     """
 
     prompts: tuple[Prompt, ...]
@@ -76,7 +76,7 @@ class Shadows:
 
 @dataclass(frozen=True)
 class Point:
-    """How many members are found at a false positive rate, with the 95% Clopper-Pearson interval."""
+    """The share of members found at a false positive rate, with the 95% Clopper-Pearson interval."""
 
     false_positive_rate: float
     true_positive_rate: float
@@ -86,13 +86,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Attack:
-    """What an attack achieved.
+    """The result of an attack.
 
     Attributes:
         auc: area under the ROC curve; a half is guessing.
         auc_interval: its 95% interval, for candidates that are independent given the prompts.
-        found: at the false positive rates of 0.1% and 1%. With fewer non-members than the rate's reciprocal, these
-            are the members that outscore every non-member.
+        found: shares of members found at the false positive rates of 0.1% and 1%. With fewer non-members than the
+            rate's reciprocal, these are the members that outscore every non-member.
         curve: (false positive rate, true positive rate), at most 200 points of the ROC curve, ends included.
     """
 
@@ -103,10 +103,10 @@ class Attack:
 
     @classmethod
     def of(cls, scores: Floats, member: Flags) -> Attack:
-        """From scores [n], higher where the attack says "member", and the truth [n]."""
+        """Return the result of scores [n], higher if the attack says "member", given the truth [n]."""
         curve = roc(scores, member)
-        found = tuple(Point(rate, curve.at(rate), *curve.interval_at(rate)) for rate in FALSE_POSITIVE_RATES)
-        return cls(curve.auc, auc_interval(scores, member), found, _thinned(curve))
+        points = tuple(Point(rate, curve.at(rate), *curve.interval_at(rate)) for rate in FALSE_POSITIVE_RATES)
+        return cls(curve.auc, auc_interval(scores, member), points, _thinned(curve))
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ class Membership:
 
     Attributes:
         shadow_attack, lira: the two attacks.
-        members, non_members: how many candidates of each kind, which are equal.
-        shadows: how many shadow federations were trained.
+        members, non_members: number of candidates of each kind, which are equal.
+        shadows: number of shadow federations that were trained.
     """
 
     shadow_attack: Attack
@@ -126,17 +126,17 @@ class Membership:
     shadows: int
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as JSON can hold it."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 def infer_membership(subject: Subject, shadows: int, seed: int = 1) -> Membership:
-    """Attack a run: choose candidates, train shadow federations, and guess who was trained on.
+    """Attack a run: choose candidates, train shadow federations, and guess the members.
 
     Args:
         subject: the run.
-        shadows: how many federations to train; from 64 on, LiRA has a variance for every candidate.
-        seed: decides candidates, coins, and the shadows' own randomness.
+        shadows: number of federations to train; from 64 on, LiRA has a variance for every candidate.
+        seed: decides candidates, the shadows' halves, and the shadows' own randomness.
 
     Raises:
         ConfigError: too few shadows.
@@ -163,28 +163,30 @@ def infer_membership(subject: Subject, shadows: int, seed: int = 1) -> Membershi
 
 
 def candidates(subject: Subject, rng: np.random.Generator) -> Candidates:
-    """Members and non-members, as many as there are with as many of either for every client and class.
+    """Choose as many members and non-members as possible, with equal numbers of both for every client and class.
 
-    Within each class, test images are dealt, in random order and each once, to the clients whose own cells they are of,
-    to the one with the fewest so far, up to the number of training images that it has of the class. For each, one of
-    those is drawn at random as a member. So a class that a client gets no test image of has no members there, and
-    training images beyond the test images that a client got are no candidates.
+    Within each class, test images are dealt in random order, each once. An image goes to a client in whose local split
+    it is: to the one with the fewest so far, up to the number of its training images of the class. For each image, one
+    of those training images is drawn at random as a member. So a client without a test image of a class has no members
+    of that class. Training images beyond the number of a client's test images are no candidates.
 
     Raises:
-        DataError: there are none.
+        DataError: there are no candidates.
     """
     task, labels = subject.task, subject.labels.cpu().numpy()
     members, others, owner = [list[int]() for _ in range(3)]
     for label in np.unique(labels[task.test]):
         held = [rows[labels[rows] == label] for rows in task.train]
-        held[: task.attackers] = [rows[:0] for rows in held[: task.attackers]]  # pictures with a trigger stand out
-        wanted, given = np.array([len(rows) for rows in held]), np.zeros(len(held), dtype=np.int64)
+        # An attacker's pictures have a trigger, by which they stand out, so they are no candidates.
+        held[: task.attackers] = [rows[:0] for rows in held[: task.attackers]]
+        capacity = np.array([len(rows) for rows in held])
+        dealt = np.zeros(len(held), dtype=np.int64)
         unused = [rng.permutation(rows).tolist() for rows in held]
         for position in rng.permutation(np.flatnonzero(labels[task.test] == label)):
-            possible = np.flatnonzero((task.local[:, position] > 0) & (given < wanted))
+            possible = np.flatnonzero((task.local[:, position] > 0) & (dealt < capacity))
             if len(possible):
-                client = int(rng.choice(possible[given[possible] == given[possible].min()]))
-                given[client] += 1
+                client = int(rng.choice(possible[dealt[possible] == dealt[possible].min()]))
+                dealt[client] += 1
                 members.append(unused[client].pop())
                 others.append(int(task.test[position]))
                 owner.append(client)
@@ -196,17 +198,17 @@ def candidates(subject: Subject, rng: np.random.Generator) -> Candidates:
 def train_shadows(subject: Subject, candidates: Candidates, count: int, seed: int) -> Shadows:
     """Train the whole federation again, `count` times, each with another seed and another half of the candidates.
 
-    1. Of every client's candidates of every class a random half is in. Every second shadow gets the other halves, so
-       that each candidate is in half of the shadows (as near as an odd count allows), as LiRA wants it.
+    1. Of every client's candidates of every class a random half is in. Every second shadow gets the other halves. So
+       each candidate is in half of the shadows (as near as an odd count allows), as LiRA requires.
     2. A client trains on its candidates that are in, and on its training images that are no candidates: the adversary
-       is taken to know those. It holds as many images of each class as in the attacked run, at least one therefore, so
-       that the sampling rate, noise and weights are the same.
-    3. It trains as many rounds as the attacked run did, with the same noise where that had any.
+       is assumed to know those. It holds as many images of each class as in the attacked run, and therefore at least
+       one, so that the sampling rate, noise and weights are the same.
+    3. It trains as many rounds as the attacked run did, with the same noise if that had any.
 
-    Where noise is from the operating system (unless `privacy.simulation`), the seed does not decide it.
+    If noise is from the operating system (unless `privacy.simulation`), the seed does not decide it.
 
     Raises:
-        ConfigError: fewer than four.
+        ConfigError: fewer than four shadows.
         RunError: a shadow diverged.
     """
     if count < FEWEST_SHADOWS:
@@ -217,13 +219,14 @@ def train_shadows(subject: Subject, candidates: Candidates, count: int, seed: in
         rows = _held(subject, candidates, chosen)
         shadow_seed = derive_key(seed, "shadow", number)
         runtime = subject.variation(subject.features, subject.labels, rows, shadow_seed)
-        prompts.append(map_prompt(runtime.prompts(train(runtime, subject.training.round)), Tensor.cpu))
+        trained = train(runtime, subject.training.round)
+        prompts.append(map_prompt(runtime.prompts(trained), Tensor.cpu))
         subject.progress(STAGE, number + 1, count)
     return Shadows(tuple(prompts), included)
 
 
 def _halves(subject: Subject, candidates: Candidates, count: int, rng: np.random.Generator) -> Flags:
-    """[S, n] which candidates are in."""
+    """Draw the candidates that are in, [S, n]."""
     labels = subject.labels.cpu().numpy()[candidates.rows]
     included = np.zeros((count, len(labels)), dtype=np.bool_)
     for client, label in sorted({*zip(candidates.owner.tolist(), labels.tolist(), strict=True)}):
@@ -235,7 +238,7 @@ def _halves(subject: Subject, candidates: Candidates, count: int, rng: np.random
 
 
 def _held(subject: Subject, candidates: Candidates, chosen: Flags) -> list[list[int]]:
-    """What each client of a shadow trains on, given which candidates [n] are in."""
+    """Return the training rows of each client of a shadow, given a mask [n] of the candidates that are in."""
     held = []
     for client, rows in enumerate(subject.task.train):
         known = np.setdiff1d(rows, candidates.rows[candidates.member])
@@ -246,30 +249,30 @@ def _held(subject: Subject, candidates: Candidates, chosen: Flags) -> list[list[
 
 @torch.no_grad()
 def confidences(model: PromptModel, prompt: Prompt, features: Tensor, owner: Indices) -> Floats:
-    """Logarithms of the probabilities [n, C] that its owner's prompt gives each image.
+    """Return logarithms of the probabilities [n, C] that each image's owner's prompt gives it.
 
     Args:
         model: the frozen model.
-        prompt: K prompts, or one where clients share it.
+        prompt: K prompts, or one if clients share it.
         features: [n, ...] of the images.
         owner: [n].
     """
     place = owner if prompt_count(prompt) > 1 else np.zeros_like(owner)
     logits = np.empty((len(features), len(model.classes)))
     for used in np.unique(place).tolist():
-        mine = np.flatnonzero(place == used)
-        images = features[torch.from_numpy(mine).to(features.device)]
-        own = map_prompt(prompt, lambda part, at=used: part[at : at + 1].to(features.device))  # type: ignore[misc]
-        logits[mine] = model.predict(own, images)[0].cpu().double().numpy()
+        owned = np.flatnonzero(place == used)
+        images = features[torch.from_numpy(owned).to(features.device)]
+        one = map_prompt(prompt, lambda part, used=used: part[used : used + 1].to(features.device))  # type: ignore[misc]
+        logits[owned] = model.predict(one, images)[0].cpu().double().numpy()
     return np.asarray(logits - logsumexp(logits, axis=-1, keepdims=True))
 
 
 def signals(log_probabilities: Floats, labels: Indices) -> Floats:
-    """What attacks look at, of each image: [n, F].
+    """Compute the features that attacks use of each image: [n, F].
 
-    The first is LiRA's log(p_y / (1 - p_y)), where 1 - p_y is summed up from the other classes, so that it keeps its
-    digits where p_y rounds to 1. Then log p_y, the entropy, and log p of the likeliest wrong classes; all classes in
-    their own order would be more numbers than a class has shadows' records to learn from.
+    The first is LiRA's log(p_y / (1 - p_y)). There 1 - p_y is summed up from the other classes, so that it keeps its
+    digits when p_y rounds to 1. Then come log p_y, the entropy, and log p of the likeliest wrong classes. All classes
+    in their own order would be more numbers than a class has shadows' records to learn from.
 
     Args:
         log_probabilities: [n, C], C at least 2.
@@ -284,26 +287,26 @@ def signals(log_probabilities: Floats, labels: Indices) -> Floats:
 
 
 def shadow_attack(target: Floats, shadows: Floats, included: Flags, labels: Indices) -> Floats:
-    """Scores [n] of the attack by shadow models: the log-odds that the image was trained on.
+    """Compute scores [n] of the attack by shadow models: the log-odds that the image was trained on.
 
-    For every class a classifier learns, from all shadows' signals on all candidates of the class, which were trained
-    on; it is asked about the attacked prompts' signals. A class of which that is too little shares a classifier with
-    all. It is a logistic regression on standardized signals, in and out weighted alike.
+    For every class a classifier learns membership from all shadows' signals on all candidates of the class. It then
+    scores the attacked prompts' signals. A class with too few records uses a classifier of all classes. A classifier is
+    a logistic regression on standardized signals, in and out weighted alike.
 
     Args:
         target: [n, F] signals of the attacked prompts.
-        shadows: [S, n, F] those of the shadows.
+        shadows: [S, n, F] signals of the shadows.
         included: [S, n].
         labels: [n].
     """
     whole = _classifier(shadows, included)
     scores = np.empty(len(labels))
     for label in np.unique(labels):
-        mine = labels == label
-        trained_on = included[:, mine]
+        of_class = labels == label
+        trained_on = included[:, of_class]
         enough = min(trained_on.sum(), (~trained_on).sum()) >= FEWEST_RECORDS
-        model = _classifier(shadows[:, mine], trained_on) if enough else whole
-        scores[mine] = model.decision_function(target[mine])
+        model = _classifier(shadows[:, of_class], trained_on) if enough else whole
+        scores[of_class] = model.decision_function(target[of_class])
     return scores
 
 
@@ -313,15 +316,15 @@ def _classifier(signals: Floats, included: Flags) -> Pipeline:
 
 
 def lira(target: Floats, shadows: Floats, included: Flags) -> Floats:
-    """Scores [n] of the likelihood ratio attack, online: log N(target | in) - log N(target | out).
+    """Compute scores [n] of the likelihood ratio attack, online: log N(target | in) - log N(target | out).
 
     The Gaussians of a candidate are those of its confidences over the shadows with it, and over those without. With
     fewer than 32 of either, its variances are those of all candidates around their own means, as Carlini et al.
-    recommend (VI.A) where shadows are few.
+    recommend (VI.A) for few shadows.
 
     Args:
         target: [n] log(p_y / (1 - p_y)) of the attacked prompts.
-        shadows: [S, n] those of the shadows.
+        shadows: [S, n] the same of the shadows.
         included: [S, n].
 
     Raises:
@@ -331,27 +334,33 @@ def lira(target: Floats, shadows: Floats, included: Flags) -> Floats:
     rarer = np.minimum(included.sum(0), (~included).sum(0))
     if rarer.min() < 1 or rarer.max() < 2:
         raise ValueError(f"candidate {int(rarer.argmin())} has {rarer.min()} shadows with or without it: train more")
-    own = rarer >= OWN_VARIANCE
-    # Differences to the target, so that where nothing was learned all are exactly zero, and so is the score.
+    separate = rarer >= OWN_VARIANCE
+    # Differences to the target: if nothing was learned, all are exactly zero, and so is the score.
     differences = shadows - target
-    return _log_likelihood_of_zero(differences, included, own) - _log_likelihood_of_zero(differences, ~included, own)
+    inside = _log_likelihood_of_zero(differences, included, separate)
+    outside = _log_likelihood_of_zero(differences, ~included, separate)
+    return inside - outside
 
 
-def _log_likelihood_of_zero(values: Floats, chosen: Flags, own: Flags) -> Floats:
-    """[n] log N(0), N fitted to the chosen values of each column of [S, n]; `own` [n] have their own variance."""
+def _log_likelihood_of_zero(values: Floats, chosen: Flags, separate: Flags) -> Floats:
+    """Return log N(0) [n], N fitted to the chosen values of each column of [S, n].
+
+    Columns that are `separate` [n] have their own variance; the others share one.
+    """
     counts = chosen.sum(0)
     mean = np.where(chosen, values, 0).sum(0) / counts
     squares = np.where(chosen, (values - mean) ** 2, 0).sum(0)
-    variance = np.where(own, squares / np.maximum(counts - 1, 1), squares.sum() / (counts - 1).sum())
+    pooled = squares.sum() / (counts - 1).sum()
+    variance = np.where(separate, squares / np.maximum(counts - 1, 1), pooled)
     return np.asarray(norm.logpdf(0.0, mean, np.maximum(np.sqrt(variance), ROUNDING)))
 
 
 def _thinned(curve: Roc) -> tuple[tuple[float, float], ...]:
-    """At most `CURVE_POINTS` of a curve, logarithmically spaced in the false positive rate, its ends among them."""
+    """Return at most `CURVE_POINTS` of a curve, its ends among them, logarithmic in the false positive rate."""
     x, y = curve.false_positive_rate, curve.true_positive_rate
     kept = np.arange(len(x))
     if len(x) > CURVE_POINTS:
         rates = np.geomspace(1 / curve.non_members, 1, CURVE_POINTS - 2)
         highest = np.searchsorted(x, [0.0, *rates], side="right") - 1  # the best threshold at each rate
         kept = np.unique([0, *highest, len(x) - 1])
-    return tuple((float(x[at]), float(y[at])) for at in kept)
+    return tuple((float(x[index]), float(y[index])) for index in kept)

@@ -1,9 +1,9 @@
 """An audit of example-level privacy by one more training run, with canaries in it.
 
 Steinke, Nasr, Jagielski, Privacy Auditing with One (1) Training Run, NeurIPS 2023 (arXiv 2305.08846), algorithm 1. Many
-canaries are put in or left out, each by a fair coin of its own; whoever guesses the coins better than the claimed
-(epsilon, delta) allows has refuted it. What a canary is, and what it is to be left out, is in `canaries`; how the coins
-are guessed from noised gradients, in `white_box` and `decoding`.
+canaries are included or left out, each with probability 1/2, independently of all others. An adversary that guesses the
+inclusions better than the claimed (epsilon, delta) allows has refuted the claim. `canaries` defines a canary and its
+being left out. `white_box` and `decoding` guess the inclusions from noised gradients.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ CONFIDENCE = 0.95  # of the larger of the two views' bounds; each is at 1 - (1 -
 
 @dataclass(frozen=True)
 class View:
-    """What one observer could tell.
+    """The result of one observer.
 
     Attributes:
-        observer: what it saw, in words.
-        epsilon: lower bound in nats; 0 where nothing is shown.
-        guesses: how many canaries it guessed.
-        correct: how many of these rightly.
+        observer: the releases that it saw, in words.
+        epsilon: lower bound in nats; 0 if nothing is shown.
+        guesses: number of canaries it guessed.
+        correct: number of these guesses that were right.
     """
 
     observer: str
@@ -51,16 +51,16 @@ class View:
 
 @dataclass(frozen=True)
 class OneRunAudit:
-    """The outcome of an audit.
+    """The result of an audit.
 
     Attributes:
-        canaries: how many had a coin of their own.
-        included: how many of them were trained on.
-        claimed_epsilon: what the audited training claims by its own ledger, towards the untrusted observer that learned
-            most; None where it claims nothing.
-        delta: at which the claim is made and the bounds hold.
-        black_box: who sees the prompts before and after training.
-        white_box: who sees every noised gradient.
+        canaries: number of canaries that were included or left out at random.
+        included: number of them that were trained on.
+        claimed_epsilon: the claim of the audited training's own ledger, against the untrusted observer that learned
+            most; None if it claims nothing.
+        delta: the probability at which the claim is made and the bounds hold.
+        black_box: the observer that sees the prompts before and after training.
+        white_box: the observer that sees every noised gradient.
     """
 
     canaries: int
@@ -72,16 +72,16 @@ class OneRunAudit:
 
     @property
     def strongest(self) -> View:
-        """The view with the larger bound, which holds at 95 % confidence although it was chosen after looking."""
+        """Return the view with the larger bound; it holds at 95 % confidence although it was chosen after looking."""
         return max(self.white_box, self.black_box, key=lambda view: view.epsilon)
 
     @property
     def refuted(self) -> bool:
-        """Whether the lower bound is above the claim."""
+        """True if the lower bound is above the claim."""
         return self.claimed_epsilon is not None and self.strongest.epsilon > self.claimed_epsilon
 
     def as_dict(self) -> dict[str, Any]:
-        """For a report: plain values, those of the strongest view on top."""
+        """Return plain values for a report, those of the strongest view on top."""
         return {**asdict(self.strongest), **asdict(self), "confidence": CONFIDENCE, "refuted": self.refuted}
 
 
@@ -90,20 +90,21 @@ def audit_in_one_run(
 ) -> OneRunAudit:
     """Train a federation once more with canaries in it, and bound epsilon from below.
 
-    1. Draw canaries, and a coin for each; give each to one client, which trains on it or passes it over.
+    1. Draw canaries, and an inclusion bit for each. Give each to one client, which trains on it or leaves it out.
     2. Train from the start, with other randomness, settings and noise as they were, by the same implementation of the
-       mechanism. What this training claims is read from its own ledger: clients hold more examples than before.
-    3. Black box: a canary's score is how much its loss under its owner's prompt fell in training.
-    4. White box: it is the estimate of its coin from all noised gradients that its owner released (`Watching`).
-    5. Each view calls those with high scores in, and those with low ones out, and gets its bound (`best_guesses`) at
-       confidence 97.5 %: both hold at 95 %, and so does the larger.
+       mechanism. The claim is read from this training's own ledger: clients hold more examples than before.
+    3. Black box: a canary's score is the fall of its loss under its owner's prompt in training.
+    4. White box: it is the estimate of its inclusion bit from all noised gradients that its owner released
+       (`Watching`).
+    5. Each view guesses "in" for high scores and "out" for low ones, and gets its bound (`best_guesses`) at confidence
+       97.5 %: both hold at 95 %, and so does the larger.
 
     Args:
         runtime: the method with its federation.
         canaries: m, at least 2; bounds grow with them until they hide each other.
         seed: of everything random in the audit.
-        progress: is told of the rounds.
-        rounds: how many to train, where the run ended before its last.
+        progress: is called after every round.
+        rounds: number of rounds to train, if the run ended before its last.
 
     Raises:
         ConfigError: the unit of privacy is not the example, or there are fewer than 2 canaries.
@@ -121,22 +122,24 @@ def audit_in_one_run(
     ties = generator(seed, "ties")
 
     def view(observer: str, scores: Tensor) -> View:
-        coins = drawn.included.cpu().numpy()
-        found = best_guesses(scores.double().cpu().numpy(), coins, delta, 1 - (1 - CONFIDENCE) / 2, ties)
-        return View(observer, found.epsilon, found.guesses, found.correct)
+        included = drawn.included.cpu().numpy()
+        confidence = 1 - (1 - CONFIDENCE) / 2
+        best = best_guesses(scores.double().cpu().numpy(), included, delta, confidence, ties)
+        return View(observer, best.epsilon, best.guesses, best.correct)
 
+    fall = _losses(audited, before, drawn) - _losses(audited, after, drawn)
     return OneRunAudit(
         canaries,
         int(drawn.included.sum()),
         claimed(after.ledger),
         delta,
-        view("the owner's prompt, before and after", _losses(audited, before, drawn) - _losses(audited, after, drawn)),
+        view("the owner's prompt, before and after", fall),
         view("every gradient as it was released", watching.scores()),
     )
 
 
 def claimed(ledger: Ledger) -> float | None:
-    """The largest epsilon of an example towards an untrusted observer; None where it is infinite."""
+    """Return the largest epsilon of an example against an untrusted observer; None if it is infinite."""
     untrusted = [observer for observer in OBSERVERS if observer not in ledger.trusted]
     largest = max(accounting.spent(ledger, observer, "example").epsilon for observer in untrusted)
     return largest if np.isfinite(largest) else None
@@ -144,14 +147,14 @@ def claimed(ledger: Ledger) -> float | None:
 
 @torch.no_grad()
 def _losses(runtime: LocalRuntime, training: Training, canaries: Canaries) -> Tensor:
-    """Every canary's cross-entropy [m], in nats, under the prompt of its owner."""
-    prompt = runtime.prompts(training)
+    """Return every canary's cross-entropy [m], in nats, under the prompt of its owner."""
+    prompts = runtime.prompts(training)
     losses = canaries.features.new_zeros(len(canaries.labels))
-    for client in range(prompt_count(prompt)):
-        mine = canaries.owners == client if prompt_count(prompt) > 1 else torch.ones_like(canaries.included)
-        own = map_prompt(prompt, lambda part, at=client: part[at : at + 1])  # type: ignore[misc]
-        logits = runtime.model.predict(own, canaries.features[mine])[0]
-        losses[mine] = F.cross_entropy(logits, canaries.labels[mine], reduction="none").to(losses)
+    for client in range(prompt_count(prompts)):
+        owned = canaries.owners == client if prompt_count(prompts) > 1 else torch.ones_like(canaries.included)
+        prompt = map_prompt(prompts, lambda part, place=client: part[place : place + 1])  # type: ignore[misc]
+        logits = runtime.model.predict(prompt, canaries.features[owned])[0]
+        losses[owned] = F.cross_entropy(logits, canaries.labels[owned], reduction="none").to(losses)
     return losses
 
 

@@ -1,4 +1,4 @@
-"""Every attack on a run directory, and what they found beside what the run claims."""
+"""All attacks on a run directory, and their results beside the run's claims."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ def audit(
         shadows: shadow federations of the membership attacks; each costs as much as the run.
         canaries: of the one-run audit, which costs about as much as the run.
         seed: of the attacker's randomness.
-        progress: is told how far the attacks are.
-        dataset: data and encoder, where they are open already.
+        progress: is called as the attacks advance.
+        dataset: data and encoder, if they are open already.
 
     Returns:
-        What `audit.json` holds.
+        The content of `audit.json`.
 
     Raises:
         SordinoError: the run cannot be opened, or an attack cannot be made of what it has.
     """
-    for each in attacks:
-        if each not in ATTACKS:
-            raise ConfigError("--attacks", each, f"not an attack; choose from {', '.join(ATTACKS)}")
+    for attack in attacks:
+        if attack not in ATTACKS:
+            raise ConfigError("--attacks", attack, f"not an attack; choose from {', '.join(ATTACKS)}")
     if not folder.is_dir():
         raise RunError(f"{folder} holds no finished run (there is no such directory)")
     with held(folder):
@@ -71,52 +71,52 @@ def _audit(
     progress: Progress,
     dataset: EncodedDataset | None,
 ) -> dict[str, Any]:
-    """`audit`, with the run directory held."""
+    """Do the work of `audit`, with the run directory locked."""
     subject = Subject.open(folder, progress, dataset)
     if not subject.runtime.rounds:
         raise RunError(f"{folder}: {subject.config.algorithm} learned nothing, so there is nothing to attack")
-    found: dict[str, Any] = read_audit(folder)["attacks"] if (folder / FILE).exists() else {}
-    for name in (each for each in ATTACKS if each in attacks):
+    results: dict[str, Any] = read_audit(folder)["attacks"] if (folder / FILE).exists() else {}
+    for name in (attack for attack in ATTACKS if attack in attacks):
         try:
-            found[name] = _attack(name, subject, shadows, canaries, seed)
+            results[name] = _attack(name, subject, shadows, canaries, seed)
         except (ConfigError, DataError) as error:
             if tuple(attacks) != ATTACKS:  # asked for by name
                 raise
-            found[name] = {"reason": str(error)}
+            results[name] = {"reason": str(error)}
     claimed = as_summary(subject.ledger, subject.config.privacy.unit)
     result = {
         "claimed": {key: claimed[key] for key in ("epsilon", "delta", "unit", "simulated")},
         "seed": seed,
-        "attacks": found,
+        "attacks": results,
     }
     text = json.dumps(result, indent=2) + "\n"
     write_atomically(folder / FILE, text.encode())
-    write_report(
-        [folder], folder / "report.html", f"Sordino: {subject.config.algorithm} on {subject.config.data.source}"
-    )
+    title = f"Sordino: {subject.config.algorithm} on {subject.config.data.source}"
+    write_report([folder], folder / "report.html", title)
     return dict(json.loads(text))
 
 
 def read_audit(folder: Path) -> dict[str, Any]:
-    """What an earlier audit found.
+    """Read the results of an earlier audit.
 
     Raises:
         RunError: its file is damaged.
     """
     try:
-        found = json.loads((folder / FILE).read_bytes())
-        if not (isinstance(found, dict) and isinstance(found.get("attacks"), dict)):
+        content = json.loads((folder / FILE).read_bytes())
+        if not (isinstance(content, dict) and isinstance(content.get("attacks"), dict)):
             raise ValueError("it holds no attacks")
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{folder / FILE} is damaged ({error}); remove it, and repeat the attacks") from None
-    return found
+    return content
 
 
 def _attack(name: str, subject: Subject, shadows: int, canaries: int, seed: int) -> dict[str, Any]:
     if name == "membership":
         return infer_membership(subject, shadows, seed).as_dict()
     if name == "canaries":
-        return audit_in_one_run(subject.runtime, canaries, seed, subject.progress, subject.training.round).as_dict()
+        rounds = subject.training.round
+        return audit_in_one_run(subject.runtime, canaries, seed, subject.progress, rounds).as_dict()
     if name == "inversion":
         return invert(subject, seed).as_dict()
     if name == "distances":
@@ -125,11 +125,11 @@ def _attack(name: str, subject: Subject, shadows: int, canaries: int, seed: int)
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """An audit for a terminal."""
+    """Return an audit's content as text for a terminal."""
     claimed, attacks = found["claimed"], found["attacks"]
     claim = "Claimed: no epsilon" if claimed["epsilon"] is None else f"Claimed: epsilon = {claimed['epsilon']:.4g}"
     lines = [claim + (" (simulated, not private)" if claimed.get("simulated") else "")]
-    for name in (each for each in ATTACKS if each in attacks):
+    for name in (attack for attack in ATTACKS if attack in attacks):
         result = attacks[name]
         if result.get("reason"):
             lines.append(f"{name}: does not apply ({result['reason']})")
@@ -141,13 +141,14 @@ def as_text(found: dict[str, Any]) -> str:
 def _membership_words(result: dict[str, Any]) -> list[str]:
     words = []
     for attack, title in (("lira", "LiRA"), ("shadow_attack", "shadow models")):
-        one = result[attack]
-        low, high = one["auc_interval"]
+        scores = result[attack]
+        low, high = scores["auc_interval"]
         rates = ", ".join(
             f"{100 * point['true_positive_rate']:.1f}% found at {100 * point['false_positive_rate']:g}% false positives"
-            for point in one["found"]
+            for point in scores["found"]
         )
-        words.append(f"{title}, {result['shadows']} shadows: AUC {one['auc']:.3f} ({low:.3f} to {high:.3f}); {rates}")
+        auc = f"AUC {scores['auc']:.3f} ({low:.3f} to {high:.3f})"
+        words.append(f"{title}, {result['shadows']} shadows: {auc}; {rates}")
     return words
 
 
@@ -161,11 +162,12 @@ def _canaries_words(result: dict[str, Any]) -> list[str]:
 
 def _inversion_words(result: dict[str, Any]) -> list[str]:
     return [
-        f"from an upload of {each['size']} example{'s' if each['size'] > 1 else ''}: "
-        f"{100 * each['labels_found']:.0f}% of the labels ({100 * each['labels_chance']:.0f}% by chance), "
-        f"cosine to the image's feature {each['cosine']:.2f} ({each['cosine_chance']:.2f} by chance), "
-        f"{100 * each['reidentified']:.0f}% of images recognized ({100 * each['reidentified_chance']:.2g}% by chance)"
-        for each in result["attacks"]
+        f"from an upload of {attack['size']} example{'s' if attack['size'] > 1 else ''}: "
+        f"{100 * attack['labels_found']:.0f}% of the labels ({100 * attack['labels_chance']:.0f}% by chance), "
+        f"cosine to the image's feature {attack['cosine']:.2f} ({attack['cosine_chance']:.2f} by chance), "
+        f"{100 * attack['reidentified']:.0f}% of images recognized "
+        f"({100 * attack['reidentified_chance']:.2g}% by chance)"
+        for attack in result["attacks"]
     ]
 
 
@@ -173,11 +175,11 @@ def _stealing_words(result: dict[str, Any]) -> list[str]:
     victims = result["victims"]
 
     def mean(thief: str, what: str) -> float:
-        return float(sum(each[thief][what] for each in victims) / len(victims))
+        return float(sum(victim[thief][what] for victim in victims) / len(victims))
 
-    own = sum(each["local_accuracy"] for each in victims) / len(victims)
+    accuracy = sum(victim["local_accuracy"] for victim in victims) / len(victims)
     return [
-        f"{title}: local accuracy {100 * mean(thief, 'local_accuracy'):.1f}% (the victims' own {100 * own:.1f}%), "
+        f"{title}: local accuracy {100 * mean(thief, 'local_accuracy'):.1f}% (the victims' own {100 * accuracy:.1f}%), "
         f"agreement {100 * mean(thief, 'agreement'):.0f}%, cosine of the change {mean(thief, 'cosine'):.2f}"
         for thief, title in (("by_client", "another client"), ("by_server", "the server"))
     ]
@@ -185,16 +187,16 @@ def _stealing_words(result: dict[str, Any]) -> list[str]:
 
 def _distances_words(result: dict[str, Any]) -> list[str]:
     helped = ", ".join(
-        f"{each['cosine']:.2f} with {each['helpers']} ({each['cosine_of_mean']:.2f} by their mean alone)"
-        for each in result["helped"]
+        f"{entry['cosine']:.2f} with {entry['helpers']} ({entry['cosine_of_mean']:.2f} by their mean alone)"
+        for entry in result["helped"]
     )
     words = [
         f"{result['columns']} columns opened; distances between clients known to {100 * result['distance_error']:.2g}%",
         f"cosine to another client's reduced prompt, by how many clients help the server: {helped}",
     ]
     for key, what in (("by_best", "the best of these"), ("by_truth", "the true reduced prompt")):
-        found = result[key]
-        words.append(f"a prompt from {what}: cosine {found['cosine']:.2f}, agreement {100 * found['agreement']:.0f}%")
+        prompt = result[key]
+        words.append(f"a prompt from {what}: cosine {prompt['cosine']:.2f}, agreement {100 * prompt['agreement']:.0f}%")
     if known := result["by_mean"]:
         words.append(
             f"the cluster's mean, which is opened anyway: cosine {known['cosine']:.2f}, agreement "

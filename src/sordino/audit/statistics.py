@@ -1,8 +1,9 @@
-"""What the scores of a membership attack prove: ROC curves, their intervals, and a lower bound on epsilon.
+"""Statistics of a membership attack's scores: ROC curves, their intervals, and a lower bound on epsilon.
 
 `one_run_epsilon` is the bound of Steinke, Nasr, Jagielski, "Privacy Auditing with One (1) Training Run", NeurIPS 2023
-(arXiv 2305.08846), Theorem 5.2 and Appendix D. Its premise is the caller's duty: each of the m canaries was included by
-a fair coin of its own, and the scores were made of what was released, without sight of the coins.
+(arXiv 2305.08846), Theorem 5.2 and Appendix D. Its premise is the caller's duty. Each of the m canaries was included
+with probability 1/2, independently of all others. The scores were computed from releases, without access to the
+inclusions.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from sklearn.metrics import roc_curve
 
 @dataclass(frozen=True, eq=False)
 class Roc:
-    """An attack's receiver operating characteriztic.
+    """An attack's receiver operating characteristic.
 
     Attributes:
-        false_positive_rate: [P], ascending from 0 to 1; the share of non-members that are taken for members.
+        false_positive_rate: [P], ascending from 0 to 1; the share of non-members that are called members.
         true_positive_rate: [P], ascending from 0 to 1; the share of members that are found.
         auc: area under the curve, the probability that a member outscores a non-member, ties counted half.
         members: number of members that were scored.
@@ -39,9 +40,9 @@ class Roc:
     non_members: int
 
     def at(self, false_positive_rate: float) -> float:
-        """The largest true positive rate of a threshold whose false positive rate is at most the given one.
+        """Return the largest true positive rate of a threshold whose false positive rate is at most the given one.
 
-        A step function: nothing is interpolated, since between two thresholds there is no attack.
+        This is a step function: nothing is interpolated, since between two thresholds there is no attack.
 
         Raises:
             ValueError: the rate is outside [0, 1].
@@ -51,33 +52,34 @@ class Roc:
         return float(self.true_positive_rate[last])
 
     def interval_at(self, false_positive_rate: float, confidence: float = 0.95) -> tuple[float, float]:
-        """Clopper-Pearson interval of `at`, for the threshold that the scored non-members set.
+        """Return the Clopper-Pearson interval of `at`, for the threshold that the scored non-members set.
 
-        It holds for that threshold's true positive rate; that the non-members are a sample too, so that the threshold's
-        own false positive rate is uncertain, is not in it.
+        It holds for that threshold's true positive rate. It does not include the uncertainty of the threshold's own
+        false positive rate: the non-members are a sample too.
         """
-        return clopper_pearson(round(self.at(false_positive_rate) * self.members), self.members, confidence)
+        members_found = round(self.at(false_positive_rate) * self.members)
+        return clopper_pearson(members_found, self.members, confidence)
 
 
 def roc(scores: ArrayLike, members: ArrayLike) -> Roc:
-    """The ROC curve of scores [N] against membership [N] (true or 1: a member); a higher score says "member".
+    """Return the ROC curve of scores [N] against membership [N] (true or 1: a member); a higher score says "member".
 
     Raises:
         ValueError: the shapes differ, a score is not finite, or members or non-members are missing.
     """
     scores, members = _checked(scores, members)
-    found = int(members.sum())
-    _require(0 < found < len(members), f"{found} of {len(members)} are members: a ROC curve needs both kinds")
+    count = int(members.sum())
+    _require(0 < count < len(members), f"{count} of {len(members)} are members: a ROC curve needs both kinds")
     false_positive_rate, true_positive_rate, _ = roc_curve(members, scores, drop_intermediate=False)
     area = float(area_under(false_positive_rate, true_positive_rate))
-    return Roc(false_positive_rate, true_positive_rate, area, found, len(members) - found)
+    return Roc(false_positive_rate, true_positive_rate, area, count, len(members) - count)
 
 
 def auc_interval(scores: ArrayLike, members: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
-    """Confidence interval of the area under the ROC curve, two-sided.
+    """Compute the two-sided confidence interval of the area under the ROC curve.
 
-    The variance is that of Hanley & McNeil, Radiology 143 (1982), with both sample sizes replaced by their mean, and it
-    is taken at the interval's limit, not at the estimate: Newcombe, Statistics in Medicine 25 (2006) 559-573, method 5.
+    The variance is that of Hanley & McNeil, Radiology 143 (1982), with both sample sizes replaced by their mean. It is
+    computed at the interval's limit, not at the estimate: Newcombe, Statistics in Medicine 25 (2006) 559-573, method 5.
     So an attack that separates the sample perfectly gets an interval too, where DeLong's has length zero.
 
     Raises:
@@ -93,7 +95,7 @@ def auc_interval(scores: ArrayLike, members: ArrayLike, confidence: float = 0.95
 
 
 def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The exact two-sided interval of a binomial probability: Clopper & Pearson, Biometrika 26 (1934).
+    """Compute the exact two-sided interval of a binomial probability: Clopper & Pearson, Biometrika 26 (1934).
 
     Raises:
         ValueError: not 0 <= successes <= trials, no trial, or the confidence is outside (0, 1).
@@ -107,26 +109,27 @@ def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> tu
 
 
 def one_run_epsilon(correct: int, guesses: int, canaries: int, delta: float, confidence: float = 0.95) -> float:
-    """Lower bound on epsilon, given delta, from guesses about which canaries were in one training run.
+    """Compute a lower bound on epsilon, given delta, from guesses of the canaries' inclusions in one training run.
 
-    With v correct of r guesses among m canaries, W ~ Binomial(r, e^eps / (1 + e^eps)) and f(v) = P[W >= v], Theorem 5.2
-    of Steinke, Nasr, Jagielski (NeurIPS 2023) has, for whatever is (eps, delta)-DP with respect to each canary,
+    With v correct of r guesses among m canaries, let W ~ Binomial(r, e^eps / (1 + e^eps)) and f(v) = P[W >= v]. Theorem
+    5.2 of Steinke, Nasr, Jagielski (NeurIPS 2023) says of a mechanism that is (eps, delta)-DP with respect to each
+    canary
 
         P[at least v correct] <= f(v) + 2 m delta max_{1 <= i <= v} (f(v - i) - f(v)) / i .
 
-    The bound is the largest eps at which the right side is at most 1 - confidence, so that what is (eps, delta)-DP gets
+    The bound is the largest eps at which the right side is at most 1 - confidence. So an (eps, delta)-DP mechanism gets
     a bound above eps with probability at most 1 - confidence. At delta = 0 it is the logit of the one-sided
     Clopper-Pearson limit of the accuracy.
 
     Args:
-        correct: v, how many guesses were right.
-        guesses: r, how many were made; fixed before looking at which are right.
-        canaries: m, how many were included or not by a fair coin each, those not guessed among them.
-        delta: the delta of the (epsilon, delta) that is put to the test.
+        correct: v, the number of right guesses.
+        guesses: r, the number of guesses; fixed before looking at which are right.
+        canaries: m, the number of canaries that were included with probability 1/2, those not guessed among them.
+        delta: the delta of the (epsilon, delta) that is tested.
         confidence: at least a half.
 
     Returns:
-        The bound in nats; 0 where the guesses show nothing.
+        The bound in nats; 0 if the guesses show nothing.
 
     Raises:
         ValueError: not 0 <= correct <= guesses <= canaries, or delta or confidence out of range.
@@ -139,7 +142,8 @@ def one_run_epsilon(correct: int, guesses: int, canaries: int, delta: float, con
     _require(0.5 <= confidence < 1, f"confidence = {confidence}: it lies in [0.5, 1)")
     if correct == 0:
         return 0.0
-    # All is written in wrong guesses, whose rate e^-eps / (1 + e^-eps) keeps its digits where the accuracy rounds to 1.
+    # Everything is in terms of wrong guesses: their rate e^-eps / (1 + e^-eps) keeps its digits when the accuracy
+    # rounds to 1.
     wrong, significance = guesses - correct, 1 - confidence
     pure = -float(logit(betaincinv(wrong + 1, correct, confidence)))  # the bound at delta = 0; delta only lowers it
     if delta == 0 or pure <= 0:
@@ -159,10 +163,10 @@ class OneRun:
     """An audit by one training run.
 
     Attributes:
-        epsilon: lower bound in nats, 0 where nothing is shown.
-        correct: how many guesses were right.
-        guesses: how many canaries were guessed; for the others the adversary abstained.
-        canaries: how many were included or not by a fair coin.
+        epsilon: lower bound in nats, 0 if nothing is shown.
+        correct: number of right guesses.
+        guesses: number of canaries that were guessed; for the others the adversary abstained.
+        canaries: number of canaries that were included with probability 1/2.
     """
 
     epsilon: float
@@ -178,23 +182,23 @@ def best_guesses(
     confidence: float,
     generator: np.random.Generator,
 ) -> OneRun:
-    """The best lower bound on epsilon over several numbers of guesses, paid for by a Bonferroni correction.
+    """Compute the best lower bound on epsilon over several numbers of guesses, with a Bonferroni correction.
 
-    1. Canaries are sorted by score; ties in the generator's order, which knows nothing of inclusion.
-    2. For each number of guesses of a list that depends on m alone (`numbers_of_guesses`), the adversary says "in" of
-       the half with the highest scores, "out" of the half with the lowest, and abstains on the rest.
-    3. Each gets its `one_run_epsilon` at confidence 1 - (1 - confidence) / n, n the length of the list; the largest is
-       returned, the first on a draw.
+    1. Sort canaries by score; ties in the generator's order, which is independent of inclusion.
+    2. Take numbers of guesses from a list that depends on m alone (`numbers_of_guesses`). For each, the adversary says
+       "in" of the half with the highest scores, "out" of the half with the lowest, and abstains on the rest.
+    3. Compute `one_run_epsilon` for each, at confidence 1 - (1 - confidence) / n, n the length of the list. Return the
+       largest, the first on a draw.
 
     Theorem 5.2 holds for a number of guesses that was fixed in advance. The best of n bounds, chosen after looking, is
-    too high as soon as any of the n is, up to n times as often as one; at the corrected confidence, all n hold together
+    too high as soon as any of the n is, up to n times as often as one. At the corrected confidence, all n hold together
     with the confidence that was asked for.
 
     Args:
-        scores: [m], higher where the adversary believes that the canary was included.
-        included: [m], true or 1 where it was.
+        scores: [m], higher if the adversary believes that the canary was included.
+        included: [m], true or 1 if it was.
         delta: as in `one_run_epsilon`.
-        confidence: of the bound that is returned.
+        confidence: of the returned bound.
         generator: orders ties.
 
     Raises:
@@ -208,28 +212,31 @@ def best_guesses(
     order = generator.permutation(canaries)
     ascending = included[order[np.argsort(scores[order], kind="stable")]]
     numbers = numbers_of_guesses(canaries)
-    each = 1 - (1 - confidence) / len(numbers)
+    corrected = 1 - (1 - confidence) / len(numbers)
     runs = []
     for guesses in numbers:
         half = guesses // 2
         correct = int(ascending[-half:].sum() + (~ascending[:half]).sum())
-        epsilon = one_run_epsilon(correct, guesses, canaries, delta, each)
+        epsilon = one_run_epsilon(correct, guesses, canaries, delta, corrected)
         runs.append(OneRun(epsilon, correct, guesses, canaries))
     return max(runs, key=lambda run: run.epsilon)
 
 
 def numbers_of_guesses(canaries: int) -> list[int]:
-    """What `best_guesses` tries: all canaries, a half, a quarter, ... 1/128, each even, none but the first below 8."""
+    """Return the numbers that `best_guesses` tries.
+
+    They are all canaries, a half, a quarter, ... 1/128, each even, none but the first below 8.
+    """
     numbers = [2 * (canaries // 2 ** (halving + 1)) for halving in range(8)]
     return numbers[:1] + [number for number in numbers[1:] if number >= 8]
 
 
 def _p_value(wrong: int, guesses: int, canaries: int, epsilon: float, delta: float) -> float:
-    """The right side of Theorem 5.2, uncapped, in wrong guesses: E ~ Binomial(r, e^-eps / (1 + e^-eps)), E = r - W.
+    """Return the right side of Theorem 5.2, uncapped, in terms of wrong guesses.
 
-    (f(v - i) - f(v)) / i is then P[w < E <= w + i] / i, the mean of E's probabilities over the i values above w. As
-    these rise to the mode and fall after it, so does the mean until it meets the next probability and falls after it:
-    the best i is found by bisection, not by a sum over all i.
+    With E = r - W ~ Binomial(r, e^-eps / (1 + e^-eps)), (f(v - i) - f(v)) / i is P[w < E <= w + i] / i: the mean of E's
+    probabilities over the i values above w. These rise to the mode and fall after it. So the mean rises until it meets
+    the next probability, and falls after it. The best i is therefore found by bisection, not by a sum over all i.
     """
     rate = float(expit(-epsilon))
     tail = float(binom.cdf(wrong, guesses, rate))
@@ -244,7 +251,7 @@ def _p_value(wrong: int, guesses: int, canaries: int, epsilon: float, delta: flo
 
 
 def _lower_limit(auc: float, members: int, non_members: int, z: float) -> float:
-    """The area below `auc` that lies z of its own standard errors from it."""
+    """Return the area below `auc` that lies z of its own standard errors from it."""
     weight = (members + non_members) / 2 - 1
 
     def gap(area: float) -> float:

@@ -1,14 +1,14 @@
-"""Prompt stealing: how much of a client's personal prompt others can have without being given it.
+"""Prompt stealing: the part of a client's personal prompt that others can reconstruct.
 
-Another client sees the broadcast, and the public start of the personal part; that is what it uses in the victim's
-place. The server sees more: where a context is a sum, p = p_G + p_L, the gradient by p_G that a client uploads *is* the
-gradient by its whole context. With it the server takes the victim's own steps: personal parameters reach the loss
-through the context alone, so their gradients follow by the chain rule. What it lacks is the victim's own randomness,
-here the projections by which DP-FPL draws its factors (Tran et al., ICLR 2025), for which it draws others; and, where
-personal gradients are noised apart from shared ones, that noise.
+Another client sees the broadcast, and the public start of the personal part; it uses these in the victim's place. The
+server sees more. If a context is a sum, p = p_G + p_L, the gradient by p_G that a client uploads *is* the gradient by
+its whole context. With it the server repeats the victim's steps: personal parameters reach the loss through the context
+alone, so their gradients follow by the chain rule. The server lacks the victim's own randomness, here the projections
+by which DP-FPL draws its factors (Tran et al., ICLR 2025), and draws others instead. If personal gradients are noised
+apart from shared ones, it lacks that noise too.
 
-That a prompt is stolen is no failure of differential privacy: what is protected is each example, of which the stolen
-prompt tells no more than the uploads did. It says whether "personal" means "kept to oneself".
+A stolen prompt is no failure of differential privacy. That protects each example, of which the stolen prompt tells no
+more than the uploads did. The attack shows if "personal" means "kept to oneself".
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from sordino.privacy.gradients import Batch, Gradient, Parameters, PromptOf
 from sordino.randomness import Streams, derive_key
 from sordino.runtime.local import LocalRuntime, Training
 
-DRAWS = 8  # of the thief's own randomness; what it makes of them is averaged
+DRAWS = 8  # of the thief's own randomness; the reconstructions are averaged
 
 
 @dataclass(frozen=True)
 class Theft:
-    """A stolen prompt beside the victim's own.
+    """A stolen prompt, compared with the victim's.
 
     Attributes:
-        cosine: of the stolen and the true change of the personal part since its start; 0 where nothing was had.
+        cosine: of the stolen and the true change of the personal part since its start; 0 if nothing was stolen.
         agreement: share of the test images that both prompts give the same class.
         local_accuracy: of the stolen prompt, on the victim's own classes.
     """
@@ -50,14 +50,14 @@ class Theft:
 
 @dataclass(frozen=True)
 class Victim:
-    """One client's prompt.
+    """One client and the thefts of its prompt.
 
     Attributes:
         client: its number.
         local_accuracy: of its own prompt.
-        by_client: another client, from the broadcast alone.
-        by_server: the server, by replaying uploads with randomness of its own.
-        by_server_with_luck: the same if it drew what the victim drew; what the rest of the gap is due to.
+        by_client: by another client, from the broadcast alone.
+        by_server: by the server, which replays uploads with randomness of its own.
+        by_server_with_luck: by a server that drew the victim's randomness; this separates the two causes of the gap.
     """
 
     client: int
@@ -69,11 +69,11 @@ class Victim:
 
 @dataclass(frozen=True)
 class Stealing:
-    """What was stolen.
+    """The results of prompt stealing.
 
     Attributes:
-        reason: why there is nothing to steal, or nothing to steal it from; None where there is.
-        same_run: whether the repeated run, whose uploads were recorded, ended where the run did. With noise from the
+        reason: the reason why there is nothing to steal, or nothing to steal it from; None if there is.
+        same_run: true if the repeated run, whose uploads were recorded, ended at the run's state. With noise from the
             operating system it does not, and its own prompts are the victims.
         victims: every client.
     """
@@ -83,16 +83,16 @@ class Stealing:
     victims: tuple[Victim, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 def steal(subject: Subject, seed: int) -> Stealing:
     """Steal every client's prompt, as another client and as the server.
 
-    1. The run is repeated with its own seed, and what reaches the server is recorded.
-    2. The server replays every client's rounds from the public start, several times, and takes the mean.
-    3. Stolen prompts are compared with the victims', under the last broadcast.
+    1. Repeat the run with its own seed, and record everything that reaches the server.
+    2. Replay every client's rounds from the public start, as the server, several times, and average.
+    3. Compare stolen prompts with the victims', under the last broadcast.
 
     Args:
         subject: the run.
@@ -104,23 +104,24 @@ def steal(subject: Subject, seed: int) -> Stealing:
         return Stealing(reason)
     training, messages = repeated(subject)
     start = runtime.start().clients
-    with_other = _mean([replayed(runtime, messages, start, derive_key(seed, "thief", draw)) for draw in range(DRAWS)])
-    with_same = replayed(runtime, messages, start, runtime.seed)
+    seeds = [derive_key(seed, "thief", draw) for draw in range(DRAWS)]
+    with_other_draws = _mean([replayed(runtime, messages, start, thief) for thief in seeds])
+    with_same_draws = replayed(runtime, messages, start, runtime.seed)
     broadcast = runtime.algorithm.broadcast(training.server)
-    contexts = {
-        name: contexts_of(runtime.algorithm.prompt(broadcast, states))
-        for name, states in (("own", training.clients), ("start", start), ("other", with_other), ("same", with_same))
-    }
-    judge = _Judge.of(subject, contexts["own"], contexts["start"])
-    thefts = [judge.compare(contexts[name]) for name in ("start", "other", "same")]
+
+    def contexts(states: Any) -> Tensor:
+        return contexts_of(runtime.algorithm.prompt(broadcast, states))
+
+    judge = _Judge.of(subject, contexts(training.clients), contexts(start))
+    thefts = [judge.compare(contexts(states)) for states in (start, with_other_draws, with_same_draws)]
     victims = tuple(
-        Victim(client, judge.accuracy[client], *(each[client] for each in thefts)) for client in range(len(judge.own))
+        Victim(client, accuracy, *(theft[client] for theft in thefts)) for client, accuracy in enumerate(judge.accuracy)
     )
     return Stealing(None, _same(training, subject.training), victims)
 
 
 def inapplicable(runtime: LocalRuntime) -> str | None:
-    """Why nothing can be stolen from what this method sends; None where something can."""
+    """Return the reason why nothing can be stolen from this method's uploads; None if something can."""
     about = runtime.algorithm.ABOUT
     if not about.trains or about.personal == "nothing":
         return "no client has a prompt of its own; the shared one is known to all participants"
@@ -133,12 +134,12 @@ def inapplicable(runtime: LocalRuntime) -> str | None:
 
 @dataclass(frozen=True)
 class Message:
-    """What the server saw of a round.
+    """The server's view of a round.
 
     Attributes:
-        number: the round's.
-        clients: who took part.
-        broadcast: what they were told.
+        number: of the round.
+        clients: the participants.
+        broadcast: as they received it.
         gradients: [K, M, E], as they uploaded them.
     """
 
@@ -149,7 +150,7 @@ class Message:
 
 
 class _Wiretap:
-    """A method whose server writes down what it is sent."""
+    """A method whose server records the uploads."""
 
     def __init__(self, algorithm: Any) -> None:
         self._algorithm, self.messages = algorithm, list[Message]()
@@ -167,7 +168,7 @@ class _Wiretap:
 
 
 def repeated(subject: Subject) -> tuple[Training, list[Message]]:
-    """The run once more, with all that its server saw."""
+    """Repeat the run, and return it with everything that its server saw."""
     again = copy.copy(subject.runtime)  # the very same run, so that a simulation draws the same noise
     wiretap = _Wiretap(again.algorithm)
     again.algorithm = wiretap
@@ -181,9 +182,9 @@ def repeated(subject: Subject) -> tuple[Training, list[Message]]:
 
 @dataclass(frozen=True)
 class Replayed:
-    """Gradients for whatever a method asks for, from a gradient by the context that was seen.
+    """Gradients by a method's parameters, computed from an observed gradient by the context.
 
-    Called as `sordino.privacy.gradients.Gradients` are, without looking at the batch.
+    They are called as `sordino.privacy.gradients.Gradients` are, and ignore the batch.
 
     Attributes:
         observed: [K, M, E].
@@ -195,13 +196,14 @@ class Replayed:
         leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
         with torch.enable_grad():
             context = contexts_of(prompt_of({**leaves, **fixed}))
-        by = torch.autograd.grad(context, list(leaves.values()), self.observed.to(context))
-        return Gradient(dict(zip(leaves, by, strict=True)), self.observed.new_zeros(len(self.observed)))
+        gradients = torch.autograd.grad(context, list(leaves.values()), self.observed.to(context))
+        no_losses = self.observed.new_zeros(len(self.observed))
+        return Gradient(dict(zip(leaves, gradients, strict=True)), no_losses)
 
 
 @dataclass(frozen=True)
 class _ThiefStreams(Streams):
-    """Randomness of a party that shares what all parties draw alike, and draws the clients' own with another seed."""
+    """Randomness of a party that has the draws common to all parties, and draws the clients' own with another seed."""
 
     thief: int = 0
 
@@ -210,9 +212,9 @@ class _ThiefStreams(Streams):
 
 
 def replayed(runtime: LocalRuntime, messages: Sequence[Message], start: ClientState, thief: int) -> ClientState:
-    """The clients' states as the server reconstructs them, by the method's own `client_round`.
+    """Return the clients' states as the server reconstructs them, by the method's own `client_round`.
 
-    A client that takes several steps a round uploads their mean gradient, which is then used for each.
+    A client that takes several steps a round uploads their mean gradient, which is then used for each step.
     """
     states, device = start, runtime.data.features.device
     for message in messages:
@@ -233,12 +235,12 @@ def replayed(runtime: LocalRuntime, messages: Sequence[Message], start: ClientSt
 
 
 def _mean(states: Sequence[ClientState]) -> ClientState:
-    named = [named_tensors(each) for each in states]
-    return map_tensors(states[0], lambda name, _: torch.stack([each[name] for each in named]).mean(0))
+    named = [named_tensors(state) for state in states]
+    return map_tensors(states[0], lambda name, _: torch.stack([tensors[name] for tensors in named]).mean(0))
 
 
 def _no_data(runtime: LocalRuntime, clients: int) -> ClientData:
-    """One blank image a client, so that there are as many batches as there were."""
+    """Return one blank image a client, so that there are as many batches as in the run."""
     features = runtime.data.features
     ones = torch.ones(clients, dtype=torch.int64, device=features.device)
     blank = torch.zeros(1, features.shape[1], dtype=features.dtype, device=features.device)
@@ -252,41 +254,41 @@ class _Judge:
     Attributes:
         model, features, labels: the test images [T, D] and [T].
         weights: [K, T], the clients' local splits.
-        own, start: [K, M, E], the victims' prompts, and the same with the personal part as it started.
+        true, start: [K, M, E], the victims' prompts, and the same with the personal part as it started.
         predicted: [K, T], by the victims' prompts.
-        accuracy: of them, on each local split.
+        accuracy: of the victims' prompts, on each local split.
     """
 
     model: PromptModel
     features: Tensor
     labels: Tensor
     weights: Tensor
-    own: Tensor
+    true: Tensor
     start: Tensor
     predicted: Tensor
     accuracy: list[float]
 
     @classmethod
-    def of(cls, subject: Subject, own: Tensor, start: Tensor) -> _Judge:
+    def of(cls, subject: Subject, true: Tensor, start: Tensor) -> _Judge:
         rows = torch.from_numpy(subject.task.test)
         features, labels = subject.features[rows], subject.labels[rows].cpu()
         weights, model = torch.from_numpy(subject.task.local), subject.runtime.model
-        predicted = _predictions(model, own, features)
+        predicted = _predictions(model, true, features)
         accuracy = _weighted(predicted == labels, weights)
-        return cls(model, features, labels, weights, own, start, predicted, accuracy)
+        return cls(model, features, labels, weights, true, start, predicted, accuracy)
 
     def compare(self, stolen: Tensor) -> list[Theft]:
-        """Stolen prompts [K, M, E], one for each victim."""
+        """Compare stolen prompts [K, M, E], one for each victim, with the victims'."""
         predicted = _predictions(self.model, stolen, self.features)
-        had, true = ((each - self.start).flatten(1).double() for each in (stolen, self.own))
-        cosines = F.cosine_similarity(had, true).tolist()
+        stolen_change, true_change = ((prompts - self.start).flatten(1).double() for prompts in (stolen, self.true))
+        cosines = F.cosine_similarity(stolen_change, true_change).tolist()
         agreement = (predicted == self.predicted).double().mean(1).tolist()
         accuracy = _weighted(predicted == self.labels, self.weights)
         return [Theft(*figures) for figures in zip(cosines, agreement, accuracy, strict=True)]
 
 
 def _predictions(model: PromptModel, contexts: Tensor, features: Tensor) -> Tensor:
-    """The class [K, T] that each prompt gives each image, on the CPU."""
+    """Return the class [K, T] that each prompt gives each image, on the CPU."""
     return torch.cat([model.predict(context[None], features).argmax(-1).cpu() for context in contexts])
 
 
@@ -296,10 +298,10 @@ def _weighted(correct: Tensor, weights: Tensor) -> list[float]:
 
 
 def _same(one: Training, other: Training) -> bool:
-    """Whether two runs ended at the same states, but for rounding."""
+    """Return true if two runs ended at the same states, up to rounding."""
     pairs = [
-        (tensor, named_tensors(theirs)[name])
-        for mine, theirs in ((one.server, other.server), (one.clients, other.clients))
-        for name, tensor in named_tensors(mine).items()
+        (tensor, named_tensors(second)[name])
+        for first, second in ((one.server, other.server), (one.clients, other.clients))
+        for name, tensor in named_tensors(first).items()
     ]
     return all(torch.allclose(a, b.to(a), rtol=1e-3, atol=1e-5) for a, b in pairs)

@@ -1,4 +1,4 @@
-"""What is attacked: a finished run, opened again, and variations of it on other data."""
+"""The subject of an attack: a finished run, opened again, and variations of it on other data."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Subject:
     Attributes:
         config: its configuration.
         runtime: the method with its federation, as it was trained.
-        training: where training ended.
-        ledger: what the run released.
-        task: who trained on what, and the test images.
+        training: the state at the end of training.
+        ledger: the run's releases.
+        task: each client's training images, and the test images.
         features, labels: [N, ...] and [N], of all images of the data set that the task uses.
-        progress: is told how far an attack is.
+        progress: is called as an attack advances.
     """
 
     config: Experiment
@@ -52,7 +52,7 @@ class Subject:
 
     @classmethod
     def open(cls, folder: Path, progress: Progress = silent, dataset: EncodedDataset | None = None) -> Subject:
-        """Read a run directory and encode its images again, from the cache where they are still there.
+        """Read a run directory and encode its images again, from the cache if they are still there.
 
         Raises:
             SordinoError: the directory holds no finished run, or its data are gone or changed.
@@ -74,20 +74,18 @@ class Subject:
         if training is None:
             raise RunError(f"{folder} has no checkpoint; attacks need the trained state")
         device = dataset.encoder.device
-        features, labels = (
-            dataset.tables[runtime.model.reads].features.to(device),
-            torch.from_numpy(task.labels).to(device),
-        )
+        features = dataset.tables[runtime.model.reads].features.to(device)
+        labels = torch.from_numpy(task.labels).to(device)
         return cls(config, runtime, training, ledger, task, features, labels, progress)
 
     def variation(
         self, features: Tensor, labels: Tensor, rows: Sequence[Sequence[int]], seed: int, **privacy: Any
     ) -> LocalRuntime:
-        """The same method, settings and noise on other data, or with other randomness.
+        """Return a runtime with the same method, settings and noise on other data, or with other randomness.
 
         Args:
             features, labels: [N, ...] and [N].
-            rows: what each client holds.
+            rows: each client's row numbers.
             seed: decides start, batches and noise.
             privacy: keys of the `[privacy]` table to change.
         """
@@ -97,7 +95,10 @@ class Subject:
 def vary(
     runtime: LocalRuntime, features: Tensor, labels: Tensor, rows: Sequence[Sequence[int]], seed: int, **privacy: Any
 ) -> LocalRuntime:
-    """A runtime with the method, settings and noise of another, on other data; it has no budget that could end it."""
+    """Return a runtime with the method, settings and noise of another, on other data.
+
+    It has no budget that could end it.
+    """
     settings = runtime.privacy
     if settings.on:
         fixed = {"epsilon": None, "noise_multiplier": runtime.mechanism.noise_multiplier, "delta": None}
@@ -120,23 +121,23 @@ def vary(
 
 
 def coop(runtime: LocalRuntime) -> bool:
-    """Whether prompts are contexts and images meet them as in CoOp, which attacks on gradients take for granted."""
+    """Return true if prompts are contexts and meet images as in CoOp, which attacks on gradients assume."""
     return type(runtime.model) is PromptModel
 
 
 def contexts_of(prompt: Prompt) -> Tensor:
-    """The contexts [K, M, E] that prompts of such a method are."""
+    """Return the contexts [K, M, E] of a method that `coop` accepts."""
     assert isinstance(prompt, Tensor)
     return prompt
 
 
 def as_implemented_by(kind: type[Mechanism], mechanism: Mechanism) -> Mechanism:
-    """A mechanism of class `kind` with the settings, inputs and noise of another."""
-    return kind(**{each.name: getattr(mechanism, each.name) for each in fields(mechanism)})
+    """Return a mechanism of class `kind` with the settings, inputs and noise of another."""
+    return kind(**{entry.name: getattr(mechanism, entry.name) for entry in fields(mechanism)})
 
 
 def train(runtime: LocalRuntime, rounds: int | None = None, progress: Progress = silent, stage: str = "") -> Training:
-    """The first `rounds` rounds of a runtime, or all of them."""
+    """Train the first `rounds` rounds of a runtime, or all of them."""
     training = runtime.start()
     rounds = runtime.rounds if rounds is None else rounds
     while training.round < rounds:

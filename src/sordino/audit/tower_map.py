@@ -1,7 +1,7 @@
-"""The text tower's derivative as a linear map, and what it maps to a gradient, solved for.
+"""The text tower's derivative as a linear map, and least squares that invert it.
 
 A context's gradient is J^T vec(S): J the derivative of the C class features by the context, S the loss's derivative by
-the class features. Whoever has the model can undo it, by least squares.
+the class features. Everybody who has the model can invert it, by least squares.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from sordino.encoders.prompt_model import PromptModel
 
-DENSE_ENTRIES = 32_000_000  # of J in float64, a quarter of a gigabyte; above it, products with J only
-ITERATIONS = 60  # of conjugate gradients, where J is too large to be held
-SMALLEST = 1e-14  # of an eigenvalue over the largest; below it there is rounding only
+DENSE_ENTRIES = 32_000_000  # of J in float64, a quarter of a gigabyte; a larger J is used through products only
+ITERATIONS = 60  # of conjugate gradients, if J is too large to be held
+SMALLEST = 1e-14  # ratio of an eigenvalue to the largest; below it there is rounding only
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TowerMap:
     Attributes:
         forward: S, flat, to J^T S.
         adjoint: u [M E] to J u, flat.
-        matrix: J^T [M E, C D], where it is small enough to be held.
+        matrix: J^T [M E, C D]; None if it is too large to be held.
         classes: C.
     """
 
@@ -38,21 +38,19 @@ class TowerMap:
 
     @classmethod
     def of(cls, model: PromptModel, context: Tensor) -> TowerMap:
-        """At a context [M, E]."""
+        """Return the map at a context [M, E]."""
         entries = context.numel() * len(model.classes) * model.encoder.feature_width
         if entries <= DENSE_ENTRIES:
-            matrix = (
-                torch.cat([_class_jacobian(model, context, index) for index in range(len(model.classes))])
-                .T.cpu()
-                .double()
-            )
+            jacobians = [_class_jacobian(model, context, index) for index in range(len(model.classes))]
+            matrix = torch.cat(jacobians).T.cpu().double()
             return cls(lambda s: matrix @ s, lambda u: matrix.T @ u, matrix, len(model.classes))
 
         def forward(cotangent: Tensor) -> Tensor:
             leaf = context.detach().requires_grad_()
             with torch.enable_grad():
                 text = model.text_features(leaf)
-            return torch.autograd.grad(text, leaf, cotangent.view_as(text).to(text))[0].flatten().cpu().double()
+            gradient = torch.autograd.grad(text, leaf, cotangent.view_as(text).to(text))[0]
+            return gradient.flatten().cpu().double()
 
         def adjoint(direction: Tensor) -> Tensor:
             with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -64,7 +62,7 @@ class TowerMap:
         return cls(forward, adjoint, None, len(model.classes))
 
     def given_errors(self, errors: Tensor) -> TowerMap:
-        """The map from x [D] for S = e x^T, with e [C] known."""
+        """Return the map from x [D] for S = e x^T, with e [C] known."""
         matrix = None
         if self.matrix is not None:
             matrix = torch.einsum("mcd,c->md", self.matrix.unflatten(1, (self.classes, -1)), errors)
@@ -76,7 +74,7 @@ class TowerMap:
         )
 
     def given_feature(self, feature: Tensor) -> TowerMap:
-        """The map from e [C], with x [D] known."""
+        """Return the map from e [C] for S = e x^T, with x [D] known."""
         matrix = None if self.matrix is None else self.matrix.unflatten(1, (self.classes, -1)) @ feature
         return TowerMap(
             lambda e: self.forward(torch.outer(e, feature).flatten()),
@@ -86,7 +84,7 @@ class TowerMap:
         )
 
     def solve(self, gradient: Tensor) -> Tensor:
-        """What a gradient [M E] was made of, by regularized least squares; flat."""
+        """Solve for the input of the map, flat, from a gradient [M E], by regularized least squares."""
         if self.matrix is None:
             return _conjugate_gradients(self.forward, self.adjoint, gradient)
         return self._ridge.solve(gradient)
@@ -98,14 +96,14 @@ class TowerMap:
 
 
 def _class_jacobian(model: PromptModel, context: Tensor, index: int) -> Tensor:
-    """The derivative of one class's feature by the context: [D, M E]."""
+    """Return the derivative of one class's feature by the context: [D, M E]."""
     alone = PromptModel(model.encoder, model.classes.part(index, index + 1))
     leaf = context.detach().requires_grad_()
     with torch.enable_grad():
         feature = alone.text_features(leaf)[0]
     directions = torch.eye(len(feature), dtype=feature.dtype, device=feature.device)
     chunks = directions.split(alone.prompts_at_once(context[None], 1))
-    rows = [torch.autograd.grad(feature, leaf, each, is_grads_batched=True, retain_graph=True)[0] for each in chunks]
+    rows = [torch.autograd.grad(feature, leaf, chunk, is_grads_batched=True, retain_graph=True)[0] for chunk in chunks]
     return torch.cat(rows).flatten(1)
 
 
@@ -113,8 +111,9 @@ def _class_jacobian(model: PromptModel, context: Tensor, index: int) -> Tensor:
 class Ridge:
     """Least squares with the ridge of largest evidence, for one matrix [m, n] and many observations.
 
-    Unknowns and noise are taken for white and normal; the ratio of their variances is the one under which the
-    observation is likeliest (MacKay, Bayesian Interpolation, 1992). So the attacker need not know how much was noised.
+    Unknowns and noise are modeled as white and normal. The ratio of their variances is the one under which the
+    observation is likeliest (MacKay, Bayesian Interpolation, 1992). So the attacker need not know the size of the
+    noise.
 
     Attributes:
         matrix: [m, n].
@@ -133,7 +132,7 @@ class Ridge:
         return cls(matrix, values[kept], vectors[:, kept])
 
     def solve(self, observed: Tensor) -> Tensor:
-        """The unknowns [n] of an observation [m]."""
+        """Return the unknowns [n] of an observation [m]."""
         values, (rows, columns) = self.values, self.matrix.shape
         if not len(values) or not observed.any():
             return self.matrix.new_zeros(columns)
@@ -151,7 +150,7 @@ class Ridge:
 def _conjugate_gradients(
     forward: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor], observed: Tensor
 ) -> Tensor:
-    """Least squares by CGLS (Hestenes, Stiefel, 1952); stopping early regularizes."""
+    """Solve least squares by CGLS (Hestenes, Stiefel, 1952); stopping early regularizes."""
     residual, steepest = observed, adjoint(observed)
     solution, direction = torch.zeros_like(steepest), steepest
     start = norm = steepest.square().sum()
