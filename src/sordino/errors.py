@@ -38,6 +38,10 @@ class RunError(SordinoError):
     """A run directory that cannot be written, read, or resumed."""
 
 
+class PromptError(SordinoError):
+    """A saved prompt that is missing, damaged, or of another kind than is asked for."""
+
+
 class SordinoWarning(UserWarning):
     """Something that was passed over and may matter."""
 
