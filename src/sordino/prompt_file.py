@@ -24,7 +24,7 @@ from sordino.encoders import choose_device, load_encoder
 from sordino.encoders.base import DualEncoder
 from sordino.encoders.classifier import Classifier
 from sordino.encoders.prompt_model import Prompt, PromptModel, named_parts
-from sordino.errors import EncoderError, PromptError, SordinoError, config_error
+from sordino.errors import ConfigError, EncoderError, PromptError, SordinoError, config_error
 from sordino.files import read_regular, write_atomically
 
 ENTRY: Final = "sordino"  # of the metadata
@@ -185,14 +185,12 @@ class SavedPrompt:
 
         Raises:
             EncoderError: it is not ready, or is another one than in training.
-            PromptError: the prompt needs no checkpoint.
+            ConfigError: the encoder needs no checkpoint, or there is no such device.
         """
         known = self.encoder
         if checkpoint is not None and known.checkpoint is None:
-            raise PromptError(
-                f"{self.source} belongs to encoder {known.name!r}, which is loaded from no checkpoint; leave out "
-                f"{checkpoint!r}"
-            )
+            needless = f"{self.source} belongs to encoder {known.name!r}, which needs no checkpoint; leave it out"
+            raise ConfigError("encoder", checkpoint, needless)
         try:
             encoder = load_encoder(known.name, checkpoint or known.checkpoint, known.dtype, choose_device(device))
         except EncoderError as error:
