@@ -9,8 +9,8 @@
         privacy={"mechanism": "cotangent", "epsilon": 8.0},
     )
     summary = sordino.run(config, "runs/photos")
-    prompt = sordino.load_prompt("runs/photos/prompts/client-0000.safetensors")
-    print(prompt.model().classify("new.png")[0].best)
+    saved = sordino.load_prompt("runs/photos/prompts/client-0000.safetensors")
+    print(saved.model().classify("new.png")[0].best)
 
 Importing this imports nothing heavy: torch comes with the first call. `docs/python.md` has the whole tour.
 """
@@ -106,7 +106,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return __all__
 
 
 def load_config(path: Path | str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Experiment:
