@@ -20,8 +20,8 @@ from sordino.algorithms import METHODS, Method, algorithm
 from sordino.cli.app import app
 from sordino.experiments.config import EncoderSettings, Experiment, load_config, parse_config
 from sordino.experiments.run import run
-from sordino.mpc.settings import load_private_config
 from sordino.privacy.settings import PrivacySettings
+from sordino.private_tuning.settings import load_private_config
 from sordino.runtime.settings import RuntimeSettings
 from sordino.tasks.settings import DataSettings, PartitionSettings, PoisoningSettings
 

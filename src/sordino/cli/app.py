@@ -20,7 +20,7 @@ from sordino.errors import ConfigError, SordinoError
 
 if TYPE_CHECKING:
     from sordino.experiments.compare import Variant
-    from sordino.mpc.settings import PrivateTuning
+    from sordino.private_tuning.settings import PrivateTuning
 
 app = typer.Typer(
     help="Federated prompt learning for frozen vision-language models, private and honest about it.",
@@ -164,10 +164,10 @@ def tune_private(
     clear: Annotated[bool, typer.Option("--clear", help="without servers: the tower is here")] = False,
 ) -> None:
     """Tune a prompt for a private text tower by asking for features only; losses and the prompt stay here."""
-    from sordino.mpc.settings import load_private_config
+    from sordino.private_tuning.settings import load_private_config
 
     settings = load_private_config(config, overrides or [])
-    from sordino.mpc.tuning import as_text, finished_before
+    from sordino.private_tuning.tuning import as_text, finished_before
 
     folder, table = _folder(out, resume, f"{config.stem}-private"), ""
     summary = finished_before(settings, folder, resume)
@@ -325,10 +325,10 @@ def _compare(
 def _tuned(settings: PrivateTuning, folder: Path, resume: bool, clear: bool) -> tuple[dict[str, Any], str]:
     """A search for a prompt in the clear or with servers: its summary, and the table of what it cost."""
     from sordino.mpc.errors import PartyLost
-    from sordino.mpc.sentences import in_the_clear
-    from sordino.mpc.session import connect
-    from sordino.mpc.tuning import owner_of, tower_of, tune_private
-    from sordino.private_tasks import open_task
+    from sordino.mpc.parties.session import connect
+    from sordino.mpc.tower.sentences import in_the_clear
+    from sordino.private_tuning.open_task import open_task
+    from sordino.private_tuning.tuning import owner_of, tower_of, tune_private
 
     with live_progress() as progress:
         if clear:
