@@ -98,11 +98,13 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'sordino' has no attribute {name!r}")
-    module = importlib.import_module(_LAZY[name])
-    return module if name == "audit" else getattr(module, name)
+if not TYPE_CHECKING:  # or type checkers would take any name for one of the module's
+
+    def __getattr__(name: str) -> Any:
+        if name not in _LAZY:
+            raise AttributeError(f"module 'sordino' has no attribute {name!r}")
+        module = importlib.import_module(_LAZY[name])
+        return module if name == "audit" else getattr(module, name)
 
 
 def __dir__() -> list[str]:

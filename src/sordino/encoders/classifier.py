@@ -75,8 +75,7 @@ class Classifier:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return logits [..., C] of pixels [..., 3, H, W], as the encoder's `transform` makes them."""
-        flat = pixels.flatten(0, -4) if pixels.ndim > 4 else pixels.view(-1, *pixels.shape[-3:])
-        logits = self.logits(self.features(flat))
+        logits = self.logits(self.features(pixels.reshape(-1, *pixels.shape[-3:])))
         return logits.view(*pixels.shape[:-3], logits.shape[-1])
 
     @torch.no_grad()
