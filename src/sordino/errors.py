@@ -47,6 +47,10 @@ class MissingExtra(SordinoError, ImportError):
     """An optional dependency that is needed and not installed."""
 
 
+class PromptError(SordinoError):
+    """A saved prompt that is missing, damaged, or of another kind than is asked for."""
+
+
 class SordinoWarning(UserWarning):
     """Something that was passed over and may matter."""
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from sordino.experiments.config import load_config
 from sordino.experiments.run import run
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.settings import PrivacySettings
+from sordino.prompt_file import SavedPrompt
 from sordino.runtime.local import LocalRuntime
 
 MakeRuntime = Callable[..., LocalRuntime]
@@ -121,10 +121,8 @@ def test_a_simulated_run_is_never_called_private(config_file: Path, tmp_path: Pa
         assert _privacy(row_of([summary])) == cell
         page = (tmp_path / name / "report.html").read_text(encoding="utf-8")
         assert ("simulated, not private: ε = 4" in page) == (name == "simulated")
-        with safe_open(tmp_path / name / "prompts" / "client-0000.safetensors", framework="pt") as file:
-            metadata = file.metadata()
-        assert metadata["private"] == json.dumps(name == "real")
-        assert metadata["simulated"] == json.dumps(name == "simulated")
+        saved = SavedPrompt.load(tmp_path / name / "prompts" / "client-0000.safetensors")
+        assert (saved.privacy.private, saved.privacy.simulated) == (name == "real", name == "simulated")
         ledger = json.loads((tmp_path / name / "ledger.json").read_bytes())
         assert (ledger["private"], ledger["simulated"]) == (name == "real", name == "simulated")
 

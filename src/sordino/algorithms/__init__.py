@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from importlib.metadata import entry_points
+from types import SimpleNamespace
 from typing import Any, cast
 
 from pydantic import TypeAdapter, ValidationError
@@ -23,11 +25,13 @@ class Method:
         module: in this package, or elsewhere with all its dots.
         parent: the method whose settings table also applies to this one, for ablations.
         defaults: settings that make the ablation.
+        added: what `add_method` was given in place of a module to import.
     """
 
     module: str
     parent: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    added: Any = None
 
 
 METHODS: dict[str, Method] = {
@@ -62,13 +66,49 @@ def algorithm(name: str) -> Algorithm:
         ConfigError: there is no method of this name, or it does not say its schedule.
     """
     if name not in METHODS:
-        raise ConfigError("algorithm", name, f"not a method; choose from {', '.join(METHODS)}")
-    module = METHODS[name].module
-    found = importlib.import_module(module if "." in module else f"sordino.algorithms.{module}")
+        here = f"not a method; choose from {', '.join(METHODS)}"
+        raise ConfigError("algorithm", name, f"{here}, or in Python add it with sordino.add_method")
+    module, found = METHODS[name].module, METHODS[name].added
+    if found is None:
+        found = importlib.import_module(module if "." in module else f"sordino.algorithms.{module}")
     if not callable(getattr(found, "schedule", None)):
         needs = "schedule(settings) -> Schedule(steps, batch_size), which its epsilon is accounted by"
         raise ConfigError("algorithm", name, f"its module {module} lacks {needs}; see docs/new-method.md")
     return cast(Algorithm, found)
+
+
+# What a method must define, see `sordino.algorithms.base`.
+FUNCTIONS = ("schedule", "server_init", "client_init", "broadcast", "client_round", "server_round", "prompt")
+TYPES = ("ABOUT", "Settings", "Upload")
+
+
+def add_method(name: str, method: Any) -> None:
+    """Give a name to a method that is defined in Python, in a notebook for example.
+
+    From then on the name works in this process as that of any other method: in a configuration, in `compare`, in an
+    audit, and for prompts that it learned. Adding the name once more replaces the method.
+
+    Args:
+        name: in lower case, with hyphens, as in `algorithm = "my-method"`.
+        method: what docs/new-method.md asks for: a module, an object with these attributes, or a mapping of their
+            names, such as `globals()` of a notebook.
+
+    Raises:
+        ConfigError: the name is one of Sordino's own or of an installed package, or the method lacks something.
+    """
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+        raise ConfigError("name", name, "give lower-case letters and digits, joined by hyphens")
+    if name in METHODS and METHODS[name].added is None:
+        raise ConfigError("name", name, "a method of this name is here already; choose another")
+    if _is_setting(name):
+        raise ConfigError("name", name, "a setting has this name; choose another")
+    # A copy, as a notebook goes on to define other things under these names.
+    found = SimpleNamespace(**method) if isinstance(method, Mapping) else method
+    missing = [each for each in TYPES if not hasattr(found, each)]
+    missing += [f"{each}()" for each in FUNCTIONS if not callable(getattr(found, each, None))]
+    if missing:
+        raise ConfigError("method", name, f"lacks {', '.join(missing)}; see docs/new-method.md")
+    METHODS[name] = Method(getattr(found, "__name__", type(found).__name__), added=found)
 
 
 def settings_for(name: str, tables: Mapping[str, Any]) -> Any:
@@ -84,12 +124,15 @@ def settings_for(name: str, tables: Mapping[str, Any]) -> Any:
     known = {each.name for each in fields(settings_type)}
     common = {key: value for key, value in tables.items() if key not in METHODS}
     for key, value in common.items():
-        if not any(key in _keys(other) for other in METHODS):
+        if not _is_setting(key):
             raise ConfigError(f"settings.{key}", value, f"not a setting of any method; {name} has {', '.join(known)}")
     merged = {key: value for key, value in common.items() if key in known}
     for table in (METHODS[name].parent, name):
         if table is not None:
-            merged = _merge(merged, tables.get(table, {}))
+            own = tables.get(table, {})
+            if not isinstance(own, Mapping):
+                raise ConfigError(f"settings.{table}", own, "must be a table of this method's settings")
+            merged = _merge(merged, own)
     try:
         # By way of JSON, as pydantic's strict mode takes a table for a dataclass only there.
         return TypeAdapter(settings_type).validate_json(json.dumps(_merge(METHODS[name].defaults, merged), default=str))
@@ -99,8 +142,9 @@ def settings_for(name: str, tables: Mapping[str, Any]) -> Any:
         raise ConfigError(f"settings.{name}.{error.key}", error.value, error.allowed) from None
 
 
-def _keys(name: str) -> set[str]:
-    return {each.name for each in fields(algorithm(name).Settings)}
+def _is_setting(key: str) -> bool:
+    """Whether any method has a setting of this name."""
+    return any(key == each.name for name in METHODS for each in fields(algorithm(name).Settings))
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ FILE = "audit.json"
 
 
 def audit(
-    folder: Path,
+    folder: Path | str,
     attacks: Sequence[str] = ATTACKS,
     shadows: int = 64,
     canaries: int = 128,
@@ -56,6 +56,7 @@ def audit(
     for each in attacks:
         if each not in ATTACKS:
             raise ConfigError("--attacks", each, f"not an attack; choose from {', '.join(ATTACKS)}")
+    folder = Path(folder)
     if not folder.is_dir():
         raise RunError(f"{folder} holds no finished run (there is no such directory)")
     with held(folder):

@@ -121,6 +121,27 @@ def compare(
 
 
 @app.command()
+def predict(
+    prompt: Annotated[Path, typer.Argument(metavar="PROMPT", help="a file from prompts/ of a run directory")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="pictures, or folders of them")],
+    top: Annotated[int, typer.Option(min=1, metavar="K", help="how many classes to print for each picture")] = 5,
+    encoder: Annotated[
+        str | None, typer.Option(metavar="CHECKPOINT", help="folder or hub name where the prompt's encoder is now")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Classify pictures with a saved prompt: its classes for each, most probable first."""
+    at_work("nothing was written; repeat the command")
+    from sordino.experiments.predict import predict as predict_classes
+
+    with live_progress() as progress:
+        found = predict_classes(prompt, images, encoder, progress)
+    for each in found.skipped:
+        print(f"skipped {each.name}: {each.reason}", file=sys.stderr)
+    print(json.dumps(found.as_dict(top)) if as_json else found.as_text(top))
+
+
+@app.command()
 def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, or one of `compare`")]) -> None:
     """Write the report of a run directory anew."""
     from sordino.experiments.run_lock import held

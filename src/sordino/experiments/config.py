@@ -52,18 +52,36 @@ class Experiment(BaseModel):
         default_factory=dict, description="hyper-parameters; [settings.NAME] for one method"
     )
 
+    @classmethod
+    def of(cls, **tables: Any) -> Experiment:
+        """Make a configuration in Python, of the keys and tables that a TOML file has.
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Read a TOML file and apply `key=value` overrides.
+        For example `Experiment.of(algorithm="promptfl", data={"source": "digits"}, partition={"scheme": "iid",
+        "clients": 4}, settings={"context_length": 8})`. Like `load_config`, and unlike the class itself, it checks the
+        method's settings too.
+
+        Raises:
+            ConfigError: a key or value is not allowed; it names the key with dots, such as `data.source`.
+        """
+        check_values(tables)
+        return parse_config(tables)
+
+
+def load_config(path: Path | str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Experiment:
+    """Read a TOML file and override some of its keys.
+
+    Args:
+        path: of the file.
+        overrides: `key=value` texts as on the command line, or dotted keys to values.
 
     Raises:
         ConfigError: the file is missing or malformed, or a key or value is not allowed.
     """
-    return parse_config(read_tables(path, overrides))
+    return parse_config(read_tables(Path(path), overrides))
 
 
-def read_tables(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The tables of a TOML file with `key=value` overrides, unchecked.
+def read_tables(path: Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> dict[str, Any]:
+    """The tables of a TOML file with overrides, unchecked; see `load_config`.
 
     Raises:
         ConfigError: the file is missing or malformed, or an override is.
@@ -74,8 +92,12 @@ def read_tables(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise ConfigError("CONFIG", str(path), "no such file") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError("CONFIG", str(path), f"not a readable TOML file: {error}") from None
-    for override in overrides:
-        _set(tables, override)
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            set_key(tables, key, value)
+    else:
+        for override in overrides:
+            _set(tables, override)
     check_values(tables)
     return tables
 

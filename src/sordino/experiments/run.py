@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
+from torch import Tensor
 
 import sordino
 from sordino.algorithms import algorithm, settings_for
@@ -24,11 +23,12 @@ from sordino.experiments.data_record import pin
 from sordino.experiments.features import EncodedDataset
 from sordino.experiments.run_folder import Metrics, prepare, started_with
 from sordino.experiments.run_lock import held
-from sordino.files import write_atomically
+from sordino.files import absolute_path, user_path, write_atomically
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.noise import new_nonce
 from sordino.privacy.statement import as_summary
 from sordino.progress import Progress, log, silent
+from sordino.prompt_file import EncoderRecord, PrivacyRecord, SavedPrompt
 from sordino.report import write_report
 from sordino.runtime import checkpoint
 from sordino.runtime.evaluate import Evaluation, EvaluationSet, Scores
@@ -96,7 +96,8 @@ def _run(
     training, scores = _train(config, runtime, evaluation, training, metrics, out, progress)
     ledger = training.ledger
     write_atomically(out / LEDGER, ledger.to_json().encode())
-    _save_prompts(out / "prompts", config, dataset.encoder, task, runtime.prompts(training), ledger)
+    privacy = as_summary(ledger, config.privacy.unit)
+    _save_prompts(out / "prompts", config, dataset.encoder, task, runtime.prompts(training), privacy)
     seconds = {
         "encode": encoding.seconds,
         "train": metrics.seconds("seconds"),
@@ -113,7 +114,7 @@ def _run(
         "accuracy": scores.means(),
         "attack_success": scores.mean_attack_success(),
         "per_client": _per_client(task, scores),
-        "privacy": as_summary(ledger, config.privacy.unit) | {"rounds_unpaid": runtime.rounds - training.round},
+        "privacy": privacy | {"rounds_unpaid": runtime.rounds - training.round},
         "communication": _communication(metrics, _handed_over(runtime, dataset, task)),
         "seconds": seconds,
         "images": {
@@ -289,23 +290,45 @@ def _per_client(task: Task, scores: Scores) -> list[dict[str, Any]]:
 
 
 def _save_prompts(
-    folder: Path, config: Experiment, encoder: DualEncoder, task: Task, prompt: Prompt, ledger: Ledger
+    folder: Path, config: Experiment, encoder: DualEncoder, task: Task, prompt: Prompt, privacy: dict[str, Any]
 ) -> None:
     """One file a client, or one for all where they share a prompt; each says what it belongs to."""
     parts = {name: part.cpu() for name, part in named_parts(prompt).items()}
-    names: Sequence[str] = [f"client-{client:04d}" for client in range(prompt_count(prompt))]
-    if len(names) == 1:
-        names = ["shared"]
-    for client, name in enumerate(names):
-        metadata = {
-            "algorithm": config.algorithm,
-            "encoder": encoder.name,
-            "encoder_fingerprint": encoder.fingerprint,
-            "classes": json.dumps(task.class_names),
-            "ledger_sha256": ledger.digest(),
-            "private": json.dumps(ledger.private),
-            "simulated": json.dumps(ledger.simulated),
-        }
-        own = {part: tensor[client].contiguous() for part, tensor in parts.items()}
-        content = safetensors.torch.save(own, metadata=metadata)
-        write_atomically(folder / f"{name}.safetensors", content)
+    count = prompt_count(prompt)
+    black_and_white = config.data.gray_range
+    shared = SavedPrompt(
+        prompt={},
+        method=config.algorithm,
+        settings=asdict(settings_for(config.algorithm, config.settings)),
+        class_names=task.class_names,
+        encoder=EncoderRecord(
+            name=encoder.name,
+            fingerprint=encoder.fingerprint,
+            checkpoint=_from_anywhere(config.encoder.checkpoint),
+            dtype=config.encoder.dtype,
+        ),
+        privacy=PrivacyRecord(
+            private=privacy["private"],
+            simulated=privacy["simulated"],
+            statement=privacy["statement"],
+            ledger_sha256=privacy["ledger_digest"],
+        ),
+        version=sordino.__version__,
+        gray_range=None if black_and_white is None else (black_and_white[0], black_and_white[1]),
+    )
+    for client in range(count):
+        own = {part: tensor[client] for part, tensor in parts.items()}
+        name = f"client-{client:04d}" if count > 1 else "shared"
+        saved = replace(
+            shared,
+            prompt=own["context"] if isinstance(prompt, Tensor) else own,
+            client=client if count > 1 else None,
+        )
+        saved.save(folder / f"{name}.safetensors")
+
+
+def _from_anywhere(checkpoint: str | None) -> str | None:
+    """A checkpoint's folder from the root, so that a prompt is used in whatever folder; a hub name as it is."""
+    if checkpoint is None or not user_path(checkpoint, "encoder.checkpoint").is_dir():
+        return checkpoint
+    return str(absolute_path(checkpoint, "encoder.checkpoint"))
