@@ -1,7 +1,8 @@
-"""Who trains on what: training pictures divided over clients by flwr-datasets' partitioners.
+"""Partitions of training pictures over clients, by flwr-datasets' partitioners.
 
-Each scheme becomes a column that a partitioner reads. Rows go to it in an order drawn from the seed, because some
-partitioners (IID, and the split of a class between its holders) cut the rows as they lie.
+Each scheme becomes a column that a partitioner reads. Rows are passed in an order drawn from the
+seed, because some partitioners cut the rows as they lie (IID, and the split of a class between its
+holders).
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from sordino.tasks.settings import PartitionSettings
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
 
-ROWS_STREAM, CLASSES_STREAM, DRAW_STREAM = 11, 12, 13  # what a generator derived from the seed is for
+ROWS_STREAM, CLASSES_STREAM, DRAW_STREAM = (
+    11,
+    12,
+    13,
+)  # purposes of generators that are derived from the seed
 DIRICHLET_DRAWS = 10
 
 
@@ -34,25 +39,27 @@ def partition(
 ) -> list[Indices]:
     """Divide n training pictures over K clients, each picture to exactly one.
 
-    - disjoint: classes are dealt out in groups whose sizes differ by one at most.
-    - classes: client i holds classes i, ..., i + classes_per_client - 1 modulo C; holders of a class divide its
-      pictures evenly and without overlap.
-    - dirichlet: each class is divided in proportions drawn from Dirichlet(beta, ..., beta) (Hsu et al., 2019), without
-      the later variants' balancing of sizes.
+    - disjoint: classes are assigned in groups whose sizes differ by one at most.
+    - classes: client i holds classes i, ..., i + classes_per_client - 1 modulo C; holders of a
+      class divide its pictures evenly and without overlap.
+    - dirichlet: each class is divided in proportions drawn from Dirichlet(beta, ..., beta) (Hsu et
+      al., 2019), without the later variants' balancing of sizes.
     - iid: sizes differ by one at most.
-    - domain: clients are dealt out over the domains as evenly as possible, in the domains' order; those of one domain
-      divide its pictures as in iid or, where beta is given, as in dirichlet.
+    - domain: clients are assigned to the domains as evenly as possible, in the domains' order.
+      Clients of one domain divide its pictures as in iid or, if beta is given, as in dirichlet.
 
     Args:
         labels: [n], classes 0 to C - 1.
-        domains: [n], or None where the source has none.
-        class_names, domain_names: what messages call them; None: by index.
+        domains: [n], or None if the source has none.
+        settings: the `[partition]` table.
+        seed: the run's seed.
+        class_names, domain_names: names for messages; None means indices.
 
     Returns:
         K sorted arrays of indices into `labels`.
 
     Raises:
-        ConfigError: more or fewer clients than the classes or domains allow.
+        ConfigError: the classes or domains do not allow this number of clients.
         DataError: a client would have no picture.
     """
     order = np.random.default_rng([seed, ROWS_STREAM]).permutation(len(labels))
@@ -71,7 +78,13 @@ def partition(
     elif settings.scheme == "iid":
         parts = _iid(len(labels), settings.clients)
     else:
-        parts = _by_domain(labels[order], None if domains is None else domains[order], settings, seed, domain_names)
+        parts = _by_domain(
+            labels[order],
+            None if domains is None else domains[order],
+            settings,
+            seed,
+            domain_names,
+        )
     return [np.sort(order[part]) for part in parts]
 
 
@@ -86,12 +99,17 @@ def _disjoint(labels: Indices, settings: PartitionSettings, seed: int) -> list[I
             f"scheme 'disjoint' gives each client a class of its own, and there are {len(classes)}: at most that many",
         )
     dealt = _class_order(len(classes), settings, seed)
-    # Groups of its own making come in a number that follows from their size; here their number is what is given.
+    # The partitioner derives the number of groups from their size; here the number is given, so
+    # groups are made first.
     groups = np.array_split(classes[dealt], settings.clients)
     owner = np.empty(int(classes.max()) + 1, dtype=np.int64)
     for client, group in enumerate(groups):
         owner[group] = client
-    partitioner = GroupedNaturalIdPartitioner(partition_by="part", group_size=1, sort_unique_ids=True)
+    partitioner = GroupedNaturalIdPartitioner(
+        partition_by="part",
+        group_size=1,
+        sort_unique_ids=True,
+    )
     return _parts(partitioner, owner[labels], settings.clients)
 
 
@@ -101,20 +119,25 @@ def _classes(
     from flwr_datasets.partitioner import PathologicalPartitioner
 
     classes = np.unique(labels)
-    count, each = len(classes), settings.classes_per_client or 1
-    if each > count:
-        raise ConfigError("partition.classes_per_client", each, f"there are {count} classes: at most that many")
-    if settings.clients + each - 1 < count:
+    count, per_client = len(classes), settings.classes_per_client or 1
+    if per_client > count:
+        raise ConfigError(
+            "partition.classes_per_client",
+            per_client,
+            f"there are {count} classes: at most that many",
+        )
+    if settings.clients + per_client - 1 < count:
         raise ConfigError(
             "partition.clients",
             settings.clients,
-            f"with {each} classes each, from the i-th on, some of the {count} classes would have no holder; have at "
-            f"least {count - each + 1} clients, or use scheme 'disjoint'",
+            f"with {per_client} classes each, from the i-th on, some of the {count} classes would have no holder; have "
+            f"at least {count - per_client + 1} clients, or use scheme 'disjoint'",
         )
-    place = np.empty(int(classes.max()) + 1, dtype=np.int64)  # class to its place in the cycle
+    place = np.empty(int(classes.max()) + 1, dtype=np.int64)  # each class's place in the cycle
     dealt = classes[_class_order(count, settings, seed)]
     place[dealt] = np.arange(count)
-    holders = np.bincount(((np.arange(settings.clients)[:, None] + np.arange(each)) % count).ravel(), minlength=count)
+    held = (np.arange(settings.clients)[:, None] + np.arange(per_client)) % count  # [clients, per_client] places
+    holders = np.bincount(held.ravel(), minlength=count)
     for index in range(count):
         pictures = int(np.sum(labels == dealt[index]))
         if pictures < holders[index]:
@@ -126,7 +149,7 @@ def _classes(
     partitioner = PathologicalPartitioner(
         num_partitions=settings.clients,
         partition_by="part",
-        num_classes_per_partition=each,
+        num_classes_per_partition=per_client,
         class_assignment_mode="deterministic",
         shuffle=False,
     )
@@ -139,12 +162,18 @@ def _class_order(count: int, settings: PartitionSettings, seed: int) -> NDArray[
     return np.random.default_rng([seed, CLASSES_STREAM]).permutation(count)
 
 
-def _dirichlet(labels: Indices, clients: int, beta: float, rng: np.random.Generator) -> list[Indices]:
-    """Draws until each client has a picture, at most `DIRICHLET_DRAWS` times.
+def _dirichlet(
+    labels: Indices,
+    clients: int,
+    beta: float,
+    rng: np.random.Generator,
+) -> list[Indices]:
+    """Divide pictures by Dirichlet proportions; draw until each client has a picture, at most `DIRICHLET_DRAWS` times.
 
-    The partitioner rounds the bounds between clients down, which gives its last client half a picture too many of every
-    class (all of them, of a class with one). The proportions of a class are exchangeable, so who is last is drawn anew
-    for each class; its own check for empty clients, which would come before that, is off.
+    The partitioner rounds the bounds between clients down. This gives its last client half a
+    picture too many of every class (all of them, of a class with one). The proportions of a class
+    are exchangeable, so the last client is drawn anew for each class. The partitioner's own check
+    for empty clients would come before that, so it is off.
     """
     from flwr_datasets.partitioner import DirichletPartitioner
 
@@ -189,7 +218,11 @@ def _by_domain(
     from flwr_datasets.partitioner import GroupedNaturalIdPartitioner
 
     if domains is None:
-        raise ConfigError("partition.scheme", "domain", "the source has no domains; use another scheme")
+        raise ConfigError(
+            "partition.scheme",
+            "domain",
+            "the source has no domains; use another scheme",
+        )
     present = np.unique(domains)
     if settings.clients < len(present):
         names = ", ".join(str(index) if domain_names is None else domain_names[index] for index in present.tolist())
@@ -198,10 +231,15 @@ def _by_domain(
             settings.clients,
             f"scheme 'domain' needs a client at least for each of the {len(present)} domains ({names})",
         )
-    partitioner = GroupedNaturalIdPartitioner(partition_by="part", group_size=1, sort_unique_ids=True)
+    partitioner = GroupedNaturalIdPartitioner(
+        partition_by="part",
+        group_size=1,
+        sort_unique_ids=True,
+    )
     shares = [len(share) for share in np.array_split(np.arange(settings.clients), len(present))]
+    by_domain = zip(_parts(partitioner, domains, len(present)), shares, strict=True)
     parts: list[Indices] = []
-    for index, (rows, share) in enumerate(zip(_parts(partitioner, domains, len(present)), shares, strict=True)):
+    for index, (rows, share) in enumerate(by_domain):
         if len(rows) < share:
             name = present[index] if domain_names is None else domain_names[int(present[index])]
             raise DataError(
@@ -211,13 +249,14 @@ def _by_domain(
         if settings.beta is None:
             within = _iid(len(rows), share)
         else:
-            within = _dirichlet(labels[rows], share, settings.beta, np.random.default_rng([seed, DRAW_STREAM, index]))
+            rng = np.random.default_rng([seed, DRAW_STREAM, index])
+            within = _dirichlet(labels[rows], share, settings.beta, rng)
         parts += [rows[part] for part in within]
     return parts
 
 
 def _parts(partitioner: Partitioner, column: NDArray[np.int64], count: int) -> list[Indices]:
-    """Row numbers of each of `count` partitions of a table with this one column."""
+    """Return the row numbers of each of `count` partitions of a table with this one column."""
     from datasets import Dataset
 
     partitioner.dataset = Dataset.from_dict({"part": column, "row": np.arange(len(column))})
