@@ -15,7 +15,7 @@ LONGEST = 300  # characters of a value in a message
 
 
 class SordinoError(Exception):
-    """Something that the user can mend; its message is one line."""
+    """An error that the user can fix; its message is one line."""
 
 
 class ConfigError(SordinoError):
@@ -39,11 +39,11 @@ class RunError(SordinoError):
 
 
 class SordinoWarning(UserWarning):
-    """Something that was passed over and may matter."""
+    """A warning about something that was left out and may matter."""
 
 
 def config_error(error: ValidationError, prefix: str = "") -> ConfigError:
-    """The first complaint of a pydantic validation as one line that names key, value and what is allowed."""
+    """Convert the first error of a pydantic validation to one line that names key, value and the allowed values."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in (prefix, *first["loc"]) if part != "")
     allowed = "no such key" if first["type"] in _UNKNOWN_KEY else first["msg"][0].lower() + first["msg"][1:]
@@ -51,12 +51,12 @@ def config_error(error: ValidationError, prefix: str = "") -> ConfigError:
 
 
 def _printable(key: str) -> str:
-    """A key as it is, or quoted where it would not print as one line."""
+    """Return a key as it is, or quoted if it would not print as one line."""
     return key if key.isprintable() else shortened(key)
 
 
 def shortened(value: object) -> str:
-    """A value in quotes for a message of one line, its middle left out where it would fill a screen."""
+    """Quote a value for a message of one line, without its middle if it would fill a screen."""
     try:
         text = ascii(value) if isinstance(value, str) and not _is_text(value) else repr(value)
     except ValueError:  # a whole number of thousands of digits
@@ -65,7 +65,7 @@ def shortened(value: object) -> str:
 
 
 def _is_text(value: str) -> bool:
-    """Whether a string is Unicode text: the name of a file may hold bytes that are none."""
+    """Return true if a string is Unicode text. The name of a file may hold bytes that are not."""
     try:
         value.encode()
     except UnicodeEncodeError:
