@@ -27,7 +27,7 @@ class ConfigError(SordinoError):
 
 
 class DataError(SordinoError):
-    """Data that is missing, unreadable, or too little for what was asked of it."""
+    """Data that is missing, unreadable, or too little for the request."""
 
 
 class EncoderError(SordinoError):

@@ -64,8 +64,8 @@ class DualEncoder(ABC):
         image_width, image_layers: of the image tower, where it takes visual prompts; 0 where it
             does not.
         logit_scale: the inverse temperature that multiplies cosines into logits.
-        device, dtype: where and in what precision the towers run. Features and contexts are float32
-            outside of them.
+        device, dtype: device and precision of the towers. Features and contexts are float32 outside
+            of them.
     """
 
     name: str

@@ -30,7 +30,8 @@ _NUMBERS: dict[str, Any] = {
     "layer_norm_eps": float,
     "num_hidden_layers": int,
 }
-EMBEDDINGS = tuple(f"embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type"))
+_EMBEDDING_KINDS = ("word", "position", "token_type")
+EMBEDDINGS = tuple(f"embeddings.{kind}_embeddings.weight" for kind in _EMBEDDING_KINDS)
 MARKS = ("[CLS]", "[SEP]")  # tokens around a sentence
 SHORT = {  # names of a layer's modules, by ours
     "out": "attention.output.dense",

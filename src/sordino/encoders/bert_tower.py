@@ -61,7 +61,8 @@ class Embedder:
 
     def embed(self, text: str) -> Tensor:
         """Return the token embeddings [M, E] of a text, without positions, start or end token."""
-        return self.words[torch.tensor(self.tokens(text), dtype=torch.long, device=self.words.device)]
+        numbers = torch.tensor(self.tokens(text), dtype=torch.long, device=self.words.device)
+        return self.words[numbers]
 
     def knows(self, text: str) -> bool:
         """Return true if no word of a text becomes the unknown token."""
@@ -118,7 +119,8 @@ class TextTower(Embedder):
         self.heads = heads
         self.epsilon = epsilon
         self.norm = (weights["embeddings.LayerNorm.weight"], weights["embeddings.LayerNorm.bias"])
-        self.depth = 1 + max(int(key.split(".")[2]) for key in weights if key.startswith("encoder.layer."))
+        layer_keys = [key for key in weights if key.startswith("encoder.layer.")]
+        self.depth = 1 + max(int(key.split(".")[2]) for key in layer_keys)
         self.layers = [_layer(weights, f"encoder.layer.{index}.") for index in range(self.depth)]
         self.inner = self.layers[0]["inner.weight"].shape[0]
 
@@ -153,7 +155,8 @@ class TextTower(Embedder):
         n, lengths = len(context), classes.mask.sum(1)
         start = self.words[self.tokenizer.token_to_id("[CLS]")].expand(n, 1, -1)
         prefix = torch.cat([start, context], 1)[:, None]  # [N, 1, 1 + M, E]
-        members = [(lengths == length).nonzero().flatten() for length in sorted(set(lengths.tolist()))]
+        distinct = sorted(set(lengths.tolist()))
+        members = [(lengths == length).nonzero().flatten() for length in distinct]
         groups = []
         for group in members:
             length = int(lengths[group[0]])
@@ -176,7 +179,8 @@ class TextTower(Embedder):
 
     def _attend(self, qkv: Tensor) -> Tensor:
         """Attend within sentences of one length: [sentences, T, 3 E] to [sentences * T, E]."""
-        q, k, v = (part.view(*part.shape[:2], self.heads, -1).transpose(1, 2) for part in qkv.chunk(3, -1))
+        parts = qkv.chunk(3, -1)
+        q, k, v = (part.view(*part.shape[:2], self.heads, -1).transpose(1, 2) for part in parts)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, self.width)
 
 

@@ -148,7 +148,9 @@ class BundledEncoder(DualEncoder):
         if length > limit:
             name = classes.names[int(classes.mask.sum(dim=1).argmax())]
             most = limit - 1 - longest
-            remedy = f"use a context_length of at most {most}, or shorter names" if most > 0 else "shorten it"
+            remedy = "shorten it"
+            if most > 0:
+                remedy = f"use a context_length of at most {most}, or shorter names"
             raise EncoderError(
                 f"context_length = {context_length}: with the longest class name, {shortened(name)}, the sentence has "
                 f"{length} tokens and the bundled encoder takes {limit}: {remedy}"

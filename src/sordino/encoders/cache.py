@@ -155,7 +155,8 @@ def default_directory() -> Path | None:
         if sordino_cache:
             return Path(sordino_cache).expanduser()
         return (Path(user_cache) if user_cache else Path("~/.cache").expanduser()) / "sordino"
-    except RuntimeError:  # no HOME, and no entry in the system's list of users, as in many containers
+    except RuntimeError:
+        # No HOME, and no entry in the system's list of users, as in many containers.
         return None
 
 

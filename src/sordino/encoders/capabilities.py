@@ -10,7 +10,8 @@ class Capability(StrEnum):
 
     PATCHES = "patches"  # patch_features
     PIXEL_GRADIENTS = "pixel-gradients"  # image_features is differentiable in its pixels
-    VISUAL_PROMPTS = "visual-prompts"  # image_tower: a transformer that takes prompt tokens and adapters
+    # image_tower: a transformer that takes prompt tokens and adapters
+    VISUAL_PROMPTS = "visual-prompts"
 
 
 # By encoder name; each encoder class takes its own from here, so that errors can name the others

@@ -166,7 +166,8 @@ class ClipEncoder(DualEncoder):
         return image
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        if pixels.requires_grad:  # through layers that backward may recompute, so that many images fit into memory
+        # Go through layers that backward may recompute, so that many images fit into memory.
+        if pixels.requires_grad:
             tower = self.image_tower
             embedded = tower.embed(pixels.to(self.device))
             return tower.features(tower.forward(embedded[None], 0, self.image_layers))[0]
@@ -175,7 +176,8 @@ class ClipEncoder(DualEncoder):
 
     def patch_features(self, pixels: Tensor) -> Tensor:
         hidden = self._vision(pixel_values=pixels.to(self.device, self.dtype)).last_hidden_state
-        if self.family == "clip":  # the first token is the class token; the post norm is not yet applied
+        # The first token is the class token; the post norm is not yet applied.
+        if self.family == "clip":
             return self._unit(self._projection(self._vision.post_layernorm(hidden[:, 1:])))
         alone = self._vision.head(hidden.flatten(0, 1)[:, None])
         return self._unit(alone.view(*hidden.shape[:2], -1))
@@ -189,7 +191,8 @@ class ClipEncoder(DualEncoder):
         whole = [self._tokens_of(name) for name in names]
         suffixes = [self._suffix(name, tokens) for name, tokens in zip(names, whole, strict=True)]
         if compete:
-            unknown = [self._has_unknown(tokens[:-1]) for tokens in whole]  # CLIP's end token is its unknown one too
+            # CLIP's end token is its unknown one too, so it is left out.
+            unknown = [self._has_unknown(tokens[:-1]) for tokens in whole]
             reader = f"checkpoint {self.label!r}"
             check_names(reader, "class name", names, suffixes, self._tokens_of(""), unknown)
         length = max(map(len, suffixes), default=0)

@@ -122,7 +122,8 @@ def load_processor(folder: Path, processor_class: Any, checkpoint: str) -> Any:
         )
     try:
         return processor_class.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # any failure of transformers here and below has its cause in the user's files
+    except Exception as error:
+        # Any failure of transformers here and below has its cause in the user's files.
         raise EncoderError(
             f"checkpoint {checkpoint!r}: its image processor cannot be read ({_first_line(error)}); download it again"
         ) from error
@@ -150,7 +151,8 @@ def load_model(folder: Path, model_class: Any, checkpoint: str, dtype: torch.dty
         raise EncoderError(
             f"checkpoint {checkpoint!r}: its weights cannot be read ({_first_line(error)}); download it again"
         ) from error
-    if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
+    # transformers would fill missing weights with random numbers.
+    if missing := sorted(loading["missing_keys"]):
         raise EncoderError(
             f"checkpoint {checkpoint!r}: {len(missing)} weights are missing, {missing[0]} first; give a checkpoint "
             "with both towers and their projections"
@@ -166,7 +168,8 @@ def load_tokenizer(folder: Path, checkpoint: str) -> Any:
     Raises:
         EncoderError: it is missing or damaged.
     """
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):  # transformers would make an empty one
+    # Without these files transformers would make an empty tokenizer.
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise EncoderError(
             f"checkpoint {checkpoint!r}: no tokenizer in it ({', '.join(TOKENIZER_FILES)}); save it beside the weights"
         )

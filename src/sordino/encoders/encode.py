@@ -201,7 +201,8 @@ def _encoded(
 
     try:
         for batch in _pixels(images, todo, encoder, batch_size):
-            pixels = {digest: result for digest, result in batch.items() if not isinstance(result, str)}
+            decoded = batch.items()
+            pixels = {digest: part for digest, part in decoded if not isinstance(part, str)}
             features = _forward(encoder, kind, list(pixels.values()), batch_size) if pixels else ()
             pairs = zip(pixels, features, strict=True)
             rows = {digest: row for digest, row in pairs if np.isfinite(row).all()}

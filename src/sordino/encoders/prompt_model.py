@@ -19,7 +19,8 @@ from sordino.encoders.cache import Kind
 # below a gigabyte on a CPU.
 FLOPS_AT_ONCE = {"cpu": 1e11}
 FLOPS_AT_ONCE_ACCELERATED = 2e12
-NUMBERS_AT_ONCE = 1 << 26  # of a score that compares every image with every class in more than one product
+# Numbers of a score that compares every image with every class in more than one product.
+NUMBERS_AT_ONCE = 1 << 26
 
 # P prompts as one stack: contexts [P, M, E], or named tensors [P, ...] if a prompt is more than a
 # context.
@@ -72,7 +73,7 @@ class PromptModel:
         """Return the model of a method with these settings.
 
         Raises:
-            EncoderError: the encoder lacks what the method needs.
+            EncoderError: the encoder lacks a capability that the method needs.
         """
         return cls(encoder, classes)
 
@@ -126,7 +127,8 @@ class PromptModel:
         per_part = math.ceil(len(self.classes) / parts)
         starts = range(0, len(self.classes), per_part)
         pieces = [self.classes.part(start, start + per_part) for start in starts]
-        features = [checkpoint(self.encoder.text_features, context, piece, use_reentrant=False) for piece in pieces]
+        encode = self.encoder.text_features
+        features = [checkpoint(encode, context, piece, use_reentrant=False) for piece in pieces]
         return torch.cat(features, dim=-2)
 
     def logits(self, text: Tensor, images: Tensor) -> Tensor:

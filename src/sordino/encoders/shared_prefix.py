@@ -4,7 +4,7 @@ The sentences of one prompt are `start, context, name of class c, '.', end`, for
 causal tower no token of the prefix (start and context) attends to the name. The prefix's hidden
 states are therefore the same in all C sentences: they are computed once, and every class's suffix
 attends to the same keys and values. The end token, whose state is the feature, does not attend to
-what follows it either, so padding is not computed at all. Both hold exactly, not approximately.
+later tokens either, so padding is not computed at all. Both hold exactly, not approximately.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class TextTower:
     def per_head(self, projected: Tensor) -> tuple[Tensor, ...]:
         """Split [N, T, n E] into n tensors [N, heads, T, d]."""
         parts = projected.shape[-1] // self.layers[0].width
-        return projected.reshape(*projected.shape[:2], parts, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
+        split = projected.reshape(*projected.shape[:2], parts, self.heads, -1)
+        return split.permute(2, 0, 3, 1, 4).unbind()
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ def causal_features(tower: TextTower, context: Tensor, classes: ClassTokens) -> 
         [N, C, D], not normalized.
     """
     count, prefix_length = len(context), len(tower.start) + context.shape[1]
-    prefix = torch.cat([tower.start.expand(count, -1, -1), context], dim=1) + tower.positions[:prefix_length]
+    prefix = torch.cat([tower.start.expand(count, -1, -1), context], dim=1)
+    prefix = prefix + tower.positions[:prefix_length]
     suffixes = Suffixes.of(classes, tower.positions[prefix_length:])
     later = _later_keys(max(prefix_length, classes.mask.shape[1]), context)
     # One split, since backward joins its parts in one copy; a slice's backward would fill a whole

@@ -102,7 +102,8 @@ class Layer:
     @property
     def row_flops(self) -> float:
         """Count the floating-point operations of one row, without the attention products."""
-        return 2.0 * (self.qkv.weight.numel() + self.out.weight.numel() + 2 * self.fc1.weight.numel())
+        attention = self.qkv.weight.numel() + self.out.weight.numel()
+        return 2.0 * (attention + 2 * self.fc1.weight.numel())
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Compute the rest of the layer from its input and the attention's output, both [..., E]."""

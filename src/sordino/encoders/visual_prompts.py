@@ -60,7 +60,9 @@ class Adapter:
         inner = torch.tanh(torch.baddbmm(self.down_bias[:, None].to(x), rows, self.down.to(x)))
         outer = torch.baddbmm(self.up_bias[:, None].to(x), inner, self.up.to(x))
         contribution = self.scale * outer.view(keys_values.shape)
-        return torch.cat([contribution, keys_values], dim=2) if self.appended else keys_values + contribution
+        if self.appended:
+            return torch.cat([contribution, keys_values], dim=2)
+        return keys_values + contribution
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,8 @@ def eight_bits(picture: Image.Image) -> Image.Image:
         layer = picture.convert("LA") if picture.mode == "La" else picture
         return layer.convert("L")
     if picture.mode == "P" and "transparency" in picture.info:
-        picture = picture.convert("RGBA")  # Pillow warns where a palette's transparency is lost in one step
+        # Two steps, as Pillow warns if a palette's transparency is lost in one.
+        picture = picture.convert("RGBA")
     return picture.convert("RGB")
 
 

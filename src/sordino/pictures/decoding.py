@@ -23,8 +23,10 @@ FORMATS = (
     *("AVIF", "BMP", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO"),
     *("PCX", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP"),
 )
-MAX_PIXELS = 89_478_485  # Pillow's own bound for a suspected decompression bomb: 256 MB of 24-bit pixels
-MAX_BYTES = 6 * MAX_PIXELS + (1 << 20)  # of a file: as many pixels of three 16-bit colors, not compressed
+# Pillow's own bound for a suspected decompression bomb: 256 MB of 24-bit pixels.
+MAX_PIXELS = 89_478_485
+# The largest file: as many pixels of three 16-bit colors, not compressed.
+MAX_BYTES = 6 * MAX_PIXELS + (1 << 20)
 
 # Endings of formats that need another package: that package, and the extra of this one that
 # installs it.

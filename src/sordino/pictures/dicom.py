@@ -101,14 +101,16 @@ def draw_dicom(
         return _picture(header, values, meaning, gray_range)
     except DataError:
         raise
-    except Exception as error:  # its message may show values of the header, so none of it is passed on
+    except Exception as error:
+        # The message may show values of the header, so none of it is passed on.
         raise DataError(f"damaged or unusual DICOM file ({type(error).__name__})") from None
 
 
 def _header(content: bytes) -> Any:
     import pydicom
 
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # it logs values that break the standard, and warns of them
+    # pydicom logs values that break the standard, and warns of them.
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
     return pydicom.dcmread(io.BytesIO(content), specific_tags=list(NEEDED))
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from sordino.errors import ConfigError
 
-RANDOM_STANDARD_DEVIATION = 0.02  # as in CoOp (Zhou et al., 2022), which all methods here descend from
+# As in CoOp (Zhou et al., 2022), from which all methods here descend.
+RANDOM_STANDARD_DEVIATION = 0.02
 FREQUENT_WORDS = (
     "the of and to in a is that was it for on with as be at by this from or an are not have but one all they which you "
     "we were her his their there been has when who will more no if out so said what up its about into than them can "

@@ -49,6 +49,7 @@ def factorize(context: Tensor, projection: Tensor) -> Factors:
     if rank > length:
         raise ValueError(f"rank {rank} is above the context's length {length}")
     span = context @ projection
-    u = torch.linalg.qr(span.cpu() if span.device.type == "mps" else span).Q.to(span)  # Metal has no QR
+    # Metal has no QR decomposition.
+    u = torch.linalg.qr(span.cpu() if span.device.type == "mps" else span).Q.to(span)
     v = u.mT @ context
     return Factors(u, v, context - u @ v)

@@ -106,7 +106,8 @@ def _halves(distances: Distances, members: Set) -> Exchange[list[Set]]:
             return [members]
         column = yield from real_distances(distances, poles[-1:] or [members])
         poles.append(frozenset({distances.clients[max(rows, key=lambda row: column[row, 0])]}))
-    if poles[0] == poles[1] or not distances.affords(poles):  # members coincide, or too few columns are left
+    # Stop if the members coincide, or too few columns are left.
+    if poles[0] == poles[1] or not distances.affords(poles):
         return [members]
     matrix = yield from common_scale(distances, poles)
     near = frozenset(distances.clients[row] for row in rows if matrix[row, 0] < matrix[row, 1])

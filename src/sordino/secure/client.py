@@ -104,7 +104,8 @@ class Client:
             DataError: the point or the vector does not fit the agreed numbers.
         """
         message = read(content)
-        if not isinstance(message, Setup) and (self._setup is None or message.round != self._setup.round):
+        in_round = self._setup is not None and message.round == self._setup.round
+        if not isinstance(message, Setup) and not in_round:
             raise SecureError(f"client {self.number} is not in round {message.round}")
         match message:
             case Setup():
@@ -155,7 +156,8 @@ class Client:
         if request.purpose in self._dealt or request.purpose not in ("point", "vector"):
             raise SecureError(f"client {self.number} deals its point once and its vector once a round")
         joined = tuple(request.joined.tolist())
-        if len(request.keys) != len(joined) or len({*joined}) != len(joined) or self.number not in joined:
+        is_group = len(request.keys) == len(joined) == len({*joined}) and self.number in joined
+        if not is_group:
             raise SecureError(f"client {self.number} was asked to deal to {len(joined)} clients who are not a group")
         if any(not 0 <= peer < setup.clients for peer in joined) or self._joined not in (
             (),

@@ -82,14 +82,16 @@ class EncryptingCipher:
             peer_key, public_key = self._peers[peer], self.public_key
             keys = public_key + peer_key if sending else peer_key + public_key  # the sender's first
             info = self._protocol + keys
-            key = HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(self._secret(peer))
+            derivation = HKDF(algorithm=SHA256(), length=32, salt=None, info=info)
+            key = derivation.derive(self._secret(peer))
             self._ciphers[peer, sending] = ChaCha20Poly1305(key)
         return self._ciphers[peer, sending]
 
     def _secret(self, peer: int) -> bytes:
         if peer not in self._secrets:
             try:
-                self._secrets[peer] = self._private.exchange(X25519PublicKey.from_public_bytes(self._peers[peer]))
+                peer_key = X25519PublicKey.from_public_bytes(self._peers[peer])
+                self._secrets[peer] = self._private.exchange(peer_key)
             except ValueError:
                 raise SecureError(f"the public key of client {peer} is not one") from None
         return self._secrets[peer]

@@ -168,7 +168,8 @@ class PrimeField:
         size, bits = int(np.prod(shape)), self.modulus.bit_length()
         drawn = np.empty(0, np.uint64)
         while len(drawn) < size:
-            words = np.frombuffer(entropy(8 * (size - len(drawn))), dtype="<u8") >> np.uint64(64 - bits)
+            octets = entropy(8 * (size - len(drawn)))
+            words = np.frombuffer(octets, dtype="<u8") >> np.uint64(64 - bits)
             drawn = np.concatenate([drawn, words[words < self._p]])
         return drawn.reshape(shape)
 

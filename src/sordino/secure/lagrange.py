@@ -175,7 +175,8 @@ class LagrangeCode:
         wrong = locate(self.field, points, flat, degree)
         good = np.setdiff1d(np.arange(len(points)), wrong)
         chosen = tuple(points[index] for index in good[:needed])
-        form = self._total(chosen)[None] if total else basis(self.field, chosen, self.betas[: self.blocks])
+        targets = self.betas[: self.blocks]
+        form = self._total(chosen)[None] if total else basis(self.field, chosen, targets)
         values = self.field.matmul(form, flat[good[:needed]])
         shape = answers.shape[1:] if total else (self.blocks, *answers.shape[1:])
         return Decoded(values.reshape(shape), tuple(clients[index] for index in wrong))
@@ -257,8 +258,9 @@ def locate(field: PrimeField, points: tuple[int, ...], answers: Elements, degree
             raise TooManyErrors(len(points), degree + 1)
         wrong |= roots
     rest = tuple(np.asarray(points)[~wrong].tolist())
-    agree = wrong.sum() <= surplus // 2 and not field.matmul(checks(field, rest, degree), combined[~wrong]).any()
-    if not agree:
+    if wrong.sum() > surplus // 2:
+        raise TooManyErrors(len(points), degree + 1)
+    if field.matmul(checks(field, rest, degree), combined[~wrong]).any():
         raise TooManyErrors(len(points), degree + 1)
     return [int(index) for index in np.flatnonzero(wrong)]
 

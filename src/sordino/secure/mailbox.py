@@ -60,7 +60,8 @@ class Mailbox:
             messages = dict.fromkeys(self.clients, question.to_bytes())
         else:
             messages = {client: message.to_bytes() for client, message in question.items()}
-        messages = {client: content for client, content in messages.items() if client not in self.excluded}
+        for client in self.excluded:
+            messages.pop(client, None)
         replies: dict[int, AnyMessage] = {}
         for sender, content in (yield messages):
             try:

@@ -277,6 +277,7 @@ def _check(kind: type[Message], given: dict[str, object]) -> None:
             right = type(value) is SCALARS[form]
         else:
             dtype, axes = ARRAYS[form]
-            right = isinstance(value, np.ndarray) and value.dtype == np.dtype(dtype) and value.ndim == axes
+            due = (np.dtype(dtype), axes)
+            right = isinstance(value, np.ndarray) and (value.dtype, value.ndim) == due
         if not right:
             raise ValueError(f"field {name!r} is of a wrong type")

@@ -81,7 +81,8 @@ class Setup(Message):
             _ = self.point_code, self.vector_code
         except ValueError as error:
             raise SecureError(f"no code for these sizes: {error}") from None
-        if self.reveal not in ("distances", "ratios") or (self.factor_bits > 0) != (self.reveal == "ratios"):
+        has_factors = self.factor_bits > 0
+        if self.reveal not in ("distances", "ratios") or has_factors != (self.reveal == "ratios"):
             raise SecureError(
                 f"reveal = {self.reveal!r} with {self.factor_bits} factor bits: ratios need some, distances none"
             )

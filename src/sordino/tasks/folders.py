@@ -194,6 +194,7 @@ def _folders(folder: Path) -> list[Path]:
 
 def _visible(folder: Path) -> list[Path]:
     try:
-        return sorted(path for path in folder.iterdir() if not (path.name.startswith(".") or is_junk(path.name)))
+        paths = sorted(folder.iterdir())
     except OSError as error:
         raise DataError(f"folder {str(folder)!r} cannot be listed: {error.strerror}") from error
+    return [path for path in paths if not (path.name.startswith(".") or is_junk(path.name))]

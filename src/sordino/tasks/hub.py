@@ -118,9 +118,11 @@ def _load(where: str, settings: DataSettings) -> dict[str, Dataset]:
         RuntimeError,
     ) as error:
         raise DataError(f"{settings.source}: cannot be loaded: {_first(error)}") from error
-    except Exception as error:  # readers of broken files (pyarrow, json, zip, ...) raise types of their own
+    except Exception as error:
+        # Readers of broken files (pyarrow, json, zip, ...) raise errors of their own types.
         raise DataError(f"{settings.source}: cannot be loaded: {type(error).__name__}: {_first(error)}") from error
-    splits = dict(loaded) if isinstance(loaded, DatasetDict) else {str(loaded.split or "train"): loaded}
+    is_dict = isinstance(loaded, DatasetDict)
+    splits = dict(loaded) if is_dict else {str(loaded.split or "train"): loaded}
     splits = {name: split for name, split in splits.items() if len(split)}
     if not splits:
         raise DataError(f"{settings.source}: it has no row")
@@ -140,7 +142,8 @@ def _columns(split: Dataset, settings: DataSettings) -> tuple[str, str, str | No
             f"it holds no pictures; columns that do: {_listed(pictures)}",
         )
     label = _column("label_column", settings.label_column, list(features), classes, LABEL_COLUMNS)
-    domain = settings.domain_column or ("domain" if "domain" in features and label != "domain" else None)
+    default_domain = "domain" if "domain" in features and label != "domain" else None
+    domain = settings.domain_column or default_domain
     if domain is not None and domain not in features:
         raise ConfigError(
             "data.domain_column",
@@ -171,7 +174,8 @@ def _column(
         return given
     if len(likely) == 1:
         return likely[0]
-    candidates = [name for name in usual if name in likely] or [name for name in usual if name in columns]
+    candidates = [name for name in usual if name in likely]
+    candidates = candidates or [name for name in usual if name in columns]
     if not candidates:
         raise ConfigError(
             f"data.{key}",
@@ -301,7 +305,8 @@ def _given_names(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Turn off the libraries' own progress bars, which would break into ours, and their line for each retry."""
-    shown = [bars for bars in (datasets, huggingface_hub.utils) if not bars.are_progress_bars_disabled()]
+    libraries = (datasets, huggingface_hub.utils)
+    shown = [bars for bars in libraries if not bars.are_progress_bars_disabled()]
     level = huggingface_hub.utils.logging.get_verbosity()
     for bars in shown:
         bars.disable_progress_bars()

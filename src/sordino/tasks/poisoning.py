@@ -110,7 +110,9 @@ def with_triggers(images: ImageSet, originals: int, size: float) -> ImageSet:
         return read(index) if index < first else mark + read(index - first)
 
     def draw_any(content: bytes) -> Image.Image:
-        return stamp(draw(content[len(mark) :]), size) if content.startswith(mark) else draw(content)
+        if content.startswith(mark):
+            return stamp(draw(content[len(mark) :]), size)
+        return draw(content)
 
     domains, is_test = images.domains, images.is_test
     triggered_names = (f"{name} with a trigger of {size:g}" for name in images.names[:originals])

@@ -97,7 +97,8 @@ class SumClient:
             raise SecureError(f"client {self.number} is in a sum and does not take a {type(message).__name__}")
         message.check_setup(self.setup)
         if self._stage == len(ORDER) or type(message) is not ORDER[self._stage]:
-            due = "nothing more" if self._stage == len(ORDER) else f"a {ORDER[self._stage].__name__}"
+            done = self._stage == len(ORDER)
+            due = "nothing more" if done else f"a {ORDER[self._stage].__name__}"
             kind = type(message).__name__
             raise SecureError(f"out of turn: client {self.number} was sent a {kind} where {due} is due")
         reply: SumMessage

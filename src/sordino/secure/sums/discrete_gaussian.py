@@ -35,7 +35,8 @@ from sordino.secure.errors import SecureError
 Words = NDArray[np.uint64]
 Bits = Callable[[int], Words]  # returns as many uniform 64-bit integers as it is asked for
 
-LARGEST_DEVIATION = 2**26  # steps: then 2 s^2 k fits a word for every k below 2^11, which 1 / k! makes certain
+# In steps. Then 2 s^2 k fits a word for every k below 2^11, which 1 / k! makes certain.
+LARGEST_DEVIATION = 2**26
 LARGEST_CANDIDATE = 2**32  # steps: then the square of its distance from s fits a word
 PIECE = 2**14  # candidates drawn at once, so that they stay in the cache
 ALL_ONES = np.uint64(2**64 - 1)

@@ -14,7 +14,9 @@ from sordino.secure.sums.discrete_gaussian import LARGEST_DEVIATION
 from sordino.secure.sums.setup import SumSetup, check_threshold, default_threshold
 
 GROWTH = 1e-3  # the largest relative growth of the sensitivity by rounding
-FINEST = 1000  # the fewest steps of a client's deviation; rounding it up to a whole step adds at most a part in 1,000
+# The fewest steps of a client's deviation; rounding it up to a whole step adds at most a part in
+# 1,000.
+FINEST = 1000
 
 
 def plan_sum(

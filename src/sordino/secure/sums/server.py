@@ -136,7 +136,9 @@ class SumServer:
 
         def wrong(message: SumShares) -> str | None:
             due, shape = (len(members) - 1, SEALED), message.payloads.shape
-            return None if shape == due else f"malformed: payloads of shape {shape} where {due} is due"
+            if shape == due:
+                return None
+            return f"malformed: payloads of shape {shape} where {due} is due"
 
         answers = yield from self._ask(roster, SumShares, "sharing", wrong)
         dealers = self._enough(answers, "sharing")

@@ -25,7 +25,8 @@ Integers = NDArray[np.int64]
 
 MOST_CLIENTS = 2**14
 MOST_ENTRIES = 2**27
-FAILURE_BITS = 40  # the sum of all noise leaves its bound, in any entry, with probability below 2^-40
+# The sum of all noise leaves its bound, in any entry, with probability below 2^-40.
+FAILURE_BITS = 40
 OVERHEAD = 2**11  # bytes of a message besides its arrays
 SECRET = 32  # bytes of a mask's secret
 LIMBS = 5  # field elements that hold one
