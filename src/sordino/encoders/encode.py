@@ -25,22 +25,14 @@ from sordino.encoders.cache import FeatureCache, Features, Kind, layer_kind, lay
 from sordino.errors import DataError, EncoderError
 from sordino.progress import log
 
-SHARD_IMAGES, SHARD_BYTES, SHARD_SECONDS = (
-    1000,
-    1 << 26,
-    30.0,
-)  # a shard is written when any is reached
+# A shard is written when any of these is reached.
+SHARD_IMAGES, SHARD_BYTES, SHARD_SECONDS = 1000, 1 << 26, 30.0
 CHEAP = ("pixels", layer_kind(0))  # made of a picture in less time than they are worth on the disk
 WORKERS = min(8, os.cpu_count() or 1)  # threads that read and decode pictures
 NOT_FINITE = "the encoder gives features of it that are not finite"
 SKIPPED_SHOWN = 20  # unreadable pictures that are named in the log; the summary names all
-UNREADABLE = (
-    DataError,
-    OSError,
-    ValueError,
-    ArithmeticError,
-    MemoryError,
-)  # errors of a picture that cannot be read
+# Errors of a picture that cannot be read.
+UNREADABLE = (DataError, OSError, ValueError, ArithmeticError, MemoryError)
 
 
 class Images(Protocol):
@@ -232,10 +224,8 @@ def _pixels(
     remaining = iter(todo.items())
     waiting: deque[dict[bytes, Future[Tensor | str]]] = deque()
     with ThreadPoolExecutor(WORKERS) as pool, warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore",
-            Image.DecompressionBombWarning,
-        )  # such pictures are refused, by name
+        # Such pictures are refused, by name.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         while True:
             while len(waiting) < 3 and (chunk := list(itertools.islice(remaining, batch_size))):
                 waiting.append({digest: pool.submit(pixels, row) for digest, row in chunk})

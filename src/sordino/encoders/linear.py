@@ -24,12 +24,8 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     exact_elsewhere = x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() == 0
     if exact_elsewhere or not torch.backends.mkldnn.is_available():
         return F.linear(x, weight, bias)
-    rows = x.reshape(1, -1, 1, x.shape[-1]).permute(
-        0,
-        3,
-        1,
-        2,
-    )  # [1, I, rows, 1], channels last in memory
+    # [1, I, rows, 1], channels last in memory
+    rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
     out = F.conv2d(rows, weight[:, :, None, None], bias)
     return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
 

@@ -184,10 +184,6 @@ class ImageTower:
             part.reshape(-1, part.shape[2], self.heads, layer.width // self.heads).transpose(1, 2)
             for part in (query, key, value)
         )
-        attended = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            scale=1.0,
-        )  # the scale is in the query's weights
+        # The scale is in the query's weights.
+        attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)
         return layer.finish(x, attended.transpose(1, 2).reshape(x.shape))

@@ -31,10 +31,8 @@ GrayRange = tuple[float, float]  # black, white
 BITS, PHOTOMETRIC, SAMPLE_FORMAT, S_MIN, S_MAX = 258, 262, 339, 340, 341  # tags of a TIFF
 UNSIGNED, SIGNED, FLOATING = 1, 2, 3  # values of SampleFormat
 WHITE_IS_ZERO = 0  # a value of PhotometricInterpretation
-PNG_START, CODESTREAM = (
-    8,
-    b"\xff\x4f\xff\x51",
-)  # length of a PNG's signature; how a JPEG 2000 codestream begins
+PNG_START = 8  # length of a PNG's signature
+CODESTREAM = b"\xff\x4f\xff\x51"  # the start of a JPEG 2000 codestream
 REMEDY = "set gray_range to the values of black and white"
 
 

@@ -20,11 +20,8 @@ from sordino.tasks.settings import PartitionSettings
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
 
-ROWS_STREAM, CLASSES_STREAM, DRAW_STREAM = (
-    11,
-    12,
-    13,
-)  # purposes of generators that are derived from the seed
+# Purposes of generators that are derived from the seed.
+ROWS_STREAM, CLASSES_STREAM, DRAW_STREAM = 11, 12, 13
 DIRICHLET_DRAWS = 10
 
 
