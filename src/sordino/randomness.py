@@ -1,15 +1,16 @@
-"""Randomness that depends on what it is for and on nothing else.
+"""Randomness that depends on its purpose and on nothing else.
 
-Every draw comes from a generator that is keyed by (seed, round, client, purpose). So a resumed run draws what an
-uninterrupted one draws, a client draws the same whether it is simulated alone or in a stack, and no code touches a
-global generator. Numbers are drawn on the CPU and then moved, which makes them equal on every device.
+Every draw comes from a generator that is keyed by (seed, round, client, purpose). So a resumed run
+draws the same numbers as an uninterrupted one. A client draws the same numbers alone and in a
+stack. No code touches a global generator. Numbers are drawn on the CPU and then moved, which makes
+them equal on every device.
 
-Generators are counter-based (Philox: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011) and keyed by
-all 128 bits of a digest. torch's CPU generator would keep the low 32 bits of its seed, and some streams of a long run
-would be equal.
+Generators are counter-based (Philox: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC
+2011) and keyed by all 128 bits of a digest. torch's CPU generator would keep the low 32 bits of its
+seed, and some streams of a long run would be equal.
 
-A seed protects nothing: whoever guesses it can draw the same numbers. Noise that has to protect somebody comes from
-`sordino.privacy.noise`.
+A seed protects nothing: anyone who guesses it can draw the same numbers. Noise that has to protect
+somebody comes from `sordino.privacy.noise`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Words = Callable[[int], NDArray[np.uint64]]  # from how many to so many uniform integers
+Words = Callable[[int], NDArray[np.uint64]]  # returns as many uniform integers as it is asked for
 
 KEY_BYTES = 16  # Philox takes a key of 128 bits
 
@@ -41,10 +42,10 @@ def generator(*parts: int | str) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class Streams:
-    """The random numbers of one round: one stream a client, and one that all parties have in common.
+    """The random numbers of one round: one stream a client, and one that all parties share.
 
     Attributes:
-        seed: the run's seed, or a key of its own.
+        seed: the run's seed, or another key.
         round: the round, counted from 1; 0 is initialization.
         clients: the K clients' numbers in the whole federation, in the order of the stack.
         device: where drawn tensors are put.
@@ -69,17 +70,17 @@ class Streams:
         return _normal(self._generator("all", purpose), shape).to(self.device)
 
     def uniform(self, purpose: str, counts: Sequence[int]) -> list[Tensor]:
-        """Return uniform numbers in [0, 1), float64 on the CPU, for each client as many as it is asked for."""
+        """Return uniform numbers in [0, 1), float64 on the CPU: `counts` of them by client."""
         pairs = zip(counts, self.generators(purpose), strict=True)
         return [torch.from_numpy(generator.random(count)) for count, generator in pairs]
 
     def words(self, purpose: str) -> list[Words]:
         """Return for each client a source of uniform integers below 2^64."""
 
-        def source(own: np.random.Generator) -> Words:
-            return lambda count: own.integers(0, 2**64, size=count, dtype=np.uint64)
+        def source(client: np.random.Generator) -> Words:
+            return lambda count: client.integers(0, 2**64, size=count, dtype=np.uint64)
 
-        return [source(own) for own in self.generators(purpose)]
+        return [source(client) for client in self.generators(purpose)]
 
     def _generator(self, owner: str, purpose: str) -> np.random.Generator:
         return generator(self.seed, self.round, owner, purpose)

@@ -34,7 +34,7 @@ from sordino.secure import (
     run,
     run_average,
 )
-from sordino.secure.clustering import Exchange
+from sordino.secure.distances import Exchange
 from sordino.secure.local import run_exchange
 from sordino.secure.messages import Answer, Deal, Delivery, Join, Message, Partition, Query, Receipt, Shares, pack, read
 from sordino.secure.shares import random_below, random_factor
