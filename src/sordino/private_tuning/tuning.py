@@ -218,7 +218,7 @@ def _saved_prompt(
 ) -> SavedPrompt:
     """Return the prompt, its z, and what a classifier needs beside it, with what they belong to."""
     z = torch.tensor(state.best or [0.0] * config.search.width, dtype=torch.float64)
-    black_and_white = config.task.grey_range
+    black_and_white = config.task.gray_range
     return SavedPrompt(
         prompt={**tensors, "z": z},
         method=METHOD,
