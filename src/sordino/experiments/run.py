@@ -25,10 +25,10 @@ from sordino.experiments.run_folder import Metrics, prepare, started_with
 from sordino.experiments.run_lock import held
 from sordino.files import absolute_path, user_path, write_atomically
 from sordino.privacy.ledger import Ledger
-from sordino.privacy.noise import new_nonce
 from sordino.privacy.statement import as_summary
 from sordino.progress import Progress, log, silent
 from sordino.prompt_file import EncoderRecord, PrivacyRecord, SavedPrompt
+from sordino.randomness import new_nonce
 from sordino.report import write_report
 from sordino.runtime import checkpoint
 from sordino.runtime.evaluate import Evaluation, EvaluationSet, Scores

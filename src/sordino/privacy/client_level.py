@@ -22,8 +22,8 @@ from sordino.privacy.mechanism import (
     once,
     summed_securely,
 )
-from sordino.privacy.noise import Randomness
 from sordino.privacy.secure_mean import ServerSums, SumTerms, SumVectors
+from sordino.randomness import Randomness
 
 CLIP = "clip"  # the mechanism's state: the current bound, a scalar
 COUNT = "count"  # the field of the secure sum of bits

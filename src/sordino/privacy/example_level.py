@@ -27,8 +27,8 @@ from sordino.privacy.mechanism import (
     summed_securely,
     unchanged,
 )
-from sordino.privacy.noise import Randomness
 from sordino.privacy.secure_mean import ServerSums, SumTerms, SumVectors
+from sordino.randomness import Randomness
 
 SIZES_KNOWN = "how many examples each client holds is known to all"
 

@@ -19,10 +19,10 @@ from sordino.errors import RunError
 from sordino.privacy import accounting
 from sordino.privacy.gradients import ExactGradients, Gradients
 from sordino.privacy.ledger import OBSERVERS, Channel, Disclosure, Ledger, Release, Source
-from sordino.privacy.noise import Randomness
 from sordino.privacy.sampling import sampling_rate
 from sordino.privacy.secure_mean import ServerSums, SumVectors
 from sordino.privacy.settings import PrivacySettings
+from sordino.randomness import Randomness
 
 ServerUses = Literal["mean", "each", "shares", "nothing"]
 Average = Callable[[str, Tensor, Tensor], Tensor]  # (field, values [K, ...], weights [K]) to their mean

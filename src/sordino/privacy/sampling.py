@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sordino.privacy.noise import Randomness
+from sordino.randomness import Randomness
 
 
 @dataclass(frozen=True)

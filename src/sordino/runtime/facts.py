@@ -31,8 +31,7 @@ from sordino.errors import ConfigError
 from sordino.privacy.gradients import Batch, Gradient, Parameters, PromptOf
 from sordino.privacy.ledger import Disclosure, joint_digest
 from sordino.privacy.mechanism import WEIGHT, Mechanism, MechanismInputs
-from sordino.privacy.noise import Randomness, SystemRandomness
-from sordino.randomness import Streams, generator
+from sordino.randomness import Randomness, Streams, SystemRandomness, generator
 from sordino.runtime.settings import RuntimeSettings
 
 RandomnessOf = Callable[[int, Sequence[int]], Randomness]  # of a round's noise, by the round and the clients' numbers

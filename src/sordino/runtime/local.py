@@ -17,8 +17,8 @@ from sordino.algorithms.base import Algorithm, ClientState, RoundContext, Server
 from sordino.encoders.prompt_model import Prompt, PromptModel
 from sordino.privacy.choice import mechanism_for
 from sordino.privacy.ledger import Ledger, joint_digest
-from sordino.privacy.noise import Randomness, SystemRandomness, new_nonce, simulated
 from sordino.privacy.settings import PrivacySettings
+from sordino.randomness import Randomness, SystemRandomness, new_nonce, simulated
 from sordino.runtime import aggregation
 from sordino.runtime.client import ClientEnd, ClientTraining
 from sordino.runtime.facts import (

@@ -7,7 +7,6 @@ into the same process, a pipe, a network.
 from __future__ import annotations
 
 import math
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +30,7 @@ from sordino.errors import RunError
 from sordino.privacy.ledger import Ledger, Release
 from sordino.privacy.mechanism import WEIGHT, ServerRoundMechanism
 from sordino.privacy.secure_mean import ServerSums
+from sordino.randomness import system_bytes
 from sordino.runtime import messages
 from sordino.runtime.aggregation import aggregated
 from sordino.runtime.facts import Federation, RandomnessOf, participants, stacked
@@ -134,7 +134,7 @@ class ServerEnd:
         """
         federation, number = self.federation, training.round + 1
         chosen = self.participants(number)
-        session = secrets.token_hex(SESSION_BYTES) if federation.mechanism.sums_securely else ""
+        session = system_bytes(SESSION_BYTES).hex() if federation.mechanism.sums_securely else ""
         carrier = _by_place(link, chosen)
         sums = self._sums(session, len(chosen), carrier)
         randomness = self.randomness(number, chosen or [0])

@@ -14,12 +14,11 @@ For any request of the server, an honest client answers
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sordino.errors import DataError
+from sordino.randomness import system_bytes
 from sordino.secure.cipher import Cipher, PlainCipher
 from sordino.secure.errors import SecureError
 from sordino.secure.field import Elements, Entropy
@@ -75,7 +74,7 @@ class Client:
         clip: bool = False,
         minimum: int | None = None,
         privacy: int = 1,
-        entropy: Entropy = os.urandom,
+        entropy: Entropy = system_bytes,
     ) -> None:
         least = fewest_members(privacy)
         minimum = least if minimum is None else minimum

@@ -8,13 +8,14 @@ small ones.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from sordino.randomness import system_bytes
 
 Elements = NDArray[np.uint64]
 Entropy = Callable[[int], bytes]  # returns as many random bytes as it is asked for
@@ -158,7 +159,7 @@ class PrimeField:
                 total = self.add(total, self.mul(self.reduce(part), weight))
         return total
 
-    def random(self, shape: int | tuple[int, ...], entropy: Entropy = os.urandom) -> Elements:
+    def random(self, shape: int | tuple[int, ...], entropy: Entropy = system_bytes) -> Elements:
         """Draw independent, exactly uniform elements.
 
         Each random word gives as many bits as p has. Words of p or more are discarded and drawn

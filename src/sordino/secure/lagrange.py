@@ -36,13 +36,13 @@ most 2^-60.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
+from sordino.randomness import system_bytes
 from sordino.secure.errors import TooFewAnswers, TooManyErrors
 from sordino.secure.field import Elements, Entropy, PrimeField
 
@@ -103,7 +103,7 @@ class LagrangeCode:
         first = self.blocks + self.privacy + 1
         return tuple(range(first, first + self.clients))
 
-    def encode(self, blocks: Elements, entropy: Entropy = os.urandom) -> Elements:
+    def encode(self, blocks: Elements, entropy: Entropy = system_bytes) -> Elements:
         """Compute shares [N, ...] of blocks [B, ...]."""
         noise = self.field.random((self.privacy, *blocks.shape[1:]), entropy)
         return self.evaluate(np.concatenate([blocks, noise]))
@@ -114,7 +114,7 @@ class LagrangeCode:
         shares = self.field.matmul(basis(self.field, self.betas, self.alphas), flat)
         return shares.reshape(self.clients, *values.shape[1:])
 
-    def masks(self, totals: Elements, degree: int, entropy: Entropy = os.urandom) -> Elements:
+    def masks(self, totals: Elements, degree: int, entropy: Entropy = system_bytes) -> Elements:
         """Draw shares [N, C] of C random polynomials of a degree, whose values at the blocks add up to totals [C].
 
         The polynomials are uniform among all of this degree whose values at beta_1 .. beta_B have

@@ -13,13 +13,12 @@ A request that it refuses changes nothing: it still answers one that is in order
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import ArrayLike
 
 from sordino.errors import DataError
+from sordino.randomness import system_bytes
 from sordino.secure.encryption import EncryptingCipher
 from sordino.secure.errors import SecureError
 from sordino.secure.field import Elements, Entropy
@@ -64,7 +63,7 @@ class SumClient:
         vector: ArrayLike | None = None,
         *,
         bits: Bits = system_bits,
-        entropy: Entropy = os.urandom,
+        entropy: Entropy = system_bytes,
     ) -> None:
         setup.check()
         if not 0 <= number < setup.clients:

@@ -24,12 +24,12 @@ rejection sampler.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sordino.randomness import system_words
 from sordino.secure.errors import SecureError
 
 Words = NDArray[np.uint64]
@@ -44,7 +44,7 @@ ALL_ONES = np.uint64(2**64 - 1)
 
 def system_bits(count: int) -> Words:
     """Return `count` uniform 64-bit integers from the operating system."""
-    return np.frombuffer(os.urandom(8 * count), np.uint64)
+    return system_words(count)
 
 
 def discrete_gaussian(deviation: int, count: int, bits: Bits = system_bits) -> NDArray[np.int64]:
