@@ -92,7 +92,7 @@ class ClientRound:
     """
 
     def __init__(self, end: ClientEnd, training: ClientTraining) -> None:
-        self._end, self._before, self.training = end, training, training
+        self._end, self.training = end, training
         self.losses: list[Tensor] = []
         self._parties: dict[int, Party] = {}
 
@@ -135,7 +135,7 @@ class ClientRound:
         upload, states = federation.algorithm.client_round(
             federation.settings,
             broadcast,
-            take(self._before.state, stack),
+            take(self.training.state, stack),
             _taken_data(end.data, stack, poisson),
             self._recorded(mechanism_round.gradients),
             round_context,
@@ -152,7 +152,7 @@ class ClientRound:
             vectors, privacy = mechanism_round.summed, federation.mechanism.settings
             sums = sum_parties(privacy, vectors, randomness, session, places, count)
             self._parties = dict(zip(clients, sums, strict=True))
-        self.training = ClientTraining(number, put(self._before.state, stack, states))
+        self.training = ClientTraining(number, put(self.training.state, stack, states))
         return self._sent(upload, mechanism_round, clients, number)
 
     def _number(self, headers: Sequence[RoundHeader]) -> int:
@@ -161,8 +161,8 @@ class ClientRound:
         if len(numbers) != 1:
             raise MessageError(f"broadcasts of several rounds at once: {sorted(numbers)}")
         (number,) = numbers
-        if number <= self._before.round:  # a second upload of one round would be a second release
-            raise MessageError(f"a broadcast of round {number} after round {self._before.round}")
+        if number <= self.training.round:  # a second upload of one round would be a second release
+            raise MessageError(f"a broadcast of round {number} after round {self.training.round}")
         return number
 
     def _read(self, contents: Sequence[bytes]) -> tuple[Broadcast, Tensor | None]:
