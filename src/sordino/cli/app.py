@@ -106,7 +106,8 @@ def compare(
 ) -> None:
     """Run several methods with several seeds, and settings, over shared features; a table, a CSV and a report."""
     from sordino.experiments.compare import grid
-    from sordino.experiments.config import load_config, toml_value
+    from sordino.experiments.config import load_config
+    from sordino.experiments.toml_tables import toml_value
 
     values: dict[str, list[Any]] = {}
     for each in vary or []:

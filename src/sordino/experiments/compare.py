@@ -15,13 +15,14 @@ from typing import Any
 
 from sordino.audit.run import FILE, audit, read_audit
 from sordino.errors import RunError
-from sordino.experiments.config import Experiment, parse_config, resolved, set_key
+from sordino.experiments.config import Experiment, parse_config, resolved
 from sordino.experiments.data_digests import data_record
 from sordino.experiments.data_record import check
 from sordino.experiments.features import EncodedDataset
 from sordino.experiments.privacy_plan import planned_mechanism
 from sordino.experiments.run import run
 from sordino.experiments.run_lock import all_held, held, is_empty
+from sordino.experiments.toml_tables import set_key
 from sordino.files import write_atomically
 from sordino.progress import Progress, silent
 from sordino.report import write_report

@@ -18,12 +18,13 @@ import sordino
 from sordino.algorithms import algorithm, settings_for
 from sordino.encoders.base import DualEncoder
 from sordino.encoders.prompt_model import Prompt, PromptModel, named_parts, prompt_count
-from sordino.experiments.config import Experiment, resolved, to_toml
+from sordino.experiments.config import Experiment, resolved
 from sordino.experiments.data_digests import data_record, party_digests
 from sordino.experiments.data_record import pin
 from sordino.experiments.features import EncodedDataset
 from sordino.experiments.run_folder import Metrics, prepare, started_with
 from sordino.experiments.run_lock import held
+from sordino.experiments.toml_tables import to_toml
 from sordino.files import write_atomically
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.noise import new_nonce

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sordino.errors import RunError
-from sordino.experiments.config import first_difference
 from sordino.experiments.run_lock import is_empty, writable
+from sordino.experiments.toml_tables import first_difference
 from sordino.files import write_atomically
 from sordino.progress import log
 
