@@ -15,7 +15,8 @@ import pytest
 
 from sordino.errors import RunError
 from sordino.report import write_report
-from sordino.report.figures import PALETTE, human_bytes, symbol
+from sordino.report.figures import PALETTE, symbol
+from sordino.results import human_bytes
 
 MEASURES = ("local", "neighbor", "overall", "novel", "domain")
 HOSTILE = """</script><script>alert(1)</script>"><img src="http://evil.example/x" onerror=alert(2)>&amp;"""

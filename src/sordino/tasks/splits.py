@@ -8,6 +8,7 @@ of clients, or the number of shots: the pictures of 4 shots are among those of 1
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,7 +66,7 @@ class Task:
         """Indices of all pictures that train or test anything, ascending: those worth encoding."""
         return np.unique(np.concatenate([*self.train, self.test, self.novel, self.domain, self.triggered]))
 
-    def summary(self) -> list[dict[str, object]]:
+    def summary(self) -> list[dict[str, Any]]:
         """For each client its number of training pictures, and the names of its classes and domains."""
         return [
             {
