@@ -51,7 +51,14 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class Accuracy(_Part):
+class _Measured(_Part):
+    def of(self, measure: Measure) -> float | None:
+        """Return one of the five accuracies."""
+        value: float | None = getattr(self, measure)
+        return value
+
+
+class Accuracy(_Measured):
     """Accuracies, fractions in [0, 1]: means over the clients that do not attack; None if a measure does not apply."""
 
     local: Fraction | None = None
@@ -60,13 +67,8 @@ class Accuracy(_Part):
     novel: Fraction | None = None
     domain: Fraction | None = None
 
-    def of(self, measure: Measure) -> float | None:
-        """Return one of the five accuracies."""
-        value: float | None = getattr(self, measure)
-        return value
 
-
-class ClientResult(_Part):
+class ClientResult(_Measured):
     """The result of one client, and a description of its data.
 
     Attributes:
@@ -89,11 +91,6 @@ class ClientResult(_Part):
     examples: Count = 0
     classes: tuple[Text, ...] = ()
     domains: tuple[Text, ...] | None = None
-
-    def of(self, measure: Measure) -> float | None:
-        """Return one of the five accuracies."""
-        value: float | None = getattr(self, measure)
-        return value
 
 
 class ObserverEpsilon(_Part):
@@ -199,19 +196,12 @@ class Summary(_Part):
     """`summary.json`: the results of one run.
 
     Attributes:
-        algorithm: the method's name.
-        encoder: the encoder's name.
-        dataset: where the images are from, as in `data.source`.
-        clients, rounds: how many there were.
-        seed: of the run.
+        algorithm, encoder: their names.
+        dataset: the source of the images, as in `data.source`.
+        clients, rounds: their numbers.
         accuracy: means over the clients that do not attack.
         attack_success: mean over the clients that are attacked; None if nobody attacks.
         per_client: one result a client, in order of their numbers.
-        privacy: what was spent.
-        communication: bytes that were sent.
-        seconds: what took how long.
-        images: what became of the data set's images.
-        version: of Sordino.
     """
 
     algorithm: Text
@@ -331,7 +321,7 @@ class Results:
 
     @property
     def over_seeds(self) -> bool:
-        """Whether spreads are over seeds; those of a single run are over its clients."""
+        """True if spreads are over seeds; those of a single run are over its clients."""
         return len(self.summaries) > 1
 
     def accuracy(self, measure: Measure) -> Spread | None:
@@ -368,7 +358,7 @@ class Results:
         for summary in self.summaries:
             for result in summary.per_client:
                 values.setdefault(result.client, []).append(result.of(measure))
-        spreads = {client: Spread.of(of_client) for client, of_client in values.items()}
+        spreads = {client: Spread.of(accuracies) for client, accuracies in values.items()}
         return {client: spread.mean if spread else None for client, spread in spreads.items()}
 
     @property

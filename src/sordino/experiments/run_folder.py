@@ -1,4 +1,4 @@
-"""What every run directory has: a configuration that it belongs to, and a line of metrics for each step."""
+"""The common part of every run directory: the configuration that it belongs to, and a line of metrics a step."""
 
 from __future__ import annotations
 

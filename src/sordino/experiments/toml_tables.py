@@ -17,7 +17,7 @@ LARGEST_COUNT = 1_000_000  # of a method's whole numbers: more tokens, steps or 
 
 
 def read_tables(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The tables of a TOML file with `key=value` overrides, unchecked.
+    """Read the tables of a TOML file and apply `key=value` overrides; what keys mean is not checked.
 
     Raises:
         ConfigError: the file is missing or malformed, or an override is.
@@ -35,25 +35,25 @@ def read_tables(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def to_toml(tables: Mapping[str, Any]) -> str:
-    """A configuration as TOML text."""
+    """Return a configuration as TOML text."""
     return tomli_w.dumps(dict(tables))
 
 
 def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
-    """The first key, dotted, in which two configurations differ, with both values; None where they are equal."""
+    """Return the first dotted key in which two configurations differ, with both values; None if they are equal."""
     for key in sorted({*old, *new}):
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found = first_difference(before, after, f"{prefix}{key}.")
-            if found:
-                return found
+            inner = first_difference(before, after, f"{prefix}{key}.")
+            if inner:
+                return inner
         elif before != after:
             return f"{prefix}{key}", before, after
     return None
 
 
 def _set(tables: dict[str, Any], override: str) -> None:
-    """Apply one `a.b.c=value`; the value is read as TOML, and as plain text where it is not TOML."""
+    """Apply one `a.b.c=value` in place; see `toml_value`."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError("--set", override, "write key=value, e.g. settings.dp-fpl.rank=4")
@@ -61,7 +61,7 @@ def _set(tables: dict[str, Any], override: str) -> None:
 
 
 def toml_value(text: str) -> Any:
-    """A value as TOML reads it, or as plain text where it is not TOML."""
+    """Read a value as TOML, or as plain text if it is not TOML."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
@@ -84,7 +84,7 @@ def set_key(tables: dict[str, Any], key: str, value: Any) -> None:
 
 
 def check_values(value: Any, key: str = "") -> None:
-    """See that text in a value can be written into a run directory's `config.toml`, and numbers fit into tensors.
+    """Check that text in a value can be written into a run directory's `config.toml`, and numbers fit into tensors.
 
     Raises:
         ConfigError: text is not Unicode, as names of files may be, or holds a null character; or a number is too large.
@@ -104,9 +104,9 @@ def check_values(value: Any, key: str = "") -> None:
             raise ConfigError(key, value, remedy) from None
         if "\0" in value:
             raise ConfigError(key, value, "must not hold a null character")
-    elif isinstance(value, int) and abs(value) > (
-        most := LARGEST_COUNT if key.startswith("settings.") else LARGEST_INT
-    ):
-        raise ConfigError(key, value, f"whole numbers go up to {most:,} here")
+    elif isinstance(value, int):
+        largest = LARGEST_COUNT if key.startswith("settings.") else LARGEST_INT
+        if abs(value) > largest:
+            raise ConfigError(key, value, f"whole numbers go up to {largest:,} here")
     elif isinstance(value, float) and math.isfinite(value) and abs(value) > LARGEST and not key.startswith("privacy."):
         raise ConfigError(key, value, f"numbers go up to {LARGEST:g}")

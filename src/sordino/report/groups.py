@@ -54,7 +54,7 @@ class Group:
 
     @property
     def over_seeds(self) -> bool:
-        """Whether spreads are over seeds; those of a single run are over its clients."""
+        """True if spreads are over seeds; those of a single run are over its clients."""
         return self.results.over_seeds
 
     def curve(self, measure: Measure) -> list[Point]:
