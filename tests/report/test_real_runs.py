@@ -103,7 +103,7 @@ def test_the_page_shows_what_the_summaries_hold(name: str, comparisons: dict[str
             varied |= {measure} if statistics.stdev(values) > 0 else set()
         seconds = statistics.fmean(run["seconds"]["train"] for run in of_runs)
         assert cells[head.index("Seconds")] == f"{seconds:,.1f}"
-    assert {"local", "overall", "domain" if name == "attacked" else "local"} <= varied, "else it would show nothing"
+    assert "local" in varied, "else it would show nothing"
 
 
 def test_the_csv_holds_the_same_numbers(comparisons: dict[str, Comparison]) -> None:
