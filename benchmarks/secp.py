@@ -1,6 +1,6 @@
 """What a forward pass of the private text tower costs on shares: rounds, bytes, and seconds of both servers here.
 
-The bundled tower and its calibration, sentences made of held-out definitions. Both servers and the assistant are in
+The bundled tower and its calibration, sentences made of held-out definitions. Both servers and the dealer are in
 this process, a thread for each server, each with one thread of torch. Randomness is dealt ahead in turns of bounded
 memory: `offline_seconds` is server 1's time in those, the dealer's work included, and `seconds` the rest of its time.
 `int64_share` is the rate of the matrix products that are left online, multiplications a second of both servers, over
@@ -28,17 +28,28 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from sordino.encoders.bundled import TextTower
-from sordino.mpc import Calibration, Costs, Encoder, Party, Plan, Shared, encode, encode_sentences, reconstruct, run
-from sordino.mpc.correlations import Mask, Product
-from sordino.mpc.distill import teacher_of
-from sordino.mpc.encoder import shared_weights
-from sordino.mpc.memory import keep_freed
-from sordino.mpc.public_text import SENTENCES, calibration_of, embedded, held_out_rows
-from sordino.mpc.ring import share
-from sordino.mpc.sentences import Sentences, batches, in_the_clear
-from sordino.mpc.server import HELD
-from sordino.mpc.supply import Numbered, Tape
-from sordino.mpc.tower import PrivateTower, bundled_tower
+from sordino.mpc import (
+    Calibration,
+    Costs,
+    Encoder,
+    FixedPointPlan,
+    Party,
+    Shared,
+    encode,
+    encode_sentences,
+    reconstruct,
+    run,
+)
+from sordino.mpc.arithmetic.memory import keep_freed
+from sordino.mpc.arithmetic.ring import share
+from sordino.mpc.dealing.correlations import Mask, Product
+from sordino.mpc.dealing.supply import Numbered, RequestTrace
+from sordino.mpc.parties.server import HELD
+from sordino.mpc.tower.distill import teacher_of
+from sordino.mpc.tower.encoder import shared_weights
+from sordino.mpc.tower.public_text import SENTENCES, calibration_of, embedded, held_out_rows
+from sordino.mpc.tower.sentences import Sentences, batches, in_the_clear
+from sordino.mpc.tower.tower import PrivateTower, bundled_tower
 
 FRACTION = 14  # of embeddings
 
@@ -53,11 +64,11 @@ def whole_rows(text_tower: TextTower, batch: int, length: int) -> Sentences:
     return Sentences(embedded(text_tower, rows)[0], torch.full((batch,), length))
 
 
-def multiplications(tape: Tape) -> int:
+def multiplications(trace: RequestTrace) -> int:
     """Of a server's matrix products online: one for a product with a fixed factor or of masks, else two."""
-    fixed = {each.mask.number for each in tape.wanted if not isinstance(each, (Mask, Numbered))}
+    fixed = {each.mask.number for each in trace.requests if not isinstance(each, (Mask, Numbered))}
     total = 0
-    for each in tape.wanted:
+    for each in trace.requests:
         if isinstance(each, Numbered) and isinstance(each.correlation, Product):
             product = each.correlation
             if product.form.startswith("matmul"):
@@ -69,28 +80,31 @@ def multiplications(tape: Tape) -> int:
 
 def measured(tower: PrivateTower, calibration: Calibration, sentences: Sentences) -> dict[str, Any]:
     """A pass that is recorded, and one that is prepared for and timed."""
-    plan = Plan.of(tower, calibration)
+    plan = FixedPointPlan.of(tower, calibration)
     weights, halves = shared_weights(tower, calibration), share(encode(sentences.embeddings, FRACTION))
 
     def program(party: Party) -> tuple[Shared, Costs, float, float, int]:
-        encoder = Encoder.hide(party, weights[party.number], plan)
+        encoder = Encoder.mask_and_open(party, weights[party.number], plan)
         x = Shared(halves[party.number], FRACTION)
-        with party.supply.recording() as tape:
+        with party.randomness.recording() as trace:
             encode_sentences(party, encoder, x, sentences.lengths)
         party.exchange([], [])  # both begin together
         began = time.perf_counter()
-        party.supply.prepare(tape, HELD)
+        party.randomness.prepare(trace, HELD)
         found = encode_sentences(party, encoder, x, sentences.lengths)
-        passed = time.perf_counter() - began - party.supply.seconds
-        return found, party.costs, passed, party.supply.seconds, multiplications(tape)
+        passed = time.perf_counter() - began - party.randomness.seconds
+        return found, party.costs, passed, party.randomness.seconds, multiplications(trace)
 
-    ran = run(program, timeout=3600, keep_messages=False)
-    _, costs, seconds, offline, count = ran.results[1]
+    result = run(program, timeout=3600, keep_messages=False)
+    _, costs, seconds, offline, count = result.results[1]
     labels = [cost for label, cost in costs.by_label().items() if label not in ("set-up", "")]
     layer = max(
         (cost for label, cost in costs.by_label().items() if label.startswith("layer")), key=lambda cost: cost.online
     )
-    found, clear = reconstruct((ran.results[0][0], ran.results[1][0])), in_the_clear(tower)([sentences])[0].double()
+    found, clear = (
+        reconstruct((result.results[0][0], result.results[1][0])),
+        in_the_clear(tower)([sentences])[0].double(),
+    )
     cosines = cosine_similarity(found, clear, dim=-1)
     return {
         "layer": {"online_bytes_per_server": layer.online // 2, "rounds": layer.rounds // 2},
@@ -137,11 +151,11 @@ def over_sentences(tower: PrivateTower, calibration: Calibration, text_tower: Te
     rows = [embedded(text_tower, [row])[0][0] for row in held_out_rows(text_tower, 128, count)]
     groups, _ = batches(rows, 32)
     outside = {name for group in groups for name in calibration.outside(tower, [(group.embeddings, group.mask)])}
-    plan, weights = Plan.of(tower, calibration), shared_weights(tower, calibration)
+    plan, weights = FixedPointPlan.of(tower, calibration), shared_weights(tower, calibration)
     halves = [share(encode(group.embeddings, FRACTION)) for group in groups]
 
     def program(party: Party) -> list[Shared]:
-        encoder = Encoder.hide(party, weights[party.number], plan)
+        encoder = Encoder.mask_and_open(party, weights[party.number], plan)
         pairs = zip(groups, halves, strict=True)
         found = []
         for number, (group, half) in enumerate(pairs):
@@ -150,8 +164,8 @@ def over_sentences(tower: PrivateTower, calibration: Calibration, text_tower: Te
                 print(f"batch {number + 1} of {len(groups)}", file=sys.stderr, flush=True)
         return found
 
-    ran = run(program, timeout=3600, keep_messages=False)
-    found = torch.cat([reconstruct(pair) for pair in zip(*ran.results, strict=True)])
+    result = run(program, timeout=3600, keep_messages=False)
+    found = torch.cat([reconstruct(pair) for pair in zip(*result.results, strict=True)])
     cosines = cosine_similarity(found, torch.cat(in_the_clear(tower)(groups)).double(), dim=-1)
     return {
         "sentences": len(rows),

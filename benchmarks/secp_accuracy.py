@@ -2,7 +2,8 @@
 
 All methods of a seed have the same examples, and the same tests: SST-2's validation sentences, and a fixed half of
 PACS's pictures. Tasks and searches are those of examples/private_sst2.toml and examples/private_pacs.toml; rates and
-steps of the rest are in `sordino.mpc.baselines`. All were chosen on other training examples, with seeds from 10 on.
+steps of the rest are in `sordino.private_tuning.baselines`. All were chosen on other training examples, with seeds from
+10 on.
 Prints one JSON object: for each task and method the accuracy by seed, their mean and standard deviation, and seconds.
 """
 
@@ -24,13 +25,13 @@ from typing import Any
 
 import torch
 
-from sordino.mpc import baselines
-from sordino.mpc.distill import teacher_of
-from sordino.mpc.sentences import in_the_clear
-from sordino.mpc.settings import PrivateTuning, load_private_config
-from sordino.mpc.tasks import ImageTask, TextTask
-from sordino.mpc.tower import PrivateTower, SoftmaxTower, bundled_tower
-from sordino.private_tasks import open_task
+from sordino.mpc.tower.distill import teacher_of
+from sordino.mpc.tower.sentences import in_the_clear
+from sordino.mpc.tower.tower import PrivateTower, SoftmaxTower, bundled_tower
+from sordino.private_tuning import baselines
+from sordino.private_tuning.open_task import open_task
+from sordino.private_tuning.settings import PrivateTuning, load_private_config
+from sordino.private_tuning.tasks import ImageTask, TextTask
 
 HERE = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("SORDINO_DATA", HERE.parent / "shared" / "data"))

@@ -20,7 +20,7 @@ HIDDEN = {
     "prompts": TOP | {"algorithms", "tasks"},
     "privacy": TOP | {"algorithms", "tasks"},
     "secure": TOP | {"algorithms", "encoders", "prompts", "tasks"},
-    "mpc": TOP - {"experiments"} | {"algorithms", "tasks"},
+    "mpc": TOP | {"algorithms", "tasks"},
     "algorithms": TOP | {"tasks"},
     "runtime": TOP - {"runtime"},
     "report": TOP - {"report"} | {"algorithms", "encoders", "tasks"},
@@ -47,6 +47,31 @@ def test_imports_point_down(room: str) -> None:
     assert files
     for file in files:
         upwards = {name for name in imported(file) if name.split(".")[0] in HIDDEN[room]}
+        assert not upwards, f"{file.relative_to(SOURCE)} imports {sorted(upwards)}"
+
+
+def test_the_rooms_of_mpc_are_a_strict_order() -> None:
+    order = ("errors", "arithmetic", "dealing", "protocols", "tower", "parties")
+    parts = (SOURCE / "mpc").iterdir()
+    rooms = {path.stem for path in parts if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert rooms == {*order, "__init__"}, "a room of mpc without a place in the order"
+    for place, room in enumerate(order):
+        later = {f"mpc.{name}" for name in order[place + 1 :]} | {"private_tuning"}
+        files = sorted((SOURCE / "mpc" / room).rglob("*.py")) or [SOURCE / "mpc" / f"{room}.py"]
+        for file in files:
+            names = imported(file)
+            upwards = {name for name in names if any(f"{name}.".startswith(f"{above}.") for above in later)}
+            assert not upwards, f"{file.relative_to(SOURCE)} imports {sorted(upwards)}"
+            # The public names of mpc come from every room but the last, so none of its rooms may take them from there.
+            assert "mpc" not in names, f"{file.relative_to(SOURCE)} imports all of mpc"
+
+
+def test_private_tuning_knows_no_federation() -> None:
+    masked = {"algorithms", "audit", "cli", "report", "runtime", "serving"}
+    files = sorted((SOURCE / "private_tuning").rglob("*.py"))
+    assert files
+    for file in files:
+        upwards = {name for name in imported(file) if name.split(".")[0] in masked}
         assert not upwards, f"{file.relative_to(SOURCE)} imports {sorted(upwards)}"
 
 

@@ -20,12 +20,13 @@ from sordino.algorithms import METHODS, Method, algorithm
 from sordino.cli.app import app
 from sordino.experiments.config import EncoderSettings, Experiment, load_config, parse_config
 from sordino.experiments.run import run
-from sordino.mpc.settings import load_private_config
 from sordino.privacy.settings import PrivacySettings
+from sordino.private_tuning.settings import load_private_config
 from sordino.runtime.settings import RuntimeSettings
 from sordino.tasks.settings import DataSettings, PartitionSettings, PoisoningSettings
 
 ROOT = Path(__file__).parents[1]
+OWN_METHODS = [name for name, method in METHODS.items() if "." not in method.module]  # not those of other packages
 
 
 def test_every_key_is_documented() -> None:
@@ -46,7 +47,7 @@ def test_every_pitfall_names_a_test_that_is_there() -> None:
         assert f"def {test or 'test_'}" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/configuration.md"])
+@pytest.mark.parametrize("page", ["docs/overview.md", "docs/configuration.md"])
 def test_configurations_in_documents_are_valid(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```toml\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
@@ -103,10 +104,41 @@ def test_the_new_method_of_the_page_is_short() -> None:
     assert sum(len(ast.unparse(node).splitlines()) for node in parsed.body) < 80
 
 
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_between_documents_lead_somewhere() -> None:
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+        links = re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8"))
+        for target, anchor in links:
+            lands_on = page.parent / target if target else page
+            assert lands_on.exists(), f"{page.name} links to {target}"
+            assert not anchor or anchor in anchors(lands_on), f"{page.name} links to {target}#{anchor}"
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_pages() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    privacy = (ROOT / "docs" / "privacy.md").read_text(encoding="utf-8")
+    pitfalls = privacy.split("## Pitfalls")[1].split("\n## ")[0].count("\n| ") - 1
+    assert f"lists {pitfalls} pitfalls" in text
+    assert f"compares {len(OWN_METHODS)} methods, ablations and baselines" in text
+    (faster,) = re.findall(r"\| ([\d.]+) \| [\d.]+ GB \|$", privacy, re.MULTILINE)
+    assert f"{faster} times as fast as DP-SGD" in text
+
+
+def test_the_overview_names_every_method() -> None:
+    text = (ROOT / "docs" / "overview.md").read_text(encoding="utf-8")
+    section = text.split("## Methods")[1].split("\n## ")[0]
+    assert not [name for name in OWN_METHODS if f"`{name}`" not in section]
+
+
+def test_the_page_on_the_command_line_names_every_command() -> None:
+    text = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert not [name for name in known if f"| `sordino {name}" not in text]
 
 
 def test_the_lock_file_has_hashes_and_no_index() -> None:
@@ -138,16 +170,17 @@ def test_commands_in_documents_are_understood(page: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
+def test_the_commands_of_the_overview_run(tmp_path: Path) -> None:
     """On a folder of small pictures, with the configuration that stands there, one round each."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = ROOT / "docs" / "overview.md"
+    text = page.read_text(encoding="utf-8")
     (tmp_path / "my.toml").write_text(re.findall(r"```toml\n(.*?)```", text, re.DOTALL)[0])
     for shade in range(10):
         folder = tmp_path / "photos" / f"shade_{shade}"
         folder.mkdir(parents=True)
         for number in range(18):
             Image.new("RGB", (9, 9), (25 * shade, number, 99)).save(folder / f"{number}.png")
-    runs = [arguments for arguments in commands(ROOT / "README.md") if arguments[0] in ("run", "compare")]
+    runs = [arguments for arguments in commands(page) if arguments[0] in ("run", "compare")]
     assert len(runs) == 2
     for number, arguments in enumerate(runs):
         command = [sys.executable, "-m", "sordino", *arguments, "--set", "rounds=1", "--out", str(number), "--json"]

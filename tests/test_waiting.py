@@ -15,7 +15,7 @@ MODULES = (
     "sordino",
     "sordino.cli.app",
     "sordino.mpc",
-    "sordino.mpc.server",
+    "sordino.mpc.parties.server",
     "sordino.experiments.run",
     "sordino.__main__",
 )

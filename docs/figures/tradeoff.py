@@ -1,4 +1,4 @@
-"""Draws the curves of docs/privacy.md from the tables on that page: `python docs/figures/tradeoff.py`.
+"""Draw the curves of docs/privacy.md from the tables on that page: `python docs/figures/tradeoff.py`.
 
 Each subsection that has tables of accuracy by epsilon gets one picture beside this file, a panel for each table.
 """
@@ -21,7 +21,7 @@ MARKERS = {"": "o", "1": "v", "2": "^", "4": "s", "8": "D"}
 
 
 def main() -> None:
-    """Every picture anew."""
+    """Draw every picture anew."""
     mpl.rcParams.update({"svg.hashsalt": "sordino", "svg.fonttype": "none", "font.size": 9})
     for section in re.split(r"^### ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
         title = section.partition("\n")[0]

@@ -5,6 +5,7 @@ The command line prints such a message without a traceback and exits with code 2
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
 
 
 LONGEST = 300  # characters of a value in a message
+
+# Optional dependencies: the modules that an extra of the package installs, imported only after `require_extra`.
+# The extras `medical` and `heif` are not here: without them a file is passed over with a message of its own.
+EXTRAS = {"hub": ("datasets",), "mpc": ("cma", "grpc", "numba")}
 
 
 class SordinoError(Exception):
@@ -38,8 +43,33 @@ class RunError(SordinoError):
     """A run directory that cannot be written, read, or resumed."""
 
 
+class MissingExtra(SordinoError, ImportError):
+    """An optional dependency that is needed and not installed."""
+
+
 class SordinoWarning(UserWarning):
     """Something that was passed over and may matter."""
+
+
+def missing_modules(extra: str) -> list[str]:
+    """Return the modules of an extra that are not installed; nothing is imported."""
+    return [module for module in EXTRAS[extra] if find_spec(module) is None]
+
+
+def require_extra(extra: str, purpose: str) -> None:
+    """Check that an extra's modules are installed, before they are imported.
+
+    Args:
+        extra: a key of `EXTRAS`.
+        purpose: what needs it, as the subject of the message.
+
+    Raises:
+        MissingExtra: a module is not installed; the message says how to install the extra.
+    """
+    missing = missing_modules(extra)
+    if missing:
+        found = f"{' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed"
+        raise MissingExtra(f"{purpose} needs {found}: pip install 'sordino[{extra}]'")
 
 
 def config_error(error: ValidationError, prefix: str = "") -> ConfigError:

@@ -7,7 +7,7 @@ from torch import Tensor
 from sordino.algorithms.base import ClientState, map_tensors, named_tensors, put, take
 from sordino.privacy.mechanism import plain_mean
 from sordino.randomness import Streams
-from sordino.runtime.local import client_data
+from sordino.runtime.facts import client_data
 
 
 @dataclass(frozen=True)

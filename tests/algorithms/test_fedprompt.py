@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from runtime.states import started_in_double, with_states
 
 from sordino.algorithms import settings_for
-from sordino.algorithms.base import RoundContext, map_tensors, named_tensors
+from sordino.algorithms.base import RoundContext, named_tensors
 from sordino.algorithms.fedprompt import Server
 from sordino.errors import ConfigError
 from sordino.privacy.accounting import spent
@@ -42,9 +43,8 @@ def test_from_the_same_prompt_it_is_promptfl(
         make_runtime(name, ROWS, tables, norm_bound=0.1, **federation) for name in ("fedprompt", "promptfl")
     )
     ours.identity = theirs.identity  # of two methods, so that both draw the same noise
-    start = theirs.start()
-    reference = replace(start, server=map_tensors(start.server, lambda _, tensor: tensor.double()))
-    training: Training = replace(ours.start(), server=Server(reference.server.context))  # type: ignore[attr-defined]
+    reference = started_in_double(theirs)
+    training: Training = with_states(started_in_double(ours), server=Server(reference.server.context))  # type: ignore[attr-defined]
     for _ in range(4):
         training, record = ours.round(training)
         reference, expected = theirs.round(reference)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from runtime.states import started_in_double
 from torch import Tensor
 
 from sordino.algorithms import algorithm, pfedpg, settings_for, sgpt
@@ -16,7 +17,6 @@ from sordino.algorithms.base import (
     InitContext,
     PersonalBroadcast,
     RoundContext,
-    map_tensors,
     model_class,
     named_tensors,
 )
@@ -30,7 +30,8 @@ from sordino.privacy.dp_sgd import example_gradients
 from sordino.privacy.gradients import Batch, ExactGradients
 from sordino.privacy.settings import PrivacySettings
 from sordino.randomness import Streams
-from sordino.runtime.local import LocalRuntime, Training, participants
+from sordino.runtime.facts import participants
+from sordino.runtime.local import LocalRuntime, Training
 from sordino.runtime.settings import RuntimeSettings
 
 MakeRuntime = Callable[..., LocalRuntime]
@@ -71,12 +72,7 @@ def make(
             0,
             PrivacySettings(**(privacy or {})),  # type: ignore[arg-type]
         )
-        start = runtime.start()
-        return runtime, replace(
-            start,
-            server=map_tensors(start.server, lambda _, t: t.double()),
-            clients=map_tensors(start.clients, lambda _, t: t.double()),
-        )
+        return runtime, started_in_double(runtime)
 
     return of
 

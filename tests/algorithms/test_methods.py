@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runtime.states import started_in_double, with_states
 from torch import Tensor
 
 from sordino.algorithms import METHODS, algorithm, settings_for
@@ -32,23 +33,15 @@ MakeRuntime = Callable[..., LocalRuntime]
 
 LEARNING = [name for name in METHODS if name != "zero-shot"]
 FEDERATED = [name for name in LEARNING if name != "central"]
-SENDING = [name for name in FEDERATED if not hasattr(algorithm(name), "exchange")]  # others are in test_secfpp.py
+# Others are in test_secfpp.py.
+SENDING = [name for name in FEDERATED if not hasattr(algorithm(name), "server_exchange")]
 ROWS = [list(range(0, 12)), list(range(12, 20)), list(range(20, 40))]
 QUICK = {"context_length": 4, "batch_size": 5, "local_steps": 2, "optimizer": {"learning_rate": 0.5}}
 TABLES = QUICK | {"dp-fpl": {"rank": 2, "local_learning_rate": 0.5}}
 
 
-def doubled(training: Training) -> Training:
-    """The same state in float64, so that identities hold to many digits."""
-    return replace(
-        training,
-        server=map_tensors(training.server, lambda _, t: t.double()),
-        clients=map_tensors(training.clients, lambda _, t: t.double()),
-    )
-
-
 def train(runtime: LocalRuntime) -> Training:
-    training = doubled(runtime.start())
+    training = started_in_double(runtime)
     while training.round < runtime.rounds:
         training, _ = runtime.round(training)
     return training
@@ -100,7 +93,7 @@ def test_a_stack_of_clients_equals_each_client_alone(name: str, make_runtime: Ma
     def round_of(clients: list[int]) -> tuple[Upload, ClientState]:
         from sordino.algorithms.base import RoundContext
         from sordino.randomness import Streams
-        from sordino.runtime.local import client_data
+        from sordino.runtime.facts import client_data
 
         data = client_data(runtime.data.features, runtime.data.labels, [ROWS[k] for k in clients], "examples")
         round_context = RoundContext(number, number, Streams(0, number, clients, torch.device("cpu")))
@@ -120,7 +113,7 @@ def test_a_stack_of_clients_equals_each_client_alone(name: str, make_runtime: Ma
 @pytest.mark.parametrize("name", SENDING)
 def test_averaging_commutes_with_the_clients_order(name: str, make_runtime: MakeRuntime) -> None:
     runtime = make_runtime(name, ROWS, TABLES)
-    training = doubled(runtime.start())
+    training = started_in_double(runtime)
     module, settings = algorithm(name), settings_for(name, TABLES)
     round_context, order = runtime_clock(runtime), [2, 0, 1]
     gradients = ExactGradients(runtime.model)
@@ -229,9 +222,9 @@ def test_promptfl_with_one_step_is_the_gradient_step_of_the_mean_loss(make_runti
     """Averaging prompts after one SGD step is one step on all examples: central training."""
     tables = TABLES | {"local_steps": 1, "batch_size": 0}
     federated, central = make_runtime("promptfl", ROWS, tables), make_runtime("central", ROWS, tables)
-    start = doubled(federated.start())
+    start = started_in_double(federated)
     context = start.server.context[None]  # type: ignore[attr-defined]
-    at = replace(doubled(central.start()), clients=replace(central.start().clients, context=context))
+    at = with_states(started_in_double(central), clients=replace(central.start().clients, context=context))
     after, _ = federated.round(start)
     reference, _ = central.round(at)
     torch.testing.assert_close(federated.prompts(after), central.prompts(reference), rtol=1e-8, atol=1e-10)
@@ -242,9 +235,9 @@ def test_dp_fpl_without_a_personal_prompt_is_promptfl(make_runtime: MakeRuntime)
     tables = TABLES | {"local_steps": 1}
     frozen = tables | {"dp-fpl": {"rank": 2, "local_learning_rate": 0.0}}
     personal, shared = make_runtime("dp-fpl", ROWS, frozen), make_runtime("promptfl", ROWS, tables)
-    start = doubled(personal.start())
-    at = replace(start, clients=map_tensors(start.clients, lambda _, tensor: torch.zeros_like(tensor)))
-    reference = doubled(shared.start())
+    start = started_in_double(personal)
+    at = with_states(start, clients=map_tensors(start.clients, lambda _, tensor: torch.zeros_like(tensor)))
+    reference = started_in_double(shared)
     for _ in range(4):
         at, _ = personal.round(at)
         reference, _ = shared.round(reference)
@@ -257,7 +250,7 @@ def test_dp_fpl_takes_the_step_of_the_paper(make_runtime: MakeRuntime, gradients
 
     tables = TABLES | {"local_steps": 1, "batch_size": 0}
     runtime = make_runtime("dp-fpl", ROWS, tables)
-    start = doubled(runtime.start())
+    start = started_in_double(runtime)
     round_context = runtime_clock(runtime)
     settings = settings_for("dp-fpl", tables)
     module = algorithm("dp-fpl")
@@ -288,7 +281,7 @@ def test_the_full_ablation_is_a_shared_prompt_plus_a_free_one(make_runtime: Make
     """One client: both prompts see the same gradient, so with the same rate they make the same move."""
     tables = QUICK | {"dp-fpl": {"rank": 2, "local_learning_rate": 0.5}}
     runtime = make_runtime("dp-fpl-full", [list(range(40))], tables | {"local_steps": 1})
-    start = doubled(runtime.start())
+    start = started_in_double(runtime)
     after, _ = runtime.round(start)
     moved_shared = after.server.context - start.server.context  # type: ignore[attr-defined]
     moved_personal = after.clients.context[0] - start.clients.context[0]  # type: ignore[attr-defined]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from runtime.states import started_in_double, with_states
 
 from sordino import secure
 from sordino.algorithms import algorithm, secfpp, secfpp_plain
-from sordino.algorithms.base import ClientData, RoundContext, map_tensors, named_tensors
+from sordino.algorithms.base import ClientData, RoundContext, named_tensors
 from sordino.errors import ConfigError
 from sordino.experiments.config import load_config
 from sordino.experiments.run import run
@@ -72,7 +73,7 @@ def test_alone_before_the_first_clustering(make_runtime: MakeRuntime) -> None:
     runtime, local = make_runtime("secfpp", TWO_KINDS, tables), make_runtime("local", TWO_KINDS, tables)
     alone = local.start()
     start = runtime.start()
-    alone = replace(alone, clients=replace(alone.clients, context=start.clients.domain))  # type: ignore[attr-defined, call-arg]
+    alone = with_states(alone, clients=replace(alone.clients, context=start.clients.domain))  # type: ignore[attr-defined, call-arg]
     for _ in range(6):
         start, record = runtime.round(start)
         alone, _ = local.round(alone)
@@ -97,12 +98,31 @@ def test_clients_of_a_cluster_share_its_mean(make_runtime: MakeRuntime) -> None:
     )
 
 
+def vanishing(drop: dict[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have clients vanish from the protocol, each from an exchange of the round on."""
+    whole = secfpp.server_exchange
+
+    def server_exchange(*given: Any) -> secure.SharedExchange:
+        *first, carrier = given
+        exchanges = 0
+
+        def carry(messages: Mapping[int, bytes]) -> list[tuple[int, bytes | secure.Refusal]]:
+            nonlocal exchanges
+            exchanges += 1
+            reached = {client: content for client, content in messages.items() if exchanges < drop.get(client, 99)}
+            return list(carrier(reached))
+
+        return whole(*first, carry)
+
+    monkeypatch.setattr(secfpp, "server_exchange", server_exchange)
+
+
 def test_a_cluster_below_the_minimum_is_not_opened(make_runtime: MakeRuntime) -> None:
     """Its clients keep their own domain-level parts."""
     runtime = make_runtime("secfpp", TWO_KINDS, TABLES)
     training = trained(runtime, 2)
     labels = torch.tensor([0.0, 1, 1, 1, 1, 1])
-    training = replace(training, server=replace(training.server, labels=labels))  # type: ignore[call-arg]
+    training = with_states(training, server=replace(training.server, labels=labels))  # type: ignore[call-arg]
     after, _ = runtime.round(training)
     assert after.server.opened.tolist() == [0, 1, 1, 1, 1, 1]  # type: ignore[attr-defined]
     whole = after.clients.domain + after.clients.personal  # type: ignore[attr-defined]
@@ -118,7 +138,7 @@ def test_no_member_computes_anothers_prompt(
     runtime = make_runtime(name, TWO_KINDS, TABLES | {"secfpp": TABLES["secfpp"] | {"colluders": colluders}})
     training = trained(runtime, 2)
     numbers = torch.tensor(labels, dtype=torch.float64)
-    training = replace(training, server=replace(training.server, labels=numbers))  # type: ignore[call-arg]
+    training = with_states(training, server=replace(training.server, labels=numbers))  # type: ignore[call-arg]
     after, _ = runtime.round(training)
     opened = after.server.opened > 0  # type: ignore[attr-defined]
     for number in (0.0, 1.0):
@@ -148,14 +168,7 @@ def test_if_too_few_answer_training_goes_on_with_the_last_clusters(
     training = trained(runtime, 3)
     labels = training.server.labels  # type: ignore[attr-defined]
     assert labels.tolist() == [0, 0, 0, 1, 1, 1]
-    whole = secfpp.exchange
-
-    def broken(*given: object) -> secure.SharedExchange:
-        made = whole(*given)  # type: ignore[arg-type]
-        made._drop = dict.fromkeys(range(5), exchange)
-        return made
-
-    monkeypatch.setattr(secfpp, "exchange", broken)
+    vanishing(dict.fromkeys(range(5), exchange), monkeypatch)
     with caplog.at_level(logging.WARNING):
         after, record = runtime.round(training)
     assert "keeps the last clusters" in caplog.text
@@ -171,15 +184,9 @@ def test_a_client_that_vanishes_in_the_middle_changes_nothing_for_others(
 ) -> None:
     runtime = make_runtime("secfpp", TWO_KINDS, TABLES)
     training = trained(runtime, 3)
-    whole = secfpp.exchange
     complete, _ = runtime.round(training)
 
-    def one_gone(*given: object) -> secure.SharedExchange:
-        made = whole(*given)  # type: ignore[arg-type]
-        made._drop = {5: 4}  # after it dealt its point
-        return made
-
-    monkeypatch.setattr(secfpp, "exchange", one_gone)
+    vanishing({5: 4}, monkeypatch)  # after it dealt its point
     after, _ = runtime.round(training)
     assert torch.equal(after.server.labels, complete.server.labels)  # type: ignore[attr-defined]
     # It dealt no domain-level part: its cluster is one of two members now, which is not opened.
@@ -201,16 +208,16 @@ def test_points_have_unit_norm_and_do_not_see_what_no_softmax_sees(make_runtime:
         module.broadcast(training.server),
         training.clients,
         runtime.data,
-        runtime.mechanism.open(clock_of(runtime, 2).streams, range(6), {}).gradients,
+        runtime.mechanism.client_end(clock_of(runtime, 2).streams, range(6)).gradients,
         clock_of(runtime, 2),
     )
-    points, changes = secfpp.reduced(settings, runtime.model, training.server, upload, clock_of(runtime, 2))  # type: ignore[arg-type]
+    points, changes = secfpp.reduced(settings, runtime.model, training.server.start, upload, clock_of(runtime, 2))  # type: ignore[arg-type]
     assert points.shape[1] <= settings.width
     np.testing.assert_allclose(np.linalg.norm(points, axis=1), 1, rtol=1e-6)
     by_class = points.reshape(6, len(runtime.model.classes), -1)
     np.testing.assert_allclose(by_class.sum(1), 0, atol=1e-6)
     assert np.abs(changes).max() > 0
-    idle, _ = secfpp.reduced(settings, runtime.model, training.server, upload, clock_of(runtime, 1))  # type: ignore[arg-type]
+    idle, _ = secfpp.reduced(settings, runtime.model, training.server.start, upload, clock_of(runtime, 1))  # type: ignore[arg-type]
     assert not idle.any()
 
 
@@ -311,11 +318,8 @@ def test_the_plain_oracle_sees_prompts_and_says_so() -> None:
 def test_double_precision_state_is_clustered_alike(make_runtime: MakeRuntime) -> None:
     runtime = make_runtime("secfpp", TWO_KINDS, TABLES)
     start = runtime.start()
-    doubled = replace(
-        start,
-        server=map_tensors(start.server, lambda _, t: t.double()),
-        clients=map_tensors(start.clients, lambda _, t: t.double()),
-    )
+    precise = make_runtime("secfpp", TWO_KINDS, TABLES)
+    doubled = started_in_double(precise)
     for _ in range(2):
-        start, doubled = runtime.round(start)[0], runtime.round(doubled)[0]
+        start, doubled = runtime.round(start)[0], precise.round(doubled)[0]
     assert start.server.labels.tolist() == doubled.server.labels.tolist()  # type: ignore[attr-defined]

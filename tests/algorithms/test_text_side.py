@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from runtime.states import started_in_double
 from torch import Tensor
 
 from sordino.algorithms import fedotp, fedpgp, pfedprompt, settings_for
-from sordino.algorithms.base import map_tensors
 from sordino.encoders.cache import Kind
 from sordino.encoders.prompt_model import PromptModel
 from sordino.errors import ConfigError
@@ -28,17 +28,8 @@ TABLES: dict[str, Any] = {
 }
 
 
-def doubled(training: Training) -> Training:
-    """The same state in float64, class numbers left as they are."""
-
-    def change(_: str, tensor: Tensor) -> Tensor:
-        return tensor.double() if tensor.is_floating_point() else tensor
-
-    return replace(training, server=map_tensors(training.server, change), clients=map_tensors(training.clients, change))
-
-
 def train(runtime: LocalRuntime, rounds: int = 3) -> Training:
-    training = doubled(runtime.start())
+    training = started_in_double(runtime)
     while training.round < rounds:
         training, _ = runtime.round(training)
     return training
@@ -89,7 +80,7 @@ def test_one_prompt_and_balanced_transport_are_coop_on_mean_patches(
 
 def test_fedotp_learns_both_contexts_and_sends_one(make_runtime: MakeRuntime) -> None:
     runtime = make_runtime("fedotp", ROWS, TABLES)
-    start, after = doubled(runtime.start()), train(runtime)
+    start, after = started_in_double(runtime), train(runtime)
     assert (after.server.context - start.server.context).norm() > 1e-3  # type: ignore[attr-defined]
     moved = (after.clients.context - start.clients.context).flatten(1).norm(dim=1)  # type: ignore[attr-defined]
     assert (moved > 1e-3).all()
@@ -171,7 +162,7 @@ def test_pfedprompt_adds_what_the_memory_says(make_runtime: MakeRuntime, table: 
     runtime = make_runtime(
         "pfedprompt", ROWS, TABLES | {"pfedprompt": {"attention": 3.0, "sharpness": 2.0, "shots": 2}}
     )
-    prompt = runtime.prompts(doubled(runtime.start()))
+    prompt = runtime.prompts(started_in_double(runtime))
     images, classes = features[:5], len(runtime.model.classes)
     found = runtime.model.predict(prompt, images)
     for client, rows in enumerate(ROWS):
@@ -188,7 +179,7 @@ def test_a_memory_is_silent_on_classes_that_it_does_not_know(
     runtime = make_runtime("pfedprompt", ROWS, TABLES)
     names = ["violin", "dog", "barge"]
     elsewhere = replace(runtime.model, classes=runtime.model.encoder.class_tokens(names))
-    prompt = runtime.prompts(doubled(runtime.start()))
+    prompt = runtime.prompts(started_in_double(runtime))
     added = elsewhere.predict(prompt, table[0][:5]) - elsewhere.predict(
         dict(prompt) | {"labels": 0 * prompt["labels"]}, table[0][:5]
     )

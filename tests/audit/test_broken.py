@@ -122,7 +122,7 @@ def test_repeated_noise_has_its_deviation_and_cancels_in_every_difference(model:
     noises = []
     for number in (1, 2):
         streams = Streams(0, number, [0, 1], torch.device("cpu"))
-        noised, plain = (each.mechanism.open(streams, [0, 1], {}).gradients for each in (broken, silent))
+        noised, plain = (each.mechanism.client_end(streams, [0, 1]).gradients for each in (broken, silent))
         for draw in range(2):
             drawn = replace(batch, sampling=replace(sampling, draw=draw))
             released, exact = (

@@ -21,7 +21,7 @@ from sordino.audit.one_run import audit_in_one_run
 from sordino.audit.subject import train, vary
 from sordino.privacy.dp_sgd import example_gradients
 from sordino.privacy.gradients import Batch, Gradient, Parameters, PromptOf
-from sordino.privacy.mechanism import Round
+from sordino.privacy.mechanism import ClientRoundMechanism
 from sordino.privacy.sampling import PoissonSampler
 from sordino.randomness import Streams, derive_key
 from sordino.runtime.local import LocalRuntime, Training
@@ -75,15 +75,15 @@ def first_calls(runtime: LocalRuntime) -> list[tuple[PromptOf, Parameters, Param
         def __getattr__(self, name: str) -> Any:
             return getattr(mechanism, name)
 
-        def open(self, *given: Any) -> Round:
-            at_work = mechanism.open(*given)
+        def client_end(self, *given: Any) -> ClientRoundMechanism:
+            mechanism_round = mechanism.client_end(*given)
 
             def gradients(prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch) -> Gradient:
-                found = at_work.gradients(prompt_of, parameters, fixed, batch)
+                found = mechanism_round.gradients(prompt_of, parameters, fixed, batch)
                 calls.append((prompt_of, dict(parameters), dict(fixed), batch, found))
                 return found
 
-            return replace(at_work, gradients=gradients)
+            return replace(mechanism_round, gradients=gradients)
 
     runtime.mechanism = Recording()  # type: ignore[assignment]
     runtime.round(runtime.start())

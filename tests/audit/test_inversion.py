@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from runtime.states import started_in_double, with_states
 from torch import Tensor
 
 from sordino.algorithms.base import map_tensors
@@ -37,12 +38,7 @@ NOISE = {"mechanism": "dp-sgd", "clip": 0.1, "simulation": True, "nonce": "a5" *
 
 def subject_of(runtime: LocalRuntime, table: Table, rounds: int = 2) -> Subject:
     """A run in float64, trained for a few rounds."""
-    first = runtime.start()
-    training = replace(
-        first,
-        server=map_tensors(first.server, lambda _, t: t.double()),
-        clients=map_tensors(first.clients, lambda _, t: t.double()),
-    )
+    training = started_in_double(runtime)
     for _ in range(rounds):
         training, _ = runtime.round(training)
     labels = table[1].numpy()
@@ -274,7 +270,7 @@ def test_not_knowing_the_prompt_costs_little_at_first(make_subject: MakeSubject)
     broadcast = invert(subject, seed=1, batches=6, knows="broadcast")
     assert broadcast.knows == "broadcast"
     assert broadcast.attacks[0].labels_found >= 0.5
-    start = replace(subject, training=replace(subject.training, clients=doubled_start(subject.runtime)))
+    start = replace(subject, training=with_states(subject.training, clients=doubled_start(subject.runtime)))
     assert invert(start, seed=1, batches=6, knows="broadcast").attacks[0].cosine > 0.99
 
 

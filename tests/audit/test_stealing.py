@@ -1,15 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from runtime.states import started_in_double
 from torch import Tensor
 
-from sordino.algorithms.base import map_tensors
 from sordino.audit.stealing import Replayed, Stealing, repeated, steal
 from sordino.audit.subject import Subject
 from sordino.privacy.gradients import Batch, ExactGradients
@@ -34,9 +33,10 @@ def make_subject(make_runtime: MakeRuntime, table: Table, monkeypatch: pytest.Mo
     single = LocalRuntime.start
 
     def start(runtime: LocalRuntime) -> Training:
-        first = single(runtime)
-        server = map_tensors(first.server, lambda _, t: t.double())
-        return replace(first, server=server, clients=map_tensors(first.clients, lambda _, t: t.double()))
+        monkeypatch.setattr(LocalRuntime, "start", single)
+        first = started_in_double(runtime)
+        monkeypatch.setattr(LocalRuntime, "start", start)
+        return first
 
     def make(name: str, tables: dict[str, object] | None = None, **options: Any) -> Subject:
         monkeypatch.setattr(LocalRuntime, "start", start)

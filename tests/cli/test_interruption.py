@@ -141,7 +141,7 @@ def test_other_commands_say_what_holds(name: str, config_file: Path, tmp_path: P
             population = 4
         """)
         moment = (
-            "import sordino.mpc.search as s, sys, time\nwhole = s.prompts\n"
+            "import sordino.private_tuning.search as s, sys, time\nwhole = s.prompts\n"
             "def slow(*a): print('here', file=sys.stderr, flush=True); time.sleep(60); return whole(*a)\n"
             "s.prompts = slow"
         )

@@ -31,8 +31,8 @@ from sordino.encoders import cache
 from sordino.errors import SordinoWarning
 from sordino.experiments.config import EncoderSettings, Experiment, load_config
 from sordino.experiments.run import run
-from sordino.mpc import settings as private
 from sordino.privacy.settings import PrivacySettings
+from sordino.private_tuning import settings as private
 from sordino.runtime.settings import RuntimeSettings
 from sordino.tasks.settings import DataSettings, PartitionSettings, PoisoningSettings
 

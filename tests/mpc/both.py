@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sordino.mpc.costs import Cost, Costs
-from sordino.mpc.packing import packed_size
-from sordino.mpc.party import Party, Shared, reconstruct, run
-from sordino.mpc.prg import Prg
-from sordino.mpc.ring import encode
-from sordino.mpc.roots import Root
+from sordino.mpc.arithmetic.packing import packed_size
+from sordino.mpc.arithmetic.prg import Prg
+from sordino.mpc.arithmetic.ring import encode
+from sordino.mpc.dealing.costs import Cost, Costs
+from sordino.mpc.protocols.party import Party, Shared, reconstruct, run
+from sordino.mpc.protocols.roots import Root
 
 KEYS = bytes(range(32)), bytes(range(32, 64))
 Held = Callable[[Party], Shared]
@@ -32,8 +32,8 @@ def held_integers(integers: Tensor, fraction: int = 0, seed: int = 0) -> Held:
 
 def computed(program: Callable[[Party], Shared]) -> tuple[Tensor, Costs]:
     """The numbers that a program comes to, and what they cost."""
-    ran = run(program, KEYS, timeout=60)
-    return reconstruct(ran.results), ran.costs
+    result = run(program, KEYS, timeout=60)
+    return reconstruct(result.results), result.costs
 
 
 def cost_of(costs: Costs, name: str) -> Cost:

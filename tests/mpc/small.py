@@ -10,8 +10,8 @@ from mpc.both import normal
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from sordino.mpc.sentences import Sentences, in_the_clear
-from sordino.mpc.tower import PrivateTower
+from sordino.mpc.tower.sentences import Sentences, in_the_clear
+from sordino.mpc.tower.tower import PrivateTower
 
 WIDTH, HEADS, INNER, FREQUENCIES = 32, 4, 64, 64
 Batch = tuple[Tensor, Tensor]

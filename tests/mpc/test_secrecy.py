@@ -16,19 +16,19 @@ from mpc.small import batches, sentences, small_tower
 from scipy import stats
 from torch import Tensor
 
-from sordino.mpc.attention import random_feature_attention
-from sordino.mpc.calibration import Calibration
-from sordino.mpc.correlations import Correlation
-from sordino.mpc.encoder import Encoder, encode_sentences, shared_weights
+from sordino.mpc.arithmetic.packing import MaskedShare, unpack
+from sordino.mpc.arithmetic.ring import encode, lowest, share
+from sordino.mpc.dealing.correlations import Correlation
+from sordino.mpc.dealing.supply import DealerLink
 from sordino.mpc.errors import MaskReused
-from sordino.mpc.fourier import cosine_and_sine, gelu
-from sordino.mpc.linear import concatenated, hide, triple_product, truncate
-from sordino.mpc.packing import Covered, unpack
-from sordino.mpc.party import Party, Shared, run
-from sordino.mpc.plan import Plan
-from sordino.mpc.ring import encode, lowest, share
-from sordino.mpc.roots import Norm, calibrate, inverse_root, layer_norm, variance_root
-from sordino.mpc.supply import Assistant
+from sordino.mpc.protocols.attention import random_feature_attention
+from sordino.mpc.protocols.fourier import cosine_and_sine, gelu
+from sordino.mpc.protocols.linear import concatenated, mask_and_open, triple_product, truncate
+from sordino.mpc.protocols.party import Party, Shared, run
+from sordino.mpc.protocols.roots import Norm, calibrate, inverse_root, layer_norm, variance_root
+from sordino.mpc.tower.calibration import Calibration
+from sordino.mpc.tower.encoder import Encoder, encode_sentences, shared_weights
+from sordino.mpc.tower.fixed_point_plan import FixedPointPlan
 
 ENOUGH = 5  # times that each value of a byte is expected, at least
 FALSE_ALARM = 1e-6  # of a whole test of fresh randomness, by as many chi-squares as it makes
@@ -82,13 +82,13 @@ def alike(one: np.ndarray, other: np.ndarray) -> float:
 
 
 class Overheard:
-    """An assistant whose answers are kept."""
+    """A dealer whose answers are kept."""
 
-    def __init__(self, assistant: Assistant, seen: Seen) -> None:
-        self._assistant, self._seen = assistant, seen
+    def __init__(self, dealer: DealerLink, seen: Seen) -> None:
+        self._dealer, self._seen = dealer, seen
 
     def deal(self, number: int, correlation: Correlation) -> bytes:
-        content = self._assistant.deal(number, correlation)
+        content = self._dealer.deal(number, correlation)
         self._seen.dealt.append((unpack(content, correlation.shape, correlation.bits), correlation.bits))
         return content
 
@@ -97,7 +97,7 @@ def transcript(embeddings: Tensor, number: int, key: bytes, calibration: Calibra
     """What server `number` is sent in set-up and a pass, its own key given, and the other's fresh."""
     tower, seen = small_tower(), Seen()
     plan, weights, halves = (
-        Plan.of(tower, calibration),
+        FixedPointPlan.of(tower, calibration),
         shared_weights(tower, calibration),
         share(encode(embeddings, 14)),
     )
@@ -109,9 +109,9 @@ def transcript(embeddings: Tensor, number: int, key: bytes, calibration: Calibra
             def unmasked(values: Sequence[Tensor], bits: Sequence[int]) -> list[Tensor]:
                 raise AssertionError("a share was sent as it is")
 
-            def overheard(covered: Sequence[Covered]) -> list[Tensor]:
-                sums = opening(covered)
-                for each, found in zip(covered, sums, strict=True):
+            def overheard(masked_shares: Sequence[MaskedShare]) -> list[Tensor]:
+                sums = opening(masked_shares)
+                for each, found in zip(masked_shares, sums, strict=True):
                     own = unpack(each.packed(), tuple(found.shape), each.bits)
                     seen.online.append((lowest(found - own, each.bits), each.bits))
                     seen.opened.append((lowest(found + each.mask, each.bits), each.bits))
@@ -120,8 +120,8 @@ def transcript(embeddings: Tensor, number: int, key: bytes, calibration: Calibra
             party.open = overheard  # type: ignore[method-assign]
             party.exchange = unmasked  # type: ignore[method-assign]
             if number == 1:
-                party.supply._assistant = Overheard(party.supply._assistant, seen)  # type: ignore[arg-type]
-        encoder = Encoder.hide(party, weights[party.number], plan)
+                party.randomness._dealer = Overheard(party.randomness._dealer, seen)  # type: ignore[arg-type]
+        encoder = Encoder.mask_and_open(party, weights[party.number], plan)
         return encode_sentences(party, encoder, Shared(halves[party.number], 14), torch.full((len(embeddings),), 8))
 
     other = os.urandom(32)
@@ -167,7 +167,7 @@ root_of = cache(calibrate)
 
 def _triple_product(party: Party, value: float) -> Shared:
     own = [held(torch.full((60_000,), value, dtype=torch.float64), 12, seed)(party) for seed in range(3)]
-    return triple_product(party, *hide(party, *own, bits=[37, 64, 64]))
+    return triple_product(party, *mask_and_open(party, *own, bits=[37, 64, 64]))
 
 
 def _waves(party: Party, value: float) -> Shared:
@@ -177,14 +177,14 @@ def _waves(party: Party, value: float) -> Shared:
 
 def _layer_norm(party: Party, value: float) -> Shared:
     sign = 1 - 2 * (torch.arange(64, dtype=torch.float64) % 2)
-    (gain,) = hide(party, held(torch.full((64,), 8.0), 12)(party))
+    (gain,) = mask_and_open(party, held(torch.full((64,), 8.0), 12)(party))
     norm = Norm(gain, party.public(0.0, 14), variance_root(64, 0.1, 8))
     return layer_norm(party, held((value * sign).expand(1000, 64), 14, 1)(party), norm, fraction=14)
 
 
 def _attention(party: Party, value: float) -> Shared:
     x = held(torch.full((30, 1, 32, 32), 1 / math.sqrt(32), dtype=torch.float64), 14)(party)
-    (features,) = hide(party, held(normal(1, 32, 64) / (4 * torch.pi), 14, 1)(party))
+    (features,) = mask_and_open(party, held(normal(1, 32, 64) / (4 * torch.pi), 14, 1)(party))
     values = held(torch.full(x.shape, value, dtype=torch.float64), 14, 2)(party)
     return random_feature_attention(party, x, x, values, features, root_of(1, 0.1, 1.2, 1e-4), fraction=14)
 
@@ -235,19 +235,19 @@ def test_a_session_never_uses_a_mask_twice() -> None:
     """Neither within a pass nor from one to the next; and a dealer asked again for what it dealt refuses."""
     calibration = Calibration.measure(small_tower(), batches(1))
     tower, numbers = small_tower(), []
-    plan, weights = Plan.of(tower, calibration), shared_weights(tower, calibration)
+    plan, weights = FixedPointPlan.of(tower, calibration), shared_weights(tower, calibration)
     halves = share(encode(sentences(2, 8, seed=1), 14))
 
     def program(party: Party) -> int:
-        encoder = Encoder.hide(party, weights[party.number], plan)
-        with party.supply.recording() as tape:
+        encoder = Encoder.mask_and_open(party, weights[party.number], plan)
+        with party.randomness.recording() as trace:
             for _ in range(2):
                 encode_sentences(party, encoder, Shared(halves[party.number], 14))
         if party.number == 1:
-            numbers.extend(getattr(each, "number", None) for each in tape.wanted)
-            last = next(each for each in reversed(tape.wanted) if hasattr(each, "correlation"))
+            numbers.extend(getattr(each, "number", None) for each in trace.requests)
+            last = next(each for each in reversed(trace.requests) if hasattr(each, "correlation"))
             with pytest.raises(MaskReused, match="was dealt before"):
-                party.supply._assistant.deal(last.number, last.correlation)  # type: ignore[union-attr]
+                party.randomness._dealer.deal(last.number, last.correlation)  # type: ignore[union-attr]
         return 0
 
     run(program, timeout=120)

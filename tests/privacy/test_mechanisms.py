@@ -323,11 +323,13 @@ def test_a_client_moves_the_count_behind_an_adaptive_clip_by_a_half(
     privacy = {"mechanism": "dp-fedavg", "noise_multiplier": 0.0, "clip": clip, "clip_quantile": 0.3, "delta": 0.1}
     runtime = make_runtime("promptfl", ROWS, TABLES, privacy=privacy, weighting="uniform")
     training = runtime.start()
-    at_work = runtime.mechanism.open(Streams(0, 1, range(4), CPU), range(4), training.mechanism)
-    at_work.protect({"change": torch.ones(4, 3, 2), "weight": torch.ones(4)})
-    assert at_work.below_clip is not None
-    assert at_work.below_clip.tolist() == [share - 0.5] * 4  # a client who is absent counts as nothing, 0
-    assert float(at_work.finish()["clip"]) == pytest.approx(clip * math.exp(-0.2 * (share - 0.3)))
+    streams = Streams(0, 1, range(4), CPU)
+    clients = runtime.mechanism.client_end(streams, range(4), training.mechanism["clip"])
+    clients.protect({"change": torch.ones(4, 3, 2), "weight": torch.ones(4)})
+    assert clients.below_clip is not None
+    assert clients.below_clip.tolist() == [share - 0.5] * 4  # a client who is absent counts as nothing, 0
+    server = runtime.mechanism.server_end(streams, range(4), training.mechanism)
+    assert float(server.finish(clients.below_clip)["clip"]) == pytest.approx(clip * math.exp(-0.2 * (share - 0.3)))
 
 
 def test_no_two_steps_share_their_noise(make_runtime: MakeRuntime) -> None:

@@ -14,17 +14,17 @@ from typing import Any
 
 import pytest
 import torch
+from runtime.states import started_in_double
 from torch import Tensor
 
 from sordino.algorithms import METHODS, algorithm, settings_for
-from sordino.algorithms.base import Broadcast, ClientState, RoundContext, map_tensors, model_class, named_tensors, take
+from sordino.algorithms.base import Broadcast, ClientState, RoundContext, model_class, named_tensors, take
 from sordino.encoders.encode import forward
 from sordino.encoders.prompt_model import PromptModel
 from sordino.errors import ConfigError
 from sordino.privacy import cotangent
-from sordino.privacy.client_level import WEIGHT
 from sordino.privacy.gradients import Batch, Gradient, Parameters, PromptOf
-from sordino.privacy.mechanism import Round
+from sordino.privacy.mechanism import WEIGHT, ClientRoundMechanism
 from sordino.privacy.settings import PrivacySettings
 from sordino.randomness import Streams
 from sordino.runtime.local import LocalRuntime, Training
@@ -131,15 +131,6 @@ def make(
     return of
 
 
-def doubled(training: Training) -> Training:
-    """The same state in float64, so that rounding stays far below the clip."""
-
-    def double(_: str, tensor: Tensor) -> Tensor:
-        return tensor.double() if tensor.is_floating_point() else tensor
-
-    return replace(training, server=map_tensors(training.server, double), clients=map_tensors(training.clients, double))
-
-
 # What passes the mechanism.
 
 
@@ -168,11 +159,11 @@ def watch(
     """Record a runtime's calls for gradients, and its uploads as they leave, while batches are changed."""
     calls: list[Call] = []
     uploads: list[dict[str, Tensor]] = []
-    opened = runtime.mechanism.open
+    opened = runtime.mechanism.client_end
 
-    def open_watched(*arguments: Any) -> Round:
-        at_work = opened(*arguments)
-        gradients, protect = at_work.gradients, at_work.protect
+    def open_watched(*arguments: Any) -> ClientRoundMechanism:
+        mechanism_round = opened(*arguments)
+        gradients, protect = mechanism_round.gradients, mechanism_round.protect
 
         def watched(prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch) -> Gradient:
             batch = change(batch)
@@ -183,10 +174,10 @@ def watch(
             uploads.append(protect(tensors))
             return uploads[-1]
 
-        at_work.gradients, at_work.protect = watched, protected
-        return at_work
+        mechanism_round.gradients, mechanism_round.protect = watched, protected
+        return mechanism_round
 
-    object.__setattr__(runtime.mechanism, "open", open_watched)
+    object.__setattr__(runtime.mechanism, "client_end", open_watched)
     return calls, uploads
 
 
@@ -196,7 +187,7 @@ def releaser(runtime: LocalRuntime) -> Callable[[Call], dict[str, Tensor]]:
 
     def released(call: Call) -> dict[str, Tensor]:
         # A round takes no two gradients of one batch, so each is in a round of its own.
-        gradients = runtime.mechanism.open(randomness_of(clients), clients, runtime.mechanism.initial_state()).gradients
+        gradients = runtime.mechanism.client_end(randomness_of(clients), clients).gradients
         assert call.batch.sampling is not None
         expected = call.batch.sampling.expected.double()
         by = gradients(call.prompt_of, call.parameters, call.fixed, call.batch).values
@@ -246,7 +237,7 @@ def test_an_example_moves_what_is_released_by_at_most_the_clip(
     """
     runtime = example_runtime(make, name, mechanism, noise_by)
     calls, _ = watch(runtime)
-    runtime.round(doubled(runtime.start()))
+    runtime.round(started_in_double(runtime))
     assert len(calls) == steps_of(noise_by)
     sums: list[Tensor] = []  # what the cotangent mechanism clips and noises
     summed = cotangent.summed_cotangents
@@ -307,7 +298,7 @@ def test_an_example_changes_nothing_of_anybody_elses(name: str, mechanism: str, 
 
         runtime = example_runtime(make, name, mechanism, noise_by)
         _, uploads = watch(runtime, dropped)
-        training, record = runtime.round(doubled(runtime.start()))
+        training, record = runtime.round(started_in_double(runtime))
         assert record.participants == len(runtime.data)
         return training, uploads[0]
 
@@ -340,7 +331,7 @@ def test_what_an_example_shows_decides_over_no_coin(name: str, mechanism: str, n
         rows = [list(range(FIRST)), list(range(FIRST, 19)), list(range(19, 24))]
         runtime = make(name, privacy_of(mechanism), rows, change, tables)
         calls, _ = watch(runtime)
-        runtime.round(doubled(runtime.start()))
+        runtime.round(started_in_double(runtime))
         return calls
 
     plain, odd = drawn(lambda *table: table), drawn(changed)
@@ -379,7 +370,7 @@ def test_an_image_does_not_decide_how_far_other_images_plans_converge(spread: fl
     """FedOTP under DP-SGD: where the iterations end for all at once, this image moves the sum by up to 1.01 clips."""
     runtime = make("fedotp", privacy_of("dp-sgd"), [list(range(12))], patches_alike(0, spread), {"local_steps": 1})
     calls, _ = watch(runtime)
-    runtime.round(doubled(runtime.start()))
+    runtime.round(started_in_double(runtime))
     released = releaser(make("fedotp", privacy_of("dp-sgd"), [list(range(12))], patches_alike(0, spread)))
     whole, rest, alone = released(calls[0]), released(calls[0].without(0, 0)), released(calls[0].only(0, 0))
     assert_close(less(whole, rest), alone)
@@ -392,7 +383,7 @@ def test_a_client_does_not_decide_how_far_other_clients_plans_converge(spread: f
     rows = [list(range(10)), list(range(10, 20)), list(range(20, 30)), list(range(30, 40))]
     privacy, tables = privacy_of("dp-fedavg"), {"local_steps": 2}
     runtime = make("fedotp", privacy, rows, patches_alike(35, spread), tables, weighting="uniform")
-    training = doubled(runtime.start())
+    training = started_in_double(runtime)
     _, before, states = sent_by(runtime, training, [0, 1, 2])
     _, after, all_states = sent_by(runtime, training, [0, 1, 2, 3])
     torch.testing.assert_close(after["change"][:3], before["change"], rtol=0, atol=ROUNDING * CLIP)
@@ -421,7 +412,9 @@ def newcomers() -> Iterator[tuple[str, Callable[[Tensor, Tensor], tuple[Tensor, 
     yield "beyond", lambda f, y: at(f, y, 1e200, slice(30, 36)), list(range(30, 40))
 
 
-def sent_by(runtime: LocalRuntime, training: Training, clients: list[int]) -> tuple[Round, dict[str, Tensor], Any]:
+def sent_by(
+    runtime: LocalRuntime, training: Training, clients: list[int]
+) -> tuple[ClientRoundMechanism, dict[str, Tensor], Any]:
     """What these clients send in a round, as it leaves them, and their states."""
     chosen, module, number = torch.tensor(clients), runtime.algorithm, 1
     streams = Streams(0, number, clients, torch.device("cpu"))
@@ -431,12 +424,13 @@ def sent_by(runtime: LocalRuntime, training: Training, clients: list[int]) -> tu
         counts=runtime.data.counts[chosen],
         weights=runtime.data.weights[chosen],
     )
-    at_work = runtime.mechanism.open(streams, clients, runtime.mechanism.initial_state())
+    clip = runtime.mechanism.initial_state().get("clip")
+    mechanism_round = runtime.mechanism.client_end(streams, clients, clip)
     told: Broadcast = module.broadcast(training.server)
     state: ClientState = take(training.clients, chosen)
     round_context = RoundContext(number, 4, streams)
-    upload, state = module.client_round(runtime.settings, told, state, data, at_work.gradients, round_context)
-    return at_work, at_work.protect(named_tensors(upload)), state
+    upload, state = module.client_round(runtime.settings, told, state, data, mechanism_round.gradients, round_context)
+    return mechanism_round, mechanism_round.protect(named_tensors(upload)), state
 
 
 @pytest.mark.slow
@@ -451,22 +445,24 @@ def test_a_client_moves_the_sum_by_at_most_the_clip_and_nothing_else(
         tables = {"local_steps": 2, "batch_size": 6}
         privacy = privacy_of(mechanism, noise_by=noise_by, **adaptive)
         runtime = make(name, privacy, rows, change, tables, weighting="uniform")
-        training = doubled(runtime.start())
+        training = started_in_double(runtime)
         fewer, before, states = sent_by(runtime, training, [0, 1, 2])
-        at_work, after, all_states = sent_by(runtime, training, [0, 1, 2, 3])
+        mechanism_round, after, all_states = sent_by(runtime, training, [0, 1, 2, 3])
         learned = [each for each in before if each != WEIGHT]
         assert norm_of(after, 3, learned) <= CLIP * (1 + ROUNDING), kind
         for key in learned:
             torch.testing.assert_close(after[key][:3], before[key], rtol=0, atol=ROUNDING * CLIP)
             # With the divisor of the larger federation, the mean moves by the newcomer's upload over it.
-            means = [each.average(key, sent[key], sent[WEIGHT]) for each, sent in ((at_work, after), (fewer, before))]
+            means = [
+                each.average(key, sent[key], sent[WEIGHT]) for each, sent in ((mechanism_round, after), (fewer, before))
+            ]
             moved = means[0] * 4 - means[1] * 3
             # A secure sum rounds each vector to steps, by GROWTH of the clip at most, and is charged for it.
             rounded = 7 * (GROWTH if noise_by == "shares" else ROUNDING)
             torch.testing.assert_close(moved, after[key][3], rtol=0, atol=rounded * CLIP)
         for key, tensor in named_tensors(states).items():
             torch.testing.assert_close(named_tensors(all_states)[key][:3], tensor, rtol=1e-9, atol=1e-9)
-        assert at_work.below_clip is not None
+        assert mechanism_round.below_clip is not None
         assert fewer.below_clip is not None
-        assert torch.equal(at_work.below_clip[:3], fewer.below_clip)
-        assert abs(float(at_work.below_clip[3])) == 0.5
+        assert torch.equal(mechanism_round.below_clip[:3], fewer.below_clip)
+        assert abs(float(mechanism_round.below_clip[3])) == 0.5

@@ -97,7 +97,7 @@ def test_a_seed_that_is_guessed_does_not_give_the_noise(make_runtime: MakeRuntim
     seen = upload(make_runtime, 1e4, simulation=True)
     for seed in range(50):
         runtime = make_runtime("dp-fpl", ROWS, TABLES, seed=seed, privacy=DP_SGD | {"noise_multiplier": 1e4})
-        guess = runtime._streams(1, [0]).normal("noise on shared, 0", *seen.shape)[0]
+        guess = runtime.federation.round_context(1, [0]).streams.normal("noise on shared, 0", *seen.shape)[0]
         assert abs(cosine(seen, guess.double())) < 0.6
 
 

@@ -23,7 +23,8 @@ from sordino.privacy.settings import PrivacySettings
 from sordino.randomness import Streams
 from sordino.runtime import aggregation
 from sordino.runtime.aggregation import aggregated, bounded, median, trimmed_mean
-from sordino.runtime.local import LocalRuntime, participants
+from sordino.runtime.facts import participants
+from sordino.runtime.local import LocalRuntime
 from sordino.runtime.settings import RuntimeSettings
 
 MakeRuntime = Callable[..., LocalRuntime]

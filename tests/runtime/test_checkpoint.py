@@ -50,7 +50,7 @@ def test_the_latest_is_loaded_and_old_ones_go(make_runtime: MakeRuntime, tmp_pat
     found = checkpoint.load(tmp_path, runtime.start())
     assert found is not None
     assert same(found, training)
-    assert len(list(tmp_path.glob("round-*"))) == 2
+    assert len(list(tmp_path.glob("round-*.server.*"))) == len(list(tmp_path.glob("round-*.clients.*"))) == 2
 
 
 def test_no_checkpoint_is_no_error(make_runtime: MakeRuntime, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from sordino.algorithms.base import named_tensors
 from sordino.errors import RunError
 from sordino.runtime import messages
 from sordino.runtime.local import LocalRuntime
+from sordino.runtime.messages import RoundHeader
 
 MakeRuntime = Callable[..., LocalRuntime]
 ROWS = [list(range(4 * k, 4 * k + 4)) for k in range(10)]
@@ -63,14 +64,14 @@ def test_only_messages_can_be_sent(make_runtime: MakeRuntime) -> None:
     training = runtime.start()
     for kept in (training.clients, training.server):
         with pytest.raises(TypeError, match="may not leave its party"):
-            messages.encode(kept)  # type: ignore[arg-type]
+            messages.encode(kept, RoundHeader(1, 0, 1))  # type: ignore[arg-type]
 
 
 def test_a_message_is_its_declared_tensors_and_comes_back_whole(make_runtime: MakeRuntime) -> None:
     runtime = make_runtime("dp-fpl", ROWS, TABLES)
     training = runtime.start()
     broadcast = runtime.algorithm.broadcast(training.server)
-    content = messages.encode(broadcast)
+    content = messages.encode(broadcast, RoundHeader(1, 0, len(ROWS)))
     assert set(safetensors.torch.load(content)) == set(named_tensors(broadcast)) == {"context"}
     assert torch.equal(messages.decode(content, broadcast).context, broadcast.context)
     _, record = runtime.round(training)

@@ -1,12 +1,14 @@
 """Partitions: whatever the scheme, each training picture has one owner; and what each scheme promises of its own."""
 
+import datasets
 import numpy as np
 import pytest
+from flwr_datasets import partitioner as flower
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sordino.errors import ConfigError, DataError
-from sordino.tasks.partitions import partition
+from sordino.tasks.partitions import DRAW_STREAM, ROWS_STREAM, partition
 from sordino.tasks.settings import PartitionSettings
 
 LABELS = np.repeat(np.arange(10), 30)
@@ -198,3 +200,88 @@ def test_nothing_is_printed(capfd):
     for chosen in (DEMO, PartitionSettings(scheme="domain", clients=4), PartitionSettings(scheme="iid", clients=2)):
         partition(LABELS, np.arange(len(LABELS)) % 2, chosen, 0)
     assert capfd.readouterr() == ("", "")
+
+
+def by_flower(column, partitioner):
+    """The rows of each partition of a table whose column `part` is given."""
+    partitioner.dataset = datasets.Dataset.from_dict({"part": column, "row": np.arange(len(column))})
+    loaded = [partitioner.load_partition(index) for index in range(partitioner.num_partitions)]
+    return [np.asarray(part["row"][:], dtype=np.int64) for part in loaded]
+
+
+def natural(group_size=1):
+    return flower.GroupedNaturalIdPartitioner(partition_by="part", group_size=group_size, sort_unique_ids=True)
+
+
+def dirichlet_by_flower(labels, clients, beta, rng):
+    """One draw, with the clients of each class permuted, as flwr-datasets always gives the last one the most."""
+    drawn = flower.DirichletPartitioner(
+        num_partitions=clients,
+        partition_by="part",
+        alpha=beta,
+        min_partition_size=0,
+        self_balancing=False,
+        shuffle=False,
+        seed=int(rng.integers(2**31)),
+    )
+    owner = np.empty(len(labels), dtype=np.int64)
+    for client, rows in enumerate(by_flower(labels, drawn)):
+        owner[rows] = client
+    for label in np.unique(labels):
+        owner[labels == label] = rng.permutation(clients)[owner[labels == label]]
+    return [np.flatnonzero(owner == client) for client in range(clients)]
+
+
+def expected_of_flower(labels, domains, chosen, seed):
+    """Rows of each client by the partitioners of flwr-datasets; three domains, and two classes a client if disjoint."""
+    clients, beta = chosen.clients, chosen.beta
+    if chosen.scheme == "iid":
+        return by_flower(labels, flower.IidPartitioner(num_partitions=clients))
+    if chosen.scheme == "disjoint":
+        return by_flower(labels, natural(group_size=2))
+    if chosen.scheme == "classes":
+        cyclic = flower.PathologicalPartitioner(
+            num_partitions=clients,
+            partition_by="part",
+            num_classes_per_partition=chosen.classes_per_client,
+            class_assignment_mode="deterministic",
+            shuffle=False,
+        )
+        return by_flower(labels, cyclic)
+    if chosen.scheme == "dirichlet":
+        return dirichlet_by_flower(labels, clients, beta, np.random.default_rng([seed, DRAW_STREAM]))
+    expected = []
+    for domain, rows in enumerate(by_flower(domains, natural())):
+        rng = np.random.default_rng([seed, DRAW_STREAM, domain])
+        even = flower.IidPartitioner(num_partitions=clients // 3)
+        within = by_flower(rows, even) if beta is None else dirichlet_by_flower(labels[rows], clients // 3, beta, rng)
+        expected += [rows[part] for part in within]
+    return expected
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"scheme": "iid", "clients": 7},
+        {"scheme": "disjoint", "clients": 5, "shuffle_classes": False},
+        {"scheme": "classes", "clients": 10, "classes_per_client": 3},
+        {"scheme": "classes", "clients": 13, "classes_per_client": 2},
+        {"scheme": "dirichlet", "clients": 4, "beta": 1.0},
+        {"scheme": "dirichlet", "clients": 6, "beta": 3.0},
+        {"scheme": "domain", "clients": 6},
+        {"scheme": "domain", "clients": 6, "beta": 2.0},
+    ],
+    ids=lambda chosen: "-".join(str(value) for value in chosen.values()),
+)
+def test_rows_are_divided_as_by_flwr_datasets(chosen):
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        labels = rng.permutation(np.repeat(np.arange(10), rng.integers(15, 31, 10)))
+        domains = rng.permutation(np.arange(len(labels)) % 3)
+        asked = PartitionSettings(**chosen)
+        order = np.random.default_rng([seed, ROWS_STREAM]).permutation(len(labels))
+        expected = expected_of_flower(labels[order], domains[order], asked, seed)
+        parts = partition(labels, domains, asked, seed)
+        assert len(parts) == len(expected)
+        for part, rows in zip(parts, expected, strict=True):
+            np.testing.assert_array_equal(part, np.sort(order[rows]))

@@ -52,7 +52,7 @@ METHODS: dict[str, Method] = {
 
 
 # Installed packages may bring methods of their own, as entry points.
-METHODS |= {point.name: Method(point.value) for point in entry_points(group="sordino.experiments.methods")}
+METHODS |= {point.name: Method(point.value) for point in entry_points(group="sordino.methods")}
 
 
 def algorithm(name: str) -> Algorithm:

@@ -14,13 +14,16 @@ A method is one module. It defines
     prompt(broadcast, state) -> Prompt                 contexts [K, M, E], or named tensors [K, ...]; 1 for K if shared
 
 and, where prompts and images meet otherwise than CoOp's do, a `Model`: a subclass of PromptModel with a class method
-`of(settings, encoder, classes)`. A method whose server may not see uploads, and computes with the clients instead, has
+`of(settings, encoder, classes)`. A method may also have
 
-    exchange(settings, model, server, upload, clients, round_context) -> what server_round is given for uploads
     check(settings, model, clients)                    refuses a federation that it cannot serve
+    server_exchange(settings, model, server, upload, clients, round_context, carrier)
+                                                       what server_round is given for uploads, in place of `Uploads`
+    client_exchange(settings, model, broadcast, upload, places, round_context) -> [Party, ...]
+                                                       the K clients' ends of a protocol; the upload then never leaves
 
-where `exchange` plays both ends in one process. A Server whose clients are in clusters holds their numbers as `labels`
-[K], which the runtime records.
+where `server_exchange` asks the clients' ends through `carrier`, by their places among the round's participants. A
+Server whose clients are in clusters holds their numbers as `labels` [K], which the runtime records.
 
 Every tensor of a ClientState and of an Upload has the K clients as its leading axis, so that a process that holds one
 client and one that holds a thousand run the same lines. The functions do no I/O, read no clock, and draw no randomness

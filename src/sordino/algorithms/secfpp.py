@@ -130,6 +130,7 @@ class Server(base.Server):
 
 @dataclass(frozen=True)
 class Broadcast(base.PersonalBroadcast):
+    start: Tensor  # [K, M, E], where every domain-level part began, the same for all
     context: Tensor  # [K, M, E], the cluster's mean
     opened: Tensor  # [K], 1 where there is one, else 0
 
@@ -203,7 +204,7 @@ def client_init(settings: Settings, init: InitContext, data: ClientData) -> Clie
 
 
 def broadcast(server: Server) -> Broadcast:
-    return Broadcast(server.contexts, server.opened)
+    return Broadcast(server.start.expand_as(server.contexts), server.contexts, server.opened)
 
 
 def client_round(
@@ -255,18 +256,17 @@ def check(settings: Settings, model: PromptModel, clients: int) -> None:
         raise ConfigError("settings.secfpp", f"{clients} clients a round", f"no protocol for them: {error}") from None
 
 
-def exchange(
+def client_exchange(
     settings: Settings,
     model: PromptModel,
-    server: Server,
+    broadcast: Broadcast,
     upload: Upload,
-    clients: Sequence[int],
+    places: Sequence[int],
     round_context: RoundContext,
-) -> secure.SharedExchange:
-    """Both ends of the protocol in one process, messages and all."""
-    points, changes = reduced(settings, model, server, upload, round_context)
-    setup = agreed(settings, model, len(clients), changes.shape[1], round_context.round)
-    parties = [
+) -> list[secure.Client]:
+    """Return the clients' ends of the protocol; see `base` for its arguments."""
+    points, changes = reduced(settings, model, broadcast.start[0], upload, round_context)
+    return [
         secure.Client(
             place,
             point,
@@ -276,9 +276,22 @@ def exchange(
             minimum=settings.minimum,
             privacy=settings.colluders,
         )
-        for place, (point, change) in enumerate(zip(points, changes, strict=True))
+        for place, point, change in zip(places, points, changes, strict=True)
     ]
-    return secure.SharedExchange(setup, parties, clients)
+
+
+def server_exchange(
+    settings: Settings,
+    model: PromptModel,
+    server: Server,
+    upload: Upload,
+    clients: Sequence[int],
+    round_context: RoundContext,
+    carrier: secure.Carrier,
+) -> secure.SharedExchange:
+    """Return the server's end of the protocol; see `base` for its arguments."""
+    setup = agreed(settings, model, len(clients), server.start.numel(), round_context.round)
+    return secure.SharedExchange(setup, clients, carrier)
 
 
 def agreed(settings: Settings, model: PromptModel, clients: int, length: int, number: int) -> secure.Setup:
@@ -311,18 +324,18 @@ def _directions(settings: Settings, model: PromptModel) -> tuple[int, int]:
 
 @torch.no_grad()
 def reduced(
-    settings: Settings, model: PromptModel, server: Server, upload: Upload, round_context: RoundContext
+    settings: Settings, model: PromptModel, start: Tensor, upload: Upload, round_context: RoundContext
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """What each client brings to the exchange: what it is clustered by, and what is averaged.
 
     Returns:
         Points [K, d], zero in rounds without clustering; and changes [K, M E] of the domain-level part.
     """
-    changes = (upload.domain - server.start).flatten(1).double().cpu().numpy()
+    changes = (upload.domain - start).flatten(1).double().cpu().numpy()
     if not due(settings, round_context):
         return np.zeros((len(changes), _directions(settings, model)[1])), changes
     pieces = upload.context.split(model.prompts_at_once(upload.context, 1))
-    found = torch.cat([points(settings, model, piece, server.start) for piece in pieces])
+    found = torch.cat([points(settings, model, piece, start) for piece in pieces])
     return found.double().cpu().numpy(), changes
 
 

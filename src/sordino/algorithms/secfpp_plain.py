@@ -42,9 +42,9 @@ __all__ = [
     "check",
     "client_init",
     "client_round",
-    "exchange",
     "prompt",
     "schedule",
+    "server_exchange",
     "server_init",
     "server_round",
 ]
@@ -88,15 +88,16 @@ class PlaintextExchange:
         return secure.Averages(tuple(means), tuple(sets))
 
 
-def exchange(
+def server_exchange(
     settings: Settings,
     model: PromptModel,
     server: Server,
     upload: Upload,
     clients: Sequence[int],
     round_context: RoundContext,
+    carrier: secure.Carrier,
 ) -> PlaintextExchange:
-    """What the server sees: everything."""
-    points, changes = secfpp.reduced(settings, model, server, upload, round_context)
+    """Return what the server sees, which is everything; see `base` for its arguments."""
+    points, changes = secfpp.reduced(settings, model, server.start, upload, round_context)
     setup = secfpp.agreed(settings, model, len(clients), changes.shape[1], round_context.round)
     return PlaintextExchange(setup, points, changes, tuple(clients))

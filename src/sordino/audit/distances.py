@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sordino import secure
 from sordino.algorithms import secfpp
 from sordino.algorithms.base import RoundContext
 from sordino.audit.subject import Subject
@@ -113,13 +114,17 @@ def expose(subject: Subject, seed: int, victims: int = 3) -> Exposure:
         return Exposure("the run ended before its first clustering")
     clients = range(len(runtime.data))
     round_context = RoundContext(number, runtime.rounds, Streams(seed, number, clients, server.start.device))
-    at_work = runtime.mechanism.open(round_context.streams, list(clients), training.mechanism)
+    mechanism_round = runtime.mechanism.client_end(round_context.streams, list(clients))
+    broadcast = secfpp.broadcast(server)
     upload, _ = secfpp.client_round(
-        settings, secfpp.broadcast(server), training.clients, runtime.data, at_work.gradients, round_context
+        settings, broadcast, training.clients, runtime.data, mechanism_round.gradients, round_context
     )
-    exchange = secfpp.exchange(settings, runtime.model, server, upload, clients, round_context)
+    given = (settings, runtime.model)
+    parties = secfpp.client_exchange(*given, broadcast, upload, clients, round_context)
+    carrier = secure.in_process(parties)
+    exchange = secfpp.server_exchange(*given, server, upload, clients, round_context, carrier)
     exchange.cluster(secfpp.searching(settings))
-    truth = exchange.points
+    truth = np.stack([party.point for party in parties])
     distances = between_clients(exchange.server.opened, len(truth), settings.reveal == "ratios")
     if distances is None:
         return Exposure("rows of distances to centers have scales of their own", len(exchange.server.opened))

@@ -31,6 +31,7 @@ from torch import Tensor
 from sordino.algorithms.base import RoundContext, named_tensors
 from sordino.audit.subject import Subject, contexts_of, coop
 from sordino.audit.tower_map import TowerMap
+from sordino.privacy.client_level import CLIP
 from sordino.privacy.sampling import PoissonSampler
 from sordino.randomness import Streams, derive_key
 from sordino.runtime.local import LocalRuntime, Training
@@ -172,13 +173,14 @@ def observe(
     # No more than the batch size, so that every one of them is in the batch for certain, coins or not.
     poisson = PoissonSampler(round_context.streams) if runtime.mechanism.samples_examples else None
     rows = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True)
-    at_work = runtime.mechanism.open(round_context.streams, list(clients), training.mechanism)
+    clip = training.mechanism.get(CLIP)
+    mechanism_round = runtime.mechanism.client_end(round_context.streams, list(clients), clip)
     broadcast = module.broadcast(training.server)
     batches = replace(data, rows=rows, counts=counts, poisson=poisson)
     upload, _ = module.client_round(
-        runtime.settings, broadcast, training.clients, batches, at_work.gradients, round_context
+        runtime.settings, broadcast, training.clients, batches, mechanism_round.gradients, round_context
     )
-    sent = at_work.protect(named_tensors(upload))
+    sent = mechanism_round.protect(named_tensors(upload))
     if module.ABOUT.averages:
         gradient = sent[next(iter(module.ABOUT.averages.values()))]
     else:  # one step of SGD: change = -rate (gradient + decay context)

@@ -21,8 +21,9 @@ from sordino.audit.canaries import Canaries
 from sordino.audit.decoding import Decoder, Seen
 from sordino.privacy.dp_sgd import ExampleGradients, example_gradients
 from sordino.privacy.gradients import Batch, ExactGradients, Gradient, Parameters, PromptOf
-from sordino.privacy.mechanism import Mechanism, Round
+from sordino.privacy.mechanism import ClientRoundMechanism, Mechanism, ServerRoundMechanism
 from sordino.privacy.noise import Randomness
+from sordino.privacy.secure_mean import ServerSums
 
 PARALLEL = 1e-6  # of a vector's length: less of it beside others is rounding
 
@@ -65,6 +66,7 @@ class Watching:
         # Where a mean is noised, all clients see one and the same noise: theirs are no separate looks at it.
         self._decoder = Decoder(by_clients=not self._means)
         self._calls = 0
+        self._sights: list[Sight] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._mechanism, name)
@@ -76,31 +78,47 @@ class Watching:
             scores[self._mine(client).cpu()] = found
         return scores.to(self._canaries.labels.device)
 
-    def open(self, randomness: Randomness, clients: Sequence[int], state: Mapping[str, Tensor]) -> Round:
-        """The mechanism's own round, watched."""
-        at_work = self._mechanism.open(randomness, clients, state)
-        means = self._means
-        sights: list[Sight] = []
+    def client_end(
+        self, randomness: Randomness, clients: Sequence[int], clip: Tensor | None = None
+    ) -> ClientRoundMechanism:
+        """Return the mechanism's own clients' end, watched."""
+        mechanism_round = self._mechanism.client_end(randomness, clients, clip)
+        honest = mechanism_round.gradients
+        sights = self._sights = []
 
         def gradients(prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch) -> Gradient:
-            gradient = at_work.gradients(prompt_of, parameters, fixed, batch)
+            gradient = honest(prompt_of, parameters, fixed, batch)
             sights.extend(self._look(clients, prompt_of, parameters, fixed, batch, gradient))
             self._calls += 1
             return gradient
 
+        mechanism_round.gradients = gradients
+        return mechanism_round
+
+    def server_end(
+        self,
+        randomness: Randomness,
+        clients: Sequence[int],
+        state: Mapping[str, Tensor],
+        sums: ServerSums | None = None,
+    ) -> ServerRoundMechanism:
+        """Return the mechanism's own server's end, watched."""
+        mechanism_round = self._mechanism.server_end(randomness, clients, state, sums)
+        means = self._means
+
         def average(name: str, values: Tensor, weights: Tensor) -> Tensor:
-            mean = at_work.average(name, values, weights)
-            for sight in sights:
+            mean = mechanism_round.average(name, values, weights)
+            for sight in self._sights:
                 scaled = mean * float(weights.sum() / weights[sight.place]) * sight.size
                 sight.released.update({parameter: scaled for parameter, sent_as in means.items() if sent_as == name})
             return mean
 
-        def finish() -> dict[str, Tensor]:
-            for sight in sights:
+        def finish(below_clip: Tensor | None) -> dict[str, Tensor]:
+            for sight in self._sights:
                 self._decoder.add(self._measured(sight))
-            return at_work.finish()
+            return mechanism_round.finish(below_clip)
 
-        return replace(at_work, gradients=gradients, average=average, finish=finish)
+        return replace(mechanism_round, average=average, finish=finish)
 
     @property
     def _means(self) -> Mapping[str, str]:

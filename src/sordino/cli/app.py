@@ -20,7 +20,7 @@ from sordino.errors import ConfigError, SordinoError
 
 if TYPE_CHECKING:
     from sordino.experiments.compare import Variant
-    from sordino.mpc.settings import PrivateTuning
+    from sordino.private_tuning.settings import PrivateTuning
 
 app = typer.Typer(
     help="Federated prompt learning for frozen vision-language models, private and honest about it.",
@@ -51,14 +51,15 @@ DEMO_SHADOWS = 4  # few, so that the demo is short; `sordino audit` takes 64
 
 
 @app.command()
-def demo(out: OutFolder = None, resume: Resume = False, as_json: AsJson = False) -> None:
+def demo(overrides: Overrides = None, out: OutFolder = None, resume: Resume = False, as_json: AsJson = False) -> None:
     """Ten simulated clients learn prompts for handwritten digits, without and with privacy; no download."""
     from sordino.experiments.compare import grid
     from sordino.experiments.config import load_config
 
     here = Path(__file__).parent
-    variants = grid(load_config(here / "demo.toml"), DEMO_ALGORITHMS)
-    variants += grid(load_config(here / "demo_private.toml"), ["dp-fpl"], {"privacy.epsilon": [8.0, 2.0]})
+    variants = grid(load_config(here / "demo.toml", overrides or []), DEMO_ALGORITHMS)
+    private = load_config(here / "demo_private.toml", overrides or [])
+    variants += grid(private, ["dp-fpl"], {"privacy.epsilon": [8.0, 2.0]})
     variants = [replace(each, shadows=DEMO_SHADOWS) if each.config.algorithm == "dp-fpl" else each for each in variants]
     _compare(variants, 1, out, resume, as_json, "demo")
 
@@ -144,10 +145,10 @@ def tune_private(
     clear: Annotated[bool, typer.Option("--clear", help="without servers: the tower is here")] = False,
 ) -> None:
     """Tune a prompt for a private text tower by asking for features only; losses and the prompt stay here."""
-    from sordino.mpc.settings import load_private_config
+    from sordino.private_tuning.settings import load_private_config
 
     settings = load_private_config(config, overrides or [])
-    from sordino.mpc.tuning import as_text, finished_before
+    from sordino.private_tuning.tuning import as_text, finished_before
 
     folder, table = _folder(out, resume, f"{config.stem}-private"), ""
     summary = finished_before(settings, folder, resume)
@@ -306,10 +307,10 @@ def _compare(
 def _tuned(settings: PrivateTuning, folder: Path, resume: bool, clear: bool) -> tuple[dict[str, Any], str]:
     """A search for a prompt in the clear or with servers: its summary, and the table of what it cost."""
     from sordino.mpc.errors import PartyLost
-    from sordino.mpc.sentences import in_the_clear
-    from sordino.mpc.session import connect
-    from sordino.mpc.tuning import owner_of, tower_of, tune_private
-    from sordino.private_tasks import open_task
+    from sordino.mpc.parties.session import connect
+    from sordino.mpc.tower.sentences import in_the_clear
+    from sordino.private_tuning.open_task import open_task
+    from sordino.private_tuning.tuning import owner_of, tower_of, tune_private
 
     with live_progress() as progress:
         if clear:

@@ -1,4 +1,4 @@
-"""The command line of the parties: `sordino mpc certificates`, `assistant`, `server`, `provide`, `distill`."""
+"""The command line of the parties: `sordino mpc certificates`, `dealer`, `server`, `provide`, `distill`."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ def certificates(
     days: Annotated[int, typer.Option(min=1, help="until they expire")] = 365,
 ) -> None:
     """Make keys and certificates for all parties; hand each its folder, by a way that nobody else reads."""
-    from sordino.mpc.certificates import make_certificates
+    from sordino.mpc.parties.certificates import make_certificates
 
     for folder in make_certificates(out, days):
         print(folder)
 
 
-@app.command("assistant")
-def assistant(listen: Listen, certificates: Certificates, timeout: Timeout = 60.0, threads: Threads = None) -> None:
+@app.command("dealer")
+def dealer(listen: Listen, certificates: Certificates, timeout: Timeout = 60.0, threads: Threads = None) -> None:
     """Deal correlated randomness to the two servers; sees shapes, and no data."""
-    from sordino.mpc.assistant import start_assistant
-    from sordino.mpc.certificates import ASSISTANT, Identity
+    from sordino.mpc.parties.certificates import DEALER, Identity
+    from sordino.mpc.parties.dealer_service import start_dealer
 
-    own = Identity.load(certificates, ASSISTANT, key="--certificates")
+    own = Identity.load(certificates, DEALER, key="--certificates")
     _check_address("--listen", listen, least_port=0)
     _use(threads)
-    _until_stopped(*start_assistant(own, listen, timeout))
+    _until_stopped(*start_dealer(own, listen, timeout))
 
 
 @app.command("server")
 def server(
     listen: Listen,
     certificates: Certificates,
-    assistant: Annotated[str, typer.Option(metavar="HOST:PORT", help="where the assistant is")],
+    dealer: Annotated[str, typer.Option(metavar="HOST:PORT", help="where the dealer is")],
     peer: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="for server 1: where server 0 is")] = None,
     timeout: Timeout = 60.0,
     threads: Threads = None,
@@ -62,9 +62,9 @@ def server(
     ] = None,
 ) -> None:
     """Hold shares of a model, and run it on shares of sentences; the certificate says which of the two servers."""
-    from sordino.mpc.certificates import SERVERS, Identity
-    from sordino.mpc.network import network_of
-    from sordino.mpc.server import start_server
+    from sordino.mpc.parties.certificates import SERVERS, Identity
+    from sordino.mpc.parties.network import network_of
+    from sordino.mpc.parties.server import start_server
 
     own = Identity.load(certificates, *SERVERS, key="--certificates")
     if own.role == SERVERS[0] and peer is not None:
@@ -72,12 +72,12 @@ def server(
     if own.role == SERVERS[1] and peer is None:
         raise ConfigError("--peer", peer, "server-1 dials server-0: give HOST:PORT of it")
     _check_address("--listen", listen, least_port=0)
-    _check_address("--assistant", assistant)
+    _check_address("--dealer", dealer)
     if peer is not None:
         _check_address("--peer", peer)
     _use(threads)
     network = network_of(imitate) if imitate else None
-    _until_stopped(*start_server(own, listen, assistant, peer, timeout, network))
+    _until_stopped(*start_server(own, listen, dealer, peer, timeout, network))
 
 
 @app.command("provide")
@@ -94,12 +94,12 @@ def provide(
     timeout: Timeout = 60.0,
 ) -> None:
     """Give the servers shares of a text tower, as its owner; its ranges are measured on public text before."""
-    from sordino.mpc.certificates import MODEL_OWNER, Identity
-    from sordino.mpc.distill import teacher_of
-    from sordino.mpc.public_text import SENTENCES, calibration_of
-    from sordino.mpc.session import provide as give
-    from sordino.mpc.settings import is_address
-    from sordino.mpc.tower import PrivateTower, bundled_tower
+    from sordino.mpc.parties.certificates import MODEL_OWNER, Identity
+    from sordino.mpc.parties.session import provide as give
+    from sordino.mpc.tower.distill import teacher_of
+    from sordino.mpc.tower.public_text import SENTENCES, calibration_of
+    from sordino.mpc.tower.tower import PrivateTower, bundled_tower
+    from sordino.private_tuning.settings import is_address
 
     own, addresses = Identity.load(certificates, MODEL_OWNER, key="--certificates"), servers.split(",")
     if not (len(addresses) == 2 and all(is_address(each) for each in addresses)):
@@ -120,7 +120,7 @@ def embeddings(
     out: Annotated[Path, typer.Option(help="the folder to make")],
 ) -> None:
     """Take tokenizer and embeddings out of a checkpoint: what a model owner gives to data owners, without a layer."""
-    from sordino.mpc.distill import write_embeddings
+    from sordino.mpc.tower.distill import write_embeddings
 
     write_embeddings(model, out)
     print(f"Embeddings: {out}, for model.embeddings of 'sordino tune-private'")
@@ -138,27 +138,27 @@ def distill(
     seed: Annotated[int, typer.Option(min=0, help="of frequencies and batches")] = 0,
 ) -> None:
     """Teach a text tower to do without softmax, on public text, so that it is cheap on shares."""
-    from sordino.mpc.distill import distil_to
+    from sordino.mpc.tower.distill import distill_to
 
     with live_progress() as progress:
-        found = distil_to(out, model, steps, batch, features, seed, progress)
+        found = distill_to(out, model, steps, batch, features, seed, progress)
     print(f"cosine to the teacher on held-out sentences: {found.mean:.4f}, 5% below {found.low:.4f}")
     print(f"Tower: {out}")
 
 
 def _check_address(option: str, text: str, least_port: int = 1) -> None:
     """Refuse what is no HOST:PORT."""
-    from sordino.mpc.settings import is_address
+    from sordino.private_tuning.settings import is_address
 
     if not is_address(text, least_port):
         raise ConfigError(option, text, f"must be HOST:PORT, with a port from {least_port} to 65535")
 
 
 def _use(threads: int | None) -> None:
-    """Settle how this process, a server or the assistant, uses the machine."""
+    """Settle how this process, a server or the dealer, uses the machine."""
     import torch
 
-    from sordino.mpc.memory import keep_freed
+    from sordino.mpc.arithmetic.memory import keep_freed
 
     keep_freed()
     if threads:

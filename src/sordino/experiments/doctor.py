@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from sordino.encoders import EncoderInfo, missing_packages
+from sordino.errors import EXTRAS, missing_modules
 
 NEEDED_GIGABYTES = 1.0  # for feature caches and run directories of ordinary size
 
@@ -59,7 +60,7 @@ def _bundled() -> EncoderInfo:
 
 def examine() -> list[Check]:
     """All checks."""
-    return [_python(), *_packages(), _weights(), _device(), _cache()]
+    return [_python(), *_packages(), *_extras(), _weights(), _device(), _cache()]
 
 
 def _python() -> Check:
@@ -69,11 +70,21 @@ def _python() -> Check:
 
 def _packages() -> list[Check]:
     checks = []
-    for name in ("torch", "torchvision", "transformers", "timm", "datasets", "flwr-datasets", "conformal-clip-data"):
+    for name in ("torch", "torchvision", "transformers", "timm", "conformal-clip-data"):
         try:
             checks.append(Check(name, True, version(name)))
         except PackageNotFoundError:
             checks.append(Check(name, False, "not installed; run `make install`"))
+    return checks
+
+
+def _extras() -> list[Check]:
+    """Return what is installed of the optional dependencies; what is not is no fault."""
+    checks = []
+    for extra in EXTRAS:
+        missing = missing_modules(extra)
+        finding = f"not installed (pip install 'sordino[{extra}]')" if missing else "installed"
+        checks.append(Check(f"extra {extra}", True, finding))
     return checks
 
 

@@ -16,7 +16,7 @@ from sordino.privacy.ledger import Ledger, Observer
 from sordino.privacy.mechanism import Mechanism
 from sordino.privacy.statement import WHO, statement, views
 from sordino.runtime import aggregation
-from sordino.runtime.local import mechanism_inputs, participant_count
+from sordino.runtime.facts import mechanism_inputs, participant_count
 from sordino.tasks.poisoning import poisoned
 from sordino.tasks.sources import load_images
 from sordino.tasks.splits import build_task

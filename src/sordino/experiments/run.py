@@ -45,7 +45,7 @@ from sordino.results import (
 )
 from sordino.runtime import checkpoint
 from sordino.runtime.evaluate import Evaluation, EvaluationSet, Scores
-from sordino.runtime.local import Diverged, LocalRuntime, Training
+from sordino.runtime.local import LocalRuntime, RoundError, Training
 from sordino.runtime.records import RoundRecord
 from sordino.tasks.splits import Task
 
@@ -198,11 +198,11 @@ def _resumed(runtime: LocalRuntime, out: Path) -> Training:
     if runtime.privacy.simulation:
         return training
     ledger = Ledger.from_json((out / LEDGER).read_bytes()) if (out / LEDGER).exists() else training.ledger
-    training = replace(training, ledger=ledger)
+    training = training.with_ledger(ledger)
     if training.round == runtime.rounds or not runtime.within_budget(training):
         return training  # nothing more is released
     # A new name from here on: of two copies of a directory that both go on, the releases differ.
-    return replace(training, ledger=replace(ledger, run=start.ledger.run))
+    return training.with_ledger(replace(ledger, run=start.ledger.run))
 
 
 def _train(
@@ -226,7 +226,7 @@ def _train(
         started = time.monotonic()
         try:
             training, record = runtime.round(training)
-        except Diverged as error:  # its round is lost, and what it released is not
+        except RoundError as error:  # its round is lost, and what it released is not
             write_atomically(out / LEDGER, error.ledger.to_json().encode())
             raise
         if training.ledger.releases:  # before anything else of this round is written, so that nothing goes uncounted

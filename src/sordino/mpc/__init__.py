@@ -1,43 +1,70 @@
-"""Computation on numbers that two servers hold in shares, of which neither learns anything; SecP-Tuning's protocols.
+"""Computation on secret shares of two servers, with the protocols of SecP-Tuning. Neither server learns the numbers.
 
-Luo et al., SecP-Tuning, ICLR 2026 (arXiv 2506.15307). Semi-honest: both servers and the assistant, which deals
-correlated randomness and sees no data, follow the protocol, and no two of them join what they know.
+Luo et al., SecP-Tuning, ICLR 2026 (arXiv 2506.15307). Security is semi-honest. Both servers and the dealer follow the
+protocol, and no two of them combine their knowledge. The dealer deals correlated randomness and sees no data.
 
-    first, second = share(encode(values, 16))               # the owner's: one for each server
+Modules are in rooms, and a room imports only from rooms before it: `arithmetic`, `dealing`, `protocols`, `tower`,
+`parties`.
 
-    def program(party):                                      # both servers run it
+    first, second = share(encode(values, 16))               # by the owner: one share for each server
+
+    def program(party):                                     # run by both servers
         x = Shared((first, second)[party.number], 16)
-        (hidden,) = hide(party, x)                           # opened under a mask, once
-        return product(party, hidden, hidden, "multiply")    # and no more bytes for products with it
+        (masked,) = mask_and_open(party, x)                 # opened under a mask, once
+        return product(party, masked, masked, "multiply")   # products with it send nothing more
 
-    ran = run(program)                                       # here, both in one process
-    reconstruct(ran.results), ran.costs.table()
+    result = run(program)                                   # both servers in this process
+    reconstruct(result.results), result.costs.table()
 """
 
-from sordino.mpc.attention import random_feature_attention
-from sordino.mpc.calibration import Calibration
-from sordino.mpc.correlations import Correlation
-from sordino.mpc.costs import Cost, Costs, protocol
-from sordino.mpc.dealer import Dealer
-from sordino.mpc.encoder import Encoder, encode_sentences, shared_weights
+from sordino.errors import require_extra
+
+require_extra("mpc", "computation on secret shares (sordino mpc, sordino tune-private)")  # imports below need it
+
+from sordino.mpc.arithmetic.ring import decode, encode, share
+from sordino.mpc.dealing.correlations import Correlation
+from sordino.mpc.dealing.costs import Cost, Costs, protocol
+from sordino.mpc.dealing.dealer import Dealer
+from sordino.mpc.dealing.supply import CorrelatedRandomness, DealerLink
 from sordino.mpc.errors import MaskReused, MpcError, OutOfRange, PartyLost
-from sordino.mpc.fourier import Series, angle_of, cosine_and_sine, evaluate, fit, gelu, gelu_series, turn
-from sordino.mpc.linear import concatenated, hide, lifted, multiply, product, reveal, triple_product, truncate
-from sordino.mpc.party import Channel, Masked, Party, Ran, Shared, reconstruct, run
-from sordino.mpc.plan import Plan
-from sordino.mpc.ring import decode, encode, share
-from sordino.mpc.roots import Norm, Root, calibrate, inverse_root, layer_norm, unit_norm, variance_root
-from sordino.mpc.supply import Assistant, Supply
+from sordino.mpc.protocols.attention import random_feature_attention
+from sordino.mpc.protocols.fourier import (
+    Series,
+    angle_of,
+    cosine_and_sine,
+    evaluate,
+    fit,
+    gelu,
+    gelu_series,
+    open_angle,
+)
+from sordino.mpc.protocols.linear import (
+    concatenated,
+    mask_and_open,
+    multiply,
+    product,
+    reveal,
+    triple_product,
+    truncate,
+    truncate_masked,
+)
+from sordino.mpc.protocols.party import Channel, Masked, Party, RunResult, Shared, reconstruct, run
+from sordino.mpc.protocols.roots import Norm, Root, calibrate, inverse_root, layer_norm, unit_norm, variance_root
+from sordino.mpc.tower.calibration import Calibration
+from sordino.mpc.tower.encoder import Encoder, encode_sentences, shared_weights
+from sordino.mpc.tower.fixed_point_plan import FixedPointPlan
 
 __all__ = [
-    "Assistant",
     "Calibration",
     "Channel",
+    "CorrelatedRandomness",
     "Correlation",
     "Cost",
     "Costs",
     "Dealer",
+    "DealerLink",
     "Encoder",
+    "FixedPointPlan",
     "MaskReused",
     "Masked",
     "MpcError",
@@ -45,12 +72,10 @@ __all__ = [
     "OutOfRange",
     "Party",
     "PartyLost",
-    "Plan",
-    "Ran",
     "Root",
+    "RunResult",
     "Series",
     "Shared",
-    "Supply",
     "angle_of",
     "calibrate",
     "concatenated",
@@ -62,11 +87,11 @@ __all__ = [
     "fit",
     "gelu",
     "gelu_series",
-    "hide",
     "inverse_root",
     "layer_norm",
-    "lifted",
+    "mask_and_open",
     "multiply",
+    "open_angle",
     "product",
     "protocol",
     "random_feature_attention",
@@ -77,7 +102,7 @@ __all__ = [
     "shared_weights",
     "triple_product",
     "truncate",
-    "turn",
+    "truncate_masked",
     "unit_norm",
     "variance_root",
 ]

@@ -1,4 +1,4 @@
-"""What can go wrong in a computation on shares."""
+"""Errors of computations on shares."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from sordino.errors import SordinoError
 
 
 class MpcError(SordinoError):
-    """A step of a protocol that was refused, or that cannot be done."""
+    """A step of a protocol was refused, or cannot be done."""
 
 
 class OutOfRange(MpcError):
-    """A number too large for the fixed point that was chosen, or a precision that does not fit the ring."""
+    """A number is too large for the chosen fixed point, or a precision does not fit the ring."""
 
 
 class MaskReused(MpcError):
-    """A mask, or dealt randomness, was asked for a second time: two openings under one mask tell their difference."""
+    """A mask or dealt randomness was requested twice. Two openings under one mask reveal their difference."""
 
 
 class PartyLost(MpcError):
-    """The other party ended, stalled, or sent something of a wrong length."""
+    """The other party ended, stalled, or sent a message that is malformed or of a wrong length."""

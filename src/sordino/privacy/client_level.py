@@ -13,12 +13,20 @@ from torch import Tensor
 from sordino.privacy.clipping import clip_jointly
 from sordino.privacy.gradients import ExactGradients
 from sordino.privacy.ledger import ALL_CLIENTS, OBSERVERS, Channel, Ledger, Observer, Release
-from sordino.privacy.mechanism import Mechanism, Round, charge, once, summed_securely
+from sordino.privacy.mechanism import (
+    WEIGHT,
+    ClientRoundMechanism,
+    Mechanism,
+    ServerRoundMechanism,
+    charge,
+    once,
+    summed_securely,
+)
 from sordino.privacy.noise import Randomness
-from sordino.privacy.secure_mean import SecureSums
+from sordino.privacy.secure_mean import ServerSums, SumTerms, SumVectors
 
 CLIP = "clip"  # the mechanism's state: the current bound, a scalar
-WEIGHT = "weight"  # the field of an upload by which it is averaged: known to all, not learned, so never clipped
+COUNT = "count"  # the field of the secure sum of bits
 COUNT_SHARE = 0.1  # of the budget, for the count of clipped uploads that an adaptive clip follows
 
 
@@ -40,6 +48,10 @@ class ClientMechanism(Mechanism):
     def samples_clients(self) -> bool:
         return self.settings.noise_by == "server" and self.inputs.participation < 1
 
+    @property
+    def broadcasts_clip(self) -> bool:
+        return self.settings.clip_quantile is not None
+
     def initial_state(self) -> dict[str, Tensor]:
         return {CLIP: torch.tensor(self.settings.clip, dtype=torch.float64)}
 
@@ -50,60 +62,87 @@ class ClientMechanism(Mechanism):
         assumptions = (summed_securely(self.settings),) if noise_by == "shares" else ()
         return Ledger((), self._left_open(covered), trusted, assumptions, self.delta, self._randomness)
 
-    def open(self, randomness: Randomness, clients: Sequence[int], state: Mapping[str, Tensor]) -> Round:
+    def client_end(
+        self, randomness: Randomness, clients: Sequence[int], clip: Tensor | None = None
+    ) -> ClientRoundMechanism:
         assert self.model is not None
-        s, clip = self.settings, float(state[CLIP])
+        s, bound = self.settings, self.settings.clip if clip is None else float(clip)
         z_upload, z_count = self._multipliers
-        divisor = self.inputs.participation * len(self.inputs.sizes) if self.samples_clients else len(clients)
-        own, server_share = (1.0 if s.noise_by == who else 0.0 for who in ("client", "server"))
-        sums = SecureSums(s, randomness) if s.noise_by == "shares" else None
-        uploads: dict[str, Tensor] = {}  # clipped, at the clients
-        summed: dict[str, Tensor] = {}  # what a secure sum came to
+        own = 1.0 if s.noise_by == "client" else 0.0
 
         def protect(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             learned = {name: tensor for name, tensor in tensors.items() if name != WEIGHT}
-            clipped, below = clip_jointly(learned, clip)
-            uploads.update(clipped)
+            clipped, below = clip_jointly(learned, bound)
+            if self.sums_securely:
+                mechanism_round.summed.append(SumVectors(self._upload_terms(bound), dict(clipped)))
             for name, tensor in clipped.items():
                 noise = randomness.normal(f"noise on {name}", *tensor.shape[1:]).to(tensor)
-                clipped[name] = tensor + own * z_upload * clip * noise
+                clipped[name] = tensor + own * z_upload * bound * noise
             if s.clip_quantile is not None:
                 noise = randomness.normal("noise on a bit").to(below.device)
-                at_work.below_clip = below.float() - 0.5 + own * z_count / 2 * noise
-            at_work.releases.extend(self.round_releases(clients))
+                bits = below.float() - 0.5 + own * z_count / 2 * noise
+                mechanism_round.below_clip = bits
+                if self.sums_securely:
+                    mechanism_round.summed.append(SumVectors(self._count_terms, {COUNT: bits[:, None]}))
             return tensors | clipped
+
+        mechanism_round = ClientRoundMechanism(ExactGradients(self.model, finite_only=True), protect)
+        return mechanism_round
+
+    def server_end(
+        self,
+        randomness: Randomness,
+        clients: Sequence[int],
+        state: Mapping[str, Tensor],
+        sums: ServerSums | None = None,
+    ) -> ServerRoundMechanism:
+        s, clip = self.settings, float(state[CLIP])
+        z_upload, z_count = self._multipliers
+        divisor = self.inputs.participation * len(self.inputs.sizes) if self.samples_clients else len(clients)
+        server_share = 1.0 if s.noise_by == "server" else 0.0
+        releases: list[Release] = []
+        summed: dict[str, Tensor] = {}  # the secure sum of all fields, as one vector
 
         def average(name: str, values: Tensor, weights: Tensor) -> Tensor:
             if sums is not None:
-                if not summed:  # all fields as one vector, as they were clipped
-                    found, charged = sums.of("the sum of uploads", uploads, "client", clip, z_upload)
-                    summed.update(found)
-                    charge(at_work.releases, 0, charged)
+                if not summed:
+                    total, charged = sums.of(self._upload_terms(clip), sums.fields)
+                    summed.update(total)
+                    charge(releases, 0, charged)
                 return summed[name].to(values) / divisor
             noise = randomness.common_normal(f"noise on the sum of {name}", *values.shape[1:]).to(values)
-            total: Tensor = (values.sum(0) + server_share * z_upload * clip * noise) / divisor
-            return total
+            mean: Tensor = (values.sum(0) + server_share * z_upload * clip * noise) / divisor
+            return mean
 
-        def count_below(bits: Tensor) -> float:
+        def count_below(bits: Tensor | None) -> float:
             if sums is not None:
-                found, charged = sums.of("the count", {"count": bits[:, None]}, "client", 0.5, z_count)
-                charge(at_work.releases, 1, charged)
-                return float(found["count"])
+                total, charged = sums.of(self._count_terms, {COUNT: torch.zeros(1, 1)})
+                charge(releases, 1, charged)
+                return float(total[COUNT])
+            assert bits is not None
             noise = randomness.common_normal("noise on the count")
             return float(bits.sum()) + float(server_share * z_count / 2 * noise)
 
-        def finish() -> dict[str, Tensor]:
+        def finish(below_clip: Tensor | None) -> dict[str, Tensor]:
             """Move the clip towards the quantile: smaller where more uploads than wanted are below it."""
-            if s.clip_quantile is None or at_work.below_clip is None:
+            if s.clip_quantile is None:
                 return dict(state)
-            below = count_below(at_work.below_clip[: len(clients)]) / divisor + 0.5
+            below = count_below(below_clip) / divisor + 0.5
             changed = clip * math.exp(-s.clip_learning_rate * (below - s.clip_quantile))
             return {CLIP: torch.tensor(changed, dtype=torch.float64)}
 
-        broadcast_clip = None if s.clip_quantile is None else state[CLIP]
-        gradients = ExactGradients(self.model, finite_only=True)
-        at_work = Round(gradients, protect, once(average), sums=sums, broadcast_clip=broadcast_clip, finish=finish)
-        return at_work
+        broadcast_clip = state[CLIP] if self.broadcasts_clip else None
+        return ServerRoundMechanism(once(average), releases, broadcast_clip, finish)
+
+    def entered(self, clients: Sequence[int], rates: Sequence[Sequence[float]]) -> list[Release]:
+        return self.round_releases(clients)
+
+    def _upload_terms(self, clip: float) -> SumTerms:
+        return SumTerms("the sum of uploads", "client", clip, self._multipliers[0])
+
+    @property
+    def _count_terms(self) -> SumTerms:
+        return SumTerms("the count", "client", 0.5, self._multipliers[1])
 
     @cached_property
     def _multipliers(self) -> tuple[float, float]:

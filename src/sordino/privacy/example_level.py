@@ -15,9 +15,20 @@ from sordino.privacy.cotangent import CotangentGradients, public_directions
 from sordino.privacy.dp_sgd import DpSgdGradients, Group, sampled
 from sordino.privacy.gradients import Batch, Gradient, Gradients, Parameters, PromptOf
 from sordino.privacy.ledger import OBSERVERS, Channel, Ledger, Observer, Release
-from sordino.privacy.mechanism import Average, Mechanism, Round, charge, once, plain_mean, summed_securely, unchanged
+from sordino.privacy.mechanism import (
+    WEIGHT,
+    Average,
+    ClientRoundMechanism,
+    Mechanism,
+    ServerRoundMechanism,
+    charge,
+    once,
+    plain_mean,
+    summed_securely,
+    unchanged,
+)
 from sordino.privacy.noise import Randomness
-from sordino.privacy.secure_mean import SecureSums
+from sordino.privacy.secure_mean import ServerSums, SumTerms, SumVectors
 
 SIZES_KNOWN = "how many examples each client holds is known to all"
 
@@ -30,8 +41,10 @@ class ExampleMechanism(Mechanism):
     def samples_examples(self) -> bool:
         return True
 
-    def open(self, randomness: Randomness, clients: Sequence[int], state: Mapping[str, Tensor]) -> Round:
-        releases: list[Release] = []
+    def client_end(
+        self, randomness: Randomness, clients: Sequence[int], clip: Tensor | None = None
+    ) -> ClientRoundMechanism:
+        rates: list[Tensor] = []
         differentiated: set[int] = set()  # draws; a second release of one sample is no independent one
 
         def gradients(prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch) -> Gradient:
@@ -43,11 +56,32 @@ class ExampleMechanism(Mechanism):
                 )
             noised = self._gradients(randomness, clients, call=len(differentiated))
             differentiated.add(sampling.draw)
-            releases.extend(self._call_releases(clients, sampling.rate.tolist()))
+            rates.append(sampling.rate)
             return noised(prompt_of, parameters, fixed, batch)
 
-        sums = SecureSums(self.settings, randomness) if self.settings.noise_by == "shares" else None
-        return Round(gradients, unchanged, self._averaging(randomness, releases, sums), releases, sums=sums)
+        def offer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            for name in self._noised_fields:
+                values = tensors[name]
+                weights = tensors[WEIGHT].to(values)
+                weighted = values * weights.view(-1, *[1] * (values.ndim - 1))
+                mechanism_round.summed.append(SumVectors(self._sum_terms(name), {name: weighted}))
+            return tensors
+
+        mechanism_round = ClientRoundMechanism(gradients, offer if self.sums_securely else unchanged, rates)
+        return mechanism_round
+
+    def server_end(
+        self,
+        randomness: Randomness,
+        clients: Sequence[int],
+        state: Mapping[str, Tensor],
+        sums: ServerSums | None = None,
+    ) -> ServerRoundMechanism:
+        releases: list[Release] = []
+        return ServerRoundMechanism(self._averaging(randomness, releases, sums), releases)
+
+    def entered(self, clients: Sequence[int], rates: Sequence[Sequence[float]]) -> list[Release]:
+        return [release for drawn in rates for release in self._call_releases(clients, drawn)]
 
     def round_releases(self, clients: Sequence[int]) -> list[Release]:
         each = self._call_releases(clients, self._rates(clients))
@@ -108,31 +142,45 @@ class ExampleMechanism(Mechanism):
             call,
         )
 
-    def _averaging(self, randomness: Randomness, releases: list[Release], sums: SecureSums | None) -> Average:
-        """Means with noise where the server, or all clients together, add it.
+    @cached_property
+    def _noised_fields(self) -> tuple[str, ...]:
+        """The upload's fields whose mean gets noise, where clients do not add it alone."""
+        return tuple(self.inputs.shared.values())
+
+    @cached_property
+    def _sensitivity(self) -> float:
+        """Bound the change of a weighted sum by one example.
 
         The mean of gradients S_i / L_i with weights w_i changes by at most C max_i(w_i / L_i) / W for one example.
         """
-        noised, z_shared = set(self.inputs.shared.values()), self._multipliers[1]
-        sensitivity = self.settings.clip * self.inputs.largest_share  # of the weighted sum
+        return self.settings.clip * self.inputs.largest_share
+
+    def _sum_terms(self, name: str) -> SumTerms:
+        """Return the terms on which a field is summed securely; its entries may be all of a client's examples'."""
+        largest = self._sensitivity * max(self.inputs.sizes)
+        return SumTerms(f"the sum of {name}", "example", self._sensitivity, self._multipliers[1], largest)
+
+    def _averaging(self, randomness: Randomness, releases: list[Release], sums: ServerSums | None) -> Average:
+        """Return means with noise where the server, or all clients together, add it."""
+        z_shared = self._multipliers[1]
 
         def by_server(name: str, values: Tensor, weights: Tensor) -> Tensor:
             plain = plain_mean(name, values, weights)
-            if name not in noised:
+            if name not in self._noised_fields:
                 return plain
             noise = randomness.common_normal(f"noise on the mean of {name}", *plain.shape)
-            return plain + z_shared * sensitivity / float(weights.sum()) * noise.to(plain)
+            return plain + z_shared * self._sensitivity / float(weights.sum()) * noise.to(plain)
 
         def in_shares(name: str, values: Tensor, weights: Tensor) -> Tensor:
-            if name not in noised:
-                return plain_mean(name, values, weights)
-            weights = weights.to(values)
-            weighted = {name: values * weights.view(-1, *[1] * (values.ndim - 1))}
+            if name not in self._noised_fields:
+                raise RunError(
+                    f"the method averages {name!r}, which is not among the gradients that it declares as averaged; "
+                    "a secure sum would show it without noise; use privacy.noise_by = 'client'"
+                )
             assert sums is not None
-            largest = sensitivity * max(self.inputs.sizes)  # of an entry: all of a client's examples at their clip
-            found, charged = sums.of(f"the sum of {name}", weighted, "example", sensitivity, z_shared, largest)
+            total, charged = sums.of(self._sum_terms(name), {name: values})
             charge(releases, -1, charged)
-            return found[name] / weights.sum()
+            return total[name] / weights.to(values).sum()
 
         return {"client": plain_mean, "server": once(by_server), "shares": once(in_shares)}[self.settings.noise_by]
 

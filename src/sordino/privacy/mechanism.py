@@ -21,7 +21,7 @@ from sordino.privacy.gradients import ExactGradients, Gradients
 from sordino.privacy.ledger import OBSERVERS, Channel, Disclosure, Ledger, Release, Source
 from sordino.privacy.noise import Randomness
 from sordino.privacy.sampling import sampling_rate
-from sordino.privacy.secure_mean import SecureSums
+from sordino.privacy.secure_mean import ServerSums, SumVectors
 from sordino.privacy.settings import PrivacySettings
 
 ServerUses = Literal["mean", "each", "shares", "nothing"]
@@ -33,6 +33,7 @@ INSTEAD_OF_A_MEAN: dict[ServerUses, str] = {
     "shares": "averages within clusters, on secret shares",
     "nothing": "sends nothing to be averaged",
 }
+WEIGHT = "weight"  # the field of an upload by which it is averaged: known to all, not learned, so never clipped
 SLACK = 1e-6  # by which a budget may seem to be passed where rounding says so
 
 
@@ -86,28 +87,40 @@ class MechanismInputs:
 
 
 @dataclass
-class Round:
-    """A mechanism at work in one round.
+class ClientRoundMechanism:
+    """The clients' end of a mechanism in one round.
 
     Attributes:
         gradients: what the method is given.
-        protect: what becomes of an upload's tensors, each [K, ...], before they leave the clients.
-        average: (name, values [K, ...], weights [K]) to their mean, as the server sees it.
-        releases: what was released so far; filled as it happens.
-        below_clip: [K], 1/2 where an upload was below an adaptive clip, -1/2 where not, noised; a part of the upload.
-        sums: the round's secure sums; where they are set, the server sees nothing of uploads but `average`.
-        broadcast_clip: the clip that clients are told, where it adapts; a part of the broadcast.
-        finish: the mechanism's state after the round.
+        protect: turns an upload's tensors, each [K, ...], into what leaves the clients.
+        rates: for each gradient that was taken, the sampling rates [K] of its batch, as they were drawn.
+        below_clip: [K], 1/2 where an upload was below an adaptive clip, -1/2 where not, noised; part of the upload.
+        summed: vectors that a secure sum adds up; they never leave in the clear.
     """
 
     gradients: Gradients
     protect: Callable[[dict[str, Tensor]], dict[str, Tensor]]
-    average: Average
-    releases: list[Release] = field(default_factory=list)
+    rates: list[Tensor] = field(default_factory=list)
     below_clip: Tensor | None = None
-    sums: SecureSums | None = None
+    summed: list[SumVectors] = field(default_factory=list)
+
+
+@dataclass
+class ServerRoundMechanism:
+    """The server's end of a mechanism in one round.
+
+    Attributes:
+        average: (field, values [K, ...], weights [K]) to their mean, with noise where the server or a secure sum adds
+            it. Under a secure sum it looks at no value.
+        releases: what the round released; a secure sum enters the noise of those who survived it.
+        broadcast_clip: the clip that clients are told, where it adapts; part of the broadcast.
+        finish: from the uploads' `below_clip` [K], or None, to the mechanism's state after the round.
+    """
+
+    average: Average
+    releases: list[Release]
     broadcast_clip: Tensor | None = None
-    finish: Callable[[], dict[str, Tensor]] = dict
+    finish: Callable[[Tensor | None], dict[str, Tensor]] = lambda below_clip: {}
 
 
 @dataclass(frozen=True)
@@ -138,17 +151,61 @@ class Mechanism:
         """Whether batches are."""
         return False
 
+    @property
+    def broadcasts_clip(self) -> bool:
+        """Whether the clip adapts, so that the server tells it every round."""
+        return False
+
     def initial_state(self) -> dict[str, Tensor]:
         """The state before the first round."""
         return {}
 
-    def open(self, randomness: Randomness, clients: Sequence[int], state: Mapping[str, Tensor]) -> Round:
-        """The mechanism for the round in which `clients` take part."""
+    def client_end(
+        self, randomness: Randomness, clients: Sequence[int], clip: Tensor | None = None
+    ) -> ClientRoundMechanism:
+        """Return the clients' end of a round.
+
+        Args:
+            randomness: where their noise comes from.
+            clients: the K clients of the stack, by number.
+            clip: what the server broadcast of an adaptive clip.
+        """
         assert self.model is not None
-        return Round(ExactGradients(self.model), unchanged, plain_mean)
+        return ClientRoundMechanism(ExactGradients(self.model), unchanged)
+
+    def server_end(
+        self,
+        randomness: Randomness,
+        clients: Sequence[int],
+        state: Mapping[str, Tensor],
+        sums: ServerSums | None = None,
+    ) -> ServerRoundMechanism:
+        """Return the server's end of a round.
+
+        Args:
+            randomness: where the server's noise comes from.
+            clients: who takes part, by number.
+            state: the mechanism's, after the round before.
+            sums: the server's end of secure sums, where `noise_by` is "shares".
+        """
+        return ServerRoundMechanism(plain_mean, [])
+
+    @property
+    def sums_securely(self) -> bool:
+        """Whether uploads are added up by a secure sum, so that the server sees none of them."""
+        return self.settings.on and self.inputs.trains and self.settings.noise_by == "shares"
+
+    def entered(self, clients: Sequence[int], rates: Sequence[Sequence[float]]) -> list[Release]:
+        """Return what a round released.
+
+        Args:
+            clients: who took part.
+            rates: for each gradient that was taken, the clients' sampling rates, as they were drawn.
+        """
+        return []
 
     def round_releases(self, clients: Sequence[int]) -> list[Release]:
-        """What a whole round in which `clients` take part will release."""
+        """Return what a whole round in which `clients` take part is planned to release."""
         return []
 
     def check(self, releases: Iterable[Release], clients: Sequence[int]) -> None:

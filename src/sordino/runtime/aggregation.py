@@ -12,9 +12,8 @@ from torch import Tensor
 
 from sordino.algorithms.base import AnyUpload, MethodInfo, Uploads, map_tensors, named_tensors
 from sordino.errors import ConfigError
-from sordino.privacy.client_level import WEIGHT
 from sordino.privacy.clipping import clip_jointly
-from sordino.privacy.mechanism import INSTEAD_OF_A_MEAN, Average
+from sordino.privacy.mechanism import INSTEAD_OF_A_MEAN, WEIGHT, Average
 from sordino.privacy.settings import PrivacySettings
 from sordino.runtime.settings import RuntimeSettings
 

@@ -1,15 +1,19 @@
 """Checkpoints that are whole or absent, and never overwrite a good one.
 
-A checkpoint is one safetensors file named after its round, beside `latest.json` that names it with its SHA-256 and
-holds the ledger as it was then. Both are written to a temporary name, flushed to the disk, and renamed; so a process
-that is killed, or a disk that is full, leaves the last complete checkpoint in place.
+A server and its clients have a safetensors file each, named after the round. `latest.json` names those that belong
+together, with their SHA-256, and holds the ledger as it was then; a party on its own machine has its own file alone.
+All are written to a temporary name, flushed to the disk, and renamed, `latest.json` last. So a process that is killed,
+or a disk that is full, leaves the last complete checkpoint in place.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from torch import Tensor
@@ -18,33 +22,35 @@ from sordino.algorithms.base import AnyState, State, map_tensors, named_tensors
 from sordino.errors import RunError
 from sordino.files import write_atomically
 from sordino.privacy.ledger import Ledger
+from sordino.runtime.client import ClientTraining
 from sordino.runtime.local import Training
+from sordino.runtime.server import ServerTraining
 
 LATEST = "latest.json"
+KEPT = 2  # checkpoints: the latest, and the one before it
 
 
 def save(folder: Path, training: Training) -> None:
-    """Write a checkpoint, and remove those older than the one before it.
+    """Write a checkpoint of a whole run, and remove those older than the one before it.
 
     Raises:
         RunError: it cannot be written.
     """
-    content = safetensors.torch.save(_tensors(training)) if _tensors(training) else b""
-    name = f"round-{training.round:06d}.safetensors"
-    write_atomically(folder / name, content)
-    latest = {
-        "file": name,
-        "round": training.round,
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "ledger": training.ledger.to_json(),
-    }
-    write_atomically(folder / LATEST, json.dumps(latest).encode())
-    for old in sorted(folder.glob("round-*.safetensors"))[:-2]:
-        old.unlink(missing_ok=True)
+    _write(folder, training.round, training.at_server, training.at_clients)
+
+
+def save_server(folder: Path, training: ServerTraining) -> None:
+    """Write a checkpoint of a server alone; see `save`."""
+    _write(folder, training.round, training, None)
+
+
+def save_clients(folder: Path, training: ClientTraining) -> None:
+    """Write a checkpoint of a stack of clients alone; see `save`."""
+    _write(folder, training.round, None, training)
 
 
 def load(folder: Path, like: Training) -> Training | None:
-    """The latest checkpoint, or None where there is none; loading executes nothing.
+    """Return the latest checkpoint of a whole run, or None where there is none; loading executes nothing.
 
     Args:
         folder: where it was saved.
@@ -53,37 +59,82 @@ def load(folder: Path, like: Training) -> Training | None:
     Raises:
         RunError: the checkpoint is damaged or belongs to another run.
     """
+    found = _read(folder, like.at_server, like.at_clients)
+    if found is None:
+        return None
+    server, clients = found
+    assert server is not None
+    assert clients is not None
+    return Training(server, clients)
+
+
+def load_server(folder: Path, like: ServerTraining) -> ServerTraining | None:
+    """Return the latest checkpoint of a server alone; see `load`."""
+    found = _read(folder, like, None)
+    return found and found[0]
+
+
+def load_clients(folder: Path, like: ClientTraining) -> ClientTraining | None:
+    """Return the latest checkpoint of a stack of clients alone; see `load`."""
+    found = _read(folder, None, like)
+    return found and found[1]
+
+
+def _write(folder: Path, number: int, server: ServerTraining | None, clients: ClientTraining | None) -> None:
+    parts: dict[str, dict[str, Tensor]] = {}
+    if server is not None:
+        mechanism = {f"mechanism.{name}": tensor.contiguous() for name, tensor in server.mechanism.items()}
+        parts["server"] = mechanism | _tensors("server.", server.state)
+    if clients is not None:
+        parts["clients"] = _tensors("clients.", clients.state)
+    files: dict[str, dict[str, str]] = {}
+    for party, tensors in parts.items():
+        content = safetensors.torch.save(tensors) if tensors else b""
+        name = f"round-{number:06d}.{party}.safetensors"
+        write_atomically(folder / name, content)
+        files[party] = {"file": name, "sha256": hashlib.sha256(content).hexdigest()}
+    latest: dict[str, Any] = {"round": number, **files}
+    if server is not None:
+        latest["ledger"] = server.ledger.to_json()
+    write_atomically(folder / LATEST, json.dumps(latest).encode())
+    for party in parts:
+        for old in sorted(folder.glob(f"round-*.{party}.safetensors"))[:-KEPT]:
+            old.unlink(missing_ok=True)
+
+
+def _read(
+    folder: Path, server: ServerTraining | None, clients: ClientTraining | None
+) -> tuple[ServerTraining | None, ClientTraining | None] | None:
     if not (folder / LATEST).exists():
         return None
     try:
         latest = json.loads((folder / LATEST).read_bytes())
-        path = folder / str(latest["file"])
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != latest["sha256"]:
-            raise ValueError("its SHA-256 is not the one recorded")
-        tensors = safetensors.torch.load(content) if content else {}
-        return Training(
-            int(latest["round"]),
-            _fill(like.server, tensors, "server."),
-            _fill(like.clients, tensors, "clients."),
-            {name: tensors[f"mechanism.{name}"] for name in like.mechanism},
-            Ledger.from_json(latest["ledger"]),
-        )
+        number = int(latest["round"])
+        if server is not None:
+            tensors = _part(folder, latest["server"])
+            mechanism = {name: tensors[f"mechanism.{name}"] for name in server.mechanism}
+            state = _fill(server.state, tensors, "server.")
+            server = ServerTraining(number, state, mechanism, Ledger.from_json(latest["ledger"]))
+        if clients is not None:
+            state_of_clients = _fill(clients.state, _part(folder, latest["clients"]), "clients.")
+            clients = replace(clients, round=number, state=state_of_clients)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
         raise RunError(
             f"checkpoint in {folder} is damaged ({error}); nothing was changed; "
             "delete the folder to train from the start"
         ) from None
+    return server, clients
 
 
-def _tensors(training: Training) -> dict[str, Tensor]:
-    parts: dict[str, State] = {"server.": training.server, "clients.": training.clients}
-    mechanism = {f"mechanism.{name}": tensor.contiguous() for name, tensor in training.mechanism.items()}
-    return mechanism | {
-        prefix + name: tensor.detach().cpu().contiguous().clone()
-        for prefix, state in parts.items()
-        for name, tensor in named_tensors(state).items()
-    }
+def _part(folder: Path, entry: Mapping[str, str]) -> dict[str, Tensor]:
+    content = (folder / str(entry["file"])).read_bytes()
+    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+        raise ValueError("its SHA-256 is not the one recorded")
+    return safetensors.torch.load(content) if content else {}
+
+
+def _tensors(prefix: str, state: State) -> dict[str, Tensor]:
+    return {prefix + name: tensor.detach().cpu().contiguous().clone() for name, tensor in named_tensors(state).items()}
 
 
 def _fill(like: AnyState, tensors: dict[str, Tensor], prefix: str) -> AnyState:

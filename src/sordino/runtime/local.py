@@ -1,12 +1,11 @@
-"""The federation in one process: all clients are one stack."""
+"""The federation in one process: one server, and one stack of all clients, that exchange bytes."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,72 +13,70 @@ import torch
 from torch import Tensor
 
 import sordino
-from sordino.algorithms.base import (
-    Algorithm,
-    AnyUpload,
-    Broadcast,
-    ClientData,
-    ClientState,
-    ClippedBroadcast,
-    ClippedUpload,
-    InitContext,
-    PersonalBroadcast,
-    RoundContext,
-    Server,
-    State,
-    StatedWeight,
-    Upload,
-    map_tensors,
-    model_class,
-    named_tensors,
-    put,
-    take,
-)
+from sordino.algorithms.base import Algorithm, ClientState, RoundContext, Server
 from sordino.encoders.prompt_model import Prompt, PromptModel
-from sordino.errors import RunError
 from sordino.privacy.choice import mechanism_for
-from sordino.privacy.client_level import WEIGHT
-from sordino.privacy.gradients import Batch, Gradient, Gradients, Parameters, PromptOf
-from sordino.privacy.ledger import Disclosure, Ledger, Release, joint_digest
-from sordino.privacy.mechanism import Average, MechanismInputs, Round
+from sordino.privacy.ledger import Ledger, joint_digest
 from sordino.privacy.noise import Randomness, SystemRandomness, new_nonce, simulated
-from sordino.privacy.sampling import PoissonSampler
 from sordino.privacy.settings import PrivacySettings
-from sordino.randomness import Streams, generator
-from sordino.runtime import aggregation, messages
-from sordino.runtime.aggregation import aggregated
-from sordino.runtime.records import RoundRecord, protocol_record
+from sordino.runtime import aggregation
+from sordino.runtime.client import ClientEnd, ClientTraining
+from sordino.runtime.facts import (
+    Federation,
+    Schemas,
+    client_data,
+    data_digest,
+    mechanism_inputs,
+    participant_count,
+    schemas_of,
+)
+from sordino.runtime.records import RoundRecord
+from sordino.runtime.server import Diverged, RoundError, ServerEnd, ServerTraining, finite
 from sordino.runtime.settings import RuntimeSettings
+
+__all__ = ["Diverged", "LocalRuntime", "RoundError", "Training"]
 
 
 @dataclass(frozen=True)
 class Training:
-    """Where a run stands after a round; all that a checkpoint must hold.
+    """Where a run stands after a round: the two parts that a checkpoint holds, each in a file of its own.
 
     Attributes:
-        round: counted from 1; 0 before the first.
-        server, clients: the method's state.
-        mechanism: the privacy mechanism's state.
-        ledger: what was released so far.
+        at_server: the server's part.
+        at_clients: the clients' part.
     """
 
-    round: int
-    server: Server
-    clients: ClientState
-    mechanism: dict[str, Tensor] = field(default_factory=dict)
-    ledger: Ledger = field(default_factory=Ledger)
+    at_server: ServerTraining
+    at_clients: ClientTraining
 
+    @property
+    def round(self) -> int:
+        """The last round, counted from 1; 0 before the first."""
+        return self.at_server.round
 
-class Diverged(RunError):
-    """Training came to numbers that are not finite.
+    @property
+    def server(self) -> Server:
+        """The method's state at the server."""
+        return self.at_server.state
 
-    Attributes:
-        ledger: with what the round released before that was seen.
-    """
+    @property
+    def clients(self) -> ClientState:
+        """The method's state at the clients, each tensor [K, ...]."""
+        return self.at_clients.state
 
-    def __init__(self, message: str, ledger: Ledger) -> None:
-        super().__init__(message)
-        self.ledger = ledger
+    @property
+    def mechanism(self) -> dict[str, Tensor]:
+        """The privacy mechanism's state."""
+        return self.at_server.mechanism
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger of what was released so far."""
+        return self.at_server.ledger
+
+    def with_ledger(self, ledger: Ledger) -> Training:
+        """Return the same state with another ledger."""
+        return replace(self, at_server=replace(self.at_server, ledger=ledger))
 
 
 class LocalRuntime:
@@ -119,13 +116,13 @@ class LocalRuntime:
         self.algorithm, self.settings, self.model = algorithm, settings, model
         self.rounds = rounds if algorithm.ABOUT.trains else 0
         self.runtime, self.seed = runtime, seed
-        digests = [data_digest(features, labels, each) for each in rows] if digests is None else digests
+        digests = [data_digest(features, labels, client) for client in rows] if digests is None else digests
         if algorithm.ABOUT.pools_data:
             rows, digests = [[row for client in rows for row in client]], [joint_digest(digests)]
         self.digests = list(digests)
         self.data = client_data(features, labels, rows, runtime.weighting)
         self.privacy = privacy or PrivacySettings()
-        inputs = mechanism_inputs(algorithm, settings, [len(each) for each in rows], self.rounds, runtime, seed)
+        inputs = mechanism_inputs(algorithm, settings, [len(client) for client in rows], self.rounds, runtime, seed)
         self.mechanism = mechanism_for(self.privacy, inputs, model)
         if check := getattr(algorithm, "check", None):
             check(settings, model, participant_count(len(rows), runtime.participation))
@@ -150,277 +147,102 @@ class LocalRuntime:
         )
         return hashlib.sha256("\n".join(made_of).encode()).hexdigest()
 
-    def start(self) -> Training:
-        """The state before the first round."""
-        encoder = self.model.encoder
-        streams = self._streams(0, range(len(self.data)))
-        ledger = replace(self.mechanism.empty_ledger(), run=self._run_name(), data=self._party_digests())
-        start = InitContext(
-            encoder.embed,
-            encoder.context_width,
-            self.model.classes.names,
-            streams,
-            encoder.image_width,
-            encoder.image_layers,
-        )
-        return Training(
-            0,
-            self.algorithm.server_init(self.settings, start),
-            self.algorithm.client_init(self.settings, start, self.data),
-            self.mechanism.initial_state(),
-            ledger,
+    @cached_property
+    def schemas(self) -> Schemas:
+        """What the method's messages look like."""
+        example = self.data.features.new_zeros(self.data.features.shape[1:])
+        return schemas_of(self.algorithm, self.settings, self.model, len(self.data), self.rounds, example)
+
+    @property
+    def federation(self) -> Federation:
+        """What all parties agree on."""
+        return Federation(
+            self.algorithm,
+            self.settings,
+            self.model,
+            len(self.data),
+            self.rounds,
+            self.runtime,
+            self.seed,
+            self.mechanism,
+            self.schemas,
+            self.data.features.device,
         )
 
+    @property
+    def server(self) -> ServerEnd:
+        """The server."""
+        return ServerEnd(self.federation, self.randomness)
+
+    @property
+    def clients(self) -> ClientEnd:
+        """All clients, as one stack."""
+        return ClientEnd(self.federation, self.data, range(len(self.data)), self.randomness, self.boosts)
+
+    def start(self) -> Training:
+        """Return the state before the first round."""
+        data = {f"client {client}": digest for client, digest in enumerate(self.digests)}
+        return Training(self.server.start(self._run_name(), data), self.clients.start())
+
     def round(self, training: Training) -> tuple[Training, RoundRecord]:
-        """The next round.
+        """Play the next round.
 
         Raises:
             Diverged: what was released is not finite; without a mechanism, nor may be the loss or a client's state.
             RunError: the method does not keep to its schedule, and nothing was released.
         """
+        clients = self.clients.round(training.at_clients)
         number = training.round + 1
-        chosen = self._participants(number)
-        # Coins may choose nobody. Then one client's round is computed for the messages' shapes, and counts for nothing.
-        stack = chosen if len(chosen) else torch.zeros(1, dtype=torch.int64, device=chosen.device)
-        round_context = RoundContext(number, self.rounds, self._streams(number, stack.tolist()))
-        randomness = self._randomness(number, stack.tolist())
-        at_work = self.mechanism.open(randomness, chosen.tolist(), training.mechanism)
-        gradients = _Recorded(at_work.gradients)
-        broadcast = self.algorithm.broadcast(training.server)
-        if isinstance(broadcast, PersonalBroadcast):
-            broadcast = take(broadcast, stack)
-        upload, states = self.algorithm.client_round(
-            self.settings,
-            broadcast,
-            take(training.clients, stack),
-            _take_data(self.data, stack, PoissonSampler(randomness) if self.mechanism.samples_examples else None),
-            gradients,
-            round_context,
-        )
-        upload, message = _protected(self._boosted(upload, stack), at_work)
-        self.mechanism.check(at_work.releases, chosen.tolist())
-        there = torch.arange(len(chosen), device=stack.device)
-        began = time.monotonic()
-        if exchange := getattr(self.algorithm, "exchange", None):
-            uploads = exchange(
-                self.settings, self.model, training.server, take(upload, there), chosen.tolist(), round_context
-            )
-        else:
-            uploads = aggregated(self.runtime, *_as_the_server_sees_it(take(upload, there), at_work))
-        server = self.algorithm.server_round(self.settings, training.server, uploads, round_context)
-        protocol = protocol_record(uploads, time.monotonic() - began)
-        clients = put(training.clients, chosen, take(states, there))
-        after = Training(number, server, clients, at_work.finish(), training.ledger.add(at_work.releases))
-        loss = gradients.mean_loss()
-        if not self._sound(after, loss):
-            attacked = ", or poisoning.boost, or have another runtime.aggregation" if self.boosts else ""
-            raise Diverged(
-                f"training diverged in round {number} (loss {loss}); lower the learning rate{attacked}", after.ledger
-            )
-        first = torch.zeros(1, dtype=torch.int64, device=stack.device)
-        told = take(broadcast, first) if isinstance(broadcast, PersonalBroadcast) else broadcast
-        down = len(messages.encode(_with_clip(told, at_work)))
-        # Where there is a protocol, its messages carry the upload.
-        up = protocol.sent if protocol else len(messages.encode(take(_message(message, at_work), first)))
-        down += protocol.received if protocol else 0
-        if at_work.sums is not None:
-            up, down = up + at_work.sums.sent, down + at_work.sums.received
-        labels = getattr(server, "labels", None)
+        try:
+            at_server, seen = self.server.round(training.at_server, clients.handle)
+        except Diverged as error:
+            raise self._diverged(number, _mean(clients.losses), error.ledger) from None
+        loss = _mean(clients.losses)
+        after = Training(at_server, replace(clients.training, round=number))
+        # With a mechanism on, the server alone decides whether training goes on, by what was released: that a run ends
+        # must not tell anything else of anybody's data.
+        if not self.privacy.on and not (math.isfinite(loss) and finite(after.clients)):
+            raise self._diverged(number, loss, after.ledger)
+        sends = bool(vars(self.schemas.upload) or vars(self.schemas.broadcast))
+        # A method that tells nobody anything has no messages, though a simulation sends empty ones to keep time.
+        up, down = (seen.upload_bytes, seen.broadcast_bytes) if sends else (0, 0)
+        labels = getattr(after.server, "labels", None)
         clusters = None if labels is None else labels.long().tolist()
-        return after, RoundRecord(number, loss, len(chosen), up, down, clusters, protocol)
+        return after, RoundRecord(number, loss, len(seen.participants), up, down, clusters, seen.protocol)
 
     def within_budget(self, training: Training) -> bool:
-        """Whether the next round may be run: whether what it releases, on top of the ledger, stays in the budget."""
-        return self.mechanism.affords(training.ledger, self._round_releases(training.round + 1))
+        """Return whether what the next round releases, on top of the ledger, stays in the budget."""
+        return self.server.within_budget(training.at_server)
 
     def pays_for_all(self, training: Training) -> bool:
-        """Whether all remaining rounds stay in the budget, so that nobody need ask again."""
-        remaining = range(training.round + 1, self.rounds + 1)
-        releases = [each for number in remaining for each in self._round_releases(number)]
-        return self.mechanism.affords(training.ledger, releases)
+        """Return whether all remaining rounds stay in the budget, so that nobody need ask again."""
+        return self.server.pays_for_all(training.at_server)
 
     def prompts(self, training: Training) -> Prompt:
-        """The K clients' prompts, or the one that they share."""
+        """Return the K clients' prompts, or the one that they share."""
         return self.algorithm.prompt(self.algorithm.broadcast(training.server), training.clients)
 
-    def _boosted(self, upload: AnyUpload, clients: Tensor) -> AnyUpload:
-        """The upload with what attackers send enlarged, before anything that the protocol does to it.
+    def round_context(self, number: int) -> RoundContext:
+        """Return a round's number and randomness, for all clients."""
+        return self.federation.round_context(number, range(len(self.data)))
 
-        Model replacement: Bagdasaryan et al., How To Backdoor Federated Learning, AISTATS 2020.
-        """
-        factors = [self.boosts.get(client, 1.0) for client in clients.tolist()]
-        if all(factor == 1 for factor in factors):
-            return upload
-
-        def enlarge(name: str, tensor: Tensor) -> Tensor:
-            if name == WEIGHT:
-                return tensor
-            return tensor * torch.tensor(factors, dtype=torch.float64).to(tensor).view(-1, *[1] * (tensor.ndim - 1))
-
-        return map_tensors(upload, enlarge)
-
-    def _round_releases(self, number: int) -> list[Release]:
-        # Where coins choose the clients, what is released does not depend on whom they choose.
-        by_coins = self.mechanism.samples_clients
-        return self.mechanism.round_releases(range(len(self.data)) if by_coins else self._participants(number).tolist())
-
-    def _sound(self, training: Training, loss: float) -> bool:
-        """Whether training may go on.
-
-        With a mechanism on, only the server's state is looked at, which is made of what was released: that a run ends
-        must not tell anything else of anybody's data.
-        """
-        if self.privacy.on:
-            return _finite(training.server)
-        return math.isfinite(loss) and _finite(training.server) and _finite(training.clients)
-
-    def _randomness(self, number: int, clients: Sequence[int]) -> Randomness:
+    def randomness(self, number: int, clients: Sequence[int]) -> Randomness:
+        """Return where a round's noise and samples come from."""
         device = self.data.features.device
         if self.privacy.simulation:
             return simulated(self.nonce, self.identity, number, clients, device)
         return SystemRandomness(len(clients), device)
 
+    def _diverged(self, number: int, loss: float, ledger: Ledger) -> Diverged:
+        attacked = ", or poisoning.boost, or have another runtime.aggregation" if self.boosts else ""
+        return Diverged(f"training diverged in round {number} (loss {loss}); lower the learning rate{attacked}", ledger)
+
     def _run_name(self) -> str:
-        """A name that no other run has; a simulation that is the very same run again has the same."""
+        """Return a name that no other run has; a simulation that is the very same run again has the same."""
         if self.privacy.simulation:
             return hashlib.sha256(f"{self.nonce} {self.identity}".encode()).hexdigest()[:32]
         return new_nonce()
 
-    def _party_digests(self) -> dict[str, str]:
-        return {f"client {client}": digest for client, digest in enumerate(self.digests)}
 
-    def _streams(self, number: int, clients: Sequence[int]) -> Streams:
-        return Streams(self.seed, number, clients, self.data.features.device)
-
-    def _participants(self, number: int) -> Tensor:
-        """Who takes part in a round, in the order of their numbers; nobody, if coins say so."""
-        clients, device = len(self.data), self.data.features.device
-        if not self.mechanism.samples_clients:
-            return participants(self.seed, number, clients, self.runtime.participation).to(device)
-        tossed = self._randomness(number, [0]).uniform("participants", [clients])[0]
-        return (tossed < self.runtime.participation).nonzero().flatten().to(device)
-
-
-def participants(seed: int, number: int, clients: int, participation: float) -> Tensor:
-    """Which clients take part in round `number`: as many every round, ascending."""
-    order = torch.from_numpy(generator(seed, number, "participants").permutation(clients))
-    return order[: participant_count(clients, participation)].sort().values
-
-
-def participant_count(clients: int, participation: float) -> int:
-    """How many clients take part in a round."""
-    return max(1, round(participation * clients))
-
-
-def mechanism_inputs(
-    algorithm: Algorithm, settings: Any, sizes: Sequence[int], rounds: int, runtime: RuntimeSettings, seed: int
-) -> MechanismInputs:
-    """What a privacy mechanism must know of a method and its federation.
-
-    Args:
-        algorithm, settings: the method.
-        sizes: how many examples each party that trains holds.
-        rounds: of the whole run.
-        runtime: the `[runtime]` settings.
-        seed: of the run.
-    """
-    about, schedule = algorithm.ABOUT, algorithm.schedule(settings)
-    tells_sizes = runtime.weighting == "examples" and "weight" in {each.name for each in fields(algorithm.Upload)}
-    told = Disclosure("how many examples each client holds, to the server every round", "sizes")
-    taken = [0] * len(sizes)
-    for number in range(1, rounds + 1):
-        for client in participants(seed, number, len(sizes), runtime.participation).tolist():
-            taken[client] += 1
-    return MechanismInputs(
-        trains=about.trains,
-        pools_data=about.pools_data,
-        sizes=tuple(sizes),
-        weights=tuple(map(float, sizes)) if runtime.weighting == "examples" else (1.0,) * len(sizes),
-        uniform=runtime.weighting == "uniform",
-        batch_size=schedule.batch_size,
-        steps=schedule.steps,
-        linear=model_class(algorithm).linear,
-        rounds_participated=tuple(taken),
-        rounds=rounds,
-        participation=runtime.participation,
-        shared=about.averages,
-        personal=about.personal != "nothing",
-        server_uses=about.server_uses,
-        discloses=(*about.discloses, *([told] if tells_sizes else [])),
-    )
-
-
-def _protected(upload: AnyUpload, at_work: Round) -> tuple[AnyUpload, Upload]:
-    """An upload as it leaves its clients, and the message that carries it."""
-    tensors = at_work.protect(named_tensors(upload))
-    protected = map_tensors(upload, lambda name, _: tensors[name])
-    if at_work.below_clip is None:
-        return protected, protected
-    return protected, ClippedUpload(tensors, at_work.below_clip.float())
-
-
-def _as_the_server_sees_it(upload: AnyUpload, at_work: Round) -> tuple[AnyUpload, Average]:
-    """Uploads, and their means; under a secure sum the server is shown weights and means, and no upload."""
-    if at_work.sums is None:
-        return upload, at_work.average
-    hidden = named_tensors(upload)
-
-    def average(name: str, values: Tensor, weights: Tensor) -> Tensor:
-        return at_work.average(name, hidden[name], weights)
-
-    return map_tensors(upload, lambda name, each: each if name == WEIGHT else torch.full_like(each, math.nan)), average
-
-
-def _message(upload: Upload, at_work: Round) -> Upload:
-    """What a client sends in one piece; under a secure sum its weight alone, as all else is in the sum's messages."""
-    if at_work.sums is None:
-        return upload
-    weight = [tensor for name, tensor in named_tensors(upload).items() if name.rpartition(".")[-1] == WEIGHT]
-    return StatedWeight(weight[0]) if weight else Upload()
-
-
-def _with_clip(broadcast: Broadcast, at_work: Round) -> Broadcast:
-    """The message that tells a client its broadcast and, where that adapts, the clip of the round."""
-    if at_work.broadcast_clip is None:
-        return broadcast
-    return ClippedBroadcast(named_tensors(broadcast), at_work.broadcast_clip.float())
-
-
-def client_data(features: Tensor, labels: Tensor, rows: Sequence[Sequence[int]], weighting: str) -> ClientData:
-    """The clients' rows of a feature table, padded to the largest client."""
-    counts = torch.tensor([len(each) for each in rows], device=features.device)
-    padded = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(each) for each in rows], batch_first=True)
-    weights = counts.float() if weighting == "examples" else torch.ones_like(counts, dtype=torch.float32)
-    return ClientData(features, labels, padded.to(features.device), counts, weights)
-
-
-def data_digest(features: Tensor, labels: Tensor, rows: Sequence[int]) -> str:
-    """Return a digest of a client's examples in hex, whatever their order: of what is read of them, and of labels."""
-    chosen = torch.as_tensor(list(rows), dtype=torch.int64)
-    read, told = features[chosen.to(features.device)].cpu().contiguous(), labels[chosen.to(labels.device)].tolist()
-    pairs = zip(read.reshape(len(told), -1).numpy(), told, strict=True)
-    return joint_digest(hashlib.sha256(row.tobytes() + str(label).encode()).hexdigest() for row, label in pairs)
-
-
-def _take_data(data: ClientData, chosen: Tensor, poisson: PoissonSampler | None) -> ClientData:
-    rows, counts, weights = data.rows[chosen], data.counts[chosen], data.weights[chosen]
-    return replace(data, rows=rows, counts=counts, weights=weights, poisson=poisson)
-
-
-def _finite(state: State) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in named_tensors(state).values())
-
-
-class _Recorded:
-    """Gradients whose losses are kept for the log."""
-
-    def __init__(self, gradients: Gradients) -> None:
-        self._gradients, self._losses = gradients, list[Tensor]()
-
-    def __call__(self, prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch) -> Gradient:
-        gradient = self._gradients(prompt_of, parameters, fixed, batch)
-        self._losses.append(gradient.loss.mean())
-        return gradient
-
-    def mean_loss(self) -> float:
-        return float(torch.stack(self._losses).mean())
+def _mean(losses: Sequence[Tensor]) -> float:
+    return float(torch.stack(list(losses)).mean()) if losses else math.nan

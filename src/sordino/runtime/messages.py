@@ -1,18 +1,70 @@
-"""What crosses between a client and the server: the bytes of a Broadcast or an Upload, and of nothing else."""
+"""What crosses between a client and the server: the bytes of a Broadcast or an Upload, and of nothing else.
+
+A message is one safetensors file. Its tensors are those that the method's type declares; its header says which round it
+is of and what else the two ends of a round tell each other. Reading one executes nothing and trusts nothing: names,
+types, shapes and length must be those that were agreed, and every number must be finite.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
+import safetensors
 import safetensors.torch
+from torch import Tensor
 
 from sordino.algorithms.base import Broadcast, Upload, map_tensors, named_tensors
+from sordino.errors import RunError
 
 AnyMessage = TypeVar("AnyMessage", Broadcast, Upload)
 
+HEADER_BYTES = 65_536  # the header of a message, at most
+ROUND = "round"  # the header's entry that every message of a round begins with
 
-def encode(message: Broadcast | Upload) -> bytes:
-    """A message as safetensors; a message without tensors takes no bytes.
+
+class MessageError(RunError):
+    """A message is not what was agreed."""
+
+
+class NotFinite(MessageError):
+    """A tensor of a message has a number that is not finite."""
+
+
+@dataclass(frozen=True)
+class RoundHeader:
+    """What the server tells a client besides the broadcast.
+
+    Attributes:
+        round: the round's number, from 1.
+        place: the client's place among those who take part, from 0.
+        clients: how many take part.
+        session: of the round's secure sums, in hexadecimal digits; empty where there are none.
+    """
+
+    round: int
+    place: int
+    clients: int
+    session: str = ""
+
+
+@dataclass(frozen=True)
+class UploadHeader:
+    """What a client tells the server besides the upload.
+
+    Attributes:
+        round: the round's number.
+        rates: for each gradient that was taken, the sampling rate of the batch as it was drawn; empty without sampling.
+    """
+
+    round: int
+    rates: tuple[float, ...] = ()
+
+
+def encode(message: Broadcast | Upload, header: RoundHeader | UploadHeader) -> bytes:
+    """Return a message as safetensors.
 
     Raises:
         TypeError: the value is not a message; what a client holds besides cannot be sent.
@@ -20,14 +72,101 @@ def encode(message: Broadcast | Upload) -> bytes:
     if not isinstance(message, Broadcast | Upload):
         raise TypeError(f"{type(message).__name__} may not leave its party; only a Broadcast or an Upload may be sent")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named_tensors(message).items()}
-    return safetensors.torch.save(tensors) if tensors else b""
+    told = {name: json.dumps(value) for name, value in vars(header).items() if value not in ("", ())}
+    return safetensors.torch.save(tensors, metadata=told)
 
 
-def decode(content: bytes, like: AnyMessage) -> AnyMessage:
-    """A message of the same type as `like`, on the same devices; loading executes nothing.
+def opens_round(content: bytes) -> bool:
+    """Return whether bytes from the server are a broadcast that opens a round, or a message of a protocol in it."""
+    return ROUND in _header(content)
+
+
+def round_header(content: bytes) -> RoundHeader:
+    """Read what a broadcast tells besides its tensors.
 
     Raises:
-        KeyError: a tensor that `like` has is missing.
+        MessageError: an entry is missing, unknown or of another type.
     """
-    tensors = safetensors.torch.load(content) if content else {}
-    return map_tensors(like, lambda name, old: tensors[name].to(old.device))
+    entries = _header(content)
+    _check_entries(entries, {"round", "place", "clients"}, {"session"})
+    numbers = {name: _count(name, entries[name]) for name in ("round", "place", "clients")}
+    session = entries.get("session", "")
+    if not isinstance(session, str):
+        raise MessageError(f"session {session!r} is not text")
+    return RoundHeader(**numbers, session=session)
+
+
+def upload_header(content: bytes) -> UploadHeader:
+    """Read what an upload tells besides its tensors.
+
+    Raises:
+        MessageError: an entry is missing, unknown or of another type.
+    """
+    entries = _header(content)
+    _check_entries(entries, {"round"}, {"rates"})
+    rates = entries.get("rates", [])
+    if not isinstance(rates, list) or not all(isinstance(rate, float | int) and 0 <= rate <= 1 for rate in rates):
+        raise MessageError(f"rates {rates!r} are not a list of probabilities")
+    return UploadHeader(_count("round", entries["round"]), tuple(map(float, rates)))
+
+
+def decode(content: bytes, like: AnyMessage, *, finite: bool = True) -> AnyMessage:
+    """Return a message of the same type as `like`, on the same devices.
+
+    Args:
+        content: bytes from another party.
+        like: a message with the names, types and shapes that were agreed.
+        finite: whether numbers that are not finite are refused.
+
+    Raises:
+        MessageError: the bytes are too many or no message, or a tensor is unknown, missing, of another type or shape,
+            or its numbers are not finite (`NotFinite`).
+    """
+    agreed = named_tensors(like)
+    longest = HEADER_BYTES + sum(tensor.numel() * tensor.element_size() for tensor in agreed.values())
+    if len(content) > longest:
+        raise MessageError(f"it has {len(content):,} bytes where at most {longest:,} were agreed")
+    try:
+        tensors = safetensors.torch.load(content)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise MessageError(f"it is no message: {error}") from None
+    unknown, missing = sorted(tensors.keys() - agreed.keys()), sorted(agreed.keys() - tensors.keys())
+    if unknown:
+        raise MessageError(f"it has tensors that were not agreed: {', '.join(unknown)}")
+    if missing:
+        raise MessageError(f"it lacks tensors: {', '.join(missing)}")
+    return map_tensors(like, lambda name, old: _checked(name, tensors[name], old, finite))
+
+
+def _checked(name: str, tensor: Tensor, agreed: Tensor, finite: bool) -> Tensor:
+    if tensor.dtype != agreed.dtype:
+        raise MessageError(f"tensor {name!r} is of type {tensor.dtype} where {agreed.dtype} was agreed")
+    if tensor.shape != agreed.shape:
+        raise MessageError(f"tensor {name!r} has shape {list(tensor.shape)} where {list(agreed.shape)} was agreed")
+    if finite and not bool(tensor.isfinite().all()):
+        raise NotFinite(f"tensor {name!r} has a number that is not finite")
+    return tensor.to(agreed.device)
+
+
+def _check_entries(entries: Mapping[str, object], required: set[str], optional: set[str]) -> None:
+    unknown, missing = sorted(entries.keys() - required - optional), sorted(required - entries.keys())
+    if unknown or missing:
+        raise MessageError(f"its header has unknown entries {unknown} and lacks {missing}")
+
+
+def _count(name: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise MessageError(f"{name} {value!r} is no number from 0")
+    return value
+
+
+def _header(content: bytes) -> dict[str, object]:
+    """Return the entries of a message's header; none where the bytes have no header that can be read."""
+    length = int.from_bytes(content[:8], "little")
+    if length > HEADER_BYTES:
+        return {}
+    try:
+        metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+        return {name: json.loads(value) for name, value in metadata.items()}
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        return {}

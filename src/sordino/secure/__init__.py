@@ -23,7 +23,21 @@ from sordino.secure.clustering import (
 )
 from sordino.secure.encryption import EncryptingCipher
 from sordino.secure.errors import SecureError, TooFewAnswers, TooManyErrors
-from sordino.secure.local import ITERATIONS, Outcome, SharedExchange, Traffic, run, run_average, run_exchange
+from sordino.secure.local import (
+    ITERATIONS,
+    Carrier,
+    Outcome,
+    Party,
+    Refusal,
+    SharedExchange,
+    Traffic,
+    answered,
+    carry_exchange,
+    in_process,
+    run,
+    run_average,
+    run_exchange,
+)
 from sordino.secure.mailbox import Rejection
 from sordino.secure.pairs import Pairs
 from sordino.secure.search import Start, search
@@ -42,6 +56,7 @@ __all__ = [
     "NOBODY",
     "Adaptive",
     "Averages",
+    "Carrier",
     "Charge",
     "Cipher",
     "Client",
@@ -50,8 +65,10 @@ __all__ = [
     "NoisedSum",
     "Outcome",
     "Pairs",
+    "Party",
     "PlainCipher",
     "PlainDistances",
+    "Refusal",
     "Rejection",
     "RevealedDistances",
     "SecureError",
@@ -67,6 +84,8 @@ __all__ = [
     "TooManyErrors",
     "Traffic",
     "adaptive",
+    "answered",
+    "carry_exchange",
     "charge",
     "client_sensitivity",
     "discrete_gaussian",
@@ -74,6 +93,7 @@ __all__ = [
     "farthest_first",
     "fewest_members",
     "finish",
+    "in_process",
     "lloyd",
     "local_sum",
     "noised_sum",

@@ -7,9 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from sordino.secure.client import Client
 from sordino.secure.clustering import Clusters, Exchange
 from sordino.secure.errors import SecureError
@@ -62,38 +59,45 @@ class Traffic:
         return sum(self.sent.get(client, Counter()).values()) + self.received[client]
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """A client does not answer a message.
+
+    Attributes:
+        reason: in words.
+    """
+
+    reason: str
+
+
+# Brings a message to each of some clients and returns the replies that came.
+Carrier = Callable[[Mapping[int, bytes]], Iterable[tuple[int, bytes | Refusal]]]
+
+
 class SharedExchange:
-    """A round of one server with its clients, who are some of a federation's.
+    """The server's end of a round with its clients, who are some of a federation's.
 
     Args:
         setup: the round's numbers.
-        parties: the clients' ends, numbered by their place.
         clients: their numbers in the federation, ascending.
-        drop: see `run`; exchanges are counted through the whole round.
+        carrier: brings messages to them, by their place among `clients`.
 
     Attributes:
-        server: the server's end, with all that it saw.
+        server: the protocol's server, with all that it saw.
         clients, traffic: of this round.
     """
 
-    def __init__(
-        self, setup: Setup, parties: Sequence[Client], clients: Sequence[int], drop: Drop | None = None
-    ) -> None:
+    def __init__(self, setup: Setup, clients: Sequence[int], carrier: Carrier) -> None:
         self.server, self.clients, self.traffic = Server(setup), tuple(clients), Traffic()
-        self._parties, self._drop = parties, drop
-
-    @property
-    def points(self) -> NDArray[np.float64]:
-        """[n, d], what the clients are clustered by; no party has them all."""
-        return np.stack([party.point for party in self._parties])
+        self._carrier = carrier
 
     def cluster(self, start: Start) -> Clusters:
         """Cluster the clients' points; see `Server.cluster`."""
-        return run_exchange(self.server.cluster(start, ITERATIONS), self._parties, self.traffic, self._drop)
+        return carry_exchange(self.server.cluster(start, ITERATIONS), self._carrier, self.traffic)
 
     def average(self, sets: Sequence[Iterable[int]]) -> Averages:
-        """The means of the clients' vectors within disjoint sets; see `Server.average`."""
-        return run_exchange(self.server.average(sets), self._parties, self.traffic, self._drop)
+        """Return the means of the clients' vectors within disjoint sets; see `Server.average`."""
+        return carry_exchange(self.server.average(sets), self._carrier, self.traffic)
 
 
 @dataclass(frozen=True)
@@ -154,8 +158,12 @@ def run_average(
 def run_exchange(
     exchange: Exchange[Result], clients: Sequence[Party], traffic: Traffic, drop: Drop | None = None
 ) -> Result:
+    """Carry an exchange of a server's to its end in one process, counting bytes; see `run` for `drop`."""
+    return carry_exchange(exchange, in_process(clients, drop, traffic.exchanges), traffic)
+
+
+def carry_exchange(exchange: Exchange[Result], carrier: Carrier, traffic: Traffic) -> Result:
     """Carry an exchange of a server's to its end, counting bytes."""
-    by_number = {client.number: client for client in clients}
     replies: list[tuple[int, bytes]] | None = None
     while True:
         try:
@@ -165,18 +173,42 @@ def run_exchange(
             return result
         traffic.exchanges += 1
         replies = []
-        for number, content in messages.items():
-            if number not in by_number or _missing(drop, number, traffic.exchanges):
+        for client, reply in carrier(messages):
+            _count(traffic, "server", messages[client])
+            traffic.received[client] += len(messages[client])
+            if isinstance(reply, Refusal):
+                traffic.refusals.append((client, reply.reason))
                 continue
-            _count(traffic, "server", content)
-            traffic.received[number] += len(content)
-            try:
-                reply = by_number[number].handle(content)
-            except SecureError as error:
-                traffic.refusals.append((number, str(error)))
-                continue
-            _count(traffic, number, reply)
-            replies.append((number, reply))
+            _count(traffic, client, reply)
+            replies.append((client, reply))
+
+
+def in_process(clients: Sequence[Party], drop: Drop | None = None, exchanges: int = 0) -> Carrier:
+    """Return a carrier to clients in this process.
+
+    Args:
+        clients: their ends.
+        drop: see `run`.
+        exchanges: how many there were before, for `drop`.
+    """
+    by_number = {client.number: client for client in clients}
+    count = exchanges
+
+    def carry(messages: Mapping[int, bytes]) -> list[tuple[int, bytes | Refusal]]:
+        nonlocal count
+        count += 1
+        reached = [n for n in messages if n in by_number and not _missing(drop, n, count)]
+        return [(number, answered(by_number[number], messages[number])) for number in reached]
+
+    return carry
+
+
+def answered(client: Party, content: bytes) -> bytes | Refusal:
+    """Return a client's reply to a message, or why it refuses."""
+    try:
+        return client.handle(content)
+    except SecureError as error:
+        return Refusal(str(error))
 
 
 def _missing(drop: Drop | None, client: int, exchange: int) -> bool:

@@ -1,13 +1,15 @@
-"""Who trains on what: training pictures divided over clients by flwr-datasets' partitioners.
+"""Who trains on what: training pictures divided over clients.
 
-Each scheme becomes a column that a partitioner reads. Rows go to it in an order drawn from the seed, because some
-partitioners (IID, and the split of a class between its holders) cut the rows as they lie.
+The schemes divide rows as the partitioners of flwr-datasets do; a test compares them. They are written out here because
+that package installs `datasets`, pandas, pyarrow and matplotlib, which only Hugging Face data sets and plots need.
+
+Rows are divided in an order drawn from the seed, because some schemes (iid, and the split of a class between its
+holders) cut the rows as they lie.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +17,6 @@ from numpy.typing import NDArray
 from sordino.errors import ConfigError, DataError
 from sordino.tasks.images import Indices
 from sordino.tasks.settings import PartitionSettings
-
-if TYPE_CHECKING:
-    from flwr_datasets.partitioner import Partitioner
 
 ROWS_STREAM, CLASSES_STREAM, DRAW_STREAM = 11, 12, 13  # what a generator derived from the seed is for
 DIRICHLET_DRAWS = 10
@@ -76,8 +75,6 @@ def partition(
 
 
 def _disjoint(labels: Indices, settings: PartitionSettings, seed: int) -> list[Indices]:
-    from flwr_datasets.partitioner import GroupedNaturalIdPartitioner
-
     classes = np.unique(labels)
     if len(classes) < settings.clients:
         raise ConfigError(
@@ -86,20 +83,16 @@ def _disjoint(labels: Indices, settings: PartitionSettings, seed: int) -> list[I
             f"scheme 'disjoint' gives each client a class of its own, and there are {len(classes)}: at most that many",
         )
     dealt = _class_order(len(classes), settings, seed)
-    # Groups of its own making come in a number that follows from their size; here their number is what is given.
     groups = np.array_split(classes[dealt], settings.clients)
     owner = np.empty(int(classes.max()) + 1, dtype=np.int64)
     for client, group in enumerate(groups):
         owner[group] = client
-    partitioner = GroupedNaturalIdPartitioner(partition_by="part", group_size=1, sort_unique_ids=True)
-    return _parts(partitioner, owner[labels], settings.clients)
+    return [np.flatnonzero(owner[labels] == client) for client in range(settings.clients)]
 
 
 def _classes(
     labels: Indices, settings: PartitionSettings, seed: int, class_names: Sequence[str] | None
 ) -> list[Indices]:
-    from flwr_datasets.partitioner import PathologicalPartitioner
-
     classes = np.unique(labels)
     count, each = len(classes), settings.classes_per_client or 1
     if each > count:
@@ -111,26 +104,22 @@ def _classes(
             f"with {each} classes each, from the i-th on, some of the {count} classes would have no holder; have at "
             f"least {count - each + 1} clients, or use scheme 'disjoint'",
         )
-    place = np.empty(int(classes.max()) + 1, dtype=np.int64)  # class to its place in the cycle
     dealt = classes[_class_order(count, settings, seed)]
-    place[dealt] = np.arange(count)
-    holders = np.bincount(((np.arange(settings.clients)[:, None] + np.arange(each)) % count).ravel(), minlength=count)
+    # [K, classes_per_client]: the classes that a client holds, as places in `dealt`.
+    held = (np.arange(settings.clients)[:, None] + np.arange(each)) % count
+    owner = np.empty(len(labels), dtype=np.int64)
     for index in range(count):
-        pictures = int(np.sum(labels == dealt[index]))
-        if pictures < holders[index]:
+        holders = np.flatnonzero((held == index).any(axis=1))
+        rows = np.flatnonzero(labels == dealt[index])
+        if len(rows) < len(holders):
             name = dealt[index] if class_names is None else class_names[dealt[index]]
             raise DataError(
-                f"class {str(name)!r} has {pictures} training pictures for {holders[index]} clients that hold it; "
+                f"class {str(name)!r} has {len(rows)} training pictures for {len(holders)} clients that hold it; "
                 "have fewer clients, fewer classes_per_client, or a higher train_per_class"
             )
-    partitioner = PathologicalPartitioner(
-        num_partitions=settings.clients,
-        partition_by="part",
-        num_classes_per_partition=each,
-        class_assignment_mode="deterministic",
-        shuffle=False,
-    )
-    return _parts(partitioner, place[labels], settings.clients)
+        for client, share in zip(holders, np.array_split(rows, len(holders)), strict=True):
+            owner[share] = client
+    return [np.flatnonzero(owner == client) for client in range(settings.clients)]
 
 
 def _class_order(count: int, settings: PartitionSettings, seed: int) -> NDArray[np.int64]:
@@ -142,28 +131,17 @@ def _class_order(count: int, settings: PartitionSettings, seed: int) -> NDArray[
 def _dirichlet(labels: Indices, clients: int, beta: float, rng: np.random.Generator) -> list[Indices]:
     """Draws until each client has a picture, at most `DIRICHLET_DRAWS` times.
 
-    The partitioner rounds the bounds between clients down, which gives its last client half a picture too many of every
-    class (all of them, of a class with one). The proportions of a class are exchangeable, so who is last is drawn anew
-    for each class; its own check for empty clients, which would come before that, is off.
+    Bounds between clients are rounded down. That gives the last client half a picture too many of every class, and all
+    pictures of a class with one. The proportions of a class are exchangeable, so who is last is drawn anew for each.
     """
-    from flwr_datasets.partitioner import DirichletPartitioner
-
     for _ in range(DIRICHLET_DRAWS):
-        partitioner = DirichletPartitioner(
-            num_partitions=clients,
-            partition_by="part",
-            alpha=float(beta),
-            min_partition_size=0,
-            self_balancing=False,
-            shuffle=False,
-            seed=int(rng.integers(2**31)),
-        )
+        proportions = np.random.default_rng(int(rng.integers(2**31)))
         owner = np.empty(len(labels), dtype=np.int64)
-        for client, rows in enumerate(_parts(partitioner, labels, clients)):
-            owner[rows] = client
         for index in np.unique(labels):
-            of_class = labels == index
-            owner[of_class] = rng.permutation(clients)[owner[of_class]]
+            rows = np.flatnonzero(labels == index)
+            bounds = np.cumsum(proportions.dirichlet(np.full(clients, float(beta)))) * len(rows)
+            sizes = np.diff(bounds.astype(np.int64)[:-1], prepend=0, append=len(rows))
+            owner[rows] = np.repeat(rng.permutation(clients), sizes)
         if len(np.unique(owner)) == clients:
             return [np.flatnonzero(owner == client) for client in range(clients)]
     raise DataError(
@@ -174,9 +152,7 @@ def _dirichlet(labels: Indices, clients: int, beta: float, rng: np.random.Genera
 
 
 def _iid(count: int, clients: int) -> list[Indices]:
-    from flwr_datasets.partitioner import IidPartitioner
-
-    return _parts(IidPartitioner(num_partitions=clients), np.zeros(count, dtype=np.int64), clients)
+    return np.array_split(np.arange(count), clients)
 
 
 def _by_domain(
@@ -186,8 +162,6 @@ def _by_domain(
     seed: int,
     domain_names: Sequence[str] | None,
 ) -> list[Indices]:
-    from flwr_datasets.partitioner import GroupedNaturalIdPartitioner
-
     if domains is None:
         raise ConfigError("partition.scheme", "domain", "the source has no domains; use another scheme")
     present = np.unique(domains)
@@ -198,10 +172,10 @@ def _by_domain(
             settings.clients,
             f"scheme 'domain' needs a client at least for each of the {len(present)} domains ({names})",
         )
-    partitioner = GroupedNaturalIdPartitioner(partition_by="part", group_size=1, sort_unique_ids=True)
     shares = [len(share) for share in np.array_split(np.arange(settings.clients), len(present))]
     parts: list[Indices] = []
-    for index, (rows, share) in enumerate(zip(_parts(partitioner, domains, len(present)), shares, strict=True)):
+    for index, (domain, share) in enumerate(zip(present, shares, strict=True)):
+        rows = np.flatnonzero(domains == domain)
         if len(rows) < share:
             name = present[index] if domain_names is None else domain_names[int(present[index])]
             raise DataError(
@@ -214,12 +188,3 @@ def _by_domain(
             within = _dirichlet(labels[rows], share, settings.beta, np.random.default_rng([seed, DRAW_STREAM, index]))
         parts += [rows[part] for part in within]
     return parts
-
-
-def _parts(partitioner: Partitioner, column: NDArray[np.int64], count: int) -> list[Indices]:
-    """Row numbers of each of `count` partitions of a table with this one column."""
-    from datasets import Dataset
-
-    partitioner.dataset = Dataset.from_dict({"part": column, "row": np.arange(len(column))})
-    numbered = [partitioner.load_partition(index).with_format("numpy") for index in range(count)]
-    return [np.asarray(part["row"][:], dtype=np.int64) for part in numbered]

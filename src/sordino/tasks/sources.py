@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+from sordino.errors import require_extra, shortened
 from sordino.files import user_path
 from sordino.tasks.folders import image_folder, labeled_folders
 from sordino.tasks.images import ImageSet, with_gray_range
@@ -20,6 +21,7 @@ def load_images(settings: DataSettings) -> ImageSet:
 
     Raises:
         DataError: the source is missing, empty, or not laid out as it should be.
+        MissingExtra: it is a Hugging Face data set, and the extra `hub` is not installed.
     """
     images = _listed(settings)
     if settings.gray_range is None:
@@ -36,6 +38,7 @@ def _listed(settings: DataSettings) -> ImageSet:
         return _textile()
     if kind == "imagefolder":
         return image_folder(user_path(rest, "data.source"), settings.source)
+    require_extra("hub", f"data.source = {shortened(settings.source)}")
     from sordino.tasks.hub import hugging_face  # imports `datasets`, which takes a second
 
     return hugging_face(rest, settings)

@@ -1,0 +1,1 @@
+"""Integers modulo powers of two: ring, kernels, packing, products, pseudo-random streams."""

@@ -1,0 +1,28 @@
+"""Memory allocation of a party's process."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+# Parameters of glibc's mallopt, as in its header malloc.h.
+TRIM_THRESHOLD, TOP_PAD, MMAP_MAX, ARENA_MAX = -1, -2, -4, -8
+
+
+def keep_freed() -> bool:
+    """Make this process keep the memory that it frees, for its next tensors. Call it before there are threads.
+
+    By default glibc returns large blocks as soon as they are freed, and the system clears each page of the next block.
+    On shares each value is a large tensor that is used once, and clearing took a third of the time of dealing. After
+    this call the process stays as large as it was at its largest.
+
+    Returns:
+        True if the C library is glibc and took the settings.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    settings = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 2**26, ARENA_MAX: 1}
+    return all(mallopt(name, value) == 1 for name, value in settings.items())

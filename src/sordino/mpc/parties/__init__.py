@@ -1,0 +1,1 @@
+"""The parties as processes: transport, certificates, dealer service, servers and owners' sessions."""

@@ -1,0 +1,136 @@
+"""Identities of parties: certificates for mutual TLS, one for each role, from one authority.
+
+An identity is a role and not a host. A caller demands the certificate of the role that it calls, and a party reads the
+caller's rights from the caller's certificate. The authority's key is discarded after signing, so nobody can add a party
+later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey, generate_private_key
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from sordino.errors import ConfigError, RunError
+from sordino.files import write_atomically
+
+SERVERS = ("server-0", "server-1")
+DEALER, MODEL_OWNER, DATA_OWNER = "dealer", "model-owner", "data-owner"
+ROLES = (*SERVERS, DEALER, MODEL_OWNER, DATA_OWNER)
+KEY, CERTIFICATE, AUTHORITY = "key.pem", "certificate.pem", "authority.pem"  # files of a party's folder
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A party's credentials, and the authority that it trusts.
+
+    Attributes:
+        role: one of `ROLES`.
+        key, certificate, authority: PEM. The key is the party's secret.
+    """
+
+    role: str
+    key: bytes
+    certificate: bytes
+    authority: bytes
+
+    @classmethod
+    def load(cls, folder: Path, *roles: str, key: str = "session.certificates") -> Identity:
+        """Load a party's folder.
+
+        Args:
+            folder: with `key.pem`, `certificate.pem` and `authority.pem`.
+            roles: allowed roles.
+            key: configuration key or option that names the folder, for messages.
+
+        Raises:
+            ConfigError: a file is missing or damaged, or the role is not allowed.
+        """
+        try:
+            secret, certificate, authority = ((folder / name).read_bytes() for name in (KEY, CERTIFICATE, AUTHORITY))
+            subject = x509.load_pem_x509_certificate(certificate).subject
+            role = str(subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
+        except (OSError, ValueError, IndexError) as error:
+            raise ConfigError(
+                key, str(folder), f"no party's folder ({error}); 'sordino mpc certificates' makes them"
+            ) from None
+        if role not in roles:
+            raise ConfigError(key, str(folder), f"is that of {role}; {' or '.join(roles)} is needed")
+        return cls(role, secret, certificate, authority)
+
+    def server_credentials(self) -> grpc.ServerCredentials:
+        """Return credentials to listen with. Callers must show a certificate of the same authority."""
+        pairs = [(self.key, self.certificate)]
+        return grpc.ssl_server_credentials(pairs, root_certificates=self.authority, require_client_auth=True)
+
+    def channel_credentials(self) -> grpc.ChannelCredentials:
+        """Return credentials to connect with."""
+        return grpc.ssl_channel_credentials(self.authority, self.key, self.certificate)
+
+
+def make_certificates(folder: Path, days: int = 365) -> list[Path]:
+    """Make an authority, and a folder with key and certificate for each role, to hand to the parties.
+
+    Args:
+        folder: parent of the new folders; must not contain any of them.
+        days: until the certificates expire.
+
+    Returns:
+        The folders.
+
+    Raises:
+        ConfigError: a role's folder exists already.
+        RunError: a folder cannot be written.
+    """
+    folders = [folder / role for role in ROLES]
+    for party_folder in folders:
+        if party_folder.exists():
+            raise ConfigError("--out", str(folder), f"{party_folder.name} is there already; choose another folder")
+    authority = generate_private_key(SECP256R1())
+    issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "sordino mpc")])
+    authority_certificate = _certificate(issuer, issuer, authority, authority, days).public_bytes(Encoding.PEM)
+    for role, party_folder in zip(ROLES, folders, strict=True):
+        try:
+            party_folder.mkdir(mode=0o700, parents=True)
+        except OSError as error:
+            raise RunError(f"cannot make {party_folder}: {error.strerror or error}; choose another --out") from None
+        key = generate_private_key(SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, role)])
+        secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        write_atomically(party_folder / KEY, secret)
+        (party_folder / KEY).chmod(0o600)
+        write_atomically(
+            party_folder / CERTIFICATE, _certificate(subject, issuer, key, authority, days).public_bytes(Encoding.PEM)
+        )
+        write_atomically(party_folder / AUTHORITY, authority_certificate)
+    return folders
+
+
+def _certificate(
+    subject: x509.Name, issuer: x509.Name, key: EllipticCurvePrivateKey, signer: EllipticCurvePrivateKey, days: int
+) -> x509.Certificate:
+    """Sign the certificate of an authority for itself, or of a role for both ends of TLS."""
+    now, root = datetime.now(UTC), subject == issuer
+    role = str(subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(minutes=5))  # for clocks that differ a little
+        .not_valid_after(now + timedelta(days=days))
+        .add_extension(x509.BasicConstraints(ca=root, path_length=0 if root else None), critical=True)
+    )
+    if not root:
+        uses = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+        builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(role)]), critical=False)
+        builder = builder.add_extension(x509.ExtendedKeyUsage(uses), critical=False)
+    return builder.sign(signer, SHA256())

@@ -1,0 +1,1 @@
+"""Protocols of two parties on shares: linear maps, Fourier series, roots, attention."""

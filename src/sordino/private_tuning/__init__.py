@@ -1,0 +1,1 @@
+"""SecP-Tuning on top of `mpc`: search, tasks, settings, tuning and baselines."""

@@ -1,0 +1,226 @@
+"""The clients' end of a federation: a stack of clients that share a process, and what they do in a round.
+
+All that reaches them, and all that leaves them, is bytes. A process that holds one client and one that simulates a
+thousand run the same lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sordino.algorithms.base import (
+    AnyUpload,
+    Broadcast,
+    ClientData,
+    ClientState,
+    ClippedBroadcast,
+    PersonalBroadcast,
+    map_tensors,
+    named_tensors,
+    put,
+    take,
+)
+from sordino.privacy.gradients import Batch, Gradient, Gradients, Parameters, PromptOf
+from sordino.privacy.mechanism import WEIGHT, ClientRoundMechanism
+from sordino.privacy.sampling import PoissonSampler
+from sordino.privacy.secure_mean import sum_parties
+from sordino.runtime import messages
+from sordino.runtime.facts import Federation, RandomnessOf, stacked
+from sordino.runtime.messages import MessageError, RoundHeader, UploadHeader
+from sordino.secure import Party, Refusal, answered
+
+
+@dataclass(frozen=True)
+class ClientTraining:
+    """Where a stack of clients stands; all that their checkpoint must hold.
+
+    Attributes:
+        round: the last round that one of them took part in; 0 before the first.
+        state: the method's, each tensor [K, ...].
+    """
+
+    round: int
+    state: ClientState
+
+
+class ClientEnd:
+    """A stack of clients, between rounds.
+
+    Args:
+        federation: what all parties agreed on.
+        data: the examples of the K clients of this stack.
+        numbers: [K], their numbers in the federation, ascending.
+        randomness: where noise and samples come from; the operating system, unless a simulation plays all parties.
+        boosts: client to the factor on what it sends, of attackers that send more than they learned.
+
+    Raises:
+        ConfigError: the run is a simulation, and no randomness is given.
+    """
+
+    def __init__(
+        self,
+        federation: Federation,
+        data: ClientData,
+        numbers: Sequence[int],
+        randomness: RandomnessOf | None = None,
+        boosts: Mapping[int, float] | None = None,
+    ) -> None:
+        self.federation, self.data, self.numbers = federation, data, list(numbers)
+        self.randomness = federation.randomness(randomness)
+        self.boosts = dict(boosts or {})
+
+    def start(self) -> ClientTraining:
+        """Return the state before the first round."""
+        init = self.federation.init_context(self.numbers)
+        return ClientTraining(0, self.federation.algorithm.client_init(self.federation.settings, init, self.data))
+
+    def round(self, training: ClientTraining) -> ClientRound:
+        """Return the next round, which waits for the server's messages."""
+        return ClientRound(self, training)
+
+
+class ClientRound:
+    """A round of a stack of clients.
+
+    Attributes:
+        training: where the clients stand; after their upload, with the round in it.
+        losses: of every gradient that was taken, a scalar. For a simulation's log: nothing sends them.
+    """
+
+    def __init__(self, end: ClientEnd, training: ClientTraining) -> None:
+        self._end, self._before, self.training = end, training, training
+        self.losses: list[Tensor] = []
+        self._parties: dict[int, Party] = {}
+
+    def handle(self, contents: Mapping[int, bytes]) -> list[tuple[int, bytes | Refusal]]:
+        """Return the clients' replies to the server's messages, by client.
+
+        The first message of a round is the broadcast, and the reply to it the upload. What follows belongs to a
+        protocol on shares, where the method or the mechanism has one.
+
+        Raises:
+            MessageError: a broadcast is not what was agreed.
+            RunError: the method does not keep to its schedule; nothing left.
+        """
+        if all(messages.opens_round(content) for content in contents.values()):
+            return list(self._train(contents).items())
+        return [(client, self._answer(client, content)) for client, content in contents.items()]
+
+    def _answer(self, client: int, content: bytes) -> bytes | Refusal:
+        party = self._parties.get(client)
+        return Refusal(f"client {client} is in no protocol") if party is None else answered(party, content)
+
+    def _train(self, contents: Mapping[int, bytes]) -> dict[int, bytes]:
+        """Take part in a round.
+
+        1. Read the broadcasts.
+        2. Run the method's round under the clients' end of the mechanism.
+        3. Hold what was drawn against what accounting planned, before anything leaves.
+        4. Get ready for the protocol, if there is one, and send the upload.
+        """
+        end, federation = self._end, self._end.federation
+        clients = sorted(contents)
+        headers = [messages.round_header(contents[client]) for client in clients]
+        number = self._number(headers)
+        broadcast, clip = self._read([contents[client] for client in clients])
+        stack = torch.tensor([end.numbers.index(client) for client in clients], device=federation.device)
+        randomness = end.randomness(number, clients)
+        round_context = federation.round_context(number, clients)
+        mechanism_round = federation.mechanism.client_end(randomness, clients, clip)
+        poisson = PoissonSampler(randomness) if federation.mechanism.samples_examples else None
+        upload, states = federation.algorithm.client_round(
+            federation.settings,
+            broadcast,
+            take(self._before.state, stack),
+            _taken_data(end.data, stack, poisson),
+            self._recorded(mechanism_round.gradients),
+            round_context,
+        )
+        tensors = mechanism_round.protect(named_tensors(self._boosted(upload, clients)))
+        upload = map_tensors(upload, lambda name, _: tensors[name])
+        rates = [rate.tolist() for rate in mechanism_round.rates]
+        federation.mechanism.check(federation.mechanism.entered(clients, rates), clients)
+        places, count, session = [header.place for header in headers], headers[0].clients, headers[0].session
+        if client_exchange := getattr(federation.algorithm, "client_exchange", None):
+            parties = client_exchange(federation.settings, federation.model, broadcast, upload, places, round_context)
+            self._parties = dict(zip(clients, parties, strict=True))
+        elif federation.mechanism.sums_securely:
+            vectors, privacy = mechanism_round.summed, federation.mechanism.settings
+            sums = sum_parties(privacy, vectors, randomness, session, places, count)
+            self._parties = dict(zip(clients, sums, strict=True))
+        self.training = ClientTraining(number, put(self._before.state, stack, states))
+        return self._sent(upload, mechanism_round, clients, number)
+
+    def _number(self, headers: Sequence[RoundHeader]) -> int:
+        """Return the number of the round that all headers name."""
+        numbers = {header.round for header in headers}
+        if len(numbers) != 1:
+            raise MessageError(f"broadcasts of several rounds at once: {sorted(numbers)}")
+        (number,) = numbers
+        if number <= self._before.round:  # a second upload of one round would be a second release
+            raise MessageError(f"a broadcast of round {number} after round {self._before.round}")
+        return number
+
+    def _read(self, contents: Sequence[bytes]) -> tuple[Broadcast, Tensor | None]:
+        """Return the method's broadcast and, where it adapts, the clip."""
+        federation = self._end.federation
+        adapts = federation.mechanism.broadcasts_clip
+        clip = torch.zeros((), dtype=torch.float64) if adapts else None
+        like = federation.broadcast_message(federation.schemas.broadcast, clip)
+        parts = [messages.decode(content, like) for content in contents]
+        own = federation.schemas.broadcast
+        if isinstance(parts[0], ClippedBroadcast):
+            clip = parts[0].clip
+            received = [dict(part.broadcast) for part in parts if isinstance(part, ClippedBroadcast)]
+        else:
+            received = [named_tensors(part) for part in parts]
+        if not isinstance(own, PersonalBroadcast):
+            return map_tensors(own, lambda name, _: received[0][name]), clip
+        stack = stacked(received, named_tensors(own))
+        return map_tensors(own, lambda name, _: stack[name]), clip
+
+    def _sent(
+        self, upload: AnyUpload, mechanism_round: ClientRoundMechanism, clients: Sequence[int], number: int
+    ) -> dict[int, bytes]:
+        message = self._end.federation.upload_message(upload, mechanism_round.below_clip)
+        sent: dict[int, bytes] = {}
+        for place, client in enumerate(clients):
+            header = UploadHeader(number, tuple(float(rate[place]) for rate in mechanism_round.rates))
+            own = take(message, torch.tensor([place]))
+            sent[client] = messages.encode(own, header)
+        return sent
+
+    def _boosted(self, upload: AnyUpload, clients: Sequence[int]) -> AnyUpload:
+        """Enlarge what attackers send, before anything that the protocol does to it.
+
+        Model replacement: Bagdasaryan et al., How To Backdoor Federated Learning, AISTATS 2020.
+        """
+        factors = [self._end.boosts.get(client, 1.0) for client in clients]
+        if all(factor == 1 for factor in factors):
+            return upload
+
+        def enlarge(name: str, tensor: Tensor) -> Tensor:
+            if name == WEIGHT:
+                return tensor
+            return tensor * torch.tensor(factors, dtype=torch.float64).to(tensor).view(-1, *[1] * (tensor.ndim - 1))
+
+        return map_tensors(upload, enlarge)
+
+    def _recorded(self, gradients: Gradients) -> Gradients:
+        """Return gradients whose losses are kept for the log."""
+
+        def record(prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch) -> Gradient:
+            gradient = gradients(prompt_of, parameters, fixed, batch)
+            self.losses.append(gradient.loss.mean())
+            return gradient
+
+        return record
+
+
+def _taken_data(data: ClientData, chosen: Tensor, poisson: PoissonSampler | None) -> ClientData:
+    rows, counts, weights = data.rows[chosen], data.counts[chosen], data.weights[chosen]
+    return replace(data, rows=rows, counts=counts, weights=weights, poisson=poisson)

@@ -1,0 +1,286 @@
+"""The server's end of a federation: what it holds between rounds, and how it plays one.
+
+All that leaves it, and all that reaches it, is bytes. It asks clients through a link, which a runtime gives it: a call
+into the same process, a pipe, a network.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sordino.algorithms.base import (
+    Broadcast,
+    ClippedUpload,
+    PersonalBroadcast,
+    Server,
+    StatedWeight,
+    Upload,
+    map_tensors,
+    named_tensors,
+    take,
+)
+from sordino.errors import RunError
+from sordino.privacy.ledger import Ledger, Release
+from sordino.privacy.mechanism import WEIGHT, ServerRoundMechanism
+from sordino.privacy.secure_mean import ServerSums
+from sordino.runtime import messages
+from sordino.runtime.aggregation import aggregated
+from sordino.runtime.facts import Federation, RandomnessOf, participants, stacked
+from sordino.runtime.messages import MessageError, NotFinite, RoundHeader
+from sordino.runtime.records import ProtocolRecord, protocol_record
+from sordino.secure import Carrier, Refusal
+
+Link = Carrier  # brings messages to clients, by their numbers in the federation
+SESSION_BYTES = 16
+
+
+@dataclass(frozen=True)
+class ServerTraining:
+    """Where the server stands after a round; all that its checkpoint must hold.
+
+    Attributes:
+        round: counted from 1; 0 before the first.
+        state: the method's.
+        mechanism: the privacy mechanism's state.
+        ledger: what was released so far.
+    """
+
+    round: int
+    state: Server
+    mechanism: dict[str, Tensor] = field(default_factory=dict)
+    ledger: Ledger = field(default_factory=Ledger)
+
+
+@dataclass(frozen=True)
+class ServerRecord:
+    """What a server saw of a round.
+
+    Attributes:
+        participants: who took part, by number.
+        upload_bytes, broadcast_bytes: of the first participant's messages, as they were sent; 0 where nobody took part.
+        protocol: what a protocol on shares came to, where there was one.
+    """
+
+    participants: tuple[int, ...]
+    upload_bytes: int
+    broadcast_bytes: int
+    protocol: ProtocolRecord | None
+
+
+class RoundError(RunError):
+    """A round failed after something was released.
+
+    Attributes:
+        ledger: with what the round released.
+    """
+
+    def __init__(self, message: str, ledger: Ledger) -> None:
+        super().__init__(message)
+        self.ledger = ledger
+
+
+class Diverged(RoundError):
+    """Training reached numbers that are not finite."""
+
+
+class ServerEnd:
+    """The server of a federation, between rounds.
+
+    Args:
+        federation: what all parties agreed on.
+        randomness: where noise and the choice of clients come from; the operating system, unless a simulation plays all
+            parties.
+
+    Raises:
+        ConfigError: the run is a simulation, and no randomness is given.
+    """
+
+    def __init__(self, federation: Federation, randomness: RandomnessOf | None = None) -> None:
+        self.federation, self.randomness = federation, federation.randomness(randomness)
+
+    def start(self, run: str = "", data: Mapping[str, str] | None = None) -> ServerTraining:
+        """Return the state before the first round.
+
+        Args:
+            run: the run's name, which no other run has.
+            data: party to a digest of its data.
+        """
+        federation = self.federation
+        ledger = replace(federation.mechanism.empty_ledger(), run=run, data=dict(data or {}))
+        init = federation.init_context(range(federation.clients))
+        state = federation.algorithm.server_init(federation.settings, init)
+        return ServerTraining(0, state, federation.mechanism.initial_state(), ledger)
+
+    def round(self, training: ServerTraining, link: Link) -> tuple[ServerTraining, ServerRecord]:
+        """Play the next round.
+
+        1. Choose who takes part, and send each its broadcast.
+        2. Read the uploads, and enter what they release.
+        3. Average, with noise where the server adds it; run the protocol on shares, where there is one.
+        4. Make the next state of what came out.
+
+        Raises:
+            Diverged: an upload, or the state that comes of them, is not finite.
+            RoundError: an upload is not what was agreed, or a client did not answer.
+            RunError: as the link raises it; nothing was released.
+        """
+        federation, number = self.federation, training.round + 1
+        chosen = self.participants(number)
+        session = secrets.token_hex(SESSION_BYTES) if federation.mechanism.sums_securely else ""
+        carrier = _by_place(link, chosen)
+        sums = self._sums(session, len(chosen), carrier)
+        randomness = self.randomness(number, chosen or [0])
+        mechanism_round = federation.mechanism.server_end(randomness, chosen, training.mechanism, sums)
+        contents = self._broadcasts(training, mechanism_round, chosen, session)
+        replies = list(link(contents)) if contents else []
+        parts, rates = self._read(replies, chosen, training)
+        mechanism_round.releases.extend(federation.mechanism.entered(chosen, rates))
+        try:
+            federation.mechanism.check(mechanism_round.releases, chosen)
+        except RunError as error:  # a client's end does not keep to the plan, and has not said so
+            raise RoundError(str(error), training.ledger.add(mechanism_round.releases)) from None
+        upload, below_clip = self._upload(parts)
+        round_context = federation.round_context(number, chosen)
+        began = time.monotonic()
+        if server_exchange := getattr(federation.algorithm, "server_exchange", None):
+            given = (federation.settings, federation.model, training.state)
+            uploads: Any = server_exchange(*given, upload, chosen, round_context, carrier)
+        else:
+            uploads = aggregated(federation.runtime, upload, mechanism_round.average)
+        state = federation.algorithm.server_round(federation.settings, training.state, uploads, round_context)
+        protocol = protocol_record(uploads, time.monotonic() - began)
+        finished = mechanism_round.finish(below_clip)
+        after = ServerTraining(number, state, finished, training.ledger.add(mechanism_round.releases))
+        if not finite(state):
+            raise Diverged(f"the server's state is not finite after round {number}", after.ledger)
+        up, down = (len(replies[0][1]), len(contents[chosen[0]])) if replies else (0, 0)  # type: ignore[arg-type]
+        if protocol:  # its messages carry the upload
+            up, down = protocol.sent, down + protocol.received
+        if sums:
+            up, down = up + sums.sent, down + sums.received
+        return after, ServerRecord(tuple(chosen), up, down, protocol)
+
+    def within_budget(self, training: ServerTraining) -> bool:
+        """Return whether what the next round releases, on top of the ledger, stays in the budget."""
+        return self.federation.mechanism.affords(training.ledger, self._round_releases(training.round + 1))
+
+    def pays_for_all(self, training: ServerTraining) -> bool:
+        """Return whether all remaining rounds stay in the budget, so that nobody need ask again."""
+        remaining = range(training.round + 1, self.federation.rounds + 1)
+        releases = [release for number in remaining for release in self._round_releases(number)]
+        return self.federation.mechanism.affords(training.ledger, releases)
+
+    def participants(self, number: int) -> list[int]:
+        """Return who takes part in a round, ascending; nobody, where Poisson sampling chooses nobody."""
+        federation = self.federation
+        participation = federation.runtime.participation
+        if not federation.mechanism.samples_clients:
+            return [int(c) for c in participants(federation.seed, number, federation.clients, participation)]
+        drawn = self.randomness(number, [0]).uniform("participants", [federation.clients])[0]
+        return [int(client) for client in (drawn < participation).nonzero().flatten()]
+
+    def _round_releases(self, number: int) -> list[Release]:
+        # Where Poisson sampling chooses the clients, what is released does not depend on whom it chooses.
+        sampled = self.federation.mechanism.samples_clients
+        clients = range(self.federation.clients) if sampled else self.participants(number)
+        return self.federation.mechanism.round_releases(clients)
+
+    def _sums(self, session: str, clients: int, carrier: Carrier) -> ServerSums | None:
+        if not session:
+            return None
+        learned = named_tensors(self.federation.schemas.upload)
+        fields = {name: tensor for name, tensor in learned.items() if name != WEIGHT}
+        return ServerSums(self.federation.mechanism.settings, session, clients, carrier, fields)
+
+    def _broadcasts(
+        self, training: ServerTraining, mechanism_round: ServerRoundMechanism, chosen: Sequence[int], session: str
+    ) -> dict[int, bytes]:
+        federation = self.federation
+        broadcast = federation.algorithm.broadcast(training.state)
+        clip = mechanism_round.broadcast_clip
+        contents: dict[int, bytes] = {}
+        for place, client in enumerate(chosen):
+            own: Broadcast = broadcast
+            if isinstance(broadcast, PersonalBroadcast):
+                own = take(broadcast, torch.tensor([client]))
+            header = RoundHeader(training.round + 1, place, len(chosen), session)
+            contents[client] = messages.encode(federation.broadcast_message(own, clip), header)
+        return contents
+
+    def _read(
+        self, replies: Sequence[tuple[int, bytes | Refusal]], chosen: Sequence[int], training: ServerTraining
+    ) -> tuple[list[dict[str, Tensor]], list[list[float]]]:
+        """Return the uploads' tensors by participant, and the rates of each gradient by participant."""
+        federation, number = self.federation, training.round + 1
+
+        def released() -> Ledger:
+            """Uploads left their clients as was planned, as each client's end sees to it."""
+            return training.ledger.add(federation.mechanism.round_releases(chosen))
+
+        came = {client: reply for client, reply in replies if isinstance(reply, bytes)}
+        below_clip = torch.zeros(1) if federation.mechanism.broadcasts_clip else None
+        like = federation.upload_message(federation.schemas.upload, below_clip)
+        # An aggregation that a few clients cannot steer knows what to make of numbers that are not finite.
+        strict = federation.runtime.aggregation == "mean"
+        parts, rates = list[dict[str, Tensor]](), list[tuple[float, ...]]()
+        for client in chosen:
+            if client not in came:
+                raise RoundError(f"round {number}: client {client} did not answer", released())
+            try:
+                header = messages.upload_header(came[client])
+                if header.round != number:
+                    raise MessageError(f"it is of round {header.round}")
+                parts.append(named_tensors(messages.decode(came[client], like, finite=strict)))
+                rates.append(header.rates)
+            except NotFinite as error:
+                raise Diverged(f"training diverged in round {number}: client {client}'s {error}", released()) from None
+            except MessageError as error:
+                raise RoundError(f"round {number}: client {client}'s upload is refused: {error}", released()) from None
+        if len({len(drawn) for drawn in rates}) > 1:
+            raise RoundError(f"round {number}: clients took different numbers of gradients", released())
+        return parts, [list(drawn) for drawn in zip(*rates, strict=True)]
+
+    def _upload(self, parts: Sequence[Mapping[str, Tensor]]) -> tuple[Upload, Tensor | None]:
+        """Return the participants' uploads as one stack, and the bits of an adaptive clip.
+
+        Under a secure sum the server has seen weights only. All else is NaN, so that nothing can be made of it.
+        """
+        federation, own = self.federation, self.federation.schemas.upload
+        count, below_clip = len(parts), None
+        like = federation.upload_message(own, torch.zeros(1) if federation.mechanism.broadcasts_clip else None)
+        received = stacked(parts, named_tensors(like))
+        if isinstance(like, ClippedUpload):
+            below_clip = received.pop("below_clip")
+            received = {name.removeprefix("upload."): tensor for name, tensor in received.items()}
+        hidden = isinstance(like, StatedWeight) or type(like) is Upload
+
+        def seen(name: str, tensor: Tensor) -> Tensor:
+            if name in received or not hidden:
+                return received[name]
+            return torch.full((count, *tensor.shape[1:]), math.nan, dtype=tensor.dtype, device=tensor.device)
+
+        return map_tensors(own, seen), below_clip
+
+
+def finite(state: Any) -> bool:
+    """Return whether all numbers of a state are finite."""
+    return all(bool(tensor.isfinite().all()) for tensor in named_tensors(state).values())
+
+
+def _by_place(link: Link, chosen: Sequence[int]) -> Carrier:
+    """Return a carrier that knows clients by their place among those who take part."""
+    places = {client: place for place, client in enumerate(chosen)}
+
+    def carry(contents: Mapping[int, bytes]) -> list[tuple[int, bytes | Refusal]]:
+        replies = link({chosen[place]: content for place, content in contents.items()})
+        return [(places[client], reply) for client, reply in replies if client in places]
+
+    return carry

@@ -1,0 +1,51 @@
+"""What is freed is used again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from numba.core.dispatcher import Dispatcher
+
+from sordino.mpc.arithmetic import kernels
+
+PROGRAM = """
+import resource, sys
+import torch
+from sordino.mpc.arithmetic.memory import keep_freed
+
+if "keep" in sys.argv:
+    assert keep_freed()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def tensors():
+    for size in range(5):
+        torch.ones(16_000_000 + size)
+tensors()
+before = faults()
+tensors()
+print(faults() - before)
+"""
+
+
+def faults(*arguments: str) -> int:
+    """Pages that a process had the system clear for tensors of sizes that it had before."""
+    found = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, check=True)
+    return int(found.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
+def test_a_process_that_keeps_what_it_frees_has_no_page_cleared_twice() -> None:
+    assert faults("keep") < 100
+    assert faults() > 10_000  # 5 tensors of 64 MB, in pages of 4 kB
+
+
+def test_kernels_are_compiled_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(*_: object) -> None:
+        raise RuntimeError("cannot cache function: no locator available")
+
+    monkeypatch.setattr(Dispatcher, "enable_caching", nowhere)
+    doubled = kernels.compiled(lambda number: 2 * number)
+    assert doubled(21) == 42
