@@ -25,7 +25,8 @@ HIDDEN = {
     "runtime": TOP - {"runtime"},
     "report": TOP - {"report"} | {"algorithms", "encoders", "tasks"},
     "audit": {"serving", "cli"},
-    "experiments": {"serving", "cli"},
+    "experiments": {"serving", "cli", "audit"},
+    "results": TOP | {"algorithms", "encoders", "mpc", "prompts", "privacy", "secure", "tasks", "pictures"},
 }
 
 
@@ -42,7 +43,7 @@ def imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("room", HIDDEN)
 def test_imports_point_down(room: str) -> None:
-    files = sorted((SOURCE / room).rglob("*.py"))
+    files = [SOURCE / f"{room}.py"] if (SOURCE / f"{room}.py").exists() else sorted((SOURCE / room).rglob("*.py"))
     assert files
     for file in files:
         upwards = {name for name in imported(file) if name.split(".")[0] in HIDDEN[room]}
@@ -81,6 +82,32 @@ def test_the_runtime_knows_no_method_by_name() -> None:
             name for name in imported(file) if name.startswith("algorithms.") and not name.startswith("algorithms.base")
         }
         assert not methods - allowed, f"{file.name} imports {methods}"
+
+
+def test_the_report_has_no_circle_of_files_and_no_arrow_hidden_in_a_function() -> None:
+    above: dict[str, set[str]] = {}
+    for file in (SOURCE / "report").glob("*.py"):
+        name = f"report.{file.stem}"
+        above[name] = {module for module in imported(file) if module.startswith("report.")}
+        hidden = {
+            node.module
+            for function in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+            if isinstance(function, ast.FunctionDef)
+            for node in ast.walk(function)
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sordino")
+        }
+        assert not hidden, f"{name} imports {sorted(map(str, hidden))} inside a function"
+    while above:
+        lowest = {name for name, modules in above.items() if not modules & above.keys()}
+        assert lowest, f"a circle among {sorted(above)}"
+        above = {name: modules for name, modules in above.items() if name not in lowest}
+
+
+def test_reading_a_summary_needs_nothing_heavy() -> None:
+    heavy = ("torch", "transformers", "numpy", "datasets")
+    code = f"import sordino.results, sys; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_the_command_line_starts_light() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import subprocess
@@ -22,6 +21,7 @@ from sordino.experiments.compare import to_csv
 from sordino.experiments.config import load_config
 from sordino.experiments.privacy_plan import as_text, plan
 from sordino.experiments.run import run
+from sordino.results import Summary
 
 ROOT = Path(__file__).parents[1]
 FEDERATION = {"scheme": "iid", "clients": 4}
@@ -105,8 +105,8 @@ def test_a_run_and_a_plan_are_those_of_the_command_line(config_file: Path, tmp_p
     config = sordino.load_config(config_file, {"rounds": 2})
     summary = sordino.run(config, str(tmp_path / "face"))
     again = run(load_config(config_file, ["rounds=2"]), tmp_path / "command")
-    assert summary["accuracy"] == again["accuracy"]
-    assert json.loads((tmp_path / "face" / "summary.json").read_bytes())["accuracy"] == again["accuracy"]
+    assert summary.accuracy == again.accuracy
+    assert Summary.from_json((tmp_path / "face" / "summary.json").read_bytes()).accuracy == again.accuracy
     assert sordino.run(config, tmp_path / "face", resume=True) == summary
     assert str(sordino.privacy_plan(config)) == as_text(plan(config))
 
@@ -156,8 +156,8 @@ def test_an_added_method_runs_as_one_of_the_package(kind: str, config_file: Path
     own = sordino.load_config(config_file, {"algorithm": "my-method", "rounds": 2, "settings.my-method.local_steps": 2})
     known = sordino.load_config(config_file, {"algorithm": "promptfl", "rounds": 2, "settings.promptfl.local_steps": 2})
     summary = sordino.run(own, tmp_path / "own")
-    assert summary["algorithm"] == "my-method"
-    assert summary["accuracy"] == sordino.run(known, tmp_path / "known")["accuracy"]
+    assert summary.algorithm == "my-method"
+    assert summary.accuracy == sordino.run(known, tmp_path / "known").accuracy
     prompt = sordino.load_prompt(tmp_path / "own" / "prompts" / "shared.safetensors")
     assert prompt.settings["local_steps"] == 2
     assert prompt.model().class_names == prompt.class_names

@@ -100,7 +100,7 @@ def test_saved_prompts_have_the_accuracy_of_the_run(
     federation = ["partition.scheme=classes", "partition.clients=4", "partition.classes_per_client=2"]
     overrides = [f"algorithm={method}", "rounds=2", "settings.optimizer.learning_rate=0.5", *federation]
     summary = run(load_config(config_file, overrides), tmp_path / "run")
-    expected = [client["local"] for client in summary["per_client"]]
+    expected = [client.local for client in summary.per_client]
     assert local_accuracies(tmp_path / "run", encoder) == pytest.approx(expected)
 
 
@@ -125,7 +125,7 @@ def test_a_prompt_says_where_it_comes_from(config_file: Path, clip_folder: Path,
     assert saved.encoder.checkpoint == str(clip_folder)
     assert saved.encoder.fingerprint == json.loads((out / "data.json").read_bytes())["encoder"]["fingerprint"]
     assert saved.privacy.ledger_sha256 == hashlib.sha256((out / "ledger.json").read_bytes()).hexdigest()
-    assert saved.privacy.statement == summary["privacy"]["statement"]
+    assert saved.privacy.statement == summary.privacy.statement
     assert (saved.privacy.private, saved.privacy.simulated) == (False, True)
 
 

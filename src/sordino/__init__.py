@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from sordino.experiments.privacy_plan import Plan
     from sordino.progress import Progress
     from sordino.prompt_file import SavedPrompt
+    from sordino.results import Summary
 
 __version__ = "0.1.0"
 
@@ -127,9 +128,7 @@ def load_config(path: Path | str, overrides: Sequence[str] | Mapping[str, Any] =
     return load_config(path, overrides)
 
 
-def run(
-    config: Experiment, out: Path | str, *, resume: bool = False, progress: Progress | None = None
-) -> dict[str, Any]:
+def run(config: Experiment, out: Path | str, *, resume: bool = False, progress: Progress | None = None) -> Summary:
     """Train a method, evaluate it, and write a run directory.
 
     Args:
@@ -139,7 +138,7 @@ def run(
         progress: is called with (stage, done, total) and perhaps a note.
 
     Returns:
-        The summary, as `summary.json` in the run directory has it.
+        The summary, which `summary.json` in the run directory holds.
 
     Raises:
         SordinoError: before anything is trained where input is bad; later where the disk is full or training diverges.

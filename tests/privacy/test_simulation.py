@@ -112,11 +112,11 @@ KEYS = ["privacy.mechanism=dp-sgd", "privacy.epsilon=4", "privacy.delta=0.01"]
 def test_a_simulated_run_is_never_called_private(config_file: Path, tmp_path: Path) -> None:
     real = run(load_config(config_file, KEYS), tmp_path / "real")
     simulated = run(load_config(config_file, [*KEYS, "privacy.simulation=true"]), tmp_path / "simulated")
-    assert (real["privacy"]["private"], real["privacy"]["simulated"]) == (True, False)
-    assert (simulated["privacy"]["private"], simulated["privacy"]["simulated"]) == (False, True)
-    assert 3.9 < simulated["privacy"]["epsilon"] <= 4
-    assert simulated["privacy"]["statement"].startswith("Simulated, not private")
-    assert real["privacy"]["statement"].startswith("Differentially private")
+    assert (real.privacy.private, real.privacy.simulated) == (True, False)
+    assert (simulated.privacy.private, simulated.privacy.simulated) == (False, True)
+    assert 3.9 < simulated.privacy.epsilon <= 4
+    assert simulated.privacy.statement.startswith("Simulated, not private")
+    assert real.privacy.statement.startswith("Differentially private")
     for summary, name, cell in ((real, "real", "ε = 4"), (simulated, "simulated", "simulated ε = 4")):
         assert _privacy(row_of([summary])) == cell
         page = (tmp_path / name / "report.html").read_text(encoding="utf-8")

@@ -331,7 +331,7 @@ def test_only_what_was_begun_is_to_be_resumed(file: Path, tmp_path: Path, begun:
     sides = ["session.servers=['127.0.0.1:1','127.0.0.1:2']", f"session.certificates={tmp_path}/parties/data-owner"]
     options = [word for side in [*sides, "session.timeout=2"] for word in ("--set", side)]
     if begun:
-        from sordino.experiments.config import to_toml
+        from sordino.experiments.toml_tables import to_toml
 
         (tmp_path / "run").mkdir()
         tables = load_private_config(file, sides).model_dump(exclude_none=True)

@@ -113,6 +113,26 @@ def read_audit(folder: Path) -> dict[str, Any]:
     return found
 
 
+def membership_auc(folder: Path, shadows: int, resume: bool, progress: Progress, dataset: EncodedDataset) -> float:
+    """Return the AUC of membership inference by LiRA against a finished run.
+
+    Args:
+        folder: the run directory.
+        shadows: shadow federations.
+        resume: read the result of an earlier audit if there is one.
+        progress: is told how far the attack is.
+        dataset: data and encoder of the run.
+
+    Raises:
+        SordinoError: see `audit`.
+    """
+    if resume and (folder / FILE).exists():
+        result = read_audit(folder)
+    else:
+        result = audit(folder, ["membership"], shadows, progress=progress, dataset=dataset)
+    return float(result["attacks"]["membership"]["lira"]["auc"])
+
+
 def _attack(name: str, subject: Subject, shadows: int, canaries: int, seed: int) -> dict[str, Any]:
     if name == "membership":
         return infer_membership(subject, shadows, seed).as_dict()

@@ -82,12 +82,12 @@ def run(
     with live_progress() as progress:
         summary = run_experiment(experiment, folder, resume, progress)
     if as_json:
-        print(json.dumps(summary))
+        print(json.dumps(summary.as_dict()))
         return
     from sordino.experiments.compare import row_of
 
     print_table([row_of([summary])])
-    print(summary["privacy"]["statement"])
+    print(summary.privacy.statement)
     print(f"Run directory: {folder}\nReport: {folder / 'report.html'}")
 
 
@@ -107,7 +107,8 @@ def compare(
 ) -> None:
     """Run several methods with several seeds, and settings, over shared features; a table, a CSV and a report."""
     from sordino.experiments.compare import grid
-    from sordino.experiments.config import load_config, toml_value
+    from sordino.experiments.config import load_config
+    from sordino.experiments.toml_tables import toml_value
 
     values: dict[str, list[Any]] = {}
     for each in vary or []:
@@ -311,11 +312,12 @@ def _compare(
     as_json: bool,
     label: str,
 ) -> None:
+    from sordino.audit.run import membership_auc
     from sordino.experiments.compare import compare as compare_variants
 
     folder = _folder(out, resume, label)
     with live_progress() as progress:
-        rows = compare_variants(variants, seeds, folder, resume, progress, f"Sordino: {label}")
+        rows = compare_variants(variants, seeds, folder, resume, progress, f"Sordino: {label}", membership_auc)
     if as_json:
         print((folder / "comparison.json").read_text(encoding="utf-8").replace("\n", ""))
         return

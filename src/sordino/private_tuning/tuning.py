@@ -17,10 +17,10 @@ from torch import Tensor
 
 import sordino
 from sordino.errors import ConfigError, RunError
-from sordino.experiments.config import to_toml
 from sordino.experiments.data_record import pin
 from sordino.experiments.run_folder import Metrics, prepare
 from sordino.experiments.run_lock import held
+from sordino.experiments.toml_tables import to_toml
 from sordino.files import user_path, write_atomically
 from sordino.mpc.dealing.costs import Cost, Costs
 from sordino.mpc.parties.certificates import DATA_OWNER, Identity

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,7 +64,7 @@ class Task:
         parts = [*self.train, self.test, self.novel, self.domain, self.triggered]
         return np.unique(np.concatenate(parts))
 
-    def summary(self) -> list[dict[str, object]]:
+    def summary(self) -> list[dict[str, Any]]:
         """Return for each client its number of training pictures, and the names of its classes and domains."""
         return [
             {
