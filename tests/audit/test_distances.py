@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sordino.algorithms import secfpp
+from sordino.algorithms.secfpp_points import points
 from sordino.audit.distances import _Contexts, between_clients, located
 from sordino.audit.run import audit
 from sordino.experiments.config import load_config
@@ -111,11 +112,11 @@ def test_a_context_is_sought_until_it_reduces_to_the_point(make_runtime: Callabl
     state, server = training.clients, training.server
     upload = secfpp.Upload(state.domain + state.personal, state.domain)  # type: ignore[attr-defined]
     subject = SimpleNamespace(runtime=runtime, features=runtime.data.features, task=SimpleNamespace(test=np.arange(4)))
-    truth = secfpp.points(runtime.settings, runtime.model, upload.context, server.start).detach()  # type: ignore[attr-defined]
+    truth = points(runtime.model, upload.context, server.start, runtime.settings.width).detach()  # type: ignore[attr-defined]
     for opened_means in (0.0, 1.0):
         server = replace(server, opened=torch.full((4,), opened_means), contexts=upload.context[[1, 2, 3, 0]])  # type: ignore[call-arg]
         found = _Contexts(subject, upload, server).sought(truth[0].numpy(), 0)  # type: ignore[arg-type]
-        reached = secfpp.points(runtime.settings, runtime.model, found[None], server.start)[0]  # type: ignore[attr-defined]
+        reached = points(runtime.model, found[None], server.start, runtime.settings.width)[0]  # type: ignore[attr-defined]
         assert float(reached.detach() @ truth[0]) > 0.9
 
 

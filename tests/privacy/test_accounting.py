@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from opacus.accountants import PRVAccountant, RDPAccountant
 
 from sordino.errors import ConfigError
-from sordino.privacy import accounting
+from sordino.privacy import accountants
 from sordino.privacy.accounting import (
     check_delta,
     compose,
@@ -144,7 +144,7 @@ def test_extremes_end(kind: tuple[float, float, int], low: float, high: float) -
 
 def test_a_coarse_grid_bounds_the_fine_one() -> None:
     kinds = ((0.5, 0.01, 300),)
-    fine, coarse = accounting._pld_epsilon(kinds, DELTA), accounting._pld_epsilon(kinds, DELTA, 30)
+    fine, coarse = accountants.pld_epsilon(kinds, DELTA), accountants.pld_epsilon(kinds, DELTA, 30)
     assert fine < coarse < fine * 1.01
 
 
@@ -181,9 +181,9 @@ def test_a_release_of_all_clients_adds_to_each() -> None:
 def test_a_hundred_like_parties_cost_one() -> None:
     """Those that release less in every kind are not accounted at all."""
     parties = [release(3.0, 0.2 - 1e-3 * i, 20, party=f"client {i}") for i in range(100)]
-    before = accounting._epsilon.cache_info().misses
+    before = accountants.kinds_epsilon.cache_info().misses
     assert spent(ledger(*parties), "server", "example").party == "client 0"
-    assert accounting._epsilon.cache_info().misses - before <= 2  # by each accountant once
+    assert accountants.kinds_epsilon.cache_info().misses - before <= 2  # by each accountant once
 
 
 def test_units() -> None:

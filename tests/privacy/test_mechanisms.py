@@ -390,7 +390,7 @@ def test_examples_are_sampled_by_independent_coins(table: tuple[Tensor, Tensor])
 
 def test_what_is_noised_must_have_been_sampled(model: PromptModel, table: tuple[Tensor, Tensor]) -> None:
     batch = replace(real_batch(table), sampling=None)
-    with pytest.raises(RunError, match="sampled by coins"):
+    with pytest.raises(RunError, match="Poisson sample"):
         noiseless_dp_sgd(model, 2, 1.0)(plain, {"context": contexts(model, 2)}, {}, batch)
 
 

@@ -1,7 +1,7 @@
-"""Central: one context learned on all clients' images in one place. The bound that federated methods are held to.
+"""Central: one context learned on all clients' images in one place. It is the upper bound for federated methods.
 
-The training is `local`'s, with the federation as a single client; what differs is that the data are pooled, which is
-what federated learning exists to avoid.
+The training is `local`'s, with the federation as a single client. The difference is that the data are pooled, which
+federated learning exists to avoid.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Rounds of local training, which most methods share: steps on all parameters at once, or on parts in turn."""
+"""Local training, which most methods share: steps on all parameters at once, or on parts in turn."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sordino.algorithms.base import ClientData, RoundContext
 from sordino.algorithms.optimizer import Optimizer
 from sordino.privacy.gradients import Batch, Gradients, Parameters, PromptOf
 
-ROUNDING = 1e-9  # 0.29 of 100 steps are 29, whatever the product of the two floats
+ROUNDING = 1e-9  # so that 0.29 of 100 steps are 29, though the product of the two floats is below 29
 
 
 class Training(Protocol):
-    """The settings that it takes."""
+    """The settings of local training."""
 
     @property
     def local_steps(self) -> int: ...
@@ -35,14 +35,14 @@ def local_steps(
     gradients: Gradients,
     round_context: RoundContext,
 ) -> dict[str, Tensor]:
-    """Parameters after `settings.local_steps` steps of an optimizer that starts afresh.
+    """Return the parameters after `settings.local_steps` steps of an optimizer that starts afresh.
 
     Args:
-        settings: how many steps, on batches of which size (0 takes all examples), with which optimizer.
+        settings: number of steps, batch size (0 takes all examples), and optimizer.
         prompt_of: makes prompts of `parameters` and `fixed` together.
-        parameters: what is trained, each [K, ...].
-        fixed: what is not.
-        data, gradients, round_context: as a method is given them.
+        parameters: the trained tensors, each [K, ...].
+        fixed: the other tensors of the prompt, each [K, ...].
+        data, gradients, round_context: as a method's `client_round` gets them.
     """
     batches = data.batches(settings.local_steps, settings.batch_size or None, round_context.streams)
     return descend(settings.optimizer, None, prompt_of, parameters, fixed, batches, gradients, round_context)[0]
@@ -58,20 +58,20 @@ def descend(
     gradients: Gradients,
     round_context: RoundContext,
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """A step on `parameters` for each of `batches`, with all else fixed.
+    """Take a step on `parameters` for each of `batches`, with all other tensors fixed.
 
     Args:
         optimizer: of all parameters.
         states: its state by parameter; None starts it afresh.
         prompt_of, parameters, fixed, gradients, round_context: as for `local_steps`.
-        batches: one for each step. Parts that take turns share one `ClientData.batches`, so that no coin is tossed
-            twice.
+        batches: one for each step. Parts that take turns share one `ClientData.batches`, so that no Poisson sample is
+            drawn twice.
 
     Returns:
         The parameters, and the optimizer's state by parameter.
     """
     trained, rate = dict(parameters), optimizer.rate(round_context)
-    kept = {name: dict(states[name] if states else optimizer.initial_state(trained[name])) for name in trained}
+    kept = {name: dict(states[name] if states else optimizer.initial_state(value)) for name, value in trained.items()}
     for batch in batches:
         for name, gradient in gradients(prompt_of, trained, fixed, batch).values.items():
             trained[name], kept[name] = optimizer.step(trained[name], gradient, kept[name], rate)
@@ -79,5 +79,5 @@ def descend(
 
 
 def first_steps(steps: int, share: float) -> int:
-    """How many of a round's steps are those of the first part: the share of them, rounded down."""
+    """Return the number of a round's steps that train the first part: a share of them, rounded down."""
     return math.floor(share * steps + ROUNDING)

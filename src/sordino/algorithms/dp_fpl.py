@@ -7,11 +7,11 @@ p_L <- (U - lr gU)(V - lr gV) + R. Clients send the gradient of p_G; the server 
 
 Ablations, as in the paper's section 5: `dplora` drops the residual, `full` learns p_L without factors.
 
-Choices where the paper is silent: every client's p_L starts at the same random context, as in the authors' code (from
-contexts of their own, the shared prompt learns to recognize the clients by them, and fits no other client's classes).
-The power iteration is orthonormalized by QR. A client that takes several steps a round holds p_G fixed and sends the
-mean gradient. The server's optimizer is a setting, SGD by default; the factors take plain gradient steps, as an
-optimizer's memory would not survive their being drawn anew each step.
+Choices where the paper is silent. Every client's p_L starts at the same random context, as in the authors' code. (If
+clients started at contexts of their own, the shared prompt would learn to recognize them by these, and fit no other
+client's classes.) The power iteration is orthonormalized by QR. A client that takes several steps a round holds p_G
+fixed and sends the mean gradient. The server's optimizer is a setting, SGD by default. The factors take plain gradient
+steps: they are drawn anew each step, so an optimizer's memory would not apply to them.
 """
 
 from dataclasses import dataclass, field, replace
@@ -95,7 +95,7 @@ class ClientState(base.ClientState):
 @dataclass(frozen=True)
 class Upload(base.Upload):
     gradient: Tensor  # [K, M, E], of p_G
-    weight: Tensor  # [K], what the average weighs it with
+    weight: Tensor  # [K], its weight in the average
 
 
 def schedule(settings: Settings) -> Schedule:
@@ -129,28 +129,33 @@ def client_round(
     shared = broadcast.context.expand(len(data), -1, -1)  # [K, M, E]
     rate = replace(settings.optimizer, learning_rate=settings.local_learning_rate).rate(round_context)
     personal, shared_gradients = state.context, []
-    for number, batch in enumerate(
-        data.batches(settings.local_steps, settings.batch_size or None, round_context.streams)
-    ):
+    streams = round_context.streams
+    for number, batch in enumerate(data.batches(settings.local_steps, settings.batch_size or None, streams)):
         if settings.parameterization == "full":
             parameters = {"shared": shared, "personal": personal}
-            by = gradients(lambda p: p["shared"] + p["personal"], parameters, {}, batch).values
-            personal = personal - rate * by["personal"]
+            gradient = gradients(_full_context, parameters, {}, batch).values
+            personal = personal - rate * gradient["personal"]
         else:
-            projection = round_context.streams.normal(
-                f"projection {number}", shared.shape[-1], settings.rank
-            )  # [K, E, k]
+            projection = streams.normal(f"projection {number}", shared.shape[-1], settings.rank)  # [K, E, k]
             factors = factorize(personal, projection.to(personal))
-            residual = factors.residual if settings.parameterization == "residual" else torch.zeros_like(personal)
+            residual = factors.residual
+            if settings.parameterization == "lora":
+                residual = torch.zeros_like(personal)
             parameters = {"shared": shared, "u": factors.u, "v": factors.v}
-            by = gradients(_factored_context, parameters, {"residual": residual}, batch).values
-            personal = (factors.u - rate * by["u"]) @ (factors.v - rate * by["v"]) + residual
-        shared_gradients.append(by["shared"])
+            gradient = gradients(_factored_context, parameters, {"residual": residual}, batch).values
+            u, v = factors.u - rate * gradient["u"], factors.v - rate * gradient["v"]
+            personal = u @ v + residual
+        shared_gradients.append(gradient["shared"])
     return Upload(torch.stack(shared_gradients).mean(0), data.weights), ClientState(personal)
 
 
+def _full_context(p: Parameters) -> Tensor:
+    """Return p_G + p_L, [K, M, E]."""
+    return p["shared"] + p["personal"]
+
+
 def _factored_context(p: Parameters) -> Tensor:
-    """p_G + U V + R, [K, M, E]."""
+    """Return p_G + U V + R, [K, M, E]."""
     return p["shared"] + p["u"] @ p["v"] + p["residual"]
 
 

@@ -1,17 +1,17 @@
-"""FedOTP: a shared and a personal context; optimal transport decides which patches speak to which.
+"""FedOTP: a shared and a personal context; optimal transport matches them with patches of the image.
 
 Li, Huang, Wang, Shi, Global and Local Prompts Cooperation via Optimal Transport for Federated Learning, CVPR 2024
-(arXiv 2403.00041), sections 3.2 to 3.4. An image is its V patch features, a class the two features that the shared and
-the personal context give its name. Per image and class, a transport plan T [2, V] is found that gives each context the
-mass gamma / 2 and takes at most 1 / V from a patch; the logit is sum T cos / tau. The plan is taken as a constant when
-the loss is differentiated, as by the envelope theorem it may be. Both contexts are trained at once; the shared one is
-averaged, the personal one stays.
+(arXiv 2403.00041), sections 3.2 to 3.4. An image is its V patch features; a class is the two features that the shared
+and the personal context give its name. A transport plan T [2, V] for each image and class gives each context the mass
+gamma / 2 and takes at most 1 / V from a patch. The logit is sum T cos / tau. The plan is a constant when the loss is
+differentiated, which the envelope theorem allows. Both contexts are trained at once; the shared one is averaged, the
+personal one stays.
 
-As in the authors' code, the optimization starts both contexts anywhere (two different random vectors), all clients at
-the same two, and its few-shot scripts set gamma to 0.8, the entropy's weight to 0.01, at most 100 iterations. Choices
-where the paper is silent: clients' optimizers start afresh each round; iterations of a pair of image and class end when
-none of its potentials moves by more than the tolerance. The code watches the mean change of the scaling over a whole
-batch. Under differential privacy that must not be: an image would decide how far the plans of other images converge.
+As in the authors' code, both contexts start anywhere (two different random vectors), all clients at the same two. Its
+few-shot scripts set gamma to 0.8, the entropy's weight to 0.01, at most 100 iterations. Choices where the paper is
+silent. Clients' optimizers start afresh each round. Iterations of a pair of image and class end when none of its
+potentials moves by more than the tolerance. The code watches the mean change of the scaling over a whole batch. Under
+differential privacy that must not be: an image would influence the convergence of other images' plans.
 """
 
 from dataclasses import dataclass, field
@@ -98,11 +98,11 @@ class Model(PromptModel):
         return "patch"
 
     def class_features(self, prompt: Prompt) -> Tensor:
-        """Unit-norm features [P, N, C, D] of every class under each of a client's contexts."""
+        """Return unit-norm features [P, N, C, D] of every class under each of a client's contexts."""
         return self.text_features(_contexts(prompt))
 
     def scores(self, features: Tensor, prompt: Prompt, images: Tensor) -> Tensor:
-        """Logits [P, B, C]: the similarity of patches [P, B, V, D] and class features that the best plan carries."""
+        """Return logits [P, B, C]: the similarity of patches [P, B, V, D] and class features under the best plan."""
         prompts, contexts, classes, width = features.shape
         flat = features.reshape(prompts, 1, contexts * classes, width)
         cosines = (flat @ images.mT).unflatten(2, (contexts, classes)).transpose(2, 3)  # [P, B, C, N, V]
@@ -116,12 +116,12 @@ class Model(PromptModel):
         return contexts.shape[1] * self.encoder.text_flops(1, contexts.shape[2], self.classes)
 
     def images_at_once(self, prompts: int) -> int:
-        # Patches of the images here, two contexts, and about six tensors of this size at work in the transport.
+        # 1200: patches of the images here, times two contexts, times about six tensors of this size in the transport.
         return max(1, NUMBERS_AT_ONCE // (prompts * len(self.classes) * 1200))
 
 
 def _contexts(prompt: Prompt) -> Tensor:
-    """All contexts of each client side by side, [P, N, M, E]."""
+    """Return all contexts of each client side by side, [P, N, M, E]."""
     return torch.stack(list(named_parts(prompt).values()), dim=1)
 
 
@@ -143,7 +143,7 @@ class ClientState(base.ClientState):
 @dataclass(frozen=True)
 class Upload(base.Upload):
     change: Tensor  # [K, M, E], of the shared context by the local steps
-    weight: Tensor  # [K], what the average weighs it with
+    weight: Tensor  # [K], its weight in the average
 
 
 def schedule(settings: Settings) -> Schedule:

@@ -1,22 +1,21 @@
-"""FedPerfix: personal prefixes in the self-attention of the image tower; what else trains is aggregated.
+"""FedPerfix: personal prefixes in the self-attention of the image tower; the other trained parameters are aggregated.
 
 Sun, Mendieta, Luo, Wu, Chen, FedPerfix: Towards Partial Model Personalization of Vision Transformers in Federated
 Learning, ICCV 2023 (arXiv 2308.09160), sections 3.4 and 3.5. Self-attention is the part of a vision transformer that
-differs most between clients. Prefixes to its keys and values adapt it; a parallel adapter makes them, for stability,
-of the layer's own input: P_K, P_V = tanh(x down) up, scaled by s. Adapters never leave their client; the rest is
-aggregated. In the paper the rest is the whole transformer but for its head, which is personal; here both towers are
-frozen, the head is the class features that the text context gives, and that context is what is aggregated, as in
-PromptFL.
+differs most between clients. Prefixes to its keys and values adapt it. For stability, a parallel adapter computes them
+from the layer's own input: P_K, P_V = tanh(x down) up, scaled by s. Adapters never leave their client; the rest is
+aggregated. In the paper the rest is the whole transformer but for its head, which is personal. Here both towers are
+frozen, the head is the class features of the text context, and that context is aggregated, as in PromptFL.
 
-Equation 5 appends s P_K and s P_V to the layer's keys and values; the authors' code adds them, and has biases in the
-adapter: so is the default here, `join = "append"` is the equation. As in that code's preset for the method: s = 1.5,
-bottleneck 256 (its command line's defaults, 0.8 and 512, are not used), adapters in the last 12 layers (all of a ViT-S
-or B), SGD of rate 0.01 on batches of 64, everything trained together, clients starting alike. Up- and down-projections
-start there as linear layers do, here with normal numbers of that deviation. The preset also keeps the last block
-personal on CIFAR-100; a frozen block is the same for all. The paper's transformers train around random prefixes, some
-from random weights; a frozen one cannot, so that here the up-projections start at zero and the tower as it was
-pretrained: `initial_up = "random"` is the code's. Choices where the paper is silent: the adapters' optimizer starts
-afresh each round, as the context's.
+Equation 5 appends s P_K and s P_V to the layer's keys and values. The authors' code adds them, and has biases in the
+adapter. The code's way is the default here; `join = "append"` is the equation. As in that code's preset for the method:
+s = 1.5, bottleneck 256 (its command line's defaults, 0.8 and 512, are not used), adapters in the last 12 layers (all of
+a ViT-S or B), SGD of rate 0.01 on batches of 64, everything trained together, clients starting alike. Up- and
+down-projections start there as linear layers do, here with normal numbers of that deviation. The preset also keeps the
+last block personal on CIFAR-100; a frozen block is the same for all. The paper's transformers train around random
+prefixes, some from random weights. A frozen one cannot, so here the up-projections start at zero, and the tower as it
+was pretrained; `initial_up = "random"` is the code's. Choices where the paper is silent: the adapters' optimizer starts
+afresh each round, like the context's.
 """
 
 import math
@@ -68,10 +67,10 @@ class Settings:
         batch_size: examples a step and client; 0 takes all of them.
         optimizer: of a client's local steps, for context and adapters.
         bottleneck: R, the width within an adapter.
-        scale: s, of what an adapter gives; 0 leaves PromptFL, where it is added.
-        join: whether prefixes are added to the layer's keys and values ("add") or stand beside them ("append").
-        adapted_layers: how many of the last layers have adapters, at most all; those below are computed once.
-        initial_up: what the up-projections start from: "zero", which is the pretrained tower, or "random".
+        scale: s, of an adapter's output; with join = "add", 0 leaves PromptFL.
+        join: "add" adds prefixes to the layer's keys and values; "append" puts them beside these.
+        adapted_layers: number of the last layers that have adapters, at most all; those below are computed once.
+        initial_up: start of the up-projections: "zero", which is the pretrained tower, or "random".
     """
 
     context_length: PositiveInt = 16
@@ -115,18 +114,18 @@ class Model(ImageSideModel):
         return self.text_features(named_parts(prompt)["context"])
 
     def scores(self, features: Tensor, prompt: Prompt, images: Tensor) -> Tensor:
-        tower, by = self.encoder.image_tower, named_parts(prompt)
-        layers = zip(*(by[part].unbind(1) for part in PARTS), strict=True)
+        tower, parts = self.encoder.image_tower, named_parts(prompt)
+        layers = zip(*(parts[part].unbind(1) for part in PARTS), strict=True)
         adapters = {
-            self.first_layer + at: Adapter(down, down_bias, up, up_bias, self.scale, self.appended)
-            for at, (down, down_bias, up, up_bias) in enumerate(layers)
+            self.first_layer + number: Adapter(down, down_bias, up, up_bias, self.scale, self.appended)
+            for number, (down, down_bias, up, up_bias) in enumerate(layers)
         }
-        left = tower.forward(images, self.first_layer, self.encoder.image_layers, adapters=adapters)
-        return self.logits(features, tower.features(left))
+        outputs = tower.forward(images, self.first_layer, self.encoder.image_layers, adapters=adapters)
+        return self.logits(features, tower.features(outputs))
 
     def flops(self, prompt: Prompt, images: int) -> float:
-        by = named_parts(prompt)
-        text = self.encoder.text_flops(1, by["context"].shape[-2], self.classes)
+        length = named_parts(prompt)["context"].shape[-2]
+        text = self.encoder.text_flops(1, length, self.classes)
         return text + self.encoder.image_tower.flops(images, self.first_layer)
 
 
@@ -142,15 +141,19 @@ class Broadcast(base.Broadcast):
 
 @dataclass(frozen=True)
 class ClientState(base.ClientState):
-    """Adapters, of L layers of width W."""
+    """Adapters of L layers of width W.
 
-    adapters: dict[str, Tensor]  # down [K, L, W, R], down_bias [K, L, R], up [K, L, R, 2 W], up_bias [K, L, 2 W]
+    Attributes:
+        adapters: "down" [K, L, W, R], "down_bias" [K, L, R], "up" [K, L, R, 2 W], "up_bias" [K, L, 2 W].
+    """
+
+    adapters: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Upload(base.Upload):
     change: Tensor  # [K, M, E], of the context by the local steps
-    weight: Tensor  # [K], what the average weighs it with
+    weight: Tensor  # [K], its weight in the average
 
 
 def schedule(settings: Settings) -> Schedule:

@@ -1,14 +1,15 @@
 """FedPGP: a shared context plus a personal one of low rank, with a loss that draws the shared one to general knowledge.
 
 Cui, Li, Wang, Shi, Harmonizing Generalization and Personalization in Federated Prompt Learning, ICML 2024 (arXiv
-2405.09771), section 4. Client i uses p_G + U_i V_i with U_i [M, b] and V_i [b, E]. For every class, the feature z_G
-that the shared context gives is drawn to z_C, that of the hand-written prompt, and away from z_i, that of the client's
-own: minus the logarithm of exp(cos(z_G, z_C) / t) over itself plus exp(cos(z_G, z_i) / t), averaged over classes and
-weighed with mu. All three parts are trained at once; p_G is averaged, U_i and V_i stay.
+2405.09771), section 4. Client i uses p_G + U_i V_i with U_i [M, b] and V_i [b, E]. For every class, let z_G be the
+feature of the shared context, z_C that of the hand-written prompt, and z_i that of the client's own context. A
+contrastive loss draws z_G to z_C and away from z_i: minus the logarithm of exp(cos(z_G, z_C) / t) over itself plus
+exp(cos(z_G, z_i) / t), averaged over classes and weighed with mu. All three parts are trained at once; p_G is averaged,
+U_i and V_i stay.
 
 Defaults are the authors' code's: M = 16, b = 4, t = 0.5, mu = 1, all parts random with deviation 0.02, U and V alike
-for all clients at first. Choices where the paper is silent, or the code differs from it: the hand-written prompt is "a
-photo of a", as in the paper (the code takes a sentence of placeholders); clients' optimizers start afresh each round.
+for all clients at first. Choices where the paper is silent, or the code differs from it. The hand-written prompt is "a
+photo of a", as in the paper (the code takes a sentence of placeholders). Clients' optimizers start afresh each round.
 The contrastive term depends on no image, so mechanisms add no noise to it.
 """
 
@@ -76,7 +77,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Model(PromptModel):
-    """CoOp's model with the contrastive loss, where a prompt comes with the shared context beside its own.
+    """CoOp's model; a prompt that has the shared context beside its own also has the contrastive loss.
 
     Attributes: contrast, temperature, hand_written: as in `Settings`.
     """
@@ -90,7 +91,7 @@ class Model(PromptModel):
         return cls(encoder, classes, settings.contrast, settings.temperature, settings.hand_written)
 
     def class_features(self, prompt: Prompt) -> Tensor:
-        """[P, 1, C, D], or with the shared context [P, 2, C, D], its features second."""
+        """Return features [P, 1, C, D], or with the shared context [P, 2, C, D], its features second."""
         return self.text_features(_contexts(prompt))
 
     def linear_part(self, features: Tensor) -> Tensor:
@@ -102,9 +103,9 @@ class Model(PromptModel):
     def penalty(self, features: Tensor) -> Tensor | None:
         if features.shape[1] == 1:
             return None
-        own, shared = features.unbind(1)  # [P, C, D]
+        personal, shared = features.unbind(1)  # [P, C, D]
         near = (shared * self._general.to(shared)).sum(-1) / self.temperature
-        away = (shared * own).sum(-1) / self.temperature
+        away = (shared * personal).sum(-1) / self.temperature
         return self.contrast * F.softplus(away - near).mean(-1)
 
     def flops(self, prompt: Prompt, images: int) -> float:
@@ -113,13 +114,13 @@ class Model(PromptModel):
 
     @cached_property
     def _general(self) -> Tensor:
-        """z_C, [C, D]."""
+        """Return z_C, [C, D]."""
         with torch.no_grad():
             return self.text_features(self.encoder.embed(self.hand_written)[None])[0]
 
 
 def _contexts(prompt: Prompt) -> Tensor:
-    """[P, 1, M, E], or [P, 2, M, E] with the shared context."""
+    """Return contexts [P, 1, M, E], or [P, 2, M, E] with the shared one."""
     if isinstance(prompt, Tensor):
         return prompt[:, None]
     return torch.stack([prompt["context"], prompt["shared"]], dim=1)
@@ -144,7 +145,7 @@ class ClientState(base.ClientState):
 @dataclass(frozen=True)
 class Upload(base.Upload):
     change: Tensor  # [K, M, E], of p_G by the local steps
-    weight: Tensor  # [K], what the average weighs it with
+    weight: Tensor  # [K], its weight in the average
 
 
 def schedule(settings: Settings) -> Schedule:
@@ -160,7 +161,8 @@ def client_init(settings: Settings, init: InitContext, data: ClientData) -> Clie
     clients, rank = len(init.streams.clients), settings.rank
     u = init.streams.common_normal("personal u", settings.context_length, rank)
     v = init.streams.common_normal("personal v", rank, init.context_width)
-    return ClientState(*((RANDOM_STANDARD_DEVIATION * each).expand(clients, -1, -1).clone() for each in (u, v)))
+    stacks = ((RANDOM_STANDARD_DEVIATION * part).expand(clients, -1, -1).clone() for part in (u, v))
+    return ClientState(*stacks)
 
 
 def broadcast(server: Server) -> Broadcast:
@@ -175,9 +177,9 @@ def client_round(
     gradients: Gradients,
     round_context: RoundContext,
 ) -> tuple[Upload, ClientState]:
-    def prompt_of(by: Parameters) -> Prompt:
-        own = by["shared"] + by["u"] @ by["v"]
-        return {"context": own, "shared": by["shared"]} if settings.contrast else own
+    def prompt_of(p: Parameters) -> Prompt:
+        context = p["shared"] + p["u"] @ p["v"]
+        return {"context": context, "shared": p["shared"]} if settings.contrast else context
 
     parts = {"shared": broadcast.context.expand(len(data), -1, -1), "u": state.u, "v": state.v}
     trained = local_steps(settings, prompt_of, parts, {}, data, gradients, round_context)

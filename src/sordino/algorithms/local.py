@@ -1,7 +1,7 @@
-"""Local: every client learns a context of its own and tells nobody.
+"""Local: every client learns a context of its own and sends nothing.
 
-The lower bound of every comparison in the field, e.g. Guo et al., PromptFL, 2023 (arXiv 2208.11625), section 5. The
-prompt is CoOp's: Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022.
+It is the lower bound of every comparison in the field, e.g. Guo et al., PromptFL, 2023 (arXiv 2208.11625), section 5.
+The prompt is CoOp's: Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from torch import Tensor
 from sordino.algorithms import base
 from sordino.algorithms.base import STRICT, ClientData, InitContext, MethodInfo, RoundContext, Schedule, Uploads
 from sordino.algorithms.optimizer import Optimizer
-from sordino.privacy.gradients import Gradients
+from sordino.privacy.gradients import Gradients, Parameters
 from sordino.privacy.ledger import Disclosure
 from sordino.prompts.contexts import initial_context
 
@@ -37,7 +37,7 @@ class Settings:
         initial_context: words that the context starts from, at its end; empty for random vectors alone.
         local_steps: gradient steps a round.
         batch_size: examples a step and client; 0 takes all of them.
-        optimizer: whose state a client keeps from round to round.
+        optimizer: of the steps; a client keeps its state from round to round.
     """
 
     context_length: PositiveInt = 16
@@ -49,12 +49,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Server(base.Server):
-    """Nothing."""
+    """The server keeps no state."""
 
 
 @dataclass(frozen=True)
 class Broadcast(base.Broadcast):
-    """Nothing."""
+    """The server sends nothing."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ClientState(base.ClientState):
 
 @dataclass(frozen=True)
 class Upload(base.Upload):
-    """Nothing."""
+    """Nothing leaves a client."""
 
 
 def schedule(settings: Settings) -> Schedule:
@@ -96,11 +96,15 @@ def client_round(
 ) -> tuple[Upload, ClientState]:
     context, optimizer = state.context, state.optimizer
     for batch in data.batches(settings.local_steps, settings.batch_size or None, round_context.streams):
-        gradient = gradients(lambda by: by["context"], {"context": context}, {}, batch).values["context"]
-        context, optimizer = settings.optimizer.step(
-            context, gradient, optimizer, settings.optimizer.rate(round_context)
-        )
+        gradient = gradients(_context, {"context": context}, {}, batch).values["context"]
+        rate = settings.optimizer.rate(round_context)
+        context, optimizer = settings.optimizer.step(context, gradient, optimizer, rate)
     return Upload(), ClientState(context, optimizer)
+
+
+def _context(parameters: Parameters) -> Tensor:
+    """Return the prompt [K, M, E]."""
+    return parameters["context"]
 
 
 def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], round_context: RoundContext) -> Server:

@@ -1,8 +1,8 @@
 """torch's optimizers and schedules for stacks of clients.
 
-torch keeps an optimizer's state beside the parameter objects; here it is part of a method's own state, so that it is
-checkpointed, sliced by client, and never shared. Each client's slice is a parameter of its own to torch, so clients
-that took part in different numbers of rounds stay independent.
+torch keeps an optimizer's state beside the parameter objects. Here it is part of a method's own state, so that it is
+checkpointed, sliced by client, and never shared. Each client's slice is a separate parameter to torch, so clients that
+took part in different numbers of rounds stay independent.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ OptimizerState = Mapping[str, Tensor]  # each [K, ...]; empty before the first s
 
 @dataclass(frozen=True, config=STRICT)
 class Optimizer:
-    """An optimizer of torch's and its schedule over rounds.
+    """One of torch's optimizers and its schedule over rounds.
 
     Attributes:
         name: torch.optim.SGD, Adam or AdamW.
         learning_rate: before the schedule.
         momentum: of SGD.
-        weight_decay: as torch's.
+        weight_decay: as in torch.
         schedule: "cosine" anneals to zero at the last round, "constant" does not.
     """
 
@@ -40,17 +40,17 @@ class Optimizer:
     schedule: Literal["constant", "cosine"] = "constant"
 
     def rate(self, round_context: RoundContext) -> float:
-        """The learning rate of a round."""
+        """Return the learning rate of a round."""
         return _rates(self.schedule, self.learning_rate, round_context.rounds)[round_context.round - 1]
 
     def step(
         self, parameters: Tensor, gradients: Tensor, state: OptimizerState, rate: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One step of K independent optimizers.
+        """Take one step of K independent optimizers.
 
         Args:
             parameters, gradients: [K, ...].
-            state: what the last step returned; empty before the first.
+            state: the state that the last step returned; empty before the first.
             rate: the learning rate of this step.
 
         Returns:
@@ -64,8 +64,8 @@ class Optimizer:
                 optimizer.state[part] = {name: value[index].clone() for name, value in state.items()}
         optimizer.step()
         kept = {name for name, value in optimizer.state[slices[0]].items() if isinstance(value, Tensor)}
-        new = {name: torch.stack([optimizer.state[part][name] for part in slices]) for name in sorted(kept)}
-        return torch.stack(slices), new
+        new_state = {name: torch.stack([optimizer.state[part][name] for part in slices]) for name in sorted(kept)}
+        return torch.stack(slices), new_state
 
     def _make(self, slices: list[Tensor], rate: float) -> torch.optim.Optimizer:
         options: dict[str, Any] = {"lr": rate, "weight_decay": self.weight_decay}
@@ -74,7 +74,7 @@ class Optimizer:
         return (torch.optim.Adam if self.name == "adam" else torch.optim.AdamW)(slices, **options)
 
     def initial_state(self, parameters: Tensor) -> dict[str, Tensor]:
-        """The state before the first step, with all its tensors present, so that stacks can be sliced."""
+        """Return the state before the first step, with all its tensors present, so that stacks can be sliced."""
         _, state = self.step(parameters, torch.zeros_like(parameters), {}, rate=0.0)
         return {name: torch.zeros_like(value) for name, value in state.items()}
 

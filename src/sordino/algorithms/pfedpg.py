@@ -1,4 +1,4 @@
-"""pFedPG: the server generates each client's visual prompt, and learns to from how the clients change it.
+"""pFedPG: the server generates each client's visual prompt, and learns the generator from the clients' changes of it.
 
 Yang, Wang, Wang, Efficient Model Personalization in Federated Learning via Client-Specific Prompt Generation, ICCV 2023
 (arXiv 2308.15367), section 3.2 and algorithm 1. The server holds prompts P_base that know no client, a descriptor d_n
@@ -6,19 +6,21 @@ of each client n, and a generator by cross-attention, in which the descriptor qu
 
     P_n = P_base + softmax((d_n W_Q)(P_base W_K)^T / sqrt(l)) (P_base W_V) W_O
 
-A client is sent P_n alone, sets it as tokens behind the class token at the first layer (VPT-shallow), trains it on its
-images, keeps it, and sends the change. To the server minus the change stands for the loss's gradient by P_n: it updates
-P_base, the W and the participants' descriptors by the vector-Jacobian product with it, summed over clients.
+A client is sent P_n alone and sets it as tokens behind the class token at the first layer (VPT-shallow). It trains P_n
+on its images, keeps it, and sends the change. The server uses minus the change as the loss's gradient by P_n. It
+updates P_base, the W and the participants' descriptors by the vector-Jacobian product with it, summed over clients.
 
 As published: 10 prompts, SGD of rate 0.25 and weight decay 0.001 on batches of 64 at the clients, rate 0.001 at the
 server. A client's head, in the paper a personal linear layer, is here the frozen class features of a hand-written
 prompt. There is no official code, and of three others' two add P_base, as here. The paper takes plus the change for the
-gradient; with that sign the server would climb. Choices where the paper is silent: a descriptor is one vector, so that
-attention adds the same to all of P_base, or may be one for each prompt (`descriptor_length`); one head of width 64; the
-server's optimizer is Adam, as SGD would hardly move at that rate, and descriptors of absent clients rest; prompts and
-descriptors start at random numbers of deviation 1 / sqrt(W), VPT's in a ViT-B/16, and the W as those of linear layers;
-a client is evaluated with the prompt that it trained last, or with its first generated one. The server sees each
-client's change by itself: no average hides it.
+gradient; with that sign the server would climb.
+
+Choices where the paper is silent. A descriptor is one vector, so that attention adds the same to all of P_base; it may
+be one for each prompt (`descriptor_length`). There is one head of width 64. The server's optimizer is Adam, as SGD
+would hardly move at that rate, and descriptors of absent clients rest. Prompts and descriptors start at random numbers
+of deviation 1 / sqrt(W), VPT's in a ViT-B/16, and the W as those of linear layers. A client is evaluated with the
+prompt that it trained last, or with its first generated one. The server sees each client's change by itself: no average
+hides it.
 """
 
 import math
@@ -70,8 +72,8 @@ class Settings:
     """Hyper-parameters.
 
     Attributes:
-        prompt_length: how many tokens a prompt has.
-        descriptor_length: vectors that describe a client: 1, or as many as the prompt's tokens.
+        prompt_length: number of tokens of a prompt.
+        descriptor_length: number of vectors that describe a client: 1, or the number of the prompt's tokens.
         attention_width: l, of the generator's queries, keys and values.
         hand_written: the prompt whose class features are the head.
         local_steps: gradient steps a client takes between two generations.
@@ -107,8 +109,8 @@ class Model(HandWrittenHeadModel):
 
     def scores(self, features: Tensor, prompt: Prompt, images: Tensor) -> Tensor:
         tower, tokens = self.encoder.image_tower, named_parts(prompt)["tokens"]
-        left = tower.forward(images, 0, self.encoder.image_layers, {0: tokens})
-        return self.logits(features, tower.features(left))
+        outputs = tower.forward(images, 0, self.encoder.image_layers, {0: tokens})
+        return self.logits(features, tower.features(outputs))
 
     def flops(self, prompt: Prompt, images: int) -> float:
         return self.encoder.image_tower.flops(images, 0, named_parts(prompt)["tokens"].shape[-2])
@@ -160,11 +162,12 @@ def client_init(settings: Settings, init: InitContext, data: ClientData) -> Clie
 
 
 def generate(shared: Parameters, descriptors: Tensor) -> Tensor:
-    """Prompts [N, n, W] of clients with these descriptors [N, d, W]."""
-    known = shared["base"]  # [n, W]
-    query, key, value = descriptors @ shared["query"], known @ shared["key"], known @ shared["value"]
+    """Return the prompts [N, n, W] of clients with these descriptors [N, d, W]."""
+    base_prompts = shared["base"]  # [n, W]
+    query = descriptors @ shared["query"]
+    key, value = base_prompts @ shared["key"], base_prompts @ shared["value"]
     attention = (query @ key.mT / math.sqrt(key.shape[-1])).softmax(dim=-1)  # [N, d, n]
-    return known + attention @ value @ shared["output"]
+    return base_prompts + attention @ value @ shared["output"]
 
 
 def broadcast(server: Server) -> Broadcast:
@@ -179,30 +182,35 @@ def client_round(
     gradients: Gradients,
     round_context: RoundContext,
 ) -> tuple[Upload, ClientState]:
-    trained = local_steps(settings, dict, {"tokens": broadcast.tokens}, {}, data, gradients, round_context)["tokens"]
+    parameters = {"tokens": broadcast.tokens}
+    trained = local_steps(settings, dict, parameters, {}, data, gradients, round_context)["tokens"]
     return Upload(trained - broadcast.tokens), ClientState(trained)
 
 
 def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], round_context: RoundContext) -> Server:
     clients = torch.as_tensor(round_context.streams.clients, device=server.descriptors.device)
-    by = generator_gradients(server.shared, server.descriptors[clients], uploads.each.change)
+    participants = server.descriptors[clients]
+    gradients = generator_gradients(server.shared, participants, uploads.each.change)
     optimizer, rate = settings.server_optimizer, settings.server_optimizer.rate(round_context)
     shared, states = {}, {}
     for name, value in server.shared.items():
-        old = {key.removeprefix(f"{name}/"): s for key, s in server.optimizer.items() if key.startswith(f"{name}/")}
-        stepped, new = optimizer.step(value[None], by[name][None], old, rate)
+        prefix = f"{name}/"
+        old = {key.removeprefix(prefix): s for key, s in server.optimizer.items() if key.startswith(prefix)}
+        stepped, new = optimizer.step(value[None], gradients[name][None], old, rate)
         shared[name] = stepped[0]
         states.update({f"{name}/{key}": s for key, s in new.items()})
-    own = {key: s[clients.to(s.device)] for key, s in server.descriptor_optimizer.items()}
-    stepped, new = optimizer.step(server.descriptors[clients], by["descriptors"], own, rate)
-    kept = {
+    # The participants' descriptors step; those of absent clients and their optimizers' states rest.
+    old = {key: s[clients.to(s.device)] for key, s in server.descriptor_optimizer.items()}
+    stepped, new = optimizer.step(participants, gradients["descriptors"], old, rate)
+    descriptors = server.descriptors.index_copy(0, clients, stepped)
+    descriptor_states = {
         key: s.index_copy(0, clients.to(s.device), new[key].to(s)) for key, s in server.descriptor_optimizer.items()
     }
-    return Server(shared, server.descriptors.index_copy(0, clients, stepped), states, kept)
+    return Server(shared, descriptors, states, descriptor_states)
 
 
 def generator_gradients(shared: Parameters, descriptors: Tensor, change: Tensor) -> dict[str, Tensor]:
-    """The product of minus K prompts' changes [K, n, W] with their Jacobian by everything they are generated from.
+    """Return the product of minus K prompts' changes [K, n, W] with their Jacobian by all inputs of the generator.
 
     Args:
         shared: the generator and the base prompts.
@@ -211,10 +219,12 @@ def generator_gradients(shared: Parameters, descriptors: Tensor, change: Tensor)
     Returns:
         One gradient for each of `shared`, and for "descriptors".
     """
-    leaves = {name: value.detach().requires_grad_() for name, value in {**shared, "descriptors": descriptors}.items()}
+    inputs = {**shared, "descriptors": descriptors}
+    leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
     with torch.enable_grad():
         prompts = generate(leaves, leaves["descriptors"])
-    return dict(zip(leaves, torch.autograd.grad(prompts, list(leaves.values()), -change), strict=True))
+    gradients = torch.autograd.grad(prompts, list(leaves.values()), -change)
+    return dict(zip(leaves, gradients, strict=True))
 
 
 def prompt(broadcast: Broadcast, state: ClientState) -> Prompt:

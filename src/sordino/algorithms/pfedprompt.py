@@ -1,17 +1,17 @@
 """pFedPrompt: a shared context, and for each client a memory of its own images that it attends to.
 
 Guo, Guo, Wang, pFedPrompt: Learning Personalized Prompt for Vision-Language Models in Federated Learning, WWW 2023.
-*Global user consensus*: one context learned by federated averaging, as in PromptFL. *Local feature attention*: without
-any parameter to learn, a client's few-shot image features F are keys and their labels L values; an image x attends to
-them, and what it finds is added to the logits with weight alpha:
+*Global user consensus*: one context learned by federated averaging, as in PromptFL. *Local feature attention*: a
+client's few-shot image features F are keys and their labels L values, without any parameter to learn. An image x
+attends to them, and the result is added to the logits with weight alpha:
 
     cos(x, f) / tau + alpha exp(-beta (1 - x F^T)) L
 
 There is no public code. The form of the attention is that of Tip-Adapter (Zhang et al., ECCV 2022), with its alpha and
-beta. Choices where the paper is silent: the attention is used for prediction only, as a training image would find
-itself in the memory and leave nothing to learn for the context; a memory of more than `shots` images of a class keeps
-the first that the client holds. The memory is made of bare image features: no mechanism covers it, and whoever is given
-the prompt is given it too.
+beta. Choices where the paper is silent. The attention is used for prediction only: a training image would find itself
+in the memory and leave nothing to learn for the context. A memory of more than `shots` images of a class keeps the
+first that the client holds. The memory contains bare image features: no mechanism covers it, and everybody who is given
+the prompt is given the memory too.
 """
 
 from dataclasses import dataclass, field, replace
@@ -55,10 +55,10 @@ class Settings:
         local_steps: gradient steps a client takes between averagings.
         batch_size: examples a step and client; 0 takes all of them.
         optimizer: of a client's local steps.
-        server_optimizer: what the server makes of the mean change, as in PromptFL.
-        attention: alpha, the weight of what the memory says; 0 leaves PromptFL.
+        server_optimizer: of the server's step along the mean change, as in PromptFL.
+        attention: alpha, the weight of the memory's logits; 0 leaves PromptFL.
         sharpness: beta, of the attention.
-        shots: images of a class that a memory holds at most.
+        shots: the most images of a class that a memory holds.
     """
 
     context_length: PositiveInt = 16
@@ -106,11 +106,11 @@ class Model(PromptModel):
 @dataclass(frozen=True)
 class ClientState(base.ClientState):
     keys: Tensor  # [K, n, D], features of the client's images
-    labels: Tensor  # [K, n], `class_number` of each; 0 where there is none
+    labels: Tensor  # [K, n], their `class_number`; 0 for padding
 
 
 def class_number(name: str) -> int:
-    """A number for a class by its name, so that a memory says nothing of candidates that it knows no image of."""
+    """Return a number for a class by its name, so that a memory adds nothing to candidates without an image in it."""
     return derive_key("class", name) & 0x7FFFFFFFFFFFFFFF  # an int64 holds 63 bits
 
 
@@ -120,17 +120,17 @@ def schedule(settings: Settings) -> Schedule:
 
 def client_init(settings: Settings, init: InitContext, data: ClientData) -> ClientState:
     held = torch.arange(data.rows.shape[1], device=data.rows.device) < data.counts[:, None]
-    finite = data.features.isfinite().all(-1)  # others would leave nothing of a prediction that attends to them
-    labels = torch.where(held & finite[data.rows] & data.shown(data.rows), data.labels[data.rows], -1)
-    same = (
-        (labels[:, :, None] == labels[:, None, :]).tril(diagonal=-1).sum(-1)
-    )  # [K, n], how many of the class come before
-    kept = (labels >= 0) & (same < settings.shots)
+    finite = data.features.isfinite().all(-1)  # a key that is not finite would spoil every prediction
+    usable = held & finite[data.rows] & data.shown(data.rows)
+    labels = torch.where(usable, data.labels[data.rows], -1)
+    same_class = labels[:, :, None] == labels[:, None, :]
+    earlier = same_class.tril(diagonal=-1).sum(-1)  # [K, n], number of the class's images that come before
+    kept = (labels >= 0) & (earlier < settings.shots)
     order = (~kept).to(torch.int8).argsort(dim=1, stable=True)[:, : int(kept.sum(1).max())]
-    rows, there = data.rows.gather(1, order), kept.gather(1, order)
+    rows, real = data.rows.gather(1, order), kept.gather(1, order)
     numbers = torch.tensor([class_number(name) for name in init.class_names], device=labels.device)
-    keys = torch.where(there[..., None], data.features[rows], 0.0)
-    return ClientState(keys, torch.where(there, numbers[data.labels[rows]], 0))
+    keys = torch.where(real[..., None], data.features[rows], 0.0)
+    return ClientState(keys, torch.where(real, numbers[data.labels[rows]], 0))
 
 
 def prompt(broadcast: Broadcast, state: ClientState) -> Prompt:

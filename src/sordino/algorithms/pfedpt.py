@@ -1,18 +1,18 @@
-"""pFedPT: a personal frame of learned pixels on every image; what else trains is shared.
+"""pFedPT: a personal frame of learned pixels on every image; the other trained parameters are shared.
 
 Li, Wu, Sun, Shen, Yang, Wu, Visual Prompt Based Personalized Federated Learning, TMLR 2024 (arXiv 2303.08678), section
 3. A client adds its frame, which never leaves it, to the border of its images. A round has two parts: first the frame
-is trained with the shared model fixed, then the shared model with the frame fixed, and that one is averaged. In the
-paper the shared model is a whole network; here both towers are frozen and what is shared is the text context, as in
-PromptFL.
+is trained with the shared model fixed, then the shared model with the frame fixed. The shared model is averaged. In the
+paper it is a whole network. Here both towers are frozen and the text context is shared, as in PromptFL.
 
-As in the authors' code: the frame is added (not pasted) to normalized pixels, starts at standard normal numbers that
-are the same for all clients, is 2 of 32 pixels wide (1/16 of a side), and trains by SGD of momentum 0.5, whose state a
-client keeps, for as many steps as the shared part; the rate of 1 is its script's (its command line's default is 20).
-(Pixels are normalized there by a deviation of 0.5, CLIP's by about half of it, the bundled encoder's by 0.5.) Choices
-where the paper is silent, as its model has no text: the context's optimizer is PromptFL's, afresh each round. A round's
-`local_steps` are divided between the parts, so that a method does not take more gradients for having two; with a single
-step only the context trains.
+As in the authors' code, the frame is added (not pasted) to normalized pixels. It starts at standard normal numbers that
+are the same for all clients, and is 2 of 32 pixels wide (1/16 of a side). It trains by SGD of momentum 0.5, whose state
+a client keeps, for as many steps as the shared part. The rate of 1 is its script's (its command line's default is 20).
+(Pixels are normalized there by a deviation of 0.5, CLIP's by about half of it, the bundled encoder's by 0.5.)
+
+Choices where the paper is silent, as its model has no text. The context's optimizer is PromptFL's, afresh each round. A
+round's `local_steps` are divided between the parts, so that a method with two parts does not take more gradients. With
+a single step only the context trains.
 """
 
 from dataclasses import dataclass, field
@@ -59,7 +59,7 @@ class Settings:
         context_length: M, the number of learned vectors.
         initial_context: words that the context starts from, at its end; empty for random vectors alone.
         local_steps: gradient steps a client takes between averagings, of both parts together.
-        frame_share: the share of them, rounded down, that trains the frame; they come first.
+        frame_share: the share of these steps, rounded down, that trains the frame; they come first.
         batch_size: examples a step and client; 0 takes all of them.
         optimizer: of the context.
         frame_optimizer: of the frame; a client keeps its state.
@@ -102,16 +102,21 @@ class Model(ImageSideModel):
     def scores(self, features: Tensor, prompt: Prompt, images: Tensor) -> Tensor:
         frame = named_parts(prompt)["frame"].to(images)  # [P, 3, n]
         places = frame_places(images.shape[-2:], self.frame_width).to(images.device)
-        border = images.new_zeros(len(frame), 3, images.shape[-2] * images.shape[-1]).index_copy(2, places, frame)
+        blank = images.new_zeros(len(frame), 3, images.shape[-2] * images.shape[-1])
+        border = blank.index_copy(2, places, frame)
         framed = images + border.view(-1, 1, *images.shape[2:])  # [P, B, 3, H, W]
-        return self.logits(features, self.encoder.image_features(framed.flatten(0, 1)).view(*images.shape[:2], -1))
+        image_features = self.encoder.image_features(framed.flatten(0, 1)).view(*images.shape[:2], -1)
+        return self.logits(features, image_features)
 
     def flops(self, prompt: Prompt, images: int) -> float:
         return self.encoder.text_flops(1, named_parts(prompt)["context"].shape[-2], self.classes)
 
 
 def frame_places(size: tuple[int, ...], width: float) -> Tensor:
-    """Which pixels of an image of H x W, row after row, the frame is made of: [n], at least one row at each edge."""
+    """Return the numbers [n] of the frame's pixels in an image of H x W, row after row.
+
+    The frame has at least one row of pixels at each edge.
+    """
     height, breadth = size
     edge = max(1, round(width * min(size)))
     inside = torch.zeros(height, breadth, dtype=torch.bool)
@@ -138,7 +143,7 @@ class ClientState(base.ClientState):
 @dataclass(frozen=True)
 class Upload(base.Upload):
     change: Tensor  # [K, M, E], of the context by the local steps
-    weight: Tensor  # [K], what the average weighs it with
+    weight: Tensor  # [K], its weight in the average
 
 
 def schedule(settings: Settings) -> Schedule:
@@ -171,14 +176,14 @@ def client_round(
 ) -> tuple[Upload, ClientState]:
     context = {"context": broadcast.context.expand(len(data), -1, -1)}
     batches = data.batches(settings.local_steps, settings.batch_size or None, round_context.streams)
-    framing = islice(batches, first_steps(settings.local_steps, settings.frame_share))
+    first_part = islice(batches, first_steps(settings.local_steps, settings.frame_share))
     frame, kept = descend(
         settings.frame_optimizer,
         {"frame": state.optimizer},
         dict,
         {"frame": state.frame},
         context,
-        framing,
+        first_part,
         gradients,
         round_context,
     )

@@ -3,9 +3,9 @@
 Guo et al., PromptFL: Let Federated Participants Cooperatively Learn Prompts Instead of Models, IEEE Transactions on
 Mobile Computing 2023 (arXiv 2208.11625), section 4: federated averaging (McMahan et al., 2017) of CoOp's context.
 The server may treat the mean change as a gradient of its own optimizer (Reddi et al., Adaptive Federated Optimization,
-ICLR 2021); the default, SGD with rate 1, is plain averaging, as published. The paper is silent on whether a client
-keeps its optimizer's state; here it starts afresh each round, as the context that it would belong to is replaced.
-Clients send the change of the context, not the context: the server knows the rest.
+ICLR 2021). The default, SGD with rate 1, is plain averaging, as published. The paper does not say if a client keeps its
+optimizer's state. Here the state starts afresh each round, because the context that it belongs to is replaced. Clients
+send the change of the context, not the context: the server knows the rest.
 """
 
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from sordino.algorithms import base
 from sordino.algorithms.base import STRICT, ClientData, InitContext, MethodInfo, RoundContext, Schedule, Uploads
 from sordino.algorithms.descent import local_steps
 from sordino.algorithms.optimizer import Optimizer
-from sordino.privacy.gradients import Gradients
+from sordino.privacy.gradients import Gradients, Parameters
 from sordino.privacy.ledger import Disclosure
 from sordino.prompts.contexts import initial_context
 
@@ -46,7 +46,7 @@ class Settings:
         local_steps: gradient steps a client takes between averagings.
         batch_size: examples a step and client; 0 takes all of them.
         optimizer: of a client's local steps.
-        server_optimizer: what the server makes of the mean change; SGD with rate 1 takes it as it is.
+        server_optimizer: of the server's step along the mean change; SGD with rate 1 is plain averaging.
     """
 
     context_length: PositiveInt = 16
@@ -70,13 +70,13 @@ class Broadcast(base.Broadcast):
 
 @dataclass(frozen=True)
 class ClientState(base.ClientState):
-    """Nothing."""
+    """A client keeps no state."""
 
 
 @dataclass(frozen=True)
 class Upload(base.Upload):
     change: Tensor  # [K, M, E], of the context by the local steps
-    weight: Tensor  # [K], what the average weighs it with
+    weight: Tensor  # [K], its weight in the average
 
 
 def schedule(settings: Settings) -> Schedule:
@@ -106,8 +106,13 @@ def client_round(
     round_context: RoundContext,
 ) -> tuple[Upload, ClientState]:
     contexts = {"context": broadcast.context.expand(len(data), -1, -1)}  # [K, M, E]
-    trained = local_steps(settings, lambda by: by["context"], contexts, {}, data, gradients, round_context)
+    trained = local_steps(settings, _context, contexts, {}, data, gradients, round_context)
     return Upload(trained["context"] - broadcast.context, data.weights), state
+
+
+def _context(parameters: Parameters) -> Tensor:
+    """Return the prompt [K, M, E]."""
+    return parameters["context"]
 
 
 def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], round_context: RoundContext) -> Server:

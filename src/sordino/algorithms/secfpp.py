@@ -2,20 +2,18 @@
 
 Hou, Li, Buyukates, Privacy-preserving Prompt Personalization in Federated Learning for Multimodal Large Language
 Models, 2025 (arXiv 2505.22447). Client i uses p_D + p_i. The class-level part p_i stays. The domain-level part is
-averaged among the clients of a cluster. Who belongs together is found by k-means, and both the distances that it takes
-and the means are computed on Lagrange shares (`sordino.secure`), so that the server sees distances and means of
-clusters, and nobody sees a client's prompt.
+averaged among the clients of a cluster, which k-means finds. The distances that k-means needs and the means are
+computed on Lagrange shares (`sordino.secure`). So the server sees distances and means of clusters, and nobody sees a
+client's prompt.
 
-Choices where the paper is silent. Clients learn alone until the first clustering, when there is something to cluster:
-the domain-level part only, from batches in which every class of a client counts alike, so that clusters are of domains
-and not of class mixtures. From then on both parts take the same steps, on batches as they come; what the averages take
-from the one, the other keeps. A client is clustered by its whole context, reduced to what it changed in the features of
-the classes: [C, D], without their mean over classes (which no softmax sees), on leading directions of public class
-names' features, with unit norm. A context as it is, 3,072 numbers of which most is noise, did not show PACS's domains.
-The search opens the distances between all clients (`Pairs`) or only those that k-means needs (`Adaptive`). A cluster
-below the minimum size is not opened, and its clients keep their own domain-level parts: its mean goes to its members,
-and T of a cluster of T + 1 would compute the last one's part from it. If too few clients answer, the
-last clusters stay. Cluster means are not weighed by sizes.
+Choices where the paper is silent. Clients learn alone until the first clustering, when there is something to cluster.
+They then train the domain-level part only, from batches in which every class of a client counts alike, so that clusters
+are of domains and not of class mixtures. From then on both parts take the same steps, on batches as they come; what the
+averages take from the one, the other keeps. A client is clustered by its whole context, reduced as `secfpp_points`
+says. The search opens the distances between all clients (`Pairs`) or only those that k-means needs (`Adaptive`). A
+cluster below the minimum size is not opened, and its clients keep their own domain-level parts. The reason is that its
+mean goes to its members: T of a cluster of T + 1 would compute the last one's part from it. If too few clients answer,
+the last clusters stay. Cluster means are not weighed by sizes.
 """
 
 from collections.abc import Sequence
@@ -34,16 +32,15 @@ from sordino.algorithms import base
 from sordino.algorithms.base import STRICT, ClientData, InitContext, MethodInfo, RoundContext, Schedule
 from sordino.algorithms.descent import descend
 from sordino.algorithms.optimizer import Optimizer
+from sordino.algorithms.secfpp_points import point_width, points
 from sordino.encoders.prompt_model import PromptModel
 from sordino.errors import ConfigError
-from sordino.privacy.cotangent import public_directions
 from sordino.privacy.gradients import Gradients, Parameters
 from sordino.privacy.ledger import Disclosure
 from sordino.progress import log
 from sordino.prompts.contexts import initial_context
 from sordino.secure.setup import Reveal
 
-DIRECTIONS = 64  # public directions on which class features are read, at most
 COLUMNS = 96  # distances to centers that a client answers a round, beside those to other clients
 
 ABOUT = MethodInfo(
@@ -69,18 +66,18 @@ class Settings:
         context_length: M, the number of learned vectors.
         initial_context: words that the domain-level part starts from, at its end; empty for random vectors alone.
         local_steps: gradient steps a client takes a round; while it is alone, of the domain-level part.
-        balanced: whether those take batches in which each class of a client counts alike.
+        balanced: true if those use batches in which each class of a client counts alike.
         batch_size: examples a step and client; 0 takes all of them.
         optimizer: of both parts; its state stays at the client.
         cluster_every: rounds between two clusterings; clients learn alone before the first.
         clusters: their number; 0 lets it adapt.
         search: "pairs" opens the distances between all clients; "centers" those that k-means with splits and merges
-            asks for, fewer, and finds less.
+            asks for, which are fewer, and finds less.
         significance: with "pairs", how often noise alone may look as split as a split that is kept.
-        width: d, numbers a prompt is reduced to, at most.
+        width: d, the largest number of values a prompt is reduced to.
         reveal: "distances", or "ratios" of a client's distances to each other, without their scale.
-        colluders: T, how many clients may pool what they hold and learn nothing of others' prompts, but the mean of the
-            others in their cluster, who are two or more.
+        colluders: T, the number of clients that may pool everything they hold and learn nothing of others' prompts,
+            but the mean of the others in their cluster, who are two or more.
         smallest_cluster: fewest clients of a cluster whose mean is opened; 0 takes the fewest that are allowed, which
             is max(3, T + 2). More hide each other better.
         dropouts: the share of a round's clients that may vanish in the middle of it.
@@ -116,7 +113,7 @@ class Settings:
 
     @property
     def minimum(self) -> int:
-        """Fewest clients of a cluster whose mean is opened."""
+        """Return the fewest clients of a cluster whose mean is opened."""
         return self.smallest_cluster or secure.fewest_members(self.colluders)
 
 
@@ -145,10 +142,10 @@ class ClientState(base.ClientState):
 
 @dataclass(frozen=True)
 class Upload(base.Upload):
-    """Neither leaves its client but in shares.
+    """The inputs of the protocol; both leave their client in shares only.
 
     Attributes:
-        context: [K, M, E], the whole context, which a client is clustered by.
+        context: [K, M, E], the whole context, by which a client is clustered.
         domain: [K, M, E], the domain-level part, which is averaged.
     """
 
@@ -157,17 +154,17 @@ class Upload(base.Upload):
 
 
 class Exchanged(Protocol):
-    """What the server is told about a round's participants.
+    """The server's view of a round's participants.
 
     Attributes:
-        clients: their numbers, ascending; a client's place among them is its number in what follows.
+        clients: their numbers, ascending; the methods refer to a client by its place among them.
     """
 
     @property
     def clients(self) -> tuple[int, ...]: ...
 
     def cluster(self, start: secure.Start) -> secure.Clusters:
-        """Cluster them.
+        """Cluster the clients.
 
         Raises:
             SecureError: too few answered.
@@ -175,7 +172,7 @@ class Exchanged(Protocol):
         ...
 
     def average(self, sets: Sequence[frozenset[int]]) -> secure.Averages:
-        """The mean domain-level part's change since the start, flattened, in each of disjoint sets.
+        """Return the mean domain-level part's change since the start, flattened, in each of disjoint sets.
 
         Raises:
             SecureError: too few answered.
@@ -191,10 +188,9 @@ def server_init(settings: Settings, init: InitContext) -> Server:
     noise = init.streams.common_normal("context", settings.context_length, init.context_width)
     context = initial_context(settings.initial_context, init.embed, noise)
     clients = len(init.streams.clients)
-    nothing = torch.zeros(clients, device=context.device)
-    return Server(
-        context, torch.zeros_like(context).repeat(clients, 1, 1), nothing, torch.full_like(nothing, secure.NOBODY)
-    )
+    means = torch.zeros_like(context).repeat(clients, 1, 1)
+    opened = torch.zeros(clients, device=context.device)
+    return Server(context, means, opened, torch.full_like(opened, secure.NOBODY))
 
 
 def client_init(settings: Settings, init: InitContext, data: ClientData) -> ClientState:
@@ -229,12 +225,12 @@ def client_round(
 
 
 def _sum(p: Parameters) -> Tensor:
-    """p_D + p_i, [K, M, E]."""
+    """Return p_D + p_i, [K, M, E]."""
     return p["domain"] + p["personal"]
 
 
 def _domain(broadcast: Broadcast, state: ClientState) -> Tensor:
-    """The domain-level part [K, M, E]: the cluster's, or the client's own where that is not opened."""
+    """Return the domain-level part [K, M, E]: the cluster's, or the client's own if that is not opened."""
     return torch.where(broadcast.opened.view(-1, 1, 1) > 0, broadcast.context, state.domain)
 
 
@@ -295,15 +291,16 @@ def server_exchange(
 
 
 def agreed(settings: Settings, model: PromptModel, clients: int, length: int, number: int) -> secure.Setup:
-    """What the parties agree on for round `number`.
+    """Return the setup that the parties agree on for round `number`.
 
     Raises:
         SecureError: there is no protocol for so many clients.
     """
-    columns = COLUMNS if settings.search == "centers" else clients + (0 if settings.reveal == "distances" else COLUMNS)
+    to_centers = settings.search == "centers" or settings.reveal != "distances"
+    columns = (0 if settings.search == "centers" else clients) + (COLUMNS if to_centers else 0)
     return secure.plan(
         clients=clients,
-        width=_directions(settings, model)[1],
+        width=point_width(model, settings.width),
         largest=1.0,
         round=number,
         privacy=settings.colluders,
@@ -316,58 +313,42 @@ def agreed(settings: Settings, model: PromptModel, clients: int, length: int, nu
     )
 
 
-def _directions(settings: Settings, model: PromptModel) -> tuple[int, int]:
-    """(How many directions of each class's feature are read, how many numbers of all classes are kept)."""
-    directions = max(1, min(DIRECTIONS, model.encoder.feature_width, settings.width // len(model.classes)))
-    return directions, min(settings.width, len(model.classes) * directions)
-
-
 @torch.no_grad()
 def reduced(
     settings: Settings, model: PromptModel, start: Tensor, upload: Upload, round_context: RoundContext
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """What each client brings to the exchange: what it is clustered by, and what is averaged.
+    """Return the inputs of each client to the exchange.
 
     Returns:
-        Points [K, d], zero in rounds without clustering; and changes [K, M E] of the domain-level part.
+        Points [K, d], by which clients are clustered, zero in rounds without clustering; and changes [K, M E] of the
+        domain-level part, which are averaged.
     """
     changes = (upload.domain - start).flatten(1).double().cpu().numpy()
     if not due(settings, round_context):
-        return np.zeros((len(changes), _directions(settings, model)[1])), changes
+        return np.zeros((len(changes), point_width(model, settings.width))), changes
     pieces = upload.context.split(model.prompts_at_once(upload.context, 1))
-    found = torch.cat([points(settings, model, piece, start) for piece in pieces])
-    return found.double().cpu().numpy(), changes
-
-
-def points(settings: Settings, model: PromptModel, contexts: Tensor, start: Tensor) -> Tensor:
-    """What contexts [K, M, E] are reduced to, beside what all `start` from: [K, d] of unit norm; differentiable."""
-    directions, width = _directions(settings, model)
-    change = model.class_features(contexts) - model.class_features(start[None].to(contexts)).detach()  # [K, C, D]
-    basis = public_directions(model.encoder, directions).to(change)
-    read = ((change - change.mean(1, keepdim=True)) @ basis).flatten(1)
-    if read.shape[1] > width:  # more classes than numbers: a projection that all clients draw alike
-        drawn = np.random.default_rng(0).standard_normal((read.shape[1], width)) / np.sqrt(width)
-        read = read @ torch.from_numpy(drawn).to(read)
-    return torch.nn.functional.normalize(read, dim=1)
+    reduced_contexts = torch.cat([points(model, piece, start, settings.width) for piece in pieces])
+    return reduced_contexts.double().cpu().numpy(), changes
 
 
 def due(settings: Settings, round_context: RoundContext) -> bool:
-    """Whether clients are clustered in this round."""
+    """Return true in a round that clusters clients."""
     return round_context.round % settings.cluster_every == 0
 
 
 def server_round(settings: Settings, server: Server, uploads: Exchanged, round_context: RoundContext) -> Server:
-    labels, there = server.labels.long().cpu().numpy(), np.asarray(uploads.clients)
+    labels = server.labels.long().cpu().numpy()
+    participants = np.asarray(uploads.clients)
     if due(settings, round_context):
         try:
-            found = uploads.cluster(searching(settings))
-            labels = secure.renamed(labels, there[list(found.clients)], found.labels)
+            clusters = uploads.cluster(searching(settings))
+            labels = secure.renamed(labels, participants[list(clusters.clients)], clusters.labels)
         except secure.SecureError as error:
             log.warning("round %d keeps the last clusters: %s", round_context.round, error)
     contexts, opened = torch.zeros_like(server.contexts), torch.zeros_like(server.opened)
-    numbers = sorted({*labels[there].tolist()} - {secure.NOBODY})
+    numbers = sorted({*labels[participants].tolist()} - {secure.NOBODY})
     if numbers:
-        sets = [frozenset(np.flatnonzero(labels[there] == number).tolist()) for number in numbers]
+        sets = [frozenset(np.flatnonzero(labels[participants] == number).tolist()) for number in numbers]
         try:
             means = uploads.average(sets).means
         except secure.SecureError as error:
@@ -382,7 +363,7 @@ def server_round(settings: Settings, server: Server, uploads: Exchanged, round_c
 
 
 def searching(settings: Settings) -> secure.Start:
-    """How the number of clusters, and where they start, is found."""
+    """Return the search for the number of clusters and their first centers."""
     if settings.search == "pairs":
         return secure.Pairs(settings.minimum, settings.significance, settings.clusters or None)
     return settings.clusters or secure.Adaptive(smallest=settings.minimum)

@@ -1,7 +1,7 @@
 """SecFPP without shares: the server sees every client's prompt, and clusters and averages in the clear.
 
-The oracle of `secfpp`, with its settings: on the same prompts, quantized alike, it finds the same clusters, and the
-same means up to their quantization. What it costs less is what the shares cost.
+It is the oracle of `secfpp`, with the same settings. On the same prompts, quantized alike, it finds the same clusters,
+and the same means up to their quantization. The difference in cost is the cost of the shares.
 """
 
 from collections.abc import Sequence
@@ -62,9 +62,9 @@ class PlaintextExchange:
     """An exchange that hides nothing.
 
     Attributes:
-        setup: says how finely points are quantized, and which clusters are too small.
-        points: [n, d].
-        changes: [n, M E].
+        setup: the quantization of points, and the smallest size of a cluster.
+        points: [n, d], the reduced prompts.
+        changes: [n, M E], of the domain-level parts since the start.
         clients: the participants' numbers.
     """
 
@@ -74,12 +74,12 @@ class PlaintextExchange:
     clients: tuple[int, ...]
 
     def cluster(self, start: secure.Start) -> secure.Clusters:
-        """See `secfpp.Exchanged`."""
+        """Cluster the clients; see `secfpp.Exchanged`."""
         distances = secure.PlainDistances(self.setup.points.integers(self.points, clip=True))
         return secure.finish(secure.search(distances, start, secure.ITERATIONS))
 
     def average(self, sets: Sequence[frozenset[int]]) -> secure.Averages:
-        """See `secfpp.Exchanged`."""
+        """Return the clusters' means; see `secfpp.Exchanged`."""
         changes = self.changes.clip(-self.setup.vector_largest, self.setup.vector_largest)
         large = [len(members) >= self.setup.minimum for members in sets]
         means = [
@@ -97,7 +97,7 @@ def server_exchange(
     round_context: RoundContext,
     carrier: secure.Carrier,
 ) -> PlaintextExchange:
-    """Return what the server sees, which is everything; see `base` for its arguments."""
+    """Return the exchange of a server that sees everything; see `base` for the arguments."""
     points, changes = secfpp.reduced(settings, model, server.start, upload, round_context)
     setup = secfpp.agreed(settings, model, len(clients), changes.shape[1], round_context.round)
     return PlaintextExchange(setup, points, changes, tuple(clients))

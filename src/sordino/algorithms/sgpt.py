@@ -1,25 +1,26 @@
 """SGPT: prompts shared by all images, and group prompts that learned keys pick for each image; trained in turn.
 
 Deng, Thrampoulidis, Li, Unlocking the Potential of Prompt-Tuning in Bridging Generalized and Personalized Federated
-Learning, CVPR 2024 (arXiv 2310.18285), section 4. One model for all: shared tokens join in the lower layers of the
-image tower, and above them, for each image, those of the group whose key k_g has the largest cosine with the image's
-query q. Local training is block coordinate descent: first the shared prompts, without any group; then the group prompts
-and keys, with the shared ones fixed, on cross-entropy plus 1 - cos(q, k_g) for the chosen g, which moves keys to the
-images that they attract. Everything is averaged, group prompts and keys with a momentum at the server.
+Learning, CVPR 2024 (arXiv 2310.18285), section 4. There is one model for all. Shared tokens join in the lower layers of
+the image tower. Above them, each image gets the tokens of the group whose key k_g has the largest cosine with the
+image's query q. Local training is block coordinate descent. First come the shared prompts, without any group. Then come
+the group prompts and keys, with the shared ones fixed, on cross-entropy plus 1 - cos(q, k_g) for the chosen g, which
+moves keys to the images that they attract. Everything is averaged, group prompts and keys with a momentum at the
+server.
 
 As in the authors' code: one token a layer, shared in layers 0 to 4 and grouped in 5 and 6, which stay beside each
 other; shared prompts start at zero, group prompts at VPT's deviation, keys orthonormal; 20 groups; queries pass a ReLU
 and carry no gradient; SGD of rate 0.01, momentum 0.9 and weight decay 1e-5 on batches of 40, afresh in each part; both
 server momenta 0.5; equal shares of a round's steps.
 
-Where this differs: the head, there a trained linear layer on the mean of class token and group prompts, is the frozen
-class features of a hand-written prompt, so the class token alone is read. The query is the class token (of SigLIP, the
-patches' mean) that enters the first grouped layer, behind the shared prompts, in the same pass. The code's is the last
-class token of an unprompted tower; for Office and DomainNet that which leaves block 5, with the shared prompts as an
-option, and there a training batch uses the group that most of its images chose. In training the code also counts,
-over all clients, how often each group is chosen, makes frequent ones less likely, and weighs the average of keys with
-it. Such counts leave a client outside of every gradient, so that no mechanism would cover them: here there are none.
-The logged loss of the second part contains the keys' term.
+Differences. The code's head is a trained linear layer on the mean of class token and group prompts. Here it is the
+frozen class features of a hand-written prompt, so the class token alone is read. The query is the class token (of
+SigLIP, the patches' mean) that enters the first grouped layer, behind the shared prompts, in the same pass. The code's
+is the last class token of an unprompted tower. For Office and DomainNet it is the one that leaves block 5, with the
+shared prompts as an option, and a training batch uses the group that most of its images chose. In training the code
+also counts, over all clients, the choices of each group, makes frequent ones less likely, and weighs the average of
+keys with the counts. Such counts leave a client outside of every gradient, so no mechanism would cover them: here there
+are none. The logged loss of the second part contains the keys' term.
 """
 
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ ABOUT = MethodInfo(
     ),
     server_uses="mean",
 )
-SMALLEST = 1e-6  # of a key's term: below, its gradient is lost in rounding
+SMALLEST = 1e-6  # value of a key's term; below it, its gradient is lost in rounding
 
 
 @settings_dataclass(frozen=True, config=STRICT)
@@ -63,11 +64,11 @@ class Settings:
     """Hyper-parameters.
 
     Attributes:
-        groups: how many group prompts there are to pick from.
+        groups: number of group prompts to pick from.
         prompt_length: tokens of a prompt in each of its layers.
-        shared_layers: how many layers, the first ones, shared prompts join.
-        group_layers: how many of the next layers group prompts join; the picking is done before the first of them. On a
-            tower that has too few layers, at most half of them are grouped and the rest shared.
+        shared_layers: number of layers, the first ones, that shared prompts join.
+        group_layers: number of the next layers that group prompts join; the group is picked before the first of them.
+            On a tower that has too few layers, at most half of them are grouped and the rest shared.
         hand_written: the prompt whose class features are the head.
         local_steps: gradient steps a client takes between averagings, of both parts together.
         shared_share: the share of them, rounded down, that trains the shared prompts; they come first.
@@ -91,7 +92,7 @@ class Settings:
     key_momentum: float = Field(default=0.5, ge=0, lt=1)
 
     def layers(self, depth: int) -> tuple[int, int]:
-        """How many layers of a tower of `depth` are shared and grouped."""
+        """Return the numbers of shared and of grouped layers of a tower of `depth`."""
         if self.shared_layers + self.group_layers <= depth:
             return self.shared_layers, self.group_layers
         grouped = min(self.group_layers, depth // 2)
@@ -100,7 +101,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Model(HandWrittenHeadModel):
-    """Shared tokens "shared" [P, S, n, W]; with them, or not, tokens "group" [P, G, L, n, W] and "keys" [P, G, W].
+    """Prompts with "shared" tokens [P, S, n, W], and with or without "group" [P, G, L, n, W] and "keys" [P, G, W].
 
     Attributes: shared_layers, group_layers: S and L, the first layers and those that follow.
     """
@@ -115,22 +116,24 @@ class Model(HandWrittenHeadModel):
         return cls(encoder, classes, settings.hand_written, 0, shared, grouped)
 
     def scores(self, features: Tensor, prompt: Prompt, images: Tensor) -> Tensor:
-        """Logits [P, B, C]; where the prompt has an "attraction" [P], see `with_term`."""
-        by, tower, depth = named_parts(prompt), self.encoder.image_tower, self.encoder.image_layers
-        shared = dict(enumerate(by["shared"].unbind(1)))
-        if "group" not in by:
-            left = tower.forward(images, 0, depth, shared, replace=False)
-            return self.logits(features, tower.features(left))
+        """Return logits [P, B, C]; if the prompt has an "attraction" [P], see `with_term`."""
+        parts, tower, depth = named_parts(prompt), self.encoder.image_tower, self.encoder.image_layers
+        shared = dict(enumerate(parts["shared"].unbind(1)))
+        if "group" not in parts:
+            outputs = tower.forward(images, 0, depth, shared, replace=False)
+            return self.logits(features, tower.features(outputs))
         x = tower.forward(images, 0, self.shared_layers, shared, replace=False)
         query = F.normalize(tower.summary(x).detach().relu(), dim=-1)
-        cosines = query @ F.normalize(by["keys"].to(x), dim=-1).mT  # [P, B, G]
+        cosines = query @ F.normalize(parts["keys"].to(x), dim=-1).mT  # [P, B, G]
         best, chosen = cosines.max(dim=-1)
         client = torch.arange(len(chosen), device=chosen.device)[:, None]
-        picked = by["group"][client, chosen]  # [P, B, L, n, W]
-        own = dict(enumerate(picked.unbind(2), start=self.shared_layers))
-        left = tower.forward(x, self.shared_layers, depth, own, replace=False)
-        logits = self.logits(features, tower.features(left))
-        return with_term(logits, by["attraction"][:, None] * (1 - best)) if "attraction" in by else logits
+        picked = parts["group"][client, chosen]  # [P, B, L, n, W]
+        group_tokens = dict(enumerate(picked.unbind(2), start=self.shared_layers))
+        outputs = tower.forward(x, self.shared_layers, depth, group_tokens, replace=False)
+        logits = self.logits(features, tower.features(outputs))
+        if "attraction" not in parts:
+            return logits
+        return with_term(logits, parts["attraction"][:, None] * (1 - best))
 
     def flops(self, prompt: Prompt, images: int) -> float:
         tokens = named_parts(prompt)["shared"].shape[-2] * (self.shared_layers + self.group_layers)
@@ -138,13 +141,14 @@ class Model(HandWrittenHeadModel):
 
 
 def with_term(logits: Tensor, term: Tensor) -> Tensor:
-    """Logits [P, B, C + 1] whose cross-entropy is that of `logits` plus a term [P, B] that is not negative.
+    """Return logits [P, B, C + 1] whose cross-entropy is that of `logits` plus a term [P, B] that is not negative.
 
-    The further class, which is nobody's label, has the logit log(sum exp logits) + log(exp(term) - 1): it adds `term`
+    The further class, which is nobody's label, has the logit log(sum exp logits) + log(exp(term) - 1). It adds `term`
     to the logarithm of the softmax's denominator. So each example's loss has it, and so has each example's gradient.
     """
     term = term.to(logits).clamp(min=SMALLEST)
-    further = logits.logsumexp(-1) + term + (-torch.expm1(-term)).log()  # for a large term, exp(term) is infinite
+    # log(exp(term) - 1), written so that a large term does not overflow.
+    further = logits.logsumexp(-1) + term + (-torch.expm1(-term)).log()
     return torch.cat([logits, further[..., None]], dim=-1)
 
 
@@ -164,7 +168,7 @@ class Broadcast(base.Broadcast):
 
 @dataclass(frozen=True)
 class ClientState(base.ClientState):
-    """Nothing."""
+    """A client keeps no state."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,7 @@ class Upload(base.Upload):
     shared: Tensor  # [K, S, n, W]
     group: Tensor  # [K, G, L, n, W]
     keys: Tensor  # [K, G, W]
-    weight: Tensor  # [K], what the averages weigh them with
+    weight: Tensor  # [K], their weight in the averages
 
 
 def schedule(settings: Settings) -> Schedule:
@@ -207,15 +211,15 @@ def client_round(
     gradients: Gradients,
     round_context: RoundContext,
 ) -> tuple[Upload, ClientState]:
-    at_first = {name: tensor.expand(len(data), *tensor.shape) for name, tensor in vars(broadcast).items()}
+    start = {name: tensor.expand(len(data), *tensor.shape) for name, tensor in vars(broadcast).items()}
     batches = data.batches(settings.local_steps, settings.batch_size or None, round_context.streams)
-    sharing = islice(batches, first_steps(settings.local_steps, settings.shared_share))
-    parameters = {"shared": at_first["shared"]}
-    shared, _ = descend(settings.optimizer, None, dict, parameters, {}, sharing, gradients, round_context)
-    parameters = {"group": at_first["group"], "keys": at_first["keys"]}
+    first_part = islice(batches, first_steps(settings.local_steps, settings.shared_share))
+    parameters = {"shared": start["shared"]}
+    shared, _ = descend(settings.optimizer, None, dict, parameters, {}, first_part, gradients, round_context)
+    parameters = {"group": start["group"], "keys": start["keys"]}
     fixed = shared | {"attraction": torch.full_like(data.weights, settings.attraction)}
     trained, _ = descend(settings.optimizer, None, dict, parameters, fixed, batches, gradients, round_context)
-    changes = {name: tensor - at_first[name] for name, tensor in (shared | trained).items()}
+    changes = {name: tensor - start[name] for name, tensor in (shared | trained).items()}
     return Upload(**changes, weight=data.weights), state
 
 

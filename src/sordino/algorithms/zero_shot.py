@@ -26,7 +26,10 @@ ABOUT = MethodInfo(
 
 @settings_dataclass(frozen=True, config=STRICT)
 class Settings:
-    """Attributes: prompt_text: the words before the class name."""
+    """Hyper-parameters.
+
+    Attributes: prompt_text: the words before the class name.
+    """
 
     prompt_text: str = "a photo of a"
 
@@ -43,12 +46,12 @@ class Broadcast(base.Broadcast):
 
 @dataclass(frozen=True)
 class ClientState(base.ClientState):
-    """Nothing."""
+    """A client keeps no state."""
 
 
 @dataclass(frozen=True)
 class Upload(base.Upload):
-    """Nothing."""
+    """Nothing leaves a client."""
 
 
 def schedule(settings: Settings) -> Schedule:

@@ -32,6 +32,7 @@ from torch import Tensor
 from sordino import secure
 from sordino.algorithms import secfpp
 from sordino.algorithms.base import RoundContext
+from sordino.algorithms.secfpp_points import points
 from sordino.audit.subject import Subject
 from sordino.randomness import Streams
 from sordino.secure import RevealedDistances, to_one_scale
@@ -238,7 +239,7 @@ class _Contexts:
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
         for _ in range(STEPS):
             optimizer.zero_grad()
-            found = secfpp.points(self.runtime.settings, self.runtime.model, context[None], start)[0]
+            found = points(self.runtime.model, context[None], start, self.runtime.settings.width)[0]
             (1 - F.cosine_similarity(found, target, dim=0)).backward()
             optimizer.step()
             schedule.step()

@@ -1,4 +1,4 @@
-"""From the `[privacy]` table to a mechanism that fits the method, with its noise matched to the budget."""
+"""Choice of the mechanism for the `[privacy]` table: it fits the method, and its noise is matched to the budget."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from sordino.privacy.settings import PrivacySettings
 
 
 def mechanism_for(settings: PrivacySettings, inputs: MechanismInputs, model: PromptModel | None) -> Mechanism:
-    """The mechanism of a run, with its noise matched to the budget.
+    """Return the mechanism of a run, with its noise matched to the budget.
 
     Args:
         settings: the `[privacy]` table.
         inputs: of the method and federation.
-        model: the frozen model; None where nothing will be run.
+        model: the frozen model; None if nothing will be run.
 
     Raises:
-        ConfigError: the mechanism does not fit the method, or delta the number of units.
+        ConfigError: the mechanism does not fit the method, or delta does not fit the number of units.
     """
     if not (settings.on and inputs.trains):
         return Mechanism(settings, inputs, model)
@@ -32,10 +32,13 @@ def mechanism_for(settings: PrivacySettings, inputs: MechanismInputs, model: Pro
     if settings.noise_multiplier is not None:
         return kind(settings, inputs, model, delta, settings.noise_multiplier)
     assert settings.epsilon is not None
-    unknown = kind(settings, inputs, model, delta, 1.0)
-    judged = [each for each in unknown.planned() if set(each.observers) - set(unknown.empty_ledger().trusted)]
-    schedules = {(each.sampling_rate, each.steps) for each in judged if each.steps}
-    return kind(settings, inputs, model, delta, accounting.noise_multiplier(settings.epsilon, delta, schedules))
+    # The plan does not depend on the noise multiplier, so any one shows the schedules that the budget must cover.
+    draft = kind(settings, inputs, model, delta, 1.0)
+    trusted = set(draft.empty_ledger().trusted)
+    seen = [release for release in draft.planned() if set(release.observers) - trusted]
+    schedules = {(release.sampling_rate, release.steps) for release in seen if release.steps}
+    multiplier = accounting.noise_multiplier(settings.epsilon, delta, schedules)
+    return kind(settings, inputs, model, delta, multiplier)
 
 
 def _check(settings: PrivacySettings, inputs: MechanismInputs) -> None:

@@ -1,25 +1,25 @@
-"""The cotangent mechanism: noise where the loss enters the text features, not where it leaves them.
+"""The cotangent mechanism: noise on the loss's derivative by the text features, before it passes the text tower.
 
 The loss reaches a prompt through the C class features alone. With logits f_c . x / tau, one example's derivative by the
-class features is (p - y) x^T / tau, [C, D]: the error of its class probabilities times its image feature. Here the sum
-of these over a batch is noised *once*, and the noisy sum is sent back through the text tower. Whatever becomes of it
-there, for shared and personal parameters alike, is post-processing: one backward pass for the whole batch, no example's
-own gradient, and one noise for all parameters.
+class features is (p - y) x^T / tau, [C, D]: the error of its class probabilities times its image feature. The mechanism
+noises the sum of these over a batch *once*, and sends the noisy sum back through the text tower. Everything after that,
+for shared and personal parameters alike, is post-processing. So there is one backward pass for the whole batch, no
+gradient of a single example, and one noise for all parameters.
 
-Noise grows with the number of entries, so image features are first projected on r fixed directions and given unit norm
+Noise grows with the number of entries. So image features are first projected on r fixed directions and given unit norm
 again. The directions are singular vectors of *public* text features, of names that have nothing to do with anybody's
 images, so they cost no privacy.
 
 Sensitivity. Neighboring data sets differ in one example of one client, added or removed. Write z_b = P^T x_b / |P^T
 x_b| for the projected feature, of norm at most 1 (0 where the projection vanishes), and e_b for p_b - y_b scaled down
 to norm at most c. The released sum is S = sum over b in the sample of e_b z_b^T. Each term is a rank-one matrix of
-Frobenius norm |e_b| |z_b| <= c, and depends on its own example and on what was released before only: p_b is a function
-of x_b and of the current prompts. So adding or removing one example changes S by one term, by at most c in Frobenius
-norm, whatever the other examples are: the L2 sensitivity is c. With noise N(0, (z c)^2) on every entry and each example
-in the sample by a coin of probability q, a release is a Gaussian mechanism of noise multiplier z, subsampled at rate q.
-Since |p - y| <= sqrt(2) always, c above sqrt(2) would only add noise. What follows, division by the public expected
-batch size, by tau, the product with P^T and the backward pass, never looks at the data again. Nor does the gradient of
-a penalty on prompts, which is added on the way.
+Frobenius norm |e_b| |z_b| <= c. It depends on its own example and on earlier releases only: p_b is a function of x_b
+and of the current prompts. So adding or removing one example changes S by one term, by at most c in Frobenius norm,
+whatever the other examples are: the L2 sensitivity is c. Add noise N(0, (z c)^2) to every entry, and let each example
+be in the sample independently with probability q (Poisson sampling). Then a release is a Gaussian mechanism of noise
+multiplier z, subsampled at rate q. Since |p - y| <= sqrt(2) always, c above sqrt(2) would only add noise. The later
+steps are division by the public expected batch size and by tau, the product with P^T, and the backward pass. They never
+look at the data again. Nor does the gradient of a penalty on prompts, which is added on the way.
 
 This mechanism is this project's own. It is near to releasing a classifier's output-layer gradients; label-space
 mechanisms and gradient projection on public subspaces (Zhou, Wu, Banerjee, Bypassing the Ambient Dimension, ICLR 2021)
@@ -61,8 +61,8 @@ class CotangentGradients:
         directions: [D, r] orthonormal columns, public.
         clip: c, the largest norm that p - y keeps.
         noise_multiplier: z.
-        randomness: where the noise comes from.
-        call: which gradient of the round this is, so that no noise is drawn twice.
+        randomness: the source of the noise.
+        call: the number of this gradient in the round, so that no noise is drawn twice.
     """
 
     model: PromptModel
@@ -79,32 +79,36 @@ class CotangentGradients:
         classes, rank = len(self.model.classes), self.directions.shape[1]
         drawn = self.randomness.normal(f"noise on the cotangent, {self.call}", classes, rank)
         noise = self.clip * self.noise_multiplier * drawn
-        found: dict[str, list[Tensor]] = {name: [] for name in parameters}
+        pieces: dict[str, list[Tensor]] = {name: [] for name in parameters}
         losses = []
         clients, at_once = len(batch.labels), self.model.prompts_at_once(prompt, batch.labels.shape[1])
         for chunk in torch.arange(clients, device=batch.labels.device).split(at_once):
             leaves = {name: value[chunk].detach().requires_grad_() for name, value in parameters.items()}
+            rest = {name: value[chunk] for name, value in fixed.items()}
             examples = finite_examples(Batch(batch.features[chunk], batch.labels[chunk], batch.mask[chunk]))
             with torch.enable_grad():
-                prompt = prompt_of({**leaves, **{n: v[chunk] for n, v in fixed.items()}})
+                prompt = prompt_of({**leaves, **rest})
                 features = self.model.class_features(prompt)
                 text, penalty = self.model.linear_part(features), self.model.penalty(features)
             with torch.no_grad():
                 logits = self.model.scores(features, prompt, examples.features)
-            released = summed_cotangents(logits, examples, self.directions, self.clip) + noise[chunk].to(text)
+            sums = summed_cotangents(logits, examples, self.directions, self.clip)  # [k, C, r]
+            released = sums + noise[chunk].to(text)
+            # From here on, nothing but `released` depends on the data.
             cotangent = (released @ self.directions.T.to(text)) * self.model.encoder.logit_scale
             cotangent = cotangent / expected[chunk].to(text)[:, None, None]
             with torch.enable_grad():
                 objective = (text * cotangent).sum() + (0 if penalty is None else penalty.sum())
-            for name, gradient in zip(leaves, torch.autograd.grad(objective, list(leaves.values())), strict=True):
-                found[name].append(gradient)
-            each = example_losses(logits, examples)
-            losses.append(mean_losses(each, examples.mask & each.isfinite()))
-        return Gradient({name: torch.cat(parts) for name, parts in found.items()}, torch.cat(losses))
+            gradients = torch.autograd.grad(objective, list(leaves.values()))
+            for name, gradient in zip(leaves, gradients, strict=True):
+                pieces[name].append(gradient)
+            of_examples = example_losses(logits, examples)  # for the simulation's log only
+            losses.append(mean_losses(of_examples, examples.mask & of_examples.isfinite()))
+        return Gradient({name: torch.cat(parts) for name, parts in pieces.items()}, torch.cat(losses))
 
 
 def summed_cotangents(logits: Tensor, batch: Batch, directions: Tensor, clip: float) -> Tensor:
-    """S, the sum over a client's examples of clipped (p - y) times projected features.
+    """Compute S, the sum over a client's examples of clipped (p - y) times projected features.
 
     Args:
         logits: [K, B, C].
@@ -113,8 +117,8 @@ def summed_cotangents(logits: Tensor, batch: Batch, directions: Tensor, clip: fl
         clip: c.
 
     Returns:
-        [K, C, r]. One example more or less changes a client's matrix by at most c in Frobenius norm, and by what
-        depends on it alone; by nothing if its features or logits are not finite.
+        [K, C, r]. One example more or less changes a client's matrix by at most c in Frobenius norm. The difference
+        depends on that example alone, and is zero if its features or logits are not finite.
     """
     batch = finite_examples(excluding(batch, ~logits.isfinite().all(-1)))
     errors = logits.softmax(-1) - F.one_hot(batch.labels, logits.shape[-1])
@@ -124,19 +128,21 @@ def summed_cotangents(logits: Tensor, batch: Batch, directions: Tensor, clip: fl
 
 
 def project(features: Tensor, directions: Tensor) -> Tensor:
-    """Features [..., D] on public directions [D, r], with unit norm again: [..., r]; zero where nothing is left.
+    """Project features [..., D] on public directions [D, r] and give them unit norm again.
 
-    Features of any finite size have unit norm: their squares do not overflow.
+    Returns:
+        [..., r], zero where nothing is left. Features of any finite size have unit norm: their squares do not
+        overflow.
     """
     sized = features / power_of_two(features.abs().amax(-1, keepdim=True))
     return torch.nan_to_num(F.normalize(sized @ directions.to(features), dim=-1))
 
 
 def public_directions(encoder: DualEncoder, rank: int) -> Tensor:
-    """The r leading singular directions [D, r] of the features of 1,000 public class names.
+    """Return the r leading singular directions [D, r] of the features of 1,000 public class names.
 
-    The names are ImageNet's, as timm lists them (no image is involved), in the hand-written prompt. Where r reaches D,
-    the projection changes nothing.
+    The names are ImageNet's, as timm lists them (no image is involved), in the hand-written prompt. If r reaches D, the
+    projection changes nothing.
     """
     return _public_basis(encoder)[:, :rank]
 
@@ -144,7 +150,7 @@ def public_directions(encoder: DualEncoder, rank: int) -> Tensor:
 @lru_cache(maxsize=2)
 @torch.no_grad()
 def _public_basis(encoder: DualEncoder) -> Tensor:
-    """All D directions [D, D], the leading one first."""
+    """Return all D directions [D, D], the leading one first."""
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo()

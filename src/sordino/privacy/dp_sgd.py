@@ -2,15 +2,15 @@
 
 Abadi et al., Deep Learning with Differential Privacy, CCS 2016, algorithm 1, with Poisson sampling, so that the
 accounting by subsampled Gaussian mechanisms applies. A method may have personal parameters and shared ones, whose
-gradients it sends to be averaged (DP-FPL); each group then has a clip and a noise of its own. Both are released of one
+gradients it sends to be averaged (DP-FPL). Each group then has a clip and a noise of its own. Both are released of one
 and the same sample, so together they are one Gaussian release with the noise multiplier (z_p^-2 + z_s^-2)^(-1/2).
 
-Sensitivity: neighboring data sets differ in one example of one client, added or removed, with the divisor, the
-expected size of a batch, unchanged. A group's sum is one of vectors of norm at most `clip`, one for each example in the
-sample, so it changes by at most `clip`; what a sample contains depends on each example's own coin only. That needs each
-vector to depend on its own example and on what was released before, and on nothing else: an example whose features,
-loss or gradient are not finite is the vector zero, and leaves all others as they are. Kernels round a little otherwise
-for a batch of another size; that alone is not covered.
+Sensitivity: neighboring data sets differ in one example of one client, added or removed. The divisor, the expected size
+of a batch, stays the same. A group's sum has one vector of norm at most `clip` for each example in the sample, so it
+changes by at most `clip`. Each example is in the sample independently of all others. This needs each vector to depend
+on its own example and on earlier releases, and on nothing else. So an example whose features, loss or gradient are not
+finite has the vector zero, and leaves all other vectors as they are. Kernels round a little differently for a batch of
+another size; that alone is not covered.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Group:
 
     Attributes:
         clip: the largest norm that an example's gradient by all of them keeps.
-        deviation: [K], the standard deviation of the noise that each client adds to its sum; 0 where it adds none.
+        deviation: [K], the standard deviation of the noise that each client adds to its sum; 0 if it adds none.
     """
 
     clip: float
@@ -59,8 +59,8 @@ class DpSgdGradients:
         model: the frozen model.
         shared_names: the parameters whose gradient is sent to be averaged.
         personal, shared: the two groups; parameters that are not shared belong to `personal`.
-        randomness: where the noise comes from.
-        call: which gradient of the round this is, so that no noise is drawn twice.
+        randomness: the source of the noise.
+        call: the number of this gradient in the round, so that no noise is drawn twice.
     """
 
     model: PromptModel
@@ -72,30 +72,33 @@ class DpSgdGradients:
 
     def __call__(self, prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch) -> Gradient:
         sampling = sampled(batch)
-        by = {name: torch.zeros_like(value) for name, value in parameters.items()}
+        sums = {name: torch.zeros_like(value) for name, value in parameters.items()}
         losses, penalties = [], []
         for client in range(len(batch.labels)):
-            mine = slice(client, client + 1)
-            own = {name: value[mine] for name, value in parameters.items()}
-            rest = {name: value[mine] for name, value in fixed.items()}
+            slot = slice(client, client + 1)
+            trained = {name: value[slot] for name, value in parameters.items()}
+            rest = {name: value[slot] for name, value in fixed.items()}
             chosen = batch.mask[client]
-            examples = Batch(batch.features[mine, chosen], batch.labels[mine, chosen], batch.mask[mine, chosen])
-            found = example_gradients(self.model, prompt_of, own, rest, examples)
-            penalties.append(found.penalty)
-            for gradients in found.pieces:
+            examples = Batch(batch.features[slot, chosen], batch.labels[slot, chosen], batch.mask[slot, chosen])
+            result = example_gradients(self.model, prompt_of, trained, rest, examples)
+            penalties.append(result.penalty)
+            for piece in result.pieces:
                 for names, group in self._groups(parameters):
-                    for name, total in clipped_sum({name: gradients[name] for name in names}, group.clip).items():
-                        by[name][client] += total
-            losses.append(_mean(found.losses))
+                    clipped = clipped_sum({name: piece[name] for name in names}, group.clip)
+                    for name, total in clipped.items():
+                        sums[name][client] += total
+            losses.append(_mean(result.losses))
         for names, group in self._groups(parameters):
             for name in names:
-                noise = self.randomness.normal(f"noise on {name}, {self.call}", *by[name].shape[1:]).to(by[name])
-                by[name] += noise * _over_clients(group.deviation, noise)
-        by = {name: value / _over_clients(sampling.expected, value) for name, value in by.items()}
-        for client, penalty in enumerate(penalties):  # of no image, so no clip and no noise is due on it
+                shape = sums[name].shape[1:]
+                noise = self.randomness.normal(f"noise on {name}, {self.call}", *shape).to(sums[name])
+                sums[name] += noise * _over_clients(group.deviation, noise)
+        means = {name: value / _over_clients(sampling.expected, value) for name, value in sums.items()}
+        # The penalty depends on no image, so it needs no clip and no noise.
+        for client, penalty in enumerate(penalties):
             for name, gradient in penalty.items():
-                by[name][client] += gradient[0]
-        return Gradient(by, torch.stack(losses))
+                means[name][client] += gradient[0]
+        return Gradient(means, torch.stack(losses))
 
     def _groups(self, parameters: Parameters) -> list[tuple[list[str], Group]]:
         shared = [name for name in parameters if name in self.shared_names]
@@ -104,26 +107,26 @@ class DpSgdGradients:
 
 
 def sampled(batch: Batch) -> Sampling:
-    """Return how a batch was sampled.
+    """Return the rates and expected sizes with which a batch was sampled.
 
     Raises:
-        RunError: it was not sampled by coins, so no guarantee would hold.
+        RunError: the batch is not a Poisson sample, so no guarantee would hold.
     """
     if batch.sampling is None:
         raise RunError(
-            "a batch to be noised must be sampled by coins; let the method take its batches from data.batches, whole"
+            "a batch to be noised must be a Poisson sample; let the method take its batches from data.batches, whole"
         )
     return batch.sampling
 
 
 @dataclass(frozen=True)
 class ExampleGradients:
-    """Gradients of the examples of one client; zero, as the loss is, for those whose features or loss are not finite.
+    """Gradients of the examples of one client. Gradient and loss are zero if features or loss are not finite.
 
     Attributes:
-        pieces: name to [n, ...], one after the other over all examples of the batch; computed as they are taken.
-        losses: [n], cross-entropy in nats, once the pieces are taken.
-        penalty: name to [1, ...], of the model's penalty; empty where it has none.
+        pieces: name to [n, ...], one after the other over all examples of the batch; computed as they are read.
+        losses: [n], cross-entropy in nats, once the pieces are read.
+        penalty: name to [1, ...], of the model's penalty; empty if it has none.
     """
 
     pieces: Iterator[dict[str, Tensor]]
@@ -134,11 +137,11 @@ class ExampleGradients:
 def example_gradients(
     model: PromptModel, prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch
 ) -> ExampleGradients:
-    """Every example's own gradient, exact, for a stack of one client.
+    """Compute every example's exact gradient for a stack of one client.
 
-    Where images meet a prompt behind the text tower, the class features are computed once, and one vectorized backward
-    pass takes as many examples to the parameters as fit into memory at once. Where the prompt enters the image tower,
-    every example has a copy of the parameters and is a client of its own.
+    If images meet the prompt behind the text tower, the class features are computed once. One vectorized backward pass
+    then serves as many examples as fit into memory. If the prompt enters the image tower, every example has a copy of
+    the parameters and is a client of its own.
     """
     batch = finite_examples(batch)
     by_example = _by_copies if model.prompts_images else _by_vectorized_backward
@@ -167,17 +170,18 @@ def _by_vectorized_backward(
     def pieces() -> Iterator[dict[str, Tensor]]:
         numbers = torch.arange(len(losses), device=losses.device)
         for rows in numbers.split(model.prompts_at_once(prompt, len(losses))) if len(losses) else ():
-            found = graph.gradients(losses, rows)
-            if not all(bool(gradient.isfinite().all()) for gradient in found):
+            gradients = graph.gradients(losses, rows)
+            if not all(bool(gradient.isfinite().all()) for gradient in gradients):
                 # One example's derivative is infinite. Times zero it is in the gradients of the others too.
+                # So every example gets a backward pass of its own.
                 alone = [
                     graph.gradients(graph.losses(_row(batch, row)), torch.zeros_like(rows[:1])) for row in rows.tolist()
                 ]
-                found = tuple(torch.cat(gradients) for gradients in zip(*alone, strict=True))
+                gradients = tuple(torch.cat(parts) for parts in zip(*alone, strict=True))
             counted = batch.mask[0, rows]
             yield {
                 name: torch.where(_over_clients(counted, gradient) > 0, gradient, 0.0)
-                for name, gradient in zip(leaves, found, strict=True)
+                for name, gradient in zip(leaves, gradients, strict=True)
             }
 
     counted_losses = torch.where(batch.mask[0], losses.detach(), 0.0)
@@ -186,7 +190,7 @@ def _by_vectorized_backward(
 
 @dataclass(frozen=True)
 class _Graph:
-    """What the examples of a client have in common: its parameters, its prompt, and the class features."""
+    """The part of a client's graph that its examples share: its parameters, its prompt, and the class features."""
 
     model: PromptModel
     leaves: dict[str, Tensor]
@@ -194,20 +198,21 @@ class _Graph:
     features: Tensor
 
     def losses(self, batch: Batch) -> Tensor:
-        """Of every example, [B]."""
+        """Return the loss of every example, [B]."""
         with torch.enable_grad():
-            return example_losses(self.model.scores(self.features, self.prompt, batch.features), batch)[0]
+            logits = self.model.scores(self.features, self.prompt, batch.features)
+            return example_losses(logits, batch)[0]
 
     def gradients(self, losses: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
-        """Of some of the losses [B], by each leaf [1, ...]: [n, ...]."""
+        """Return the gradients [n, ...] of some of the losses [B] by each leaf [1, ...]."""
         chosen = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)[rows]
         leaves = list(self.leaves.values())
-        found = torch.autograd.grad(losses, leaves, chosen, is_grads_batched=True, retain_graph=True)
-        return tuple(gradient[:, 0] for gradient in found)
+        gradients = torch.autograd.grad(losses, leaves, chosen, is_grads_batched=True, retain_graph=True)
+        return tuple(gradient[:, 0] for gradient in gradients)
 
 
 def _row(batch: Batch, row: int) -> Batch:
-    """One example of a stack of one client."""
+    """Return a batch of one example, from a stack of one client."""
     one = slice(row, row + 1)
     return Batch(batch.features[:, one], batch.labels[:, one], batch.mask[:, one])
 
@@ -216,7 +221,7 @@ def _by_copies(
     model: PromptModel, prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch
 ) -> ExampleGradients:
     examples = batch.labels.shape[1]
-    if not examples:  # coins may choose nobody, and no tower takes an empty stack
+    if not examples:  # a Poisson sample may be empty, and no tower takes an empty stack
         return ExampleGradients(iter(()), batch.features.new_zeros(0), {})
     gradients = ExactGradients(model, finite_only=True)
     with torch.no_grad():
@@ -229,18 +234,18 @@ def _by_copies(
     def pieces() -> Iterator[dict[str, Tensor]]:
         for rows in torch.arange(examples, device=batch.labels.device).split(at_once):
             alone = Batch(batch.features[0, rows, None], batch.labels[0, rows, None], batch.mask[0, rows, None])
-            found = gradients(prompt_of, copies(parameters, len(rows)), copies(fixed, len(rows)), alone)
-            losses[rows] = found.loss
-            yield found.values
+            gradient = gradients(prompt_of, copies(parameters, len(rows)), copies(fixed, len(rows)), alone)
+            losses[rows] = gradient.loss
+            yield gradient.values
 
     return ExampleGradients(pieces(), losses, {})
 
 
 def _mean(losses: Tensor) -> Tensor:
-    """0 for an empty batch."""
+    """Return the mean of losses [n]; 0 for an empty batch."""
     return losses.sum() / max(1, len(losses))
 
 
 def _over_clients(values: Tensor, like: Tensor) -> Tensor:
-    """Values [K] in the type of `like`, ready to multiply a tensor [K, ...]."""
+    """Return values [K] in the type of `like` and in a shape that broadcasts over a tensor [K, ...]."""
     return values.to(like).view(-1, *[1] * (like.ndim - 1))

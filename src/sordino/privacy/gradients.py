@@ -1,12 +1,12 @@
-"""The only way by which a method gets a gradient, so that privacy can stand in between.
+"""Gradients of a method's loss. A method gets them here only, so that a privacy mechanism can stand in between.
 
-A method says how its parameters make a prompt; it does not know whether the gradient that comes back is exact or
-noised. Here is the exact one; it is not private, and enters nothing in the ledger. The noised ones are in `dp_sgd` and
-`cotangent`.
+A method gives the function from its parameters to a prompt. It does not know whether the gradient that it gets is exact
+or noised. This module has the exact one, which is not private and enters nothing in the ledger. The noised ones are in
+`dp_sgd` and `cotangent`.
 
-Under a mechanism an example that is not finite counts as nothing: what it would contribute must be bounded, and must
-not depend on the other examples, nor theirs on it. Its features are taken away before the loss is differentiated, and
-not only its loss: a backward pass multiplies by zero what does not count, and zero times infinity is not a number.
+Under a mechanism, an example that is not finite counts as nothing. Its contribution must be bounded; it must not depend
+on the other examples, nor theirs on it. Masking its loss is not enough: a backward pass multiplies a masked term by
+zero, and zero times infinity is not a number. So its features are replaced by zeros before the loss is differentiated.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Batch:
     """One minibatch of every client in the stack.
 
     Attributes:
-        features: [K, B, ...] what the method's model reads of the images: features [D], patches [P, D], pixels, ...
+        features: [K, B, ...] the images as the method's model reads them: features [D], patches [P, D], pixels, ...
         labels: [K, B] class indices, int64.
         mask: [K, B], true where there is an example; clients with fewer examples are padded.
-        sampling: how it was sampled, where that was by coins; what is noised must be.
-        rows: [K, B] which rows of the table of images they are, for who watches; None where nobody said.
+        sampling: rates and expected sizes under Poisson sampling, which a noised batch must have; None otherwise.
+        rows: [K, B] their row numbers in the table of images, for an audit; None if unknown.
     """
 
     features: Tensor
@@ -47,11 +47,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Gradient:
-    """The gradient of every client's mean loss, and of its penalty where the method's model has one.
+    """The gradient of every client's mean loss, and of its penalty if the method's model has one.
 
     Attributes:
         values: parameter name to gradient, shaped as the parameter, [K, ...].
-        loss: [K], mean cross-entropy in nats, without a penalty. For the simulation's log only: no method sends it.
+        loss: [K], mean cross-entropy in nats, without the penalty. It is for the simulation's log only: no method
+            sends it.
     """
 
     values: dict[str, Tensor]
@@ -59,11 +60,11 @@ class Gradient:
 
 
 class Gradients(Protocol):
-    """What a method is given to differentiate its loss.
+    """The function that a method differentiates its loss with.
 
     Args:
         prompt_of: makes prompts of `parameters` and `fixed` together.
-        parameters: what to differentiate by.
+        parameters: the tensors [K, ...] to differentiate by.
         fixed: further tensors [K, ...] that the prompt is made of.
         batch: the examples.
     """
@@ -72,28 +73,29 @@ class Gradients(Protocol):
 
 
 def example_losses(logits: Tensor, batch: Batch) -> Tensor:
-    """Cross-entropy of every example, logits [K, B, C] to [K, B]."""
-    return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none").view(batch.mask.shape)
+    """Return the cross-entropy [K, B] of every example from logits [K, B, C]."""
+    losses = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
+    return losses.view(batch.mask.shape)
 
 
 def client_losses(logits: Tensor, batch: Batch) -> Tensor:
-    """Mean cross-entropy of every client over its real examples: logits [K, B, C] to [K]; 0 where there is none."""
+    """Return every client's mean cross-entropy [K] over its real examples, from logits [K, B, C]; 0 without any."""
     return mean_losses(example_losses(logits, batch), batch.mask)
 
 
 def mean_losses(losses: Tensor, mask: Tensor) -> Tensor:
-    """The mean of every client's losses [K, B] over the examples in the mask [K, B]: [K], 0 where there is none."""
+    """Return the mean [K] of every client's losses [K, B] over the examples in the mask [K, B]; 0 without any."""
     return torch.where(mask, losses, 0.0).sum(1) / mask.sum(1).clamp(min=1)
 
 
 def finite_examples(batch: Batch) -> Batch:
-    """The batch without the examples of which a feature is not finite."""
+    """Return the batch without the examples that have a feature that is not finite."""
     finite = batch.features.isfinite()
     return excluding(batch, ~(finite.flatten(2).all(-1) if finite.ndim > 2 else finite))
 
 
 def excluding(batch: Batch, excluded: Tensor) -> Batch:
-    """The batch without some examples, [K, B]: they leave the mask, and zeros take the place of their features."""
+    """Return the batch without some examples, [K, B]: they leave the mask, and zeros replace their features."""
     if not bool(excluded.any()):
         return batch
     over_features = excluded.view(*excluded.shape, *[1] * (batch.features.ndim - 2))
@@ -103,13 +105,13 @@ def excluding(batch: Batch, excluded: Tensor) -> Batch:
 
 @dataclass(frozen=True)
 class ExactGradients:
-    """Plain gradients, with no privacy, in pieces that bound memory whatever K and C are.
+    """Plain gradients without privacy, computed in pieces that bound memory whatever K and C are.
 
     Attributes:
         model: the frozen model.
-        finite_only: whether an example whose features or loss are not finite counts as nothing, and so does a client's
-            whole batch if its gradient is not finite all the same. For what a mechanism follows. Elsewhere such numbers
-            go through, and the run ends with an error that shows them.
+        finite_only: true if a mechanism uses the gradients. Then an example whose features or loss are not finite
+            counts as nothing. So does a client's whole batch if its gradient is still not finite. If false, such
+            numbers go through, and the run ends with an error that shows them.
     """
 
     model: PromptModel
@@ -122,10 +124,10 @@ class ExactGradients:
         pieces = []
         clients, at_once = len(batch.labels), self.model.prompts_at_once(prompt, batch.labels.shape[1])
         for chunk in torch.arange(clients, device=batch.labels.device).split(at_once):
-            own = {name: value[chunk] for name, value in parameters.items()}
+            trained = {name: value[chunk] for name, value in parameters.items()}
             rest = {name: value[chunk] for name, value in fixed.items()}
             examples = Batch(batch.features[chunk], batch.labels[chunk], batch.mask[chunk])
-            pieces.append(self._piece(prompt_of, own, rest, examples))
+            pieces.append(self._piece(prompt_of, trained, rest, examples))
         values = {name: torch.cat([piece.values[name] for piece in pieces]) for name in parameters}
         return Gradient(values, torch.cat([piece.loss for piece in pieces]))
 

@@ -13,7 +13,7 @@ from sordino.privacy.ledger import Unit
 Mechanism = Literal["none", "dp-sgd", "cotangent", "dp-fedavg"]
 NoiseBy = Literal["client", "server", "shares"]
 
-# Budgets and noise for which epsilon can be computed; beyond, floats have no room for it.
+# Epsilon can be computed for these budgets and this noise; beyond them, floats have no room for it.
 LEAST_EPSILON, MOST_EPSILON = 1e-9, 1e6
 EPSILONS = f"from {LEAST_EPSILON:g} to {MOST_EPSILON:g}, or inf for no noise"
 LEAST_MULTIPLIER, MOST_MULTIPLIER = 1e-30, 1e9
@@ -21,7 +21,7 @@ MULTIPLIERS = f"from {LEAST_MULTIPLIER:g} to {MOST_MULTIPLIER:g}, or 0 for no no
 
 
 class PrivacySettings(BaseModel):
-    """What is noised, by whom, and how much may be spent."""
+    """The `[privacy]` table: mechanism, budget, clip, and who adds the noise."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -94,12 +94,12 @@ class PrivacySettings(BaseModel):
 
     @property
     def on(self) -> bool:
-        """Whether anything is clipped and noised."""
+        """True if contributions are clipped and noised."""
         return self.mechanism != "none"
 
     @property
     def unit(self) -> Unit:
-        """What neighboring data sets differ in."""
+        """Return the unit of privacy: what neighboring data sets differ in."""
         return "client" if self.mechanism == "dp-fedavg" else "example"
 
     @model_validator(mode="after")

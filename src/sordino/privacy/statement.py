@@ -1,4 +1,4 @@
-"""What a ledger means: epsilon by observer, and the guarantee in words."""
+"""The guarantee of a ledger: epsilon by observer, and the statement in words."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ WHO: dict[Observer, str] = {
 
 
 def views(ledger: Ledger, unit: Unit) -> list[Spent]:
-    """What each observer learned about one unit."""
+    """Return the privacy loss of one unit to each observer."""
     return [accounting.spent(ledger, observer, unit) for observer in OBSERVERS]
 
 
 def headline(ledger: Ledger, unit: Unit) -> Spent | None:
-    """What the worst untrusted observer learned; None where nothing was released with noise."""
+    """Return the largest privacy loss to an untrusted observer; None if nothing was released with noise."""
     untrusted = [view for view in views(ledger, unit) if view.observer not in ledger.trusted]
     if not ledger.releases or not untrusted:
         return None
@@ -35,8 +35,8 @@ def headline(ledger: Ledger, unit: Unit) -> Spent | None:
 
 
 def statement(ledger: Ledger, unit: Unit) -> str:
-    """What is protected and what is not, in words."""
-    leaks = "; ".join(each.content for each in ledger.disclosures)
+    """Return the guarantee in words: the protected unit and its epsilon, and everything left unprotected."""
+    leaks = "; ".join(disclosure.content for disclosure in ledger.disclosures)
     worst = headline(ledger, unit)
     if worst is None:
         if ledger.private:
@@ -56,7 +56,7 @@ def statement(ledger: Ledger, unit: Unit) -> str:
     else:
         sentences.append(f"Not private: {leaks}, without noise.")
     if ledger.trusted:
-        seen = "; ".join(each.content for each in ledger.disclosures if "server" in each.observers)
+        seen = "; ".join(disclosure.content for disclosure in ledger.disclosures if "server" in disclosure.observers)
         sentences.append("The server is trusted" + (f": it sees {seen}." if seen else "."))
     if ledger.assumptions:
         sentences.append(f"Assumes that {listed(list(ledger.assumptions))}.")
@@ -68,7 +68,7 @@ def statement(ledger: Ledger, unit: Unit) -> str:
 
 
 def as_summary(ledger: Ledger, unit: Unit) -> dict[str, Any]:
-    """The `privacy` entry of a run's summary; what does not apply, or is infinite, is null."""
+    """Return the `privacy` entry of a run's summary; a value that does not apply, or is infinite, is null."""
     worst = headline(ledger, unit)
     released = bool(ledger.releases)
     return {
@@ -77,12 +77,16 @@ def as_summary(ledger: Ledger, unit: Unit) -> dict[str, Any]:
         "epsilon": _finite(worst.epsilon) if worst else 0.0 if ledger.private else None,
         "delta": ledger.delta,
         "unit": unit if released else None,
-        "noise_multiplier": min((each.noise_multiplier for each in ledger.releases), default=None),
-        "noise_by": sorted({each.noise_by for each in ledger.releases}),
+        "noise_multiplier": min((release.noise_multiplier for release in ledger.releases), default=None),
+        "noise_by": sorted({release.noise_by for release in ledger.releases}),
         "trusted": list(ledger.trusted),
         "randomness": ledger.randomness if released else None,
         "observers": [
-            {"observer": view.observer, "epsilon": _finite(view.epsilon), "epsilon_rdp": _finite(view.epsilon_rdp)}
+            {
+                "observer": view.observer,
+                "epsilon": _finite(view.epsilon),
+                "epsilon_rdp": _finite(view.epsilon_rdp),
+            }
             for view in (views(ledger, unit) if released else [])
         ],
         "statement": statement(ledger, unit),
@@ -91,7 +95,7 @@ def as_summary(ledger: Ledger, unit: Unit) -> dict[str, Any]:
 
 
 def read_ledgers(folders: Sequence[Path], delta: float | None = None) -> Ledger:
-    """The ledgers of run directories, composed where there are several.
+    """Read the ledgers of run directories, and compose them if there are several.
 
     Raises:
         RunError: a directory has no ledger, or a damaged one; a run is given twice.
@@ -103,7 +107,8 @@ def read_ledgers(folders: Sequence[Path], delta: float | None = None) -> Ledger:
             ledgers.append(Ledger.from_json((folder / "ledger.json").read_bytes()))
         except OSError as error:
             raise RunError(f"{folder}: no ledger.json to read ({error.strerror}); give a run directory") from None
-        twice = next((place for place, each in enumerate(ledgers[:-1]) if each.run == ledgers[-1].run), None)
+        latest = ledgers[-1].run
+        twice = next((place for place, earlier in enumerate(ledgers[:-1]) if earlier.run == latest), None)
         if twice is not None:
             raise RunError(f"{folder} is the same run as {folders[twice]}; its releases happened once, so give it once")
     ledger = ledgers[0] if len(ledgers) == 1 else accounting.compose(ledgers)
@@ -115,8 +120,8 @@ def read_ledgers(folders: Sequence[Path], delta: float | None = None) -> Ledger:
 
 
 def spending(ledger: Ledger) -> dict[str, Any]:
-    """A ledger with what it comes to, by unit and observer; what is infinite is null."""
-    units = list(dict.fromkeys(each.unit for each in ledger.releases)) or ["example"]
+    """Return a ledger's content with its privacy losses by unit and observer; an infinite value is null."""
+    units = list(dict.fromkeys(release.unit for release in ledger.releases)) or ["example"]
     content: dict[str, Any] = json.loads(ledger.to_json())
     del content["data"]  # digests would confirm a guess of somebody's data to whoever reads this
     return content | {
@@ -138,34 +143,41 @@ def spending(ledger: Ledger) -> dict[str, Any]:
 
 
 def as_text(ledger: Ledger) -> str:
-    """A ledger for a terminal: what was released, a line a kind, and what it comes to."""
+    """Return a ledger for a terminal: its releases, a line a kind, and each observer's epsilon."""
     lines = ["Released with noise:"]
     kinds: dict[Release, list[Release]] = {}
-    for each in ledger.releases:
-        kinds.setdefault(replace(each, party="", steps=0, sampling_rate=1.0, noise_multipliers=()), []).append(each)
-    for kind, same in kinds.items():
+    for release in ledger.releases:
+        kind = replace(release, party="", steps=0, sampling_rate=1.0, noise_multipliers=())
+        kinds.setdefault(kind, []).append(release)
+    for kind, releases in kinds.items():
+        parties = counted(len(releases), "party", "parties")
+        steps = _range([release.steps for release in releases])
+        multiplier = _range([release.noise_multiplier for release in releases])
+        rate = _range([release.sampling_rate for release in releases])
         lines.append(
-            f"  {kind.content} ({counted(len(same), 'party', 'parties')}, unit {kind.unit}, noise by {kind.noise_by}, "
-            f"seen by {listed(kind.observers)}):\n    {_range([x.steps for x in same])} times, noise multiplier "
-            f"{_range([x.noise_multiplier for x in same])}, sampling rate {_range([x.sampling_rate for x in same])}"
+            f"  {kind.content} ({parties}, unit {kind.unit}, noise by {kind.noise_by}, "
+            f"seen by {listed(kind.observers)}):\n    {steps} times, noise multiplier {multiplier}, "
+            f"sampling rate {rate}"
         )
     lines += [] if kinds else ["  nothing"]
     lines += ["Disclosed without noise:"]
-    lines += [f"  {each.content} (seen by {listed(each.observers)})" for each in ledger.disclosures] or ["  nothing"]
+    lines += [
+        f"  {disclosure.content} (seen by {listed(disclosure.observers)})" for disclosure in ledger.disclosures
+    ] or ["  nothing"]
     content = spending(ledger)
     lines += [
         f"What each observer learned (delta {ledger.delta:.2g}):" if ledger.delta else "What each observer learned:"
     ]
-    for each in content["spent"]:
-        pld, rdp = ("unbounded" if each[name] is None else f"{each[name]:.6g}" for name in ("epsilon", "epsilon_rdp"))
-        trusted = " (trusted)" if each["trusted"] else ""
-        about = f", most about {each['party']}" if each["party"] else ""
-        lines.append(f"  {WHO[each['observer']]}{trusted}: epsilon {pld} for each {each['unit']}{about} (by RDP {rdp})")
+    for view in content["spent"]:
+        pld, rdp = ("unbounded" if view[name] is None else f"{view[name]:.6g}" for name in ("epsilon", "epsilon_rdp"))
+        observer = WHO[view["observer"]] + (" (trusted)" if view["trusted"] else "")
+        about = f", most about {view['party']}" if view["party"] else ""
+        lines.append(f"  {observer}: epsilon {pld} for each {view['unit']}{about} (by RDP {rdp})")
     return "\n".join([*lines, content["statement"]])
 
 
 def counted(number: int, singular: str, plural: str) -> str:
-    """`1 party`, `3 parties`."""
+    """Return a number with its noun: `1 party`, `3 parties`."""
     return f"{number:,} {singular if number == 1 else plural}"
 
 
@@ -179,5 +191,5 @@ def _finite(value: float) -> float | None:
 
 
 def listed(words: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
+    """Return words as a list in a sentence: `a`, `a and b`, `a, b and c`."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -1,0 +1,125 @@
+"""The training examples of K clients, and the batches that are drawn from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sordino.privacy.gradients import Batch
+from sordino.privacy.sampling import PoissonSampler
+from sordino.randomness import Streams
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """The training examples of K clients, as rows of one table of images, or of frozen layers' outputs for them.
+
+    Attributes:
+        features: [N, ...] the table, as the method's model reads it.
+        labels: [N] class indices.
+        rows: [K, n] row numbers, padded on the right to the largest client.
+        counts: [K] number of real ones among a client's rows.
+        weights: [K] the weight that each client tells the server for averaging; ones if sizes stay private.
+        poisson: if set, it draws batches by Poisson sampling, each example independently of all others.
+        hidden: [N], true for rows of the table that no batch shows. They are masked after a batch was drawn, so that
+            sizes, rates and random draws are as if they were shown. An audit hides canaries so; None hides nothing.
+    """
+
+    features: Tensor
+    labels: Tensor
+    rows: Tensor
+    counts: Tensor
+    weights: Tensor
+    poisson: PoissonSampler | None = None
+    hidden: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batches(self, steps: int, size: int | None, streams: Streams) -> Iterator[Batch]:
+        """Yield `steps` minibatches of every client, each pass over a client's examples in a new random order.
+
+        Args:
+            steps: number of minibatches.
+            size: examples a batch, at most; None gives every example each time. A pass's last batch may be smaller.
+                Under Poisson sampling, the expected size.
+            streams: decides the order.
+        """
+        if self.poisson is not None:
+            yield from (self._sampled(size, self.poisson) for _ in range(steps))
+            return
+        columns = torch.arange(self.rows.shape[1], device=self.rows.device)
+        if size is None or size >= self.rows.shape[1]:
+            batch = self._batch(self.rows, columns < self.counts[:, None])
+            yield from (batch for _ in range(steps))
+            return
+        plans = [
+            _batch_plan(int(count), steps, size, generator)
+            for count, generator in zip(self.counts, streams.generators("batches"), strict=True)
+        ]
+        for step in range(steps):
+            chosen = torch.stack([plan[step] for plan in plans]).to(self.rows.device)  # [K, B], -1 for none
+            yield self._batch(self.rows.gather(1, chosen.clamp(min=0)), chosen >= 0)
+
+    def balanced(self) -> ClientData:
+        """Return the same examples, those of a client's rarer classes repeated so that all its classes count alike.
+
+        Hidden examples are left out, unless a client has no others.
+
+        Raises:
+            ValueError: batches are Poisson samples. A repeated example would be in a batch more than once, as often as
+                the other examples decide, and no mechanism bounds that.
+        """
+        if self.poisson is not None:
+            raise ValueError("classes cannot be balanced under Poisson sampling; take batches as they are")
+        repeated = []
+        for row, count in zip(self.rows, self.counts, strict=True):
+            client_rows = row[:count]
+            shown = client_rows[self.shown(client_rows)]
+            client_rows = shown if len(shown) else client_rows
+            labels = self.labels[client_rows]
+            most = int(labels.bincount().max())
+            classes = [client_rows[labels == label] for label in labels.unique()]
+            # -(-a // b) rounds up: enough copies of a class to cut `most` rows from.
+            repeated.append(torch.cat([rows.repeat(-(-most // len(rows)))[:most] for rows in classes]))
+        counts = torch.tensor([len(rows) for rows in repeated], device=self.counts.device)
+        padded = torch.nn.utils.rnn.pad_sequence(repeated, batch_first=True)
+        return replace(self, rows=padded, counts=counts)
+
+    def shown(self, rows: Tensor) -> Tensor:
+        """Return true for rows of the table, of any shape, that are not hidden."""
+        return torch.ones_like(rows, dtype=torch.bool) if self.hidden is None else ~self.hidden[rows]
+
+    def _sampled(self, size: int | None, poisson: PoissonSampler) -> Batch:
+        """Return a Poisson sample: each example is in it independently of all others. It may be empty."""
+        drawn, sampling = poisson.draw(self.counts.tolist(), size)
+        chosen = torch.nn.utils.rnn.pad_sequence(drawn, batch_first=True, padding_value=-1)
+        chosen = chosen if chosen.shape[1] else chosen.new_full((len(drawn), 1), -1)
+        chosen = chosen.to(self.rows.device)
+        batch = self._batch(self.rows.gather(1, chosen.clamp(min=0)), chosen >= 0)
+        return replace(batch, sampling=sampling)
+
+    def _batch(self, rows: Tensor, mask: Tensor) -> Batch:
+        shown = self.shown(rows)
+        # A hidden example is not even read: another stands in for it, so that its numbers, which may not be finite,
+        # enter no sum, not even multiplied by zero.
+        stand_in = 0 if self.hidden is None else int((~self.hidden).to(torch.int8).argmax())
+        rows = torch.where(shown, rows, stand_in)
+        return Batch(self.features[rows], self.labels[rows], mask & shown, rows=rows)
+
+
+def _batch_plan(count: int, steps: int, size: int, generator: np.random.Generator) -> Tensor:
+    """Return the numbers of a client's `count` examples that each step takes: [steps, size], padded with -1."""
+    plan = torch.full((steps, size), -1)
+    order, used = torch.empty(0, dtype=torch.int64), 0
+    for step in range(steps):
+        if used >= len(order):
+            order, used = torch.from_numpy(generator.permutation(count)), 0
+        chosen = order[used : used + size]
+        plan[step, : len(chosen)] = chosen
+        used += size
+    return plan
