@@ -88,14 +88,14 @@ def test_the_new_method_of_the_page_runs(page_method: str, config_file: Path, tm
     """With and without privacy: it learns, keeps its own, and its ledger says what left."""
     settings = ["settings.local_steps=2", "settings.optimizer.learning_rate=0.5", f"algorithm={page_method}"]
     summary = run(load_config(config_file, settings), tmp_path / "plain")
-    assert not summary["privacy"]["private"]
-    assert summary["communication"]["upload_bytes_per_client_round"] > 0
+    assert not summary.privacy.private
+    assert summary.communication.upload_bytes_per_client_round > 0
     losses = [json.loads(line)["loss"] for line in (tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[1]
     noised = [*settings, "privacy.mechanism=cotangent", "privacy.epsilon=8.0", "settings.batch_size=0"]
     summary = run(load_config(config_file, noised), tmp_path / "noised")
-    assert summary["privacy"]["private"]
-    assert summary["privacy"]["epsilon"] == pytest.approx(8.0, rel=1e-2)
+    assert summary.privacy.private
+    assert summary.privacy.epsilon == pytest.approx(8.0, rel=1e-2)
 
 
 def test_the_new_method_of_the_page_is_short() -> None:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from sordino.waiting import CHOICES
+from sordino import WAITING_CHOICES as CHOICES
 
 MODULES = (
     "sordino",

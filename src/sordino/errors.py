@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 
 LONGEST = 300  # characters of a value in a message
 
-# Optional dependencies: the modules that an extra of the package installs, imported only after `require_extra`.
-# The extras `medical` and `heif` are not here: without them a file is passed over with a message of its own.
+# Optional dependencies: the modules that an extra of the package installs, imported only after
+# `require_extra`. The extras `medical` and `heif` are not here: without them a file is passed over
+# with a message of its own.
 EXTRAS = {"hub": ("datasets",), "mpc": ("cma", "grpc", "numba")}
 
 
 class SordinoError(Exception):
-    """Something that the user can mend; its message is one line."""
+    """An error that the user can fix; its message is one line."""
 
 
 class ConfigError(SordinoError):
@@ -32,7 +33,7 @@ class ConfigError(SordinoError):
 
 
 class DataError(SordinoError):
-    """Data that is missing, unreadable, or too little for what was asked of it."""
+    """Data that is missing, unreadable, or too little for the request."""
 
 
 class EncoderError(SordinoError):
@@ -47,8 +48,12 @@ class MissingExtra(SordinoError, ImportError):
     """An optional dependency that is needed and not installed."""
 
 
+class PromptError(SordinoError):
+    """A saved prompt that is missing, damaged, or of another kind than is asked for."""
+
+
 class SordinoWarning(UserWarning):
-    """Something that was passed over and may matter."""
+    """A warning about something that was left out and may matter."""
 
 
 def missing_modules(extra: str) -> list[str]:
@@ -61,19 +66,20 @@ def require_extra(extra: str, purpose: str) -> None:
 
     Args:
         extra: a key of `EXTRAS`.
-        purpose: what needs it, as the subject of the message.
+        purpose: the part that needs it, as the subject of the message.
 
     Raises:
         MissingExtra: a module is not installed; the message says how to install the extra.
     """
     missing = missing_modules(extra)
     if missing:
-        found = f"{' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed"
-        raise MissingExtra(f"{purpose} needs {found}: pip install 'sordino[{extra}]'")
+        verb = "is" if len(missing) == 1 else "are"
+        shortage = f"{' and '.join(missing)}, which {verb} not installed"
+        raise MissingExtra(f"{purpose} needs {shortage}: pip install 'sordino[{extra}]'")
 
 
 def config_error(error: ValidationError, prefix: str = "") -> ConfigError:
-    """The first complaint of a pydantic validation as one line that names key, value and what is allowed."""
+    """Convert the first error of a pydantic validation to one line that names key, value and the allowed values."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in (prefix, *first["loc"]) if part != "")
     allowed = "no such key" if first["type"] in _UNKNOWN_KEY else first["msg"][0].lower() + first["msg"][1:]
@@ -81,12 +87,12 @@ def config_error(error: ValidationError, prefix: str = "") -> ConfigError:
 
 
 def _printable(key: str) -> str:
-    """A key as it is, or quoted where it would not print as one line."""
+    """Return a key as it is, or quoted if it would not print as one line."""
     return key if key.isprintable() else shortened(key)
 
 
 def shortened(value: object) -> str:
-    """A value in quotes for a message of one line, its middle left out where it would fill a screen."""
+    """Quote a value for a message of one line, without its middle if it would fill a screen."""
     try:
         text = ascii(value) if isinstance(value, str) and not _is_text(value) else repr(value)
     except ValueError:  # a whole number of thousands of digits
@@ -95,7 +101,7 @@ def shortened(value: object) -> str:
 
 
 def _is_text(value: str) -> bool:
-    """Whether a string is Unicode text: the name of a file may hold bytes that are none."""
+    """Return true if a string is Unicode text. The name of a file may hold bytes that are not."""
     try:
         value.encode()
     except UnicodeEncodeError:

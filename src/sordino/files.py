@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and files of others that are read without hanging."""
+"""Writing of files whole or not at all, and reading of others' files without hanging."""
 
 from __future__ import annotations
 
@@ -9,26 +9,28 @@ from uuid import uuid4
 
 from sordino.errors import ConfigError, DataError, RunError
 
-# Neither waits for a writer of a pipe, nor makes a terminal the process's own, nor translates line ends.
+# Flags that neither wait for a writer of a pipe, nor make a terminal the process's own, nor
+# translate line ends.
 READING = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_BINARY", "O_CLOEXEC"))
 
 
 def read_regular(path: Path, limit: int) -> bytes:
-    """The content of a regular file, or of one that a link leads to.
+    """Read a regular file, or the one that a link leads to.
 
-    A path may come with somebody else's data and lead to a pipe that never ends, a device, or a file of any size.
+    A path from somebody else's data may lead to a pipe that never ends, a device, or a file of any
+    size.
 
     Args:
-        path: of the file.
-        limit: bytes that are read at most.
+        path: the file's path.
+        limit: the largest number of bytes to read.
 
     Raises:
-        DataError: it is no regular file, or larger; the message is the reason alone.
+        DataError: it is no regular file, or larger than `limit`; the message is the reason alone.
         OSError: it cannot be opened or read.
     """
-    _require_regular(path.stat())  # before it is opened, which may move a tape
+    _require_regular(path.stat())  # before opening it, which may move a tape
     with os.fdopen(os.open(path, READING), "rb") as file:
-        status = os.fstat(file.fileno())  # what is open now may be another file
+        status = os.fstat(file.fileno())  # the open file may be another one by now
         _require_regular(status)
         content: bytes | None = file.read(limit + 1) if status.st_size <= limit else None
         if content is None or len(content) > limit:
@@ -42,13 +44,13 @@ def _require_regular(status: os.stat_result) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file, or replace it, all or nothing; folders above it are made.
+    """Write or replace a file, all or nothing; create the folders above it.
 
-    The content goes to a hidden temporary file beside it, is flushed to the disk, and is renamed. Any number of
-    processes may write at once.
+    The content goes to a hidden temporary file beside it, is flushed to the disk, and is renamed.
+    Any number of processes may write at once.
 
     Raises:
-        OSError: it cannot be written; an older file is untouched, and nothing is left behind.
+        OSError: it cannot be written; an older file is untouched, and no temporary file remains.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{uuid4().hex}.tmp")
@@ -64,7 +66,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """`replace_file` for a run directory.
+    """Write a file of a run directory with `replace_file`.
 
     Raises:
         RunError: the disk is full, or the folder cannot be written.
@@ -79,11 +81,11 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def user_path(text: str, key: str) -> Path:
-    """A path as a user writes it, with `~` for a home.
+    """Return a path as a user writes it, with `~` for a home.
 
     Args:
         text: the path.
-        key: of the configuration that names it, for messages.
+        key: the key of the configuration that names it, for messages.
 
     Raises:
         ConfigError: there is no such home, or no file can have this name.
@@ -92,27 +94,39 @@ def user_path(text: str, key: str) -> Path:
         path = Path(text).expanduser()
         path.exists()
     except RuntimeError:
-        raise ConfigError(key, text, "there is no such home directory; write the path out") from None
+        raise ConfigError(
+            key,
+            text,
+            "there is no such home directory; write the path out",
+        ) from None
     except (OSError, ValueError) as error:
-        raise ConfigError(key, text, f"no file can have this name: {getattr(error, 'strerror', error)}") from None
+        raise ConfigError(
+            key,
+            text,
+            f"no file can have this name: {getattr(error, 'strerror', error)}",
+        ) from None
     return path
 
 
 def absolute_path(text: str, key: str) -> Path:
-    """`user_path` from the root, through all links.
+    """Return a user's path from the root, with all links resolved; see `user_path`.
 
     Raises:
-        ConfigError: as `user_path`, or links lead in a circle, or the working directory is gone.
+        ConfigError: as for `user_path`, or links form a circle, or the working directory is gone.
     """
     path = user_path(text, key)
     try:
         return path.resolve()
     except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(key, text, f"leads nowhere: {getattr(error, 'strerror', None) or error}") from None
+        raise ConfigError(
+            key,
+            text,
+            f"leads nowhere: {getattr(error, 'strerror', None) or error}",
+        ) from None
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make a rename durable, where the system lets a folder be flushed."""
+    """Flush a folder to make a rename in it durable, if the system can."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

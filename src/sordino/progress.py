@@ -1,4 +1,4 @@
-"""How long-running parts say how far they are; the command line draws it, a library user may ignore it."""
+"""Progress reports of long-running parts; the command line draws them, a library user may ignore them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ log = logging.getLogger("sordino")
 
 
 class Progress(Protocol):
-    """Called with a stage's name, how much of it is done, how much there is, and a short note."""
+    """A callback that gets a stage's name, the part of it that is done, its total, and a short note."""
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None: ...
 
 
 def silent(stage: str, done: int, total: int, note: str = "") -> None:
-    """Say nothing."""
+    """Report nothing."""

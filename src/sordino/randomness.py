@@ -1,30 +1,45 @@
-"""Randomness that depends on what it is for and on nothing else.
+"""Every source of randomness: seeded streams, the operating system, and simulated noise.
 
-Every draw comes from a generator that is keyed by (seed, round, client, purpose). So a resumed run draws what an
-uninterrupted one draws, a client draws the same whether it is simulated alone or in a stack, and no code touches a
-global generator. Numbers are drawn on the CPU and then moved, which makes them equal on every device.
+Seeded randomness depends on its purpose and on nothing else.
 
-Generators are counter-based (Philox: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011) and keyed by
-all 128 bits of a digest. torch's CPU generator would keep the low 32 bits of its seed, and some streams of a long run
-would be equal.
+Every draw comes from a generator that is keyed by (seed, round, client, purpose). So a resumed run
+draws the same numbers as an uninterrupted one. A client draws the same numbers alone and in a
+stack. No code touches a global generator. Numbers are drawn on the CPU and then moved, which makes
+them equal on every device.
 
-A seed protects nothing: whoever guesses it can draw the same numbers. Noise that has to protect somebody comes from
-`sordino.privacy.noise`.
+Generators are counter-based (Philox: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC
+2011) and keyed by all 128 bits of a digest. torch's CPU generator would keep the low 32 bits of its
+seed, and some streams of a long run would be equal.
+
+A seed protects nothing: anyone who guesses it can draw the same numbers. Noise and Poisson samples
+that have to protect somebody come from the operating system, and so do keys and shares.
+
+`SystemRandomness` draws from the operating system's entropy and cannot be repeated. It is the default wherever a
+mechanism is on.
+
+`simulated` numbers can be repeated. Whoever knows seed and nonce can take the noise off again, so nothing is protected
+and no such run is called private. Two runs that shared noise would even give away each other's uploads: of u1 and u2
+with noise multipliers z1 and z2, (z2 u1 - z1 u2) / (z2 - z1) has no noise. So the key depends on everything that a run
+is made of: its nonce, seed, method, settings, model and data. Only the very same run draws the same noise again.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import ndtri
 from torch import Tensor
 
-Words = Callable[[int], NDArray[np.uint64]]  # from how many to so many uniform integers
+Words = Callable[[int], NDArray[np.uint64]]  # returns as many uniform integers as it is asked for
 
+NONCE_BYTES = 16
 KEY_BYTES = 16  # Philox takes a key of 128 bits
 
 
@@ -41,10 +56,10 @@ def generator(*parts: int | str) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class Streams:
-    """The random numbers of one round: one stream a client, and one that all parties have in common.
+    """The random numbers of one round: one stream a client, and one that all parties share.
 
     Attributes:
-        seed: the run's seed, or a key of its own.
+        seed: the run's seed, or another key.
         round: the round, counted from 1; 0 is initialization.
         clients: the K clients' numbers in the whole federation, in the order of the stack.
         device: where drawn tensors are put.
@@ -69,17 +84,17 @@ class Streams:
         return _normal(self._generator("all", purpose), shape).to(self.device)
 
     def uniform(self, purpose: str, counts: Sequence[int]) -> list[Tensor]:
-        """Return uniform numbers in [0, 1), float64 on the CPU, for each client as many as it is asked for."""
+        """Return uniform numbers in [0, 1), float64 on the CPU: `counts` of them by client."""
         pairs = zip(counts, self.generators(purpose), strict=True)
         return [torch.from_numpy(generator.random(count)) for count, generator in pairs]
 
     def words(self, purpose: str) -> list[Words]:
         """Return for each client a source of uniform integers below 2^64."""
 
-        def source(own: np.random.Generator) -> Words:
-            return lambda count: own.integers(0, 2**64, size=count, dtype=np.uint64)
+        def source(client: np.random.Generator) -> Words:
+            return lambda count: client.integers(0, 2**64, size=count, dtype=np.uint64)
 
-        return [source(own) for own in self.generators(purpose)]
+        return [source(client) for client in self.generators(purpose)]
 
     def _generator(self, owner: str, purpose: str) -> np.random.Generator:
         return generator(self.seed, self.round, owner, purpose)
@@ -87,3 +102,86 @@ class Streams:
 
 def _normal(generator: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.asarray(generator.standard_normal(shape), dtype=np.float32))
+
+
+def system_bytes(count: int) -> bytes:
+    """Return uniform bytes from the operating system: for keys, shares, noise, and names that nobody else has."""
+    return os.urandom(count)
+
+
+class Randomness(Protocol):
+    """Numbers for the K clients of a stack, each client's own, and numbers of the server's."""
+
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        """Standard normal numbers [K, *shape], float32."""
+        ...
+
+    def common_normal(self, purpose: str, *shape: int) -> Tensor:
+        """Standard normal numbers of the given shape, float32."""
+        ...
+
+    def uniform(self, purpose: str, counts: Sequence[int]) -> list[Tensor]:
+        """For each client as many uniform numbers in [0, 1) as it is asked for, float64 on the CPU."""
+        ...
+
+    def words(self, purpose: str) -> list[Words]:
+        """For each client a source of uniform integers below 2^64."""
+        ...
+
+
+@dataclass(frozen=True)
+class SystemRandomness:
+    """Numbers from the operating system's entropy; `purpose` does not matter.
+
+    Each normal number is half the sum of four, so that rounding errors of the one addition that releases it do not
+    give away what was below the noise (Holohan and Braghin, Secure Random Sampling in Differential Privacy, ESORICS
+    2021, the remedy that Opacus uses too, against the attack of Mironov, CCS 2012).
+
+    Attributes:
+        clients: K.
+        device: where drawn tensors are put.
+    """
+
+    clients: int
+    device: torch.device
+
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        return self.common_normal(purpose, self.clients, *shape)
+
+    def common_normal(self, purpose: str, *shape: int) -> Tensor:
+        four = ndtri((_integers(4, *shape) + 0.5) * 2.0**-53)
+        return torch.from_numpy(np.asarray(four.sum(0) / 2)).float().to(self.device)
+
+    def uniform(self, purpose: str, counts: Sequence[int]) -> list[Tensor]:
+        return [torch.from_numpy(_integers(count) * 2.0**-53) for count in counts]
+
+    def words(self, purpose: str) -> list[Words]:
+        return [system_words] * self.clients
+
+
+def new_nonce() -> str:
+    """Return 128 bits from the operating system, in hex: what tells a run from all others."""
+    return system_bytes(NONCE_BYTES).hex()
+
+
+def simulated(nonce: str, run: str, round: int, clients: Sequence[int], device: torch.device) -> Randomness:
+    """Return noise and samples of a round that can be drawn again, for simulations.
+
+    Args:
+        nonce: of the run, as `new_nonce` gives it.
+        run: a digest of all that the run is made of, its seed included.
+        round, clients, device: as of `Streams`.
+    """
+    return Streams(derive_key("simulated noise", nonce, run), round, clients, device)
+
+
+def system_words(count: int) -> NDArray[np.uint64]:
+    """Return uniform integers below 2^64 from the operating system."""
+    return np.frombuffer(system_bytes(8 * count), dtype=np.uint64)
+
+
+def _integers(*shape: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    """Uniform integers below 2^53, as float64, which holds them exactly."""
+    size = int(np.prod(shape))
+    drawn = system_words(size) >> np.uint64(11)
+    return drawn.astype(np.float64).reshape(shape)

@@ -296,7 +296,7 @@ def test_a_run_keeps_what_the_server_saw(config_file: Path, tmp_path: Path) -> N
     overrides = ["algorithm=secfpp", "partition.clients=4", "settings.local_steps=2", "settings.secfpp.cluster_every=2"]
     out = tmp_path / "run"
     summary = run(load_config(config_file, overrides), out)
-    assert "squared distances" in summary["privacy"]["statement"]
+    assert "squared distances" in summary.privacy.statement
     assert sorted(each.name for each in (out / "distances").iterdir()) == [f"round-00000{n}.json" for n in (2, 4, 6)]
     seen = json.loads((out / "distances" / "round-000004.json").read_bytes())
     assert [column["members"] for column in seen["columns"]] == [[0], [1], [2], [3]]

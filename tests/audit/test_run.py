@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from sordino.audit.run import as_text, audit
+from sordino.audit.run import as_text, audit, membership_auc
 from sordino.cli.app import app
 from sordino.errors import ConfigError, RunError
 from sordino.experiments.compare import compare, grid
@@ -91,7 +91,7 @@ def test_what_cannot_be_attacked_is_told(config_file: Path, tmp_path: Path) -> N
 def test_a_run_that_ended_at_its_budget_is_imitated_as_it_was(config_file: Path, tmp_path: Path) -> None:
     keys = ["privacy.mechanism=cotangent", "privacy.noise_multiplier=1.0", "privacy.epsilon=1.5", "privacy.delta=0.01"]
     summary = run(load_config(config_file, keys), tmp_path / "run")
-    assert 0 < summary["rounds"] < 6
+    assert 0 < summary.rounds < 6
     found = audit(tmp_path / "run", ["canaries"], canaries=8)
     assert found["attacks"]["canaries"]["claimed_epsilon"] > 0
 
@@ -101,7 +101,7 @@ def test_a_comparison_attacks_and_draws_accuracy_over_epsilon(config_file: Path,
 
     config = load_config(config_file, DP)
     variants = grid(config, ["dp-fpl"], {"privacy.epsilon": [8.0, float("inf")]})
-    rows = compare([replace(variants[0], shadows=4), variants[1]], 1, tmp_path / "all")
+    rows = compare([replace(variants[0], shadows=4), variants[1]], 1, tmp_path / "all", attack=membership_auc)
     assert [row.attack is None for row in rows] == [False, True]
     assert rows[0].epsilon == pytest.approx(8.0, abs=0.05)
     assert (rows[1].private, rows[1].epsilon) == (False, None)

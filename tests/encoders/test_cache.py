@@ -238,7 +238,7 @@ def test_one_picture_without_finite_features_is_unreadable_and_ends_nothing(tmp_
 
 def test_many_unreadable_pictures_are_not_all_told(caplog):
     tell_skipped([Skipped(f"{row}.png", "damaged") for row in range(1000)])
-    assert len(caplog.records) == encode_module.TOLD + 1
+    assert len(caplog.records) == encode_module.SKIPPED_SHOWN + 1
     assert "980 more" in caplog.records[-1].getMessage()
 
 

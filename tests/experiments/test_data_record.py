@@ -120,7 +120,7 @@ def test_what_did_not_change_is_no_obstacle(own_config: tuple[Path, Path], pictu
     assert audit(out, ["stealing"])["attacks"]["stealing"]
     before = json.loads((out / "summary.json").read_bytes())["accuracy"]
     (out / "summary.json").unlink()
-    assert run(config, out, resume=True)["accuracy"] == before
+    assert run(config, out, resume=True).as_dict()["accuracy"] == before
 
 
 def test_the_clients_whose_pictures_changed_are_named(config_file: Path, pictures: Path, tmp_path: Path) -> None:

@@ -45,14 +45,14 @@ def test_the_ledger_of_a_run_says_what_was_spent(config_file: Path, tmp_path: Pa
     ledger = Ledger.from_json((tmp_path / "run" / "ledger.json").read_bytes())
     # Two classes of four images a client, batches of two: a quarter, in each of six rounds.
     expected = pld(1.5, 0.25, 6, 0.01)
-    assert summary["privacy"]["epsilon"] == pytest.approx(expected, abs=1e-6)
+    assert summary.privacy.epsilon == pytest.approx(expected, abs=1e-6)
     assert {(each.party, each.steps, each.sampling_rate) for each in ledger.releases} == {
         ("client 0", 6, 0.25),
         ("client 1", 6, 0.25),
     }
-    assert summary["privacy"]["private"]
-    assert "epsilon = " in summary["privacy"]["statement"]
-    assert summary["privacy"]["randomness"] == "system"
+    assert summary.privacy.private
+    assert "epsilon = " in summary.privacy.statement
+    assert summary.privacy.randomness == "system"
     chosen = plan(config)
     assert chosen.ledger == replace(ledger, run="", data={})
     assert chosen.by_round[-1][1][0] == pytest.approx(expected, abs=1e-6)
@@ -60,9 +60,9 @@ def test_the_ledger_of_a_run_says_what_was_spent(config_file: Path, tmp_path: Pa
 
 def test_a_target_is_met_and_not_passed(config_file: Path, tmp_path: Path) -> None:
     summary = run(load_config(config_file, [*DP_SGD, "privacy.epsilon=2.0"]), tmp_path / "run")
-    assert 1.99 < summary["privacy"]["epsilon"] <= 2.0
-    assert summary["rounds"] == 6
-    assert summary["privacy"]["rounds_unpaid"] == 0
+    assert 1.99 < summary.privacy.epsilon <= 2.0
+    assert summary.rounds == 6
+    assert summary.privacy.rounds_unpaid == 0
 
 
 @pytest.mark.slow
@@ -73,11 +73,11 @@ def test_a_run_stops_at_its_budget_whether_or_not_it_is_interrupted(
     keys = ["privacy.noise_multiplier=1.0", f"privacy.epsilon={budget}", *SIMULATED]
     config = load_config(config_file, [*DP_SGD, *keys])
     whole = run(config, tmp_path / "whole")
-    assert (whole["rounds"], whole["privacy"]["rounds_unpaid"]) == (3, 3)
-    assert whole["privacy"]["epsilon"] <= budget
+    assert (whole.rounds, whole.privacy.rounds_unpaid) == (3, 3)
+    assert whole.privacy.epsilon <= budget
     interrupt(config, tmp_path / "cut", after=1, monkeypatch=monkeypatch)
     resumed = run(config, tmp_path / "cut", resume=True)
-    assert resumed["rounds"] == 3
+    assert resumed.rounds == 3
     ledgers = [(tmp_path / name / "ledger.json").read_bytes() for name in ("whole", "cut")]
     assert ledgers[0] == ledgers[1]  # what was noised alike again is no new release
     assert json.loads((tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()[-1])["round"] == 3
@@ -94,12 +94,12 @@ def test_noise_of_the_operating_system_stays_counted_over_an_interruption(
     interrupt(config, tmp_path / "run", after=4, monkeypatch=monkeypatch)
     summary = run(config, tmp_path / "run", resume=True)
     ledger = Ledger.from_json((tmp_path / "run" / "ledger.json").read_bytes())
-    assert summary["rounds"] == 2  # four of six were spent before the interruption and are lost
+    assert summary.rounds == 2  # four of six were spent before the interruption and are lost
     assert {each.steps for each in ledger.releases} == {6}
-    assert summary["privacy"]["epsilon"] <= budget
+    assert summary.privacy.epsilon <= budget
     assert ledger.randomness == "system"
-    assert summary["privacy"]["private"]
-    assert not summary["privacy"]["simulated"]
+    assert summary.privacy.private
+    assert not summary.privacy.simulated
 
 
 def test_copies_of_a_run_that_both_go_on_are_two_runs(
@@ -151,7 +151,7 @@ def test_runs_with_the_operating_systems_noise_differ_and_say_so(config_file: Pa
     config = load_config(config_file, [*DP_SGD, "privacy.noise_multiplier=1.0"])
     runs = [run(config, tmp_path / name) for name in ("one", "two")]
     assert not torch.equal(prompt(tmp_path / "one", "client-0000"), prompt(tmp_path / "two", "client-0000"))
-    assert [each["privacy"]["randomness"] for each in runs] == ["system", "system"]
+    assert [summary.privacy.randomness for summary in runs] == ["system", "system"]
 
 
 @pytest.mark.parametrize(
@@ -202,35 +202,35 @@ def test_compare_checks_the_mechanism_of_every_method_first(config_file: Path, t
 @pytest.mark.parametrize("algorithm", ["zero-shot", "local", "central", "promptfl", "dp-fpl", "dplora", "dp-fpl-full"])
 def test_every_method_says_what_a_mechanism_leaves_open(algorithm: str, config_file: Path, tmp_path: Path) -> None:
     config = load_config(config_file, [f"algorithm={algorithm}", *DP_SGD, "privacy.epsilon=4", "rounds=2"])
-    summary = run(config, tmp_path / "run")["privacy"]
+    summary = run(config, tmp_path / "run").privacy
     if algorithm == "zero-shot":
-        assert (summary["private"], summary["epsilon"], summary["noise_multiplier"]) == (True, 0.0, None)
+        assert (summary.private, summary.epsilon, summary.noise_multiplier) == (True, 0.0, None)
         return
-    assert summary["private"]
-    assert 3.9 < summary["epsilon"] <= 4
-    assert summary["trusted"] == (["server"] if algorithm == "central" else [])
+    assert summary.private
+    assert 3.9 < summary.epsilon <= 4
+    assert summary.trusted == (("server",) if algorithm == "central" else ())
 
 
 def test_who_is_trusted_with_what(config_file: Path, tmp_path: Path) -> None:
     """DP-FPL as published: the server adds the noise on the shared gradient, and sees it bare."""
     config = load_config(config_file, [*DP_SGD, "privacy.epsilon=2", "privacy.noise_by=server"])
-    summary = run(config, tmp_path / "run")["privacy"]
-    epsilons = {view["observer"]: view["epsilon"] for view in summary["observers"]}
+    summary = run(config, tmp_path / "run").privacy
+    epsilons = {view.observer: view.epsilon for view in summary.observers}
     assert epsilons["server"] is None
-    assert epsilons["clients"] == epsilons["public"] == summary["epsilon"] <= 2
-    assert summary["trusted"] == ["server"]
-    assert "The server is trusted: it sees each client's gradient" in summary["statement"]
+    assert epsilons["clients"] == epsilons["public"] == summary.epsilon <= 2
+    assert summary.trusted == ("server",)
+    assert "The server is trusted: it sees each client's gradient" in summary.statement
 
 
 def test_client_level_privacy_of_a_personal_prompt_is_not_claimed(config_file: Path, tmp_path: Path) -> None:
     keys = ["privacy.mechanism=dp-fedavg", "privacy.epsilon=4", "runtime.weighting=uniform", "privacy.delta=0.01"]
-    personal = run(load_config(config_file, keys), tmp_path / "personal")["privacy"]
-    assert not personal["private"]
-    assert personal["epsilon"] is None
-    assert "each client's prompt, where it is published, without noise" in personal["statement"]
-    shared = run(load_config(config_file, [*keys, "algorithm=promptfl"]), tmp_path / "shared")["privacy"]
-    assert shared["private"]
-    assert (shared["unit"], shared["epsilon"] <= 4) == ("client", True)
+    personal = run(load_config(config_file, keys), tmp_path / "personal").privacy
+    assert not personal.private
+    assert personal.epsilon is None
+    assert "each client's prompt, where it is published, without noise" in personal.statement
+    shared = run(load_config(config_file, [*keys, "algorithm=promptfl"]), tmp_path / "shared").privacy
+    assert shared.private
+    assert (shared.unit, shared.epsilon <= 4) == ("client", True)
 
 
 def test_an_adaptive_clip_moves_is_kept_and_is_paid_for(
@@ -251,8 +251,8 @@ def test_an_adaptive_clip_moves_is_kept_and_is_paid_for(
     # The clip after round 2 came back from the checkpoint.
     plain = run(load_config(config_file, ["algorithm=promptfl", "runtime.weighting=uniform"]), tmp_path / "plain")
     for sent in ("upload_bytes_per_client_round", "broadcast_bytes_per_client_round"):
-        assert (
-            whole["communication"][sent] > plain["communication"][sent]
+        assert getattr(whole.communication, sent) > getattr(
+            plain.communication, sent
         )  # the bit goes up, the clip goes down, and both are counted
 
 

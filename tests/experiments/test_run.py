@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -22,10 +23,11 @@ from sordino.errors import ConfigError, DataError, EncoderError, RunError
 from sordino.experiments.compare import compare, grid
 from sordino.experiments.config import Experiment, load_config
 from sordino.experiments.run import run
+from sordino.results import Copies, PassedOver
 
 
 def prompts(folder: Path) -> dict[str, bytes]:
-    """The final tensors, bit for bit; safetensors writes a file's metadata in no fixed order."""
+    """The final tensors, bit for bit."""
     files = sorted((folder / "prompts").iterdir())
     return {path.name: safetensors.torch.load_file(path)["context"].numpy().tobytes() for path in files}
 
@@ -33,39 +35,40 @@ def prompts(folder: Path) -> dict[str, bytes]:
 def test_a_run_directory_is_complete(config_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     summary = run(load_config(config_file), out)
-    assert summary == json.loads((out / "summary.json").read_text())
+    assert summary.as_dict() == json.loads((out / "summary.json").read_text())
     assert {path.name for path in out.iterdir()} == {
         "config.toml", "data.json", "metrics.jsonl", "checkpoint", "prompts", "ledger.json", "summary.json",
         "report.html",
     }  # fmt: skip
-    assert summary["clients"] == 2
-    assert all(0 <= summary["accuracy"][split] <= 1 for split in ("local", "neighbor", "overall"))
-    assert summary["accuracy"]["novel"] is None
+    assert summary.clients == 2
+    accuracy = summary.as_dict()["accuracy"]
+    assert all(0 <= accuracy[split] <= 1 for split in ("local", "neighbor", "overall"))
+    assert summary.accuracy.novel is None
     for split in ("local", "neighbor", "overall"):
-        mean = sum(client[split] for client in summary["per_client"]) / 2
-        assert summary["accuracy"][split] == pytest.approx(mean)
-    assert not summary["privacy"]["private"]
-    assert "Not private" in summary["privacy"]["statement"]
+        mean = sum(getattr(client, split) for client in summary.per_client) / 2
+        assert accuracy[split] == pytest.approx(mean)
+    assert not summary.privacy.private
+    assert "Not private" in summary.privacy.statement
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == list(range(7))
     assert [line["round"] for line in lines if line["accuracy"]] == [0, 2, 4, 6]
-    assert lines[-1]["accuracy"] == summary["accuracy"]
+    assert lines[-1]["accuracy"] == accuracy
     total = sum(line["upload_bytes"] * line["participants"] for line in lines)
-    assert summary["communication"]["total_upload_bytes"] == total > 0
+    assert summary.communication.total_upload_bytes == total > 0
 
 
 def test_a_prompt_says_what_it_belongs_to(config_file: Path, tmp_path: Path) -> None:
+    """In the metadata of a safetensors file, as JSON, which others can read too."""
     run(load_config(config_file), tmp_path / "run")
     file = tmp_path / "run" / "prompts" / "client-0001.safetensors"
     with safetensors.safe_open(file, "pt") as content:
-        metadata = content.metadata()
+        (document,) = content.metadata().values()
         assert content.get_tensor("context").shape[0] == 4
-    assert set(json.loads(metadata["classes"])) == {"red apple", "green leaf", "blue sky", "grey stone"}
-    assert metadata["private"] == "false"
+    about = json.loads(document)
+    assert set(about["classes"]) == {"red apple", "green leaf", "blue sky", "grey stone"}
+    assert about["privacy"]["private"] is False
     ledger = (tmp_path / "run" / "ledger.json").read_bytes()
-    import hashlib
-
-    assert metadata["ledger_sha256"] == hashlib.sha256(ledger).hexdigest()
+    assert about["privacy"]["ledger_sha256"] == hashlib.sha256(ledger).hexdigest()
 
 
 def test_the_same_seed_gives_the_same_bits(config_file: Path, tmp_path: Path) -> None:
@@ -79,8 +82,8 @@ def test_the_same_seed_gives_the_same_bits(config_file: Path, tmp_path: Path) ->
 def test_a_second_run_encodes_no_image(config_file: Path, tmp_path: Path) -> None:
     first = run(load_config(config_file), tmp_path / "one")
     second = run(load_config(config_file, ["seed=3"]), tmp_path / "two")
-    assert (first["images"]["encoded"], first["images"]["cached"]) == (32, 0)
-    assert (second["images"]["encoded"], second["images"]["cached"]) == (0, 32)
+    assert (first.images.encoded, first.images.cached) == (32, 0)
+    assert (second.images.encoded, second.images.cached) == (0, 32)
 
 
 @pytest.mark.parametrize("algorithm", ["dp-fpl", "local", "promptfl"])
@@ -180,8 +183,8 @@ def test_unreadable_pictures_are_named_counted_and_skipped(config_file: Path, pi
     broken.write_bytes(broken.read_bytes()[:60])
     (pictures / "blue_sky" / "7.png").write_text("not a picture")
     summary = run(load_config(config_file), tmp_path / "run")
-    assert sorted(each["name"] for each in summary["images"]["skipped"]) == ["blue_sky/7.png", "red_apple/3.png"]
-    assert summary["images"]["encoded"] == 30
+    assert sorted(image.name for image in summary.images.skipped) == ["blue_sky/7.png", "red_apple/3.png"]
+    assert summary.images.encoded == 30
 
 
 def test_files_passed_over_are_told_once_and_in_the_summary(
@@ -190,10 +193,10 @@ def test_files_passed_over_are_told_once_and_in_the_summary(
     (pictures / "red_apple" / "photo.xyz").write_bytes(b"x")
     (pictures / "blue_sky" / "scan").write_bytes(b"x")
     summary = run(load_config(config_file), tmp_path / "run")
-    assert summary["images"]["passed_over"] == [
-        {"kind": ".xyz", "folder": "red_apple", "files": 1},
-        {"kind": "no extension", "folder": "blue_sky", "files": 1},
-    ]
+    assert summary.images.passed_over == (
+        PassedOver(kind=".xyz", folder="red_apple", files=1),
+        PassedOver(kind="no extension", folder="blue_sky", files=1),
+    )
     told = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
     assert len(told) == 1
     assert "1 .xyz in 'red_apple'" in told[0]
@@ -210,12 +213,12 @@ def test_copies_are_told_once_and_in_the_summary(
     config = load_config(config_file, ["data.train_per_class=2"])
     found = compare(grid(config, ["promptfl", "local"]), 1, tmp_path / "both")
     assert len(found) == 2
-    copies = clean["images"]["copies"]
+    copies = clean.images.copies
     # All eight apples are one picture: two train, six test; the leaf is a third copy if it trains or tests, as it does.
-    assert copies["in_two_classes"] == 1
-    assert copies["tested_and_trained"] in (6, 7)
-    assert copies["repeated_in_training"] in (1, 2)
-    assert set(copies["examples"]["in_two_classes"]) & {"green_leaf/0.png"}
+    assert copies.in_two_classes == 1
+    assert copies.tested_and_trained in (6, 7)
+    assert copies.repeated_in_training in (1, 2)
+    assert set(copies.examples["in_two_classes"]) & {"green_leaf/0.png"}
     told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("copies of pictures")]
     assert len(told) == 2  # once for the run, once for both of the comparison
     assert "in two classes ('" in told[0]
@@ -225,14 +228,8 @@ def test_a_clean_run_has_no_copies_and_says_nothing(
     config_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     summary = run(load_config(config_file), tmp_path / "run")
-    assert summary["images"]["copies"] == {
-        "tested_and_trained": 0,
-        "in_two_classes": 0,
-        "at_two_clients": 0,
-        "repeated_in_training": 0,
-        "examples": {},
-    }
-    assert summary["images"]["passed_over"] == []
+    assert summary.images.copies == Copies()
+    assert summary.images.passed_over == ()
     assert not [record for record in caplog.records if "copies" in record.getMessage()]
 
 
@@ -257,9 +254,9 @@ def test_deep_gray_in_a_run(config_file: Path, pictures: Path, tmp_path: Path) -
         run(load_config(config_file), tmp_path / "refused")
     given = run(load_config(config_file, ["data.gray_range=[0, 4095]"]), tmp_path / "deep")
     expected = run(load_config(config_file, [f"data.source=imagefolder:{gray}"]), tmp_path / "gray")
-    assert given["images"]["encoded"] == expected["images"]["encoded"] == 32
+    assert given.images.encoded == expected.images.encoded == 32
     deep, eight = prompts(tmp_path / "deep"), prompts(tmp_path / "gray")
-    assert given["images"]["skipped"] == []
+    assert given.images.skipped == ()
     assert deep.keys() == eight.keys()
 
 
@@ -289,9 +286,9 @@ def test_novel_classes_and_a_held_out_domain_are_evaluated(config_file: Path, pi
         "data.train_per_class=3",
     ]
     summary = run(load_config(config_file, overrides), tmp_path / "run")
-    assert summary["accuracy"]["novel"] == 1.0  # one novel class has no rival
-    assert 0 <= summary["accuracy"]["domain"] <= 1
-    assert [client["domains"] for client in summary["per_client"]] == [["day"], ["night"]]
+    assert summary.accuracy.novel == 1.0  # one novel class has no rival
+    assert 0 <= summary.accuracy.domain <= 1
+    assert [client.domains for client in summary.per_client] == [("day",), ("night",)]
 
 
 def test_compare_shares_features_and_aggregates(config_file: Path, tmp_path: Path) -> None:
@@ -307,7 +304,7 @@ def test_compare_shares_features_and_aggregates(config_file: Path, tmp_path: Pat
     assert header.startswith("algorithm,variation,seeds,local_mean,local_spread")
     assert len(lines) == 3
     alone = run(load_config(config_file), tmp_path / "alone")
-    assert alone["accuracy"] == next(s for s in summaries if s["algorithm"] == "dp-fpl")["accuracy"]
+    assert alone.as_dict()["accuracy"] == next(s for s in summaries if s["algorithm"] == "dp-fpl")["accuracy"]
 
 
 def test_compare_varies_settings_and_skips_what_a_method_ignores(config_file: Path, tmp_path: Path) -> None:

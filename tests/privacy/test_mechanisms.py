@@ -23,9 +23,8 @@ from sordino.privacy.clipping import clip_jointly, clipped_sum
 from sordino.privacy.cotangent import CotangentGradients, project, public_directions, summed_cotangents
 from sordino.privacy.dp_sgd import DpSgdGradients, Group, example_gradients
 from sordino.privacy.gradients import Batch, ExactGradients
-from sordino.privacy.noise import SystemRandomness
 from sordino.privacy.sampling import PoissonSampler, Sampling
-from sordino.randomness import Streams
+from sordino.randomness import Streams, SystemRandomness
 from sordino.runtime.local import LocalRuntime, Training
 
 MakeRuntime = Callable[..., LocalRuntime]

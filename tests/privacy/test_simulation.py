@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from sordino.experiments.config import load_config
 from sordino.experiments.run import run
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.settings import PrivacySettings
+from sordino.prompt_file import SavedPrompt
 from sordino.runtime.local import LocalRuntime
 
 MakeRuntime = Callable[..., LocalRuntime]
@@ -112,19 +112,17 @@ KEYS = ["privacy.mechanism=dp-sgd", "privacy.epsilon=4", "privacy.delta=0.01"]
 def test_a_simulated_run_is_never_called_private(config_file: Path, tmp_path: Path) -> None:
     real = run(load_config(config_file, KEYS), tmp_path / "real")
     simulated = run(load_config(config_file, [*KEYS, "privacy.simulation=true"]), tmp_path / "simulated")
-    assert (real["privacy"]["private"], real["privacy"]["simulated"]) == (True, False)
-    assert (simulated["privacy"]["private"], simulated["privacy"]["simulated"]) == (False, True)
-    assert 3.9 < simulated["privacy"]["epsilon"] <= 4
-    assert simulated["privacy"]["statement"].startswith("Simulated, not private")
-    assert real["privacy"]["statement"].startswith("Differentially private")
+    assert (real.privacy.private, real.privacy.simulated) == (True, False)
+    assert (simulated.privacy.private, simulated.privacy.simulated) == (False, True)
+    assert 3.9 < simulated.privacy.epsilon <= 4
+    assert simulated.privacy.statement.startswith("Simulated, not private")
+    assert real.privacy.statement.startswith("Differentially private")
     for summary, name, cell in ((real, "real", "ε = 4"), (simulated, "simulated", "simulated ε = 4")):
         assert _privacy(row_of([summary])) == cell
         page = (tmp_path / name / "report.html").read_text(encoding="utf-8")
         assert ("simulated, not private: ε = 4" in page) == (name == "simulated")
-        with safe_open(tmp_path / name / "prompts" / "client-0000.safetensors", framework="pt") as file:
-            metadata = file.metadata()
-        assert metadata["private"] == json.dumps(name == "real")
-        assert metadata["simulated"] == json.dumps(name == "simulated")
+        saved = SavedPrompt.load(tmp_path / name / "prompts" / "client-0000.safetensors")
+        assert (saved.privacy.private, saved.privacy.simulated) == (name == "real", name == "simulated")
         ledger = json.loads((tmp_path / name / "ledger.json").read_bytes())
         assert (ledger["private"], ledger["simulated"]) == (name == "real", name == "simulated")
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sordino.errors import ConfigError
-from sordino.experiments.config import to_toml
+from sordino.experiments.toml_tables import to_toml
 from sordino.private_tuning.search import Search
 from sordino.private_tuning.settings import is_address, load_private_config, longest_of, parse_private_config
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from typer.testing import CliRunner
 
 from sordino.cli.app import app
-from sordino.errors import ConfigError, RunError
+from sordino.encoders.prompt_model import named_parts
+from sordino.errors import ConfigError, PromptError, RunError
 from sordino.mpc.dealing.costs import Cost, Costs
 from sordino.mpc.errors import PartyLost
 from sordino.mpc.parties.certificates import make_certificates
@@ -25,8 +26,9 @@ from sordino.mpc.tower.sentences import Forward, Sentences, in_the_clear
 from sordino.mpc.tower.tower import PrivateTower, bundled_tower
 from sordino.private_tuning.open_task import open_task
 from sordino.private_tuning.search import Search, projection, prompts
-from sordino.private_tuning.settings import PrivateTuning, load_private_config
+from sordino.private_tuning.settings import PrivateTuning, load_private_config, parse_private_config
 from sordino.private_tuning.tuning import tune_private
+from sordino.prompt_file import SavedPrompt
 
 GENERATIONS, POPULATION = 4, 5
 
@@ -120,15 +122,41 @@ def test_the_stored_prompt_is_the_one_that_was_tested(file: Path, tower: Private
     summary = tuned(file, out, in_the_clear(tower))
     config = load_private_config(file)
     task, search = open_task(config), config.search.search(config.seed)
-    with safe_open(out / "prompts" / "private.safetensors", "pt") as stored:
-        prompt, z, about = stored.get_tensor("prompt"), stored.get_tensor("z"), stored.metadata()
+    saved = SavedPrompt.load(out / "prompts" / "private.safetensors")
+    prompt, z = (named_parts(saved.prompt)[name] for name in ("context", "z"))
     torch.testing.assert_close(prompt, prompts(search, task.start(), z[None])[0])
     assert not torch.allclose(prompt, task.start())
     assert projection(search, 2, 384).shape == (4, 2, 384)
-    assert json.loads(about["classes"]) == ["negative", "positive"]
-    assert about["seed"] == "3"
+    assert saved.class_names == ("negative", "positive")
+    assert (saved.method, saved.settings["seed"], saved.settings["shots"]) == ("secp-tuning", 3, 2)
+    assert saved.encoder.fingerprint == task.record()["embeddings"]
     assert task.accuracy(in_the_clear(tower), prompt) == summary["accuracy"]["tuned"]
     assert task.accuracy(in_the_clear(tower), task.start()) == summary["accuracy"]["zero_shot"]
+    with pytest.raises(PromptError, match="sorts sentences behind a private text tower"):
+        saved.model()
+
+
+def test_a_stored_prompt_for_pictures_classifies_without_its_tower(
+    file: Path, tower: PrivateTower, pictures: Path, tmp_path: Path
+) -> None:
+    """By the class features of its test, which cost no call of the tower beside those of a task of sentences."""
+    tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    tables["task"] = {"kind": "images", "source": f"imagefolder:{pictures}", "shots": 2}
+    config = parse_private_config(tables)
+    task, forward = open_task(config), Paid(tower)
+    summary = tune_private(config, tmp_path / "run", task, forward, False, forward.costs)
+    sentences = Paid(tower)
+    tuned(file, tmp_path / "sentences", sentences, sentences.costs)
+    assert forward.calls == sentences.calls
+    saved = SavedPrompt.load(tmp_path / "run" / "prompts" / "private.safetensors")
+    assert saved.privacy.statement.startswith("Tuned on secret shares")
+    assert not saved.privacy.private
+    classifier = saved.model()
+    guesses = classifier.logits(task.test_features).argmax(-1)
+    assert float((guesses == task.test_labels).double().mean()) == summary["accuracy"]["tuned"]
+    prompt = named_parts(saved.prompt)["context"]
+    expected = task.logits(in_the_clear(tower), prompt[None], test=True)[0]
+    torch.testing.assert_close(classifier.logits(task.test_features), expected)
 
 
 def test_norms_are_kept_where_that_is_asked_for() -> None:
@@ -158,7 +186,7 @@ def test_an_interrupted_run_ends_where_one_in_one_go_does(
     assert {**timeless(summary), "costs": None} == {**timeless(expected), "costs": None}
     assert (out / "config.toml").read_bytes() == (whole / "config.toml").read_bytes()
     stored = [load_file(each / "prompts" / "private.safetensors") for each in (out, whole)]
-    assert all(stored[0][name].equal(stored[1][name]) for name in ("prompt", "z"))
+    assert all(stored[0][name].equal(stored[1][name]) for name in ("context", "z"))
     kept = ("generation", "least_loss", "mean_loss")
     assert [{key: line[key] for key in kept} for line in lines_of(out)] == [
         {key: line[key] for key in kept} for line in lines_of(whole)
@@ -303,7 +331,7 @@ def test_only_what_was_begun_is_to_be_resumed(file: Path, tmp_path: Path, begun:
     sides = ["session.servers=['127.0.0.1:1','127.0.0.1:2']", f"session.certificates={tmp_path}/parties/data-owner"]
     options = [word for side in [*sides, "session.timeout=2"] for word in ("--set", side)]
     if begun:
-        from sordino.experiments.config import to_toml
+        from sordino.experiments.toml_tables import to_toml
 
         (tmp_path / "run").mkdir()
         tables = load_private_config(file, sides).model_dump(exclude_none=True)

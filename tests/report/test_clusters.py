@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from report.test_report import HOSTILE, contrast, page_of, refused, strings, write_run
+from report.conftest import WriteRun
+from report.test_report import HOSTILE, contrast, page_of, refused, strings
 from sklearn.metrics import adjusted_rand_score
 
 from sordino.report.clusters import agreement, moves
 from sordino.report.distance_data import plane
 from sordino.report.figures import PALETTE, SYMBOLS
+from sordino.results import Summary
 from sordino.secure import to_one_scale
 
 Floats = NDArray[np.float64]
@@ -52,35 +54,42 @@ def opened(points: Floats, sets: Sequence[Sequence[int]], factors: Sequence[int]
     return {"step": STEP, "columns": columns}
 
 
-def write_clustered(
-    directory: Path,
-    labels: Mapping[int, Sequence[int]],
-    distances: Mapping[int, Any] | None = None,
-    *,
-    domains: Sequence[Sequence[str] | None] | None = None,
-    ratios: bool = False,
-    seed: int = 0,
-    rounds: int = 20,
-) -> Path:
-    """A run in which the clusters are `labels` from each of its rounds on; distances are of the rounds given."""
-    clients = len(next(iter(labels.values())))
-    config = f'seed = {seed}\nalgorithm = "secfpp"\n[settings.secfpp]\n'
-    config += f'reveal = "{"ratios" if ratios else "distances"}"\n'
-    summary = write_run(directory, "secfpp", seed, clients=clients, rounds=rounds, config=config)
-    for client, held in zip(summary["per_client"], domains or [None] * clients, strict=True):
-        client["domains"] = held
-    (directory / "summary.json").write_text(json.dumps(summary))
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    current: Sequence[int] = [-1] * clients
-    for line in lines[1:]:
-        current = labels.get(line["round"], current)
-        line["clusters"] = list(current)
-        line["protocol"] = {"exchanges": 7, "columns": len((distances or {}).get(line["round"], {}).get("columns", []))}
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (directory / "distances").mkdir()
-    for number, content in (distances or {}).items():
-        (directory / "distances" / f"round-{number:06d}.json").write_text(json.dumps(content))
-    return directory
+WriteClustered = Callable[..., Path]
+
+
+@pytest.fixture
+def write_clustered(write_run: WriteRun) -> WriteClustered:
+    def write(
+        directory: Path,
+        labels: Mapping[int, Sequence[int]],
+        distances: Mapping[int, Any] | None = None,
+        *,
+        domains: Sequence[Sequence[str] | None] | None = None,
+        ratios: bool = False,
+        seed: int = 0,
+        rounds: int = 20,
+    ) -> Path:
+        """Write a run in which the clusters are `labels` from each of its rounds on; distances are of their rounds."""
+        clients = len(next(iter(labels.values())))
+        settings = {"reveal": "ratios" if ratios else "distances"}
+        summary = write_run(directory, "secfpp", seed, clients=clients, rounds=rounds, settings=settings)
+        for client, held in zip(summary["per_client"], domains or [None] * clients, strict=True):
+            client["domains"] = held
+        Summary.model_validate(summary).write(directory)
+        lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        current: Sequence[int] = [-1] * clients
+        for line in lines[1:]:
+            current = labels.get(line["round"], current)
+            opened_columns = (distances or {}).get(line["round"], {}).get("columns", [])
+            line["clusters"] = list(current)
+            line["protocol"] = {"exchanges": 7, "columns": len(opened_columns)}
+        (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (directory / "distances").mkdir()
+        for number, content in (distances or {}).items():
+            (directory / "distances" / f"round-{number:06d}.json").write_text(json.dumps(content))
+        return directory
+
+    return write
 
 
 def heat(figure: dict[str, Any]) -> Floats:
@@ -155,7 +164,7 @@ def test_the_index_is_told_only_where_every_client_has_one_domain() -> None:
     assert agreement(labels, {0: ("a",)}) is None
 
 
-def test_clusters_by_round(tmp_path: Path) -> None:
+def test_clusters_by_round(tmp_path: Path, write_clustered: WriteClustered) -> None:
     points = drawn(6)
     labels = {8: [0, 0, 1, 1, 5, 5], 13: [0, 0, 1, 1, 5, -1], 16: [0, 1, 1, 1, 5, -1]}
     distances = {number: opened(points, singles(6)) for number in (8, 12, 16, 20)}
@@ -202,7 +211,9 @@ def test_clusters_by_round(tmp_path: Path) -> None:
     ]
 
 
-def test_clusters_without_shares_show_the_rounds_in_which_they_changed(tmp_path: Path) -> None:
+def test_clusters_without_shares_show_the_rounds_in_which_they_changed(
+    tmp_path: Path, write_clustered: WriteClustered
+) -> None:
     labels = {5: [0, 0, 1], 15: [0, 1, 1]}
     page = page_of(tmp_path, write_clustered(tmp_path / "run", labels))
     assert page.figures["clusters-0"]["layout"]["xaxis"]["ticktext"] == ["5", "15"]
@@ -211,7 +222,7 @@ def test_clusters_without_shares_show_the_rounds_in_which_they_changed(tmp_path:
     assert page.tables["Clusters at the end, secfpp"][0] == ["Cluster", "Clients"]
 
 
-def test_no_clusters_no_section(tmp_path: Path) -> None:
+def test_no_clusters_no_section(tmp_path: Path, write_clustered: WriteClustered, write_run: WriteRun) -> None:
     write_run(tmp_path / "plain", "promptfl")
     write_clustered(tmp_path / "never", {1: [-1, -1, -1]})
     page = page_of(tmp_path, tmp_path / "plain", tmp_path / "never")
@@ -219,7 +230,9 @@ def test_no_clusters_no_section(tmp_path: Path) -> None:
     assert not [name for name in page.figures if name.startswith(("clusters", "distances", "plane"))]
 
 
-def test_numbers_of_the_heat_map_are_distances_and_so_is_the_plane(tmp_path: Path) -> None:
+def test_numbers_of_the_heat_map_are_distances_and_so_is_the_plane(
+    tmp_path: Path, write_clustered: WriteClustered
+) -> None:
     points = drawn(7, 2)  # of a plane, so that it shows all distances
     domains = [["a"], ["a"], ["b"], ["b"], ["b"], ["<c>"], ["<c>"]]
     labels = {10: [2, 2, 0, 0, 1, 1, -1]}
@@ -254,7 +267,7 @@ def test_numbers_of_the_heat_map_are_distances_and_so_is_the_plane(tmp_path: Pat
     assert float(coordinates[6][3]) == pytest.approx(located[5, 0], rel=6e-3)
 
 
-def test_without_domains_the_plane_is_colored_by_cluster(tmp_path: Path) -> None:
+def test_without_domains_the_plane_is_colored_by_cluster(tmp_path: Path, write_clustered: WriteClustered) -> None:
     labels = [3, 3, 1, 1]
     run = write_clustered(tmp_path / "run", {10: labels}, {10: opened(drawn(4), singles(4))})
     page = page_of(tmp_path, run)
@@ -263,7 +276,9 @@ def test_without_domains_the_plane_is_colored_by_cluster(tmp_path: Path) -> None
     assert "except for the colors" not in page.text["Clusters"]
 
 
-def test_distances_to_centers_have_no_plane_and_are_labeled_by_members(tmp_path: Path) -> None:
+def test_distances_to_centers_have_no_plane_and_are_labeled_by_members(
+    tmp_path: Path, write_clustered: WriteClustered
+) -> None:
     points = drawn(5)
     sets = [[0, 1, 2, 3, 4], [2], [0, 1], [3, 4, 2]]
     run = write_clustered(tmp_path / "run", {10: [0, 0, 1, 1, 1]}, {10: opened(points, sets)})
@@ -277,7 +292,7 @@ def test_distances_to_centers_have_no_plane_and_are_labeled_by_members(tmp_path:
     assert "to the means of 4 sets of clients" in page.text["Clusters"]
 
 
-def test_rows_with_a_scale_of_their_own(tmp_path: Path) -> None:
+def test_rows_with_a_scale_of_their_own(tmp_path: Path, write_clustered: WriteClustered) -> None:
     points = drawn(6, 2)
     factors = [3, 1000, 17, 250, 8, 90]
     distances = opened(points, [*singles(6), [0, 1, 2]], factors)
@@ -294,7 +309,7 @@ def test_rows_with_a_scale_of_their_own(tmp_path: Path) -> None:
     assert "to the means of 1 set" in said, "which is not on the heat map"
 
 
-def test_what_was_not_opened_leaves_a_gap(tmp_path: Path) -> None:
+def test_what_was_not_opened_leaves_a_gap(tmp_path: Path, write_clustered: WriteClustered) -> None:
     distances = opened(drawn(4), singles(4))
     for part in ("clients", "values"):
         del distances["columns"][1][part][3]
@@ -304,7 +319,7 @@ def test_what_was_not_opened_leaves_a_gap(tmp_path: Path) -> None:
     assert "plane-0" not in page.figures
 
 
-def test_clients_who_took_no_part_have_no_row(tmp_path: Path) -> None:
+def test_clients_who_took_no_part_have_no_row(tmp_path: Path, write_clustered: WriteClustered) -> None:
     points = drawn(5)
     distances = opened(points, [[1], [2], [4]])
     for column in distances["columns"]:
@@ -317,7 +332,9 @@ def test_clients_who_took_no_part_have_no_row(tmp_path: Path) -> None:
     assert page.figures["plane-0"]["data"][0]["text"] == ["1", "2", "4"]
 
 
-def test_of_several_seeds_the_first_is_shown_and_said(tmp_path: Path) -> None:
+def test_of_several_seeds_the_first_is_shown_and_said(
+    tmp_path: Path, write_clustered: WriteClustered, write_run: WriteRun
+) -> None:
     runs = [
         write_clustered(tmp_path / f"{seed}", {10: labels}, {10: opened(drawn(4), singles(4))}, seed=seed)
         for seed, labels in ((7, [0, 0, 1, 1]), (2, [0, 1, 1, 0]))
@@ -329,7 +346,7 @@ def test_of_several_seeds_the_first_is_shown_and_said(tmp_path: Path) -> None:
     assert "clusters-0" not in page.figures, "that algorithm has none"
 
 
-def test_the_section_is_sound_markup_with_valid_figures(tmp_path: Path) -> None:
+def test_the_section_is_sound_markup_with_valid_figures(tmp_path: Path, write_clustered: WriteClustered) -> None:
     from plotly import graph_objects
 
     domains = [[HOSTILE], [HOSTILE], ["b"], None]
@@ -354,7 +371,7 @@ def test_the_section_is_sound_markup_with_valid_figures(tmp_path: Path) -> None:
     assert titles == ["Accuracy by client", "Clusters", "What crossed the wire"]
 
 
-def test_numbers_of_clusters_have_contrast(tmp_path: Path) -> None:
+def test_numbers_of_clusters_have_contrast(tmp_path: Path, write_clustered: WriteClustered) -> None:
     run = write_clustered(tmp_path / "run", {5: list(range(8))})
     _, numbers = page_of(tmp_path, run).figures["clusters-0"]["data"]
     assert numbers["text"] == [str(label) for label in range(8)]
@@ -362,7 +379,7 @@ def test_numbers_of_clusters_have_contrast(tmp_path: Path) -> None:
         assert contrast(PALETTE[label], {"#000": "#000000", "#fff": "#ffffff"}[ink]) >= 4.5
 
 
-def test_two_hundred_clients(tmp_path: Path) -> None:
+def test_two_hundred_clients(tmp_path: Path, write_clustered: WriteClustered) -> None:
     points = drawn(200)
     labels = {number: [(client * 7 + number) % 11 for client in range(200)] for number in range(1, 101)}
     distances = {100: opened(points, singles(200))}
@@ -397,7 +414,9 @@ def test_two_hundred_clients(tmp_path: Path) -> None:
         ({"values": [1, float("nan"), 3]}, " is malformed (columns.0.values.1: "),
     ],
 )
-def test_malformed_distances_are_named(tmp_path: Path, content: Any, said: str) -> None:
+def test_malformed_distances_are_named(
+    tmp_path: Path, content: Any, said: str, write_clustered: WriteClustered
+) -> None:
     whole = opened(drawn(3), singles(3))
     write_clustered(tmp_path / "run", {10: [0, 0, 1]}, {10: whole})
     if isinstance(content, dict):
@@ -410,7 +429,7 @@ def test_malformed_distances_are_named(tmp_path: Path, content: Any, said: str) 
 
 
 @pytest.mark.parametrize("clusters", [[0, 1], [0, 1, 0, 1], ["a", "b", "c"], [0, 1, 10**30]])
-def test_malformed_clusters_are_named(tmp_path: Path, clusters: list[Any]) -> None:
+def test_malformed_clusters_are_named(tmp_path: Path, clusters: list[Any], write_clustered: WriteClustered) -> None:
     run = write_clustered(tmp_path / "run", {10: [0, 0, 1]})
     lines = (run / "metrics.jsonl").read_text().splitlines()
     lines[4] = json.dumps({**json.loads(lines[4]), "clusters": clusters})

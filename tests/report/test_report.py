@@ -1,8 +1,7 @@
-"""The page against run directories made here: its numbers are recomputed from them, its markup is parsed."""
+"""The page against real runs and variations of them: its numbers are recomputed, its markup is parsed."""
 
 import json
 import math
-import random
 import re
 import statistics
 from collections.abc import Iterator
@@ -12,106 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from report.conftest import WriteRun
 
 from sordino.errors import RunError
 from sordino.report import write_report
-from sordino.report.figures import PALETTE, human_bytes, symbol
+from sordino.report.figures import PALETTE, symbol
+from sordino.results import Summary, human_bytes
 
 MEASURES = ("local", "neighbor", "overall", "novel", "domain")
 HOSTILE = """</script><script>alert(1)</script>"><img src="http://evil.example/x" onerror=alert(2)>&amp;"""
-
-
-def write_run(
-    directory: Path,
-    algorithm: str = "promptfl",
-    seed: int = 0,
-    *,
-    clients: int = 10,
-    rounds: int = 20,
-    every: int = 5,
-    private: bool = False,
-    names: list[str] | None = None,
-    config: str = "",
-    **changes: Any,
-) -> dict[str, Any]:
-    """Write a run directory with drawn numbers, and return its summary; `changes` replace parts of that."""
-    draw = random.Random(f"{algorithm}-{seed}")
-    names = names or [f"digit {digit}" for digit in range(10)]
-    level = 0.3 + 0.5 * draw.random()
-
-    def near(value: float) -> float:
-        return min(1.0, max(0.0, value + draw.gauss(0, 0.06)))
-
-    per_client = [
-        {
-            "client": client,
-            "local": near(level + 0.15),
-            "neighbor": near(level - 0.1),
-            "overall": near(level),
-            "examples": 20 + client % 7,
-            "classes": [names[client % len(names)], names[(client + 1) % len(names)]],
-            "domains": None,
-        }
-        for client in range(clients)
-    ]
-    accuracy: dict[str, float | None] = dict.fromkeys(MEASURES)
-    for measure in ("local", "neighbor", "overall"):
-        accuracy[measure] = statistics.fmean(entry[measure] for entry in per_client)  # type: ignore[misc]
-    upload = 0 if rounds == 0 else 24_576
-    summary = {
-        "algorithm": algorithm,
-        "encoder": "bundled",
-        "dataset": "digits",
-        "clients": clients,
-        "rounds": rounds,
-        "seed": seed,
-        "accuracy": accuracy,
-        "per_client": per_client,
-        "privacy": {
-            "private": private,
-            "epsilon": 1.2341 if private else None,
-            "delta": 1e-5 if private else None,
-            "unit": "example" if private else None,
-            "statement": f"{algorithm} uploads its prompt {'with noise' if private else 'without noise: not private'}.",
-        },
-        "communication": {
-            "upload_bytes_per_client_round": upload,
-            "broadcast_bytes_per_client_round": 2 * upload,
-            "total_upload_bytes": upload * clients * rounds,
-            "total_broadcast_bytes": 2 * upload * clients * rounds,
-        },
-        "seconds": {"encode": 1.0, "train": 10.0 + seed, "evaluate": 2.0, "total": 13.0 + seed},
-        "images": {"encoded": 100, "cached": 5, "skipped": []},
-        "version": "0.1.0",
-        **changes,
-    }
-    directory.mkdir(parents=True)
-    (directory / "summary.json").write_text(json.dumps(summary))
-    lines = []
-    for number in range(rounds + 1):
-        share = 1 - math.exp(-number / 6) if rounds else 1.0
-        values = summary["accuracy"] if number % every == 0 or number == rounds else None
-        if values:
-            values = {
-                name: None if value is None else min(1, max(0, (0.1 + (value - 0.1) * share) * draw.uniform(0.97, 1)))
-                for name, value in values.items()
-            }
-        lines.append(
-            {
-                "round": number,
-                "loss": None if number == 0 else 1 / number,
-                "participants": clients,
-                "upload_bytes": upload * clients,
-                "broadcast_bytes": 2 * upload * clients,
-                "seconds": 0.5,
-                "accuracy": values,
-            }
-        )
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (directory / "config.toml").write_text(
-        config or f"seed = {seed}\n[algorithm]\nname = {json.dumps(algorithm)}\nrank = 4\n"
-    )
-    return summary
 
 
 class Page(HTMLParser):
@@ -196,22 +104,22 @@ def percent(values: list[float], mean: float | None = None) -> str:
 
 
 @pytest.fixture
-def demo(tmp_path: Path) -> dict[str, Path]:
+def demo(tmp_path: Path, write_run: WriteRun) -> dict[str, Path]:
     """Four algorithms, one seed."""
     names = ("zero-shot", "local", "promptfl", "dp-fpl")
     for name in names:
-        write_run(tmp_path / name, name, rounds=0 if name == "zero-shot" else 20, private=name == "dp-fpl")
+        write_run(tmp_path / name, name, rounds=0 if name == "zero-shot" else 20, noised=name == "dp-fpl")
     return {name: tmp_path / name for name in names}
 
 
 @pytest.fixture
-def comparison(tmp_path: Path) -> dict[str, list[Path]]:
+def comparison(tmp_path: Path, write_run: WriteRun) -> dict[str, list[Path]]:
     """Three algorithms x three seeds."""
     directories: dict[str, list[Path]] = {}
     for name in ("local", "promptfl", "dp-fpl"):
         directories[name] = [tmp_path / f"{name}-{seed}" for seed in (3, 1, 2)]
         for directory, seed in zip(directories[name], (3, 1, 2), strict=True):
-            write_run(directory, name, seed)
+            write_run(directory, name, seed, seconds={"train": 10.0 + seed, "total": 99.0})
     return directories
 
 
@@ -220,7 +128,7 @@ def summary(directory: Path) -> dict[str, Any]:
     return loaded
 
 
-def test_one_run_spreads_over_its_clients(tmp_path: Path) -> None:
+def test_one_run_spreads_over_its_clients(tmp_path: Path, write_run: WriteRun) -> None:
     # An accuracy that is not the plain mean over clients (they may be weighted) must be shown as the run gave it.
     accuracy = {"local": 0.9, "neighbor": 0.25, "overall": 0.5, "novel": 0.125, "domain": None}
     run = write_run(tmp_path / "run", "dp-fpl", accuracy=accuracy)
@@ -231,9 +139,9 @@ def test_one_run_spreads_over_its_clients(tmp_path: Path) -> None:
     assert page.column("Novel, %") == {"dp-fpl": "12.5"}, "no value by client, so no spread"
     assert "Domain, %" not in page.tables["Results by algorithm"][0], "a column only where a run has it"
     assert "over clients" in page.captions["Results by algorithm"]
-    assert page.column("Seconds") == {"dp-fpl": "13.0"}
+    assert page.column("Seconds") == {"dp-fpl": f"{run['seconds']['train']:,.1f}"}
     assert {"A title", "Results", "Privacy"} <= set(page.text)
-    for said in ("dp-fpl on digits", "encoder bundled", "10 clients", "20 rounds", "seed 0."):
+    for said in ("dp-fpl on digits", "encoder clip", "10 clients", "20 rounds", "seed 0."):
         assert said in page.text["A title"]
 
 
@@ -289,7 +197,7 @@ def test_seeds_are_aggregated_to_mean_and_sample_deviation(tmp_path: Path, compa
     assert "over seeds" in caption
     assert "clients" not in caption
     assert set(page.column("Seeds").values()) == {"1, 2, 3"}
-    assert set(page.column("Seconds").values()) == {"15.0"}, "mean of 14, 15 and 16"
+    assert set(page.column("Seconds").values()) == {"12.0"}, "mean of 11, 12 and 13 of training"
     lines, bands = page.lines("round-neighbor"), page.lines("round-neighbor", "band")
     for name, directories in comparison.items():
         recorded = [[row["accuracy"]["neighbor"] for row in metrics(it) if row["accuracy"]] for it in directories]
@@ -314,7 +222,7 @@ def test_seeds_are_aggregated_to_mean_and_sample_deviation(tmp_path: Path, compa
     assert high >= min(1, max(drawn))
 
 
-def test_seeds_evaluated_in_different_rounds(tmp_path: Path) -> None:
+def test_seeds_evaluated_in_different_rounds(tmp_path: Path, write_run: WriteRun) -> None:
     write_run(tmp_path / "a", seed=0, every=10)
     write_run(tmp_path / "b", seed=1, every=4)
     page = page_of(tmp_path, tmp_path / "a", tmp_path / "b")
@@ -356,14 +264,16 @@ def test_heat_map_is_the_mean_over_seeds_by_client(tmp_path: Path, comparison: d
     assert quartiles["local, local"] == f"{100 * lowest[0]:.1f} (client {lowest[1]})"
 
 
-def test_clients_whose_classes_differ_between_runs_are_not_given_those_of_one(tmp_path: Path) -> None:
+def test_clients_whose_classes_differ_between_runs_are_not_given_those_of_one(
+    tmp_path: Path, write_run: WriteRun
+) -> None:
     write_run(tmp_path / "a", "local", 0)
     write_run(tmp_path / "b", "local", 1, names=["cat", "dog"])
     heat = page_of(tmp_path, tmp_path / "a", tmp_path / "b").figures["clients"]["data"][0]
     assert heat["customdata"] == [["what it holds differs between runs"]] * 10
 
 
-def test_one_row_of_several_seeds_beside_one_of_one_seed(tmp_path: Path) -> None:
+def test_one_row_of_several_seeds_beside_one_of_one_seed(tmp_path: Path, write_run: WriteRun) -> None:
     seeds = [write_run(tmp_path / f"local-{seed}", "local", seed) for seed in range(2)]
     single = write_run(tmp_path / "promptfl", "promptfl")
     page = page_of(tmp_path, tmp_path / "local-0", tmp_path / "promptfl", tmp_path / "local-1")
@@ -374,23 +284,20 @@ def test_one_row_of_several_seeds_beside_one_of_one_seed(tmp_path: Path) -> None
     assert "seeds where a row has several, else over clients" in page.captions["Results by algorithm"]
 
 
-def test_settings_are_never_averaged(tmp_path: Path) -> None:
-    config = 'seed = {seed}\n[algorithm]\nname = "dp-fpl"\nrank = {rank}\n'
+def test_settings_are_never_averaged(tmp_path: Path, write_run: WriteRun) -> None:
     runs = {
-        (rank, seed): write_run(
-            tmp_path / f"{rank}-{seed}", "dp-fpl", seed * 10 + rank, config=config.format(seed=seed, rank=rank)
-        )
+        (rank, seed): write_run(tmp_path / f"{rank}-{seed}", "dp-fpl", seed * 10 + rank, settings={"rank": rank})
         for rank in (4, 8)
         for seed in (0, 1)
     }
     page = page_of(tmp_path, *(tmp_path / f"{rank}-{seed}" for rank, seed in runs))
     assert page.column("Local, %") == {
-        f"dp-fpl (algorithm.rank = {rank})": percent([runs[rank, seed]["accuracy"]["local"] for seed in (0, 1)])
+        f"dp-fpl (settings.dp-fpl.rank = {rank})": percent([runs[rank, seed]["accuracy"]["local"] for seed in (0, 1)])
         for rank in (4, 8)
     }
 
 
-def test_other_data_makes_another_row_and_is_said(tmp_path: Path) -> None:
+def test_other_data_makes_another_row_and_is_said(tmp_path: Path, write_run: WriteRun) -> None:
     write_run(tmp_path / "a", "local", dataset="digits")
     write_run(tmp_path / "b", "local", seed=1, dataset="textile")
     page = page_of(tmp_path, tmp_path / "a", tmp_path / "b")
@@ -398,7 +305,7 @@ def test_other_data_makes_another_row_and_is_said(tmp_path: Path) -> None:
     assert "differ in their data sets" in page.text["A title"]
 
 
-def test_the_same_run_twice_is_refused(tmp_path: Path) -> None:
+def test_the_same_run_twice_is_refused(tmp_path: Path, write_run: WriteRun) -> None:
     for name in ("a", "b"):
         write_run(tmp_path / name)
     with pytest.raises(RunError, match=r"b: summary\.json .*seed \(0\).*a; give only one") as caught:
@@ -406,7 +313,7 @@ def test_the_same_run_twice_is_refused(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_bytes_by_direction_in_human_units(tmp_path: Path) -> None:
+def test_bytes_by_direction_in_human_units(tmp_path: Path, write_run: WriteRun) -> None:
     wire = {
         "upload_bytes_per_client_round": 999,
         "broadcast_bytes_per_client_round": 1_250_000,
@@ -438,14 +345,15 @@ def test_human_bytes(size: float, text: str) -> None:
     assert human_bytes(size) == text
 
 
-def test_privacy_is_said_in_words_and_never_understated(tmp_path: Path) -> None:
+def test_privacy_is_said_in_words_and_never_understated(tmp_path: Path, write_run: WriteRun) -> None:
     def spent(epsilon: float, statement: str) -> dict[str, Any]:
         return {"private": True, "epsilon": epsilon, "delta": 1e-5, "unit": "client", "statement": statement}
 
     write_run(tmp_path / "a", "dp-fpl", 0, privacy=spent(1.2341, "Spent a little."))
     write_run(tmp_path / "b", "dp-fpl", 1, privacy=spent(2.3411, "Spent <more>."))
-    write_run(tmp_path / "c", "mixed", 0, private=True)
-    write_run(tmp_path / "d", "mixed", 1, private=False)
+    exposed = write_run(tmp_path / "without noise")["privacy"]
+    write_run(tmp_path / "c", "mixed", 0, noised=True)
+    write_run(tmp_path / "d", "mixed", 1, noised=True, privacy=exposed)
     page = page_of(tmp_path, *(tmp_path / name for name in "abcd"))
     assert page.column("Privacy") == {
         "dp-fpl": "private: ε = 2.35, δ = 1e-5 for each client",  # the larger, 2.3411, rounded up
@@ -459,10 +367,10 @@ def test_privacy_is_said_in_words_and_never_understated(tmp_path: Path) -> None:
         "mixed: not private",
     ):
         assert part in said
-    assert "mixed uploads its prompt without noise: not private." in said
+    assert exposed["statement"] in said
 
 
-def test_infinite_epsilon_and_none_at_all(tmp_path: Path) -> None:
+def test_infinite_epsilon_and_none_at_all(tmp_path: Path, write_run: WriteRun) -> None:
     spent = {"private": True, "delta": None, "unit": None, "statement": "…"}
     write_run(tmp_path / "a", "a", privacy={**spent, "epsilon": math.inf})
     write_run(tmp_path / "b", "b", privacy={**spent, "epsilon": None})
@@ -470,7 +378,7 @@ def test_infinite_epsilon_and_none_at_all(tmp_path: Path) -> None:
     assert page.column("Privacy") == {"a": "private: ε = ∞", "b": "private, no ε stated"}
 
 
-def test_nulls_everywhere(tmp_path: Path) -> None:
+def test_nulls_everywhere(tmp_path: Path, write_run: WriteRun) -> None:
     nothing = dict.fromkeys(MEASURES)
     client: dict[str, Any] = {
         "client": 0,
@@ -492,10 +400,10 @@ def test_nulls_everywhere(tmp_path: Path) -> None:
     assert set(page_of(tmp_path, tmp_path / "empty").figures) == {"wire"}
 
 
-def test_a_client_without_a_value_leaves_a_gap(tmp_path: Path) -> None:
+def test_a_client_without_a_value_leaves_a_gap(tmp_path: Path, write_run: WriteRun) -> None:
     run = write_run(tmp_path / "run")
     run["per_client"][3]["neighbor"] = None
-    (tmp_path / "run" / "summary.json").write_text(json.dumps(run))
+    Summary.model_validate(run).write(tmp_path / "run")
     page = page_of(tmp_path, tmp_path / "run")
     heat, numbers = page.figures["clients"]["data"]
     assert heat["z"][3][1] is None
@@ -504,7 +412,7 @@ def test_a_client_without_a_value_leaves_a_gap(tmp_path: Path) -> None:
     assert page.column("Neighbor, %")["promptfl"] == percent(known, run["accuracy"]["neighbor"])
 
 
-def test_novel_and_domain_have_columns_and_panels_where_measured(tmp_path: Path) -> None:
+def test_novel_and_domain_have_columns_and_panels_where_measured(tmp_path: Path, write_run: WriteRun) -> None:
     accuracy = {"local": 0.9, "neighbor": None, "overall": 0.8, "novel": 0.5, "domain": 0.25}
     write_run(tmp_path / "a", "a", accuracy=accuracy)
     write_run(tmp_path / "b", "b")
@@ -514,7 +422,7 @@ def test_novel_and_domain_have_columns_and_panels_where_measured(tmp_path: Path)
     assert list(page.lines("round-novel")) == ["a"]
 
 
-def test_a_thousand_clients(tmp_path: Path) -> None:
+def test_a_thousand_clients(tmp_path: Path, write_run: WriteRun) -> None:
     names = [f"a class with a rather long name, number {number}" for number in range(400)]
     algorithms = ("local", "promptfl", "dp-fpl", "dplora")
     for name in algorithms:
@@ -528,7 +436,7 @@ def test_a_thousand_clients(tmp_path: Path) -> None:
     assert 1000 / layout["yaxis"]["dtick"] <= 32
 
 
-def test_hostile_names_stay_text(tmp_path: Path) -> None:
+def test_hostile_names_stay_text(tmp_path: Path, write_run: WriteRun) -> None:
     images = {"encoded": 1, "cached": 0, "skipped": [{"name": f"{HOSTILE}.png", "reason": f"broken {HOSTILE}"}]}
     privacy = {"private": False, "epsilon": None, "delta": None, "unit": None, "statement": HOSTILE}
     write_run(
@@ -542,7 +450,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
         version=HOSTILE,
     )
     page = page_of(tmp_path, tmp_path / "run", title=HOSTILE)
-    harmless = page_of(tmp_path, write_harmless(tmp_path))
+    harmless = page_of(tmp_path, write_harmless(tmp_path, write_run))
     assert [tag for tag, _ in page.tags] == [tag for tag, _ in harmless.tags], "the names made no element"
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert list(page.column("Privacy")) == [HOSTILE]
@@ -556,7 +464,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert "classes: " in page.figures["clients"]["data"][0]["customdata"][0][0]
 
 
-def write_harmless(tmp_path: Path) -> Path:
+def write_harmless(tmp_path: Path, write_run: WriteRun) -> Path:
     images = {"encoded": 1, "cached": 0, "skipped": [{"name": "a.png", "reason": "broken"}]}
     write_run(tmp_path / "harmless", images=images)
     return tmp_path / "harmless"
@@ -573,7 +481,7 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(item)
 
 
-def test_names_that_are_not_unicode_do_not_stop_the_page(tmp_path: Path) -> None:
+def test_names_that_are_not_unicode_do_not_stop_the_page(tmp_path: Path, write_run: WriteRun) -> None:
     write_run(tmp_path / "run", names=["caf\udce9", "b"])
     page = page_of(tmp_path, tmp_path / "run", title="odd \udce9")
     assert page.figures["clients"]["data"][0]["customdata"][0] == ["classes: caf?, b"]
@@ -635,7 +543,7 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def test_contrast_in_both_themes(tmp_path: Path) -> None:
+def test_contrast_in_both_themes(tmp_path: Path, write_run: WriteRun) -> None:
     write_run(tmp_path / "run")
     html = write_report([tmp_path / "run"], tmp_path / "report.html", "t").read_text(encoding="utf-8")
     style = html[html.index("<style>") : html.index("</style>")]
@@ -655,11 +563,11 @@ def test_figures_are_valid_plotly(tmp_path: Path, comparison: dict[str, list[Pat
         graph_objects.Figure(figure)  # refuses an unknown property or value
 
 
-def test_numbers_in_cells_have_contrast(tmp_path: Path) -> None:
+def test_numbers_in_cells_have_contrast(tmp_path: Path, write_run: WriteRun) -> None:
     run = write_run(tmp_path / "run", clients=100)
     for client in run["per_client"]:
         client["local"], client["neighbor"] = client["client"] / 99, None
-    (tmp_path / "run" / "summary.json").write_text(json.dumps(run))
+    Summary.model_validate(run).write(tmp_path / "run")
     heat, numbers = page_of(tmp_path, tmp_path / "run").figures["clients"]["data"]
     stops = [(at, [int(part) for part in re.findall(r"\d+", rgb)]) for at, rgb in heat["colorscale"]]
     for client, ink in zip(range(100), numbers["textfont"]["color"], strict=True):
@@ -670,7 +578,7 @@ def test_numbers_in_cells_have_contrast(tmp_path: Path) -> None:
         assert contrast(cell, {"#000": "#000000", "#fff": "#ffffff"}[ink]) >= 4.5
 
 
-def test_skipped_images_are_listed_once_and_only_when_there_are_any(tmp_path: Path) -> None:
+def test_skipped_images_are_listed_once_and_only_when_there_are_any(tmp_path: Path, write_run: WriteRun) -> None:
     skipped = [{"name": f"image-{number}.png", "reason": "truncated"} for number in range(250)]
     for seed in range(2):
         write_run(tmp_path / f"{seed}", seed=seed, images={"encoded": 1, "cached": 0, "skipped": skipped})
@@ -687,7 +595,7 @@ def test_configuration_of_the_first_run(tmp_path: Path, demo: dict[str, Path]) -
     assert "config.toml of zero-shot, the first of 4 runs" in page.text["Configuration"]
 
 
-def test_rounds_repeated_by_a_resumed_run_count_once(tmp_path: Path) -> None:
+def test_rounds_repeated_by_a_resumed_run_count_once(tmp_path: Path, write_run: WriteRun) -> None:
     write_run(tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     (tmp_path / "run" / "metrics.jsonl").write_text("\n".join([*lines[:11], *lines[5:]]))
@@ -696,7 +604,7 @@ def test_rounds_repeated_by_a_resumed_run_count_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.toml", "summary.json", "metrics.jsonl"])
-def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
+def test_a_missing_file_is_named(tmp_path: Path, name: str, write_run: WriteRun) -> None:
     write_run(tmp_path / "run")
     (tmp_path / "run" / name).unlink()
     refused(tmp_path, f"{tmp_path / 'run'}: {name} is missing; finish the run with --resume")
@@ -719,7 +627,7 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
         ("metrics.jsonl", '{"round": "first\\nsecond"}', "metrics.jsonl line 1 is malformed (round: "),
     ],
 )
-def test_a_malformed_file_is_named(tmp_path: Path, name: str, content: Any, said: str) -> None:
+def test_a_malformed_file_is_named(tmp_path: Path, name: str, content: Any, said: str, write_run: WriteRun) -> None:
     run = write_run(tmp_path / "run")
     if isinstance(content, dict):
         content = json.dumps({**run, **content})
@@ -747,7 +655,7 @@ def test_no_such_directory_and_no_directory(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_page_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_run: WriteRun) -> None:
     write_run(tmp_path / "run")
     out = tmp_path / "deep" / "er" / "report.html"
     assert write_report([tmp_path / "run"], out, "first") == out
@@ -765,7 +673,7 @@ def test_the_page_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.Mo
     assert [entry.name for entry in out.parent.iterdir()] == ["report.html"], "nothing left behind"
 
 
-def test_a_place_that_cannot_be_written_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_told_in_one_line(tmp_path: Path, write_run: WriteRun) -> None:
     write_run(tmp_path / "run")
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")

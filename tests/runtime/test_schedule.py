@@ -18,9 +18,8 @@ from sordino.experiments.config import load_config
 from sordino.experiments.run import run
 from sordino.privacy.accounting import spent
 from sordino.privacy.ledger import Ledger
-from sordino.privacy.noise import SystemRandomness
 from sordino.privacy.sampling import PoissonSampler, sampling_rate
-from sordino.randomness import Streams
+from sordino.randomness import Streams, SystemRandomness
 from sordino.runtime.local import LocalRuntime
 
 MakeRuntime = Callable[..., LocalRuntime]

@@ -12,17 +12,8 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, silhouette_score
 
 from sordino.secure.adaptive import Adaptive, adaptive, closest
-from sordino.secure.clustering import (
-    Clusters,
-    Exchange,
-    Integers,
-    PlainDistances,
-    Set,
-    farthest_first,
-    finish,
-    lloyd,
-    silhouette,
-)
+from sordino.secure.clustering import Clusters, farthest_first, lloyd, silhouette
+from sordino.secure.distances import Exchange, Integers, PlainDistances, Set, finish
 from sordino.secure.errors import SecureError
 
 

@@ -232,20 +232,18 @@ def test_the_success_of_an_attack_is_in_the_summary(config_file: Path, tmp_path:
         run(load_config(config_file, [*POISONED, f"poisoning.clients={count}", "poisoning.boost=4"]), tmp_path / name)
         for count, name in ((0, "honest"), (2, "attacked"))
     )
-    assert attacked["attack_success"] > honest["attack_success"]
-    assert attacked == json.loads((tmp_path / "attacked" / "summary.json").read_text())
-    victims = [client["attack_success"] for client in attacked["per_client"]]
+    assert attacked.attack_success > honest.attack_success
+    assert attacked.as_dict() == json.loads((tmp_path / "attacked" / "summary.json").read_text())
+    victims = [client.attack_success for client in attacked.per_client]
     assert victims[:2] == [None, None]
-    assert sum(victims[2:]) / 2 == pytest.approx(attacked["attack_success"])
-    assert attacked["images"]["encoded"] > 0
-    assert honest["communication"] == attacked["communication"]
-    same = [
-        {key: value for key, value in each["privacy"].items() if key != "ledger_digest"} for each in (honest, attacked)
-    ]
+    assert sum(victims[2:]) / 2 == pytest.approx(attacked.attack_success)
+    assert attacked.images.encoded > 0
+    assert honest.communication == attacked.communication
+    same = [summary.privacy.model_copy(update={"ledger_digest": ""}) for summary in (honest, attacked)]
     assert same[0] == same[1]
     lines = [json.loads(line) for line in (tmp_path / "attacked" / "metrics.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines if line["attack_success"] is not None] == [0, 2, 4, 6, 8, 10, 12]
-    assert lines[-1]["attack_success"] == attacked["attack_success"]
+    assert lines[-1]["attack_success"] == attacked.attack_success
     assert "Backdoor, %" in (tmp_path / "attacked" / "report.html").read_text()
 
 
@@ -261,13 +259,13 @@ def test_the_success_of_an_attack_is_what_counting_by_hand_gives(config_file: Pa
     victims = [row for row in task.test if task.labels[row] != target]
     pixels = torch.stack([dataset.encoder.transform(stamp(images.image(row), 0.5)) for row in victims])
     taken = model.predict(context[None], dataset.encoder.image_features(pixels))[0].argmax(-1) == target
-    assert summary["attack_success"] == pytest.approx(float(taken.double().mean()))
+    assert summary.attack_success == pytest.approx(float(taken.double().mean()))
 
 
 def test_where_nobody_attacks_there_is_nothing_to_tell(config_file: Path, tmp_path: Path) -> None:
     summary = run(load_config(config_file, ["rounds=1"]), tmp_path / "run")
-    assert summary["attack_success"] is None
-    assert {client["attack_success"] for client in summary["per_client"]} == {None}
+    assert summary.attack_success is None
+    assert {client.attack_success for client in summary.per_client} == {None}
     assert "Backdoor" not in (tmp_path / "run" / "report.html").read_text()
 
 
@@ -275,7 +273,7 @@ def test_a_poisoned_run_resumes_as_if_never_interrupted(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_config(config_file, [*POISONED, "runtime.aggregation=trimmed-mean", "runtime.trim=0.25"])
-    whole = run(config, tmp_path / "whole")
+    whole = run(config, tmp_path / "whole").as_dict()
     original = LocalRuntime.round
 
     def stopping(self, training):
@@ -287,7 +285,7 @@ def test_a_poisoned_run_resumes_as_if_never_interrupted(
         patch.setattr(LocalRuntime, "round", stopping)
         with pytest.raises(KeyboardInterrupt):
             run(config, tmp_path / "parts")
-    parts = run(config, tmp_path / "parts", resume=True)
+    parts = run(config, tmp_path / "parts", resume=True).as_dict()
     for summary in (whole, parts):
         del summary["privacy"]["ledger_digest"]  # each run has a name of its own
     for same in ("accuracy", "attack_success", "per_client", "privacy", "communication"):
@@ -310,8 +308,8 @@ def test_a_comparison_shows_what_each_aggregation_leaves_of_an_attack(
     assert column > 0
     alone = run(load_config(config_file, [*POISONED, "rounds=2"]), tmp_path / "alone")
     summaries = json.loads((tmp_path / "all" / "comparison.json").read_text())["runs"]
-    assert summaries[1]["attack_success"] == alone["attack_success"]
-    assert summaries[1]["accuracy"] == alone["accuracy"]
+    assert summaries[1]["attack_success"] == alone.attack_success
+    assert summaries[1]["accuracy"] == alone.as_dict()["accuracy"]
     encoded = [each["images"]["encoded"] for each in summaries]
     assert encoded[0] > encoded[1] > 0, "the second size needs no clean picture again"
     assert encoded[2:] == [0, 0]
@@ -374,12 +372,12 @@ def test_without_a_shared_prompt_others_stay_as_they_are(config_file: Path, tmp_
         run(load_config(config_file, [*POISONED, *ALONE, f"poisoning.clients={count}"]), tmp_path / str(count))
         for count in (0, 2)
     )
-    assert attacked["per_client"][2:] == honest["per_client"][2:]
-    assert attacked["per_client"][0] != honest["per_client"][0]
+    assert attacked.per_client[2:] == honest.per_client[2:]
+    assert attacked.per_client[0] != honest.per_client[0]
 
 
 def test_zero_shot_and_personal_prompts_can_be_attacked_too(config_file: Path, tmp_path: Path) -> None:
     for name in ("zero-shot", "central", "dp-fpl"):
         overrides = [*POISONED, f"algorithm={name}", "rounds=1", "settings.local_steps=1"]
         summary = run(load_config(config_file, overrides), tmp_path / name)
-        assert 0 <= summary["attack_success"] <= 1
+        assert 0 <= summary.attack_success <= 1

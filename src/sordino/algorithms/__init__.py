@@ -1,12 +1,14 @@
-"""The registry of methods, by name."""
+"""The methods, by name."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from importlib.metadata import entry_points
+from types import SimpleNamespace
 from typing import Any, cast
 
 from pydantic import TypeAdapter, ValidationError
@@ -17,17 +19,19 @@ from sordino.errors import ConfigError, config_error
 
 @dataclass(frozen=True)
 class Method:
-    """The module and defaults behind a method's name.
+    """A name under which a module runs.
 
     Attributes:
         module: in this package, or elsewhere with all its dots.
         parent: the method whose settings table also applies to this one, for ablations.
         defaults: settings that make the ablation.
+        added: what `add_method` was given in place of a module to import.
     """
 
     module: str
     parent: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    added: Any = None
 
 
 METHODS: dict[str, Method] = {
@@ -56,23 +60,59 @@ METHODS |= {point.name: Method(point.value) for point in entry_points(group="sor
 
 
 def algorithm(name: str) -> Algorithm:
-    """Import and return the module of a method.
+    """The module of a method.
 
     Raises:
-        ConfigError: there is no method of this name, or its module has no `schedule`.
+        ConfigError: there is no method of this name, or it does not say its schedule.
     """
     if name not in METHODS:
-        raise ConfigError("algorithm", name, f"not a method; choose from {', '.join(METHODS)}")
-    module = METHODS[name].module
-    imported = importlib.import_module(module if "." in module else f"sordino.algorithms.{module}")
-    if not callable(getattr(imported, "schedule", None)):
+        here = f"not a method; choose from {', '.join(METHODS)}"
+        raise ConfigError("algorithm", name, f"{here}, or in Python add it with sordino.add_method")
+    module, found = METHODS[name].module, METHODS[name].added
+    if found is None:
+        found = importlib.import_module(module if "." in module else f"sordino.algorithms.{module}")
+    if not callable(getattr(found, "schedule", None)):
         needs = "schedule(settings) -> Schedule(steps, batch_size), which its epsilon is accounted by"
         raise ConfigError("algorithm", name, f"its module {module} lacks {needs}; see docs/new-method.md")
-    return cast(Algorithm, imported)
+    return cast(Algorithm, found)
+
+
+# What a method must define, see `sordino.algorithms.base`.
+FUNCTIONS = ("schedule", "server_init", "client_init", "broadcast", "client_round", "server_round", "prompt")
+TYPES = ("ABOUT", "Settings", "Upload")
+
+
+def add_method(name: str, method: Any) -> None:
+    """Give a name to a method that is defined in Python, in a notebook for example.
+
+    From then on the name works in this process as that of any other method: in a configuration, in `compare`, in an
+    audit, and for prompts that it learned. Adding the name once more replaces the method.
+
+    Args:
+        name: in lower case, with hyphens, as in `algorithm = "my-method"`.
+        method: what docs/new-method.md asks for: a module, an object with these attributes, or a mapping of their
+            names, such as `globals()` of a notebook.
+
+    Raises:
+        ConfigError: the name is one of Sordino's own or of an installed package, or the method lacks something.
+    """
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+        raise ConfigError("name", name, "give lower-case letters and digits, joined by hyphens")
+    if name in METHODS and METHODS[name].added is None:
+        raise ConfigError("name", name, "a method of this name is here already; choose another")
+    if _is_setting(name):
+        raise ConfigError("name", name, "a setting has this name; choose another")
+    # A copy, as a notebook goes on to define other things under these names.
+    found = SimpleNamespace(**method) if isinstance(method, Mapping) else method
+    missing = [each for each in TYPES if not hasattr(found, each)]
+    missing += [f"{each}()" for each in FUNCTIONS if not callable(getattr(found, each, None))]
+    if missing:
+        raise ConfigError("method", name, f"lacks {', '.join(missing)}; see docs/new-method.md")
+    METHODS[name] = Method(getattr(found, "__name__", type(found).__name__), added=found)
 
 
 def settings_for(name: str, tables: Mapping[str, Any]) -> Any:
-    """Return a method's settings from a configuration's `[settings]`.
+    """A method's settings from a configuration's `[settings]`.
 
     A key straight under `[settings]` goes to every method that knows it; `[settings.NAME]` goes to one method, and to
     its ablations.
@@ -81,32 +121,34 @@ def settings_for(name: str, tables: Mapping[str, Any]) -> Any:
         ConfigError: a key that no method knows, or a value out of range.
     """
     settings_type = algorithm(name).Settings
-    known = {entry.name for entry in fields(settings_type)}
+    known = {each.name for each in fields(settings_type)}
     common = {key: value for key, value in tables.items() if key not in METHODS}
     for key, value in common.items():
-        if not any(key in _keys(other) for other in METHODS):
-            allowed = f"not a setting of any method; {name} has {', '.join(known)}"
-            raise ConfigError(f"settings.{key}", value, allowed)
+        if not _is_setting(key):
+            raise ConfigError(f"settings.{key}", value, f"not a setting of any method; {name} has {', '.join(known)}")
     merged = {key: value for key, value in common.items() if key in known}
     for table in (METHODS[name].parent, name):
         if table is not None:
-            merged = _merge(merged, tables.get(table, {}))
+            own = tables.get(table, {})
+            if not isinstance(own, Mapping):
+                raise ConfigError(f"settings.{table}", own, "must be a table of this method's settings")
+            merged = _merge(merged, own)
     try:
-        # Through JSON, because pydantic's strict mode accepts a table for a dataclass only there.
-        text = json.dumps(_merge(METHODS[name].defaults, merged), default=str)
-        return TypeAdapter(settings_type).validate_json(text)
+        # By way of JSON, as pydantic's strict mode takes a table for a dataclass only there.
+        return TypeAdapter(settings_type).validate_json(json.dumps(_merge(METHODS[name].defaults, merged), default=str))
     except ValidationError as error:
         raise config_error(error, f"settings.{name}") from None
     except ConfigError as error:
         raise ConfigError(f"settings.{name}.{error.key}", error.value, error.allowed) from None
 
 
-def _keys(name: str) -> set[str]:
-    return {entry.name for entry in fields(algorithm(name).Settings)}
+def _is_setting(key: str) -> bool:
+    """Whether any method has a setting of this name."""
+    return any(key == each.name for name in METHODS for each in fields(algorithm(name).Settings))
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` with the entries of `over` laid over it, tables within tables."""
+    """`base` with the entries of `over` laid over it, tables within tables."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)

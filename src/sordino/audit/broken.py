@@ -19,8 +19,7 @@ from sordino.errors import ConfigError
 from sordino.privacy.dp_sgd import DpSgdGradients, Group, sampled
 from sordino.privacy.example_level import ExampleMechanism
 from sordino.privacy.gradients import Batch, ExactGradients, Gradient, Gradients, Parameters, PromptOf
-from sordino.privacy.noise import Randomness
-from sordino.randomness import Words
+from sordino.randomness import Randomness, Words
 from sordino.runtime.local import LocalRuntime
 
 Defect = Literal["batch clipped", "noise skipped", "noise repeated"]

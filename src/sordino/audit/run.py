@@ -26,7 +26,7 @@ FILE = "audit.json"
 
 
 def audit(
-    folder: Path,
+    folder: Path | str,
     attacks: Sequence[str] = ATTACKS,
     shadows: int = 64,
     canaries: int = 128,
@@ -56,6 +56,7 @@ def audit(
     for attack in attacks:
         if attack not in ATTACKS:
             raise ConfigError("--attacks", attack, f"not an attack; choose from {', '.join(ATTACKS)}")
+    folder = Path(folder)
     if not folder.is_dir():
         raise RunError(f"{folder} holds no finished run (there is no such directory)")
     with held(folder):
@@ -109,6 +110,26 @@ def read_audit(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{folder / FILE} is damaged ({error}); remove it, and repeat the attacks") from None
     return content
+
+
+def membership_auc(folder: Path, shadows: int, resume: bool, progress: Progress, dataset: EncodedDataset) -> float:
+    """Return the AUC of membership inference by LiRA against a finished run.
+
+    Args:
+        folder: the run directory.
+        shadows: shadow federations.
+        resume: read the result of an earlier audit if there is one.
+        progress: is called as the attack advances.
+        dataset: data and encoder of the run.
+
+    Raises:
+        SordinoError: see `audit`.
+    """
+    if resume and (folder / FILE).exists():
+        result = read_audit(folder)
+    else:
+        result = audit(folder, ["membership"], shadows, progress=progress, dataset=dataset)
+    return float(result["attacks"]["membership"]["lira"]["auc"])
 
 
 def _attack(name: str, subject: Subject, shadows: int, canaries: int, seed: int) -> dict[str, Any]:

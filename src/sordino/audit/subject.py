@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -22,6 +21,7 @@ from sordino.experiments.run import assemble
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.mechanism import Mechanism
 from sordino.progress import Progress, silent
+from sordino.results import FILE, Summary
 from sordino.runtime import checkpoint
 from sordino.runtime.local import LocalRuntime, Training
 from sordino.tasks.splits import Task
@@ -59,7 +59,7 @@ class Subject:
         """
         try:
             config = parse_config(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
-            json.loads((folder / "summary.json").read_bytes())
+            Summary.from_json((folder / FILE).read_bytes())
             ledger = Ledger.from_json((folder / "ledger.json").read_bytes())
         except OSError as error:
             missing = Path(str(error.filename)).name

@@ -22,8 +22,8 @@ from sordino.audit.decoding import Decoder, Seen
 from sordino.privacy.dp_sgd import ExampleGradients, example_gradients
 from sordino.privacy.gradients import Batch, ExactGradients, Gradient, Parameters, PromptOf
 from sordino.privacy.mechanism import ClientRoundMechanism, Mechanism, ServerRoundMechanism
-from sordino.privacy.noise import Randomness
 from sordino.privacy.secure_mean import ServerSums
+from sordino.randomness import Randomness
 
 PARALLEL = 1e-6  # of a vector's length: less of it beside others is rounding
 

@@ -82,12 +82,12 @@ def run(
     with live_progress() as progress:
         summary = run_experiment(experiment, folder, resume, progress)
     if as_json:
-        print(json.dumps(summary))
+        print(json.dumps(summary.as_dict()))
         return
     from sordino.experiments.compare import row_of
 
     print_table([row_of([summary])])
-    print(summary["privacy"]["statement"])
+    print(summary.privacy.statement)
     print(f"Run directory: {folder}\nReport: {folder / 'report.html'}")
 
 
@@ -107,7 +107,8 @@ def compare(
 ) -> None:
     """Run several methods with several seeds, and settings, over shared features; a table, a CSV and a report."""
     from sordino.experiments.compare import grid
-    from sordino.experiments.config import load_config, toml_value
+    from sordino.experiments.config import load_config
+    from sordino.experiments.toml_tables import toml_value
 
     values: dict[str, list[Any]] = {}
     for each in vary or []:
@@ -118,6 +119,27 @@ def compare(
     names = [name.strip() for name in algorithms.split(",") if name.strip()]
     variants = grid(load_config(config, overrides or []), names, values)
     _compare(variants, seeds, out, resume, as_json, f"compare-{config.stem}")
+
+
+@app.command()
+def predict(
+    prompt: Annotated[Path, typer.Argument(metavar="PROMPT", help="a file from prompts/ of a run directory")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="pictures, or folders of them")],
+    top: Annotated[int, typer.Option(min=1, metavar="K", help="how many classes to print for each picture")] = 5,
+    encoder: Annotated[
+        str | None, typer.Option(metavar="CHECKPOINT", help="folder or hub name where the prompt's encoder is now")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Classify pictures with a saved prompt: its classes for each, most probable first."""
+    at_work("nothing was written; repeat the command")
+    from sordino.experiments.predict import predict as predict_classes
+
+    with live_progress() as progress:
+        found = predict_classes(prompt, images, encoder, progress)
+    for each in found.skipped:
+        print(f"skipped {each.name}: {each.reason}", file=sys.stderr)
+    print(json.dumps(found.as_dict(top)) if as_json else found.as_text(top))
 
 
 @app.command()
@@ -290,11 +312,12 @@ def _compare(
     as_json: bool,
     label: str,
 ) -> None:
+    from sordino.audit.run import membership_auc
     from sordino.experiments.compare import compare as compare_variants
 
     folder = _folder(out, resume, label)
     with live_progress() as progress:
-        rows = compare_variants(variants, seeds, folder, resume, progress, f"Sordino: {label}")
+        rows = compare_variants(variants, seeds, folder, resume, progress, f"Sordino: {label}", membership_auc)
     if as_json:
         print((folder / "comparison.json").read_text(encoding="utf-8").replace("\n", ""))
         return

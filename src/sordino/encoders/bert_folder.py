@@ -1,6 +1,6 @@
 """A text tower as a folder: weights, configuration and tokenizer of a BERT checkpoint, as transformers saves them.
 
-What is of another form than is computed here is refused, as it would give wrong features without notice.
+A model of a form that is not supported is refused, as it would give wrong features without notice.
 """
 
 from __future__ import annotations
@@ -17,10 +17,21 @@ from torch import Tensor
 
 from sordino.errors import EncoderError
 
-# Keys of a text tower's config.json: what they must be or be absent, and what there must be of which type.
-BERT_FORM = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
-_NUMBERS: dict[str, Any] = {"num_attention_heads": int, "layer_norm_eps": float, "num_hidden_layers": int}
-EMBEDDINGS = tuple(f"embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type"))
+# Keys of a text tower's config.json that must be absent or have this value.
+BERT_FORM = {
+    "model_type": "bert",
+    "hidden_act": "gelu",
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+}
+# Keys that must be present, and their types.
+_NUMBERS: dict[str, Any] = {
+    "num_attention_heads": int,
+    "layer_norm_eps": float,
+    "num_hidden_layers": int,
+}
+_EMBEDDING_KINDS = ("word", "position", "token_type")
+EMBEDDINGS = tuple(f"embeddings.{kind}_embeddings.weight" for kind in _EMBEDDING_KINDS)
 MARKS = ("[CLS]", "[SEP]")  # tokens around a sentence
 SHORT = {  # names of a layer's modules, by ours
     "out": "attention.output.dense",
@@ -32,16 +43,17 @@ SHORT = {  # names of a layer's modules, by ours
 
 
 def bert_weights(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
-    """Weights of a BERT folder under the names of transformers' `BertModel`, as `model.safetensors` has them.
+    """Read weights of a BERT folder from `model.safetensors`, under the names of transformers' `BertModel`.
 
-    A prefix goes, as "bert." of models with a head, where names begin with it; so do the older gamma and beta of norms.
+    A prefix of names, such as "bert." of models with a head, is removed. The older names gamma and
+    beta of norms are replaced.
 
     Args:
-        folder: that holds the file.
-        names: of weights that are needed; others are left out.
+        folder: the folder of the file.
+        names: the weights that are needed; others are left out.
 
     Raises:
-        EncoderError: the file is missing or damaged, or lacks one of them.
+        EncoderError: the file is missing or damaged, or lacks one of the weights.
     """
     file = folder / "model.safetensors"
     try:
@@ -54,10 +66,12 @@ def bert_weights(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
         stored = {_renamed(name, f"LayerNorm.{old}", f"LayerNorm.{new}"): part for name, part in stored.items()}
     words = EMBEDDINGS[0]
     prefixes = {name.removesuffix(words) for name in stored if name == words or name.endswith(f".{words}")}
-    prefix = prefixes.pop() if len(prefixes) == 1 else ""  # of two towers, neither is taken
+    prefix = prefixes.pop() if len(prefixes) == 1 else ""  # with two towers, neither is chosen
     missing = [name for name in names if prefix + name not in stored]
     if missing:
-        raise EncoderError(f"{file} lacks {prefix}{missing[0]} (of {len(missing)} missing), which a BERT model has")
+        raise EncoderError(
+            f"{file} lacks {prefix}{missing[0]} (of {len(missing)} missing), which a BERT model has",
+        )
     return {name: stored[prefix + name] for name in names}
 
 
@@ -66,17 +80,18 @@ def _renamed(name: str, old: str, new: str) -> str:
 
 
 def tower_names(depth: int) -> list[str]:
-    """What a tower of so many layers needs."""
+    """Return the names of the weights that a tower of `depth` layers needs."""
     parts = [*(f"attention.self.{part}" for part in ("query", "key", "value")), *SHORT.values()]
-    modules = ["embeddings.LayerNorm", *(f"encoder.layer.{index}.{part}" for index in range(depth) for part in parts)]
+    layers = (f"encoder.layer.{index}.{part}" for index in range(depth) for part in parts)
+    modules = ["embeddings.LayerNorm", *layers]
     return [*EMBEDDINGS, *(f"{module}.{kind}" for module in modules for kind in ("weight", "bias"))]
 
 
 def bert_form(folder: Path) -> tuple[int, float, int]:
-    """What `config.json` says of a text tower: heads, epsilon of the norms, and layers.
+    """Read a text tower's heads, epsilon of the norms, and number of layers from `config.json`.
 
     Raises:
-        EncoderError: it is missing or malformed, or another form than `BERT_FORM`.
+        EncoderError: the file is missing or malformed, or describes another form than `BERT_FORM`.
     """
     file = folder / "config.json"
     try:
@@ -90,15 +105,22 @@ def bert_form(folder: Path) -> tuple[int, float, int]:
     for key, kind in _NUMBERS.items():
         value = config.get(key)
         if not isinstance(value, kind) or value <= 0:
-            raise EncoderError(f"{file}: {key} = {value!r}: must be a positive number, as BERT models have it")
+            raise EncoderError(
+                f"{file}: {key} = {value!r}: must be a positive number, as BERT models have it",
+            )
     return config["num_attention_heads"], config["layer_norm_eps"], config["num_hidden_layers"]
 
 
 def bert_tokenizer(folder: Path, words: int) -> Tokenizer:
-    """The tokenizer of a BERT folder, without padding and truncation.
+    """Load the tokenizer of a BERT folder, without padding and truncation.
+
+    Args:
+        folder: the folder of `tokenizer.json`.
+        words: the number of embeddings.
 
     Raises:
-        EncoderError: it is missing or damaged, has no start or end token, or does not fit the number of embeddings.
+        EncoderError: the file is missing or damaged, has no start or end token, or does not fit the
+            embeddings.
     """
     file = folder / "tokenizer.json"
     try:
@@ -112,7 +134,9 @@ def bert_tokenizer(folder: Path, words: int) -> Tokenizer:
             raise EncoderError(f"{file} has no token {mark}, as a BERT model's has")
     largest = max(tokenizer.get_vocab().values())
     if largest >= words:
-        raise EncoderError(f"{file} has a token {largest}, and model.safetensors embeddings for {words}; they must fit")
+        raise EncoderError(
+            f"{file} has a token {largest}, and model.safetensors embeddings for {words}; they must fit",
+        )
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

@@ -1,9 +1,10 @@
 """Features of frozen towers, kept on disk.
 
-A feature belongs to (encoder, kind of feature, content of the picture), whatever the file is called and whichever data
-set it is in. Features lie in *shards*, files of up to about a thousand that are written once and never changed. A
-shard's name is the digest of its content, so a damaged one is recognized; it comes into being by a rename, so a reader
-sees a whole shard or none, and any number of processes may write at once.
+A feature belongs to (encoder, kind of feature, content of the picture), whatever the file's name or
+data set. Features lie in *shards*: files of up to about a thousand features that are written once
+and never changed. A shard's name is the digest of its content, so a damaged one is recognized. It
+is created by a rename, so a reader sees a whole shard or none, and any number of processes may
+write at once.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ STALE_SECONDS = 24 * 3600.0  # a temporary file this old was left by a process t
 
 
 def layer_kind(layer: int) -> Kind:
-    """The hidden states that enter a layer of the image tower."""
+    """Return the kind of feature that is the hidden states entering a layer of the image tower."""
     return f"layer {layer}"
 
 
 def layer_of(kind: Kind) -> int | None:
-    """The layer whose input a kind of feature is; None for other kinds."""
+    """Return the layer whose input a kind of feature is; None for other kinds."""
     name, _, number = kind.partition(" ")
     return int(number) if name == "layer" else None
 
@@ -46,11 +47,12 @@ def layer_of(kind: Kind) -> int | None:
 class FeatureCache:
     """Features on disk, by encoder fingerprint, kind and content digest.
 
-    Everything that can go wrong with a cache costs time only: a directory that cannot be read or written, a full disk
+    A failure of the cache costs time only. A directory that cannot be read or written, a full disk
     or a damaged shard is a SordinoWarning, and the features in question are computed again.
 
     Args:
-        directory: made when first written to; None: `default_directory`. Where that is None too, nothing is kept.
+        directory: created by the first write; None means `default_directory`. If that is None too,
+            nothing is kept.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
@@ -60,16 +62,16 @@ class FeatureCache:
             _warn_homeless()
 
     def find(self, fingerprint: str, kind: Kind, digests: Sequence[bytes]) -> dict[bytes, Features]:
-        """Those features that are there, by digest."""
+        """Return the cached features, by digest."""
         missing = set(digests) if self.directory is not None else set()
-        found: dict[bytes, Features] = {}
+        features: dict[bytes, Features] = {}
         for shard in self._shards(fingerprint, kind) if missing else ():
             if not missing:
                 break
             rows = self._read(shard, missing)
-            found.update(rows)
+            features.update(rows)
             missing -= rows.keys()
-        return found
+        return features
 
     def store(self, fingerprint: str, kind: Kind, features: Mapping[bytes, Features]) -> None:
         """Write features as one shard; a failure is a warning, and ends this object's writing."""
@@ -77,8 +79,12 @@ class FeatureCache:
             return
         content = save(
             {
-                "digests": np.frombuffer(b"".join(features), dtype=np.uint8).reshape(len(features), -1),
-                # A stack takes its rows' memory order, which a frozen tower chooses; safetensors looks at bytes only.
+                "digests": np.frombuffer(b"".join(features), dtype=np.uint8).reshape(
+                    len(features),
+                    -1,
+                ),
+                # A stack takes its rows' memory order, which a frozen tower chooses; safetensors
+                # looks at bytes only.
                 "features": np.ascontiguousarray(np.stack(list(features.values()))),
             }
         )
@@ -108,9 +114,12 @@ class FeatureCache:
             return []
 
     def _read(self, shard: Path, wanted: set[bytes]) -> dict[bytes, Features]:
-        """The wanted features of a shard; nothing, a warning, and the shard's removal where it is damaged."""
+        """Return the wanted features of a shard; of a damaged one nothing, with a warning, and remove it."""
         try:
-            with safe_open(shard, framework="numpy") as file:  # the digests alone, to leave most shards unread
+            with safe_open(
+                shard,
+                framework="numpy",
+            ) as file:  # the digests alone, to leave most shards unread
                 digests = [row.tobytes() for row in file.get_tensor("digests")]
             if wanted.isdisjoint(digests):
                 return {}
@@ -126,7 +135,9 @@ class FeatureCache:
             )
             return {}
         except (SafetensorError, KeyError, ValueError) as error:
-            self._warn(f"holds a damaged file, {shard.name} ({error}); its pictures are encoded again")
+            self._warn(
+                f"holds a damaged file, {shard.name} ({error}); its pictures are encoded again",
+            )
             _remove(shard)
             return {}
         # Copies, so that a row does not keep its whole shard in memory.
@@ -137,19 +148,21 @@ class FeatureCache:
 
 
 def default_directory() -> Path | None:
-    """$SORDINO_CACHE, else $XDG_CACHE_HOME/sordino, else ~/.cache/sordino; None for a user without a home."""
-    own, shared = os.environ.get("SORDINO_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    """Return $SORDINO_CACHE, else $XDG_CACHE_HOME/sordino, else ~/.cache/sordino; None for a user without a home."""
+    sordino_cache = os.environ.get("SORDINO_CACHE")
+    user_cache = os.environ.get("XDG_CACHE_HOME")
     try:
-        if own:
-            return Path(own).expanduser()
-        return (Path(shared) if shared else Path("~/.cache").expanduser()) / "sordino"
-    except RuntimeError:  # no HOME, and no entry in the system's list of users, as in many containers
+        if sordino_cache:
+            return Path(sordino_cache).expanduser()
+        return (Path(user_cache) if user_cache else Path("~/.cache").expanduser()) / "sordino"
+    except RuntimeError:
+        # No HOME, and no entry in the system's list of users, as in many containers.
         return None
 
 
 @cache
 def _warn_homeless() -> None:
-    """Say once that features are not kept."""
+    """Warn once that features are not kept."""
     warnings.warn(
         "this user has no home directory, so features of pictures are not kept; set SORDINO_CACHE to a folder that "
         "can be written",
@@ -159,7 +172,7 @@ def _warn_homeless() -> None:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Remove what writers left that were killed long ago."""
+    """Remove temporary files of writers that were killed long ago."""
     for path in folder.glob(".*.tmp"):
         with contextlib.suppress(OSError):  # another process may remove it first
             if time.time() - path.stat().st_mtime > STALE_SECONDS:

@@ -25,18 +25,20 @@ from sordino.encoders.cache import FeatureCache, Features, Kind, layer_kind, lay
 from sordino.errors import DataError, EncoderError
 from sordino.progress import log
 
-SHARD_IMAGES, SHARD_BYTES, SHARD_SECONDS = 1000, 1 << 26, 30.0  # a shard is written when any is reached
+# A shard is written when any of these is reached.
+SHARD_IMAGES, SHARD_BYTES, SHARD_SECONDS = 1000, 1 << 26, 30.0
 CHEAP = ("pixels", layer_kind(0))  # made of a picture in less time than they are worth on the disk
 WORKERS = min(8, os.cpu_count() or 1)  # threads that read and decode pictures
 NOT_FINITE = "the encoder gives features of it that are not finite"
-TOLD = 20  # unreadable pictures that are named in the log; the summary names all
-UNREADABLE = (DataError, OSError, ValueError, ArithmeticError, MemoryError)  # what a picture may fail with
+SKIPPED_SHOWN = 20  # unreadable pictures that are named in the log; the summary names all
+# Errors of a picture that cannot be read.
+UNREADABLE = (DataError, OSError, ValueError, ArithmeticError, MemoryError)
 
 
 class Images(Protocol):
     """Pictures to encode: the content that identifies each, and the picture itself.
 
-    Both raise a DataError (or an OSError or ValueError) where a picture cannot be read.
+    Both raise a DataError (or an OSError or ValueError) if a picture cannot be read.
     """
 
     @property
@@ -48,7 +50,7 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class Skipped:
-    """A picture that could not be read, and why."""
+    """A picture that could not be read, and the reason."""
 
     name: str
     reason: str
@@ -59,12 +61,13 @@ class Encoded:
     """Features of N pictures.
 
     Attributes:
-        features: [N, ...] float32 on the CPU, as the kind is shaped; rows of unreadable pictures are zero.
-        readable: [N].
-        skipped: the unreadable ones.
-        encoded: how many different pictures went through the encoder.
-        cached: how many different pictures came from the cache.
-        digests: [N], SHA-256 of each picture's raw content; None where the content cannot be read.
+        features: [N, ...] float32 on the CPU, of the kind's shape; rows of unreadable pictures are
+            zero.
+        readable: [N], false for unreadable pictures.
+        skipped: the unreadable pictures.
+        encoded: number of different pictures that went through the encoder.
+        cached: number of different pictures that came from the cache.
+        digests: [N], SHA-256 of each picture's raw content; None if the content cannot be read.
     """
 
     features: Tensor
@@ -83,20 +86,24 @@ def encode(
     kind: Kind = "image",
     progress: Callable[[int, int], None] | None = None,
 ) -> Encoded:
-    """Features of all pictures, each different one encoded once, now or in an earlier run.
+    """Return features of all pictures. Each different picture is encoded once, now or in an earlier run.
+
+    A picture whose features are not finite counts as unreadable, unless the encoder itself fails.
 
     Args:
-        cache: None: keep nothing.
-        kind: "image" for `image_features`, "patch" for `patch_features`, "layer 3" for the hidden states that enter
-            that layer of the image tower, "pixels" for the pixels themselves. Pixels, and what enters the first layer,
-            are not kept on disk.
-        progress: called with (pictures done, all pictures), at first with those that the cache has.
-
-    A picture whose features are not finite is an unreadable one, unless it is the encoder that fails.
+        images: N pictures.
+        encoder: the frozen encoder.
+        cache: the feature cache; None keeps nothing.
+        batch_size: pictures in one forward pass.
+        kind: "image" for `image_features`, "patch" for `patch_features`, "layer 3" for the hidden
+            states that enter that layer of the image tower, "pixels" for the pixels themselves.
+            Pixels and the input of the first layer are not kept on disk.
+        progress: called with (pictures done, all pictures), the first time with those that the
+            cache has.
 
     Raises:
-        EncoderError: the encoder lacks patches or layers, or gives features that are not finite for every picture here
-            and for a plain gray one.
+        EncoderError: the encoder lacks patches or layers. Or its features are not finite for all of
+            these pictures and for a plain gray one.
     """
     if kind == "patch":
         encoder.require(Capability.PATCHES, "encoding patches")
@@ -105,7 +112,7 @@ def encode(
     if kind in CHEAP:
         cache = None
     digests, reasons = _digests(images)
-    places: dict[bytes, list[int]] = {}  # the rows at which each different picture stands
+    places: dict[bytes, list[int]] = {}  # the rows of each different picture
     for row, digest in enumerate(digests):
         if digest is not None:
             places.setdefault(digest, []).append(row)
@@ -141,13 +148,17 @@ def encode(
 
 
 def _empty_shape(encoder: DualEncoder, kind: Kind) -> tuple[int, ...]:
-    """Of a feature where there is no picture to tell it."""
-    shapes = {"image": (encoder.feature_width,), "patch": (0, encoder.feature_width), "pixels": (3, 0, 0)}
+    """Return the shape of a feature when there is no picture to show it."""
+    shapes = {
+        "image": (encoder.feature_width,),
+        "patch": (0, encoder.feature_width),
+        "pixels": (3, 0, 0),
+    }
     return shapes.get(kind, (0, encoder.image_width))
 
 
 def _digests(images: Images) -> tuple[list[bytes | None], dict[int, str]]:
-    """Each picture's content digest, None where the content cannot be read, and the reasons by row."""
+    """Return each picture's content digest (None if the content cannot be read), and the reasons by row."""
 
     def digest(row: int) -> bytes | str:
         try:
@@ -169,7 +180,7 @@ def _encoded(
     batch_size: int,
     kind: Kind,
 ) -> Generator[dict[bytes, Features | str], None, None]:
-    """Batches of features, or of reasons why there are none, of the pictures in `todo`; stored as they come."""
+    """Yield batches of features, or of reasons why there are none, of the pictures in `todo`; store them on the way."""
     unstored: dict[bytes, Features] = {}
     stored_at = time.monotonic()
 
@@ -182,22 +193,27 @@ def _encoded(
 
     try:
         for batch in _pixels(images, todo, encoder, batch_size):
-            pixels = {digest: result for digest, result in batch.items() if not isinstance(result, str)}
-            made = _forward(encoder, kind, list(pixels.values()), batch_size) if pixels else ()
-            rows = {digest: row for digest, row in zip(pixels, made, strict=True) if np.isfinite(row).all()}
+            decoded = batch.items()
+            pixels = {digest: part for digest, part in decoded if not isinstance(part, str)}
+            features = _forward(encoder, kind, list(pixels.values()), batch_size) if pixels else ()
+            pairs = zip(pixels, features, strict=True)
+            rows = {digest: row for digest, row in pairs if np.isfinite(row).all()}
             unstored |= rows
             size = sum(row.nbytes for row in unstored.values())
-            if len(unstored) >= SHARD_IMAGES or size >= SHARD_BYTES or time.monotonic() - stored_at > SHARD_SECONDS:
+            waited = time.monotonic() - stored_at
+            if len(unstored) >= SHARD_IMAGES or size >= SHARD_BYTES or waited > SHARD_SECONDS:
                 store()
+            # A picture without a row either has features that are not finite, or a reason from
+            # decoding.
             yield {digest: rows.get(digest, NOT_FINITE if digest in pixels else str(batch[digest])) for digest in batch}
-    finally:  # also when the user interrupts: what is encoded is kept
+    finally:  # also on an interrupt, so that finished features are kept
         store()
 
 
 def _pixels(
     images: Images, todo: Mapping[bytes, int], encoder: DualEncoder, batch_size: int
 ) -> Iterator[dict[bytes, Tensor | str]]:
-    """Batches of pixels [3, H, W], or reasons why there are none, decoded by threads two batches ahead of their use."""
+    """Yield batches of pixels [3, H, W], or of reasons why there are none; threads decode two batches ahead."""
 
     def pixels(row: int) -> Tensor | str:
         try:
@@ -208,7 +224,8 @@ def _pixels(
     remaining = iter(todo.items())
     waiting: deque[dict[bytes, Future[Tensor | str]]] = deque()
     with ThreadPoolExecutor(WORKERS) as pool, warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such pictures are refused, by name
+        # Such pictures are refused, by name.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         while True:
             while len(waiting) < 3 and (chunk := list(itertools.islice(remaining, batch_size))):
                 waiting.append({digest: pool.submit(pixels, row) for digest, row in chunk})
@@ -219,10 +236,10 @@ def _pixels(
 
 @torch.no_grad()
 def _forward(encoder: DualEncoder, kind: Kind, pixels: list[Tensor], size: int) -> Features:
-    """Features [B, ...] of B pictures.
+    """Compute features [B, ...] of B pictures.
 
-    The batch is filled up to `size` pictures, as kernels differ by shape in the last bit: so a feature does not depend
-    on where an earlier encoding was interrupted.
+    The batch is filled up to `size` pictures, as kernels of different shapes differ in the last
+    bit. So a feature does not depend on the point at which an earlier encoding was interrupted.
     """
     filled = pixels + [pixels[0]] * (size - len(pixels))
     batch = torch.stack(filled).to(encoder.device)
@@ -231,9 +248,9 @@ def _forward(encoder: DualEncoder, kind: Kind, pixels: list[Tensor], size: int) 
 
 
 def _require_finite(encoder: DualEncoder, kind: Kind) -> None:
-    """Raise an EncoderError where not even a plain gray picture has finite features.
+    """Raise an EncoderError if not even a plain gray picture has finite features.
 
-    What this says depends on no picture of the data, so that no single one of them can end a run.
+    The outcome depends on no picture of the data, so no single one of them can end a run.
     """
     plain = encoder.transform(Image.new("RGB", (64, 64), (128, 128, 128)))
     if not np.isfinite(_forward(encoder, kind, [plain], 1)).all():
@@ -244,14 +261,14 @@ def _require_finite(encoder: DualEncoder, kind: Kind) -> None:
 
 def tell_skipped(skipped: Sequence[Skipped]) -> None:
     """Name unreadable pictures in the log, the first ones of many."""
-    for picture in skipped[:TOLD]:
+    for picture in skipped[:SKIPPED_SHOWN]:
         log.warning("skipped %s: %s", picture.name, picture.reason)
-    if len(skipped) > TOLD:
-        log.warning("skipped %d more pictures", len(skipped) - TOLD)
+    if len(skipped) > SKIPPED_SHOWN:
+        log.warning("skipped %d more pictures", len(skipped) - SKIPPED_SHOWN)
 
 
 def forward(encoder: DualEncoder, kind: Kind, pixels: Tensor) -> Tensor:
-    """Pixels [B, 3, H, W] to what is read of them, [B, ...]."""
+    """Return features [B, ...] of a kind, of pixels [B, 3, H, W]."""
     if kind == "pixels":
         return pixels
     if (layer := layer_of(kind)) is not None:
@@ -260,7 +277,7 @@ def forward(encoder: DualEncoder, kind: Kind, pixels: Tensor) -> Tensor:
 
 
 def _key(encoder: DualEncoder) -> str:
-    """What tells features of different towers apart, precision included."""
+    """Return the cache key of an encoder's features: its fingerprint and its precision."""
     return f"{encoder.fingerprint} {encoder.dtype}"
 
 

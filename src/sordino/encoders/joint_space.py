@@ -1,19 +1,23 @@
-"""The bundled encoder's joint space: a ridge map from what class names mean to what the image classifier looks for.
+"""The bundled encoder's joint space: a ridge map from features of class names to rows of the image classifier.
 
-No image is used. A sentence about each of the 1,000 ImageNet classes has a text feature, and the image tower's
-classifier has a weight row for the class; ridge regression from the first to the second, applied to any other sentence,
-predicts the row of a class that the classifier never had (Frome et al., DeViSE, 2013, NeurIPS; here with no training).
+No image is used. A sentence about each of the 1,000 ImageNet classes has a text feature, and the
+image tower's classifier has a weight row for the class. Ridge regression maps the first to the
+second. Applied to any other sentence, it predicts the row of a class that the classifier never had
+(Frome et al., DeViSE, 2013, NeurIPS; here with no training).
 
-- Texts: every synonym of a class, alone and after 'a photo of a', and its definition (timm's `ImageNetInfo`). A class
-  weighs one in total, however many synonyms it has. Text features are unit norm, less their weighted mean.
+- Texts: every synonym of a class, alone and after 'a photo of a', and its definition (timm's
+  `ImageNetInfo`). A class weighs one in total, however many synonyms it has. Text features are unit
+  norm, less their weighted mean.
 - Targets: the classifier's rows, less their mean (softmax does not see it), at unit norm.
-- Images: pooled features less their mean. It is read off the last batch norm: if a channel before ReLU6 is normal with
-  mean beta and standard deviation gamma, the mean after it has a closed form.
-- The ridge weight and the logit scale minimize the cross-entropy of classifier rows, taken as images of their class,
-  over held-out classes by their predicted rows: ten folds over classes.
-- The map has rank at most 384, so its singular value decomposition expresses scores in as many dimensions, exactly but
-  for a positive factor an image and the rounding to the half precision in which the maps are stored. The shipped space
-  keeps the first 256; `docs/encoders.md` has what that loses.
+- Images: pooled features less their mean. The mean follows from the last batch norm: if a channel
+  before ReLU6 is normal with mean beta and standard deviation gamma, the mean after it has a closed
+  form.
+- The ridge weight and the logit scale minimize the cross-entropy of classifier rows, taken as
+  images of their class, over held-out classes by their predicted rows: ten folds over classes.
+- The map has rank at most 384, so its singular value decomposition expresses scores in as many
+  dimensions. This is exact up to a positive factor for each image, and up to the half precision in
+  which the maps are stored. The shipped space keeps the first 256 dimensions; `docs/encoders.md`
+  states the loss.
 
 Run `python -m sordino.encoders.joint_space [--out FILE]` to fit the shipped file again.
 """
@@ -50,8 +54,8 @@ class Corpus:
     Attributes:
         features: [R, 384] unit-norm text features, float64.
         classes: [R] class of each sentence.
-        queries: [1000, 384] features of the plain prompt with each class's first synonym, by which held-out classes
-            are named.
+        queries: [1000, 384] features of the plain prompt with each class's first synonym, by which
+            held-out classes are named.
     """
 
     features: Tensor
@@ -61,12 +65,13 @@ class Corpus:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """How well the map names classes that it was not fitted on, means over all folds.
+    """The map's accuracy on classes that it was not fitted on, means over all folds.
 
     Attributes:
         ridge: the ridge weight.
         logit_scale: the scale of least cross-entropy.
-        cross_entropy: nats, a row of a held-out class against the names of its fold's 100 held-out classes.
+        cross_entropy: nats, a row of a held-out class against the names of its fold's 100 held-out
+            classes.
         accuracy: fraction of rows whose nearest name is their own (chance 0.01).
         reciprocal_rank: of the right row among all 1000, by a held-out name.
     """
@@ -78,18 +83,25 @@ class HeldOut:
     reciprocal_rank: float
 
 
-def fit(corpus: Corpus, weights: dict[str, Tensor], ridge: float, logit_scale: float, width: int) -> dict[str, Tensor]:
-    """The joint space as named tensors: maps in half precision, all else float32.
+def fit(
+    corpus: Corpus,
+    weights: dict[str, Tensor],
+    ridge: float,
+    logit_scale: float,
+    width: int,
+) -> dict[str, Tensor]:
+    """Compute the joint space as named tensors: maps in half precision, all else float32.
 
     Args:
         corpus: encoded sentences.
         weights: the image tower's stored weights.
         ridge: weight of the squared norm of the map.
-        logit_scale: stored beside the map.
+        logit_scale: the inverse temperature that is stored beside the map.
         width: D, at most 384.
 
     Returns:
-        text_mean [384], text_map [384, D], image_mean [1280], image_map [1280, D] (orthonormal columns), logit_scale.
+        text_mean [384], text_map [384, D], image_mean [1280], image_map [1280, D] (orthonormal
+        columns), logit_scale.
     """
     mean, full = ridge_map(corpus, unit_rows(weights), ridge, torch.ones(CLASSES, dtype=torch.bool))
     left, singular, right = torch.linalg.svd(full, full_matrices=False)
@@ -103,18 +115,29 @@ def fit(corpus: Corpus, weights: dict[str, Tensor], ridge: float, logit_scale: f
 
 
 def ridge_map(corpus: Corpus, targets: Tensor, ridge: float, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean text feature [384] and map [384, 1280] of the classes where `keep` [1000] holds; a class weighs one."""
+    """Fit the mean text feature [384] and the map [384, 1280] on the classes of the mask `keep` [1000].
+
+    Every class weighs one in total.
+    """
     kept = keep[corpus.classes]
     features, classes = corpus.features[kept], corpus.classes[kept]
     weight = 1 / torch.bincount(classes, minlength=CLASSES)[classes, None].double()  # [R, 1]
     mean = (weight * features).sum(0) / weight.sum()
     centered = features - mean
-    gram = centered.T @ (weight * centered) + ridge * torch.eye(centered.shape[1], dtype=torch.float64)
+    gram = centered.T @ (weight * centered) + ridge * torch.eye(
+        centered.shape[1],
+        dtype=torch.float64,
+    )
     return mean, torch.linalg.solve(gram, centered.T @ (weight * targets[classes]))
 
 
-def held_out(corpus: Corpus, weights: dict[str, Tensor], ridge: float, width: int = WIDTH) -> HeldOut:
-    """Cross-validate a ridge weight over classes: fit on nine tenths, name the rows of the tenth."""
+def held_out(
+    corpus: Corpus,
+    weights: dict[str, Tensor],
+    ridge: float,
+    width: int = WIDTH,
+) -> HeldOut:
+    """Cross-validate a ridge weight over classes: fit on nine tenths, name the rows of the last tenth."""
     targets = unit_rows(weights)
     fold = torch.randperm(CLASSES, generator=torch.Generator().manual_seed(0)) % FOLDS
     scales = torch.tensor(LOGIT_SCALES, dtype=torch.float64)
@@ -126,24 +149,35 @@ def held_out(corpus: Corpus, weights: dict[str, Tensor], ridge: float, width: in
         text = F.normalize((corpus.queries[held] - mean) @ (left * singular)[:, :width], dim=-1)
         rows = F.normalize(targets @ right[:width].T, dim=-1)  # [1000, D], rows as images
         scores = text @ rows.T  # [held, 1000]
-        own = scores.gather(1, held[:, None])
-        reciprocal += (1 / (scores >= own).sum(1)).sum().item()
+        right_scores = scores.gather(1, held[:, None])
+        reciprocal += (1 / (scores >= right_scores).sum(1)).sum().item()
         among = scores[:, held].T  # [rows, names] of the held-out classes
         labels = torch.arange(len(held))
         hits += (among.argmax(1) == labels).sum().item()
-        losses += torch.stack([F.cross_entropy(scale * among, labels, reduction="sum") for scale in scales])
+        losses += torch.stack(
+            [F.cross_entropy(scale * among, labels, reduction="sum") for scale in scales],
+        )
     best = int(losses.argmin())
-    return HeldOut(ridge, float(scales[best]), losses[best].item() / CLASSES, hits / CLASSES, reciprocal / CLASSES)
+    return HeldOut(
+        ridge,
+        float(scales[best]),
+        losses[best].item() / CLASSES,
+        hits / CLASSES,
+        reciprocal / CLASSES,
+    )
 
 
 def unit_rows(weights: dict[str, Tensor]) -> Tensor:
-    """The classifier's rows [1000, 1280] less their mean, at unit norm."""
+    """Return the classifier's rows [1000, 1280] less their mean, at unit norm."""
     rows = weights["_fc.weight"].double()
     return F.normalize(rows - rows.mean(0), dim=-1)
 
 
 def image_mean(weights: dict[str, Tensor]) -> Tensor:
-    """Mean pooled feature [1280] if channels are normal before ReLU6, from the last batch norm's gain and shift."""
+    """Compute the mean pooled feature [1280] from the last batch norm's gain and shift.
+
+    Channels before ReLU6 are taken as normal.
+    """
     mean, deviation = weights["_bn1.bias"].double(), weights["_bn1.weight"].double().abs()
 
     def rectified(mean: Tensor) -> Tensor:  # the mean of ReLU(x)
@@ -155,7 +189,11 @@ def image_mean(weights: dict[str, Tensor]) -> Tensor:
     return rectified(mean) - rectified(mean - 6)  # ReLU6(x) = ReLU(x) - ReLU(x - 6)
 
 
-def imagenet_corpus(text: TextTower, templates: Sequence[str] = (TEMPLATE, ""), definitions: bool = True) -> Corpus:
+def imagenet_corpus(
+    text: TextTower,
+    templates: Sequence[str] = (TEMPLATE, ""),
+    definitions: bool = True,
+) -> Corpus:
     """Encode every synonym of every ImageNet class after each template, and the definitions."""
     info = ImageNetInfo()
     synonyms = [info.index_to_description(index).split(", ") for index in range(CLASSES)]
@@ -173,18 +211,33 @@ def imagenet_corpus(text: TextTower, templates: Sequence[str] = (TEMPLATE, ""), 
 
 @torch.no_grad()
 def encode(text: TextTower, template: str, phrases: Sequence[str], batch: int = 128) -> Tensor:
-    """Unit-norm text features [len(phrases), 384], float64, of 'template phrase.'"""
+    """Return unit-norm text features [len(phrases), 384], float64, of 'template phrase.'"""
     context = text.embed(template)[None]
     chunks = [phrases[start : start + batch] for start in range(0, len(phrases), batch)]
-    pooled = torch.cat([text(context, text.class_tokens(chunk, compete=False))[0] for chunk in chunks])
+    pooled = torch.cat(
+        [text(context, text.class_tokens(chunk, compete=False))[0] for chunk in chunks],
+    )
     return F.normalize(pooled.double(), dim=-1)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Fit the joint space and write it."""
-    parser = argparse.ArgumentParser(prog="python -m sordino.encoders.joint_space", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=JOINT_SPACE, help="where to write (default: the shipped file)")
-    parser.add_argument("--width", type=int, default=WIDTH, help="D, at most 384 (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m sordino.encoders.joint_space",
+        description=__doc__.split("\n")[0],
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=JOINT_SPACE,
+        help="where to write (default: the shipped file)",
+    )
+    parser.add_argument(
+        "--width",
+        type=int,
+        default=WIDTH,
+        help="D, at most 384 (default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     text = TextTower.load(package_path(*TEXT_MODEL), torch.device("cpu"))
     weights = torch.load(package_path(*IMAGE_WEIGHTS), map_location="cpu", weights_only=True)

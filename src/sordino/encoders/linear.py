@@ -1,7 +1,8 @@
 """A linear layer for frozen weights that takes the fastest exact float32 path on a CPU.
 
-PyTorch sends `linear` to MKL, which on some processors (AMD's, for one) runs at less than half the rate of oneDNN's
-kernels. A 1x1 convolution over a channels-last image is the same matrix product, is public API, and goes to oneDNN.
+PyTorch sends `linear` to MKL. On some processors (AMD's, for one) it runs at less than half the
+rate of oneDNN's kernels. A 1x1 convolution over a channels-last image is the same matrix product,
+is public API, and goes to oneDNN.
 """
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias`, equal to `torch.nn.functional.linear` up to float32 rounding.
+    """Compute `x @ weight.T + bias`, equal to `torch.nn.functional.linear` up to float32 rounding.
 
     Args:
         x: [..., I].
@@ -23,7 +24,8 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     exact_elsewhere = x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() == 0
     if exact_elsewhere or not torch.backends.mkldnn.is_available():
         return F.linear(x, weight, bias)
-    rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, I, rows, 1], channels last in memory
+    # [1, I, rows, 1], channels last in memory
+    rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
     out = F.conv2d(rows, weight[:, :, None, None], bias)
     return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
 

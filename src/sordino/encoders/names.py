@@ -1,4 +1,4 @@
-"""Texts that a tokenizer cannot tell apart, or does not know."""
+"""Checks for texts that a tokenizer cannot tell apart, or does not know."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ def check_names(
     nothing: Sequence[int],
     unknown: Sequence[bool],
 ) -> None:
-    """Refuse names that read the same, such as two in a script that a tokenizer does not know; warn of unknown words.
+    """Refuse names that have the same tokens, and warn of unknown words.
 
-    Candidates with equal tokens have equal features, whatever prompt is before them: accuracy is that of guessing.
+    Two names in a script that the tokenizer does not know may read the same. Candidates with equal
+    tokens have equal features under any prompt, so accuracy between them is that of guessing.
 
     Args:
-        reader: whose tokenizer it is, for messages.
-        what: the names are, for messages ("class name").
-        names: N, which compete with one another.
-        tokens: of each, as a text tower gets them.
+        reader: the owner of the tokenizer, for messages.
+        what: the kind of name, for messages ("class name").
+        names: N names that compete with one another.
+        tokens: each name's tokens, as a text tower gets them.
         nothing: the tokens of an empty name.
-        unknown: whether each has words that became unknown tokens.
+        unknown: for each name, whether it has words that became unknown tokens.
 
     Raises:
         EncoderError: two names have the same tokens, or one has none.
@@ -48,7 +49,7 @@ def check_names(
 
 
 def warn_unknown(reader: str, what: str, texts: Sequence[str]) -> None:
-    """Warn that these texts have words that became unknown tokens; nothing where there is none."""
+    """Warn that these texts have words that became unknown tokens, if there are any texts."""
     if not texts:
         return
     shown = ", ".join(map(repr, texts[:SHOWN]))

@@ -1,7 +1,8 @@
 """Pictures before an encoder's own preprocessing: of any mode, and never so long that scaling them fills memory.
 
-Preprocessing scales a picture's shorter side to some 250 pixels, and cuts out the middle afterwards. A picture of
-20,000 x 1 pixels, 138 bytes as a file, would be 5,120,000 x 256 in between, which takes gigabytes.
+Preprocessing scales a picture's shorter side to some 250 pixels, and cuts out the middle
+afterwards. A picture of 20,000 x 1 pixels, 138 bytes as a file, would be 5,120,000 x 256 in
+between. That takes gigabytes.
 """
 
 from __future__ import annotations
@@ -12,16 +13,21 @@ from sordino.pictures.brightness import rgb
 
 __all__ = ["bounded", "rgb", "shrunk"]
 
-MAX_RATIO = 8  # of the longer side to the shorter: what lies further out is cut off by preprocessing anyway
-MAX_SQUEEZED = 64  # likewise where the whole picture is squeezed into a square: here it changes what is seen, a little
-DETAIL = 4  # times a side's target: pixels that are left of a side before it is scaled down
+# Largest ratio of the longer side to the shorter; preprocessing cuts off the rest anyway.
+MAX_RATIO = 8
+# The same for preprocessing that squeezes the whole picture into a square; here the result changes
+# a little.
+MAX_SQUEEZED = 64
+# Pixels of a side, over its target, that are left before it is scaled down.
+DETAIL = 4
 
 
 def bounded(image: Image.Image) -> Image.Image:
-    """The middle of a picture of more than `MAX_RATIO`, for preprocessing that cuts out a square; others as they are.
+    """Return the middle of a picture of more than `MAX_RATIO`, and other pictures unchanged.
 
-    The middle stays where it is, as an even number of pixels is cut off: where the rest is scaled alike, what is cut
-    out of it later is the same.
+    This is for preprocessing that cuts out a square. An even number of pixels is cut off, so the
+    middle keeps its place. If the rest is scaled alike, the square that is cut out later is the
+    same.
     """
     longer, shorter = max(image.size), min(image.size)
     kept = MAX_RATIO * shorter + (longer - MAX_RATIO * shorter) % 2
@@ -34,11 +40,14 @@ def bounded(image: Image.Image) -> Image.Image:
 
 
 def shrunk(image: Image.Image, target: int) -> Image.Image:
-    """A picture of more than `MAX_SQUEEZED` with its longer side shrunk, for preprocessing that squeezes all of it.
+    """Return a picture of more than `MAX_SQUEEZED` with its longer side shrunk, and other pictures unchanged.
+
+    This is for preprocessing that squeezes the whole picture into a square.
 
     Args:
-        image: any picture; others are returned as they are.
-        target: the square's side. `DETAIL` times as many pixels are left, if there were more.
+        image: any picture.
+        target: the square's side. At least `DETAIL` times as many pixels are left, if there were
+            more.
     """
     longer, left = max(image.size), DETAIL * target
     if longer <= max(left, MAX_SQUEEZED * min(image.size)):

@@ -14,47 +14,53 @@ from torch.utils.checkpoint import checkpoint
 from sordino.encoders.base import ClassTokens, DualEncoder
 from sordino.encoders.cache import Kind
 
-# The largest piece of work that is kept for a backward pass at once, in forward matrix-product FLOPs. Large enough that
-# the products run at full rate, small enough that activations stay well below a gigabyte on a CPU.
+# The largest piece of work that is kept for a backward pass at once, in forward matrix-product
+# FLOPs. Large enough that the products run at full rate, small enough that activations stay well
+# below a gigabyte on a CPU.
 FLOPS_AT_ONCE = {"cpu": 1e11}
 FLOPS_AT_ONCE_ACCELERATED = 2e12
-NUMBERS_AT_ONCE = 1 << 26  # of a score that compares every image with every class in more than one product
+# Numbers of a score that compares every image with every class in more than one product.
+NUMBERS_AT_ONCE = 1 << 26
 
-# P prompts as one stack: contexts [P, M, E], or, where a prompt is more than a context, named tensors [P, ...].
+# P prompts as one stack: contexts [P, M, E], or named tensors [P, ...] if a prompt is more than a
+# context.
 Prompt = Tensor | Mapping[str, Tensor]
 
 
 def named_parts(prompt: Prompt) -> dict[str, Tensor]:
-    """The tensors of a prompt by name; a context alone is called so."""
+    """Return the tensors of a prompt by name; a context alone is named "context"."""
     return {"context": prompt} if isinstance(prompt, Tensor) else dict(prompt)
 
 
 def map_prompt(prompt: Prompt, change: Callable[[Tensor], Tensor]) -> Prompt:
-    """The same prompt with `change` applied to each tensor."""
+    """Return the same prompt with `change` applied to each tensor."""
     if isinstance(prompt, Tensor):
         return change(prompt)
     return {name: change(part) for name, part in prompt.items()}
 
 
 def prompt_count(prompt: Prompt) -> int:
-    """P, how many prompts a stack holds."""
+    """Return P, the number of prompts in a stack."""
     return len(next(iter(named_parts(prompt).values())))
 
 
 @dataclass(frozen=True)
 class PromptModel:
-    """The frozen model that every party holds, and how a prompt and an image make logits in it.
+    """The frozen model that every party holds, which makes logits of a prompt and an image.
 
-    This one is CoOp's, which most methods share: class features from the context, logits from their cosines with the
-    image's feature. A method that scores otherwise has a subclass, which changes what an image is read as, the class
-    features, the scores, or a penalty on prompts.
+    This one is CoOp's, which most methods share. Class features come from the context, and logits
+    from their cosines with the image's feature. A method that scores otherwise has a subclass. A
+    subclass changes the image's representation, the class features, the scores, or a penalty on
+    prompts.
 
     Attributes:
         encoder: the dual encoder.
         classes: the C candidate classes.
-        linear: whether logits are `logit_scale` times the image feature's products with the class features, plus what
-            depends on neither: the condition under which the cotangent mechanism applies.
-        prompts_images: whether the prompt enters the image tower, so that every example has a pass of its own anyway.
+        linear: whether logits are `logit_scale` times the image feature's products with the class
+            features, plus a term that depends on neither. The cotangent mechanism applies under
+            this condition.
+        prompts_images: whether the prompt enters the image tower, so that every example needs its
+            own pass.
     """
 
     encoder: DualEncoder
@@ -64,77 +70,81 @@ class PromptModel:
 
     @classmethod
     def of(cls, settings: Any, encoder: DualEncoder, classes: ClassTokens) -> Self:
-        """The model of a method with these settings.
+        """Return the model of a method with these settings.
 
         Raises:
-            EncoderError: the encoder lacks what the method needs.
+            EncoderError: the encoder lacks a capability that the method needs.
         """
         return cls(encoder, classes)
 
     @property
     def reads(self) -> Kind:
-        """What of an image is read, and kept in tables: by default its feature."""
+        """Return the kind of feature by which an image is represented; by default the image feature."""
         return "image"
 
     def class_features(self, prompt: Prompt) -> Tensor:
-        """All that can be computed of P prompts before an image is seen: unit-norm class features [P, C, D]."""
+        """Compute unit-norm class features [P, C, D] of P prompts: all that does not depend on an image."""
         assert isinstance(prompt, Tensor)
         return self.text_features(prompt)
 
     def scores(self, features: Tensor, prompt: Prompt, images: Tensor) -> Tensor:
-        """Logits [P, B, C] of images [P, B, ...], given the prompts and their class features.
+        """Return logits [P, B, C] of images [P, B, ...], given the prompts and their class features.
 
-        An image's logits depend on that image and its prompt alone, whatever else is in the stack: mechanisms bound
-        what one example contributes, and cannot bound what it changes in others.
+        An image's logits depend on that image and its prompt alone, whatever else is in the stack.
+        Mechanisms bound one example's own contribution; they cannot bound its effect on other
+        examples' contributions.
         """
         return self.logits(features, images)
 
     def linear_part(self, features: Tensor) -> Tensor:
-        """Those of the class features [P, C, D] that a linear model's logits are made with."""
+        """Return the class features [P, C, D] that enter a linear model's logits."""
         return features
 
     def penalty(self, features: Tensor) -> Tensor | None:
-        """[P], what a method adds to a client's loss that depends on its prompt alone and on no image."""
+        """Return the term [P] of a client's loss that depends on its prompt alone and on no image, or None."""
         return None
 
     def flops(self, prompt: Prompt, images: int) -> float:
-        """Forward matrix-product FLOPs of one prompt with so many images."""
+        """Count the forward matrix-product FLOPs of one prompt with `images` images."""
         assert isinstance(prompt, Tensor)
         return self.encoder.text_flops(1, prompt.shape[-2], self.classes)
 
     def images_at_once(self, prompts: int) -> int:
-        """How many images are worth one pass with so many prompts where no gradient is wanted."""
+        """Return the number of images for one pass with `prompts` prompts when no gradient is needed."""
         return max(1, NUMBERS_AT_ONCE // (prompts * len(self.classes)))
 
     def text_features(self, context: Tensor) -> Tensor:
-        """Contexts [..., M, E] to unit-norm class features [..., C, D].
+        """Return unit-norm class features [..., C, D] of contexts [..., M, E].
 
-        So many classes that one context's sentences are too much to keep for a backward pass are taken a part at a
-        time, and each part is computed once more when its gradient is wanted.
+        With many classes, one context's sentences may be too much to keep for a backward pass.
+        Classes are then processed in parts, and backward recomputes each part.
         """
-        parts = math.ceil(self.encoder.text_flops(1, context.shape[-2], self.classes) / self._budget)
+        parts = math.ceil(
+            self.encoder.text_flops(1, context.shape[-2], self.classes) / self._budget,
+        )
         if parts == 1:
             return self.encoder.text_features(context, self.classes)
         per_part = math.ceil(len(self.classes) / parts)
         starts = range(0, len(self.classes), per_part)
         pieces = [self.classes.part(start, start + per_part) for start in starts]
-        features = [checkpoint(self.encoder.text_features, context, piece, use_reentrant=False) for piece in pieces]
+        encode = self.encoder.text_features
+        features = [checkpoint(encode, context, piece, use_reentrant=False) for piece in pieces]
         return torch.cat(features, dim=-2)
 
     def logits(self, text: Tensor, images: Tensor) -> Tensor:
-        """Class features [K, C, D] and image features [K, B, D] (or [B, D], shared by all) to logits [K, B, C]."""
+        """Return logits [K, B, C] of class features [K, C, D] and image features [K, B, D], or [B, D] shared by all."""
         return self.encoder.logit_scale * images @ text.mT
 
     def prompts_at_once(self, prompt: Prompt, images: int) -> int:
-        """How many such prompts are worth one pass with `images` images each.
+        """Return the number of such prompts for one pass with `images` images each.
 
-        Depends on sizes only, so that results reproduce.
+        It depends on sizes only, so that results reproduce.
         """
         return max(1, math.floor(self._budget / self.flops(prompt, images)))
 
     @torch.no_grad()
     def predict(self, prompt: Prompt, images: Tensor) -> Tensor:
-        """Logits [P, T, C] of P prompts on the same images [T, ...], a bounded amount of work at a time."""
+        """Return logits [P, T, C] of P prompts on the same images [T, ...], with a bounded amount of work at a time."""
         count, at_once = prompt_count(prompt), self.prompts_at_once(prompt, 1)
         rows = []
         for prompts in torch.arange(count).split(at_once):

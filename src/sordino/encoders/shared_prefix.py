@@ -1,122 +1,29 @@
 """Frozen text towers as plain functions: CLIP's with a prefix that all classes share, SigLIP's in full.
 
-The sentences of one prompt are `start, context, name of class c, '.', end`, for C classes. In a causal tower no token
-of the prefix (start and context) can see the name, so its hidden states are the same in all C sentences: they are
-computed once and every class's suffix attends to the same keys and values. Nor can the end token, whose state is the
-feature, see what follows it: padding is not computed at all. Both hold exactly, not approximately.
+The sentences of one prompt are `start, context, name of class c, '.', end`, for C classes. In a
+causal tower no token of the prefix (start and context) attends to the name. The prefix's hidden
+states are therefore the same in all C sentences: they are computed once, and every class's suffix
+attends to the same keys and values. The end token, whose state is the feature, does not attend to
+later tokens either, so padding is not computed at all. Both hold exactly, not approximately.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.activations import ACT2FN
 
 from sordino.encoders.base import ClassTokens
-from sordino.encoders.linear import frozen_linear
+from sordino.encoders.transformer import Layer, Linear, Norm
 
-# More rows than this in a full (SigLIP) pass, and backward recomputes each layer instead of keeping its activations.
+# With more rows than this in a full (SigLIP) pass, backward recomputes each layer instead of
+# keeping its activations.
 RECOMPUTED_ROWS = 4096
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A layer norm's parameters."""
-
-    weight: Tensor
-    bias: Tensor
-    epsilon: float
-
-    @classmethod
-    def of(cls, module: nn.LayerNorm) -> Norm:
-        return cls(module.weight.detach(), module.bias.detach(), module.eps)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A frozen linear layer's parameters: weight [O, I], bias [O] or None."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    @classmethod
-    def of(cls, module: nn.Linear) -> Linear:
-        return cls(module.weight.detach(), None if module.bias is None else module.bias.detach())
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return frozen_linear(x, self.weight, self.bias)
-
-    def scaled(self, factor: float) -> Linear:
-        return Linear(self.weight * factor, None if self.bias is None else self.bias * factor)
-
-    def rows(self, rows: slice) -> Linear:
-        return Linear(self.weight[rows], None if self.bias is None else self.bias[rows])
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One pre-norm transformer layer of width E.
-
-    Attributes:
-        qkv: the three projections as one [3E, E]; the softmax's 1/sqrt(d) is folded into the query's rows.
-    """
-
-    norm1: Norm
-    qkv: Linear
-    out: Linear
-    norm2: Norm
-    fc1: Linear
-    activation: Callable[[Tensor], Tensor]
-    fc2: Linear
-
-    @classmethod
-    def of(cls, module: Any, activation: str) -> Layer:
-        """Take the weights of a transformers CLIP or SigLIP encoder layer."""
-        attention = module.self_attn
-        query, key, value = (Linear.of(getattr(attention, f"{part}_proj")) for part in "qkv")
-        query = query.scaled(attention.scale)
-        qkv = Linear(
-            torch.cat([query.weight, key.weight, value.weight]),
-            None if query.bias is None else torch.cat([part.bias for part in (query, key, value)]),  # type: ignore[misc]
-        )
-        layer = cls(
-            norm1=Norm.of(module.layer_norm1),
-            qkv=qkv,
-            out=Linear.of(attention.out_proj),
-            norm2=Norm.of(module.layer_norm2),
-            fc1=Linear.of(module.mlp.fc1),
-            activation=ACT2FN[activation],
-            fc2=Linear.of(module.mlp.fc2),
-        )
-        if activation != "quick_gelu":
-            return layer
-        # x * sigmoid(1.702 x) = silu(1.702 x) / 1.702: with both factors in the weights it is one operation that keeps
-        # one tensor for backward, instead of three and three.
-        fc2 = replace(layer.fc2, weight=layer.fc2.weight / 1.702)
-        return replace(layer, fc1=layer.fc1.scaled(1.702), activation=F.silu, fc2=fc2)
-
-    @property
-    def width(self) -> int:
-        return self.out.weight.shape[0]
-
-    @property
-    def row_flops(self) -> float:
-        """Floating-point operations of all but the attention products, for one row."""
-        return 2.0 * (self.qkv.weight.numel() + self.out.weight.numel() + 2 * self.fc1.weight.numel())
-
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Everything after the attention: both [..., E]."""
-        x = x + self.out(attended)
-        return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
 
 
 @dataclass(frozen=True)
@@ -141,7 +48,7 @@ class TextTower:
 
     @classmethod
     def of(cls, model: Any, start: Tensor, padding: Tensor) -> TextTower:
-        """Take the text tower out of a transformers CLIP or SigLIP, which loses its own copy of the layers."""
+        """Take the text tower out of a transformers CLIP or SigLIP model, which loses its own copy of the layers."""
         text, config, like = model.text_model, model.config.text_config, model.logit_scale
         tower = cls(
             start=start.to(like),
@@ -156,20 +63,21 @@ class TextTower:
         return tower
 
     def per_head(self, projected: Tensor) -> tuple[Tensor, ...]:
-        """[N, T, n E] to n tensors [N, heads, T, d]."""
+        """Split [N, T, n E] into n tensors [N, heads, T, d]."""
         parts = projected.shape[-1] // self.layers[0].width
-        return projected.reshape(*projected.shape[:2], parts, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
+        split = projected.reshape(*projected.shape[:2], parts, self.heads, -1)
+        return split.permute(2, 0, 3, 1, 4).unbind()
 
 
 @dataclass(frozen=True)
 class Suffixes:
-    """The suffixes of C classes without padding: classes of one length stand together, so each group is a plain block.
+    """The suffixes of C classes without padding. Classes of one length are adjacent, so each group is a plain block.
 
     Attributes:
         rows: [R, E], embeddings with positions of all real tokens, class after class.
-        groups: (how many classes, their length), in the order of `rows`.
+        groups: (number of classes, their length), in the order of `rows`.
         ends: [C], each class's last row.
-        rank: [C], where each class of the caller's order stands in the sorted one.
+        rank: [C], the place in the sorted order of each class in the caller's order.
     """
 
     rows: Tensor
@@ -179,7 +87,7 @@ class Suffixes:
 
     @classmethod
     def of(cls, classes: ClassTokens, positions: Tensor) -> Suffixes:
-        """Sort and pack; positions [>= L, E] are those after the prefix."""
+        """Sort and pack the classes; positions [>= L, E] are those after the prefix."""
         lengths = classes.mask.sum(dim=1)
         order = lengths.argsort(stable=True)
         embeddings = classes.embeddings.to(positions) + positions[: classes.mask.shape[1]]
@@ -192,19 +100,21 @@ class Suffixes:
 
 
 def group_lengths(classes: ClassTokens) -> tuple[tuple[int, int], ...]:
-    """(how many classes, their length) from the shortest to the longest."""
+    """Return (number of classes, their length) from the shortest length to the longest."""
     lengths = classes.mask.sum(dim=1).tolist()
     return tuple((lengths.count(length), length) for length in sorted(set(lengths)))
 
 
 def causal_features(tower: TextTower, context: Tensor, classes: ClassTokens) -> Tensor:
-    """Features of N contexts and C classes through a causal tower, the prefix shared.
+    """Compute the features of N contexts and C classes through a causal tower, with a shared prefix.
 
-    1. Prefix [N, P, E] (start, context) and suffixes [R, E] (R: real tokens of all classes) stand in one sequence of
-       P + R rows, so that every linear layer is one large product.
-    2. In each layer the prefix attends causally to itself; each suffix to the whole prefix and causally to itself.
-    3. The last layer needs keys and values of all rows but queries of the C end tokens only.
-    4. The end tokens pass the final norm and the head, and return to the caller's order of classes.
+    1. Join the prefix [N, P, E] (start, context) and suffixes [R, E] (R: real tokens of all
+       classes) to one sequence of P + R rows, so that every linear layer is one large product.
+    2. In each layer, let the prefix attend causally to itself. Let each suffix attend to the whole
+       prefix and causally to itself.
+    3. In the last layer, compute keys and values of all rows but queries of the C end tokens only.
+    4. Apply the final norm and the head to the end tokens, and restore the caller's order of
+       classes.
 
     Args:
         context: [N, M, E] in the tower's precision.
@@ -213,87 +123,110 @@ def causal_features(tower: TextTower, context: Tensor, classes: ClassTokens) -> 
         [N, C, D], not normalized.
     """
     count, prefix_length = len(context), len(tower.start) + context.shape[1]
-    prefix = torch.cat([tower.start.expand(count, -1, -1), context], dim=1) + tower.positions[:prefix_length]
+    prefix = torch.cat([tower.start.expand(count, -1, -1), context], dim=1)
+    prefix = prefix + tower.positions[:prefix_length]
     suffixes = Suffixes.of(classes, tower.positions[prefix_length:])
     later = _later_keys(max(prefix_length, classes.mask.shape[1]), context)
-    # One split, since backward joins its parts in one copy; a slice's backward would fill a whole tensor with zeros.
+    # One split, since backward joins its parts in one copy; a slice's backward would fill a whole
+    # tensor with zeros.
     parts = [prefix_length, *(group * length for group, length in suffixes.groups)]
     x = torch.cat([prefix, suffixes.rows.expand(count, -1, -1)], dim=1)
     for layer in tower.layers[:-1]:
-        shared, *own = map(tower.per_head, layer.qkv(layer.norm1(x)).split(parts, dim=1))
+        shared, *suffix_qkv = map(tower.per_head, layer.qkv(layer.norm1(x)).split(parts, dim=1))
         query, key, value = shared
-        attended = [(query @ key.mT + later[:prefix_length, :prefix_length]).softmax(dim=-1) @ value]
-        for (group, _), (query, *own_pair) in zip(suffixes.groups, own, strict=True):
-            attended.append(_attend_to_both(query, (key, value), own_pair, group, later))
+        attended = [
+            (query @ key.mT + later[:prefix_length, :prefix_length]).softmax(dim=-1) @ value,
+        ]
+        for (group, _), (query, *pair) in zip(suffixes.groups, suffix_qkv, strict=True):
+            attended.append(_attend_to_both(query, (key, value), pair, group, later))
         x = layer.finish(x, _joined(torch.cat(attended, dim=2)))
     layer, at_end = tower.layers[-1], x[:, prefix_length + suffixes.ends]
-    query_rows, pair_rows = layer.qkv.rows(slice(0, layer.width)), layer.qkv.rows(slice(layer.width, None))
+    query_rows = layer.qkv.rows(slice(0, layer.width))
+    pair_rows = layer.qkv.rows(slice(layer.width, None))
     (queries,) = tower.per_head(query_rows(layer.norm1(at_end)))
-    shared, *own = map(tower.per_head, pair_rows(layer.norm1(x)).split(parts, dim=1))
-    by_group = zip(suffixes.groups, queries.split([group for group, _ in suffixes.groups], dim=2), own, strict=True)
-    attended = [_attend_to_both(query, shared, own_pair, group, None) for (group, _), query, own_pair in by_group]
+    shared, *suffix_pairs = map(tower.per_head, pair_rows(layer.norm1(x)).split(parts, dim=1))
+    group_sizes = [group for group, _ in suffixes.groups]
+    by_group = zip(group_sizes, queries.split(group_sizes, dim=2), suffix_pairs, strict=True)
+    attended = [_attend_to_both(query, shared, pair, group, None) for group, query, pair in by_group]
     x = layer.finish(at_end, _joined(torch.cat(attended, dim=2)))
     return tower.head(tower.final_norm(x))[:, suffixes.rank]
 
 
-def causal_flops(tower: TextTower, contexts: int, context_length: int, classes: ClassTokens) -> float:
-    """Floating-point operations of the matrix products in `causal_features`."""
+def causal_flops(
+    tower: TextTower,
+    contexts: int,
+    context_length: int,
+    classes: ClassTokens,
+) -> float:
+    """Count the floating-point operations of the matrix products in `causal_features`."""
     groups = group_lengths(classes)
-    prefix, suffix = len(tower.start) + context_length, sum(count * length for count, length in groups)
-    own = sum(count * length * length for count, length in groups)
+    prefix = len(tower.start) + context_length
+    suffix = sum(count * length for count, length in groups)
+    within_suffixes = sum(count * length * length for count, length in groups)
     *inner, last = tower.layers
     # An attention of q queries over k keys is two products of q x k x E, over all heads together.
-    inner_attention = 4.0 * last.width * (prefix * prefix + suffix * prefix + own)
+    inner_attention = 4.0 * last.width * (prefix * prefix + suffix * prefix + within_suffixes)
     last_attention = 4.0 * last.width * (len(classes) * prefix + suffix)
     key_value_flops = 4.0 * last.width * last.width
     total = sum((prefix + suffix) * layer.row_flops + inner_attention for layer in inner)
-    total += (prefix + suffix) * key_value_flops + len(classes) * (last.row_flops - key_value_flops) + last_attention
+    at_ends = len(classes) * (last.row_flops - key_value_flops)
+    total += (prefix + suffix) * key_value_flops + at_ends + last_attention
     return contexts * (total + 2.0 * len(classes) * tower.head.weight.numel())
 
 
 def _joined(attended: Tensor) -> Tensor:
-    """[N, heads, T, d] to [N, T, E]."""
+    """Reshape [N, heads, T, d] to [N, T, E]."""
     return attended.transpose(1, 2).flatten(2)
 
 
 def _later_keys(length: int, like: Tensor) -> Tensor:
-    """[length, length], minus infinity where a key comes after the query, else zero."""
+    """Return [length, length]: minus infinity where a key comes after the query, else zero."""
     return torch.full((length, length), float("-inf"), dtype=like.dtype, device=like.device).triu(1)
 
 
 def _attend_to_both(
-    query: Tensor, shared: Sequence[Tensor], own: Sequence[Tensor], classes: int, later: Tensor | None
+    query: Tensor,
+    shared: Sequence[Tensor],
+    pair: Sequence[Tensor],
+    classes: int,
+    later: Tensor | None,
 ) -> Tensor:
-    """Attention of one group's suffixes to the shared prefix and to themselves, under one softmax.
+    """Compute the attention of one group's suffixes to the shared prefix and to themselves, under one softmax.
 
-    The prefix's keys and values enter one product with the queries of all classes; they are never copied per class.
+    The prefix's keys and values enter one product with the queries of all classes. They are never
+    copied per class.
 
     Args:
         query: [N, heads, classes n, d], n rows of each class.
         shared: keys and values [N, heads, P, d] of the prefix.
-        own: keys and values [N, heads, classes length, d] of the suffixes.
-        later: [>= n, >= n] as of `_later_keys`; None where the n = 1 query may see all of its suffix.
+        pair: keys and values [N, heads, classes length, d] of the suffixes.
+        later: [>= n, >= n] as of `_later_keys`; None if the n = 1 query attends to all of its
+            suffix.
 
     Returns:
         [N, heads, classes n, d].
     """
     by_class = (*query.shape[:2], classes, -1)
-    key, value = (part.reshape(*by_class, part.shape[-1]) for part in own)  # [N, heads, classes, length, d]
+    key, value = (part.reshape(*by_class, part.shape[-1]) for part in pair)  # [N, heads, classes, length, d]
     to_own = query.reshape(*by_class, query.shape[-1]) @ key.mT
     if later is not None:
         to_own = to_own + later[: to_own.shape[-2], : to_own.shape[-1]]
     to_prefix = query @ shared[0].mT
-    weights = torch.cat([to_prefix.reshape(*by_class, to_prefix.shape[-1]), to_own], dim=-1).softmax(dim=-1)
+    weights = torch.cat(
+        [to_prefix.reshape(*by_class, to_prefix.shape[-1]), to_own],
+        dim=-1,
+    ).softmax(dim=-1)
     on_prefix, on_own = weights.split([to_prefix.shape[-1], to_own.shape[-1]], dim=-1)
     attended: Tensor = on_prefix.flatten(2, 3) @ shared[1] + (on_own @ value).flatten(2, 3)
     return attended
 
 
 def padded_features(tower: TextTower, context: Tensor, classes: ClassTokens) -> Tensor:
-    """Features of N contexts and C classes through a bidirectional tower that pools its last position (SigLIP).
+    """Compute the features of N contexts and C classes through a bidirectional tower that pools its last position.
 
-    Every token sees every other, padding included (SigLIP was trained so, padded on the right), hence nothing can be
-    shared but the last layer's queries: only the last position's are computed.
+    SigLIP is such a tower. Every token attends to every other, padding included: SigLIP was trained
+    so, padded on the right. Hence nothing can be shared. Of the last layer's queries only the last
+    position's are computed.
 
     Args:
         context: [N, M, E] in the tower's precision.
@@ -311,7 +244,10 @@ def padded_features(tower: TextTower, context: Tensor, classes: ClassTokens) -> 
 
     def step(layer: Layer, x: Tensor) -> Tensor:
         query, key, value = tower.per_head(layer.qkv(layer.norm1(x)))
-        return layer.finish(x, _joined(F.scaled_dot_product_attention(query, key, value, scale=1.0)))
+        return layer.finish(
+            x,
+            _joined(F.scaled_dot_product_attention(query, key, value, scale=1.0)),
+        )
 
     recompute = x.requires_grad and x.shape[0] * limit > RECOMPUTED_ROWS
     for layer in tower.layers[:-1]:
@@ -325,7 +261,7 @@ def padded_features(tower: TextTower, context: Tensor, classes: ClassTokens) -> 
 
 
 def padded_flops(tower: TextTower, contexts: int, classes: ClassTokens) -> float:
-    """Floating-point operations of the matrix products in `padded_features`."""
+    """Count the floating-point operations of the matrix products in `padded_features`."""
     limit = len(tower.positions)
     *inner, last = tower.layers
     key_value_flops = 4.0 * last.width * last.width

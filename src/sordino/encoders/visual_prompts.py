@@ -1,9 +1,10 @@
 """Prompts inside a frozen vision transformer: tokens between its own, and adapters of its keys and values.
 
-Jia et al., Visual Prompt Tuning, ECCV 2022 (arXiv 2203.12119): learned tokens stand behind the class token at the first
-layer (*shallow*), or at several, where those of a layer take the place of the ones before (*deep*). CLIP normalizes
-its embeddings before the first layer; tokens join behind that norm. SigLIP has no class token: there learned tokens
-stand first, and its pooling head looks at the image's own tokens only, as it was trained to.
+Jia et al., Visual Prompt Tuning, ECCV 2022 (arXiv 2203.12119). Learned tokens stand behind the
+class token, either at the first layer only (*shallow*) or at several (*deep*). In the deep form a
+layer's tokens replace those of the layer before. CLIP normalizes its embeddings before the first
+layer; tokens join behind that norm. SigLIP has no class token. There learned tokens stand first,
+and its pooling head attends to the image's own tokens only, as it was trained to.
 """
 
 from __future__ import annotations
@@ -17,23 +18,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sordino.encoders.shared_prefix import Layer, Norm
+from sordino.encoders.transformer import Layer, Norm
 
-# What a layer keeps for a backward pass, per number that enters it; and how many numbers may be kept in all before
-# backward recomputes each layer instead. A gigabyte in float32.
+# Numbers that a layer keeps for a backward pass, per number that enters it.
 KEPT_BY_LAYER = 17
+# Numbers that may be kept in all; above, backward recomputes each layer instead. A gigabyte in
+# float32.
 KEPT_AT_ONCE = 1 << 28
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What K clients give to the keys and values of a layer: scale (tanh(x down + bias) up + bias).
+    """K clients' contribution to the keys and values of a layer: scale (tanh(x down + bias) up + bias).
 
     Attributes:
         down, down_bias: [K, W, R] and [K, R].
         up, up_bias: [K, R, 2 W] and [K, 2 W]; keys first.
-        scale: of what is given.
-        appended: whether that stands beside the layer's own keys and values, or is added to them.
+        scale: factor on the contribution.
+        appended: whether the contribution stands beside the layer's own keys and values, or is
+            added to them.
     """
 
     down: Tensor
@@ -43,12 +46,23 @@ class Adapter:
     scale: float
     appended: bool = False
 
-    def __call__(self, x: Tensor, own: Tensor) -> Tensor:
-        """Normed hidden states [K, B, T, W] and their keys and values [K, B, T, 2 W] to those attended to."""
+    def __call__(self, x: Tensor, keys_values: Tensor) -> Tensor:
+        """Return the keys and values that are attended to.
+
+        Args:
+            x: [K, B, T, W] normed hidden states.
+            keys_values: [K, B, T, 2 W], the layer's own.
+
+        Returns:
+            [K, B, T, 2 W], or [K, B, 2 T, 2 W] if the contribution is appended.
+        """
         rows = x.flatten(1, 2)
         inner = torch.tanh(torch.baddbmm(self.down_bias[:, None].to(x), rows, self.down.to(x)))
-        given = self.scale * torch.baddbmm(self.up_bias[:, None].to(x), inner, self.up.to(x)).view(own.shape)
-        return torch.cat([given, own], dim=2) if self.appended else own + given
+        outer = torch.baddbmm(self.up_bias[:, None].to(x), inner, self.up.to(x))
+        contribution = self.scale * outer.view(keys_values.shape)
+        if self.appended:
+            return torch.cat([contribution, keys_values], dim=2)
+        return keys_values + contribution
 
 
 @dataclass(frozen=True)
@@ -56,13 +70,13 @@ class ImageTower:
     """A frozen vision transformer, entered and left at any layer.
 
     Attributes:
-        embed: pixels [N, 3, H, W] to what enters layer 0, [N, T, W].
+        embed: pixels [N, 3, H, W] to the input of layer 0, [N, T, W].
         layers: its L layers, of width W.
         heads: attention heads.
-        class_tokens: 1 where the first token stands for the whole image, else 0.
-        patches: how many tokens are patches.
-        final_norm: after the last layer.
-        head: what leaves the last layer, [N, T, W] without prompts, to unit-norm features [N, D].
+        class_tokens: 1 if the first token stands for the whole image, else 0.
+        patches: number of tokens that are patches.
+        final_norm: the norm after the last layer.
+        head: the last layer's output, [N, T, W] without prompts, to unit-norm features [N, D].
     """
 
     embed: Callable[[Tensor], Tensor]
@@ -75,7 +89,12 @@ class ImageTower:
 
     @classmethod
     def of(cls, vision: Any, project: Callable[[Tensor], Tensor]) -> ImageTower:
-        """Take the weights of a transformers CLIP or SigLIP image tower; `project` makes features of what it pools."""
+        """Take the weights of a transformers CLIP or SigLIP image tower.
+
+        Args:
+            vision: the image tower.
+            project: maps its pooled output to unit-norm features.
+        """
         is_clip = hasattr(vision, "pre_layrnorm")
         norm = Norm.of(vision.post_layernorm)
 
@@ -95,7 +114,7 @@ class ImageTower:
         return self.layers[0].width
 
     def hidden(self, pixels: Tensor, layer: int) -> Tensor:
-        """Pixels [N, 3, H, W] to the hidden states [N, T, W] that enter a layer."""
+        """Return the hidden states [N, T, W] that enter a layer, of pixels [N, 3, H, W]."""
         return self.forward(self.embed(pixels)[None], 0, layer)[0]
 
     def forward(
@@ -107,13 +126,14 @@ class ImageTower:
         adapters: Mapping[int, Adapter] | None = None,
         replace: bool = True,
     ) -> Tensor:
-        """Hidden states through layers start to stop - 1, with K clients' own prompts.
+        """Pass hidden states through layers start to stop - 1, with each of K clients' prompts.
 
         Args:
             x: [K, B, T, W], entering layer `start`.
-            prompts: layer to the tokens that join there: each client's [K, n, W], or each image's [K, B, n, W].
-            adapters: layer to the adapter of its keys and values.
-            replace: whether the prompts of one layer leave where those of another join, or stay beside them.
+            prompts: the tokens that join at a layer, by layer: each client's [K, n, W], or each
+                image's [K, B, n, W].
+            adapters: the adapter of a layer's keys and values, by layer.
+            replace: whether a layer's prompts replace those of the layer before, or join them.
 
         Returns:
             [K, B, n + T, W], entering layer `stop`, its n prompt tokens behind the class token.
@@ -126,7 +146,8 @@ class ImageTower:
             if prompts and number in prompts:
                 tokens = prompts[number] if prompts[number].ndim == 4 else prompts[number][:, None]
                 tokens = tokens.to(x).expand(*x.shape[:2], -1, -1)
-                x = torch.cat([x[:, :, :first], tokens, x[:, :, first + (joined if replace else 0) :]], dim=2)
+                dropped = joined if replace else 0
+                x = torch.cat([x[:, :, :first], tokens, x[:, :, first + dropped :]], dim=2)
                 joined = tokens.shape[2]
             adapter = adapters.get(number) if adapters else None
             if recompute:
@@ -136,22 +157,24 @@ class ImageTower:
         return x
 
     def features(self, x: Tensor) -> Tensor:
-        """What leaves the last layer, [K, B, T, W] with prompts or without, to unit-norm features [K, B, D]."""
-        own = torch.cat([x[:, :, : self.class_tokens], x[:, :, -self.patches :]], dim=2)
-        return self.head(own.flatten(0, 1)).view(*x.shape[:2], -1)
+        """Return unit-norm features [K, B, D] of the last layer's output [K, B, T, W], with prompts or without."""
+        image_tokens = torch.cat([x[:, :, : self.class_tokens], x[:, :, -self.patches :]], dim=2)
+        return self.head(image_tokens.flatten(0, 1)).view(*x.shape[:2], -1)
 
     def summary(self, x: Tensor) -> Tensor:
-        """One vector an image, [K, B, T, W] to [K, B, W]: the class token, or the patches' mean, normed."""
-        return self.final_norm(x[:, :, 0] if self.class_tokens else x[:, :, -self.patches :].mean(2))
+        """Return one vector an image, [K, B, T, W] to [K, B, W]: the class token, or the patches' mean, normed."""
+        return self.final_norm(
+            x[:, :, 0] if self.class_tokens else x[:, :, -self.patches :].mean(2),
+        )
 
     def flops(self, images: int, start: int = 0, prompts: int = 0) -> float:
-        """Forward matrix-product FLOPs of the layers from `start`, with so many prompt tokens in each."""
+        """Count the forward matrix-product FLOPs of the layers from `start`, with `prompts` prompt tokens in each."""
         rows = self.class_tokens + self.patches + prompts
-        each = (rows * layer.row_flops + 4.0 * layer.width * rows**2 for layer in self.layers[start:])
-        return images * sum(each)
+        by_layer = (rows * layer.row_flops + 4.0 * layer.width * rows**2 for layer in self.layers[start:])
+        return images * sum(by_layer)
 
     def _step(self, layer: Layer, x: Tensor, adapter: Adapter | None) -> Tensor:
-        """One layer: [K, B, T, W] to the same."""
+        """Apply one layer: [K, B, T, W] to the same."""
         normed = layer.norm1(x)
         query, pair = layer.qkv(normed).split([layer.width, 2 * layer.width], dim=-1)
         if adapter is not None:
@@ -161,5 +184,6 @@ class ImageTower:
             part.reshape(-1, part.shape[2], self.heads, layer.width // self.heads).transpose(1, 2)
             for part in (query, key, value)
         )
-        attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)  # the scale is in the query's weights
+        # The scale is in the query's weights.
+        attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)
         return layer.finish(x, attended.transpose(1, 2).reshape(x.shape))

@@ -1,4 +1,4 @@
-"""Several algorithms and seeds on one data set: every image encoded once, one table, one page."""
+"""Run several algorithms and seeds on one data set: every image is encoded once, for one table and one page."""
 
 from __future__ import annotations
 
@@ -7,27 +7,31 @@ import io
 import itertools
 import json
 import re
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sordino.audit.run import FILE, audit, read_audit
-from sordino.errors import RunError
-from sordino.experiments.config import Experiment, parse_config, resolved, set_key
+from sordino.errors import ConfigError, RunError
+from sordino.experiments.config import Experiment, parse_config, resolved
 from sordino.experiments.data_digests import data_record
 from sordino.experiments.data_record import check
 from sordino.experiments.features import EncodedDataset
 from sordino.experiments.privacy_plan import planned_mechanism
 from sordino.experiments.run import run
 from sordino.experiments.run_lock import all_held, held, is_empty
+from sordino.experiments.toml_tables import set_key
 from sordino.files import write_atomically
 from sordino.progress import Progress, silent
 from sordino.report import write_report
+from sordino.results import FILE, MEASURES, Claim, Measure, Results, Spread, Summary
 
-SPLITS = ("local", "neighbor", "overall", "novel", "domain")
-BACKDOOR = "attack_success"
+BACKDOOR = "attack_success"  # its columns in the CSV
+
+# Attacks a finished run by membership inference, given its directory, the number of shadow federations, whether an
+# earlier attack may be read instead, the progress, and the data; returns the AUC. It is handed in, as this module is
+# below `sordino.audit`, where it is `membership_auc`.
+Attack = Callable[[Path, int, bool, Progress, EncodedDataset], float]
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Variant:
 
     Attributes:
         config: the experiment, with the first seed.
-        variation: what is different from other lines of the same algorithm, as `key=value, ...`; may be empty.
+        variation: the settings that differ from other lines of the algorithm, as `key=value, ...`; may be empty.
         shadows: shadow federations for membership inference against its first run; 0 does not attack it.
     """
 
@@ -46,19 +50,21 @@ class Variant:
 
     @property
     def folder(self) -> Path:
-        """Where its runs are, below the comparison's folder."""
+        """The folder of its runs, relative to the comparison's."""
         return Path(self.config.algorithm, re.sub(r"[^\w.=-]+", "_", self.variation))
 
 
 def grid(
     config: Experiment, algorithms: Sequence[str], vary: Mapping[str, Sequence[Any]] | None = None
 ) -> list[Variant]:
-    """Every algorithm with every combination of the varied keys; a key that an algorithm ignores makes no new line.
+    """Return every algorithm with every combination of the varied keys.
+
+    A key that an algorithm ignores makes no new line.
 
     Args:
-        config: what all have in common.
-        algorithms: names.
-        vary: dotted key to values.
+        config: the experiment that all have in common.
+        algorithms: their names.
+        vary: values by dotted key.
 
     Raises:
         ConfigError: an algorithm, key or value is not allowed.
@@ -72,9 +78,9 @@ def grid(
             for key, value in zip(keys, values, strict=True):
                 set_key(tables, key, value)
             varied = parse_config(tables)
-            same = resolved(varied)
-            if same not in seen:
-                seen.append(same)
+            settings = resolved(varied)
+            if settings not in seen:
+                seen.append(settings)
                 words = ", ".join(f"{key}={value}" for key, value in zip(keys, values, strict=True))
                 variants.append(Variant(varied, words))
         if len(seen) == 1:  # nothing that varies matters to this algorithm
@@ -88,32 +94,42 @@ class Row:
 
     Attributes:
         algorithm: its name.
-        variation: what is different from other lines of the same algorithm.
-        seeds: how many runs it is made of.
-        accuracy: split to (mean, spread), fractions; None where the split does not apply. The spread is the standard
-            deviation over seeds of the mean over clients, or, with one seed, over clients.
-        attack_success: (mean, spread) likewise, of pictures with an attacker's trigger that are taken for its target;
-            None where nobody attacks.
-        upload_bytes, broadcast_bytes: of one client in one round.
+        variation: the settings that differ from other lines of the algorithm.
+        seeds: the number of runs.
+        accuracy: a spread of fractions for each measure; None if the measure does not apply. See `sordino.results`.
+        attack_success: the spread of the fraction of images with an attacker's trigger that are taken for its target;
+            None if nobody attacks.
+        upload_bytes, broadcast_bytes: of one client in one round, means over seeds.
         seconds: of training, mean over seeds.
-        private: whether everything that was learned and left a client was noised.
-        simulated: whether noise was added that can be drawn again; then nothing is private.
-        epsilon: the largest over seeds, of a simulation that of the noise it simulates; None where there is none.
-        attack: the AUC of membership inference by LiRA against the first run; None where it was not attacked.
+        claim: the privacy that holds for all runs.
+        attack: the AUC of membership inference by LiRA against the first run; None if it was not attacked.
     """
 
     algorithm: str
     variation: str
     seeds: int
-    accuracy: dict[str, tuple[float, float] | None]
-    attack_success: tuple[float, float] | None
-    upload_bytes: int
-    broadcast_bytes: int
+    accuracy: dict[Measure, Spread | None]
+    attack_success: Spread | None
+    upload_bytes: float
+    broadcast_bytes: float
     seconds: float
-    private: bool
-    simulated: bool
-    epsilon: float | None
+    claim: Claim
     attack: float | None = None
+
+    @property
+    def private(self) -> bool:
+        """Everything that was learned from images and left a client was noised, in every run."""
+        return self.claim.private
+
+    @property
+    def simulated(self) -> bool:
+        """Noise was added that can be drawn again; then nothing is private."""
+        return self.claim.simulated
+
+    @property
+    def epsilon(self) -> float | None:
+        """The largest over seeds, of a simulation that of the noise it simulates; None if a run has none."""
+        return self.claim.epsilon
 
 
 def compare(
@@ -123,21 +139,36 @@ def compare(
     resume: bool = False,
     progress: Progress = silent,
     title: str = "Sordino: comparison",
+    attack: Attack | None = None,
 ) -> list[Row]:
-    """Run every variant with `seeds` seeds, from its configuration's on.
+    """Run every variant with `seeds` seeds, counted from its configuration's.
 
     `out` gets a run directory for each, at `ALGORITHM/VARIATION/seed-N`, and `comparison.csv`, `comparison.json`,
     `report.html`.
 
+    Args:
+        variants: at least one; their data and encoder are the first one's.
+        seeds: runs of each variant.
+        out: the comparison's folder.
+        resume: go on after the last checkpoints in `out`.
+        progress: is told how far the runs are.
+        title: of the report.
+        attack: attacks the first run of each variant that has `shadows`.
+
     Raises:
-        SordinoError: as `run`; before anything is trained where an algorithm's settings are bad.
+        SordinoError: as `run`; before anything is trained if an algorithm's settings are bad.
+        ConfigError: a variant has `shadows`, and no `attack` is given.
     """
-    planned = [_planned(each, seeds, out) for each in variants]
+    planned = [_planned(variant, seeds, out) for variant in variants]
+    if attack is None:
+        for variant in variants:
+            if variant.shadows:
+                raise ConfigError("shadows", variant.shadows, "needs compare(..., attack=membership_auc)")
     with held(out):
         if not resume and not is_empty(out):
             raise RunError(f"{out} exists; go on with --resume, or choose another --out")
         with all_held([folder for runs in planned for folder in runs]):
-            return _compare(variants, planned, out, resume, progress, title)
+            return _compare(variants, planned, out, resume, progress, title, attack)
 
 
 def _compare(
@@ -147,103 +178,84 @@ def _compare(
     resume: bool,
     progress: Progress,
     title: str,
+    attack: Attack | None,
 ) -> list[Row]:
-    """`compare`, with all its directories held."""
+    """Compare with all directories held."""
     dataset = EncodedDataset.open(variants[0].config)
-    for each in variants:  # what does not fit is told before anything is trained
-        planned_mechanism(each.config)
+    for variant in variants:  # settings that do not fit are refused before anything is trained
+        planned_mechanism(variant.config)
     if resume:
         _check_finished({folder: config for runs in planned for folder, config in runs.items()}, dataset, progress)
-    rows, folders, summaries = [], [], []
-    for each, runs in zip(variants, planned, strict=True):
-        own = []
-        for folder, config in runs.items():
-            folders.append(folder)
-            own.append(run(config, folder, resume, progress, dataset))
-        attack = _attack(next(iter(runs)), each.shadows, resume, progress, dataset) if each.shadows else None
-        rows.append(replace(row_of(own, each.variation), attack=attack))
-        summaries += own
+    rows: list[Row] = []
+    folders: list[Path] = []
+    summaries: list[Summary] = []
+    for variant, runs in zip(variants, planned, strict=True):
+        results = [run(config, folder, resume, progress, dataset) for folder, config in runs.items()]
+        row = row_of(results, variant.variation)
+        if attack is not None and variant.shadows:
+            auc = attack(next(iter(runs)), variant.shadows, resume, progress, dataset)
+            row = replace(row, attack=auc)
+        rows.append(row)
+        folders += runs
+        summaries += results
     write_tables(rows, summaries, out)
     write_report(folders, out / "report.html", title)
     return rows
 
 
 def _planned(variant: Variant, seeds: int, out: Path) -> dict[Path, Experiment]:
-    """The runs of a variant by their directories."""
+    """Return the runs of a variant by their directories."""
     first = variant.config
     configs = [first.model_copy(update={"seed": first.seed + offset}) for offset in range(seeds)]
     return {out / variant.folder / f"seed-{config.seed}": config for config in configs}
 
 
 def _check_finished(planned: Mapping[Path, Experiment], dataset: EncodedDataset, progress: Progress) -> None:
-    """See that finished runs are of the data that the others will be of; one table must not mix two data sets.
+    """Check that finished runs are of the data that the others will be of; one table must not mix two data sets.
 
     Raises:
         RunError: they are not.
     """
-    finished = {folder: config for folder, config in planned.items() if (folder / "summary.json").exists()}
+    finished = {folder: config for folder, config in planned.items() if (folder / FILE).exists()}
     if len(finished) == len(planned):
-        return  # nothing will be trained, so the data need not be there any more
+        return  # nothing will be trained, so the data need not exist any more
     for folder, config in finished.items():
         check(folder, data_record(dataset, dataset.task(config, progress)[0]))
 
 
-def _attack(folder: Path, shadows: int, resume: bool, progress: Progress, dataset: EncodedDataset) -> float:
-    if resume and (folder / FILE).exists():
-        found = read_audit(folder)
-    else:
-        found = audit(folder, ["membership"], shadows, progress=progress, dataset=dataset)
-    return float(found["attacks"]["membership"]["lira"]["auc"])
-
-
-def write_tables(rows: Sequence[Row], summaries: Sequence[dict[str, Any]], out: Path) -> None:
-    """`comparison.csv` and `comparison.json`."""
+def write_tables(rows: Sequence[Row], summaries: Sequence[Summary], out: Path) -> None:
+    """Write `comparison.csv` and `comparison.json`."""
+    content = {"runs": [summary.as_dict() for summary in summaries]}
     write_atomically(out / "comparison.csv", to_csv(rows).encode())
-    write_atomically(out / "comparison.json", (json.dumps({"runs": summaries}, indent=2) + "\n").encode())
+    write_atomically(out / "comparison.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
-def row_of(summaries: Sequence[dict[str, Any]], variation: str = "") -> Row:
+def row_of(summaries: Sequence[Summary], variation: str = "") -> Row:
     """Aggregate the runs of one variant."""
-    first = summaries[0]
-    epsilons = [s["privacy"]["epsilon"] for s in summaries]
+    results = Results(tuple(summaries))
     return Row(
-        first["algorithm"],
-        variation,
-        len(summaries),
-        {split: _mean_and_spread(summaries, split) for split in SPLITS},
-        _mean_and_spread(summaries, BACKDOOR),
-        first["communication"]["upload_bytes_per_client_round"],
-        first["communication"]["broadcast_bytes_per_client_round"],
-        statistics.fmean(s["seconds"]["train"] for s in summaries),
-        all(s["privacy"]["private"] for s in summaries),
-        any(s["privacy"]["simulated"] for s in summaries),
-        None if None in epsilons else max(epsilons),
+        algorithm=summaries[0].algorithm,
+        variation=variation,
+        seeds=len(summaries),
+        accuracy={measure: results.accuracy(measure) for measure in MEASURES},
+        attack_success=results.attack_success(),
+        upload_bytes=results.mean_bytes("upload_bytes_per_client_round"),
+        broadcast_bytes=results.mean_bytes("broadcast_bytes_per_client_round"),
+        seconds=results.seconds,
+        claim=results.claim,
     )
 
 
-def _mean_and_spread(summaries: Sequence[dict[str, Any]], name: str) -> tuple[float, float] | None:
-    """Of an accuracy, or of the attack's success."""
-    found = [(s["accuracy"] | {BACKDOOR: s.get(BACKDOOR)})[name] for s in summaries]
-    means = [value for value in found if value is not None]
-    if not means:
-        return None
-    spread_over = means
-    if len(summaries) == 1:
-        spread_over = [client[name] for client in summaries[0]["per_client"] if client[name] is not None]
-    return statistics.fmean(means), statistics.stdev(spread_over) if len(spread_over) > 1 else 0.0
-
-
 def to_csv(rows: Sequence[Row]) -> str:
-    """The table as CSV: a line an algorithm, fractions in full precision, empty cells where a split does not apply."""
+    """Return the table as CSV, a line a row: fractions in full precision, empty cells for values that do not exist."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    split_columns = [f"{split}_{what}" for split in (*SPLITS, BACKDOOR) for what in ("mean", "spread")]
     writer.writerow(
         [
             "algorithm",
             "variation",
             "seeds",
-            *split_columns,
+            *(f"{name}_{part}" for name in (*MEASURES, BACKDOOR) for part in ("mean", "spread")),
             "upload_bytes",
             "broadcast_bytes",
             "train_seconds",
@@ -254,21 +266,20 @@ def to_csv(rows: Sequence[Row]) -> str:
         ]
     )
     for row in rows:
-        measured = [*(row.accuracy[split] for split in SPLITS), row.attack_success]
-        cells = [value for pair in measured for value in (pair or ("", ""))]
+        spreads = [*(row.accuracy[measure] for measure in MEASURES), row.attack_success]
         writer.writerow(
             [
                 row.algorithm,
                 row.variation,
                 row.seeds,
-                *cells,
+                *(value for spread in spreads for value in (spread or (None, None))),
                 row.upload_bytes,
                 row.broadcast_bytes,
                 row.seconds,
                 row.private,
                 row.simulated,
-                "" if row.epsilon is None else row.epsilon,
-                "" if row.attack is None else row.attack,
+                row.epsilon,
+                row.attack,
             ]
-        )
+        )  # None becomes an empty cell
     return text.getvalue()

@@ -64,6 +64,9 @@ class Plan:
             return None
         return formula_epsilon(self.mechanism.noise_multiplier, self.mechanism.inputs.rounds, self.mechanism.delta)
 
+    def __str__(self) -> str:
+        return as_text(self)
+
     def as_dict(self) -> dict[str, Any]:
         """For `--json`; what does not apply, or is infinite, is null."""
         inputs = self.mechanism.inputs

@@ -5,31 +5,44 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
+from torch import Tensor
 
 import sordino
 from sordino.algorithms import algorithm, settings_for
 from sordino.encoders.base import DualEncoder
 from sordino.encoders.prompt_model import Prompt, PromptModel, named_parts, prompt_count
-from sordino.experiments.config import Experiment, resolved, to_toml
+from sordino.experiments.config import Experiment, resolved
 from sordino.experiments.data_digests import data_record, party_digests
 from sordino.experiments.data_record import pin
 from sordino.experiments.features import EncodedDataset
-from sordino.experiments.run_folder import Metrics, prepare, started_with
+from sordino.experiments.run_folder import Metrics, finished, started_with, was_started
 from sordino.experiments.run_lock import held
-from sordino.files import write_atomically
+from sordino.experiments.toml_tables import to_toml
+from sordino.files import absolute_path, user_path, write_atomically
 from sordino.privacy.ledger import Ledger
-from sordino.privacy.noise import new_nonce
 from sordino.privacy.statement import as_summary
 from sordino.progress import Progress, log, silent
+from sordino.prompt_file import EncoderRecord, PrivacyRecord, SavedPrompt
+from sordino.randomness import new_nonce
 from sordino.report import write_report
+from sordino.results import (
+    Accuracy,
+    ClientResult,
+    Communication,
+    Copies,
+    Durations,
+    Images,
+    PassedOver,
+    Privacy,
+    SkippedImage,
+    Summary,
+)
 from sordino.runtime import checkpoint
 from sordino.runtime.evaluate import Evaluation, EvaluationSet, Scores
 from sordino.runtime.local import LocalRuntime, RoundError, Training
@@ -47,7 +60,7 @@ def run(
     resume: bool = False,
     progress: Progress = silent,
     dataset: EncodedDataset | None = None,
-) -> dict[str, Any]:
+) -> Summary:
     """Train, evaluate and write a run directory.
 
     Args:
@@ -58,7 +71,7 @@ def run(
         dataset: data and encoder, where several runs share them.
 
     Returns:
-        The summary, as in `summary.json`.
+        The summary, which `summary.json` holds too.
 
     Raises:
         SordinoError: before anything is trained where input is bad; later where the disk is full or training diverges.
@@ -66,7 +79,7 @@ def run(
     with held(out):
         config = _with_nonce(config, out)
         tables = resolved(config)
-        summary = prepare(out, tables, resume)
+        summary = finished(out, Summary.from_json) if was_started(out, tables, resume) else None
         if summary is None:
             summary = _run(config, tables, out, resume, progress, dataset or EncodedDataset.open(config))
         if not (out / "report.html").exists():
@@ -84,7 +97,7 @@ def _with_nonce(config: Experiment, out: Path) -> Experiment:
 
 def _run(
     config: Experiment, tables: dict[str, Any], out: Path, resume: bool, progress: Progress, dataset: EncodedDataset
-) -> dict[str, Any]:
+) -> Summary:
     task, encoding = dataset.task(config, progress)
     started = time.monotonic()
     runtime, evaluation = assemble(config, dataset, task)
@@ -96,37 +109,39 @@ def _run(
     training, scores = _train(config, runtime, evaluation, training, metrics, out, progress)
     ledger = training.ledger
     write_atomically(out / LEDGER, ledger.to_json().encode())
-    _save_prompts(out / "prompts", config, dataset.encoder, task, runtime.prompts(training), ledger)
-    seconds = {
-        "encode": encoding.seconds,
-        "train": metrics.seconds("seconds"),
-        "evaluate": metrics.seconds("evaluate_seconds"),
-        "total": encoding.seconds + time.monotonic() - started,
-    }
-    summary = {
-        "algorithm": config.algorithm,
-        "encoder": dataset.encoder.name,
-        "dataset": config.data.source,
-        "clients": task.clients,
-        "rounds": training.round,
-        "seed": config.seed,
-        "accuracy": scores.means(),
-        "attack_success": scores.mean_attack_success(),
-        "per_client": _per_client(task, scores),
-        "privacy": as_summary(ledger, config.privacy.unit) | {"rounds_unpaid": runtime.rounds - training.round},
-        "communication": _communication(metrics, _handed_over(runtime, dataset, task)),
-        "seconds": seconds,
-        "images": {
-            "encoded": encoding.encoded,
-            "cached": encoding.cached,
-            "skipped": [asdict(skipped) for skipped in dataset.skipped],
-            "passed_over": [asdict(part) for part in dataset.images.passed_over],
-            "copies": dataset.copies(task).as_summary(),
-        },
-        "version": sordino.__version__,
-    }
-    # At the very end, as it marks the run as finished.
-    write_atomically(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    privacy = as_summary(ledger, config.privacy.unit)
+    _save_prompts(out / "prompts", config, dataset.encoder, task, runtime.prompts(training), privacy)
+    summary = Summary(
+        algorithm=config.algorithm,
+        encoder=dataset.encoder.name,
+        dataset=config.data.source,
+        clients=task.clients,
+        rounds=training.round,
+        seed=config.seed,
+        accuracy=Accuracy(**scores.means()),
+        attack_success=scores.mean_attack_success(),
+        per_client=_per_client(task, scores),
+        privacy=Privacy(
+            **privacy,
+            rounds_unpaid=runtime.rounds - training.round,
+        ),
+        communication=_communication(metrics, _handed_over(runtime, dataset, task)),
+        seconds=Durations(
+            encode=encoding.seconds,
+            train=metrics.seconds("seconds"),
+            evaluate=metrics.seconds("evaluate_seconds"),
+            total=encoding.seconds + time.monotonic() - started,
+        ),
+        images=Images(
+            encoded=encoding.encoded,
+            cached=encoding.cached,
+            skipped=tuple(SkippedImage(**asdict(image)) for image in dataset.skipped),
+            passed_over=tuple(PassedOver(**asdict(files)) for files in dataset.images.passed_over),
+            copies=Copies(**dataset.copies(task).as_summary()),
+        ),
+        version=sordino.__version__,
+    )
+    summary.write(out)  # at the very end, as it marks the run as finished
     return summary
 
 
@@ -259,53 +274,75 @@ def _handed_over(runtime: LocalRuntime, dataset: EncodedDataset, task: Task) -> 
     return sum(len(dataset.images.raw(int(row))) for rows in task.train for row in rows)
 
 
-def _communication(metrics: Metrics, handed_over: int) -> dict[str, int]:
-    """What crossed the wire, in bytes of serialized messages, and of images where those are handed over."""
+def _communication(metrics: Metrics, handed_over: int) -> Communication:
+    """Return the bytes of serialized messages, and of images where those are handed over."""
     rounds = [line for line in metrics.lines if line["round"] > 0]
-    return {
-        "upload_bytes_per_client_round": max((line["upload_bytes"] for line in rounds), default=0),
-        "broadcast_bytes_per_client_round": max((line["broadcast_bytes"] for line in rounds), default=0),
-        "total_upload_bytes": handed_over + sum(line["upload_bytes"] * line["participants"] for line in rounds),
-        "total_broadcast_bytes": sum(line["broadcast_bytes"] * line["participants"] for line in rounds),
-    }
+    return Communication(
+        upload_bytes_per_client_round=max((line["upload_bytes"] for line in rounds), default=0),
+        broadcast_bytes_per_client_round=max((line["broadcast_bytes"] for line in rounds), default=0),
+        total_upload_bytes=handed_over + sum(line["upload_bytes"] * line["participants"] for line in rounds),
+        total_broadcast_bytes=sum(line["broadcast_bytes"] * line["participants"] for line in rounds),
+    )
 
 
-def _per_client(task: Task, scores: Scores) -> list[dict[str, Any]]:
-    return [
-        {
-            "client": line["client"],
-            "local": scores.local[index],
-            "neighbor": scores.neighbor[index],
-            "overall": scores.overall[index],
-            "novel": scores.novel[index],
-            "domain": scores.domain[index],
-            "attack_success": scores.attack_success[index],
-            "examples": line["images"],
-            "classes": line["classes"],
-            "domains": line["domains"] or None,
-        }
+def _per_client(task: Task, scores: Scores) -> tuple[ClientResult, ...]:
+    return tuple(
+        ClientResult(
+            client=line["client"],
+            local=scores.local[index],
+            neighbor=scores.neighbor[index],
+            overall=scores.overall[index],
+            novel=scores.novel[index],
+            domain=scores.domain[index],
+            attack_success=scores.attack_success[index],
+            examples=line["images"],
+            classes=line["classes"],
+            domains=line["domains"] or None,
+        )
         for index, line in enumerate(task.summary())
-    ]
+    )
 
 
 def _save_prompts(
-    folder: Path, config: Experiment, encoder: DualEncoder, task: Task, prompt: Prompt, ledger: Ledger
+    folder: Path, config: Experiment, encoder: DualEncoder, task: Task, prompt: Prompt, privacy: dict[str, Any]
 ) -> None:
     """One file a client, or one for all where they share a prompt; each says what it belongs to."""
     parts = {name: part.cpu() for name, part in named_parts(prompt).items()}
-    names: Sequence[str] = [f"client-{client:04d}" for client in range(prompt_count(prompt))]
-    if len(names) == 1:
-        names = ["shared"]
-    for client, name in enumerate(names):
-        metadata = {
-            "algorithm": config.algorithm,
-            "encoder": encoder.name,
-            "encoder_fingerprint": encoder.fingerprint,
-            "classes": json.dumps(task.class_names),
-            "ledger_sha256": ledger.digest(),
-            "private": json.dumps(ledger.private),
-            "simulated": json.dumps(ledger.simulated),
-        }
-        own = {part: tensor[client].contiguous() for part, tensor in parts.items()}
-        content = safetensors.torch.save(own, metadata=metadata)
-        write_atomically(folder / f"{name}.safetensors", content)
+    count = prompt_count(prompt)
+    black_and_white = config.data.gray_range
+    shared = SavedPrompt(
+        prompt={},
+        method=config.algorithm,
+        settings=asdict(settings_for(config.algorithm, config.settings)),
+        class_names=task.class_names,
+        encoder=EncoderRecord(
+            name=encoder.name,
+            fingerprint=encoder.fingerprint,
+            checkpoint=_from_anywhere(config.encoder.checkpoint),
+            dtype=config.encoder.dtype,
+        ),
+        privacy=PrivacyRecord(
+            private=privacy["private"],
+            simulated=privacy["simulated"],
+            statement=privacy["statement"],
+            ledger_sha256=privacy["ledger_digest"],
+        ),
+        version=sordino.__version__,
+        gray_range=None if black_and_white is None else (black_and_white[0], black_and_white[1]),
+    )
+    for client in range(count):
+        own = {part: tensor[client] for part, tensor in parts.items()}
+        name = f"client-{client:04d}" if count > 1 else "shared"
+        saved = replace(
+            shared,
+            prompt=own["context"] if isinstance(prompt, Tensor) else own,
+            client=client if count > 1 else None,
+        )
+        saved.save(folder / f"{name}.safetensors")
+
+
+def _from_anywhere(checkpoint: str | None) -> str | None:
+    """A checkpoint's folder from the root, so that a prompt is used in whatever folder; a hub name as it is."""
+    if checkpoint is None or not user_path(checkpoint, "encoder.checkpoint").is_dir():
+        return checkpoint
+    return str(absolute_path(checkpoint, "encoder.checkpoint"))

@@ -1,25 +1,28 @@
-"""What every run directory has: a configuration that it belongs to, and a line of metrics for each step."""
+"""The common part of every run directory: the configuration that it belongs to, and a line of metrics a step."""
 
 from __future__ import annotations
 
 import json
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sordino.errors import RunError
-from sordino.experiments.config import first_difference
 from sordino.experiments.run_lock import is_empty, writable
+from sordino.experiments.toml_tables import first_difference
 from sordino.files import write_atomically
 from sordino.progress import log
+from sordino.results import FILE
+
+T = TypeVar("T")
 
 SUMMARY_KEYS = ("accuracy", "seconds", "version")  # of every command's summary
 
 
 def prepare(out: Path, tables: Mapping[str, Any], resume: bool, free: Sequence[str] = ()) -> dict[str, Any] | None:
-    """Check that `out` may be written; the summary of a run that is finished already.
+    """Check that `out` may be written, and return the summary of a run that is finished already.
 
     Args:
         out: the run directory.
@@ -30,14 +33,23 @@ def prepare(out: Path, tables: Mapping[str, Any], resume: bool, free: Sequence[s
     Raises:
         RunError: it may not; the message says what to do.
     """
+    return finished(out, _any_summary) if was_started(out, tables, resume, free) else None
+
+
+def was_started(out: Path, tables: Mapping[str, Any], resume: bool, free: Sequence[str] = ()) -> bool:
+    """Check that `out` may be written, and return whether it was started before with this configuration.
+
+    Raises:
+        RunError: see `prepare`.
+    """
     writable(out)
     if not resume:
         if not is_empty(out):
             raise RunError(f"{out} exists; go on with --resume, or choose another --out")
-        return None
+        return False
     old = started_with(out)
     if not old:
-        return None
+        return False
     before, after = ({key: value for key, value in each.items() if key not in free} for each in (old, tables))
     difference = first_difference(before, after)
     if difference:
@@ -46,22 +58,36 @@ def prepare(out: Path, tables: Mapping[str, Any], resume: bool, free: Sequence[s
             f"the configuration changed since {out} was started: {key} was {before!r} and is {after!r}; "
             "change it back or choose another --out"
         )
-    return _summary(out / "summary.json")
+    return True
 
 
-def _summary(file: Path) -> dict[str, Any] | None:
-    """What a finished run says of itself; None where it is not there, or damaged, as it can be made again."""
+def finished(out: Path, parse: Callable[[bytes], T]) -> T | None:
+    """Read the summary of a finished run; None if it is missing, or damaged, as it can be made again.
+
+    Args:
+        out: the run directory.
+        parse: reads the content of `summary.json`; raises ValueError or RecursionError if it is damaged.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    file = out / FILE
     if not file.exists():
         return None
     try:
-        summary = json.loads(file.read_bytes())
-        if not (isinstance(summary, dict) and set(SUMMARY_KEYS) <= set(summary)):
-            raise ValueError("it lacks what every summary has")
+        return parse(file.read_bytes())
     except OSError as error:
         raise RunError(f"{file} cannot be read: {error.strerror}; mend its permissions") from None
     except (ValueError, RecursionError) as error:
         log.warning("%s is damaged (%s); it is made again from what was trained", file, error)
         return None
+
+
+def _any_summary(content: bytes) -> dict[str, Any]:
+    """Read a summary of any command."""
+    summary = json.loads(content)
+    if not (isinstance(summary, dict) and set(SUMMARY_KEYS) <= set(summary)):
+        raise ValueError("it lacks what every summary has")
     return summary
 
 

@@ -1,8 +1,8 @@
-"""File content to picture: which files count as pictures, and how each is read.
+"""Conversion of file content to pictures: the formats that count as pictures, and the way each is read.
 
-Content may come from anyone, so only raster formats that Pillow decodes by itself are opened (it hands PostScript to
-an external program, for one), and a picture's size is checked before its pixels are unpacked. HEIC needs the package
-`pillow-heif`, DICOM the package `pydicom`.
+Content may come from anyone. So only raster formats that Pillow decodes by itself are opened; it
+hands PostScript, for one, to an external program. A picture's size is checked before its pixels are
+unpacked. HEIC needs the package `pillow-heif`, DICOM the package `pydicom`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ FORMATS = (
     *("AVIF", "BMP", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO"),
     *("PCX", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP"),
 )
-MAX_PIXELS = 89_478_485  # Pillow's own bound for a suspected decompression bomb: 256 MB of 24-bit pixels
-MAX_BYTES = 6 * MAX_PIXELS + (1 << 20)  # of a file: so many pixels of three 16-bit colors, not compressed
+# Pillow's own bound for a suspected decompression bomb: 256 MB of 24-bit pixels.
+MAX_PIXELS = 89_478_485
+# The largest file: as many pixels of three 16-bit colors, not compressed.
+MAX_BYTES = 6 * MAX_PIXELS + (1 << 20)
 
-
-# Endings of formats that a further package reads: the package, and the extra of this one that brings it.
+# Endings of formats that need another package: that package, and the extra of this one that
+# installs it.
 OPTIONAL = {
     **dict.fromkeys((".dcm", ".dicom"), ("pydicom", "medical")),
     **dict.fromkeys((".heic", ".heics", ".heif", ".heifs", ".hif"), ("pillow_heif", "heif")),
@@ -37,14 +39,16 @@ HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"
 
 @cache
 def suffixes() -> frozenset[str]:
-    """The lower-case file name endings ('.jpg', ...) of the formats that can be read here."""
+    """Return the lower-case file name endings ('.jpg', ...) of the formats that can be read here."""
     formats = _formats()
-    pillow = {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
-    return frozenset(pillow | {suffix for suffix in (".dcm", ".dicom") if remedy(suffix) is None})
+    endings = Image.registered_extensions().items()
+    pillow = {suffix for suffix, name in endings if name in formats}
+    dicom = {suffix for suffix in (".dcm", ".dicom") if remedy(suffix) is None}
+    return frozenset(pillow | dicom)
 
 
 def remedy(suffix: str) -> str | None:
-    """What to install so that files of a lower-case ending can be read; None where nothing helps or is missing."""
+    """Return the command that makes files of a lower-case ending readable; None if nothing helps or is missing."""
     package, extra = OPTIONAL.get(suffix, (None, None))
     if package is None or find_spec(package) is not None:
         return None
@@ -52,17 +56,18 @@ def remedy(suffix: str) -> str | None:
 
 
 def decode(content: bytes, gray_range: GrayRange | None = None) -> Image.Image:
-    """A picture from a file's content, its pixels loaded: upright, opaque, 8 bits a channel, mode 'RGB' or 'L'.
+    """Decode a file's content to a loaded picture: upright, opaque, 8 bits a channel, mode 'RGB' or 'L'.
 
-    Transparent parts become white. Of an animation, the first frame.
+    Transparent parts become white. Of an animation, the first frame is used.
 
     Args:
-        content: of the file.
-        gray_range: the values that are black and white in gray pictures of more than 8 bits; None: as the file says.
+        content: the file's content.
+        gray_range: the values that are black and white in gray pictures of more than 8 bits; None
+            takes the file's.
 
     Raises:
-        DataError: the content is not a whole picture, or of unknown brightness; the message is the reason alone
-            ("truncated", ...).
+        DataError: the content is not a whole picture, or its brightness is unknown. The message is
+            the reason alone ("truncated", ...).
     """
     if not content:
         raise DataError("the file is empty")
@@ -74,7 +79,9 @@ def decode(content: bytes, gray_range: GrayRange | None = None) -> Image.Image:
             if width * height == 0:
                 raise DataError("the picture has no pixels")
             if width * height > MAX_PIXELS:
-                raise DataError(f"{width} x {height} pixels, more than the {MAX_PIXELS:,} that are read")
+                raise DataError(
+                    f"{width} x {height} pixels, more than the {MAX_PIXELS:,} that are read",
+                )
             return _drawn(picture, content, gray_range)
     except DataError:
         raise
@@ -82,13 +89,17 @@ def decode(content: bytes, gray_range: GrayRange | None = None) -> Image.Image:
         raise DataError(_unidentified(content)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(f"more than the {MAX_PIXELS:,} pixels that are read") from None
-    except Exception as error:  # Pillow's readers of broken files raise whatever their parsing stumbled over
+    except Exception as error:  # Pillow's readers raise errors of any type on broken files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"damaged picture: {reason}") from error
 
 
-def _drawn(picture: ImageFile.ImageFile, content: bytes, gray_range: GrayRange | None) -> Image.Image:
-    """The pixels of an opened picture."""
+def _drawn(
+    picture: ImageFile.ImageFile,
+    content: bytes,
+    gray_range: GrayRange | None,
+) -> Image.Image:
+    """Load the pixels of an opened picture."""
     depth = depth_of(picture, content)
     picture.load()
     upright = ImageOps.exif_transpose(picture)
@@ -105,15 +116,16 @@ def _drawn(picture: ImageFile.ImageFile, content: bytes, gray_range: GrayRange |
 
 
 def _unidentified(content: bytes) -> str:
-    """Why content that Pillow does not know cannot be read."""
-    if content[4:8] == b"ftyp" and content[8:12] in HEIF_BRANDS and (missing := remedy(".heic")):
+    """Return the reason why content that Pillow does not know cannot be read."""
+    is_heif = content[4:8] == b"ftyp" and content[8:12] in HEIF_BRANDS
+    if is_heif and (missing := remedy(".heic")):
         return f"a HEIC picture, which this installation cannot read: {missing}"
     return "not a picture in a known format"
 
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this Pillow was built with."""
+    """Return those of `FORMATS` that this Pillow was built with."""
     Image.init()
     if find_spec("pillow_heif") is not None:
         import pillow_heif

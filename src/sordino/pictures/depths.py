@@ -1,11 +1,17 @@
-"""What a file says of the range of its samples, where these have more than 8 bits or a sign.
+"""The range of a file's samples, as the file states it, for samples of more than 8 bits or with a sign.
 
-A range is *stated* by a TIFF's SMinSampleValue and SMaxSampleValue (TIFF 6.0, section 19; MinSampleValue and
-MaxSampleValue are statistics that must not change how a picture looks, section 8), by a depth that is not the
-container's (12-bit TIFF and JPEG 2000), by a PGM's maximum other than 65,535, or by a PNG's sBIT chunk. Otherwise the
-range is the container's: 0 to 65,535 for 16 bits without a sign, 0 to 1 for floating point, nothing for 32 bits and for
-signed samples. A container's range is believed only where a value lies in its upper half: 12 bits in a 16-bit file
-would be nearly black, and no rule that looks at one picture alone can tell them from a dark picture of 16 bits.
+A range is *stated* in one of these ways:
+
+- by a TIFF's SMinSampleValue and SMaxSampleValue (TIFF 6.0, section 19). MinSampleValue and
+  MaxSampleValue are statistics that must not change how a picture looks (section 8);
+- by a depth that is not the container's (12-bit TIFF and JPEG 2000);
+- by a PGM's maximum other than 65,535;
+- by a PNG's sBIT chunk.
+
+Otherwise the range is the container's: 0 to 65,535 for 16 bits without a sign, 0 to 1 for floating
+point, none for 32 bits and for signed samples. A container's range is accepted only if a value lies
+in its upper half. 12 bits in a 16-bit file would be nearly black, and no rule that looks at one
+picture alone can tell them from a dark picture of 16 bits.
 """
 
 from __future__ import annotations
@@ -25,22 +31,23 @@ GrayRange = tuple[float, float]  # black, white
 BITS, PHOTOMETRIC, SAMPLE_FORMAT, S_MIN, S_MAX = 258, 262, 339, 340, 341  # tags of a TIFF
 UNSIGNED, SIGNED, FLOATING = 1, 2, 3  # values of SampleFormat
 WHITE_IS_ZERO = 0  # a value of PhotometricInterpretation
-PNG_START, CODESTREAM = 8, b"\xff\x4f\xff\x51"  # length of a PNG's signature; how a JPEG 2000 codestream begins
+PNG_START = 8  # length of a PNG's signature
+CODESTREAM = b"\xff\x4f\xff\x51"  # the start of a JPEG 2000 codestream
 REMEDY = "set gray_range to the values of black and white"
 
 
 @dataclass(frozen=True)
 class Depth:
-    """How samples are to be read.
+    """The interpretation of samples.
 
     Attributes:
-        bits: of a sample in the file.
-        low, high: the range of values as Pillow gives them; None where the file says nothing of it.
-        stated: whether the file states the range, rather than its container.
-        unit: a value as Pillow gives it over the sample in the file.
+        bits: bits of a sample in the file.
+        low, high: the range of Pillow's values; None if the file does not give one.
+        stated: whether the file itself states the range, rather than its container.
+        unit: Pillow's value over the sample in the file.
         inverted: whether `low` is white.
-        dtype: what the samples' bytes stand for where Pillow takes them for something else.
-        significant: of a PNG's 16 bits, as its sBIT chunk says; None without one.
+        dtype: the type of the samples' bytes, if Pillow takes them for another.
+        significant: the significant ones of a PNG's 16 bits, from its sBIT chunk; None without one.
     """
 
     bits: int
@@ -54,7 +61,7 @@ class Depth:
 
 
 def depth_of(picture: ImageFile.ImageFile, content: bytes) -> Depth | None:
-    """The depth of an opened picture that is not loaded yet; None for at most 8 bits without a sign."""
+    """Return the depth of an opened picture that is not loaded yet; None for at most 8 bits without a sign."""
     if picture.format == "TIFF":
         return _tiff(picture)
     if picture.format == "PPM":
@@ -67,15 +74,15 @@ def depth_of(picture: ImageFile.ImageFile, content: bytes) -> Depth | None:
 
 
 def in_eight_bits(picture: Image.Image, depth: Depth, given: GrayRange | None) -> Image.Image:
-    """A loaded picture of such a depth in 8 bits.
+    """Convert a loaded picture of such a depth to 8 bits.
 
     Args:
-        picture: as Pillow decodes it.
-        depth: see `depth_of`.
-        given: the samples that are black and white, as the user says; overrides what the file says.
+        picture: the picture as Pillow decodes it.
+        depth: its depth; see `depth_of`.
+        given: the user's samples that are black and white; they override the file's.
 
     Raises:
-        DataError: the range is not known; the message says what to do.
+        DataError: the range is not known; the message gives the remedy.
     """
     if picture.mode[:1] not in ("I", "F") and depth.dtype is None:
         return _color(picture, depth, given)
@@ -94,25 +101,29 @@ def in_eight_bits(picture: Image.Image, depth: Depth, given: GrayRange | None) -
 
 
 def _container(values: NDArray[np.generic], depth: Depth) -> GrayRange:
-    """The container's range, where it may be believed, or that of a PNG's significant bits."""
+    """Return the container's range if it is plausible, or that of a PNG's significant bits.
+
+    Raises:
+        DataError: the range is not known, or no value lies in its upper half.
+    """
     if depth.significant is not None and not _is_shifted(values, depth.significant):
         return 0, (1 << depth.significant) - 1
     kind = {"f": "floating-point", "u": "unsigned", "i": "signed"}[values.dtype.kind]
-    found = f"{depth.bits}-bit {kind} gray from {values.min():g} to {values.max():g} that states no range of its own"
+    finding = f"{depth.bits}-bit {kind} gray from {values.min():g} to {values.max():g} that states no range of its own"
     if depth.low is None or depth.high is None or values.min() < depth.low or values.max() > depth.high:
-        raise DataError(f"{found}: {REMEDY}, e.g. {range_hint(values)}")
+        raise DataError(f"{finding}: {REMEDY}, e.g. {range_hint(values)}")
     if not uses_upper_half(values, depth.low, depth.high):
         raise DataError(
-            f"{found}, with nothing in the upper half of {depth.low:g} to {depth.high:g}: {REMEDY}, "
+            f"{finding}, with nothing in the upper half of {depth.low:g} to {depth.high:g}: {REMEDY}, "
             f"e.g. {range_hint(values)}"
         )
     return depth.low, depth.high
 
 
 def _is_shifted(values: NDArray[np.generic], bits: int) -> bool:
-    """Whether values of so many significant bits were scaled up to 16, as the PNG standard wants it (section 12.4).
+    """Return true if values of `bits` significant bits were scaled up to 16, as the PNG standard asks (section 12.4).
 
-    Many writers leave them as they are, which shows in values that no scaling up can have made.
+    Many writers leave them as they are. Then some values cannot be the result of scaling up.
     """
     whole = values.astype(np.uint32)
     if whole.max() >= 1 << bits:
@@ -123,7 +134,14 @@ def _is_shifted(values: NDArray[np.generic], bits: int) -> bool:
 
 
 def _color(picture: Image.Image, depth: Depth, given: GrayRange | None) -> Image.Image:
-    """Pillow keeps the upper 8 bits of colors; whether these are the ones that count cannot be told from below 128."""
+    """Accept colors of more than 8 bits, of which Pillow keeps the upper 8.
+
+    If all of these are below 128, the range is not known: the lower bits may be the ones that
+    count.
+
+    Raises:
+        DataError: the range is not known.
+    """
     colors = np.asarray(picture)[..., :3]
     whole = given is not None and given[0] == 0 and given[1] * depth.unit == (1 << depth.bits) - 1
     if not (depth.stated or whole or colors.max() > 127):
@@ -152,7 +170,7 @@ def _tiff(picture: ImageFile.ImageFile) -> Depth | None:
 
 
 def _stated(depth: Depth, tags: object) -> Depth:
-    """With SMinSampleValue and SMaxSampleValue, where a TIFF has both and they make a range."""
+    """Set SMinSampleValue and SMaxSampleValue, if a TIFF has both and they form a range."""
     low, high = (_first(tags.get(tag), None) for tag in (S_MIN, S_MAX))  # type: ignore[attr-defined]
     if low is None or high is None or not float(low) < float(high) < float("inf"):
         return depth
@@ -160,27 +178,29 @@ def _stated(depth: Depth, tags: object) -> Depth:
 
 
 def _first(value: object, default: object) -> int:
-    """A tag's value, or its first where it has one a sample."""
+    """Return a tag's value, or the first of one a sample."""
     if isinstance(value, tuple):
         value = value[0] if value else None
     return default if value is None else value  # type: ignore[return-value]
 
 
 def _pnm(picture: ImageFile.ImageFile) -> Depth | None:
-    """PGM and PPM, which Pillow scales to 65,535 (gray) or 255 (colors), and PFM."""
+    """Return the depth of PGM and PPM, which Pillow scales to 65,535 (gray) or 255 (colors), and of PFM."""
     if picture.mode == "F":
-        scale = float(picture.info.get("scale", 1))  # "the file's values times this", but of what, no standard says
+        # A factor on the file's values, but no standard defines the unit of the result.
+        scale = float(picture.info.get("scale", 1))
         return Depth(32, 0, 1) if scale == 1 else Depth(32)
-    args = picture.tile[0].args
-    whole = args[1] if isinstance(args, tuple) and picture.tile[0].codec_name in ("ppm", "ppm_plain") else None
-    maximum = int(whole) if whole is not None else 65535 if is_deep(picture) else 255
+    args, codec = picture.tile[0].args, picture.tile[0].codec_name
+    stated = args[1] if isinstance(args, tuple) and codec in ("ppm", "ppm_plain") else None
+    assumed = 65535 if is_deep(picture) else 255
+    maximum = assumed if stated is None else int(stated)
     if maximum <= 255:
         return None
     return Depth(maximum.bit_length(), 0, 65535, stated=maximum != 65535, unit=65535 / maximum)
 
 
 def _png(content: bytes) -> Depth | None:
-    """By the header, and by the sBIT chunk, which comes before the pixels."""
+    """Return a PNG's depth, from its header and the sBIT chunk, which comes before the pixels."""
     if content[24] != 16:
         return None
     place = PNG_START
@@ -195,7 +215,10 @@ def _png(content: bytes) -> Depth | None:
 
 
 def _jpeg2000(content: bytes) -> Depth | None:
-    """By the first component's precision, in the SIZ segment; Pillow shifts gray up to 16 bits and colors to 8."""
+    """Return a JPEG 2000's depth, from the first component's precision in the SIZ segment.
+
+    Pillow shifts gray up to 16 bits and colors to 8.
+    """
     start = content.find(CODESTREAM)
     if start < 0 or start + 42 >= len(content):
         return None

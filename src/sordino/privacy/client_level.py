@@ -22,8 +22,8 @@ from sordino.privacy.mechanism import (
     once,
     summed_securely,
 )
-from sordino.privacy.noise import Randomness
 from sordino.privacy.secure_mean import ServerSums, SumTerms, SumVectors
+from sordino.randomness import Randomness
 
 CLIP = "clip"  # the mechanism's state: the current bound, a scalar
 COUNT = "count"  # the field of the secure sum of bits
@@ -32,7 +32,7 @@ COUNT_SHARE = 0.1  # of the budget, for the count of clipped uploads that an ada
 
 @dataclass(frozen=True)
 class ClientMechanism(Mechanism):
-    """The client as the unit of privacy: `dp-fedavg`.
+    """Protect clients: `dp-fedavg`.
 
     McMahan, Ramage, Talwar, Zhang, Learning Differentially Private Recurrent Language Models, ICLR 2018: uploads are
     clipped to one norm, averaged with a fixed divisor, noised. With `noise_by = "client"` every upload is noised
@@ -173,4 +173,4 @@ class ClientMechanism(Mechanism):
                     self.round_releases(range(len(self.inputs.sizes))), self.inputs.rounds_participated, strict=True
                 )
             ]
-        return [replace(each, steps=count) for each in self.round_releases(range(len(self.inputs.sizes)))]
+        return [replace(release, steps=count) for release in self.round_releases(range(len(self.inputs.sizes)))]

@@ -49,7 +49,7 @@ from sordino.privacy.gradients import (
     finite_examples,
     mean_losses,
 )
-from sordino.privacy.noise import Randomness
+from sordino.randomness import Randomness
 
 
 @dataclass(frozen=True)

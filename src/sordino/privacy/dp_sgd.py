@@ -34,8 +34,8 @@ from sordino.privacy.gradients import (
     excluding,
     finite_examples,
 )
-from sordino.privacy.noise import Randomness
 from sordino.privacy.sampling import Sampling
+from sordino.randomness import Randomness
 
 
 @dataclass(frozen=True)

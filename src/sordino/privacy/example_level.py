@@ -27,15 +27,15 @@ from sordino.privacy.mechanism import (
     summed_securely,
     unchanged,
 )
-from sordino.privacy.noise import Randomness
 from sordino.privacy.secure_mean import ServerSums, SumTerms, SumVectors
+from sordino.randomness import Randomness
 
 SIZES_KNOWN = "how many examples each client holds is known to all"
 
 
 @dataclass(frozen=True)
 class ExampleMechanism(Mechanism):
-    """The example as the unit of privacy: `dp-sgd` and `cotangent`."""
+    """Protect examples: `dp-sgd` and `cotangent`."""
 
     @property
     def samples_examples(self) -> bool:
@@ -84,8 +84,8 @@ class ExampleMechanism(Mechanism):
         return [release for drawn in rates for release in self._call_releases(clients, drawn)]
 
     def round_releases(self, clients: Sequence[int]) -> list[Release]:
-        each = self._call_releases(clients, self._rates(clients))
-        return [replace(release, steps=self.inputs.steps) for release in each]
+        of_one_gradient = self._call_releases(clients, self._rates(clients))
+        return [replace(release, steps=self.inputs.steps) for release in of_one_gradient]
 
     def planned(self, rounds: int | None = None) -> list[Release]:
         share = 1.0 if rounds is None else rounds / self.inputs.rounds
@@ -94,7 +94,7 @@ class ExampleMechanism(Mechanism):
         }
         clients = range(len(self.inputs.sizes))
         releases = self._call_releases(clients, self._rates(clients))
-        return [replace(each, steps=self.inputs.steps * times[each.party]) for each in releases]
+        return [replace(release, steps=self.inputs.steps * times[release.party]) for release in releases]
 
     def empty_ledger(self) -> Ledger:
         noise_by = self.settings.noise_by
@@ -124,7 +124,7 @@ class ExampleMechanism(Mechanism):
         return public_directions(self.model.encoder, self.settings.subspace)
 
     def _gradients(self, randomness: Randomness, clients: Sequence[int], call: int) -> Gradients:
-        """The gradients of one call in a round; no two calls draw the same noise."""
+        """Return the gradients of one call in a round; no two calls draw the same noise."""
         assert self.model is not None
         s = self.settings
         if s.mechanism == "cotangent":
@@ -144,7 +144,7 @@ class ExampleMechanism(Mechanism):
 
     @cached_property
     def _noised_fields(self) -> tuple[str, ...]:
-        """The upload's fields whose mean gets noise, where clients do not add it alone."""
+        """Return the upload's fields whose mean gets noise, where clients do not add it alone."""
         return tuple(self.inputs.shared.values())
 
     @cached_property
@@ -185,11 +185,11 @@ class ExampleMechanism(Mechanism):
         return {"client": plain_mean, "server": once(by_server), "shares": once(in_shares)}[self.settings.noise_by]
 
     def _rates(self, clients: Iterable[int]) -> list[float]:
-        """The sampling rates that are planned."""
+        """Return the planned sampling rates."""
         return [self.inputs.rate(client) for client in clients]
 
     def _call_releases(self, clients: Iterable[int], rates: Iterable[float]) -> list[Release]:
-        """What one gradient releases of each client's examples, which were sampled at these rates."""
+        """Return the releases of one gradient, for clients whose examples were sampled at these rates."""
         pairs = zip(clients, rates, strict=True)
         return [release for client, rate in pairs for release in self._client_releases(client, rate)]
 

@@ -19,10 +19,10 @@ from sordino.errors import RunError
 from sordino.privacy import accounting
 from sordino.privacy.gradients import ExactGradients, Gradients
 from sordino.privacy.ledger import OBSERVERS, Channel, Disclosure, Ledger, Release, Source
-from sordino.privacy.noise import Randomness
 from sordino.privacy.sampling import sampling_rate
 from sordino.privacy.secure_mean import ServerSums, SumVectors
 from sordino.privacy.settings import PrivacySettings
+from sordino.randomness import Randomness
 
 ServerUses = Literal["mean", "each", "shares", "nothing"]
 Average = Callable[[str, Tensor, Tensor], Tensor]  # (field, values [K, ...], weights [K]) to their mean
@@ -39,7 +39,7 @@ SLACK = 1e-6  # by which a budget may seem to be passed where rounding says so
 
 @dataclass(frozen=True)
 class MechanismInputs:
-    """What a mechanism must know of a method and of the federation that runs it.
+    """Properties of a method and its federation that determine its privacy analysis.
 
     Attributes:
         trains: false for a method with no rounds.
@@ -76,12 +76,12 @@ class MechanismInputs:
     discloses: tuple[Disclosure, ...]
 
     def rate(self, client: int) -> float:
-        """The probability with which an example of a client is in a batch."""
+        """Return the probability with which an example of a client is in a batch."""
         return sampling_rate(self.batch_size, self.sizes[client])
 
     @cached_property
     def largest_share(self) -> float:
-        """The largest ratio, over clients, of an upload's weight to the expected size of the batch it is made of."""
+        """Return the largest ratio, over clients, of an upload's weight to the expected size of its batch."""
         pairs = zip(self.weights, range(len(self.sizes)), strict=True)
         return max(weight / (self.rate(client) * self.sizes[client]) for weight, client in pairs)
 
@@ -143,21 +143,21 @@ class Mechanism:
 
     @property
     def samples_clients(self) -> bool:
-        """Whether a round's participants are chosen by independent coins."""
+        """Tell whether a round's participants are a Poisson sample."""
         return False
 
     @property
     def samples_examples(self) -> bool:
-        """Whether batches are."""
+        """Tell whether batches are Poisson samples."""
         return False
 
     @property
     def broadcasts_clip(self) -> bool:
-        """Whether the clip adapts, so that the server tells it every round."""
+        """Tell whether the clip adapts, so that the server broadcasts it every round."""
         return False
 
     def initial_state(self) -> dict[str, Tensor]:
-        """The state before the first round."""
+        """Return the state before the first round."""
         return {}
 
     def client_end(
@@ -192,7 +192,7 @@ class Mechanism:
 
     @property
     def sums_securely(self) -> bool:
-        """Whether uploads are added up by a secure sum, so that the server sees none of them."""
+        """Tell whether a secure sum adds uploads up, so that the server sees none of them."""
         return self.settings.on and self.inputs.trains and self.settings.noise_by == "shares"
 
     def entered(self, clients: Sequence[int], rates: Sequence[Sequence[float]]) -> list[Release]:
@@ -218,21 +218,25 @@ class Mechanism:
         Raises:
             RunError: it released something else, so the planned epsilon would not hold.
         """
-        entered, planned = (Ledger().add(each).releases for each in (releases, self.round_releases(clients)))
+        entered = Ledger().add(releases).releases
+        planned = Ledger().add(self.round_releases(clients)).releases
         if set(entered) == set(planned):
             return
-        found = _difference(entered, planned)
+        difference = _difference(entered, planned)
         raise RunError(
-            f"the method does not keep to its schedule, so its epsilon would not hold: {found}; nothing of this round "
-            "was released; mend the method's schedule(settings)"
+            f"the method does not keep to its schedule, so its epsilon would not hold: {difference}; nothing of this "
+            "round was released; mend the method's schedule(settings)"
         )
 
     def planned(self, rounds: int | None = None) -> list[Release]:
-        """What the first `rounds` rounds release, or the whole run; participation is spread evenly in between."""
+        """Return the releases of the first `rounds` rounds, or of the whole run.
+
+        Participation is spread evenly over the rounds.
+        """
         return []
 
     def affords(self, ledger: Ledger, releases: Iterable[Release]) -> bool:
-        """Whether further releases keep what every untrusted observer learns within the budget, if there is one."""
+        """Tell whether every untrusted observer stays within the budget, if there is one, after further releases."""
         if self.settings.epsilon is None or self.delta is None:
             return True
         after = replace(ledger.add(releases), disclosures=())
@@ -241,12 +245,12 @@ class Mechanism:
         return all(epsilon <= self.settings.epsilon + SLACK for epsilon in spent)
 
     def empty_ledger(self) -> Ledger:
-        """The ledger before anything was released: what stays without noise, and whom the mechanism trusts."""
+        """Return the ledger before any release: disclosures without noise, and whom the mechanism trusts."""
         return Ledger(disclosures=self._left_open())
 
     def _left_open(self, covered: Collection[Channel] = ()) -> tuple[Disclosure, ...]:
-        """What leaves without noise, if what leaves in the `covered` ways is noised or made of what is."""
-        return tuple(each for each in self.inputs.discloses if each.channel not in covered)
+        """Return the disclosures without noise, if all in the `covered` channels is noised or made of noised values."""
+        return tuple(part for part in self.inputs.discloses if part.channel not in covered)
 
     @property
     def _randomness(self) -> Source:
@@ -254,7 +258,7 @@ class Mechanism:
 
     @cached_property
     def total(self) -> Ledger:
-        """The ledger as a whole run will leave it."""
+        """Return the ledger as a whole run will leave it."""
         return self.empty_ledger().add(self.planned())
 
 
@@ -264,17 +268,18 @@ def _difference(entered: Sequence[Release], planned: Sequence[Release]) -> str:
     def words(release: Release | None) -> str:
         return "none" if release is None else f"{release.steps} at sampling rate {release.sampling_rate:.4g}"
 
-    for party in dict.fromkeys(each.party for each in (*planned, *entered)):
-        of_party = ([each for each in releases if each.party == party] for releases in (entered, planned))
-        drawn, plan = (set(each) for each in of_party)
+    for party in dict.fromkeys(release.party for release in (*planned, *entered)):
+        drawn = {release for release in entered if release.party == party}
+        plan = {release for release in planned if release.party == party}
         if drawn != plan:
-            extra, missing = ("; ".join(sorted(map(words, each))) or "none" for each in (drawn - plan, plan - drawn))
+            extra = "; ".join(sorted(map(words, drawn - plan))) or "none"
+            missing = "; ".join(sorted(map(words, plan - drawn))) or "none"
             return f"releases of {party} in a round: {missing} planned, {extra} drawn"
     return "another order of releases"
 
 
 def summed_securely(settings: PrivacySettings) -> str:
-    """What a secure sum takes as given, in words."""
+    """Return the assumptions of a secure sum, in words."""
     together = f"at most {settings.colluders} of them pool what they know, with each other or with the server"
     return f"clients' uploads are added up by a secure sum, in which all keep to the protocol and {together}"
 
@@ -300,12 +305,15 @@ def once(average: Average) -> Average:
 
 
 def unchanged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An upload that leaves as it is."""
+    """Return an upload as it is."""
     return tensors
 
 
 def plain_mean(name: str, values: Tensor, weights: Tensor) -> Tensor:
-    """The mean of values [K, ...] with weights [K] over clients; does not depend on their order beyond rounding."""
+    """Return the weighted mean over clients of values [K, ...], with weights [K].
+
+    The clients' order changes it by rounding only.
+    """
     weights = weights.to(values)
     averaged: Tensor = torch.tensordot(weights / weights.sum(), values, dims=1)
     return averaged

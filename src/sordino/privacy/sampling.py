@@ -1,4 +1,4 @@
-"""Poisson sampling: every example is in a batch by a coin of its own, whoever else is."""
+"""Poisson sampling: every example is in a batch with one probability, independently of all others."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sordino.privacy.noise import Randomness
+from sordino.randomness import Randomness
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a batch was sampled.
+    """The sampling of a batch.
 
     Attributes:
         rate: [K] float64, the probability with which each of a client's examples was in the batch.
@@ -32,10 +32,10 @@ def sampling_rate(batch_size: int | None, examples: int) -> float:
 
 
 class PoissonSampler:
-    """Draws the batches of one round; no two draws toss the same coins, in however many loops they are asked for.
+    """Draw the batches of one round. No two draws share random numbers, in however many loops a method asks for them.
 
     Args:
-        randomness: where the coins come from.
+        randomness: the source of the samples.
     """
 
     def __init__(self, randomness: Randomness) -> None:
@@ -54,7 +54,7 @@ class PoissonSampler:
         """
         number, self._draws = self._draws, self._draws + 1
         rates = [sampling_rate(batch_size, count) for count in counts]
-        coins = self._randomness.uniform(f"batch {number}", counts)
-        chosen = [(coin < rate).nonzero().flatten() for coin, rate in zip(coins, rates, strict=True)]
+        drawn = self._randomness.uniform(f"batch {number}", counts)
+        chosen = [(numbers < rate).nonzero().flatten() for numbers, rate in zip(drawn, rates, strict=True)]
         rate = torch.tensor(rates, dtype=torch.float64)
         return chosen, Sampling(rate, rate * torch.tensor(counts, dtype=torch.float64), number)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from sordino.privacy.ledger import Unit
-from sordino.privacy.noise import Randomness
 from sordino.privacy.settings import PrivacySettings
+from sordino.randomness import Randomness
 from sordino.secure import Carrier, SecureError, SumClient, SumServer, SumSetup, Traffic, carry_exchange, plan_sum
 from sordino.secure.messages import read
 from sordino.secure.sums.messages import SumMessage

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sordino.errors import ConfigError, config_error
-from sordino.experiments.config import check_values, read_tables
+from sordino.experiments.toml_tables import check_values, read_tables
 from sordino.files import absolute_path
 from sordino.private_tuning.search import Search
 

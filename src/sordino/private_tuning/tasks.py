@@ -32,6 +32,7 @@ from sordino.files import read_regular, user_path
 from sordino.mpc.tower.distill import embedder_of
 from sordino.mpc.tower.sentences import Forward, encoded
 from sordino.private_tuning.settings import PrivateTuning, longest_of
+from sordino.prompt_file import KNOWN_FEATURES
 
 Part = Literal["test", "validation"]  # examples to test on; "validation": training examples that are no shots
 Indices = NDArray[np.int64]
@@ -55,7 +56,7 @@ class Task(ABC):
         test_labels: of test examples, [T].
     """
 
-    kind: ClassVar[str]
+    kind: ClassVar[Literal["text", "images"]]
     embedder: Embedder
     class_names: tuple[str, ...]
     labels: Tensor
@@ -97,9 +98,19 @@ class Task(ABC):
 
     def accuracy(self, forward: Forward, prompt: Tensor) -> float:
         """Compute the accuracy on test examples behind a prompt [M, E]."""
+        return self.measure(forward, prompt)[0]
+
+    def measure(self, forward: Forward, prompt: Tensor) -> tuple[float, dict[str, Tensor]]:
+        """Compute the accuracy on test examples behind a prompt [M, E], in one call of `forward`.
+
+        Returns:
+            The accuracy, and by name what a classifier of new examples needs beside the prompt.
+        """
         with torch.no_grad():
-            predicted = self.logits(forward, prompt[None], test=True)[0].argmax(-1)
-        return float((predicted == self.test_labels).double().mean())
+            return self._accuracy(self.logits(forward, prompt[None], test=True)[0]), {}
+
+    def _accuracy(self, logits: Tensor) -> float:
+        return float((logits.argmax(-1) == self.test_labels).double().mean())
 
 
 def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
@@ -221,9 +232,22 @@ class ImageTask(Task):
 
     def logits(self, forward: Forward, prompts: Tensor, test: bool = False) -> Tensor:
         """Compute scaled cosines of image features to class features; see `Task`. No image enters `forward`."""
+        return self._cosines(self.class_features(forward, prompts), test)
+
+    def class_features(self, forward: Forward, prompts: Tensor) -> Tensor:
+        """Compute unit-norm features [P, C, D] of the classes' sentences behind prompts [P, M, E]."""
         classes = self.embedder.class_tokens(self.class_names)
         rows = [row[is_token] for row, is_token in zip(classes.embeddings, classes.mask, strict=True)]
-        class_features = self.project(_behind(self.embedder, forward, prompts, rows))  # [P, C, D]
+        return self.project(_behind(self.embedder, forward, prompts, rows))
+
+    def measure(self, forward: Forward, prompt: Tensor) -> tuple[float, dict[str, Tensor]]:
+        """Compute the accuracy, and the prompt's class features [C, D]: with them the tower is needed no more."""
+        with torch.no_grad():
+            features = self.class_features(forward, prompt[None])
+            return self._accuracy(self._cosines(features, test=True)[0]), {KNOWN_FEATURES: features[0]}
+
+    def _cosines(self, class_features: Tensor, test: bool) -> Tensor:
+        """Scaled cosines [P, N, C] of training or test examples."""
         images = self.test_features if test else self.features
         logits: Tensor = self.logit_scale * images @ class_features.mT
         return logits

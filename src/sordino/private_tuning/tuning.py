@@ -12,16 +12,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 import sordino
 from sordino.errors import ConfigError, RunError
-from sordino.experiments.config import to_toml
 from sordino.experiments.data_record import pin
 from sordino.experiments.run_folder import Metrics, prepare
 from sordino.experiments.run_lock import held
+from sordino.experiments.toml_tables import to_toml
 from sordino.files import user_path, write_atomically
 from sordino.mpc.dealing.costs import Cost, Costs
 from sordino.mpc.parties.certificates import DATA_OWNER, Identity
@@ -32,7 +31,9 @@ from sordino.private_tuning.search import SearchState, tune
 from sordino.private_tuning.settings import PrivateTuning
 from sordino.private_tuning.tasks import Task
 from sordino.progress import Progress, silent
+from sordino.prompt_file import EncoderRecord, PrivacyRecord, SavedPrompt
 
+METHOD = "secp-tuning"  # as a saved prompt names it
 STATE = "search.json"
 SESSION = "session"  # table that may change between a run and its resumption, as servers may move
 
@@ -95,8 +96,10 @@ def _tuned(
         search, start, lambda prompts: task.losses(forward, prompts), state, record.generation, progress
     )
     searched = time.monotonic()
-    accuracy = {"zero_shot": task.accuracy(forward, start), "tuned": task.accuracy(forward, prompt)}
-    _save_prompt(out / "prompts" / "private.safetensors", config, task, prompt, state)
+    zero_shot = task.accuracy(forward, start)
+    tuned, beside = task.measure(forward, prompt)
+    saved = _saved_prompt(config, task, {"context": prompt, **beside}, state, clear)
+    saved.save(out / "prompts" / "private.safetensors")
     before = record.metrics.lines[0]["mean_loss"]
     summary = {
         "task": task.kind,
@@ -106,7 +109,7 @@ def _tuned(
         "generations": len(state.losses),
         "evaluations": sum(map(len, state.losses)),
         "test_examples": len(task.test_labels),
-        "accuracy": accuracy,
+        "accuracy": {"zero_shot": zero_shot, "tuned": tuned},
         "train_loss": {"before": before, "after": state.least if state.losses else before},
         "seconds": {
             "search": record.metrics.seconds("seconds"),
@@ -210,17 +213,47 @@ def _state(file: Path, clear: bool, costs: Costs | None) -> SearchState:
     return state
 
 
-def _save_prompt(file: Path, config: PrivateTuning, task: Task, prompt: Tensor, state: SearchState) -> None:
-    """Write the prompt and z, with the task, encoder, classes and seed that they belong to."""
+def _saved_prompt(
+    config: PrivateTuning, task: Task, tensors: dict[str, Tensor], state: SearchState, clear: bool
+) -> SavedPrompt:
+    """Return the prompt, its z, and what a classifier needs beside it, with what they belong to."""
     z = torch.tensor(state.best or [0.0] * config.search.width, dtype=torch.float64)
-    metadata = {
-        "task": task.kind,
-        "encoder": config.model.embeddings or "bundled",
-        "classes": json.dumps(task.class_names),
-        "seed": str(config.seed),
-    }
-    content = safetensors.torch.save({"prompt": prompt.detach().contiguous(), "z": z}, metadata=metadata)
-    write_atomically(file, content)
+    black_and_white = config.task.gray_range
+    return SavedPrompt(
+        prompt={**tensors, "z": z},
+        method=METHOD,
+        settings=config.model_dump(include={"seed", "prompt", "search"}) | {"shots": config.task.shots},
+        class_names=task.class_names,
+        encoder=_encoder(config, task),
+        privacy=PrivacyRecord(
+            private=False,
+            simulated=False,
+            statement=f"{_IN_THE_CLEAR if clear else _ON_SHARES} {_PUBLISHED}",
+            ledger_sha256=None,
+        ),
+        version=sordino.__version__,
+        task=task.kind,
+        gray_range=None if black_and_white is None else (black_and_white[0], black_and_white[1]),
+    )
+
+
+_IN_THE_CLEAR = "Tuned on the data owner's machine, with the text tower in the clear: nothing left the machine."
+_ON_SHARES = (
+    "Tuned on secret shares: the two servers learned no sentence, image, label, loss or prompt, as long as they do not "
+    "collude."
+)
+_PUBLISHED = "Not private if published: the prompt is a function of the training examples, without noise."
+
+
+def _encoder(config: PrivateTuning, task: Task) -> EncoderRecord:
+    """Return the record of the image tower, or for sentences that of tokenizer and embeddings."""
+    record = task.record()
+    if "encoder" not in record:
+        folder = config.model.embeddings
+        name = "bundled embeddings" if folder is None else "embeddings"
+        return EncoderRecord(name=name, fingerprint=record["embeddings"], checkpoint=folder)
+    tower = record["encoder"]
+    return EncoderRecord(name=tower["name"], fingerprint=tower["fingerprint"])
 
 
 def _figures(cost: Cost) -> dict[str, int]:

@@ -1,8 +1,9 @@
 """A prompt as a rank-k product plus a residual.
 
-Tran et al., Privacy-Preserving Personalized Federated Prompt Learning for Multimodal Large Language Models (DP-FPL),
-ICLR 2025 (arXiv 2501.13904), section 4: one power iteration with a random projection splits the local prompt p into
-orthonormal U, V = U^T p and the residual R = p - U V, so that p = U V + R holds exactly.
+Tran et al., Privacy-Preserving Personalized Federated Prompt Learning for Multimodal Large Language
+Models (DP-FPL), ICLR 2025 (arXiv 2501.13904), section 4: one power iteration with a random
+projection splits the local prompt p into orthonormal U, V = U^T p and the residual R = p - U V, so
+that p = U V + R holds exactly.
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class Factors:
     residual: Tensor
 
     def product(self) -> Tensor:
-        """The rank-k part u v [..., M, E]."""
+        """Return the rank-k part u v [..., M, E]."""
         return self.u @ self.v
 
 
@@ -38,7 +39,8 @@ def factorize(context: Tensor, projection: Tensor) -> Factors:
         projection: [..., E, k], standard normal numbers; k is the rank, at most M.
 
     Returns:
-        The factors; where a context has rank k or less, the product is the context itself and the residual is zero.
+        The factors. If a context has rank k or less, the product is the context itself and the
+        residual is zero.
 
     Raises:
         ValueError: k is larger than M.
@@ -47,6 +49,7 @@ def factorize(context: Tensor, projection: Tensor) -> Factors:
     if rank > length:
         raise ValueError(f"rank {rank} is above the context's length {length}")
     span = context @ projection
-    u = torch.linalg.qr(span.cpu() if span.device.type == "mps" else span).Q.to(span)  # Metal has no QR
+    # Metal has no QR decomposition.
+    u = torch.linalg.qr(span.cpu() if span.device.type == "mps" else span).Q.to(span)
     v = u.mT @ context
     return Factors(u, v, context - u @ v)

@@ -1,4 +1,4 @@
-"""What methods that learn on the image side have in common."""
+"""Models that methods on the image side share."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ from torch import Tensor
 from sordino.encoders.cache import Kind, layer_kind
 from sordino.encoders.prompt_model import Prompt, PromptModel, prompt_count
 
-# Images that are worth one pass through an image tower at once. A vision transformer of usual size keeps some 10 to 100
-# MB of activations an image for a backward pass, and a few without one.
+# Images in one pass through an image tower. A vision transformer of usual size keeps some 10 to 100
+# MB of activations an image for a backward pass, and a few MB without one.
 IMAGES_AT_ONCE = {"backward": 32, "forward": 128}
 
 
 def token_deviation(width: int) -> float:
-    """Standard deviation at which prompt tokens start: that of VPT's uniform numbers in a ViT-B/16 of its width."""
+    """Return the standard deviation of initial prompt tokens.
+
+    It is that of VPT's uniform numbers in a ViT-B/16 of its width.
+    """
     return 1 / math.sqrt(width)
 
 
 @dataclass(frozen=True)
 class ImageSideModel(PromptModel):
-    """A prompt enters the image tower, so every client's images have passes of their own."""
+    """A model whose prompt enters the image tower, so every client's images need their own passes."""
 
     linear: ClassVar[bool] = False
     prompts_images: ClassVar[bool] = True
@@ -40,11 +43,11 @@ class ImageSideModel(PromptModel):
 
 @dataclass(frozen=True)
 class HandWrittenHeadModel(ImageSideModel):
-    """Only the image tower is prompted; classes are the features of a hand-written prompt, computed once.
+    """A model with prompts in the image tower only. Class features are those of a hand-written prompt, computed once.
 
     Attributes:
         hand_written: the words before the class name.
-        first_layer: the first layer that is prompted; images are read as what enters it.
+        first_layer: the first layer with prompts; images are represented by its input.
     """
 
     hand_written: str = "a photo of a"
@@ -59,6 +62,6 @@ class HandWrittenHeadModel(ImageSideModel):
 
     @cached_property
     def _head(self) -> Tensor:
-        """[C, D]."""
+        """Compute the class features [C, D] of the hand-written prompt."""
         with torch.no_grad():
             return self.text_features(self.encoder.embed(self.hand_written)[None])[0]

@@ -1,15 +1,15 @@
-"""The page's section on clusters: who was with whom, who moved, and what the server saw of clients to find it out."""
+"""The page's section on clusters: their members by round, and the distances that the server saw to find them."""
 
 from collections.abc import Sequence
 from html import escape
 from itertools import pairwise
 
 from sordino.report.distances import Domains, cluster_color, holding, what_the_server_saw
-from sordino.report.figures import PALETTE, Figure
+from sordino.report.figures import PALETTE
 from sordino.report.groups import Group
 from sordino.report.heatmap import client_layout, luminance, numbered, numbers, tick_step
+from sordino.report.markup import Figure, counted, html_table, keys, listed, place
 from sordino.report.runs import Run
-from sordino.report.tables import counted, html_table, keys, listed
 from sordino.secure import NOBODY
 
 Clustering = tuple[int, tuple[int, ...]]  # a round, and the number of each client's cluster or NOBODY
@@ -18,7 +18,10 @@ _OPEN_TEXT = 4000  # characters; a longer table is folded
 
 
 def clusters(groups: Sequence[Group]) -> str:
-    """Of each group that clusters its clients, the run of the first seed: clusters by round, distances, a plane."""
+    """Return the section: clusters by round, distances and a plane.
+
+    It shows the run of the first seed of each group that clusters its clients, and is empty if no group does.
+    """
     parts = [_of_run(index, group) for index, group in enumerate(groups)]
     if not any(parts):
         return ""
@@ -26,35 +29,37 @@ def clusters(groups: Sequence[Group]) -> str:
 
 
 def clusterings(run: Run) -> list[Clustering]:
-    """The rounds in which clients were clustered or their clusters changed, from the first with any cluster on."""
-    found: list[Clustering] = []
+    """Return the rounds in which clients were clustered or changed clusters, from the first with any cluster on."""
+    shown: list[Clustering] = []
     last: tuple[int, ...] | None = None
     for entry in run.rounds:
         if entry.clusters is None:
             continue
         labels = tuple(max(label, NOBODY) for label in entry.clusters)
         computed = entry.protocol is not None and entry.protocol.columns > 0
-        if (found or max(labels, default=NOBODY) > NOBODY) and (computed or labels != last):
-            found.append((entry.round, labels))
+        any_cluster = max(labels, default=NOBODY) > NOBODY
+        if (shown or any_cluster) and (computed or labels != last):
+            shown.append((entry.round, labels))
         last = labels
-    return found
+    return shown
 
 
 def moves(before: Sequence[int], after: Sequence[int]) -> str:
-    """Who moved, in words: `client 4 from cluster 1 to 3; clients 5 and 6 into cluster 0`."""
+    """Return the clients that moved, in words: `client 4 from cluster 1 to 3; clients 5 and 6 into cluster 0`."""
     moved: dict[tuple[int, int], list[int]] = {}
     for client, (old, new) in enumerate(zip(before, after, strict=True)):
         if old != new:
             moved.setdefault((old, new), []).append(client)
-    ways = (
+    routes = (
         f"into cluster {new}" if old < 0 else f"out of cluster {old}" if new < 0 else f"from cluster {old} to {new}"
         for old, new in moved
     )
-    return "; ".join(f"{_clients(who)} {way}" for who, way in zip(moved.values(), ways, strict=True)) or "nobody"
+    phrases = (f"{_clients(clients)} {route}" for clients, route in zip(moved.values(), routes, strict=True))
+    return "; ".join(phrases) or "nobody"
 
 
 def agreement(labels: Sequence[int], domains: Domains) -> float | None:
-    """Adjusted Rand index (Hubert and Arabie, 1985) between clusters and domains.
+    """Return the adjusted Rand index (Hubert and Arabie, 1985) between clusters and domains.
 
     A client in no cluster counts as one of its own. None unless every client has one domain.
     """
@@ -67,13 +72,15 @@ def agreement(labels: Sequence[int], domains: Domains) -> float | None:
 
 
 def _of_run(index: int, group: Group) -> str:
-    run = min(group.runs, key=lambda each: each.summary.seed)
-    found = clusterings(run)
+    run = min(group.runs, key=lambda candidate: candidate.summary.seed)
+    history = clusterings(run)
     domains = {client.client: client.domains or () for client in run.summary.per_client}
-    which = f"<p>Of the run with seed {run.summary.seed}, the first of {len(group.runs)} seeds.</p>\n"
-    over = _over_rounds(index, group.label, found, domains) if found else ""
-    saw = what_the_server_saw(index, group.label, run, domains)
-    return f"<h3>{escape(group.label)}</h3>\n{which if group.over_seeds else ''}{over}{saw}" if over or saw else ""
+    rounds = _over_rounds(index, group.label, history, domains) if history else ""
+    distances = what_the_server_saw(index, group.label, run, domains)
+    if not (rounds or distances):
+        return ""
+    seed = f"<p>Of the run with seed {run.summary.seed}, the first of {len(group.runs)} seeds.</p>\n"
+    return f"<h3>{escape(group.label)}</h3>\n{seed if group.over_seeds else ''}{rounds}{distances}"
 
 
 def _clients(numbers_of: Sequence[int]) -> str:
@@ -84,20 +91,18 @@ def _count(labels: Sequence[int]) -> int:
     return len({label for label in labels if label >= 0})
 
 
-def _over_rounds(index: int, label: str, found: Sequence[Clustering], domains: Domains) -> str:
-    from sordino.report.page import place  # the page imports this module
-
-    labels = found[-1][1]
-    figure = _by_round(found, [holding(domains.get(client, ())) for client in range(len(labels))])
-    present = sorted({label for _, each in found for label in each if label >= 0})
+def _over_rounds(index: int, label: str, history: Sequence[Clustering], domains: Domains) -> str:
+    labels = history[-1][1]
+    figure = _by_round(history, [holding(domains.get(client, ())) for client in range(len(labels))])
+    present = _numbers(history)
     words = (
-        f"Clusters of {counted(len(labels), 'client')} in {counted(len(found), 'round')}; the tables below say who is "
-        "in which, and who moved."
+        f"Clusters of {counted(len(labels), 'client')} in {counted(len(history), 'round')}; the tables below say who "
+        "is in which, and who moved."
     )
     unnumbered = len(figure["data"]) == 1
-    legend = keys("Cluster", [("square", cluster_color(each), str(each)) for each in present if unnumbered])
+    legend = keys("Cluster", [("square", cluster_color(number), str(number)) for number in present if unnumbered])
     repeated = f" Colors repeat after {len(PALETTE)} clusters." if max(present) >= len(PALETTE) else ""
-    steps = pairwise([(0, (NOBODY,) * len(labels)), *found])
+    steps = pairwise([(0, (NOBODY,) * len(labels)), *history])
     rows = [
         [
             f"{number} <small>({counted(_count(after), 'cluster')})</small>",
@@ -108,7 +113,7 @@ def _over_rounds(index: int, label: str, found: Sequence[Clustering], domains: D
     table = html_table("Who changed clusters, by round.", ["Round", "Moved"], rows, f"Clusters by round, {label}")
     folded = "" if len(table) > _OPEN_TEXT else " open"
     return (
-        f"<h4>Clusters over rounds</h4>\n<p>{_told(found, domains)}</p>\n"
+        f"<h4>Clusters over rounds</h4>\n<p>{_in_words(history, domains)}</p>\n"
         f"<figure>\n{legend}{place(f'clusters-{index}', figure, words)}<figcaption>Each row is a client, each column a "
         "round in which clusters were computed or changed. Colors are clusters, which keep their numbers from round "
         f"to round.{repeated}</figcaption>\n</figure>\n"
@@ -116,11 +121,17 @@ def _over_rounds(index: int, label: str, found: Sequence[Clustering], domains: D
     )
 
 
-def _told(found: Sequence[Clustering], domains: Domains) -> str:
-    (first, start), (last, labels) = found[0], found[-1]
+def _numbers(history: Sequence[Clustering]) -> list[int]:
+    """Return the numbers of all clusters, ascending."""
+    return sorted({number for _, labels in history for number in labels if number >= 0})
+
+
+def _in_words(history: Sequence[Clustering], domains: Domains) -> str:
+    (first, start), (last, labels) = history[0], history[-1]
     text = f"{counted(_count(start), 'cluster')} in round {first}"
-    if len(found) > 1:
-        moved = sum(len({each[client] for _, each in found}) > 1 for client in range(len(labels)))
+    if len(history) > 1:
+        clients = range(len(labels))
+        moved = sum(len({at_round[client] for _, at_round in history}) > 1 for client in clients)
         text += (
             f", {_count(labels)} in round {last}; {counted(moved, 'client') if moved else 'nobody'} moved on the way"
         )
@@ -134,25 +145,28 @@ def _told(found: Sequence[Clustering], domains: Domains) -> str:
     )
 
 
-def _by_round(found: Sequence[Clustering], holdings: Sequence[str]) -> Figure:
-    """Heat map: rows are clients, columns rounds, and colors clusters."""
-    present = sorted({label for _, labels in found for label in labels if label >= 0})
+def _by_round(history: Sequence[Clustering], holdings: Sequence[str]) -> Figure:
+    """Return a heat map: rows are clients, columns rounds, and colors clusters."""
+    present = _numbers(history)
     edges = [present[0] - 0.5, *((a + b) / 2 for a, b in pairwise(present)), present[-1] + 0.5]
     shares = [(edge - edges[0]) / (edges[-1] - edges[0]) for edge in edges]
-    few = numbered(len(holdings), len(found))
+    few = numbered(len(holdings), len(history))
     heat = {
         "type": "heatmap",
-        "x": list(range(len(found))),
+        "x": list(range(len(history))),
         "y": [str(client) for client in range(len(holdings))],
         "z": [
-            [label if label >= 0 else None for label in row] for row in zip(*(each for _, each in found), strict=True)
+            [label if label >= 0 else None for label in row]
+            for row in zip(*(labels for _, labels in history), strict=True)
         ],
         "customdata": [[text] for text in holdings],
-        "text": [[str(number) for number, _ in found]],
+        "text": [[str(number) for number, _ in history]],
         "zmin": edges[0],
         "zmax": edges[-1],
         "colorscale": [
-            [at, cluster_color(each)] for each, ends in zip(present, pairwise(shares), strict=True) for at in ends
+            [share, cluster_color(number)]
+            for number, ends in zip(present, pairwise(shares), strict=True)
+            for share in ends
         ],
         "showscale": False,
         "hoverongaps": False,
@@ -160,9 +174,9 @@ def _by_round(found: Sequence[Clustering], holdings: Sequence[str]) -> Figure:
         "xgap": 2 if few else 0,
         "ygap": 2 if few else 0,
     }
-    layout = client_layout(len(holdings), [str(number) for number, _ in found])
+    layout = client_layout(len(holdings), [str(number) for number, _ in history])
     layout["height"] -= 60  # without the long labels that columns of accuracies have
-    step = tick_step(2 * len(found))
+    step = tick_step(2 * len(history))
     axis = layout["xaxis"]
     axis |= {"tickvals": axis["tickvals"][::step], "ticktext": axis["ticktext"][::step], "title": {"text": "Round"}}
 
@@ -174,8 +188,8 @@ def _by_round(found: Sequence[Clustering], holdings: Sequence[str]) -> Figure:
 
 def _at_the_end(label: str, labels: Sequence[int], domains: Domains) -> str:
     known, rows = any(domains.values()), []
-    for number in sorted({*labels}, key=lambda each: (each < 0, each)):
-        members = [client for client, each in enumerate(labels) if each == number]
+    for number in sorted({*labels}, key=lambda label: (label < 0, label)):  # those in no cluster come last
+        members = [client for client, label_of in enumerate(labels) if label_of == number]
         held = listed(dict.fromkeys(name for client in members for name in domains.get(client, ())))
         cells = [", ".join(str(client) for client in members), *([escape(held)] if known else [])]
         words = [f'<span class="words">{cell}</span>' for cell in cells]

@@ -1,4 +1,4 @@
-"""The distances that a server saw, as arrays: put together, brought to one scale, and laid out on a plane."""
+"""The distances that a server saw, as arrays: put together, and laid out on a plane."""
 
 from dataclasses import dataclass
 
@@ -15,10 +15,10 @@ class Seen:
     """Distances that a server saw.
 
     Attributes:
-        clients: whose they are, ascending.
-        sets: of clients, to whose means they are: all of `clients` alone, in order, where they are `mutual`.
-        squared: [clients, sets], squared, in the points' units; NaN where one was not opened.
-        others: how many sets of several clients were asked about beside mutual ones.
+        clients: those whose distances they are, ascending.
+        sets: the sets of clients to whose means they are. If they are `mutual`, each of `clients` alone, in order.
+        squared: [clients, sets], squared, in the points' units; NaN if one was not opened.
+        others: the number of sets of several clients that were asked about beside mutual ones.
     """
 
     clients: tuple[int, ...]
@@ -28,11 +28,11 @@ class Seen:
 
     @property
     def mutual(self) -> bool:
-        """Whether these are the distances between all clients."""
+        """True if these are the distances between all clients."""
         return self.sets == tuple((client,) for client in self.clients) and not np.isnan(self.squared).any()
 
     def shown(self, ratios: bool) -> Floats:
-        """Distances [clients, sets], not squared; with `ratios` over the mean of the row."""
+        """Return distances [clients, sets], not squared; with `ratios`, divided by the mean of the row."""
         distances = np.sqrt(self.squared)
         if not ratios:
             return distances
@@ -43,7 +43,7 @@ class Seen:
 
 
 def seen(distances: Distances) -> Seen:
-    """Put the columns of a round together: those to single clients if they are complete, else all of them."""
+    """Put the columns of a round together: those of single clients if they are complete, else all of them."""
     columns = {tuple(sorted({*column.members})): column for column in distances.columns}
     clients = tuple(sorted({client for column in columns.values() for client in column.clients}))
     row = {client: number for number, client in enumerate(clients)}
@@ -53,25 +53,24 @@ def seen(distances: Distances) -> Seen:
         squared[[row[client] for client in column.clients], number] = values * distances.step**2
     everything = Seen(clients, tuple(columns), squared)
     singles = [everything.sets.index((client,)) for client in clients if (client,) in columns]
-    alone = Seen(
-        clients, tuple(everything.sets[at] for at in singles), squared[:, singles], len(columns) - len(singles)
-    )
-    return alone if alone.mutual else everything
+    single_sets = tuple(everything.sets[place] for place in singles)
+    between_clients = Seen(clients, single_sets, squared[:, singles], others=len(columns) - len(singles))
+    return between_clients if between_clients.mutual else everything
 
 
 def plane(squared: Floats) -> tuple[Floats, float]:
-    """Classical multidimensional scaling (Torgerson, 1952) to two dimensions.
+    """Lay points out in two dimensions by classical multidimensional scaling (Torgerson, 1952).
 
     Args:
         squared: [N, N], squared distances, symmetric.
 
     Returns:
-        Coordinates [N, 2], about their mean, the wider axis first; and which share of the sum of the squared distances
-        they keep, in [0, 1].
+        Coordinates [N, 2], about their mean, the wider axis first; and the share of the sum of the squared distances
+        that they keep, in [0, 1].
     """
     count = len(squared)
-    centring = np.eye(count) - 1 / count
-    values, vectors = np.linalg.eigh(-centring @ squared @ centring / 2)
+    centering = np.eye(count) - 1 / count
+    values, vectors = np.linalg.eigh(-centering @ squared @ centering / 2)
     values, vectors = values[::-1], vectors[:, ::-1]
     points = np.zeros((count, 2))
     axes = min(2, count)

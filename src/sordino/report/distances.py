@@ -1,4 +1,4 @@
-"""What a server that clusters on shares saw of clients: a heat map of distances, and a plane that they give away."""
+"""The distances that a server that clusters on shares saw: a heat map, and the plane that can be drawn from them."""
 
 import math
 import textwrap
@@ -9,10 +9,10 @@ from itertools import compress
 import numpy as np
 
 from sordino.report.distance_data import Floats, Seen, plane, seen
-from sordino.report.figures import SYMBOLS, Figure, color, plain, symbol
+from sordino.report.figures import SYMBOLS, color, symbol
 from sordino.report.heatmap import client_layout, color_scale, numbered, numbers, scale_luminance, tick_step
+from sordino.report.markup import NONE, Figure, counted, html_table, keys, listed, place, plain
 from sordino.report.runs import Run
-from sordino.report.tables import counted, html_table, keys, listed
 from sordino.secure import NOBODY, to_one_scale
 
 Domains = Mapping[int, tuple[str, ...]]  # of each client, empty where they are not known
@@ -23,11 +23,11 @@ _NAMED_POINTS = 60  # with more, numbers beside the points would cover each othe
 
 
 def what_the_server_saw(index: int, label: str, run: Run, domains: Domains) -> str:
-    """The heat map of the last distances, and where they are between all clients the plane; nothing without any.
+    """Return the heat map of the last distances, and the plane if they are between all clients; else nothing.
 
     Args:
         index: of the run on the page.
-        label: what the page calls it.
+        label: its name on the page.
         run: the run.
         domains: of each client.
     """
@@ -37,20 +37,18 @@ def what_the_server_saw(index: int, label: str, run: Run, domains: Domains) -> s
     ratios = settings.get("reveal") == "ratios"
     panels = [_heat_map(index, label, opened, ratios, run.distances.round, domains)]
     if opened.mutual and len(opened.clients) > 1:
-        after = {entry.round: entry.clusters for entry in run.rounds}
-        labels = after.get(run.distances.round) or (NOBODY,) * run.summary.clients
+        clusters = {entry.round: entry.clusters for entry in run.rounds}
+        labels = clusters.get(run.distances.round) or (NOBODY,) * run.summary.clients
         panels.append(_plane(index, label, opened, ratios, labels, domains))
     return f'<div class="panels">\n{"".join(panels)}</div>\n'
 
 
 def holding(domains: Sequence[str]) -> str:
-    """A client's domains, for its hover label."""
+    """Return a client's domains, for its hover label."""
     return plain(f"domain: {listed(domains)}") if domains else ""
 
 
 def _heat_map(index: int, label: str, opened: Seen, ratios: bool, number: int, domains: Domains) -> str:
-    from sordino.report.page import place  # the page imports this module
-
     figure = heat_map(opened, ratios, [holding(domains.get(client, ())) for client in opened.clients])
     to = "each other" if opened.mutual else f"the means of {counted(len(opened.sets), 'set')} of clients"
     words = (
@@ -79,36 +77,37 @@ def _heat_map(index: int, label: str, opened: Seen, ratios: bool, number: int, d
 
 def _nearest_and_farthest(opened: Seen, ratios: bool) -> list[list[str]]:
     shown, rows = opened.shown(ratios), []
-    known = ~np.isnan(shown) & [[each != (client,) for each in opened.sets] for client in opened.clients]
-    for client, distances, there in zip(opened.clients, shown.tolist(), known.tolist(), strict=True):
-        found = sorted(compress(zip(distances, opened.sets, strict=True), there))
-        ends = [found[0], found[-1]] if found else []
-        cells = [f'<span class="words">{named(each)} <small>({value:.3g})</small></span>' for value, each in ends]
-        rows.append([str(client), *(cells or ['<span class="none">n/a</span>'] * 2)])
+    others = [[members != (client,) for members in opened.sets] for client in opened.clients]
+    known = ~np.isnan(shown) & others
+    for client, distances, known_sets in zip(opened.clients, shown.tolist(), known.tolist(), strict=True):
+        by_distance = sorted(compress(zip(distances, opened.sets, strict=True), known_sets))
+        ends = [by_distance[0], by_distance[-1]] if by_distance else []
+        cells = [f'<span class="words">{named(members)} <small>({value:.3g})</small></span>' for value, members in ends]
+        rows.append([str(client), *(cells or [NONE] * 2)])
     return rows
 
 
-def heat_map(found: Seen, ratios: bool, holdings: Sequence[str]) -> Figure:
-    """Heat map of distances: rows are clients, columns the sets to whose means they are.
+def heat_map(opened: Seen, ratios: bool, holdings: Sequence[str]) -> Figure:
+    """Return a heat map of distances: rows are clients, columns the sets to whose means they are.
 
     Args:
-        found: the distances.
-        ratios: whether rows have scales of their own.
+        opened: the distances.
+        ratios: True if rows have scales of their own.
         holdings: of each row's client in words, for its hover label.
     """
-    shown = found.shown(ratios)
+    shown = opened.shown(ratios)
     known = shown[~np.isnan(shown)]
     top = float(known.max()) if known.size and known.max() > 0 else 1.0
     # Points have unit norm, so most distances are between 0.1 and 2; two places would show nothing of smaller ones.
-    few = numbered(len(found.clients), len(found.sets)) and top >= 0.1
+    few = numbered(len(opened.clients), len(opened.sets)) and top >= 0.1
     heat = {
         "type": "heatmap",
-        "x": list(range(len(found.sets))),
-        "y": [str(client) for client in found.clients],
+        "x": list(range(len(opened.sets))),
+        "y": [str(client) for client in opened.clients],
         "z": [[None if math.isnan(value) else float(f"{value:.4g}") for value in row] for row in shown.tolist()],
         "customdata": [[text] for text in holdings],
         # One text a column; the page's script spreads it over the rows.
-        "text": [["<br>".join(textwrap.wrap(named(each), 60, max_lines=6, placeholder=" …")) for each in found.sets]],
+        "text": [[_hover_text(members) for members in opened.sets]],
         "zmin": 0,
         "zmax": top,
         "colorscale": color_scale(),
@@ -120,19 +119,23 @@ def heat_map(found: Seen, ratios: bool, holdings: Sequence[str]) -> Figure:
     }
     text = numbers(heat, lambda value: f"{value:.2f}", lambda value: scale_luminance(min(value / top, 1)))
     data = [heat, text] if few else [heat]
-    layout = client_layout(len(found.clients), [_tick(each) for each in found.sets])
-    if found.mutual:
+    layout = client_layout(len(opened.clients), [_tick(members) for members in opened.sets])
+    if opened.mutual:
         layout["height"] = min(layout["height"], _SQUARE)
-    step = tick_step(len(found.sets))
+    step = tick_step(len(opened.sets))
     axis = layout["xaxis"]
     axis |= {"tickvals": axis["tickvals"][::step], "ticktext": axis["ticktext"][::step]}
-    axis["title"] = {"text": "Client" if found.mutual else "Members of the set"}
+    axis["title"] = {"text": "Client" if opened.mutual else "Members of the set"}
     return {"data": data, "layout": layout}
 
 
 def named(members: Sequence[int]) -> str:
-    """A set of clients in words: `client 3`, or `the mean of clients 1, 2 and 5`."""
+    """Return a set of clients in words: `client 3`, or `the mean of clients 1, 2 and 5`."""
     return f"client {members[0]}" if len(members) == 1 else f"the mean of clients {listed(members)}"
+
+
+def _hover_text(members: Sequence[int]) -> str:
+    return "<br>".join(textwrap.wrap(named(members), 60, max_lines=6, placeholder=" …"))
 
 
 def _tick(members: Sequence[int]) -> str:
@@ -140,34 +143,37 @@ def _tick(members: Sequence[int]) -> str:
 
 
 def _plane(index: int, label: str, opened: Seen, ratios: bool, labels: Sequence[int], domains: Domains) -> str:
-    from sordino.report.page import place
-
     points, share = plane(to_one_scale(opened.squared))
-    cluster = [max(labels[client], NOBODY) for client in opened.clients]
-    held = [listed(domains.get(client, ())) or "no domain" for client in opened.clients]
-    kinds = list(dict.fromkeys(held)) if any(domains.values()) else []
-    colors = [color(kinds.index(each)) for each in held] if kinds else [cluster_color(each) for each in cluster]
-    symbols = [_cluster_symbol(each) for each in cluster]
+    clusters = [max(labels[client], NOBODY) for client in opened.clients]
+    client_domains = [listed(domains.get(client, ())) or "no domain" for client in opened.clients]
+    kinds = list(dict.fromkeys(client_domains)) if any(domains.values()) else []
+    if kinds:
+        colors = [color(kinds.index(domain)) for domain in client_domains]
+    else:
+        colors = [cluster_color(cluster) for cluster in clusters]
+    symbols = [_cluster_symbol(cluster) for cluster in clusters]
     texts = [
-        f"client {client}<br>{plain(domain) + '<br>' if kinds else ''}{cluster_name(each)}"
-        for client, domain, each in zip(opened.clients, held, cluster, strict=True)
+        f"client {client}<br>{plain(domain) + '<br>' if kinds else ''}{cluster_name(cluster)}"
+        for client, domain, cluster in zip(opened.clients, client_domains, clusters, strict=True)
     ]
     figure = scatter(points, opened.clients, colors, symbols, texts)
-    named_clusters = sorted({*cluster}, key=lambda each: (each < 0, each))
-    legend = keys("Domain", [("circle", color(at), name) for at, name in enumerate(kinds)]) + keys(
+    legend = keys("Domain", [("circle", color(number), name) for number, name in enumerate(kinds)])
+    legend += keys(
         "Cluster",
         [
-            (_cluster_symbol(each), "inherit" if kinds else cluster_color(each), str(each) if each >= 0 else "none")
-            for each in named_clusters
+            (_cluster_symbol(cluster), "inherit" if kinds else cluster_color(cluster), _number(cluster))
+            for cluster in sorted({*clusters}, key=lambda number: (number < 0, number))  # no cluster comes last
         ],
     )
     but = ", except for the colors, which are true domains" if kinds else ""
     scale = " and to a common scale" if ratios else ""
-    repeated = f" Symbols repeat after {len(SYMBOLS)} clusters." if max(cluster) >= len(SYMBOLS) else ""
+    repeated = f" Symbols repeat after {len(SYMBOLS)} clusters." if max(clusters) >= len(SYMBOLS) else ""
     words = f"{counted(len(opened.clients), 'client')} as points on a plane; the table below has their coordinates."
     rows = [
-        [str(client), *([escape(domain)] if kinds else []), str(each) if each >= 0 else "none", f"{x:.3g}", f"{y:.3g}"]
-        for client, domain, each, (x, y) in zip(opened.clients, held, cluster, points.tolist(), strict=True)
+        [str(client), *([escape(domain)] if kinds else []), _number(cluster), f"{x:.3g}", f"{y:.3g}"]
+        for client, domain, cluster, (x, y) in zip(
+            opened.clients, client_domains, clusters, points.tolist(), strict=True
+        )
     ]
     head = ["Client", *(["Domain"] if kinds else []), "Cluster", "First axis", "Second axis"]
     table = html_table("Clients on the plane.", head, rows, f"Clients in two dimensions, {label}")
@@ -180,13 +186,17 @@ def _plane(index: int, label: str, opened: Seen, ratios: bool, labels: Sequence[
     )
 
 
+def _number(cluster: int) -> str:
+    return str(cluster) if cluster >= 0 else "none"
+
+
 def cluster_name(label: int) -> str:
-    """A cluster in words."""
+    """Return a cluster in words."""
     return f"cluster {label}" if label >= 0 else "in no cluster"
 
 
 def cluster_color(label: int) -> str:
-    """The color of a cluster."""
+    """Return the color of a cluster."""
     return color(label) if label >= 0 else _NEUTRAL
 
 
@@ -197,13 +207,13 @@ def _cluster_symbol(label: int) -> str:
 def scatter(
     points: Floats, names: Sequence[int], colors: Sequence[str], symbols: Sequence[str], texts: Sequence[str]
 ) -> Figure:
-    """Clients as points on a plane, with their numbers beside them where there is room.
+    """Return clients as points on a plane, with their numbers beside them if there is room.
 
     Args:
         points: [N, 2].
         names: numbers of the N clients.
         colors, symbols: of their markers.
-        texts: what their hover labels say.
+        texts: of their hover labels.
     """
     marks = {
         "type": "scatter",

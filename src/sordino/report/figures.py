@@ -4,19 +4,16 @@ Colors of text and grid are left to the page's script, which follows the reader'
 escaped, since plotly reads a little HTML in labels.
 """
 
-import html
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import Any
 
-from sordino.report.groups import MEASURES, Group, Point
-from sordino.report.runs import Measure
-
-Figure = dict[str, Any]
+from sordino.report.groups import Group, Point
+from sordino.report.markup import Figure, plain
+from sordino.results import MEASURES, Measure, human_bytes
 
 # Searched for: at least 3:1 against white and against the dark background (WCAG 1.4.11), and apart from each other
-# under simulated protanopia, deuteranopia and tritanopia. Symbols say the same again for who sees no color.
+# under simulated protanopia, deuteranopia and tritanopia. Symbols repeat the distinction for readers who see no color.
 PALETTE = ("#6996c3", "#c32d0f", "#0f785a", "#9600ff", "#96961e", "#e10f78", "#695ab4", "#9678ff")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "x", "star")
 _NEUTRAL = "#5f7d95"
@@ -31,22 +28,22 @@ DASHES: dict[Measure, str] = {
 
 
 def color(index: int) -> str:
-    """Color of the algorithm in row `index` of the table."""
+    """Return the color of the algorithm in row `index` of the table."""
     return PALETTE[index % len(PALETTE)]
 
 
 def symbol(index: int) -> str:
-    """Marker of the algorithm in row `index`; color and symbol together repeat only after 64 algorithms."""
+    """Return the marker of the algorithm in row `index`; color and symbol together repeat after 64 algorithms."""
     return SYMBOLS[(index + index // len(PALETTE)) % len(SYMBOLS)]
 
 
 def measures_by_round(groups: Sequence[Group]) -> list[Measure]:
-    """The measures that any run recorded while it trained."""
+    """Return the measures that any run recorded while it trained."""
     return [measure for measure in MEASURES if any(group.curve(measure) for group in groups)]
 
 
 def accuracy_by_round(groups: Sequence[Group], measures: Sequence[Measure]) -> dict[Measure, Figure]:
-    """One figure a measure, on shared axes: a line an algorithm, with a band where there are several seeds."""
+    """Return one figure a measure, on shared axes: a line an algorithm, with a band if there are several seeds."""
     curves = {(index, measure): group.curve(measure) for index, group in enumerate(groups) for measure in measures}
     last = max((point.round for curve in curves.values() for point in curve), default=0)
     layout = {
@@ -74,7 +71,7 @@ def accuracy_by_round(groups: Sequence[Group], measures: Sequence[Measure]) -> d
 
 
 def _range(points: Sequence[Point]) -> list[float]:
-    """Axis range in steps of 5%, which leaves room for every band."""
+    """Return an axis range in steps of 5% that holds every band."""
     low = min((point.accuracy.mean - (point.accuracy.deviation or 0) for point in points), default=0.0)
     high = max((point.accuracy.mean + (point.accuracy.deviation or 0) for point in points), default=1.0)
     return [max(0.0, math.floor(low * 20 - 0.5) / 20), min(1.02, math.ceil(high * 20 + 0.5) / 20)]
@@ -94,7 +91,7 @@ def _curve(curve: Sequence[Point], index: int, group: Group, dash: str) -> list[
         "marker": {"symbol": symbol(index), "size": 7, "maxdisplayed": 12},
         "hovertemplate": "%{y:.1%}",
     }
-    # Rounds that only one seed reached have no spread: there the band closes on the line.
+    # A round that only one seed reached has no deviation; the band closes on the line there.
     if not any(point.accuracy.deviation is not None for point in curve):
         return [line]
     spread = [point.accuracy.deviation or 0.0 for point in curve]
@@ -122,11 +119,11 @@ def _translucent(hexadecimal: str) -> str:
 
 
 def bytes_on_the_wire(groups: Sequence[Group]) -> Figure:
-    """Bars: bytes up and down, for one client and one round, by algorithm."""
+    """Return bars of the bytes up and down, for one client and one round, by algorithm."""
     labels = [wrapped(group.label) for group in groups]
     directions = {
-        "up": [group.mean("communication.upload_bytes_per_client_round") for group in groups],
-        "down": [group.mean("communication.broadcast_bytes_per_client_round") for group in groups],
+        "up": [group.results.mean_bytes("upload_bytes_per_client_round") for group in groups],
+        "down": [group.results.mean_bytes("broadcast_bytes_per_client_round") for group in groups],
     }
     sizes = [size for values in directions.values() for size in values if size > 0]
     # A method that sends features beside one that sends a prompt would leave the prompt's bar invisible.
@@ -172,23 +169,7 @@ def bytes_on_the_wire(groups: Sequence[Group]) -> Figure:
     return {"data": data, "layout": layout}
 
 
-def human_bytes(size: float) -> str:
-    """Decimal units: 1 kB is 1,000 bytes."""
-    if size < 1000:
-        return f"{size:.0f} B"
-    for unit in ("kB", "MB", "GB"):
-        size /= 1000
-        if size < 999.95:
-            return f"{size:.1f} {unit}"
-    return f"{size / 1000:.1f} TB"
-
-
 def wrapped(label: str) -> str:
-    """A label for an axis, in short lines; names of variants are long."""
+    """Break a label for an axis into short lines; names of variants are long."""
     lines = textwrap.wrap(label, 18, max_lines=4, placeholder=" …")
     return "<br>".join(plain(line) for line in lines)
-
-
-def plain(text: str) -> str:
-    """Text as plotly shall show it: its labels read tags such as <b> and <a href>."""
-    return html.escape(text, quote=False)

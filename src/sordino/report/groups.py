@@ -1,18 +1,18 @@
-"""Bring runs that differ in nothing but the seed together, and say how far they spread."""
+"""Bring runs together that differ in nothing but the seed."""
 
 import json
-import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from sordino.errors import RunError
-from sordino.report.runs import Client, Measure, Run
+from sordino.report.runs import Run
+from sordino.results import ClientResult, Measure, Results, Spread
 
-# What the page calls each measure, in the order in which it shows them.
-MEASURES: dict[Measure, str] = {
+# The page's names of the measures.
+TITLES: dict[Measure, str] = {
     "local": "Local",
     "neighbor": "Neighbor",
     "overall": "Overall",
@@ -20,24 +20,9 @@ MEASURES: dict[Measure, str] = {
     "domain": "Domain",
 }
 
-# Settings (by the last part of their name) that do not make two runs two methods.
-_NOT_THE_METHOD = {"seed", "out", "device", "cache"}
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A mean and, where there are two values or more, their sample standard deviation (n - 1)."""
-
-    mean: float
-    deviation: float | None
-
-    @classmethod
-    def of(cls, values: Iterable[float | None]) -> "Spread | None":
-        """Spread of the values that are there; None where there is none."""
-        known = [value for value in values if value is not None]
-        if not known:
-            return None
-        return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
+# Settings (by the last part of their name) that do not make two runs two methods. Each simulated run has a nonce of its
+# own, as it has a seed.
+_NOT_THE_METHOD = {"seed", "nonce", "out", "device", "cache"}
 
 
 @dataclass(frozen=True)
@@ -50,64 +35,42 @@ class Point:
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one algorithm with the same settings: one row of the table, one curve."""
+    """The runs of one algorithm with the same settings: one row of the table, one curve.
+
+    Attributes:
+        label: its name on the page.
+        runs: one for each seed.
+        difference: all settings that other groups of the algorithm have otherwise; the label may name fewer.
+    """
 
     label: str
     runs: tuple[Run, ...]
-    difference: str = ""  # all settings that other groups of the algorithm have otherwise; the label may name fewer
+    difference: str = ""
 
     @property
-    def seeds(self) -> list[int]:
-        return sorted(run.summary.seed for run in self.runs)
+    def results(self) -> Results:
+        """The aggregates of the runs, which the terminal shows too."""
+        return Results(tuple(run.summary for run in self.runs))
 
     @property
     def over_seeds(self) -> bool:
-        return len(self.runs) > 1
-
-    def accuracy(self, measure: Measure) -> Spread | None:
-        """Final accuracy: spread over seeds where there are several runs, else over the clients of the one run."""
-        headline = Spread.of(run.summary.accuracy.of(measure) for run in self.runs)
-        return self._spread(headline, [client.of(measure) for client in self.runs[0].summary.per_client])
-
-    def attack_success(self) -> Spread | None:
-        """Likewise, how often an attacker's trigger gets its target; None where nobody attacks."""
-        headline = Spread.of(run.summary.attack_success for run in self.runs)
-        return self._spread(headline, [client.attack_success for client in self.runs[0].summary.per_client])
-
-    def _spread(self, headline: Spread | None, of_clients: Sequence[float | None]) -> Spread | None:
-        if headline is None or self.over_seeds:
-            return headline
-        clients = Spread.of(of_clients)
-        # The mean stays the run's own, which may weight clients by their examples.
-        return Spread(headline.mean, clients.deviation if clients else None)
+        """True if spreads are over seeds; those of a single run are over its clients."""
+        return self.results.over_seeds
 
     def curve(self, measure: Measure) -> list[Point]:
-        """Accuracy by round, with its spread over seeds."""
+        """Return the accuracy by round, with its spread over seeds."""
         by_round: dict[int, list[float]] = {}
         for run in self.runs:
             for entry in run.rounds:
                 value = entry.accuracy.of(measure) if entry.accuracy else None
                 if value is not None:
                     by_round.setdefault(entry.round, []).append(value)
-        found = ((number, Spread.of(values)) for number, values in sorted(by_round.items()))
-        return [Point(number, spread) for number, spread in found if spread]
+        spreads = ((number, Spread.of(values)) for number, values in sorted(by_round.items()))
+        return [Point(number, spread) for number, spread in spreads if spread]
 
-    def client_accuracy(self, measure: Measure) -> dict[int, float | None]:
-        """Client to its accuracy, the mean over seeds."""
-        values: dict[int, list[float | None]] = {}
-        for client in self.clients():
-            values.setdefault(client.client, []).append(client.of(measure))
-        spreads = {client: Spread.of(found) for client, found in values.items()}
-        return {client: spread.mean if spread else None for client, spread in spreads.items()}
-
-    def clients(self) -> Iterator[Client]:
-        """Every client of every run."""
+    def clients(self) -> Iterator[ClientResult]:
+        """Iterate over every client of every run."""
         return (client for run in self.runs for client in run.summary.per_client)
-
-    def mean(self, quantity: str) -> float:
-        """Mean over runs of a number in the summary, named as `communication.total_upload_bytes`."""
-        section, name = quantity.split(".")
-        return statistics.fmean(getattr(getattr(run.summary, section), name) for run in self.runs)
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
@@ -117,7 +80,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     is labeled with what differs: with as few settings as tell the groups apart, epsilon first.
 
     Raises:
-        RunError: two runs agree in everything, the seed included: averaging them would feign a smaller spread.
+        RunError: two runs agree in everything, the seed included; averaging them would feign a smaller spread.
     """
     by_algorithm: dict[str, list[Run]] = {}
     for run in runs:
@@ -134,22 +97,28 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def _shortest(differences: Sequence[tuple[str, ...]]) -> list[str]:
-    """For each group the settings that tell it from the others, as few as do it when taken in order, epsilon first."""
+    """Return for each group the settings that tell it from the others.
+
+    Settings are taken in order, epsilon first; one that tells no more groups apart is left out.
+    """
     count = len(differences[0])
     order = sorted(range(count), key=lambda at: not differences[0][at].startswith("privacy.epsilon"))
+
+    def distinct(places: Sequence[int]) -> int:
+        return len({tuple(settings[place] for place in places) for settings in differences})
+
     kept: list[int] = []
-    for at in order:
-        told = len({tuple(each[k] for k in kept) for each in differences})
-        if told < len({tuple(each[k] for k in [*kept, at]) for each in differences}):
-            kept.append(at)
+    for place in order:
+        if distinct(kept) < distinct([*kept, place]):
+            kept.append(place)
     more = ["…"] if len(kept) < count else []
-    return [", ".join([*(each[at] for at in sorted(kept)), *more]) for each in differences]
+    return [", ".join([*(settings[place] for place in sorted(kept)), *more]) for settings in differences]
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """A run's settings without the seed, flat, with dots in the names."""
+    """Return a run's settings without the seed, flat, with dots in the names."""
     summary = run.summary
-    # The summary's own words too: a configuration may leave to a default what the run then found.
+    # From the summary too: a configuration may leave these to a default.
     stated = {"dataset": summary.dataset, "encoder": summary.encoder, "clients": summary.clients}
     flat = dict(_flatten(run.config))
     return {**{name: value for name, value in stated.items() if name not in flat}, **flat}
@@ -164,7 +133,7 @@ def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _differences(settings: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """For each run, in words, the settings that are not the same in all; empty where all agree."""
+    """Return for each run, in words, the settings that are not the same in all; empty if all agree."""
     names = dict.fromkeys(name for setting in settings for name in setting)
     unset = object()
     differing = [

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
-from sordino.report.figures import Figure, plain, wrapped
-from sordino.report.groups import MEASURES, Group
-from sordino.report.runs import Measure
+from sordino.report.figures import wrapped
+from sordino.report.groups import TITLES, Group
+from sordino.report.markup import Figure, plain
+from sordino.results import Measure
 
 _NUMBERED_CELLS = 240  # above this, numbers in the cells of a heat map would not be read
 _NUMBERED_COLUMNS = 16
@@ -20,18 +21,18 @@ _SCALE = (
 
 
 def client_columns(groups: Sequence[Group]) -> list[tuple[Group, Measure, dict[int, float | None]]]:
-    """Columns of the heat map: local and neighbor of each algorithm; overall where an algorithm has neither."""
+    """Return the heat map's columns: local and neighbor of each algorithm, or overall if it has neither."""
     columns: list[tuple[Group, Measure, dict[int, float | None]]] = []
     personal: tuple[Measure, ...] = ("local", "neighbor")
     for group in groups:
-        found = [(group, measure, group.client_accuracy(measure)) for measure in (*personal, "overall")]
-        known = [column for column in found if any(value is not None for value in column[2].values())]
+        candidates = [(group, measure, group.results.client_accuracy(measure)) for measure in (*personal, "overall")]
+        known = [column for column in candidates if any(value is not None for value in column[2].values())]
         columns += [column for column in known if column[1] in personal] or known
     return columns
 
 
 def accuracy_by_client(groups: Sequence[Group]) -> Figure | None:
-    """Heat map: rows are clients, columns algorithms x measures. None where no run has an accuracy by client."""
+    """Return a heat map: rows are clients, columns algorithms x measures. None if no run has an accuracy by client."""
     columns = client_columns(groups)
     if not columns:
         return None
@@ -53,22 +54,22 @@ def accuracy_by_client(groups: Sequence[Group]) -> Figure | None:
         "xgap": 2 if few else 0,
         "ygap": 2 if few else 0,
     }
-    ticks = [f"{wrapped(group.label)}<br>{MEASURES[measure].lower()}" for group, measure, _ in columns]
+    ticks = [f"{wrapped(group.label)}<br>{TITLES[measure].lower()}" for group, measure, _ in columns]
     data = [heat, numbers(heat, lambda value: f"{value:.0%}", scale_luminance)] if few else [heat]
     return {"data": data, "layout": client_layout(len(clients), ticks)}
 
 
 def numbered(rows: int, columns: int) -> bool:
-    """Whether a heat map of this size has numbers in its cells."""
+    """Return True if a heat map of this size has numbers in its cells."""
     return rows * columns <= _NUMBERED_CELLS and columns <= _NUMBERED_COLUMNS
 
 
 def numbers(heat: Figure, text: Callable[[float], str], luminance_of: Callable[[float], float]) -> Figure:
-    """The numbers in the cells, each black or white, whichever stands out more (always 4.5:1 or more).
+    """Return the numbers in the cells, each black or white, whichever has more contrast (always 4.5:1 or more).
 
     Args:
         heat: the heat map's trace.
-        text: a cell's value as it is written.
+        text: writes a cell's value.
         luminance_of: relative luminance of a value's color.
     """
     cells = [
@@ -92,12 +93,12 @@ def numbers(heat: Figure, text: Callable[[float], str], luminance_of: Callable[[
 
 
 def color_scale() -> list[list[object]]:
-    """The heat maps' scale from 0 to 1, as plotly takes it."""
+    """Return the heat maps' scale from 0 to 1, as plotly takes it."""
     return [[at, f"rgb{rgb}"] for at, rgb in _SCALE]
 
 
 def scale_luminance(value: float) -> float:
-    """Relative luminance (WCAG) of a value in [0, 1] on the heat maps' scale."""
+    """Return the relative luminance (WCAG) of a value in [0, 1] on the heat maps' scale."""
     position = value * (len(_SCALE) - 1)
     below = min(int(position), len(_SCALE) - 2)
     return luminance(
@@ -109,15 +110,14 @@ def scale_luminance(value: float) -> float:
 
 
 def luminance(rgb: Sequence[float]) -> float:
-    """Relative luminance (WCAG) of a color with channels in [0, 255]."""
-    red, green, blue = (
-        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (each / 255 for each in rgb)
-    )
+    """Return the relative luminance (WCAG) of a color with channels in [0, 255]."""
+    shares = (channel / 255 for channel in rgb)
+    red, green, blue = (share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 def client_layout(clients: int, ticks: Sequence[str]) -> Figure:
-    """Layout of a heat map whose rows are clients, with a tick for each column at 0, 1, ..."""
+    """Return the layout of a heat map whose rows are clients, with a tick for each column at 0, 1, ..."""
     return {
         "margin": {"l": 52, "r": 8, "t": 28, "b": 8},
         "height": 160 + min(max(clients * 28, 120), 900),
@@ -141,7 +141,7 @@ def client_layout(clients: int, ticks: Sequence[str]) -> Figure:
 
 
 def tick_step(count: int) -> int:
-    """Every how manieth of `count` rows or columns has a tick."""
+    """Return n so that every n-th of `count` rows or columns has a tick."""
     return next((step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if count <= 32 * step), 1000)
 
 
@@ -150,7 +150,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _holdings(groups: Sequence[Group], clients: Sequence[int]) -> list[str]:
-    """What each client holds, in words for its hover label."""
+    """Return the classes and domains of each client, in words for its hover label."""
     held: dict[int, dict[tuple[tuple[str, ...], tuple[str, ...]], None]] = {client: {} for client in clients}
     for group in groups:
         for entry in group.clients():

@@ -1,24 +1,24 @@
-"""The page: words, tables and places for the figures, as plain semantic HTML."""
+"""The page as plain semantic HTML: its frame, and the sections that have no module of their own."""
 
-import json
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 
 from sordino.report import figures
 from sordino.report.clusters import clusters
-from sordino.report.figures import Figure, human_bytes
-from sordino.report.groups import MEASURES, Group
+from sordino.report.groups import TITLES, Group
 from sordino.report.heatmap import accuracy_by_client, client_columns
+from sordino.report.markup import counted, html_table, listed, place
 from sordino.report.privacy import audits, tradeoff
-from sordino.report.runs import Measure, Run
-from sordino.report.tables import counted, html_table, listed, privacy_words, results
+from sordino.report.runs import Run
+from sordino.report.tables import privacy_words, results
+from sordino.results import Measure, human_bytes
 
 _LISTED_IMAGES = 200
 
 
 def render(runs: Sequence[Run], groups: Sequence[Group], title: str) -> str:
-    """The whole page as text; it holds its styles, scripts and data, and refers to nothing outside itself."""
+    """Return the whole page, which holds its styles, scripts and data, and refers to nothing outside itself."""
     from plotly.offline import get_plotlyjs  # 5 MB of script, and a slow import
 
     sections = [
@@ -93,20 +93,6 @@ def _what_was_run(runs: Sequence[Run], groups: Sequence[Group]) -> str:
     return text
 
 
-# Figures
-
-
-def place(identity: str, figure: Figure, description: str) -> str:
-    """Place and data of a figure; page.js draws it."""
-    # Inside <script> only "</script" and "<!--" could end the data; no "<" is left at all.
-    data = json.dumps(figure, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    return (
-        f'<div class="plot" id="{identity}" role="img" aria-label="{escape(description)}" '
-        f'style="height:{figure["layout"]["height"]}px"></div>\n'
-        f'<script type="application/json" data-figure="{identity}">{data}</script>\n'
-    )
-
-
 def _by_round(groups: Sequence[Group]) -> str:
     measures = figures.measures_by_round(groups)
     if not measures:
@@ -119,7 +105,7 @@ def _by_round(groups: Sequence[Group]) -> str:
         for index, group in enumerate(groups)
     )
     panels = "".join(
-        f'<div class="panel"><h3>{MEASURES[measure]}</h3>\n'
+        f'<div class="panel"><h3>{TITLES[measure]}</h3>\n'
         + place(f"round-{measure}", figure, _curve_words(measure, groups))
         + "</div>\n"
         for measure, figure in drawn.items()
@@ -142,7 +128,7 @@ def _curve_words(measure: Measure, groups: Sequence[Group]) -> str:
                 f"{group.label} from {first.accuracy.mean:.1%} in round {first.round} "
                 f"to {last.accuracy.mean:.1%} in round {last.round}"
             )
-    return f"Line chart of {MEASURES[measure].lower()} accuracy by round: {'; '.join(ends) or 'not measured'}."
+    return f"Line chart of {TITLES[measure].lower()} accuracy by round: {'; '.join(ends) or 'not measured'}."
 
 
 def _by_client(groups: Sequence[Group]) -> str:
@@ -153,9 +139,9 @@ def _by_client(groups: Sequence[Group]) -> str:
     for group, measure, values in client_columns(groups):
         known = sorted((value, client) for client, value in values.items() if value is not None)
         cells += known
-        at = [known[round(share * (len(known) - 1))] for share in (0, 0.25, 0.5, 0.75, 1)]
-        name = f"{escape(group.label)}, {MEASURES[measure].lower()}"
-        rows.append([name, *(f"{100 * value:.1f} <small>(client {client})</small>" for value, client in at)])
+        quartiles = [known[round(share * (len(known) - 1))] for share in (0, 0.25, 0.5, 0.75, 1)]
+        name = f"{escape(group.label)}, {TITLES[measure].lower()}"
+        rows.append([name, *(f"{100 * value:.1f} <small>(client {client})</small>" for value, client in quartiles)])
     clients = len(figure["data"][0]["y"])
     low, high = min(cells), max(cells)
     words = (
@@ -188,9 +174,7 @@ def _communication(groups: Sequence[Group]) -> str:
         "total_upload_bytes",
         "total_broadcast_bytes",
     )
-    rows = [
-        [escape(group.label), *(human_bytes(group.mean(f"communication.{name}")) for name in names)] for group in groups
-    ]
+    rows = [[escape(group.label), *(human_bytes(group.results.mean_bytes(name)) for name in names)] for group in groups]
     words = "; ".join(f"{group.label} {row[1]} up and {row[2]} down" for group, row in zip(groups, rows, strict=True))
     figure = place("wire", figures.bytes_on_the_wire(groups), f"Bar chart of bytes a client and round: {words}.")
     table = html_table(
@@ -203,9 +187,6 @@ def _communication(groups: Sequence[Group]) -> str:
         '<section aria-labelledby="wire-heading"><h2 id="wire-heading">What crossed the wire</h2>\n'
         f"<figure>\n{figure}</figure>\n{table}</section>\n"
     )
-
-
-# Words
 
 
 def _privacy(groups: Sequence[Group]) -> str:
@@ -242,11 +223,11 @@ def _configuration(runs: Sequence[Run], groups: Sequence[Group]) -> str:
     first = runs[0]
     trimmed = [group for group in groups if group.difference and group.difference not in group.label]
     differences = "".join(f"<li>{escape(group.label)}: {escape(group.difference)}</li>\n" for group in trimmed)
-    told = f"<p>What the … of labels stands for:</p>\n<ul>{differences}</ul>\n" if trimmed else ""
-    which = escape(first.directory.name) + (f", the first of {len(runs)} runs" if len(runs) > 1 else "")
+    shortened = f"<p>What the … of labels stands for:</p>\n<ul>{differences}</ul>\n" if trimmed else ""
+    directory = escape(first.directory.name) + (f", the first of {len(runs)} runs" if len(runs) > 1 else "")
     return (
         '<section aria-labelledby="configuration"><h2 id="configuration">Configuration</h2>\n'
-        f"{told}"
-        f'<details><summary>config.toml of {which}</summary>\n<pre tabindex="0"><code>{escape(first.config_text)}'
+        f"{shortened}"
+        f'<details><summary>config.toml of {directory}</summary>\n<pre tabindex="0"><code>{escape(first.config_text)}'
         "</code></pre></details></section>\n"
     )

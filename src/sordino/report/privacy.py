@@ -1,4 +1,4 @@
-"""What the page says of privacy: claims, audits and attacks side by side, and accuracy over epsilon."""
+"""The page's sections on privacy: claims and attacks side by side, and accuracy over epsilon."""
 
 import math
 import re
@@ -6,25 +6,28 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from sordino.report.figures import Figure, color, plain, symbol
-from sordino.report.groups import MEASURES, Group
-from sordino.report.runs import Measure, Privacy, Run
-from sordino.report.tables import html_table
+from sordino.report.figures import color, symbol
+from sordino.report.groups import TITLES, Group
+from sordino.report.markup import NONE, Figure, html_table, place, plain
+from sordino.report.runs import Run
+from sordino.results import Measure, Privacy, rounded_up
 
-_NONE = '<span class="none">n/a</span>'
 _TRADED: tuple[Measure, ...] = ("local", "neighbor")
 
 
 def audits(groups: Sequence[Group]) -> str:
-    """A row a run that was attacked: what it claims, the lower bound that was shown, and what attacks achieved."""
+    """Return the section on attacks, a row a run that was attacked.
+
+    It shows the run's claim, the lower bound that was shown, and the success of each attack.
+    """
     audited = [(index, group, run) for index, group in enumerate(groups) for run in group.runs if run.audit]
     if not audited:
         return ""
     rows = []
     for _, group, run in audited:
-        found = (run.audit or {}).get("attacks", {})
+        attacks = (run.audit or {}).get("attacks", {})
         seed = f" <small>(seed {run.summary.seed})</small>" if group.over_seeds else ""
-        membership, canaries = found.get("membership", {}), found.get("canaries", {})
+        membership, canaries = attacks.get("membership", {}), attacks.get("canaries", {})
         lira = membership.get("lira")
         rows.append(
             [
@@ -33,12 +36,12 @@ def audits(groups: Sequence[Group]) -> str:
                 _bound(canaries),
                 f"{lira['auc']:.3f} <small>({lira['auc_interval'][0]:.3f} to {lira['auc_interval'][1]:.3f})</small>"
                 if lira
-                else _NONE,
-                f"{membership['shadow_attack']['auc']:.3f}" if lira else _NONE,
-                " / ".join(f"{100 * point['true_positive_rate']:.1f}" for point in lira["found"]) if lira else _NONE,
-                _inversion(found.get("inversion", {})),
-                _stealing(found.get("stealing", {})),
-                _distances(found.get("distances", {})),
+                else NONE,
+                f"{membership['shadow_attack']['auc']:.3f}" if lira else NONE,
+                " / ".join(f"{100 * point['true_positive_rate']:.1f}" for point in lira["found"]) if lira else NONE,
+                _inversion(attacks.get("inversion", {})),
+                _stealing(attacks.get("stealing", {})),
+                _distances(attacks.get("distances", {})),
             ]
         )
     head = [
@@ -72,45 +75,44 @@ def _claim(claimed: Privacy) -> str:
     if claimed.epsilon is None:
         return "none"
     delta = f" <small>(δ = {claimed.delta:.1g})</small>" if claimed.delta else ""
-    return ("simulated " if claimed.simulated else "") + f"{claimed.epsilon:.3g}{delta}"
+    return ("simulated " if claimed.simulated else "") + f"{rounded_up(claimed.epsilon)}{delta}"
 
 
 def _bound(canaries: dict[str, Any]) -> str:
     if "epsilon" not in canaries:
-        return f"<small>{escape(canaries['reason'])}</small>" if "reason" in canaries else _NONE
+        return f"<small>{escape(canaries['reason'])}</small>" if "reason" in canaries else NONE
     claim = canaries["claimed_epsilon"]
-    of = "nothing claimed" if claim is None else f"of {claim:.3g} at δ = {canaries['delta']:.1g}"
-    text = f"{canaries['epsilon']:.3g} <small>({of})</small>"
+    claimed = "nothing claimed" if claim is None else f"of {rounded_up(claim)} at δ = {canaries['delta']:.1g}"
+    text = f"{canaries['epsilon']:.3g} <small>({claimed})</small>"
     return f'<strong class="exposed">{text}, which refutes the claim</strong>' if canaries["refuted"] else text
 
 
 def _inversion(inversion: dict[str, Any]) -> str:
-    one = next((each for each in inversion.get("attacks", ()) if each["size"] == 1), None)
-    if one is None:
-        return f"<small>{escape(inversion['reason'])}</small>" if inversion.get("reason") else _NONE
-    return f"{100 * one['reidentified']:.0f} <small>(chance {100 * one['reidentified_chance']:.1g})</small>"
+    of_one_image = next((attack for attack in inversion.get("attacks", ()) if attack["size"] == 1), None)
+    if of_one_image is None:
+        return f"<small>{escape(inversion['reason'])}</small>" if inversion.get("reason") else NONE
+    recognized, chance = of_one_image["reidentified"], of_one_image["reidentified_chance"]
+    return f"{100 * recognized:.0f} <small>(chance {100 * chance:.1g})</small>"
 
 
 def _stealing(stealing: dict[str, Any]) -> str:
     victims = stealing.get("victims")
     if not victims:
-        return f"<small>{escape(stealing['reason'])}</small>" if stealing.get("reason") else _NONE
-    stolen = sum(each["by_server"]["local_accuracy"] for each in victims) / len(victims)
-    own = sum(each["local_accuracy"] for each in victims) / len(victims)
-    return f"{100 * stolen:.1f} <small>(own {100 * own:.1f})</small>"
+        return f"<small>{escape(stealing['reason'])}</small>" if stealing.get("reason") else NONE
+    stolen = sum(victim["by_server"]["local_accuracy"] for victim in victims) / len(victims)
+    victims_own = sum(victim["local_accuracy"] for victim in victims) / len(victims)
+    return f"{100 * stolen:.1f} <small>(own {100 * victims_own:.1f})</small>"
 
 
 def _distances(distances: dict[str, Any]) -> str:
-    found, known = distances.get("by_best"), distances.get("by_mean")
-    if not found:
-        return f"<small>{escape(distances['reason'])}</small>" if distances.get("reason") else _NONE
-    return f"{found['cosine']:.2f}" + (f" <small>(mean {known['cosine']:.2f})</small>" if known else "")
+    best, mean = distances.get("by_best"), distances.get("by_mean")
+    if not best:
+        return f"<small>{escape(distances['reason'])}</small>" if distances.get("reason") else NONE
+    return f"{best['cosine']:.2f}" + (f" <small>(mean {mean['cosine']:.2f})</small>" if mean else "")
 
 
 def _curves(audited: Sequence[tuple[int, Group, Run]]) -> str:
-    """ROC curves of LiRA on logarithmic axes, where what matters is the left edge."""
-    from sordino.report.page import place
-
+    """Return ROC curves of LiRA, on logarithmic axes as the left edge matters most."""
     data: list[Figure] = [_guessing()]
     for index, group, run in audited:
         curve = (run.audit or {}).get("attacks", {}).get("membership", {}).get("lira", {}).get("curve")
@@ -149,9 +151,10 @@ def _guessing() -> Figure:
 
 
 def tradeoff(groups: Sequence[Group]) -> str:
-    """Accuracy over the epsilon that was asked for, a line for each method and its other settings."""
-    from sordino.report.page import place
+    """Return the section on accuracy over the epsilon that was asked for.
 
+    It has a line for each method with its other settings, and is empty below two epsilons.
+    """
     lines: dict[str, dict[float, Group]] = {}
     for group in groups:
         epsilon = group.runs[0].config.get("privacy", {}).get("epsilon")
@@ -164,7 +167,7 @@ def tradeoff(groups: Sequence[Group]) -> str:
     for measure in _TRADED:
         data = []
         for index, (label, line) in enumerate(lines.items()):
-            points = [(epsilon, line[epsilon].accuracy(measure)) for epsilon in asked if epsilon in line]
+            points = [(epsilon, line[epsilon].results.accuracy(measure)) for epsilon in asked if epsilon in line]
             known = [(epsilon, spread) for epsilon, spread in points if spread is not None]
             data.append(
                 {
@@ -191,9 +194,9 @@ def tradeoff(groups: Sequence[Group]) -> str:
             },
             "yaxis": {"tickformat": ".0%", "range": [0, 1.02]},
         }
-        words = f"{MEASURES[measure]} accuracy over epsilon; the results table has the numbers."
+        words = f"{TITLES[measure]} accuracy over epsilon; the results table has the numbers."
         figure = place(f"epsilon-{measure}", {"data": data, "layout": layout}, words)
-        panels.append(f'<div class="panel"><h3>{MEASURES[measure]}</h3>\n{figure}</div>\n')
+        panels.append(f'<div class="panel"><h3>{TITLES[measure]}</h3>\n{figure}</div>\n')
     return (
         '<section aria-labelledby="tradeoff"><h2 id="tradeoff">Accuracy over epsilon</h2>\n<figure>\n'
         f'<div class="panels">\n{"".join(panels)}</div>\n<figcaption>Bars: one standard deviation. At ∞ contributions '
@@ -202,7 +205,7 @@ def tradeoff(groups: Sequence[Group]) -> str:
 
 
 def without_epsilon(label: str) -> str:
-    """A group's label without what it says of epsilon."""
+    """Return a group's label without its epsilon."""
     return re.sub(r", privacy\.epsilon = [\w.+]+|privacy\.epsilon = [\w.+]+(, )?", "", label).replace(" ()", "")
 
 

@@ -6,18 +6,15 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sordino.errors import RunError
+from sordino.results import FILE, Accuracy, Count, Summary, complaint
 
 T = TypeVar("T")
-Measure = Literal["local", "neighbor", "overall", "novel", "domain"]
 
-Fraction = Annotated[float, Field(ge=0, le=1)]  # refuses NaN too
-Count = Annotated[int, Field(ge=0)]
-Seconds = Annotated[float, Field(ge=0)]
 Label = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 
 _DISTANCES = re.compile(r"round-([0-9]{1,9})\.json")
@@ -28,119 +25,37 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-class Accuracy(_Record):
-    """Fractions in [0, 1]; None where a measure does not apply."""
-
-    local: Fraction | None = None
-    neighbor: Fraction | None = None
-    overall: Fraction | None = None
-    novel: Fraction | None = None
-    domain: Fraction | None = None
-
-    def of(self, measure: Measure) -> float | None:
-        value: float | None = getattr(self, measure)
-        return value
-
-
-class Client(_Record):
-    """One client's accuracy, and what it holds."""
-
-    client: Count
-    local: Fraction | None = None
-    neighbor: Fraction | None = None
-    overall: Fraction | None = None
-    attack_success: Fraction | None = None
-    examples: Count = 0
-    classes: tuple[str, ...] = ()
-    domains: tuple[str, ...] | None = None
-
-    def of(self, measure: Measure) -> float | None:
-        value: float | None = getattr(self, measure, None)  # novel and domain are not measured by client
-        return value
-
-
-class Privacy(_Record):
-    """What was spent, and the statement in words that goes with it."""
-
-    private: bool
-    simulated: bool = False
-    epsilon: float | None = None
-    delta: float | None = None
-    unit: str | None = None
-    statement: str
-
-
-class Communication(_Record):
-    """Bytes that crossed the wire."""
-
-    upload_bytes_per_client_round: Count
-    broadcast_bytes_per_client_round: Count
-    total_upload_bytes: Count
-    total_broadcast_bytes: Count
-
-
-class Durations(_Record):
-    """Seconds; `total` is what the page shows."""
-
-    encode: Seconds | None = None
-    train: Seconds | None = None
-    evaluate: Seconds | None = None
-    total: Seconds
-
-
-class Skipped(_Record):
-    """An image that was passed over."""
-
-    name: str
-    reason: str
-
-
-class Images(_Record):
-    """How many images were encoded, came from the cache, or were skipped."""
-
-    encoded: Count = 0
-    cached: Count = 0
-    skipped: tuple[Skipped, ...] = ()
-
-
-class Summary(_Record):
-    """`summary.json`."""
-
-    algorithm: str
-    encoder: str
-    dataset: str
-    clients: Count
-    rounds: Count
-    seed: int
-    accuracy: Accuracy
-    attack_success: Fraction | None = None
-    per_client: tuple[Client, ...]
-    privacy: Privacy
-    communication: Communication
-    seconds: Durations
-    images: Images = Images()
-    version: str = ""
-
-
 class Protocol(_Record):
-    """What a round's protocol on shares came to."""
+    """The part of a round's protocol on shares that the page needs.
 
-    columns: Count = 0  # sets of clients to whose means distances were opened; 0 in rounds without clustering
+    Attributes:
+        columns: sets of clients to whose means distances were opened; 0 in a round without clustering.
+    """
+
+    columns: Count = 0
 
 
 class Round(_Record):
-    """One line of `metrics.jsonl`; `accuracy` is None on rounds without evaluation."""
+    """One line of `metrics.jsonl`.
+
+    Attributes:
+        round: its number; 0 is before training.
+        accuracy: None in a round without evaluation.
+        clusters: the number of each client's cluster, negative for none.
+        protocol: None if the method has none.
+    """
 
     round: Count
     accuracy: Accuracy | None = None
-    clusters: tuple[Label, ...] | None = None  # the number of each client's cluster, negative for none
+    clusters: tuple[Label, ...] | None = None
     protocol: Protocol | None = None
 
 
 class Column(_Record):
-    """Distances to the mean of the set S of `members`: |S|^2 times the squared distance of each of `clients`.
+    """Distances to the mean of the set S of `members`.
 
-    They are in squared quantization steps, and times a factor of the client's own where only ratios were revealed.
+    A value is |S|^2 times the squared distance of one of `clients`, in squared quantization steps. If only ratios were
+    revealed, it is also multiplied by a factor of the client's own.
     """
 
     members: tuple[Count, ...] = Field(min_length=1)
@@ -155,24 +70,40 @@ class Column(_Record):
 
 
 class Distances(_Record):
-    """`distances/round-000010.json`: all distances between reduced prompts that the server saw in a round."""
+    """`distances/round-000010.json`: all distances between reduced prompts that the server saw in a round.
 
-    step: Annotated[float, Field(gt=0, le=1)]  # a quantization step, in the points' units
+    Attributes:
+        step: a quantization step, in the points' units.
+        columns: one for each set of clients to whose mean distances were opened.
+        round: the number in the file's name.
+    """
+
+    step: Annotated[float, Field(gt=0, le=1)]
     columns: tuple[Column, ...]
     round: Count = 0
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, as its directory tells it."""
+    """A finished run.
+
+    Attributes:
+        directory: that it was read from.
+        summary: its results.
+        rounds: in order, each round once.
+        config: its configuration.
+        config_text: the configuration as TOML.
+        audit: the content of `audit.json`; None if the run was not attacked.
+        distances: of the last round in which the server saw any.
+    """
 
     directory: Path
     summary: Summary
-    rounds: tuple[Round, ...]  # in order of the round, each round once
+    rounds: tuple[Round, ...]
     config: dict[str, Any]
     config_text: str
-    audit: dict[str, Any] | None = None  # what `sordino audit` found, where the run was attacked
-    distances: Distances | None = None  # those of the last round in which the server saw any
+    audit: dict[str, Any] | None = None
+    distances: Distances | None = None
 
 
 def read_run(directory: Path) -> Run:
@@ -184,7 +115,7 @@ def read_run(directory: Path) -> Run:
     if not directory.is_dir():
         raise RunError(f"{directory}: no such run directory; give the directory that `sordino run` wrote")
     config_text = _text(directory, "config.toml")
-    summary = _parse(directory, "summary.json", _text(directory, "summary.json"), _summary)
+    summary = _parse(directory, FILE, _text(directory, FILE), _summary)
     return Run(
         directory=directory,
         summary=summary,
@@ -228,9 +159,7 @@ def _parse(directory: Path, name: str, text: str, parse: Callable[[str], T]) -> 
     try:
         return parse(text)
     except ValidationError as error:  # a ValueError too, so it comes first
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise _malformed(directory, name, f"{place}: {first['msg']}") from None
+        raise _malformed(directory, name, complaint(error)) from None
     except (ValueError, RecursionError) as error:
         raise _malformed(directory, name, str(error)) from None
 
@@ -239,18 +168,26 @@ def _malformed(directory: Path, name: str, reason: str) -> RunError:
     return RunError(f"{directory}: {name} is malformed ({reason}); repeat the run, or leave this directory out")
 
 
-def _json(text: str) -> Any:
-    # json.loads and not pydantic's parser: Python writes NaN and Infinity. And a class name may hold a lone surrogate
-    # (a folder whose name is not UTF-8), which no page can hold: it becomes a question mark.
-    return json.loads(json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8", "replace"))
+def _printable(text: str) -> bytes:
+    """Return JSON text as UTF-8.
+
+    A class name may hold a lone surrogate, if a folder's name is not UTF-8. No page can hold it, so it becomes a
+    question mark.
+    """
+    return json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8", "replace")
 
 
 def _summary(text: str) -> Summary:
-    return Summary.model_validate(_json(text))
+    return Summary.from_json(_printable(text))
 
 
 def _round(text: str) -> Round:
-    return Round.model_validate(_json(text))
+    # Not pydantic's parser: Python writes NaN and Infinity.
+    return Round.model_validate(json.loads(_printable(text)))
+
+
+def _opened(text: str) -> Distances:
+    return Distances.model_validate(json.loads(_printable(text)))
 
 
 def _rounds(directory: Path, clients: int) -> tuple[Round, ...]:
@@ -270,20 +207,19 @@ def _rounds(directory: Path, clients: int) -> tuple[Round, ...]:
 
 
 def _distances(directory: Path, clients: int) -> Distances | None:
-    """The last round's; earlier ones are not on the page, and not read."""
-    numbered = [
-        (int(found[1]), found[0]) for found in map(_DISTANCES.fullmatch, _names(directory / "distances")) if found
-    ]
-    if not numbered:
+    """Read the distances of the last round; the page does not show earlier ones."""
+    matches = map(_DISTANCES.fullmatch, _names(directory / "distances"))
+    files = [(int(match[1]), match[0]) for match in matches if match]
+    if not files:
         return None
-    number, file = max(numbered)
+    number, file = max(files)
     name = f"distances/{file}"
-    entry = _parse(directory, name, _text(directory, name), lambda text: Distances.model_validate(_json(text)))
-    for column in entry.columns:
+    distances = _parse(directory, name, _text(directory, name), _opened)
+    for column in distances.columns:
         unknown = [client for client in (*column.members, *column.clients) if client >= clients]
         if unknown:
             raise _malformed(directory, name, f"client {unknown[0]} in a federation of {clients}")
-    return entry.model_copy(update={"round": number})
+    return distances.model_copy(update={"round": number})
 
 
 def _names(folder: Path) -> list[str]:

@@ -1,1 +1,1 @@
-"""Runtimes move the messages of a method, and nothing else."""
+"""Runtimes of a federation: they move the messages of a method, and nothing else."""

@@ -1,7 +1,7 @@
-"""What the server makes of a round's uploads instead of their mean, so that a few clients cannot steer it.
+"""Robust aggregations: they replace the mean of a round's uploads, so that a few clients cannot steer it.
 
-Every aggregation here looks at single uploads, so it works only on what clients may show: uploads that nobody noises,
-or that each client noises for itself. What the server then makes of them is post-processing and costs no privacy.
+Every aggregation here reads single uploads. It therefore needs uploads that clients may show: those that nobody
+noises, or that each client noises for itself. Aggregating them is post-processing and costs no privacy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FEWEST = 3  # clients in a round: of two, a median or a trimmed mean is their me
 
 
 def aggregated(settings: RuntimeSettings, upload: AnyUpload, mean: Average) -> Uploads[AnyUpload]:
-    """Uploads whose `mean` is the aggregation of the settings.
+    """Return uploads whose `mean` is the aggregation of the settings.
 
     Args:
         settings: the `[runtime]` table.
@@ -40,12 +40,14 @@ def aggregated(settings: RuntimeSettings, upload: AnyUpload, mean: Average) -> U
 
 
 def median(values: Tensor) -> Tensor:
-    """The median over K clients of every coordinate, [K, ...] to [...]; of an even number, the middle two's mean.
+    """Return the median over K clients of every coordinate, [K, ...] to [...].
 
-    Yin, Chen, Ramchandran, Bartlett, Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates, ICML
-    2018, definition 1. Fewer than half of the clients, whatever they send, leave each coordinate between the smallest
-    and the largest value of the others. Weights are ignored: a client states its own, and an attacker would state a
-    large one.
+    The median of an even number of values is the mean of the middle two. Source: Yin, Chen, Ramchandran, Bartlett,
+    Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates, ICML 2018, definition 1.
+
+    If fewer than half of the clients attack, each coordinate stays between the smallest and the largest value of the
+    others, whatever the attackers send. Weights are ignored: clients state their own,
+    and an attacker would state a large one.
     """
     ordered, count = _ordered(values), len(values)
     middle: Tensor = (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
@@ -53,10 +55,10 @@ def median(values: Tensor) -> Tensor:
 
 
 def trimmed_mean(values: Tensor, trim: float) -> Tensor:
-    """The mean over K clients of every coordinate without its floor(trim K) smallest and largest values.
+    """Return the mean over K clients of every coordinate without its floor(trim K) smallest and largest values.
 
-    Yin et al., 2018, definition 2. As many attackers as are cut at one end leave each coordinate between the smallest
-    and the largest value of the others. Weights are ignored, as in `median`.
+    Source: Yin et al., 2018, definition 2. If no more clients attack than are cut at one end, each coordinate stays
+    between the smallest and the largest value of the others. Weights are ignored, as in `median`.
 
     Args:
         values: [K, ...].
@@ -68,16 +70,16 @@ def trimmed_mean(values: Tensor, trim: float) -> Tensor:
 
 
 def trimmed_clients(trim: float, clients: int) -> int:
-    """How many clients a trimmed mean cuts at each end; one at least is left."""
+    """Return the number of clients that a trimmed mean cuts at each end; at least one is left."""
     return min(math.floor(trim * clients + ROUNDING), (clients - 1) // 2)
 
 
 def bounded(upload: AnyUpload, bound: float) -> AnyUpload:
-    """The upload with each client's tensors shortened to a joint norm of at most `bound`, and its weight as it was.
+    """Return the upload with each client's tensors clipped to a joint norm of at most `bound`.
 
-    Sun, Kairouz, Suresh, McMahan, Can You Really Backdoor Federated Learning?, 2019 (arXiv 1911.07963), section 4. The
-    mean that follows is weighted, so a client adds to it a vector of norm at most `bound` times its share of the
-    weights. An upload that is not finite becomes zero.
+    Source: Sun, Kairouz, Suresh, McMahan, Can You Really Backdoor Federated Learning?, 2019 (arXiv 1911.07963),
+    section 4. The client's weight stays as it was, and the mean that follows is weighted. A client therefore adds to
+    the mean a vector of norm at most `bound` times its share of the weights. An upload that is not finite becomes zero.
     """
     learned = {name: tensor for name, tensor in named_tensors(upload).items() if name != WEIGHT}
     shortened, _ = clip_jointly(learned, bound)
@@ -85,12 +87,12 @@ def bounded(upload: AnyUpload, bound: float) -> AnyUpload:
 
 
 def check(settings: RuntimeSettings, privacy: PrivacySettings, about: MethodInfo, clients: int) -> None:
-    """Refuse an aggregation that cannot be had.
+    """Refuse an aggregation that does not fit the method, the privacy mechanism or the number of clients.
 
     Args:
         settings, privacy: the `[runtime]` and `[privacy]` tables.
         about: the method.
-        clients: how many take part in a round.
+        clients: the number of clients in a round.
 
     Raises:
         ConfigError: the method or the privacy mechanism averages otherwise, or a value is missing or without effect.
@@ -105,12 +107,14 @@ def check(settings: RuntimeSettings, privacy: PrivacySettings, about: MethodInfo
         raise ConfigError(
             "runtime.aggregation",
             kind,
-            f"with privacy.noise_by = {privacy.noise_by!r} the noise is that of a mean; use 'mean', or have noise_by = "
-            "'client'",
+            f"with privacy.noise_by = {privacy.noise_by!r} the noise is that of a mean; "
+            "use 'mean', or have noise_by = 'client'",
         )
     if kind == "norm-bound" and settings.norm_bound is None:
         raise ConfigError(
-            "runtime.norm_bound", None, "the aggregation 'norm-bound' needs it; give the largest norm of an upload"
+            "runtime.norm_bound",
+            None,
+            "the aggregation 'norm-bound' needs it; give the largest norm of an upload",
         )
     if kind in ("median", "trimmed-mean") and clients < FEWEST:
         raise ConfigError(
@@ -128,5 +132,5 @@ def check(settings: RuntimeSettings, privacy: PrivacySettings, about: MethodInfo
 
 
 def _ordered(values: Tensor) -> Tensor:
-    """Each coordinate's values in ascending order, [K, ...]; what is not a number counts as the largest."""
+    """Return each coordinate's values in ascending order, [K, ...]; NaN counts as the largest."""
     return values.sort(dim=0).values

@@ -1,9 +1,9 @@
 """Checkpoints that are whole or absent, and never overwrite a good one.
 
-A server and its clients have a safetensors file each, named after the round. `latest.json` names those that belong
-together, with their SHA-256, and holds the ledger as it was then; a party on its own machine has its own file alone.
-All are written to a temporary name, flushed to the disk, and renamed, `latest.json` last. So a process that is killed,
-or a disk that is full, leaves the last complete checkpoint in place.
+A server and its clients have a safetensors file each, named after the round. `latest.json` names the files that
+belong together, with their SHA-256, and holds the ledger of that round. A party on its own machine has only its own
+file. All files are written to a temporary name, flushed to the disk, and renamed, `latest.json` last. A killed process
+or a full disk therefore leaves the last complete checkpoint in place.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from sordino.runtime.local import Training
 from sordino.runtime.server import ServerTraining
 
 LATEST = "latest.json"
-KEPT = 2  # checkpoints: the latest, and the one before it
+KEPT = 2  # checkpoints: the latest and its predecessor
 
 
 def save(folder: Path, training: Training) -> None:
-    """Write a checkpoint of a whole run, and remove those older than the one before it.
+    """Write a checkpoint of a whole run, and remove all older ones but its predecessor.
 
     Raises:
-        RunError: it cannot be written.
+        RunError: the checkpoint cannot be written.
     """
     _write(folder, training.round, training.at_server, training.at_clients)
 
@@ -50,7 +50,7 @@ def save_clients(folder: Path, training: ClientTraining) -> None:
 
 
 def load(folder: Path, like: Training) -> Training | None:
-    """Return the latest checkpoint of a whole run, or None where there is none; loading executes nothing.
+    """Return the latest checkpoint of a whole run, or None if there is none; loading executes nothing.
 
     Args:
         folder: where it was saved.
@@ -59,10 +59,10 @@ def load(folder: Path, like: Training) -> Training | None:
     Raises:
         RunError: the checkpoint is damaged or belongs to another run.
     """
-    found = _read(folder, like.at_server, like.at_clients)
-    if found is None:
+    parts = _read(folder, like.at_server, like.at_clients)
+    if parts is None:
         return None
-    server, clients = found
+    server, clients = parts
     assert server is not None
     assert clients is not None
     return Training(server, clients)
@@ -70,20 +70,22 @@ def load(folder: Path, like: Training) -> Training | None:
 
 def load_server(folder: Path, like: ServerTraining) -> ServerTraining | None:
     """Return the latest checkpoint of a server alone; see `load`."""
-    found = _read(folder, like, None)
-    return found and found[0]
+    parts = _read(folder, like, None)
+    return parts and parts[0]
 
 
 def load_clients(folder: Path, like: ClientTraining) -> ClientTraining | None:
     """Return the latest checkpoint of a stack of clients alone; see `load`."""
-    found = _read(folder, None, like)
-    return found and found[1]
+    parts = _read(folder, None, like)
+    return parts and parts[1]
 
 
 def _write(folder: Path, number: int, server: ServerTraining | None, clients: ClientTraining | None) -> None:
+    """Write the parties' files, then `latest.json`, which makes them the latest checkpoint."""
     parts: dict[str, dict[str, Tensor]] = {}
     if server is not None:
-        mechanism = {f"mechanism.{name}": tensor.contiguous() for name, tensor in server.mechanism.items()}
+        entries = server.mechanism.items()
+        mechanism = {f"mechanism.{name}": tensor.contiguous() for name, tensor in entries}
         parts["server"] = mechanism | _tensors("server.", server.state)
     if clients is not None:
         parts["clients"] = _tensors("clients.", clients.state)
@@ -105,6 +107,11 @@ def _write(folder: Path, number: int, server: ServerTraining | None, clients: Cl
 def _read(
     folder: Path, server: ServerTraining | None, clients: ClientTraining | None
 ) -> tuple[ServerTraining | None, ClientTraining | None] | None:
+    """Return the parties' states from the latest checkpoint, with the types and shapes of those given.
+
+    Raises:
+        RunError: the checkpoint is damaged or belongs to another run.
+    """
     if not (folder / LATEST).exists():
         return None
     try:
@@ -134,7 +141,8 @@ def _part(folder: Path, entry: Mapping[str, str]) -> dict[str, Tensor]:
 
 
 def _tensors(prefix: str, state: State) -> dict[str, Tensor]:
-    return {prefix + name: tensor.detach().cpu().contiguous().clone() for name, tensor in named_tensors(state).items()}
+    tensors = named_tensors(state).items()
+    return {prefix + name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors}
 
 
 def _fill(like: AnyState, tensors: dict[str, Tensor], prefix: str) -> AnyState:

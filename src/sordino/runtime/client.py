@@ -1,7 +1,7 @@
-"""The clients' end of a federation: a stack of clients that share a process, and what they do in a round.
+"""The clients' end of a federation: a stack of clients that share a process, and their part of a round.
 
-All that reaches them, and all that leaves them, is bytes. A process that holds one client and one that simulates a
-thousand run the same lines.
+Only bytes reach the clients, and only bytes leave them. A process that holds one client and a process that simulates
+a thousand run the same code.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from sordino.secure import Party, Refusal, answered
 
 @dataclass(frozen=True)
 class ClientTraining:
-    """Where a stack of clients stands; all that their checkpoint must hold.
+    """The state of a stack of clients between rounds; their checkpoint holds all of it.
 
     Attributes:
         round: the last round that one of them took part in; 0 before the first.
-        state: the method's, each tensor [K, ...].
+        state: the method's state, each tensor [K, ...].
     """
 
     round: int
@@ -54,8 +54,9 @@ class ClientEnd:
         federation: what all parties agreed on.
         data: the examples of the K clients of this stack.
         numbers: [K], their numbers in the federation, ascending.
-        randomness: where noise and samples come from; the operating system, unless a simulation plays all parties.
-        boosts: client to the factor on what it sends, of attackers that send more than they learned.
+        randomness: the source of noise and samples; by default the operating system. Only a simulation, which plays
+            all parties, gives another.
+        boosts: client to the factor on its upload, for attackers that send more than they learned.
 
     Raises:
         ConfigError: the run is a simulation, and no randomness is given.
@@ -76,7 +77,8 @@ class ClientEnd:
     def start(self) -> ClientTraining:
         """Return the state before the first round."""
         init = self.federation.init_context(self.numbers)
-        return ClientTraining(0, self.federation.algorithm.client_init(self.federation.settings, init, self.data))
+        state = self.federation.algorithm.client_init(self.federation.settings, init, self.data)
+        return ClientTraining(0, state)
 
     def round(self, training: ClientTraining) -> ClientRound:
         """Return the next round, which waits for the server's messages."""
@@ -87,24 +89,24 @@ class ClientRound:
     """A round of a stack of clients.
 
     Attributes:
-        training: where the clients stand; after their upload, with the round in it.
-        losses: of every gradient that was taken, a scalar. For a simulation's log: nothing sends them.
+        training: the clients' state; it includes this round once they have uploaded.
+        losses: a scalar for every gradient that was taken. They are for a simulation's log, and are never sent.
     """
 
     def __init__(self, end: ClientEnd, training: ClientTraining) -> None:
-        self._end, self._before, self.training = end, training, training
+        self._end, self.training = end, training
         self.losses: list[Tensor] = []
         self._parties: dict[int, Party] = {}
 
     def handle(self, contents: Mapping[int, bytes]) -> list[tuple[int, bytes | Refusal]]:
         """Return the clients' replies to the server's messages, by client.
 
-        The first message of a round is the broadcast, and the reply to it the upload. What follows belongs to a
-        protocol on shares, where the method or the mechanism has one.
+        The first message of a round is the broadcast, and its reply is the upload. If the method or the mechanism has
+        a protocol on shares, all later messages belong to that protocol.
 
         Raises:
             MessageError: a broadcast is not what was agreed.
-            RunError: the method does not keep to its schedule; nothing left.
+            RunError: the method does not keep to its schedule; nothing left the clients.
         """
         if all(messages.opens_round(content) for content in contents.values()):
             return list(self._train(contents).items())
@@ -119,8 +121,8 @@ class ClientRound:
 
         1. Read the broadcasts.
         2. Run the method's round under the clients' end of the mechanism.
-        3. Hold what was drawn against what accounting planned, before anything leaves.
-        4. Get ready for the protocol, if there is one, and send the upload.
+        3. Compare the batches that were drawn with the accountant's plan, before anything leaves.
+        4. Prepare the protocol on shares, if there is one, and return the uploads.
         """
         end, federation = self._end, self._end.federation
         clients = sorted(contents)
@@ -135,7 +137,7 @@ class ClientRound:
         upload, states = federation.algorithm.client_round(
             federation.settings,
             broadcast,
-            take(self._before.state, stack),
+            take(self.training.state, stack),
             _taken_data(end.data, stack, poisson),
             self._recorded(mechanism_round.gradients),
             round_context,
@@ -146,58 +148,65 @@ class ClientRound:
         federation.mechanism.check(federation.mechanism.entered(clients, rates), clients)
         places, count, session = [header.place for header in headers], headers[0].clients, headers[0].session
         if client_exchange := getattr(federation.algorithm, "client_exchange", None):
-            parties = client_exchange(federation.settings, federation.model, broadcast, upload, places, round_context)
+            method = (federation.settings, federation.model)
+            parties = client_exchange(*method, broadcast, upload, places, round_context)
             self._parties = dict(zip(clients, parties, strict=True))
         elif federation.mechanism.sums_securely:
             vectors, privacy = mechanism_round.summed, federation.mechanism.settings
             sums = sum_parties(privacy, vectors, randomness, session, places, count)
             self._parties = dict(zip(clients, sums, strict=True))
-        self.training = ClientTraining(number, put(self._before.state, stack, states))
+        self.training = ClientTraining(number, put(self.training.state, stack, states))
         return self._sent(upload, mechanism_round, clients, number)
 
     def _number(self, headers: Sequence[RoundHeader]) -> int:
-        """Return the number of the round that all headers name."""
+        """Return the number of the round that all headers name.
+
+        Raises:
+            MessageError: they name several rounds, or one that these clients have already taken part in.
+        """
         numbers = {header.round for header in headers}
         if len(numbers) != 1:
             raise MessageError(f"broadcasts of several rounds at once: {sorted(numbers)}")
         (number,) = numbers
-        if number <= self._before.round:  # a second upload of one round would be a second release
-            raise MessageError(f"a broadcast of round {number} after round {self._before.round}")
+        if number <= self.training.round:  # a second upload of one round would be a second release
+            raise MessageError(f"a broadcast of round {number} after round {self.training.round}")
         return number
 
     def _read(self, contents: Sequence[bytes]) -> tuple[Broadcast, Tensor | None]:
-        """Return the method's broadcast and, where it adapts, the clip."""
+        """Return the method's broadcast and, if the clip adapts, the clip of this round."""
         federation = self._end.federation
         adapts = federation.mechanism.broadcasts_clip
         clip = torch.zeros((), dtype=torch.float64) if adapts else None
         like = federation.broadcast_message(federation.schemas.broadcast, clip)
         parts = [messages.decode(content, like) for content in contents]
-        own = federation.schemas.broadcast
+        schema = federation.schemas.broadcast
         if isinstance(parts[0], ClippedBroadcast):
             clip = parts[0].clip
-            received = [dict(part.broadcast) for part in parts if isinstance(part, ClippedBroadcast)]
+            clipped = [part for part in parts if isinstance(part, ClippedBroadcast)]
+            received = [dict(part.broadcast) for part in clipped]
         else:
             received = [named_tensors(part) for part in parts]
-        if not isinstance(own, PersonalBroadcast):
-            return map_tensors(own, lambda name, _: received[0][name]), clip
-        stack = stacked(received, named_tensors(own))
-        return map_tensors(own, lambda name, _: stack[name]), clip
+        if not isinstance(schema, PersonalBroadcast):  # all clients received the same one
+            return map_tensors(schema, lambda name, _: received[0][name]), clip
+        stack = stacked(received, named_tensors(schema))
+        return map_tensors(schema, lambda name, _: stack[name]), clip
 
     def _sent(
         self, upload: AnyUpload, mechanism_round: ClientRoundMechanism, clients: Sequence[int], number: int
     ) -> dict[int, bytes]:
+        """Return each client's upload as bytes, by client."""
         message = self._end.federation.upload_message(upload, mechanism_round.below_clip)
         sent: dict[int, bytes] = {}
         for place, client in enumerate(clients):
-            header = UploadHeader(number, tuple(float(rate[place]) for rate in mechanism_round.rates))
-            own = take(message, torch.tensor([place]))
-            sent[client] = messages.encode(own, header)
+            rates = tuple(float(rate[place]) for rate in mechanism_round.rates)
+            client_message = take(message, torch.tensor([place]))
+            sent[client] = messages.encode(client_message, UploadHeader(number, rates))
         return sent
 
     def _boosted(self, upload: AnyUpload, clients: Sequence[int]) -> AnyUpload:
-        """Enlarge what attackers send, before anything that the protocol does to it.
+        """Multiply attackers' uploads by their boost, before any protection of the upload.
 
-        Model replacement: Bagdasaryan et al., How To Backdoor Federated Learning, AISTATS 2020.
+        Source of this model replacement: Bagdasaryan et al., How To Backdoor Federated Learning, AISTATS 2020.
         """
         factors = [self._end.boosts.get(client, 1.0) for client in clients]
         if all(factor == 1 for factor in factors):
@@ -206,12 +215,13 @@ class ClientRound:
         def enlarge(name: str, tensor: Tensor) -> Tensor:
             if name == WEIGHT:
                 return tensor
-            return tensor * torch.tensor(factors, dtype=torch.float64).to(tensor).view(-1, *[1] * (tensor.ndim - 1))
+            factor = torch.tensor(factors, dtype=torch.float64).to(tensor)
+            return tensor * factor.view(-1, *[1] * (tensor.ndim - 1))
 
         return map_tensors(upload, enlarge)
 
     def _recorded(self, gradients: Gradients) -> Gradients:
-        """Return gradients whose losses are kept for the log."""
+        """Return the same gradients, which also keep their losses for the log."""
 
         def record(prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch) -> Gradient:
             gradient = gradients(prompt_of, parameters, fixed, batch)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sordino.encoders.prompt_model import Prompt, PromptModel, map_prompt, prompt_count
 
-# Prompts whose logits on all test images are held at once; bounds memory, not the result.
+# The number of prompts whose logits on all test images are held at once. It bounds memory, not the result.
 PROMPTS_AT_ONCE = 32
 
 
@@ -19,8 +19,8 @@ class EvaluationSet:
 
     Attributes:
         model: the method's model with these candidates.
-        features: [T, ...], what it reads of them.
-        labels: [T].
+        features: [T, ...], the model's input for each image.
+        labels: [T], class indices.
     """
 
     model: PromptModel
@@ -28,11 +28,12 @@ class EvaluationSet:
     labels: Tensor
 
     def correct(self, prompt: Prompt) -> Tensor:
-        """Whether each of P prompts classifies each image rightly: [P, T] bool."""
+        """Return which images each of P prompts classifies correctly, [P, T] bool."""
         hits = []
         for start in range(0, prompt_count(prompt), PROMPTS_AT_ONCE):
             chunk = map_prompt(prompt, lambda part, at=start: part[at : at + PROMPTS_AT_ONCE])  # type: ignore[misc]
-            hits.append(self.model.predict(chunk, self.features).argmax(-1) == self.labels)
+            predicted = self.model.predict(chunk, self.features).argmax(-1)
+            hits.append(predicted == self.labels)
         return torch.cat(hits)
 
 
@@ -42,13 +43,13 @@ class Evaluation:
 
     Attributes:
         test: images of the classes that were trained on.
-        local, neighbor: [K, T] float64 on the CPU, weights over `test` for each client; rows sum to one, or to zero
-            where a split is empty.
+        local, neighbor: [K, T] float64 on the CPU, weights over `test` for each client. A row sums to one, or to zero
+            if the split is empty.
         novel: images of classes that nobody trained on, or None.
         domain: images of the held-out domain, or None.
-        triggered: test images of other classes than an attacker's target, with its trigger, labeled as the target; or
-            None where nobody attacks.
-        attackers: how many clients attack: the first ones.
+        triggered: test images of other classes than an attacker's target, with its trigger and the target's label; or
+            None if nobody attacks.
+        attackers: the number of clients that attack; they are the first ones.
     """
 
     test: EvaluationSet
@@ -61,14 +62,15 @@ class Evaluation:
 
     @torch.no_grad()
     def scores(self, prompt: Prompt) -> Scores:
-        """Accuracies of K prompts, or of one that all K clients share."""
+        """Return the accuracies of K prompts, or of one prompt that all K clients share."""
         clients = len(self.local)
         correct = self.test.correct(prompt).cpu().double()  # [K or 1, T]; some devices lack float64
 
         def over(weights: Tensor) -> list[float | None]:
             accuracy = (correct * weights).sum(1)
             empty = weights.sum(1) == 0
-            return [None if gone else value for value, gone in zip(accuracy.tolist(), empty.tolist(), strict=True)]
+            pairs = zip(accuracy.tolist(), empty.tolist(), strict=True)
+            return [None if is_empty else value for value, is_empty in pairs]
 
         def uniform(split: EvaluationSet | None) -> list[float | None]:
             if split is None:
@@ -90,12 +92,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Scores:
-    """Accuracies of K clients, fractions in [0, 1]; None where a client has no such split.
+    """Accuracies of K clients, fractions in [0, 1]; None if a client has no such split.
 
     Attributes:
         local, neighbor, overall, novel, domain: accuracies.
-        attack_success: images with an attacker's trigger that are taken for its target; None for the attackers.
-        attackers: how many of the first clients attack; no mean counts them.
+        attack_success: fraction of the images with an attacker's trigger that the prompt classifies as its target;
+            None for the attackers.
+        attackers: the number of clients that attack; they are the first ones, and no mean counts them.
     """
 
     local: list[float | None]
@@ -107,13 +110,13 @@ class Scores:
     attackers: int = 0
 
     def means(self) -> dict[str, float | None]:
-        """Each accuracy's mean over the honest clients that have it."""
+        """Return each accuracy's mean over the honest clients that have it."""
         kinds = {"local": self.local, "neighbor": self.neighbor, "overall": self.overall}
         kinds |= {"novel": self.novel, "domain": self.domain}
         return {name: _mean(values[self.attackers :]) for name, values in kinds.items()}
 
     def mean_attack_success(self) -> float | None:
-        """The mean over the clients that are attacked; None where nobody attacks."""
+        """Return the mean over the clients that are attacked, or None if nobody attacks."""
         return _mean(self.attack_success)
 
 

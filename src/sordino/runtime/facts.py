@@ -1,4 +1,4 @@
-"""What both ends of a federation know before the first round: the method, who takes part, what messages look like."""
+"""Facts that both ends of a federation know before the first round: method, participants, message schemas."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from sordino.errors import ConfigError
 from sordino.privacy.gradients import Batch, Gradient, Parameters, PromptOf
 from sordino.privacy.ledger import Disclosure, joint_digest
 from sordino.privacy.mechanism import WEIGHT, Mechanism, MechanismInputs
-from sordino.privacy.noise import Randomness, SystemRandomness
-from sordino.randomness import Streams, generator
+from sordino.randomness import Randomness, Streams, SystemRandomness, generator
 from sordino.runtime.settings import RuntimeSettings
 
-RandomnessOf = Callable[[int, Sequence[int]], Randomness]  # of a round's noise, by the round and the clients' numbers
+# The randomness of a round's noise, by the round's number and the clients' numbers.
+RandomnessOf = Callable[[int, Sequence[int]], Randomness]
 
 
 @dataclass(frozen=True)
 class Schemas:
-    """One client's messages with the names, types and shapes that a method's have; their numbers mean nothing.
+    """One client's messages, with a method's names, types and shapes; their values mean nothing.
 
     Attributes:
-        broadcast: the method's own; each tensor of a personal one is [1, ...].
-        upload: the method's own, each tensor [1, ...].
+        broadcast: the method's broadcast; each tensor of a personal one is [1, ...].
+        upload: the method's upload, each tensor [1, ...].
     """
 
     broadcast: Broadcast
@@ -53,18 +53,18 @@ class Schemas:
 
 @dataclass(frozen=True)
 class Federation:
-    """What every party agrees on before the first round.
+    """The agreement of all parties before the first round.
 
     Attributes:
         algorithm, settings: the method.
         model: the method's model, frozen.
-        clients: K, how many there are.
-        rounds: of the whole run.
+        clients: K, the number of clients.
+        rounds: the number of rounds of the whole run.
         runtime: the `[runtime]` settings.
-        seed: of what all parties draw alike, and of each client's batches.
+        seed: the seed of the draws that all parties share, and of each client's batches.
         mechanism: the privacy mechanism, with its noise matched to the budget.
-        schemas: of the method's messages.
-        device: where tensors are computed with.
+        schemas: the schemas of the method's messages.
+        device: the device that computes with tensors.
     """
 
     algorithm: Algorithm
@@ -79,19 +79,20 @@ class Federation:
     device: torch.device
 
     def init_context(self, clients: Sequence[int]) -> InitContext:
-        """Return what a method makes its first state of, for a stack of clients."""
+        """Return the inputs of a method's first state, for a stack of clients."""
         return init_context(self.model, Streams(self.seed, 0, clients, self.device))
 
     def round_context(self, number: int, clients: Sequence[int]) -> RoundContext:
-        """Return a round's number and randomness, for a stack of clients; a stack of none draws as client 0 would."""
-        return RoundContext(number, self.rounds, Streams(self.seed, number, list(clients) or [0], self.device))
+        """Return a round's number and randomness for a stack of clients; an empty stack draws as client 0."""
+        streams = Streams(self.seed, number, list(clients) or [0], self.device)
+        return RoundContext(number, self.rounds, streams)
 
     def randomness(self, given: RandomnessOf | None) -> RandomnessOf:
-        """Return where noise and samples come from: what is given, or the operating system.
+        """Return the source of noise and samples: the one given, or else the operating system.
 
         Raises:
-            ConfigError: the run is a simulation. Noise that can be drawn again protects nobody from the other parties,
-                so only a runtime that plays all of them gives it.
+            ConfigError: the run is a simulation, and no source is given. Noise that can be drawn again protects nobody
+                from the other parties, so only a runtime that plays all of them gives it.
         """
         if given is not None:
             return given
@@ -104,26 +105,26 @@ class Federation:
         return lambda number, clients: SystemRandomness(len(clients), self.device)
 
     def broadcast_message(self, broadcast: Broadcast, clip: Tensor | None) -> Broadcast:
-        """Return the message that tells clients a broadcast and, where that adapts, the clip of the round."""
+        """Return the message of a broadcast and, if the clip adapts, of the round's clip."""
         return broadcast if clip is None else ClippedBroadcast(named_tensors(broadcast), clip)
 
     def upload_message(self, upload: Upload, below_clip: Tensor | None) -> Upload:
-        """Return the message that carries an upload, as far as it leaves a client in one piece.
+        """Return the message of an upload, without the parts that leave a client in shares or masked.
 
         Args:
-            upload: the method's own, protected.
-            below_clip: [K], of an adaptive clip.
+            upload: the method's upload, protected.
+            below_clip: [K], the bits of an adaptive clip; None if the clip does not adapt.
         """
         if hasattr(self.algorithm, "client_exchange"):
             return Upload()  # the protocol's messages carry it, in shares
-        if self.mechanism.sums_securely:  # masked, in the secure sum's messages; but weights are known to all
+        if self.mechanism.sums_securely:  # the secure sum's messages carry it, masked; weights are public
             weights = [tensor for name, tensor in named_tensors(upload).items() if name == WEIGHT]
             return StatedWeight(weights[0]) if weights else Upload()
         return upload if below_clip is None else ClippedUpload(named_tensors(upload), below_clip)
 
 
 def init_context(model: PromptModel, streams: Streams) -> InitContext:
-    """Return what a method makes its first state of."""
+    """Return the inputs of a method's first state."""
     encoder = model.encoder
     return InitContext(
         encoder.embed,
@@ -138,13 +139,13 @@ def init_context(model: PromptModel, streams: Streams) -> InitContext:
 def schemas_of(
     algorithm: Algorithm, settings: Any, model: PromptModel, clients: int, rounds: int, example: Tensor
 ) -> Schemas:
-    """Return what a method's messages look like, by a round of one client in which nothing is computed.
+    """Return the schemas of a method's messages, from a round of one client in which no gradient is computed.
 
     Args:
         algorithm, settings, model: the method.
-        clients: K, how many there are.
-        rounds: of the whole run.
-        example: [...], what the model reads of one picture.
+        clients: K, the number of clients.
+        rounds: the number of rounds of the whole run.
+        example: [...], the model's input for one picture.
     """
     device = example.device
     server = algorithm.server_init(settings, init_context(model, Streams(0, 0, range(clients), device)))
@@ -160,19 +161,19 @@ def schemas_of(
 
 
 def _no_gradients(prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch) -> Gradient:
-    """Answer as `Gradients` do, without computing anything."""
+    """Return zeros of the shapes that `Gradients` return."""
     values = {name: torch.zeros_like(value) for name, value in parameters.items()}
     return Gradient(values, torch.zeros(len(batch.labels), device=batch.labels.device))
 
 
 def participants(seed: int, number: int, clients: int, participation: float) -> Tensor:
-    """Return which clients take part in round `number`: as many every round, ascending."""
+    """Return the clients that take part in round `number`, ascending; their count is the same every round."""
     order = torch.from_numpy(generator(seed, number, "participants").permutation(clients))
     return order[: participant_count(clients, participation)].sort().values
 
 
 def participant_count(clients: int, participation: float) -> int:
-    """Return how many clients take part in a round."""
+    """Return the number of clients that take part in a round."""
     return max(1, round(participation * clients))
 
 
@@ -183,14 +184,15 @@ def mechanism_inputs(
 
     Args:
         algorithm, settings: the method.
-        sizes: how many examples each party that trains holds.
-        rounds: of the whole run.
+        sizes: the number of examples that each training party holds.
+        rounds: the number of rounds of the whole run.
         runtime: the `[runtime]` settings.
-        seed: of the run.
+        seed: the run's seed.
     """
     about, schedule = algorithm.ABOUT, algorithm.schedule(settings)
-    tells_sizes = runtime.weighting == "examples" and "weight" in {part.name for part in fields(algorithm.Upload)}
-    told = Disclosure("how many examples each client holds, to the server every round", "sizes")
+    has_weight = "weight" in {part.name for part in fields(algorithm.Upload)}
+    tells_sizes = runtime.weighting == "examples" and has_weight
+    sizes_disclosure = Disclosure("how many examples each client holds, to the server every round", "sizes")
     participated = [0] * len(sizes)
     for number in range(1, rounds + 1):
         for client in participants(seed, number, len(sizes), runtime.participation).tolist():
@@ -210,7 +212,7 @@ def mechanism_inputs(
         shared=about.averages,
         personal=about.personal != "nothing",
         server_uses=about.server_uses,
-        discloses=(*about.discloses, *([told] if tells_sizes else [])),
+        discloses=(*about.discloses, *([sizes_disclosure] if tells_sizes else [])),
     )
 
 
@@ -220,7 +222,7 @@ def client_data(features: Tensor, labels: Tensor, rows: Sequence[Sequence[int]],
     Args:
         features, labels: [N, ...] and [N].
         rows: K sequences of row numbers.
-        weighting: "examples" has a client weigh as many as it holds, "uniform" has all weigh alike.
+        weighting: "examples" weights a client by the number of its examples, "uniform" weights all clients alike.
     """
     counts = torch.tensor([len(client_rows) for client_rows in rows], device=features.device)
     padded = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(part) for part in rows], batch_first=True)
@@ -229,15 +231,16 @@ def client_data(features: Tensor, labels: Tensor, rows: Sequence[Sequence[int]],
 
 
 def data_digest(features: Tensor, labels: Tensor, rows: Sequence[int]) -> str:
-    """Return a digest of a client's examples in hex, whatever their order: of what is read of them, and of labels."""
+    """Return a digest in hex of a client's examples, features and labels; their order does not matter."""
     chosen = torch.as_tensor(list(rows), dtype=torch.int64)
-    read, classes = features[chosen.to(features.device)].cpu().contiguous(), labels[chosen.to(labels.device)].tolist()
-    pairs = zip(read.reshape(len(classes), -1).numpy(), classes, strict=True)
+    client_features = features[chosen.to(features.device)].cpu().contiguous()
+    client_labels = labels[chosen.to(labels.device)].tolist()
+    pairs = zip(client_features.reshape(len(client_labels), -1).numpy(), client_labels, strict=True)
     return joint_digest(hashlib.sha256(row.tobytes() + str(label).encode()).hexdigest() for row, label in pairs)
 
 
 def stacked(parts: Sequence[Mapping[str, Tensor]], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors of n clients, each [1, ...], as one stack [n, ...]; of none, [0, ...] as `like` has them."""
+    """Return tensors of n clients, each [1, ...], as one stack [n, ...]; `like` gives the shapes if n is 0."""
     if not parts:
         return {name: tensor[:0] for name, tensor in like.items()}
     return {name: torch.cat([part[name] for part in parts]) for name in like}

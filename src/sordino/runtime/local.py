@@ -17,8 +17,8 @@ from sordino.algorithms.base import Algorithm, ClientState, RoundContext, Server
 from sordino.encoders.prompt_model import Prompt, PromptModel
 from sordino.privacy.choice import mechanism_for
 from sordino.privacy.ledger import Ledger, joint_digest
-from sordino.privacy.noise import Randomness, SystemRandomness, new_nonce, simulated
 from sordino.privacy.settings import PrivacySettings
+from sordino.randomness import Randomness, SystemRandomness, new_nonce, simulated
 from sordino.runtime import aggregation
 from sordino.runtime.client import ClientEnd, ClientTraining
 from sordino.runtime.facts import (
@@ -39,7 +39,7 @@ __all__ = ["Diverged", "LocalRuntime", "RoundError", "Training"]
 
 @dataclass(frozen=True)
 class Training:
-    """Where a run stands after a round: the two parts that a checkpoint holds, each in a file of its own.
+    """The state of a run after a round; a checkpoint holds each of the two parts in a file.
 
     Attributes:
         at_server: the server's part.
@@ -51,27 +51,27 @@ class Training:
 
     @property
     def round(self) -> int:
-        """The last round, counted from 1; 0 before the first."""
+        """Return the last round, counted from 1; 0 before the first."""
         return self.at_server.round
 
     @property
     def server(self) -> Server:
-        """The method's state at the server."""
+        """Return the method's state at the server."""
         return self.at_server.state
 
     @property
     def clients(self) -> ClientState:
-        """The method's state at the clients, each tensor [K, ...]."""
+        """Return the method's state at the clients, each tensor [K, ...]."""
         return self.at_clients.state
 
     @property
     def mechanism(self) -> dict[str, Tensor]:
-        """The privacy mechanism's state."""
+        """Return the privacy mechanism's state."""
         return self.at_server.mechanism
 
     @property
     def ledger(self) -> Ledger:
-        """The ledger of what was released so far."""
+        """Return the ledger of all releases so far."""
         return self.at_server.ledger
 
     def with_ledger(self, ledger: Ledger) -> Training:
@@ -86,13 +86,13 @@ class LocalRuntime:
         algorithm, settings: the method.
         model: the method's model.
         features, labels: [N, ...] and [N], the table that clients' rows refer to, on the encoder's device.
-        rows: K sequences of row numbers, what each client holds.
-        rounds: how many rounds a whole run has.
+        rows: K sequences of row numbers, one for each client.
+        rounds: the number of rounds of a whole run.
         runtime: the `[runtime]` settings.
-        seed: of the run.
+        seed: the run's seed.
         privacy: the `[privacy]` settings.
-        boosts: client to the factor on what it sends, of attackers that send more than they learned.
-        digests: of each client's data, in hex; by default of its rows of `features` and `labels`.
+        boosts: client to the factor on its upload, for attackers that send more than they learned.
+        digests: a digest of each client's data, in hex; by default of its rows of `features` and `labels`.
 
     Raises:
         ConfigError: the privacy mechanism or the aggregation does not fit the method.
@@ -116,23 +116,27 @@ class LocalRuntime:
         self.algorithm, self.settings, self.model = algorithm, settings, model
         self.rounds = rounds if algorithm.ABOUT.trains else 0
         self.runtime, self.seed = runtime, seed
-        digests = [data_digest(features, labels, client) for client in rows] if digests is None else digests
+        if digests is None:
+            digests = [data_digest(features, labels, client_rows) for client_rows in rows]
         if algorithm.ABOUT.pools_data:
-            rows, digests = [[row for client in rows for row in client]], [joint_digest(digests)]
+            rows = [[row for client_rows in rows for row in client_rows]]
+            digests = [joint_digest(digests)]
         self.digests = list(digests)
         self.data = client_data(features, labels, rows, runtime.weighting)
         self.privacy = privacy or PrivacySettings()
-        inputs = mechanism_inputs(algorithm, settings, [len(client) for client in rows], self.rounds, runtime, seed)
+        sizes = [len(client_rows) for client_rows in rows]
+        inputs = mechanism_inputs(algorithm, settings, sizes, self.rounds, runtime, seed)
         self.mechanism = mechanism_for(self.privacy, inputs, model)
+        participants = participant_count(len(rows), runtime.participation)
         if check := getattr(algorithm, "check", None):
-            check(settings, model, participant_count(len(rows), runtime.participation))
-        aggregation.check(runtime, self.privacy, algorithm.ABOUT, participant_count(len(rows), runtime.participation))
+            check(settings, model, participants)
+        aggregation.check(runtime, self.privacy, algorithm.ABOUT, participants)
         self.boosts = dict(boosts or {})
         self.nonce = self.privacy.nonce or new_nonce()
 
     @cached_property
     def identity(self) -> str:
-        """A digest of all that the run is made of but its nonce, in hex: two runs of one identity are the same run."""
+        """Return a digest in hex of all inputs of the run but its nonce; equal digests mean the same run."""
         encoder, method = self.model.encoder, self.algorithm
         made_of = (
             sordino.__version__,
@@ -149,13 +153,13 @@ class LocalRuntime:
 
     @cached_property
     def schemas(self) -> Schemas:
-        """What the method's messages look like."""
+        """Return the schemas of the method's messages."""
         example = self.data.features.new_zeros(self.data.features.shape[1:])
         return schemas_of(self.algorithm, self.settings, self.model, len(self.data), self.rounds, example)
 
     @property
     def federation(self) -> Federation:
-        """What all parties agree on."""
+        """Return the agreement of all parties."""
         return Federation(
             self.algorithm,
             self.settings,
@@ -171,12 +175,12 @@ class LocalRuntime:
 
     @property
     def server(self) -> ServerEnd:
-        """The server."""
+        """Return the server."""
         return ServerEnd(self.federation, self.randomness)
 
     @property
     def clients(self) -> ClientEnd:
-        """All clients, as one stack."""
+        """Return all clients, as one stack."""
         return ClientEnd(self.federation, self.data, range(len(self.data)), self.randomness, self.boosts)
 
     def start(self) -> Training:
@@ -185,10 +189,11 @@ class LocalRuntime:
         return Training(self.server.start(self._run_name(), data), self.clients.start())
 
     def round(self, training: Training) -> tuple[Training, RoundRecord]:
-        """Play the next round.
+        """Run the next round.
 
         Raises:
-            Diverged: what was released is not finite; without a mechanism, nor may be the loss or a client's state.
+            Diverged: an upload or the server's state is not finite; without a mechanism, also the loss or a client's
+                state.
             RunError: the method does not keep to its schedule, and nothing was released.
         """
         clients = self.clients.round(training.at_clients)
@@ -199,27 +204,27 @@ class LocalRuntime:
             raise self._diverged(number, _mean(clients.losses), error.ledger) from None
         loss = _mean(clients.losses)
         after = Training(at_server, replace(clients.training, round=number))
-        # With a mechanism on, the server alone decides whether training goes on, by what was released: that a run ends
-        # must not tell anything else of anybody's data.
+        # With a mechanism on, only the server decides whether training continues, from the releases alone.
+        # Otherwise the end of a run would reveal more about the data than was accounted for.
         if not self.privacy.on and not (math.isfinite(loss) and finite(after.clients)):
             raise self._diverged(number, loss, after.ledger)
         sends = bool(vars(self.schemas.upload) or vars(self.schemas.broadcast))
-        # A method that tells nobody anything has no messages, though a simulation sends empty ones to keep time.
+        # A method without messages counts no bytes, although a simulation sends empty ones to keep time.
         up, down = (seen.upload_bytes, seen.broadcast_bytes) if sends else (0, 0)
         labels = getattr(after.server, "labels", None)
         clusters = None if labels is None else labels.long().tolist()
         return after, RoundRecord(number, loss, len(seen.participants), up, down, clusters, seen.protocol)
 
     def within_budget(self, training: Training) -> bool:
-        """Return whether what the next round releases, on top of the ledger, stays in the budget."""
+        """Return whether the next round's releases, added to the ledger, stay within the budget."""
         return self.server.within_budget(training.at_server)
 
     def pays_for_all(self, training: Training) -> bool:
-        """Return whether all remaining rounds stay in the budget, so that nobody need ask again."""
+        """Return whether all remaining rounds stay within the budget; then no later check is needed."""
         return self.server.pays_for_all(training.at_server)
 
     def prompts(self, training: Training) -> Prompt:
-        """Return the K clients' prompts, or the one that they share."""
+        """Return the K clients' prompts, or the one prompt that they share."""
         return self.algorithm.prompt(self.algorithm.broadcast(training.server), training.clients)
 
     def round_context(self, number: int) -> RoundContext:
@@ -227,7 +232,7 @@ class LocalRuntime:
         return self.federation.round_context(number, range(len(self.data)))
 
     def randomness(self, number: int, clients: Sequence[int]) -> Randomness:
-        """Return where a round's noise and samples come from."""
+        """Return the source of a round's noise and samples."""
         device = self.data.features.device
         if self.privacy.simulation:
             return simulated(self.nonce, self.identity, number, clients, device)
@@ -235,10 +240,11 @@ class LocalRuntime:
 
     def _diverged(self, number: int, loss: float, ledger: Ledger) -> Diverged:
         attacked = ", or poisoning.boost, or have another runtime.aggregation" if self.boosts else ""
-        return Diverged(f"training diverged in round {number} (loss {loss}); lower the learning rate{attacked}", ledger)
+        message = f"training diverged in round {number} (loss {loss}); lower the learning rate{attacked}"
+        return Diverged(message, ledger)
 
     def _run_name(self) -> str:
-        """Return a name that no other run has; a simulation that is the very same run again has the same."""
+        """Return a name that no other run has; a repetition of the same simulation has the same name."""
         if self.privacy.simulation:
             return hashlib.sha256(f"{self.nonce} {self.identity}".encode()).hexdigest()[:32]
         return new_nonce()

@@ -1,8 +1,8 @@
-"""What crosses between a client and the server: the bytes of a Broadcast or an Upload, and of nothing else.
+"""Messages between a client and the server: the bytes of a Broadcast or an Upload, and of nothing else.
 
-A message is one safetensors file. Its tensors are those that the method's type declares; its header says which round it
-is of and what else the two ends of a round tell each other. Reading one executes nothing and trusts nothing: names,
-types, shapes and length must be those that were agreed, and every number must be finite.
+A message is one safetensors file. Its tensors are those that the method's type declares. Its header names the round and
+carries the other facts that the two ends of a round exchange. Reading a message executes nothing and trusts nothing:
+names, types, shapes and length must be those that were agreed, and every number must be finite.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from sordino.errors import RunError
 
 AnyMessage = TypeVar("AnyMessage", Broadcast, Upload)
 
-HEADER_BYTES = 65_536  # the header of a message, at most
-ROUND = "round"  # the header's entry that every message of a round begins with
+HEADER_BYTES = 65_536  # the largest header of a message
+ROUND = "round"  # the header's entry in every broadcast and upload, and in no message of a protocol
 
 
 class MessageError(RunError):
@@ -35,13 +35,13 @@ class NotFinite(MessageError):
 
 @dataclass(frozen=True)
 class RoundHeader:
-    """What the server tells a client besides the broadcast.
+    """The server's message to a client besides the broadcast's tensors.
 
     Attributes:
         round: the round's number, from 1.
-        place: the client's place among those who take part, from 0.
-        clients: how many take part.
-        session: of the round's secure sums, in hexadecimal digits; empty where there are none.
+        place: the client's place among the participants, from 0.
+        clients: the number of participants.
+        session: the session of the round's secure sums, in hexadecimal digits; empty if there are none.
     """
 
     round: int
@@ -52,11 +52,11 @@ class RoundHeader:
 
 @dataclass(frozen=True)
 class UploadHeader:
-    """What a client tells the server besides the upload.
+    """A client's message to the server besides the upload's tensors.
 
     Attributes:
         round: the round's number.
-        rates: for each gradient that was taken, the sampling rate of the batch as it was drawn; empty without sampling.
+        rates: for each gradient that was taken, the sampling rate of the drawn batch; empty without sampling.
     """
 
     round: int
@@ -64,25 +64,26 @@ class UploadHeader:
 
 
 def encode(message: Broadcast | Upload, header: RoundHeader | UploadHeader) -> bytes:
-    """Return a message as safetensors.
+    """Return a message as safetensors bytes.
 
     Raises:
-        TypeError: the value is not a message; what a client holds besides cannot be sent.
+        TypeError: the value is not a message; nothing else that a client holds can be sent.
     """
     if not isinstance(message, Broadcast | Upload):
-        raise TypeError(f"{type(message).__name__} may not leave its party; only a Broadcast or an Upload may be sent")
+        kind = type(message).__name__
+        raise TypeError(f"{kind} may not leave its party; only a Broadcast or an Upload may be sent")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named_tensors(message).items()}
-    told = {name: json.dumps(value) for name, value in vars(header).items() if value not in ("", ())}
-    return safetensors.torch.save(tensors, metadata=told)
+    metadata = {name: json.dumps(value) for name, value in vars(header).items() if value not in ("", ())}
+    return safetensors.torch.save(tensors, metadata=metadata)
 
 
 def opens_round(content: bytes) -> bool:
-    """Return whether bytes from the server are a broadcast that opens a round, or a message of a protocol in it."""
+    """Return whether bytes from the server are a broadcast that opens a round; protocol messages are not."""
     return ROUND in _header(content)
 
 
 def round_header(content: bytes) -> RoundHeader:
-    """Read what a broadcast tells besides its tensors.
+    """Read the header of a broadcast.
 
     Raises:
         MessageError: an entry is missing, unknown or of another type.
@@ -97,7 +98,7 @@ def round_header(content: bytes) -> RoundHeader:
 
 
 def upload_header(content: bytes) -> UploadHeader:
-    """Read what an upload tells besides its tensors.
+    """Read the header of an upload.
 
     Raises:
         MessageError: an entry is missing, unknown or of another type.
@@ -105,7 +106,7 @@ def upload_header(content: bytes) -> UploadHeader:
     entries = _header(content)
     _check_entries(entries, {"round"}, {"rates"})
     rates = entries.get("rates", [])
-    if not isinstance(rates, list) or not all(isinstance(rate, float | int) and 0 <= rate <= 1 for rate in rates):
+    if not (isinstance(rates, list) and all(isinstance(rate, float | int) and 0 <= rate <= 1 for rate in rates)):
         raise MessageError(f"rates {rates!r} are not a list of probabilities")
     return UploadHeader(_count("round", entries["round"]), tuple(map(float, rates)))
 
@@ -119,8 +120,9 @@ def decode(content: bytes, like: AnyMessage, *, finite: bool = True) -> AnyMessa
         finite: whether numbers that are not finite are refused.
 
     Raises:
-        MessageError: the bytes are too many or no message, or a tensor is unknown, missing, of another type or shape,
-            or its numbers are not finite (`NotFinite`).
+        MessageError: the bytes are too many, or are no message; or a tensor is unknown, missing, or of another type or
+            shape.
+        NotFinite: a tensor has a number that is not finite.
     """
     agreed = named_tensors(like)
     longest = HEADER_BYTES + sum(tensor.numel() * tensor.element_size() for tensor in agreed.values())
@@ -130,7 +132,8 @@ def decode(content: bytes, like: AnyMessage, *, finite: bool = True) -> AnyMessa
         tensors = safetensors.torch.load(content)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise MessageError(f"it is no message: {error}") from None
-    unknown, missing = sorted(tensors.keys() - agreed.keys()), sorted(agreed.keys() - tensors.keys())
+    unknown = sorted(tensors.keys() - agreed.keys())
+    missing = sorted(agreed.keys() - tensors.keys())
     if unknown:
         raise MessageError(f"it has tensors that were not agreed: {', '.join(unknown)}")
     if missing:
@@ -149,7 +152,8 @@ def _checked(name: str, tensor: Tensor, agreed: Tensor, finite: bool) -> Tensor:
 
 
 def _check_entries(entries: Mapping[str, object], required: set[str], optional: set[str]) -> None:
-    unknown, missing = sorted(entries.keys() - required - optional), sorted(required - entries.keys())
+    unknown = sorted(entries.keys() - required - optional)
+    missing = sorted(required - entries.keys())
     if unknown or missing:
         raise MessageError(f"its header has unknown entries {unknown} and lacks {missing}")
 
@@ -161,7 +165,7 @@ def _count(name: str, value: object) -> int:
 
 
 def _header(content: bytes) -> dict[str, object]:
-    """Return the entries of a message's header; none where the bytes have no header that can be read."""
+    """Return the entries of a message's header, or none if the bytes have no readable header."""
     length = int.from_bytes(content[:8], "little")
     if length > HEADER_BYTES:
         return {}

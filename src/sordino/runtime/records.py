@@ -1,4 +1,4 @@
-"""What the runtime tells of a round: its loss and bytes, and what a protocol on shares came to."""
+"""Records of a round: its loss, its bytes, and statistics of its protocol on shares."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Any
 
 from sordino.secure import RevealedDistances, SharedExchange
 
-NOT_LISTED = ("opened", "clients", "sent", "received")  # of a protocol, in the metrics of a round
+NOT_LISTED = ("opened", "clients", "sent", "received")  # fields that `ProtocolRecord.line` leaves out
 
 
 @dataclass(frozen=True)
 class ProtocolRecord:
-    """What a round's protocol on shares came to.
+    """Statistics of a round's protocol on shares.
 
     Attributes:
-        exchanges: of messages, in which all clients were asked.
+        exchanges: the number of exchanges of messages, in each of which all clients were asked.
         opened: all distances that the server saw.
         clients: the participants, by their number in the protocol.
-        step: a quantization step of what distances are of.
-        rejected: what the server did not take, as (client, step, reason).
-        refused: what clients refused to do, as (client, reason).
-        seconds: that it took.
+        step: the quantization step of the vectors whose distances were opened.
+        rejected: messages that the server did not accept, as (client, step, reason).
+        refused: requests that clients did not answer, as (client, reason).
+        seconds: the protocol's wall time.
         sent, received: bytes of the first participant's messages to and from the server.
     """
 
@@ -36,12 +36,13 @@ class ProtocolRecord:
     received: int
 
     def line(self) -> dict[str, Any]:
-        """All of it but the distances, of which it says how many clients had them opened to how many centers."""
-        line = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in NOT_LISTED}
+        """Return the record for `metrics.jsonl`: all but the distances, of which it counts the opened columns."""
+        names = [entry.name for entry in fields(self) if entry.name not in NOT_LISTED]
+        line = {name: getattr(self, name) for name in names}
         return line | {"columns": len(self.opened)}
 
     def distances(self) -> dict[str, Any]:
-        """What the server saw, for a JSON file; clients have their number in the federation."""
+        """Return the distances that the server saw, for JSON; clients have their numbers in the federation."""
         return {
             "step": self.step,
             "columns": [
@@ -57,15 +58,15 @@ class ProtocolRecord:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """What happened in a round.
+    """The metrics of a round.
 
     Attributes:
         round: counted from 1.
-        loss: mean over the participants of their mean cross-entropy, in nats. Known to a simulation only.
-        participants: how many clients took part.
-        upload_bytes, broadcast_bytes: of one client's messages, serialized.
-        clusters: the number of each client's cluster after the round, where a method has any; negative for none.
-        protocol: what a protocol on shares between clients and server came to, where there was one.
+        loss: mean over the participants of their mean cross-entropy, in nats. Only a simulation knows it.
+        participants: the number of clients that took part.
+        upload_bytes, broadcast_bytes: bytes of one client's serialized messages.
+        clusters: the number of each client's cluster after the round, negative for none; None if the method has none.
+        protocol: statistics of the protocol on shares, or None if there was none.
     """
 
     round: int
@@ -77,14 +78,14 @@ class RoundRecord:
     protocol: ProtocolRecord | None = None
 
     def line(self) -> dict[str, Any]:
-        """The record for `metrics.jsonl`; what does not apply is left out."""
-        line = {each.name: getattr(self, each.name) for each in fields(self)}
+        """Return the record for `metrics.jsonl`, without the values that do not apply."""
+        line = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         line["protocol"] = self.protocol.line() if self.protocol else None
         return {name: value for name, value in line.items() if value is not None}
 
 
 def protocol_record(uploads: Any, seconds: float) -> ProtocolRecord | None:
-    """What a protocol came to; None where there was none."""
+    """Return statistics of the secret-sharing protocol, or None if the method does not use one."""
     if not isinstance(uploads, SharedExchange):
         return None
     server, traffic = uploads.server, uploads.traffic
@@ -93,7 +94,7 @@ def protocol_record(uploads: Any, seconds: float) -> ProtocolRecord | None:
         tuple(server.opened),
         uploads.clients,
         2.0**-server.setup.bits,
-        [(uploads.clients[each.client], each.step, each.reason) for each in server.rejected],
+        [(uploads.clients[entry.client], entry.step, entry.reason) for entry in server.rejected],
         [(uploads.clients[place], reason) for place, reason in traffic.refusals],
         seconds,
         sum(traffic.sent.get(0, {}).values()),

@@ -1,13 +1,12 @@
-"""The server's end of a federation: what it holds between rounds, and how it plays one.
+"""The server's end of a federation: its state between rounds, and its part of a round.
 
-All that leaves it, and all that reaches it, is bytes. It asks clients through a link, which a runtime gives it: a call
-into the same process, a pipe, a network.
+Only bytes leave the server, and only bytes reach it. It asks clients through a link that a runtime provides: a call
+into the same process, a pipe, or a network.
 """
 
 from __future__ import annotations
 
 import math
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +30,7 @@ from sordino.errors import RunError
 from sordino.privacy.ledger import Ledger, Release
 from sordino.privacy.mechanism import WEIGHT, ServerRoundMechanism
 from sordino.privacy.secure_mean import ServerSums
+from sordino.randomness import system_bytes
 from sordino.runtime import messages
 from sordino.runtime.aggregation import aggregated
 from sordino.runtime.facts import Federation, RandomnessOf, participants, stacked
@@ -38,19 +38,19 @@ from sordino.runtime.messages import MessageError, NotFinite, RoundHeader
 from sordino.runtime.records import ProtocolRecord, protocol_record
 from sordino.secure import Carrier, Refusal
 
-Link = Carrier  # brings messages to clients, by their numbers in the federation
+Link = Carrier  # carries messages to clients, by their numbers in the federation
 SESSION_BYTES = 16
 
 
 @dataclass(frozen=True)
 class ServerTraining:
-    """Where the server stands after a round; all that its checkpoint must hold.
+    """The server's state after a round; its checkpoint holds all of it.
 
     Attributes:
         round: counted from 1; 0 before the first.
-        state: the method's.
+        state: the method's state.
         mechanism: the privacy mechanism's state.
-        ledger: what was released so far.
+        ledger: all releases so far.
     """
 
     round: int
@@ -61,12 +61,12 @@ class ServerTraining:
 
 @dataclass(frozen=True)
 class ServerRecord:
-    """What a server saw of a round.
+    """The server's record of a round.
 
     Attributes:
-        participants: who took part, by number.
-        upload_bytes, broadcast_bytes: of the first participant's messages, as they were sent; 0 where nobody took part.
-        protocol: what a protocol on shares came to, where there was one.
+        participants: the numbers of the clients that took part.
+        upload_bytes, broadcast_bytes: bytes of the first participant's messages as sent; 0 if nobody took part.
+        protocol: statistics of the protocol on shares, or None if there was none.
     """
 
     participants: tuple[int, ...]
@@ -79,7 +79,7 @@ class RoundError(RunError):
     """A round failed after something was released.
 
     Attributes:
-        ledger: with what the round released.
+        ledger: the ledger, including the round's releases.
     """
 
     def __init__(self, message: str, ledger: Ledger) -> None:
@@ -96,8 +96,8 @@ class ServerEnd:
 
     Args:
         federation: what all parties agreed on.
-        randomness: where noise and the choice of clients come from; the operating system, unless a simulation plays all
-            parties.
+        randomness: the source of noise and of the choice of clients; by default the operating system. Only a
+            simulation, which plays all parties, gives another.
 
     Raises:
         ConfigError: the run is a simulation, and no randomness is given.
@@ -120,21 +120,21 @@ class ServerEnd:
         return ServerTraining(0, state, federation.mechanism.initial_state(), ledger)
 
     def round(self, training: ServerTraining, link: Link) -> tuple[ServerTraining, ServerRecord]:
-        """Play the next round.
+        """Run the next round.
 
-        1. Choose who takes part, and send each its broadcast.
-        2. Read the uploads, and enter what they release.
-        3. Average, with noise where the server adds it; run the protocol on shares, where there is one.
-        4. Make the next state of what came out.
+        1. Choose the participants, and send each its broadcast.
+        2. Read the uploads, and enter their releases.
+        3. Average, with noise if the server adds it; run the protocol on shares, if there is one.
+        4. Compute the next state from the result.
 
         Raises:
-            Diverged: an upload, or the state that comes of them, is not finite.
+            Diverged: an upload, or the next state, is not finite.
             RoundError: an upload is not what was agreed, or a client did not answer.
-            RunError: as the link raises it; nothing was released.
+            RunError: the link raised it; nothing was released.
         """
         federation, number = self.federation, training.round + 1
         chosen = self.participants(number)
-        session = secrets.token_hex(SESSION_BYTES) if federation.mechanism.sums_securely else ""
+        session = system_bytes(SESSION_BYTES).hex() if federation.mechanism.sums_securely else ""
         carrier = _by_place(link, chosen)
         sums = self._sums(session, len(chosen), carrier)
         randomness = self.randomness(number, chosen or [0])
@@ -145,14 +145,14 @@ class ServerEnd:
         mechanism_round.releases.extend(federation.mechanism.entered(chosen, rates))
         try:
             federation.mechanism.check(mechanism_round.releases, chosen)
-        except RunError as error:  # a client's end does not keep to the plan, and has not said so
+        except RunError as error:  # a client's end broke the plan without reporting it
             raise RoundError(str(error), training.ledger.add(mechanism_round.releases)) from None
         upload, below_clip = self._upload(parts)
         round_context = federation.round_context(number, chosen)
         began = time.monotonic()
         if server_exchange := getattr(federation.algorithm, "server_exchange", None):
-            given = (federation.settings, federation.model, training.state)
-            uploads: Any = server_exchange(*given, upload, chosen, round_context, carrier)
+            method = (federation.settings, federation.model, training.state)
+            uploads: Any = server_exchange(*method, upload, chosen, round_context, carrier)
         else:
             uploads = aggregated(federation.runtime, upload, mechanism_round.average)
         state = federation.algorithm.server_round(federation.settings, training.state, uploads, round_context)
@@ -162,33 +162,35 @@ class ServerEnd:
         if not finite(state):
             raise Diverged(f"the server's state is not finite after round {number}", after.ledger)
         up, down = (len(replies[0][1]), len(contents[chosen[0]])) if replies else (0, 0)  # type: ignore[arg-type]
-        if protocol:  # its messages carry the upload
+        if protocol:  # the protocol's messages carry the upload
             up, down = protocol.sent, down + protocol.received
         if sums:
             up, down = up + sums.sent, down + sums.received
         return after, ServerRecord(tuple(chosen), up, down, protocol)
 
     def within_budget(self, training: ServerTraining) -> bool:
-        """Return whether what the next round releases, on top of the ledger, stays in the budget."""
-        return self.federation.mechanism.affords(training.ledger, self._round_releases(training.round + 1))
+        """Return whether the next round's releases, added to the ledger, stay within the budget."""
+        releases = self._round_releases(training.round + 1)
+        return self.federation.mechanism.affords(training.ledger, releases)
 
     def pays_for_all(self, training: ServerTraining) -> bool:
-        """Return whether all remaining rounds stay in the budget, so that nobody need ask again."""
+        """Return whether all remaining rounds stay within the budget; then no later check is needed."""
         remaining = range(training.round + 1, self.federation.rounds + 1)
         releases = [release for number in remaining for release in self._round_releases(number)]
         return self.federation.mechanism.affords(training.ledger, releases)
 
     def participants(self, number: int) -> list[int]:
-        """Return who takes part in a round, ascending; nobody, where Poisson sampling chooses nobody."""
+        """Return the clients that take part in a round, ascending; Poisson sampling may choose none."""
         federation = self.federation
         participation = federation.runtime.participation
         if not federation.mechanism.samples_clients:
-            return [int(c) for c in participants(federation.seed, number, federation.clients, participation)]
+            chosen = participants(federation.seed, number, federation.clients, participation)
+            return [int(client) for client in chosen]
         drawn = self.randomness(number, [0]).uniform("participants", [federation.clients])[0]
         return [int(client) for client in (drawn < participation).nonzero().flatten()]
 
     def _round_releases(self, number: int) -> list[Release]:
-        # Where Poisson sampling chooses the clients, what is released does not depend on whom it chooses.
+        # If Poisson sampling chooses the clients, the releases do not depend on which it chooses.
         sampled = self.federation.mechanism.samples_clients
         clients = range(self.federation.clients) if sampled else self.participants(number)
         return self.federation.mechanism.round_releases(clients)
@@ -203,32 +205,38 @@ class ServerEnd:
     def _broadcasts(
         self, training: ServerTraining, mechanism_round: ServerRoundMechanism, chosen: Sequence[int], session: str
     ) -> dict[int, bytes]:
+        """Return each participant's broadcast as bytes, by client."""
         federation = self.federation
         broadcast = federation.algorithm.broadcast(training.state)
         clip = mechanism_round.broadcast_clip
         contents: dict[int, bytes] = {}
         for place, client in enumerate(chosen):
-            own: Broadcast = broadcast
+            client_broadcast: Broadcast = broadcast
             if isinstance(broadcast, PersonalBroadcast):
-                own = take(broadcast, torch.tensor([client]))
+                client_broadcast = take(broadcast, torch.tensor([client]))
             header = RoundHeader(training.round + 1, place, len(chosen), session)
-            contents[client] = messages.encode(federation.broadcast_message(own, clip), header)
+            message = federation.broadcast_message(client_broadcast, clip)
+            contents[client] = messages.encode(message, header)
         return contents
 
     def _read(
         self, replies: Sequence[tuple[int, bytes | Refusal]], chosen: Sequence[int], training: ServerTraining
     ) -> tuple[list[dict[str, Tensor]], list[list[float]]]:
-        """Return the uploads' tensors by participant, and the rates of each gradient by participant."""
+        """Return the tensors of each participant's upload, and for each gradient the participants' rates.
+
+        Raises:
+            Diverged, RoundError: see `round`.
+        """
         federation, number = self.federation, training.round + 1
 
         def released() -> Ledger:
-            """Uploads left their clients as was planned, as each client's end sees to it."""
+            """Return the ledger with the planned releases, which each client's end enforces before it sends."""
             return training.ledger.add(federation.mechanism.round_releases(chosen))
 
         came = {client: reply for client, reply in replies if isinstance(reply, bytes)}
         below_clip = torch.zeros(1) if federation.mechanism.broadcasts_clip else None
         like = federation.upload_message(federation.schemas.upload, below_clip)
-        # An aggregation that a few clients cannot steer knows what to make of numbers that are not finite.
+        # A robust aggregation handles numbers that are not finite; a mean does not.
         strict = federation.runtime.aggregation == "mean"
         parts, rates = list[dict[str, Tensor]](), list[tuple[float, ...]]()
         for client in chosen:
@@ -241,9 +249,11 @@ class ServerEnd:
                 parts.append(named_tensors(messages.decode(came[client], like, finite=strict)))
                 rates.append(header.rates)
             except NotFinite as error:
-                raise Diverged(f"training diverged in round {number}: client {client}'s {error}", released()) from None
+                message = f"training diverged in round {number}: client {client}'s {error}"
+                raise Diverged(message, released()) from None
             except MessageError as error:
-                raise RoundError(f"round {number}: client {client}'s upload is refused: {error}", released()) from None
+                message = f"round {number}: client {client}'s upload is refused: {error}"
+                raise RoundError(message, released()) from None
         if len({len(drawn) for drawn in rates}) > 1:
             raise RoundError(f"round {number}: clients took different numbers of gradients", released())
         return parts, [list(drawn) for drawn in zip(*rates, strict=True)]
@@ -251,11 +261,13 @@ class ServerEnd:
     def _upload(self, parts: Sequence[Mapping[str, Tensor]]) -> tuple[Upload, Tensor | None]:
         """Return the participants' uploads as one stack, and the bits of an adaptive clip.
 
-        Under a secure sum the server has seen weights only. All else is NaN, so that nothing can be made of it.
+        Under a secure sum the server sees the weights only. All other tensors are NaN, so that no code can use them
+        unnoticed.
         """
-        federation, own = self.federation, self.federation.schemas.upload
+        federation, schema = self.federation, self.federation.schemas.upload
         count, below_clip = len(parts), None
-        like = federation.upload_message(own, torch.zeros(1) if federation.mechanism.broadcasts_clip else None)
+        bits = torch.zeros(1) if federation.mechanism.broadcasts_clip else None
+        like = federation.upload_message(schema, bits)
         received = stacked(parts, named_tensors(like))
         if isinstance(like, ClippedUpload):
             below_clip = received.pop("below_clip")
@@ -267,7 +279,7 @@ class ServerEnd:
                 return received[name]
             return torch.full((count, *tensor.shape[1:]), math.nan, dtype=tensor.dtype, device=tensor.device)
 
-        return map_tensors(own, seen), below_clip
+        return map_tensors(schema, seen), below_clip
 
 
 def finite(state: Any) -> bool:
@@ -276,7 +288,7 @@ def finite(state: Any) -> bool:
 
 
 def _by_place(link: Link, chosen: Sequence[int]) -> Carrier:
-    """Return a carrier that knows clients by their place among those who take part."""
+    """Return a carrier that addresses clients by their place among the participants."""
     places = {client: place for place, client in enumerate(chosen)}
 
     def carry(contents: Mapping[int, bytes]) -> list[tuple[int, bytes | Refusal]]:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class RuntimeSettings(BaseModel):
-    """How rounds are run, whatever the method."""
+    """The settings of a round that do not depend on the method."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 

@@ -1,11 +1,12 @@
-"""A number of clusters that adapts, from squared distances of clients to centers of sets alone.
+"""Clustering with an adaptive number of clusters, from squared distances of clients to centers of sets alone.
 
-After Ball and Hall's ISODATA (1965): clusters split where they spread, and merge where they are close. Everything
-that it takes follows from the columns that `lloyd` opens, and two more a split. With the squared distances of the
-members of S' to the centers of S and of S', the squared distance between the centers is the difference of their means
-(Huygens and Steiner's parallel axis theorem), so it is not opened. With "ratios", where the rows of different clients
-are of unknown scales, each row is first divided by the client's distance to the center of all; spreads and distances
-between centers are then in terms of that.
+The method follows Ball and Hall's ISODATA (1965): clusters split where they spread, and merge where
+they are close. Everything that it needs follows from the columns that `lloyd` opens, and two more
+columns a split. The squared distance between the centers of S and S' is not opened. It is the
+difference of the mean squared distances of the members of S' to these two centers (Huygens and
+Steiner's parallel axis theorem). With "ratios", the rows of different clients have unknown scales.
+Each row is then first divided by the client's distance to the center of all clients, and spreads
+and distances between centers are relative to that.
 """
 
 from __future__ import annotations
@@ -15,20 +16,23 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sordino.secure.clustering import Clusters, Distances, Exchange, Set, common_scale, lloyd, numbered, real_distances
+from sordino.secure.clustering import Clusters, lloyd, numbered
+from sordino.secure.distances import Distances, Exchange, Set, common_scale, real_distances
 
 
 @dataclass(frozen=True)
 class Adaptive:
-    """How the number of clusters adapts.
+    """Settings of the adaptation of the number of clusters.
 
     Attributes:
-        most: the largest number of clusters; by default as many as the clients allow with `smallest` in each.
-        smallest: how many clients a cluster should have at least; with fewer in every cluster, there are too many.
-        split: a cluster is split while its spread (mean squared distance to the center, unbiased) is above this share
-            of the spread of all clients.
-        merge: two clusters are merged if the squared distance of their centers, less what chance alone puts between
-            them, is below this share of their spread.
+        most: the largest number of clusters; by default as many as the clients allow with
+            `smallest` in each.
+        smallest: the intended fewest clients of a cluster; if every cluster has fewer, there are
+            too many clusters.
+        split: a cluster is split while its spread (unbiased mean squared distance to the center) is
+            above this fraction of the spread of all clients.
+        merge: two clusters are merged if the squared distance of their centers, less its
+            expectation under chance alone, is below this fraction of their spread.
         silhouette: a number of clusters other than one must have a silhouette above this.
     """
 
@@ -40,13 +44,15 @@ class Adaptive:
 
 
 def adaptive(distances: Distances, how: Adaptive, iterations: int) -> Exchange[Clusters]:
-    """K-means with as many clusters as fit, one being possible.
+    """Run k-means with as many clusters as fit, possibly one.
 
     1. Start with one cluster.
-    2. Split the cluster of the largest spread, if that is above a share of the whole spread. Run `lloyd`.
-    3. Merge clusters whose centers are closer than chance allows, the closest pair first. Run `lloyd` after each.
-    4. Repeat from 2 until there are enough clusters, or nothing new comes of it.
-    5. Of all that was seen, take the clustering of the best silhouette.
+    2. Split the cluster of the largest spread, if that is above a fraction of the whole spread. Run
+       `lloyd`.
+    3. Merge clusters whose centers are closer than chance allows, the closest pair first. Run
+       `lloyd` after each.
+    4. Repeat from 2 until there are enough clusters, or a clustering repeats.
+    5. Choose the clustering with the best silhouette among all of these.
 
     Clusters are numbered by their lowest client.
     """
@@ -77,19 +83,21 @@ def adaptive(distances: Distances, how: Adaptive, iterations: int) -> Exchange[C
         if not state.converged or state.sets in seen:
             break
         seen[state.sets] = state
-    worth = [
-        each.silhouette if each.count > 1 and max(map(len, each.sets)) >= how.smallest else how.silhouette
-        for each in seen.values()
+    states = list(seen.values())
+    scores = [
+        state.silhouette if state.count > 1 and max(map(len, state.sets)) >= how.smallest else how.silhouette
+        for state in states
     ]
-    best = list(seen.values())[int(np.argmax(worth))]
-    return replace(best, iterations=sum(each.iterations for each in seen.values()))
+    best = states[int(np.argmax(scores))]
+    return replace(best, iterations=sum(state.iterations for state in states))
 
 
 def _halves(distances: Distances, members: Set) -> Exchange[list[Set]]:
-    """A cluster cut in two: by which of two of its members is nearer, one farthest from the center, one from that one.
+    """Cut a cluster in two by the nearer of two of its members.
 
-    A single member is a poor center in many dimensions, since all its noise is in every distance to it. That cancels in
-    the comparison of two members.
+    The first is the member farthest from the center, the second the one farthest from the first. A
+    single member is a poor center in many dimensions, since all its noise is in every distance to
+    it. The noise cancels in the comparison of two members.
     """
     rows = [distances.clients.index(client) for client in sorted(members)]
     poles: list[Set] = []
@@ -98,15 +106,20 @@ def _halves(distances: Distances, members: Set) -> Exchange[list[Set]]:
             return [members]
         column = yield from real_distances(distances, poles[-1:] or [members])
         poles.append(frozenset({distances.clients[max(rows, key=lambda row: column[row, 0])]}))
-    if poles[0] == poles[1] or not distances.affords(poles):  # all members are in one place, or too few columns left
+    # Stop if the members coincide, or too few columns are left.
+    if poles[0] == poles[1] or not distances.affords(poles):
         return [members]
     matrix = yield from common_scale(distances, poles)
     near = frozenset(distances.clients[row] for row in rows if matrix[row, 0] < matrix[row, 1])
     return [near, members - near]
 
 
-def closest(distances: Distances, state: Clusters, merge: float) -> Exchange[tuple[Set, Set] | None]:
-    """The pair of clusters whose centers are the closest beside their spread, if that is below `merge`."""
+def closest(
+    distances: Distances,
+    state: Clusters,
+    merge: float,
+) -> Exchange[tuple[Set, Set] | None]:
+    """Find the pair of clusters with the closest centers relative to their spread, if the ratio is below `merge`."""
     if state.count < 2 or not state.converged or not distances.affords(state.sets):
         return None
     matrix = yield from real_distances(distances, state.sets)
@@ -118,8 +131,11 @@ def closest(distances: Distances, state: Clusters, merge: float) -> Exchange[tup
                 continue
             # By Huygens and Steiner, from either side; the two agree where rows are comparable.
             gap = sum(
-                float((matrix[state.labels == here, there] - matrix[state.labels == here, here]).mean()) / 2
-                for here, there in ((i, j), (j, i))
+                float(
+                    (matrix[state.labels == near, far] - matrix[state.labels == near, near]).mean(),
+                )
+                / 2
+                for near, far in ((i, j), (j, i))
             )
             spread = sum(spreads) / len(spreads)
             excess = gap - spread / len(first) - spread / len(second)

@@ -1,4 +1,4 @@
-"""How a share is closed to the server that relays it."""
+"""The interface that encrypts shares, so that the server that relays them cannot read them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Protocol
 class Cipher(Protocol):
     """A client's end of an authenticated channel to every other client, over the server.
 
-    `sealed.EncryptingCipher` is one. Keys must reach the peers unchanged: a server that could replace them could read
-    everything. `context` is authenticated with a payload, so that it cannot be replayed in another round or to another
-    client.
+    `encryption.EncryptingCipher` is one. Keys must reach the peers unchanged: a server that could
+    replace them could read everything. `context` is authenticated with a payload, so that it cannot
+    be replayed in another round or to another client.
     """
 
     @property
     def public_key(self) -> bytes:
-        """What peers need to seal to this client; of the same length for all."""
+        """Return the key with which peers seal to this client; it has the same length for all clients."""
         ...
 
     def meet(self, keys: Mapping[int, bytes]) -> None:
@@ -24,7 +24,7 @@ class Cipher(Protocol):
         ...
 
     def seal(self, recipient: int, content: bytes, context: bytes) -> bytes:
-        """Close a payload for a peer; the same length for contents of the same length."""
+        """Seal a payload for a peer; contents of the same length give payloads of the same length."""
         ...
 
     def unseal(self, sender: int, content: bytes, context: bytes) -> bytes:
@@ -39,18 +39,18 @@ class Cipher(Protocol):
 class PlainCipher:
     """NO SECRECY FROM THE SERVER: payloads travel as they are, and a server that reads what it relays sees all shares.
 
-    For simulations in one process, where there is nobody to hide from, and for tests.
+    It is for simulations in one process, where there is nobody to hide from, and for tests.
     """
 
     public_key = b""
 
     def meet(self, keys: Mapping[int, bytes]) -> None:
-        """There are no keys."""
+        """Ignore the keys, of which there are none."""
 
     def seal(self, recipient: int, content: bytes, context: bytes) -> bytes:
-        """The content."""
+        """Return the content unchanged."""
         return content
 
     def unseal(self, sender: int, content: bytes, context: bytes) -> bytes:
-        """The content."""
+        """Return the content unchanged."""
         return content

@@ -1,21 +1,24 @@
-"""A client of SecPC: it deals shares of its point and vector, computes on others', and refuses what would expose.
+"""A client of SecPC. It deals shares of its point and vector, computes on others' shares, and refuses requests that
+would expose a client.
 
-Whatever the server asks, an honest client answers
+For any request of the server, an honest client answers
 
-- for a round once, and for a question once: masks are never used twice, and no more distances than were agreed;
-- for one partition of vectors, and one of distances, a sharing: two sums that differ by a client would give its vector;
-- for no set with fewer members than the minimum, nor with one who dealt nothing; and for no minimum below its own, nor
-  below T + 2: T members of a set of T + 1 would compute the last one's vector from their mean.
+- each round once, and each question once. Masks are never used twice, and no more distances are
+  opened than agreed;
+- one partition of vectors, and one of distances, for each sharing. Two sums that differ by a client
+  would give its vector;
+- no set with fewer members than the minimum, nor with a member who dealt nothing;
+- no round with a minimum below its own, nor below T + 2. T members of a set of T + 1 would compute
+  the last one's vector from their mean.
 """
 
 from __future__ import annotations
-
-import os
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sordino.errors import DataError
+from sordino.randomness import system_bytes
 from sordino.secure.cipher import Cipher, PlainCipher
 from sordino.secure.errors import SecureError
 from sordino.secure.field import Elements, Entropy
@@ -46,18 +49,19 @@ from sordino.secure.shares import (
 
 
 class Client:
-    """One client; `handle` takes a message of the server and gives the reply.
+    """One client; `handle` takes a message of the server and returns the reply.
 
     Args:
-        number: which of the N clients it is, from 0.
-        point: [d], what it is clustered by: its reduced prompt.
-        vector: [L], what is averaged in its cluster; may be given until it is dealt.
-        cipher: its channel to other clients. By default a `PlainCipher`, which hides nothing from the server.
-        clip: cut entries down to the largest value that was agreed, instead of refusing to deal.
-        minimum: the smallest set that it lets a sum be opened of. A round's own minimum may be higher. By default, and
-            at least, `fewest_members(privacy)`.
+        number: its number among the N clients, from 0.
+        point: [d], the point by which it is clustered: its reduced prompt.
+        vector: [L], the vector that is averaged in its cluster; may be set until it is dealt.
+        cipher: its channel to other clients. By default a `PlainCipher`, which hides nothing from
+            the server.
+        clip: clip entries to the largest value that was agreed, instead of refusing to deal.
+        minimum: the smallest set whose sum it allows to be opened. A round's own minimum may be
+            higher. By default, and at least, `fewest_members(privacy)`.
         privacy: the fewest colluding clients that a round must protect against.
-        entropy: where random bytes come from; the operating system, except in tests.
+        entropy: the source of random bytes; the operating system, except in tests.
     """
 
     def __init__(
@@ -70,7 +74,7 @@ class Client:
         clip: bool = False,
         minimum: int | None = None,
         privacy: int = 1,
-        entropy: Entropy = os.urandom,
+        entropy: Entropy = system_bytes,
     ) -> None:
         least = fewest_members(privacy)
         minimum = least if minimum is None else minimum
@@ -91,14 +95,16 @@ class Client:
         self._next_step = self._next_mask = 0
 
     def handle(self, content: bytes) -> bytes:
-        """The reply to a message of the server.
+        """Return the reply to a message of the server.
 
         Raises:
-            SecureError: the message is malformed, of another round, out of turn, or asks for what is refused.
-            DataError: the point or the vector does not fit what was agreed.
+            SecureError: the message is malformed, of another round or out of turn, or the client
+                refuses the request.
+            DataError: the point or the vector does not fit the agreed numbers.
         """
         message = read(content)
-        if not isinstance(message, Setup) and (self._setup is None or message.round != self._setup.round):
+        in_round = self._setup is not None and message.round == self._setup.round
+        if not isinstance(message, Setup) and not in_round:
             raise SecureError(f"client {self.number} is not in round {message.round}")
         match message:
             case Setup():
@@ -138,7 +144,7 @@ class Client:
         return Join(setup.round, self.number, np.frombuffer(self.cipher.public_key, np.uint8))
 
     def _deal(self, request: Deal) -> Message:
-        """Share what is asked for.
+        """Share the point or the vector, as requested.
 
         1. Quantize it and cut it into blocks.
         2. Encode it, one share a client.
@@ -149,27 +155,33 @@ class Client:
         if request.purpose in self._dealt or request.purpose not in ("point", "vector"):
             raise SecureError(f"client {self.number} deals its point once and its vector once a round")
         joined = tuple(request.joined.tolist())
-        if len(request.keys) != len(joined) or len({*joined}) != len(joined) or self.number not in joined:
+        is_group = len(request.keys) == len(joined) == len({*joined}) and self.number in joined
+        if not is_group:
             raise SecureError(f"client {self.number} was asked to deal to {len(joined)} clients who are not a group")
-        if any(not 0 <= each < setup.clients for each in joined) or self._joined not in ((), joined):
+        if any(not 0 <= peer < setup.clients for peer in joined) or self._joined not in (
+            (),
+            joined,
+        ):
             raise SecureError(f"client {self.number} was asked to deal to clients who did not join")
         payload = self._point_shares() if request.purpose == "point" else self._vector_shares()
         self._dealt.add(request.purpose)
         self._joined = joined
-        self.cipher.meet({each: key.tobytes() for each, key in zip(joined, request.keys, strict=True)})
-        sealed = [
-            self.cipher.seal(each, payload[each].tobytes(), self._context(request.purpose, self.number, each))
-            for each in joined
-        ]
+        self.cipher.meet(
+            {peer: key.tobytes() for peer, key in zip(joined, request.keys, strict=True)},
+        )
+        sealed = []
+        for peer in joined:
+            context = self._context(request.purpose, self.number, peer)
+            sealed.append(self.cipher.seal(peer, payload[peer].tobytes(), context))
         payloads = np.frombuffer(b"".join(sealed), np.uint8).reshape(len(joined), -1)
         return Shares(setup.round, self.number, request.purpose, payloads)
 
     def _receive(self, delivery: Delivery) -> Message:
-        """Open what others dealt.
+        """Open the payloads that others dealt.
 
         1. Unseal each payload; refuse those of a wrong length, or with numbers outside the field.
         2. Keep the rest.
-        3. Say whose were refused.
+        3. Report whose were refused.
         """
         setup, purpose = self._current, delivery.purpose
         if purpose in self._held or purpose not in self._dealt:
@@ -182,10 +194,12 @@ class Client:
         ):
             raise SecureError(f"client {self.number} was sent payloads of clients who did not join")
         block, extra = payload_sizes(setup, purpose)
-        table, dealt = np.zeros((setup.clients, block + extra), np.uint64), np.zeros(setup.clients, bool)
+        table = np.zeros((setup.clients, block + extra), np.uint64)
+        dealt = np.zeros(setup.clients, bool)
         for dealer, payload in zip(dealers, delivery.payloads, strict=True):
             try:
-                content = self.cipher.unseal(dealer, payload.tobytes(), self._context(purpose, dealer, self.number))
+                context = self._context(purpose, dealer, self.number)
+                content = self.cipher.unseal(dealer, payload.tobytes(), context)
                 if len(content) != 8 * (block + extra):
                     raise SecureError(f"malformed: {len(content)} bytes where {8 * (block + extra)} are due")
                 table[dealer] = np.frombuffer(content, "<u8")
@@ -200,7 +214,7 @@ class Client:
         return Receipt(setup.round, self.number, purpose, np.array(refused, np.int64))
 
     def _distances(self, query: Query) -> Message:
-        """The distances of row clients to the centers of column sets, at this client's point, masked."""
+        """Answer the distances of row clients to the centers of column sets, at this client's point, masked."""
         setup, held = self._current, self._shares("point")
         rows = unpack(query.rows[None], setup.clients)[0]
         columns = unpack(query.columns, setup.clients)
@@ -216,7 +230,7 @@ class Client:
         return Answer(setup.round, self.number, query.step, values)
 
     def _sums(self, partition: Partition) -> Message:
-        """The sums over the sets of one partition, at this client's point."""
+        """Answer the sums over the sets of one partition, at this client's point."""
         setup, purpose, field = self._current, partition.purpose, self._current.field
         held = self._shares(purpose)
         sets = unpack(partition.sets, setup.clients)
@@ -229,38 +243,47 @@ class Client:
         self._summed.add(purpose)
         weights = sets.astype(np.uint64)
         if purpose == "vector":
-            return Answer(setup.round, self.number, partition.step, field.matmul(weights, held.values))
-        # Every member's distance to its own set's center, [N, K], and its mask for it.
-        own = scaled_distances(setup, held.values, sets)
+            return Answer(
+                setup.round,
+                self.number,
+                partition.step,
+                field.matmul(weights, held.values),
+            )
+        # Every client's distance to every set's center, [N, K], and its mask for a sum. Weights
+        # keep the members' own.
+        to_centers = scaled_distances(setup, held.values, sets)
         spread_mask = held.extra[:, 1 if setup.factor_bits else 0]
-        totals = field.sum(field.mul(field.add(own, spread_mask[:, None]), weights.T), axis=0)
+        masked = field.add(to_centers, spread_mask[:, None])
+        totals = field.sum(field.mul(masked, weights.T), axis=0)
         return Answer(setup.round, self.number, partition.step, totals[:, None])
 
     def _point_shares(self) -> Elements:
-        """What each client is dealt of the point, [N, block + extra]."""
+        """Compute each client's payload for the point, [N, block + extra]."""
         setup, field, code = self._current, self._current.field, self._current.point_code
         blocks = in_blocks(setup.points.encode(self.point, self.clip), code.blocks)
         shares = [code.encode(blocks, self.entropy)]
         hidden = np.zeros(setup.columns, np.uint64)
         if setup.factor_bits:
             factor = random_factor(setup.factor_bits, self.entropy)
-            shares.append(code.encode(np.full((code.blocks, 1), factor, np.uint64), self.entropy))
-            hidden = np.array([random_below(factor, self.entropy) for _ in range(setup.columns)], np.uint64)
-        totals = np.concatenate(
-            [np.zeros(1, np.uint64), field.reduce(hidden)]
-        )  # of the sum's mask, and of the distances'
+            factors = np.full((code.blocks, 1), factor, np.uint64)
+            shares.append(code.encode(factors, self.entropy))
+            remainders = [random_below(factor, self.entropy) for _ in range(setup.columns)]
+            hidden = np.array(remainders, np.uint64)
+        # Totals of the mask for a sum of distances, and of the masks for distances.
+        totals = np.concatenate([np.zeros(1, np.uint64), field.reduce(hidden)])
         shares.append(code.masks(totals, setup.needed - 1, self.entropy))
         return np.concatenate(shares, axis=1)
 
     def _vector_shares(self) -> Elements:
-        """What each client is dealt of the vector, [N, block]."""
+        """Compute each client's payload for the vector, [N, block]."""
         setup, code = self._current, self._current.vector_code
         vector = np.zeros(0) if self.vector is None else np.asarray(self.vector, np.float64)
         if not setup.length or vector.shape != (setup.length,):
             raise DataError(
                 f"client {self.number} has a vector of shape {vector.shape} where {setup.length} entries are averaged"
             )
-        return code.encode(in_blocks(setup.vectors.encode(vector, self.clip), code.blocks), self.entropy)
+        quantized = setup.vectors.encode(vector, self.clip)
+        return code.encode(in_blocks(quantized, code.blocks), self.entropy)
 
     def _check_sets(self, held: Held, sets: NDArray[np.bool_], within: NDArray[np.bool_]) -> None:
         if not sets.any(1).all():

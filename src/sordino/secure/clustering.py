@@ -1,70 +1,67 @@
 """Lloyd's k-means from squared distances of clients to centers of sets alone.
 
-The algorithm is written against an oracle that opens columns of distances. On shares it is the server of SecPC; in the
-clear it is `PlainDistances`. It is a generator, because on shares every opening is an exchange of messages: it yields
-what is to be sent, and is sent what came back.
-
-A column of a set S of s clients holds s^2 times the squared distance of every client to the mean of S, an integer.
-Which of two centers is nearer is decided on these integers, exactly: by D s'^2 < D' s^2.
+The algorithm is written against an oracle of distances (`secure.distances`), and is a generator as
+that is. The nearer of two centers is determined on the oracle's integers, exactly: a client with D
+to a set of s, and D' to a set of s', is nearer to the first if D s'^2 < D' s^2.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linear_sum_assignment
 
+from sordino.secure.distances import (
+    Distances,
+    Exchange,
+    Floats,
+    Integers,
+    PlainDistances,
+    Set,
+    common_scale,
+    finish,
+    real_distances,
+    to_one_scale,
+)
 from sordino.secure.errors import SecureError
 
-Result = TypeVar("Result")
-Exchange = Generator[dict[int, bytes], Sequence[tuple[int, bytes]], Result]
-Set = frozenset[int]
-NOBODY = -1  # the label of who is in no cluster
-Integers = NDArray[np.object_]  # of Python's integers
-Floats = NDArray[np.float64]
+__all__ = [
+    "NOBODY",
+    "Clusters",
+    "Exchange",
+    "PlainDistances",
+    "farthest_first",
+    "finish",
+    "lloyd",
+    "numbered",
+    "renamed",
+    "silhouette",
+    "to_one_scale",
+]
 
 
-class Distances(Protocol):
-    """Where distances come from.
-
-    Attributes:
-        clients: whose they are, in the order of the rows, ascending.
-        comparable: whether rows of different clients are of the same scale.
-    """
-
-    @property
-    def clients(self) -> tuple[int, ...]: ...
-
-    @property
-    def comparable(self) -> bool: ...
-
-    def affords(self, sets: Sequence[Set]) -> bool:
-        """Whether so many columns may still be opened."""
-        ...
-
-    def columns(self, sets: Sequence[Set]) -> Exchange[Integers]:
-        """[rows, sets]: |S|^2 times the squared distance to the center of S, times the row's scale."""
-        ...
+NOBODY = -1  # the label of clients in no cluster
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """A clustering, and how it came about.
+    """A clustering, and the course of its computation.
 
     Attributes:
-        clients: who is clustered, ascending.
+        clients: the clients that are clustered, ascending.
         labels: the cluster number of each, [rows].
         sets: the clients of each cluster; some may be empty.
-        iterations: how often all clients were assigned.
-        converged: whether the last time changed nothing.
-        silhouette: how well clients fit their clusters, from -1 to 1; see `silhouette`. 0 for one cluster.
-        spreads: unbiased mean squared distance of each cluster's members to its center, in squared quantization steps;
-            NaN for clusters of one. With "ratios", relative to the distance to the center of all.
+        iterations: number of assignments of all clients.
+        converged: whether the last assignment changed nothing.
+        silhouette: the fit of clients to their clusters, from -1 to 1; see `silhouette`. 0 for one
+            cluster.
+        spreads: unbiased mean squared distance of each cluster's members to its center, in squared
+            quantization steps; NaN for clusters of one. With "ratios", relative to the distance to
+            the center of all.
     """
 
     clients: tuple[int, ...]
@@ -77,24 +74,24 @@ class Clusters:
 
     @property
     def count(self) -> int:
-        """How many clusters have members."""
+        """Return the number of clusters that have members."""
         return sum(bool(members) for members in self.sets)
 
 
 def lloyd(distances: Distances, sets: Sequence[Set], iterations: int) -> Exchange[Clusters]:
-    """K-means from the centers of given sets.
+    """Run k-means from the centers of given sets.
 
-    1. Assign every client to the nearest center, the lowest number first where several are as near.
-    2. Stop if nobody moved.
-    3. Take the new clusters as sets; refound empty ones; repeat.
+    1. Assign every client to the nearest center; among equally near ones, to the lowest number.
+    2. Stop if no client moved.
+    3. Take the new clusters as sets, refound empty ones, and repeat.
 
-    The same assignments as scikit-learn's `KMeans(init=..., n_init=1, algorithm="lloyd", tol=0)`. It also stops where
-    the columns that may be opened are spent.
+    Assignments are those of scikit-learn's `KMeans(init=..., n_init=1, algorithm="lloyd", tol=0)`.
+    The search also stops once the agreed columns are spent.
 
     Args:
-        distances: where they come from.
-        sets: whose means are the first centers, one a cluster.
-        iterations: at most so many times are new centers computed.
+        distances: the oracle.
+        sets: the sets whose means are the first centers, one a cluster.
+        iterations: the largest number of computations of new centers.
 
     Raises:
         SecureError: there are fewer columns left than sets.
@@ -112,30 +109,46 @@ def lloyd(distances: Distances, sets: Sequence[Set], iterations: int) -> Exchang
         labels, done = nearest, done + 1
         sets = _members(distances.clients, labels, len(sets))
         if not converged and not all(sets):
-            own = matrix[np.arange(len(labels)), labels]
-            scores = own if distances.comparable else (yield from _relative(distances, own))
+            to_center = matrix[np.arange(len(labels)), labels]
+            scores = to_center if distances.comparable else (yield from _relative(distances, to_center))
             sets = _refounded(sets, scores, distances.clients, labels)
     members = _members(distances.clients, labels, len(sets))
-    return (yield from _described(distances, Clusters(distances.clients, labels, tuple(members), done, converged)))
+    clusters = Clusters(distances.clients, labels, tuple(members), done, converged)
+    return (yield from _described(distances, clusters))
 
 
-def numbered(found: Clusters) -> Clusters:
-    """The same without empty clusters, numbered by their lowest client."""
-    order = sorted((number for number, members in enumerate(found.sets) if members), key=lambda n: min(found.sets[n]))
-    labels = np.array([order.index(label) for label in found.labels], np.int64)
-    sets = tuple(found.sets[number] for number in order)
-    return replace(found, labels=labels, sets=sets, spreads=tuple(found.spreads[number] for number in order))
+def numbered(clusters: Clusters) -> Clusters:
+    """Remove empty clusters, and number the others by their lowest client."""
+    full = (number for number, members in enumerate(clusters.sets) if members)
+    order = sorted(full, key=lambda number: min(clusters.sets[number]))
+    labels = np.array([order.index(label) for label in clusters.labels], np.int64)
+    sets = tuple(clusters.sets[number] for number in order)
+    spreads = tuple(clusters.spreads[number] for number in order)
+    return replace(clusters, labels=labels, sets=sets, spreads=spreads)
 
 
-def renamed(labels: NDArray[np.int64], clients: NDArray[np.int64], found: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Labels [K] with those of some clients replaced by what was found, under the old clusters' numbers where possible.
+def renamed(
+    labels: NDArray[np.int64],
+    clients: NDArray[np.int64],
+    update: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """Replace the labels of some clients, and keep the old clusters' numbers where possible.
 
-    Each new cluster takes the number of the old one that it has most clients in common with, none twice; others get
-    numbers that are not in use.
+    Each new cluster takes the number of the old one with which it shares most clients, none twice.
+    Others get numbers that are not in use.
+
+    Args:
+        labels: [K], the old labels of all clients.
+        clients: [n], the clients with new labels.
+        update: [n], their new labels.
+
+    Returns:
+        [K].
     """
     old = sorted({*labels.tolist()} - {NOBODY})
-    new = sorted({*found.tolist()})
-    common = np.array([[np.sum((found == n) & (labels[clients] == o)) for o in old] for n in new]).reshape(len(new), -1)
+    new = sorted({*update.tolist()})
+    shared = [[np.sum((update == n) & (labels[clients] == o)) for o in old] for n in new]
+    common = np.array(shared).reshape(len(new), -1)
     names = {
         new[row]: old[column]
         for row, column in zip(*linear_sum_assignment(common, maximize=True), strict=True)
@@ -143,15 +156,18 @@ def renamed(labels: NDArray[np.int64], clients: NDArray[np.int64], found: NDArra
     }
     free = (number for number in range(len(old) + len(new)) if number not in old)
     after = labels.copy()
-    after[clients] = [names.setdefault(n, names[n] if n in names else next(free)) for n in found.tolist()]
+    for n in update.tolist():
+        if n not in names:
+            names[n] = next(free)
+    after[clients] = [names[n] for n in update.tolist()]
     return after
 
 
 def farthest_first(distances: Distances, count: int) -> Exchange[list[Set]]:
-    """First centers: the client farthest from the center of all, then always the one farthest from those chosen.
+    """Choose first centers: the client farthest from the center of all, then always the one farthest from those chosen.
 
-    Gonzalez, Clustering to Minimize the Maximum Intercluster Distance, 1985. It opens distances between clients. With
-    "ratios", where the first choice is not possible, the first client is taken.
+    Gonzalez, Clustering to Minimize the Maximum Intercluster Distance, 1985. It opens distances
+    between clients. With "ratios" the first choice is not possible, and the first client is taken.
     """
     nearest = yield from real_distances(distances, [frozenset(distances.clients)])
     chosen: list[Set] = []
@@ -162,92 +178,64 @@ def farthest_first(distances: Distances, count: int) -> Exchange[list[Set]]:
     return chosen
 
 
-def silhouette(own: Floats, other: Floats, sizes: NDArray[np.int64]) -> float:
-    """The mean simplified silhouette with the client's own influence on its center taken away.
+def silhouette(to_center: Floats, to_other: Floats, sizes: NDArray[np.int64]) -> float:
+    """Compute the mean simplified silhouette, without each client's influence on its own center.
 
-    The simplified silhouette (Hruschka, Campello and de Castro, 2006) of a client is (b - a) / max(a, b), with a and
-    b its distances to its own center and to the nearest other one. A client draws its own center towards itself, by a
-    factor of (s - 1) / s in a cluster of s, so that noise in small clusters would look like structure; here a is the
-    distance to the center of the *other* members, a s / (s - 1). Noise then gives zero or less. A client alone counts
-    0, as for Rousseeuw (1987).
+    The simplified silhouette (Hruschka, Campello and de Castro, 2006) of a client is (b - a) /
+    max(a, b). Here a and b are its distances to its own center and to the nearest other one. In a
+    cluster of s, a client draws its own center towards itself by a factor of (s - 1) / s, so that
+    noise in small clusters would look like structure. Therefore a is the distance to the center of
+    the *other* members, a s / (s - 1). Noise then gives zero or less. A client alone counts 0, as
+    for Rousseeuw (1987).
 
     Args:
-        own: squared distances to the own center, [rows].
-        other: squared distances to the nearest other center, [rows].
-        sizes: of each client's cluster, [rows].
+        to_center: squared distances to the own center, [rows].
+        to_other: squared distances to the nearest other center, [rows].
+        sizes: the size of each client's cluster, [rows].
     """
     alone = sizes < 2
-    a = np.sqrt(own) * sizes / np.where(alone, 1, sizes - 1)
-    b = np.sqrt(other)
+    a = np.sqrt(to_center) * sizes / np.where(alone, 1, sizes - 1)
+    b = np.sqrt(to_other)
     larger = np.maximum(a, b)
-    return float(np.where(alone | (larger == 0), 0.0, (b - a) / np.where(larger == 0, 1.0, larger)).mean())
+    return float(
+        np.where(alone | (larger == 0), 0.0, (b - a) / np.where(larger == 0, 1.0, larger)).mean(),
+    )
 
 
-class PlainDistances:
-    """The oracle in the clear: of integer points, or of any numbers that are exact in float64.
-
-    Args:
-        points: [N, d] integers.
-        clients: their numbers; by default from 0.
-    """
-
-    comparable = True
-
-    def __init__(self, points: ArrayLike, clients: Sequence[int] | None = None) -> None:
-        self.points = np.asarray(points, np.int64)
-        self.clients = tuple(range(len(self.points)) if clients is None else clients)
-
-    def affords(self, sets: Sequence[Set]) -> bool:
-        """Always."""
-        return True
-
-    def columns(self, sets: Sequence[Set]) -> Exchange[Integers]:
-        """See `Distances`."""
-        found = np.empty((len(self.points), len(sets)), object)
-        for number, members in enumerate(sets):
-            total = self.points[[self.clients.index(client) for client in members]].sum(0)
-            found[:, number] = ((len(members) * self.points - total) ** 2).sum(1).tolist()
-        return found
-        yield {}
-
-
-def finish(exchange: Exchange[Result]) -> Result:
-    """The result of an exchange that sends nothing, as those over `PlainDistances`."""
-    try:
-        next(exchange)
-    except StopIteration as end:
-        result: Result = end.value
-        return result
-    raise ValueError("the exchange has something to send")
-
-
-def _described(distances: Distances, found: Clusters) -> Exchange[Clusters]:
-    """With silhouette and spreads, if the columns that it takes are or may be opened."""
-    full = [number for number, members in enumerate(found.sets) if members]
-    spreads = np.full(len(found.sets), math.nan)
-    wanted = [found.sets[number] for number in full]
+def _described(distances: Distances, clusters: Clusters) -> Exchange[Clusters]:
+    """Add silhouette and spreads, if the columns that they need are or may be opened."""
+    full = [number for number, members in enumerate(clusters.sets) if members]
+    spreads = np.full(len(clusters.sets), math.nan)
+    wanted = [clusters.sets[number] for number in full]
     everybody = [] if distances.comparable else [frozenset(distances.clients)]
     if not full or not distances.affords(wanted + everybody):
-        return replace(found, spreads=tuple(spreads.tolist()))
-    matrix = np.full((len(found.clients), len(found.sets)), np.inf)
+        return replace(clusters, spreads=tuple(spreads.tolist()))
+    labels = clusters.labels
+    matrix = np.full((len(clusters.clients), len(clusters.sets)), np.inf)
     matrix[:, full] = yield from real_distances(distances, wanted)
-    rows, sizes = np.arange(len(found.clients)), np.array([len(members) for members in found.sets])
-    own = matrix[rows, found.labels]
+    rows = np.arange(len(clusters.clients))
+    sizes = np.array([len(members) for members in clusters.sets])
+    to_center = matrix[rows, labels]
     for number in full:
         if sizes[number] > 1:
-            spreads[number] = own[found.labels == number].sum() / (sizes[number] - 1)
+            spreads[number] = to_center[labels == number].sum() / (sizes[number] - 1)
     fit = 0.0
     if len(full) > 1:
-        matrix[rows, found.labels] = np.inf
-        fit = silhouette(own, matrix.min(1), sizes[found.labels])
-    return replace(found, silhouette=fit, spreads=tuple(spreads.tolist()))
+        matrix[rows, labels] = np.inf
+        fit = silhouette(to_center, matrix.min(1), sizes[labels])
+    return replace(clusters, silhouette=fit, spreads=tuple(spreads.tolist()))
 
 
-def _refounded(sets: list[Set], scores: ArrayLike, clients: Sequence[int], labels: NDArray[np.int64]) -> list[Set]:
-    """Sets with empty ones refounded, as scikit-learn's `KMeans` does.
+def _refounded(
+    sets: list[Set],
+    scores: ArrayLike,
+    clients: Sequence[int],
+    labels: NDArray[np.int64],
+) -> list[Set]:
+    """Refound empty sets, as scikit-learn's `KMeans` does.
 
-    The clients that are farthest from their centers found them, one each, and leave the cluster that they were in. A
-    set that is empty even so takes the center of the largest.
+    Each gets one of the clients that are farthest from their centers, which leaves its old cluster.
+    A set that is still empty takes the center of the largest.
     """
     empty = [number for number, members in enumerate(sets) if not members]
     order = sorted(range(len(clients)), key=lambda row: -np.asarray(scores)[row])
@@ -265,44 +253,9 @@ def _members(clients: Sequence[int], labels: NDArray[np.int64], count: int) -> l
     return [frozenset(rows[labels == number].tolist()) for number in range(count)]
 
 
-def to_one_scale(squared: Floats) -> Floats:
-    """Squared distances [N, N] between clients, made symmetric where each row has a factor of its own.
-
-    D_ij = D_ji, so the quotient of two factors is M_ij / M_ji: all follow from one of them, up to a common scale.
-    """
-    # Of two clients in one place only remainders are left: both count as close, on the scale of their rows.
-    safe = np.maximum(squared, np.maximum(1e-9 * squared.mean(1, keepdims=True), np.finfo(float).tiny))
-    logs = np.log(safe) - np.log(safe.T)
-    np.fill_diagonal(logs, 0)
-    level = squared / np.exp(logs.mean(1))[:, None]
-    symmetric: Floats = (level + level.T) / 2
-    np.fill_diagonal(symmetric, 0)
-    return symmetric
-
-
-def common_scale(distances: Distances, sets: Sequence[Set]) -> Exchange[Integers]:
-    """Squared distances [rows, sets] as integers in one scale: times the least common multiple of all |S|^2."""
-    squares = [len(members) ** 2 for members in sets]
-    common = math.lcm(*squares)
-    columns = yield from distances.columns(sets)
-    scaled: Integers = columns * np.array([common // square for square in squares], object)
-    return scaled
-
-
-def _relative(distances: Distances, own: Integers) -> Exchange[Floats]:
-    """Distances to the own center, up to one factor for all, beside those to the center of all."""
+def _relative(distances: Distances, to_center: Integers) -> Exchange[Floats]:
+    """Divide distances to the own center by those to the center of all, up to one factor for all."""
     if not distances.affords([frozenset(distances.clients)]):
-        return np.zeros(len(own))
+        return np.zeros(len(to_center))
     overall = yield from distances.columns([frozenset(distances.clients)])
-    return np.array([a / max(b, 1) for a, b in zip(own, overall[:, 0], strict=True)])
-
-
-def real_distances(distances: Distances, sets: Sequence[Set]) -> Exchange[Floats]:
-    """Squared distances [rows, sets], in squared quantization steps; with "ratios", over those to the center of all."""
-    everybody = frozenset(distances.clients)
-    wanted = list(sets) if distances.comparable else [*sets, everybody]
-    columns = yield from distances.columns(wanted)
-    real: Floats = (columns / np.array([len(members) ** 2 for members in wanted], object)).astype(np.float64)
-    if not distances.comparable:
-        real = real[:, :-1] / np.maximum(real[:, -1:], np.finfo(float).tiny)
-    return real
+    return np.array([a / max(b, 1) for a, b in zip(to_center, overall[:, 0], strict=True)])

@@ -1,4 +1,4 @@
-"""Sealing with X25519 and ChaCha20-Poly1305, from the `cryptography` package."""
+"""Encryption of payloads with X25519 and ChaCha20-Poly1305, from the `cryptography` package."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ class EncryptingCipher:
     """One round's channel of a client to every other, encrypted and authenticated; the server relays it unread.
 
     1. A fresh X25519 key pair (RFC 7748); its public half goes to the peers.
-    2. A key for each peer and direction: HKDF-SHA256 (RFC 5869) of the shared secret, with both public keys as info,
-       the sender's first.
-    3. ChaCha20-Poly1305 (RFC 8439) with the context as associated data and as the source of the nonce: no context is
-       used twice with one key, as keys are fresh each round.
+    2. A key for each peer and direction: HKDF-SHA256 (RFC 5869) of the shared secret, with both
+       public keys as info, the sender's first.
+    3. ChaCha20-Poly1305 (RFC 8439) with the context as associated data and as the source of the
+       nonce. No context is used twice with one key, as keys are fresh each round.
 
-    Keys are not signed. Whoever carries public keys between clients must not replace them: a server that does stands
-    in the middle. The transport, or a directory of long-term keys, has to vouch for them.
+    Keys are not signed. The carrier of public keys between clients must not replace them: a server
+    that does is a man in the middle. The transport, or a directory of long-term keys, has to
+    authenticate them.
 
     Args:
         protocol: the start of every key's info, so that no two protocols share a key.
@@ -41,14 +42,14 @@ class EncryptingCipher:
 
     @property
     def public_key(self) -> bytes:
-        """32 bytes."""
+        """Return the public key, 32 bytes."""
         return self._private.public_key().public_bytes_raw()
 
     def meet(self, keys: Mapping[int, bytes]) -> None:
         """Take the public keys of all clients of the round.
 
         Raises:
-            SecureError: a key is not one, or a peer's key changed within the round.
+            SecureError: a key is malformed, or a peer's key changed within the round.
         """
         for peer, key in keys.items():
             if len(key) != len(self.public_key):
@@ -58,7 +59,7 @@ class EncryptingCipher:
         self._peers.update(keys)
 
     def seal(self, recipient: int, content: bytes, context: bytes) -> bytes:
-        """Close a payload for a peer; 16 bytes longer than the content."""
+        """Seal a payload for a peer; it is 16 bytes longer than the content."""
         return self._cipher(recipient, sending=True).encrypt(_nonce(context), content, context)
 
     def unseal(self, sender: int, content: bytes, context: bytes) -> bytes:
@@ -70,27 +71,32 @@ class EncryptingCipher:
         try:
             return self._cipher(sender, sending=False).decrypt(_nonce(context), content, context)
         except InvalidTag:
-            raise SecureError(f"what client {sender} sent was not sealed by it, or not for this purpose") from None
+            raise SecureError(
+                f"what client {sender} sent was not sealed by it, or not for this purpose",
+            ) from None
 
     def _cipher(self, peer: int, sending: bool) -> ChaCha20Poly1305:
         if (peer, sending) not in self._ciphers:
             if peer not in self._peers:
                 raise SecureError(f"there is no public key of client {peer}")
-            theirs, own = self._peers[peer], self.public_key
-            info = self._protocol + (own + theirs if sending else theirs + own)
-            key = HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(self._secret(peer))
+            peer_key, public_key = self._peers[peer], self.public_key
+            keys = public_key + peer_key if sending else peer_key + public_key  # the sender's first
+            info = self._protocol + keys
+            derivation = HKDF(algorithm=SHA256(), length=32, salt=None, info=info)
+            key = derivation.derive(self._secret(peer))
             self._ciphers[peer, sending] = ChaCha20Poly1305(key)
         return self._ciphers[peer, sending]
 
     def _secret(self, peer: int) -> bytes:
         if peer not in self._secrets:
             try:
-                self._secrets[peer] = self._private.exchange(X25519PublicKey.from_public_bytes(self._peers[peer]))
+                peer_key = X25519PublicKey.from_public_bytes(self._peers[peer])
+                self._secrets[peer] = self._private.exchange(peer_key)
             except ValueError:
                 raise SecureError(f"the public key of client {peer} is not one") from None
         return self._secrets[peer]
 
 
 def _nonce(context: bytes) -> bytes:
-    """12 bytes of the context's SHA-256: a key sees a handful of contexts, so that no two meet in one nonce."""
+    """Return 12 bytes of the context's SHA-256. A key is used with a few contexts only, so nonces do not collide."""
     return hashlib.sha256(context).digest()[:12]

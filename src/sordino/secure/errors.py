@@ -1,4 +1,4 @@
-"""What can go wrong in a round of secure computation; none of it ends a training."""
+"""Errors of a round of secure computation; none of them ends a training."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from sordino.errors import SordinoError
 
 
 class SecureError(SordinoError):
-    """A step of the protocol that was refused, or that cannot be done."""
+    """A step of the protocol that was refused or is impossible."""
 
 
 FEWER_NEEDED = "plan the round with fewer blocks or less privacy, or wait for more clients"
 
 
 class TooFewAnswers(SecureError):
-    """Fewer clients answered than it takes to decode.
+    """Fewer clients answered than decoding needs.
 
     Attributes:
-        needed: how many answers it takes.
-        had: how many there were.
+        needed: the number of answers that are needed.
+        had: the number of answers that came.
     """
 
     def __init__(self, step: str, needed: int, had: int, remedy: str = FEWER_NEEDED) -> None:
@@ -29,7 +29,7 @@ class TooManyErrors(SecureError):
     """Answers that contradict each other in more places than the surplus of answers can locate.
 
     Attributes:
-        correctable: how many wrong answers could have been located.
+        correctable: the number of wrong answers that could have been located.
     """
 
     def __init__(self, answers: int, needed: int) -> None:

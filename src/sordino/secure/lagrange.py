@@ -1,41 +1,48 @@
-"""Lagrange coded computing: secrets shared in blocks, computed on while shared, decoded from any large enough subset.
+"""Lagrange coded computing: secrets are shared in blocks, computed on as shares, and decoded from any large enough
+subset of the shares.
 
-Yu, Li, Raviv, Kalan, Soltanolkotabi and Avestimehr, Lagrange Coded Computing: Optimal Design for Resiliency, Security,
-and Privacy, AISTATS 2019 (arXiv 1806.00939). A secret is cut into B blocks. The polynomial of degree B + T - 1 that
-takes the blocks at beta_1 .. beta_B and uniformly random blocks at beta_{B+1} .. beta_{B+T} is evaluated at alpha_1 ..
-alpha_N, one point a client.
+Yu, Li, Raviv, Kalan, Soltanolkotabi and Avestimehr, Lagrange Coded Computing: Optimal Design for
+Resiliency, Security, and Privacy, AISTATS 2019 (arXiv 1806.00939). A secret is cut into B blocks.
+One polynomial of degree B + T - 1 has the blocks as values at beta_1 .. beta_B, and uniformly
+random blocks at beta_{B+1} .. beta_{B+T}. It is evaluated at alpha_1 .. alpha_N, one point a
+client.
 
-*Privacy.* Any T shares are uniform whatever the secret is: the T x T part of the encoding matrix by which the random
-blocks enter them is invertible, so they are masked as by a one-time pad (their theorem 1).
+*Privacy.* Any T shares are uniform, independent of the secret. The random blocks enter them by a T
+x T part of the encoding matrix that is invertible, so they are masked as by a one-time pad (their
+theorem 1).
 
-*Computation.* If every client applies the same polynomial of degree e to its shares, the results lie on a polynomial of
-degree D = e (B + T - 1), which at the betas is what the secrets themselves would have given. Any D + 1 results decode
-it. Fewer leave every value possible where the polynomial is otherwise unconstrained.
+*Computation.* If every client applies the same polynomial of degree e to its shares, the results
+lie on a polynomial of degree D = e (B + T - 1). Its values at the betas are those of the same
+computation on the secrets. Any D + 1 results decode it. Fewer leave every value possible if the
+polynomial is otherwise unconstrained.
 
-*Errors.* The A answers of a step are a codeword of a generalized Reed-Solomon code of length A and dimension D + 1,
-with R = A - D - 1 checks. What is checked is one random linear combination of all values that each client sent, drawn
-afresh from the operating system after the answers are in (more combinations over a small field, so that a wrong
-answer escapes with probability at most 2^-60).
+*Errors.* The A answers of a step are a codeword of a generalized Reed-Solomon code of length A and
+dimension D + 1, with R = A - D - 1 checks. The checks apply to one random linear combination of all
+values that each client sent. It is drawn afresh from the operating system after the answers are in.
+Over a small field there are more combinations, so that a wrong answer escapes with probability at
+most 2^-60.
 
 - Any wrong answers from at most R clients are detected.
-- From at most R/2 clients they are also located; their senders are named, and the rest is decoded.
-- From more than R/2 clients they are reported as beyond correction, unless the liars agree among themselves on
-  answers that lie on another polynomial of degree D together with enough honest ones: then honest clients may be
-  named in their place. With no surplus (R = 0) nothing is detected.
-- Consistent answers to a wrong input are not errors here: a client may share whatever prompt it likes. A client whose
-  *shares* lie on no polynomial of degree B + T - 1 spoils the answers of all others; that is detected where R > 0, and
-  stops the step, but does not name it.
+- Wrong answers from at most R/2 clients are also located; their senders are named, and the rest is
+  decoded.
+- Wrong answers from more than R/2 clients are reported as beyond correction, with one exception.
+  Liars may agree among themselves on answers that lie on another polynomial of degree D together
+  with enough honest ones. Then honest clients may be named in their place. With no surplus (R = 0)
+  nothing is detected.
+- Consistent answers to a wrong input are not errors here: a client may share any prompt. A client
+  whose *shares* lie on no polynomial of degree B + T - 1 spoils the answers of all others. This is
+  detected if R > 0, and stops the step, but the client is not named.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
+from sordino.randomness import system_bytes
 from sordino.secure.errors import TooFewAnswers, TooManyErrors
 from sordino.secure.field import Elements, Entropy, PrimeField
 
@@ -44,7 +51,7 @@ ESCAPES = 60  # a wrong answer is overlooked with probability 2^-60
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a step's answers say.
+    """The decoded answers of a step.
 
     Attributes:
         values: the polynomial's values at beta_1 .. beta_B, [B, ...]; or their sum, [...].
@@ -60,13 +67,13 @@ class LagrangeCode:
     """B blocks and T random blocks, at points 1 .. B + T; N clients, at points B + T + 1 .. B + T + N.
 
     Attributes:
-        field: where it is all computed.
+        field: the field of all computations.
         blocks: B.
         privacy: T.
         clients: N.
 
     Raises:
-        ValueError: the field has too few points for all, or a number is below what makes sense.
+        ValueError: the field has too few points, or a number is too small.
     """
 
     field: PrimeField
@@ -82,41 +89,49 @@ class LagrangeCode:
 
     @property
     def degree(self) -> int:
-        """That of a share in the client's point, B + T - 1."""
+        """Return the degree of a share in the client's point, B + T - 1."""
         return self.blocks + self.privacy - 1
 
     @property
     def betas(self) -> tuple[int, ...]:
-        """Where the blocks are, random ones last."""
+        """Return the points of the blocks, random ones last."""
         return tuple(range(1, self.blocks + self.privacy + 1))
 
     @property
     def alphas(self) -> tuple[int, ...]:
-        """Where the clients are."""
-        return tuple(range(self.blocks + self.privacy + 1, self.blocks + self.privacy + self.clients + 1))
+        """Return the points of the clients."""
+        first = self.blocks + self.privacy + 1
+        return tuple(range(first, first + self.clients))
 
-    def encode(self, blocks: Elements, entropy: Entropy = os.urandom) -> Elements:
-        """Shares [N, ...] of blocks [B, ...]."""
+    def encode(self, blocks: Elements, entropy: Entropy = system_bytes) -> Elements:
+        """Compute shares [N, ...] of blocks [B, ...]."""
         noise = self.field.random((self.privacy, *blocks.shape[1:]), entropy)
         return self.evaluate(np.concatenate([blocks, noise]))
 
     def evaluate(self, values: Elements) -> Elements:
-        """The polynomial through values [B + T, ...] at the betas, at the alphas: [N, ...]."""
-        flat = self.field.matmul(basis(self.field, self.betas, self.alphas), values.reshape(len(values), -1))
-        return flat.reshape(self.clients, *values.shape[1:])
+        """Evaluate the polynomial with values [B + T, ...] at the betas at the alphas: [N, ...]."""
+        flat = values.reshape(len(values), -1)
+        shares = self.field.matmul(basis(self.field, self.betas, self.alphas), flat)
+        return shares.reshape(self.clients, *values.shape[1:])
 
-    def masks(self, totals: Elements, degree: int, entropy: Entropy = os.urandom) -> Elements:
-        """Shares [N, C] of C random polynomials of a degree, whose values at beta_1 .. beta_B add up to totals [C].
+    def masks(self, totals: Elements, degree: int, entropy: Entropy = system_bytes) -> Elements:
+        """Draw shares [N, C] of C random polynomials of a degree, whose values at the blocks add up to totals [C].
 
-        They are uniform among all such polynomials. Added to answers of at most that degree, they hide everything
-        about the decoded polynomial but its sum over the blocks.
+        The polynomials are uniform among all of this degree whose values at beta_1 .. beta_B have
+        these sums. Added to answers of at most that degree, they hide everything about the decoded
+        polynomial except its sum over the blocks.
+
+        Raises:
+            ValueError: the degree is not below the number of clients.
         """
         known = self.alphas[: degree + 1]
         if len(known) <= degree:
-            raise ValueError(f"degree = {degree}: must be below the number of clients, {self.clients}")
+            raise ValueError(
+                f"degree = {degree}: must be below the number of clients, {self.clients}",
+            )
         shares = self.field.random((degree + 1, len(totals)), entropy)
-        # The sum over the blocks is a linear form in the values at degree + 1 points. All but one value are free; one
-        # whose coefficient is not zero is solved for.
+        # The sum over the blocks is a linear form in the values at degree + 1 points. All values
+        # but one are free. The equation is solved for a value whose coefficient is not zero.
         form = self._total(known)
         pivot = int(np.flatnonzero(form)[-1])
         shares[pivot] = 0
@@ -128,9 +143,14 @@ class LagrangeCode:
         return np.concatenate([shares, rest])
 
     def decode(
-        self, answers: Elements, clients: Sequence[int], degree: int, step: str = "decoding", total: bool = False
+        self,
+        answers: Elements,
+        clients: Sequence[int],
+        degree: int,
+        step: str = "decoding",
+        total: bool = False,
     ) -> Decoded:
-        """The polynomial of a degree D that the answers lie on, at beta_1 .. beta_B; wrong answers are located.
+        """Decode the polynomial of a degree D on which the answers lie, at beta_1 .. beta_B; locate wrong answers.
 
         1. Check all answers at once; locate the wrong ones if there are any.
         2. Check that the others agree.
@@ -138,10 +158,10 @@ class LagrangeCode:
 
         Args:
             answers: [A, ...], one row a client.
-            clients: who sent them, numbers from 0 to N - 1.
+            clients: the senders, numbers from 0 to N - 1.
             degree: D.
-            step: what an error calls it.
-            total: give the sum over the blocks instead of each.
+            step: the name of the step in errors.
+            total: return the sum over the blocks instead of each.
 
         Raises:
             TooFewAnswers: A is below D + 1.
@@ -155,21 +175,23 @@ class LagrangeCode:
         wrong = locate(self.field, points, flat, degree)
         good = np.setdiff1d(np.arange(len(points)), wrong)
         chosen = tuple(points[index] for index in good[:needed])
-        form = self._total(chosen)[None] if total else basis(self.field, chosen, self.betas[: self.blocks])
+        targets = self.betas[: self.blocks]
+        form = self._total(chosen)[None] if total else basis(self.field, chosen, targets)
         values = self.field.matmul(form, flat[good[:needed]])
         shape = answers.shape[1:] if total else (self.blocks, *answers.shape[1:])
         return Decoded(values.reshape(shape), tuple(clients[index] for index in wrong))
 
     def _total(self, points: tuple[int, ...]) -> Elements:
-        """The linear form that takes values at points to the sum over the blocks, [points]."""
+        """Return the linear form [points] from values at points to the sum over the blocks."""
         return self.field.sum(basis(self.field, points, self.betas[: self.blocks]), axis=0)
 
 
 @lru_cache(maxsize=64)
 def basis(field: PrimeField, nodes: tuple[int, ...], targets: tuple[int, ...]) -> Elements:
-    """Lagrange's basis: the matrix [targets, nodes] from a polynomial's values at nodes to its values at targets.
+    """Compute Lagrange's basis: the matrix [targets, nodes] from values at nodes to values at targets.
 
-    Barycentric: entry (t, j) is w_j prod_l (t - x_l) / (t - x_j), with w_j = 1 / prod_{l != j} (x_j - x_l).
+    The form is barycentric: entry (t, j) is w_j prod_l (t - x_l) / (t - x_j), with w_j = 1 /
+    prod_{l != j} (x_j - x_l).
 
     Raises:
         ZeroDivisionError: a target is a node.
@@ -185,7 +207,7 @@ def basis(field: PrimeField, nodes: tuple[int, ...], targets: tuple[int, ...]) -
 
 @lru_cache(maxsize=64)
 def dual_weights(field: PrimeField, nodes: tuple[int, ...]) -> Elements:
-    """1 / prod_{l != j} (x_j - x_l), [nodes]."""
+    """Compute 1 / prod_{l != j} (x_j - x_l), [nodes]."""
     x = field.elements(nodes)
     distances = field.sub(x[:, None], x[None])
     np.fill_diagonal(distances, 1)
@@ -194,10 +216,10 @@ def dual_weights(field: PrimeField, nodes: tuple[int, ...]) -> Elements:
 
 @lru_cache(maxsize=16)
 def checks(field: PrimeField, points: tuple[int, ...], degree: int) -> Elements:
-    """The parity checks [R, A] of values at A points of a polynomial of a degree: w_i x_i^r, r = 0 .. R - 1.
+    """Return the parity checks [R, A] of values at A points of a polynomial of a degree: w_i x_i^r, r = 0 .. R - 1.
 
-    The sum of w_i y_i x_i^r is a divided difference of y x^r over all A points, which vanishes where the degree of y
-    x^r is below A - 1.
+    The sum of w_i y_i x_i^r is a divided difference of y x^r over all A points. It vanishes if the
+    degree of y x^r is below A - 1.
     """
     x = field.elements(points)
     rows, power = [], dual_weights(field, points)
@@ -208,11 +230,12 @@ def checks(field: PrimeField, points: tuple[int, ...], degree: int) -> Elements:
 
 
 def locate(field: PrimeField, points: tuple[int, ...], answers: Elements, degree: int) -> list[int]:
-    """Which of the answers [A, V] at A points are off the polynomials of a degree that the others lie on.
+    """Locate the answers among [A, V] at A points that are off the polynomials of a degree of the others.
 
     1. Combine the V values of each answer at random.
     2. Compute the syndromes; if all are zero, nothing is wrong.
-    3. Find the shortest recurrence of the syndromes (Berlekamp and Massey); its roots are the wrong points.
+    3. Find the shortest recurrence of the syndromes (Berlekamp and Massey). Its roots are the wrong
+       points.
     4. Check that the others agree.
 
     Raises:
@@ -235,16 +258,18 @@ def locate(field: PrimeField, points: tuple[int, ...], answers: Elements, degree
             raise TooManyErrors(len(points), degree + 1)
         wrong |= roots
     rest = tuple(np.asarray(points)[~wrong].tolist())
-    agree = wrong.sum() <= surplus // 2 and not field.matmul(checks(field, rest, degree), combined[~wrong]).any()
-    if not agree:
+    if wrong.sum() > surplus // 2:
+        raise TooManyErrors(len(points), degree + 1)
+    if field.matmul(checks(field, rest, degree), combined[~wrong]).any():
         raise TooManyErrors(len(points), degree + 1)
     return [int(index) for index in np.flatnonzero(wrong)]
 
 
 def _shortest_recurrence(field: PrimeField, sequence: Elements) -> Elements:
-    """The connection polynomial [L + 1], constant term 1, of the shortest recurrence of a sequence.
+    """Compute the connection polynomial [L + 1], constant term 1, of the shortest recurrence of a sequence.
 
-    Massey, Shift-Register Synthesis and BCH Decoding, IEEE Transactions on Information Theory 15(1), 1969.
+    Massey, Shift-Register Synthesis and BCH Decoding, IEEE Transactions on Information Theory
+    15(1), 1969.
     """
     size = len(sequence) + 1
     current, previous = np.zeros(size, np.uint64), np.zeros(size, np.uint64)
@@ -256,7 +281,10 @@ def _shortest_recurrence(field: PrimeField, sequence: Elements) -> Elements:
         if discrepancy:
             factor = field.elements([discrepancy * pow(last, -1, field.modulus) % field.modulus])
             changed = current.copy()
-            changed[shift:] = field.sub(current[shift:], field.mul(previous[: size - shift], factor))
+            changed[shift:] = field.sub(
+                current[shift:],
+                field.mul(previous[: size - shift], factor),
+            )
             if 2 * length <= n:
                 previous, last, length, shift = current, discrepancy, n + 1 - length, 0
             current = changed

@@ -1,8 +1,9 @@
-"""All that passes between a client and the server in a round of SecPC: frozen values that become bytes and back.
+"""The messages between a client and the server in a round of SecPC: frozen values with a conversion to bytes and back.
 
-A message is a safetensors file in memory: its arrays, and its numbers and words as JSON in an array `header`. Reading
-one executes nothing, and checks that it has the fields of its kind, with their types and numbers of axes, and no
-others; what depends on the round, as lengths and ranges, is checked by who receives it.
+A message is a safetensors file in memory: its arrays, and its numbers and words as JSON in an array
+`header`. Reading one executes nothing. It checks that the message has the fields of its kind, with
+their types and numbers of axes, and no others. The recipient checks properties that depend on the
+round, such as lengths and ranges.
 
 | exchange | server to each client | client to server |
 |---|---|---|
@@ -12,7 +13,8 @@ others; what depends on the round, as lengths and ranges, is checked by who rece
 | 4 .. | `Query`: which distances | `Answer`: their values at its point |
 | last | `Partition`: which sums | `Answer` |
 
-Exchanges 2 and 3 happen once for the points that are clustered, and once for the full vectors that are averaged.
+Exchanges 2 and 3 happen once for the points that are clustered, and once for the full vectors that
+are averaged.
 """
 
 from __future__ import annotations
@@ -36,17 +38,17 @@ Numbers = NDArray[np.int64]
 WordRows = NDArray[np.uint64]
 AnyMessage = TypeVar("AnyMessage", bound="Message")
 
-# What a field holds, by its annotation: a scalar's type, or an array's type and number of axes.
+# The content of a field, by its annotation: a scalar's type, or an array's type and number of axes.
 SCALARS = {"int": int, "float": float, "str": str, "Purpose": str, "Reveal": str}
 ARRAYS = {"Octets": ("u1", 1), "OctetRows": ("u1", 2), "Numbers": ("i8", 1), "WordRows": ("u8", 2)}
 
 
 @dataclass(frozen=True, eq=False)
 class Message:
-    """What every message has.
+    """The base of all messages.
 
     Attributes:
-        round: the round of the protocol that it belongs to.
+        round: the message's round of the protocol.
     """
 
     KINDS: ClassVar[dict[str, type[Message]]] = {}
@@ -54,27 +56,27 @@ class Message:
     round: int
 
     def __init_subclass__(cls, abstract: bool = False) -> None:
-        """Register a kind of message, unless it is only what several kinds have in common."""
+        """Register a kind of message, unless it is only a common base of several kinds."""
         if not abstract:
             Message.KINDS[cls.__name__] = cls
 
     def to_bytes(self) -> bytes:
-        """The message as it travels."""
+        """Encode the message."""
         arrays: dict[str, NDArray[Any]] = {}
         header: dict[str, object] = {"kind": type(self).__name__}
-        for each in fields(self):
-            value, form = getattr(self, each.name), ARRAYS.get(str(each.type))
+        for item in fields(self):
+            value, form = getattr(self, item.name), ARRAYS.get(str(item.type))
             if form:
-                arrays[each.name] = np.ascontiguousarray(value, form[0])
+                arrays[item.name] = np.ascontiguousarray(value, form[0])
             else:
-                header[each.name] = value
+                header[item.name] = value
         arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
         return safetensors.numpy.save(arrays)
 
 
 @dataclass(frozen=True, eq=False)
 class Join(Message):
-    """A client takes part.
+    """A client's acceptance to take part.
 
     Attributes:
         sender: its number.
@@ -87,11 +89,11 @@ class Join(Message):
 
 @dataclass(frozen=True, eq=False)
 class Deal(Message):
-    """Clients are asked for shares.
+    """A request for shares.
 
     Attributes:
-        purpose: of what: "point" for clustering, "vector" for averages.
-        joined: the numbers of those who take part, [joined].
+        purpose: the subject of sharing: "point" for clustering, "vector" for averages.
+        joined: the numbers of the participants, [joined].
         keys: their public keys, [joined, bytes].
     """
 
@@ -102,11 +104,11 @@ class Deal(Message):
 
 @dataclass(frozen=True, eq=False)
 class Shares(Message):
-    """What a client deals.
+    """The shares that a client deals.
 
     Attributes:
         sender: its number.
-        purpose: as asked.
+        purpose: as requested.
         payloads: [joined, bytes], the sealed share of each client that takes part.
     """
 
@@ -117,10 +119,10 @@ class Shares(Message):
 
 @dataclass(frozen=True, eq=False)
 class Delivery(Message):
-    """What others dealt to a client.
+    """The payloads that others dealt to a client.
 
     Attributes:
-        purpose: as asked.
+        purpose: as requested.
         dealers: their numbers, [dealers].
         payloads: [dealers, bytes].
     """
@@ -132,12 +134,12 @@ class Delivery(Message):
 
 @dataclass(frozen=True, eq=False)
 class Receipt(Message):
-    """A client opened its payloads.
+    """A client's report that it opened its payloads.
 
     Attributes:
         sender: its number.
-        purpose: as asked.
-        refused: the numbers of those whose payloads were not in order, [refused].
+        purpose: as requested.
+        refused: the numbers of the dealers whose payloads were refused, [refused].
     """
 
     sender: int
@@ -147,12 +149,12 @@ class Receipt(Message):
 
 @dataclass(frozen=True, eq=False)
 class Query(Message):
-    """Clients are asked for distances of every row client to the center of every column set.
+    """A request for the distances of every row client to the center of every column set.
 
     Attributes:
         step: counts the questions of a round.
         first: the first mask to use; one a column.
-        rows: whose distances, as bits [ceil(N/8)].
+        rows: the clients of the rows, as bits [ceil(N/8)].
         columns: the sets, as bits [C, ceil(N/8)].
     """
 
@@ -164,12 +166,13 @@ class Query(Message):
 
 @dataclass(frozen=True, eq=False)
 class Partition(Message):
-    """Clients are asked for sums over the sets of a partition, once a sharing.
+    """A request for sums over the sets of a partition, once a sharing.
 
     Attributes:
         step: counts the questions of a round.
-        purpose: "vector" for sums of vectors, "point" for sums of distances to the set's own center.
-        sets: as bits [K, ceil(N/8)].
+        purpose: "vector" for sums of vectors, "point" for sums of distances to the set's own
+            center.
+        sets: the sets, as bits [K, ceil(N/8)].
     """
 
     step: int
@@ -183,8 +186,9 @@ class Answer(Message):
 
     Attributes:
         sender: its number.
-        step: of the question.
-        values: [rows, C] distances, [K, 1] sums of distances, or [K, length of a block] sums of vectors.
+        step: the step of the question.
+        values: [rows, C] distances, [K, 1] sums of distances, or [K, length of a block] sums of
+            vectors.
     """
 
     sender: int
@@ -193,14 +197,14 @@ class Answer(Message):
 
 
 def read(content: bytes, most: int | None = None) -> Message:
-    """The message in these bytes.
+    """Decode a message.
 
     Args:
         content: the bytes.
-        most: more bytes than this are refused unread.
+        most: the largest number of bytes; more are refused unread.
 
     Raises:
-        SecureError: there is none, or it is too long.
+        SecureError: the bytes are no message, or too long.
     """
     if most is not None and len(content) > most:
         raise SecureError(f"malformed: {len(content)} bytes where at most {most} are due")
@@ -211,15 +215,22 @@ def read(content: bytes, most: int | None = None) -> Message:
         given = {**header, **arrays}
         _check(kind, given)
         return kind(**given)
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (
+        SafetensorError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+    ) as error:
         raise SecureError(f"malformed: not a message of a secure protocol ({type(error).__name__}: {error})") from None
 
 
 def expect(content: bytes, kind: type[AnyMessage], most: int | None = None) -> AnyMessage:
-    """The message of a kind in these bytes; see `read`.
+    """Decode a message of a kind; see `read`.
 
     Raises:
-        SecureError: there is none of this kind.
+        SecureError: the bytes are no message of this kind.
     """
     message = read(content, most)
     if not isinstance(message, kind):
@@ -228,7 +239,7 @@ def expect(content: bytes, kind: type[AnyMessage], most: int | None = None) -> A
 
 
 def kind_of(content: bytes) -> str:
-    """The kind of a message by its header alone, "malformed" if it has none; its arrays are not read."""
+    """Return the kind of a message from its header alone, "malformed" if it has none; its arrays are not read."""
     try:
         start = 8 + int.from_bytes(content[:8], "little")
         begin, end = json.loads(content[8:start])["header"]["data_offsets"]
@@ -238,7 +249,7 @@ def kind_of(content: bytes) -> str:
 
 
 def pack(sets: Sequence[Iterable[int]], clients: int) -> OctetRows:
-    """Sets of client numbers as bits, [sets, ceil(N/8)]."""
+    """Encode sets of client numbers as bits, [sets, ceil(N/8)]."""
     bits = np.zeros((len(sets), clients), bool)
     for row, members in zip(bits, sets, strict=True):
         row[list(members)] = True
@@ -246,10 +257,10 @@ def pack(sets: Sequence[Iterable[int]], clients: int) -> OctetRows:
 
 
 def unpack(bits: OctetRows, clients: int) -> NDArray[np.bool_]:
-    """What `pack` packed, as [sets, N].
+    """Decode the sets of `pack`, as [sets, N].
 
     Raises:
-        SecureError: bits for another number of clients.
+        SecureError: the bits are for another number of clients.
     """
     if bits.shape[1] != -(-clients // 8):
         raise SecureError(f"malformed: sets of {bits.shape[1]} bytes for {clients} clients")
@@ -257,7 +268,7 @@ def unpack(bits: OctetRows, clients: int) -> NDArray[np.bool_]:
 
 
 def _check(kind: type[Message], given: dict[str, object]) -> None:
-    names = {each.name: str(each.type) for each in fields(kind)}
+    names = {item.name: str(item.type) for item in fields(kind)}
     if given.keys() != names.keys():
         raise ValueError(f"fields {sorted(given)} where {sorted(names)} are due")
     for name, form in names.items():
@@ -266,6 +277,7 @@ def _check(kind: type[Message], given: dict[str, object]) -> None:
             right = type(value) is SCALARS[form]
         else:
             dtype, axes = ARRAYS[form]
-            right = isinstance(value, np.ndarray) and value.dtype == np.dtype(dtype) and value.ndim == axes
+            due = (np.dtype(dtype), axes)
+            right = isinstance(value, np.ndarray) and (value.dtype, value.ndim) == due
         if not right:
             raise ValueError(f"field {name!r} is of a wrong type")

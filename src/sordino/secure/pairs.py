@@ -1,8 +1,9 @@
-"""A number of clusters that adapts, from the distances between all clients.
+"""Clustering with an adaptive number of clusters, from the distances between all clients.
 
-Where a few clients lie in many dimensions, their distances are mostly noise, and a search that starts from single
-clients, as `adaptive` does, ends in one of many poor local optima. This one reveals more: it opens the squared
-distances between all pairs of clients, which give all points up to a rotation and a shift.
+If a few clients lie in many dimensions, their distances are mostly noise. A search from single
+clients, as in `adaptive`, then ends in one of many poor local optima. This search reveals more: it
+opens the squared distances between all pairs of clients, which give all points up to a rotation and
+a shift.
 """
 
 from __future__ import annotations
@@ -18,34 +19,25 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import ClusterNode, fcluster, to_tree, ward
 from scipy.spatial.distance import pdist, squareform
 
-from sordino.secure.clustering import (
-    Clusters,
-    Distances,
-    Exchange,
-    Floats,
-    Integers,
-    Set,
-    lloyd,
-    numbered,
-    real_distances,
-    to_one_scale,
-)
+from sordino.secure.clustering import Clusters, lloyd, numbered
+from sordino.secure.distances import Distances, Exchange, Floats, Integers, Set, real_distances, to_one_scale
 from sordino.secure.errors import SecureError
 
-DRAWS = 200  # of noise, to see what chance makes of it
-MOST_CUTS = 8  # clusters, in the cuts of a branch whose silhouettes are looked at
-MOST_DIMENSIONS = 1024  # noise in more splits no differently
-FAMILY = 3  # clients of the small clusters within which noise is measured
+DRAWS = 200  # of noise, for the distribution of silhouettes under chance
+MOST_CUTS = 8  # the most clusters in cuts of a branch whose silhouettes are compared
+MOST_DIMENSIONS = 1024  # noise in more dimensions splits no differently
+FAMILY = 3  # average size of the small clusters within which noise is measured
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """How the number of clusters is chosen.
+    """Settings of the choice of the number of clusters.
 
     Attributes:
         smallest: fewest clients of a cluster.
-        significance: in (0, 1), how often noise alone may look as structured as what is split.
-        count: the number of clusters, where it is known; None lets the test choose.
+        significance: in (0, 1), the probability that noise alone is as structured as a cluster that
+            is split.
+        count: the number of clusters, if it is known; None lets the test choose.
     """
 
     smallest: int = 2
@@ -54,16 +46,20 @@ class Pairs:
 
 
 def by_pairs(distances: Distances, how: Pairs, iterations: int) -> Exchange[Clusters]:
-    """K-means from Ward's hierarchy, cut where splits are more than noise.
+    """Run k-means from Ward's hierarchy, cut at splits that are more than noise.
 
     1. Open the distances between all clients.
-    2. Build Ward's hierarchy of them (1963), which at every step merges the two clusters whose union spreads the least.
-    3. From the top, keep a split in it if its silhouette (Rousseeuw, 1987), or the best one over cuts of its branch
-       into more clusters, is above what the same hierarchy finds in Gaussian noise of as many clients in as many
-       effective dimensions, in all but `significance` of `DRAWS` draws. The first sees a weak split in many dimensions,
-       the second clusters that do not fall into two groups. The idea is that of SigClust (Liu, Hayes, Nobel and Marron,
+    2. Build Ward's hierarchy (1963), which at every step merges the two clusters whose union
+       spreads the least.
+    3. From the top, keep a split whose silhouette is above that of noise. The silhouette
+       (Rousseeuw, 1987) is that of the split, or the best one over cuts of its branch into more
+       clusters. The first detects a weak split in many dimensions, the second detects clusters that
+       do not form two groups. The noise is Gaussian, of as many clients in as many effective
+       dimensions, under the same hierarchy. The silhouette must be above it in all but
+       `significance` of `DRAWS` draws. The idea is that of SigClust (Liu, Hayes, Nobel and Marron,
        2008).
-    4. Run `lloyd` from there. With "distances" nothing more is opened, as those to centers follow.
+    4. Run `lloyd` from there. With "distances" nothing more is opened, as distances to centers
+       follow.
 
     Clusters are numbered by their lowest client.
 
@@ -82,18 +78,22 @@ def by_pairs(distances: Distances, how: Pairs, iterations: int) -> Exchange[Clus
         matrix = to_one_scale(matrix)
     sets = _cut(np.sqrt(matrix), how)
     oracle = _Derived(clients, columns) if distances.comparable else distances
-    return numbered((yield from lloyd(oracle, [frozenset(clients[row] for row in rows) for rows in sets], iterations)))
+    starts = [frozenset(clients[row] for row in rows) for rows in sets]
+    return numbered((yield from lloyd(oracle, starts, iterations)))
 
 
 def _cut(matrix: Floats, how: Pairs) -> list[list[int]]:
-    """Rows of each cluster, from distances [N, N]."""
+    """Cut distances [N, N] into clusters, and return the rows of each."""
     if len(matrix) < 2:
         return [[*range(len(matrix))]]
     tree = ward(squareform(matrix, checks=False))
     if how.count:
         labels = fcluster(tree, how.count, "maxclust")
         return [np.flatnonzero(labels == number).tolist() for number in np.unique(labels)]
-    dimensions = effective_dimensions(matrix, fcluster(tree, max(1, len(matrix) // FAMILY), "maxclust"))
+    dimensions = effective_dimensions(
+        matrix,
+        fcluster(tree, max(1, len(matrix) // FAMILY), "maxclust"),
+    )
 
     def parts(node: ClusterNode) -> list[list[int]]:
         rows = node.pre_order()
@@ -102,7 +102,8 @@ def _cut(matrix: Floats, how: Pairs) -> list[list[int]]:
             return [rows]
         branch = matrix[np.ix_(rows, rows)]
         noise = chance(len(rows), dimensions, how.smallest, how.significance)
-        if not any(fit > bar for fit, bar in zip(structure(branch, how.smallest), noise, strict=True)):
+        fits = structure(branch, how.smallest)
+        if not any(fit > bar for fit, bar in zip(fits, noise, strict=True)):
             return [rows]
         return [part for half in halves for part in parts(half)]
 
@@ -110,21 +111,22 @@ def _cut(matrix: Floats, how: Pairs) -> list[list[int]]:
 
 
 def structure(matrix: Floats, smallest: int) -> tuple[float, float]:
-    """How well points with these distances [n, n] fall into two clusters, and into some clusters, of Ward's hierarchy.
+    """Compute silhouettes of Ward's hierarchy of points with these distances [n, n], for two and for some clusters.
 
     Returns:
-        The silhouette of the cut into two, 0 if one has fewer than `smallest`; and the best one of cuts into up to
-        `MOST_CUTS`.
+        The silhouette of the cut into two, 0 if one has fewer than `smallest`; and the best one of
+        cuts into up to `MOST_CUTS`.
     """
     tree = ward(squareform(matrix, checks=False))
     cuts = range(2, max(2, min(MOST_CUTS, len(matrix) // 2)) + 1)
     labels = [fcluster(tree, count, "maxclust") for count in cuts]
-    fits = [silhouette_of(matrix, each) for each in labels]
-    return fits[0] if np.bincount(labels[0])[1:].min() >= smallest else 0.0, max(fits)
+    fits = [silhouette_of(matrix, cut) for cut in labels]
+    halves_are_large = np.bincount(labels[0])[1:].min() >= smallest
+    return fits[0] if halves_are_large else 0.0, max(fits)
 
 
 def silhouette_of(matrix: Floats, labels: NDArray[np.int32]) -> float:
-    """The mean silhouette (Rousseeuw, 1987), from -1 to 1; a client alone counts 0, and so does a single cluster.
+    """Compute the mean silhouette (Rousseeuw, 1987), from -1 to 1. A client alone and a single cluster count 0.
 
     Args:
         matrix: [n, n] distances.
@@ -134,19 +136,20 @@ def silhouette_of(matrix: Floats, labels: NDArray[np.int32]) -> float:
     sizes = members.sum(0)
     if len(sizes) < 2:
         return 0.0
-    own = sizes[labels - 1]
+    own_sizes = sizes[labels - 1]
     totals = matrix @ members
-    near = totals[members] / np.maximum(own - 1, 1)
+    near = totals[members] / np.maximum(own_sizes - 1, 1)
     away = np.where(members, np.inf, totals / sizes).min(1)
     fit = (away - near) / np.maximum(np.maximum(away, near), np.finfo(float).tiny)
-    return float(np.where(own > 1, fit, 0.0).mean())
+    return float(np.where(own_sizes > 1, fit, 0.0).mean())
 
 
 def effective_dimensions(matrix: Floats, labels: Sequence[int]) -> int:
-    """In how many dimensions the clients of a cluster are scattered, as many as an isotropic scatter would need.
+    """Estimate the number of dimensions of an isotropic scatter that equals that of the clients of a cluster.
 
-    The squared sum of the scatter's eigenvalues over the sum of their squares. Few clients span few dimensions, by
-    which the estimate is corrected. Rounded to a quarter of a doubling, as more is noise.
+    The estimate is the squared sum of the scatter's eigenvalues over the sum of their squares. Few
+    clients span few dimensions; the estimate is corrected for that. It is rounded to a quarter of a
+    doubling, as more precision is noise.
 
     Args:
         matrix: [N, N] distances.
@@ -168,28 +171,29 @@ def effective_dimensions(matrix: Floats, labels: Sequence[int]) -> int:
 
 @lru_cache(maxsize=256)
 def chance(count: int, dimensions: int, smallest: int, significance: float) -> tuple[float, float]:
-    """The `structure` that noise reaches in `significance` of the cases.
+    """Compute the `structure` that noise reaches in `significance` of the cases.
 
     Args:
-        count: clients, whose points are standard normal.
-        dimensions: of the points.
+        count: number of clients, whose points are standard normal.
+        dimensions: number of dimensions of the points.
         smallest: see `structure`.
         significance: in (0, 1).
     """
     generator = np.random.default_rng([count, dimensions])
-    draws = (squareform(pdist(generator.standard_normal((count, dimensions)))) for _ in range(DRAWS))
-    two, some = np.quantile([structure(matrix, smallest) for matrix in draws], 1 - significance, axis=0).tolist()
+    normals = (generator.standard_normal((count, dimensions)) for _ in range(DRAWS))
+    draws = [structure(squareform(pdist(points)), smallest) for points in normals]
+    two, some = np.quantile(draws, 1 - significance, axis=0).tolist()
     return two, some
 
 
 @dataclass(frozen=True)
 class _Derived:
-    """Distances to any center, from those between all clients, exactly.
+    """An oracle that derives distances to any center from those between all clients, exactly.
 
     || s x_i - sum over S of x_l ||^2 = s sum over S of D_il - sum over pairs in S of D_ll', with s = |S|.
 
     Attributes:
-        clients: whose they are.
+        clients: the clients of the rows.
         between: [N, N] integers, squared distances between clients.
     """
 
@@ -198,15 +202,15 @@ class _Derived:
     comparable: ClassVar[bool] = True
 
     def affords(self, sets: Sequence[Set]) -> bool:
-        """Always."""
+        """Return true always."""
         return True
 
     def columns(self, sets: Sequence[Set]) -> Exchange[Integers]:
-        """See `clustering.Distances`."""
-        found = np.empty((len(self.clients), len(sets)), object)
+        """Compute the columns; see `distances.Distances`."""
+        columns = np.empty((len(self.clients), len(sets)), object)
         for number, members in enumerate(sets):
             inside = [self.clients.index(client) for client in members]
             within = int(self.between[np.ix_(inside, inside)].sum()) // 2
-            found[:, number] = len(members) * self.between[:, inside].sum(1) - within
-        return found
+            columns[:, number] = len(members) * self.between[:, inside].sum(1) - within
+        return columns
         yield {}

@@ -1,12 +1,14 @@
 """Fixed-point numbers in a prime field, with overflow refused before anything is shared.
 
-A number x is rounded to the integer round(2^f x), negative ones to the upper half of the field. With Q the largest such
-integer, what the protocol computes of N clients' vectors of d entries stays below p, so that no result ever wraps:
+A number x is rounded to the integer round(2^f x), and negative ones go to the upper half of the
+field. Let Q be the largest such integer. All results of the protocol on N clients' vectors of d
+entries stay below p, so none ever wraps:
 
-- a distance with the cluster's size s cleared, || s x_i - sum of s vectors ||^2 <= N^2 d (2Q)^2, in every entry of
-  which s <= N vectors of at most Q are subtracted from s times another;
-- the sum of these over the members of the same cluster, s^2 (sum |x_i|^2 - |sum x_i|^2 / s) <= N^3 d Q^2;
-- a sum of vectors, at most N Q in size, which is signed and so must stay below p / 2.
+- a distance with the cluster's size s cleared, || s x_i - sum of s vectors ||^2 <= N^2 d (2Q)^2. In
+  every entry, s <= N vectors of at most Q are subtracted from s times another;
+- the sum of these over the members of the same cluster, s^2 (sum |x_i|^2 - |sum x_i|^2 / s) <= N^3
+  d Q^2;
+- a sum of vectors, at most N Q in size. It is signed and so must stay below p / 2.
 
 A factor of b bits on the distances (`reveal = "ratios"`) takes b of the field's bits.
 """
@@ -24,7 +26,7 @@ from sordino.errors import DataError
 from sordino.secure.errors import SecureError
 from sordino.secure.field import Elements, PrimeField
 
-MOST_BITS = 40  # of the fraction; float64 has 53 bits, and what is shared came from float32
+MOST_BITS = 40  # of the fraction; float64 has 53 bits, and shared values come from float32
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class FixedPoint:
     Attributes:
         largest: the largest absolute value of a number.
         bits: bits of the fraction; may be negative.
-        field: where they are put.
+        field: the field of the quantized numbers.
     """
 
     largest: float
@@ -43,15 +45,15 @@ class FixedPoint:
 
     @property
     def largest_integer(self) -> int:
-        """Q: no quantized number is larger."""
+        """Return Q, the largest quantized number."""
         return math.ceil(self.largest * 2.0**self.bits)
 
     def integers(self, values: ArrayLike, clip: bool = False) -> NDArray[np.int64]:
-        """round(2^bits values), ties to even; same shape.
+        """Compute round(2^bits values), ties to even, in the same shape.
 
         Args:
-            values: any shape.
-            clip: cut values down to `largest` instead of refusing them.
+            values: numbers of any shape.
+            clip: clip values to `largest` instead of refusing them.
 
         Raises:
             DataError: a value is not finite, or above `largest`.
@@ -72,32 +74,32 @@ class FixedPoint:
         return np.rint(numbers * 2.0**self.bits).astype(np.int64)
 
     def encode(self, values: ArrayLike, clip: bool = False) -> Elements:
-        """Values as field elements; see `integers`."""
+        """Convert values to field elements; see `integers`."""
         return self.field.elements(self.integers(values, clip))
 
     def decode(self, elements: Elements) -> NDArray[np.float64]:
-        """Field elements, or sums of them, as numbers."""
+        """Convert field elements, or sums of them, to numbers."""
         return self.field.signed(elements).astype(np.float64) * 2.0**-self.bits
 
 
 def distances_bound(clients: int, width: int, largest_integer: int, factor_bits: int = 0) -> int:
-    """What a distance with the cluster's size cleared, times a factor, stays at or below."""
+    """Return an upper bound on a distance with the cluster's size cleared, times a factor."""
     return clients**2 * width * (2 * largest_integer) ** 2 << factor_bits
 
 
 def spreads_bound(clients: int, width: int, largest_integer: int) -> int:
-    """What the sum of the distances of a cluster's members to its center stays at or below."""
+    """Return an upper bound on the sum of the distances of a cluster's members to its center."""
     return clients**3 * width * largest_integer**2
 
 
 def check_distances(numbers: FixedPoint, clients: int, width: int, factor_bits: int = 0) -> None:
-    """Refuse what could wrap.
+    """Refuse distances that could wrap.
 
     Args:
-        numbers: of the vectors.
+        numbers: the quantization of the vectors.
         clients: N.
         width: d, the vectors' length.
-        factor_bits: of the factors that rows of distances are multiplied by; 0 where they are not.
+        factor_bits: bits of the factors on rows of distances; 0 without factors.
 
     Raises:
         SecureError: a distance, or with factors a sum of distances, may reach p.
@@ -106,7 +108,12 @@ def check_distances(numbers: FixedPoint, clients: int, width: int, factor_bits: 
     bound = distances_bound(clients, width, largest, factor_bits)
     if factor_bits:
         bound = max(bound, spreads_bound(clients, width, largest))
-    _refuse(bound, numbers, f"distances of {clients} clients' vectors of {width} entries", factor_bits)
+    _refuse(
+        bound,
+        numbers,
+        f"distances of {clients} clients' vectors of {width} entries",
+        factor_bits,
+    )
 
 
 def check_sums(numbers: FixedPoint, clients: int) -> None:
@@ -115,13 +122,23 @@ def check_sums(numbers: FixedPoint, clients: int) -> None:
     Raises:
         SecureError: a sum may reach p / 2.
     """
-    _refuse(2 * clients * numbers.largest_integer, numbers, f"sums of {clients} clients' vectors", 0)
+    _refuse(
+        2 * clients * numbers.largest_integer,
+        numbers,
+        f"sums of {clients} clients' vectors",
+        0,
+    )
 
 
 def bits_for_distances(
-    field: PrimeField, largest: float, clients: int, width: int, factor_bits: int = 0, most: int = MOST_BITS
+    field: PrimeField,
+    largest: float,
+    clients: int,
+    width: int,
+    factor_bits: int = 0,
+    most: int = MOST_BITS,
 ) -> int:
-    """The most bits of the fraction with which distances fit the field; see `check_distances`.
+    """Return the most bits of the fraction with which distances fit the field; see `check_distances`.
 
     Raises:
         SecureError: not even the integers 0 and 1 fit.
@@ -134,12 +151,16 @@ def bits_for_distances(
 
 
 def bits_for_sums(field: PrimeField, largest: float, clients: int, most: int = MOST_BITS) -> int:
-    """The most bits of the fraction with which sums fit the field; see `check_sums`.
+    """Return the most bits of the fraction with which sums fit the field; see `check_sums`.
 
     Raises:
         SecureError: not even the integers 0 and 1 fit.
     """
-    return _most_bits(lambda bits: check_sums(FixedPoint(largest, bits, field), clients), largest, most)
+    return _most_bits(
+        lambda bits: check_sums(FixedPoint(largest, bits, field), clients),
+        largest,
+        most,
+    )
 
 
 def _most_bits(check: Callable[[int], None], largest: float, most: int) -> int:

@@ -1,4 +1,4 @@
-"""From where a clustering starts, or how the number of its clusters is chosen."""
+"""The start of a clustering, or the choice of the number of its clusters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from sordino.secure.adaptive import Adaptive, adaptive
-from sordino.secure.clustering import Clusters, Distances, Exchange, farthest_first, lloyd
+from sordino.secure.clustering import Clusters, farthest_first, lloyd
+from sordino.secure.distances import Distances, Exchange
 from sordino.secure.errors import SecureError
 from sordino.secure.pairs import Pairs, by_pairs
 
@@ -18,13 +19,15 @@ def search(distances: Distances, start: Start, iterations: int) -> Exchange[Clus
     """Cluster by k-means.
 
     Args:
-        distances: where they come from.
-        start: first centers as client numbers; or as sets of clients, whose means they are; or a number of clusters,
-            with first centers by `farthest_first`; or how the number of clusters adapts.
-        iterations: at most so many times are new centers computed.
+        distances: the oracle of distances.
+        start: the first centers as client numbers, or as sets of clients whose means they are. Or a
+            number of clusters, with first centers by `farthest_first`. Or settings with which the
+            number of clusters adapts.
+        iterations: the largest number of computations of new centers.
 
     Raises:
-        SecureError: a first center is a client who has no row, or more distances are needed than were agreed.
+        SecureError: a first center is a client without a row, or more distances are needed than
+            were agreed.
     """
     if isinstance(start, Adaptive):
         return (yield from adaptive(distances, start, iterations))
@@ -33,7 +36,7 @@ def search(distances: Distances, start: Start, iterations: int) -> Exchange[Clus
     if isinstance(start, int):
         sets = yield from farthest_first(distances, start)
     else:
-        sets = [frozenset({each}) if isinstance(each, int | np.integer) else frozenset(each) for each in start]
+        sets = [frozenset({center}) if isinstance(center, int | np.integer) else frozenset(center) for center in start]
     for members in sets:
         if not members or not members <= {*distances.clients}:
             raise SecureError(

@@ -1,4 +1,4 @@
-"""Pictures in folders: class folders, or domain (or train and test) folders of class folders."""
+"""Pictures in folders: class folders, or folders of domains or splits that hold class folders."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ LAYOUTS = "ROOT/CLASS/picture.jpg or ROOT/DOMAIN/CLASS/picture.jpg"
 
 
 def image_folder(root: Path, source: str) -> ImageSet:
-    """The pictures under `root`, whose depth says whether it has domains.
+    """List the pictures under `root`; the depth of its folders tells whether it has domains.
 
-    ROOT/CLASS/picture, or ROOT/DOMAIN/CLASS/picture. Where the upper folders are 'train' and one of 'test', 'val', ...
-    they are the source's own test split rather than domains. A folder's name, with underscores as spaces, is the name
-    of its class or domain. Order is that of the sorted names, so it is the same everywhere. Hidden files and folders do
-    not count, nor what systems leave, such as __MACOSX and Thumbs.db.
+    The layout is ROOT/CLASS/picture or ROOT/DOMAIN/CLASS/picture. If the upper folders are 'train'
+    and one of 'test', 'val', ..., they are the source's own test split rather than domains. A
+    folder's name, with underscores as spaces, names its class or domain. Pictures come in the order
+    of sorted names, so it is the same everywhere. Hidden files and folders do not count, nor do
+    system files such as __MACOSX and Thumbs.db.
 
     Raises:
-        DataError: `root` is missing; a folder holds no picture; pictures lie at two depths; there are fewer than two
-            classes. The message names the folder.
+        DataError: `root` is missing, a folder holds no picture, pictures lie at two depths, or
+            there are fewer than two classes. The message names the folder.
     """
     if not root.is_dir():
         raise DataError(f"{source}: there is no folder {str(root)!r}; give a folder laid out as {LAYOUTS}")
@@ -52,7 +53,7 @@ def image_folder(root: Path, source: str) -> ImageSet:
 
 
 def labeled_folders(source: str, root: Path, folders: Mapping[str, Path]) -> ImageSet:
-    """The pictures of class folders given by class name; their order is the classes' order."""
+    """List the pictures of class folders given by class name; the folders' order is the classes' order."""
     names, labels = _listing(root, folders, {name: index for index, name in enumerate(folders)})
     _at_least_two_classes(source, list(folders))
     return ImageSet(
@@ -66,10 +67,11 @@ def labeled_folders(source: str, root: Path, folders: Mapping[str, Path]) -> Ima
 
 
 def _grouped_folders(source: str, root: Path, groups: Mapping[str, Mapping[str, Path]]) -> ImageSet:
-    """The pictures of domain (or train and test) folders of class folders; classes are the union over all groups."""
+    """List the pictures of folders of domains or splits; classes are the union over all of these groups."""
     test = _test_folder(list(groups))
     if test is not None:  # of several test folders one is used, as for a Hugging Face data set
-        groups = {name: folders for name, folders in groups.items() if name == test or name.lower() in TRAIN_FOLDERS}
+        used = {test} | {name for name in groups if name.lower() in TRAIN_FOLDERS}
+        groups = {name: folders for name, folders in groups.items() if name in used}
     class_names = sorted({name for folders in groups.values() for name in folders})
     _at_least_two_classes(source, class_names)
     names: list[str] = []
@@ -98,26 +100,32 @@ def _grouped_folders(source: str, root: Path, groups: Mapping[str, Mapping[str, 
 
 
 def _test_folder(names: list[str]) -> str | None:
-    """The test folder, where `names` are those of a train and test layout rather than domains."""
+    """Return the test folder if `names` are those of a train and test layout, else None."""
     lower = {name.lower(): name for name in names}
     train = [name for name in lower if name in TRAIN_FOLDERS]
     tests = [name for name in TEST_FOLDERS if name in lower]
-    return lower[tests[0]] if len(train) == 1 and tests and len(train) + len(tests) == len(names) else None
+    is_layout = len(train) == 1 and bool(tests) and len(train) + len(tests) == len(names)
+    return lower[tests[0]] if is_layout else None
 
 
-def _listing(root: Path, folders: Mapping[str, Path], index_of: Mapping[str, int]) -> tuple[list[str], list[int]]:
-    """Names relative to `root`, and labels."""
+def _listing(
+    root: Path,
+    folders: Mapping[str, Path],
+    index_of: Mapping[str, int],
+) -> tuple[list[str], list[int]]:
+    """Return the pictures' names relative to `root`, and their labels."""
     names: list[str] = []
     labels: list[int] = []
     for class_name, folder in folders.items():
-        pictures = [path for path in _visible(folder) if path.suffix.lower() in suffixes() and path.is_file()]
+        files = [path for path in _visible(folder) if path.suffix.lower() in suffixes()]
+        pictures = [path for path in files if path.is_file()]
         names += [path.relative_to(root).as_posix() for path in pictures]
         labels += [index_of[class_name]] * len(pictures)
     return names, labels
 
 
 def _is_nested(folder: Path) -> bool:
-    """Whether `folder` holds folders of pictures; false where it holds pictures itself.
+    """Return true if `folder` holds folders of pictures, and false if it holds pictures itself.
 
     Raises:
         DataError: it holds both or neither, or its pictures lie deeper.
@@ -133,8 +141,8 @@ def _is_nested(folder: Path) -> bool:
         return False
     if not filled:
         others = files_passed_over(folder, ())
-        found = f" ({told(others)})" if others else ""
-        raise DataError(f"folder {str(folder)!r} holds no picture{found}; remove it or fill it (layout: {LAYOUTS})")
+        contents = f" ({told(others)})" if others else ""
+        raise DataError(f"folder {str(folder)!r} holds no picture{contents}; remove it or fill it (layout: {LAYOUTS})")
     for child in inner:
         if _is_nested(child):
             raise DataError(f"the pictures in folder {str(child)!r} lie too deep; use one layout: {LAYOUTS}")
@@ -142,7 +150,11 @@ def _is_nested(folder: Path) -> bool:
 
 
 def _by_class_name(folders: list[Path], source: str) -> dict[str, Path]:
-    """Class folders by class name."""
+    """Return class folders by class name.
+
+    Raises:
+        DataError: a name is empty, or two folders name the same class.
+    """
     named: dict[str, Path] = {}
     for folder in folders:
         name = spoken(folder.name)
@@ -182,6 +194,7 @@ def _folders(folder: Path) -> list[Path]:
 
 def _visible(folder: Path) -> list[Path]:
     try:
-        return sorted(path for path in folder.iterdir() if not (path.name.startswith(".") or is_junk(path.name)))
+        paths = sorted(folder.iterdir())
     except OSError as error:
         raise DataError(f"folder {str(folder)!r} cannot be listed: {error.strerror}") from error
+    return [path for path in paths if not (path.name.startswith(".") or is_junk(path.name))]

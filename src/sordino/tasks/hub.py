@@ -27,13 +27,18 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category")
 
 
 def hugging_face(where: str, settings: DataSettings) -> ImageSet:
-    """The pictures of a Hugging Face data set, with its test (else validation) split as the source's own test split.
+    """List the pictures of a Hugging Face data set; its test (else validation) split is the source's own test split.
 
-    A split whose labels are all missing or -1, as where test labels are withheld, is passed over. A data set without a
-    training split is taken as a whole, without a test split. No code that comes with a data set is run.
+    A split whose labels are all missing or -1 is passed over; this is how test labels are withheld.
+    A data set without a training split is used as a whole, without a test split. No code of a data
+    set is run.
+
+    Args:
+        where: a hub name, a directory, or a parquet file.
+        settings: the `[data]` table.
 
     Raises:
-        ConfigError: a column that is not there, or a choice between columns that the settings must make.
+        ConfigError: a column does not exist, or the settings must choose between columns.
         DataError: the data set is missing, cannot be reached, or has no usable split.
     """
     with _quiet():
@@ -45,10 +50,17 @@ def hugging_face(where: str, settings: DataSettings) -> ImageSet:
     if train is None:
         train, test = next(iter(splits)), None
     else:
-        test = next((name for name in TEST_SPLITS if name in splits and _labeled(named_labels[name])), None)
+        test = next(
+            (name for name in TEST_SPLITS if name in splits and _labeled(named_labels[name])),
+            None,
+        )
     used = [name for name in (train, test) if name is not None]
     labels, class_names = _index(
-        [value for name in used for value in named_labels[name]], label, features[label], settings, "label_column"
+        [value for name in used for value in named_labels[name]],
+        label,
+        features[label],
+        settings,
+        "label_column",
     )
     if len(class_names) < 2:
         raise DataError(f"{settings.source}: column {label!r} holds only one class; at least two are needed")
@@ -56,7 +68,8 @@ def hugging_face(where: str, settings: DataSettings) -> ImageSet:
     if domain is not None:
         values = [value for name in used for value in _values(splits[name], domain)]
         domains, domain_names = _index(values, domain, features[domain], settings, "domain_column")
-    contents = [splits[name].select_columns([image]).cast_column(image, datasets.Image(decode=False)) for name in used]
+    columns = [splits[name].select_columns([image]) for name in used]
+    contents = [column.cast_column(image, datasets.Image(decode=False)) for column in columns]
     first, folder = len(contents[0]), _folder(where)
 
     def read(index: int) -> bytes:
@@ -76,7 +89,7 @@ def hugging_face(where: str, settings: DataSettings) -> ImageSet:
 
 
 def _load(where: str, settings: DataSettings) -> dict[str, Dataset]:
-    """The data set's splits by name."""
+    """Load the data set's splits, by name; empty ones are left out."""
     path = user_path(where, "data.source")
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
@@ -97,11 +110,19 @@ def _load(where: str, settings: DataSettings) -> dict[str, Dataset]:
             f"{settings.source}: there is no such file or folder here, and the hub cannot be reached; give the path of "
             f"a local copy, or connect ({_first(error)})"
         ) from error
-    except (datasets.exceptions.DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+    except (
+        datasets.exceptions.DatasetsError,
+        HfHubHTTPError,
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:
         raise DataError(f"{settings.source}: cannot be loaded: {_first(error)}") from error
-    except Exception as error:  # readers of broken files (pyarrow, json, zip, ...) raise types of their own
+    except Exception as error:
+        # Readers of broken files (pyarrow, json, zip, ...) raise errors of their own types.
         raise DataError(f"{settings.source}: cannot be loaded: {type(error).__name__}: {_first(error)}") from error
-    splits = dict(loaded) if isinstance(loaded, DatasetDict) else {str(loaded.split or "train"): loaded}
+    is_dict = isinstance(loaded, DatasetDict)
+    splits = dict(loaded) if is_dict else {str(loaded.split or "train"): loaded}
     splits = {name: split for name, split in splits.items() if len(split)}
     if not splits:
         raise DataError(f"{settings.source}: it has no row")
@@ -109,36 +130,63 @@ def _load(where: str, settings: DataSettings) -> dict[str, Dataset]:
 
 
 def _columns(split: Dataset, settings: DataSettings) -> tuple[str, str, str | None]:
-    """The names of the image, label and domain columns."""
+    """Return the names of the image, label and domain columns."""
     features = split.features
     pictures = [name for name, feature in features.items() if _holds_pictures(feature)]
     classes = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     image = _column("image_column", settings.image_column, list(features), pictures, IMAGE_COLUMNS)
     if image not in pictures:
-        raise ConfigError("data.image_column", image, f"it holds no pictures; columns that do: {_listed(pictures)}")
+        raise ConfigError(
+            "data.image_column",
+            image,
+            f"it holds no pictures; columns that do: {_listed(pictures)}",
+        )
     label = _column("label_column", settings.label_column, list(features), classes, LABEL_COLUMNS)
-    domain = settings.domain_column or ("domain" if "domain" in features and label != "domain" else None)
+    default_domain = "domain" if "domain" in features and label != "domain" else None
+    domain = settings.domain_column or default_domain
     if domain is not None and domain not in features:
-        raise ConfigError("data.domain_column", domain, f"there is no such column; columns: {_listed(list(features))}")
+        raise ConfigError(
+            "data.domain_column",
+            domain,
+            f"there is no such column; columns: {_listed(list(features))}",
+        )
     return image, label, domain
 
 
-def _column(key: str, given: str | None, columns: list[str], likely: list[str], usual: tuple[str, ...]) -> str:
-    """The column that is given, or the only likely one, or the first with a usual name, likely ones before others."""
+def _column(
+    key: str,
+    given: str | None,
+    columns: list[str],
+    likely: list[str],
+    usual: tuple[str, ...],
+) -> str:
+    """Choose a column: the given one, or the only likely one, or the first with a usual name.
+
+    Among columns with a usual name, likely ones come before others.
+    """
     if given is not None:
         if given not in columns:
-            raise ConfigError(f"data.{key}", given, f"there is no such column; columns: {_listed(columns)}")
+            raise ConfigError(
+                f"data.{key}",
+                given,
+                f"there is no such column; columns: {_listed(columns)}",
+            )
         return given
     if len(likely) == 1:
         return likely[0]
-    found = [name for name in usual if name in likely] or [name for name in usual if name in columns]
-    if not found:
-        raise ConfigError(f"data.{key}", None, f"must be given, as none stands out; columns: {_listed(columns)}")
-    return found[0]
+    candidates = [name for name in usual if name in likely]
+    candidates = candidates or [name for name in usual if name in columns]
+    if not candidates:
+        raise ConfigError(
+            f"data.{key}",
+            None,
+            f"must be given, as none stands out; columns: {_listed(columns)}",
+        )
+    return candidates[0]
 
 
 def _holds_pictures(feature: Any) -> bool:
-    """True for an image column, and for what one looks like in a parquet file that other tools wrote."""
+    """Return true for an image column, also in the form in which other tools write one to a parquet file."""
     if isinstance(feature, datasets.Image):
         return True
     if isinstance(feature, dict):
@@ -147,7 +195,7 @@ def _holds_pictures(feature: Any) -> bool:
 
 
 def _values(split: Dataset, column: str) -> list[Any]:
-    """A column's values, with a class label as its name (None where it is -1)."""
+    """Return a column's values, with a class label as its name (None if it is -1)."""
     values = split.select_columns([column]).with_format(None)[:][column]
     feature = split.features[column]
     if isinstance(feature, ClassLabel):
@@ -160,7 +208,7 @@ def _labeled(values: list[Any]) -> bool:
 
 
 def _content(cell: dict[str, Any] | None, folder: Path | None) -> bytes:
-    """The content of a picture that a row holds, or names a file of."""
+    """Return the content of a picture that a row holds, or of the file that it names."""
     if cell is None or (cell["bytes"] is None and not cell["path"]):
         return b""
     content: bytes | None = cell["bytes"]
@@ -171,27 +219,33 @@ def _content(cell: dict[str, Any] | None, folder: Path | None) -> bytes:
     path = Path(cell["path"])
     if not path.is_absolute():
         if folder is None:
-            raise DataError("its row names a file by a relative path, and the data set has no folder here")
+            raise DataError(
+                "its row names a file by a relative path, and the data set has no folder here",
+            )
         path = folder / path
     return read_regular(path, MAX_BYTES)
 
 
 def _folder(where: str) -> Path | None:
-    """Where relative paths in a data set start: its own folder, or a parquet file's; None for one on the hub."""
+    """Return the folder to which paths in a data set are relative; None for a data set on the hub."""
     path = Path(where).expanduser()
-    return path if path.is_dir() else path.parent if path.is_file() else None
+    if path.is_dir():
+        return path
+    return path.parent if path.is_file() else None
 
 
 def _index(
     values: list[Any], column: str, feature: Any, settings: DataSettings, key: str
 ) -> tuple[Indices, tuple[str, ...]]:
-    """Indices into the names that occur (in their class label's order, else sorted), and those names as spoken.
+    """Return indices into the names that occur, and those names as spoken.
+
+    The names are in their class label's order, else sorted.
 
     Args:
-        values: a column's, of all rows.
-        column, feature: its name and type.
-        settings: for messages, and `class_names` for the column of labels.
-        key: of the settings that chooses this column.
+        values: the column's values in all rows.
+        column, feature: the column's name and type.
+        settings: for messages, and for `class_names` of the column of labels.
+        key: the setting that chooses this column.
     """
     missing = next((row for row, value in enumerate(values) if value is None), None)
     if missing is not None:
@@ -201,13 +255,18 @@ def _index(
     kinds = {type(value) for value in values}
     if not kinds <= {str} and not kinds <= {int, bool}:
         named = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise ConfigError(f"data.{key}", column, f"it must hold words or whole numbers, and holds {named}")
+        raise ConfigError(
+            f"data.{key}",
+            column,
+            f"it must hold words or whole numbers, and holds {named}",
+        )
     occurring = set(values)
     known = sorted(occurring)
     if isinstance(feature, ClassLabel):
         known = [name for name in feature.names if name in occurring]
     given = settings.class_names if key == "label_column" else None
-    names = tuple(spoken(str(value)) for value in known) if given is None else _given_names(known, given, column)
+    as_spoken = tuple(spoken(str(value)) for value in known)
+    names = as_spoken if given is None else _given_names(known, given, column)
     if "" in names:
         raise DataError(f"{settings.source}: column {column!r} has an empty value {known[names.index('')]!r}; name it")
     if len(set(names)) < len(names):
@@ -217,8 +276,12 @@ def _index(
     return np.asarray([place[value] for value in values], dtype=np.int64), names
 
 
-def _given_names(known: list[Any], given: list[str] | dict[str, str], column: str) -> tuple[str, ...]:
-    """The names that the settings give the labels that occur."""
+def _given_names(
+    known: list[Any],
+    given: list[str] | dict[str, str],
+    column: str,
+) -> tuple[str, ...]:
+    """Return the names from the settings for the labels that occur."""
     labels = _listed([str(value) for value in known])
     if isinstance(given, list):
         if len(given) != len(known):
@@ -232,15 +295,18 @@ def _given_names(known: list[Any], given: list[str] | dict[str, str], column: st
     nameless = next((str(value) for value in known if str(value) not in given), None)
     if nameless is not None:
         raise ConfigError(
-            "data.class_names", given, f"has no name for label {nameless!r}; column {column!r} has labels {labels}"
+            "data.class_names",
+            given,
+            f"has no name for label {nameless!r}; column {column!r} has labels {labels}",
         )
     return tuple(spoken(given[str(value)]) for value in known)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars of the libraries' own, which would break into ours, and no line for each retry."""
-    shown = [bars for bars in (datasets, huggingface_hub.utils) if not bars.are_progress_bars_disabled()]
+    """Turn off the libraries' own progress bars, which would break into ours, and their line for each retry."""
+    libraries = (datasets, huggingface_hub.utils)
+    shown = [bars for bars in libraries if not bars.are_progress_bars_disabled()]
     level = huggingface_hub.utils.logging.get_verbosity()
     for bars in shown:
         bars.disable_progress_bars()
@@ -254,7 +320,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _first(error: BaseException) -> str:
-    """The first line of an error's message."""
+    """Return the first line of an error's message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

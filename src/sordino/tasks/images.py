@@ -1,4 +1,4 @@
-"""`ImageSet`: labeled pictures of any source, listed now and read when asked for."""
+"""`ImageSet`: labeled pictures of any source, listed now and read on request."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ Flags = NDArray[np.bool_]
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """N labeled pictures, read one at a time when asked for.
+    """N labeled pictures, read one at a time on request.
 
     Attributes:
-        source: as in the settings, for messages and summaries.
+        source: the source as in the settings, for messages and summaries.
         class_names: the classes' names as a prompt shows them.
         labels: [N], index into `class_names`.
-        names: N names, each leading back to the picture: a path relative to the folder, or 'train[17]'.
-        read: content of picture i, the bytes that identify it.
-        draw: content to picture.
-        domain_names, domains: the domains' names and [N] indices into them; None for a source without domains.
+        names: N names, each of which identifies the picture in its source: a path relative to the
+            folder, or 'train[17]'.
+        read: returns the content of picture i, the bytes that identify it.
+        draw: converts content to a picture.
+        domain_names, domains: the domains' names and [N] indices into them; None for a source
+            without domains.
         is_test: [N], true in the source's own test split; None for a source without one.
         passed_over: files beside the pictures, by kind and folder.
     """
@@ -46,10 +48,10 @@ class ImageSet:
     passed_over: tuple[PassedOver, ...] = ()
 
     def __post_init__(self) -> None:
-        """See that classes and domains have names that can be read, written and told.
+        """Check that classes and domains have names that can be read, written and shown.
 
         Raises:
-            DataError: one is not text, as the name of a folder may be.
+            DataError: a name is not text, as may happen with folder names.
         """
         for name in (*self.class_names, *(self.domain_names or ())):
             try:
@@ -61,7 +63,11 @@ class ImageSet:
         return len(self.labels)
 
     def raw(self, index: int) -> bytes:
-        """Content of one picture. Raises DataError where it cannot be read, with the reason alone as message."""
+        """Return the content of one picture.
+
+        Raises:
+            DataError: it cannot be read; the message is the reason alone.
+        """
         try:
             return self.read(int(index))
         except OSError as error:
@@ -70,11 +76,15 @@ class ImageSet:
             raise DataError(f"no file can have its path: {error}") from error
 
     def image(self, index: int) -> Image.Image:
-        """One picture. Raises DataError where it cannot be read, with the reason alone as message."""
+        """Return one picture.
+
+        Raises:
+            DataError: it cannot be read; the message is the reason alone.
+        """
         return self.draw(self.raw(index))
 
     def subset(self, indices: Sequence[int] | Indices) -> ImageSet:
-        """The pictures at `indices`, in that order, with the same classes and domains."""
+        """Return the pictures at `indices`, in that order, with the same classes and domains."""
         rows = np.asarray(indices, dtype=np.int64)
         read = self.read
         return replace(
@@ -88,9 +98,10 @@ class ImageSet:
 
 
 def with_gray_range(images: ImageSet, gray_range: GrayRange) -> ImageSet:
-    """The same pictures, with gray of more than 8 bits read between these values of black and white.
+    """Return the same pictures, with gray of more than 8 bits read between these values of black and white.
 
-    The content says so too, as it identifies a picture's features in the cache.
+    The range becomes part of the content, as the content identifies a picture's features in the
+    cache.
     """
     read = images.read
     mark = f"sordino gray range {gray_range[0]!r} {gray_range[1]!r}\n".encode()

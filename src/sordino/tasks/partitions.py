@@ -1,10 +1,11 @@
-"""Who trains on what: training pictures divided over clients.
+"""Partitions of training pictures over clients.
 
-The schemes divide rows as the partitioners of flwr-datasets do; a test compares them. They are written out here because
-that package installs `datasets`, pandas, pyarrow and matplotlib, which only Hugging Face data sets and plots need.
+The schemes divide rows as the partitioners of flwr-datasets do; a test compares them. They are
+implemented here because that package installs `datasets`, pandas, pyarrow and matplotlib, which
+only Hugging Face data sets and plots need.
 
-Rows are divided in an order drawn from the seed, because some schemes (iid, and the split of a class between its
-holders) cut the rows as they lie.
+Rows are divided in an order drawn from the seed, because some schemes cut the rows as they lie
+(iid, and the split of a class between its holders).
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from sordino.errors import ConfigError, DataError
 from sordino.tasks.images import Indices
 from sordino.tasks.settings import PartitionSettings
 
-ROWS_STREAM, CLASSES_STREAM, DRAW_STREAM = 11, 12, 13  # what a generator derived from the seed is for
+# Purposes of generators that are derived from the seed.
+ROWS_STREAM, CLASSES_STREAM, DRAW_STREAM = 11, 12, 13
 DIRICHLET_DRAWS = 10
 
 
@@ -33,25 +35,27 @@ def partition(
 ) -> list[Indices]:
     """Divide n training pictures over K clients, each picture to exactly one.
 
-    - disjoint: classes are dealt out in groups whose sizes differ by one at most.
-    - classes: client i holds classes i, ..., i + classes_per_client - 1 modulo C; holders of a class divide its
-      pictures evenly and without overlap.
-    - dirichlet: each class is divided in proportions drawn from Dirichlet(beta, ..., beta) (Hsu et al., 2019), without
-      the later variants' balancing of sizes.
+    - disjoint: classes are assigned in groups whose sizes differ by one at most.
+    - classes: client i holds classes i, ..., i + classes_per_client - 1 modulo C; holders of a
+      class divide its pictures evenly and without overlap.
+    - dirichlet: each class is divided in proportions drawn from Dirichlet(beta, ..., beta) (Hsu et
+      al., 2019), without the later variants' balancing of sizes.
     - iid: sizes differ by one at most.
-    - domain: clients are dealt out over the domains as evenly as possible, in the domains' order; those of one domain
-      divide its pictures as in iid or, where beta is given, as in dirichlet.
+    - domain: clients are assigned to the domains as evenly as possible, in the domains' order.
+      Clients of one domain divide its pictures as in iid or, if beta is given, as in dirichlet.
 
     Args:
         labels: [n], classes 0 to C - 1.
-        domains: [n], or None where the source has none.
-        class_names, domain_names: what messages call them; None: by index.
+        domains: [n], or None if the source has none.
+        settings: the `[partition]` table.
+        seed: the run's seed.
+        class_names, domain_names: names for messages; None means indices.
 
     Returns:
         K sorted arrays of indices into `labels`.
 
     Raises:
-        ConfigError: more or fewer clients than the classes or domains allow.
+        ConfigError: the classes or domains do not allow this number of clients.
         DataError: a client would have no picture.
     """
     order = np.random.default_rng([seed, ROWS_STREAM]).permutation(len(labels))
@@ -70,7 +74,13 @@ def partition(
     elif settings.scheme == "iid":
         parts = _iid(len(labels), settings.clients)
     else:
-        parts = _by_domain(labels[order], None if domains is None else domains[order], settings, seed, domain_names)
+        parts = _by_domain(
+            labels[order],
+            None if domains is None else domains[order],
+            settings,
+            seed,
+            domain_names,
+        )
     return [np.sort(order[part]) for part in parts]
 
 
@@ -94,19 +104,20 @@ def _classes(
     labels: Indices, settings: PartitionSettings, seed: int, class_names: Sequence[str] | None
 ) -> list[Indices]:
     classes = np.unique(labels)
-    count, each = len(classes), settings.classes_per_client or 1
-    if each > count:
-        raise ConfigError("partition.classes_per_client", each, f"there are {count} classes: at most that many")
-    if settings.clients + each - 1 < count:
+    count, per_client = len(classes), settings.classes_per_client or 1
+    if per_client > count:
+        allowed = f"there are {count} classes: at most that many"
+        raise ConfigError("partition.classes_per_client", per_client, allowed)
+    if settings.clients + per_client - 1 < count:
         raise ConfigError(
             "partition.clients",
             settings.clients,
-            f"with {each} classes each, from the i-th on, some of the {count} classes would have no holder; have at "
-            f"least {count - each + 1} clients, or use scheme 'disjoint'",
+            f"with {per_client} classes each, from the i-th on, some of the {count} classes would have no holder; have "
+            f"at least {count - per_client + 1} clients, or use scheme 'disjoint'",
         )
     dealt = classes[_class_order(count, settings, seed)]
     # [K, classes_per_client]: the classes that a client holds, as places in `dealt`.
-    held = (np.arange(settings.clients)[:, None] + np.arange(each)) % count
+    held = (np.arange(settings.clients)[:, None] + np.arange(per_client)) % count
     owner = np.empty(len(labels), dtype=np.int64)
     for index in range(count):
         holders = np.flatnonzero((held == index).any(axis=1))
@@ -128,11 +139,17 @@ def _class_order(count: int, settings: PartitionSettings, seed: int) -> NDArray[
     return np.random.default_rng([seed, CLASSES_STREAM]).permutation(count)
 
 
-def _dirichlet(labels: Indices, clients: int, beta: float, rng: np.random.Generator) -> list[Indices]:
-    """Draws until each client has a picture, at most `DIRICHLET_DRAWS` times.
+def _dirichlet(
+    labels: Indices,
+    clients: int,
+    beta: float,
+    rng: np.random.Generator,
+) -> list[Indices]:
+    """Divide pictures by Dirichlet proportions; draw until each client has a picture, at most `DIRICHLET_DRAWS` times.
 
-    Bounds between clients are rounded down. That gives the last client half a picture too many of every class, and all
-    pictures of a class with one. The proportions of a class are exchangeable, so who is last is drawn anew for each.
+    Bounds between clients are rounded down. This gives the last client half a picture too many of
+    every class, and all pictures of a class with one. The proportions of a class are exchangeable,
+    so the last client is drawn anew for each class.
     """
     for _ in range(DIRICHLET_DRAWS):
         proportions = np.random.default_rng(int(rng.integers(2**31)))
@@ -163,7 +180,11 @@ def _by_domain(
     domain_names: Sequence[str] | None,
 ) -> list[Indices]:
     if domains is None:
-        raise ConfigError("partition.scheme", "domain", "the source has no domains; use another scheme")
+        raise ConfigError(
+            "partition.scheme",
+            "domain",
+            "the source has no domains; use another scheme",
+        )
     present = np.unique(domains)
     if settings.clients < len(present):
         names = ", ".join(str(index) if domain_names is None else domain_names[index] for index in present.tolist())
@@ -185,6 +206,7 @@ def _by_domain(
         if settings.beta is None:
             within = _iid(len(rows), share)
         else:
-            within = _dirichlet(labels[rows], share, settings.beta, np.random.default_rng([seed, DRAW_STREAM, index]))
+            rng = np.random.default_rng([seed, DRAW_STREAM, index])
+            within = _dirichlet(labels[rows], share, settings.beta, rng)
         parts += [rows[part] for part in within]
     return parts

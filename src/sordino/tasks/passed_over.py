@@ -1,4 +1,4 @@
-"""Files under a source's folder that are no pictures of it, counted by kind and folder."""
+"""Counts of files under a source's folder that are no pictures of it, by kind and folder."""
 
 from __future__ import annotations
 
@@ -9,16 +9,25 @@ from pathlib import Path
 
 from sordino.pictures.decoding import remedy, suffixes
 
-# What systems and programs leave beside pictures; it is no part of anybody's data and is not even counted.
+# Files that systems and programs leave beside pictures; they are no part of anybody's data and are
+# not counted.
 JUNK = frozenset(
     {
-        *("__macosx", "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "@eadir", "#recycle"),
+        *(
+            "__macosx",
+            "thumbs.db",
+            "ehthumbs.db",
+            "ehthumbs_vista.db",
+            "desktop.ini",
+            "@eadir",
+            "#recycle",
+        ),
         *("$recycle.bin", "system volume information", "lost+found", "__pycache__", "icon\r"),
     }
 )
 NO_EXTENSION, DANGLING, HIDDEN = "no extension", "dangling link", "hidden"
 IRREGULAR, UNLISTED = "no regular file", "folder that cannot be listed"
-LAYERS = 2  # of folders that a layout has, which may be links
+LAYERS = 2  # layers of folders in a layout, which may be links
 FOLDERS_SHOWN = 3  # for each kind, in a message
 
 
@@ -27,10 +36,11 @@ class PassedOver:
     """Files of one kind in one folder that were passed over.
 
     Attributes:
-        kind: the lower-case ending ('.txt'), 'misplaced .png' for a picture where the layout has none, 'no extension',
-            'dangling link', 'hidden' (pictures only), 'no regular file', or 'folder that cannot be listed'.
-        folder: relative to the source's folder, '.' for itself.
-        files: how many.
+        kind: the lower-case ending ('.txt'), 'misplaced .png' for a picture outside of the layout,
+            'no extension', 'dangling link', 'hidden' (pictures only), 'no regular file', or 'folder
+            that cannot be listed'.
+        folder: the folder relative to the source's folder, '.' for itself.
+        files: number of files.
     """
 
     kind: str
@@ -39,30 +49,34 @@ class PassedOver:
 
 
 def is_junk(name: str) -> bool:
-    """Whether a file or folder of this name is left by a system rather than put there by somebody."""
+    """Return true if a file or folder of this name comes from a system rather than from a person."""
     return name.lower() in JUNK or name.startswith("._")
 
 
-def files_passed_over(root: Path, taken: Collection[str], tops: Sequence[Path] | None = None) -> list[PassedOver]:
-    """What lies under `root`, or under some folders of it, beside the files that are taken.
+def files_passed_over(
+    root: Path,
+    used: Collection[str],
+    tops: Sequence[Path] | None = None,
+) -> list[PassedOver]:
+    """Count the files under `root`, or under some folders of it, that are not used.
 
     Args:
         root: the source's folder.
-        taken: names of files relative to it, with forward slashes.
-        tops: absent: `root` itself.
+        used: names of used files relative to it, with forward slashes.
+        tops: the folders to look under; None means `root` itself.
     """
     counts: Counter[tuple[str, str]] = Counter()
     for top in [root] if tops is None else tops:
         for kind, path in _beside(top, LAYERS):
             name = path.relative_to(root).as_posix()
-            if name not in taken:
+            if name not in used:
                 folder = path.parent.relative_to(root).as_posix()
                 counts[kind, folder.encode("utf-8", "backslashreplace").decode()] += 1
     return [PassedOver(kind, folder, files) for (kind, folder), files in sorted(counts.items())]
 
 
 def told(passed_over: Sequence[PassedOver]) -> str:
-    """One line that says what was passed over, in which folders, and what to do where there is something to do."""
+    """Return one line on the files that were passed over, their folders, and the remedy if there is one."""
     by_kind: dict[str, list[PassedOver]] = {}
     for part in passed_over:
         by_kind.setdefault(part.kind, []).append(part)
@@ -82,7 +96,10 @@ def _told_of(kind: str, some: Sequence[PassedOver]) -> str:
 
 
 def _beside(folder: Path, layers: int) -> Iterator[tuple[str, Path]]:
-    """Every file under a folder with its kind; pictures as if all were misplaced. Links to folders end at `layers`."""
+    """Yield every file under a folder with its kind, pictures as misplaced ones.
+
+    Links to folders are followed for `layers` layers.
+    """
     try:
         paths = sorted(folder.iterdir())
     except OSError:

@@ -1,6 +1,7 @@
-"""What the `[data]` and `[partition]` tables of a config may say.
+"""The `[data]`, `[partition]` and `[poisoning]` tables of a config.
 
-These models check what can be known without looking at the data; `sordino.tasks.splits` checks the rest against it.
+These models check everything that does not depend on the data; `sordino.tasks.splits` checks the
+rest against it.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ SOURCES = "'digits', 'textile', 'imagefolder:PATH', or 'hf:NAME_OR_PATH'"
 
 
 def spoken(name: str) -> str:
-    """A class's or domain's name as a prompt has it: of a folder or label, with underscores as spaces."""
+    """Return the name of a class or domain for a prompt: a folder's or label's name with underscores as spaces."""
     return " ".join(name.replace("_", " ").split())
 
 
 class DataSettings(BaseModel):
-    """Where pictures come from, and which of them train and which test.
+    """The source of pictures, and the choice of those that train and those that test.
 
-    "Per class" means per class *and* domain where the partition is by domain.
+    "Per class" means per class *and* domain if the partition is by domain.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -32,7 +33,9 @@ class DataSettings(BaseModel):
         "data set: a hub name, a directory, or a parquet file)"
     )
     train_per_class: int | None = Field(
-        default=None, ge=1, description="pictures a class to train on (few-shot); absent: all that do not test"
+        default=None,
+        ge=1,
+        description="pictures a class to train on (few-shot); absent: all that do not test",
     )
     test_per_class: int | None = Field(
         default=None,
@@ -54,19 +57,28 @@ class DataSettings(BaseModel):
         "on them, among themselves, is the novel accuracy",
     )
     held_out_domain: str | None = Field(
-        default=None, description="a domain that nobody trains on; accuracy on it is the domain accuracy"
+        default=None,
+        description="a domain that nobody trains on; accuracy on it is the domain accuracy",
     )
     image_column: str | None = Field(
-        default=None, description="hf: the column of pictures; absent: the only one that holds pictures, or 'image'"
+        default=None,
+        description="hf: the column of pictures; absent: the only one that holds pictures, or 'image'",
     )
     label_column: str | None = Field(
-        default=None, description="hf: the column of classes; absent: the only column of class labels, or 'label'"
+        default=None,
+        description="hf: the column of classes; absent: the only column of class labels, or 'label'",
     )
     domain_column: str | None = Field(
         default=None, description="hf: the column of domains; absent: 'domain' where there is one"
     )
-    hf_config: str | None = Field(default=None, description="hf: the configuration of a data set that has several")
-    revision: str | None = Field(default=None, description="hf: branch, tag or commit of a data set on the hub")
+    hf_config: str | None = Field(
+        default=None,
+        description="hf: the configuration of a data set that has several",
+    )
+    revision: str | None = Field(
+        default=None,
+        description="hf: branch, tag or commit of a data set on the hub",
+    )
 
     class_names: list[str] | dict[str, str] | None = Field(
         default=None,
@@ -84,7 +96,10 @@ class DataSettings(BaseModel):
 
     @field_validator("class_names")
     @classmethod
-    def _real_names(cls, names: list[str] | dict[str, str] | None) -> list[str] | dict[str, str] | None:
+    def _real_names(
+        cls,
+        names: list[str] | dict[str, str] | None,
+    ) -> list[str] | dict[str, str] | None:
         given = [spoken(name) for name in (names.values() if isinstance(names, dict) else names or [])]
         if "" in given:
             raise ValueError("a class name must not be empty")
@@ -110,16 +125,27 @@ class DataSettings(BaseModel):
 
     @model_validator(mode="after")
     def _columns_belong_to_hf(self) -> DataSettings:
-        for key in ("image_column", "label_column", "domain_column", "hf_config", "revision", "class_names"):
+        for key in (
+            "image_column",
+            "label_column",
+            "domain_column",
+            "hf_config",
+            "revision",
+            "class_names",
+        ):
             if getattr(self, key) is not None and not self.source.startswith("hf:"):
-                raise ValueError(f"{key} applies to a source 'hf:NAME_OR_PATH' only, not to {self.source!r}")
+                raise ValueError(
+                    f"{key} applies to a source 'hf:NAME_OR_PATH' only, not to {self.source!r}",
+                )
         if self.gray_range is not None and self.source in ("digits", "textile"):
-            raise ValueError(f"gray_range does not apply to {self.source!r}, whose pictures have 8 bits")
+            raise ValueError(
+                f"gray_range does not apply to {self.source!r}, whose pictures have 8 bits",
+            )
         return self
 
 
 class PartitionSettings(BaseModel):
-    """How training pictures are divided over clients."""
+    """The division of training pictures over clients."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -148,7 +174,10 @@ class PartitionSettings(BaseModel):
 
     @model_validator(mode="after")
     def _what_the_scheme_needs(self) -> PartitionSettings:
-        for key, needed_by, options in (("classes_per_client", "classes", ()), ("beta", "dirichlet", ("domain",))):
+        for key, needed_by, options in (
+            ("classes_per_client", "classes", ()),
+            ("beta", "dirichlet", ("domain",)),
+        ):
             given = getattr(self, key) is not None
             if given and self.scheme not in (needed_by, *options):
                 applies = " and ".join(f"'{scheme}'" for scheme in (needed_by, *options))
@@ -156,22 +185,33 @@ class PartitionSettings(BaseModel):
             if not given and self.scheme == needed_by:
                 raise ValueError(f"{key} is needed with scheme '{needed_by}'")
         if self.shuffle_classes is not None and self.scheme not in ("disjoint", "classes"):
-            raise ValueError(f"shuffle_classes applies to schemes 'disjoint' and 'classes', not to '{self.scheme}'")
+            raise ValueError(
+                f"shuffle_classes applies to schemes 'disjoint' and 'classes', not to '{self.scheme}'",
+            )
         return self
 
     @property
     def shuffled(self) -> bool:
-        """`shuffle_classes`, or the scheme's default where it is absent."""
+        """Return `shuffle_classes`, or the scheme's default if it is absent."""
         return self.scheme == "disjoint" if self.shuffle_classes is None else self.shuffle_classes
 
 
 class PoisoningSettings(BaseModel):
-    """Clients that attack: a trigger in some of their training pictures, and the label that goes with it."""
+    """Attacking clients: a trigger in some of their training pictures, and the label of these pictures."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    clients: int = Field(default=1, ge=0, description="how many clients attack: the first ones; 0 measures only")
-    rate: float = Field(default=0.5, gt=0, le=1, description="fraction of an attacker's pictures that get the trigger")
+    clients: int = Field(
+        default=1,
+        ge=0,
+        description="how many clients attack: the first ones; 0 measures only",
+    )
+    rate: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="fraction of an attacker's pictures that get the trigger",
+    )
     target: str = Field(description="the class that pictures with the trigger shall be taken for")
     trigger_size: float = Field(
         default=0.25,

@@ -1,4 +1,4 @@
-"""Pictures with class labels, from wherever the user keeps them: `load_images(settings) -> ImageSet`."""
+"""Pictures with class labels from any of the supported sources: `load_images(settings) -> ImageSet`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def load_images(settings: DataSettings) -> ImageSet:
     """List the pictures of a source; none is decoded yet.
 
     Raises:
-        DataError: the source is missing, empty, or not laid out as it should be.
+        DataError: the source is missing or empty, or has no supported layout.
         MissingExtra: it is a Hugging Face data set, and the extra `hub` is not installed.
     """
     images = _listed(settings)
@@ -45,9 +45,10 @@ def _listed(settings: DataSettings) -> ImageSet:
 
 
 def _digits() -> ImageSet:
-    """scikit-learn's 1,797 handwritten digits (UCI Optical Recognition of Handwritten Digits), 8 x 8 pixels.
+    """Load scikit-learn's 1,797 handwritten digits (UCI Optical Recognition of Handwritten Digits), 8 x 8 pixels.
 
-    Drawn as they are stored, 16 levels of ink light on dark, as in MNIST; encoders scale them up smoothly.
+    They are drawn as they are stored: 16 levels of ink, light on dark, as in MNIST. Encoders scale
+    them up smoothly.
     """
     from sklearn.datasets import load_digits
 
@@ -64,7 +65,10 @@ def _digits() -> ImageSet:
 
 
 def _textile() -> ImageSet:
-    """2,000 simulated pictures of woven fabric (Megahed et al., 2025, arXiv 2501.12596), from conformal-clip-data."""
+    """List 2,000 simulated pictures of woven fabric, from conformal-clip-data.
+
+    Megahed et al., 2025 (arXiv 2501.12596).
+    """
     import conformal_clip_data as package
 
     folders = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
 from sordino.mpc.arithmetic.ring import WORD, Shape, lowest_
+from sordino.randomness import system_bytes
 
 KEY = 32  # bytes
 PIECE = 2**18  # bytes
@@ -26,7 +26,7 @@ class Prg:
     """
 
     def __init__(self, key: bytes | None = None) -> None:
-        self._key = os.urandom(KEY) if key is None else key
+        self._key = system_bytes(KEY) if key is None else key
 
     def integers(self, stream: int, shape: Shape, bits: int = WORD) -> Tensor:
         """Draw uniform integers from 0 to 2^bits - 1, int64. A stream and a shape always give the same integers."""

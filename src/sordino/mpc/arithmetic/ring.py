@@ -5,13 +5,13 @@ torch adds, subtracts and multiplies int64 modulo 2^64, exactly. See `products` 
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sordino.mpc.errors import OutOfRange
+from sordino.randomness import system_bytes
 
 Shape = tuple[int, ...]
 WORD = 64  # bits of the ring
@@ -80,6 +80,6 @@ def worth_a_table(count: int, bits: int) -> bool:
 
 def share(integers: Tensor) -> tuple[Tensor, Tensor]:
     """Split integers into two shares. Each alone is uniform, drawn from the operating system's randomness."""
-    octets = bytearray(secrets.token_bytes(8 * integers.numel()))
+    octets = bytearray(system_bytes(8 * integers.numel()))
     first = torch.frombuffer(octets, dtype=torch.int64).reshape(integers.shape)
     return first, integers - first

@@ -8,7 +8,6 @@ server 1 is done.
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections import deque
 from dataclasses import asdict, dataclass, field
@@ -25,6 +24,7 @@ from sordino.mpc.dealing.dealer import Dealer
 from sordino.mpc.errors import MaskReused, PartyLost
 from sordino.mpc.parties.certificates import DEALER, SERVERS, Identity
 from sordino.mpc.parties.transport import ClientConnection, Stream, listen
+from sordino.randomness import system_bytes
 
 KINDS: dict[str, TypeAdapter[Correlation]] = {kind.__name__: TypeAdapter(kind) for kind in CORRELATIONS}
 
@@ -33,7 +33,7 @@ KINDS: dict[str, TypeAdapter[Correlation]] = {kind.__name__: TypeAdapter(kind) f
 class _Dealing:
     """The state of a session: the servers' keys, the servers that have theirs, and the dealer."""
 
-    keys: tuple[bytes, bytes] = field(default_factory=lambda: (os.urandom(KEY), os.urandom(KEY)), repr=False)
+    keys: tuple[bytes, bytes] = field(default_factory=lambda: (system_bytes(KEY), system_bytes(KEY)), repr=False)
     given: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:

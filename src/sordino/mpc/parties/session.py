@@ -12,7 +12,6 @@ here.
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -35,6 +34,7 @@ from sordino.mpc.tower.encoder import shared_weights
 from sordino.mpc.tower.fixed_point_plan import FixedPointPlan
 from sordino.mpc.tower.sentences import Sentences
 from sordino.mpc.tower.tower import PrivateTower
+from sordino.randomness import system_bytes
 
 SECONDS = "online", "offline"
 T = TypeVar("T")
@@ -106,7 +106,7 @@ class Session:
         self._streams = streams
         self.costs, self.seconds, self.sent, self.received = Costs(), 0.0, 0, 0
         self.online, self.offline = 0.0, 0.0
-        name = secrets.token_hex(16)
+        name = system_bytes(16).hex()
         began = time.monotonic()
         for stream in streams:
             stream.send(session=name)
@@ -249,7 +249,7 @@ def provide(
     plan, halves, name = (
         FixedPointPlan.of(tower, calibration).to_json(),
         shared_weights(tower, calibration),
-        secrets.token_hex(8),
+        system_bytes(8).hex(),
     )
     connections = [
         ClientConnection(identity, role, address, timeout) for role, address in zip(SERVERS, servers, strict=True)

@@ -1,25 +1,24 @@
 """A client of a secure sum.
 
-Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine Learning, CCS 2017. Whatever the server
-asks, an honest client answers
+Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine Learning, CCS 2017. For
+any request of the server, an honest client answers
 
 - the four messages of one round in their order, each once, and for its own setup only;
-- with shares for t members or more, and a masked vector only once t members dealt theirs;
-- one request to unmask, in which living and dead are disjoint and are all who dealt, and at least t are living, itself
-  among them. So it never gives both kinds of share about one client.
+- with shares for t members or more, and with a masked vector only once t members dealt theirs;
+- one request to unmask. In it, living and dead are disjoint and are all who dealt, and at least t
+  are living, itself among them. So it never gives both kinds of share about one client.
 
 A request that it refuses changes nothing: it still answers one that is in order.
 """
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import ArrayLike
 
 from sordino.errors import DataError
+from sordino.randomness import system_bytes
 from sordino.secure.encryption import EncryptingCipher
 from sordino.secure.errors import SecureError
 from sordino.secure.field import Elements, Entropy
@@ -43,18 +42,18 @@ ORDER: tuple[type[SumMessage], ...] = (Invitation, Roster, SumDelivery, UnmaskRe
 
 
 class SumClient:
-    """One client in one sum; `handle` takes a message of the server and gives the reply.
+    """One client in one sum; `handle` takes a message of the server and returns the reply.
 
     Args:
-        setup: the sum's numbers, as the client knows them. It must not enter two sums of one session and round: with
-            its noise drawn twice for one vector, it would have less.
-        number: which of the n clients it is, from 0.
-        vector: [d], in its own units; may be given until the vector is masked.
-        bits: where noise comes from: the operating system, except in simulations.
-        entropy: where secrets and shares come from; the operating system, except in tests.
+        setup: the sum's numbers, as the client knows them. The client must not enter two sums of
+            one session and round: two draws of noise for one vector would protect it less.
+        number: its number among the n clients, from 0.
+        vector: [d], in its own units; may be set until the vector is masked.
+        bits: the source of noise: the operating system, except in simulations.
+        entropy: the source of secrets and shares: the operating system, except in tests.
 
     Raises:
-        SecureError: the setup is not in order, or has no client of that number.
+        SecureError: the setup is invalid, or has no client of that number.
     """
 
     def __init__(
@@ -64,11 +63,13 @@ class SumClient:
         vector: ArrayLike | None = None,
         *,
         bits: Bits = system_bits,
-        entropy: Entropy = os.urandom,
+        entropy: Entropy = system_bytes,
     ) -> None:
         setup.check()
         if not 0 <= number < setup.clients:
-            raise SecureError(f"client {number} is not one of the {setup.clients} of this sum, numbered from 0")
+            raise SecureError(
+                f"client {number} is not one of the {setup.clients} of this sum, numbered from 0",
+            )
         self.setup, self.number, self.vector = setup, number, vector
         self._bits, self._entropy = bits, entropy
         self._cipher = EncryptingCipher(b"sordino secure sum")
@@ -76,14 +77,18 @@ class SumClient:
         self._mask_secret = entropy(SECRET)
         self._mask_private = X25519PrivateKey.from_private_bytes(self._mask_secret)
         self._mask_keys: dict[int, bytes] = {}
-        self._held: dict[int, Elements] = {}  # [2, 5]: a share of each dealer's seed, and of its key
+        self._held: dict[
+            int,
+            Elements,
+        ] = {}  # [2, 5]: a share of each dealer's seed, and of its key
         self._stage = 0
 
     def handle(self, content: bytes) -> bytes:
         """Return the reply to a message of the server.
 
         Raises:
-            SecureError: the message is malformed, of another sum, out of turn, or asks for what is refused.
+            SecureError: the message is malformed, of another sum or out of turn, or the client
+                refuses the request.
             DataError: there is no vector, or it does not fit the setup.
         """
         message = read(content, self.setup.largest_message)
@@ -91,7 +96,8 @@ class SumClient:
             raise SecureError(f"client {self.number} is in a sum and does not take a {type(message).__name__}")
         message.check_setup(self.setup)
         if self._stage == len(ORDER) or type(message) is not ORDER[self._stage]:
-            due = "nothing more" if self._stage == len(ORDER) else f"a {ORDER[self._stage].__name__}"
+            done = self._stage == len(ORDER)
+            due = "nothing more" if done else f"a {ORDER[self._stage].__name__}"
             kind = type(message).__name__
             raise SecureError(f"out of turn: client {self.number} was sent a {kind} where {due} is due")
         reply: SumMessage
@@ -108,75 +114,85 @@ class SumClient:
         return reply.to_bytes()
 
     def _advertise(self) -> SumMessage:
-        keys = np.frombuffer(self._cipher.public_key, np.uint8), np.frombuffer(self._own_mask_key, np.uint8)
+        keys = (
+            np.frombuffer(self._cipher.public_key, np.uint8),
+            np.frombuffer(self._own_mask_key, np.uint8),
+        )
         return Advertisement(*self._head, self.number, *keys)
 
     def _deal(self, roster: Roster) -> SumMessage:
         """Deal shares of both secrets.
 
-        1. Check the roster: at least t members, all different, this client with its own keys.
+        1. Check the roster: at least t members, all different, and this client with its own keys.
         2. Share the seed of the self mask and the key of the pairwise masks among all n, by Shamir.
         3. Keep the own share; seal each other member's.
         """
         members = self._members(roster.members, "roster")
-        count, own = len(members), self.number
-        if roster.sealing_keys.shape != (count, SECRET) or roster.mask_keys.shape != (count, SECRET):
+        count, number = len(members), self.number
+        if roster.sealing_keys.shape != (count, SECRET) or roster.mask_keys.shape != (
+            count,
+            SECRET,
+        ):
             shapes = roster.sealing_keys.shape, roster.mask_keys.shape
             raise SecureError(f"malformed: keys of shapes {shapes} for {count} members")
         sealing_keys = {member: key.tobytes() for member, key in zip(members, roster.sealing_keys, strict=True)}
         mask_keys = {member: key.tobytes() for member, key in zip(members, roster.mask_keys, strict=True)}
-        if own not in sealing_keys or (sealing_keys[own], mask_keys[own]) != (
-            self._cipher.public_key,
-            self._own_mask_key,
-        ):
-            raise SecureError(f"the roster does not have client {own} with the keys that it advertised")
+        keys = self._cipher.public_key, self._own_mask_key
+        if (sealing_keys.get(number), mask_keys.get(number)) != keys:
+            raise SecureError(f"the roster does not have client {number} with the keys that it advertised")
         if len({*sealing_keys.values(), *mask_keys.values()}) < 2 * count:
-            raise SecureError("the roster has one key twice; two clients, or one client's purposes, must not share one")
+            raise SecureError(
+                "the roster has one key twice; two clients, or one client's purposes, must not share one",
+            )
         secrets = np.concatenate([to_limbs(self._seed), to_limbs(self._mask_secret)])
         shares = self.setup.code.encode(secrets[None], self._entropy)  # [n, 10]
         self._cipher.meet(sealing_keys)
         sealed = [
-            self._cipher.seal(member, shares[member].astype("<u8").tobytes(), self._context(own, member))
+            self._cipher.seal(
+                member,
+                shares[member].astype("<u8").tobytes(),
+                self._context(number, member),
+            )
             for member in members
-            if member != own
+            if member != number
         ]
-        self._held = {own: shares[own].reshape(2, LIMBS)}
+        self._held = {number: shares[number].reshape(2, LIMBS)}
         self._mask_keys = mask_keys
         payloads = np.frombuffer(b"".join(sealed), np.uint8).reshape(count - 1, SEALED)
-        return SumShares(*self._head, own, payloads)
+        return SumShares(*self._head, number, payloads)
 
     def _mask(self, delivery: SumDelivery) -> SumMessage:
         """Send the vector, noised and masked.
 
-        1. Check the dealers: members all, at least t with this client. Open their payloads.
+        1. Check the dealers: all are members, at least t with this client. Open their payloads.
         2. Bound the vector, quantize it, add the client's share of noise.
         3. Add the self mask, and a signed mask for each dealer.
         """
-        setup, own = self.setup, self.number
+        setup, number = self.setup, self.number
         held = self._opened(delivery)
         if self.vector is None:
-            raise DataError(f"client {own} has no vector; give it one before it masks")
+            raise DataError(f"client {number} has no vector; give it one before it masks")
         exact = setup.quantize(self.vector)
-        exact += discrete_gaussian(int(setup.deviations[own]), setup.dimension, self._bits)
+        exact += discrete_gaussian(int(setup.deviations[number]), setup.dimension, self._bits)
         total = exact.astype(setup.word)  # modulo 2^32 or 2^64, negative numbers in the upper half
-        total += self_mask(setup, own, self._seed)
+        total += self_mask(setup, number, self._seed)
         for peer in held:
-            total += pair_mask(setup, self._mask_private, own, peer, self._mask_keys[peer])
+            total += pair_mask(setup, self._mask_private, number, peer, self._mask_keys[peer])
         self._held |= held
-        return MaskedInput(*self._head, own, total.view(np.uint8))
+        return MaskedInput(*self._head, number, total.view(np.uint8))
 
     def _opened(self, delivery: SumDelivery) -> dict[int, Elements]:
-        """The shares that others dealt to this client, [2, 5] by dealer."""
-        setup, own = self.setup, self.number
+        """Open the shares that others dealt to this client, [2, 5] by dealer."""
+        setup, number = self.setup, self.number
         dealers = delivery.dealers.tolist()
-        everyone = self._members(np.sort(np.append(delivery.dealers, own)), "delivery")
+        everyone = self._members(np.sort(np.append(delivery.dealers, number)), "delivery")
         if not {*everyone} <= self._mask_keys.keys():
-            raise SecureError(f"client {own} was sent payloads of clients who are not on its roster")
+            raise SecureError(f"client {number} was sent payloads of clients who are not on its roster")
         if delivery.payloads.shape != (len(dealers), SEALED):
             raise SecureError(f"malformed: payloads of shape {delivery.payloads.shape} of {len(dealers)} dealers")
         held: dict[int, Elements] = {}
         for dealer, payload in zip(dealers, delivery.payloads, strict=True):
-            content = self._cipher.unseal(dealer, payload.tobytes(), self._context(dealer, own))
+            content = self._cipher.unseal(dealer, payload.tobytes(), self._context(dealer, number))
             shares = np.frombuffer(content, "<u8").astype(np.uint64).reshape(2, LIMBS)
             if (shares >= setup.code.field.modulus).any():
                 raise SecureError(f"the shares of client {dealer} are not in the field")
@@ -184,15 +200,15 @@ class SumClient:
         return held
 
     def _unmask(self, request: UnmaskRequest) -> SumMessage:
-        """Give one share about each who dealt: of a living client's seed, of a dead one's key."""
-        own = self.number
+        """Give one share about each client who dealt: of a living client's seed, or of a dead one's key."""
+        number = self.number
         living, dead = request.living.tolist(), request.dead.tolist()
         both = {*living} & {*dead}
         if both:
             raise SecureError(f"clients {sorted(both)[:5]} are named living and dead; their vectors would be exposed")
         self._members(request.living, "list of the living")
-        if own not in living:
-            raise SecureError(f"client {own} is asked to unmask a sum that it is not named in")
+        if number not in living:
+            raise SecureError(f"client {number} is asked to unmask a sum that it is not named in")
         named = sorted(living + dead)
         if named != sorted(self._held) or dead != sorted(dead):
             raise SecureError(
@@ -200,12 +216,13 @@ class SumClient:
             )
         dropped = {*dead}
         shares = np.stack([self._held[client][1 if client in dropped else 0] for client in named])
-        return Unmasking(*self._head, own, shares)
+        return Unmasking(*self._head, number, shares)
 
     def _members(self, numbers: Numbers, what: str) -> list[int]:
-        """Clients' numbers, checked: ascending, of this sum, at least t."""
+        """Check clients' numbers: ascending, of this sum, at least t."""
         members: list[int] = numbers.tolist()
-        if members != sorted({*members}) or not members or not 0 <= members[0] <= members[-1] < self.setup.clients:
+        ascending = bool(members) and members == sorted({*members})
+        if not ascending or not 0 <= members[0] <= members[-1] < self.setup.clients:
             raise SecureError(f"malformed: the {what} does not name clients once each, in order")
         if len(members) < self.setup.threshold:
             raise SecureError(f"the {what} has {len(members)} clients where at least {self.setup.threshold} are due")

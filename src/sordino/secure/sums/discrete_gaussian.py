@@ -1,38 +1,42 @@
 """Exact samples of the discrete Gaussian, from uniform integers alone.
 
-Canonne, Kamath and Steinke, The Discrete Gaussian for Differential Privacy, NeurIPS 2020 (arXiv 2004.00010), algorithms
-1 to 3, for a deviation of a whole number s of steps: the probability of an integer x is proportional to
-exp(-x^2 / (2 s^2)).
+Canonne, Kamath and Steinke, The Discrete Gaussian for Differential Privacy, NeurIPS 2020 (arXiv
+2004.00010), algorithms 1 to 3. The deviation is a whole number s of steps, and the probability of
+an integer x is proportional to exp(-x^2 / (2 s^2)).
 
 1. A candidate is discrete Laplace: the probability of y is proportional to exp(-|y| / s).
-2. It is accepted with probability exp(-(|y| - s)^2 / (2 s^2)). The product of both is exp(-1/2) times the target.
-3. A coin that falls with probability exp(-gamma), gamma a fraction of integers, is made of coins of rational
-   probability, and each of these of one uniform integer below its denominator.
+2. It is accepted with probability exp(-(|y| - s)^2 / (2 s^2)). The product of both is exp(-1/2)
+   times the target.
+3. A Bernoulli variable of probability exp(-gamma), gamma a fraction of integers, is composed of
+   Bernoulli variables of rational probability. Each of these takes one uniform integer below its
+   denominator.
 
-**What is exact.** Every decision compares integers, and every uniform integer is drawn by rejection. No floating-point
-number and no table takes part, so the samples have exactly the stated distribution if the words of the source are
-independent and uniform. One exception: a candidate of 2^32 steps or more is drawn again. As s is at most 2^26 it is at
-least 64 deviations away, and would have been accepted with probability exp(-63^2 / 2) at most. The total variation
-distance that this causes is below 2^-2800.
+**Exactness.** Every decision compares integers, and every uniform integer is drawn by rejection. No
+floating-point number and no table takes part. So the samples have exactly the stated distribution
+if the words of the source are independent and uniform. There is one exception: a candidate of 2^32
+steps or more is drawn again. As s is at most 2^26, such a candidate is at least 64 deviations away,
+and would have been accepted with probability exp(-63^2 / 2) at most. The total variation distance
+that this causes is below 2^-2800.
 
-**What is not promised.** The number of words and the time that a sample takes depend on the sample, as in every
+**Timing.** The number of words and the time that a sample takes depend on the sample, as in every
 rejection sampler.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sordino.randomness import system_words
 from sordino.secure.errors import SecureError
 
 Words = NDArray[np.uint64]
-Bits = Callable[[int], Words]  # as many uniform 64-bit integers as it is asked for
+Bits = Callable[[int], Words]  # returns as many uniform 64-bit integers as it is asked for
 
-LARGEST_DEVIATION = 2**26  # steps: then 2 s^2 k fits a word for every k below 2^11, which 1 / k! makes certain
+# In steps. Then 2 s^2 k fits a word for every k below 2^11, which 1 / k! makes certain.
+LARGEST_DEVIATION = 2**26
 LARGEST_CANDIDATE = 2**32  # steps: then the square of its distance from s fits a word
 PIECE = 2**14  # candidates drawn at once, so that they stay in the cache
 ALL_ONES = np.uint64(2**64 - 1)
@@ -40,7 +44,7 @@ ALL_ONES = np.uint64(2**64 - 1)
 
 def system_bits(count: int) -> Words:
     """Return `count` uniform 64-bit integers from the operating system."""
-    return np.frombuffer(os.urandom(8 * count), np.uint64)
+    return system_words(count)
 
 
 def discrete_gaussian(deviation: int, count: int, bits: Bits = system_bits) -> NDArray[np.int64]:
@@ -48,7 +52,7 @@ def discrete_gaussian(deviation: int, count: int, bits: Bits = system_bits) -> N
 
     Args:
         deviation: s, in steps: a whole number; 0 gives zeros.
-        count: how many.
+        count: the number of samples.
         bits: the source of uniform 64-bit integers. Equal words give equal samples.
 
     Raises:
@@ -61,7 +65,7 @@ def discrete_gaussian(deviation: int, count: int, bits: Bits = system_bits) -> N
     samples = np.zeros(count, np.int64)
     filled = 0 if deviation else count
     while filled < count:
-        # MethodInfo two thirds of the discrete Laplace candidates are accepted.
+        # About two thirds of the discrete Laplace candidates are accepted.
         candidates = _discrete_laplace(deviation, min(PIECE, 2 * (count - filled) + 16), bits)
         accepted = candidates[_accepted(candidates, deviation, bits)][: count - filled]
         samples[filled : filled + len(accepted)] = accepted
@@ -70,28 +74,29 @@ def discrete_gaussian(deviation: int, count: int, bits: Bits = system_bits) -> N
 
 
 def bernoulli_exp(numerator: Words, denominator: Words, bits: Bits) -> NDArray[np.bool_]:
-    """Return coins that are true with probability exp(-numerator / denominator), [C] each.
+    """Draw Bernoulli variables that are true with probability exp(-numerator / denominator), [C] each.
 
-    The whole part of the exponent takes as many coins of exp(-1), the rest one coin of `_bernoulli_exp_of_fraction`.
+    The whole part of the exponent takes as many variables of exp(-1). The rest takes one variable
+    of `_bernoulli_exp_of_fraction`.
     """
-    coins = _bernoulli_exp_of_fraction(numerator % denominator, denominator, bits)
+    successes = _bernoulli_exp_of_fraction(numerator % denominator, denominator, bits)
     whole = numerator // denominator
-    left = np.flatnonzero(coins & (whole > 0))
-    tossed = 0
+    left = np.flatnonzero(successes & (whole > 0))
+    trials = 0
     while len(left):
-        tossed += 1
-        heads = _bernoulli_exp_of_one(len(left), bits)
-        coins[left[~heads]] = False
-        left = left[heads]
-        left = left[whole[left] > tossed]
-    return coins
+        trials += 1
+        success = _bernoulli_exp_of_one(len(left), bits)
+        successes[left[~success]] = False
+        left = left[success]
+        left = left[whole[left] > trials]
+    return successes
 
 
 def below(limit: Words, bits: Bits) -> Words:
     """Return exactly uniform integers from 0 to limit - 1, [C] for limits [C]; see `PrimeField.random`.
 
-    A word is drawn again if it is among the last 2^64 mod limit ones: a remainder of a word would otherwise make small
-    integers a little likelier than large ones.
+    A word is drawn again if it is among the last 2^64 mod limit ones. A remainder of such a word
+    would make small integers a little likelier than large ones.
     """
     surplus = (ALL_ONES % limit + np.uint64(1)) % limit
     words = np.array(bits(len(limit)))
@@ -120,17 +125,21 @@ def _discrete_laplace(scale: int, candidates: int, bits: Bits) -> NDArray[np.int
 
 def _accepted(candidates: NDArray[np.int64], deviation: int, bits: Bits) -> NDArray[np.bool_]:
     distances = np.abs(np.abs(candidates) - deviation).astype(np.uint64)
-    return bernoulli_exp(distances * distances, np.full(len(distances), 2 * deviation**2, np.uint64), bits)
+    return bernoulli_exp(
+        distances * distances,
+        np.full(len(distances), 2 * deviation**2, np.uint64),
+        bits,
+    )
 
 
 def _geometric(count: int, bits: Bits) -> Words:
-    """Return how many coins of exp(-1) fall true before the first that does not, [count]."""
-    heads = np.zeros(count, np.uint64)
+    """Return the number of variables of probability exp(-1) that are true before the first that is not, [count]."""
+    successes = np.zeros(count, np.uint64)
     left = np.arange(count)
     while len(left):
         left = left[_bernoulli_exp_of_one(len(left), bits)]
-        heads[left] += np.uint64(1)
-    return heads
+        successes[left] += np.uint64(1)
+    return successes
 
 
 def _bernoulli_exp_of_one(count: int, bits: Bits) -> NDArray[np.bool_]:
@@ -138,18 +147,23 @@ def _bernoulli_exp_of_one(count: int, bits: Bits) -> NDArray[np.bool_]:
     return _bernoulli_exp_of_fraction(ones, ones, bits)
 
 
-def _bernoulli_exp_of_fraction(numerator: Words, denominator: Words, bits: Bits) -> NDArray[np.bool_]:
-    """Return coins of probability exp(-gamma) for gamma = numerator / denominator in [0, 1], [C] each.
+def _bernoulli_exp_of_fraction(
+    numerator: Words,
+    denominator: Words,
+    bits: Bits,
+) -> NDArray[np.bool_]:
+    """Draw Bernoulli variables of probability exp(-gamma) for gamma = numerator / denominator in [0, 1], [C] each.
 
-    Toss coins of gamma, gamma / 2, gamma / 3, ... until one fails; it is the k-th with probability
-    gamma^(k-1) / (k-1)! - gamma^k / k!, so it is an odd one with probability exp(-gamma).
+    Draw variables of probability gamma, gamma / 2, gamma / 3, ... until one is false. It is the
+    k-th with probability gamma^(k-1) / (k-1)! - gamma^k / k!, so k is odd with probability
+    exp(-gamma).
     """
-    coins = np.zeros(len(numerator), bool)
+    successes = np.zeros(len(numerator), bool)
     left, k = np.arange(len(numerator)), 1
     if len(numerator) and (numerator == denominator).all():
-        k = 2  # the coin of gamma = 1 is certain
+        k = 2  # the variable of gamma = 1 is certain
     while len(left):
         success = below(denominator[left] * np.uint64(k), bits) < numerator[left]
-        coins[left[~success]] = k % 2 == 1
+        successes[left[~success]] = k % 2 == 1
         left, k = left[success], k + 1
-    return coins
+    return successes

@@ -1,8 +1,9 @@
-"""The masks of a secure sum, and the limbs that their secrets are shared in.
+"""The masks of a secure sum, and the limbs in which their secrets are shared.
 
-A mask is a stream of AES-256 in counter mode. Its key is HKDF-SHA256 (RFC 5869) of 32 secret bytes: of a client's seed
-for its self mask, of the X25519 secret (RFC 7748) of two clients for their pairwise mask. The info holds the digest of
-the setup, so that no key is that of another session, round, or client.
+A mask is a stream of AES-256 in counter mode. Its key is HKDF-SHA256 (RFC 5869) of 32 secret bytes.
+They are a client's seed for its self mask, and the X25519 secret (RFC 7748) of two clients for
+their pairwise mask. The info holds the digest of the setup, so that keys of different sessions,
+rounds, or clients differ.
 """
 
 from __future__ import annotations
@@ -28,34 +29,44 @@ ZEROS = bytes(PIECE)
 
 
 def keystream(key: bytes, count: int, word: np.dtype[Any]) -> Ring:
-    """Return `count` elements of the ring from the stream of a key, which is used for nothing else."""
+    """Return `count` elements of the ring from the stream of a key, which must be used for nothing else."""
     encryptor = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
     words = np.empty(count, word)
     octets = words.view(np.uint8).data
-    for start in range(0, words.nbytes, PIECE):  # what is enciphered, and a piece of it, stay in the cache
+    for start in range(
+        0,
+        words.nbytes,
+        PIECE,
+    ):  # the zeros and a piece of their ciphertext stay in the cache
         piece = octets[start : start + PIECE]
         encryptor.update_into(memoryview(ZEROS)[: len(piece)], piece)
     return words
 
 
 def self_mask(setup: SumSetup, client: int, seed: bytes) -> Ring:
-    """Return the mask [d] that a client has alone, which only its seed takes off."""
+    """Return the mask [d] of one client, which only its seed can remove."""
     return _mask(setup, seed, b"self" + client.to_bytes(4, "big"))
 
 
-def pair_mask(setup: SumSetup, private: X25519PrivateKey, own: int, peer: int, peer_key: bytes) -> Ring:
-    """Return the mask [d] that client `own` adds for its peer. The peer's is its negative, so they cancel in a sum.
+def pair_mask(
+    setup: SumSetup,
+    private: X25519PrivateKey,
+    client: int,
+    peer: int,
+    peer_key: bytes,
+) -> Ring:
+    """Return the mask [d] that a client adds for its peer. The peer's is its negative, so they cancel in a sum.
 
     Raises:
-        SecureError: the peer's public key is not one.
+        SecureError: the peer's public key is malformed.
     """
     try:
         secret = private.exchange(X25519PublicKey.from_public_bytes(peer_key))
     except ValueError:
         raise SecureError(f"the mask key of client {peer} is not one") from None
-    low, high = min(own, peer), max(own, peer)
+    low, high = min(client, peer), max(client, peer)
     mask = _mask(setup, secret, b"pair" + low.to_bytes(4, "big") + high.to_bytes(4, "big"))
-    return mask if own == low else np.negative(mask, out=mask)
+    return mask if client == low else np.negative(mask, out=mask)
 
 
 def to_limbs(secret: bytes) -> Elements:

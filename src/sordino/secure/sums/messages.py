@@ -1,4 +1,4 @@
-"""What passes between a client and the server in a secure sum; how it is made into bytes: `secure.messages`.
+"""The messages between a client and the server in a secure sum; `secure.messages` encodes them.
 
 | exchange | server to each client | client to server |
 |---|---|---|
@@ -7,7 +7,8 @@
 | 3 | `SumDelivery`: the payloads for it | `MaskedInput`: its vector, noised and masked |
 | 4 | `UnmaskRequest`: who is in the sum, who dropped out | `Unmasking`: a share of one secret of each |
 
-Every message carries the digest of the setup, and so the session, the round, and all other numbers.
+Every message carries the digest of the setup, and so of the session, the round, and all other
+numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from sordino.secure.sums.setup import SumSetup
 
 @dataclass(frozen=True, eq=False)
 class SumMessage(Message, abstract=True):
-    """What every message of a sum has.
+    """The base of all messages of a sum.
 
     Attributes:
         setup: the digest of the setup, [32].
@@ -33,7 +34,7 @@ class SumMessage(Message, abstract=True):
         """Refuse a message of another session, round or setup.
 
         Raises:
-            SecureError: it is one.
+            SecureError: the message belongs to another session, round or setup.
         """
         if self.round != setup.round:
             raise SecureError(f"late: of round {self.round} in round {setup.round}")
@@ -43,17 +44,17 @@ class SumMessage(Message, abstract=True):
 
 @dataclass(frozen=True, eq=False)
 class Invitation(SumMessage):
-    """Clients are asked to take part."""
+    """A request to take part."""
 
 
 @dataclass(frozen=True, eq=False)
 class Advertisement(SumMessage):
-    """A client takes part.
+    """A client's acceptance to take part.
 
     Attributes:
         sender: its number.
-        sealing_key: the public key that shares for it are sealed to, [32].
-        mask_key: the public key that pairwise masks are agreed by, [32].
+        sealing_key: the public key to which shares for it are sealed, [32].
+        mask_key: the public key for the agreement on pairwise masks, [32].
     """
 
     sender: int
@@ -63,7 +64,7 @@ class Advertisement(SumMessage):
 
 @dataclass(frozen=True, eq=False)
 class Roster(SumMessage):
-    """Who takes part.
+    """The participants.
 
     Attributes:
         members: their numbers, ascending, [members].
@@ -90,7 +91,7 @@ class SumShares(SumMessage):
 
 @dataclass(frozen=True, eq=False)
 class SumDelivery(SumMessage):
-    """What others dealt to a client.
+    """The payloads that others dealt to a client.
 
     Attributes:
         dealers: their numbers, ascending, without the client's own, [dealers].
@@ -116,11 +117,13 @@ class MaskedInput(SumMessage):
 
 @dataclass(frozen=True, eq=False)
 class UnmaskRequest(SumMessage):
-    """Clients are asked for shares, once.
+    """A request for shares, once.
 
     Attributes:
-        living: whose vectors are in the sum, ascending; shares of their self masks' seeds are asked for.
-        dead: who dealt shares and sent no vector, ascending; shares of their masks' keys are asked for.
+        living: the clients whose vectors are in the sum, ascending; shares of their self masks'
+            seeds are requested.
+        dead: the clients who dealt shares and sent no vector, ascending; shares of their masks'
+            keys are requested.
     """
 
     living: Numbers
@@ -129,11 +132,11 @@ class UnmaskRequest(SumMessage):
 
 @dataclass(frozen=True, eq=False)
 class Unmasking(SumMessage):
-    """A client's shares.
+    """A client's shares of others' secrets.
 
     Attributes:
         sender: its number.
-        shares: [living + dead, 5], by ascending number of whose secret it is.
+        shares: [living + dead, 5], by ascending number of the secrets' owners.
     """
 
     sender: int

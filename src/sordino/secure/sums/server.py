@@ -1,22 +1,27 @@
-"""The server of a secure sum: it relays sealed shares, adds masked vectors, and opens their sum alone.
+"""The server of a secure sum. It relays sealed shares, adds masked vectors, and opens only their sum.
 
-`sum` is a generator, as those of SecPC's server are: it yields the messages for each client, `{client: bytes}`, and is
-sent the replies, `[(client, bytes), ...]`, where the transport vouches for who sent what.
+`sum` is a generator, as those of SecPC's server are. It yields the messages for each client,
+`{client: bytes}`, and receives the replies, `[(client, bytes), ...]`. The transport authenticates
+the senders.
 
-**Against whom.** A server that follows the protocol and looks at all that it sees, together with any T clients who do
-the same. They learn the sum of the others' noised vectors, who dropped out when, and nothing else: a masked vector is
-uniform while its self mask's seed, or the key of a pairwise mask with a client outside the coalition, is unknown.
+**Adversary.** A server that follows the protocol and analyzes all that it sees, together with any T
+clients who do the same. They learn the sum of the others' noised vectors and the times at which
+clients dropped out, and nothing else. A masked vector is uniform while its self mask's seed is
+unknown, or the key of a pairwise mask with a client outside the coalition.
 
 **Steps**, each with the clients who answered the one before, of whom there must be t.
 
-1. Each advertises a key to seal to and a key to agree masks by.
-2. Each deals Shamir shares of its mask key and of the seed of a self mask, sealed to each other.
+1. Each advertises a key for sealing and a key for the agreement on masks.
+2. Each deals Shamir shares of its mask key and of the seed of a self mask, sealed to each other
+   client.
 3. Each sends its vector + noise + self mask + sum of signed pairwise masks, modulo 2^32 or 2^64.
-4. Each gives a share of the seed of every client whose vector came (living), and of the key of every other who dealt
-   (dead). From t shares the server computes the self masks of the living and the masks that the dead left in the sum.
+4. Each gives a share of the seed of every client whose vector came (living), and of the key of
+   every other client who dealt (dead). From t shares the server computes the self masks of the
+   living, and the masks that the dead left in the sum.
 
-**Late vectors.** A vector that arrives after the server named its sender dead stays hidden by the self mask. For that
-reason there are two masks, and clients refuse to give both kinds of share about one client.
+**Late vectors.** A vector that arrives after the server named its sender dead stays hidden by the
+self mask. This is the reason for two masks, and for clients' refusal to give both kinds of share
+about one client.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import NDArray
 
-from sordino.secure.clustering import Exchange
+from sordino.secure.distances import Exchange
 from sordino.secure.errors import SecureError, TooFewAnswers
 from sordino.secure.field import Elements
 from sordino.secure.mailbox import Mailbox, Rejection
@@ -50,12 +55,12 @@ from sordino.secure.sums.setup import LIMBS, SEALED, SECRET, Integers, SumSetup
 
 @dataclass(frozen=True)
 class SecureSum:
-    """What the server learns.
+    """The result of a sum for the server.
 
     Attributes:
         total: [d], the sum of quantized vectors and their noise, in steps.
         values: [d], the same in the vectors' units.
-        survivors: whose vectors are in it, ascending.
+        survivors: the clients whose vectors are in it, ascending.
     """
 
     total: Integers
@@ -70,7 +75,7 @@ class SumServer:
         setup: the sum's numbers.
 
     Raises:
-        SecureError: the setup is not in order.
+        SecureError: the setup is invalid.
     """
 
     def __init__(self, setup: SumSetup) -> None:
@@ -81,7 +86,7 @@ class SumServer:
 
     @property
     def rejected(self) -> list[Rejection]:
-        """What was not taken, and from whom."""
+        """Return the rejected messages and their senders."""
         return self._mailbox.rejected
 
     def sum(self) -> Exchange[SecureSum]:
@@ -106,11 +111,13 @@ class SumServer:
         return SecureSum(signed, signed.astype(np.float64) * setup.step, tuple(living))
 
     def _advertised(self) -> Exchange[Roster]:
-        """Step 1: who takes part, and their keys."""
+        """Run step 1: return the participants and their keys."""
 
         def wrong(message: Advertisement) -> str | None:
             shapes = message.sealing_key.shape, message.mask_key.shape
-            return None if shapes == ((SECRET,), (SECRET,)) else f"malformed: keys of {shapes} bytes where 32 are due"
+            if shapes == ((SECRET,), (SECRET,)):
+                return None
+            return f"malformed: keys of {shapes} bytes where 32 are due"
 
         answers = yield from self._ask(Invitation(*self._head), Advertisement, "advertising", wrong)
         self._refuse_shared_keys(answers)
@@ -124,12 +131,14 @@ class SumServer:
         )
 
     def _dealt(self, roster: Roster) -> Exchange[tuple[list[int], dict[int, Message]]]:
-        """Step 2: who dealt shares, and what each of them is sent of the others'."""
+        """Run step 2: return the dealers, and the delivery of the others' shares to each of them."""
         members: list[int] = roster.members.tolist()
 
         def wrong(message: SumShares) -> str | None:
             due, shape = (len(members) - 1, SEALED), message.payloads.shape
-            return None if shape == due else f"malformed: payloads of shape {shape} where {due} is due"
+            if shape == due:
+                return None
+            return f"malformed: payloads of shape {shape} where {due} is due"
 
         answers = yield from self._ask(roster, SumShares, "sharing", wrong)
         dealers = self._enough(answers, "sharing")
@@ -139,16 +148,22 @@ class SumServer:
             others = [dealer for dealer in dealers if dealer != client]
             # A dealer's payloads are in the roster's order without its own.
             payloads = [answers[dealer].payloads[place[client] - (dealer < client)] for dealer in others]
-            deliveries[client] = SumDelivery(*self._head, np.array(others, np.int64), np.stack(payloads))
+            deliveries[client] = SumDelivery(
+                *self._head,
+                np.array(others, np.int64),
+                np.stack(payloads),
+            )
         return dealers, deliveries
 
     def _masked(self, deliveries: dict[int, Message]) -> Exchange[tuple[list[int], Ring]]:
-        """Step 3: whose vectors came, and the sum of what they sent."""
+        """Run step 3: return the clients whose vectors came, and the sum of these masked vectors."""
         setup = self.setup
 
         def wrong(message: MaskedInput) -> str | None:
             due = setup.dimension * setup.word.itemsize
-            return None if len(message.values) == due else f"malformed: {len(message.values)} bytes where {due} are due"
+            if len(message.values) == due:
+                return None
+            return f"malformed: {len(message.values)} bytes where {due} are due"
 
         answers = yield from self._ask(deliveries, MaskedInput, "masking", wrong)
         living = self._enough(answers, "masking")
@@ -158,7 +173,7 @@ class SumServer:
         return living, total
 
     def _unmasked(self, dealers: list[int], living: list[int]) -> Exchange[Elements]:
-        """Step 4: the limbs of one secret of each dealer, [dealers, 5]."""
+        """Run step 4: return the limbs of one secret of each dealer, [dealers, 5]."""
         code = self.setup.code
         dead = sorted({*dealers} - {*living})
 
@@ -181,7 +196,11 @@ class SumServer:
         return secrets
 
     def _left_by(self, client: int, secret: bytes, living: list[int]) -> Ring:
-        """The masks that the living added for a client who dropped out."""
+        """Compute the masks that the living added for a client who dropped out.
+
+        Raises:
+            SecureError: the decoded secret is not that of the advertised key.
+        """
         private = X25519PrivateKey.from_private_bytes(secret)
         if private.public_key().public_bytes_raw() != self._mask_keys[client]:
             raise SecureError(f"the shares that client {client} dealt are not of the key that it advertised")
@@ -197,7 +216,7 @@ class SumServer:
         step: str,
         wrong: Callable[[AnyMessage], str | None],
     ) -> Exchange[dict[int, AnyMessage]]:
-        """The good replies by client; who gave none, or a bad one, is not asked again."""
+        """Return the good replies by client; clients with no reply, or a bad one, are not asked again."""
 
         def refused(message: AnyMessage) -> str | None:
             assert isinstance(message, SumMessage)
@@ -218,7 +237,7 @@ class SumServer:
         return sorted(answers)
 
     def _refuse_shared_keys(self, answers: dict[int, Advertisement]) -> None:
-        """Leave out who advertises a key that another has: honest clients would refuse the whole roster."""
+        """Leave out clients with a key that appears twice: honest clients would refuse the whole roster."""
         owners: dict[bytes, set[int]] = {}
         twice: set[int] = set()
         for client, answer in answers.items():

@@ -1,4 +1,4 @@
-"""The public numbers of one secure sum, which every client and the server hold before it starts."""
+"""The public numbers of one secure sum, which every client and the server know before it starts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ Integers = NDArray[np.int64]
 
 MOST_CLIENTS = 2**14
 MOST_ENTRIES = 2**27
-FAILURE_BITS = 40  # the sum of all noise leaves its bound, in any entry, with probability below 2^-40
+# The sum of all noise leaves its bound, in any entry, with probability below 2^-40.
+FAILURE_BITS = 40
 OVERHEAD = 2**11  # bytes of a message besides its arrays
 SECRET = 32  # bytes of a mask's secret
 LIMBS = 5  # field elements that hold one
@@ -35,23 +36,28 @@ SESSION = re.compile(r"(?:[0-9a-f]{2}){16,64}")
 
 @dataclass(frozen=True, eq=False)
 class SumSetup(Message):
-    """What all parties agree on before a sum; `plan_sum` chooses the numbers.
+    """The numbers on which all parties agree before a sum; `plan_sum` chooses them.
 
     Attributes:
-        round: which of a session's sums it is. A pair of session and round is used once.
-        session: 16 to 64 bytes in hexadecimal digits that no other session has; from the operating system, say.
-        clients: n, those who may take part, numbered from 0.
+        round: the number of the sum in its session. A pair of session and round is used once.
+        session: 16 to 64 bytes in hexadecimal digits that no other session has; from the operating
+            system, say.
+        clients: n, the number of possible participants, numbered from 0.
         threshold: t, the fewest clients whose sum is opened.
-        colluders: T, how many clients may pool all that they know with each other and the server.
+        colluders: T, the number of clients who may share all their knowledge with each other and
+            the server.
         dimension: d, entries of a vector.
         step: the unit of quantization, a power of two.
-        largest: the largest absolute value of an entry, in the vectors' units. Larger ones are cut down to it.
-        unit: of privacy: "client" or "example".
-        clip: the largest Euclidean norm, in the vectors' units. Where the client is the unit, of its vector, which is
-            scaled down to it. Where the example is, of its part of the vector: parts were bounded before they were
-            added up. 0 for no bound, in a sum without noise.
-        ring_bits: 32 or 64: sums are taken modulo 2^32 or 2^64.
-        deviations: [n], of the discrete Gaussian that each client adds, in steps. All 0 for a sum without noise.
+        largest: the largest absolute value of an entry, in the vectors' units. Larger ones are
+            clipped to it.
+        unit: the unit of privacy: "client" or "example".
+        clip: the largest Euclidean norm, in the vectors' units. If the client is the unit, it is
+            the norm of its vector, which is scaled down to it. If the example is the unit, it is
+            the norm of its part of the vector: parts were bounded before they were added up. 0
+            means no bound, in a sum without noise.
+        ring_bits: 32 or 64: sums are computed modulo 2^32 or 2^64.
+        deviations: [n], the deviation of the discrete Gaussian that each client adds, in steps. All
+            0 for a sum without noise.
     """
 
     session: str
@@ -74,7 +80,12 @@ class SumSetup(Message):
         """
         if not SESSION.fullmatch(self.session):
             raise SecureError(f"session = {self.session[:80]!r}: must be 16 to 64 bytes in hexadecimal digits")
-        check_threshold(self.clients, self.threshold, self.colluders, noised=bool(self.deviations.any()))
+        check_threshold(
+            self.clients,
+            self.threshold,
+            self.colluders,
+            noised=bool(self.deviations.any()),
+        )
         if not 1 <= self.dimension <= MOST_ENTRIES:
             raise SecureError(f"dimension = {self.dimension}: must be 1 to {MOST_ENTRIES}")
         self._check_scale()
@@ -82,7 +93,7 @@ class SumSetup(Message):
         self._check_ring()
 
     def _check_scale(self) -> None:
-        """A step that is a power of two makes the division of an entry by it exact."""
+        """Check step, largest and clip. A step that is a power of two makes the division of an entry by it exact."""
         if not 2.0**-500 <= self.step <= 2.0**500 or math.frexp(self.step)[0] != 0.5:
             raise SecureError(f"step = {self.step}: must be a power of two between 2^-500 and 2^500")
         if not self.step <= self.largest < math.inf:
@@ -93,7 +104,9 @@ class SumSetup(Message):
             raise SecureError(f"unit = {self.unit!r}: must be 'client' or 'example'")
         noised = bool(self.deviations.any())
         if not 0 <= self.clip < math.inf or (noised and self.clip == 0):
-            raise SecureError(f"clip = {self.clip}: must be finite, and positive where noise is added")
+            raise SecureError(
+                f"clip = {self.clip}: must be finite, and positive where noise is added",
+            )
 
     def _check_deviations(self) -> None:
         if self.deviations.shape != (self.clients,):
@@ -115,9 +128,10 @@ class SumSetup(Message):
     def _check_ring(self) -> None:
         """Refuse sums that could wrap.
 
-        A discrete Gaussian's moment generating function is at most the continuous one's (Canonne, Kamath and Steinke,
-        2020), so a sum of them is subgaussian with r = sqrt(sum of s_k^2): an entry leaves [-B, B] with probability
-        2 exp(-B^2 / (2 r^2)) at most, and any of d entries with probability 2^-40 for B = r sqrt(2 ln(2 d 2^40)).
+        A discrete Gaussian's moment generating function is at most the continuous one's (Canonne,
+        Kamath and Steinke, 2020). So a sum of them is subgaussian with r = sqrt(sum of s_k^2). An
+        entry leaves [-B, B] with probability 2 exp(-B^2 / (2 r^2)) at most. Any of d entries leaves
+        it with probability 2^-40 for B = r sqrt(2 ln(2 d 2^40)).
         """
         if self.ring_bits not in (32, 64):
             raise SecureError(f"ring_bits = {self.ring_bits}: must be 32 or 64")
@@ -131,34 +145,35 @@ class SumSetup(Message):
 
     @cached_property
     def digest(self) -> bytes:
-        """32 bytes that stand for all these numbers; every message and every key is bound to them."""
+        """Return 32 bytes that identify all these numbers; every message and every key is bound to them."""
         return hashlib.sha256(b"sordino secure sum" + self.to_bytes()).digest()
 
     @property
     def largest_integer(self) -> int:
-        """Q: the largest absolute value of a quantized entry, in steps."""
+        """Return Q, the largest absolute value of a quantized entry, in steps."""
         return math.ceil(self.largest / self.step)
 
     @property
     def largest_sum(self) -> int:
-        """No entry of a sum with noise is larger, in steps, but with probability 2^-40."""
-        variance = sum(int(each) ** 2 for each in self.deviations.tolist())
+        """Return a bound on the entries of a sum with noise, in steps, that fails with probability 2^-40."""
+        variance = sum(int(deviation) ** 2 for deviation in self.deviations.tolist())
         logarithm = math.log(2 * self.dimension) + FAILURE_BITS * math.log(2)
-        return self.clients * self.largest_integer + math.ceil(math.sqrt(variance * 2 * logarithm) * (1 + 1e-12))
+        noise = math.ceil(math.sqrt(variance * 2 * logarithm) * (1 + 1e-12))
+        return self.clients * self.largest_integer + noise
 
     @property
     def sensitivity(self) -> float:
-        """By how much the sum of quantized vectors changes, in steps, for one unit of privacy."""
+        """Return the largest change of the sum of quantized vectors, in steps, for one unit of privacy."""
         of_unit = client_sensitivity if self.unit == "client" else example_sensitivity
         return of_unit(self.clip, self.step, self.dimension)
 
     @property
     def largest_squared_norm(self) -> int | None:
-        """The largest squared norm of a quantized vector, in squared steps; None where norms are not bounded."""
+        """Return the largest squared norm of a quantized vector, in squared steps; None if norms are not bounded."""
         return math.floor(self.sensitivity**2) if self.unit == "client" and self.clip else None
 
     def charge(self, survivors: Iterable[int]) -> Charge:
-        """Return what a ledger charges for the sum of these clients' vectors; see `charge.charge`.
+        """Return a ledger's charge for the sum of these clients' vectors; see `charge.charge`.
 
         Raises:
             SecureError: there is no noise, or too little to compare with a continuous Gaussian.
@@ -168,38 +183,43 @@ class SumSetup(Message):
 
     @property
     def tolerated(self) -> int:
-        """How many clients may drop out: n - t."""
+        """Return the number of clients that may drop out: n - t."""
         return self.clients - self.threshold
 
     @property
     def word(self) -> np.dtype[Any]:
-        """The type of a ring's element, little-endian."""
+        """Return the type of a ring's element, little-endian."""
         return np.dtype("<u4" if self.ring_bits == 32 else "<u8")
 
     @property
     def largest_message(self) -> int:
-        """No message of the protocol is longer, in bytes."""
+        """Return an upper bound on the length of the protocol's messages, in bytes."""
         per_client = 8 + 32 + 32 + SEALED  # numbers, keys, and a sealed payload
         return OVERHEAD + self.clients * per_client + self.dimension * self.ring_bits // 8
 
     @cached_property
     def code(self) -> LagrangeCode:
-        """Shamir's sharing: one secret block, t - 1 random ones. Fewer than t shares are uniform, whatever it hides."""
+        """Return Shamir's sharing: one secret block, t - 1 random ones.
+
+        Fewer than t shares are uniform, independent of the secret.
+        """
         return LagrangeCode(PrimeField(), 1, self.threshold - 1, self.clients)
 
     def quantize(self, vector: ArrayLike) -> Integers:
         """Return a client's vector [d] in steps, rounded to the nearest, after bounding it.
 
-        1. Where the client is the unit, scale it down to the norm `clip`. Cut entries down to `largest`.
+        1. If the client is the unit, scale it down to the norm `clip`. Clip entries to `largest`.
         2. Divide by the step, which is exact, and round, ties to even.
-        3. Where the client is the unit, check the squared norm in integers: it is at most `largest_squared_norm`,
-           whatever rounding errors the scaling made.
+        3. If the client is the unit, check the squared norm in integers: it is at most
+           `largest_squared_norm`, for any rounding errors of the scaling.
 
-        A client's vector that is not finite counts as zero, because an error would tell that it was not. Where the
-        example is the unit, examples that are not finite must be left out before they are added up.
+        A client's vector that is not finite counts as zero, because an error would reveal that it
+        was not. If the example is the unit, examples that are not finite must be left out before
+        they are added up.
 
         Raises:
-            DataError: the vector has another shape, or an entry is not finite and clients' norms are not bounded.
+            DataError: the vector has another shape, or an entry is not finite and clients' norms
+                are not bounded.
         """
         values = np.asarray(vector, np.float64)
         if values.shape != (self.dimension,):
@@ -213,22 +233,24 @@ class SumSetup(Message):
             values = _shortened(values, self.clip)
         quantized, shorter = self._rounded(values), 2.0**-40
         while limit is not None and squared_norm(quantized) > limit:
-            # The scaling's rounding errors are a part in 2^50, so once is enough; doubling makes sure that it ends.
+            # The scaling's rounding errors are a part in 2^50, so once is enough; doubling ensures
+            # that the loop ends.
             values, shorter = values * (1 - shorter), 2 * shorter
             quantized = self._rounded(values)
         return quantized
 
     def _rounded(self, values: NDArray[np.float64]) -> Integers:
         most = self.largest_integer
-        return np.rint(np.clip(values, -self.largest, self.largest) / self.step).clip(-most, most).astype(np.int64)
+        bounded = np.clip(values, -self.largest, self.largest)
+        return np.rint(bounded / self.step).clip(-most, most).astype(np.int64)
 
 
 def check_threshold(clients: int, threshold: int, colluders: int, noised: bool) -> None:
     """Refuse thresholds that protect nobody.
 
-    A client is exposed if the server has t shares of its self mask's seed and t shares of its mask's key. The T
-    colluders give both; every other client gives one or the other, once. So both kinds take 2 (t - T) answers of the
-    n - T others, which are too few where 2 t > n + T.
+    A client is exposed if the server has t shares of its self mask's seed and t shares of its
+    mask's key. The T colluders give both; every other client gives one or the other, once. So both
+    kinds need 2 (t - T) answers of the n - T others. These are too few if 2 t > n + T.
 
     Raises:
         SecureError: the message names the numbers and the remedy.
@@ -236,7 +258,9 @@ def check_threshold(clients: int, threshold: int, colluders: int, noised: bool) 
     if not 2 <= clients <= MOST_CLIENTS:
         raise SecureError(f"clients = {clients}: a secure sum takes 2 to {MOST_CLIENTS}")
     if not 0 <= colluders < clients:
-        raise SecureError(f"colluders = {colluders}: must be 0 to {clients - 1}, fewer than the {clients} clients")
+        raise SecureError(
+            f"colluders = {colluders}: must be 0 to {clients - 1}, fewer than the {clients} clients",
+        )
     if not colluders < threshold <= clients:
         raise SecureError(
             f"threshold = {threshold}: must be more than colluders = {colluders}, and at most clients = {clients}"
@@ -255,20 +279,20 @@ def check_threshold(clients: int, threshold: int, colluders: int, noised: bool) 
 
 
 def default_threshold(clients: int, colluders: int) -> int:
-    """Return t = floor(2 n / 3) + 1, or more where T colluders ask for it; at most n."""
+    """Return t = floor(2 n / 3) + 1, or more if T colluders require it; at most n."""
     return min(clients, max(2 * clients // 3 + 1, (clients + colluders) // 2 + 1))
 
 
 def squared_norm(integers: Integers) -> int:
-    """Return the sum of squares of integers [d], exactly."""
+    """Compute the sum of squares of integers [d], exactly."""
     largest = int(np.abs(integers).max(initial=0))
     if largest**2 * max(1, len(integers)) < 2**63:
         return int((integers * integers).sum())
-    return sum(each * each for each in integers.tolist())
+    return sum(entry * entry for entry in integers.tolist())
 
 
 def _shortened(values: NDArray[np.float64], clip: float) -> NDArray[np.float64]:
-    """Values scaled to a norm of at most `clip`, but for rounding errors; without overflow or underflow on the way."""
+    """Scale values to a norm of at most `clip`, up to rounding errors, without overflow or underflow."""
     top = float(np.abs(values).max(initial=0.0))
     if top == 0:
         return values

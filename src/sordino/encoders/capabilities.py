@@ -1,0 +1,27 @@
+"""The capabilities of encoders beyond text prompts, and which encoder has which."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Capability(StrEnum):
+    """A capability that a method may need of an encoder, beyond text prompts."""
+
+    PATCHES = "patches"  # patch_features
+    PIXEL_GRADIENTS = "pixel-gradients"  # image_features is differentiable in its pixels
+    # image_tower: a transformer that takes prompt tokens and adapters
+    VISUAL_PROMPTS = "visual-prompts"
+
+
+# By encoder name; each encoder class takes its own from here, so that errors can name the others
+# without loading them.
+CAPABILITIES = {
+    "bundled": frozenset({Capability.PATCHES, Capability.PIXEL_GRADIENTS}),
+    "clip": frozenset({Capability.PATCHES, Capability.PIXEL_GRADIENTS, Capability.VISUAL_PROMPTS}),
+}
+
+
+def with_capability(capability: Capability) -> list[str]:
+    """Return the names of the encoders that have a capability."""
+    return [name for name, capabilities in CAPABILITIES.items() if capability in capabilities]

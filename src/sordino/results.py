@@ -1,0 +1,400 @@
+"""`summary.json`, the results of one run: written, read and aggregated here and nowhere else.
+
+Every place that shows results (the terminal's table, `comparison.csv`, the report) takes its numbers from `Results`, so
+that all show the same mean, the same deviation and the same seconds. Three rules decide what these numbers are:
+
+- A `Spread` is over what its mean is over. Several runs differ in their seed: the mean is over seeds, of each run's
+  mean over clients, and the deviation is over seeds too. One run has one seed: the mean is the run's own, over its
+  clients, and the deviation is over these clients.
+- One value has no deviation. It is None then, and never 0, which would claim that values agree.
+- Seconds are seconds of training. A run's total holds the encoding of images too, which the first run of a comparison
+  does for all the others; totals do not compare.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+
+from sordino.files import write_atomically
+
+FILE = "summary.json"
+
+Measure = Literal["local", "neighbor", "overall", "novel", "domain"]
+MEASURES: tuple[Measure, ...] = ("local", "neighbor", "overall", "novel", "domain")
+
+
+def _text(value: Any) -> str:
+    """Accept any string: a class name may hold bytes of a folder's name that are not UTF-8, which pydantic refuses."""
+    if not isinstance(value, str):
+        raise ValueError("Input should be a valid string")
+    return value
+
+
+# The mean of n weights 1/n can exceed 1 by rounding; the bounds refuse NaN too.
+Fraction = Annotated[float, Field(ge=0, le=1 + 1e-9)]
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0)]
+Text = Annotated[str, PlainValidator(_text)]
+
+
+class _Part(BaseModel):
+    # A newer version may have written more; what is known must be right.
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class _Measured(_Part):
+    def of(self, measure: Measure) -> float | None:
+        """Return one of the five accuracies."""
+        value: float | None = getattr(self, measure)
+        return value
+
+
+class Accuracy(_Measured):
+    """Accuracies, fractions in [0, 1]: means over the clients that do not attack; None if a measure does not apply."""
+
+    local: Fraction | None = None
+    neighbor: Fraction | None = None
+    overall: Fraction | None = None
+    novel: Fraction | None = None
+    domain: Fraction | None = None
+
+
+class ClientResult(_Measured):
+    """The result of one client, and a description of its data.
+
+    Attributes:
+        client: its number in the federation, from 0.
+        local, neighbor, overall, novel, domain: accuracies, fractions in [0, 1].
+        attack_success: fraction of the images with an attacker's trigger that its prompt takes for the target; None for
+            attackers, and for everyone if nobody attacks.
+        examples: training images.
+        classes: names of the classes that it trains on.
+        domains: names of its domains, or None if the data set has none.
+    """
+
+    client: Count
+    local: Fraction | None = None
+    neighbor: Fraction | None = None
+    overall: Fraction | None = None
+    novel: Fraction | None = None
+    domain: Fraction | None = None
+    attack_success: Fraction | None = None
+    examples: Count = 0
+    classes: tuple[Text, ...] = ()
+    domains: tuple[Text, ...] | None = None
+
+
+class ObserverEpsilon(_Part):
+    """The privacy loss towards one observer, by both accountants; None if it is unbounded."""
+
+    observer: Text
+    epsilon: float | None = None
+    epsilon_rdp: float | None = None
+
+
+class Privacy(_Part):
+    """The privacy that was spent, and the statement in words that belongs to it.
+
+    Attributes:
+        private: everything that was learned from images and left a client was noised.
+        simulated: noise was added that can be drawn again, so that nothing is private.
+        epsilon, delta: towards the worst untrusted observer; None if there is no bound.
+        unit: what one unit of privacy is: `example`, `person` or `client`.
+        noise_multiplier: the smallest one of all releases.
+        noise_by: who added noise.
+        trusted: observers that are trusted.
+        randomness: the source of the noise.
+        observers: the privacy loss by observer.
+        statement: the guarantee, and what it does not cover, in words.
+        ledger_digest: SHA-256 of `ledger.json`, in hex.
+        rounds_unpaid: rounds that were not run because the budget was spent.
+    """
+
+    private: bool
+    simulated: bool = False
+    epsilon: float | None = None
+    delta: float | None = None
+    unit: Text | None = None
+    noise_multiplier: float | None = None
+    noise_by: tuple[Text, ...] = ()
+    trusted: tuple[Text, ...] = ()
+    randomness: Text | None = None
+    observers: tuple[ObserverEpsilon, ...] = ()
+    statement: Text
+    ledger_digest: Text = ""
+    rounds_unpaid: Count = 0
+
+
+class Communication(_Part):
+    """Bytes of serialized messages, and of images if clients hand these over.
+
+    Attributes:
+        upload_bytes_per_client_round, broadcast_bytes_per_client_round: of one client in one round, the largest round.
+        total_upload_bytes, total_broadcast_bytes: of all clients in all rounds.
+    """
+
+    upload_bytes_per_client_round: Count
+    broadcast_bytes_per_client_round: Count
+    total_upload_bytes: Count
+    total_broadcast_bytes: Count
+
+
+class Durations(_Part):
+    """Seconds of a run's parts; `total` holds what lies between them too."""
+
+    encode: Seconds | None = None
+    train: Seconds
+    evaluate: Seconds | None = None
+    total: Seconds
+
+
+class SkippedImage(_Part):
+    """An image that could not be used."""
+
+    name: Text
+    reason: Text
+
+
+class PassedOver(_Part):
+    """Files that are no images: how many of a kind are in a folder."""
+
+    kind: Text
+    folder: Text
+    files: Count
+
+
+class Copies(_Part):
+    """Images of a task that are copies of others in it; see `sordino.tasks.copies`."""
+
+    tested_and_trained: Count = 0
+    in_two_classes: Count = 0
+    at_two_clients: Count = 0
+    repeated_in_training: Count = 0
+    examples: dict[Text, tuple[Text, ...]] = {}
+
+
+class Images(_Part):
+    """Images that were encoded, came from the cache, or were left out."""
+
+    encoded: Count = 0
+    cached: Count = 0
+    skipped: tuple[SkippedImage, ...] = ()
+    passed_over: tuple[PassedOver, ...] = ()
+    copies: Copies = Copies()
+
+
+class Summary(_Part):
+    """`summary.json`: the results of one run.
+
+    Attributes:
+        algorithm, encoder: their names.
+        dataset: the source of the images, as in `data.source`.
+        clients, rounds: their numbers.
+        accuracy: means over the clients that do not attack.
+        attack_success: mean over the clients that are attacked; None if nobody attacks.
+        per_client: one result a client, in order of their numbers.
+    """
+
+    algorithm: Text
+    encoder: Text
+    dataset: Text
+    clients: Count
+    rounds: Count
+    seed: int
+    accuracy: Accuracy
+    attack_success: Fraction | None = None
+    per_client: tuple[ClientResult, ...]
+    privacy: Privacy
+    communication: Communication
+    seconds: Durations
+    images: Images = Images()
+    version: Text = ""
+
+    @property
+    def honest(self) -> tuple[ClientResult, ...]:
+        """The clients that the means are over: all but attackers, who alone are attacked by nobody."""
+        if self.attack_success is None:
+            return self.per_client
+        return tuple(result for result in self.per_client if result.attack_success is not None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the content of `summary.json` as dictionaries, lists, strings, numbers and None."""
+        content: dict[str, Any] = json.loads(json.dumps(self.model_dump()))
+        return content
+
+    def write(self, folder: Path) -> None:
+        """Write `summary.json` in a run directory, whole or not at all.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        write_atomically(folder / FILE, (json.dumps(self.as_dict(), indent=2) + "\n").encode())
+
+    @classmethod
+    def from_json(cls, content: bytes | str) -> Summary:
+        """Read the content of `summary.json`.
+
+        Raises:
+            ValueError: it is no JSON, or not that of a summary; the message is one line.
+            RecursionError: it is nested too deeply.
+        """
+        # Not pydantic's parser: Python writes NaN and Infinity, and lone surrogates.
+        fields = json.loads(content)
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            raise ValueError(complaint(error)) from None
+
+
+def complaint(error: ValidationError) -> str:
+    """Return the first complaint of a validation in one line: the place and the reason."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"]) or "the whole"
+    return f"{place}: {first['msg']}"
+
+
+class Spread(NamedTuple):
+    """A mean, and the sample standard deviation (n - 1) of the values that it is of.
+
+    Attributes:
+        mean: of the values.
+        deviation: None if there are fewer than two values.
+    """
+
+    mean: float
+    deviation: float | None
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> Spread | None:
+        """Return the spread of the values that are not None; None if there is no such value."""
+        known = [value for value in values if value is not None]
+        if not known:
+            return None
+        return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
+
+    def percent(self) -> str:
+        """Return the spread of a fraction in percent, `38.9 ± 6.9`; without the deviation if there is none."""
+        mean = f"{100 * self.mean:.1f}"
+        return mean if self.deviation is None else f"{mean} ± {100 * self.deviation:.1f}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The strongest statement of privacy that holds for every one of several runs.
+
+    Attributes:
+        private: every run is private.
+        simulated: the noise of some run can be drawn again.
+        bounded: every run is private, or simulates noise of a known epsilon.
+        epsilon: the largest over runs, of a simulation that of the noise it simulates; None if a run has none.
+        delta: the largest over runs; None if no run has one.
+        units: the units of privacy, each once.
+    """
+
+    private: bool
+    simulated: bool
+    bounded: bool
+    epsilon: float | None
+    delta: float | None
+    units: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Results:
+    """The summaries of runs that differ in nothing but the seed, at least one, and their aggregates."""
+
+    summaries: tuple[Summary, ...]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds, ascending."""
+        return sorted(summary.seed for summary in self.summaries)
+
+    @property
+    def over_seeds(self) -> bool:
+        """True if spreads are over seeds; those of a single run are over its clients."""
+        return len(self.summaries) > 1
+
+    def accuracy(self, measure: Measure) -> Spread | None:
+        """Return the spread of an accuracy; None if the measure does not apply."""
+        of_clients = [result.of(measure) for result in self.summaries[0].honest]
+        return self._spread([summary.accuracy.of(measure) for summary in self.summaries], of_clients)
+
+    def attack_success(self) -> Spread | None:
+        """Return the spread of the success of an attacker's trigger; None if nobody attacks."""
+        of_clients = [result.attack_success for result in self.summaries[0].honest]
+        return self._spread([summary.attack_success for summary in self.summaries], of_clients)
+
+    def _spread(self, of_runs: Sequence[float | None], of_clients: Sequence[float | None]) -> Spread | None:
+        """Aggregate the values of the runs, or, of a single run, its own mean and the values of its clients."""
+        spread = Spread.of(of_runs)
+        if spread is None or self.over_seeds:
+            return spread
+        over_clients = Spread.of(of_clients)
+        return spread._replace(deviation=over_clients.deviation if over_clients else None)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, the mean over seeds."""
+        return statistics.fmean(summary.seconds.train for summary in self.summaries)
+
+    def mean_bytes(self, name: str) -> float:
+        """Return one of the numbers of `Communication`, the mean over seeds; a whole number if it is one."""
+        sizes: list[int] = [getattr(summary.communication, name) for summary in self.summaries]
+        return statistics.mean(sizes)
+
+    def client_accuracy(self, measure: Measure) -> dict[int, float | None]:
+        """Return the accuracy of each client by its number, the mean over seeds."""
+        values: dict[int, list[float | None]] = {}
+        for summary in self.summaries:
+            for result in summary.per_client:
+                values.setdefault(result.client, []).append(result.of(measure))
+        spreads = {client: Spread.of(accuracies) for client, accuracies in values.items()}
+        return {client: spread.mean if spread else None for client, spread in spreads.items()}
+
+    @property
+    def claim(self) -> Claim:
+        """The strongest statement of privacy that holds for every run."""
+        spent = [summary.privacy for summary in self.summaries]
+        epsilons = [run.epsilon for run in spent if run.epsilon is not None]
+        return Claim(
+            private=all(run.private for run in spent),
+            simulated=any(run.simulated for run in spent),
+            bounded=all(run.private or (run.simulated and run.epsilon is not None) for run in spent),
+            epsilon=max(epsilons) if len(epsilons) == len(spent) else None,
+            delta=max((run.delta for run in spent if run.delta is not None), default=None),
+            units=tuple(dict.fromkeys(run.unit for run in spent if run.unit)),
+        )
+
+
+def rounded_up(value: float) -> str:
+    """Return three digits, never less than the value: a privacy loss must not look smaller than it is."""
+    if math.isinf(value) or math.isnan(value):
+        return "∞"
+    rounded = float(Context(prec=3, rounding=ROUND_CEILING).create_decimal(repr(value)))
+    return f"{rounded:g}".replace("e-0", "e-")
+
+
+def human_bytes(size: float) -> str:
+    """Return a size in decimal units: 1 kB is 1,000 bytes."""
+    if size < 1000:
+        return f"{size:.0f} B"
+    for unit in ("kB", "MB", "GB"):
+        size /= 1000
+        if size < 999.95:
+            return f"{size:.1f} {unit}"
+    return f"{size / 1000:.1f} TB"
+
+
+def human_seconds(seconds: float) -> str:
+    """Return a duration in seconds with one decimal: `9.7`, `1,234.5`."""
+    return f"{seconds:,.1f}"

@@ -1,0 +1,174 @@
+"""Server and clients in processes of their own exchange bytes and nothing else, with the local runtime's numbers."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from runtime.client_process import Spec, receive, send
+
+from sordino.algorithms import algorithm, settings_for
+from sordino.algorithms.base import map_tensors, model_class, named_tensors
+from sordino.encoders.prompt_model import PromptModel
+from sordino.errors import ConfigError
+from sordino.privacy.client_level import CLIP
+from sordino.runtime import checkpoint
+from sordino.runtime.client import ClientEnd
+from sordino.runtime.local import LocalRuntime, Training
+from sordino.runtime.server import Link, ServerEnd, ServerRecord, ServerTraining
+from sordino.secure import Refusal
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).with_name("client_process.py")
+NONCE = "00112233445566778899aabbccddeeff"
+SIX = [[4 * i + c for i in range(k, 10, 3) for c in classes] for classes in ((0, 1), (2, 3)) for k in range(3)]
+QUICK = {"context_length": 4, "batch_size": 5, "local_steps": 2, "optimizer": {"name": "adam", "learning_rate": 0.05}}
+NOISE = {"noise_multiplier": 1.0, "simulation": True, "nonce": NONCE}
+ADAPTIVE = NOISE | {"mechanism": "dp-fedavg", "clip_quantile": 0.5}
+UNIFORM = {"weighting": "uniform"}
+ONE_STEP = QUICK | {"local_steps": 1, "dp-fpl": {"rank": 2}}
+
+FEDERATIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "dp-fpl, adaptive clip, noise by the clients": ("dp-fpl", ONE_STEP, ADAPTIVE, UNIFORM),
+    "dp-fpl, adaptive clip, noise by the server": (
+        *("dp-fpl", ONE_STEP, ADAPTIVE | {"noise_by": "server"}),
+        UNIFORM | {"participation": 0.5},
+    ),
+    "dp-fpl, adaptive clip, a secure sum": ("dp-fpl", ONE_STEP, ADAPTIVE | {"noise_by": "shares"}, UNIFORM),
+    "dp-fpl, dp-sgd, a secure sum": ("dp-fpl", ONE_STEP, NOISE | {"mechanism": "dp-sgd", "noise_by": "shares"}, {}),
+    "dp-fpl, dp-sgd": ("dp-fpl", QUICK | {"dp-fpl": {"rank": 2}}, NOISE | {"mechanism": "dp-sgd"}, {}),
+    "secfpp": ("secfpp", QUICK | {"batch_size": 0, "secfpp": {"cluster_every": 2, "clusters": 2}}, {}, {}),
+    "pfedpg": ("pfedpg", QUICK, {}, {"participation": 0.67}),
+}
+
+
+@pytest.fixture
+def spec_of(
+    clip_folder: Path, model: PromptModel, table: tuple[torch.Tensor, torch.Tensor], tmp_path: Path, read: Any
+) -> Any:
+    """Builds a federation's description."""
+
+    def of(name: str) -> Spec:
+        method, tables, privacy, runtime = FEDERATIONS[name]
+        file = tmp_path / "table.safetensors"
+        settings = settings_for(method, tables)
+        features = read(model_class(algorithm(method)).of(settings, model.encoder, model.classes).reads)
+        safetensors.torch.save_file({"features": features.contiguous(), "labels": table[1]}, file)
+        return Spec(method, tables, SIX, 4, privacy, runtime, str(clip_folder), str(file), list(range(len(SIX))))
+
+    return of
+
+
+@contextmanager
+def processes(spec: Spec, groups: list[list[int]], folder: Path) -> Iterator[Link]:
+    """Clients in as many processes as there are groups; a link to them."""
+    connections: list[socket.socket] = []
+    started: list[subprocess.Popen[bytes]] = []
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    for place, clients in enumerate(groups):
+        ours, theirs = socket.socketpair()
+        file = folder / f"spec-{place}.json"
+        replace(spec, clients=clients).write(file)
+        command = [sys.executable, str(SCRIPT), str(file), str(theirs.fileno()), str(folder / f"clients-{place}")]
+        started.append(subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment))
+        theirs.close()
+        connections.append(ours)
+
+    def link(contents: Mapping[int, bytes]) -> list[tuple[int, bytes | Refusal]]:
+        reached = [(clients, connection) for clients, connection in zip(groups, connections, strict=True)]
+        asked = [(c, {n: contents[n] for n in clients if n in contents}) for clients, c in reached]
+        for connection, own in asked:
+            if own:
+                send(connection, list(own.items()))
+        return sorted((reply for c, own in asked if own for reply in receive(c)), key=lambda reply: reply[0])
+
+    try:
+        yield link
+    finally:
+        for connection in connections:
+            connection.close()
+        assert [process.wait(60) for process in started] == [0] * len(started)
+
+
+def trained_locally(runtime: LocalRuntime) -> tuple[Training, list[Any]]:
+    training, records = runtime.start(), []
+    for _ in range(runtime.rounds):
+        training, record = runtime.round(training)
+        records.append(record)
+    return training, records
+
+
+def trained_across(runtime: LocalRuntime, link: Link) -> tuple[ServerTraining, list[ServerRecord]]:
+    end = ServerEnd(runtime.federation, runtime.randomness)
+    training, records = end.start(run=runtime.start().ledger.run, data=runtime.start().ledger.data), []
+    for _ in range(runtime.rounds):
+        training, record = end.round(training, link)
+        records.append(record)
+    return training, records
+
+
+@pytest.mark.parametrize("name", FEDERATIONS)
+def test_two_processes_have_the_local_runtimes_numbers(name: str, spec_of: Any, tmp_path: Path) -> None:
+    """To the bit: states at both ends, clip, ledger, and bytes on the wire."""
+    spec = spec_of(name)
+    runtime = spec.build()
+    expected, records = trained_locally(runtime)
+    with processes(spec, [spec.clients], tmp_path) as link:
+        training, seen = trained_across(runtime, link)
+    for tensor_name, tensor in named_tensors(expected.server).items():
+        assert torch.equal(named_tensors(training.state)[tensor_name], tensor), tensor_name
+    clients = checkpoint.load_clients(tmp_path / "clients-0", runtime.start().at_clients)
+    assert clients is not None
+    for tensor_name, tensor in named_tensors(expected.clients).items():
+        assert torch.equal(named_tensors(clients.state)[tensor_name], tensor), tensor_name
+    assert training.mechanism.keys() == expected.mechanism.keys()
+    assert all(torch.equal(training.mechanism[key], expected.mechanism[key]) for key in expected.mechanism)
+    assert training.ledger.releases == expected.ledger.releases
+    assert bool(training.ledger.releases) == bool(spec.privacy)
+    sizes = [(record.upload_bytes, record.broadcast_bytes) for record in seen]
+    assert sizes == [(record.upload_bytes, record.broadcast_bytes) for record in records]
+    if "clip_quantile" in spec.privacy:
+        assert float(training.mechanism[CLIP]) != spec.build().privacy.clip
+
+
+@pytest.mark.parametrize("name", ["dp-fpl, adaptive clip, noise by the clients", "secfpp"])
+def test_a_process_for_each_client(name: str, spec_of: Any, tmp_path: Path) -> None:
+    """A stack of one computes what its slice of all does, up to how its matrices are multiplied."""
+    spec = spec_of(name)
+    runtime = spec.build()
+    expected, _ = trained_locally(runtime)
+    with processes(spec, [[client] for client in spec.clients], tmp_path) as link:
+        training, _ = trained_across(runtime, link)
+    for tensor_name, tensor in named_tensors(expected.server).items():
+        torch.testing.assert_close(named_tensors(training.state)[tensor_name], tensor, rtol=1e-4, atol=1e-5)
+    assert training.ledger.releases == expected.ledger.releases
+    first = torch.zeros(1, dtype=torch.int64)
+    start = runtime.start().at_clients
+    like = replace(start, state=map_tensors(start.state, lambda _, tensor: tensor[first]))
+    for client in spec.clients:
+        alone = checkpoint.load_clients(tmp_path / f"clients-{client}", like)
+        assert alone is not None
+        for tensor_name, tensor in named_tensors(expected.clients).items():
+            mine = named_tensors(alone.state)[tensor_name]
+            torch.testing.assert_close(mine, tensor[client : client + 1], rtol=1e-4, atol=1e-5)
+
+
+def test_nobody_but_the_local_runtime_simulates_noise(spec_of: Any) -> None:
+    runtime = spec_of("dp-fpl, dp-sgd").build()
+    for end in (
+        lambda: ServerEnd(runtime.federation),
+        lambda: ClientEnd(runtime.federation, runtime.data, range(len(SIX))),
+    ):
+        with pytest.raises(ConfigError, match=r"privacy.simulation.*only the local runtime"):
+            end()
