@@ -176,3 +176,44 @@ def test_clients_refuse_broadcasts_that_were_not_agreed(make_runtime: MakeRuntim
     contents = {client: encode(Broadcast(context), RoundHeader(client + 1, 0, 1)) for client in range(2)}
     with pytest.raises(MessageError, match="several rounds"):
         runtime.clients.round(training.at_clients).handle(contents)
+
+
+ADAPTIVE = {"mechanism": "dp-fedavg", "noise_multiplier": 1.0, "noise_by": "shares", "clip_quantile": 0.5}
+
+
+@pytest.mark.parametrize("header", [RoundHeader(1, 0, 4, "ab" * 16), RoundHeader(1, 1, 3, "ab" * 16)])
+def test_a_client_joins_no_sum_of_more_clients_than_there_are(header: RoundHeader, make_runtime: MakeRuntime) -> None:
+    """Its share of the noise would be too small."""
+    runtime = make_runtime("dp-fpl", ROWS, TABLES, privacy=ADAPTIVE, weighting="uniform")
+    training = runtime.start()
+    clip = training.mechanism["clip"]
+    message = runtime.federation.broadcast_message(runtime.algorithm.broadcast(training.server), clip)
+    clients = runtime.clients.round(training.at_clients)
+    with pytest.raises(MessageError, match="where all 3 take part"):
+        clients.handle({0: encode(message, header)})
+    assert clients.handle({0: encode(message, replace(header, place=0, clients=3))})
+
+
+def test_a_client_that_is_elsewhere_is_named(make_runtime: MakeRuntime) -> None:
+    runtime = make_runtime("dp-fpl", ROWS, TABLES)
+    training = runtime.start()
+    content = encode(runtime.algorithm.broadcast(training.server), RoundHeader(1, 0, 9))
+    with pytest.raises(MessageError, match="client 8, who is not one of these"):
+        runtime.clients.round(training.at_clients).handle({8: content})
+
+
+def test_a_sum_that_was_opened_counts_though_the_next_one_fails(make_runtime: MakeRuntime) -> None:
+    """The uploads' sum is known by then; only the count behind the adaptive clip is missing."""
+    runtime = make_runtime("dp-fpl", ROWS, TABLES, privacy=ADAPTIVE, weighting="uniform")
+    training = runtime.start()
+    clients = runtime.clients.round(training.at_clients)
+    exchanges = 0
+
+    def link(contents: Any) -> Any:
+        nonlocal exchanges
+        exchanges += 1
+        return clients.handle(contents) if exchanges <= 5 else []  # the broadcast, and four of the first sum
+
+    with pytest.raises(RoundError, match="answers are needed") as caught:
+        runtime.server.round(training.at_server, link)
+    assert [release.unit for release in caught.value.ledger.releases] == ["client"]

@@ -105,7 +105,7 @@ class ClientRound:
         a protocol on shares, all later messages belong to that protocol.
 
         Raises:
-            MessageError: a broadcast is not what was agreed.
+            MessageError: a broadcast is not what was agreed, or names others than take part.
             RunError: the method does not keep to its schedule; nothing left the clients.
         """
         if all(messages.opens_round(content) for content in contents.values()):
@@ -128,6 +128,7 @@ class ClientRound:
         clients = sorted(contents)
         headers = [messages.round_header(contents[client]) for client in clients]
         number = self._number(headers)
+        self._check_places(clients, headers)
         broadcast, clip = self._read([contents[client] for client in clients])
         stack = torch.tensor([end.numbers.index(client) for client in clients], device=federation.device)
         randomness = end.randomness(number, clients)
@@ -171,6 +172,22 @@ class ClientRound:
         if number <= self.training.round:  # a second upload of one round would be a second release
             raise MessageError(f"a broadcast of round {number} after round {self.training.round}")
         return number
+
+    def _check_places(self, clients: Sequence[int], headers: Sequence[RoundHeader]) -> None:
+        """Refuse a round of clients who are not here, or of others than a secure sum's noise was divided among."""
+        absent = sorted(set(clients) - set(self._end.numbers))
+        if absent:
+            raise MessageError(f"a broadcast for client {absent[0]}, who is not one of these")
+        if not self._end.federation.mechanism.sums_securely:
+            return
+        everyone = self._end.federation.clients
+        for client, header in zip(clients, headers, strict=True):
+            # A client adds its share of the noise; among more clients than there are, the shares would be too small.
+            if (header.place, header.clients) != (client, everyone):
+                raise MessageError(
+                    f"a secure sum with client {client} at place {header.place} of {header.clients}, where all "
+                    f"{everyone} take part"
+                )
 
     def _read(self, contents: Sequence[bytes]) -> tuple[Broadcast, Tensor | None]:
         """Return the method's broadcast and, if the clip adapts, the clip of this round."""

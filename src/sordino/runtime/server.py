@@ -36,7 +36,7 @@ from sordino.runtime.aggregation import aggregated
 from sordino.runtime.facts import Federation, RandomnessOf, participants, stacked
 from sordino.runtime.messages import MessageError, NotFinite, RoundHeader
 from sordino.runtime.records import ProtocolRecord, protocol_record
-from sordino.secure import Carrier, Refusal
+from sordino.secure import Carrier, Refusal, SecureError
 
 Link = Carrier  # carries messages to clients, by their numbers in the federation
 SESSION_BYTES = 16
@@ -129,7 +129,7 @@ class ServerEnd:
 
         Raises:
             Diverged: an upload, or the next state, is not finite.
-            RoundError: an upload is not what was agreed, or a client did not answer.
+            RoundError: an upload is not what was agreed, a client did not answer, or a secure sum failed.
             RunError: the link raised it; nothing was released.
         """
         federation, number = self.federation, training.round + 1
@@ -148,16 +148,11 @@ class ServerEnd:
         except RunError as error:  # a client's end broke the plan without reporting it
             raise RoundError(str(error), training.ledger.add(mechanism_round.releases)) from None
         upload, below_clip = self._upload(parts)
-        round_context = federation.round_context(number, chosen)
-        began = time.monotonic()
-        if server_exchange := getattr(federation.algorithm, "server_exchange", None):
-            method = (federation.settings, federation.model, training.state)
-            uploads: Any = server_exchange(*method, upload, chosen, round_context, carrier)
-        else:
-            uploads = aggregated(federation.runtime, upload, mechanism_round.average)
-        state = federation.algorithm.server_round(federation.settings, training.state, uploads, round_context)
-        protocol = protocol_record(uploads, time.monotonic() - began)
-        finished = mechanism_round.finish(below_clip)
+        try:
+            state, protocol = self._next_state(training, upload, chosen, mechanism_round, carrier)
+            finished = mechanism_round.finish(below_clip)
+        except SecureError as error:  # a sum of this round may have been opened before
+            raise RoundError(f"round {number}: {error}", training.ledger.add(mechanism_round.releases)) from None
         after = ServerTraining(number, state, finished, training.ledger.add(mechanism_round.releases))
         if not finite(state):
             raise Diverged(f"the server's state is not finite after round {number}", after.ledger)
@@ -167,6 +162,26 @@ class ServerEnd:
         if sums:
             up, down = up + sums.sent, down + sums.received
         return after, ServerRecord(tuple(chosen), up, down, protocol)
+
+    def _next_state(
+        self,
+        training: ServerTraining,
+        upload: Upload,
+        chosen: Sequence[int],
+        mechanism_round: ServerRoundMechanism,
+        carrier: Carrier,
+    ) -> tuple[Server, ProtocolRecord | None]:
+        """Return the method's next state, and the record of a protocol on shares, if there was one."""
+        federation = self.federation
+        round_context = federation.round_context(training.round + 1, chosen)
+        began = time.monotonic()
+        if server_exchange := getattr(federation.algorithm, "server_exchange", None):
+            method = (federation.settings, federation.model, training.state)
+            uploads: Any = server_exchange(*method, upload, chosen, round_context, carrier)
+        else:
+            uploads = aggregated(federation.runtime, upload, mechanism_round.average)
+        state: Server = federation.algorithm.server_round(federation.settings, training.state, uploads, round_context)
+        return state, protocol_record(uploads, time.monotonic() - began)
 
     def within_budget(self, training: ServerTraining) -> bool:
         """Return whether the next round's releases, added to the ledger, stay within the budget."""
