@@ -7,14 +7,16 @@ compare digests of what came out with those kept in `same_bits.json`:
     python tests/same_bits.py --write     # keep the digests of now
 
 A digest covers the summary's scores and privacy, the losses of all rounds, and every tensor of prompts and
-checkpoint. It leaves out what may differ between two equal runs, which is seconds and random names, and bytes on the
-wire, which say how a message is packed. Other processors round otherwise, so digests belong to one kind of processor
-and one release of torch; on others the script says so and compares nothing.
+checkpoint. It leaves out seconds and random names, which differ between two equal runs, and bytes on the wire, which
+say how a message is packed. Simulated noise is keyed by the text of a method's settings. So the names that settings had
+when the digests were made are put back where that key is made (`RENAMED`). Processors round differently: digests belong
+to one kind of processor and one release of torch, and on others the script says so and compares nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import os
@@ -29,6 +31,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+RUN = "--run"  # followed by arguments of `sordino`
 ROOT = Path(__file__).parents[1]
 KEPT = Path(__file__).with_name("same_bits.json")
 NONCE = "00112233445566778899aabbccddeeff"
@@ -42,6 +45,7 @@ MECHANISMS = {
     "cotangent": ["privacy.mechanism=cotangent", "privacy.noise_multiplier=1.0"],
     "dp-fedavg": ["privacy.mechanism=dp-fedavg", "privacy.noise_multiplier=1.0", "privacy.clip_quantile=0.5"],
 }
+RENAMED = {"parameterization=": "parameterisation=", "regularization=": "regularisation="}  # settings: now, and then
 SIMULATED = ["privacy.simulation=true", f"privacy.nonce={NONCE}", "runtime.weighting=uniform"]
 
 
@@ -84,12 +88,41 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+class _Before:
+    """Settings in the text that they had when the digests were made."""
+
+    def __init__(self, settings: Any) -> None:
+        self._text = repr(settings)
+        for now, then in RENAMED.items():
+            self._text = self._text.replace(now, then)
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+def run_as_before(arguments: list[str]) -> None:
+    """Be the command `sordino`, with simulated noise keyed by settings in their old text."""
+    from sordino.__main__ import main as sordino
+    from sordino.runtime.local import LocalRuntime
+
+    identity = vars(LocalRuntime)["identity"].func
+
+    def keyed(runtime: LocalRuntime) -> str:
+        renamed = copy.copy(runtime)
+        renamed.settings = _Before(runtime.settings)
+        return str(identity(renamed))
+
+    LocalRuntime.identity = property(keyed)  # type: ignore[assignment, method-assign]
+    sys.argv = ["sordino", *arguments]
+    sordino()
+
+
 def measured(method: str, mechanism: str, folder: Path) -> dict[str, str]:
     """Run one combination; return its digests, or why it is refused."""
     words = [f"algorithm={method}", "rounds=5", "runtime.evaluate_every=5", *MECHANISMS[mechanism]]
     words += SIMULATED if mechanism != "none" else []
     out = folder / method / mechanism
-    command = [sys.executable, "-m", "sordino", "run", str(ROOT / "examples" / "digits.toml"), "--out", str(out)]
+    command = [sys.executable, __file__, RUN, "run", str(ROOT / "examples" / "digits.toml"), "--out", str(out)]
     for word in words:
         command += ["--set", word]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -102,6 +135,8 @@ def measured(method: str, mechanism: str, folder: Path) -> dict[str, str]:
 
 def main() -> int:
     """Compare, or write; return the exit code."""
+    if sys.argv[1:2] == [RUN]:
+        run_as_before(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="keep the digests of now")
     parser.add_argument("--methods", nargs="*", default=METHODS)
