@@ -185,7 +185,7 @@ def test_a_method_is_replaced_by_a_later_one_of_its_name_only() -> None:
 
 
 def blocks(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
 
 
 @pytest.mark.slow
@@ -199,7 +199,7 @@ def test_the_page_runs_as_a_notebook(
     new.save(tmp_path / "new.png")
     monkeypatch.chdir(tmp_path)
     notebook: dict[str, Any] = {"__name__": "__main__", "PIL_picture": new}
-    first, *others = blocks("python.md")
+    first, *others = blocks("docs/python.md")
     assert len([line for line in first.splitlines() if line.strip()]) <= 15
 
     def run_cell(code: str) -> None:
@@ -210,9 +210,18 @@ def test_the_page_runs_as_a_notebook(
     assert said[-2].startswith("Differentially private: epsilon = 8 ")
     assert said[-1] in notebook["saved"].class_names
     *others, last = others
-    for cell in (*others, *blocks("new-method.md"), last):
+    for cell in (*others, *blocks("docs/new-method.md"), last):
         run_cell(cell)
     assert list(notebook["table"]["algorithm"]) == ["zero-shot", "zero-shot", "promptfl", "promptfl"]
     assert notebook["answer"].best in notebook["saved"].class_names
     assert notebook["logits"].shape == (1, 4)
     assert notebook["mine"].algorithm == "mixture"
+
+
+@pytest.mark.slow
+def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks("README.md")
+    exec(compile(block, "README.md", "exec", dont_inherit=True), {"__name__": "__main__"})
+    assert "Differentially private: epsilon = 4 " in capsys.readouterr().out

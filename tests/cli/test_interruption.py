@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from private_tuning.small_task import write_private_config
 
 from sordino.cli import console
 from sordino.cli.console import run_command
@@ -124,22 +125,7 @@ def test_other_commands_say_what_holds(name: str, config_file: Path, tmp_path: P
 
         run(load_config(config_file), tmp_path / "finished")
     if name == "tune-private":
-        (tmp_path / "data.tsv").write_text("sentence\tlabel\n" + "good\t1\nbad\t0\n" * 3)
-        (tmp_path / "private.toml").write_text(f"""
-            [task]
-            kind = "text"
-            train = "{tmp_path}/data.tsv"
-            test = "{tmp_path}/data.tsv"
-            label_names = ["negative", "positive"]
-            descriptions = ["bad", "good"]
-            shots = 1
-            [prompt]
-            length = 1
-            initial = "it was"
-            [search]
-            width = 2
-            population = 4
-        """)
+        write_private_config(tmp_path)
         moment = (
             "import sordino.private_tuning.search as s, sys, time\nwhole = s.prompts\n"
             "def slow(*a): print('here', file=sys.stderr, flush=True); time.sleep(60); return whole(*a)\n"

@@ -22,6 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from private_tuning.small_task import write_private_config
 from pydantic import BaseModel
 
 from sordino.algorithms import METHODS, algorithm
@@ -110,25 +111,7 @@ PRIVATE_KEYS = ["seed", *(p + name for p, t in PRIVATE_TABLES.items() if p != "s
 @pytest.fixture
 def private_file(tmp_path: Path) -> Path:
     """A configuration of `tune-private` whose search takes no time."""
-    (tmp_path / "data.tsv").write_text("sentence\tlabel\n" + "good\t1\nbad\t0\n" * 3)
-    file = tmp_path / "private.toml"
-    file.write_text(f"""
-        [task]
-        kind = "text"
-        train = "{tmp_path}/data.tsv"
-        test = "{tmp_path}/data.tsv"
-        label_names = ["negative", "positive"]
-        descriptions = ["bad", "good"]
-        shots = 1
-        [prompt]
-        length = 1
-        initial = "it was"
-        [search]
-        width = 2
-        population = 4
-        generations = 0
-    """)
-    return file
+    return write_private_config(tmp_path, generations=0)
 
 
 @pytest.mark.filterwarnings("ignore::sordino.errors.SordinoWarning")  # of words that the tower does not know

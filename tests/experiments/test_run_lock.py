@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from private_tuning.small_task import write_private_config
 
 from sordino.errors import RunError
 from sordino.experiments import run_lock
@@ -60,25 +61,6 @@ def refusal(*arguments: object) -> str:
     return done.stderr.strip().splitlines()[-1]
 
 
-def private_config(folder: Path) -> Path:
-    """Of `tune-private`, with sentences beside it."""
-    (folder / "data.tsv").write_text("sentence\tlabel\n" + "good\t1\nbad\t0\n" * 3)
-    file = folder / "private.toml"
-    file.write_text(f"""
-        [task]
-        kind = "text"
-        train = "{folder}/data.tsv"
-        test = "{folder}/data.tsv"
-        label_names = ["negative", "positive"]
-        descriptions = ["bad", "good"]
-        shots = 1
-        [prompt]
-        length = 1
-        initial = "it was"
-    """)
-    return file
-
-
 @pytest.mark.slow
 def test_a_second_process_is_refused_and_told_which_is_the_first(
     config_file: Path, tmp_path: Path, holders: list[subprocess.Popen[str]]
@@ -94,7 +76,7 @@ def test_a_second_process_is_refused_and_told_which_is_the_first(
     assert words in refusal("run", config_file, "--resume", "--out", finished)
     assert f"{fresh} is in use by process {second.pid}" in refusal("run", config_file, "--out", fresh)
     assert f"{fresh} is" in refusal("compare", config_file, "--algorithms", "local", "--seeds", 1, "--out", fresh)
-    private = private_config(tmp_path)
+    private = write_private_config(tmp_path)
     assert f"{fresh} is" in refusal("tune-private", private, "--clear", "--out", fresh)
     first.communicate("")
     assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
@@ -104,7 +86,7 @@ def test_a_second_process_is_refused_and_told_which_is_the_first(
 
 @pytest.mark.slow
 def test_two_runs_at_once_leave_one_whole_directory(config_file: Path, tmp_path: Path) -> None:
-    """The issue's case: both went on, and wrote every round twice. Which of them is first is no matter."""
+    """Once both went on, and wrote every round twice. Which of them is first is no matter."""
     out = tmp_path / "run"
     command = [sys.executable, "-m", "sordino", "run", str(config_file), "--resume", "--set", "rounds=40"]
     both = [
