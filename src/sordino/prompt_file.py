@@ -53,7 +53,7 @@ class EncoderRecord(BaseModel):
 
 
 class PrivacyRecord(BaseModel):
-    """What is known of a prompt's privacy.
+    """The privacy of a prompt.
 
     Attributes:
         private: whether everything that was learned, and left a client or is published, was noised.

@@ -143,7 +143,7 @@ def settings_for(name: str, tables: Mapping[str, Any]) -> Any:
 
 
 def _is_setting(key: str) -> bool:
-    """Whether any method has a setting of this name."""
+    """Return whether any method has a setting of this name."""
     return any(key == each.name for name in METHODS for each in fields(algorithm(name).Settings))
 
 

@@ -49,7 +49,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _State:
-    """How to go on after an interruption, as a sentence, and the exit code of one that was asked for."""
+    """Return how to go on after an interruption, as a sentence, and the exit code of one that was asked for."""
 
     how = "nothing was written"
     code: int | None = None

@@ -1,4 +1,4 @@
-"""What the command line prints: progress, tables, and lists."""
+"""Progress, tables and lists, as the command line prints them."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ class Classifier:
 
 
 def _rank(kind: Kind) -> int:
-    """How many trailing axes one image has in a kind of feature."""
+    """Return how many trailing axes one image has in a kind of feature."""
     return {"image": 1, "patch": 2, "pixels": 3}.get(kind, 2 if layer_of(kind) is not None else 1)
 
 

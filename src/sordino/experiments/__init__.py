@@ -1,1 +1,1 @@
-"""What is done with methods, encoders and data: runs, comparisons, plans, and the directories that they leave."""
+"""Runs, comparisons and plans, and the directories that they leave."""

@@ -30,7 +30,7 @@ from sordino.tasks.splits import Task, build_task
 
 @dataclass(frozen=True)
 class Encoding:
-    """What it took to have a task's features.
+    """The cost of a task's features.
 
     Attributes:
         seconds: of wall time.
@@ -44,7 +44,7 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Table:
-    """What was read of the images, one way.
+    """The images' features of one kind.
 
     Attributes:
         features: [N, ...] float32 on the CPU.

@@ -1,4 +1,4 @@
-"""What there is to know of a method before it is run: its paper, its choices, its settings with their defaults."""
+"""A method before it is run: its paper, its choices, its settings with their defaults."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def rows() -> list[dict[str, str]]:
 
 
 def card(name: str) -> Card:
-    """What is known of a method.
+    """The description of a method.
 
     Raises:
         ConfigError: there is no method of this name.
@@ -96,7 +96,7 @@ def _toml(value: Any) -> str:
 
 
 def _meanings(docstring: str) -> dict[str, str]:
-    """What a docstring's section `Attributes:` says of each name."""
+    """Return the text of each name in a docstring's section `Attributes:`."""
     section = ATTRIBUTES.search(docstring)
     if section is None:
         return {}

@@ -132,7 +132,7 @@ def _listed(given: Sequence[Path]) -> tuple[set[str], list[Path]]:
 
 
 def _is_picture(path: Path, root: Path) -> bool:
-    """Whether a path below a folder is one of its pictures: with a known ending, and not hidden or a system's."""
+    """Return whether a path below a folder is one of its pictures: of a known ending, and not hidden or a system's."""
     parts = path.relative_to(root).parts
     if any(part.startswith(".") or is_junk(part) for part in parts):
         return False

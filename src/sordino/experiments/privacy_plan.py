@@ -1,4 +1,4 @@
-"""What a run will cost in privacy, before it is trained: who learns what, who adds the noise, epsilon by round."""
+"""The privacy cost of a run before it is trained: who learns what, who adds the noise, epsilon by round."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Plan:
         return self.mechanism.total
 
     def seen_by(self, observer: Observer) -> list[str]:
-        """What an observer sees, a line a kind: noised, and by whom, or not."""
+        """Return what an observer sees, a line a kind: noised, and by whom, or not."""
         noised: dict[tuple[str, str], list[int]] = {}
         for each in self.ledger.releases:
             if observer in each.observers:

@@ -66,7 +66,7 @@ def all_held(folders: Sequence[Path]) -> Iterator[None]:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a directory holds nothing, or is not there; its lock, in use or left behind, does not count."""
+    """Return whether a directory holds nothing or does not exist; its lock, in use or left behind, does not count."""
     return not folder.exists() or all(path.name == FILE for path in folder.iterdir())
 
 
@@ -132,7 +132,7 @@ def _lock(descriptor: int, folder: Path) -> bool:
 
 
 def _is_current(descriptor: int, folder: Path) -> bool:
-    """Whether the open file is the one that stands in the directory now."""
+    """Return whether the open file is the one that is in the directory now."""
     try:
         return os.path.samestat(os.fstat(descriptor), (folder / FILE).stat())
     except FileNotFoundError:

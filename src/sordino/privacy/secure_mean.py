@@ -25,7 +25,7 @@ from sordino.secure.sums.messages import SumMessage
 
 @dataclass(frozen=True)
 class SumTerms:
-    """What one sum adds up, and the noise that it must have.
+    """The terms of one sum, and of the noise that it must have.
 
     Attributes:
         purpose: tells this sum from the round's others, and its noise from theirs.

@@ -102,7 +102,7 @@ class SharedExchange:
 
 @dataclass(frozen=True)
 class Outcome(Generic[Result]):
-    """What a round came to.
+    """The outcome of a round.
 
     Attributes:
         result: what the server's exchange gave.
