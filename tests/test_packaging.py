@@ -123,8 +123,11 @@ def contents(wheel: Path) -> dict[str, bytes]:
 def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     files = contents(wheel)
-    package = {path.relative_to(ROOT / "src") for path in SOURCE.rglob("*") if path.is_file()}
-    package = {path for path in package if path.suffix != ".pyc"}
+    package = {
+        path.relative_to(ROOT / "src")
+        for path in SOURCE.rglob("*")
+        if path.is_file() and path.parent.name != "__pycache__"
+    }
     assert {name for name in files if name.startswith("sordino/")} == {path.as_posix() for path in package}
     assert "sordino/py.typed" in files
     rest = {name for name in files if not name.startswith("sordino/")}

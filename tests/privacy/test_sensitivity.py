@@ -24,11 +24,13 @@ from sordino.encoders.prompt_model import PromptModel
 from sordino.errors import ConfigError
 from sordino.privacy import cotangent
 from sordino.privacy.gradients import Batch, Gradient, Parameters, PromptOf
-from sordino.privacy.mechanism import WEIGHT, ClientRoundMechanism
+from sordino.privacy.mechanism import WEIGHT, Average, ClientRoundMechanism
+from sordino.privacy.secure_mean import ServerSums, sum_parties
 from sordino.privacy.settings import PrivacySettings
 from sordino.randomness import Streams
 from sordino.runtime.local import LocalRuntime, Training
 from sordino.runtime.settings import RuntimeSettings
+from sordino.secure import in_process
 from sordino.secure.sums.plan import GROWTH
 
 LEARNING = [name for name in METHODS if algorithm(name).ABOUT.trains]
@@ -433,6 +435,21 @@ def sent_by(
     return mechanism_round, mechanism_round.protect(named_tensors(upload)), state
 
 
+def average_at_the_server(
+    runtime: LocalRuntime, at_clients: ClientRoundMechanism, sent: dict[str, Tensor], clients: list[int]
+) -> Average:
+    """The server's mean of what these clients sent, by a secure sum where that is how it is made."""
+    mechanism, randomness, sums = runtime.mechanism, randomness_of(clients), None
+    if mechanism.sums_securely:
+        session, count = "ab" * 16, len(clients)
+        parties = sum_parties(runtime.privacy, at_clients.summed, randomness, session, range(count), count)
+        fields = {name: tensor[:1] for name, tensor in sent.items() if name != WEIGHT}
+        sums = ServerSums(runtime.privacy, session, count, in_process(parties), fields)
+    server = mechanism.server_end(randomness, clients, mechanism.initial_state(), sums)
+    server.releases.extend(mechanism.entered(clients, []))
+    return server.average
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "mechanism", "noise_by"), BY_CLIENT)
 def test_a_client_moves_the_sum_by_at_most_the_clip_and_nothing_else(
@@ -448,15 +465,17 @@ def test_a_client_moves_the_sum_by_at_most_the_clip_and_nothing_else(
         training = started_in_double(runtime)
         fewer, before, states = sent_by(runtime, training, [0, 1, 2])
         mechanism_round, after, all_states = sent_by(runtime, training, [0, 1, 2, 3])
-        learned = [each for each in before if each != WEIGHT]
+        learned = [name for name in before if name != WEIGHT]
+        three = average_at_the_server(runtime, fewer, before, [0, 1, 2])
+        all_four = average_at_the_server(runtime, mechanism_round, after, [0, 1, 2, 3])
         assert norm_of(after, 3, learned) <= CLIP * (1 + ROUNDING), kind
         for key in learned:
             torch.testing.assert_close(after[key][:3], before[key], rtol=0, atol=ROUNDING * CLIP)
             # With the divisor of the larger federation, the mean moves by the newcomer's upload over it.
-            means = [
-                each.average(key, sent[key], sent[WEIGHT]) for each, sent in ((mechanism_round, after), (fewer, before))
-            ]
-            moved = means[0] * 4 - means[1] * 3
+            many, few = (
+                average(key, sent[key], sent[WEIGHT]) for average, sent in ((all_four, after), (three, before))
+            )
+            moved = many * 4 - few * 3
             # A secure sum rounds each vector to steps, by GROWTH of the clip at most, and is charged for it.
             rounded = 7 * (GROWTH if noise_by == "shares" else ROUNDING)
             torch.testing.assert_close(moved, after[key][3], rtol=0, atol=rounded * CLIP)
