@@ -269,8 +269,8 @@ class KnownFeatures(PromptModel):
 def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
     """The document and the tensors of a file, see `SavedPrompt.load`."""
     if path.is_dir():
-        inside = sorted(each.relative_to(path).as_posix() for each in path.glob("**/prompts/*.safetensors"))
-        inside = inside or sorted(each.name for each in path.glob("*.safetensors"))
+        inside = sorted(file.relative_to(path).as_posix() for file in path.glob("**/prompts/*.safetensors"))
+        inside = inside or sorted(file.name for file in path.glob("*.safetensors"))
         remedy = f"such as {path / inside[0]}" if inside else "as `sordino run` writes them into prompts/"
         raise PromptError(f"{path} is a folder; give a file of a prompt, {remedy}")
     try:

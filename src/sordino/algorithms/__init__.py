@@ -104,8 +104,8 @@ def add_method(name: str, method: Any) -> None:
         raise ConfigError("name", name, "a setting has this name; choose another")
     # A copy, as a notebook goes on to define other things under these names.
     found = SimpleNamespace(**method) if isinstance(method, Mapping) else method
-    missing = [each for each in TYPES if not hasattr(found, each)]
-    missing += [f"{each}()" for each in FUNCTIONS if not callable(getattr(found, each, None))]
+    missing = [name for name in TYPES if not hasattr(found, name)]
+    missing += [f"{name}()" for name in FUNCTIONS if not callable(getattr(found, name, None))]
     if missing:
         raise ConfigError("method", name, f"lacks {', '.join(missing)}; see docs/new-method.md")
     METHODS[name] = Method(getattr(found, "__name__", type(found).__name__), added=found)
@@ -121,7 +121,7 @@ def settings_for(name: str, tables: Mapping[str, Any]) -> Any:
         ConfigError: a key that no method knows, or a value out of range.
     """
     settings_type = algorithm(name).Settings
-    known = {each.name for each in fields(settings_type)}
+    known = {setting.name for setting in fields(settings_type)}
     common = {key: value for key, value in tables.items() if key not in METHODS}
     for key, value in common.items():
         if not _is_setting(key):
@@ -144,7 +144,7 @@ def settings_for(name: str, tables: Mapping[str, Any]) -> Any:
 
 def _is_setting(key: str) -> bool:
     """Return whether any method has a setting of this name."""
-    return any(key == each.name for name in METHODS for each in fields(algorithm(name).Settings))
+    return any(key == setting.name for name in METHODS for setting in fields(algorithm(name).Settings))
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

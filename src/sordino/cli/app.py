@@ -45,7 +45,7 @@ app.add_typer(privacy, name="privacy")
 app.add_typer(mpc, name="mpc")
 
 # The base of all errors of usage; typer has a public name for some of its heirs only.
-ClickException: Any = next(each for each in typer.BadParameter.__mro__ if each.__name__ == "ClickException")
+ClickException: Any = next(ancestor for ancestor in typer.BadParameter.__mro__ if ancestor.__name__ == "ClickException")
 DEMO_ALGORITHMS = ("zero-shot", "local", "promptfl", "dp-fpl")
 DEMO_SHADOWS = 4  # few, so that the demo is short; `sordino audit` takes 64
 
@@ -60,7 +60,10 @@ def demo(overrides: Overrides = None, out: OutFolder = None, resume: Resume = Fa
     variants = grid(load_config(here / "demo.toml", overrides or []), DEMO_ALGORITHMS)
     private = load_config(here / "demo_private.toml", overrides or [])
     variants += grid(private, ["dp-fpl"], {"privacy.epsilon": [8.0, 2.0]})
-    variants = [replace(each, shadows=DEMO_SHADOWS) if each.config.algorithm == "dp-fpl" else each for each in variants]
+    variants = [
+        replace(variant, shadows=DEMO_SHADOWS) if variant.config.algorithm == "dp-fpl" else variant
+        for variant in variants
+    ]
     _compare(variants, 1, out, resume, as_json, "demo")
 
 

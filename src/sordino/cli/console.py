@@ -103,8 +103,8 @@ def fail(message: object) -> int:
 
 
 def _interrupt(number: int, _: FrameType | None) -> None:
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_DFL)
+    for handled in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(handled, signal.SIG_DFL)
     _State.code = 128 + number
     raise Interrupted(128 + number)
 

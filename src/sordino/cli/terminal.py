@@ -122,8 +122,8 @@ def print_method(card: Card) -> None:
     table = Table(box=None, pad_edge=False)
     for heading in ("setting", "default", "meaning"):
         table.add_column(heading, no_wrap=heading == "setting")
-    for each in card.settings:
-        table.add_row(each.name, each.default, each.meaning)
+    for setting in card.settings:
+        table.add_row(setting.name, setting.default, setting.meaning)
     for part in ("", about, "", table):
         console.print(part, markup=False)
 

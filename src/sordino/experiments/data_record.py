@@ -105,7 +105,10 @@ def _encoder_changes(before: Any, after: Any) -> list[str]:
         return []
     if not (isinstance(before, dict) and isinstance(after, dict)):
         return ["the encoder changed"]
-    names = [f"{each.get('name')} {str(each.get('fingerprint'))[:12]} {each.get('dtype')}" for each in (before, after)]
+    names = [
+        f"{record.get('name')} {str(record.get('fingerprint'))[:12]} {record.get('dtype')}"
+        for record in (before, after)
+    ]
     return [f"the encoder was {names[0]} and is {names[1]}"]
 
 

@@ -54,7 +54,7 @@ class Card:
         return row | {
             "text": self.text,
             "discloses": list(self.discloses),
-            "settings": [vars(each) for each in self.settings],
+            "settings": [vars(setting) for setting in self.settings],
         }
 
 
@@ -74,7 +74,7 @@ def card(name: str) -> Card:
     defaults = settings_for(name, {})
     flat = [entry for each in fields(defaults) for entry in _flat(each.name, defaults)]
     settings = tuple(Setting(key, value, meanings.get(key, "")) for key, value in flat)
-    discloses = tuple(each.content for each in module.ABOUT.discloses)
+    discloses = tuple(disclosure.content for disclosure in module.ABOUT.discloses)
     return Card(name, module.ABOUT, inspect.getdoc(module) or "", settings, discloses)
 
 

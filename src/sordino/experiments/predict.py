@@ -50,7 +50,7 @@ class Predictions:
                 }
                 for each in self.predictions
             ],
-            "skipped": [{"image": each.name, "reason": each.reason} for each in self.skipped],
+            "skipped": [{"image": skipped.name, "reason": skipped.reason} for skipped in self.skipped],
         }
 
     def as_text(self, top: int) -> str:
@@ -116,7 +116,7 @@ def _listed(given: Sequence[Path]) -> tuple[set[str], list[Path]]:
     paths: list[Path] = []
     for path in given:
         if path.is_dir():
-            inside = sorted(each for each in path.rglob("*") if _is_picture(each, path))
+            inside = sorted(picture for picture in path.rglob("*") if _is_picture(picture, path))
             if not inside:
                 endings = ", ".join(sorted(suffixes())[:4])
                 raise ConfigError("IMAGE", str(path), f"no picture in this folder or below it ({endings}, ...)")

@@ -48,14 +48,15 @@ class Plan:
     def seen_by(self, observer: Observer) -> list[str]:
         """Return what an observer sees, a line a kind: noised, and by whom, or not."""
         noised: dict[tuple[str, str], list[int]] = {}
-        for each in self.ledger.releases:
-            if observer in each.observers:
-                noised.setdefault((each.content, each.noise_by), []).append(each.steps)
+        for release in self.ledger.releases:
+            if observer in release.observers:
+                noised.setdefault((release.content, release.noise_by), []).append(release.steps)
         lines = [
             f"{content}, {max(steps):,} times; noise by {_NOISE_BY[noise_by]}"
             for (content, noise_by), steps in noised.items()
         ]
-        bare = [f"{each.content}: no noise" for each in self.ledger.disclosures if observer in each.observers]
+        seen = [disclosure for disclosure in self.ledger.disclosures if observer in disclosure.observers]
+        bare = [f"{disclosure.content}: no noise" for disclosure in seen]
         return [*lines, *bare] or ["nothing that was learned from images"]
 
     def formula(self) -> float | None:
@@ -130,7 +131,7 @@ def plan(config: Experiment) -> Plan:
     rounds = chosen.inputs.rounds
     numbers = sorted({max(1, round(rounds * step / POINTS)) for step in range(1, POINTS + 1)}) if rounds else []
     by_round = [
-        (number, tuple(each.epsilon for each in views(chosen.empty_ledger().add(chosen.planned(number)), unit)))
+        (number, tuple(view.epsilon for view in views(chosen.empty_ledger().add(chosen.planned(number)), unit)))
         for number in numbers
     ]
     return Plan(config, chosen, tuple(views(chosen.total, unit)), tuple(by_round))
@@ -146,7 +147,7 @@ def as_text(chosen: Plan, curve: bool = True) -> str:
         f"{'party' if len(inputs.sizes) == 1 else 'clients'} with {held} examples each, {inputs.rounds:,} rounds.",
     ]
     if ledger.releases:
-        rates = sorted({each.sampling_rate for each in ledger.releases})
+        rates = sorted({release.sampling_rate for release in ledger.releases})
         between = f"{rates[0]:.3g}" if len(rates) == 1 else f"{rates[0]:.3g} to {rates[-1]:.3g}"
         lines.append(
             f"Mechanism: {settings.mechanism}, noise multiplier {chosen.mechanism.noise_multiplier:.4g}, added by "

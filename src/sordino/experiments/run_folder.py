@@ -50,7 +50,7 @@ def was_started(out: Path, tables: Mapping[str, Any], resume: bool, free: Sequen
     old = started_with(out)
     if not old:
         return False
-    before, after = ({key: value for key, value in each.items() if key not in free} for each in (old, tables))
+    before, after = ({key: value for key, value in part.items() if key not in free} for part in (old, tables))
     difference = first_difference(before, after)
     if difference:
         key, before, after = difference

@@ -77,7 +77,7 @@ def writable(folder: Path) -> Path:
         RunError: it may not.
     """
     try:
-        existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         if existing.is_dir() and os.access(existing, os.W_OK):
             return folder.resolve()
         reason = f"as {existing} cannot"
@@ -160,13 +160,13 @@ def _release(folder: Path, descriptor: int | None, made: Sequence[Path]) -> None
     if descriptor is not None:
         os.close(descriptor)
     with contextlib.suppress(OSError):  # not empty: all is well
-        for each in made:
-            each.rmdir()
+        for parent in made:
+            parent.rmdir()
 
 
 def _missing(folder: Path) -> list[Path]:
     """The directories that are to be made for this one, the deepest first."""
-    return [each for each in (folder, *folder.parents) if not each.exists()]
+    return [parent for parent in (folder, *folder.parents) if not parent.exists()]
 
 
 def _in_use(folder: Path, owner: str) -> RunError:
