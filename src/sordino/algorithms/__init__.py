@@ -68,13 +68,13 @@ def algorithm(name: str) -> Algorithm:
     if name not in METHODS:
         here = f"not a method; choose from {', '.join(METHODS)}"
         raise ConfigError("algorithm", name, f"{here}, or in Python add it with sordino.add_method")
-    module, found = METHODS[name].module, METHODS[name].added
-    if found is None:
-        found = importlib.import_module(module if "." in module else f"sordino.algorithms.{module}")
-    if not callable(getattr(found, "schedule", None)):
+    module, method = METHODS[name].module, METHODS[name].added
+    if method is None:
+        method = importlib.import_module(module if "." in module else f"sordino.algorithms.{module}")
+    if not callable(getattr(method, "schedule", None)):
         needs = "schedule(settings) -> Schedule(steps, batch_size), which its epsilon is accounted by"
         raise ConfigError("algorithm", name, f"its module {module} lacks {needs}; see docs/new-method.md")
-    return cast(Algorithm, found)
+    return cast(Algorithm, method)
 
 
 # What a method must define, see `sordino.algorithms.base`.
@@ -103,12 +103,12 @@ def add_method(name: str, method: Any) -> None:
     if _is_setting(name):
         raise ConfigError("name", name, "a setting has this name; choose another")
     # A copy, as a notebook goes on to define other things under these names.
-    found = SimpleNamespace(**method) if isinstance(method, Mapping) else method
-    missing = [name for name in TYPES if not hasattr(found, name)]
-    missing += [f"{name}()" for name in FUNCTIONS if not callable(getattr(found, name, None))]
+    module = SimpleNamespace(**method) if isinstance(method, Mapping) else method
+    missing = [name for name in TYPES if not hasattr(module, name)]
+    missing += [f"{name}()" for name in FUNCTIONS if not callable(getattr(module, name, None))]
     if missing:
         raise ConfigError("method", name, f"lacks {', '.join(missing)}; see docs/new-method.md")
-    METHODS[name] = Method(getattr(found, "__name__", type(found).__name__), added=found)
+    METHODS[name] = Method(getattr(module, "__name__", type(module).__name__), added=module)
 
 
 def settings_for(name: str, tables: Mapping[str, Any]) -> Any:
@@ -129,10 +129,10 @@ def settings_for(name: str, tables: Mapping[str, Any]) -> Any:
     merged = {key: value for key, value in common.items() if key in known}
     for table in (METHODS[name].parent, name):
         if table is not None:
-            own = tables.get(table, {})
-            if not isinstance(own, Mapping):
-                raise ConfigError(f"settings.{table}", own, "must be a table of this method's settings")
-            merged = _merge(merged, own)
+            method_table = tables.get(table, {})
+            if not isinstance(method_table, Mapping):
+                raise ConfigError(f"settings.{table}", method_table, "must be a table of this method's settings")
+            merged = _merge(merged, method_table)
     try:
         # By way of JSON, as pydantic's strict mode takes a table for a dataclass only there.
         return TypeAdapter(settings_type).validate_json(json.dumps(_merge(METHODS[name].defaults, merged), default=str))

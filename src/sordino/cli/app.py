@@ -114,10 +114,10 @@ def compare(
     from sordino.experiments.toml_tables import toml_value
 
     values: dict[str, list[Any]] = {}
-    for each in vary or []:
-        key, equals, texts = each.partition("=")
+    for variation in vary or []:
+        key, equals, texts = variation.partition("=")
         if not (equals and key and texts):
-            raise ConfigError("--vary", each, "write key=value,value,..., e.g. privacy.epsilon=inf,8,2")
+            raise ConfigError("--vary", variation, "write key=value,value,..., e.g. privacy.epsilon=inf,8,2")
         values[key.strip()] = [toml_value(text.strip()) for text in texts.split(",")]
     names = [name.strip() for name in algorithms.split(",") if name.strip()]
     variants = grid(load_config(config, overrides or []), names, values)
@@ -139,10 +139,10 @@ def predict(
     from sordino.experiments.predict import predict as predict_classes
 
     with live_progress() as progress:
-        found = predict_classes(prompt, images, encoder, progress)
-    for each in found.skipped:
-        print(f"skipped {each.name}: {each.reason}", file=sys.stderr)
-    print(json.dumps(found.as_dict(top)) if as_json else found.as_text(top))
+        result = predict_classes(prompt, images, encoder, progress)
+    for skipped in result.skipped:
+        print(f"skipped {skipped.name}: {skipped.reason}", file=sys.stderr)
+    print(json.dumps(result.as_dict(top)) if as_json else result.as_text(top))
 
 
 @app.command()
@@ -205,8 +205,8 @@ def audit(
     names = [name.strip() for name in attacks.split(",") if name.strip()]
     at_work("nothing was changed, as an audit is written at its end; repeat the command")
     with live_progress() as progress:
-        found = attack(folder, names, shadows, canaries, seed, progress)
-    print(json.dumps(found) if as_json else as_text(found))
+        result = attack(folder, names, shadows, canaries, seed, progress)
+    print(json.dumps(result) if as_json else as_text(result))
     if not as_json:
         print(f"Report: {folder / 'report.html'}")
 
@@ -344,12 +344,12 @@ def _tuned(settings: PrivateTuning, folder: Path, resume: bool, clear: bool) -> 
                 remedy = "give model.tower and model.embeddings of one checkpoint; without, both are the bundled one's"
                 raise ConfigError("model.tower", settings.model.tower, f"{why}; {remedy}")
             return tune_private(settings, folder, task, in_the_clear(tower), True, None, resume, progress), ""
-        own, servers = owner_of(settings)
+        identity, servers = owner_of(settings)
         task = open_task(settings, progress=progress)
         try:
-            with connect(own, servers, settings.session.timeout) as session:
-                found = tune_private(settings, folder, task, session.forward, False, session.costs, resume, progress)
-                return found, session.costs.table()
+            with connect(identity, servers, settings.session.timeout) as session:
+                summary = tune_private(settings, folder, task, session.forward, False, session.costs, resume, progress)
+                return summary, session.costs.table()
         except PartyLost as error:
             if not (folder / "config.toml").exists():  # which is written once the parties have answered
                 raise

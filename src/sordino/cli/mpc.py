@@ -42,10 +42,10 @@ def dealer(listen: Listen, certificates: Certificates, timeout: Timeout = 60.0, 
     from sordino.mpc.parties.certificates import DEALER, Identity
     from sordino.mpc.parties.dealer_service import start_dealer
 
-    own = Identity.load(certificates, DEALER, key="--certificates")
+    identity = Identity.load(certificates, DEALER, key="--certificates")
     _check_address("--listen", listen, least_port=0)
     _use(threads)
-    _until_stopped(*start_dealer(own, listen, timeout))
+    _until_stopped(*start_dealer(identity, listen, timeout))
 
 
 @app.command("server")
@@ -66,10 +66,10 @@ def server(
     from sordino.mpc.parties.network import network_of
     from sordino.mpc.parties.server import start_server
 
-    own = Identity.load(certificates, *SERVERS, key="--certificates")
-    if own.role == SERVERS[0] and peer is not None:
+    identity = Identity.load(certificates, *SERVERS, key="--certificates")
+    if identity.role == SERVERS[0] and peer is not None:
         raise ConfigError("--peer", peer, "is for server-1 alone, which dials server-0 there; leave it out")
-    if own.role == SERVERS[1] and peer is None:
+    if identity.role == SERVERS[1] and peer is None:
         raise ConfigError("--peer", peer, "server-1 dials server-0: give HOST:PORT of it")
     _check_address("--listen", listen, least_port=0)
     _check_address("--dealer", dealer)
@@ -77,7 +77,7 @@ def server(
         _check_address("--peer", peer)
     _use(threads)
     network = network_of(imitate) if imitate else None
-    _until_stopped(*start_server(own, listen, dealer, peer, timeout, network))
+    _until_stopped(*start_server(identity, listen, dealer, peer, timeout, network))
 
 
 @app.command("provide")
@@ -101,8 +101,8 @@ def provide(
     from sordino.mpc.tower.tower import PrivateTower, bundled_tower
     from sordino.private_tuning.settings import is_address
 
-    own, addresses = Identity.load(certificates, MODEL_OWNER, key="--certificates"), servers.split(",")
-    if not (len(addresses) == 2 and all(is_address(each) for each in addresses)):
+    identity, addresses = Identity.load(certificates, MODEL_OWNER, key="--certificates"), servers.split(",")
+    if not (len(addresses) == 2 and all(is_address(address) for address in addresses)):
         raise ConfigError("--servers", servers, "must be two, as HOST:PORT,HOST:PORT")
     weights, teacher = PrivateTower.load(tower, "--tower") if tower else bundled_tower(), teacher_of(model)
     if weights.width != teacher.width:
@@ -111,7 +111,7 @@ def provide(
         raise ConfigError("--tower", tower and str(tower), f"{theirs}; {remedy}")
     with live_progress() as progress:
         calibration = calibration_of(weights, teacher, sentences or SENTENCES, progress=progress)
-    print(f"Model {give(own, addresses, weights, calibration, timeout)} is at both servers")
+    print(f"Model {give(identity, addresses, weights, calibration, timeout)} is at both servers")
 
 
 @app.command("embeddings")
@@ -141,8 +141,8 @@ def distill(
     from sordino.mpc.tower.distill import distill_to
 
     with live_progress() as progress:
-        found = distill_to(out, model, steps, batch, features, seed, progress)
-    print(f"cosine to the teacher on held-out sentences: {found.mean:.4f}, 5% below {found.low:.4f}")
+        agreement = distill_to(out, model, steps, batch, features, seed, progress)
+    print(f"cosine to the teacher on held-out sentences: {agreement.mean:.4f}, 5% below {agreement.low:.4f}")
     print(f"Tower: {out}")
 
 

@@ -168,7 +168,7 @@ class _Pictures:
 
     @property
     def names(self) -> Sequence[str]:
-        return [f"picture {at}" if isinstance(each, Image.Image) else str(each) for at, each in enumerate(self.given)]
+        return [f"picture {at}" if isinstance(item, Image.Image) else str(item) for at, item in enumerate(self.given)]
 
     def __len__(self) -> int:
         return len(self.given)

@@ -88,16 +88,16 @@ def check(folder: Path, record: Mapping[str, Any]) -> None:
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Return in words what differs between two records; empty where they are equal."""
-    found = []
+    differences = []
     if before.get("version") != after.get("version"):
-        found.append(f"sordino was {before.get('version')!r} and is {after.get('version')!r}")
-    found += _encoder_changes(before.get("encoder"), after.get("encoder"))
-    found += _party_changes(before.get("parties"), after.get("parties"))
+        differences.append(f"sordino was {before.get('version')!r} and is {after.get('version')!r}")
+    differences += _encoder_changes(before.get("encoder"), after.get("encoder"))
+    differences += _party_changes(before.get("parties"), after.get("parties"))
     others = [key for key in dict.fromkeys((*after, *before)) if key not in ("version", "encoder", "parties")]
     different = [key for key in others if before.get(key) != after.get(key)]
-    if found and "partition" in different:
+    if differences and "partition" in different:
         different.remove("partition")  # it follows from the rest, and says nothing more
-    return found + [f"{_WORDS.get(key, key)} changed" for key in different]
+    return differences + [f"{_WORDS.get(key, key)} changed" for key in different]
 
 
 def _encoder_changes(before: Any, after: Any) -> list[str]:

@@ -64,8 +64,8 @@ def examine() -> list[Check]:
 
 
 def _python() -> Check:
-    found = ".".join(str(part) for part in sys.version_info[:3])
-    return Check("python", sys.version_info >= (3, 11), f"{found} (3.11 or newer is needed)")
+    version = ".".join(str(part) for part in sys.version_info[:3])
+    return Check("python", sys.version_info >= (3, 11), f"{version} (3.11 or newer is needed)")
 
 
 def _packages() -> list[Check]:

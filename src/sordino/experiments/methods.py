@@ -72,7 +72,7 @@ def card(name: str) -> Card:
     module = algorithm(name)
     meanings = _meanings(inspect.getdoc(module.Settings) or "")
     defaults = settings_for(name, {})
-    flat = [entry for each in fields(defaults) for entry in _flat(each.name, defaults)]
+    flat = [entry for setting in fields(defaults) for entry in _flat(setting.name, defaults)]
     settings = tuple(Setting(key, value, meanings.get(key, "")) for key, value in flat)
     discloses = tuple(disclosure.content for disclosure in module.ABOUT.discloses)
     return Card(name, module.ABOUT, inspect.getdoc(module) or "", settings, discloses)
@@ -85,8 +85,8 @@ def _flat(name: str, holder: Any) -> Iterator[tuple[str, str]]:
         yield name, _toml(value)
         return
     yield name, ""
-    for each in fields(value):
-        yield from _flat(f"{name}.{each.name}", value)
+    for part in fields(value):
+        yield from _flat(f"{name}.{part.name}", value)
 
 
 def _toml(value: Any) -> str:
@@ -102,8 +102,8 @@ def _meanings(docstring: str) -> dict[str, str]:
         return {}
     lines = inspect.cleandoc(section[1]).split("\n")
     entries = re.split(r"\n(?=\S)", "\n".join(lines))
-    found: dict[str, str] = {}
+    meanings: dict[str, str] = {}
     for entry in entries:
         names, _, meaning = entry.partition(":")
-        found.update(dict.fromkeys((name.strip() for name in names.split(",")), " ".join(meaning.split())))
-    return found
+        meanings.update(dict.fromkeys((name.strip() for name in names.split(",")), " ".join(meaning.split())))
+    return meanings

@@ -42,23 +42,23 @@ class Predictions:
             "statement": self.saved.privacy.statement,
             "images": [
                 {
-                    "image": each.name,
+                    "image": prediction.name,
                     "classes": [
                         {"class": name, "probability": probability}
-                        for name, probability in islice(each.probabilities.items(), top)
+                        for name, probability in islice(prediction.probabilities.items(), top)
                     ],
                 }
-                for each in self.predictions
+                for prediction in self.predictions
             ],
             "skipped": [{"image": skipped.name, "reason": skipped.reason} for skipped in self.skipped],
         }
 
     def as_text(self, top: int) -> str:
-        """For a terminal: a picture a line, and below it its `top` most probable classes."""
+        """Return text for a terminal: a picture a line, and below it its `top` most probable classes."""
         lines = []
-        for each in self.predictions:
-            lines.append(each.name)
-            lines += [f"  {value:7.2%}  {name}" for name, value in islice(each.probabilities.items(), top)]
+        for prediction in self.predictions:
+            lines.append(prediction.name)
+            lines += [f"  {value:7.2%}  {name}" for name, value in islice(prediction.probabilities.items(), top)]
         return "\n".join(lines)
 
 
@@ -103,9 +103,11 @@ def _classify(
 ) -> None:
     """Add the predictions of some pictures, and the pictures that cannot be read."""
     answers, unreadable = classifier.ranked(paths)
-    for each in unreadable:
-        if each.name in named:
-            raise DataError(f"IMAGE = {each.name!r}: {each.reason}; leave it out, or give a picture that can be read")
+    for picture in unreadable:
+        if picture.name in named:
+            raise DataError(
+                f"IMAGE = {picture.name!r}: {picture.reason}; leave it out, or give a picture that can be read"
+            )
     predictions += answers
     skipped += unreadable
 

@@ -331,11 +331,11 @@ def _save_prompts(
         gray_range=None if black_and_white is None else (black_and_white[0], black_and_white[1]),
     )
     for client in range(count):
-        own = {part: tensor[client] for part, tensor in parts.items()}
+        client_parts = {part: tensor[client] for part, tensor in parts.items()}
         name = f"client-{client:04d}" if count > 1 else "shared"
         saved = replace(
             shared,
-            prompt=own["context"] if isinstance(prompt, Tensor) else own,
+            prompt=client_parts["context"] if isinstance(prompt, Tensor) else client_parts,
             client=client if count > 1 else None,
         )
         saved.save(folder / f"{name}.safetensors")

@@ -68,7 +68,7 @@ class ClientMechanism(Mechanism):
         assert self.model is not None
         s, bound = self.settings, self.settings.clip if clip is None else float(clip)
         z_upload, z_count = self._multipliers
-        own = 1.0 if s.noise_by == "client" else 0.0
+        client_share = 1.0 if s.noise_by == "client" else 0.0
 
         def protect(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             learned = {name: tensor for name, tensor in tensors.items() if name != WEIGHT}
@@ -77,10 +77,10 @@ class ClientMechanism(Mechanism):
                 mechanism_round.summed.append(SumVectors(self._upload_terms(bound), dict(clipped)))
             for name, tensor in clipped.items():
                 noise = randomness.normal(f"noise on {name}", *tensor.shape[1:]).to(tensor)
-                clipped[name] = tensor + own * z_upload * bound * noise
+                clipped[name] = tensor + client_share * z_upload * bound * noise
             if s.clip_quantile is not None:
                 noise = randomness.normal("noise on a bit").to(below.device)
-                bits = below.float() - 0.5 + own * z_count / 2 * noise
+                bits = below.float() - 0.5 + client_share * z_count / 2 * noise
                 mechanism_round.below_clip = bits
                 if self.sums_securely:
                     mechanism_round.summed.append(SumVectors(self._count_terms, {COUNT: bits[:, None]}))
@@ -168,8 +168,8 @@ class ClientMechanism(Mechanism):
         if self.settings.noise_by == "client":
             share = count / self.inputs.rounds
             return [
-                replace(each, steps=math.ceil(taken * share))
-                for each, taken in zip(
+                replace(each, steps=math.ceil(rounds_participated * share))
+                for each, rounds_participated in zip(
                     self.round_releases(range(len(self.inputs.sizes))), self.inputs.rounds_participated, strict=True
                 )
             ]

@@ -194,18 +194,18 @@ class ExampleMechanism(Mechanism):
         return [release for client, rate in pairs for release in self._client_releases(client, rate)]
 
     def _client_releases(self, client: int, rate: float) -> Iterator[Release]:
-        inputs, by = self.inputs, self.settings.noise_by
+        inputs, noise_by = self.inputs, self.settings.noise_by
 
         def release(content: str, multipliers: tuple[float, ...], observers: tuple[Observer, ...]) -> Release:
-            return Release(content, f"client {client}", "example", multipliers, rate, 1, by, observers)
+            return Release(content, f"client {client}", "example", multipliers, rate, 1, noise_by, observers)
 
         z_personal, z_shared = self._multipliers
-        seen_by: tuple[Observer, ...] = ("clients", "public") if by == "server" else OBSERVERS
+        seen_by: tuple[Observer, ...] = ("clients", "public") if noise_by == "server" else OBSERVERS
         if self.settings.mechanism == "cotangent":
             yield release("sum of clipped cotangents of the class features", (self.noise_multiplier,), OBSERVERS)
         elif not (inputs.shared and inputs.personal):
             yield release("sum of clipped gradients", (self.noise_multiplier,), seen_by)
-        elif by == "client":
+        elif noise_by == "client":
             yield release("sums of clipped gradients, personal and shared", (z_personal, z_shared), OBSERVERS)
         else:
             what = "sum of clipped personal gradients, and mean over clients of shared ones"

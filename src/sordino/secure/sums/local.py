@@ -59,12 +59,12 @@ def noised_sum(
     """
     array = np.asarray(values, np.float64)
     flat = array.reshape(len(array), -1) if array.ndim else array
-    found, traffic = local_sum(setup, flat, dropped=dropped, bits=bits)
+    opened, traffic = local_sum(setup, flat, dropped=dropped, bits=bits)
     noised = bool(setup.deviations.any())
     return NoisedSum(
-        found.values.reshape(array.shape[1:]),
-        found.survivors,
-        setup.charge(found.survivors) if noised else None,
+        opened.values.reshape(array.shape[1:]),
+        opened.survivors,
+        setup.charge(opened.survivors) if noised else None,
         tuple(traffic.of_client(client) for client in range(setup.clients)),
     )
 
