@@ -267,6 +267,8 @@ class MethodInfo:
         averages: parameters whose gradient is uploaded as it is and only averaged, with the upload's field.
         trains: false for a method with no rounds.
         pools_data: true for a method that sees all clients' images in one place.
+        statistics: true for a method that works on class statistics (`ClientData.statistics`), which a runtime then
+            makes for it under any mechanism that allows it.
     """
 
     paper: str
@@ -279,6 +281,7 @@ class MethodInfo:
     averages: Mapping[str, str] = field(default_factory=dict)
     trains: bool = True
     pools_data: bool = False
+    statistics: bool = False
 
 
 class Algorithm(Protocol):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sordino.privacy.gradients import Batch
 from sordino.privacy.sampling import PoissonSampler
+from sordino.privacy.statistics.estimates import ClassStatistics
 from sordino.randomness import Streams
 
 
@@ -27,6 +28,7 @@ class ClientData:
         poisson: if set, it draws batches by Poisson sampling, each example independently of all others.
         hidden: [N], true for rows of the table that no batch shows. They are masked after a batch was drawn, so that
             sizes, rates and random draws are as if they were shown. An audit hides canaries so; None hides nothing.
+        statistics: the clients' class statistics, if the mechanism releases them or the method works on them; else None.
     """
 
     features: Tensor
@@ -36,6 +38,7 @@ class ClientData:
     weights: Tensor
     poisson: PoissonSampler | None = None
     hidden: Tensor | None = None
+    statistics: ClassStatistics | None = None
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -1,0 +1,188 @@
+"""Estimates from a release of class statistics; all of it is post-processing, and costs no privacy.
+
+A party's noisy counts say which classes it holds (`held`). Its noisy sums say where the means of their features lie
+(`shrunk`): observations with known noise, for which the hand-written prompt's text features are the prior. Prior
+variances are estimated from the release itself (empirical Bayes; James and Stein, 1961; Efron and Morris, 1973). So an
+estimate is the text feature where noise is large, and the mean of the images where it is small. Nothing here is tuned
+on images.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# A class mean has some cosine with its class's text feature. Over the encoders and data sets that were tried the mean
+# feature's product with it lies around this; the spread of the belief is half of it, so that noise never turns it.
+EXPECTED_PRODUCT = 0.2
+LEAST_VARIANCE = 1e-4  # so that observations without noise have a finite weight
+LEAST_COUNT = 1e-3  # a class with fewer examples in expectation has no mean of its own
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Sums over examples, observed with noise.
+
+    Attributes:
+        sums: [..., C, r], of the features of each class.
+        counts: [..., C], of examples.
+        sum_variance: [..., C], of the noise on each number of `sums`.
+        count_variance: [..., C], of the noise on `counts`.
+        expected: [..., C], of the counts, given the noisy ones; not negative.
+        probability: [..., C], that there are any examples.
+        holders: [..., C], the expected number of parties that hold any.
+    """
+
+    sums: Tensor
+    counts: Tensor
+    sum_variance: Tensor
+    count_variance: Tensor
+    expected: Tensor
+    probability: Tensor
+    holders: Tensor
+
+
+def held(counts: Tensor, variance: Tensor, total: float) -> tuple[Tensor, Tensor]:
+    """Infer which classes a party holds from noisy counts, and how many examples of each.
+
+    A party holds each class with the same probability m / C. Of a class that it holds it has N(total / m, half of that)
+    examples. m, the number of classes, is the one under which the noisy counts are most likely. How many examples a
+    party holds is known to all (see `accounting`).
+
+    Args:
+        counts: [C], with noise.
+        variance: [C], of the noise.
+        total: how many examples the party holds.
+
+    Returns:
+        [C] the probability of each class, given the counts, and [C] the expected number of its examples.
+    """
+    counts, variance = counts.double(), variance.double()
+    if not bool((variance > 0).all()):
+        return (counts > 0.5).double(), counts.clamp(min=0)
+    classes = len(counts)
+    numbers = torch.arange(1, classes + 1, dtype=torch.float64, device=counts.device)[:, None]
+    mean = total / numbers
+    among = (mean / 2) ** 2
+    rate = (numbers / classes).clamp(max=1 - 1e-3)
+    absent = _log_normal(counts, variance) + torch.log1p(-rate)
+    present = _log_normal(counts - mean, variance + among) + rate.log()
+    likeliest = int(torch.logaddexp(absent, present).sum(1).argmax())
+    probability = torch.sigmoid(present[likeliest] - absent[likeliest])
+    mean, among = mean[likeliest], among[likeliest]
+    expected = mean + among / (among + variance) * (counts - mean)
+    return probability, probability * expected.clamp(min=0)
+
+
+def observed(sums: Tensor, counts: Tensor, sum_variance: Tensor, count_variance: Tensor, total: float) -> Observed:
+    """Return one party's statistics, [C, r] and [C], with what its counts tell."""
+    probability, expected = held(counts, count_variance, total)
+    probability = probability.to(sums)
+    return Observed(sums, counts, sum_variance, count_variance, expected.to(sums), probability, probability)
+
+
+def pooled(parties: Observed) -> Observed:
+    """Join the statistics of several parties, [K, C, ...], into one.
+
+    The sum of a party that likely holds few images of a class is mostly noise. So each is weighted by the expected
+    count, which is the best linear weight if the parties' class means are alike and the counts are known.
+    """
+    weights = parties.expected / parties.expected.amax(0).clamp(min=LEAST_COUNT)
+    return Observed(
+        (weights[..., None] * parties.sums).sum(0),
+        (weights * parties.counts).sum(0),
+        (weights**2 * parties.sum_variance).sum(0),
+        (weights**2 * parties.count_variance).sum(0),
+        (weights * parties.expected).sum(0),
+        1 - (1 - parties.probability).prod(0),
+        parties.holders.sum(0),
+    )
+
+
+@dataclass(frozen=True)
+class ClassMeans:
+    """Means of each class's features, given a release.
+
+    Attributes:
+        means: [..., C, r], the expected means.
+        variance: [..., C], of each number of them.
+    """
+
+    means: Tensor
+    variance: Tensor
+
+
+def shrunk(seen: Observed, prior: Tensor, parties: Tensor | float = 1.0) -> ClassMeans:
+    """Infer class means from sums of one party, or of all, with text features as the prior.
+
+    The mean of class c is rho t_c + e, with the text feature t_c, one factor rho for all classes, and e ~ N(0, s^2 I).
+    Its observation, the sum over the count, has noise of known variance. rho and s^2 are estimated from all classes.
+
+    Args:
+        seen: [C, r].
+        prior: [C, r], the text features in the released directions.
+        parties: over how many parties with the class whatever is learned of these means will be averaged, [C]. Noise
+            averages out and bias does not, so means are shrunk as far as the noise of the average asks for.
+    """
+    means, noise, known = _means(seen)
+    precision = torch.where(known, 1 / (noise + LEAST_VARIANCE), torch.zeros_like(noise))
+    # rho: a normal prior times the likelihood of the products of all classes.
+    belief = (EXPECTED_PRODUCT / 2) ** -2
+    rho = ((means * prior).sum(1) * precision).sum() + EXPECTED_PRODUCT * belief
+    rho = rho / ((prior.pow(2).sum(1) * precision).sum() + belief)
+    rest = means - rho * prior
+    among = _excess(rest, noise, precision)
+    trust = torch.where(known, among / (among + noise / parties).clamp(min=1e-12), torch.zeros_like(noise))
+    return ClassMeans(rho * prior + trust[:, None] * rest, among * (1 - trust))
+
+
+def _excess(rest: Tensor, noise: Tensor, precision: Tensor) -> Tensor:
+    """Estimate the variance that classes have beyond noise, from deviations [C, r], by moments; not negative."""
+    squares = rest.pow(2).mean(1) - noise
+    return ((squares * precision**2).sum() / (precision**2).sum().clamp(min=1e-12)).clamp(min=0)
+
+
+def personal(own: Observed, shared: ClassMeans) -> ClassMeans:
+    """Infer one party's class means from its own sums and from what all parties' sums tell.
+
+    Its mean of class c is the shared one plus N(0, d^2 I), d^2 estimated from all classes that it holds: 0 where the
+    parties' images of a class are alike.
+    """
+    means, noise, _ = _means(own)
+    known = own.probability > 0.5
+    rest = means - shared.means
+    doubt = noise + shared.variance
+    precision = torch.where(known, 1 / (doubt + LEAST_VARIANCE), torch.zeros_like(noise))
+    before = _excess(rest, doubt, precision) + shared.variance
+    trust = torch.where(known, before / (before + noise).clamp(min=1e-12), torch.zeros_like(noise))
+    return ClassMeans(shared.means + trust[:, None] * rest, before * (1 - trust))
+
+
+def _means(seen: Observed) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the observed means [C, r], the variance of their noise [C], and which classes have any [C]."""
+    counts = seen.expected.clamp(min=LEAST_COUNT)
+    return seen.sums / counts[:, None], seen.sum_variance / counts**2, seen.expected > LEAST_COUNT
+
+
+def within(seen: Observed, means: ClassMeans) -> float:
+    """Return the variance of an image's features around its class's mean, in one direction.
+
+    Features have unit norm. So what the means lack of it is within the classes: 1 = |mean|^2 + r w. The squared norm of
+    the mean is estimated from the noisy sums, over all classes.
+    """
+    counts = seen.expected
+    width = seen.sums.shape[-1]
+    squares = (seen.sums.pow(2).sum(-1) - width * seen.sum_variance).sum() / counts.pow(2).sum().clamp(min=LEAST_COUNT)
+    noise = (width * seen.sum_variance).sum() * math.sqrt(2 / width) / counts.pow(2).sum().clamp(min=LEAST_COUNT)
+    assumed = means.means.pow(2).sum(-1).mean().clamp(max=1)
+    # Where noise hides it, the posterior means' own norm stands in.
+    trust = 1 / (1 + (noise / 0.25) ** 2)
+    norm = trust * squares + (1 - trust) * assumed
+    return float((1 - norm.clamp(0, 1)) / width)
+
+
+def _log_normal(values: Tensor, variance: Tensor) -> Tensor:
+    return -0.5 * (values**2 / variance + (2 * math.pi * variance).log())
