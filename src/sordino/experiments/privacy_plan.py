@@ -9,6 +9,7 @@ from typing import Any
 
 from sordino.algorithms import algorithm, settings_for
 from sordino.experiments.config import Experiment
+from sordino.experiments.release_file import with_release
 from sordino.files import write_atomically
 from sordino.privacy.accounting import Spent, formula_epsilon
 from sordino.privacy.choice import mechanism_for
@@ -107,6 +108,7 @@ def planned_mechanism(config: Experiment) -> Mechanism:
     Raises:
         SordinoError: the configuration cannot be run.
     """
+    config, _ = with_release(config)
     method, settings = algorithm(config.algorithm), settings_for(config.algorithm, config.settings)
     images = load_images(config.data)
     task = build_task(images, config.data, config.partition, config.seed)
@@ -115,7 +117,9 @@ def planned_mechanism(config: Experiment) -> Mechanism:
     sizes = [len(rows) for rows in task.train]
     sizes = [sum(sizes)] if method.ABOUT.pools_data else sizes
     rounds = config.rounds if method.ABOUT.trains else 0
-    inputs = mechanism_inputs(method, settings, sizes, rounds, config.runtime, config.seed)
+    inputs = mechanism_inputs(
+        method, settings, sizes, rounds, config.runtime, config.seed, len(task.class_names)
+    )
     count = participant_count(len(sizes), config.runtime.participation)
     aggregation.check(config.runtime, config.privacy, method.ABOUT, count)
     return mechanism_for(config.privacy, inputs, None)

@@ -21,6 +21,8 @@ from sordino.experiments.config import Experiment, resolved
 from sordino.experiments.data_digests import data_record, party_digests
 from sordino.experiments.data_record import pin
 from sordino.experiments.features import EncodedDataset
+from sordino.experiments.release_file import FILE as RELEASE
+from sordino.experiments.release_file import ReleaseFile, with_release
 from sordino.experiments.run_folder import Metrics, finished, started_with, was_started
 from sordino.experiments.run_lock import held
 from sordino.experiments.toml_tables import to_toml
@@ -100,13 +102,15 @@ def _run(
 ) -> Summary:
     task, encoding = dataset.task(config, progress)
     started = time.monotonic()
-    runtime, evaluation = assemble(config, dataset, task)
+    effective, earlier = with_release(config)
+    runtime, evaluation = assemble(effective, dataset, task)
     pin(out, data_record(dataset, task))  # before config.toml, so that where there is one there is the other
     if not (out / "config.toml").exists():
         write_atomically(out / "config.toml", to_toml(tables).encode())
-    training = _resumed(runtime, out) if resume else runtime.start()
+    start, released = _released(runtime, runtime.start(), out, earlier)
+    training = _resumed(runtime, start, out) if resume else start
     metrics = Metrics(out / "metrics.jsonl", training.round, numbers=COUNTED)
-    training, scores = _train(config, runtime, evaluation, training, metrics, out, progress)
+    training, scores = _train(config, runtime, evaluation, training, metrics, out, progress, released)
     ledger = training.ledger
     write_atomically(out / LEDGER, ledger.to_json().encode())
     privacy = as_summary(ledger, config.privacy.unit)
@@ -188,13 +192,40 @@ def assemble(config: Experiment, dataset: EncodedDataset, task: Task) -> tuple[L
     return runtime, evaluation
 
 
-def _resumed(runtime: LocalRuntime, out: Path) -> Training:
+def _released(
+    runtime: LocalRuntime, start: Training, out: Path, earlier: ReleaseFile | None
+) -> tuple[Training, RoundRecord]:
+    """The start after the release of class statistics, if there is one, and what it sent.
+
+    What was released is written before anything is made of it, so that a restart does not release again.
+    """
+    nothing = RoundRecord(0, 0.0, 0, 0, 0)
+    if not runtime.releases_statistics:
+        return start, nothing
+    file = out / RELEASE
+    record = ReleaseFile.load(file) if file.exists() else earlier
+    if record is not None:
+        record.check(runtime)
+        if record.path != file:
+            replace(record, path=file).save()
+        return runtime.with_release(start, record.tensors, record.releases), nothing
+    try:
+        start, sent = runtime.release(start)
+    except RoundError as error:
+        write_atomically(out / LEDGER, error.ledger.to_json().encode())
+        raise
+    ReleaseFile.of(runtime, start, file).save()
+    if start.ledger.releases:
+        write_atomically(out / LEDGER, start.ledger.to_json().encode())
+    return start, sent
+
+
+def _resumed(runtime: LocalRuntime, start: Training, out: Path) -> Training:
     """Where an interrupted run stands.
 
     Rounds after the last checkpoint are run again. A simulation releases the same numbers again, which tells nothing
     new. Noise from the operating system is new each time, so what was released stays counted.
     """
-    start = runtime.start()
     training = checkpoint.load(out / "checkpoint", start) or start
     if runtime.privacy.simulation:
         return training
@@ -214,11 +245,12 @@ def _train(
     metrics: Metrics,
     out: Path,
     progress: Progress,
+    released: RoundRecord,
 ) -> tuple[Training, Scores]:
-    """All remaining rounds; a line of metrics for each, and for the start."""
+    """All remaining rounds; a line of metrics for each, and for the start with its release."""
     scores: Scores | None = None
     if training.round == 0 and not metrics.lines:
-        scores = _record(metrics, RoundRecord(0, 0.0, 0, 0, 0), 0.0, runtime, evaluation, training)
+        scores = _record(metrics, released, 0.0, runtime, evaluation, training)
     unlimited = runtime.pays_for_all(training)
     while training.round < runtime.rounds:
         if not (unlimited or runtime.within_budget(training)):
@@ -277,11 +309,12 @@ def _handed_over(runtime: LocalRuntime, dataset: EncodedDataset, task: Task) -> 
 def _communication(metrics: Metrics, handed_over: int) -> Communication:
     """Return the bytes of serialized messages, and of images where those are handed over."""
     rounds = [line for line in metrics.lines if line["round"] > 0]
+    total = metrics.lines  # with the release of statistics before the first round
     return Communication(
         upload_bytes_per_client_round=max((line["upload_bytes"] for line in rounds), default=0),
         broadcast_bytes_per_client_round=max((line["broadcast_bytes"] for line in rounds), default=0),
-        total_upload_bytes=handed_over + sum(line["upload_bytes"] * line["participants"] for line in rounds),
-        total_broadcast_bytes=sum(line["broadcast_bytes"] * line["participants"] for line in rounds),
+        total_upload_bytes=handed_over + sum(line["upload_bytes"] * line["participants"] for line in total),
+        total_broadcast_bytes=sum(line["broadcast_bytes"] * line["participants"] for line in total),
     )
 
 

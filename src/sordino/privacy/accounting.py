@@ -144,7 +144,8 @@ def formula_epsilon(noise_multiplier: float, rounds: int, delta: float) -> float
 def _exposed(ledger: Ledger, observer: Observer, unit: Unit) -> dict[str, Kinds]:
     """Return the releases that an observer saw, by party, or by each choice of parties that may hold one unit."""
     if ledger.parts:
-        return _over_data([(part, _exposed(part, observer, unit)) for part in ledger.parts])
+        parts = _without_repetitions(ledger.parts)
+        return _over_data([(part, _exposed(part, observer, unit)) for part in parts])
     seen = [
         _for_unit(release, unit)
         for release in ledger.releases
@@ -157,6 +158,25 @@ def _exposed(ledger: Ledger, observer: Observer, unit: Unit) -> dict[str, Kinds]
         if observer in disclosure.observers
     ]
     return {party: _kinds(releases) for party, releases in _by_party(seen).items()}
+
+
+def _without_repetitions(parts: Sequence[Ledger]) -> list[Ledger]:
+    """Return ledgers of several runs, a named release in the first run only whose ledger has it.
+
+    It is one release of the same party's data, so runs that use it again tell nothing more.
+    """
+    seen: set[tuple[str, str, Observer]] = set()
+    kept = []
+    for part in parts:
+        named = [release for release in part.releases if release.name]
+        rest = tuple(
+            release
+            for release in part.releases
+            if not release.name or any((release.name, release.party, who) not in seen for who in release.observers)
+        )
+        seen |= {(release.name, release.party, who) for release in named for who in release.observers}
+        kept.append(replace(part, releases=rest))
+    return kept
 
 
 def _over_data(runs: Sequence[tuple[Ledger, dict[str, Kinds]]]) -> dict[str, Kinds]:

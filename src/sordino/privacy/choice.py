@@ -9,6 +9,7 @@ from sordino.privacy.client_level import ClientMechanism
 from sordino.privacy.example_level import ExampleMechanism
 from sordino.privacy.mechanism import INSTEAD_OF_A_MEAN, Mechanism, MechanismInputs
 from sordino.privacy.settings import PrivacySettings
+from sordino.privacy.statistics.mechanism import StatisticsMechanism
 
 
 def mechanism_for(settings: PrivacySettings, inputs: MechanismInputs, model: PromptModel | None) -> Mechanism:
@@ -22,13 +23,21 @@ def mechanism_for(settings: PrivacySettings, inputs: MechanismInputs, model: Pro
     Raises:
         ConfigError: the mechanism does not fit the method, or delta does not fit the number of units.
     """
-    if not (settings.on and inputs.trains):
+    if inputs.statistics and settings.on and settings.mechanism != "statistics":
+        raise ConfigError(
+            "privacy.mechanism", settings.mechanism, "this method works on class statistics; use 'statistics' or 'none'"
+        )
+    if not settings.on and inputs.statistics:
+        return StatisticsMechanism(settings, inputs, model)
+    if not (settings.on and (inputs.trains or inputs.statistics)):
         return Mechanism(settings, inputs, model)
     _check(settings, inputs)
     units = len(inputs.sizes) if settings.unit == "client" else sum(inputs.sizes)
     delta = accounting.default_delta(units) if settings.delta is None else settings.delta
     accounting.check_delta(delta, units)
-    kind = ClientMechanism if settings.unit == "client" else ExampleMechanism
+    kind: type[Mechanism] = ClientMechanism if settings.unit == "client" else ExampleMechanism
+    if settings.mechanism == "statistics":
+        kind = StatisticsMechanism
     if settings.noise_multiplier is not None:
         return kind(settings, inputs, model, delta, settings.noise_multiplier)
     assert settings.epsilon is not None
@@ -42,6 +51,9 @@ def mechanism_for(settings: PrivacySettings, inputs: MechanismInputs, model: Pro
 
 
 def _check(settings: PrivacySettings, inputs: MechanismInputs) -> None:
+    if settings.mechanism == "statistics":
+        _check_statistics(settings, inputs)
+        return
     if settings.mechanism == "cotangent" and not inputs.linear:
         raise ConfigError(
             "privacy.mechanism",
@@ -71,6 +83,22 @@ def _check(settings: PrivacySettings, inputs: MechanismInputs) -> None:
                 inputs.steps,
                 f"must be 1 with privacy.noise_by = {settings.noise_by!r}: the mean of one step's gradients is noised",
             )
+    if settings.noise_by == "shares":
+        _check_secure_sum(settings, inputs)
+
+
+def _check_statistics(settings: PrivacySettings, inputs: MechanismInputs) -> None:
+    if not (inputs.linear and inputs.one_feature):
+        raise ConfigError(
+            "privacy.mechanism",
+            "statistics",
+            "this method needs more of an image than its one feature, and statistics are of those; use 'dp-sgd', or a "
+            "method of the text side such as 'dp-fpl' or 'dp-residual'",
+        )
+    if settings.noise_by != "client" and inputs.server_uses == "nothing":
+        raise ConfigError(
+            "privacy.noise_by", settings.noise_by, "this method sends nothing that could be summed; use 'client'"
+        )
     if settings.noise_by == "shares":
         _check_secure_sum(settings, inputs)
 

@@ -30,6 +30,7 @@ from sordino.privacy.mechanism import (
 from sordino.privacy.secure_mean import ServerSums, SumTerms, SumVectors
 from sordino.randomness import Randomness
 
+SUBSPACE = 16  # public directions of `cotangent` by default
 SIZES_KNOWN = "how many examples each client holds is known to all"
 
 
@@ -121,7 +122,7 @@ class ExampleMechanism(Mechanism):
     @cached_property
     def _directions(self) -> Tensor:
         assert self.model is not None
-        return public_directions(self.model.encoder, self.settings.subspace)
+        return public_directions(self.model.encoder, self.settings.subspace or SUBSPACE)
 
     def _gradients(self, randomness: Randomness, clients: Sequence[int], call: int) -> Gradients:
         """Return the gradients of one call in a round; no two calls draw the same noise."""

@@ -48,6 +48,7 @@ class Release:
         steps: number of releases.
         noise_by: who added the noise: "client", "server", or "shares" (a part of it by each client).
         observers: who sees the releases.
+        name: of the one release that this is, which other runs may use again; empty if it is this run's alone.
     """
 
     content: str
@@ -58,6 +59,7 @@ class Release:
     steps: int
     noise_by: str
     observers: tuple[Observer, ...]
+    name: str = ""
 
     @property
     def noise_multiplier(self) -> float:
@@ -120,7 +122,8 @@ class Ledger:
         steps = {replace(release, steps=0): release.steps for release in self.releases}
         for release in releases:
             kind = replace(release, steps=0)
-            steps[kind] = steps.get(kind, 0) + release.steps
+            if not (kind.name and kind in steps):  # a named release happened once, whoever uses it
+                steps[kind] = steps.get(kind, 0) + release.steps
         return replace(self, releases=tuple(replace(kind, steps=count) for kind, count in steps.items()))
 
     @property

@@ -57,6 +57,9 @@ class MechanismInputs:
         personal: whether there are parameters besides those.
         server_uses: what the server makes of uploads.
         discloses: what leaves if nothing is noised.
+        classes: C; 0 if it is not known.
+        statistics: whether the method works on class statistics.
+        one_feature: whether an image enters a method as its one feature.
     """
 
     trains: bool
@@ -74,6 +77,9 @@ class MechanismInputs:
     personal: bool
     server_uses: ServerUses
     discloses: tuple[Disclosure, ...]
+    classes: int = 0
+    statistics: bool = False
+    one_feature: bool = True
 
     def rate(self, client: int) -> float:
         """Return the probability with which an example of a client is in a batch."""
@@ -154,6 +160,11 @@ class Mechanism:
     @property
     def broadcasts_clip(self) -> bool:
         """Tell whether the clip adapts, so that the server broadcasts it every round."""
+        return False
+
+    @property
+    def releases_statistics(self) -> bool:
+        """Tell whether class statistics leave the clients once, before the first round."""
         return False
 
     def initial_state(self) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sordino.errors import ConfigError
 from sordino.privacy.ledger import Unit
 
-Mechanism = Literal["none", "dp-sgd", "cotangent", "dp-fedavg"]
+Mechanism = Literal["none", "statistics", "dp-sgd", "cotangent", "dp-fedavg"]
 NoiseBy = Literal["client", "server", "shares"]
 
 # Epsilon can be computed for these budgets and this noise; beyond them, floats have no room for it.
@@ -27,7 +27,8 @@ class PrivacySettings(BaseModel):
 
     mechanism: Mechanism = Field(
         default="none",
-        description="'dp-sgd': every example's gradient is clipped, the sum noised; 'cotangent': likewise the loss's "
+        description="'statistics': class counts and class means of frozen features are released once, and everything "
+        "after is free; 'dp-sgd': every example's gradient is clipped, the sum noised; 'cotangent': likewise the loss's "
         "derivative by the text features; 'dp-fedavg': every client's upload, and the client is the unit of privacy",
     )
     epsilon: float | None = Field(
@@ -63,8 +64,35 @@ class PrivacySettings(BaseModel):
         description="who adds the noise: each client, enough for itself; the server, once, to the mean; or each client "
         "a share of what the mean needs",
     )
-    subspace: int = Field(
-        default=16, ge=1, description="cotangent: public directions that image features are projected on"
+    subspace: int | None = Field(
+        default=None,
+        ge=1,
+        description="public directions that image features are projected on; by default 16 for cotangent, all for "
+        "statistics",
+    )
+    count_share: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="statistics: the part of a contribution's squared norm that class counts get; by default from "
+        "noise, classes and examples",
+    )
+    sampling_rate: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="statistics: the probability with which an example is in the release (Poisson sampling)",
+    )
+    held_error: float = Field(
+        default=0.5,
+        gt=0,
+        lt=1,
+        description="statistics: a client trains on a class unless the release says that it holds none with more than "
+        "this probability",
+    )
+    release: str | None = Field(
+        default=None,
+        description="statistics: a run directory whose release is used again, at no cost; it must be of the same data",
     )
     clip_quantile: float | None = Field(
         default=None,
@@ -111,9 +139,14 @@ class PrivacySettings(BaseModel):
             raise ConfigError("privacy.epsilon", budget, f"must be {EPSILONS}")
         if self.noise_multiplier and not LEAST_MULTIPLIER <= self.noise_multiplier <= MOST_MULTIPLIER:
             raise ConfigError("privacy.noise_multiplier", self.noise_multiplier, f"must be {MULTIPLIERS}")
+        if self.release is not None and self.mechanism != "statistics":
+            raise ConfigError("privacy.release", self.release, "needs privacy.mechanism = 'statistics'")
         if not self.on:
             return self
-        if self.epsilon is None and self.noise_multiplier is None:
+        if self.sampling_rate != 1 and self.mechanism != "statistics":
+            remedy = "only 'statistics' samples once; others sample every batch, see settings.batch_size"
+            raise ConfigError("privacy.sampling_rate", self.sampling_rate, remedy)
+        if self.epsilon is None and self.noise_multiplier is None and self.release is None:
             raise ConfigError(
                 "privacy.epsilon", None, f"mechanism {self.mechanism!r} needs epsilon or noise_multiplier"
             )

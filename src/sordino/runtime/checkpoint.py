@@ -121,7 +121,8 @@ def _read(
             tensors = _part(folder, latest["server"])
             mechanism = {name: tensors[f"mechanism.{name}"] for name in server.mechanism}
             state = _fill(server.state, tensors, "server.")
-            server = ServerTraining(number, state, mechanism, Ledger.from_json(latest["ledger"]))
+            ledger = Ledger.from_json(latest["ledger"])
+            server = replace(server, round=number, state=state, mechanism=mechanism, ledger=ledger)
         if clients is not None:
             state_of_clients = _fill(clients.state, _part(folder, latest["clients"]), "clients.")
             clients = replace(clients, round=number, state=state_of_clients)

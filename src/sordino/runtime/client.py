@@ -7,7 +7,8 @@ a thousand run the same code.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -28,9 +29,12 @@ from sordino.privacy.gradients import Batch, Gradient, Gradients, Parameters, Pr
 from sordino.privacy.mechanism import WEIGHT, ClientRoundMechanism
 from sordino.privacy.sampling import PoissonSampler
 from sordino.privacy.secure_mean import sum_parties
+from sordino.privacy.statistics.estimates import drawn
+from sordino.privacy.statistics.mechanism import StatisticsMechanism
 from sordino.runtime import messages
-from sordino.runtime.facts import Federation, RandomnessOf, stacked
+from sordino.runtime.facts import Federation, RandomnessOf, client_data, stacked, stand_in
 from sordino.runtime.messages import MessageError, RoundHeader, UploadHeader
+from sordino.runtime.release import OWN, RELEASE_ROUND, ClientsRelease, pooled_of
 from sordino.secure import Party, Refusal, answered
 
 
@@ -41,10 +45,12 @@ class ClientTraining:
     Attributes:
         round: the last round that one of them took part in; 0 before the first.
         state: the method's state, each tensor [K, ...].
+        release: the clients' class statistics as they were released, by name; empty if there are none, or not yet.
     """
 
     round: int
     state: ClientState
+    release: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class ClientEnd:
@@ -73,16 +79,80 @@ class ClientEnd:
         self.federation, self.data, self.numbers = federation, data, list(numbers)
         self.randomness = federation.randomness(randomness)
         self.boosts = dict(boosts or {})
+        self._drawn: tuple[Mapping[str, Tensor], ClientData] | None = None
 
     def start(self) -> ClientTraining:
         """Return the state before the first round."""
         init = self.federation.init_context(self.numbers)
-        state = self.federation.algorithm.client_init(self.federation.settings, init, self.data)
+        data = self.data
+        if isinstance(self.federation.mechanism, StatisticsMechanism):  # the real start follows the release
+            data = stand_in(self.federation, len(self.numbers))
+        state = self.federation.algorithm.client_init(self.federation.settings, init, data)
         return ClientTraining(0, state)
 
-    def round(self, training: ClientTraining) -> ClientRound:
-        """Return the next round, which waits for the server's messages."""
+    def round(self, training: ClientTraining) -> ClientRound | ClientReleaseRound:
+        """Return the next round, which waits for the server's messages; the release of statistics comes first."""
+        if self.federation.mechanism.releases_statistics and not training.release:
+            return ClientReleaseRound(self, training)
         return ClientRound(self, training)
+
+    def released(self, training: ClientTraining, release: Mapping[str, Tensor]) -> ClientTraining:
+        """Return the state before the first round, after a release of class statistics.
+
+        Args:
+            training: before it.
+            release: name to tensor, as `ClientTraining.release`.
+        """
+        after = replace(training, release=dict(release))
+        init = self.federation.init_context(self.numbers)
+        state = self.federation.algorithm.client_init(self.federation.settings, init, self.training_data(after))
+        return replace(after, state=state)
+
+    def training_data(self, training: ClientTraining) -> ClientData:
+        """Return the examples that clients train on: their images, or what was drawn from the released statistics."""
+        mechanism = self.federation.mechanism
+        if not isinstance(mechanism, StatisticsMechanism):
+            return self.data
+        if self._drawn is None or self._drawn[0] is not training.release:
+            self._drawn = training.release, self._data_of(mechanism, training.release)
+        return self._drawn[1]
+
+    def _data_of(self, mechanism: StatisticsMechanism, release: Mapping[str, Tensor]) -> ClientData:
+        statistics = mechanism.estimator.statistics(release.get(OWN), pooled_of(release), self.numbers)
+        if not mechanism.replaces_images:
+            return replace(self.data, statistics=statistics)
+        streams = self.federation.init_context(self.numbers).streams
+        features, labels, sizes = drawn(statistics, streams, 1 - mechanism.settings.held_error)
+        ends = list(accumulate(sizes))
+        rows = [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+        table = client_data(features.to(self.data.features.dtype), labels, rows, "uniform")
+        return replace(table, weights=self.data.weights, statistics=statistics)
+
+
+class ClientReleaseRound:
+    """The release of a stack of clients' class statistics.
+
+    Attributes:
+        training: the clients' state; it includes the release once the server has told all of it.
+        losses: none.
+    """
+
+    def __init__(self, end: ClientEnd, training: ClientTraining) -> None:
+        mechanism, data = end.federation.mechanism, end.data
+        assert isinstance(mechanism, StatisticsMechanism)
+        rows = [row[:count] for row, count in zip(data.rows, data.counts, strict=True)]
+        rows = [row[data.shown(row)] for row in rows]
+        randomness = end.randomness(RELEASE_ROUND, end.numbers)
+        self._release = ClientsRelease(mechanism, data.features, data.labels, rows, end.numbers, randomness)
+        self._end, self.training = end, training
+        self.losses: list[Tensor] = []
+
+    def handle(self, contents: Mapping[int, bytes]) -> list[tuple[int, bytes | Refusal]]:
+        """Return the clients' replies to the server's messages; see `ClientsRelease.handle`."""
+        replies = self._release.handle(contents)
+        if self._release.released is not None:
+            self.training = self._end.released(self.training, self._release.released)
+        return replies
 
 
 class ClientRound:
@@ -139,7 +209,7 @@ class ClientRound:
             federation.settings,
             broadcast,
             take(self.training.state, stack),
-            _taken_data(end.data, stack, poisson),
+            _taken_data(end.training_data(self.training), stack, poisson),
             self._recorded(mechanism_round.gradients),
             round_context,
         )
@@ -156,7 +226,7 @@ class ClientRound:
             vectors, privacy = mechanism_round.summed, federation.mechanism.settings
             sums = sum_parties(privacy, vectors, randomness, session, places, count)
             self._parties = dict(zip(clients, sums, strict=True))
-        self.training = ClientTraining(number, put(self.training.state, stack, states))
+        self.training = replace(self.training, round=number, state=put(self.training.state, stack, states))
         return self._sent(upload, mechanism_round, clients, number)
 
     def _number(self, headers: Sequence[RoundHeader]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from sordino.errors import ConfigError
 from sordino.privacy.gradients import Batch, Gradient, Parameters, PromptOf
 from sordino.privacy.ledger import Disclosure, joint_digest
 from sordino.privacy.mechanism import WEIGHT, Mechanism, MechanismInputs
+from sordino.privacy.statistics.estimates import ClassStatistics
 from sordino.randomness import Randomness, Streams, SystemRandomness, generator
 from sordino.runtime.settings import RuntimeSettings
 
@@ -154,10 +155,28 @@ def schemas_of(
         broadcast = take(broadcast, torch.zeros(1, dtype=torch.int64, device=device))
     one = torch.ones(1, dtype=torch.int64, device=device)
     data = ClientData(torch.ones_like(example)[None], 0 * one, 0 * one[None], one, one.float())
+    if algorithm.ABOUT.statistics:
+        data = replace(data, statistics=_no_statistics(model, 1))
     state = algorithm.client_init(settings, init_context(model, Streams(0, 0, [0], device)), data)
     round_context = RoundContext(1, max(1, rounds), Streams(0, 1, [0], device))
     upload, _ = algorithm.client_round(settings, broadcast, state, data, _no_gradients, round_context)
     return Schemas(broadcast, map_tensors(upload, lambda _, tensor: torch.zeros_like(tensor)))
+
+
+def stand_in(federation: Federation, clients: int) -> ClientData:
+    """Return data of a stack of clients who have one example of zeros each, and statistics of nothing."""
+    model, device = federation.model, federation.device
+    ones = torch.ones(clients, dtype=torch.int64, device=device)
+    features = torch.zeros(1, model.encoder.feature_width, device=device)
+    statistics = _no_statistics(model, clients)
+    return ClientData(features, 0 * ones[:1], 0 * ones[:, None], ones, ones.float(), statistics=statistics)
+
+
+def _no_statistics(model: PromptModel, clients: int) -> ClassStatistics:
+    device = model.classes.mask.device
+    none = torch.zeros(clients, len(model.classes), device=device)
+    means = torch.zeros(*none.shape, model.encoder.feature_width, device=device)
+    return ClassStatistics(none, none[:, 0], none, means, none, none[:, 0], means[0])
 
 
 def _no_gradients(prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch) -> Gradient:
@@ -178,7 +197,13 @@ def participant_count(clients: int, participation: float) -> int:
 
 
 def mechanism_inputs(
-    algorithm: Algorithm, settings: Any, sizes: Sequence[int], rounds: int, runtime: RuntimeSettings, seed: int
+    algorithm: Algorithm,
+    settings: Any,
+    sizes: Sequence[int],
+    rounds: int,
+    runtime: RuntimeSettings,
+    seed: int,
+    classes: int = 0,
 ) -> MechanismInputs:
     """Return the properties of a method and its federation that determine its privacy analysis.
 
@@ -188,6 +213,7 @@ def mechanism_inputs(
         rounds: the number of rounds of the whole run.
         runtime: the `[runtime]` settings.
         seed: the run's seed.
+        classes: C; 0 if it does not matter.
     """
     about, schedule = algorithm.ABOUT, algorithm.schedule(settings)
     has_weight = "weight" in {part.name for part in fields(algorithm.Upload)}
@@ -213,6 +239,9 @@ def mechanism_inputs(
         personal=about.personal != "nothing",
         server_uses=about.server_uses,
         discloses=(*about.discloses, *([sizes_disclosure] if tells_sizes else [])),
+        classes=classes,
+        statistics=about.statistics,
+        one_feature=not model_class(algorithm).prompts_images,
     )
 
 

@@ -16,11 +16,11 @@ import sordino
 from sordino.algorithms.base import Algorithm, ClientState, RoundContext, Server
 from sordino.encoders.prompt_model import Prompt, PromptModel
 from sordino.privacy.choice import mechanism_for
-from sordino.privacy.ledger import Ledger, joint_digest
+from sordino.privacy.ledger import Ledger, Release, joint_digest
 from sordino.privacy.settings import PrivacySettings
 from sordino.randomness import Randomness, SystemRandomness, new_nonce, simulated
 from sordino.runtime import aggregation
-from sordino.runtime.client import ClientEnd, ClientTraining
+from sordino.runtime.client import ClientEnd, ClientRound, ClientTraining
 from sordino.runtime.facts import (
     Federation,
     Schemas,
@@ -31,8 +31,10 @@ from sordino.runtime.facts import (
     schemas_of,
 )
 from sordino.runtime.records import RoundRecord
+from sordino.runtime.release import OWN
 from sordino.runtime.server import Diverged, RoundError, ServerEnd, ServerTraining, finite
 from sordino.runtime.settings import RuntimeSettings
+from sordino.secure import Refusal
 
 __all__ = ["Diverged", "LocalRuntime", "RoundError", "Training"]
 
@@ -125,7 +127,7 @@ class LocalRuntime:
         self.data = client_data(features, labels, rows, runtime.weighting)
         self.privacy = privacy or PrivacySettings()
         sizes = [len(client_rows) for client_rows in rows]
-        inputs = mechanism_inputs(algorithm, settings, sizes, self.rounds, runtime, seed)
+        inputs = mechanism_inputs(algorithm, settings, sizes, self.rounds, runtime, seed, len(model.classes))
         self.mechanism = mechanism_for(self.privacy, inputs, model)
         participants = participant_count(len(rows), runtime.participation)
         if check := getattr(algorithm, "check", None):
@@ -143,7 +145,7 @@ class LocalRuntime:
             getattr(method, "__name__", type(method).__name__),
             repr(self.settings),
             repr(self.runtime),
-            repr(self.privacy.model_copy(update={"nonce": None})),
+            repr(sorted(self.privacy.model_dump(exclude_defaults=True, exclude={"nonce"}).items())),
             repr((self.mechanism.noise_multiplier, self.mechanism.delta, self.rounds, self.seed, self.boosts)),
             f"{encoder.name} {encoder.fingerprint} {encoder.dtype}",
             repr(self.model.classes.names),
@@ -178,7 +180,7 @@ class LocalRuntime:
         """Return the server."""
         return ServerEnd(self.federation, self.randomness)
 
-    @property
+    @cached_property
     def clients(self) -> ClientEnd:
         """Return all clients, as one stack."""
         return ClientEnd(self.federation, self.data, range(len(self.data)), self.randomness, self.boosts)
@@ -187,6 +189,47 @@ class LocalRuntime:
         """Return the state before the first round."""
         data = {f"client {client}": digest for client, digest in enumerate(self.digests)}
         return Training(self.server.start(self._run_name(), data), self.clients.start())
+
+    @property
+    def releases_statistics(self) -> bool:
+        """Tell whether class statistics are released before the first round."""
+        return self.mechanism.releases_statistics
+
+    def release(self, training: Training) -> tuple[Training, RoundRecord]:
+        """Release the clients' class statistics; every method that works on them needs it before its first round.
+
+        Returns:
+            The state after it, and a record of round 0 with the bytes that the first client sent and was sent.
+
+        Raises:
+            RoundError: a client did not answer as was agreed, or a secure sum failed.
+        """
+        clients = self.clients.round(training.at_clients)
+        sent = [0, 0]
+
+        def link(contents: Mapping[int, bytes]) -> list[tuple[int, bytes | Refusal]]:
+            replies = clients.handle(contents)
+            sent[0] += sum(len(reply) for client, reply in replies if client == 0 and isinstance(reply, bytes))
+            sent[1] += len(contents.get(0, b""))
+            return replies
+
+        at_server = self.server.release(training.at_server, link)
+        return Training(at_server, clients.training), RoundRecord(0, 0.0, len(self.data), *sent)
+
+    def with_release(self, training: Training, release: Mapping[str, Tensor], releases: Sequence[Release]) -> Training:
+        """Return the state after a release that happened before.
+
+        Args:
+            training: before it.
+            release: what the clients keep of it, by name.
+            releases: its entries in the ledger.
+        """
+        device = self.data.features.device
+        release = {name: tensor.to(device) for name, tensor in release.items()}
+        pooled = {name: tensor for name, tensor in release.items() if name != OWN}
+        ledger = training.ledger.add(releases)
+        at_server = replace(training.at_server, ledger=ledger, release=pooled, released=True)
+        return Training(at_server, self.clients.released(training.at_clients, release))
 
     def round(self, training: Training) -> tuple[Training, RoundRecord]:
         """Run the next round.
@@ -197,6 +240,7 @@ class LocalRuntime:
             RunError: the method does not keep to its schedule, and nothing was released.
         """
         clients = self.clients.round(training.at_clients)
+        assert isinstance(clients, ClientRound), "release statistics first"
         number = training.round + 1
         try:
             at_server, seen = self.server.round(training.at_server, clients.handle)

@@ -30,12 +30,14 @@ from sordino.errors import RunError
 from sordino.privacy.ledger import Ledger, Release
 from sordino.privacy.mechanism import WEIGHT, ServerRoundMechanism
 from sordino.privacy.secure_mean import ServerSums
+from sordino.privacy.statistics.mechanism import StatisticsMechanism
 from sordino.randomness import system_bytes
 from sordino.runtime import messages
 from sordino.runtime.aggregation import aggregated
 from sordino.runtime.facts import Federation, RandomnessOf, participants, stacked
 from sordino.runtime.messages import MessageError, NotFinite, RoundHeader
 from sordino.runtime.records import ProtocolRecord, protocol_record
+from sordino.runtime.release import RELEASE_ROUND, collect
 from sordino.secure import Carrier, Refusal, SecureError
 
 Link = Carrier  # carries messages to clients, by their numbers in the federation
@@ -51,12 +53,16 @@ class ServerTraining:
         state: the method's state.
         mechanism: the privacy mechanism's state.
         ledger: all releases so far.
+        release: what all clients' class statistics tell together, by name; empty if nothing does.
+        released: whether class statistics were released.
     """
 
     round: int
     state: Server
     mechanism: dict[str, Tensor] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
+    release: Mapping[str, Tensor] = field(default_factory=dict)
+    released: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,24 @@ class ServerEnd:
         state = federation.algorithm.server_init(federation.settings, init)
         return ServerTraining(0, state, federation.mechanism.initial_state(), ledger)
 
+    def release(self, training: ServerTraining, link: Link) -> ServerTraining:
+        """Have the clients release their class statistics; it comes before the first round, where there is one.
+
+        Raises:
+            RoundError: a client did not answer as was agreed, or the secure sum failed.
+        """
+        mechanism = self.federation.mechanism
+        assert isinstance(mechanism, StatisticsMechanism)
+        assert not training.released, "statistics are released once"
+        randomness = self.randomness(RELEASE_ROUND, [0])
+        try:
+            release = collect(mechanism, link, randomness, training.ledger.run, self.federation.device)
+        except (MessageError, SecureError) as error:
+            ledger = training.ledger.add(mechanism.released(training.ledger.run))  # some may have left
+            raise RoundError(f"before the first round: {error}", ledger) from None
+        pooled = {} if release.pooled is None else dict(vars(release.pooled))
+        return replace(training, ledger=training.ledger.add(release.releases), release=pooled, released=True)
+
     def round(self, training: ServerTraining, link: Link) -> tuple[ServerTraining, ServerRecord]:
         """Run the next round.
 
@@ -153,7 +177,8 @@ class ServerEnd:
             finished = mechanism_round.finish(below_clip)
         except SecureError as error:  # a sum of this round may have been opened before
             raise RoundError(f"round {number}: {error}", training.ledger.add(mechanism_round.releases)) from None
-        after = ServerTraining(number, state, finished, training.ledger.add(mechanism_round.releases))
+        entered = training.ledger.add(mechanism_round.releases)
+        after = replace(training, round=number, state=state, mechanism=finished, ledger=entered)
         if not finite(state):
             raise Diverged(f"the server's state is not finite after round {number}", after.ledger)
         up, down = (len(replies[0][1]), len(contents[chosen[0]])) if replies else (0, 0)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sordino.privacy.statistics.posterior import ClassMeans, Observed, observed, personal, pooled, shrunk, within
+from sordino.privacy.statistics.posterior import Observed, observed, personal, pooled, shrunk, within
 from sordino.randomness import Streams
 
 EXAMPLES = 16  # that are drawn for a class that a client holds, on average
@@ -26,7 +26,7 @@ class ClassStatistics:
         means: [K, C, D], the expected mean of the client's features of each class.
         variance: [K, C], of each number of them.
         within: [K], the variance of a feature around its class's mean, in one direction.
-        shared: [C, D], the expected means over all clients.
+        shared: [C, D], the expected means over all clients; None if what they released is not joined.
     """
 
     counts: Tensor
@@ -35,7 +35,7 @@ class ClassStatistics:
     means: Tensor
     variance: Tensor
     within: Tensor
-    shared: Tensor
+    shared: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,6 @@ class Estimator:
             else:
                 spread = within(everybody, shared)
             parts.append((seen, means, spread))
-        alone = shared if shared is not None else ClassMeans(_over([m.means for _, m, _ in parts]), parts[0][1].variance)
         return ClassStatistics(
             torch.stack([seen.expected for seen, _, _ in parts]),
             torch.stack([seen.count_variance.mean().sqrt() for seen, _, _ in parts]),
@@ -123,7 +122,7 @@ class Estimator:
             self._back(torch.stack([means.means for _, means, _ in parts])),
             torch.stack([means.variance for _, means, _ in parts]),
             torch.tensor([spread for _, _, spread in parts]).to(self.text),
-            self._back(alone.means),
+            None if shared is None else self._back(shared.means),
         )
 
     def _own(self, matrix: Tensor, client: int) -> Observed:
@@ -188,6 +187,3 @@ def drawn(statistics: ClassStatistics, streams: Streams, certainty: float) -> tu
 def _stacked(parts: Sequence[Observed]) -> Observed:
     return Observed(*(torch.stack([getattr(part, entry.name) for part in parts]) for entry in fields(Observed)))
 
-
-def _over(means: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(means)).mean(0)

@@ -1,0 +1,179 @@
+"""`release.safetensors` of a run directory: what was released of class statistics, for restarts and for other runs.
+
+Whatever is made of a release is post-processing. So a run may use another run's release again, at no further cost, if
+it is of the same data: `privacy.release = RUN`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from sordino.errors import ConfigError, RunError
+from sordino.experiments.config import Experiment
+from sordino.files import absolute_path, write_atomically
+from sordino.privacy.ledger import Release
+from sordino.privacy.settings import PrivacySettings
+from sordino.runtime.local import LocalRuntime, Training
+
+FILE = "release.safetensors"
+ENTRY = "sordino"
+FORMAT = 1
+# Keys that a run with an earlier release takes from it.
+GIVEN = (
+    *("noise_multiplier", "epsilon", "delta", "noise_by", "shared_budget", "subspace", "count_share", "sampling_rate"),
+    *("unit", "person_images", "clip", "colluders", "dropouts", "simulation", "nonce"),
+)
+
+
+@dataclass(frozen=True)
+class ReleaseFile:
+    """A release of class statistics.
+
+    Attributes:
+        path: where it was read; for messages.
+        tensors: name to tensor, on the CPU, as `ClientTraining.release`.
+        releases: the ledger's entries of it.
+        digests: of each party's data.
+        class_names: the classes, in order.
+        encoder: the encoder's fingerprint.
+        privacy: the `[privacy]` table, with the noise multiplier, delta and counts' share that were used.
+    """
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    releases: tuple[Release, ...]
+    digests: tuple[str, ...]
+    class_names: tuple[str, ...]
+    encoder: str
+    privacy: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, runtime: LocalRuntime, training: Training, path: Path) -> ReleaseFile:
+        """Return the release of a run that has just made it."""
+        mechanism = runtime.mechanism
+        used = {
+            "noise_multiplier": mechanism.noise_multiplier,
+            "delta": mechanism.delta,
+            "count_share": getattr(mechanism, "count_share", None),
+            "nonce": runtime.nonce if runtime.privacy.simulation else None,
+        }
+        return cls(
+            path,
+            {name: tensor.detach().cpu().contiguous() for name, tensor in training.at_clients.release.items()},
+            training.ledger.releases,
+            tuple(runtime.digests),
+            runtime.model.classes.names,
+            runtime.model.encoder.fingerprint,
+            runtime.privacy.model_dump() | used,
+        )
+
+    def save(self) -> None:
+        """Write the file, whole or not at all.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        document = {
+            "format": FORMAT,
+            "tensors_sha256": _digest(self.tensors),
+            "releases": [asdict(release) for release in self.releases],
+            "digests": self.digests,
+            "class_names": self.class_names,
+            "encoder": self.encoder,
+            "privacy": dict(self.privacy),
+        }
+        content = safetensors.torch.save(dict(self.tensors), metadata={ENTRY: json.dumps(document)})
+        write_atomically(self.path, content)
+
+    @classmethod
+    def load(cls, path: Path) -> ReleaseFile:
+        """Read a release; nothing is executed.
+
+        Raises:
+            RunError: there is none, or it is damaged or was changed.
+        """
+        try:
+            content = path.read_bytes()
+            length = int.from_bytes(content[:8], "little")
+            document = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][ENTRY])
+            tensors = safetensors.torch.load(content)
+            if document["format"] != FORMAT or _digest(tensors) != document["tensors_sha256"]:
+                raise ValueError("its numbers are not those that were released")
+            releases = [
+                Release(**entry | {name: tuple(entry[name]) for name in ("noise_multipliers", "observers")})
+                for entry in document["releases"]
+            ]
+            named = (tuple(document[name]) for name in ("digests", "class_names"))
+            return cls(path, tensors, tuple(releases), *named, document["encoder"], document["privacy"])
+        except OSError as error:
+            reason = f"no {FILE} to read ({error.strerror}); give the directory of a run with mechanism 'statistics'"
+            raise RunError(f"{path.parent}: {reason}") from None
+        except (ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
+            raise RunError(f"{path} is damaged or was changed ({error}); release anew in another directory") from None
+
+    def check(self, runtime: LocalRuntime) -> None:
+        """See that the release is of this run's data, classes and encoder.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        encoder = runtime.model.encoder
+        same = {
+            "data of the clients": (self.digests, tuple(runtime.digests)),
+            "classes": (self.class_names, runtime.model.classes.names),
+            "encoder": (self.encoder, encoder.fingerprint),
+        }
+        for what, (released, here) in same.items():
+            if released != here:
+                raise ConfigError(
+                    "privacy.release",
+                    str(self.path.parent),
+                    f"is a release of other {what}; use the [data], [partition], [encoder] and seed that it was made "
+                    "with, or leave the key out to release anew",
+                )
+        lacks_own = "own" not in self.tensors and getattr(runtime.mechanism, "multipliers").own is not None
+        lacks_pooled = len(self.tensors) == 1 and getattr(runtime.mechanism, "joins")
+        if lacks_own or lacks_pooled:
+            has = "each client's own statistics" if lacks_pooled else "all clients' joint statistics"
+            raise ConfigError(
+                "privacy.release", str(self.path.parent), f"holds {has} only, which does not suffice for this method"
+            )
+
+
+def with_release(config: Experiment) -> tuple[Experiment, ReleaseFile | None]:
+    """Return the configuration with the noise of an earlier release, and the release, if it names one.
+
+    Raises:
+        RunError: the release cannot be read.
+        ConfigError: the configuration says something else than the release.
+    """
+    if config.privacy.release is None:
+        return config, None
+    folder = absolute_path(config.privacy.release, "privacy.release")
+    earlier = ReleaseFile.load(folder / FILE)
+    here = config.privacy.model_dump()
+    for key in sorted(config.privacy.model_fields_set & set(GIVEN)):
+        if key in earlier.privacy and here[key] != earlier.privacy[key]:
+            raise ConfigError(
+                f"privacy.{key}",
+                here[key],
+                f"the release of {folder} was made with {earlier.privacy[key]!r}; leave the key out, or release anew",
+            )
+    given = {key: value for key, value in earlier.privacy.items() if key in GIVEN}
+    return config.model_copy(update={"privacy": PrivacySettings(**here | given)}), earlier
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(f"{name} {tuple(tensors[name].shape)}".encode() + tensors[name].numpy().tobytes())
+    return total.hexdigest()

@@ -1,0 +1,223 @@
+"""The mechanism `statistics`: one noisy release before the first round, and no noise after it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from sordino.privacy.cotangent import public_directions
+from sordino.privacy.example_level import SIZES_KNOWN
+from sordino.privacy.ledger import OBSERVERS, Disclosure, Ledger, Observer, Release
+from sordino.privacy.mechanism import Mechanism, summed_securely
+from sordino.privacy.secure_mean import ServerSums, SumTerms
+from sordino.privacy.statistics.estimates import Estimator, Noise
+from sordino.privacy.statistics.posterior import Observed
+from sordino.privacy.statistics.release import class_sums, contributions, count_share
+from sordino.randomness import Randomness
+
+CONTENT = "class counts and class sums of features, once"
+FIELD = "statistics"  # of the secure sum
+
+
+@dataclass(frozen=True)
+class StatisticsMechanism(Mechanism):
+    """Release class statistics once; see `release` for what that is and why its sensitivity is 1.
+
+    With `noise_by = "client"` each client's matrix has enough noise for itself, the server sees them all, and what they
+    tell together is told to all. With "server" and "shares" the sum of all matrices is released, with one noise. A
+    method with a personal part then needs the client's own matrix too: both are made of the same examples, so together
+    they are one Gaussian release, and `shared_budget` of it goes to the sum.
+
+    If no mechanism is on and the method works on statistics, they are exchanged without noise.
+    """
+
+    @property
+    def releases_statistics(self) -> bool:
+        return True
+
+    @property
+    def replaces_images(self) -> bool:
+        """Tell whether clients train on examples drawn from the release instead of their images."""
+        return self.settings.on
+
+    @property
+    def sums_securely(self) -> bool:
+        return False  # in no round
+
+    @property
+    def in_shares(self) -> bool:
+        """Tell whether the release of the sum is a secure sum."""
+        return self.settings.on and self.settings.noise_by == "shares"
+
+    @property
+    def joins(self) -> bool:
+        """Tell whether what the clients released is joined; a method that sends nothing uses its own only."""
+        return self.inputs.server_uses != "nothing"
+
+    @property
+    def uploads_matrices(self) -> bool:
+        """Tell whether the server sees the clients' matrices, with noise or not."""
+        return self.joins and not self.in_shares
+
+    @cached_property
+    def multipliers(self) -> Noise:
+        """Return the noise multipliers of a client's own matrix and of the sum."""
+        z, share = self.noise_multiplier, self.settings.shared_budget
+        if self.settings.noise_by == "client" or not self.settings.on:
+            return Noise(z, None)
+        if not self.inputs.personal:
+            return Noise(None, z)
+        return Noise(z / math.sqrt(1 - share), z / math.sqrt(share))
+
+    @property
+    def clip(self) -> float:
+        """Return the sensitivity: the largest norm of one unit's contribution."""
+        return 1.0
+
+    @cached_property
+    def count_share(self) -> float:
+        """Return a^2, the counts' share of a contribution's squared norm; from public numbers alone."""
+        if self.settings.count_share is not None:
+            return self.settings.count_share
+        sizes = sorted(self.inputs.sizes)
+        examples = sizes[len(sizes) // 2] if self.multipliers.own is not None else sum(sizes)
+        noise = self.multipliers.own if self.multipliers.own is not None else self.multipliers.total
+        assert noise is not None
+        return count_share(noise, self.inputs.classes, self.settings.sampling_rate * examples)
+
+    @cached_property
+    def directions(self) -> Tensor | None:
+        """Return the public directions [D, r], or None for all."""
+        assert self.model is not None
+        rank = self.settings.subspace
+        return None if rank is None else public_directions(self.model.encoder, rank)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return the shape of a matrix, (C, 1 + r)."""
+        assert self.model is not None
+        width = self.model.encoder.feature_width if self.directions is None else self.directions.shape[1]
+        return len(self.model.classes), 1 + width
+
+    @cached_property
+    def estimator(self) -> Estimator:
+        """Return what turns released matrices into estimates."""
+        assert self.model is not None
+        encoder = self.model.encoder
+        with torch.no_grad():
+            text = encoder.text_features(encoder.zero_shot_context()[None], self.model.classes)[0]
+        own, total = self.multipliers.own, self.multipliers.total
+        noise = Noise(None if own is None else own * self.clip, None if total is None else total * self.clip)
+        return Estimator(
+            noise,
+            self.count_share,
+            self.settings.sampling_rate,
+            self.inputs.sizes,
+            self.directions,
+            text,
+            not self.inputs.personal and self.inputs.server_uses == "mean",
+            self.joins,
+        )
+
+    def matrices(
+        self, features: Tensor, labels: Tensor, rows: Sequence[Tensor], randomness: Randomness
+    ) -> tuple[Tensor, Tensor | None]:
+        """Add up the statistics of a stack of clients.
+
+        Args:
+            features, labels: [N, D] and [N], the table of images.
+            rows: K lists of row numbers.
+            randomness: of the clients' noise and samples.
+
+        Returns:
+            [K, C, 1 + r] exact sums, float64, which must not leave; and the same with each client's own noise, float32,
+            or None if clients release none.
+        """
+        rate, chosen = self.settings.sampling_rate, list(rows)
+        if rate < 1:
+            drawn = randomness.uniform("sample of statistics", [len(part) for part in rows])
+            pairs = zip(rows, drawn, strict=True)
+            chosen = [part[(numbers < rate).to(part.device)] for part, numbers in pairs]
+        classes, width = self.shape
+        exact = torch.stack(
+            [
+                class_sums(contributions(features[part], self.count_share, self.directions), labels[part], classes)
+                for part in chosen
+            ]
+        )
+        if self.multipliers.own is None:
+            return exact, None
+        noise = randomness.normal("noise on class statistics", classes, width).to(exact)
+        return exact, (exact + self.multipliers.own * self.clip * noise).float()
+
+    def summed(self, exact: Tensor, randomness: Randomness) -> Tensor:
+        """Return the sum of all clients' matrices [C, 1 + r] with the server's noise, float32.
+
+        Args:
+            exact: [K, C, 1 + r], which a trusted server has.
+            randomness: of the server.
+        """
+        assert self.multipliers.total is not None
+        noise = randomness.common_normal("noise on the sum of class statistics", *exact.shape[1:])
+        total: Tensor = exact.double().sum(0) + self.multipliers.total * self.clip * noise.to(exact.device).double()
+        return total.float()
+
+    def summed_in_shares(self, sums: ServerSums) -> tuple[Tensor, float]:
+        """Return the secure sum [C, 1 + r], float32, and the noise multiplier that its survivors left."""
+        total, charged = sums.of(self.terms, {FIELD: torch.zeros(1, *self.shape, dtype=torch.float64)})
+        return total[FIELD].float(), charged
+
+    @cached_property
+    def terms(self) -> SumTerms:
+        """Return the terms of the secure sum; one entry may hold all of a client's examples."""
+        assert self.multipliers.total is not None
+        largest = float(max(self.inputs.sizes))
+        return SumTerms("the sum of class statistics", "example", self.clip, self.multipliers.total, largest)
+
+    def pooled(self, own: Tensor, total: Tensor | None) -> Observed:
+        """Return what all clients' releases tell together; see `Estimator.pooled`."""
+        return self.estimator.pooled(own, total)
+
+    def empty_ledger(self) -> Ledger:
+        if not self.settings.on:
+            return Ledger(disclosures=self.inputs.discloses)
+        noise_by = self.settings.noise_by
+        bare = Disclosure("each client's class counts and class sums of features, to the server once", "upload")
+        trusted: tuple[Observer, ...] = ("server",) if noise_by == "server" or self.inputs.pools_data else ()
+        assumptions = (SIZES_KNOWN, *((summed_securely(self.settings),) if noise_by == "shares" else ()))
+        disclosures = (bare,) if noise_by == "server" else ()
+        return Ledger((), disclosures, trusted, assumptions, self.delta, self._randomness)
+
+    def released(self, name: str, charged: float | None = None) -> list[Release]:
+        """Return the ledger's entries of the release.
+
+        Args:
+            name: of the release, which no other has.
+            charged: the noise multiplier that a secure sum's survivors left, if there was one.
+        """
+        planned = [replace(release, name=name) for release in self.planned()]
+        if charged is None:
+            return planned
+        return [replace(r, noise_multipliers=(*r.noise_multipliers[:-1], charged)) for r in planned]
+
+    def planned(self, rounds: int | None = None) -> list[Release]:
+        if not self.settings.on:
+            return []
+        noise_by, noise = self.settings.noise_by, self.multipliers
+        multipliers = tuple(z for z in (noise.own, noise.total) if z is not None)
+        seen_by: tuple[Observer, ...] = ("clients", "public") if noise_by == "server" else OBSERVERS
+        rate = self.settings.sampling_rate
+        return [
+            Release(CONTENT, f"client {client}", self.settings.unit, multipliers, rate, 1, noise_by, seen_by)
+            for client in range(len(self.inputs.sizes))
+        ]
+
+
+def named(observed: Observed) -> Mapping[str, Tensor]:
+    """Return the tensors of pooled statistics by name."""
+    return vars(observed)
