@@ -29,7 +29,7 @@ from sordino.algorithms.promptfl import Broadcast, Server, Upload, broadcast, cl
 from sordino.encoders.base import ClassTokens, DualEncoder
 from sordino.encoders.prompt_model import Prompt, PromptModel, named_parts
 from sordino.privacy.ledger import Disclosure
-from sordino.randomness import derive_key
+from sordino.prompts.by_class import class_numbers
 
 __all__ = ["Broadcast", "Server", "Upload", "broadcast", "client_round", "server_init", "server_round"]
 
@@ -95,7 +95,8 @@ class Model(PromptModel):
         if "keys" not in parts:
             return logits
         near = torch.exp(self.sharpness * (images @ parts["keys"].mT - 1))  # [P, B, n]
-        candidates = torch.tensor([class_number(name) for name in self.classes.names], device=near.device)
+        # By name, so that a memory adds nothing to candidates without an image in it.
+        candidates = class_numbers(self.classes.names, near.device)
         values = parts["labels"][..., None] == candidates  # [P, n, C], L
         return logits + self.attention * near @ values.to(near)
 
@@ -107,11 +108,6 @@ class Model(PromptModel):
 class ClientState(base.ClientState):
     keys: Tensor  # [K, n, D], features of the client's images
     labels: Tensor  # [K, n], their `class_number`; 0 for padding
-
-
-def class_number(name: str) -> int:
-    """Return a number for a class by its name, so that a memory adds nothing to candidates without an image in it."""
-    return derive_key("class", name) & 0x7FFFFFFFFFFFFFFF  # an int64 holds 63 bits
 
 
 def schedule(settings: Settings) -> Schedule:
@@ -128,7 +124,7 @@ def client_init(settings: Settings, init: InitContext, data: ClientData) -> Clie
     kept = (labels >= 0) & (earlier < settings.shots)
     order = (~kept).to(torch.int8).argsort(dim=1, stable=True)[:, : int(kept.sum(1).max())]
     rows, real = data.rows.gather(1, order), kept.gather(1, order)
-    numbers = torch.tensor([class_number(name) for name in init.class_names], device=labels.device)
+    numbers = class_numbers(init.class_names, labels.device)
     keys = torch.where(real[..., None], data.features[rows], 0.0)
     return ClientState(keys, torch.where(real, numbers[data.labels[rows]], 0))
 
