@@ -31,7 +31,7 @@ from sordino.runtime.local import LocalRuntime, Training
 
 MakeRuntime = Callable[..., LocalRuntime]
 
-LEARNING = [name for name in METHODS if name != "zero-shot"]
+LEARNING = [name for name in METHODS if algorithm(name).ABOUT.trains]
 FEDERATED = [name for name in LEARNING if name != "central"]
 # Others are in test_secfpp.py.
 SENDING = [name for name in FEDERATED if not hasattr(algorithm(name), "server_exchange")]

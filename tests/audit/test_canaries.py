@@ -27,7 +27,7 @@ from sordino.randomness import Streams, derive_key
 from sordino.runtime.local import LocalRuntime, Training
 
 Make = Callable[..., LocalRuntime]
-LEARNING = [name for name in METHODS if name != "zero-shot"]
+LEARNING = [name for name in METHODS if algorithm(name).ABOUT.trains]
 IMAGE_SIDE = ["pfedpt", "pfedpg", "fedperfix", "sgpt"]
 ROWS = [list(range(0, 12)), list(range(12, 20)), list(range(20, 40))]
 QUICK: dict[str, Any] = {

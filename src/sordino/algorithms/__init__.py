@@ -36,6 +36,8 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "zero-shot": Method("zero_shot"),
+    "class-prior": Method("class_prior"),
+    "head": Method("head"),
     "local": Method("local"),
     "central": Method("central"),
     "promptfl": Method("promptfl"),
@@ -49,6 +51,7 @@ METHODS: dict[str, Method] = {
     "sgpt": Method("sgpt"),
     "secfpp": Method("secfpp"),
     "secfpp-plain": Method("secfpp_plain", "secfpp"),
+    "dp-residual": Method("dp_residual"),
     "dp-fpl": Method("dp_fpl"),
     "dplora": Method("dp_fpl", "dp-fpl", {"parameterization": "lora"}),
     "dp-fpl-full": Method("dp_fpl", "dp-fpl", {"parameterization": "full"}),

@@ -1,0 +1,94 @@
+"""DP-Residual: the hand-written prompt's class features, moved toward the client's class means, plus its class prior.
+
+Client k has for class c the mean feature of its images, as far as noisy statistics tell it; where they do not, the mean
+over all clients, and behind it the text feature (`sordino.privacy.statistics`). With the text feature t_c of the
+hand-written prompt and the mean's direction m_kc, the class feature is
+
+    normalize(t_c + strength (m_kc - t_c)),
+
+and the logit has the log prior of `class-prior`. A candidate without statistics has the feature t_c and the prior 0.
+
+Relatives. TaskRes (Yu et al., Task Residual for Tuning Vision-Language Models, CVPR 2023) learns such a residual of the
+class features by gradients, with the text features fixed. Tip-Adapter (Zhang et al., ECCV 2022) adds a memory of single
+image features to the logits. Here the residual is read off class sums, so one release of these is all that privacy pays
+for, and there are no rounds.
+"""
+
+from pydantic.dataclasses import dataclass as settings_dataclass
+
+from sordino.algorithms.base import STRICT, ClientData, InitContext, MethodInfo
+from sordino.algorithms.class_statistics import (
+    Broadcast,
+    ClientState,
+    Server,
+    StatisticsModel,
+    Upload,
+    Weight,
+    broadcast,
+    client_round,
+    directions,
+    log_prior,
+    numbers,
+    prompt,
+    schedule,
+    server_init,
+    server_round,
+    statistics_of,
+)
+from sordino.privacy.ledger import Disclosure
+
+__all__ = [
+    "Broadcast",
+    "Server",
+    "Upload",
+    "broadcast",
+    "client_round",
+    "prompt",
+    "schedule",
+    "server_init",
+    "server_round",
+]
+
+Model = StatisticsModel
+
+ABOUT = MethodInfo(
+    paper="none; relatives are TaskRes (Yu et al., CVPR 2023) and Tip-Adapter (Zhang et al., ECCV 2022)",
+    personal="a residual of each class's feature, and the logarithm of its class frequencies",
+    shared="the mean image feature of each class",
+    privacy="with noise on class sums and counts, (epsilon, delta) for an image; without noise none",
+    needs="text tower, image features",
+    discloses=(
+        Disclosure("each client's class sums and counts, to the server once", "upload"),
+        Disclosure("the mean features of all clients' classes, to all", "mean"),
+        Disclosure("each client's class means and class frequencies, where its prompt is published", "memory"),
+    ),
+    server_uses="mean",
+    trains=False,
+    statistics=True,
+)
+
+
+@settings_dataclass(frozen=True, config=STRICT)
+class Settings:
+    """Hyper-parameters.
+
+    Attributes:
+        prompt_text: the words before the class name.
+        residual: strength of the residual; 0 leaves the text features, 1 replaces them by the means' directions.
+        prior: the weight of the client's log prior; 0 leaves it out.
+    """
+
+    prompt_text: str = "a photo of a"
+    residual: Weight = 1.0
+    prior: Weight = 1.0
+
+
+def client_init(settings: Settings, init: InitContext, data: ClientData) -> ClientState:
+    statistics = statistics_of(data)
+    return ClientState(
+        {
+            "directions": directions(statistics.means),
+            "prior": log_prior(statistics, settings.prior),
+            "classes": numbers(statistics, init),
+        }
+    )
