@@ -3,8 +3,8 @@
 Three attacks use the same shadows. `shadow_attack` is the one that evaluates DP-FPL (Tran et al., Privacy-Preserving
 Personalized Federated Prompt Learning for Multimodal Large Language Models, ICLR 2025, section 5), after Shokri,
 Stronati, Song, Shmatikov, Membership Inference Attacks Against Machine Learning Models, S&P 2017. `lira` is Carlini,
-Chien, Nasr, Song, Terzis, Tramer, Membership Inference Attacks From First Principles, S&P 2022, Algorithm 1 (online). `rmia`
-is Zarifzadeh, Liu, Shokri, Low-Cost High-Power Membership Inference Attacks, ICML 2024, online and offline.
+Chien, Nasr, Song, Terzis, Tramer, Membership Inference Attacks From First Principles, S&P 2022, Algorithm 1 (online).
+`rmia` is Zarifzadeh, Liu, Shokri, Low-Cost High-Power Membership Inference Attacks, ICML 2024, online and offline.
 
 Each client has as many test images for non-members as it has members, class by class. A shadow federation trains on a
 random half of these candidates, again of every client and class. So the frequency of classes or clients tells nothing,

@@ -50,7 +50,7 @@ from sordino.runtime.local import LocalRuntime
 Floats = NDArray[np.float64]
 
 MOST_PAIRS = 500  # of candidates; of more, as many at random
-GRADIENTS = 4000  # of single images, which set the number of rounds that are attacked; two minutes on a core
+GRADIENTS = 2000  # of single images, which set the number of rounds that are attacked; a minute on a core
 LEAST_RIDGE, MOST_RIDGE = 1e-6, 1e6  # in units of the gradients' mean squared length
 
 
@@ -276,4 +276,5 @@ def coefficients(gradients: Tensor, uploads: Tensor, place: int) -> Tensor:
     noise = (length - explained).clamp(min=0) / max(width - int(spanned.sum()), 1)
     signal = (length - width * noise) / total
     ridge = (noise / signal).clamp(LEAST_RIDGE * unit, MOST_RIDGE * unit) if signal > 0 else MOST_RIDGE * unit
-    return (vectors @ (products / (values.clamp(min=0) + ridge)[:, None])).T
+    solved: Tensor = vectors @ (products / (values.clamp(min=0) + ridge)[:, None])  # [n, K]
+    return solved.T

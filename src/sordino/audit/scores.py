@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from sordino.audit.statistics import Roc, auc_interval, best_guesses, roc
+from sordino.audit.statistics import Roc, auc_interval, numbers_of_guesses, one_run_epsilon, roc
 from sordino.audit.subject import Subject
 from sordino.privacy import accounting
 from sordino.privacy.ledger import OBSERVERS, Ledger
@@ -98,7 +98,7 @@ class Claim:
             attack: the result of the scores.
             scores: [2 m], of m members and then of their m partners, as `Candidates` has them. They must not depend on
                 which is the member of any pair.
-            seed: orders pairs and ties.
+            seed: orders ties.
             attacks: the number of attacks whose best bound is looked at.
         """
         if not self.exchangeable or len(scores) < 4:
@@ -123,24 +123,34 @@ def claimed(ledger: Ledger, delta: float | None = None) -> float | None:
 def pair_epsilon(differences: Floats, delta: float, confidence: float, seed: int) -> float:
     """Compute a lower bound on epsilon from pairs of which one, by a fair coin, was trained on.
 
+    Of a pair, the image with the higher score is guessed to be the member. Pairs with the largest differences are
+    guessed first. Numbers of guesses are those of `best_guesses`, and so is the Bonferroni correction.
+
     A mechanism that is (eps, delta)-DP for an example added or removed is (2 eps, (1 + e^eps) delta)-DP for one that is
-    replaced. With B(d) the bound of `best_guesses` on pairs at delta d, the pairs contradict every eps for which
-    B((1 + e^eps) delta) > 2 eps. B falls as d grows. So e_0 = B(delta) / 2 is at least the largest such eps, and
-    e_1 = B((1 + e^e_0) delta) / 2 is at most that one. The function returns e_1. It exceeds an epsilon that holds with
-    probability at most 1 - confidence.
+    replaced. With B(d) the bound of `one_run_epsilon` at delta d, the best over numbers of guesses, the pairs
+    contradict every eps for which B((1 + e^eps) delta) > 2 eps. B falls as d grows. So e_0 = B(delta) / 2 is at least
+    the largest such eps, and e_1 = B((1 + e^e_0) delta) / 2 is at most that one. The function returns e_1. It exceeds
+    an epsilon that holds with probability at most 1 - confidence.
 
     Args:
         differences: [m], the member's score minus that of the other image of its pair.
         delta: of the claim that is tested.
         confidence: of the bound.
-        seed: gives each pair an order, by which it is guessed, and orders ties.
+        seed: orders ties.
     """
-    first = generator(derive_key(seed, "pairs"), "order").random(len(differences)) < 0.5
-    scores = np.where(first, differences, -differences)
+    pairs = len(differences)
+    ties = generator(derive_key(seed, "pairs"), "ties")
+    right = np.where(differences == 0, ties.random(pairs) < 0.5, differences > 0)
+    shuffled = ties.permutation(pairs)
+    surest = shuffled[np.argsort(-np.abs(differences[shuffled]), kind="stable")]
+    numbers = numbers_of_guesses(pairs)
+    corrected = 1 - (1 - confidence) / len(numbers)
+    correct = {guesses: int(right[surest[:guesses]].sum()) for guesses in numbers}
 
     def bound(at: float) -> float:
-        ties = generator(derive_key(seed, "pairs"), "ties")
-        return best_guesses(scores, first, min(at, 1.0), confidence, ties).epsilon / 2
+        """Return the best bound on epsilon of an added or removed example, at a delta of a replaced one."""
+        bounds = [one_run_epsilon(correct[guesses], guesses, pairs, min(at, 1.0), corrected) for guesses in numbers]
+        return max(bounds) / 2
 
     return bound(delta * (1 + math.exp(bound(delta))))
 

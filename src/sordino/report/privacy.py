@@ -13,6 +13,7 @@ from sordino.report.runs import Run
 from sordino.results import Measure, Privacy, rounded_up
 
 _TRADED: tuple[Measure, ...] = ("local", "neighbor")
+_DASHES = {"LiRA": "solid", "RMIA": "dash", "uploads": "dot"}
 
 
 def audits(groups: Sequence[Group]) -> str:
@@ -28,17 +29,17 @@ def audits(groups: Sequence[Group]) -> str:
         attacks = (run.audit or {}).get("attacks", {})
         seed = f" <small>(seed {run.summary.seed})</small>" if group.over_seeds else ""
         membership, canaries = attacks.get("membership", {}), attacks.get("canaries", {})
-        lira = membership.get("lira")
+        lira, over_rounds = membership.get("lira"), attacks.get("rounds", {})
         rows.append(
             [
                 escape(group.label) + seed,
                 _claim(run.summary.privacy),
                 _bound(canaries),
-                f"{lira['auc']:.3f} <small>({lira['auc_interval'][0]:.3f} to {lira['auc_interval'][1]:.3f})</small>"
-                if lira
-                else NONE,
+                _auc(lira),
+                _auc(membership.get("rmia")),
                 f"{membership['shadow_attack']['auc']:.3f}" if lira else NONE,
-                " / ".join(f"{100 * point['true_positive_rate']:.1f}" for point in lira["found"]) if lira else NONE,
+                _found(membership),
+                _over_rounds(over_rounds),
                 _inversion(attacks.get("inversion", {})),
                 _stealing(attacks.get("stealing", {})),
                 _distances(attacks.get("distances", {})),
@@ -49,8 +50,10 @@ def audits(groups: Sequence[Group]) -> str:
         "Claimed ε",
         "Shown ε, at least",
         "AUC, LiRA",
+        "AUC, RMIA",
         "AUC, shadow models",
-        "Found at 0.1% / 1% false positives, %",
+        "Found at 0.1% / 1% false positives, LiRA; RMIA, %",
+        "AUC, uploads over rounds; found, %",
         "Images recognized from an upload, %",
         "Stolen prompt, local accuracy, %",
         "Prompt from opened distances, cosine",
@@ -62,7 +65,9 @@ def audits(groups: Sequence[Group]) -> str:
         '<section aria-labelledby="audit"><h2 id="audit">Attacked</h2>\n'
         f"{table}<p><em>Shown ε</em>: the lower bound of the one-run audit with canaries, at 95% confidence, for the "
         "attacked run's mechanism trained once more; above the claim, the claim is false. <em>AUC</em>: of membership "
-        "inference on the published prompts, half is guessing, with its 95% interval. <em>Images recognized</em>: by "
+        "inference on the published prompts, half is guessing, with its 95% interval. <em>Uploads over rounds</em>: "
+        "the same by the server, which compares each client's uploads with those of the others. "
+        "<em>Images recognized</em>: by "
         "the server, from a client's upload of one image, with the share that chance gives. <em>Stolen prompt</em>: "
         "the mean over clients of the personal prompt that the server can replay from uploads, beside the client's "
         "own. <em>Prompt from opened distances</em>: how near the server comes to a client's prompt with the distances "
@@ -85,6 +90,33 @@ def _bound(canaries: dict[str, Any]) -> str:
     claimed = "nothing claimed" if claim is None else f"of {rounded_up(claim)} at δ = {canaries['delta']:.1g}"
     text = f"{canaries['epsilon']:.3g} <small>({claimed})</small>"
     return f'<strong class="exposed">{text}, which refutes the claim</strong>' if canaries["refuted"] else text
+
+
+def _auc(attack: dict[str, Any] | None) -> str:
+    """Return an attack's AUC with its interval, and its bound on epsilon if that refutes the claim."""
+    if not attack:
+        return NONE
+    low, high = attack["auc_interval"]
+    text = f"{attack['auc']:.3f} <small>({low:.3f} to {high:.3f})</small>"
+    if not attack.get("refuted"):
+        return text
+    return f'{text} <strong class="exposed">ε is at least {attack["epsilon"]:.3g}, which refutes the claim</strong>'
+
+
+def _found(membership: dict[str, Any]) -> str:
+    made = [membership[name] for name in ("lira", "rmia") if name in membership]
+    return "; ".join(_rates(attack) for attack in made) or NONE
+
+
+def _rates(attack: dict[str, Any]) -> str:
+    return " / ".join(f"{100 * point['true_positive_rate']:.1f}" for point in attack["found"])
+
+
+def _over_rounds(result: dict[str, Any]) -> str:
+    attack = result.get("attack")
+    if not attack:
+        return f"<small>{escape(result['reason'])}</small>" if result.get("reason") else NONE
+    return f"{_auc(attack)}; {_rates(attack)}"
 
 
 def _inversion(inversion: dict[str, Any]) -> str:
@@ -112,19 +144,24 @@ def _distances(distances: dict[str, Any]) -> str:
 
 
 def _curves(audited: Sequence[tuple[int, Group, Run]]) -> str:
-    """Return ROC curves of LiRA, on logarithmic axes as the left edge matters most."""
+    """Return ROC curves of the attacks, on logarithmic axes as the left edge matters most."""
     data: list[Figure] = [_guessing()]
     for index, group, run in audited:
-        curve = (run.audit or {}).get("attacks", {}).get("membership", {}).get("lira", {}).get("curve")
-        if curve:
+        attacks = (run.audit or {}).get("attacks", {})
+        membership = attacks.get("membership", {})
+        made = {"LiRA": membership.get("lira"), "RMIA": membership.get("rmia")}
+        made["uploads"] = attacks.get("rounds", {}).get("attack")
+        for name, attack in made.items():
+            if not attack:
+                continue
             data.append(
                 {
                     "type": "scatter",
                     "mode": "lines",
-                    "name": plain(f"{group.label}, seed {run.summary.seed}"),
-                    "x": [max(x, 1e-4) for x, _ in curve],
-                    "y": [max(y, 1e-4) for _, y in curve],
-                    "line": {"color": color(index), "width": 2},
+                    "name": plain(f"{group.label}, seed {run.summary.seed}: {name}"),
+                    "x": [max(x, 1e-4) for x, _ in attack["curve"]],
+                    "y": [max(y, 1e-4) for _, y in attack["curve"]],
+                    "line": {"color": color(index), "dash": _DASHES[name], "width": 2},
                     "meta": {"series": index},
                 }
             )
@@ -141,7 +178,8 @@ def _curves(audited: Sequence[tuple[int, Group, Run]]) -> str:
     return (
         "<figure>\n"
         + place("roc", {"data": data, "layout": layout}, "ROC curves of membership inference; the table has AUCs.")
-        + "<figcaption>Membership inference by LiRA, both axes logarithmic.</figcaption></figure>\n"
+        + "<figcaption>Membership inference by LiRA (solid), RMIA (dashed) and the uploads over rounds (dotted), "
+        "both axes logarithmic.</figcaption></figure>\n"
     )
 
 
