@@ -67,8 +67,8 @@ def audits(groups: Sequence[Group]) -> str:
         "attacked run's mechanism trained once more; above the claim, the claim is false. <em>AUC</em>: of membership "
         "inference on the published prompts, half is guessing, with its 95% interval. <em>Uploads over rounds</em>: "
         "the same by the server, which compares each client's uploads with those of the others. "
-        "<em>Images recognized</em>: by "
-        "the server, from a client's upload of one image, with the share that chance gives. <em>Stolen prompt</em>: "
+        "A bound on ε beside an AUC is by pairs of a member and a non-member, at 95% confidence. "
+        "<em>Images recognized</em>: by the server, from a client's upload of one image, with the share that chance gives. <em>Stolen prompt</em>: "
         "the mean over clients of the personal prompt that the server can replay from uploads, beside the client's "
         "own. <em>Prompt from opened distances</em>: how near the server comes to a client's prompt with the distances "
         "that it clusters by and the help of the other clients, beside what the cluster's mean shows it anyway."
@@ -93,14 +93,14 @@ def _bound(canaries: dict[str, Any]) -> str:
 
 
 def _auc(attack: dict[str, Any] | None) -> str:
-    """Return an attack's AUC with its interval, and its bound on epsilon if that refutes the claim."""
+    """Return an attack's AUC with its interval, and its bound on epsilon if that shows something."""
     if not attack:
         return NONE
     low, high = attack["auc_interval"]
     text = f"{attack['auc']:.3f} <small>({low:.3f} to {high:.3f})</small>"
-    if not attack.get("refuted"):
-        return text
-    return f'{text} <strong class="exposed">ε is at least {attack["epsilon"]:.3g}, which refutes the claim</strong>'
+    if attack.get("refuted"):
+        return f'{text} <strong class="exposed">ε is at least {attack["epsilon"]:.3g}, which refutes the claim</strong>'
+    return f"{text} <small>ε ≥ {attack['epsilon']:.2g}</small>" if attack.get("epsilon") else text
 
 
 def _found(membership: dict[str, Any]) -> str:
