@@ -13,7 +13,8 @@ from sordino.report.runs import Run
 from sordino.results import Measure, Privacy, rounded_up
 
 _TRADED: tuple[Measure, ...] = ("local", "neighbor")
-_DASHES = {"LiRA": "solid", "RMIA": "dash", "uploads": "dot"}
+_TITLES = {"lira": "LiRA", "rmia": "RMIA", "rmia_offline": "RMIA, offline", "shadow_attack": "shadow models"}
+_DASHES = {"LiRA": "solid", "RMIA": "dash", "uploads over rounds": "dot"}
 
 
 def audits(groups: Sequence[Group]) -> str:
@@ -24,57 +25,90 @@ def audits(groups: Sequence[Group]) -> str:
     audited = [(index, group, run) for index, group in enumerate(groups) for run in group.runs if run.audit]
     if not audited:
         return ""
-    rows = []
+    rows, guesses = [], []
     for _, group, run in audited:
         attacks = (run.audit or {}).get("attacks", {})
         seed = f" <small>(seed {run.summary.seed})</small>" if group.over_seeds else ""
-        membership, canaries = attacks.get("membership", {}), attacks.get("canaries", {})
-        lira, over_rounds = membership.get("lira"), attacks.get("rounds", {})
+        name = escape(group.label) + seed
         rows.append(
             [
-                escape(group.label) + seed,
+                name,
                 _claim(run.summary.privacy),
-                _bound(canaries),
-                _auc(lira),
-                _auc(membership.get("rmia")),
-                f"{membership['shadow_attack']['auc']:.3f}" if lira else NONE,
-                _found(membership),
-                _over_rounds(over_rounds),
+                _bound(attacks.get("canaries", {})),
                 _inversion(attacks.get("inversion", {})),
                 _stealing(attacks.get("stealing", {})),
                 _distances(attacks.get("distances", {})),
             ]
         )
+        guesses += [[name, title, *_guessed(attack)] for title, attack in _membership_attacks(attacks)]
     head = [
         "Run",
         "Claimed ε",
         "Shown ε, at least",
-        "AUC, LiRA",
-        "AUC, RMIA",
-        "AUC, shadow models",
-        "Found at 0.1% / 1% false positives, LiRA; RMIA, %",
-        "AUC, uploads over rounds; found, %",
         "Images recognized from an upload, %",
         "Stolen prompt, local accuracy, %",
         "Prompt from opened distances, cosine",
     ]
     caption = "Claims and attacks. An attack that finds nothing proves nothing; one that succeeds does."
     table = html_table(caption, head, rows, "Claims and attacks by run")
-    curves = _curves(audited)
     return (
         '<section aria-labelledby="audit"><h2 id="audit">Attacked</h2>\n'
         f"{table}<p><em>Shown ε</em>: the lower bound of the one-run audit with canaries, at 95% confidence, for the "
-        "attacked run's mechanism trained once more; above the claim, the claim is false. <em>AUC</em>: of membership "
-        "inference on the published prompts, half is guessing, with its 95% interval. <em>Uploads over rounds</em>: "
-        "the same by the server, which compares each client's uploads with those of the others. "
-        "A bound on ε beside an AUC is by pairs of a member and a non-member, at 95% confidence. "
-        "<em>Images recognized</em>: by the server, from a client's upload of one image, with the share that chance "
-        "gives. <em>Stolen prompt</em>: "
+        "attacked run's mechanism trained once more; above the claim, the claim is false. <em>Images recognized</em>: "
+        "by the server, from a client's upload of one image, with the share that chance gives. <em>Stolen prompt</em>: "
         "the mean over clients of the personal prompt that the server can replay from uploads, beside the client's "
         "own. <em>Prompt from opened distances</em>: how near the server comes to a client's prompt with the distances "
         "that it clusters by and the help of the other clients, beside what the cluster's mean shows it anyway."
-        f"</p>\n{curves}</section>\n"
+        f"</p>\n{_guesses(guesses)}{_curves(audited)}</section>\n"
     )
+
+
+def _guesses(rows: Sequence[Sequence[str]]) -> str:
+    """Return the table of membership inference, a row an attack; nothing if there was none."""
+    if not rows:
+        return ""
+    head = [
+        "Run",
+        "Attack",
+        "AUC",
+        "Found at 0.1% false positives, %",
+        "Found at 1% false positives, %",
+        "Shown ε, at least",
+    ]
+    caption = "Membership inference: was an image trained on?"
+    return (
+        html_table(caption, head, rows, "Membership inference by run and attack")
+        + "<p><em>AUC</em>: half is guessing, with its 95% interval. LiRA, RMIA and shadow models attack the published "
+        "prompts. <em>Uploads over rounds</em>: the server compares each client's uploads with those of the others. "
+        "<em>Shown ε</em>: a lower bound at 95% confidence, by pairs of a member and a non-member; n/a where they were "
+        "not split at random.</p>\n"
+    )
+
+
+def _membership_attacks(attacks: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the attacks that guess members, by title; one that does not apply is its reason."""
+    membership, over_rounds = attacks.get("membership", {}), attacks.get("rounds", {})
+    made = [(title, membership[name]) for name, title in _TITLES.items() if name in membership]
+    made += [("membership", membership)] if "reason" in membership else []
+    if over_rounds:
+        made.append(("uploads over rounds", over_rounds.get("attack", over_rounds)))
+    return made
+
+
+def _guessed(attack: dict[str, Any]) -> list[str]:
+    """Return the cells of an attack's AUC, its shares of members found, and its bound on epsilon."""
+    if "reason" in attack:
+        return [f"<small>{escape(attack['reason'])}</small>", NONE, NONE, NONE]
+    low, high = attack["auc_interval"]
+    bound = attack.get("epsilon")
+    shown = NONE if bound is None else f"{bound:.3g}"
+    if attack.get("refuted"):
+        shown = f'<strong class="exposed">{shown}, which refutes the claim</strong>'
+    return [
+        f"{attack['auc']:.3f} <small>({low:.3f} to {high:.3f})</small>",
+        *(f"{100 * point['true_positive_rate']:.1f}" for point in attack["found"]),
+        shown,
+    ]
 
 
 def _claim(claimed: Privacy) -> str:
@@ -91,33 +125,6 @@ def _bound(canaries: dict[str, Any]) -> str:
     claimed = "nothing claimed" if claim is None else f"of {rounded_up(claim)} at δ = {canaries['delta']:.1g}"
     text = f"{canaries['epsilon']:.3g} <small>({claimed})</small>"
     return f'<strong class="exposed">{text}, which refutes the claim</strong>' if canaries["refuted"] else text
-
-
-def _auc(attack: dict[str, Any] | None) -> str:
-    """Return an attack's AUC with its interval, and its bound on epsilon if that shows something."""
-    if not attack:
-        return NONE
-    low, high = attack["auc_interval"]
-    text = f"{attack['auc']:.3f} <small>({low:.3f} to {high:.3f})</small>"
-    if attack.get("refuted"):
-        return f'{text} <strong class="exposed">ε is at least {attack["epsilon"]:.3g}, which refutes the claim</strong>'
-    return f"{text} <small>ε ≥ {attack['epsilon']:.2g}</small>" if attack.get("epsilon") else text
-
-
-def _found(membership: dict[str, Any]) -> str:
-    made = [membership[name] for name in ("lira", "rmia") if name in membership]
-    return "; ".join(_rates(attack) for attack in made) or NONE
-
-
-def _rates(attack: dict[str, Any]) -> str:
-    return " / ".join(f"{100 * point['true_positive_rate']:.1f}" for point in attack["found"])
-
-
-def _over_rounds(result: dict[str, Any]) -> str:
-    attack = result.get("attack")
-    if not attack:
-        return f"<small>{escape(result['reason'])}</small>" if result.get("reason") else NONE
-    return f"{_auc(attack)}; {_rates(attack)}"
 
 
 def _inversion(inversion: dict[str, Any]) -> str:
@@ -149,11 +156,8 @@ def _curves(audited: Sequence[tuple[int, Group, Run]]) -> str:
     data: list[Figure] = [_guessing()]
     for index, group, run in audited:
         attacks = (run.audit or {}).get("attacks", {})
-        membership = attacks.get("membership", {})
-        made = {"LiRA": membership.get("lira"), "RMIA": membership.get("rmia")}
-        made["uploads"] = attacks.get("rounds", {}).get("attack")
-        for name, attack in made.items():
-            if not attack:
+        for name, attack in _membership_attacks(attacks):
+            if name not in _DASHES or "curve" not in attack:
                 continue
             data.append(
                 {
