@@ -17,7 +17,6 @@ from torch import Tensor
 from sordino.algorithms import algorithm, settings_for
 from sordino.audit.membership import (
     OWN_VARIANCE,
-    Attack,
     Candidates,
     candidates,
     confidences,
@@ -27,6 +26,7 @@ from sordino.audit.membership import (
     signals,
     train_shadows,
 )
+from sordino.audit.scores import Attack
 from sordino.audit.statistics import roc
 from sordino.audit.subject import Subject, train
 from sordino.encoders.prompt_model import PromptModel
@@ -335,6 +335,8 @@ def test_where_nothing_is_learned_nothing_is_found(make_subject: MakeSubject, al
     found = infer_membership(make_subject("zero-shot", images=200, alike=alike), 6)
     assert found.members == found.non_members > 60
     assert found.lira.auc == 0.5  # in and out are the same Gaussian
+    assert found.rmia.auc == 0.5  # and all ratios are 1
+    assert found.lira.epsilon == found.rmia.epsilon == 0
     assert found.shadow_attack.auc == (0.5 if alike else pytest.approx(0.5, abs=by_chance(found.members)))
 
 
@@ -342,7 +344,8 @@ def test_where_nothing_is_learned_nothing_is_found(make_subject: MakeSubject, al
 def test_where_noise_drowns_everything_nothing_is_found(make_subject: MakeSubject) -> None:
     noise = {"mechanism": "dp-sgd", "noise_multiplier": 1000.0, "simulation": True, "nonce": "a5" * 16}
     found = infer_membership(make_subject("local", QUICK, images=200, rounds=4, privacy=noise), 12)
-    for attack in (found.lira, found.shadow_attack):
+    for attack in (found.lira, found.rmia, found.rmia_offline, found.shadow_attack):
+        assert not attack.refuted
         assert attack.auc == pytest.approx(0.5, abs=by_chance(found.members))
 
 
@@ -358,7 +361,7 @@ def test_what_was_learned_by_heart_is_found(
     subject = replace(subject, progress=lambda stage, done, total, note="": stages.append((done, total)))
     found = infer_membership(subject, 12)
     assert stages == [(done, 12) for done in range(1, 13)]
-    for attack in (found.lira, found.shadow_attack):
+    for attack in (found.lira, found.rmia, found.rmia_offline, found.shadow_attack):
         assert attack.auc > 0.7
         assert attack.auc_interval[0] > 0.5
     assert json.loads(json.dumps(found.as_dict()))["lira"]["auc"] == found.lira.auc

@@ -18,7 +18,8 @@ from sordino.algorithms import algorithm, settings_for
 from sordino.algorithms.base import named_tensors
 from sordino.audit import decoding
 from sordino.audit.canaries import Canaries, with_canaries
-from sordino.audit.one_run import audit_in_one_run, claimed
+from sordino.audit.one_run import audit_in_one_run
+from sordino.audit.scores import claimed
 from sordino.audit.subject import train
 from sordino.audit.white_box import Watching
 from sordino.encoders.prompt_model import PromptModel

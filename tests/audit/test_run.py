@@ -36,7 +36,7 @@ def test_an_audit_of_a_run_stands_beside_its_claim(config_file: Path, tmp_path: 
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert found == json.loads((folder / "audit.json").read_bytes())
-    assert set(found["attacks"]) == {"membership", "canaries", "inversion", "stealing", "distances"}
+    assert set(found["attacks"]) == {"membership", "rounds", "canaries", "inversion", "stealing", "distances"}
     assert found["claimed"]["epsilon"] == pytest.approx(4.0, abs=0.05)
     canaries = found["attacks"]["canaries"]
     assert canaries["epsilon"] <= canaries["claimed_epsilon"]
@@ -44,9 +44,13 @@ def test_an_audit_of_a_run_stands_beside_its_claim(config_file: Path, tmp_path: 
     page = (folder / "report.html").read_text()
     assert '<h2 id="audit">Attacked</h2>' in page
     assert 'data-figure="roc"' in page
+    for attack in ("LiRA", "RMIA", "RMIA, offline", "shadow models", "uploads over rounds"):
+        assert f"<td>{attack}</td>" in page
     text = as_text(found)
     assert "Claimed: epsilon = 4" in text
     assert re.search(r"membership: LiRA, 4 shadows: AUC 0\.\d+", text)
+    assert re.search(r"membership: RMIA, 4 shadows: AUC 0\.\d+", text)
+    assert re.search(r"rounds: uploads of 3 rounds: AUC [01]\.\d+", text)
     assert "canaries: epsilon is at least" in text
 
 
@@ -69,6 +73,14 @@ def test_a_claim_that_is_false_is_called_so(config_file: Path, tmp_path: Path) -
     CliRunner().invoke(app, ["report", str(folder)])
     assert "which refutes the claim" in (folder / "report.html").read_text()
     assert "THE CLAIM IS FALSE" in as_text(found)
+    found = audit(folder, ["rounds"])
+    del found["attacks"]["canaries"]
+    assert "THE CLAIM IS FALSE" not in as_text(found)
+    found["attacks"]["rounds"]["attack"] |= {"epsilon": 5.0, "refuted": True}
+    (folder / "audit.json").write_text(json.dumps(found))
+    CliRunner().invoke(app, ["report", str(folder)])
+    assert "5, which refutes the claim" in (folder / "report.html").read_text()
+    assert "THE CLAIM IS FALSE" in as_text(found)
 
 
 def test_what_cannot_be_attacked_is_told(config_file: Path, tmp_path: Path) -> None:
@@ -86,6 +98,9 @@ def test_what_cannot_be_attacked_is_told(config_file: Path, tmp_path: Path) -> N
     found = audit(tmp_path / "client", shadows=4)
     assert "example" in found["attacks"]["canaries"]["reason"]
     assert "lira" in found["attacks"]["membership"]
+    run(load_config(config_file, ["algorithm=local", "rounds=2"]), tmp_path / "local")
+    with pytest.raises(ConfigError, match="no upload leaves a client"):
+        audit(tmp_path / "local", ["rounds"])
 
 
 def test_a_run_that_ended_at_its_budget_is_imitated_as_it_was(config_file: Path, tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import torch
 from runtime.states import started_in_double
 from torch import Tensor
 
-from sordino.audit.stealing import Replayed, Stealing, repeated, steal
+from sordino.audit.stealing import Replayed, Stealing, steal
 from sordino.audit.subject import Subject
+from sordino.audit.wiretap import repeated
 from sordino.privacy.gradients import Batch, ExactGradients
 from sordino.runtime.local import LocalRuntime, Training
 from sordino.tasks.splits import Task
@@ -151,7 +152,7 @@ def test_the_repeated_run_is_the_run(make_subject: MakeSubject, options: dict[st
     subject = make_subject("dp-fpl", rounds=4, **options)
     _, messages = repeated(subject)
     assert [message.number for message in messages] == [1, 2, 3, 4]
-    assert all(len(message.gradients) == len(message.clients) for message in messages)
+    assert all(len(message.upload["gradient"]) == len(message.clients) for message in messages)
     found = steal(subject, seed=1)
     assert found.same_run
     assert len(found.victims) == 3

@@ -1,9 +1,10 @@
 """Membership inference against the prompts that a run publishes, by shadow federations.
 
-Two attacks use the same shadows. `shadow_attack` is the one that evaluates DP-FPL (Tran et al., Privacy-Preserving
+Three attacks use the same shadows. `shadow_attack` is the one that evaluates DP-FPL (Tran et al., Privacy-Preserving
 Personalized Federated Prompt Learning for Multimodal Large Language Models, ICLR 2025, section 5), after Shokri,
 Stronati, Song, Shmatikov, Membership Inference Attacks Against Machine Learning Models, S&P 2017. `lira` is Carlini,
 Chien, Nasr, Song, Terzis, Tramer, Membership Inference Attacks From First Principles, S&P 2022, Algorithm 1 (online).
+`rmia` is Zarifzadeh, Liu, Shokri, Low-Cost High-Power Membership Inference Attacks, ICML 2024, online and offline.
 
 Each client has as many test images for non-members as it has members, class by class. A shadow federation trains on a
 random half of these candidates, again of every client and class. So the frequency of classes or clients tells nothing,
@@ -26,7 +27,8 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from sordino.audit.statistics import Roc, auc_interval, roc
+from sordino.audit import rmia
+from sordino.audit.scores import Attack, Claim
 from sordino.audit.subject import Subject, train
 from sordino.encoders.prompt_model import Prompt, PromptModel, map_prompt, prompt_count
 from sordino.errors import ConfigError, DataError
@@ -37,13 +39,11 @@ Flags = NDArray[np.bool_]
 Indices = NDArray[np.int64]
 
 STAGE = "audit: shadow federations"
-FALSE_POSITIVE_RATES = (0.001, 0.01)
 FEWEST_SHADOWS = 4  # two with and two without each candidate, the least that has a variance
 OWN_VARIANCE = 32  # a candidate with as many shadows in, and out, has variances of its own (LiRA, VI.A)
 FEWEST_RECORDS = 50  # a class with as many shadows' records in, and out, has an attack model of its own
 RUNNERS_UP = 3  # wrong classes whose probabilities an attack model sees, the largest first
 ROUNDING = 1e-5  # standard deviation below which confidences differ by rounding only
-CURVE_POINTS = 200
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,8 @@ class Candidates:
     """The n images whose membership is guessed; of every client and class, half are members.
 
     Attributes:
-        rows: [n] indices into the subject's features and labels, none twice.
+        rows: [n] indices into the subject's features and labels, none twice; the members, and then a partner of each,
+            of the same client and class, in the same order.
         owner: [n] the client of each image. Its prompt is attacked, or the only one.
         member: [n] true if the owner trained on the image in the attacked run.
     """
@@ -75,55 +76,29 @@ class Shadows:
 
 
 @dataclass(frozen=True)
-class Point:
-    """The share of members found at a false positive rate, with the 95% Clopper-Pearson interval."""
-
-    false_positive_rate: float
-    true_positive_rate: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Attack:
-    """The result of an attack.
-
-    Attributes:
-        auc: area under the ROC curve; a half is guessing.
-        auc_interval: its 95% interval, for candidates that are independent given the prompts.
-        found: shares of members found at the false positive rates of 0.1% and 1%. With fewer non-members than the
-            rate's reciprocal, these are the members that outscore every non-member.
-        curve: (false positive rate, true positive rate), at most 200 points of the ROC curve, ends included.
-    """
-
-    auc: float
-    auc_interval: tuple[float, float]
-    found: tuple[Point, ...]
-    curve: tuple[tuple[float, float], ...]
-
-    @classmethod
-    def of(cls, scores: Floats, member: Flags) -> Attack:
-        """Return the result of scores [n], higher if the attack says "member", given the truth [n]."""
-        curve = roc(scores, member)
-        points = tuple(Point(rate, curve.at(rate), *curve.interval_at(rate)) for rate in FALSE_POSITIVE_RATES)
-        return cls(curve.auc, auc_interval(scores, member), points, _thinned(curve))
-
-
-@dataclass(frozen=True)
 class Membership:
     """Membership inference against one run.
 
     Attributes:
-        shadow_attack, lira: the two attacks.
+        shadow_attack, lira: the two attacks by models of the shadows' outputs.
+        rmia, rmia_offline: by pairwise likelihood ratios, from all shadows, and from those without the candidate.
+        correction: a of `rmia.offline`, as the shadows chose it.
         members, non_members: number of candidates of each kind, which are equal.
         shadows: number of shadow federations that were trained.
+        claimed_epsilon: an example's, against the untrusted observer that learned most; None if it is infinite.
+        delta: at which claim and bounds are stated. The attacks' bounds hold together at 95% confidence.
     """
 
     shadow_attack: Attack
     lira: Attack
+    rmia: Attack
+    rmia_offline: Attack
+    correction: float
     members: int
     non_members: int
     shadows: int
+    claimed_epsilon: float | None
+    delta: float
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -151,14 +126,30 @@ def infer_membership(subject: Subject, shadows: int, seed: int = 1) -> Membershi
     def seen(prompt: Prompt) -> Floats:
         return signals(confidences(subject.runtime.model, prompt, features, chosen.owner), labels)
 
-    target = seen(subject.runtime.prompts(subject.training))
+    prompts = subject.runtime.prompts(subject.training)
+    target, included = seen(prompts), trained.included
     known = np.stack([seen(prompt) for prompt in trained.prompts])
+    group = chosen.owner if prompt_count(prompts) > 1 else np.zeros_like(chosen.owner)
+    log_p = (target[:, 1], known[..., 1], included)
+    correction = rmia.best_correction(known[..., 1], included)
+    scores = {
+        "shadow_attack": shadow_attack(target, known, included, labels),
+        "lira": lira(target[:, 0], known[..., 0], included),
+        "rmia": rmia.rmia(rmia.online(*log_p), group),
+        "rmia_offline": rmia.rmia(rmia.offline(*log_p, correction), group),
+    }
+    claim = Claim.of(subject, subject.ledger)
     return Membership(
-        Attack.of(shadow_attack(target, known, trained.included, labels), chosen.member),
-        Attack.of(lira(target[:, 0], known[..., 0], trained.included), chosen.member),
-        int(chosen.member.sum()),
-        int((~chosen.member).sum()),
-        shadows,
+        **{
+            name: claim.judge(Attack.of(values, chosen.member), values, seed, len(scores))
+            for name, values in scores.items()
+        },
+        correction=correction,
+        members=int(chosen.member.sum()),
+        non_members=int((~chosen.member).sum()),
+        shadows=shadows,
+        claimed_epsilon=claim.epsilon,
+        delta=claim.delta,
     )
 
 
@@ -353,14 +344,3 @@ def _log_likelihood_of_zero(values: Floats, chosen: Flags, separate: Flags) -> F
     pooled = squares.sum() / (counts - 1).sum()
     variance = np.where(separate, squares / np.maximum(counts - 1, 1), pooled)
     return np.asarray(norm.logpdf(0.0, mean, np.maximum(np.sqrt(variance), ROUNDING)))
-
-
-def _thinned(curve: Roc) -> tuple[tuple[float, float], ...]:
-    """Return at most `CURVE_POINTS` of a curve, its ends among them, logarithmic in the false positive rate."""
-    x, y = curve.false_positive_rate, curve.true_positive_rate
-    kept = np.arange(len(x))
-    if len(x) > CURVE_POINTS:
-        rates = np.geomspace(1 / curve.non_members, 1, CURVE_POINTS - 2)
-        highest = np.searchsorted(x, [0.0, *rates], side="right") - 1  # the best threshold at each rate
-        kept = np.unique([0, *highest, len(x) - 1])
-    return tuple((float(x[index]), float(y[index])) for index in kept)

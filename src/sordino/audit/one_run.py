@@ -11,19 +11,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sordino.audit.canaries import DELTA, Canaries, with_canaries
+from sordino.audit.scores import claimed
 from sordino.audit.statistics import best_guesses
 from sordino.audit.subject import train
 from sordino.audit.white_box import Watching
 from sordino.encoders.prompt_model import map_prompt, prompt_count
 from sordino.errors import ConfigError, RunError
-from sordino.privacy import accounting
-from sordino.privacy.ledger import OBSERVERS, Ledger
 from sordino.privacy.mechanism import Mechanism
 from sordino.progress import Progress, silent
 from sordino.randomness import generator
@@ -136,13 +134,6 @@ def audit_in_one_run(
         view("the owner's prompt, before and after", fall),
         view("every gradient as it was released", watching.scores()),
     )
-
-
-def claimed(ledger: Ledger) -> float | None:
-    """Return the largest epsilon of an example against an untrusted observer; None if it is infinite."""
-    untrusted = [observer for observer in OBSERVERS if observer not in ledger.trusted]
-    largest = max(accounting.spent(ledger, observer, "example").epsilon for observer in untrusted)
-    return largest if np.isfinite(largest) else None
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from sordino.audit.distances import expose
 from sordino.audit.inversion import invert
 from sordino.audit.membership import infer_membership
 from sordino.audit.one_run import audit_in_one_run
+from sordino.audit.rounds import infer_from_rounds
 from sordino.audit.stealing import steal
 from sordino.audit.subject import Subject
 from sordino.errors import ConfigError, DataError, RunError
@@ -21,7 +22,7 @@ from sordino.privacy.statement import as_summary
 from sordino.progress import Progress, silent
 from sordino.report import write_report
 
-ATTACKS = ("membership", "canaries", "inversion", "stealing", "distances")
+ATTACKS = ("membership", "rounds", "canaries", "inversion", "stealing", "distances")
 FILE = "audit.json"
 
 
@@ -135,6 +136,8 @@ def membership_auc(folder: Path, shadows: int, resume: bool, progress: Progress,
 def _attack(name: str, subject: Subject, shadows: int, canaries: int, seed: int) -> dict[str, Any]:
     if name == "membership":
         return infer_membership(subject, shadows, seed).as_dict()
+    if name == "rounds":
+        return infer_from_rounds(subject, seed).as_dict()
     if name == "canaries":
         rounds = subject.training.round
         return audit_in_one_run(subject.runtime, canaries, seed, subject.progress, rounds).as_dict()
@@ -160,17 +163,32 @@ def as_text(found: dict[str, Any]) -> str:
 
 
 def _membership_words(result: dict[str, Any]) -> list[str]:
-    words = []
-    for attack, title in (("lira", "LiRA"), ("shadow_attack", "shadow models")):
-        scores = result[attack]
-        low, high = scores["auc_interval"]
-        rates = ", ".join(
-            f"{100 * point['true_positive_rate']:.1f}% found at {100 * point['false_positive_rate']:g}% false positives"
-            for point in scores["found"]
-        )
-        auc = f"AUC {scores['auc']:.3f} ({low:.3f} to {high:.3f})"
-        words.append(f"{title}, {result['shadows']} shadows: {auc}; {rates}")
-    return words
+    titles = {"lira": "LiRA", "rmia": "RMIA", "rmia_offline": "RMIA offline", "shadow_attack": "shadow models"}
+    # An audit of an earlier version has not all of them.
+    made = {name: title for name, title in titles.items() if name in result}
+    words = [f"{title}, {result['shadows']} shadows: {_success(result[name])}" for name, title in made.items()]
+    return words + _contradiction([result[name] for name in made])
+
+
+def _rounds_words(result: dict[str, Any]) -> list[str]:
+    counted = f"{result['rounds']} round{'s' if result['rounds'] > 1 else ''}"
+    return [f"uploads of {counted}: {_success(result['attack'])}", *_contradiction([result["attack"]])]
+
+
+def _success(attack: dict[str, Any]) -> str:
+    low, high = attack["auc_interval"]
+    rates = ", ".join(
+        f"{100 * point['true_positive_rate']:.1f}% found at {100 * point['false_positive_rate']:g}% false positives"
+        for point in attack["found"]
+    )
+    bound = attack.get("epsilon")
+    shown = "" if bound is None else f"; epsilon is at least {bound:.3g}"
+    return f"AUC {attack['auc']:.3f} ({low:.3f} to {high:.3f}); {rates}{shown}"
+
+
+def _contradiction(attacks: Sequence[dict[str, Any]]) -> list[str]:
+    refuted = any(attack.get("refuted") for attack in attacks)
+    return ["THE CLAIM IS FALSE: the bound is above it"] if refuted else []
 
 
 def _canaries_words(result: dict[str, Any]) -> list[str]:
@@ -178,7 +196,7 @@ def _canaries_words(result: dict[str, Any]) -> list[str]:
         f"epsilon is at least {result['epsilon']:.4g} at 95% confidence ({result['correct']} of {result['guesses']} "
         f"guesses right, {result['canaries']} canaries, {result['observer']})"
     ]
-    return words + (["THE CLAIM IS FALSE: the bound is above it"] if result["refuted"] else [])
+    return words + _contradiction([result])
 
 
 def _inversion_words(result: dict[str, Any]) -> list[str]:
@@ -228,6 +246,7 @@ def _distances_words(result: dict[str, Any]) -> list[str]:
 
 _WORDS = {
     "membership": _membership_words,
+    "rounds": _rounds_words,
     "canaries": _canaries_words,
     "inversion": _inversion_words,
     "stealing": _stealing_words,

@@ -13,7 +13,6 @@ more than the uploads did. The attack shows if "personal" means "kept to oneself
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -23,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sordino.algorithms.base import ClientData, ClientState, RoundContext, map_tensors, named_tensors, put, take
+from sordino.algorithms.base import ClientState, RoundContext, map_tensors, named_tensors, put, take
 from sordino.audit.subject import Subject, contexts_of, coop
+from sordino.audit.wiretap import Message, no_data, repeated, same_end
 from sordino.encoders.prompt_model import PromptModel
 from sordino.privacy.gradients import Batch, Gradient, Parameters, PromptOf
 from sordino.randomness import Streams, derive_key
-from sordino.runtime.local import LocalRuntime, Training
+from sordino.runtime.local import LocalRuntime
 
 DRAWS = 8  # of the thief's own randomness; the reconstructions are averaged
 
@@ -117,7 +117,7 @@ def steal(subject: Subject, seed: int) -> Stealing:
     victims = tuple(
         Victim(client, accuracy, *(theft[client] for theft in thefts)) for client, accuracy in enumerate(judge.accuracy)
     )
-    return Stealing(None, _same(training, subject.training), victims)
+    return Stealing(None, same_end(training, subject.training), victims)
 
 
 def inapplicable(runtime: LocalRuntime) -> str | None:
@@ -130,54 +130,6 @@ def inapplicable(runtime: LocalRuntime) -> str | None:
     if not about.averages or not coop(runtime):
         return "the upload is not a gradient of the context"
     return None
-
-
-@dataclass(frozen=True)
-class Message:
-    """The server's view of a round.
-
-    Attributes:
-        number: of the round.
-        clients: the participants.
-        broadcast: as they received it.
-        gradients: [K, M, E], as they uploaded them.
-    """
-
-    number: int
-    clients: tuple[int, ...]
-    broadcast: Any
-    gradients: Tensor
-
-
-class _Wiretap:
-    """A method whose server records the uploads."""
-
-    def __init__(self, algorithm: Any) -> None:
-        self._algorithm, self.messages = algorithm, list[Message]()
-        self._field = next(iter(algorithm.ABOUT.averages.values()))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._algorithm, name)
-
-    def server_round(self, settings: Any, server: Any, uploads: Any, round_context: RoundContext) -> Any:
-        gradients = named_tensors(uploads.each)[self._field]
-        clients = tuple(round_context.streams.clients)[: len(gradients)]
-        broadcast = self._algorithm.broadcast(server)
-        self.messages.append(Message(round_context.round, clients, broadcast, gradients.detach().clone()))
-        return self._algorithm.server_round(settings, server, uploads, round_context)
-
-
-def repeated(subject: Subject) -> tuple[Training, list[Message]]:
-    """Repeat the run, and return it with everything that its server saw."""
-    again = copy.copy(subject.runtime)  # the very same run, so that a simulation draws the same noise
-    wiretap = _Wiretap(again.algorithm)
-    again.algorithm = wiretap
-    # From the run's own start, whose precision is the run's.
-    training = subject.runtime.start()
-    while training.round < subject.training.round:
-        training, _ = again.round(training)
-        subject.progress("repeat the run", training.round, subject.training.round)
-    return training, wiretap.messages
 
 
 @dataclass(frozen=True)
@@ -217,6 +169,7 @@ def replayed(runtime: LocalRuntime, messages: Sequence[Message], start: ClientSt
     A client that takes several steps a round uploads their mean gradient, which is then used for each step.
     """
     states, device = start, runtime.data.features.device
+    uploaded = next(iter(runtime.algorithm.ABOUT.averages.values()))
     for message in messages:
         if not message.clients:
             continue
@@ -226,8 +179,8 @@ def replayed(runtime: LocalRuntime, messages: Sequence[Message], start: ClientSt
             runtime.settings,
             message.broadcast,
             take(states, stack),
-            _no_data(runtime, len(message.clients)),
-            Replayed(message.gradients),
+            no_data(runtime, len(message.clients)),
+            Replayed(message.upload[uploaded]),
             RoundContext(message.number, runtime.rounds, streams),
         )
         states = put(states, stack, after)
@@ -237,14 +190,6 @@ def replayed(runtime: LocalRuntime, messages: Sequence[Message], start: ClientSt
 def _mean(states: Sequence[ClientState]) -> ClientState:
     named = [named_tensors(state) for state in states]
     return map_tensors(states[0], lambda name, _: torch.stack([tensors[name] for tensors in named]).mean(0))
-
-
-def _no_data(runtime: LocalRuntime, clients: int) -> ClientData:
-    """Return one blank image a client, so that there are as many batches as in the run."""
-    features = runtime.data.features
-    ones = torch.ones(clients, dtype=torch.int64, device=features.device)
-    blank = torch.zeros(1, features.shape[1], dtype=features.dtype, device=features.device)
-    return ClientData(blank, 0 * ones[:1], 0 * ones[:, None], ones, ones.float())
 
 
 @dataclass(frozen=True)
@@ -295,13 +240,3 @@ def _predictions(model: PromptModel, contexts: Tensor, features: Tensor) -> Tens
 def _weighted(correct: Tensor, weights: Tensor) -> list[float]:
     values: list[float] = (correct.double() * weights).sum(1).tolist()
     return values
-
-
-def _same(one: Training, other: Training) -> bool:
-    """Return true if two runs ended at the same states, up to rounding."""
-    pairs = [
-        (tensor, named_tensors(second)[name])
-        for first, second in ((one.server, other.server), (one.clients, other.clients))
-        for name, tensor in named_tensors(first).items()
-    ]
-    return all(torch.allclose(a, b.to(a), rtol=1e-3, atol=1e-5) for a, b in pairs)

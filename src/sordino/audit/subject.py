@@ -39,6 +39,8 @@ class Subject:
         task: each client's training images, and the test images.
         features, labels: [N, ...] and [N], of all images of the data set that the task uses.
         progress: is called as an attack advances.
+        exchangeable: true if training and test images of a client and class were split at random. A source's own test
+            split is of others' making. With domains the split is random within each, and a client may hold several.
     """
 
     config: Experiment
@@ -49,6 +51,7 @@ class Subject:
     features: Tensor
     labels: Tensor
     progress: Progress = silent
+    exchangeable: bool = True
 
     @classmethod
     def open(cls, folder: Path, progress: Progress = silent, dataset: EncodedDataset | None = None) -> Subject:
@@ -76,7 +79,9 @@ class Subject:
         device = dataset.encoder.device
         features = dataset.tables[runtime.model.reads].features.to(device)
         labels = torch.from_numpy(task.labels).to(device)
-        return cls(config, runtime, training, ledger, task, features, labels, progress)
+        one_domain = all(len(domains) <= 1 for domains in task.client_domains)
+        exchangeable = dataset.images.is_test is None and one_domain
+        return cls(config, runtime, training, ledger, task, features, labels, progress, exchangeable)
 
     def variation(
         self, features: Tensor, labels: Tensor, rows: Sequence[Sequence[int]], seed: int, **privacy: Any

@@ -13,6 +13,8 @@ from sordino.report.runs import Run
 from sordino.results import Measure, Privacy, rounded_up
 
 _TRADED: tuple[Measure, ...] = ("local", "neighbor")
+_TITLES = {"lira": "LiRA", "rmia": "RMIA", "rmia_offline": "RMIA, offline", "shadow_attack": "shadow models"}
+_DASHES = {"LiRA": "solid", "RMIA": "dash", "uploads over rounds": "dot"}
 
 
 def audits(groups: Sequence[Group]) -> str:
@@ -23,52 +25,90 @@ def audits(groups: Sequence[Group]) -> str:
     audited = [(index, group, run) for index, group in enumerate(groups) for run in group.runs if run.audit]
     if not audited:
         return ""
-    rows = []
+    rows, guesses = [], []
     for _, group, run in audited:
         attacks = (run.audit or {}).get("attacks", {})
         seed = f" <small>(seed {run.summary.seed})</small>" if group.over_seeds else ""
-        membership, canaries = attacks.get("membership", {}), attacks.get("canaries", {})
-        lira = membership.get("lira")
+        name = escape(group.label) + seed
         rows.append(
             [
-                escape(group.label) + seed,
+                name,
                 _claim(run.summary.privacy),
-                _bound(canaries),
-                f"{lira['auc']:.3f} <small>({lira['auc_interval'][0]:.3f} to {lira['auc_interval'][1]:.3f})</small>"
-                if lira
-                else NONE,
-                f"{membership['shadow_attack']['auc']:.3f}" if lira else NONE,
-                " / ".join(f"{100 * point['true_positive_rate']:.1f}" for point in lira["found"]) if lira else NONE,
+                _bound(attacks.get("canaries", {})),
                 _inversion(attacks.get("inversion", {})),
                 _stealing(attacks.get("stealing", {})),
                 _distances(attacks.get("distances", {})),
             ]
         )
+        guesses += [[name, title, *_guessed(attack)] for title, attack in _membership_attacks(attacks)]
     head = [
         "Run",
         "Claimed ε",
         "Shown ε, at least",
-        "AUC, LiRA",
-        "AUC, shadow models",
-        "Found at 0.1% / 1% false positives, %",
         "Images recognized from an upload, %",
         "Stolen prompt, local accuracy, %",
         "Prompt from opened distances, cosine",
     ]
     caption = "Claims and attacks. An attack that finds nothing proves nothing; one that succeeds does."
     table = html_table(caption, head, rows, "Claims and attacks by run")
-    curves = _curves(audited)
     return (
         '<section aria-labelledby="audit"><h2 id="audit">Attacked</h2>\n'
         f"{table}<p><em>Shown ε</em>: the lower bound of the one-run audit with canaries, at 95% confidence, for the "
-        "attacked run's mechanism trained once more; above the claim, the claim is false. <em>AUC</em>: of membership "
-        "inference on the published prompts, half is guessing, with its 95% interval. <em>Images recognized</em>: by "
-        "the server, from a client's upload of one image, with the share that chance gives. <em>Stolen prompt</em>: "
+        "attacked run's mechanism trained once more; above the claim, the claim is false. <em>Images recognized</em>: "
+        "by the server, from a client's upload of one image, with the share that chance gives. <em>Stolen prompt</em>: "
         "the mean over clients of the personal prompt that the server can replay from uploads, beside the client's "
         "own. <em>Prompt from opened distances</em>: how near the server comes to a client's prompt with the distances "
         "that it clusters by and the help of the other clients, beside what the cluster's mean shows it anyway."
-        f"</p>\n{curves}</section>\n"
+        f"</p>\n{_guesses(guesses)}{_curves(audited)}</section>\n"
     )
+
+
+def _guesses(rows: Sequence[Sequence[str]]) -> str:
+    """Return the table of membership inference, a row an attack; nothing if there was none."""
+    if not rows:
+        return ""
+    head = [
+        "Run",
+        "Attack",
+        "AUC",
+        "Found at 0.1% false positives, %",
+        "Found at 1% false positives, %",
+        "Shown ε, at least",
+    ]
+    caption = "Membership inference: was an image trained on?"
+    return (
+        html_table(caption, head, rows, "Membership inference by run and attack")
+        + "<p><em>AUC</em>: half is guessing, with its 95% interval. LiRA, RMIA and shadow models attack the published "
+        "prompts. <em>Uploads over rounds</em>: the server compares each client's uploads with those of the others. "
+        "<em>Shown ε</em>: a lower bound at 95% confidence, by pairs of a member and a non-member; n/a where they were "
+        "not split at random.</p>\n"
+    )
+
+
+def _membership_attacks(attacks: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the attacks that guess members, by title; one that does not apply is its reason."""
+    membership, over_rounds = attacks.get("membership", {}), attacks.get("rounds", {})
+    made = [(title, membership[name]) for name, title in _TITLES.items() if name in membership]
+    made += [("membership", membership)] if "reason" in membership else []
+    if over_rounds:
+        made.append(("uploads over rounds", over_rounds.get("attack", over_rounds)))
+    return made
+
+
+def _guessed(attack: dict[str, Any]) -> list[str]:
+    """Return the cells of an attack's AUC, its shares of members found, and its bound on epsilon."""
+    if "reason" in attack:
+        return [f"<small>{escape(attack['reason'])}</small>", NONE, NONE, NONE]
+    low, high = attack["auc_interval"]
+    bound = attack.get("epsilon")
+    shown = NONE if bound is None else f"{bound:.3g}"
+    if attack.get("refuted"):
+        shown = f'<strong class="exposed">{shown}, which refutes the claim</strong>'
+    return [
+        f"{attack['auc']:.3f} <small>({low:.3f} to {high:.3f})</small>",
+        *(f"{100 * point['true_positive_rate']:.1f}" for point in attack["found"]),
+        shown,
+    ]
 
 
 def _claim(claimed: Privacy) -> str:
@@ -112,19 +152,21 @@ def _distances(distances: dict[str, Any]) -> str:
 
 
 def _curves(audited: Sequence[tuple[int, Group, Run]]) -> str:
-    """Return ROC curves of LiRA, on logarithmic axes as the left edge matters most."""
+    """Return ROC curves of the attacks, on logarithmic axes as the left edge matters most."""
     data: list[Figure] = [_guessing()]
     for index, group, run in audited:
-        curve = (run.audit or {}).get("attacks", {}).get("membership", {}).get("lira", {}).get("curve")
-        if curve:
+        attacks = (run.audit or {}).get("attacks", {})
+        for name, attack in _membership_attacks(attacks):
+            if name not in _DASHES or "curve" not in attack:
+                continue
             data.append(
                 {
                     "type": "scatter",
                     "mode": "lines",
-                    "name": plain(f"{group.label}, seed {run.summary.seed}"),
-                    "x": [max(x, 1e-4) for x, _ in curve],
-                    "y": [max(y, 1e-4) for _, y in curve],
-                    "line": {"color": color(index), "width": 2},
+                    "name": plain(f"{group.label}, seed {run.summary.seed}: {name}"),
+                    "x": [max(x, 1e-4) for x, _ in attack["curve"]],
+                    "y": [max(y, 1e-4) for _, y in attack["curve"]],
+                    "line": {"color": color(index), "dash": _DASHES[name], "width": 2},
                     "meta": {"series": index},
                 }
             )
@@ -141,7 +183,8 @@ def _curves(audited: Sequence[tuple[int, Group, Run]]) -> str:
     return (
         "<figure>\n"
         + place("roc", {"data": data, "layout": layout}, "ROC curves of membership inference; the table has AUCs.")
-        + "<figcaption>Membership inference by LiRA, both axes logarithmic.</figcaption></figure>\n"
+        + "<figcaption>Membership inference by LiRA (solid), RMIA (dashed) and the uploads over rounds (dotted), "
+        "both axes logarithmic.</figcaption></figure>\n"
     )
 
 

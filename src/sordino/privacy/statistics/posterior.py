@@ -81,7 +81,7 @@ def observed(sums: Tensor, counts: Tensor, sum_variance: Tensor, count_variance:
     """Return one party's statistics, [C, r] and [C], with what its counts tell."""
     probability, expected = held(counts, count_variance, total)
     probability = probability.to(sums)
-    return Observed(sums, counts, sum_variance, count_variance, expected.to(sums), probability, probability)
+    return Observed(sums, counts, sum_variance, count_variance, expected.to(sums), probability, probability.clone())
 
 
 def pooled(parties: Observed) -> Observed:

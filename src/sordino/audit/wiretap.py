@@ -1,0 +1,86 @@
+"""The server's view of a run: every broadcast and every upload, recorded while the run is repeated."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sordino.algorithms.base import ClientData, named_tensors
+from sordino.audit.subject import Subject
+from sordino.privacy.mechanism import WEIGHT
+from sordino.runtime.local import LocalRuntime, Training
+
+
+@dataclass(frozen=True)
+class Message:
+    """The server's view of a round.
+
+    Attributes:
+        number: of the round.
+        clients: the participants.
+        broadcast: as they received it.
+        upload: field to tensor [K, ...], as they uploaded it, without their weights.
+    """
+
+    number: int
+    clients: tuple[int, ...]
+    broadcast: Any
+    upload: Mapping[str, Tensor]
+
+
+class _Wiretap:
+    """A method whose server records the uploads."""
+
+    def __init__(self, algorithm: Any) -> None:
+        self._algorithm, self.messages = algorithm, list[Message]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._algorithm, name)
+
+    def server_round(self, settings: Any, server: Any, uploads: Any, round_context: Any) -> Any:
+        upload = {
+            name: tensor.detach().clone() for name, tensor in named_tensors(uploads.each).items() if name != WEIGHT
+        }
+        participants = len(next(iter(upload.values())))
+        clients = tuple(round_context.streams.clients)[:participants]
+        self.messages.append(Message(round_context.round, clients, self._algorithm.broadcast(server), upload))
+        return self._algorithm.server_round(settings, server, uploads, round_context)
+
+
+def repeated(subject: Subject) -> tuple[Training, list[Message]]:
+    """Repeat the run, and return it with everything that its server saw.
+
+    With noise from the operating system it is another run of the same data, settings and mechanism.
+    """
+    again = copy.copy(subject.runtime)  # the very same run, so that a simulation draws the same noise
+    wiretap = _Wiretap(again.algorithm)
+    again.algorithm = wiretap
+    # From the run's own start, whose precision is the run's.
+    training = subject.runtime.start()
+    while training.round < subject.training.round:
+        training, _ = again.round(training)
+        subject.progress("repeat the run", training.round, subject.training.round)
+    return training, wiretap.messages
+
+
+def same_end(one: Training, other: Training) -> bool:
+    """Return true if two runs ended at the same states, up to rounding."""
+    pairs = [
+        (tensor, named_tensors(second)[name])
+        for first, second in ((one.server, other.server), (one.clients, other.clients))
+        for name, tensor in named_tensors(first).items()
+    ]
+    return all(torch.allclose(a, b.to(a), rtol=1e-3, atol=1e-5) for a, b in pairs)
+
+
+def no_data(runtime: LocalRuntime, clients: int) -> ClientData:
+    """Return one blank image a client: an observer that has no data has as many batches as the run."""
+    features = runtime.data.features
+    ones = torch.ones(clients, dtype=torch.int64, device=features.device)
+    blank = torch.zeros(1, *features.shape[1:], dtype=features.dtype, device=features.device)
+    return ClientData(blank, 0 * ones[:1], 0 * ones[:, None], ones, ones.float())
