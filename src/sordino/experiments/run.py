@@ -171,6 +171,7 @@ def assemble(config: Experiment, dataset: EncodedDataset, task: Task) -> tuple[L
     )
     held = np.concatenate(task.train)
     ends = np.cumsum([len(rows) for rows in task.train])
+    persons = dataset.images.persons
     runtime = LocalRuntime(
         algorithm(config.algorithm),
         settings_for(config.algorithm, config.settings),
@@ -184,6 +185,7 @@ def assemble(config: Experiment, dataset: EncodedDataset, task: Task) -> tuple[L
         config.privacy,
         dict.fromkeys(range(task.attackers), config.poisoning.boost) if config.poisoning else {},
         party_digests(dataset, task),
+        None if persons is None else persons[held].tolist(),
     )
     return runtime, evaluation
 

@@ -134,7 +134,7 @@ class ClientRound:
         randomness = end.randomness(number, clients)
         round_context = federation.round_context(number, clients)
         mechanism_round = federation.mechanism.client_end(randomness, clients, clip)
-        poisson = PoissonSampler(randomness) if federation.mechanism.samples_examples else None
+        poisson = federation.mechanism.sampler(randomness)
         upload, states = federation.algorithm.client_round(
             federation.settings,
             broadcast,

@@ -24,6 +24,7 @@ from sordino.runtime.client import ClientEnd, ClientTraining
 from sordino.runtime.facts import (
     Federation,
     Schemas,
+    Units,
     client_data,
     data_digest,
     mechanism_inputs,
@@ -93,9 +94,11 @@ class LocalRuntime:
         privacy: the `[privacy]` settings.
         boosts: client to the factor on its upload, for attackers that send more than they learned.
         digests: a digest of each client's data, in hex; by default of its rows of `features` and `labels`.
+        persons: [N] whose each row of the table is, by number; None if unknown.
 
     Raises:
-        ConfigError: the privacy mechanism or the aggregation does not fit the method.
+        ConfigError: the privacy mechanism or the aggregation does not fit the method, or persons are protected and
+            unknown or at two clients.
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class LocalRuntime:
         privacy: PrivacySettings | None = None,
         boosts: Mapping[int, float] | None = None,
         digests: Sequence[str] | None = None,
+        persons: Sequence[int] | None = None,
     ) -> None:
         self.algorithm, self.settings, self.model = algorithm, settings, model
         self.rounds = rounds if algorithm.ABOUT.trains else 0
@@ -122,10 +126,10 @@ class LocalRuntime:
             rows = [[row for client_rows in rows for row in client_rows]]
             digests = [joint_digest(digests)]
         self.digests = list(digests)
-        self.data = client_data(features, labels, rows, runtime.weighting)
         self.privacy = privacy or PrivacySettings()
-        sizes = [len(client_rows) for client_rows in rows]
-        inputs = mechanism_inputs(algorithm, settings, sizes, self.rounds, runtime, seed)
+        units = Units.of(rows, persons, self.privacy)
+        self.data = client_data(features, labels, rows, runtime.weighting, persons, units.sizes)
+        inputs = mechanism_inputs(algorithm, settings, units, self.rounds, runtime, seed)
         self.mechanism = mechanism_for(self.privacy, inputs, model)
         participants = participant_count(len(rows), runtime.participation)
         if check := getattr(algorithm, "check", None):
@@ -148,6 +152,7 @@ class LocalRuntime:
             f"{encoder.name} {encoder.fingerprint} {encoder.dtype}",
             repr(self.model.classes.names),
             *self.digests,
+            *([self._persons_digest()] if self.privacy.by_person else []),
         )
         return hashlib.sha256("\n".join(made_of).encode()).hexdigest()
 
@@ -237,6 +242,13 @@ class LocalRuntime:
         if self.privacy.simulation:
             return simulated(self.nonce, self.identity, number, clients, device)
         return SystemRandomness(len(clients), device)
+
+    def _persons_digest(self) -> str:
+        """Return a digest of whose the clients' examples are, in their order."""
+        assert self.data.persons is not None
+        pairs = zip(self.data.rows, self.data.counts, strict=True)
+        owners = [self.data.persons[rows[: int(count)]].tolist() for rows, count in pairs]
+        return hashlib.sha256(repr(owners).encode()).hexdigest()
 
     def _diverged(self, number: int, loss: float, ledger: Ledger) -> Diverged:
         attacked = ", or poisoning.boost, or have another runtime.aggregation" if self.boosts else ""
