@@ -148,7 +148,9 @@ def _columns(split: Dataset, settings: DataSettings) -> tuple[str, str, str | No
     """Return the names of the image, label and domain columns."""
     features = split.features
     pictures = [name for name, feature in features.items() if _holds_pictures(feature)]
-    classes = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    classes = [
+        name for name, feature in features.items() if isinstance(feature, ClassLabel) and name != settings.person_column
+    ]
     image = _column("image_column", settings.image_column, list(features), pictures, IMAGE_COLUMNS)
     if image not in pictures:
         raise ConfigError(
