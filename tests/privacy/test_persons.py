@@ -27,7 +27,9 @@ from sordino.privacy.sampling import PoissonSampler, Sampling
 from sordino.privacy.settings import PrivacySettings
 from sordino.privacy.statement import as_summary, as_text, statement
 from sordino.randomness import Streams
+from sordino.runtime.client import ClientEnd
 from sordino.runtime.facts import client_data
+from sordino.runtime.local import LocalRuntime
 
 CPU = torch.device("cpu")
 CLIP, SHARED_CLIP = 4e-3, 7e-3
@@ -305,9 +307,7 @@ def test_the_unit_without_a_setting_is_that_of_the_mechanism() -> None:
     assert units == {"none": "example", "dp-sgd": "example", "dp-fedavg": "client"}
 
 
-def make(make_runtime: Any, rows: list[list[int]], owners: list[int] | None, **more: Any) -> Any:
-    from sordino.runtime.local import LocalRuntime
-
+def make(make_runtime: Any, rows: list[list[int]], owners: list[int] | None, **more: Any) -> LocalRuntime:
     plain = make_runtime("dp-fpl", rows, {"context_length": 3, "rank": 2, "batch_size": 2, "local_steps": 1})
     privacy = PrivacySettings(**{"mechanism": "cotangent", "epsilon": 4.0, "unit": "person", "delta": 0.01} | more)
     return LocalRuntime(
@@ -377,6 +377,16 @@ def test_the_noise_is_what_the_rate_of_persons_needs(make_runtime: Any) -> None:
     runtime = make(make_runtime, [list(range(24)), list(range(24, 40))], OWNERS)
     steps = runtime.rounds
     assert runtime.mechanism.noise_multiplier == noise_multiplier(4.0, 0.01, {(2 / 6, steps), (2 / 4, steps)})
+
+
+def test_a_client_that_counts_images_is_refused(make_runtime: Any) -> None:
+    """Where another party adds the noise, it is calibrated to weights that count persons."""
+    runtime = make(make_runtime, ROWS, OWNERS, mechanism="dp-sgd", noise_by="server")
+    heavy = replace(runtime.data, weights=runtime.data.counts.float())
+    for data in (heavy, replace(runtime.data, persons=None)):
+        with pytest.raises(ConfigError, match="must say whose their images are"):
+            ClientEnd(runtime.federation, data, [0, 1])
+    ClientEnd(runtime.federation, runtime.data, [0, 1])
 
 
 def test_a_method_that_samples_examples_ends_the_run(make_runtime: Any) -> None:

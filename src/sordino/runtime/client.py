@@ -24,6 +24,7 @@ from sordino.algorithms.base import (
     put,
     take,
 )
+from sordino.errors import ConfigError
 from sordino.privacy.gradients import Batch, Gradient, Gradients, Parameters, PromptOf
 from sordino.privacy.mechanism import WEIGHT, ClientRoundMechanism
 from sordino.privacy.sampling import PoissonSampler
@@ -59,7 +60,8 @@ class ClientEnd:
         boosts: client to the factor on its upload, for attackers that send more than they learned.
 
     Raises:
-        ConfigError: the run is a simulation, and no randomness is given.
+        ConfigError: the run is a simulation, and no randomness is given; or persons are protected, and the data do not
+            say whose they are, or have other weights than the noise was computed for.
     """
 
     def __init__(
@@ -73,6 +75,15 @@ class ClientEnd:
         self.federation, self.data, self.numbers = federation, data, list(numbers)
         self.randomness = federation.randomness(randomness)
         self.boosts = dict(boosts or {})
+        mechanism = federation.mechanism
+        planned = [mechanism.inputs.weights[client] for client in self.numbers]
+        if mechanism.settings.by_person and (data.persons is None or data.weights.tolist() != planned):
+            raise ConfigError(
+                "privacy.unit",
+                "person",
+                f"clients {self.numbers} must say whose their images are, and have weights of {planned}, which count "
+                "persons; make their data by client_data with `persons` and with `sizes` of `Units.of`",
+            )
 
     def start(self) -> ClientTraining:
         """Return the state before the first round."""
