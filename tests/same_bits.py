@@ -46,7 +46,7 @@ MECHANISMS = {
     "cotangent": ["privacy.mechanism=cotangent", "privacy.noise_multiplier=1.0"],
     "dp-fedavg": ["privacy.mechanism=dp-fedavg", "privacy.noise_multiplier=1.0", "privacy.clip_quantile=0.5"],
 }
-ADDED = re.compile(r" unit='\w+' person_images=\d+")  # settings that came later
+ADDED = re.compile(r", unit='\w+', person_images=\d+")  # settings that came later
 RENAMED = {"parameterization=": "parameterisation=", "regularization=": "regularisation="}  # settings: now, and then
 SIMULATED = ["privacy.simulation=true", f"privacy.nonce={NONCE}", "runtime.weighting=uniform"]
 
