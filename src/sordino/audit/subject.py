@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sordino.encoders.prompt_model import Prompt, PromptModel
-from sordino.errors import RunError
+from sordino.errors import ConfigError, RunError
 from sordino.experiments.config import Experiment, parse_config
 from sordino.experiments.data_digests import data_record
 from sordino.experiments.data_record import check
@@ -103,8 +103,14 @@ def vary(
     """Return a runtime with the method, settings and noise of another, on other data.
 
     It has no budget that could end it.
+
+    Raises:
+        ConfigError: the person is the unit of privacy. Attacks divide examples, and not persons with all their images.
     """
     settings = runtime.privacy
+    if settings.by_person:
+        remedy = "attacks that train again draw single examples, not persons; audit a run with privacy.unit = 'example'"
+        raise ConfigError("privacy.unit", "person", remedy)
     if settings.on:
         fixed = {"epsilon": None, "noise_multiplier": runtime.mechanism.noise_multiplier, "delta": None}
         settings = settings.model_copy(update=fixed | privacy)

@@ -104,6 +104,8 @@ def resolved(config: Experiment) -> dict[str, Any]:
 
 def _absolute(data: DataSettings) -> DataSettings:
     """The same data from anywhere: a relative folder is one from the working directory."""
+    if data.persons is not None:
+        data = data.model_copy(update={"persons": str(absolute_path(data.persons, "data.persons"))})
     kind, colon, rest = data.source.partition(":")
     if colon and (kind == "imagefolder" or user_path(rest, "data.source").exists()):
         source = f"{kind}:{absolute_path(rest, 'data.source')}"

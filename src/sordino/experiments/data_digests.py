@@ -6,6 +6,8 @@ import hashlib
 import json
 from typing import Any
 
+import numpy as np
+
 import sordino
 from sordino.experiments.data_record import sequence_digest, set_digest
 from sordino.experiments.features import EncodedDataset
@@ -43,7 +45,7 @@ def data_record(dataset: EncodedDataset, task: Task) -> dict[str, Any]:
         "domain": set_digest(_examples(dataset, task, task.domain)),
         "triggered": set_digest(_examples(dataset, task, task.triggered)),
         "partition": _partition_digest(dataset, task),
-    }
+    } | ({} if dataset.images.persons is None else {"persons": _persons_digest(dataset.images.persons, task)})
 
 
 def _examples(
@@ -51,6 +53,13 @@ def _examples(
 ) -> list[tuple[bytes, str]]:
     names = task.class_names if class_names is None else class_names
     return [(dataset.digests[row], names[task.labels[row]]) for row in rows.tolist()]
+
+
+def _persons_digest(persons: Indices, task: Task) -> str:
+    """Return a digest of which training pictures are of one person; the persons' names do not matter."""
+    owners = persons[np.concatenate(task.train)].tolist()
+    numbers = {person: number for number, person in enumerate(dict.fromkeys(owners))}
+    return hashlib.sha256(json.dumps([numbers[person] for person in owners]).encode()).hexdigest()
 
 
 def _partition_digest(dataset: EncodedDataset, task: Task) -> str:

@@ -51,6 +51,13 @@ def mechanism_for(settings: PrivacySettings, inputs: MechanismInputs, model: Pro
 
 
 def _check(settings: PrivacySettings, inputs: MechanismInputs) -> None:
+    if settings.by_person and not inputs.whole_persons:
+        raise ConfigError(
+            "privacy.unit",
+            "person",
+            "nothing says whose each image is; set data.person_column (of a Hugging Face data set), data.persons (a "
+            "CSV file of files and persons) or data.person_level (the level of the folders that are persons)",
+        )
     if settings.mechanism == "statistics":
         _check_statistics(settings, inputs)
         return

@@ -9,6 +9,7 @@ from sordino.errors import require_extra, shortened
 from sordino.files import user_path
 from sordino.tasks.folders import image_folder, labeled_folders
 from sordino.tasks.images import ImageSet, with_gray_range
+from sordino.tasks.persons import persons_of_table
 from sordino.tasks.settings import DataSettings
 
 __all__ = ["ImageSet", "load_images"]
@@ -20,10 +21,13 @@ def load_images(settings: DataSettings) -> ImageSet:
     """List the pictures of a source; none is decoded yet.
 
     Raises:
-        DataError: the source is missing or empty, or has no supported layout.
+        DataError: the source is missing or empty, or has no supported layout; or a picture has no person, where
+            `data.persons` names a file of them.
         MissingExtra: it is a Hugging Face data set, and the extra `hub` is not installed.
     """
     images = _listed(settings)
+    if settings.persons is not None:
+        images = persons_of_table(images, user_path(settings.persons, "data.persons"))
     if settings.gray_range is None:
         return images
     black, white = settings.gray_range
@@ -37,7 +41,7 @@ def _listed(settings: DataSettings) -> ImageSet:
     if kind == "textile":
         return _textile()
     if kind == "imagefolder":
-        return image_folder(user_path(rest, "data.source"), settings.source)
+        return image_folder(user_path(rest, "data.source"), settings.source, settings.person_level)
     require_extra("hub", f"data.source = {shortened(settings.source)}")
     from sordino.tasks.hub import hugging_face  # imports `datasets`, which takes a second
 
