@@ -35,7 +35,8 @@ class PrivacySettings(BaseModel):
         default="none",
         description="'statistics': class counts and class means of frozen features are released once, and everything "
         "after is free; 'dp-sgd': every example's gradient is clipped, the sum noised; 'cotangent': likewise the "
-        "loss's derivative by the text features; 'dp-fedavg': every client's upload, and the client is the unit of privacy",
+        "loss's derivative by the text features; 'dp-fedavg': every client's upload, and the client is the unit of "
+        "privacy",
     )
     unit: Unit = Field(
         default_factory=lambda before: _default_unit(before),

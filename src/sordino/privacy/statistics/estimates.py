@@ -110,8 +110,7 @@ class Estimator:
                 means = shrunk(seen, prior, everybody.holders.clamp(min=1))
             else:
                 means = personal(seen, shared)
-            alone = everybody is None or shared is None
-            spread = within(seen, means) if alone else within(everybody, shared)
+            spread = within(everybody, shared) if everybody and shared else within(seen, means)
             parts.append((seen, means, spread))
         return ClassStatistics(
             torch.stack([seen.expected for seen, _, _ in parts]),

@@ -243,5 +243,5 @@ class StatisticsMechanism(Mechanism):
 
 def _numbered(persons: Tensor) -> Tensor:
     """Return persons [n] as numbers from 0, on the CPU."""
-    _, numbers = persons.unique(return_inverse=True)
+    numbers: Tensor = persons.unique(return_inverse=True)[1]
     return numbers.cpu()
