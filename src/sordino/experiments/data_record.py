@@ -26,6 +26,7 @@ _WORDS = {
     "novel": "the test pictures of novel classes",
     "domain": "the test pictures of the held-out domain",
     "triggered": "the test pictures with a trigger",
+    "public": "the pictures in data.public",
     "partition": "the partition (which example stands where)",
     "train": "the training examples",
     "tests": "the test examples",

@@ -101,7 +101,8 @@ def _run(
     task, encoding = dataset.task(config, progress)
     started = time.monotonic()
     runtime, evaluation = assemble(config, dataset, task)
-    pin(out, data_record(dataset, task))  # before config.toml, so that where there is one there is the other
+    # Before config.toml, so that where there is one there is the other.
+    pin(out, data_record(dataset, task, dataset.public(config, task)))
     if not (out / "config.toml").exists():
         write_atomically(out / "config.toml", to_toml(tables).encode())
     training = _resumed(runtime, out) if resume else runtime.start()
@@ -171,6 +172,7 @@ def assemble(config: Experiment, dataset: EncodedDataset, task: Task) -> tuple[L
     )
     held = np.concatenate(task.train)
     ends = np.cumsum([len(rows) for rows in task.train])
+    public = dataset.public(config, task)
     runtime = LocalRuntime(
         algorithm(config.algorithm),
         settings_for(config.algorithm, config.settings),
@@ -184,6 +186,7 @@ def assemble(config: Experiment, dataset: EncodedDataset, task: Task) -> tuple[L
         config.privacy,
         dict.fromkeys(range(task.attackers), config.poisoning.boost) if config.poisoning else {},
         party_digests(dataset, task),
+        None if public is None else public.features.to(device),
     )
     return runtime, evaluation
 

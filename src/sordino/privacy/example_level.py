@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sordino.errors import RunError
-from sordino.privacy.cotangent import CotangentGradients, public_directions
+from sordino.privacy.cotangent import CotangentGradients, image_directions, public_directions
 from sordino.privacy.dp_sgd import DpSgdGradients, Group, sampled
 from sordino.privacy.gradients import Batch, Gradient, Gradients, Parameters, PromptOf
 from sordino.privacy.ledger import OBSERVERS, Channel, Ledger, Observer, Release
@@ -31,6 +31,7 @@ from sordino.privacy.secure_mean import ServerSums, SumTerms, SumVectors
 from sordino.randomness import Randomness
 
 SIZES_KNOWN = "how many examples each client holds is known to all"
+IMAGES_PUBLIC = "the images in data.public are public, and were chosen without a look at any client's images"
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,12 @@ class ExampleMechanism(Mechanism):
             *(() if noise_by == "server" else ("upload", "shares")),
         )
         trusted: tuple[Observer, ...] = ("server",) if noise_by == "server" or self.inputs.pools_data else ()
-        assumptions = (SIZES_KNOWN, *((summed_securely(self.settings),) if noise_by == "shares" else ()))
-        return Ledger((), self._left_open(covered), trusted, assumptions, self.delta, self._randomness)
+        assumptions = [SIZES_KNOWN]
+        if noise_by == "shares":
+            assumptions.append(summed_securely(self.settings))
+        if self.settings.directions == "images":
+            assumptions.append(IMAGES_PUBLIC)
+        return Ledger((), self._left_open(covered), trusted, tuple(assumptions), self.delta, self._randomness)
 
     @cached_property
     def _multipliers(self) -> tuple[float, float]:
@@ -121,7 +126,11 @@ class ExampleMechanism(Mechanism):
     @cached_property
     def _directions(self) -> Tensor:
         assert self.model is not None
-        return public_directions(self.model.encoder, self.settings.subspace)
+        encoder, rank = self.model.encoder, self.settings.subspace
+        if self.settings.directions == "names":
+            return public_directions(encoder, rank)
+        assert self.public is not None
+        return image_directions(self.public, rank).to(encoder.device)
 
     def _gradients(self, randomness: Randomness, clients: Sequence[int], call: int) -> Gradients:
         """Return the gradients of one call in a round; no two calls draw the same noise."""

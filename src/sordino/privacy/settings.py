@@ -66,6 +66,11 @@ class PrivacySettings(BaseModel):
     subspace: int = Field(
         default=16, ge=1, description="cotangent: public directions that image features are projected on"
     )
+    directions: Literal["names", "images"] = Field(
+        default="names",
+        description="cotangent: those directions are singular vectors of text features of public class names, or of "
+        "features of the public images in data.public",
+    )
     clip_quantile: float | None = Field(
         default=None,
         gt=0,
@@ -123,6 +128,10 @@ class PrivacySettings(BaseModel):
             )
         if self.mechanism == "cotangent" and self.clip > math.sqrt(2):
             raise ConfigError("privacy.clip", self.clip, "p - y has a norm of at most sqrt(2); choose clip <= 1.414")
+        if self.directions != "names" and self.mechanism != "cotangent":
+            raise ConfigError(
+                "privacy.directions", self.directions, "only 'cotangent' projects on directions; leave it out"
+            )
         if self.clip_quantile is not None and self.mechanism != "dp-fedavg":
             raise ConfigError("privacy.clip_quantile", self.clip_quantile, "only 'dp-fedavg' adapts clip; leave it out")
         return self

@@ -93,6 +93,7 @@ class LocalRuntime:
         privacy: the `[privacy]` settings.
         boosts: client to the factor on its upload, for attackers that send more than they learned.
         digests: a digest of each client's data, in hex; by default of its rows of `features` and `labels`.
+        public: [n, D], features of public images, for a mechanism that uses them.
 
     Raises:
         ConfigError: the privacy mechanism or the aggregation does not fit the method.
@@ -112,6 +113,7 @@ class LocalRuntime:
         privacy: PrivacySettings | None = None,
         boosts: Mapping[int, float] | None = None,
         digests: Sequence[str] | None = None,
+        public: Tensor | None = None,
     ) -> None:
         self.algorithm, self.settings, self.model = algorithm, settings, model
         self.rounds = rounds if algorithm.ABOUT.trains else 0
@@ -126,7 +128,7 @@ class LocalRuntime:
         self.privacy = privacy or PrivacySettings()
         sizes = [len(client_rows) for client_rows in rows]
         inputs = mechanism_inputs(algorithm, settings, sizes, self.rounds, runtime, seed)
-        self.mechanism = mechanism_for(self.privacy, inputs, model)
+        self.mechanism = mechanism_for(self.privacy, inputs, model, public)
         participants = participant_count(len(rows), runtime.participation)
         if check := getattr(algorithm, "check", None):
             check(settings, model, participants)
@@ -148,6 +150,7 @@ class LocalRuntime:
             f"{encoder.name} {encoder.fingerprint} {encoder.dtype}",
             repr(self.model.classes.names),
             *self.digests,
+            *([] if self.mechanism.public is None else [_digest(self.mechanism.public)]),
         )
         return hashlib.sha256("\n".join(made_of).encode()).hexdigest()
 
@@ -252,3 +255,8 @@ class LocalRuntime:
 
 def _mean(losses: Sequence[Tensor]) -> float:
     return float(torch.stack(list(losses)).mean()) if losses else math.nan
+
+
+def _digest(tensor: Tensor) -> str:
+    """Return a digest in hex of a tensor's numbers."""
+    return hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()

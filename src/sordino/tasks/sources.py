@@ -7,11 +7,11 @@ from PIL import Image
 
 from sordino.errors import require_extra, shortened
 from sordino.files import user_path
-from sordino.tasks.folders import image_folder, labeled_folders
+from sordino.tasks.folders import every_picture, image_folder, labeled_folders
 from sordino.tasks.images import ImageSet, with_gray_range
 from sordino.tasks.settings import DataSettings
 
-__all__ = ["ImageSet", "load_images"]
+__all__ = ["ImageSet", "load_images", "public_images"]
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -23,7 +23,20 @@ def load_images(settings: DataSettings) -> ImageSet:
         DataError: the source is missing or empty, or has no supported layout.
         MissingExtra: it is a Hugging Face data set, and the extra `hub` is not installed.
     """
-    images = _listed(settings)
+    return _in_gray_range(_listed(settings), settings)
+
+
+def public_images(settings: DataSettings) -> ImageSet:
+    """List the pictures of `data.public`; gray ones are read as the source's are.
+
+    Raises:
+        DataError: the folder is missing or empty.
+    """
+    assert settings.public is not None
+    return _in_gray_range(every_picture(user_path(settings.public, "data.public"), "data.public"), settings)
+
+
+def _in_gray_range(images: ImageSet, settings: DataSettings) -> ImageSet:
     if settings.gray_range is None:
         return images
     black, white = settings.gray_range
