@@ -48,6 +48,7 @@ MECHANISMS = {
 }
 ADDED = re.compile(  # settings that came later
     r", unit='\w+', person_images=\d+|, count_share=None, sampling_rate=1.0, held_error=0.5, release=None"
+    r"|, directions='names'"
 )
 RENAMED = {
     "parameterization=": "parameterisation=",

@@ -71,7 +71,7 @@ class Subject:
             raise RunError(f"{folder} is damaged: {error}") from None
         dataset = dataset or EncodedDataset.open(config)
         task, _ = dataset.task(config, progress)
-        check(folder, data_record(dataset, task))
+        check(folder, data_record(dataset, task, dataset.public(config, task)))
         runtime, _ = assemble(config, dataset, task)
         training = checkpoint.load(folder / "checkpoint", runtime.start())
         if training is None:
@@ -126,6 +126,7 @@ def vary(
         seed,
         settings,
         runtime.boosts,
+        public=runtime.mechanism.public,
     )
     varied.mechanism = as_implemented_by(type(runtime.mechanism), varied.mechanism)
     return varied

@@ -10,7 +10,7 @@ import numpy as np
 
 import sordino
 from sordino.experiments.data_record import sequence_digest, set_digest
-from sordino.experiments.features import EncodedDataset
+from sordino.experiments.features import EncodedDataset, PublicImages
 from sordino.tasks.images import Indices
 from sordino.tasks.splits import Task
 
@@ -28,24 +28,30 @@ def party_digests(dataset: EncodedDataset, task: Task) -> list[str]:
     return [set_digest(_examples(dataset, task, rows)) for rows in task.train]
 
 
-def data_record(dataset: EncodedDataset, task: Task) -> dict[str, Any]:
+def data_record(dataset: EncodedDataset, task: Task, public: PublicImages | None = None) -> dict[str, Any]:
     """Return what `data.json` says of a run: version, encoder, parties, evaluation sets and partition.
 
     Args:
         dataset: has encoded the task's pictures.
         task: of the run.
+        public: the public pictures, if the run uses any.
     """
     encoder = dataset.encoder
-    return {
-        "version": sordino.__version__,
-        "encoder": {"name": encoder.name, "fingerprint": encoder.fingerprint, "dtype": str(encoder.dtype)},
-        "parties": party_digests(dataset, task),
-        "test": set_digest(_examples(dataset, task, task.test)),
-        "novel": set_digest(_examples(dataset, task, task.novel, task.novel_names)),
-        "domain": set_digest(_examples(dataset, task, task.domain)),
-        "triggered": set_digest(_examples(dataset, task, task.triggered)),
-        "partition": _partition_digest(dataset, task),
-    } | ({} if dataset.images.persons is None else {"persons": _persons_digest(dataset.images.persons, task)})
+    of_public = {} if public is None else {"public": set_digest((digest, "") for digest in public.digests)}
+    return (
+        of_public
+        | {
+            "version": sordino.__version__,
+            "encoder": {"name": encoder.name, "fingerprint": encoder.fingerprint, "dtype": str(encoder.dtype)},
+            "parties": party_digests(dataset, task),
+            "test": set_digest(_examples(dataset, task, task.test)),
+            "novel": set_digest(_examples(dataset, task, task.novel, task.novel_names)),
+            "domain": set_digest(_examples(dataset, task, task.domain)),
+            "triggered": set_digest(_examples(dataset, task, task.triggered)),
+            "partition": _partition_digest(dataset, task),
+        }
+        | ({} if dataset.images.persons is None else {"persons": _persons_digest(dataset.images.persons, task)})
+    )
 
 
 def _examples(

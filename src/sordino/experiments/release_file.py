@@ -32,7 +32,8 @@ ENTRY = "sordino"
 FORMAT = 1
 # Keys that a run with an earlier release takes from it.
 GIVEN = (
-    *("noise_multiplier", "epsilon", "delta", "noise_by", "shared_budget", "subspace", "count_share", "sampling_rate"),
+    *("noise_multiplier", "epsilon", "delta", "noise_by", "shared_budget", "subspace", "directions"),
+    *("count_share", "sampling_rate"),
     *("unit", "person_images", "clip", "colluders", "dropouts", "simulation", "nonce"),
 )
 

@@ -103,7 +103,8 @@ def _run(
     task, encoding = dataset.task(config, progress)
     started = time.monotonic()
     runtime, evaluation = assemble(config, dataset, task)
-    pin(out, data_record(dataset, task))  # before config.toml, so that where there is one there is the other
+    # Before config.toml, so that where there is one there is the other.
+    pin(out, data_record(dataset, task, dataset.public(config, task)))
     if not (out / "config.toml").exists():
         write_atomically(out / "config.toml", to_toml(tables).encode())
     start, released = _released(runtime, out, with_release(config)[1])
@@ -176,6 +177,7 @@ def assemble(config: Experiment, dataset: EncodedDataset, task: Task) -> tuple[L
     held = np.concatenate(task.train)
     ends = np.cumsum([len(rows) for rows in task.train])
     persons = dataset.images.persons
+    public = dataset.public(config, task)
     runtime = LocalRuntime(
         algorithm(config.algorithm),
         settings_for(config.algorithm, config.settings),
@@ -191,6 +193,7 @@ def assemble(config: Experiment, dataset: EncodedDataset, task: Task) -> tuple[L
         party_digests(dataset, task),
         None if persons is None else persons[held].tolist(),
         None if earlier is None else earlier.noise,
+        None if public is None else public.features.to(device),
     )
     return runtime, evaluation
 

@@ -7,8 +7,8 @@ for shared and personal parameters alike, is post-processing. So there is one ba
 gradient of a single example, and one noise for all parameters.
 
 Noise grows with the number of entries. So image features are first projected on r fixed directions and given unit norm
-again. The directions are singular vectors of *public* text features, of names that have nothing to do with anybody's
-images, so they cost no privacy.
+again. The directions are singular vectors of *public* features: of names that have nothing to do with anybody's images,
+or of public images that are nobody's training example. So they cost no privacy.
 
 Sensitivity. Neighboring data sets differ in one example of one client, added or removed. Write z_b = P^T x_b / |P^T
 x_b| for the projected feature, of norm at most 1 (0 where the projection vanishes), and e_b for p_b - y_b scaled down
@@ -165,6 +165,15 @@ def public_directions(encoder: DualEncoder, rank: int) -> Tensor:
     return _public_basis(encoder)[:, :rank]
 
 
+def image_directions(features: Tensor, rank: int) -> Tensor:
+    """Return the r leading singular directions [D, r] of public image features [n, D], less their mean.
+
+    Source of the idea: Golatkar et al., Mixed Differential Privacy in Computer Vision (AdaMix), CVPR 2022, which
+    projects gradients on a subspace of public gradients.
+    """
+    return _basis(features)[:, :rank]
+
+
 @lru_cache(maxsize=2)
 @torch.no_grad()
 def _public_basis(encoder: DualEncoder) -> Tensor:
@@ -175,6 +184,11 @@ def _public_basis(encoder: DualEncoder) -> Tensor:
     names = [info.index_to_description(index).partition(",")[0] for index in range(info.num_classes())]
     context = encoder.embed("a photo of a")[None]
     chunks = [encoder.class_tokens(names[start : start + 100], compete=False) for start in range(0, len(names), 100)]
-    text = torch.cat([encoder.text_features(context, chunk)[0] for chunk in chunks]).double().cpu()
-    basis: Tensor = torch.linalg.svd(text - text.mean(0), full_matrices=True).Vh.T
-    return basis.float().to(encoder.device)
+    return _basis(torch.cat([encoder.text_features(context, chunk)[0] for chunk in chunks])).to(encoder.device)
+
+
+def _basis(features: Tensor) -> Tensor:
+    """Return all D singular directions [D, D] of features [n, D] less their mean, float32, the leading one first."""
+    features = features.double().cpu()
+    basis: Tensor = torch.linalg.svd(features - features.mean(0), full_matrices=True).Vh.T
+    return basis.float()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sordino.errors import RunError
-from sordino.privacy.cotangent import CotangentGradients, public_directions
+from sordino.privacy.cotangent import CotangentGradients, image_directions, public_directions
 from sordino.privacy.dp_sgd import DpSgdGradients, Group, sampled
 from sordino.privacy.gradients import Batch, Gradient, Gradients, Parameters, PromptOf
 from sordino.privacy.ledger import OBSERVERS, Channel, Ledger, Observer, Release
@@ -33,6 +33,7 @@ from sordino.randomness import Randomness
 SUBSPACE = 16  # public directions of `cotangent` by default
 SIZES_KNOWN = "how many examples each client holds is known to all"
 PERSONS_KNOWN = "how many persons each client holds is known to all, and each image is listed as its own person's"
+IMAGES_PUBLIC = "the images in data.public are public, and were chosen without a look at any client's images"
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,12 @@ class ExampleMechanism(Mechanism):
             *(() if noise_by == "server" else ("upload", "shares")),
         )
         trusted: tuple[Observer, ...] = ("server",) if noise_by == "server" or self.inputs.pools_data else ()
-        known = PERSONS_KNOWN if self.settings.by_person else SIZES_KNOWN
-        assumptions = (known, *((summed_securely(self.settings),) if noise_by == "shares" else ()))
-        stated = Ledger((), self._left_open(covered), trusted, assumptions, self.delta, self._randomness)
+        assumptions = [PERSONS_KNOWN if self.settings.by_person else SIZES_KNOWN]
+        if noise_by == "shares":
+            assumptions.append(summed_securely(self.settings))
+        if self.settings.directions == "images":
+            assumptions.append(IMAGES_PUBLIC)
+        stated = Ledger((), self._left_open(covered), trusted, tuple(assumptions), self.delta, self._randomness)
         return replace(stated, whole_persons=self.inputs.whole_persons)
 
     @cached_property
@@ -136,7 +140,11 @@ class ExampleMechanism(Mechanism):
     @cached_property
     def _directions(self) -> Tensor:
         assert self.model is not None
-        return public_directions(self.model.encoder, self.settings.subspace or SUBSPACE)
+        encoder, rank = self.model.encoder, self.settings.subspace or SUBSPACE
+        if self.settings.directions == "names":
+            return public_directions(encoder, rank)
+        assert self.public is not None
+        return image_directions(self.public, rank).to(encoder.device)
 
     def _gradients(self, randomness: Randomness, clients: Sequence[int], call: int) -> Gradients:
         """Return the gradients of one call in a round; no two calls draw the same noise."""

@@ -141,6 +141,7 @@ class Mechanism:
         model: the frozen model.
         delta: at which the guarantee is stated.
         noise_multiplier: z, of all that is released in one step together.
+        public: [n, D], features of public images; None without any.
     """
 
     settings: PrivacySettings
@@ -148,6 +149,7 @@ class Mechanism:
     model: PromptModel | None
     delta: float | None = None
     noise_multiplier: float = 0.0
+    public: Tensor | None = None
 
     @property
     def samples_clients(self) -> bool:

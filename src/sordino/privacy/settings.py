@@ -109,6 +109,11 @@ class PrivacySettings(BaseModel):
         default=None,
         description="statistics: a run directory whose release is used again, at no cost; it must be of the same data",
     )
+    directions: Literal["names", "images"] = Field(
+        default="names",
+        description="cotangent: those directions are singular vectors of text features of public class names, or of "
+        "features of the public images in data.public",
+    )
     clip_quantile: float | None = Field(
         default=None,
         gt=0,
@@ -175,6 +180,12 @@ class PrivacySettings(BaseModel):
             images = f" for each of {self.person_images} images" if self.by_person else ""
             allowed = f"p - y has a norm of at most sqrt(2){images}; choose clip <= {math.floor(1000 * most) / 1000:g}"
             raise ConfigError("privacy.clip", self.clip, allowed)
+        if self.directions != "names" and self.mechanism not in ("cotangent", "statistics"):
+            raise ConfigError(
+                "privacy.directions", self.directions, "only 'cotangent' and 'statistics' project; leave it out"
+            )
+        if self.directions != "names" and self.mechanism == "statistics" and self.subspace is None:
+            raise ConfigError("privacy.subspace", None, "with directions = 'images', say how many of them, such as 16")
         if self.clip_quantile is not None and self.mechanism != "dp-fedavg":
             raise ConfigError("privacy.clip_quantile", self.clip_quantile, "only 'dp-fedavg' adapts clip; leave it out")
         return self

@@ -100,6 +100,7 @@ class LocalRuntime:
         digests: a digest of each client's data, in hex; by default of its rows of `features` and `labels`.
         persons: [N] whose each row of the table is, by number; None if unknown.
         earlier: the noise of a release of statistics that will be used again; None if the run makes its own.
+        public: [n, D], features of public images, for a mechanism that uses them.
 
     Raises:
         ConfigError: the privacy mechanism or the aggregation does not fit the method, or persons are protected and
@@ -122,6 +123,7 @@ class LocalRuntime:
         digests: Sequence[str] | None = None,
         persons: Sequence[int] | None = None,
         earlier: Noise | None = None,
+        public: Tensor | None = None,
     ) -> None:
         self.algorithm, self.settings, self.model = algorithm, settings, model
         self.rounds = rounds if algorithm.ABOUT.trains else 0
@@ -136,7 +138,7 @@ class LocalRuntime:
         units = Units.of(rows, persons, self.privacy)
         self.data = client_data(features, labels, rows, runtime.weighting, persons, units.sizes)
         inputs = mechanism_inputs(algorithm, settings, units, self.rounds, runtime, seed, len(model.classes))
-        self.mechanism = mechanism_for(self.privacy, inputs, model)
+        self.mechanism = mechanism_for(self.privacy, inputs, model, public)
         if earlier is not None and isinstance(self.mechanism, StatisticsMechanism):
             self.mechanism = replace(self.mechanism, earlier=earlier)
         participants = participant_count(len(rows), runtime.participation)
@@ -161,6 +163,7 @@ class LocalRuntime:
             repr(self.model.classes.names),
             *self.digests,
             *([self._persons_digest()] if self.privacy.by_person else []),
+            *([] if self.mechanism.public is None else [_digest(self.mechanism.public)]),
         )
         return hashlib.sha256("\n".join(made_of).encode()).hexdigest()
 
@@ -319,3 +322,8 @@ class LocalRuntime:
 
 def _mean(losses: Sequence[Tensor]) -> float:
     return float(torch.stack(list(losses)).mean()) if losses else math.nan
+
+
+def _digest(tensor: Tensor) -> str:
+    """Return a digest in hex of a tensor's numbers."""
+    return hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()

@@ -64,6 +64,31 @@ def image_folder(root: Path, source: str, person_level: int | None = None) -> Im
     return _grouped_folders(source, root, groups)
 
 
+def every_picture(root: Path, source: str) -> ImageSet:
+    """List all pictures under `root`, at any depth, without classes: all have the class "picture".
+
+    Hidden files and folders do not count, nor do system files.
+
+    Raises:
+        DataError: `root` is missing, or holds no picture.
+    """
+    if not root.is_dir():
+        raise DataError(f"{source}: there is no folder {str(root)!r}")
+    names = [path.relative_to(root).as_posix() for path in _pictures_below(root)]
+    passed_over = tuple(files_passed_over(root, set(names)))
+    if not names:
+        contents = f" ({told(passed_over)})" if passed_over else ""
+        raise DataError(f"{source}: folder {str(root)!r} holds no picture{contents}")
+    return ImageSet(
+        source=source,
+        class_names=("picture",),
+        labels=np.zeros(len(names), dtype=np.int64),
+        names=names,
+        read=lambda index: read_regular(root / names[index], MAX_BYTES),
+        passed_over=passed_over,
+    )
+
+
 def labeled_folders(source: str, root: Path, folders: Mapping[str, Path]) -> ImageSet:
     """List the pictures of class folders given by class name; the folders' order is the classes' order."""
     images = _class_folders(source, root, {name: [folder] for name, folder in folders.items()})
@@ -186,6 +211,17 @@ def _listing(
         names += [path.relative_to(root).as_posix() for path in pictures]
         labels += [index_of[class_name]] * len(pictures)
     return names, labels
+
+
+def _pictures_below(folder: Path) -> list[Path]:
+    """Return the pictures in a folder and in all folders below it, in the order of their names."""
+    found: list[Path] = []
+    for path in _visible(folder):
+        if path.is_dir():
+            found += _pictures_below(path) if not path.is_symlink() else []
+        elif path.suffix.lower() in suffixes() and path.is_file():
+            found.append(path)
+    return found
 
 
 def _is_nested(folder: Path) -> bool:

@@ -32,6 +32,11 @@ class DataSettings(BaseModel):
         "'imagefolder:PATH' (class folders, or domain folders of class folders), or 'hf:NAME_OR_PATH' (a Hugging Face "
         "data set: a hub name, a directory, or a parquet file)"
     )
+    public: str | None = Field(
+        default=None,
+        description="a folder of public pictures, at any depth and without classes, that privacy.directions = 'images' "
+        "uses; none may be a picture of the source",
+    )
     train_per_class: int | None = Field(
         default=None,
         ge=1,

@@ -10,8 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from sordino.privacy.cotangent import public_directions
-from sordino.privacy.example_level import SIZES_KNOWN
+from sordino.privacy.cotangent import image_directions, public_directions
+from sordino.privacy.example_level import IMAGES_PUBLIC, PERSONS_KNOWN, SIZES_KNOWN
 from sordino.privacy.ledger import OBSERVERS, Disclosure, Ledger, Observer, Release
 from sordino.privacy.mechanism import Mechanism, summed_securely
 from sordino.privacy.secure_mean import ServerSums, SumTerms
@@ -101,8 +101,13 @@ class StatisticsMechanism(Mechanism):
     def directions(self) -> Tensor | None:
         """Return the public directions [D, r], or None for all."""
         assert self.model is not None
-        rank = self.settings.subspace
-        return None if rank is None else public_directions(self.model.encoder, rank)
+        encoder, rank = self.model.encoder, self.settings.subspace
+        if rank is None:
+            return None
+        if self.settings.directions == "names":
+            return public_directions(encoder, rank)
+        assert self.public is not None
+        return image_directions(self.public, rank).to(encoder.device)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -212,9 +217,14 @@ class StatisticsMechanism(Mechanism):
         noise_by = self.settings.noise_by
         bare = Disclosure("each client's class counts and class sums of features, to the server once", "upload")
         trusted: tuple[Observer, ...] = ("server",) if noise_by == "server" or self.inputs.pools_data else ()
-        assumptions = (SIZES_KNOWN, *((summed_securely(self.settings),) if noise_by == "shares" else ()))
+        assumptions = [PERSONS_KNOWN if self.settings.by_person else SIZES_KNOWN]
+        if noise_by == "shares":
+            assumptions.append(summed_securely(self.settings))
+        if self.settings.directions == "images":
+            assumptions.append(IMAGES_PUBLIC)
         disclosures = (bare,) if noise_by == "server" else ()
-        return Ledger((), disclosures, trusted, assumptions, self.delta, self._randomness)
+        stated = Ledger((), disclosures, trusted, tuple(assumptions), self.delta, self._randomness)
+        return replace(stated, whole_persons=self.inputs.whole_persons)
 
     def released(self, name: str, charged: float | None = None) -> list[Release]:
         """Return the ledger's entries of the release.
