@@ -8,9 +8,10 @@ compare digests of what came out with those kept in `same_bits.json`:
 
 A digest covers the summary's scores and privacy, the losses of all rounds, and every tensor of prompts and
 checkpoint. It leaves out seconds and random names, which differ between two equal runs, and bytes on the wire, which
-say how a message is packed. Simulated noise is keyed by the text of a method's settings. So the names that settings had
-when the digests were made are put back where that key is made (`RENAMED`). Processors round differently: digests belong
-to one kind of processor and one release of torch, and on others the script says so and compares nothing.
+say how a message is packed. Simulated noise is keyed by the text of settings. So the names that settings had when the
+digests were made are put back where that key is made (`RENAMED`), and settings that came later are left out (`ADDED`).
+Processors round differently: digests belong to one kind of processor and one release of torch, and on others the script
+says so and compares nothing.
 """
 
 from __future__ import annotations
@@ -45,7 +46,15 @@ MECHANISMS = {
     "cotangent": ["privacy.mechanism=cotangent", "privacy.noise_multiplier=1.0"],
     "dp-fedavg": ["privacy.mechanism=dp-fedavg", "privacy.noise_multiplier=1.0", "privacy.clip_quantile=0.5"],
 }
-RENAMED = {"parameterization=": "parameterisation=", "regularization=": "regularisation="}  # settings: now, and then
+ADDED = re.compile(  # settings that came later
+    r", unit='\w+', person_images=\d+|, count_share=None, sampling_rate=1.0, held_error=0.5, release=None"
+    r"|, directions='names'"
+)
+RENAMED = {
+    "parameterization=": "parameterisation=",
+    "regularization=": "regularisation=",
+    "subspace=None": "subspace=16",
+}  # settings: now, and then
 SIMULATED = ["privacy.simulation=true", f"privacy.nonce={NONCE}", "runtime.weighting=uniform"]
 
 
@@ -93,11 +102,19 @@ class _Before:
 
     def __init__(self, settings: Any) -> None:
         self._text = repr(settings)
+        self._settings = settings
         for now, then in RENAMED.items():
             self._text = self._text.replace(now, then)
+        self._text = ADDED.sub("", self._text)
 
     def __repr__(self) -> str:
         return self._text
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._settings, name)
+
+    def model_copy(self, **changed: Any) -> _Before:
+        return _Before(self._settings.model_copy(**changed))
 
 
 def run_as_before(arguments: list[str]) -> None:
@@ -110,6 +127,7 @@ def run_as_before(arguments: list[str]) -> None:
     def keyed(runtime: LocalRuntime) -> str:
         renamed = copy.copy(runtime)
         renamed.settings = _Before(runtime.settings)
+        renamed.privacy = _Before(runtime.privacy)  # type: ignore[assignment]
         return str(identity(renamed))
 
     LocalRuntime.identity = property(keyed)  # type: ignore[assignment, method-assign]

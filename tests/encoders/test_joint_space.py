@@ -84,3 +84,10 @@ def test_a_second_fit_gives_the_shipped_file(tmp_path: Path) -> None:
     # Single directions are open to rotation where singular values are close; their product is not.
     first, second = (space["text_map"].float() @ space["image_map"].float().T for space in (again, shipped))
     torch.testing.assert_close(first, second, atol=2e-3 * second.abs().max().item(), rtol=0)
+
+
+def test_classifier_rows_are_those_that_the_space_was_fitted_to(weights: dict[str, torch.Tensor]) -> None:
+    encoder = BundledEncoder.load(torch.device("cpu"))
+    projected = joint_space.unit_rows(weights) @ load_file(JOINT_SPACE)["image_map"].double()
+    expected = torch.nn.functional.normalize(projected, dim=-1)
+    torch.testing.assert_close(encoder.classifier_rows().double(), expected, rtol=0, atol=1e-5)

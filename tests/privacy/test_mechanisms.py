@@ -18,12 +18,19 @@ from torch import Tensor
 from sordino.algorithms.base import ClientData, named_tensors
 from sordino.encoders import prompt_model
 from sordino.encoders.prompt_model import Prompt, PromptModel
-from sordino.errors import RunError
+from sordino.errors import ConfigError, RunError
 from sordino.privacy.clipping import clip_jointly, clipped_sum
-from sordino.privacy.cotangent import CotangentGradients, project, public_directions, summed_cotangents
+from sordino.privacy.cotangent import (
+    CotangentGradients,
+    image_directions,
+    project,
+    public_directions,
+    summed_cotangents,
+)
 from sordino.privacy.dp_sgd import DpSgdGradients, Group, example_gradients
 from sordino.privacy.gradients import Batch, ExactGradients
 from sordino.privacy.sampling import PoissonSampler, Sampling
+from sordino.privacy.settings import PrivacySettings
 from sordino.randomness import Streams, SystemRandomness
 from sordino.runtime.local import LocalRuntime, Training
 
@@ -225,6 +232,23 @@ def test_public_directions_are_orthonormal_nested_and_need_no_image(model: Promp
     torch.testing.assert_close(eight.T @ eight, torch.eye(8), rtol=0, atol=1e-5)
     torch.testing.assert_close(eight[:, :3], three)
     assert public_directions(model.encoder, 10_000).shape == (model.encoder.feature_width,) * 2
+
+
+def test_directions_of_images_are_orthonormal_and_span_the_images() -> None:
+    """Three images have two directions besides their mean; the oracle is the span itself."""
+    images = torch.randn(3, 9, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    directions = image_directions(images, 2).double()
+    torch.testing.assert_close(directions.T @ directions, torch.eye(2).double(), rtol=0, atol=1e-5)
+    centered = images - images.mean(0)
+    torch.testing.assert_close(centered @ directions @ directions.T, centered, rtol=0, atol=1e-5)
+
+
+def test_directions_of_images_need_more_images_than_directions(make_runtime: MakeRuntime) -> None:
+    privacy = {"mechanism": "cotangent", "epsilon": 8.0, "delta": 1e-3, "directions": "images", "subspace": 2}
+    with pytest.raises(ConfigError, match=r"privacy\.directions.*there are 0; put more into data\.public"):
+        make_runtime("promptfl", [[0, 1], [2, 3]], privacy=privacy)
+    with pytest.raises(ConfigError, match=r"privacy\.directions.*only 'cotangent'"):
+        PrivacySettings(**privacy | {"mechanism": "dp-sgd"})
 
 
 # Noise

@@ -1,4 +1,4 @@
-"""One example, or one client, in or out: what is released moves by at most the bound, and nothing else moves at all.
+"""One example, person or client in or out: what is released moves by at most the bound, and nothing else moves at all.
 
 Over every method that learns, every mechanism that fits it, and everyone who may add the noise, with the noise off.
 What is released is recorded where it passes the mechanism: each call for a gradient with its arguments, so that a call
@@ -117,6 +117,7 @@ def make(
         rows: Sequence[Sequence[int]],
         change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = with_odd_ones,
         tables: Mapping[str, Any] | None = None,
+        persons: Sequence[int] | None = None,
         **runtime: Any,
     ) -> LocalRuntime:
         method = algorithm(name)
@@ -125,7 +126,8 @@ def make(
         visual = getattr(own, "prompts_images", False)
         features = forward(model.encoder, own.reads, read("pixels")) if visual else read(own.reads)
         features, labels = change(features, table[1])
-        made = LocalRuntime(method, settings, own, features, labels, rows, 4, RuntimeSettings(**runtime), 0, privacy)
+        federation = (rows, 4, RuntimeSettings(**runtime), 0, privacy)
+        made = LocalRuntime(method, settings, own, features, labels, *federation, persons=persons)
         # A simulation keys its coins by the data too, so that neighboring runs share none. Here they shall share them.
         made.__dict__["identity"] = "the same for all tables"
         return made
@@ -268,6 +270,47 @@ def test_an_example_moves_what_is_released_by_at_most_the_clip(
         if mechanism == "cotangent":
             assert_sums_are_bounded(sums, everyone)
             sums.clear()
+
+
+# Whose the first client's examples are: persons of one kind of examples and of several; everyone else has two each.
+OWNERS = [0, 0, 0, 1, 1, 1, 2, 1, 2, 2, *[row // 2 for row in range(FIRST, 40)]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "mechanism", "noise_by"), [each for each in BY_EXAMPLE if each[2] == "client"])
+def test_a_person_moves_what_is_released_by_at_most_the_clip(
+    name: str, mechanism: str, noise_by: str, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all their examples; and a batch releases the sum of what its persons release alone."""
+    rows = [list(range(FIRST)), list(range(FIRST, 18)), list(range(18, 24))]
+    shared = set(algorithm(name).ABOUT.averages) if mechanism == "dp-sgd" else set()
+    own = {"personal_clip": PERSONAL_CLIP} if shared else {}
+    privacy = privacy_of(mechanism, unit="person", **own)
+    tables = {"local_steps": steps_of(noise_by)}
+    runtime, again = (make(name, privacy, rows, tables=tables, persons=OWNERS) for _ in range(2))
+    calls, _ = watch(runtime)
+    runtime.round(started_in_double(runtime))
+    assert len(calls) == steps_of(noise_by)
+    sums: list[Tensor] = []  # what the cotangent mechanism clips and noises
+    summed = cotangent.summed_cotangents
+    monkeypatch.setattr(cotangent, "summed_cotangents", lambda *given: sums.append(summed(*given)) or sums[-1])
+    released = releaser(again)
+    for call in calls:
+        assert call.batch.persons is not None
+        owners = call.batch.persons[0].tolist()
+        assert len(owners) == (24 if name == "central" else FIRST)
+        groups = [[n for n in call.parameters if (n in shared) == of_shared] for of_shared in (False, True)]
+        whole, nobody = released(call), released(call.only(0))
+        sums.clear()
+        for person in sorted(set(owners)):
+            places = [place for place, owner in enumerate(owners) if owner == person]
+            rest, alone = released(call.without(0, *places)), less(released(call.only(0, *places)), nobody)
+            assert_close(less(whole, rest), alone)
+            assert all(torch.equal(rest[n][1:], whole[n][1:]) for n in call.parameters)
+            for group, clip in zip(groups, (PERSONAL_CLIP if shared else CLIP, CLIP), strict=True):
+                if mechanism == "dp-sgd":
+                    assert norm_of(less(whole, rest), 0, group) <= clip * (1 + ROUNDING)
+        assert all(float(matrix[0].norm()) <= CLIP * (1 + ROUNDING) for matrix in sums[1::2])  # each person alone
 
 
 def assert_close(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ from sordino.files import read_regular
 from sordino.pictures.decoding import MAX_BYTES, decode, suffixes
 from sordino.tasks import DataSettings
 from sordino.tasks.passed_over import PassedOver, told
-from sordino.tasks.sources import load_images
+from sordino.tasks.sources import load_images, public_images
 
 
 def load(source, **settings):
@@ -103,6 +103,16 @@ def test_a_wrong_layout_is_an_error_that_names_the_folder(tmp_path, layout, expe
     with pytest.raises(DataError, match=expected) as caught:
         load(write_folders(tmp_path, layout))
     assert "\n" not in str(caught.value)
+
+
+def test_public_pictures_are_found_at_any_depth(tmp_path):
+    write_folders(tmp_path, {".": 1, "a": 2, "a/b/c": 1, ".hidden": 1, "__MACOSX": 1})
+    (tmp_path / "a" / "notes.txt").write_text("nothing")
+    (tmp_path / "circle").symlink_to(tmp_path)
+    images = public_images(DataSettings(source="digits", public=str(tmp_path)))
+    assert list(images.names) == ["0.png", "a/0.png", "a/1.png", "a/b/c/0.png"]
+    assert images.image(3).getpixel((0, 0)) == (3, 0, 0)
+    assert told(images.passed_over)
 
 
 def test_a_missing_folder_is_named(tmp_path):

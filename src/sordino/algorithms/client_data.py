@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sordino.errors import RunError
 from sordino.privacy.gradients import Batch
 from sordino.privacy.sampling import PoissonSampler
 from sordino.privacy.statistics.estimates import ClassStatistics
@@ -25,10 +26,11 @@ class ClientData:
         rows: [K, n] row numbers, padded on the right to the largest client.
         counts: [K] number of real ones among a client's rows.
         weights: [K] the weight that each client tells the server for averaging; ones if sizes stay private.
-        poisson: if set, it draws batches by Poisson sampling, each example independently of all others.
+        poisson: if set, it draws batches by Poisson sampling: each example, or person, independently of all others.
         hidden: [N], true for rows of the table that no batch shows. They are masked after a batch was drawn, so that
             sizes, rates and random draws are as if they were shown. An audit hides canaries so; None hides nothing.
-        statistics: the clients' class statistics, if the mechanism releases them or the method works on them; else None.
+        statistics: the clients' class statistics, if the mechanism releases them or the method works on them.
+        persons: [N] whose each row of the table is, by number; None if unknown. Only a sampler of persons reads it.
     """
 
     features: Tensor
@@ -39,6 +41,7 @@ class ClientData:
     poisson: PoissonSampler | None = None
     hidden: Tensor | None = None
     statistics: ClassStatistics | None = None
+    persons: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -49,7 +52,7 @@ class ClientData:
         Args:
             steps: number of minibatches.
             size: examples a batch, at most; None gives every example each time. A pass's last batch may be smaller.
-                Under Poisson sampling, the expected size.
+                Under Poisson sampling, the expected size, in persons where these are sampled.
             streams: decides the order.
         """
         if self.poisson is not None:
@@ -98,13 +101,35 @@ class ClientData:
         return torch.ones_like(rows, dtype=torch.bool) if self.hidden is None else ~self.hidden[rows]
 
     def _sampled(self, size: int | None, poisson: PoissonSampler) -> Batch:
-        """Return a Poisson sample: each example is in it independently of all others. It may be empty."""
+        """Return a Poisson sample: each example, or person, is in it independently of all others. It may be empty."""
+        if poisson.person_images is not None:
+            return self._sampled_persons(size, poisson, poisson.person_images)
         drawn, sampling = poisson.draw(self.counts.tolist(), size)
-        chosen = torch.nn.utils.rnn.pad_sequence(drawn, batch_first=True, padding_value=-1)
-        chosen = chosen if chosen.shape[1] else chosen.new_full((len(drawn), 1), -1)
-        chosen = chosen.to(self.rows.device)
+        chosen = self._padded(drawn)
         batch = self._batch(self.rows.gather(1, chosen.clamp(min=0)), chosen >= 0)
         return replace(batch, sampling=sampling)
+
+    def _sampled_persons(self, size: int | None, poisson: PoissonSampler, most: int) -> Batch:
+        """Return a Poisson sample of persons, with the first `most` rows of each who was drawn.
+
+        A person's rows come in the client's order, so which of them are first depends on no other person.
+        """
+        if self.persons is None:
+            raise RunError("a sample of persons needs to know whose each image is; give ClientData its persons")
+        held = [
+            _by_person(self.persons[row[: int(count)]].cpu()) for row, count in zip(self.rows, self.counts, strict=True)
+        ]
+        drawn, sampling = poisson.draw([persons.count for persons in held], size)
+        pairs = [persons.images(numbers, most) for persons, numbers in zip(held, drawn, strict=True)]
+        chosen = self._padded([places for places, _ in pairs])
+        batch = self._batch(self.rows.gather(1, chosen.clamp(min=0)), chosen >= 0)
+        return replace(batch, sampling=sampling, persons=self._padded([owners for _, owners in pairs]))
+
+    def _padded(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return one sequence of numbers a client, [K, B] with B at least 1, padded with -1."""
+        padded = torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True, padding_value=-1)
+        padded = padded if padded.shape[1] else padded.new_full((len(parts), 1), -1)
+        return padded.to(self.rows.device)
 
     def _batch(self, rows: Tensor, mask: Tensor) -> Batch:
         shown = self.shown(rows)
@@ -113,6 +138,38 @@ class ClientData:
         stand_in = 0 if self.hidden is None else int((~self.hidden).to(torch.int8).argmax())
         rows = torch.where(shown, rows, stand_in)
         return Batch(self.features[rows], self.labels[rows], mask & shown, rows=rows)
+
+
+@dataclass(frozen=True)
+class _Persons:
+    """The persons of one client.
+
+    Attributes:
+        count: P, their number.
+        order: [n], the places of the client's rows, those of one person together and each person's in their own order.
+        owners: [n], for these places whose they are, from 0 to P - 1.
+        ranks: [n], for these places how many of the same person come before.
+    """
+
+    count: int
+    order: Tensor
+    owners: Tensor
+    ranks: Tensor
+
+    def images(self, numbers: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        """Return the places of the first `most` rows of each of some persons, and whose they are."""
+        drawn = torch.zeros(self.count, dtype=torch.bool)
+        drawn[numbers] = True
+        kept = drawn[self.owners] & (self.ranks < most)
+        return self.order[kept], self.owners[kept]
+
+
+def _by_person(persons: Tensor) -> _Persons:
+    """Return the persons of a client whose rows [n] are of these."""
+    numbers, owners, counts = persons.unique(return_inverse=True, return_counts=True)
+    order = owners.argsort(stable=True)
+    starts = counts.cumsum(0) - counts
+    return _Persons(len(numbers), order, owners[order], torch.arange(len(order)) - starts[owners[order]])
 
 
 def _batch_plan(count: int, steps: int, size: int, generator: np.random.Generator) -> Tensor:

@@ -32,7 +32,6 @@ from sordino.algorithms.base import RoundContext, named_tensors
 from sordino.audit.subject import Subject, contexts_of, coop
 from sordino.audit.tower_map import TowerMap
 from sordino.privacy.client_level import CLIP
-from sordino.privacy.sampling import PoissonSampler
 from sordino.randomness import Streams, derive_key
 from sordino.runtime.local import LocalRuntime, Training
 
@@ -171,7 +170,7 @@ def observe(
     chosen = [row[order.argsort()[:size].to(row.device)] for row, order in zip(data.rows, orders, strict=True)]
     counts = torch.tensor([len(rows) for rows in chosen], device=data.counts.device)
     # No more examples than the batch size, so that all are in the batch for certain, Poisson sampling or not.
-    poisson = PoissonSampler(round_context.streams) if runtime.mechanism.samples_examples else None
+    poisson = runtime.mechanism.sampler(round_context.streams)
     rows = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True)
     clip = training.mechanism.get(CLIP)
     mechanism_round = runtime.mechanism.client_end(round_context.streams, list(clients), clip)

@@ -151,7 +151,10 @@ def _losses(runtime: LocalRuntime, training: Training, canaries: Canaries) -> Te
 
 def _check(runtime: LocalRuntime, canaries: int) -> None:
     if runtime.privacy.unit != "example":
-        remedy = "its unit is the client, and canaries audit example-level privacy only; use 'dp-sgd' or 'cotangent'"
+        remedy = (
+            f"its unit is the {runtime.privacy.unit}, and canaries audit example-level privacy only; use 'dp-sgd' or "
+            "'cotangent' with privacy.unit = 'example'"
+        )
         raise ConfigError("privacy.mechanism", runtime.privacy.mechanism, remedy)
     if canaries < 2:
         raise ConfigError("canaries", canaries, "must be at least 2: one to call in, and one to call out")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sordino.encoders.prompt_model import Prompt, PromptModel
-from sordino.errors import RunError
+from sordino.errors import ConfigError, RunError
 from sordino.experiments.config import Experiment, parse_config
 from sordino.experiments.data_digests import data_record
 from sordino.experiments.data_record import check
@@ -71,7 +71,7 @@ class Subject:
             raise RunError(f"{folder} is damaged: {error}") from None
         dataset = dataset or EncodedDataset.open(config)
         task, _ = dataset.task(config, progress)
-        check(folder, data_record(dataset, task))
+        check(folder, data_record(dataset, task, dataset.public(config, task)))
         runtime, _ = assemble(config, dataset, task)
         training = checkpoint.load(folder / "checkpoint", runtime.start())
         if training is None:
@@ -103,8 +103,14 @@ def vary(
     """Return a runtime with the method, settings and noise of another, on other data.
 
     It has no budget that could end it.
+
+    Raises:
+        ConfigError: the person is the unit of privacy. Attacks divide examples, and not persons with all their images.
     """
     settings = runtime.privacy
+    if settings.by_person:
+        remedy = "attacks that train again draw single examples, not persons; audit a run with privacy.unit = 'example'"
+        raise ConfigError("privacy.unit", "person", remedy)
     if settings.on:
         fixed = {"epsilon": None, "noise_multiplier": runtime.mechanism.noise_multiplier, "delta": None}
         settings = settings.model_copy(update=fixed | privacy)
@@ -120,6 +126,7 @@ def vary(
         seed,
         settings,
         runtime.boosts,
+        public=runtime.mechanism.public,
     )
     varied.mechanism = as_implemented_by(type(runtime.mechanism), varied.mechanism)
     return varied

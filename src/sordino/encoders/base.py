@@ -152,6 +152,14 @@ class DualEncoder(ABC):
         Only matrix products that are really computed count. A multiply-add counts 2.
         """
 
+    def classifier_rows(self) -> Tensor | None:
+        """Return the rows [n, D] of the image tower's own classifier in the joint space, at unit norm.
+
+        They stand for images of n public classes, without an image: they are part of the frozen
+        weights. None if the tower has no classifier.
+        """
+        return None
+
     def require(self, capability: Capability, method: str) -> None:
         """Raise an EncoderError that names encoder, method and alternatives if `capability` is missing."""
         if capability not in self.capabilities:

@@ -122,6 +122,16 @@ class BundledEncoder(DualEncoder):
     def _project_image(self, pooled: Tensor) -> Tensor:
         return F.normalize((pooled - self.joint["image_mean"]) @ self.joint["image_map"], dim=-1)
 
+    def classifier_rows(self) -> Tensor:
+        """Return the rows [1000, D] of the ImageNet classifier, less their mean, in the joint space at unit norm.
+
+        These are the rows that the joint space was fitted to (`joint_space.unit_rows`), projected as an
+        image's feature is.
+        """
+        rows = self.image.get_parameter("classifier.weight").to(self.output_dtype)
+        centered = F.normalize(rows - rows.mean(0), dim=-1)
+        return F.normalize(centered @ self.joint["image_map"], dim=-1)
+
     def class_tokens(self, names: Sequence[str], compete: bool = True) -> ClassTokens:
         """Return the tokens of 'name . [SEP]' for every name; see `DualEncoder.class_tokens`."""
         return self.text.class_tokens(names, compete)

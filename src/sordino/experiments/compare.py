@@ -220,7 +220,8 @@ def _check_finished(planned: Mapping[Path, Experiment], dataset: EncodedDataset,
     if len(finished) == len(planned):
         return  # nothing will be trained, so the data need not exist any more
     for folder, config in finished.items():
-        check(folder, data_record(dataset, dataset.task(config, progress)[0]))
+        task, _ = dataset.task(config, progress)
+        check(folder, data_record(dataset, task, dataset.public(config, task)))
 
 
 def write_tables(rows: Sequence[Row], summaries: Sequence[Summary], out: Path) -> None:

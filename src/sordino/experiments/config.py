@@ -92,6 +92,10 @@ def parse_config(tables: Mapping[str, Any]) -> Experiment:
         settings_for(name, config.settings)
     if config.encoder.name == "clip" and config.encoder.checkpoint is None:
         raise ConfigError("encoder.checkpoint", None, "encoder 'clip' needs a directory or a hub name of a checkpoint")
+    if (config.data.public is not None) != (config.privacy.directions == "images"):
+        raise ConfigError(
+            "data.public", config.data.public, "goes together with privacy.directions = 'images'; set both or none"
+        )
     return config.model_copy(update={"data": _absolute(config.data)})
 
 
@@ -104,6 +108,12 @@ def resolved(config: Experiment) -> dict[str, Any]:
 
 def _absolute(data: DataSettings) -> DataSettings:
     """The same data from anywhere: a relative folder is one from the working directory."""
+    if data.persons is not None:
+        data = data.model_copy(update={"persons": str(absolute_path(data.persons, "data.persons"))})
+    if data.public is not None:
+        folder = str(absolute_path(data.public, "data.public"))
+        check_values(folder, "data.public")
+        data = data.model_copy(update={"public": folder})
     kind, colon, rest = data.source.partition(":")
     if colon and (kind == "imagefolder" or user_path(rest, "data.source").exists()):
         source = f"{kind}:{absolute_path(rest, 'data.source')}"

@@ -26,6 +26,8 @@ _WORDS = {
     "novel": "the test pictures of novel classes",
     "domain": "the test pictures of the held-out domain",
     "triggered": "the test pictures with a trigger",
+    "persons": "whose the training pictures are",
+    "public": "the pictures in data.public",
     "partition": "the partition (which example stands where)",
     "train": "the training examples",
     "tests": "the test examples",

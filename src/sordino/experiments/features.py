@@ -24,7 +24,7 @@ from sordino.tasks.copies import Copies, find_copies
 from sordino.tasks.images import Flags, ImageSet, Indices
 from sordino.tasks.passed_over import told
 from sordino.tasks.poisoning import poisoned, with_triggers
-from sordino.tasks.sources import load_images
+from sordino.tasks.sources import load_images, public_images
 from sordino.tasks.splits import Task, build_task
 
 
@@ -66,6 +66,19 @@ class Table:
         return whole
 
 
+@dataclass(frozen=True)
+class PublicImages:
+    """The readable pictures of `data.public`.
+
+    Attributes:
+        features: [n, D] float32 on the CPU.
+        digests: n SHA-256 of their raw content.
+    """
+
+    features: Tensor
+    digests: tuple[bytes, ...]
+
+
 @dataclass
 class EncodedDataset:
     """One data set and one encoder, shared by many runs: every image is encoded at most once.
@@ -91,6 +104,7 @@ class EncodedDataset:
     def __post_init__(self) -> None:
         self._originals = self.images
         self._told: set[str] = set()
+        self._public: dict[str, PublicImages] = {}
 
     @classmethod
     def open(cls, config: Experiment) -> EncodedDataset:
@@ -144,6 +158,30 @@ class EncodedDataset:
             self._told.add(copies.told())
             log.warning("%s", copies.told())
         return task, Encoding(time.monotonic() - started, int(cost[0]), int(cost[1]))
+
+    def public(self, config: Experiment, task: Task) -> PublicImages | None:
+        """The pictures of `data.public`, encoded; None if the configuration names no such folder.
+
+        Raises:
+            DataError: one of them is a picture of the task too. What is computed of them would depend on that example,
+                without noise.
+        """
+        folder = config.data.public
+        if folder is None:
+            return None
+        if folder not in self._public:
+            images = public_images(config.data)
+            result = encode(images, self.encoder, FeatureCache())
+            tell_skipped(result.skipped)
+            rows = np.flatnonzero(result.readable)
+            digests = tuple(digest for row in rows.tolist() if (digest := result.digests[row]) is not None)
+            self._public[folder] = PublicImages(result.features[torch.from_numpy(rows)], digests)
+        public = self._public[folder]
+        used = {self.digests[row]: self.images.names[row] for row in task.used.tolist()}
+        both = next((used[digest] for digest in public.digests if digest in used), None)
+        if both is not None:
+            raise DataError(f"data.public holds a copy of {both!r}, which this run uses; remove it from {folder!r}")
+        return public
 
     def copies(self, task: Task) -> Copies:
         """The pictures of an encoded task that are copies of others in it."""

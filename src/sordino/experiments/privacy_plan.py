@@ -17,7 +17,7 @@ from sordino.privacy.ledger import Ledger, Observer
 from sordino.privacy.mechanism import Mechanism
 from sordino.privacy.statement import WHO, statement, views
 from sordino.runtime import aggregation
-from sordino.runtime.facts import mechanism_inputs, participant_count
+from sordino.runtime.facts import Units, mechanism_inputs, participant_count
 from sordino.tasks.poisoning import poisoned
 from sordino.tasks.sources import load_images
 from sordino.tasks.splits import build_task
@@ -114,13 +114,14 @@ def planned_mechanism(config: Experiment) -> Mechanism:
     task = build_task(images, config.data, config.partition, config.seed)
     if config.poisoning is not None:
         task = poisoned(task, config.poisoning, len(images), config.seed)
-    sizes = [len(rows) for rows in task.train]
-    sizes = [sum(sizes)] if method.ABOUT.pools_data else sizes
+    # A picture with a trigger stands behind all others, and is of the same person.
+    parties = [(rows % len(images)).tolist() for rows in task.train]
+    parties = [[row for rows in parties for row in rows]] if method.ABOUT.pools_data else parties
+    persons = None if images.persons is None else images.persons.tolist()
+    units = Units.of(parties, persons, config.privacy)
     rounds = config.rounds if method.ABOUT.trains else 0
-    inputs = mechanism_inputs(
-        method, settings, sizes, rounds, config.runtime, config.seed, len(task.class_names)
-    )
-    count = participant_count(len(sizes), config.runtime.participation)
+    inputs = mechanism_inputs(method, settings, units, rounds, config.runtime, config.seed, len(task.class_names))
+    count = participant_count(len(parties), config.runtime.participation)
     aggregation.check(config.runtime, config.privacy, method.ABOUT, count)
     return mechanism_for(config.privacy, inputs, None)
 
@@ -146,9 +147,11 @@ def as_text(chosen: Plan, curve: bool = True) -> str:
     inputs, settings, ledger = chosen.mechanism.inputs, chosen.config.privacy, chosen.ledger
     low, high = min(inputs.sizes), max(inputs.sizes)
     held = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    noun = "persons" if settings.by_person else "examples"
     lines = [
         f"{chosen.config.algorithm} on {chosen.config.data.source}: {len(inputs.sizes):,} "
-        f"{'party' if len(inputs.sizes) == 1 else 'clients'} with {held} examples each, {inputs.rounds:,} rounds.",
+        f"{'party' if len(inputs.sizes) == 1 else 'clients'} with {held} {noun} each, "
+        f"{inputs.rounds:,} rounds.",
     ]
     if ledger.releases:
         rates = sorted({release.sampling_rate for release in ledger.releases})

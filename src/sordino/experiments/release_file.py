@@ -22,14 +22,18 @@ from sordino.experiments.config import Experiment
 from sordino.files import absolute_path, write_atomically
 from sordino.privacy.ledger import Release
 from sordino.privacy.settings import PrivacySettings
+from sordino.privacy.statistics.estimates import Noise
+from sordino.privacy.statistics.mechanism import StatisticsMechanism
 from sordino.runtime.local import LocalRuntime, Training
+from sordino.runtime.release import OWN
 
 FILE = "release.safetensors"
 ENTRY = "sordino"
 FORMAT = 1
 # Keys that a run with an earlier release takes from it.
 GIVEN = (
-    *("noise_multiplier", "epsilon", "delta", "noise_by", "shared_budget", "subspace", "count_share", "sampling_rate"),
+    *("noise_multiplier", "epsilon", "delta", "noise_by", "shared_budget", "subspace", "directions"),
+    *("count_share", "sampling_rate"),
     *("unit", "person_images", "clip", "colluders", "dropouts", "simulation", "nonce"),
 )
 
@@ -46,6 +50,7 @@ class ReleaseFile:
         class_names: the classes, in order.
         encoder: the encoder's fingerprint.
         privacy: the `[privacy]` table, with the noise multiplier, delta and counts' share that were used.
+        noise: the noise multipliers of clients' own matrices and of their sum.
     """
 
     path: Path
@@ -55,15 +60,17 @@ class ReleaseFile:
     class_names: tuple[str, ...]
     encoder: str
     privacy: Mapping[str, Any]
+    noise: Noise
 
     @classmethod
     def of(cls, runtime: LocalRuntime, training: Training, path: Path) -> ReleaseFile:
         """Return the release of a run that has just made it."""
         mechanism = runtime.mechanism
+        assert isinstance(mechanism, StatisticsMechanism)
         used = {
             "noise_multiplier": mechanism.noise_multiplier,
             "delta": mechanism.delta,
-            "count_share": getattr(mechanism, "count_share", None),
+            "count_share": mechanism.count_share,
             "nonce": runtime.nonce if runtime.privacy.simulation else None,
         }
         return cls(
@@ -74,6 +81,7 @@ class ReleaseFile:
             runtime.model.classes.names,
             runtime.model.encoder.fingerprint,
             runtime.privacy.model_dump() | used,
+            mechanism.multipliers,
         )
 
     def save(self) -> None:
@@ -90,6 +98,7 @@ class ReleaseFile:
             "class_names": self.class_names,
             "encoder": self.encoder,
             "privacy": dict(self.privacy),
+            "noise": asdict(self.noise),
         }
         content = safetensors.torch.save(dict(self.tensors), metadata={ENTRY: json.dumps(document)})
         write_atomically(self.path, content)
@@ -112,8 +121,16 @@ class ReleaseFile:
                 Release(**entry | {name: tuple(entry[name]) for name in ("noise_multipliers", "observers")})
                 for entry in document["releases"]
             ]
-            named = (tuple(document[name]) for name in ("digests", "class_names"))
-            return cls(path, tensors, tuple(releases), *named, document["encoder"], document["privacy"])
+            return cls(
+                path,
+                tensors,
+                tuple(releases),
+                tuple(document["digests"]),
+                tuple(document["class_names"]),
+                document["encoder"],
+                document["privacy"],
+                Noise(**document["noise"]),
+            )
         except OSError as error:
             reason = f"no {FILE} to read ({error.strerror}); give the directory of a run with mechanism 'statistics'"
             raise RunError(f"{path.parent}: {reason}") from None
@@ -140,12 +157,11 @@ class ReleaseFile:
                     f"is a release of other {what}; use the [data], [partition], [encoder] and seed that it was made "
                     "with, or leave the key out to release anew",
                 )
-        lacks_own = "own" not in self.tensors and getattr(runtime.mechanism, "multipliers").own is not None
-        lacks_pooled = len(self.tensors) == 1 and getattr(runtime.mechanism, "joins")
-        if lacks_own or lacks_pooled:
-            has = "each client's own statistics" if lacks_pooled else "all clients' joint statistics"
+        if OWN not in self.tensors and runtime.mechanism.inputs.server_uses == "nothing":
             raise ConfigError(
-                "privacy.release", str(self.path.parent), f"holds {has} only, which does not suffice for this method"
+                "privacy.release",
+                str(self.path.parent),
+                "holds all clients' joint statistics only, and this method learns from each client's own; release anew",
             )
 
 

@@ -102,12 +102,12 @@ def _run(
 ) -> Summary:
     task, encoding = dataset.task(config, progress)
     started = time.monotonic()
-    effective, earlier = with_release(config)
-    runtime, evaluation = assemble(effective, dataset, task)
-    pin(out, data_record(dataset, task))  # before config.toml, so that where there is one there is the other
+    runtime, evaluation = assemble(config, dataset, task)
+    # Before config.toml, so that where there is one there is the other.
+    pin(out, data_record(dataset, task, dataset.public(config, task)))
     if not (out / "config.toml").exists():
         write_atomically(out / "config.toml", to_toml(tables).encode())
-    start, released = _released(runtime, runtime.start(), out, earlier)
+    start, released = _released(runtime, out, with_release(config)[1])
     training = _resumed(runtime, start, out) if resume else start
     metrics = Metrics(out / "metrics.jsonl", training.round, numbers=COUNTED)
     training, scores = _train(config, runtime, evaluation, training, metrics, out, progress, released)
@@ -155,6 +155,7 @@ def assemble(config: Experiment, dataset: EncodedDataset, task: Task) -> tuple[L
     Raises:
         ConfigError: the method's settings or the privacy mechanism do not fit.
     """
+    config, earlier = with_release(config)
     device = dataset.encoder.device
     labels = torch.from_numpy(task.labels)
 
@@ -175,6 +176,8 @@ def assemble(config: Experiment, dataset: EncodedDataset, task: Task) -> tuple[L
     )
     held = np.concatenate(task.train)
     ends = np.cumsum([len(rows) for rows in task.train])
+    persons = dataset.images.persons
+    public = dataset.public(config, task)
     runtime = LocalRuntime(
         algorithm(config.algorithm),
         settings_for(config.algorithm, config.settings),
@@ -188,18 +191,19 @@ def assemble(config: Experiment, dataset: EncodedDataset, task: Task) -> tuple[L
         config.privacy,
         dict.fromkeys(range(task.attackers), config.poisoning.boost) if config.poisoning else {},
         party_digests(dataset, task),
+        None if persons is None else persons[held].tolist(),
+        None if earlier is None else earlier.noise,
+        None if public is None else public.features.to(device),
     )
     return runtime, evaluation
 
 
-def _released(
-    runtime: LocalRuntime, start: Training, out: Path, earlier: ReleaseFile | None
-) -> tuple[Training, RoundRecord]:
+def _released(runtime: LocalRuntime, out: Path, earlier: ReleaseFile | None) -> tuple[Training, RoundRecord]:
     """The start after the release of class statistics, if there is one, and what it sent.
 
     What was released is written before anything is made of it, so that a restart does not release again.
     """
-    nothing = RoundRecord(0, 0.0, 0, 0, 0)
+    start, nothing = runtime.start(), RoundRecord(0, 0.0, 0, 0, 0)
     if not runtime.releases_statistics:
         return start, nothing
     file = out / RELEASE

@@ -1,6 +1,7 @@
 """Epsilon of a ledger: the privacy loss of each party's units, by observer, over one run or several.
 
-Every epsilon is for data sets that differ in one unit added or removed: an example, or a client with all it holds.
+Every epsilon is for data sets that differ in one unit added or removed: an example, a person with all their images, or
+a client with all it holds.
 Samples are Poisson: every unit is in a sample independently of all others. `accountants` computes epsilon of a
 composition and names its sources. `calibration` finds the noise that a target leaves.
 """
@@ -16,7 +17,7 @@ import dp_accounting
 from sordino.errors import RunError
 from sordino.privacy.accountants import Accountant, Kinds, composed, kinds_epsilon, largest, merged
 from sordino.privacy.calibration import check_delta, default_delta, noise_multiplier
-from sordino.privacy.ledger import ALL_CLIENTS, Ledger, Observer, Release, Unit
+from sordino.privacy.ledger import ALL_CLIENTS, UNITS, Ledger, Observer, Release, Unit
 
 __all__ = [
     "Accountant",
@@ -80,15 +81,22 @@ def spent(ledger: Ledger, observer: Observer, unit: Unit, delta: float | None = 
     Parties hold disjoint data. So a unit is exposed by its own party's releases and by those of ALL_CLIENTS (parallel
     composition).
 
-    A client-level release protects examples too. One example more or less may change its client's contribution into
-    any other of the same norm, which is twice as far as adding it. So the release counts with half its noise
-    multiplier, and without the sampling of clients (by joint convexity, samples that are alike for both data sets can
-    only help). An example-level release bounds nothing about a client, which has many examples. So epsilon is math.inf
-    for unit "client" if the observer saw one, and for both units if it saw anything without noise.
+    A release for a larger unit protects smaller ones too: a client-level release persons and examples, a person-level
+    one examples. One example more or less may change the clipped contribution of its client, or of its person, into any
+    other of the same norm, which is twice as far as adding it. So the release counts with half its noise multiplier,
+    and without the sampling of units (by joint convexity, samples that are alike for both data sets can only help). If
+    the example is all that its person has, the person is added or removed, which the release's own figures cover, and
+    these are smaller.
+
+    A release for a smaller unit bounds nothing about a larger one, which has many of it. So epsilon is math.inf if the
+    observer saw one, and for every unit if it saw anything without noise. For unit "person" a
+    client-level release counts so too if a person's images may be with several clients (`Ledger.whole_persons` is
+    false), because the person then changes the contribution of each.
 
     Over several runs (`compose`), a unit may be with another party in each. If all runs hold a party's very data (by
     its digest), its releases in all of them add up. All other parties may share units with any party of another run,
-    so the worst of each run add up.
+    so the worst of each run add up. For persons this needs that they are whole in every run: then the images of one
+    that two runs share are with one party in each.
 
     Args:
         ledger: of one run, or of several by `compose`.
@@ -123,6 +131,7 @@ def compose(ledgers: Sequence[Ledger]) -> Ledger:
     simulated = any(ledger.simulated for ledger in ledgers)
     return replace(
         total,
+        whole_persons=bool(ledgers) and all(ledger.whole_persons for ledger in ledgers),
         disclosures=tuple(dict.fromkeys(entry for ledger in ledgers for entry in ledger.disclosures)),
         trusted=tuple(dict.fromkeys(entry for ledger in ledgers for entry in ledger.trusted)),
         assumptions=tuple(dict.fromkeys(entry for ledger in ledgers for entry in ledger.assumptions)),
@@ -147,7 +156,7 @@ def _exposed(ledger: Ledger, observer: Observer, unit: Unit) -> dict[str, Kinds]
         parts = _without_repetitions(ledger.parts)
         return _over_data([(part, _exposed(part, observer, unit)) for part in parts])
     seen = [
-        _for_unit(release, unit)
+        _for_unit(release, unit, ledger.whole_persons)
         for release in ledger.releases
         if observer in release.observers and release.steps > 0 and release.sampling_rate > 0
     ]
@@ -208,11 +217,12 @@ def _by_digest(ledger: Ledger, parties: Collection[str]) -> dict[str, str]:
     return {digest: party for party, digest in digests.items() if digest and known.count(digest) == 1}
 
 
-def _for_unit(release: Release, unit: Unit) -> Release:
+def _for_unit(release: Release, unit: Unit, whole_persons: bool) -> Release:
     """Return a release as it protects another unit than its own; see `spent`."""
     if release.unit == unit:
         return release
-    if unit == "client":
+    divided = unit == "person" and not whole_persons
+    if divided or UNITS.index(unit) > UNITS.index(release.unit):
         return replace(release, noise_multipliers=(0.0,))
     return replace(release, noise_multipliers=(release.noise_multiplier / 2,), sampling_rate=1.0)
 

@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from sordino.encoders.prompt_model import PromptModel
 from sordino.errors import ConfigError
 from sordino.privacy import accounting
 from sordino.privacy.client_level import ClientMechanism
-from sordino.privacy.example_level import ExampleMechanism
+from sordino.privacy.example_level import SUBSPACE, ExampleMechanism
 from sordino.privacy.mechanism import INSTEAD_OF_A_MEAN, Mechanism, MechanismInputs
 from sordino.privacy.settings import PrivacySettings
 from sordino.privacy.statistics.mechanism import StatisticsMechanism
 
 
-def mechanism_for(settings: PrivacySettings, inputs: MechanismInputs, model: PromptModel | None) -> Mechanism:
+def mechanism_for(
+    settings: PrivacySettings, inputs: MechanismInputs, model: PromptModel | None, public: Tensor | None = None
+) -> Mechanism:
     """Return the mechanism of a run, with its noise matched to the budget.
 
     Args:
         settings: the `[privacy]` table.
         inputs: of the method and federation.
         model: the frozen model; None if nothing will be run.
+        public: [n, D], features of public images; None without any.
 
     Raises:
-        ConfigError: the mechanism does not fit the method, or delta does not fit the number of units.
+        ConfigError: the mechanism does not fit the method, there are too few public images, or delta does not fit the
+            number of units.
     """
     if inputs.statistics and settings.on and settings.mechanism != "statistics":
         raise ConfigError(
             "privacy.mechanism", settings.mechanism, "this method works on class statistics; use 'statistics' or 'none'"
         )
     if not settings.on and inputs.statistics:
-        return StatisticsMechanism(settings, inputs, model)
+        return StatisticsMechanism(settings, inputs, model, public=public)
     if not (settings.on and (inputs.trains or inputs.statistics)):
-        return Mechanism(settings, inputs, model)
+        return Mechanism(settings, inputs, model, public=public)
     _check(settings, inputs)
+    if settings.directions == "images" and model is not None:
+        _check_public(settings, public)
     units = len(inputs.sizes) if settings.unit == "client" else sum(inputs.sizes)
     delta = accounting.default_delta(units) if settings.delta is None else settings.delta
     accounting.check_delta(delta, units)
@@ -39,7 +47,7 @@ def mechanism_for(settings: PrivacySettings, inputs: MechanismInputs, model: Pro
     if settings.mechanism == "statistics":
         kind = StatisticsMechanism
     if settings.noise_multiplier is not None:
-        return kind(settings, inputs, model, delta, settings.noise_multiplier)
+        return kind(settings, inputs, model, delta, settings.noise_multiplier, public)
     assert settings.epsilon is not None
     # The plan does not depend on the noise multiplier, so any one shows the schedules that the budget must cover.
     draft = kind(settings, inputs, model, delta, 1.0)
@@ -47,10 +55,17 @@ def mechanism_for(settings: PrivacySettings, inputs: MechanismInputs, model: Pro
     seen = [release for release in draft.planned() if set(release.observers) - trusted]
     schedules = {(release.sampling_rate, release.steps) for release in seen if release.steps}
     multiplier = accounting.noise_multiplier(settings.epsilon, delta, schedules)
-    return kind(settings, inputs, model, delta, multiplier)
+    return kind(settings, inputs, model, delta, multiplier, public)
 
 
 def _check(settings: PrivacySettings, inputs: MechanismInputs) -> None:
+    if settings.by_person and not inputs.whole_persons:
+        raise ConfigError(
+            "privacy.unit",
+            "person",
+            "nothing says whose each image is; set data.person_column (of a Hugging Face data set), data.persons (a "
+            "CSV file of files and persons) or data.person_level (the level of the folders that are persons)",
+        )
     if settings.mechanism == "statistics":
         _check_statistics(settings, inputs)
         return
@@ -101,6 +116,18 @@ def _check_statistics(settings: PrivacySettings, inputs: MechanismInputs) -> Non
         )
     if settings.noise_by == "shares":
         _check_secure_sum(settings, inputs)
+
+
+def _check_public(settings: PrivacySettings, public: Tensor | None) -> None:
+    rank = settings.subspace or SUBSPACE
+    count = 0 if public is None else len(public)
+    if count <= rank:
+        raise ConfigError(
+            "privacy.directions",
+            settings.directions,
+            f"{rank} directions need more than as many public images, and there are {count}; put more "
+            "into data.public, or lower privacy.subspace",
+        )
 
 
 def _check_secure_sum(settings: PrivacySettings, inputs: MechanismInputs) -> None:

@@ -60,7 +60,8 @@ class ClientMechanism(Mechanism):
         covered: tuple[Channel, ...] = ("mean",) if noise_by == "server" else ("mean", "upload")
         trusted: tuple[Observer, ...] = ("server",) if noise_by == "server" else ()
         assumptions = (summed_securely(self.settings),) if noise_by == "shares" else ()
-        return Ledger((), self._left_open(covered), trusted, assumptions, self.delta, self._randomness)
+        stated = Ledger((), self._left_open(covered), trusted, assumptions, self.delta, self._randomness)
+        return replace(stated, whole_persons=self.inputs.whole_persons)
 
     def client_end(
         self, randomness: Randomness, clients: Sequence[int], clip: Tensor | None = None

@@ -7,19 +7,21 @@ for shared and personal parameters alike, is post-processing. So there is one ba
 gradient of a single example, and one noise for all parameters.
 
 Noise grows with the number of entries. So image features are first projected on r fixed directions and given unit norm
-again. The directions are singular vectors of *public* text features, of names that have nothing to do with anybody's
-images, so they cost no privacy.
+again. The directions are singular vectors of *public* features: of names that have nothing to do with anybody's images,
+or of public images that are nobody's training example. So they cost no privacy.
 
 Sensitivity. Neighboring data sets differ in one example of one client, added or removed. Write z_b = P^T x_b / |P^T
 x_b| for the projected feature, of norm at most 1 (0 where the projection vanishes), and e_b for p_b - y_b scaled down
 to norm at most c. The released sum is S = sum over b in the sample of e_b z_b^T. Each term is a rank-one matrix of
 Frobenius norm |e_b| |z_b| <= c. It depends on its own example and on earlier releases only: p_b is a function of x_b
 and of the current prompts. So adding or removing one example changes S by one term, by at most c in Frobenius norm,
-whatever the other examples are: the L2 sensitivity is c. Add noise N(0, (z c)^2) to every entry, and let each example
-be in the sample independently with probability q (Poisson sampling). Then a release is a Gaussian mechanism of noise
-multiplier z, subsampled at rate q. Since |p - y| <= sqrt(2) always, c above sqrt(2) would only add noise. The later
-steps are division by the public expected batch size and by tau, the product with P^T, and the backward pass. They never
-look at the data again. Nor does the gradient of a penalty on prompts, which is added on the way.
+whatever the other examples are: the L2 sensitivity is c. If the person is the unit of privacy, e_b is p_b - y_b as it
+is, and each person's sum of e_b z_b^T is scaled down to Frobenius norm c: a person has one term (`persons`). Add noise
+N(0, (z c)^2) to every entry, and let each unit be in the sample independently with probability q (Poisson sampling).
+Then a release is a Gaussian mechanism of noise multiplier z, subsampled at rate q. Since |p - y| <= sqrt(2) always, c
+above sqrt(2) would only add noise, or above sqrt(2) for each image of a person. The later steps are division by the
+public expected batch size and by tau, the product with P^T, and the backward pass. They never look at the data again.
+Nor does the gradient of a penalty on prompts, which is added on the way.
 
 This mechanism is this project's own. It is near to releasing a classifier's output-layer gradients; label-space
 mechanisms and gradient projection on public subspaces (Zhou, Wu, Banerjee, Bypassing the Ambient Dimension, ICLR 2021)
@@ -37,7 +39,7 @@ from torch import Tensor
 
 from sordino.encoders.base import DualEncoder
 from sordino.encoders.prompt_model import PromptModel
-from sordino.privacy.clipping import power_of_two
+from sordino.privacy.clipping import clipped_sum, power_of_two
 from sordino.privacy.dp_sgd import sampled
 from sordino.privacy.gradients import (
     Batch,
@@ -49,6 +51,7 @@ from sordino.privacy.gradients import (
     finite_examples,
     mean_losses,
 )
+from sordino.privacy.persons import person_products, together
 from sordino.randomness import Randomness
 
 
@@ -59,7 +62,7 @@ class CotangentGradients:
     Attributes:
         model: the frozen model.
         directions: [D, r] orthonormal columns, public.
-        clip: c, the largest norm that p - y keeps.
+        clip: c, the largest norm that p - y keeps, or a person's sum of cotangents.
         noise_multiplier: z.
         randomness: the source of the noise.
         call: the number of this gradient in the round, so that no noise is drawn twice.
@@ -85,7 +88,9 @@ class CotangentGradients:
         for chunk in torch.arange(clients, device=batch.labels.device).split(at_once):
             leaves = {name: value[chunk].detach().requires_grad_() for name, value in parameters.items()}
             rest = {name: value[chunk] for name, value in fixed.items()}
-            examples = finite_examples(Batch(batch.features[chunk], batch.labels[chunk], batch.mask[chunk]))
+            persons = None if batch.persons is None else batch.persons[chunk]
+            examples = Batch(batch.features[chunk], batch.labels[chunk], batch.mask[chunk], persons=persons)
+            examples = finite_examples(examples)
             with torch.enable_grad():
                 prompt = prompt_of({**leaves, **rest})
                 features = self.model.class_features(prompt)
@@ -110,6 +115,9 @@ class CotangentGradients:
 def summed_cotangents(logits: Tensor, batch: Batch, directions: Tensor, clip: float) -> Tensor:
     """Compute S, the sum over a client's examples of clipped (p - y) times projected features.
 
+    If the batch says whose the examples are, it is the sum over persons of clipped sums of (p - y) times projected
+    features.
+
     Args:
         logits: [K, B, C].
         batch: the examples.
@@ -117,14 +125,24 @@ def summed_cotangents(logits: Tensor, batch: Batch, directions: Tensor, clip: fl
         clip: c.
 
     Returns:
-        [K, C, r]. One example more or less changes a client's matrix by at most c in Frobenius norm. The difference
-        depends on that example alone, and is zero if its features or logits are not finite.
+        [K, C, r]. One example, or one person, more or less changes a client's matrix by at most c in Frobenius norm.
+        The difference depends on that unit alone. An example whose features or logits are not finite adds zero.
     """
     batch = finite_examples(excluding(batch, ~logits.isfinite().all(-1)))
     errors = logits.softmax(-1) - F.one_hot(batch.labels, logits.shape[-1])
-    errors = errors * (clip / errors.norm(dim=-1, keepdim=True).clamp(min=clip))
+    if batch.persons is None:
+        errors = errors * (clip / errors.norm(dim=-1, keepdim=True).clamp(min=clip))
     errors = torch.where(batch.mask[..., None], errors, 0.0)
-    return errors.mT @ project(batch.features, directions)
+    projected = project(batch.features, directions)
+    if batch.persons is None:
+        return errors.mT @ projected
+    sums = errors.new_zeros(len(errors), errors.shape[-1], projected.shape[-1])
+    for client, persons in enumerate(batch.persons):
+        chosen = batch.mask[client].nonzero().flatten()
+        chosen = chosen[together(persons[chosen])]
+        for matrices in person_products(errors[client, chosen], projected[client, chosen], persons[chosen]):
+            sums[client] += clipped_sum({"cotangent": matrices}, clip)["cotangent"]
+    return sums
 
 
 def project(features: Tensor, directions: Tensor) -> Tensor:
@@ -147,6 +165,15 @@ def public_directions(encoder: DualEncoder, rank: int) -> Tensor:
     return _public_basis(encoder)[:, :rank]
 
 
+def image_directions(features: Tensor, rank: int) -> Tensor:
+    """Return the r leading singular directions [D, r] of public image features [n, D], less their mean.
+
+    Source of the idea: Golatkar et al., Mixed Differential Privacy in Computer Vision (AdaMix), CVPR 2022, which
+    projects gradients on a subspace of public gradients.
+    """
+    return _basis(features)[:, :rank]
+
+
 @lru_cache(maxsize=2)
 @torch.no_grad()
 def _public_basis(encoder: DualEncoder) -> Tensor:
@@ -157,6 +184,11 @@ def _public_basis(encoder: DualEncoder) -> Tensor:
     names = [info.index_to_description(index).partition(",")[0] for index in range(info.num_classes())]
     context = encoder.embed("a photo of a")[None]
     chunks = [encoder.class_tokens(names[start : start + 100], compete=False) for start in range(0, len(names), 100)]
-    text = torch.cat([encoder.text_features(context, chunk)[0] for chunk in chunks]).double().cpu()
-    basis: Tensor = torch.linalg.svd(text - text.mean(0), full_matrices=True).Vh.T
-    return basis.float().to(encoder.device)
+    return _basis(torch.cat([encoder.text_features(context, chunk)[0] for chunk in chunks])).to(encoder.device)
+
+
+def _basis(features: Tensor) -> Tensor:
+    """Return all D singular directions [D, D] of features [n, D] less their mean, float32, the leading one first."""
+    features = features.double().cpu()
+    basis: Tensor = torch.linalg.svd(features - features.mean(0), full_matrices=True).Vh.T
+    return basis.float()

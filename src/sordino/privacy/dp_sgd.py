@@ -10,7 +10,8 @@ of a batch, stays the same. A group's sum has one vector of norm at most `clip` 
 changes by at most `clip`. Each example is in the sample independently of all others. This needs each vector to depend
 on its own example and on earlier releases, and on nothing else. So an example whose features, loss or gradient are not
 finite has the vector zero, and leaves all other vectors as they are. Kernels round a little differently for a batch of
-another size; that alone is not covered.
+another size; that alone is not covered. If the person is the unit, a person has one vector, the clipped sum of all
+their examples' gradients (`persons`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from sordino.privacy.gradients import (
     excluding,
     finite_examples,
 )
+from sordino.privacy.persons import person_sums, together
 from sordino.privacy.sampling import Sampling
 from sordino.randomness import Randomness
 
@@ -43,7 +45,7 @@ class Group:
     """Parameters that are clipped together.
 
     Attributes:
-        clip: the largest norm that an example's gradient by all of them keeps.
+        clip: the largest norm that an example's gradient by all of them keeps, or a person's sum of them.
         deviation: [K], the standard deviation of the noise that each client adds to its sum; 0 if it adds none.
     """
 
@@ -53,7 +55,7 @@ class Group:
 
 @dataclass(frozen=True)
 class DpSgdGradients:
-    """Gradients of clipped examples, divided by the expected batch size, with noise.
+    """Gradients of clipped examples, or of clipped persons, divided by the expected batch size, with noise.
 
     Attributes:
         model: the frozen model.
@@ -78,11 +80,14 @@ class DpSgdGradients:
             slot = slice(client, client + 1)
             trained = {name: value[slot] for name, value in parameters.items()}
             rest = {name: value[slot] for name, value in fixed.items()}
-            chosen = batch.mask[client]
+            chosen = batch.mask[client].nonzero().flatten()
+            persons = None if batch.persons is None else batch.persons[client, chosen]
+            if persons is not None:
+                chosen, persons = chosen[together(persons)], persons[together(persons)]
             examples = Batch(batch.features[slot, chosen], batch.labels[slot, chosen], batch.mask[slot, chosen])
             result = example_gradients(self.model, prompt_of, trained, rest, examples)
             penalties.append(result.penalty)
-            for piece in result.pieces:
+            for piece in result.pieces if persons is None else person_sums(result.pieces, persons):
                 for names, group in self._groups(parameters):
                     clipped = clipped_sum({name: piece[name] for name in names}, group.clip)
                     for name, total in clipped.items():

@@ -1,4 +1,4 @@
-"""Mechanisms whose unit of privacy is the example: `dp-sgd` and `cotangent`, and who adds their noise."""
+"""Mechanisms whose unit of privacy is the example or the person: `dp-sgd` and `cotangent`, and who adds their noise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sordino.errors import RunError
-from sordino.privacy.cotangent import CotangentGradients, public_directions
+from sordino.privacy.cotangent import CotangentGradients, image_directions, public_directions
 from sordino.privacy.dp_sgd import DpSgdGradients, Group, sampled
 from sordino.privacy.gradients import Batch, Gradient, Gradients, Parameters, PromptOf
 from sordino.privacy.ledger import OBSERVERS, Channel, Ledger, Observer, Release
@@ -32,11 +32,19 @@ from sordino.randomness import Randomness
 
 SUBSPACE = 16  # public directions of `cotangent` by default
 SIZES_KNOWN = "how many examples each client holds is known to all"
+PERSONS_KNOWN = "how many persons each client holds is known to all, and each image is listed as its own person's"
+IMAGES_PUBLIC = "the images in data.public are public, and were chosen without a look at any client's images"
 
 
 @dataclass(frozen=True)
 class ExampleMechanism(Mechanism):
-    """Protect examples: `dp-sgd` and `cotangent`."""
+    """Protect examples, or persons with all their images: `dp-sgd` and `cotangent`.
+
+    If the person is the unit, persons are sampled, and the sum of each one's contributions is clipped. All numbers of
+    units in the inputs (sizes, and so rates, weights and divisors) are then numbers of persons. Everything below holds
+    for either unit, because a unit's contribution to a client's sum has norm at most `clip`, and nobody else's changes
+    with it.
+    """
 
     @property
     def samples_examples(self) -> bool:
@@ -50,6 +58,11 @@ class ExampleMechanism(Mechanism):
 
         def gradients(prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch) -> Gradient:
             sampling = sampled(batch)
+            if (batch.persons is not None) != self.settings.by_person:
+                raise RunError(
+                    f"a batch to be noised must be a sample of what privacy.unit = {self.settings.unit!r} names; let "
+                    "the method take its batches from data.batches, whole"
+                )
             if sampling.draw in differentiated:
                 raise RunError(
                     "the method takes two gradients of one batch, which accounting does not allow for; take a new "
@@ -106,8 +119,13 @@ class ExampleMechanism(Mechanism):
             *(() if noise_by == "server" else ("upload", "shares")),
         )
         trusted: tuple[Observer, ...] = ("server",) if noise_by == "server" or self.inputs.pools_data else ()
-        assumptions = (SIZES_KNOWN, *((summed_securely(self.settings),) if noise_by == "shares" else ()))
-        return Ledger((), self._left_open(covered), trusted, assumptions, self.delta, self._randomness)
+        assumptions = [PERSONS_KNOWN if self.settings.by_person else SIZES_KNOWN]
+        if noise_by == "shares":
+            assumptions.append(summed_securely(self.settings))
+        if self.settings.directions == "images":
+            assumptions.append(IMAGES_PUBLIC)
+        stated = Ledger((), self._left_open(covered), trusted, tuple(assumptions), self.delta, self._randomness)
+        return replace(stated, whole_persons=self.inputs.whole_persons)
 
     @cached_property
     def _multipliers(self) -> tuple[float, float]:
@@ -122,7 +140,11 @@ class ExampleMechanism(Mechanism):
     @cached_property
     def _directions(self) -> Tensor:
         assert self.model is not None
-        return public_directions(self.model.encoder, self.settings.subspace or SUBSPACE)
+        encoder, rank = self.model.encoder, self.settings.subspace or SUBSPACE
+        if self.settings.directions == "names":
+            return public_directions(encoder, rank)
+        assert self.public is not None
+        return image_directions(self.public, rank).to(encoder.device)
 
     def _gradients(self, randomness: Randomness, clients: Sequence[int], call: int) -> Gradients:
         """Return the gradients of one call in a round; no two calls draw the same noise."""
@@ -150,16 +172,17 @@ class ExampleMechanism(Mechanism):
 
     @cached_property
     def _sensitivity(self) -> float:
-        """Bound the change of a weighted sum by one example.
+        """Bound the change of a weighted sum by one unit.
 
-        The mean of gradients S_i / L_i with weights w_i changes by at most C max_i(w_i / L_i) / W for one example.
+        The mean of gradients S_i / L_i with weights w_i changes by at most C max_i(w_i / L_i) / W for one unit, which
+        is with one client.
         """
         return self.settings.clip * self.inputs.largest_share
 
     def _sum_terms(self, name: str) -> SumTerms:
-        """Return the terms on which a field is summed securely; its entries may be all of a client's examples'."""
+        """Return the terms on which a field is summed securely; its entries may be all of a client's units'."""
         largest = self._sensitivity * max(self.inputs.sizes)
-        return SumTerms(f"the sum of {name}", "example", self._sensitivity, self._multipliers[1], largest)
+        return SumTerms(f"the sum of {name}", self.settings.unit, self._sensitivity, self._multipliers[1], largest)
 
     def _averaging(self, randomness: Randomness, releases: list[Release], sums: ServerSums | None) -> Average:
         """Return means with noise where the server, or all clients together, add it."""
@@ -190,15 +213,15 @@ class ExampleMechanism(Mechanism):
         return [self.inputs.rate(client) for client in clients]
 
     def _call_releases(self, clients: Iterable[int], rates: Iterable[float]) -> list[Release]:
-        """Return the releases of one gradient, for clients whose examples were sampled at these rates."""
+        """Return the releases of one gradient, for clients whose units were sampled at these rates."""
         pairs = zip(clients, rates, strict=True)
         return [release for client, rate in pairs for release in self._client_releases(client, rate)]
 
     def _client_releases(self, client: int, rate: float) -> Iterator[Release]:
-        inputs, noise_by = self.inputs, self.settings.noise_by
+        inputs, noise_by, unit = self.inputs, self.settings.noise_by, self.settings.unit
 
         def release(content: str, multipliers: tuple[float, ...], observers: tuple[Observer, ...]) -> Release:
-            return Release(content, f"client {client}", "example", multipliers, rate, 1, noise_by, observers)
+            return Release(content, f"client {client}", unit, multipliers, rate, 1, noise_by, observers)
 
         z_personal, z_shared = self._multipliers
         seen_by: tuple[Observer, ...] = ("clients", "public") if noise_by == "server" else OBSERVERS

@@ -36,6 +36,8 @@ class Batch:
         mask: [K, B], true where there is an example; clients with fewer examples are padded.
         sampling: rates and expected sizes under Poisson sampling, which a noised batch must have; None otherwise.
         rows: [K, B] their row numbers in the table of images, for an audit; None if unknown.
+        persons: [K, B] whose image each is, int64 from 0, if persons were sampled; None if examples were. Numbers tell
+            persons of one client apart and mean nothing else. Where there is no example they do not matter.
     """
 
     features: Tensor
@@ -43,6 +45,7 @@ class Batch:
     mask: Tensor
     sampling: Sampling | None = None
     rows: Tensor | None = None
+    persons: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from typing import Any, Literal, get_args
 
 from sordino.errors import RunError
 
-Unit = Literal["example", "client"]
+Unit = Literal["example", "person", "client"]
+UNITS: tuple[Unit, ...] = get_args(Unit)  # from small to large: each is made of units before it
 Observer = Literal["server", "clients", "public"]
 OBSERVERS: tuple[Observer, ...] = get_args(Observer)
 Source = Literal["system", "simulation"]
@@ -105,6 +106,8 @@ class Ledger:
         run: a name of the run that no other has, in hex.
         data: by party, a digest of its data; equal digests are equal data.
         parts: the ledgers of several runs, if this one composes them; all other fields are then their union.
+        whole_persons: whether all images of a person are known to be with one party. A person-level release requires
+            it; a client-level one bounds something about a person only then.
     """
 
     releases: tuple[Release, ...] = ()
@@ -116,6 +119,7 @@ class Ledger:
     run: str = ""
     data: Mapping[str, str] = field(default_factory=dict)
     parts: tuple[Ledger, ...] = ()
+    whole_persons: bool = False
 
     def add(self, releases: Iterable[Release]) -> Ledger:
         """Return the ledger with further releases entered."""
@@ -177,6 +181,7 @@ class Ledger:
                 content["randomness"],
                 str(content["run"]),
                 {str(party): str(digest) for party, digest in content["data"].items()},
+                whole_persons=content.get("whole_persons") is True,
             )
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise RunError(f"not a ledger of this version of Sordino ({error!r}); run the experiment again") from None

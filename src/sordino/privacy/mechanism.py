@@ -19,7 +19,7 @@ from sordino.errors import RunError
 from sordino.privacy import accounting
 from sordino.privacy.gradients import ExactGradients, Gradients
 from sordino.privacy.ledger import OBSERVERS, Channel, Disclosure, Ledger, Release, Source
-from sordino.privacy.sampling import sampling_rate
+from sordino.privacy.sampling import PoissonSampler, sampling_rate
 from sordino.privacy.secure_mean import ServerSums, SumVectors
 from sordino.privacy.settings import PrivacySettings
 from sordino.randomness import Randomness
@@ -44,10 +44,10 @@ class MechanismInputs:
     Attributes:
         trains: false for a method with no rounds.
         pools_data: whether all clients' images are handed to one place, which is the one party then.
-        sizes: how many examples each client holds.
+        sizes: how many examples each client holds; how many persons, if the person is the unit of privacy.
         weights: what each client's upload weighs in a mean.
         uniform: whether they all weigh the same, whatever their size.
-        batch_size: examples a batch; None takes all.
+        batch_size: examples, or persons, a batch; None takes all.
         steps: gradients that a client takes in a round.
         linear: whether its logits are linear in the class features (`PromptModel.linear`).
         rounds_participated: in how many rounds each client takes part.
@@ -60,6 +60,7 @@ class MechanismInputs:
         classes: C; 0 if it is not known.
         statistics: whether the method works on class statistics.
         one_feature: whether an image enters a method as its one feature.
+        whole_persons: whether it is known whose each image is, and no person has images at two clients.
     """
 
     trains: bool
@@ -80,9 +81,10 @@ class MechanismInputs:
     classes: int = 0
     statistics: bool = False
     one_feature: bool = True
+    whole_persons: bool = False
 
     def rate(self, client: int) -> float:
-        """Return the probability with which an example of a client is in a batch."""
+        """Return the probability with which a unit of a client, example or person, is in a batch."""
         return sampling_rate(self.batch_size, self.sizes[client])
 
     @cached_property
@@ -139,6 +141,7 @@ class Mechanism:
         model: the frozen model.
         delta: at which the guarantee is stated.
         noise_multiplier: z, of all that is released in one step together.
+        public: [n, D], features of public images; None without any.
     """
 
     settings: PrivacySettings
@@ -146,6 +149,7 @@ class Mechanism:
     model: PromptModel | None
     delta: float | None = None
     noise_multiplier: float = 0.0
+    public: Tensor | None = None
 
     @property
     def samples_clients(self) -> bool:
@@ -154,8 +158,14 @@ class Mechanism:
 
     @property
     def samples_examples(self) -> bool:
-        """Tell whether batches are Poisson samples."""
+        """Tell whether batches are Poisson samples, of examples or of persons."""
         return False
+
+    def sampler(self, randomness: Randomness) -> PoissonSampler | None:
+        """Return what draws the batches of one round; None if batches are no Poisson samples."""
+        if not self.samples_examples:
+            return None
+        return PoissonSampler(randomness, self.settings.person_images if self.settings.by_person else None)
 
     @property
     def broadcasts_clip(self) -> bool:

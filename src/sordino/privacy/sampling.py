@@ -1,4 +1,4 @@
-"""Poisson sampling: every example is in a batch with one probability, independently of all others."""
+"""Poisson sampling: every unit, example or person, is in a batch with one probability, independently of all others."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ class Sampling:
     """The sampling of a batch.
 
     Attributes:
-        rate: [K] float64, the probability with which each of a client's examples was in the batch.
-        expected: [K] float64, the expected number of examples, rate times the client's size.
+        rate: [K] float64, the probability with which each of a client's units was in the batch. A unit is an example,
+            or a person.
+        expected: [K] float64, the expected number of units, rate times the client's number of them.
         draw: which draw of the round it was; two releases of one draw would not be two independent samples.
     """
 
@@ -26,9 +27,9 @@ class Sampling:
     draw: int
 
 
-def sampling_rate(batch_size: int | None, examples: int) -> float:
-    """Return the probability with which each of so many examples is in a batch; None takes all."""
-    return 1.0 if batch_size is None else min(1.0, batch_size / max(1, examples))
+def sampling_rate(batch_size: int | None, units: int) -> float:
+    """Return the probability with which each of so many units is in a batch; None takes all."""
+    return 1.0 if batch_size is None else min(1.0, batch_size / max(1, units))
 
 
 class PoissonSampler:
@@ -36,21 +37,23 @@ class PoissonSampler:
 
     Args:
         randomness: the source of the samples.
+        person_images: if set, the units that are drawn are persons, with at most so many images each; None draws
+            examples.
     """
 
-    def __init__(self, randomness: Randomness) -> None:
-        self._randomness = randomness
+    def __init__(self, randomness: Randomness, person_images: int | None = None) -> None:
+        self._randomness, self.person_images = randomness, person_images
         self._draws = 0
 
     def draw(self, counts: Sequence[int], batch_size: int | None) -> tuple[list[Tensor], Sampling]:
         """Draw one batch of every client.
 
         Args:
-            counts: K, how many examples each client holds.
-            batch_size: the expected number of examples; None takes all.
+            counts: K, how many units each client holds.
+            batch_size: the expected number of units; None takes all.
 
         Returns:
-            For each client the places of the chosen examples, ascending, int64; and how they were sampled.
+            For each client the places of the chosen units, ascending, int64; and how they were sampled.
         """
         number, self._draws = self._draws, self._draws + 1
         rates = [sampling_rate(batch_size, count) for count in counts]

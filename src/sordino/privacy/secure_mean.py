@@ -31,7 +31,7 @@ class SumTerms:
         purpose: tells this sum from the round's others, and its noise from theirs.
         unit: of privacy.
         clip: the sensitivity before quantization. Where the client is the unit, every client's vector has a joint norm
-            of at most `clip`; where the example is, one example changes a vector by at most that.
+            of at most `clip`; where the example or the person is, one of them changes a vector by at most that.
         noise_multiplier: z that must be left when clients drop out and collude; 0 adds no noise.
         largest: a bound on entries that does not depend on the data; by default `clip`.
     """
@@ -56,7 +56,7 @@ class SumTerms:
             clients=clients,
             dimension=dimension,
             clip=self.clip,
-            unit=self.unit,
+            unit="client" if self.unit == "client" else "example",  # a person's part was bounded as an example's is
             largest=self.largest,
             noise_multiplier=self.noise_multiplier,
             threshold=clients - settings.dropouts,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -12,6 +12,12 @@ from sordino.privacy.ledger import Unit
 
 Mechanism = Literal["none", "statistics", "dp-sgd", "cotangent", "dp-fedavg"]
 NoiseBy = Literal["client", "server", "shares"]
+BY_CLIENT: tuple[Mechanism, ...] = ("dp-fedavg",)  # mechanisms whose unit is the client, and no other
+BY_PERSON: tuple[Mechanism, ...] = (
+    "statistics",
+    "dp-sgd",
+    "cotangent",
+)  # who can protect a person
 
 # Epsilon can be computed for these budgets and this noise; beyond them, floats have no room for it.
 LEAST_EPSILON, MOST_EPSILON = 1e-9, 1e6
@@ -28,8 +34,17 @@ class PrivacySettings(BaseModel):
     mechanism: Mechanism = Field(
         default="none",
         description="'statistics': class counts and class means of frozen features are released once, and everything "
-        "after is free; 'dp-sgd': every example's gradient is clipped, the sum noised; 'cotangent': likewise the loss's "
-        "derivative by the text features; 'dp-fedavg': every client's upload, and the client is the unit of privacy",
+        "after is free; 'dp-sgd': every example's gradient is clipped, the sum noised; 'cotangent': likewise the "
+        "loss's derivative by the text features; 'dp-fedavg': every client's upload, and the client is the unit of "
+        "privacy",
+    )
+    unit: Unit = Field(
+        default_factory=lambda before: _default_unit(before),
+        description="what neighboring data sets differ in: 'example', 'person' (all images of one person; statistics, "
+        "dp-sgd and cotangent) or 'client' (dp-fedavg, and its default); absent: else 'example'",
+    )
+    person_images: int = Field(
+        default=16, ge=1, description="unit = 'person': most images of a person in a batch, the first ones of them"
     )
     epsilon: float | None = Field(
         default=None, gt=0, description="the budget; sets the noise unless noise_multiplier does"
@@ -45,7 +60,7 @@ class PrivacySettings(BaseModel):
         gt=0,
         allow_inf_nan=False,
         description="the largest norm of a contribution: an example's gradient (dp-sgd), its error p - y "
-        "(cotangent), a client's upload (dp-fedavg)",
+        "(cotangent), the sum of either over a person's images (unit = 'person'), a client's upload (dp-fedavg)",
     )
     personal_clip: float | None = Field(
         default=None,
@@ -94,6 +109,11 @@ class PrivacySettings(BaseModel):
         default=None,
         description="statistics: a run directory whose release is used again, at no cost; it must be of the same data",
     )
+    directions: Literal["names", "images"] = Field(
+        default="names",
+        description="cotangent: those directions are singular vectors of text features of public class names, or of "
+        "features of the public images in data.public",
+    )
     clip_quantile: float | None = Field(
         default=None,
         gt=0,
@@ -126,9 +146,9 @@ class PrivacySettings(BaseModel):
         return self.mechanism != "none"
 
     @property
-    def unit(self) -> Unit:
-        """Return the unit of privacy: what neighboring data sets differ in."""
-        return "client" if self.mechanism == "dp-fedavg" else "example"
+    def by_person(self) -> bool:
+        """True if a mechanism clips and samples persons, each with all their images."""
+        return self.on and self.unit == "person"
 
     @model_validator(mode="after")
     def _consistent(self) -> PrivacySettings:
@@ -143,6 +163,7 @@ class PrivacySettings(BaseModel):
             raise ConfigError("privacy.release", self.release, "needs privacy.mechanism = 'statistics'")
         if not self.on:
             return self
+        self._check_unit()
         if self.sampling_rate != 1 and self.mechanism != "statistics":
             remedy = "only 'statistics' samples once; others sample every batch, see settings.batch_size"
             raise ConfigError("privacy.sampling_rate", self.sampling_rate, remedy)
@@ -154,8 +175,40 @@ class PrivacySettings(BaseModel):
             raise ConfigError(
                 "privacy.noise_by", self.noise_by, "the mechanism 'cotangent' has each client add the noise"
             )
-        if self.mechanism == "cotangent" and self.clip > math.sqrt(2):
-            raise ConfigError("privacy.clip", self.clip, "p - y has a norm of at most sqrt(2); choose clip <= 1.414")
+        most = math.sqrt(2) * (self.person_images if self.by_person else 1)
+        if self.mechanism == "cotangent" and self.clip > most:
+            images = f" for each of {self.person_images} images" if self.by_person else ""
+            allowed = f"p - y has a norm of at most sqrt(2){images}; choose clip <= {math.floor(1000 * most) / 1000:g}"
+            raise ConfigError("privacy.clip", self.clip, allowed)
+        if self.directions != "names" and self.mechanism not in ("cotangent", "statistics"):
+            raise ConfigError(
+                "privacy.directions", self.directions, "only 'cotangent' and 'statistics' project; leave it out"
+            )
+        if self.directions != "names" and self.mechanism == "statistics" and self.subspace is None:
+            raise ConfigError("privacy.subspace", None, "with directions = 'images', say how many of them, such as 16")
         if self.clip_quantile is not None and self.mechanism != "dp-fedavg":
             raise ConfigError("privacy.clip_quantile", self.clip_quantile, "only 'dp-fedavg' adapts clip; leave it out")
         return self
+
+    def _check_unit(self) -> None:
+        """Refuse a unit that the mechanism does not protect.
+
+        Raises:
+            ConfigError: it protects another one.
+        """
+        if self.unit == "person" and self.mechanism not in BY_PERSON:
+            raise ConfigError(
+                "privacy.unit",
+                "person",
+                f"the mechanism {self.mechanism!r} does not bound what a person's images contribute; use 'dp-sgd' or "
+                "'cotangent', or leave privacy.unit out",
+            )
+        if (self.unit == "client") != (self.mechanism in BY_CLIENT):
+            units = "'client'" if self.mechanism in BY_CLIENT else "'example' or 'person'"
+            allowed = f"the unit of mechanism {self.mechanism!r} is {units}; set that, or leave privacy.unit out"
+            raise ConfigError("privacy.unit", self.unit, allowed)
+
+
+def _default_unit(before: dict[str, Any]) -> Unit:
+    """Return the unit where none is set, from the fields that were checked before it."""
+    return "client" if before.get("mechanism") in BY_CLIENT else "example"

@@ -25,6 +25,7 @@ from sordino.algorithms.base import (
     put,
     take,
 )
+from sordino.errors import ConfigError
 from sordino.privacy.gradients import Batch, Gradient, Gradients, Parameters, PromptOf
 from sordino.privacy.mechanism import WEIGHT, ClientRoundMechanism
 from sordino.privacy.sampling import PoissonSampler
@@ -65,7 +66,8 @@ class ClientEnd:
         boosts: client to the factor on its upload, for attackers that send more than they learned.
 
     Raises:
-        ConfigError: the run is a simulation, and no randomness is given.
+        ConfigError: the run is a simulation, and no randomness is given; or persons are protected, and the data do not
+            say whose they are, or have other weights than the noise was computed for.
     """
 
     def __init__(
@@ -80,6 +82,15 @@ class ClientEnd:
         self.randomness = federation.randomness(randomness)
         self.boosts = dict(boosts or {})
         self._drawn: tuple[Mapping[str, Tensor], ClientData] | None = None
+        mechanism = federation.mechanism
+        planned = [mechanism.inputs.weights[client] for client in self.numbers]
+        if mechanism.settings.by_person and (data.persons is None or data.weights.tolist() != planned):
+            raise ConfigError(
+                "privacy.unit",
+                "person",
+                f"clients {self.numbers} must say whose their images are, and have weights of {planned}, which count "
+                "persons; make their data by client_data with `persons` and with `sizes` of `Units.of`",
+            )
 
     def start(self) -> ClientTraining:
         """Return the state before the first round."""
@@ -143,7 +154,8 @@ class ClientReleaseRound:
         rows = [row[:count] for row, count in zip(data.rows, data.counts, strict=True)]
         rows = [row[data.shown(row)] for row in rows]
         randomness = end.randomness(RELEASE_ROUND, end.numbers)
-        self._release = ClientsRelease(mechanism, data.features, data.labels, rows, end.numbers, randomness)
+        table = (data.features, data.labels, rows)
+        self._release = ClientsRelease(mechanism, *table, end.numbers, randomness, data.persons)
         self._end, self.training = end, training
         self.losses: list[Tensor] = []
 
@@ -204,7 +216,7 @@ class ClientRound:
         randomness = end.randomness(number, clients)
         round_context = federation.round_context(number, clients)
         mechanism_round = federation.mechanism.client_end(randomness, clients, clip)
-        poisson = PoissonSampler(randomness) if federation.mechanism.samples_examples else None
+        poisson = federation.mechanism.sampler(randomness)
         upload, states = federation.algorithm.client_round(
             federation.settings,
             broadcast,

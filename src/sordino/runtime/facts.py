@@ -31,6 +31,7 @@ from sordino.errors import ConfigError
 from sordino.privacy.gradients import Batch, Gradient, Parameters, PromptOf
 from sordino.privacy.ledger import Disclosure, joint_digest
 from sordino.privacy.mechanism import WEIGHT, Mechanism, MechanismInputs
+from sordino.privacy.settings import PrivacySettings
 from sordino.privacy.statistics.estimates import ClassStatistics
 from sordino.randomness import Randomness, Streams, SystemRandomness, generator
 from sordino.runtime.settings import RuntimeSettings
@@ -196,10 +197,54 @@ def participant_count(clients: int, participation: float) -> int:
     return max(1, round(participation * clients))
 
 
+@dataclass(frozen=True)
+class Units:
+    """What the training parties hold, in units of privacy.
+
+    Attributes:
+        sizes: for each party its number of examples, or of persons if these are protected.
+        whole_persons: whether it is known whose each example is, and no person has examples at two parties.
+        noun: the unit in the plural, for messages.
+    """
+
+    sizes: tuple[int, ...]
+    whole_persons: bool
+    noun: str
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]], persons: Sequence[int] | None, privacy: PrivacySettings) -> Units:
+        """Count the units of parties that hold these rows of a table.
+
+        Args:
+            rows: for each party the numbers of its rows.
+            persons: whose each row of the table is; None if unknown.
+            privacy: the `[privacy]` settings.
+
+        Raises:
+            ConfigError: persons are protected, and one of them has examples at two parties.
+        """
+        held = None if persons is None else [{int(persons[row]) for row in party_rows} for party_rows in rows]
+        first: dict[int, int] = {}
+        divided = None
+        for party, numbers in enumerate(held or []):
+            divided = divided or next(((person, first[person], party) for person in numbers if person in first), None)
+            first |= dict.fromkeys(numbers, party)
+        if divided and privacy.by_person:
+            raise ConfigError(
+                "privacy.unit",
+                "person",
+                f"person {divided[0]} has images at clients {divided[1]} and {divided[2]}, each of which would protect "
+                "a part of them; give all images of a person to one client",
+            )
+        if held is not None and privacy.by_person:
+            return cls(tuple(map(len, held)), True, "persons")
+        return cls(tuple(map(len, rows)), held is not None and not divided, "examples")
+
+
 def mechanism_inputs(
     algorithm: Algorithm,
     settings: Any,
-    sizes: Sequence[int],
+    units: Units,
     rounds: int,
     runtime: RuntimeSettings,
     seed: int,
@@ -209,7 +254,7 @@ def mechanism_inputs(
 
     Args:
         algorithm, settings: the method.
-        sizes: the number of examples that each training party holds.
+        units: what each training party holds.
         rounds: the number of rounds of the whole run.
         runtime: the `[runtime]` settings.
         seed: the run's seed.
@@ -218,7 +263,8 @@ def mechanism_inputs(
     about, schedule = algorithm.ABOUT, algorithm.schedule(settings)
     has_weight = "weight" in {part.name for part in fields(algorithm.Upload)}
     tells_sizes = runtime.weighting == "examples" and has_weight
-    sizes_disclosure = Disclosure("how many examples each client holds, to the server every round", "sizes")
+    sizes = units.sizes
+    sizes_disclosure = Disclosure(f"how many {units.noun} each client holds, to the server every round", "sizes")
     participated = [0] * len(sizes)
     for number in range(1, rounds + 1):
         for client in participants(seed, number, len(sizes), runtime.participation).tolist():
@@ -226,7 +272,7 @@ def mechanism_inputs(
     return MechanismInputs(
         trains=about.trains,
         pools_data=about.pools_data,
-        sizes=tuple(sizes),
+        sizes=sizes,
         weights=tuple(map(float, sizes)) if runtime.weighting == "examples" else (1.0,) * len(sizes),
         uniform=runtime.weighting == "uniform",
         batch_size=schedule.batch_size,
@@ -242,21 +288,33 @@ def mechanism_inputs(
         classes=classes,
         statistics=about.statistics,
         one_feature=not model_class(algorithm).prompts_images,
+        whole_persons=units.whole_persons,
     )
 
 
-def client_data(features: Tensor, labels: Tensor, rows: Sequence[Sequence[int]], weighting: str) -> ClientData:
+def client_data(
+    features: Tensor,
+    labels: Tensor,
+    rows: Sequence[Sequence[int]],
+    weighting: str,
+    persons: Sequence[int] | None = None,
+    sizes: Sequence[int] | None = None,
+) -> ClientData:
     """Return the clients' rows of a feature table, padded to the largest client.
 
     Args:
         features, labels: [N, ...] and [N].
         rows: K sequences of row numbers.
-        weighting: "examples" weights a client by the number of its examples, "uniform" weights all clients alike.
+        weighting: "examples" weights a client by its size, "uniform" weights all clients alike.
+        persons: [N] whose each row of the table is; None if unknown.
+        sizes: K numbers of units of privacy; by default of rows.
     """
     counts = torch.tensor([len(client_rows) for client_rows in rows], device=features.device)
     padded = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(part) for part in rows], batch_first=True)
-    weights = counts.float() if weighting == "examples" else torch.ones_like(counts, dtype=torch.float32)
-    return ClientData(features, labels, padded.to(features.device), counts, weights)
+    told = counts if sizes is None else torch.tensor(list(sizes), device=features.device)
+    weights = told.float() if weighting == "examples" else torch.ones_like(counts, dtype=torch.float32)
+    owners = None if persons is None else torch.as_tensor(persons, dtype=torch.int64, device=features.device)
+    return ClientData(features, labels, padded.to(features.device), counts, weights, persons=owners)
 
 
 def data_digest(features: Tensor, labels: Tensor, rows: Sequence[int]) -> str:

@@ -18,12 +18,15 @@ from sordino.encoders.prompt_model import Prompt, PromptModel
 from sordino.privacy.choice import mechanism_for
 from sordino.privacy.ledger import Ledger, Release, joint_digest
 from sordino.privacy.settings import PrivacySettings
+from sordino.privacy.statistics.estimates import Noise
+from sordino.privacy.statistics.mechanism import StatisticsMechanism
 from sordino.randomness import Randomness, SystemRandomness, new_nonce, simulated
 from sordino.runtime import aggregation
 from sordino.runtime.client import ClientEnd, ClientRound, ClientTraining
 from sordino.runtime.facts import (
     Federation,
     Schemas,
+    Units,
     client_data,
     data_digest,
     mechanism_inputs,
@@ -31,7 +34,7 @@ from sordino.runtime.facts import (
     schemas_of,
 )
 from sordino.runtime.records import RoundRecord
-from sordino.runtime.release import OWN
+from sordino.runtime.release import OWN, pooled_of
 from sordino.runtime.server import Diverged, RoundError, ServerEnd, ServerTraining, finite
 from sordino.runtime.settings import RuntimeSettings
 from sordino.secure import Refusal
@@ -95,9 +98,13 @@ class LocalRuntime:
         privacy: the `[privacy]` settings.
         boosts: client to the factor on its upload, for attackers that send more than they learned.
         digests: a digest of each client's data, in hex; by default of its rows of `features` and `labels`.
+        persons: [N] whose each row of the table is, by number; None if unknown.
+        earlier: the noise of a release of statistics that will be used again; None if the run makes its own.
+        public: [n, D], features of public images, for a mechanism that uses them.
 
     Raises:
-        ConfigError: the privacy mechanism or the aggregation does not fit the method.
+        ConfigError: the privacy mechanism or the aggregation does not fit the method, or persons are protected and
+            unknown or at two clients.
     """
 
     def __init__(
@@ -114,6 +121,9 @@ class LocalRuntime:
         privacy: PrivacySettings | None = None,
         boosts: Mapping[int, float] | None = None,
         digests: Sequence[str] | None = None,
+        persons: Sequence[int] | None = None,
+        earlier: Noise | None = None,
+        public: Tensor | None = None,
     ) -> None:
         self.algorithm, self.settings, self.model = algorithm, settings, model
         self.rounds = rounds if algorithm.ABOUT.trains else 0
@@ -124,11 +134,13 @@ class LocalRuntime:
             rows = [[row for client_rows in rows for row in client_rows]]
             digests = [joint_digest(digests)]
         self.digests = list(digests)
-        self.data = client_data(features, labels, rows, runtime.weighting)
         self.privacy = privacy or PrivacySettings()
-        sizes = [len(client_rows) for client_rows in rows]
-        inputs = mechanism_inputs(algorithm, settings, sizes, self.rounds, runtime, seed, len(model.classes))
-        self.mechanism = mechanism_for(self.privacy, inputs, model)
+        units = Units.of(rows, persons, self.privacy)
+        self.data = client_data(features, labels, rows, runtime.weighting, persons, units.sizes)
+        inputs = mechanism_inputs(algorithm, settings, units, self.rounds, runtime, seed, len(model.classes))
+        self.mechanism = mechanism_for(self.privacy, inputs, model, public)
+        if earlier is not None and isinstance(self.mechanism, StatisticsMechanism):
+            self.mechanism = replace(self.mechanism, earlier=earlier)
         participants = participant_count(len(rows), runtime.participation)
         if check := getattr(algorithm, "check", None):
             check(settings, model, participants)
@@ -145,11 +157,13 @@ class LocalRuntime:
             getattr(method, "__name__", type(method).__name__),
             repr(self.settings),
             repr(self.runtime),
-            repr(sorted(self.privacy.model_dump(exclude_defaults=True, exclude={"nonce"}).items())),
+            repr(self.privacy.model_copy(update={"nonce": None})),
             repr((self.mechanism.noise_multiplier, self.mechanism.delta, self.rounds, self.seed, self.boosts)),
             f"{encoder.name} {encoder.fingerprint} {encoder.dtype}",
             repr(self.model.classes.names),
             *self.digests,
+            *([self._persons_digest()] if self.privacy.by_person else []),
+            *([] if self.mechanism.public is None else [_digest(self.mechanism.public)]),
         )
         return hashlib.sha256("\n".join(made_of).encode()).hexdigest()
 
@@ -205,16 +219,17 @@ class LocalRuntime:
             RoundError: a client did not answer as was agreed, or a secure sum failed.
         """
         clients = self.clients.round(training.at_clients)
-        sent = [0, 0]
+        up = down = 0
 
         def link(contents: Mapping[int, bytes]) -> list[tuple[int, bytes | Refusal]]:
+            nonlocal up, down
             replies = clients.handle(contents)
-            sent[0] += sum(len(reply) for client, reply in replies if client == 0 and isinstance(reply, bytes))
-            sent[1] += len(contents.get(0, b""))
+            up += sum(len(reply) for client, reply in replies if client == 0 and isinstance(reply, bytes))
+            down += len(contents.get(0, b""))
             return replies
 
         at_server = self.server.release(training.at_server, link)
-        return Training(at_server, clients.training), RoundRecord(0, 0.0, len(self.data), *sent)
+        return Training(at_server, clients.training), RoundRecord(0, 0.0, len(self.data), up, down)
 
     def with_release(self, training: Training, release: Mapping[str, Tensor], releases: Sequence[Release]) -> Training:
         """Return the state after a release that happened before.
@@ -226,6 +241,10 @@ class LocalRuntime:
         """
         device = self.data.features.device
         release = {name: tensor.to(device) for name, tensor in release.items()}
+        mechanism = self.mechanism
+        assert isinstance(mechanism, StatisticsMechanism)
+        if mechanism.joins and pooled_of(release) is None:  # what was released by each may be joined later
+            release = release | vars(mechanism.pooled(release[OWN], None))
         pooled = {name: tensor for name, tensor in release.items() if name != OWN}
         ledger = training.ledger.add(releases)
         at_server = replace(training.at_server, ledger=ledger, release=pooled, released=True)
@@ -282,6 +301,13 @@ class LocalRuntime:
             return simulated(self.nonce, self.identity, number, clients, device)
         return SystemRandomness(len(clients), device)
 
+    def _persons_digest(self) -> str:
+        """Return a digest of whose the clients' examples are, in their order."""
+        assert self.data.persons is not None
+        pairs = zip(self.data.rows, self.data.counts, strict=True)
+        owners = [self.data.persons[rows[: int(count)]].tolist() for rows, count in pairs]
+        return hashlib.sha256(repr(owners).encode()).hexdigest()
+
     def _diverged(self, number: int, loss: float, ledger: Ledger) -> Diverged:
         attacked = ", or poisoning.boost, or have another runtime.aggregation" if self.boosts else ""
         message = f"training diverged in round {number} (loss {loss}); lower the learning rate{attacked}"
@@ -296,3 +322,8 @@ class LocalRuntime:
 
 def _mean(losses: Sequence[Tensor]) -> float:
     return float(torch.stack(list(losses)).mean()) if losses else math.nan
+
+
+def _digest(tensor: Tensor) -> str:
+    """Return a digest in hex of a tensor's numbers."""
+    return hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()

@@ -134,6 +134,7 @@ class ClientsRelease:
         rows: K lists of row numbers.
         numbers: [K], the clients' numbers.
         randomness: of the clients' noise and samples.
+        persons: [N], whose images they are, or None.
 
     Attributes:
         released: name to tensor, what the clients keep of the release; None until the server has told all of it.
@@ -147,9 +148,10 @@ class ClientsRelease:
         rows: Sequence[Tensor],
         numbers: Sequence[int],
         randomness: Randomness,
+        persons: Tensor | None = None,
     ) -> None:
         self._mechanism, self._numbers, self._device = mechanism, list(numbers), features.device
-        self._exact, self._own = mechanism.matrices(features, labels, rows, randomness)
+        self._exact, self._own = mechanism.matrices(features, labels, rows, randomness, persons)
         self._randomness = randomness
         self._parties: dict[int, Party] = {}
         self._asked = False
@@ -194,7 +196,7 @@ class ClientsRelease:
 
     def _end(self, contents: Sequence[bytes]) -> list[tuple[int, bytes | Refusal]]:
         like = pooled_like(self._mechanism, self._device)
-        pooled = [messages.decode(content, like) for content in contents][0]
+        pooled = next(messages.decode(content, like) for content in contents)
         own = {} if self._own is None else {OWN: self._own}
         self.released = own | (dict(pooled.statistics) if isinstance(pooled, Pooled) else {})
         return [(client, messages.encode(Upload(), UploadHeader(RELEASE_ROUND))) for client in self._numbers]

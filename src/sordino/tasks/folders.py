@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +13,16 @@ from sordino.files import read_regular
 from sordino.pictures.decoding import MAX_BYTES, suffixes
 from sordino.tasks.images import ImageSet
 from sordino.tasks.passed_over import files_passed_over, is_junk, told
+from sordino.tasks.persons import persons_of_folders
 from sordino.tasks.settings import spoken
 
 TRAIN_FOLDERS = ("train", "training")
 TEST_FOLDERS = ("test", "testing", "val", "valid", "validation")
+PERSON_LAYERS = 4  # of folders that are looked through for persons; a layout has 3 at most
 LAYOUTS = "ROOT/CLASS/picture.jpg or ROOT/DOMAIN/CLASS/picture.jpg"
 
 
-def image_folder(root: Path, source: str) -> ImageSet:
+def image_folder(root: Path, source: str, person_level: int | None = None) -> ImageSet:
     """List the pictures under `root`; the depth of its folders tells whether it has domains.
 
     The layout is ROOT/CLASS/picture or ROOT/DOMAIN/CLASS/picture. If the upper folders are 'train'
@@ -29,12 +31,21 @@ def image_folder(root: Path, source: str) -> ImageSet:
     of sorted names, so it is the same everywhere. Hidden files and folders do not count, nor do
     system files such as __MACOSX and Thumbs.db.
 
+    Args:
+        root: the folder.
+        source: the source as in the settings, for messages.
+        person_level: the level of the folders that are persons, 1 directly above the pictures. The layout is then one
+            of these two with a folder of a person at that level in addition, such as ROOT/CLASS/PERSON/picture for 1
+            and ROOT/PERSON/CLASS/picture for 2. None if no folder is a person.
+
     Raises:
         DataError: `root` is missing, a folder holds no picture, pictures lie at two depths, or
             there are fewer than two classes. The message names the folder.
     """
     if not root.is_dir():
         raise DataError(f"{source}: there is no folder {str(root)!r}; give a folder laid out as {LAYOUTS}")
+    if person_level is not None:
+        return _folders_of_persons(root, source, person_level)
     upper = _folders(root)
     if not upper:
         raise DataError(f"{source}: folder {str(root)!r} has no class folders; lay it out as {LAYOUTS}")
@@ -48,12 +59,44 @@ def image_folder(root: Path, source: str) -> ImageSet:
     if not all(nested):
         images = labeled_folders(source, root, _by_class_name(upper, source))
         return replace(images, passed_over=tuple(files_passed_over(root, set(images.names))))
-    groups = {folder.name: _by_class_name(_folders(folder), source) for folder in upper}
+    by_class = {folder.name: _by_class_name(_folders(folder), source) for folder in upper}
+    groups = {name: {label: [place] for label, place in folders.items()} for name, folders in by_class.items()}
     return _grouped_folders(source, root, groups)
+
+
+def every_picture(root: Path, source: str) -> ImageSet:
+    """List all pictures under `root`, at any depth, without classes: all have the class "picture".
+
+    Hidden files and folders do not count, nor do system files.
+
+    Raises:
+        DataError: `root` is missing, or holds no picture.
+    """
+    if not root.is_dir():
+        raise DataError(f"{source}: there is no folder {str(root)!r}")
+    names = [path.relative_to(root).as_posix() for path in _pictures_below(root)]
+    passed_over = tuple(files_passed_over(root, set(names)))
+    if not names:
+        contents = f" ({told(passed_over)})" if passed_over else ""
+        raise DataError(f"{source}: folder {str(root)!r} holds no picture{contents}")
+    return ImageSet(
+        source=source,
+        class_names=("picture",),
+        labels=np.zeros(len(names), dtype=np.int64),
+        names=names,
+        read=lambda index: read_regular(root / names[index], MAX_BYTES),
+        passed_over=passed_over,
+    )
 
 
 def labeled_folders(source: str, root: Path, folders: Mapping[str, Path]) -> ImageSet:
     """List the pictures of class folders given by class name; the folders' order is the classes' order."""
+    images = _class_folders(source, root, {name: [folder] for name, folder in folders.items()})
+    return replace(images, passed_over=tuple(files_passed_over(root, set(images.names), list(folders.values()))))
+
+
+def _class_folders(source: str, root: Path, folders: Mapping[str, Sequence[Path]]) -> ImageSet:
+    """List the pictures of classes, each of which has one folder or several."""
     names, labels = _listing(root, folders, {name: index for index, name in enumerate(folders)})
     _at_least_two_classes(source, list(folders))
     return ImageSet(
@@ -62,11 +105,57 @@ def labeled_folders(source: str, root: Path, folders: Mapping[str, Path]) -> Ima
         labels=np.asarray(labels, dtype=np.int64),
         names=names,
         read=lambda index: read_regular(root / names[index], MAX_BYTES),
-        passed_over=tuple(files_passed_over(root, set(names), list(folders.values()))),
     )
 
 
-def _grouped_folders(source: str, root: Path, groups: Mapping[str, Mapping[str, Path]]) -> ImageSet:
+def _folders_of_persons(root: Path, source: str, level: int) -> ImageSet:
+    """List the pictures of a layout that has a folder of a person at a level."""
+    filled = _filled_folders(root)
+    if not filled:
+        raise DataError(f"{source}: folder {str(root)!r} has no folders with pictures; lay it out as {LAYOUTS}")
+    parts = [folder.relative_to(root).parts for folder in filled]
+    depth = len(parts[0])
+    other = next((place for place in parts if len(place) != depth), None)
+    if other is not None:
+        raise DataError(
+            f"{source}: pictures lie in {'/'.join(parts[0])!r} and in {'/'.join(other)!r}, at two depths; use one "
+            "layout throughout"
+        )
+    if depth not in (2, 3) or level > depth:
+        raise DataError(
+            f"{source}: pictures lie {depth} folders deep, as in {'/'.join(parts[0])!r}; with data.person_level = "
+            f"{level}, the layout must be {LAYOUTS} with a folder of a person in addition, at level {level} above the "
+            "pictures"
+        )
+    # Without the person's folder, the other folders are a layout as any.
+    groups: dict[str, dict[str, list[Path]]] = {}
+    for folder, place in sorted(zip(filled, parts, strict=True), key=lambda pair: _without(pair[1], level)):
+        *upper, class_folder = _without(place, level)
+        groups.setdefault("/".join(upper), {}).setdefault(class_folder, []).append(folder)
+    by_class: dict[str, dict[str, list[Path]]] = {}
+    for name, folders in groups.items():
+        labeled = _by_class_name([Path(folder) for folder in folders], source)
+        by_class[name] = {class_name: folders[folder.name] for class_name, folder in labeled.items()}
+    images = _class_folders(source, root, by_class[""]) if depth == 2 else _grouped_folders(source, root, by_class)
+    images = replace(images, passed_over=tuple(files_passed_over(root, set(images.names))))
+    return persons_of_folders(images, level)
+
+
+def _without(parts: tuple[str, ...], level: int) -> tuple[str, ...]:
+    """Return a path's folders without that at a level, 1 for the last."""
+    return parts[: len(parts) - level] + parts[len(parts) - level + 1 :]
+
+
+def _filled_folders(root: Path, layers: int = PERSON_LAYERS) -> list[Path]:
+    """Return the folders below `root` that hold pictures directly, at most `layers` down, in their paths' order."""
+    found: list[Path] = []
+    for folder in _folders(root) if layers else []:
+        found += [folder] if _has_pictures(folder) else []
+        found += _filled_folders(folder, layers - 1)
+    return found
+
+
+def _grouped_folders(source: str, root: Path, groups: Mapping[str, Mapping[str, Sequence[Path]]]) -> ImageSet:
     """List the pictures of folders of domains or splits; classes are the union over all of these groups."""
     test = _test_folder(list(groups))
     if test is not None:  # of several test folders one is used, as for a Hugging Face data set
@@ -110,18 +199,29 @@ def _test_folder(names: list[str]) -> str | None:
 
 def _listing(
     root: Path,
-    folders: Mapping[str, Path],
+    folders: Mapping[str, Sequence[Path]],
     index_of: Mapping[str, int],
 ) -> tuple[list[str], list[int]]:
     """Return the pictures' names relative to `root`, and their labels."""
     names: list[str] = []
     labels: list[int] = []
-    for class_name, folder in folders.items():
-        files = [path for path in _visible(folder) if path.suffix.lower() in suffixes()]
+    for class_name, places in folders.items():
+        files = [path for folder in places for path in _visible(folder) if path.suffix.lower() in suffixes()]
         pictures = [path for path in files if path.is_file()]
         names += [path.relative_to(root).as_posix() for path in pictures]
         labels += [index_of[class_name]] * len(pictures)
     return names, labels
+
+
+def _pictures_below(folder: Path) -> list[Path]:
+    """Return the pictures in a folder and in all folders below it, in the order of their names."""
+    found: list[Path] = []
+    for path in _visible(folder):
+        if path.is_dir():
+            found += _pictures_below(path) if not path.is_symlink() else []
+        elif path.suffix.lower() in suffixes() and path.is_file():
+            found.append(path)
+    return found
 
 
 def _is_nested(folder: Path) -> bool:

@@ -18,6 +18,7 @@ from sordino.errors import ConfigError, DataError
 from sordino.files import read_regular, user_path
 from sordino.pictures.decoding import MAX_BYTES
 from sordino.tasks.images import ImageSet, Indices
+from sordino.tasks.persons import with_persons
 from sordino.tasks.settings import DataSettings, spoken
 
 TRAIN_SPLITS = ("train", "training")
@@ -68,6 +69,9 @@ def hugging_face(where: str, settings: DataSettings) -> ImageSet:
     if domain is not None:
         values = [value for name in used for value in _values(splits[name], domain)]
         domains, domain_names = _index(values, domain, features[domain], settings, "domain_column")
+    persons = None
+    if settings.person_column is not None:
+        persons = [_person(value, settings) for name in used for value in _values(splits[name], settings.person_column)]
     columns = [splits[name].select_columns([image]) for name in used]
     contents = [column.cast_column(image, datasets.Image(decode=False)) for column in columns]
     first, folder = len(contents[0]), _folder(where)
@@ -76,7 +80,7 @@ def hugging_face(where: str, settings: DataSettings) -> ImageSet:
         part, row = (contents[0], index) if index < first else (contents[1], index - first)
         return _content(part[row][image], folder)
 
-    return ImageSet(
+    images = ImageSet(
         source=settings.source,
         class_names=class_names,
         labels=labels,
@@ -86,6 +90,17 @@ def hugging_face(where: str, settings: DataSettings) -> ImageSet:
         domains=domains,
         is_test=None if test is None else np.arange(len(labels)) >= first,
     )
+    return images if persons is None else with_persons(images, persons)
+
+
+def _person(value: Any, settings: DataSettings) -> str:
+    """Return the name of a person from a cell, which holds a word or a whole number."""
+    if not isinstance(value, str | int) or not str(value).strip():
+        raise DataError(
+            f"{settings.source}: column {settings.person_column!r} must hold a word or a whole number for each "
+            f"picture, and holds {value!r}; fill it, or remove the row"
+        )
+    return str(value).strip()
 
 
 def _load(where: str, settings: DataSettings) -> dict[str, Dataset]:
@@ -133,7 +148,9 @@ def _columns(split: Dataset, settings: DataSettings) -> tuple[str, str, str | No
     """Return the names of the image, label and domain columns."""
     features = split.features
     pictures = [name for name, feature in features.items() if _holds_pictures(feature)]
-    classes = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    classes = [
+        name for name, feature in features.items() if isinstance(feature, ClassLabel) and name != settings.person_column
+    ]
     image = _column("image_column", settings.image_column, list(features), pictures, IMAGE_COLUMNS)
     if image not in pictures:
         raise ConfigError(
@@ -144,12 +161,13 @@ def _columns(split: Dataset, settings: DataSettings) -> tuple[str, str, str | No
     label = _column("label_column", settings.label_column, list(features), classes, LABEL_COLUMNS)
     default_domain = "domain" if "domain" in features and label != "domain" else None
     domain = settings.domain_column or default_domain
-    if domain is not None and domain not in features:
-        raise ConfigError(
-            "data.domain_column",
-            domain,
-            f"there is no such column; columns: {_listed(list(features))}",
-        )
+    for key, column in (("domain_column", domain), ("person_column", settings.person_column)):
+        if column is not None and column not in features:
+            raise ConfigError(
+                f"data.{key}",
+                column,
+                f"there is no such column; columns: {_listed(list(features))}",
+            )
     return image, label, domain
 
 

@@ -34,6 +34,8 @@ class ImageSet:
             without domains.
         is_test: [N], true in the source's own test split; None for a source without one.
         passed_over: files beside the pictures, by kind and folder.
+        person_names, persons: the names of the persons whose pictures these are, and [N] indices into them; None if
+            nothing says so.
     """
 
     source: str
@@ -46,6 +48,8 @@ class ImageSet:
     domains: Indices | None = None
     is_test: Flags | None = None
     passed_over: tuple[PassedOver, ...] = ()
+    person_names: tuple[str, ...] | None = None
+    persons: Indices | None = None
 
     def __post_init__(self) -> None:
         """Check that classes and domains have names that can be read, written and shown.
@@ -84,7 +88,7 @@ class ImageSet:
         return self.draw(self.raw(index))
 
     def subset(self, indices: Sequence[int] | Indices) -> ImageSet:
-        """Return the pictures at `indices`, in that order, with the same classes and domains."""
+        """Return the pictures at `indices`, in that order, with the same classes, domains and persons."""
         rows = np.asarray(indices, dtype=np.int64)
         read = self.read
         return replace(
@@ -94,6 +98,7 @@ class ImageSet:
             read=lambda index: read(int(rows[index])),
             domains=None if self.domains is None else self.domains[rows],
             is_test=None if self.is_test is None else self.is_test[rows],
+            persons=None if self.persons is None else self.persons[rows],
         )
 
 

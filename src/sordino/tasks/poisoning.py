@@ -114,7 +114,7 @@ def with_triggers(images: ImageSet, originals: int, size: float) -> ImageSet:
             return stamp(draw(content[len(mark) :]), size)
         return draw(content)
 
-    domains, is_test = images.domains, images.is_test
+    domains, is_test, persons = images.domains, images.is_test, images.persons
     triggered_names = (f"{name} with a trigger of {size:g}" for name in images.names[:originals])
     return replace(
         images,
@@ -124,6 +124,7 @@ def with_triggers(images: ImageSet, originals: int, size: float) -> ImageSet:
         draw=draw_any,
         domains=None if domains is None else np.concatenate([domains, domains[:originals]]),
         is_test=None if is_test is None else np.concatenate([is_test, is_test[:originals]]),
+        persons=None if persons is None else np.concatenate([persons, persons[:originals]]),
     )
 
 

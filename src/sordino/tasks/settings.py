@@ -32,6 +32,11 @@ class DataSettings(BaseModel):
         "'imagefolder:PATH' (class folders, or domain folders of class folders), or 'hf:NAME_OR_PATH' (a Hugging Face "
         "data set: a hub name, a directory, or a parquet file)"
     )
+    public: str | None = Field(
+        default=None,
+        description="a folder of public pictures, at any depth and without classes, that privacy.directions = 'images' "
+        "uses; none may be a picture of the source",
+    )
     train_per_class: int | None = Field(
         default=None,
         ge=1,
@@ -70,6 +75,18 @@ class DataSettings(BaseModel):
     )
     domain_column: str | None = Field(
         default=None, description="hf: the column of domains; absent: 'domain' where there is one"
+    )
+    person_column: str | None = Field(
+        default=None, description="hf: the column that says whose each picture is; absent: nothing does"
+    )
+    persons: str | None = Field(
+        default=None,
+        description="path of a CSV file with the columns file and person, which says whose each picture is",
+    )
+    person_level: int | None = Field(
+        default=None,
+        ge=1,
+        description="imagefolder: the level of the folders that are persons: 1 directly above the pictures, 2 above",
     )
     hf_config: str | None = Field(
         default=None,
@@ -129,6 +146,7 @@ class DataSettings(BaseModel):
             "image_column",
             "label_column",
             "domain_column",
+            "person_column",
             "hf_config",
             "revision",
             "class_names",
@@ -137,6 +155,11 @@ class DataSettings(BaseModel):
                 raise ValueError(
                     f"{key} applies to a source 'hf:NAME_OR_PATH' only, not to {self.source!r}",
                 )
+        if self.person_level is not None and not self.source.startswith("imagefolder:"):
+            raise ValueError(f"person_level applies to a source 'imagefolder:PATH' only, not to {self.source!r}")
+        given = [key for key in ("person_column", "persons", "person_level") if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{given[0]} and {given[1]} both say whose a picture is; give one of them")
         if self.gray_range is not None and self.source in ("digits", "textile"):
             raise ValueError(
                 f"gray_range does not apply to {self.source!r}, whose pictures have 8 bits",

@@ -7,11 +7,12 @@ from PIL import Image
 
 from sordino.errors import require_extra, shortened
 from sordino.files import user_path
-from sordino.tasks.folders import image_folder, labeled_folders
+from sordino.tasks.folders import every_picture, image_folder, labeled_folders
 from sordino.tasks.images import ImageSet, with_gray_range
+from sordino.tasks.persons import persons_of_table
 from sordino.tasks.settings import DataSettings
 
-__all__ = ["ImageSet", "load_images"]
+__all__ = ["ImageSet", "load_images", "public_images"]
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -20,10 +21,27 @@ def load_images(settings: DataSettings) -> ImageSet:
     """List the pictures of a source; none is decoded yet.
 
     Raises:
-        DataError: the source is missing or empty, or has no supported layout.
+        DataError: the source is missing or empty, or has no supported layout; or a picture has no person, where
+            `data.persons` names a file of them.
         MissingExtra: it is a Hugging Face data set, and the extra `hub` is not installed.
     """
     images = _listed(settings)
+    if settings.persons is not None:
+        images = persons_of_table(images, user_path(settings.persons, "data.persons"))
+    return _in_gray_range(images, settings)
+
+
+def public_images(settings: DataSettings) -> ImageSet:
+    """List the pictures of `data.public`; gray ones are read as the source's are.
+
+    Raises:
+        DataError: the folder is missing or empty.
+    """
+    assert settings.public is not None
+    return _in_gray_range(every_picture(user_path(settings.public, "data.public"), "data.public"), settings)
+
+
+def _in_gray_range(images: ImageSet, settings: DataSettings) -> ImageSet:
     if settings.gray_range is None:
         return images
     black, white = settings.gray_range
@@ -37,7 +55,7 @@ def _listed(settings: DataSettings) -> ImageSet:
     if kind == "textile":
         return _textile()
     if kind == "imagefolder":
-        return image_folder(user_path(rest, "data.source"), settings.source)
+        return image_folder(user_path(rest, "data.source"), settings.source, settings.person_level)
     require_extra("hub", f"data.source = {shortened(settings.source)}")
     from sordino.tasks.hub import hugging_face  # imports `datasets`, which takes a second
 

@@ -8,7 +8,7 @@ are among those of 16.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from sordino.errors import ConfigError, DataError
 from sordino.tasks.images import Flags, ImageSet, Indices
 from sordino.tasks.partitions import partition as divide
+from sordino.tasks.person_splits import at_one_client, testing_persons
 from sordino.tasks.settings import DataSettings, PartitionSettings
 from sordino.tasks.task import Task
 
@@ -37,6 +38,7 @@ class _Pool:
         held_out: [N], true for the held-out domain's pictures.
         own_test: [N], true in the source's own test split; None without one.
         readable: [N], true for pictures that can be read.
+        persons: [N], whose each picture is; None if unknown.
     """
 
     labels: Indices
@@ -47,6 +49,7 @@ class _Pool:
     held_out: Flags
     own_test: Flags | None
     readable: Flags
+    persons: Indices | None = None
 
 
 def build_task(
@@ -64,6 +67,10 @@ def build_task(
     held-out domain test with all their pictures, at most `test_per_class` a cell. With a source's
     own test split, they test with the pictures in it.
 
+    If it is known whose the pictures are, persons stay whole. Each trains or tests, chosen so that the counts hold for
+    every cell (`testing_persons`). With a source's own test split, a person who has training pictures does not test.
+    Each person's training pictures are at one client (`at_one_client`).
+
     Args:
         images: N pictures.
         data, partition: the settings.
@@ -75,7 +82,9 @@ def build_task(
         DataError: a class, domain or client has too few pictures.
     """
     names, novel_names, pool = _pool(images, data, partition, seed, readable)
-    train, test = _base_split(pool, data, seed)
+    train, test = _base_split(_persons_apart(pool, data, seed), data, seed)
+    if pool.persons is not None:  # who trains does not test elsewhere
+        pool = replace(pool, readable=pool.readable & ~np.isin(pool.persons, pool.persons[train]))
     novel = _evaluation_only(pool, ~pool.base & ~pool.held_out, data, seed)
     domain = _evaluation_only(pool, pool.base & pool.held_out, data, seed)
     if novel_names and not len(novel):
@@ -94,6 +103,8 @@ def build_task(
         class_names=names,
         domain_names=images.domain_names,
     )
+    if images.persons is not None:
+        parts = at_one_client(parts, images.persons[train], seed)
     clients = tuple(train[part] for part in parts)
     local, neighbor = _weights(pool.cells, clients, test)
     labels = np.full(len(images), -1, dtype=np.int64)
@@ -151,6 +162,7 @@ def _pool(
         held_out=held_out,
         own_test=images.is_test,
         readable=readable,
+        persons=images.persons,
     )
     names = tuple(images.class_names[index] for index in base)
     for index, name in enumerate(names):
@@ -202,6 +214,21 @@ def _held_out(images: ImageSet, data: DataSettings) -> Flags:
     return flags
 
 
+def _persons_apart(pool: _Pool, data: DataSettings, seed: int) -> _Pool:
+    """Return a pool in which no person has both training and test pictures; the same one if persons are unknown."""
+    if pool.persons is None:
+        return pool
+    rows = np.flatnonzero(pool.trainable)
+    persons = pool.persons[rows]
+    if pool.own_test is None:
+        own_test = np.zeros(len(pool.labels), dtype=np.bool_)
+        own_test[rows] = testing_persons(persons, pool.cells[rows], data, seed)
+        return replace(pool, own_test=own_test)
+    training = persons[~pool.own_test[rows]]
+    both = pool.own_test & np.isin(pool.persons, training)
+    return replace(pool, trainable=pool.trainable & ~both)
+
+
 def _base_split(pool: _Pool, data: DataSettings, seed: int) -> tuple[Indices, Indices]:
     """Draw training and test pictures, sorted."""
     train: list[Indices] = []
@@ -209,7 +236,7 @@ def _base_split(pool: _Pool, data: DataSettings, seed: int) -> tuple[Indices, In
     for cell in np.unique(pool.cells[pool.base & ~pool.held_out]).tolist():
         rows = _drawn(pool, cell, seed)
         rows = rows[pool.trainable[rows]]
-        trains, tests = _cell_split(rows, pool.own_test, data, pool.cell_names[cell])
+        trains, tests = _cell_split(rows, pool.own_test, data, pool.cell_names[cell], pool.persons is not None)
         train.append(trains)
         test.append(tests)
     return np.sort(np.concatenate(train)), np.sort(np.concatenate(test))
@@ -220,8 +247,17 @@ def _cell_split(
     own_test: Flags | None,
     data: DataSettings,
     name: str,
+    of_persons: bool,
 ) -> tuple[Indices, Indices]:
-    """Split one cell's pictures, which come in drawn order, into training and test."""
+    """Split one cell's pictures, which come in drawn order, into training and test.
+
+    Args:
+        rows: the cell's pictures.
+        own_test: [N], true for pictures that may test only; None if any may train or test.
+        data: the counts.
+        name: of the cell, for messages.
+        of_persons: whether whole persons train or test.
+    """
     shots, tests = data.train_per_class, data.test_per_class
     if own_test is not None:
         trainable, testable = rows[~own_test[rows]], rows[own_test[rows]]
@@ -229,10 +265,11 @@ def _cell_split(
             (trainable, shots or 1, "training", "train_per_class"),
             (testable, tests or 1, "test", "test_per_class"),
         ):
+            apart = ", where each person either trains or tests" if of_persons else ""
             _require_enough(
                 part,
                 need,
-                f"{name} has {len(part)} readable pictures in the {split} split",
+                f"{name} has {len(part)} readable pictures in the {split} split{apart}",
                 key,
             )
         return trainable[:shots], testable[:tests]

@@ -59,7 +59,7 @@ class Estimator:
         noise: of the release.
         share: a^2, the counts' share of a contribution's squared norm.
         rate: the probability with which an example was in the sums.
-        sizes: how many examples each client holds, known to all.
+        sizes: how many examples, or persons times the clip, each client holds; known to all.
         directions: [D, r], or None for all.
         text: [C, D], the hand-written prompt's text features.
         only_averaged: whether all that clients learn is averaged over them.
@@ -69,7 +69,7 @@ class Estimator:
     noise: Noise
     share: float
     rate: float
-    sizes: Sequence[int]
+    sizes: Sequence[float]
     directions: Tensor | None
     text: Tensor
     only_averaged: bool
@@ -110,10 +110,7 @@ class Estimator:
                 means = shrunk(seen, prior, everybody.holders.clamp(min=1))
             else:
                 means = personal(seen, shared)
-            if everybody is None or shared is None:
-                spread = within(seen, means)
-            else:
-                spread = within(everybody, shared)
+            spread = within(everybody, shared) if everybody and shared else within(seen, means)
             parts.append((seen, means, spread))
         return ClassStatistics(
             torch.stack([seen.expected for seen, _, _ in parts]),
@@ -129,7 +126,7 @@ class Estimator:
         assert self.noise.own is not None
         return self._observed(matrix, self.noise.own, self.sizes[client])
 
-    def _observed(self, matrix: Tensor, deviation: float, size: int) -> Observed:
+    def _observed(self, matrix: Tensor, deviation: float, size: float) -> Observed:
         counts_scale, sums_scale = self.rate * self.share**0.5, self.rate * (1 - self.share) ** 0.5
         constant = torch.ones_like(matrix[:, 0])
         return observed(
@@ -141,7 +138,7 @@ class Estimator:
         )
 
     def _back(self, means: Tensor) -> Tensor:
-        """Return means [..., r] as features [..., D]; what was projected away is the text feature's, as far as it goes."""
+        """Return means [..., r] as features [..., D]; what was projected away is taken from the text features."""
         if self.directions is None:
             return means
         kept = means @ self.directions.T
@@ -186,4 +183,3 @@ def drawn(statistics: ClassStatistics, streams: Streams, certainty: float) -> tu
 
 def _stacked(parts: Sequence[Observed]) -> Observed:
     return Observed(*(torch.stack([getattr(part, entry.name) for part in parts]) for entry in fields(Observed)))
-

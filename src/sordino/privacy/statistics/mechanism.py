@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from sordino.privacy.cotangent import public_directions
-from sordino.privacy.example_level import SIZES_KNOWN
+from sordino.privacy.cotangent import image_directions, public_directions
+from sordino.privacy.example_level import IMAGES_PUBLIC, PERSONS_KNOWN, SIZES_KNOWN
 from sordino.privacy.ledger import OBSERVERS, Disclosure, Ledger, Observer, Release
 from sordino.privacy.mechanism import Mechanism, summed_securely
 from sordino.privacy.secure_mean import ServerSums, SumTerms
@@ -34,7 +34,12 @@ class StatisticsMechanism(Mechanism):
     they are one Gaussian release, and `shared_budget` of it goes to the sum.
 
     If no mechanism is on and the method works on statistics, they are exchanged without noise.
+
+    Attributes:
+        earlier: the noise multipliers of a release that is used again; None if the run makes its own.
     """
+
+    earlier: Noise | None = None
 
     @property
     def releases_statistics(self) -> bool:
@@ -67,6 +72,8 @@ class StatisticsMechanism(Mechanism):
     @cached_property
     def multipliers(self) -> Noise:
         """Return the noise multipliers of a client's own matrix and of the sum."""
+        if self.earlier is not None:
+            return self.earlier
         z, share = self.noise_multiplier, self.settings.shared_budget
         if self.settings.noise_by == "client" or not self.settings.on:
             return Noise(z, None)
@@ -76,8 +83,8 @@ class StatisticsMechanism(Mechanism):
 
     @property
     def clip(self) -> float:
-        """Return the sensitivity: the largest norm of one unit's contribution."""
-        return 1.0
+        """Return the sensitivity: the largest norm of one unit's contribution; 1 for examples."""
+        return self.settings.clip if self.settings.by_person else 1.0
 
     @cached_property
     def count_share(self) -> float:
@@ -94,8 +101,13 @@ class StatisticsMechanism(Mechanism):
     def directions(self) -> Tensor | None:
         """Return the public directions [D, r], or None for all."""
         assert self.model is not None
-        rank = self.settings.subspace
-        return None if rank is None else public_directions(self.model.encoder, rank)
+        encoder, rank = self.model.encoder, self.settings.subspace
+        if rank is None:
+            return None
+        if self.settings.directions == "names":
+            return public_directions(encoder, rank)
+        assert self.public is not None
+        return image_directions(self.public, rank).to(encoder.device)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -117,7 +129,7 @@ class StatisticsMechanism(Mechanism):
             noise,
             self.count_share,
             self.settings.sampling_rate,
-            self.inputs.sizes,
+            [size * self.clip for size in self.inputs.sizes],
             self.directions,
             text,
             not self.inputs.personal and self.inputs.server_uses == "mean",
@@ -125,7 +137,12 @@ class StatisticsMechanism(Mechanism):
         )
 
     def matrices(
-        self, features: Tensor, labels: Tensor, rows: Sequence[Tensor], randomness: Randomness
+        self,
+        features: Tensor,
+        labels: Tensor,
+        rows: Sequence[Tensor],
+        randomness: Randomness,
+        persons: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Add up the statistics of a stack of clients.
 
@@ -133,27 +150,38 @@ class StatisticsMechanism(Mechanism):
             features, labels: [N, D] and [N], the table of images.
             rows: K lists of row numbers.
             randomness: of the clients' noise and samples.
+            persons: [N], whose images they are; needed where persons are protected.
 
         Returns:
             [K, C, 1 + r] exact sums, float64, which must not leave; and the same with each client's own noise, float32,
             or None if clients release none.
         """
-        rate, chosen = self.settings.sampling_rate, list(rows)
-        if rate < 1:
-            drawn = randomness.uniform("sample of statistics", [len(part) for part in rows])
-            pairs = zip(rows, drawn, strict=True)
-            chosen = [part[(numbers < rate).to(part.device)] for part, numbers in pairs]
+        if not self.settings.by_person:
+            persons = None
+        chosen = self._sampled(rows, persons, randomness)
         classes, width = self.shape
-        exact = torch.stack(
-            [
-                class_sums(contributions(features[part], self.count_share, self.directions), labels[part], classes)
-                for part in chosen
-            ]
-        )
+
+        def of_client(part: Tensor) -> Tensor:
+            shares = contributions(features[part], self.count_share, self.directions)
+            whose = None if persons is None else persons[part]
+            return class_sums(shares, labels[part], classes, whose, self.clip)
+
+        exact = torch.stack([of_client(part) for part in chosen])
         if self.multipliers.own is None:
             return exact, None
         noise = randomness.normal("noise on class statistics", classes, width).to(exact)
         return exact, (exact + self.multipliers.own * self.clip * noise).float()
+
+    def _sampled(self, rows: Sequence[Tensor], persons: Tensor | None, randomness: Randomness) -> list[Tensor]:
+        """Return the rows that are in the release: each example, or person, independently of all others."""
+        rate = self.settings.sampling_rate
+        if rate == 1:
+            return list(rows)
+        units = [torch.arange(len(part)) if persons is None else _numbered(persons[part]) for part in rows]
+        counts = [int(part.max()) + 1 if len(part) else 0 for part in units]
+        drawn = randomness.uniform("sample of statistics", counts)
+        chosen = [(numbers < rate)[unit] for numbers, unit in zip(drawn, units, strict=True)]
+        return [part[taken.to(part.device)] for part, taken in zip(rows, chosen, strict=True)]
 
     def summed(self, exact: Tensor, randomness: Randomness) -> Tensor:
         """Return the sum of all clients' matrices [C, 1 + r] with the server's noise, float32.
@@ -169,15 +197,15 @@ class StatisticsMechanism(Mechanism):
 
     def summed_in_shares(self, sums: ServerSums) -> tuple[Tensor, float]:
         """Return the secure sum [C, 1 + r], float32, and the noise multiplier that its survivors left."""
-        total, charged = sums.of(self.terms, {FIELD: torch.zeros(1, *self.shape, dtype=torch.float64)})
-        return total[FIELD].float(), charged
+        fields, charged = sums.of(self.terms, {FIELD: torch.zeros(1, *self.shape, dtype=torch.float64)})
+        return fields[FIELD].float(), charged
 
     @cached_property
     def terms(self) -> SumTerms:
         """Return the terms of the secure sum; one entry may hold all of a client's examples."""
         assert self.multipliers.total is not None
-        largest = float(max(self.inputs.sizes))
-        return SumTerms("the sum of class statistics", "example", self.clip, self.multipliers.total, largest)
+        largest = float(max(self.inputs.sizes)) * self.clip
+        return SumTerms("the sum of class statistics", self.settings.unit, self.clip, self.multipliers.total, largest)
 
     def pooled(self, own: Tensor, total: Tensor | None) -> Observed:
         """Return what all clients' releases tell together; see `Estimator.pooled`."""
@@ -189,9 +217,14 @@ class StatisticsMechanism(Mechanism):
         noise_by = self.settings.noise_by
         bare = Disclosure("each client's class counts and class sums of features, to the server once", "upload")
         trusted: tuple[Observer, ...] = ("server",) if noise_by == "server" or self.inputs.pools_data else ()
-        assumptions = (SIZES_KNOWN, *((summed_securely(self.settings),) if noise_by == "shares" else ()))
+        assumptions = [PERSONS_KNOWN if self.settings.by_person else SIZES_KNOWN]
+        if noise_by == "shares":
+            assumptions.append(summed_securely(self.settings))
+        if self.settings.directions == "images":
+            assumptions.append(IMAGES_PUBLIC)
         disclosures = (bare,) if noise_by == "server" else ()
-        return Ledger((), disclosures, trusted, assumptions, self.delta, self._randomness)
+        stated = Ledger((), disclosures, trusted, tuple(assumptions), self.delta, self._randomness)
+        return replace(stated, whole_persons=self.inputs.whole_persons)
 
     def released(self, name: str, charged: float | None = None) -> list[Release]:
         """Return the ledger's entries of the release.
@@ -218,6 +251,7 @@ class StatisticsMechanism(Mechanism):
         ]
 
 
-def named(observed: Observed) -> Mapping[str, Tensor]:
-    """Return the tensors of pooled statistics by name."""
-    return vars(observed)
+def _numbered(persons: Tensor) -> Tensor:
+    """Return persons [n] as numbers from 0, on the CPU."""
+    numbers: Tensor = persons.unique(return_inverse=True)[1]
+    return numbers.cpu()

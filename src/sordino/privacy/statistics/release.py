@@ -14,7 +14,8 @@ term, by at most 1 in Frobenius norm, and by exactly 1 if |z| = 1. An example wh
 sensitivity 1. All that is made of M afterwards, however often and by whomever, is post-processing.
 
 If the unit is a person, the terms of one person are summed, and the sum is scaled down to norm `clip` where it is
-longer. If examples are sampled, each is in the sum with one probability, independently of all others (Poisson sampling).
+longer. If examples are sampled (Poisson sampling), each is in the sum with one probability, independently of all
+others.
 
 How much of the norm the counts get (a^2) is decided by `count_share`, from public numbers.
 
@@ -38,8 +39,8 @@ def count_share(noise_multiplier: float, classes: int, examples: float) -> float
     """Choose a^2, the share of the squared norm that the counts get.
 
     A party can tell that it holds a class if its count stands three deviations of the noise, z / a, above zero. It is
-    not known how many classes a party holds. The geometric mean of 1 and C is assumed, so a count is n / sqrt(C). Means
-    need the rest: a class that is not known to be held has no use for its mean, and more than that would take from them.
+    not known how many classes a party holds. The geometric mean of 1 and C is assumed, so a count is n / sqrt(C). The
+    rest is for the means: more for the counts would take from them, and less would leave means of unknown classes.
 
     Args:
         noise_multiplier: z.
