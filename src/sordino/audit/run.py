@@ -75,6 +75,11 @@ def _audit(
 ) -> dict[str, Any]:
     """Do the work of `audit`, with the run directory locked."""
     subject = Subject.open(folder, progress, dataset)
+    if subject.runtime.algorithm.ABOUT.statistics and not subject.runtime.rounds:
+        raise RunError(
+            f"{folder}: {subject.config.algorithm} has no rounds, and the attacks here are on rounds; of its class "
+            "statistics the ledger says what they may tell"
+        )
     if not subject.runtime.rounds:
         raise RunError(f"{folder}: {subject.config.algorithm} learned nothing, so there is nothing to attack")
     results: dict[str, Any] = read_audit(folder)["attacks"] if (folder / FILE).exists() else {}
