@@ -8,7 +8,8 @@ two tensors about classes, and the classes' numbers, by which they are found aga
     prior [P, C]           added to the logits
     classes [P, C]         see `sordino.prompts.by_class`
 
-The hand-written prompt is not among them: it is a setting.
+The hand-written prompt is not among them: it is a setting. Where noise is large, expected means are the text features
+of "a photo of a", whatever that setting is.
 """
 
 from __future__ import annotations
