@@ -269,6 +269,7 @@ class MethodInfo:
         pools_data: true for a method that sees all clients' images in one place.
         statistics: true for a method that works on class statistics (`ClientData.statistics`), which a runtime then
             makes for it under any mechanism that allows it.
+        counts_only: true for such a method that uses their counts and nothing else.
     """
 
     paper: str
@@ -282,6 +283,7 @@ class MethodInfo:
     trains: bool = True
     pools_data: bool = False
     statistics: bool = False
+    counts_only: bool = False
 
 
 class Algorithm(Protocol):

@@ -58,6 +58,7 @@ ABOUT = MethodInfo(
     server_uses="nothing",
     trains=False,
     statistics=True,
+    counts_only=True,
 )
 
 

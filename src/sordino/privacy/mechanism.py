@@ -59,6 +59,7 @@ class MechanismInputs:
         discloses: what leaves if nothing is noised.
         classes: C; 0 if it is not known.
         statistics: whether the method works on class statistics.
+        counts_only: whether it uses their counts alone.
         one_feature: whether an image enters a method as its one feature.
         whole_persons: whether it is known whose each image is, and no person has images at two clients.
     """
@@ -80,6 +81,7 @@ class MechanismInputs:
     discloses: tuple[Disclosure, ...]
     classes: int = 0
     statistics: bool = False
+    counts_only: bool = False
     one_feature: bool = True
     whole_persons: bool = False
 

@@ -287,6 +287,7 @@ def mechanism_inputs(
         discloses=(*about.discloses, *([sizes_disclosure] if tells_sizes else [])),
         classes=classes,
         statistics=about.statistics,
+        counts_only=about.counts_only,
         one_feature=not model_class(algorithm).prompts_images,
         whole_persons=units.whole_persons,
     )

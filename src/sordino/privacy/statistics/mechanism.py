@@ -22,6 +22,7 @@ from sordino.randomness import Randomness
 
 CONTENT = "class counts and class sums of features, once"
 FIELD = "statistics"  # of the secure sum
+COUNTS_ONLY = 0.9999  # of the squared norm goes to the counts, for a method that uses nothing else
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,11 @@ class StatisticsMechanism(Mechanism):
         return Noise(z / math.sqrt(1 - share), z / math.sqrt(share))
 
     @property
+    def rate(self) -> float:
+        """Return the probability with which a unit is in the release."""
+        return self.settings.sampling_rate if self.settings.on else 1.0
+
+    @property
     def clip(self) -> float:
         """Return the sensitivity: the largest norm of one unit's contribution; 1 for examples."""
         return self.settings.clip if self.settings.by_person else 1.0
@@ -91,18 +97,20 @@ class StatisticsMechanism(Mechanism):
         """Return a^2, the counts' share of a contribution's squared norm; from public numbers alone."""
         if self.settings.count_share is not None:
             return self.settings.count_share
+        if self.inputs.counts_only:
+            return COUNTS_ONLY
         sizes = sorted(self.inputs.sizes)
         examples = sizes[len(sizes) // 2] if self.multipliers.own is not None else sum(sizes)
         noise = self.multipliers.own if self.multipliers.own is not None else self.multipliers.total
         assert noise is not None
-        return count_share(noise, self.inputs.classes, self.settings.sampling_rate * examples)
+        return count_share(noise, self.inputs.classes, self.rate * examples)
 
     @cached_property
     def directions(self) -> Tensor | None:
         """Return the public directions [D, r], or None for all."""
         assert self.model is not None
         encoder, rank = self.model.encoder, self.settings.subspace
-        if rank is None:
+        if rank is None or not self.settings.on:
             return None
         if self.settings.directions == "names":
             return public_directions(encoder, rank)
@@ -128,7 +136,7 @@ class StatisticsMechanism(Mechanism):
         return Estimator(
             noise,
             self.count_share,
-            self.settings.sampling_rate,
+            self.rate,
             [size * self.clip for size in self.inputs.sizes],
             self.directions,
             text,
@@ -174,7 +182,7 @@ class StatisticsMechanism(Mechanism):
 
     def _sampled(self, rows: Sequence[Tensor], persons: Tensor | None, randomness: Randomness) -> list[Tensor]:
         """Return the rows that are in the release: each example, or person, independently of all others."""
-        rate = self.settings.sampling_rate
+        rate = self.rate
         if rate == 1:
             return list(rows)
         units = [torch.arange(len(part)) if persons is None else _numbered(persons[part]) for part in rows]

@@ -148,17 +148,20 @@ def _excess(rest: Tensor, noise: Tensor, precision: Tensor) -> Tensor:
 def personal(own: Observed, shared: ClassMeans) -> ClassMeans:
     """Infer one party's class means from its own sums and from what all parties' sums tell.
 
-    Its mean of class c is the shared one plus N(0, d^2 I), d^2 estimated from all classes that it holds: 0 where the
-    parties' images of a class are alike.
+    Its mean of class c is the shared one plus N(0, d^2 I): 0 where the parties' images of a class are alike. The shared
+    estimate is made of the party's own sums too, so only d^2 is a reason to trust these more. d^2 is estimated from all
+    classes that the party holds, less two deviations of that estimate, as a wrong d^2 above 0 would let noise in.
     """
     means, noise, _ = _means(own)
     known = own.probability > 0.5
     rest = means - shared.means
     doubt = noise + shared.variance
     precision = torch.where(known, 1 / (doubt + LEAST_VARIANCE), torch.zeros_like(noise))
-    before = _excess(rest, doubt, precision) + shared.variance
-    trust = torch.where(known, before / (before + noise).clamp(min=1e-12), torch.zeros_like(noise))
-    return ClassMeans(shared.means + trust[:, None] * rest, before * (1 - trust))
+    weights = precision**2 / (precision**2).sum().clamp(min=1e-12)
+    deviation = (weights**2 * 2 * doubt**2 / rest.shape[1]).sum().sqrt()
+    between = (_excess(rest, doubt, precision) - 2 * deviation).clamp(min=0)
+    trust = torch.where(known, between / (between + noise).clamp(min=1e-12), torch.zeros_like(noise))
+    return ClassMeans(shared.means + trust[:, None] * rest, (between + shared.variance) * (1 - trust))
 
 
 def _means(seen: Observed) -> tuple[Tensor, Tensor, Tensor]:
