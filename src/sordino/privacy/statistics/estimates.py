@@ -12,7 +12,7 @@ from torch import Tensor
 from sordino.privacy.statistics.posterior import Observed, observed, personal, pooled, shrunk, within
 from sordino.randomness import Streams
 
-EXAMPLES = 16  # that are drawn for a class that a client holds, on average
+EXAMPLES = 64  # that are drawn for a class that a client holds, on average
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Estimator:
 def drawn(statistics: ClassStatistics, streams: Streams, certainty: float) -> tuple[Tensor, Tensor, list[int]]:
     """Draw every client's training examples from the predictive distribution of its classes.
 
-    A class is held if its probability is at least `certainty`; the likeliest one always is. A client has 16 examples
+    A class is held if its probability is at least `certainty`; the likeliest one always is. A client has 64 examples
     for each class that it holds, divided in proportion to the expected counts. An example is the class's mean plus
     normal deviations: those of images within a class, and those of the mean that noise leaves open.
 
