@@ -132,7 +132,7 @@ def shrunk(seen: Observed, prior: Tensor, parties: Tensor | float = 1.0) -> Clas
     # rho: a normal prior times the likelihood of the products of all classes.
     belief = (EXPECTED_PRODUCT / 2) ** -2
     rho = ((means * prior).sum(1) * precision).sum() + EXPECTED_PRODUCT * belief
-    rho = rho / ((prior.pow(2).sum(1) * precision).sum() + belief)
+    rho = (rho / ((prior.pow(2).sum(1) * precision).sum() + belief)).clamp(min=EXPECTED_PRODUCT / 4)
     rest = means - rho * prior
     among = _excess(rest, noise, precision)
     trust = torch.where(known, among / (among + noise / parties).clamp(min=1e-12), torch.zeros_like(noise))
@@ -140,9 +140,14 @@ def shrunk(seen: Observed, prior: Tensor, parties: Tensor | float = 1.0) -> Clas
 
 
 def _excess(rest: Tensor, noise: Tensor, precision: Tensor) -> Tensor:
-    """Estimate the variance that classes have beyond noise, from deviations [C, r], by moments; not negative."""
-    squares = rest.pow(2).mean(1) - noise
-    return ((squares * precision**2).sum() / (precision**2).sum().clamp(min=1e-12)).clamp(min=0)
+    """Estimate the variance that means have beyond noise, from deviations [C, r], by moments; not negative.
+
+    Two deviations of the estimate are taken off: a wrong variance above 0 would pass noise on as if it were known.
+    """
+    weights = precision**2 / (precision**2).sum().clamp(min=1e-12)
+    squares = (weights * (rest.pow(2).mean(1) - noise)).sum()
+    deviation = (weights**2 * 2 * noise**2 / rest.shape[1]).sum().sqrt()
+    return (squares - 2 * deviation).clamp(min=0)
 
 
 def personal(own: Observed, shared: ClassMeans) -> ClassMeans:
@@ -150,16 +155,14 @@ def personal(own: Observed, shared: ClassMeans) -> ClassMeans:
 
     Its mean of class c is the shared one plus N(0, d^2 I): 0 where the parties' images of a class are alike. The shared
     estimate is made of the party's own sums too, so only d^2 is a reason to trust these more. d^2 is estimated from all
-    classes that the party holds, less two deviations of that estimate, as a wrong d^2 above 0 would let noise in.
+    classes that the party holds.
     """
     means, noise, _ = _means(own)
     known = own.probability > 0.5
     rest = means - shared.means
     doubt = noise + shared.variance
     precision = torch.where(known, 1 / (doubt + LEAST_VARIANCE), torch.zeros_like(noise))
-    weights = precision**2 / (precision**2).sum().clamp(min=1e-12)
-    deviation = (weights**2 * 2 * doubt**2 / rest.shape[1]).sum().sqrt()
-    between = (_excess(rest, doubt, precision) - 2 * deviation).clamp(min=0)
+    between = _excess(rest, doubt, precision)
     trust = torch.where(known, between / (between + noise).clamp(min=1e-12), torch.zeros_like(noise))
     return ClassMeans(shared.means + trust[:, None] * rest, (between + shared.variance) * (1 - trust))
 
