@@ -174,12 +174,15 @@ def test_an_honest_release_keeps_to_its_claim(model: PromptModel, noise_by: str,
         assert audit.strongest.epsilon <= audit.claimed_epsilon
 
 
-@pytest.mark.parametrize("noise_by", ["client", "server"])
-@pytest.mark.parametrize("defect", STATISTICS_DEFECTS)
+@pytest.mark.parametrize(
+    ("defect", "noise_by"),
+    [
+        *((defect, "client") for defect in STATISTICS_DEFECTS),
+        *((defect, "server") for defect in STATISTICS_DEFECTS if defect != "exact counts"),
+    ],
+)
 def test_broken_releases_are_caught(model: PromptModel, defect: StatisticsDefect, noise_by: str) -> None:
-    """The client's case of exact counts only: in the sum of twenty clients even a rare class has many examples."""
-    if (defect, noise_by) == ("exact counts", "server"):
-        pytest.skip("found in clients' own matrices")
+    """Exact counts are found in clients' own matrices; in the sum of all, the audit does not try."""
     broken = with_defect(releasing(model, rare=defect == "exact counts", noise_by=noise_by), defect)
     for seed in range(4):
         audit = audit_in_one_run(broken, CANARIES, seed, rounds=0)
@@ -203,12 +206,9 @@ def test_a_broken_release_claims_what_the_honest_one_does(
     assert type(with_canaries(broken, drawn, 0).mechanism) is STATISTICS_DEFECTS[defect]
 
 
-def test_a_mean_of_many_releases_has_less_noise() -> None:
-    streams = Streams(0, 0, [0, 1], torch.device("cpu"))
-    for altered, deviation in (
-        (AlteredRandomness(streams, draws=RELEASES), RELEASES**-0.5),
-        (AlteredRandomness(streams, scale=0.25), 0.25),
-    ):
-        low, high = chi2.ppf([1e-4, 1 - 1e-4], 2000)
-        assert low < float((altered.normal("noise", 1000) / deviation).square().sum()) < high
-        assert low / 2 < float((altered.common_normal("noise", 1000) / deviation).square().sum()) < high / 2 * 1.2
+@pytest.mark.parametrize(("draws", "scale", "deviation"), [(RELEASES, 1.0, RELEASES**-0.5), (1, 0.25, 0.25)])
+def test_a_mean_of_many_releases_has_less_noise(draws: int, scale: float, deviation: float) -> None:
+    altered = AlteredRandomness(Streams(0, 0, [0, 1], torch.device("cpu")), scale, draws)
+    for numbers in (altered.normal("noise", 1000), altered.common_normal("noise", 1000)):
+        low, high = chi2.ppf([1e-4, 1 - 1e-4], numbers.numel())
+        assert low < float((numbers / deviation).square().sum()) < high
