@@ -54,7 +54,7 @@ def measure(quick: bool) -> dict[str, float]:
     runtime = LocalRuntime(
         algorithm("dp-fpl"), settings, model, features, labels, rows, 1000, RuntimeSettings(), seed=0
     )
-    training, _ = runtime.round(runtime.start())
+    training, _ = runtime.round(runtime.begun())
     seconds = []
     for _ in range(3 if quick else 5):
         began = time.perf_counter()

@@ -63,7 +63,7 @@ def uploads_of(size: int, seed: int) -> dict[int, Tensor]:
 
     members = {name: getattr(method, name) for name in dir(method)}
     runtime.algorithm = SimpleNamespace(**members | {"exchange": exchange})  # type: ignore[assignment]
-    training = runtime.start()
+    training = runtime.begun()
     while training.round < LATER.stop:
         training, _ = runtime.round(training)
     return seen

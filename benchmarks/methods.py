@@ -80,7 +80,7 @@ def measure(encoder: DualEncoder, wanted: list[str], names: list[str], repeats: 
             runtimes[name] = runtime_of(name, encoder, names)
         except EncoderError as error:
             print(error, file=sys.stderr)
-    states: dict[str, Training] = {name: runtime.start() for name, runtime in runtimes.items()}
+    states: dict[str, Training] = {name: runtime.begun() for name, runtime in runtimes.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runtimes}
     sizes = dict.fromkeys(runtimes, (0, 0))
     for repeat in range(repeats + 1):

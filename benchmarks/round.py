@@ -78,7 +78,7 @@ def measure(name: str, quick: bool) -> dict[str, object]:
     runtime = LocalRuntime(
         algorithm("dp-fpl"), settings, model, features, labels, rows, 1000, RuntimeSettings(), seed=0
     )
-    training, _ = runtime.round(runtime.start())
+    training, _ = runtime.round(runtime.begun())
     seconds = []
     for _ in range(3 if quick else 7):
         began = time.perf_counter()

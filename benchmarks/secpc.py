@@ -140,7 +140,7 @@ def training(names: list[str]) -> tuple[Callable[[], float], int]:
     runtime = LocalRuntime(
         algorithm("promptfl"), settings, model, features, labels, rows, 1000, RuntimeSettings(), seed=0
     )
-    state = runtime.start()
+    state = runtime.begun()
 
     def round() -> float:
         nonlocal state

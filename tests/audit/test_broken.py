@@ -2,7 +2,8 @@
 
 The setting: 20 clients with 200 examples each, all of them in every batch, a bound on norms that every example exceeds,
 two rounds, epsilon = 1 at delta = 1e-6; ten canaries a client. Labels are random, so examples' gradients point
-anywhere, and their mean is far shorter than each of them, as it is near the end of any training.
+anywhere, and their mean is far shorter than each of them, as it is near the end of any training. Class statistics are
+released once, of the same clients.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ import torch
 from audit.test_one_run import federation
 from scipy.stats import chi2
 
-from sordino.audit.broken import DEFECTS, BatchClippedGradients, Defect, with_defect
+from sordino.audit.broken import (
+    DEFECTS,
+    RELEASES,
+    STATISTICS_DEFECTS,
+    AlteredRandomness,
+    BatchClippedGradients,
+    Defect,
+    StatisticsDefect,
+    with_defect,
+)
 from sordino.audit.canaries import Canaries, with_canaries
 from sordino.audit.one_run import audit_in_one_run
 from sordino.audit.subject import train
@@ -33,6 +43,7 @@ REPEATED = {"simulation": True, "nonce": "a5" * 16}
 PRIVACY = {"mechanism": "dp-sgd", "epsilon": 1.0, "delta": 1e-6, "clip": 0.01} | REPEATED
 CANARIES = 200
 MARGINS: dict[Defect, float] = {"batch clipped": 0.3, "noise skipped": 1.0, "noise repeated": 1.5}
+STATISTICS = {"mechanism": "statistics", "epsilon": 1.0, "delta": 1e-6} | REPEATED
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +91,11 @@ def test_a_defect_changes_what_is_released_and_nothing_that_is_claimed(model: Pr
 
 
 def test_defects_are_of_dp_sgd_alone(model: PromptModel) -> None:
+    other = federation(model, "promptfl", 2, 10, 2, SETTINGS, PRIVACY | {"mechanism": "cotangent"})
     with pytest.raises(ConfigError, match="those of 'dp-sgd'"):
-        with_defect(
-            federation(model, "promptfl", 2, 10, 2, SETTINGS, PRIVACY | {"mechanism": "cotangent"}), "noise skipped"
-        )
+        with_defect(other, "noise skipped")
+    with pytest.raises(ConfigError, match="those of 'statistics'"):
+        with_defect(other, "noise divided")
 
 
 @pytest.mark.parametrize(("clip", "skip"), [(1e-3, False), (1e-3, True), (1e3, False), (1e3, True)])
@@ -138,3 +150,65 @@ def test_repeated_noise_has_its_deviation_and_cancels_in_every_difference(model:
     squares = float((same / deviation).square().sum())
     low, high = chi2.ppf([1e-4, 1 - 1e-4], 2 * width)
     assert low < squares < high
+
+
+# --- a release of class statistics
+
+
+def releasing(model: PromptModel, rare: bool = False, **privacy: Any) -> LocalRuntime:
+    """Twenty clients with 200 examples each; if `rare`, all classes but the first have few examples."""
+    made = federation(model, "promptfl", 20, 200, 1, {"context_length": 4}, STATISTICS | privacy)
+    if rare:
+        frequent = torch.rand(len(made.data.labels), generator=torch.Generator().manual_seed(1)) < 0.97
+        made.data.labels[frequent] = 0
+    return made
+
+
+@pytest.mark.parametrize("noise_by", ["client", "server"])
+@pytest.mark.parametrize("rare", [False, True])
+def test_an_honest_release_keeps_to_its_claim(model: PromptModel, noise_by: str, rare: bool) -> None:
+    """Seeds are fixed: one audit in twenty may exceed an honest claim, none of these does."""
+    for seed in range(4):
+        audit = audit_in_one_run(releasing(model, rare, noise_by=noise_by), CANARIES, seed, rounds=0)
+        assert audit.claimed_epsilon == pytest.approx(1.0, abs=1e-3)
+        assert audit.strongest.epsilon <= audit.claimed_epsilon
+
+
+@pytest.mark.parametrize(
+    ("defect", "noise_by"),
+    [
+        *((defect, "client") for defect in STATISTICS_DEFECTS),
+        *((defect, "server") for defect in STATISTICS_DEFECTS if defect != "exact counts"),
+    ],
+)
+def test_broken_releases_are_caught(model: PromptModel, defect: StatisticsDefect, noise_by: str) -> None:
+    """Exact counts are found in clients' own matrices; in the sum of all, the audit does not try."""
+    broken = with_defect(releasing(model, rare=defect == "exact counts", noise_by=noise_by), defect)
+    for seed in range(4):
+        audit = audit_in_one_run(broken, CANARIES, seed, rounds=0)
+        assert audit.claimed_epsilon == pytest.approx(1.0, abs=1e-3)
+        assert audit.refuted
+        assert audit.strongest is audit.white_box
+
+
+@pytest.mark.parametrize("noise_by", ["client", "server"])
+@pytest.mark.parametrize("defect", STATISTICS_DEFECTS)
+def test_a_broken_release_claims_what_the_honest_one_does(
+    model: PromptModel, defect: StatisticsDefect, noise_by: str
+) -> None:
+    own = releasing(model, noise_by=noise_by)
+    broken = with_defect(own, defect)
+    ended, badly = train(own, 0), train(broken, 0)
+    assert replace(ended.ledger, run="") == replace(badly.ledger, run="")
+    assert len(badly.ledger.releases) == 20
+    assert not torch.equal(next(iter(ended.at_clients.release.values())), next(iter(badly.at_clients.release.values())))
+    drawn = Canaries.draw(4, 20, model, (model.encoder.feature_width,), 0)
+    assert type(with_canaries(broken, drawn, 0).mechanism) is STATISTICS_DEFECTS[defect]
+
+
+@pytest.mark.parametrize(("draws", "scale", "deviation"), [(RELEASES, 1.0, RELEASES**-0.5), (1, 0.25, 0.25)])
+def test_a_mean_of_many_releases_has_less_noise(draws: int, scale: float, deviation: float) -> None:
+    altered = AlteredRandomness(Streams(0, 0, [0, 1], torch.device("cpu")), scale, draws)
+    for numbers in (altered.normal("noise", 1000), altered.common_normal("noise", 1000)):
+        low, high = chi2.ppf([1e-4, 1 - 1e-4], numbers.numel())
+        assert low < float((numbers / deviation).square().sum()) < high

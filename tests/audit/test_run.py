@@ -36,7 +36,15 @@ def test_an_audit_of_a_run_stands_beside_its_claim(config_file: Path, tmp_path: 
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert found == json.loads((folder / "audit.json").read_bytes())
-    assert set(found["attacks"]) == {"membership", "rounds", "canaries", "inversion", "stealing", "distances"}
+    assert set(found["attacks"]) == {
+        "membership",
+        "release",
+        "rounds",
+        "canaries",
+        "inversion",
+        "stealing",
+        "distances",
+    }
     assert found["claimed"]["epsilon"] == pytest.approx(4.0, abs=0.05)
     canaries = found["attacks"]["canaries"]
     assert canaries["epsilon"] <= canaries["claimed_epsilon"]

@@ -1,7 +1,8 @@
-"""Mechanisms with the defects of public code, to show that the audit detects them.
+"""Mechanisms with defects, to show that the audit detects them.
 
-No configuration selects these; `with_defect` puts them into a runtime. All enter in the ledger what `dp-sgd` would, and
-so claim its epsilon, which does not hold for them.
+Those of `dp-sgd` are defects of public code; those of `statistics` are ones that such a release invites. No
+configuration selects them; `with_defect` puts them into a runtime. All enter in the ledger what the mechanism without
+the defect would, and so claim its epsilon, which does not hold for them.
 """
 
 from __future__ import annotations
@@ -19,10 +20,14 @@ from sordino.errors import ConfigError
 from sordino.privacy.dp_sgd import DpSgdGradients, Group, sampled
 from sordino.privacy.example_level import ExampleMechanism
 from sordino.privacy.gradients import Batch, ExactGradients, Gradient, Gradients, Parameters, PromptOf
+from sordino.privacy.mechanism import Mechanism
+from sordino.privacy.statistics.mechanism import StatisticsMechanism
 from sordino.randomness import Randomness, Words
 from sordino.runtime.local import LocalRuntime
 
 Defect = Literal["batch clipped", "noise skipped", "noise repeated"]
+StatisticsDefect = Literal["noise left out", "noise divided", "exact counts", "released anew"]
+RELEASES = 100  # of `ReleasedAnewMechanism`, such as one in every round
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,142 @@ DEFECTS: dict[Defect, type[ExampleMechanism]] = {
     "noise skipped": SkippedNoiseMechanism,
     "noise repeated": RepeatedNoiseMechanism,
 }
+
+
+@dataclass(frozen=True)
+class NoiseLeftOutMechanism(StatisticsMechanism):
+    """Class statistics leave as they are, as if a caller had forgotten the noise or had drawn it from a public seed.
+
+    No epsilon is finite.
+    """
+
+    def matrices(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        rows: Sequence[Tensor],
+        randomness: Randomness,
+        persons: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        return super().matrices(features, labels, rows, AlteredRandomness(randomness, scale=0.0), persons)
+
+    def summed(self, exact: Tensor, randomness: Randomness) -> Tensor:
+        return super().summed(exact, AlteredRandomness(randomness, scale=0.0))
+
+
+@dataclass(frozen=True)
+class NoiseDividedMechanism(StatisticsMechanism):
+    """The noise of a mean is added to the sum: its deviation is divided by the number of examples.
+
+    An example moves a mean of n by 1 / n, and the sum by 1. The noise multiplier that holds is z / n.
+    """
+
+    def matrices(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        rows: Sequence[Tensor],
+        randomness: Randomness,
+        persons: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        sizes = self.inputs.sizes
+        divided = AlteredRandomness(randomness, scale=len(sizes) / sum(sizes))
+        return super().matrices(features, labels, rows, divided, persons)
+
+    def summed(self, exact: Tensor, randomness: Randomness) -> Tensor:
+        return super().summed(exact, AlteredRandomness(randomness, scale=1 / sum(self.inputs.sizes)))
+
+
+@dataclass(frozen=True)
+class ExactCountsMechanism(StatisticsMechanism):
+    """Each class's row is divided by the exact number of its examples, and multiplied by that of a class on average.
+
+    So classes weigh alike, and rows have the size of sums. But of a class with n_c examples one moves the release by up
+    to n / n_c, n the number of an average class, and not by 1. A client of rare classes is not bounded: the noise
+    multiplier that holds for its examples is z n_c / n.
+    """
+
+    def matrices(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        rows: Sequence[Tensor],
+        randomness: Randomness,
+        persons: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        exact, own = super().matrices(features, labels, rows, randomness, persons)
+        counts = exact[..., 0]  # [K, C], in a common unit
+        held = counts > 0
+        average = counts.sum(1, keepdim=True) / held.sum(1, keepdim=True).clamp(min=1)
+        scaled = exact * torch.where(held, average / torch.where(held, counts, 1.0), 1.0)[..., None]
+        return scaled, None if own is None else (own.double() + scaled - exact).float()
+
+
+@dataclass(frozen=True)
+class ReleasedAnewMechanism(StatisticsMechanism):
+    """Statistics are released anew in each round or after each restart, with fresh noise, and are counted once.
+
+    All that T releases tell is in their mean, for which the noise multiplier is z / sqrt(T). This mechanism releases
+    that mean, of T = `RELEASES`.
+    """
+
+    def matrices(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        rows: Sequence[Tensor],
+        randomness: Randomness,
+        persons: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        again = AlteredRandomness(randomness, draws=RELEASES)
+        return super().matrices(features, labels, rows, again, persons)
+
+    def summed(self, exact: Tensor, randomness: Randomness) -> Tensor:
+        return super().summed(exact, AlteredRandomness(randomness, draws=RELEASES))
+
+
+STATISTICS_DEFECTS: dict[StatisticsDefect, type[StatisticsMechanism]] = {
+    "noise left out": NoiseLeftOutMechanism,
+    "noise divided": NoiseDividedMechanism,
+    "exact counts": ExactCountsMechanism,
+    "released anew": ReleasedAnewMechanism,
+}
+
+
+@dataclass(frozen=True)
+class AlteredRandomness:
+    """The mean of several draws of normal numbers, scaled; all else as the source draws it.
+
+    Attributes:
+        source: of the numbers.
+        scale: factor on each normal number.
+        draws: number of independent draws that are averaged.
+    """
+
+    source: Randomness
+    scale: float = 1.0
+    draws: int = 1
+
+    def words(self, purpose: str) -> list[Words]:
+        return self.source.words(purpose)
+
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        """Return altered numbers [K, *shape]."""
+        return self._mean([self.source.normal(name, *shape) for name in self._names(purpose)])
+
+    def common_normal(self, purpose: str, *shape: int) -> Tensor:
+        """Return altered numbers that every party draws alike."""
+        return self._mean([self.source.common_normal(name, *shape) for name in self._names(purpose)])
+
+    def uniform(self, purpose: str, counts: Sequence[int]) -> list[Tensor]:
+        """Return the source's numbers."""
+        return self.source.uniform(purpose, counts)
+
+    def _names(self, purpose: str) -> list[str]:
+        return [f"{purpose}, {draw}" if draw else purpose for draw in range(self.draws)]
+
+    def _mean(self, drawn: Sequence[Tensor]) -> Tensor:
+        return self.scale * torch.stack(list(drawn)).mean(0)
 
 
 @dataclass(frozen=True)
@@ -159,16 +300,20 @@ class BatchClippedGradients:
         return [(group, names) for group, names in pairs if names]
 
 
-def with_defect(runtime: LocalRuntime, defect: Defect) -> LocalRuntime:
-    """Return the same runtime, its `dp-sgd` implemented with a defect, at the same settings and noise.
+def with_defect(runtime: LocalRuntime, defect: Defect | StatisticsDefect) -> LocalRuntime:
+    """Return the same runtime, its `dp-sgd` or `statistics` implemented with a defect, at the same settings and noise.
 
     Raises:
         ConfigError: the runtime's mechanism is another.
     """
-    if runtime.privacy.mechanism != "dp-sgd":
-        raise ConfigError("privacy.mechanism", runtime.privacy.mechanism, "the defects are those of 'dp-sgd'")
+    pairs = (*DEFECTS.items(), *STATISTICS_DEFECTS.items())
+    kinds: dict[str, type[Mechanism]] = {str(name): kind for name, kind in pairs}
+    meant = "dp-sgd" if defect in DEFECTS else "statistics"
+    if runtime.privacy.mechanism != meant:
+        raise ConfigError("privacy.mechanism", runtime.privacy.mechanism, f"this defect is one of those of {meant!r}")
     broken = copy.copy(runtime)
-    broken.mechanism = as_implemented_by(DEFECTS[defect], runtime.mechanism)
+    vars(broken).pop("clients", None)  # they may have been made with the mechanism without the defect
+    broken.mechanism = as_implemented_by(kinds[defect], runtime.mechanism)
     return broken
 
 

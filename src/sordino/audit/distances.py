@@ -118,8 +118,9 @@ def expose(subject: Subject, seed: int, victims: int = 3) -> Exposure:
     round_context = RoundContext(number, runtime.rounds, Streams(seed, number, clients, server.start.device))
     mechanism_round = runtime.mechanism.client_end(round_context.streams, list(clients))
     broadcast = secfpp.broadcast(server)
+    data = runtime.clients.training_data(training.at_clients)
     upload, _ = secfpp.client_round(
-        settings, broadcast, training.clients, runtime.data, mechanism_round.gradients, round_context
+        settings, broadcast, training.clients, data, mechanism_round.gradients, round_context
     )
     model = runtime.model
     parties = secfpp.client_exchange(settings, model, broadcast, upload, clients, round_context)

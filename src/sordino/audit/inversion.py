@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sordino.algorithms.base import RoundContext, named_tensors
-from sordino.audit.subject import Subject, contexts_of, coop
+from sordino.audit.subject import Subject, contexts_of, coop, replaces_images
 from sordino.audit.tower_map import TowerMap
 from sordino.privacy.client_level import CLIP
 from sordino.randomness import Streams, derive_key
@@ -137,6 +137,10 @@ def invert(
 def inapplicable(runtime: LocalRuntime) -> str | None:
     """Return the reason why this method's uploads are not read as gradients of a context; None if they are."""
     about, settings = runtime.algorithm.ABOUT, runtime.settings
+    if replaces_images(runtime):
+        return "clients train on examples drawn from released statistics, so no upload is of an image; attack 'release'"
+    if not runtime.rounds:
+        return "no round is trained, so there is no upload"
     if about.pools_data:
         return "all images are in one place already; there is no upload to invert"
     names = {entry.name for entry in fields(runtime.algorithm.Upload)}

@@ -3,7 +3,8 @@
 Steinke, Nasr, Jagielski, Privacy Auditing with One (1) Training Run, NeurIPS 2023 (arXiv 2305.08846), algorithm 1. Many
 canaries are included or left out, each with probability 1/2, independently of all others. An adversary that guesses the
 inclusions better than the claimed (epsilon, delta) allows has refuted the claim. `canaries` defines a canary and its
-being left out. `white_box` and `decoding` guess the inclusions from noised gradients.
+being left out. `white_box` and `decoding` guess the inclusions from noised gradients, and `release` from class
+statistics that are released once.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sordino.audit.canaries import DELTA, Canaries, with_canaries
+from sordino.audit.release import canary_scores
 from sordino.audit.scores import claimed
 from sordino.audit.statistics import best_guesses
 from sordino.audit.subject import train
@@ -58,7 +60,7 @@ class OneRunAudit:
             most; None if it claims nothing.
         delta: the probability at which the claim is made and the bounds hold.
         black_box: the observer that sees the prompts before and after training.
-        white_box: the observer that sees every noised gradient.
+        white_box: the observer that sees every noised gradient, or the released class statistics.
     """
 
     canaries: int
@@ -93,7 +95,7 @@ def audit_in_one_run(
        mechanism. The claim is read from this training's own ledger: clients hold more examples than before.
     3. Black box: a canary's score is the fall of its loss under its owner's prompt in training.
     4. White box: it is the estimate of its inclusion bit from all noised gradients that its owner released
-       (`Watching`).
+       (`Watching`), or from the class statistics that were released before the first round (`canary_scores`).
     5. Each view guesses "in" for high scores and "out" for low ones, and gets its bound (`best_guesses`) at confidence
        97.5 %: both hold at 95 %, and so does the larger.
 
@@ -112,8 +114,10 @@ def audit_in_one_run(
     data, model = runtime.data, runtime.model
     drawn = Canaries.draw(canaries, len(data), model, data.features.shape[1:], seed).to(data.features)
     audited = with_canaries(runtime, drawn, seed)
-    watching = Watching(audited.mechanism, drawn, audited.data)
-    audited.mechanism = cast(Mechanism, watching)
+    watching = None
+    if not audited.releases_statistics:
+        watching = Watching(audited.mechanism, drawn, audited.data)
+        audited.mechanism = cast(Mechanism, watching)
     before = audited.start()
     after = train(audited, rounds, progress, "audit with canaries")
     delta = DELTA if after.ledger.delta is None else after.ledger.delta
@@ -126,13 +130,17 @@ def audit_in_one_run(
         return View(observer, best.epsilon, best.guesses, best.correct)
 
     fall = _losses(audited, before, drawn) - _losses(audited, after, drawn)
+    if watching is None:
+        white_box = view("the class statistics as they were released", canary_scores(audited, after, drawn))
+    else:
+        white_box = view("every gradient as it was released", watching.scores())
     return OneRunAudit(
         canaries,
         int(drawn.included.sum()),
         claimed(after.ledger),
         delta,
         view("the owner's prompt, before and after", fall),
-        view("every gradient as it was released", watching.scores()),
+        white_box,
     )
 
 
@@ -158,5 +166,5 @@ def _check(runtime: LocalRuntime, canaries: int) -> None:
         raise ConfigError("privacy.mechanism", runtime.privacy.mechanism, remedy)
     if canaries < 2:
         raise ConfigError("canaries", canaries, "must be at least 2: one to call in, and one to call out")
-    if not runtime.rounds:
+    if not (runtime.rounds or runtime.releases_statistics):
         raise RunError("this method does not train, so there is nothing that canaries could be found in")

@@ -37,7 +37,7 @@ from sordino.algorithms.base import (
 from sordino.audit import stealing
 from sordino.audit.membership import Candidates, candidates
 from sordino.audit.scores import Attack, Claim
-from sordino.audit.subject import Subject
+from sordino.audit.subject import Subject, replaces_images
 from sordino.audit.wiretap import Message, no_data, repeated, same_end
 from sordino.encoders.prompt_model import Prompt
 from sordino.errors import ConfigError
@@ -127,6 +127,14 @@ def _check(subject: Subject) -> None:
     """Refuse a run whose server sees no client's upload, or none that is a sum of gradients."""
     runtime = subject.runtime
     about, method = runtime.algorithm.ABOUT, subject.config.algorithm
+    if replaces_images(runtime):
+        remedy = (
+            "clients train on examples drawn from what they released once, so uploads tell nothing more; attack the "
+            "'release' itself"
+        )
+        raise ConfigError("privacy.mechanism", "statistics", remedy)
+    if not runtime.rounds:
+        raise ConfigError("algorithm", method, "no round is trained, so the attack over rounds has no upload to read")
     if about.pools_data or about.server_uses == "nothing":
         raise ConfigError("algorithm", method, "no upload leaves a client, so the attack over rounds has none to read")
     if about.server_uses == "shares":

@@ -11,6 +11,7 @@ from sordino.audit.distances import expose
 from sordino.audit.inversion import invert
 from sordino.audit.membership import infer_membership
 from sordino.audit.one_run import audit_in_one_run
+from sordino.audit.release import attack_release
 from sordino.audit.rounds import infer_from_rounds
 from sordino.audit.stealing import steal
 from sordino.audit.subject import Subject
@@ -22,7 +23,7 @@ from sordino.privacy.statement import as_summary
 from sordino.progress import Progress, silent
 from sordino.report import write_report
 
-ATTACKS = ("membership", "rounds", "canaries", "inversion", "stealing", "distances")
+ATTACKS = ("membership", "release", "rounds", "canaries", "inversion", "stealing", "distances")
 FILE = "audit.json"
 
 
@@ -75,12 +76,7 @@ def _audit(
 ) -> dict[str, Any]:
     """Do the work of `audit`, with the run directory locked."""
     subject = Subject.open(folder, progress, dataset)
-    if subject.runtime.algorithm.ABOUT.statistics and not subject.runtime.rounds:
-        raise RunError(
-            f"{folder}: {subject.config.algorithm} has no rounds, and the attacks here are on rounds; of its class "
-            "statistics the ledger says what they may tell"
-        )
-    if not subject.runtime.rounds:
+    if not (subject.runtime.rounds or subject.runtime.releases_statistics):
         raise RunError(f"{folder}: {subject.config.algorithm} learned nothing, so there is nothing to attack")
     results: dict[str, Any] = read_audit(folder)["attacks"] if (folder / FILE).exists() else {}
     for name in (attack for attack in ATTACKS if attack in attacks):
@@ -141,6 +137,8 @@ def membership_auc(folder: Path, shadows: int, resume: bool, progress: Progress,
 def _attack(name: str, subject: Subject, shadows: int, canaries: int, seed: int) -> dict[str, Any]:
     if name == "membership":
         return infer_membership(subject, shadows, seed).as_dict()
+    if name == "release":
+        return attack_release(subject, seed).as_dict()
     if name == "rounds":
         return infer_from_rounds(subject, seed).as_dict()
     if name == "canaries":
@@ -173,6 +171,16 @@ def _membership_words(result: dict[str, Any]) -> list[str]:
     made = {name: title for name, title in titles.items() if name in result}
     words = [f"{title}, {result['shadows']} shadows: {_success(result[name])}" for name, title in made.items()]
     return words + _contradiction([result[name] for name in made])
+
+
+def _release_words(result: dict[str, Any]) -> list[str]:
+    alone = result["reconstruction"]
+    words = [f"{name} with the released statistics: {_success(result[name])}" for name in ("product", "regression")]
+    words.append(
+        f"feature of an image alone in its class: cosine {alone['cosine']:.2f} ({alone['cosine_chance']:.2f} by "
+        f"chance), {100 * alone['reidentified']:.0f}% of {alone['images']} recognized among {alone['gallery']}"
+    )
+    return words + _contradiction([result["product"], result["regression"]])
 
 
 def _rounds_words(result: dict[str, Any]) -> list[str]:
@@ -251,6 +259,7 @@ def _distances_words(result: dict[str, Any]) -> list[str]:
 
 _WORDS = {
     "membership": _membership_words,
+    "release": _release_words,
     "rounds": _rounds_words,
     "canaries": _canaries_words,
     "inversion": _inversion_words,

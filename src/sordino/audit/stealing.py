@@ -103,7 +103,7 @@ def steal(subject: Subject, seed: int) -> Stealing:
     if reason is not None:
         return Stealing(reason)
     training, messages = repeated(subject)
-    start = runtime.start().clients
+    start = subject.begun().clients
     seeds = [derive_key(seed, "thief", draw) for draw in range(DRAWS)]
     with_other_draws = _mean([replayed(runtime, messages, start, thief) for thief in seeds])
     with_same_draws = replayed(runtime, messages, start, runtime.seed)

@@ -17,9 +17,12 @@ from sordino.experiments.config import Experiment, parse_config
 from sordino.experiments.data_digests import data_record
 from sordino.experiments.data_record import check
 from sordino.experiments.features import EncodedDataset
+from sordino.experiments.release_file import FILE as RELEASE
+from sordino.experiments.release_file import ReleaseFile
 from sordino.experiments.run import assemble
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.mechanism import Mechanism
+from sordino.privacy.statistics.mechanism import StatisticsMechanism
 from sordino.progress import Progress, silent
 from sordino.results import FILE, Summary
 from sordino.runtime import checkpoint
@@ -73,7 +76,12 @@ class Subject:
         task, _ = dataset.task(config, progress)
         check(folder, data_record(dataset, task, dataset.public(config, task)))
         runtime, _ = assemble(config, dataset, task)
-        training = checkpoint.load(folder / "checkpoint", runtime.start())
+        start = runtime.start()
+        if runtime.releases_statistics:
+            record = ReleaseFile.load(folder / RELEASE)
+            record.check(runtime)
+            start = runtime.with_release(start, record.tensors, record.releases)
+        training = checkpoint.load(folder / "checkpoint", start)
         if training is None:
             raise RunError(f"{folder} has no checkpoint; attacks need the trained state")
         device = dataset.encoder.device
@@ -82,6 +90,13 @@ class Subject:
         one_domain = all(len(domains) <= 1 for domains in task.client_domains)
         exchangeable = dataset.images.is_test is None and one_domain
         return cls(config, runtime, training, ledger, task, features, labels, progress, exchangeable)
+
+    def begun(self) -> Training:
+        """Return the state from which the run's first round started: after its own release of statistics, if any."""
+        start = self.runtime.start()
+        if not self.runtime.releases_statistics:
+            return start
+        return self.runtime.with_release(start, self.training.at_clients.release, self.ledger.releases)
 
     def variation(
         self, features: Tensor, labels: Tensor, rows: Sequence[Sequence[int]], seed: int, **privacy: Any
@@ -111,6 +126,10 @@ def vary(
     if settings.by_person:
         remedy = "attacks that train again draw single examples, not persons; audit a run with privacy.unit = 'example'"
         raise ConfigError("privacy.unit", "person", remedy)
+    earlier = None
+    if isinstance(runtime.mechanism, StatisticsMechanism):  # both follow from sizes, which may be others here
+        earlier = runtime.mechanism.multipliers
+        settings = settings.model_copy(update={"count_share": runtime.mechanism.count_share})
     if settings.on:
         fixed = {"epsilon": None, "noise_multiplier": runtime.mechanism.noise_multiplier, "delta": None}
         settings = settings.model_copy(update=fixed | privacy)
@@ -126,10 +145,16 @@ def vary(
         seed,
         settings,
         runtime.boosts,
+        earlier=earlier,
         public=runtime.mechanism.public,
     )
     varied.mechanism = as_implemented_by(type(runtime.mechanism), varied.mechanism)
     return varied
+
+
+def replaces_images(runtime: LocalRuntime) -> bool:
+    """Return true if clients train on examples drawn from released statistics, and not on their images."""
+    return isinstance(runtime.mechanism, StatisticsMechanism) and runtime.mechanism.replaces_images
 
 
 def coop(runtime: LocalRuntime) -> bool:
@@ -149,8 +174,8 @@ def as_implemented_by(kind: type[Mechanism], mechanism: Mechanism) -> Mechanism:
 
 
 def train(runtime: LocalRuntime, rounds: int | None = None, progress: Progress = silent, stage: str = "") -> Training:
-    """Train the first `rounds` rounds of a runtime, or all of them."""
-    training = runtime.start()
+    """Release statistics if the runtime does, and train its first `rounds` rounds, or all of them."""
+    training = runtime.begun()
     rounds = runtime.rounds if rounds is None else rounds
     while training.round < rounds:
         training, _ = runtime.round(training)

@@ -55,13 +55,14 @@ class _Wiretap:
 def repeated(subject: Subject) -> tuple[Training, list[Message]]:
     """Repeat the run, and return it with everything that its server saw.
 
-    With noise from the operating system it is another run of the same data, settings and mechanism.
+    With noise from the operating system it is another run of the same data, settings and mechanism. Class
+    statistics that it released are used again, not released anew. No round after them has noise, so all are the same.
     """
     again = copy.copy(subject.runtime)  # the very same run, so that a simulation draws the same noise
     wiretap = _Wiretap(again.algorithm)
     again.algorithm = wiretap
     # From the run's own start, whose precision is the run's.
-    training = subject.runtime.start()
+    training = subject.begun()
     while training.round < subject.training.round:
         training, _ = again.round(training)
         subject.progress("repeat the run", training.round, subject.training.round)

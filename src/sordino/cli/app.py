@@ -190,8 +190,8 @@ def tune_private(
 def audit(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run directory")],
     attacks: Annotated[
-        str, typer.Option(help="of membership, rounds, canaries, inversion, stealing, distances")
-    ] = "membership,rounds,canaries,inversion,stealing,distances",
+        str, typer.Option(help="of membership, release, rounds, canaries, inversion, stealing, distances")
+    ] = "membership,release,rounds,canaries,inversion,stealing,distances",
     shadows: Annotated[int, typer.Option(min=4, help="shadow federations; each costs as much as the run")] = 64,
     canaries: Annotated[int, typer.Option(min=8, help="planted examples; each costs a gradient every round")] = 128,
     seed: Annotated[int, typer.Option(help="of the attacker's randomness")] = 1,

@@ -14,7 +14,7 @@ from sordino.results import Measure, Privacy, rounded_up
 
 _TRADED: tuple[Measure, ...] = ("local", "neighbor")
 _TITLES = {"lira": "LiRA", "rmia": "RMIA", "rmia_offline": "RMIA, offline", "shadow_attack": "shadow models"}
-_DASHES = {"LiRA": "solid", "RMIA": "dash", "uploads over rounds": "dot"}
+_DASHES = {"LiRA": "solid", "RMIA": "dash", "uploads over rounds": "dot", "statistics, regression": "dashdot"}
 
 
 def audits(groups: Sequence[Group]) -> str:
@@ -80,6 +80,8 @@ def _guesses(rows: Sequence[Sequence[str]]) -> str:
         html_table(caption, head, rows, "Membership inference by run and attack")
         + "<p><em>AUC</em>: half is guessing, with its 95% interval. LiRA, RMIA and shadow models attack the published "
         "prompts. <em>Uploads over rounds</em>: the server compares each client's uploads with those of the others. "
+        "<em>Statistics</em>: the images' products with the class statistics that were released, and their "
+        "coefficients in them. "
         "<em>Shown ε</em>: a lower bound at 95% confidence, by pairs of a member and a non-member; n/a where they were "
         "not split at random.</p>\n"
     )
@@ -88,8 +90,11 @@ def _guesses(rows: Sequence[Sequence[str]]) -> str:
 def _membership_attacks(attacks: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Return the attacks that guess members, by title; one that does not apply is its reason."""
     membership, over_rounds = attacks.get("membership", {}), attacks.get("rounds", {})
+    release = attacks.get("release", {})
     made = [(title, membership[name]) for name, title in _TITLES.items() if name in membership]
     made += [("membership", membership)] if "reason" in membership else []
+    made += [(f"statistics, {name}", release[name]) for name in ("product", "regression") if name in release]
+    made += [("statistics", release)] if "reason" in release else []
     if over_rounds:
         made.append(("uploads over rounds", over_rounds.get("attack", over_rounds)))
     return made

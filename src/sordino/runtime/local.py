@@ -209,6 +209,15 @@ class LocalRuntime:
         """Tell whether class statistics are released before the first round."""
         return self.mechanism.releases_statistics
 
+    def begun(self) -> Training:
+        """Return the state from which the first round starts: after the release of statistics, if there is one.
+
+        Raises:
+            RoundError: the release failed.
+        """
+        training = self.start()
+        return self.release(training)[0] if self.releases_statistics else training
+
     def release(self, training: Training) -> tuple[Training, RoundRecord]:
         """Release the clients' class statistics; every method that works on them needs it before its first round.
 
