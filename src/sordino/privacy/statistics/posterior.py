@@ -140,9 +140,15 @@ def shrunk(seen: Observed, prior: Tensor, parties: Tensor | float = 1.0) -> Clas
 
 
 def _excess(rest: Tensor, noise: Tensor, precision: Tensor) -> Tensor:
-    """Estimate the variance that classes have beyond noise, from deviations [C, r], by moments; not negative."""
+    """Estimate the variance that classes have beyond noise, from deviations [C, r], by moments.
+
+    It is not negative, and at most 1 / r, as means of features have a norm of at most 1. Without that bound large noise
+    passes for variance of its own size half the time.
+    """
     squares = rest.pow(2).mean(1) - noise
-    return ((squares * precision**2).sum() / (precision**2).sum().clamp(min=1e-12)).clamp(min=0)
+    weights = precision / precision.max().clamp(min=1e-35)  # squares of small precisions would vanish
+    most = 1 / rest.shape[1]
+    return ((squares * weights**2).sum() / (weights**2).sum().clamp(min=1e-12)).clamp(0, most)
 
 
 def personal(own: Observed, shared: ClassMeans) -> ClassMeans:
