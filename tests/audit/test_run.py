@@ -97,9 +97,6 @@ def test_what_cannot_be_attacked_is_told(config_file: Path, tmp_path: Path) -> N
     run(load_config(config_file, ["algorithm=zero-shot"]), tmp_path / "zero")
     with pytest.raises(RunError, match="learned nothing"):
         audit(tmp_path / "zero")
-    run(load_config(config_file, ["algorithm=dp-residual"]), tmp_path / "statistics")
-    with pytest.raises(RunError, match="dp-residual has no rounds, and the attacks here are on rounds"):
-        audit(tmp_path / "statistics")
     keys = ["algorithm=promptfl", "privacy.mechanism=dp-fedavg", "privacy.noise_multiplier=1.0", "rounds=2"]
     run(load_config(config_file, [*keys, "runtime.weighting=uniform"]), tmp_path / "client")
     with pytest.raises(ConfigError, match="'guessing': not an attack; choose from membership"):

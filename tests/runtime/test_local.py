@@ -53,8 +53,8 @@ def test_global_randomness_is_neither_used_nor_changed(make_runtime: MakeRuntime
 
 def test_divergence_is_told(make_runtime: MakeRuntime) -> None:
     runtime = make_runtime("promptfl", ROWS, TABLES)
-    training = runtime.start()
     runtime.data = replace(runtime.data, features=runtime.data.features * float("inf"))
+    training = runtime.start()
     with pytest.raises(RunError, match="diverged in round 1 .*lower the learning rate"):
         runtime.round(training)
 

@@ -36,6 +36,7 @@ SIX = [[4 * i + c for i in range(k, 10, 3) for c in classes] for classes in ((0,
 QUICK = {"context_length": 4, "batch_size": 5, "local_steps": 2, "optimizer": {"name": "adam", "learning_rate": 0.05}}
 NOISE = {"noise_multiplier": 1.0, "simulation": True, "nonce": NONCE}
 ADAPTIVE = NOISE | {"mechanism": "dp-fedavg", "clip_quantile": 0.5}
+STATISTICS = NOISE | {"mechanism": "statistics"}
 UNIFORM = {"weighting": "uniform"}
 ONE_STEP = QUICK | {"local_steps": 1, "dp-fpl": {"rank": 2}}
 
@@ -48,6 +49,14 @@ FEDERATIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]
     "dp-fpl, adaptive clip, a secure sum": ("dp-fpl", ONE_STEP, ADAPTIVE | {"noise_by": "shares"}, UNIFORM),
     "dp-fpl, dp-sgd, a secure sum": ("dp-fpl", ONE_STEP, NOISE | {"mechanism": "dp-sgd", "noise_by": "shares"}, {}),
     "dp-fpl, dp-sgd": ("dp-fpl", QUICK | {"dp-fpl": {"rank": 2}}, NOISE | {"mechanism": "dp-sgd"}, {}),
+    **{
+        f"{method}, statistics, noise by {noise_by}": (
+            *(method, {**QUICK, "dp-fpl": {"rank": 2}}, STATISTICS | {"noise_by": noise_by}),
+            {},
+        )
+        for method in ("dp-fpl", "promptfl")
+        for noise_by in ("client", "server", "shares")
+    },
     "secfpp": ("secfpp", QUICK | {"batch_size": 0, "secfpp": {"cluster_every": 2, "clusters": 2}}, {}, {}),
     "pfedpg": ("pfedpg", QUICK, {}, {"participation": 0.67}),
 }
@@ -103,6 +112,8 @@ def processes(spec: Spec, groups: list[list[int]], folder: Path) -> Iterator[Lin
 
 def trained_locally(runtime: LocalRuntime) -> tuple[Training, list[Any]]:
     training, records = runtime.start(), []
+    if runtime.releases_statistics:
+        training, _ = runtime.release(training)
     for _ in range(runtime.rounds):
         training, record = runtime.round(training)
         records.append(record)
@@ -112,6 +123,8 @@ def trained_locally(runtime: LocalRuntime) -> tuple[Training, list[Any]]:
 def trained_across(runtime: LocalRuntime, link: Link) -> tuple[ServerTraining, list[ServerRecord]]:
     end = ServerEnd(runtime.federation, runtime.randomness)
     training, records = end.start(run=runtime.start().ledger.run, data=runtime.start().ledger.data), []
+    if runtime.releases_statistics:
+        training = end.release(training, link)
     for _ in range(runtime.rounds):
         training, record = end.round(training, link)
         records.append(record)
@@ -132,6 +145,12 @@ def test_two_processes_have_the_local_runtimes_numbers(name: str, spec_of: Any, 
     assert clients is not None
     for tensor_name, tensor in named_tensors(expected.clients).items():
         assert torch.equal(named_tensors(clients.state)[tensor_name], tensor), tensor_name
+    for ours, theirs in (
+        (clients.release, expected.at_clients.release),
+        (training.release, expected.at_server.release),
+    ):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert training.mechanism.keys() == expected.mechanism.keys()
     assert all(torch.equal(training.mechanism[key], expected.mechanism[key]) for key in expected.mechanism)
     assert training.ledger.releases == expected.ledger.releases
@@ -142,7 +161,9 @@ def test_two_processes_have_the_local_runtimes_numbers(name: str, spec_of: Any, 
         assert float(training.mechanism[CLIP]) != spec.build().privacy.clip
 
 
-@pytest.mark.parametrize("name", ["dp-fpl, adaptive clip, noise by the clients", "secfpp"])
+@pytest.mark.parametrize(
+    "name", ["dp-fpl, adaptive clip, noise by the clients", "dp-fpl, statistics, noise by client", "secfpp"]
+)
 def test_a_process_for_each_client(name: str, spec_of: Any, tmp_path: Path) -> None:
     """A stack of one computes what its slice of all does, up to how its matrices are multiplied."""
     spec = spec_of(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from sordino.privacy.choice import mechanism_for
 from sordino.privacy.ledger import Ledger, Observer
 from sordino.privacy.mechanism import Mechanism
 from sordino.privacy.statement import WHO, statement, views
+from sordino.privacy.statistics.mechanism import StatisticsMechanism
 from sordino.runtime import aggregation
 from sordino.runtime.facts import Units, mechanism_inputs, participant_count
 from sordino.tasks.poisoning import poisoned
@@ -108,7 +109,7 @@ def planned_mechanism(config: Experiment) -> Mechanism:
     Raises:
         SordinoError: the configuration cannot be run.
     """
-    config, _ = with_release(config)
+    config, earlier = with_release(config)
     method, settings = algorithm(config.algorithm), settings_for(config.algorithm, config.settings)
     images = load_images(config.data)
     task = build_task(images, config.data, config.partition, config.seed)
@@ -123,7 +124,10 @@ def planned_mechanism(config: Experiment) -> Mechanism:
     inputs = mechanism_inputs(method, settings, units, rounds, config.runtime, config.seed, len(task.class_names))
     count = participant_count(len(parties), config.runtime.participation)
     aggregation.check(config.runtime, config.privacy, method.ABOUT, count)
-    return mechanism_for(config.privacy, inputs, None)
+    mechanism = mechanism_for(config.privacy, inputs, None)
+    if earlier is not None and isinstance(mechanism, StatisticsMechanism):
+        mechanism = replace(mechanism, earlier=earlier.noise)
+    return mechanism
 
 
 def plan(config: Experiment) -> Plan:
@@ -132,6 +136,7 @@ def plan(config: Experiment) -> Plan:
     Raises:
         SordinoError: the configuration cannot be run.
     """
+    config, _ = with_release(config)
     chosen, unit = planned_mechanism(config), config.privacy.unit
     rounds = chosen.inputs.rounds
     numbers = sorted({max(1, round(rounds * step / POINTS)) for step in range(1, POINTS + 1)}) if rounds else []

@@ -51,6 +51,8 @@ class ReleaseFile:
         encoder: the encoder's fingerprint.
         privacy: the `[privacy]` table, with the noise multiplier, delta and counts' share that were used.
         noise: the noise multipliers of clients' own matrices and of their sum.
+        persons: a digest of whose the examples are if persons are protected, else "".
+        public: a digest of the public images' features that the directions are made of, or "".
     """
 
     path: Path
@@ -61,6 +63,8 @@ class ReleaseFile:
     encoder: str
     privacy: Mapping[str, Any]
     noise: Noise
+    persons: str
+    public: str
 
     @classmethod
     def of(cls, runtime: LocalRuntime, training: Training, path: Path) -> ReleaseFile:
@@ -82,6 +86,8 @@ class ReleaseFile:
             runtime.model.encoder.fingerprint,
             runtime.privacy.model_dump() | used,
             mechanism.multipliers,
+            runtime.persons_digest,
+            runtime.public_digest,
         )
 
     def save(self) -> None:
@@ -92,14 +98,16 @@ class ReleaseFile:
         """
         document = {
             "format": FORMAT,
-            "tensors_sha256": _digest(self.tensors),
             "releases": [asdict(release) for release in self.releases],
             "digests": self.digests,
             "class_names": self.class_names,
             "encoder": self.encoder,
             "privacy": dict(self.privacy),
             "noise": asdict(self.noise),
+            "persons": self.persons,
+            "public": self.public,
         }
+        document["sha256"] = _digest(self.tensors, document)
         content = safetensors.torch.save(dict(self.tensors), metadata={ENTRY: json.dumps(document)})
         write_atomically(self.path, content)
 
@@ -115,8 +123,8 @@ class ReleaseFile:
             length = int.from_bytes(content[:8], "little")
             document = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][ENTRY])
             tensors = safetensors.torch.load(content)
-            if document["format"] != FORMAT or _digest(tensors) != document["tensors_sha256"]:
-                raise ValueError("its numbers are not those that were released")
+            if document["format"] != FORMAT or document.pop("sha256") != _digest(tensors, document):
+                raise ValueError("its content is not what was written")
             releases = [
                 Release(**entry | {name: tuple(entry[name]) for name in ("noise_multipliers", "observers")})
                 for entry in document["releases"]
@@ -130,6 +138,8 @@ class ReleaseFile:
                 document["encoder"],
                 document["privacy"],
                 Noise(**document["noise"]),
+                document["persons"],
+                document["public"],
             )
         except OSError as error:
             reason = f"no {FILE} to read ({error.strerror}); give the directory of a run with mechanism 'statistics'"
@@ -148,6 +158,8 @@ class ReleaseFile:
             "data of the clients": (self.digests, tuple(runtime.digests)),
             "classes": (self.class_names, runtime.model.classes.names),
             "encoder": (self.encoder, encoder.fingerprint),
+            "persons": (self.persons, runtime.persons_digest),
+            "public images": (self.public, runtime.public_digest),
         }
         for what, (released, here) in same.items():
             if released != here:
@@ -184,12 +196,13 @@ def with_release(config: Experiment) -> tuple[Experiment, ReleaseFile | None]:
                 here[key],
                 f"the release of {folder} was made with {earlier.privacy[key]!r}; leave the key out, or release anew",
             )
-    given = {key: value for key, value in earlier.privacy.items() if key in GIVEN}
+    given = {key: value for key, value in earlier.privacy.items() if key in GIVEN} | {"release": str(folder)}
     return config.model_copy(update={"privacy": PrivacySettings(**here | given)}), earlier
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    total = hashlib.sha256()
+def _digest(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> str:
+    """Return a digest in hex of all that a file says."""
+    total = hashlib.sha256(json.dumps(document, sort_keys=True).encode())
     for name in sorted(tensors):
         total.update(f"{name} {tuple(tensors[name].shape)}".encode() + tensors[name].numpy().tobytes())
     return total.hexdigest()

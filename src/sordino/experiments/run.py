@@ -17,6 +17,7 @@ import sordino
 from sordino.algorithms import algorithm, settings_for
 from sordino.encoders.base import DualEncoder
 from sordino.encoders.prompt_model import Prompt, PromptModel, named_parts, prompt_count
+from sordino.errors import RunError
 from sordino.experiments.config import Experiment, resolved
 from sordino.experiments.data_digests import data_record, party_digests
 from sordino.experiments.data_record import pin
@@ -79,7 +80,7 @@ def run(
         SordinoError: before anything is trained where input is bad; later where the disk is full or training diverges.
     """
     with held(out):
-        config = _with_nonce(config, out)
+        config = _with_nonce(with_release(config)[0], out)
         tables = resolved(config)
         summary = finished(out, Summary.from_json) if was_started(out, tables, resume) else None
         if summary is None:
@@ -213,13 +214,23 @@ def _released(runtime: LocalRuntime, out: Path, earlier: ReleaseFile | None) -> 
         if record.path != file:
             replace(record, path=file).save()
         return runtime.with_release(start, record.tensors, record.releases), nothing
+    # A release that failed may have left some clients: it stays counted.
+    before = start.ledger
+    if (out / LEDGER).exists():
+        before = replace(Ledger.from_json((out / LEDGER).read_bytes()), run=start.ledger.run)
+    if not runtime.pays_for_release(start.with_ledger(before)):
+        raise RunError(
+            f"{out}: class statistics that were released before, of which nothing was kept, have spent the budget; "
+            "start anew in another directory, and count both runs together (sordino privacy ledger)"
+        )
     try:
         start, sent = runtime.release(start)
     except RoundError as error:
-        write_atomically(out / LEDGER, error.ledger.to_json().encode())
+        write_atomically(out / LEDGER, before.add(error.ledger.releases).to_json().encode())
         raise
     if start.ledger.releases:  # without noise there is nothing that must not happen twice
         ReleaseFile.of(runtime, start, file).save()
+        start = start.with_ledger(before.add(start.ledger.releases))
         write_atomically(out / LEDGER, start.ledger.to_json().encode())
     return start, sent
 

@@ -108,7 +108,7 @@ def _check_statistics(settings: PrivacySettings, inputs: MechanismInputs) -> Non
             "privacy.mechanism",
             "statistics",
             "this method needs more of an image than its one feature, and statistics are of those; use 'dp-sgd', or a "
-            "method of the text side such as 'dp-fpl' or 'dp-residual'",
+            "method of the text side such as 'dp-fpl' or 'promptfl'",
         )
     if settings.noise_by != "client" and inputs.server_uses == "nothing":
         raise ConfigError(

@@ -27,6 +27,7 @@ from sordino.runtime.local import Training
 from sordino.runtime.server import ServerTraining
 
 LATEST = "latest.json"
+RELEASE = "release."  # prefix of names
 KEPT = 2  # checkpoints: the latest and its predecessor
 
 
@@ -41,12 +42,12 @@ def save(folder: Path, training: Training) -> None:
 
 def save_server(folder: Path, training: ServerTraining) -> None:
     """Write a checkpoint of a server alone; see `save`."""
-    _write(folder, training.round, training, None)
+    _write(folder, training.round, training, None, alone=True)
 
 
 def save_clients(folder: Path, training: ClientTraining) -> None:
     """Write a checkpoint of a stack of clients alone; see `save`."""
-    _write(folder, training.round, None, training)
+    _write(folder, training.round, None, training, alone=True)
 
 
 def load(folder: Path, like: Training) -> Training | None:
@@ -80,15 +81,21 @@ def load_clients(folder: Path, like: ClientTraining) -> ClientTraining | None:
     return parts and parts[1]
 
 
-def _write(folder: Path, number: int, server: ServerTraining | None, clients: ClientTraining | None) -> None:
-    """Write the parties' files, then `latest.json`, which makes them the latest checkpoint."""
+def _write(
+    folder: Path, number: int, server: ServerTraining | None, clients: ClientTraining | None, alone: bool = False
+) -> None:
+    """Write the parties' files, then `latest.json`, which makes them the latest checkpoint.
+
+    A party that is alone keeps what was released of class statistics here, so that it never releases them again. A
+    whole run has a file for it.
+    """
     parts: dict[str, dict[str, Tensor]] = {}
     if server is not None:
         entries = server.mechanism.items()
         mechanism = {f"mechanism.{name}": tensor.contiguous() for name, tensor in entries}
-        parts["server"] = mechanism | _tensors("server.", server.state)
+        parts["server"] = mechanism | _tensors("server.", server.state) | _kept(server.release, alone)
     if clients is not None:
-        parts["clients"] = _tensors("clients.", clients.state)
+        parts["clients"] = _tensors("clients.", clients.state) | _kept(clients.release, alone)
     files: dict[str, dict[str, str]] = {}
     for party, tensors in parts.items():
         content = safetensors.torch.save(tensors) if tensors else b""
@@ -98,6 +105,7 @@ def _write(folder: Path, number: int, server: ServerTraining | None, clients: Cl
     latest: dict[str, Any] = {"round": number, **files}
     if server is not None:
         latest["ledger"] = server.ledger.to_json()
+        latest["released"] = server.released
     write_atomically(folder / LATEST, json.dumps(latest).encode())
     for party in parts:
         for old in sorted(folder.glob(f"round-*.{party}.safetensors"))[:-KEPT]:
@@ -123,9 +131,13 @@ def _read(
             state = _fill(server.state, tensors, "server.")
             ledger = Ledger.from_json(latest["ledger"])
             server = replace(server, round=number, state=state, mechanism=mechanism, ledger=ledger)
+            released = server.released or latest.get("released") is True
+            server = replace(server, release=_release(tensors) or server.release, released=released)
         if clients is not None:
-            state_of_clients = _fill(clients.state, _part(folder, latest["clients"]), "clients.")
-            clients = replace(clients, round=number, state=state_of_clients)
+            tensors = _part(folder, latest["clients"])
+            state_of_clients = _fill(clients.state, tensors, "clients.")
+            release = _release(tensors) or clients.release
+            clients = replace(clients, round=number, state=state_of_clients, release=release)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
         raise RunError(
             f"checkpoint in {folder} is damaged ({error}); nothing was changed; "
@@ -139,6 +151,16 @@ def _part(folder: Path, entry: Mapping[str, str]) -> dict[str, Tensor]:
     if hashlib.sha256(content).hexdigest() != entry["sha256"]:
         raise ValueError("its SHA-256 is not the one recorded")
     return safetensors.torch.load(content) if content else {}
+
+
+def _kept(release: Mapping[str, Tensor], alone: bool) -> dict[str, Tensor]:
+    if not alone:
+        return {}
+    return {RELEASE + name: tensor.detach().cpu().contiguous().clone() for name, tensor in release.items()}
+
+
+def _release(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(RELEASE): tensor for name, tensor in tensors.items() if name.startswith(RELEASE)}
 
 
 def _tensors(prefix: str, state: State) -> dict[str, Tensor]:

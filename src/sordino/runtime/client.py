@@ -25,7 +25,7 @@ from sordino.algorithms.base import (
     put,
     take,
 )
-from sordino.errors import ConfigError
+from sordino.errors import ConfigError, RunError
 from sordino.privacy.gradients import Batch, Gradient, Gradients, Parameters, PromptOf
 from sordino.privacy.mechanism import WEIGHT, ClientRoundMechanism
 from sordino.privacy.sampling import PoissonSampler
@@ -82,6 +82,7 @@ class ClientEnd:
         self.randomness = federation.randomness(randomness)
         self.boosts = dict(boosts or {})
         self._drawn: tuple[Mapping[str, Tensor], ClientData] | None = None
+        self._releasing: tuple[ClientTraining, ClientReleaseRound] | None = None
         mechanism = federation.mechanism
         planned = [mechanism.inputs.weights[client] for client in self.numbers]
         if mechanism.settings.by_person and (data.persons is None or data.weights.tolist() != planned):
@@ -102,10 +103,23 @@ class ClientEnd:
         return ClientTraining(0, state)
 
     def round(self, training: ClientTraining) -> ClientRound | ClientReleaseRound:
-        """Return the next round, which waits for the server's messages; the release of statistics comes first."""
-        if self.federation.mechanism.releases_statistics and not training.release:
-            return ClientReleaseRound(self, training)
-        return ClientRound(self, training)
+        """Return the next round, which waits for the server's messages; the release of statistics comes first.
+
+        For one state there is one release, however often it is asked for: its noise is drawn once.
+
+        Raises:
+            RunError: the clients have been through rounds, and what they released before is not in their state.
+        """
+        if not self.federation.mechanism.releases_statistics or training.release:
+            return ClientRound(self, training)
+        if training.round:  # another release would be one that nobody counted
+            raise RunError(
+                f"clients {self.numbers} are after round {training.round} without the statistics that they released; "
+                "load their state from a checkpoint that holds them"
+            )
+        if self._releasing is None or self._releasing[0] is not training:
+            self._releasing = training, ClientReleaseRound(self, training)
+        return self._releasing[1]
 
     def released(self, training: ClientTraining, release: Mapping[str, Tensor]) -> ClientTraining:
         """Return the state before the first round, after a release of class statistics.

@@ -162,8 +162,8 @@ class LocalRuntime:
             f"{encoder.name} {encoder.fingerprint} {encoder.dtype}",
             repr(self.model.classes.names),
             *self.digests,
-            *([self._persons_digest()] if self.privacy.by_person else []),
-            *([] if self.mechanism.public is None else [_digest(self.mechanism.public)]),
+            *([self.persons_digest] if self.privacy.by_person else []),
+            *([] if self.mechanism.public is None else [self.public_digest]),
         )
         return hashlib.sha256("\n".join(made_of).encode()).hexdigest()
 
@@ -287,6 +287,11 @@ class LocalRuntime:
         clusters = None if labels is None else labels.long().tolist()
         return after, RoundRecord(number, loss, len(seen.participants), up, down, clusters, seen.protocol)
 
+    def pays_for_release(self, training: Training) -> bool:
+        """Return whether a release of class statistics, added to the ledger, stays within the budget."""
+        assert isinstance(self.mechanism, StatisticsMechanism)
+        return self.mechanism.affords(training.ledger, self.mechanism.released(training.ledger.run))
+
     def within_budget(self, training: Training) -> bool:
         """Return whether the next round's releases, added to the ledger, stay within the budget."""
         return self.server.within_budget(training.at_server)
@@ -310,12 +315,20 @@ class LocalRuntime:
             return simulated(self.nonce, self.identity, number, clients, device)
         return SystemRandomness(len(clients), device)
 
-    def _persons_digest(self) -> str:
-        """Return a digest of whose the clients' examples are, in their order."""
+    @property
+    def persons_digest(self) -> str:
+        """Return a digest of whose the clients' examples are, in their order; "" if persons are not protected."""
+        if not self.privacy.by_person:
+            return ""
         assert self.data.persons is not None
         pairs = zip(self.data.rows, self.data.counts, strict=True)
         owners = [self.data.persons[rows[: int(count)]].tolist() for rows, count in pairs]
         return hashlib.sha256(repr(owners).encode()).hexdigest()
+
+    @property
+    def public_digest(self) -> str:
+        """Return a digest of the public images' features; "" if there are none."""
+        return "" if self.mechanism.public is None else _digest(self.mechanism.public)
 
     def _diverged(self, number: int, loss: float, ledger: Ledger) -> Diverged:
         attacked = ", or poisoning.boost, or have another runtime.aggregation" if self.boosts else ""

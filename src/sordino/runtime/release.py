@@ -69,7 +69,8 @@ def matrix_like(mechanism: StatisticsMechanism, device: torch.device) -> Upload:
     """Return an upload with the names, types and shapes that were agreed."""
     if not mechanism.uploads_matrices:
         return Upload()
-    return Matrix(torch.zeros(1, *mechanism.shape, device=device))
+    kind = torch.float64 if mechanism.uploads_exact else torch.float32
+    return Matrix(torch.zeros(1, *mechanism.shape, dtype=kind, device=device))
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,8 @@ class ClientsRelease:
         for client, header in zip(self._numbers, headers, strict=True):
             if (header.round, header.place, header.clients) != (RELEASE_ROUND, client, everyone):
                 raise MessageError(f"client {client}'s statistics were not released, and it is asked for {header}")
+        if self.released is not None:
+            raise MessageError(f"clients {self._numbers} have released their statistics, and do so once")
         if not self._asked:
             return self._upload(headers[0].session, everyone)
         return self._end([contents[client] for client in self._numbers])
@@ -184,8 +187,7 @@ class ClientsRelease:
             vectors = [SumVectors(mechanism.terms, {FIELD: self._exact})]
             parties = sum_parties(mechanism.settings, vectors, self._randomness, session, self._numbers, everyone)
             self._parties = dict(zip(self._numbers, parties, strict=True))
-        bare = mechanism.settings.on and mechanism.settings.noise_by == "server"
-        sent = self._exact.float() if bare else self._own
+        sent = self._exact if mechanism.uploads_exact else self._own
         header = UploadHeader(RELEASE_ROUND)
         uploads: list[Upload] = [Upload()] * len(self._numbers)
         if mechanism.uploads_matrices:
@@ -198,6 +200,7 @@ class ClientsRelease:
         like = pooled_like(self._mechanism, self._device)
         pooled = next(messages.decode(content, like) for content in contents)
         own = {} if self._own is None else {OWN: self._own}
+        self._exact = torch.zeros(0)  # no longer needed
         self.released = own | (dict(pooled.statistics) if isinstance(pooled, Pooled) else {})
         return [(client, messages.encode(Upload(), UploadHeader(RELEASE_ROUND))) for client in self._numbers]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sordino.privacy.cotangent import image_directions, public_directions
 from sordino.privacy.example_level import IMAGES_PUBLIC, PERSONS_KNOWN, SIZES_KNOWN
-from sordino.privacy.ledger import OBSERVERS, Disclosure, Ledger, Observer, Release
+from sordino.privacy.ledger import OBSERVERS, Channel, Disclosure, Ledger, Observer, Release
 from sordino.privacy.mechanism import Mechanism, summed_securely
 from sordino.privacy.secure_mean import ServerSums, SumTerms
 from sordino.privacy.statistics.estimates import Estimator, Noise
@@ -21,6 +21,8 @@ from sordino.privacy.statistics.release import class_sums, contributions, count_
 from sordino.randomness import Randomness
 
 CONTENT = "class counts and class sums of features, once"
+# What leaves in rounds is made of the release; images that are handed over before it are not.
+MADE_OF_IT: tuple[Channel, ...] = ("upload", "shares", "mean", "prompt", "memory", "sizes")
 FIELD = "statistics"  # of the secure sum
 COUNTS_ONLY = 0.9999  # of the squared norm goes to the counts, for a method that uses nothing else
 
@@ -69,6 +71,14 @@ class StatisticsMechanism(Mechanism):
     def uploads_matrices(self) -> bool:
         """Tell whether the server sees the clients' matrices, with noise or not."""
         return self.joins and not self.in_shares
+
+    @property
+    def uploads_exact(self) -> bool:
+        """Tell whether those are without noise, for a trusted server that adds it.
+
+        They stay float64: what rounding to float32 does to a large sum would not be within the sensitivity.
+        """
+        return self.uploads_matrices and self.settings.on and self.settings.noise_by == "server"
 
     @cached_property
     def multipliers(self) -> Noise:
@@ -230,7 +240,7 @@ class StatisticsMechanism(Mechanism):
             assumptions.append(summed_securely(self.settings))
         if self.settings.directions == "images":
             assumptions.append(IMAGES_PUBLIC)
-        disclosures = (bare,) if noise_by == "server" else ()
+        disclosures = (*self._left_open(MADE_OF_IT), *((bare,) if noise_by == "server" else ()))
         stated = Ledger((), disclosures, trusted, tuple(assumptions), self.delta, self._randomness)
         return replace(stated, whole_persons=self.inputs.whole_persons)
 

@@ -140,14 +140,15 @@ def shrunk(seen: Observed, prior: Tensor, parties: Tensor | float = 1.0) -> Clas
 
 
 def _excess(rest: Tensor, noise: Tensor, precision: Tensor) -> Tensor:
-    """Estimate the variance that means have beyond noise, from deviations [C, r], by moments; not negative.
+    """Estimate the variance that means have beyond noise, from deviations [C, r], by moments.
 
-    Two deviations of the estimate are taken off: a wrong variance above 0 would pass noise on as if it were known.
+    It is not negative, and at most 1 / r, as means of features have a norm of at most 1. Two deviations of the estimate
+    are taken off: a wrong variance above 0 would pass noise on as if it were known.
     """
     weights = precision**2 / (precision**2).sum().clamp(min=1e-12)
     squares = (weights * (rest.pow(2).mean(1) - noise)).sum()
     deviation = (weights**2 * 2 * noise**2 / rest.shape[1]).sum().sqrt()
-    return (squares - 2 * deviation).clamp(min=0)
+    return (squares - 2 * deviation).clamp(0, 1 / rest.shape[1])
 
 
 def personal(own: Observed, shared: ClassMeans) -> ClassMeans:

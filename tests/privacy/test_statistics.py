@@ -1,0 +1,429 @@
+"""Class statistics: what one unit can change of them, their noise, and what is inferred from a release."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import fields
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sordino.privacy.statistics.estimates import EXAMPLES, ClassStatistics, drawn
+from sordino.privacy.statistics.mechanism import StatisticsMechanism
+from sordino.privacy.statistics.posterior import (
+    EXPECTED_PRODUCT,
+    ClassMeans,
+    Observed,
+    held,
+    observed,
+    personal,
+    pooled,
+    shrunk,
+    within,
+)
+from sordino.privacy.statistics.release import LEAST_SHARE, MOST_SHARE, class_sums, contributions, count_share
+from sordino.randomness import Streams
+from sordino.runtime.local import LocalRuntime
+
+CPU = torch.device("cpu")
+ROUNDING = 1e-9
+CLASSES, WIDTH = 5, 24
+TABLES = {"context_length": 2, "dp-fpl": {"rank": 2}}
+KINDS = ["normal", "nan", "inf", "-inf", "zero", "huge", "tiny", "copy"]
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def features_of(kinds: list[str], width: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Features [n, D] of the given kinds, at any norm."""
+    features = torch.randn(len(kinds), width, generator=generator(seed), dtype=torch.float64).to(dtype)
+    for row, kind in enumerate(kinds):
+        if kind in ("nan", "inf", "-inf"):
+            features[row, row % width] = float(kind)
+        elif kind == "zero":
+            features[row] = 0
+        elif kind == "huge":
+            features[row] *= 1e37
+        elif kind == "tiny":
+            features[row] *= 1e-42
+        elif kind == "copy":
+            features[row] = features[0]
+    return features
+
+
+def basis(width: int, rank: int | None) -> Tensor | None:
+    if rank is None:
+        return None
+    return torch.linalg.qr(torch.randn(width, rank, generator=generator(7)))[0]
+
+
+@given(
+    st.lists(st.sampled_from(KINDS), min_size=1, max_size=8),
+    st.sampled_from([1, 2, 5, 1000]),
+    st.sampled_from([(2, None), (16, None), (16, 3), (768, None), (768, 16)]),
+    st.floats(0.01, 0.99),
+    st.integers(0, 100),
+    st.data(),
+)
+def test_one_example_changes_the_sums_by_at_most_one(
+    kinds: list[str], classes: int, shape: tuple[int, int | None], share: float, seed: int, data: st.DataObject
+) -> None:
+    """By exactly 1 if its feature has a direction; and the terms of the others stay as they are."""
+    features = features_of(kinds, shape[0], seed)
+    directions = basis(*shape)
+    labels = torch.randint(0, classes, (len(kinds),), generator=generator(seed))
+    taken = data.draw(st.integers(0, len(kinds) - 1))
+    others = torch.arange(len(kinds)) != taken
+
+    rows = contributions(features, share, directions)
+    of_others = contributions(features[others], share, directions)
+    assert rows.isfinite().all()
+    torch.testing.assert_close(of_others, rows[others], rtol=0, atol=1e-6)  # how matrices are multiplied
+
+    change = class_sums(rows, labels, classes) - class_sums(rows[others], labels[others], classes)
+    distance = float(change.norm())
+    assert distance <= 1 + ROUNDING
+    assert not change[torch.arange(classes) != labels[taken]].abs().gt(ROUNDING).any()
+    kind = kinds[0] if kinds[taken] == "copy" else kinds[taken]
+    if kind in ("normal", "huge", "copy"):
+        assert distance == pytest.approx(1, abs=1e-6)
+    elif kind == "zero":
+        assert distance == pytest.approx(math.sqrt(share), abs=1e-6)  # the count alone
+    elif kind != "tiny":
+        assert distance == 0
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 3)), min_size=1, max_size=12),
+    st.sampled_from([1, 3, 1000]),
+    st.floats(0.1, 20),
+    st.integers(0, 100),
+)
+def test_one_person_changes_the_sums_by_at_most_clip(
+    units: list[tuple[str, int]], classes: int, clip: float, seed: int
+) -> None:
+    features = features_of([kind for kind, _ in units], 16, seed)
+    persons = torch.tensor([person for _, person in units])
+    labels = torch.randint(0, classes, (len(units),), generator=generator(seed))
+    rows = contributions(features, 0.3, None)
+    whole = class_sums(rows, labels, classes, persons, clip)
+    for person in persons.unique():
+        others = persons != person
+        change = whole - class_sums(rows[others], labels[others], classes, persons[others], clip)
+        assert float(change.norm()) <= clip + ROUNDING * max(1, clip)
+        alone = class_sums(rows[~others], labels[~others], classes)  # without a clip
+        assert float(change.norm()) == pytest.approx(min(clip, float(alone.norm())), abs=1e-8)
+
+
+def test_a_person_of_many_classes_is_clipped_over_all_of_them() -> None:
+    rows = contributions(features_of(["normal"] * 100, 16, 0), 0.5, None)
+    labels, persons = torch.arange(100) % 10, torch.zeros(100, dtype=torch.int64)
+    assert float(class_sums(rows, labels, 10, persons, 2.0).norm()) == pytest.approx(2.0)
+
+
+MakeRuntime = Callable[..., LocalRuntime]
+
+
+def mechanism_of(make_runtime: MakeRuntime, method: str = "dp-fpl", **privacy: object) -> StatisticsMechanism:
+    rows = [list(range(k, 40, 4)) for k in range(4)]
+    settings = {"mechanism": "statistics", "noise_multiplier": 3.0, **privacy}
+    mechanism = make_runtime(method, rows, TABLES, privacy=settings).mechanism
+    assert isinstance(mechanism, StatisticsMechanism)
+    return mechanism
+
+
+def has_deviation(noise: Tensor, deviation: float) -> None:
+    """See that n draws [n, ...] of noise have this standard deviation, on every entry and over all."""
+    for draws in (noise.double().flatten(1), noise.double().reshape(-1, 1)):
+        squares = (draws / deviation).pow(2).sum(0)
+        count = len(draws)
+        # Chi-squared, by its normal limit; six deviations leave less than 1e-6 for thousands of entries.
+        assert ((squares - count).abs() < 6 * math.sqrt(2 * count) + 36).all()
+
+
+@pytest.mark.parametrize("noise_by", ["client", "server", "shares"])
+@pytest.mark.parametrize("method", ["dp-fpl", "local", "promptfl"])
+def test_multipliers_of_both_matrices_join_to_that_of_the_mechanism(
+    method: str, noise_by: str, make_runtime: MakeRuntime
+) -> None:
+    if method == "local" and noise_by != "client":
+        return  # nothing is summed
+    noise = mechanism_of(make_runtime, method, noise_by=noise_by, shared_budget=0.3).multipliers
+    released = [z for z in (noise.own, noise.total) if z is not None]
+    assert sum(z**-2 for z in released) ** -0.5 == pytest.approx(3.0, rel=1e-12)
+    assert (noise.own is None) == (noise_by != "client" and method == "promptfl")
+    assert (noise.total is None) == (noise_by == "client")
+
+
+@pytest.mark.parametrize("noise_by", ["client", "server"])
+def test_every_entry_of_a_clients_matrix_has_its_noise(
+    noise_by: str, make_runtime: MakeRuntime, table: tuple[Tensor, Tensor]
+) -> None:
+    mechanism = mechanism_of(make_runtime, noise_by=noise_by)
+    rows = [torch.tensor([k % 40]) for k in range(400)]
+    exact, own = mechanism.matrices(*table, rows, Streams(1, 0, range(400), CPU))
+    assert own is not None
+    assert mechanism.multipliers.own == pytest.approx(3.0 if noise_by == "client" else 3 * math.sqrt(2))
+    has_deviation(own - exact, mechanism.multipliers.own or 0.0)
+    first, second = (own - exact)[:2]
+    assert (first - second).abs().min() > 0  # each client's own
+
+
+def test_the_noise_of_persons_is_in_units_of_clip(
+    make_runtime: MakeRuntime, model: object, table: tuple[Tensor, Tensor]
+) -> None:
+    plain = mechanism_of(make_runtime)
+    settings = plain.settings.model_copy(update={"unit": "person", "clip": 5.0})
+    mechanism = StatisticsMechanism(settings, plain.inputs, plain.model, 1e-3, 3.0)
+    rows, persons = [torch.tensor([k % 40]) for k in range(400)], torch.arange(40)
+    exact, own = mechanism.matrices(*table, rows, Streams(1, 0, range(400), CPU), persons)
+    assert own is not None
+    has_deviation(own - exact, 15.0)
+
+
+def test_every_entry_of_the_servers_sum_has_its_noise(make_runtime: MakeRuntime, table: tuple[Tensor, Tensor]) -> None:
+    mechanism = mechanism_of(make_runtime, "promptfl", noise_by="server")
+    exact, own = mechanism.matrices(*table, [torch.arange(10)] * 4, Streams(1, 0, range(4), CPU))
+    assert own is None
+    sums = torch.stack([mechanism.summed(exact, Streams(seed, 0, [0], CPU)) for seed in range(400)])
+    has_deviation(sums - exact.sum(0), 3.0)
+
+
+@pytest.mark.parametrize("method", ["dp-fpl", "promptfl"])
+def test_every_entry_of_the_secure_sum_has_its_noise(method: str, make_runtime: MakeRuntime) -> None:
+    """Where nobody colludes or drops out, the shares add up to what is wanted."""
+    left = []
+    for number in range(24):
+        privacy = {"mechanism": "statistics", "noise_multiplier": 3.0, "noise_by": "shares", "colluders": 0}
+        privacy |= {"simulation": True, "nonce": f"{number:032x}"}
+        rows = [list(range(k, 40, 4)) for k in range(4)]
+        runtime = make_runtime(method, rows, TABLES, privacy=privacy)
+        mechanism = runtime.mechanism
+        assert isinstance(mechanism, StatisticsMechanism)
+        total, _ = runtime.release(runtime.start())
+        seen = total.at_server.release
+        share = mechanism.count_share
+        opened = torch.cat([seen["counts"][:, None] * share**0.5, seen["sums"] * (1 - share) ** 0.5], -1)
+        table = (runtime.data.features, runtime.data.labels)
+        chosen = [torch.tensor(part) for part in rows]
+        exact, _ = mechanism.matrices(*table, chosen, Streams(0, 0, range(4), CPU))
+        left.append(opened - exact.sum(0))
+    has_deviation(torch.stack(left), 3.0 * (math.sqrt(2) if method == "dp-fpl" else 1.0))
+
+
+def test_the_counts_share_is_between_its_limits() -> None:
+    assert count_share(0.0, 10, 100) == LEAST_SHARE
+    assert count_share(1e9, 10, 100) == MOST_SHARE
+    assert count_share(1.0, 1, 0) == MOST_SHARE
+    shares = [count_share(z, 100, 50) for z in (0.1, 0.5, 1, 1.2, 1.4, 5)]
+    assert shares == sorted(shares)
+    # In between, a count of n / sqrt(C) stands three deviations of its noise, z / a, above zero.
+    share = count_share(1.0, 100, 50)
+    assert LEAST_SHARE < share < MOST_SHARE
+    assert 50 / math.sqrt(100) == pytest.approx(3 * 1.0 / math.sqrt(share))
+
+
+def test_counts_without_noise_are_known() -> None:
+    counts = torch.tensor([0.0, 3, 1, 0, 7])
+    probability, expected = held(counts, torch.zeros(5), 11)
+    assert probability.tolist() == [0, 1, 1, 0, 1]
+    assert expected.tolist() == counts.tolist()
+
+
+def test_counts_with_little_noise_are_nearly_known() -> None:
+    counts = torch.tensor([0.0, 30, 0, 30, 0, 0, 0, 0])
+    noisy = counts + 0.5 * torch.randn(8, generator=generator(0))
+    probability, expected = held(noisy, torch.full((8,), 0.25), 60)
+    torch.testing.assert_close(probability, (counts > 0).double(), rtol=0, atol=0.05)
+    torch.testing.assert_close(expected, counts.double(), rtol=0, atol=1.5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_counts_that_are_all_noise_tell_nothing(seed: int) -> None:
+    """A class is then expected to have its part of the examples, whatever the noise."""
+    noise = 1e9 * torch.randn(8, generator=generator(seed), dtype=torch.float64)
+    probability, expected = held(noise, torch.full((8,), 1e18), 60)
+    torch.testing.assert_close(expected, torch.full((8,), 60 / 8, dtype=torch.float64), rtol=2e-3, atol=0)
+    torch.testing.assert_close(probability, probability[:1].expand(8), rtol=1e-6, atol=0)
+    again = held(noise, torch.full((8,), 1e18), 60)
+    assert torch.equal(again[0], probability)
+    assert torch.equal(again[1], expected)
+
+
+def some_observed(seed: int = 0, deviation: float = 1.0, counts: Tensor | None = None) -> Observed:
+    """A party's statistics of five classes around unit directions, with noise."""
+    chance = generator(seed)
+    counts = torch.tensor([8.0, 0, 5, 20, 1]) if counts is None else counts
+    means = 0.6 * torch.nn.functional.normalize(torch.randn(CLASSES, WIDTH, generator=generator(9)), dim=-1)
+    sums = counts[:, None] * means + deviation * torch.randn(CLASSES, WIDTH, generator=chance)
+    noisy = counts + deviation * torch.randn(CLASSES, generator=chance)
+    variance = torch.full((CLASSES,), deviation**2)
+    return observed(sums.double(), noisy.double(), variance.double(), variance.double(), float(counts.sum()))
+
+
+def text() -> Tensor:
+    return torch.nn.functional.normalize(torch.randn(CLASSES, WIDTH, generator=generator(3)).double(), dim=-1)
+
+
+def rearranged(seen: Observed, order: Tensor) -> Observed:
+    return Observed(*(getattr(seen, entry.name)[order] for entry in fields(Observed)))
+
+
+def test_the_order_of_the_classes_does_not_matter() -> None:
+    order = torch.tensor([3, 0, 4, 1, 2])
+    counts, variance = torch.tensor([0.3, 9, -2, 4, 1]), torch.full((5,), 2.0)
+    for ours, theirs in zip(held(counts[order], variance, 12), held(counts, variance, 12), strict=True):
+        torch.testing.assert_close(ours, theirs[order])
+    seen = some_observed()
+    ours, theirs = shrunk(rearranged(seen, order), text()[order]), shrunk(seen, text())
+    torch.testing.assert_close(ours.means, theirs.means[order])
+    torch.testing.assert_close(ours.variance, theirs.variance[order])
+
+
+def test_without_noise_means_are_those_of_the_images() -> None:
+    counts = torch.tensor([8.0, 2, 5, 20, 1])
+    seen = some_observed(deviation=0.0, counts=counts)
+    exact = seen.sums / counts.double()[:, None]
+    torch.testing.assert_close(shrunk(seen, text()).means, exact)
+    assert float(shrunk(seen, text()).variance.max()) == pytest.approx(0, abs=1e-12)
+    others = ClassMeans(exact.flip(0), torch.zeros(CLASSES).double())  # a party that differs from all trusts its own
+    torch.testing.assert_close(personal(seen, others).means, exact)
+
+
+@pytest.mark.parametrize("deviation", [300.0, 1e4, 1e6, 1e9])
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_where_noise_is_large_means_are_the_text_features(deviation: float, seed: int, dtype: torch.dtype) -> None:
+    """Their direction, never the opposite, and at the length that is expected of any class."""
+    seen = some_observed(seed, deviation)
+    seen = Observed(*(getattr(seen, entry.name).to(dtype) for entry in fields(Observed)))
+    means = shrunk(seen, text().to(dtype))
+    assert (torch.nn.functional.cosine_similarity(means.means.double(), text()) > 0.99).all()
+    assert means.means.norm(dim=-1).tolist() == pytest.approx([EXPECTED_PRODUCT] * CLASSES, rel=0.1)
+    assert (means.variance * WIDTH <= 1 + 1e-6).all()
+
+
+@pytest.mark.parametrize("deviation", [0.1, 1.0, 5.0, 100.0])
+def test_a_personal_mean_is_between_the_shared_and_its_own(deviation: float) -> None:
+    shared = shrunk(some_observed(1, 0.2, torch.full((5,), 40.0)), text())
+    own = some_observed(2, deviation)
+    result = personal(own, shared)
+    observed_means = own.sums / own.expected.clamp(min=1e-3)[:, None]
+    whole, part = observed_means - shared.means, result.means - shared.means
+    trust = (part * whole).sum(-1) / whole.pow(2).sum(-1)
+    torch.testing.assert_close(part, trust[:, None] * whole)
+    assert ((trust >= 0) & (trust <= 1)).all()
+    assert (trust[own.probability <= 0.5] == 0).all()
+    if deviation == 100.0:
+        assert part.norm(dim=-1).max() < 0.1
+
+
+def test_one_party_pooled_is_itself() -> None:
+    own = some_observed(0, 0.5, torch.full((5,), 20.0))
+    one = pooled(Observed(*(getattr(own, entry.name)[None] for entry in fields(Observed))))
+    for entry in fields(Observed):
+        torch.testing.assert_close(getattr(one, entry.name), getattr(own, entry.name))
+
+
+def unit_features(count: int, seed: int) -> Tensor:
+    directions = torch.randn(CLASSES, 1, WIDTH, generator=generator(9)).double()
+    features = directions + 0.7 * torch.randn(CLASSES, count, WIDTH, generator=generator(seed)).double()
+    return torch.nn.functional.normalize(features, dim=-1)
+
+
+def exactly(features: Tensor) -> Observed:
+    """The statistics without noise of features [..., C, n, D]."""
+    counts = torch.full(features.shape[:-2], float(features.shape[-2]), dtype=torch.float64)
+    none = torch.zeros_like(counts)
+    return Observed(features.sum(-2), counts, none, none, counts, torch.ones_like(counts), torch.ones_like(counts))
+
+
+def test_without_noise_pooled_means_are_those_of_all_examples() -> None:
+    parties = torch.stack([unit_features(6, seed) for seed in range(3)])
+    everybody = parties.transpose(0, 1).flatten(1, 2)
+    torch.testing.assert_close(shrunk(pooled(exactly(parties)), text()).means, everybody.mean(1))
+
+
+def test_the_variance_within_classes_is_that_of_the_images() -> None:
+    features = unit_features(12, 4)
+    seen = exactly(features)
+    expected = (features - features.mean(1, keepdim=True)).pow(2).mean()
+    assert within(seen, shrunk(seen, text())) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_the_variance_within_classes_is_possible_under_any_noise() -> None:
+    for deviation in (0.0, 1.0, 1e3, 1e9):
+        seen = some_observed(1, deviation)
+        assert 0 <= within(seen, shrunk(seen, text())) <= 1 / WIDTH
+
+
+def some_statistics(clients: int) -> ClassStatistics:
+    chance = generator(11)
+    counts = 10 * torch.rand(clients, CLASSES, generator=chance) + 1
+    probability = torch.rand(clients, CLASSES, generator=chance)
+    means = 0.4 * torch.nn.functional.normalize(torch.randn(clients, CLASSES, WIDTH, generator=chance), dim=-1)
+    spread = 0.02 * torch.ones(clients)
+    return ClassStatistics(counts, 0 * spread, probability, means, 0 * counts, spread, None)
+
+
+def part(statistics: ClassStatistics, place: int) -> ClassStatistics:
+    values = {entry.name: getattr(statistics, entry.name) for entry in fields(ClassStatistics)}
+    return ClassStatistics(**{name: value if value is None else value[[place]] for name, value in values.items()})
+
+
+@pytest.mark.parametrize("certainty", [0.1, 0.5, 0.999])
+def test_drawn_examples_are_of_the_classes_that_are_held(certainty: float) -> None:
+    statistics = some_statistics(6)
+    features, labels, sizes = drawn(statistics, Streams(3, 0, range(6), CPU), certainty)
+    torch.testing.assert_close(features.norm(dim=-1), torch.ones(len(features)))
+    for place, own in enumerate(labels.split(sizes)):
+        probability = statistics.probability[place]
+        expected = {c for c in range(CLASSES) if probability[c] >= certainty} or {int(probability.argmax())}
+        assert set(own.tolist()) == expected
+        assert abs(len(own) - EXAMPLES * len(expected)) <= len(expected)  # rounded, class by class
+
+
+def test_drawn_examples_depend_on_the_seed_and_the_release_alone() -> None:
+    statistics = some_statistics(3)
+    features, labels, _ = drawn(statistics, Streams(3, 0, range(3), CPU), 0.5)
+    again, same, _ = drawn(statistics, Streams(3, 0, range(3), CPU), 0.5)
+    assert torch.equal(features, again)
+    assert torch.equal(labels, same)
+    other, _, _ = drawn(statistics, Streams(4, 0, range(3), CPU), 0.5)
+    assert (features - other).abs().min() > 0
+
+
+def test_a_client_draws_alone_what_it_draws_in_a_stack() -> None:
+    statistics = some_statistics(3)
+    features, labels, sizes = drawn(statistics, Streams(3, 0, [4, 7, 9], CPU), 0.5)
+    parts = zip([4, 7, 9], features.split(sizes), labels.split(sizes), strict=True)
+    for place, (client, own, own_labels) in enumerate(parts):
+        alone, its_labels, _ = drawn(part(statistics, place), Streams(3, 0, [client], CPU), 0.5)
+        assert torch.equal(alone, own)
+        assert torch.equal(its_labels, own_labels)
+
+
+def test_drawn_examples_have_the_means_and_the_spread_of_their_class() -> None:
+    """Many clients with one class of one mean: their examples are around it."""
+    clients = 200
+    mean = 0.4 * torch.nn.functional.one_hot(torch.tensor(0), WIDTH).float()
+    ones = torch.ones(clients, 1)
+    means = mean.expand(clients, 1, WIDTH)
+    statistics = ClassStatistics(ones, ones[:, 0], ones, means, 0 * ones, 0.84 / WIDTH * ones[:, 0], None)
+    features, _, _ = drawn(statistics, Streams(0, 0, range(clients), CPU), 0.5)
+    assert len(features) == clients * EXAMPLES
+    # The norm before normalization is near 1: 0.4^2 + 0.84.
+    torch.testing.assert_close(features.mean(0), mean, rtol=0.05, atol=0.02)
+
+
+def test_estimates_of_means_have_a_shape_whatever_is_held() -> None:
+    nobody = some_observed(0, 0.0, torch.zeros(5))
+    means = shrunk(nobody, text())
+    assert isinstance(means, ClassMeans)
+    assert means.means.isfinite().all()
