@@ -96,9 +96,9 @@ DEFECTS: dict[Defect, type[ExampleMechanism]] = {
 
 @dataclass(frozen=True)
 class NoiseLeftOutMechanism(StatisticsMechanism):
-    """Class statistics leave as they are, as if a caller had forgotten the noise or had drawn it from a public seed.
+    """Class statistics leave without noise, for which no epsilon is finite.
 
-    No epsilon is finite.
+    Noise from a public seed is no better: whoever knows the seed subtracts it.
     """
 
     def matrices(

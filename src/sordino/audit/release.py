@@ -4,7 +4,8 @@ A party's release is M = sum_i [a, b z_i] at row y_i, plus normal noise of known
 says why). It is the only thing that a run with `privacy.mechanism = "statistics"` tells, so nobody learns more from its
 prompts or uploads. Two attacks guess which candidates are in the sum:
 
-- **product**: <M, [a, b z]> at row y. Without other knowledge no linear statistic is better for a single example.
+- **product**: <M, [a, b z]> at row y. For an attacker who knows all else in M and subtracts it, no statistic tells more
+  of a single example. This one knows nothing else, so the other images of the class count as noise.
 - **regression**: the expected inclusion bits of all candidates, given M. The attacker knows the images that are no
   candidates, and thinks that each candidate is in with probability 1/2. So M is the expected sum, plus sum_i u_i c_i
   with u_i of mean 0 and variance 1/4, plus noise. Estimates are the best linear ones. Rows of other classes tell
