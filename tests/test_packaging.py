@@ -234,7 +234,7 @@ def test_the_demo_runs_from_the_wheel_in_an_empty_folder(plain: Path, tmp_path: 
     assert done.returncode == 0, done.stderr
     runs = json.loads(done.stdout)["runs"]
     assert [each["algorithm"] for each in runs] == ["zero-shot", "local", "promptfl", *["dp-fpl"] * 4]
-    assert [each["privacy"]["private"] for each in runs] == [True, False, False, False, True, True]
+    assert [each["privacy"]["private"] for each in runs] == [True, False, False, False, True, True, True]
     assert all(0 <= each["accuracy"]["local"] <= 1 for each in runs)
     (page,) = (tmp_path / "home" / "runs").glob("*-demo/report.html")
     assert page.read_text(encoding="utf-8").rstrip().endswith("</html>")
