@@ -95,32 +95,8 @@ DEFECTS: dict[Defect, type[ExampleMechanism]] = {
 
 
 @dataclass(frozen=True)
-class NoiseLeftOutMechanism(StatisticsMechanism):
-    """Class statistics leave without noise, for which no epsilon is finite.
-
-    Noise from a public seed is no better: whoever knows the seed subtracts it.
-    """
-
-    def matrices(
-        self,
-        features: Tensor,
-        labels: Tensor,
-        rows: Sequence[Tensor],
-        randomness: Randomness,
-        persons: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        return super().matrices(features, labels, rows, AlteredRandomness(randomness, scale=0.0), persons)
-
-    def summed(self, exact: Tensor, randomness: Randomness) -> Tensor:
-        return super().summed(exact, AlteredRandomness(randomness, scale=0.0))
-
-
-@dataclass(frozen=True)
-class NoiseDividedMechanism(StatisticsMechanism):
-    """The noise of a mean is added to the sum: its deviation is divided by the number of examples.
-
-    An example moves a mean of n by 1 / n, and the sum by 1. The noise multiplier that holds is z / n.
-    """
+class AlteredNoiseMechanism(StatisticsMechanism):
+    """Class statistics leave with other noise than the ledger says; subclasses say with which."""
 
     def matrices(
         self,
@@ -131,11 +107,36 @@ class NoiseDividedMechanism(StatisticsMechanism):
         persons: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         sizes = self.inputs.sizes
-        divided = AlteredRandomness(randomness, scale=len(sizes) / sum(sizes))
-        return super().matrices(features, labels, rows, divided, persons)
+        return super().matrices(features, labels, rows, self.altered(randomness, sum(sizes) / len(sizes)), persons)
 
     def summed(self, exact: Tensor, randomness: Randomness) -> Tensor:
-        return super().summed(exact, AlteredRandomness(randomness, scale=1 / sum(self.inputs.sizes)))
+        return super().summed(exact, self.altered(randomness, sum(self.inputs.sizes)))
+
+    def altered(self, randomness: Randomness, examples: float) -> AlteredRandomness:
+        """Return the source of the noise on a sum over so many examples."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class NoiseLeftOutMechanism(AlteredNoiseMechanism):
+    """Class statistics leave without noise, for which no epsilon is finite.
+
+    Noise from a public seed is no better: whoever knows the seed subtracts it.
+    """
+
+    def altered(self, randomness: Randomness, examples: float) -> AlteredRandomness:
+        return AlteredRandomness(randomness, scale=0.0)
+
+
+@dataclass(frozen=True)
+class NoiseDividedMechanism(AlteredNoiseMechanism):
+    """The noise of a mean is added to the sum: its deviation is divided by the number of examples.
+
+    An example moves a mean of n by 1 / n, and the sum by 1. The noise multiplier that holds is z / n.
+    """
+
+    def altered(self, randomness: Randomness, examples: float) -> AlteredRandomness:
+        return AlteredRandomness(randomness, scale=1 / examples)
 
 
 @dataclass(frozen=True)
@@ -164,26 +165,15 @@ class ExactCountsMechanism(StatisticsMechanism):
 
 
 @dataclass(frozen=True)
-class ReleasedAnewMechanism(StatisticsMechanism):
+class ReleasedAnewMechanism(AlteredNoiseMechanism):
     """Statistics are released anew in each round or after each restart, with fresh noise, and are counted once.
 
     All that T releases tell is in their mean, for which the noise multiplier is z / sqrt(T). This mechanism releases
     that mean, of T = `RELEASES`.
     """
 
-    def matrices(
-        self,
-        features: Tensor,
-        labels: Tensor,
-        rows: Sequence[Tensor],
-        randomness: Randomness,
-        persons: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        again = AlteredRandomness(randomness, draws=RELEASES)
-        return super().matrices(features, labels, rows, again, persons)
-
-    def summed(self, exact: Tensor, randomness: Randomness) -> Tensor:
-        return super().summed(exact, AlteredRandomness(randomness, draws=RELEASES))
+    def altered(self, randomness: Randomness, examples: float) -> AlteredRandomness:
+        return AlteredRandomness(randomness, draws=RELEASES)
 
 
 STATISTICS_DEFECTS: dict[StatisticsDefect, type[StatisticsMechanism]] = {
