@@ -1,4 +1,4 @@
-"""What methods on class statistics share: their model, and that they have no rounds.
+"""The common part of methods on class statistics: their model, and that they have no rounds.
 
 A client's statistics are made before the first round, with noise or without (`sordino.privacy.statistics`). All that
 these methods do with them is arithmetic, so they compute no gradient and send nothing more. A client's prompt is up to
@@ -52,7 +52,7 @@ class StatisticsModel(PromptModel):
 
     @classmethod
     def of(cls, settings: Any, encoder: DualEncoder, classes: ClassTokens) -> Self:
-        return cls(encoder, classes, settings.prompt_text, getattr(settings, "residual", 1.0))
+        return cls(encoder, classes, settings.prompt_text)
 
     def class_features(self, prompt: Prompt) -> Tensor:
         parts = named_parts(prompt)

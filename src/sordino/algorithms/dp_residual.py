@@ -23,6 +23,8 @@ Choose `prior` for what clients are asked: it trades accuracy on other clients' 
 (docs/results.md).
 """
 
+from typing import Any, Self
+
 from pydantic.dataclasses import dataclass as settings_dataclass
 
 from sordino.algorithms.base import STRICT, ClientData, InitContext, MethodInfo
@@ -44,6 +46,7 @@ from sordino.algorithms.class_statistics import (
     server_round,
     statistics_of,
 )
+from sordino.encoders.base import ClassTokens, DualEncoder
 from sordino.privacy.ledger import Disclosure
 
 __all__ = [
@@ -58,7 +61,14 @@ __all__ = [
     "server_round",
 ]
 
-Model = StatisticsModel
+
+class Model(StatisticsModel):
+    """The common model, with the strength of the residual from the settings."""
+
+    @classmethod
+    def of(cls, settings: Any, encoder: DualEncoder, classes: ClassTokens) -> Self:
+        return cls(encoder, classes, settings.prompt_text, settings.residual)
+
 
 ABOUT = MethodInfo(
     paper="none; relatives are TaskRes (Yu et al., CVPR 2023) and Tip-Adapter (Zhang et al., ECCV 2022)",
