@@ -199,7 +199,7 @@ def participant_count(clients: int, participation: float) -> int:
 
 @dataclass(frozen=True)
 class Units:
-    """What the training parties hold, in units of privacy.
+    """The holdings of the training parties, in units of privacy.
 
     Attributes:
         sizes: for each party its number of examples, or of persons if these are protected.

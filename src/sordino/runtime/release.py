@@ -41,7 +41,7 @@ class Matrix(Upload):
 
 @dataclass(frozen=True)
 class Pooled(Broadcast):
-    """What all clients' releases tell together; the fields are those of `Observed`, without leading axes.
+    """The statistics that all clients' releases tell together; fields are those of `Observed`, without leading axes.
 
     Attributes:
         statistics: name to tensor.

@@ -17,7 +17,7 @@ EXAMPLES = 64  # that are drawn for a class that a client holds, on average
 
 @dataclass(frozen=True)
 class ClassStatistics:
-    """What a release tells of each client's classes; without noise, what the images do.
+    """Estimates of each client's classes from a release; without noise they are what the images say.
 
     Attributes:
         counts: [K, C], the expected number of the client's examples of each class.
