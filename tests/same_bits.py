@@ -47,8 +47,8 @@ MECHANISMS = {
     "dp-fedavg": ["privacy.mechanism=dp-fedavg", "privacy.noise_multiplier=1.0", "privacy.clip_quantile=0.5"],
 }
 ADDED = re.compile(  # settings that came later
-    r", unit='\w+', person_images=\d+|, count_share=None, sampling_rate=1.0, held_error=0.5, release=None"
-    r"|, directions='names'"
+    r", unit='\w+', person_images=\d+|, count_share=None, center_share=None, scatter_share=None, sampling_rate=1.0"
+    r", held_error=0.5, release=None|, directions='names'"
 )
 RENAMED = {
     "parameterization=": "parameterisation=",

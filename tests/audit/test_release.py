@@ -15,7 +15,7 @@ from audit.test_membership import make_task
 
 from sordino.algorithms import algorithm, settings_for
 from sordino.audit.broken import with_defect
-from sordino.audit.release import _contributions, _Examples, attack_release, reconstruct, regressed, released
+from sordino.audit.release import View, _Examples, attack_release, reconstruct, regressed
 from sordino.audit.run import as_text, audit
 from sordino.audit.subject import Subject, train
 from sordino.audit.wiretap import repeated, same_end
@@ -24,8 +24,9 @@ from sordino.errors import ConfigError
 from sordino.experiments.config import Experiment, load_config
 from sordino.experiments.run import run
 from sordino.privacy.settings import PrivacySettings
+from sordino.privacy.statistics.estimates import Statistics
 from sordino.privacy.statistics.mechanism import StatisticsMechanism
-from sordino.privacy.statistics.release import class_sums, contributions
+from sordino.privacy.statistics.release import unpacked
 from sordino.runtime.local import LocalRuntime
 from sordino.runtime.settings import RuntimeSettings
 from sordino.tasks.settings import DataSettings, PartitionSettings
@@ -81,19 +82,22 @@ def statistics_of(subject: Subject) -> StatisticsMechanism:
 
 
 @pytest.mark.parametrize(("method", "noise_by"), [("promptfl", "client"), ("promptfl", "server"), ("dp-fpl", "server")])
-def test_the_matrices_are_those_that_were_released(model: PromptModel, method: str, noise_by: str) -> None:
+def test_the_sums_are_those_that_were_released(model: PromptModel, method: str, noise_by: str) -> None:
     """Without noise they are the exact sums, whether told as a matrix or as counts and sums of features."""
     subject = subject_of(model, EXACT | {"noise_by": noise_by}, method)
-    sources = list(released(subject.runtime, subject.training))
+    view, mechanism = View.of(subject.runtime, subject.training), statistics_of(subject)
     own = CLIENTS if noise_by == "client" or method == "dp-fpl" else 0
-    assert [source.client for source in sources] == [*range(own), *([None] if noise_by == "server" else [])]
-    for source in sources:
+    of_all = [("matrix", None)] if noise_by == "server" else []
+    expected = [*(("matrix", client) for client in range(own)), *of_all, ("center", None), ("scatter", None)]
+    assert [(source.part, source.client) for source in view.sources] == expected
+    for source in view.sources:
         rows = torch.from_numpy(
             np.concatenate(subject.task.train) if source.client is None else subject.task.train[source.client]
         )
-        shares = contributions(subject.features[rows], statistics_of(subject).count_share, None)
-        exact = class_sums(shares, subject.labels[rows], 4)
-        torch.testing.assert_close(source.matrix, exact, rtol=0, atol=1e-5)
+        centers = mechanism.centers(Statistics.of(subject.training.at_clients.release), 1)
+        exact = mechanism.exact(source.part, subject.features, subject.labels, [rows], centers=centers)[0]
+        exact = unpacked(exact) if source.part == "scatter" else exact
+        torch.testing.assert_close(source.sums, exact, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("method", "noise_by"), [("promptfl", "client"), ("promptfl", "server"), ("dp-fpl", "server")])
@@ -111,35 +115,40 @@ def test_without_noise_every_member_and_every_feature_is_found(model: PromptMode
 
 
 def test_the_regression_is_the_posterior_mean(model: PromptModel) -> None:
-    """Against a dense solution of all unknowns of a class at once, the expected sums' lengths with a flat prior."""
-    subject = subject_of(model, STATISTICS | {"noise_multiplier": 0.7, "noise_by": "server"}, "dp-fpl")
-    mechanism, sources = statistics_of(subject), list(released(subject.runtime, subject.training))
+    """Against a dense solution of all unknowns at once, the expected sums' lengths with a flat prior."""
+    beside = {"center_share": 0.2, "scatter_share": 0.3}
+    subject = subject_of(model, STATISTICS | {"noise_multiplier": 0.7, "noise_by": "server"} | beside, "dp-fpl")
+    view = View.of(subject.runtime, subject.training)
     everyone = np.concatenate(subject.task.train)
     owner = np.repeat(np.arange(CLIENTS), [len(rows) for rows in subject.task.train])
     unknown = _Examples.of(subject.features, subject.labels, everyone[::3], owner[::3])
     rest = _Examples.of(subject.features, subject.labels, everyone[1::3], owner[1::3])
-    scores = regressed(mechanism, sources, unknown, rest)
-    rows, others = _contributions(mechanism, unknown), _contributions(mechanism, rest)
-    for label in range(4):
-        own = unknown.labels == label
-        blocks, sums = [], []
-        for place, source in enumerate(sources):
-            inside = rows[own] * source.has(unknown.owner[own])[:, None]
-            expected = others[(rest.labels == label) & source.has(rest.owner)].sum(0) + inside.sum(0) / 2
-            lengths = torch.zeros(len(sources), inside.shape[1]).double()
-            lengths[place] = expected
-            blocks.append(torch.cat([inside, lengths]) / source.deviation)
-            sums.append(source.matrix[label] / source.deviation)
-        design, seen = torch.cat(blocks, 1), torch.cat(sums)
-        precision = torch.cat([torch.full((int(own.sum()),), 4.0), torch.full((len(sources),), 1e-9)]).double()
-        mean = torch.linalg.solve(design @ design.T + torch.diag(precision), design @ seen)
-        torch.testing.assert_close(scores[own], mean[: int(own.sum())], rtol=1e-5, atol=1e-7)
+    scores = regressed(view, unknown, rest)
+    count, blocks, sums = len(everyone[::3]), [], []
+    assert {source.part for source in view.sources} == {"matrix", "center", "scatter"}
+    for source in view.sources:
+        rows, others = view.rows(source.part, unknown), view.rows(source.part, rest)
+        if source.part == "scatter":  # the whole matrices
+            rows, others = ((part[:, :, None] * part[:, None, :]).flatten(1) for part in (rows, others))
+        for label in range(4) if source.part == "matrix" else [None]:
+            own, certain = source.has(unknown.owner), source.has(rest.owner)
+            if label is not None:
+                own, certain = own & (unknown.labels == label), certain & (rest.labels == label)
+            inside = rows * own[:, None]
+            expected = others[certain].sum(0) + inside.sum(0) / 2
+            blocks.append((inside / source.deviation, expected / source.deviation))
+            sums.append((source.sums if label is None else source.sums[label]).flatten() / source.deviation)
+    lengths = torch.block_diag(*[expected[None] for _, expected in blocks])
+    design = torch.cat([torch.cat([inside for inside, _ in blocks], 1), lengths])
+    precision = torch.cat([torch.full((count,), 4.0), torch.full((len(blocks),), 1e-9)]).double()
+    mean = torch.linalg.solve(design @ design.T + torch.diag(precision), design @ torch.cat(sums))
+    torch.testing.assert_close(scores, mean[:count], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("multiplier", [0.3, 1.0, 3.0])
 def test_noise_hides_a_feature_as_far_as_its_deviation_says(model: PromptModel, multiplier: float) -> None:
     """The row is b z + noise of r entries, so the cosine is near b / sqrt(b^2 + r deviation^2)."""
-    subject = subject_of(model, STATISTICS | {"noise_multiplier": multiplier})
+    subject = subject_of(model, STATISTICS | {"noise_multiplier": multiplier, "center_share": 0.0, "scatter_share": 0.0})
     scale, width = math.sqrt(1 - statistics_of(subject).count_share), model.encoder.feature_width
     expected = scale / math.sqrt(scale**2 + width * multiplier**2)
     found = reconstruct(subject, seed=1)
@@ -164,14 +173,14 @@ def test_an_honest_claim_stands_and_a_false_one_is_refuted(model: PromptModel) -
 def test_scores_do_not_depend_on_which_of_a_pair_is_the_member(model: PromptModel) -> None:
     """Given the same matrices and the same candidates in another order, each has the same score."""
     subject = subject_of(model, STATISTICS | {"noise_multiplier": 1.0})
-    mechanism, sources = statistics_of(subject), list(released(subject.runtime, subject.training))
+    view = View.of(subject.runtime, subject.training)
     everyone, owner = subject.task.train[0], np.zeros(len(subject.task.train[0]), dtype=np.int64)
     unknown = _Examples.of(subject.features, subject.labels, everyone, owner)
     rest = _Examples.of(subject.features, subject.labels, everyone[:0], owner[:0])
     order = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(0))
     turned = _Examples(unknown.features[order], unknown.labels[order], unknown.owner[order])
-    scores = regressed(mechanism, sources, unknown, rest)
-    torch.testing.assert_close(regressed(mechanism, sources, turned, rest), scores[order])
+    scores = regressed(view, unknown, rest)
+    torch.testing.assert_close(regressed(view, turned, rest), scores[order])
 
 
 # --- other attacks on such a run

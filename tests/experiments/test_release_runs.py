@@ -129,6 +129,7 @@ def test_a_release_that_failed_stays_counted(
         assert len(ReleaseFile.load(out / FILE).releases) == 2
 
 
+@pytest.mark.parametrize("space", ["subspace=8", "center_share=0.2"])
 @pytest.mark.parametrize(
     ("first", "second", "noise_by"),
     [
@@ -139,10 +140,10 @@ def test_a_release_that_failed_stays_counted(
     ],
 )
 def test_a_second_method_uses_the_release_at_no_cost(
-    first: str, second: str, noise_by: str, configured: Callable[..., Experiment], tmp_path: Path
+    first: str, second: str, noise_by: str, space: str, configured: Callable[..., Experiment], tmp_path: Path
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    keys = [f"privacy.noise_by={noise_by}", "privacy.subspace=8", "privacy.colluders=1"]
+    keys = [f"privacy.noise_by={noise_by}", f"privacy.{space}", "privacy.colluders=1", "privacy.scatter_share=0.1"]
     run(configured(*STATISTICS, *keys, f"algorithm={first}"), one)
     config = configured(*AGAIN, f"algorithm={second}", f"privacy.release={one}")
     summary = run(config, two)
@@ -157,7 +158,9 @@ def test_a_second_method_uses_the_release_at_no_cost(
     assert summary.privacy.epsilon == pytest.approx(spent(ledgers[0], "public", "example").epsilon)
 
     table = tomllib.loads((two / "config.toml").read_text())["privacy"]
-    assert (table["noise_by"], table["subspace"], table["noise_multiplier"]) == (noise_by, 8, 1.0)
+    assert (table["noise_by"], table["noise_multiplier"]) == (noise_by, 1.0)
+    key, value = space.split("=")
+    assert table[key] == float(value)
     planned = plan(config)
     for view in planned.views:  # a secure sum's noise is what was planned, or a little more
         spent_on = spent(ledgers[1], view.observer, "example").epsilon

@@ -16,16 +16,39 @@ from sordino.privacy.statistics.estimates import EXAMPLES, ClassStatistics, draw
 from sordino.privacy.statistics.mechanism import StatisticsMechanism
 from sordino.privacy.statistics.posterior import (
     EXPECTED_PRODUCT,
+    MOST_NORM,
+    MOST_SPREAD,
     ClassMeans,
     Observed,
+    center_of,
     held,
     observed,
     personal,
     pooled,
+    principal,
     shrunk,
     within,
 )
-from sordino.privacy.statistics.release import LEAST_SHARE, MOST_SHARE, class_sums, contributions, count_share
+from sordino.privacy.statistics.release import (
+    CENTER_COUNTS,
+    CENTER_ERROR,
+    LEAST_CENTER,
+    LEAST_SCATTER,
+    LEAST_SHARE,
+    MOST_CENTER,
+    MOST_SCATTER,
+    MOST_SHARE,
+    SCATTER_EDGE,
+    center_share,
+    center_sum,
+    class_sums,
+    contributions,
+    count_share,
+    packed,
+    scatter_share,
+    scatter_sum,
+    unpacked,
+)
 from sordino.randomness import Streams
 from sordino.runtime.local import LocalRuntime
 
@@ -68,21 +91,29 @@ def basis(width: int, rank: int | None) -> Tensor | None:
     st.sampled_from([1, 2, 5, 1000]),
     st.sampled_from([(2, None), (16, None), (16, 3), (768, None), (768, 16)]),
     st.floats(0.01, 0.99),
+    st.sampled_from([None, 0.0, 0.5, MOST_NORM]),
     st.integers(0, 100),
     st.data(),
 )
 def test_one_example_changes_the_sums_by_at_most_one(
-    kinds: list[str], classes: int, shape: tuple[int, int | None], share: float, seed: int, data: st.DataObject
+    kinds: list[str],
+    classes: int,
+    shape: tuple[int, int | None],
+    share: float,
+    from_center: float | None,
+    seed: int,
+    data: st.DataObject,
 ) -> None:
     """By exactly 1 if its feature has a direction; and the terms of the others stay as they are."""
     features = features_of(kinds, shape[0], seed)
     directions = basis(*shape)
+    center = None if from_center is None else point(shape[0], from_center)
     labels = torch.randint(0, classes, (len(kinds),), generator=generator(seed))
     taken = data.draw(st.integers(0, len(kinds) - 1))
     others = torch.arange(len(kinds)) != taken
 
-    rows = contributions(features, share, directions)
-    of_others = contributions(features[others], share, directions)
+    rows = contributions(features, share, directions, center)
+    of_others = contributions(features[others], share, directions, center)
     assert rows.isfinite().all()
     torch.testing.assert_close(of_others, rows[others], rtol=0, atol=1e-6)  # how matrices are multiplied
 
@@ -93,10 +124,52 @@ def test_one_example_changes_the_sums_by_at_most_one(
     kind = kinds[0] if kinds[taken] == "copy" else kinds[taken]
     if kind in ("normal", "huge", "copy"):
         assert distance == pytest.approx(1, abs=1e-6)
-    elif kind == "zero":
+    elif kind == "zero" and not from_center:
         assert distance == pytest.approx(math.sqrt(share), abs=1e-6)  # the count alone
-    elif kind != "tiny":
+    elif kind in ("nan", "inf", "-inf"):
         assert distance == 0
+
+
+def point(width: int, norm: float) -> Tensor:
+    return norm * torch.nn.functional.normalize(torch.randn(width, generator=generator(5)), dim=0)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 3)), min_size=1, max_size=12),
+    st.sampled_from([2, 16, 768]),
+    st.booleans(),
+    st.floats(0.1, 20),
+    st.integers(0, 100),
+)
+def test_one_unit_changes_center_and_scatter_by_at_most_its_bound(
+    units: list[tuple[str, int]], width: int, by_person: bool, clip: float, seed: int
+) -> None:
+    features = features_of([kind for kind, _ in units], width, seed)
+    persons = torch.tensor([person for _, person in units])
+    bound = clip if by_person else 1.0
+    rows = contributions(features, 0.0, None, point(width, 0.5))[:, 1:]
+
+    def sums(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        whose = (persons[chosen], clip) if by_person else ()
+        return center_sum(features[chosen], *whose), scatter_sum(rows[chosen], *whose)
+
+    everyone = torch.ones(len(units), dtype=torch.bool)
+    taken = persons == persons[0] if by_person else torch.arange(len(units)) == 0
+    for whole, others, alone in zip(sums(everyone), sums(~taken), sums(taken), strict=True):
+        change = whole - others
+        assert whole.isfinite().all()
+        assert float(change.norm()) <= bound + ROUNDING * max(1, bound)
+        torch.testing.assert_close(change, alone, rtol=0, atol=1e-5)  # whatever the others are
+    if not by_person and units[0][0] == "normal":
+        assert [float(part.norm()) for part in sums(taken)] == pytest.approx([1, 1], abs=1e-6)
+
+
+def test_a_packed_matrix_has_its_norm_and_comes_back() -> None:
+    half = torch.randn(7, 7, generator=generator(0)).double()
+    matrix = half + half.mT
+    assert packed(matrix).shape == (28,)
+    assert float(packed(matrix).norm()) == pytest.approx(float(matrix.norm()))
+    torch.testing.assert_close(unpacked(packed(matrix)), matrix)
 
 
 @given(
@@ -149,16 +222,19 @@ def has_deviation(noise: Tensor, deviation: float) -> None:
 
 @pytest.mark.parametrize("noise_by", ["client", "server", "shares"])
 @pytest.mark.parametrize("method", ["dp-fpl", "local", "promptfl"])
-def test_multipliers_of_both_matrices_join_to_that_of_the_mechanism(
-    method: str, noise_by: str, make_runtime: MakeRuntime
+@pytest.mark.parametrize("center", [0.0, 0.1])
+def test_multipliers_of_all_parts_join_to_that_of_the_mechanism(
+    method: str, noise_by: str, center: float, make_runtime: MakeRuntime
 ) -> None:
     if method == "local" and noise_by != "client":
         return  # nothing is summed
-    noise = mechanism_of(make_runtime, method, noise_by=noise_by, shared_budget=0.3).multipliers
-    released = [z for z in (noise.own, noise.total) if z is not None]
-    assert sum(z**-2 for z in released) ** -0.5 == pytest.approx(3.0, rel=1e-12)
+    shares = {"center_share": center, "scatter_share": 0.2}
+    noise = mechanism_of(make_runtime, method, noise_by=noise_by, shared_budget=0.3, **shares).multipliers
+    assert sum(z**-2 for z in noise.parts.values()) ** -0.5 == pytest.approx(3.0, rel=1e-12)
     assert (noise.own is None) == (noise_by != "client" and method == "promptfl")
     assert (noise.total is None) == (noise_by == "client")
+    assert noise.center == (pytest.approx(3 / math.sqrt(center)) if center else None)
+    assert noise.scatter == (None if method == "local" else pytest.approx(3 / math.sqrt(0.2)))  # of all clients
 
 
 @pytest.mark.parametrize("noise_by", ["client", "server"])
@@ -167,7 +243,8 @@ def test_every_entry_of_a_clients_matrix_has_its_noise(
 ) -> None:
     mechanism = mechanism_of(make_runtime, noise_by=noise_by)
     rows = [torch.tensor([k % 40]) for k in range(400)]
-    exact, own = mechanism.matrices(*table, rows, Streams(1, 0, range(400), CPU))
+    exact = mechanism.exact("matrix", *table, rows)
+    own = mechanism.with_own_noise("matrix", exact, Streams(1, 0, range(400), CPU))
     assert own is not None
     assert mechanism.multipliers.own == pytest.approx(3.0 if noise_by == "client" else 3 * math.sqrt(2))
     has_deviation(own - exact, mechanism.multipliers.own or 0.0)
@@ -182,16 +259,17 @@ def test_the_noise_of_persons_is_in_units_of_clip(
     settings = plain.settings.model_copy(update={"unit": "person", "clip": 5.0})
     mechanism = StatisticsMechanism(settings, plain.inputs, plain.model, 1e-3, 3.0)
     rows, persons = [torch.tensor([k % 40]) for k in range(400)], torch.arange(40)
-    exact, own = mechanism.matrices(*table, rows, Streams(1, 0, range(400), CPU), persons)
+    exact = mechanism.exact("matrix", *table, rows, persons)
+    own = mechanism.with_own_noise("matrix", exact, Streams(1, 0, range(400), CPU))
     assert own is not None
     has_deviation(own - exact, 15.0)
 
 
 def test_every_entry_of_the_servers_sum_has_its_noise(make_runtime: MakeRuntime, table: tuple[Tensor, Tensor]) -> None:
     mechanism = mechanism_of(make_runtime, "promptfl", noise_by="server")
-    exact, own = mechanism.matrices(*table, [torch.arange(10)] * 4, Streams(1, 0, range(4), CPU))
-    assert own is None
-    sums = torch.stack([mechanism.summed(exact, Streams(seed, 0, [0], CPU)) for seed in range(400)])
+    exact = mechanism.exact("matrix", *table, [torch.arange(10)] * 4)
+    assert mechanism.with_own_noise("matrix", exact, Streams(1, 0, range(4), CPU)) is None
+    sums = torch.stack([mechanism.summed("matrix", exact, Streams(seed, 0, [0], CPU)) for seed in range(400)])
     has_deviation(sums - exact.sum(0), 3.0)
 
 
@@ -212,7 +290,7 @@ def test_every_entry_of_the_secure_sum_has_its_noise(method: str, make_runtime: 
         opened = torch.cat([seen["counts"][:, None] * share**0.5, seen["sums"] * (1 - share) ** 0.5], -1)
         table = (runtime.data.features, runtime.data.labels)
         chosen = [torch.tensor(part) for part in rows]
-        exact, _ = mechanism.matrices(*table, chosen, Streams(0, 0, range(4), CPU))
+        exact = mechanism.exact("matrix", *table, chosen)
         left.append(opened - exact.sum(0))
     has_deviation(torch.stack(left), 3.0 * (math.sqrt(2) if method == "dp-fpl" else 1.0))
 
@@ -227,6 +305,103 @@ def test_the_counts_share_is_between_its_limits() -> None:
     share = count_share(1.0, 100, 50)
     assert LEAST_SHARE < share < MOST_SHARE
     assert 50 / math.sqrt(100) == pytest.approx(3 * 1.0 / math.sqrt(share))
+
+
+@pytest.mark.parametrize("part", ["center", "scatter"])
+def test_every_entry_of_center_and_scatter_has_its_noise(
+    part: str, make_runtime: MakeRuntime, table: tuple[Tensor, Tensor]
+) -> None:
+    """Each client's own; or the server's, on the sum."""
+    shares = {"center_share": 0.1, "scatter_share": 0.2}
+    expected = 3 / math.sqrt(shares[f"{part}_share"])
+    rows = [torch.tensor([k % 40]) for k in range(400)]
+    mechanism = mechanism_of(make_runtime, noise_by="client", **shares)
+    exact = mechanism.exact(part, *table, rows)
+    own = mechanism.with_own_noise(part, exact, Streams(1, 0, range(400), CPU))
+    assert own is not None
+    assert own.shape[1:] == mechanism.part_shape(part)
+    has_deviation(own - exact, expected)
+    mechanism = mechanism_of(make_runtime, noise_by="server", **shares)
+    exact = mechanism.exact(part, *table, rows[:4])
+    assert mechanism.with_own_noise(part, exact, Streams(1, 0, range(4), CPU)) is None
+    sums = torch.stack([mechanism.summed(part, exact, Streams(seed, 0, [0], CPU)) for seed in range(400)])
+    has_deviation(sums - exact.sum(0), expected)
+
+
+def test_center_and_scatter_get_what_their_errors_ask_for() -> None:
+    for share, least, most in ((center_share, LEAST_CENTER, MOST_CENTER), (scatter_share, LEAST_SCATTER, MOST_SCATTER)):
+        assert share(0.0, 10, 256, 1000) == least
+        assert share(1e9, 10, 256, 1000) == 0  # it would tell nothing
+        given = [share(z, 10, 256, 1258) for z in (0.1, 0.3, 0.5)]
+        assert given == sorted(given)
+        assert all(least <= each <= most for each in given)
+    share = center_share(0.7, 10, 256, 1258)
+    assert LEAST_CENTER < share < MOST_CENTER
+    assert 0.7 / math.sqrt(share) * math.sqrt(10 * 256) / 1258 == pytest.approx(CENTER_ERROR)
+    share = scatter_share(0.5, 10, 256, 1258)
+    assert LEAST_SCATTER < share < MOST_SCATTER
+    noise = torch.randn(256, 256, generator=generator(0)).double() * 0.5 / math.sqrt(share) * math.sqrt(10) / 1258
+    radius = torch.linalg.eigvalsh((noise + noise.mT) / 2).abs().max()
+    assert float(radius) == pytest.approx(2 * SCATTER_EDGE, rel=0.1)
+
+
+@pytest.mark.parametrize("norm", [0.0, 0.3, 0.9])
+def test_a_center_without_noise_is_the_mean_and_with_much_it_is_nowhere(norm: float) -> None:
+    features = point(WIDTH, norm) + 0.2 * torch.randn(500, WIDTH, generator=generator(1))
+    features = torch.nn.functional.normalize(features.double(), dim=-1)
+    exact = center_sum(features)[None]
+    mean, trust = center_of(exact, 0.0, CENTER_COUNTS)
+    torch.testing.assert_close(mean[0], features.mean(0))
+    assert trust.tolist() == pytest.approx([1])
+    chance = torch.randn(200, 1 + WIDTH, generator=generator(2)).double()
+    mean, trust = center_of(exact + 1e4 * chance, 1e8, CENTER_COUNTS)
+    assert (trust >= 0).all()
+    assert float(mean.norm(dim=1).max()) <= MOST_NORM + 1e-9
+    # Noise is shrunk by more than half, in the mean.
+    counts = (1e4 * chance[:, 0] / CENTER_COUNTS**0.5 + 500).clamp(1)
+    told = 1e4 * chance[:, 1:] / (1 - CENTER_COUNTS) ** 0.5 / counts[:, None]
+    assert float(mean.norm(dim=1).mean()) < 0.5 * float(told.norm(dim=1).clamp(max=1).mean()) + 0.2
+
+
+def test_features_of_norm_one_alone_do_not_exceed_the_sphere() -> None:
+    same = torch.nn.functional.normalize(torch.ones(10, WIDTH).double(), dim=-1)
+    mean, trust = center_of(center_sum(same)[None], 0.0, CENTER_COUNTS)
+    assert float(mean.norm()) == pytest.approx(MOST_NORM)
+    assert trust.tolist() == pytest.approx([MOST_NORM])
+
+
+def spiked(rank: int = 60, strength: float = 0.08) -> tuple[Tensor, Tensor, float]:
+    """A covariance with two directions that stand out."""
+    directions = torch.linalg.qr(torch.randn(rank, 2, generator=generator(8)).double())[0]
+    base = 0.3 / rank
+    spikes = torch.diag(torch.tensor([strength, strength / 2]).double())
+    matrix = base * torch.eye(rank).double() + directions @ spikes @ directions.mT
+    return matrix, directions, float(matrix.trace()) / rank
+
+
+def test_without_noise_the_principal_directions_are_those_of_the_scatter() -> None:
+    matrix, directions, width = spiked()
+    between = 0.05 * torch.outer(point(60, 1.0), point(60, 1.0)).double()
+    found = principal(matrix + between, 0.0, between, width)
+    own = matrix - width * torch.eye(60).double()
+    kept = found.mT @ found
+    assert len(found) == 2
+    torch.testing.assert_close(kept, directions @ (directions.mT @ own @ directions) @ directions.mT, rtol=0, atol=1e-9)
+    assert float(found.pow(2).sum()) <= MOST_SPREAD * 60 * width + 1e-12
+
+
+def test_noise_has_no_principal_directions() -> None:
+    """And where some stand out, they are estimated better than by what is seen."""
+    for seed in range(20):
+        noise = 0.002 * torch.randn(60, 60, generator=generator(seed)).double()
+        noise = (noise + noise.mT) / math.sqrt(2)
+        none = principal(0.005 * torch.eye(60).double() + noise, 0.0022, torch.zeros(60, 60).double(), 0.005)
+        assert len(none) == 0
+        matrix, _, width = spiked()
+        found = principal(matrix + noise, 0.002, torch.zeros(60, 60).double(), width)
+        assert 1 <= len(found) <= 2
+        own = matrix - width * torch.eye(60).double()
+        assert (found.mT @ found - own).norm() < 0.7 * noise.norm()
 
 
 def test_counts_without_noise_are_known() -> None:

@@ -26,7 +26,7 @@ from sordino.runtime import checkpoint, messages
 from sordino.runtime.client import ClientEnd, ClientReleaseRound, ClientRound
 from sordino.runtime.local import LocalRuntime, RoundError, Training
 from sordino.runtime.messages import MessageError, RoundHeader
-from sordino.runtime.release import OWN, RELEASE_ROUND, pooled_like
+from sordino.runtime.release import RELEASE_ROUND, told_like
 
 CPU = torch.device("cpu")
 MakeRuntime = Callable[..., LocalRuntime]
@@ -148,9 +148,13 @@ def opening(client: int, number: int = RELEASE_ROUND, clients: int = 4) -> bytes
     return messages.encode(Broadcast(), RoundHeader(number, client, clients))
 
 
+@pytest.mark.parametrize("center_share", [0.0, 0.1])
 @pytest.mark.parametrize("name", ["dp-fpl", "local"])
-def test_a_client_releases_once(name: str, make_runtime: MakeRuntime) -> None:
-    runtime = made(make_runtime, name, SYSTEM)
+def test_a_client_releases_once(name: str, center_share: float, make_runtime: MakeRuntime) -> None:
+    runtime = made(make_runtime, name, SYSTEM | {"center_share": center_share})
+    mechanism = runtime.mechanism
+    assert isinstance(mechanism, StatisticsMechanism)
+    assert len(mechanism.stages) == (2 if center_share else 1)
     end = ClientEnd(runtime.federation, runtime.data, range(4))
     start = end.start()
     clients = end.round(start)
@@ -158,12 +162,12 @@ def test_a_client_releases_once(name: str, make_runtime: MakeRuntime) -> None:
     first = dict(clients.handle(asked))
     again = end.round(start)
     assert again is clients  # so whoever opens the round anew meets the same noise
-    if name == "dp-fpl":
-        with pytest.raises(MessageError, match="lacks tensors"):
-            again.handle(asked)
-        like = pooled_like(runtime.mechanism, CPU)  # type: ignore[arg-type]
-        asked = {client: messages.encode(like, RoundHeader(RELEASE_ROUND, client, 4)) for client in range(4)}
-    again.handle(asked)
+    for stage in range(1, len(mechanism.stages) + 1):
+        if name == "dp-fpl":
+            with pytest.raises(MessageError, match="lacks tensors"):
+                again.handle({client: opening(client) for client in range(4)})
+        like = told_like(mechanism, stage, CPU)
+        again.handle({client: messages.encode(like, RoundHeader(RELEASE_ROUND, client, 4)) for client in range(4)})
     with pytest.raises(MessageError, match="do so once"):
         again.handle({client: opening(client) for client in range(4)})
     with pytest.raises(MessageError, match="round 0 after round 0"):
@@ -244,16 +248,18 @@ def test_a_trusted_server_is_in_the_ledger(name: str, make_runtime: MakeRuntime)
 
 def test_a_trusted_server_is_sent_exact_sums(make_runtime: MakeRuntime) -> None:
     """Rounded to float32, a sum of thousands would change by more than one contribution."""
-    runtime = made(make_runtime, "promptfl", SYSTEM | {"noise_by": "server"})
+    beside = {"center_share": 0.0, "scatter_share": 0.0}
+    runtime = made(make_runtime, "promptfl", SYSTEM | {"noise_by": "server"} | beside)
     mechanism = runtime.mechanism
     assert isinstance(mechanism, StatisticsMechanism)
     end = ClientEnd(runtime.federation, runtime.data, range(4))
+    assert mechanism.stages == [["matrix"]]
     replies = dict(end.round(end.start()).handle({client: opening(client) for client in range(4)}))
     table = (runtime.data.features, runtime.data.labels)
-    exact, _ = mechanism.matrices(*table, [torch.tensor(rows) for rows in ROWS], SystemRandomness(4, CPU))
+    exact = mechanism.exact("matrix", *table, [torch.tensor(rows) for rows in ROWS])
     for client, reply in replies.items():
         assert isinstance(reply, bytes)
-        assert torch.equal(safetensors.torch.load(reply)["matrix"][0], exact[client])
+        assert torch.equal(safetensors.torch.load(reply)["sums.matrix"][0], exact[client])
 
 
 def test_images_that_are_handed_over_are_in_the_ledger(make_runtime: MakeRuntime) -> None:
@@ -272,8 +278,8 @@ def test_a_secure_sum_is_charged_what_its_survivors_noised(make_runtime: MakeRun
     for release in training.ledger.releases:
         assert release.noise_multiplier >= 0.5 * (1 - 1e-6)
         assert release.noise_multiplier == pytest.approx(0.5, rel=1e-3)
-    assert OWN in training.at_clients.release
-    assert OWN not in training.at_server.release
+    assert "own" in training.at_clients.release
+    assert "own" not in training.at_server.release
     assert record.round == 0
 
 

@@ -36,7 +36,7 @@ SIX = [[4 * i + c for i in range(k, 10, 3) for c in classes] for classes in ((0,
 QUICK = {"context_length": 4, "batch_size": 5, "local_steps": 2, "optimizer": {"name": "adam", "learning_rate": 0.05}}
 NOISE = {"noise_multiplier": 1.0, "simulation": True, "nonce": NONCE}
 ADAPTIVE = NOISE | {"mechanism": "dp-fedavg", "clip_quantile": 0.5}
-STATISTICS = NOISE | {"mechanism": "statistics"}
+STATISTICS = NOISE | {"mechanism": "statistics", "center_share": 0.1, "scatter_share": 0.1}
 UNIFORM = {"weighting": "uniform"}
 ONE_STEP = QUICK | {"local_steps": 1, "dp-fpl": {"rank": 2}}
 

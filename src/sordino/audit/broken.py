@@ -21,7 +21,7 @@ from sordino.privacy.dp_sgd import DpSgdGradients, Group, sampled
 from sordino.privacy.example_level import ExampleMechanism
 from sordino.privacy.gradients import Batch, ExactGradients, Gradient, Gradients, Parameters, PromptOf
 from sordino.privacy.mechanism import Mechanism
-from sordino.privacy.statistics.mechanism import StatisticsMechanism
+from sordino.privacy.statistics.mechanism import MATRIX, StatisticsMechanism
 from sordino.randomness import Randomness, Words
 from sordino.runtime.local import LocalRuntime
 
@@ -98,19 +98,12 @@ DEFECTS: dict[Defect, type[ExampleMechanism]] = {
 class AlteredNoiseMechanism(StatisticsMechanism):
     """Class statistics leave with other noise than the ledger says; subclasses say with which."""
 
-    def matrices(
-        self,
-        features: Tensor,
-        labels: Tensor,
-        rows: Sequence[Tensor],
-        randomness: Randomness,
-        persons: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def with_own_noise(self, part: str, exact: Tensor, randomness: Randomness) -> Tensor | None:
         sizes = self.inputs.sizes
-        return super().matrices(features, labels, rows, self.altered(randomness, sum(sizes) / len(sizes)), persons)
+        return super().with_own_noise(part, exact, self.altered(randomness, sum(sizes) / len(sizes)))
 
-    def summed(self, exact: Tensor, randomness: Randomness) -> Tensor:
-        return super().summed(exact, self.altered(randomness, sum(self.inputs.sizes)))
+    def summed(self, part: str, exact: Tensor, randomness: Randomness) -> Tensor:
+        return super().summed(part, exact, self.altered(randomness, sum(self.inputs.sizes)))
 
     def altered(self, randomness: Randomness, examples: float) -> AlteredRandomness:
         """Return the source of the noise on a sum over so many examples."""
@@ -148,20 +141,22 @@ class ExactCountsMechanism(StatisticsMechanism):
     multiplier that holds for its examples is z n_c / n.
     """
 
-    def matrices(
+    def exact(
         self,
+        part: str,
         features: Tensor,
         labels: Tensor,
         rows: Sequence[Tensor],
-        randomness: Randomness,
         persons: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        exact, own = super().matrices(features, labels, rows, randomness, persons)
+        centers: Tensor | None = None,
+    ) -> Tensor:
+        exact = super().exact(part, features, labels, rows, persons, centers)
+        if part != MATRIX:
+            return exact
         counts = exact[..., 0]  # [K, C], in a common unit
         held = counts > 0
         average = counts.sum(1, keepdim=True) / held.sum(1, keepdim=True).clamp(min=1)
-        scaled = exact * torch.where(held, average / torch.where(held, counts, 1.0), 1.0)[..., None]
-        return scaled, None if own is None else (own.double() + scaled - exact).float()
+        return exact * torch.where(held, average / torch.where(held, counts, 1.0), 1.0)[..., None]
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ prompts or uploads. Two attacks guess which candidates are in the sum:
   of a single example. This one knows nothing else, so the other images of the class count as noise.
 - **regression**: the expected inclusion bits of all candidates, given M. The attacker knows the images that are no
   candidates, and thinks that each candidate is in with probability 1/2. So M is the expected sum, plus sum_i u_i c_i
-  with u_i of mean 0 and variance 1/4, plus noise. Estimates are the best linear ones. Rows of other classes tell
-  nothing of a candidate, so classes are solved one by one. The length of the expected sum stays open, so that scores do
-  not depend on how a mechanism scales rows.
+  with u_i of mean 0 and variance 1/4, plus noise. Estimates are the best linear ones. The length of an expected sum
+  stays open, so that scores do not depend on how a mechanism scales rows; each class has a sum of its own.
 
-If clients' own matrices and their sum are both released, each counts by the inverse of its noise variance.
+All parts that are released count by the inverse of their noise variance: clients' own matrices, their sum, and the sums
+for center and scatter.
 
 **Reconstruction** reads an image's feature off the row of its class, where it is the only example of its client and
 class. Fresh releases of single images by the run's own mechanism show how far noise hides it.
@@ -20,7 +20,7 @@ class. Fresh releases of single images by the run's own mechanism show how far n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,11 +35,11 @@ from sordino.audit.membership import Indices, candidates
 from sordino.audit.scores import Attack, Claim
 from sordino.audit.subject import Subject
 from sordino.errors import ConfigError
-from sordino.privacy.statistics.mechanism import StatisticsMechanism
-from sordino.privacy.statistics.release import contributions
+from sordino.privacy.statistics.estimates import Statistics
+from sordino.privacy.statistics.mechanism import CENTER, MATRIX, SCATTER, StatisticsMechanism
+from sordino.privacy.statistics.release import CENTER_COUNTS, contributions, unpacked
 from sordino.randomness import Streams, derive_key, generator
 from sordino.runtime.local import LocalRuntime, Training
-from sordino.runtime.release import OWN
 
 PRIOR_PRECISION = 4.0  # of a fair coin: one over its variance
 LEAST_DEVIATION = 1e-3  # assumed of a release without noise, so that its weight is finite
@@ -74,7 +74,7 @@ class ReleaseAttack:
         product, regression: the two attacks on membership, and their bounds, which hold together at 95% confidence.
         reconstruction: of single images.
         members, non_members: number of candidates of each kind, which are equal.
-        noise_multipliers: of the clients' own matrices and of their sum, those that are released.
+        noise_multipliers: of the parts of the release.
         claimed_epsilon: an example's, against the untrusted observer that learned most; None if it is infinite.
         delta: at which claim and bounds are stated.
     """
@@ -114,24 +114,19 @@ def attack_release(subject: Subject, seed: int) -> ReleaseAttack:
     owner = np.zeros_like(chosen.owner) if runtime.algorithm.ABOUT.pools_data else chosen.owner
     unknown = _Examples.of(subject.features, subject.labels, chosen.rows, owner)
     rest = _Examples.of(subject.features, subject.labels, np.concatenate(known), holder)
-    sources = list(released(runtime, subject.training))
-    mechanism = _mechanism(runtime)
-    scores = {
-        "product": products(mechanism, sources, unknown).numpy(),
-        "regression": regressed(mechanism, sources, unknown, rest).numpy(),
-    }
+    view = View.of(runtime, subject.training)
+    scores = {"product": products(view, unknown).numpy(), "regression": regressed(view, unknown, rest).numpy()}
     claim = Claim.of(subject, subject.ledger)
     attacks = {
         name: claim.judge(Attack.of(values, chosen.member), values, seed, len(scores))
         for name, values in scores.items()
     }
-    multipliers = (mechanism.multipliers.own, mechanism.multipliers.total)
     return ReleaseAttack(
         **attacks,
         reconstruction=reconstruct(subject, seed),
         members=int(chosen.member.sum()),
         non_members=int((~chosen.member).sum()),
-        noise_multipliers=tuple(value for value in multipliers if value is not None),
+        noise_multipliers=tuple(view.mechanism.multipliers.parts.values()),
         claimed_epsilon=claim.epsilon,
         delta=claim.delta,
     )
@@ -139,7 +134,7 @@ def attack_release(subject: Subject, seed: int) -> ReleaseAttack:
 
 def canary_scores(runtime: LocalRuntime, training: Training, canaries: Canaries) -> Tensor:
     """Return the regression's scores [m] of canaries, which are the last rows of the runtime's table."""
-    data, mechanism = runtime.data, _mechanism(runtime)
+    data = runtime.data
     real = len(data.features) - len(canaries.labels)
     held = [row[:count] for row, count in zip(data.rows, data.counts, strict=True)]
     held = [row[row < real] for row in held]
@@ -147,7 +142,7 @@ def canary_scores(runtime: LocalRuntime, training: Training, canaries: Canaries)
     rows = torch.cat(held)
     rest = _Examples(data.features[rows].cpu(), data.labels[rows].cpu(), holder)
     unknown = _Examples(canaries.features.cpu(), canaries.labels.cpu(), canaries.owners.cpu())
-    return regressed(mechanism, list(released(runtime, training)), unknown, rest)
+    return regressed(View.of(runtime, training), unknown, rest)
 
 
 @dataclass(frozen=True)
@@ -171,15 +166,17 @@ class _Examples:
 
 @dataclass(frozen=True)
 class Source:
-    """A released matrix.
+    """A part of what was released.
 
     Attributes:
-        matrix: [C, 1 + r], float64 on the CPU.
+        part: which; see `sordino.privacy.statistics.mechanism`.
+        sums: [C, 1 + r], [1 + D] or [r, r], by part; float64 on the CPU.
         deviation: of its noise, as it was planned; positive.
-        client: whose it is; None if it is the sum of all clients' matrices.
+        client: whose it is; None if it is the sum over all clients.
     """
 
-    matrix: Tensor
+    part: str
+    sums: Tensor
     deviation: float
     client: int | None
 
@@ -188,60 +185,120 @@ class Source:
         return torch.ones_like(owner, dtype=torch.bool) if self.client is None else owner == self.client
 
 
-def released(runtime: LocalRuntime, training: Training) -> Iterator[Source]:
-    """Yield the matrices that a run released, from what clients keep of them.
+@dataclass(frozen=True)
+class View:
+    """What an attacker knows of a release: its parts, and what an example contributes to them.
 
-    The sum of all clients' matrices is told as counts and sums of features, which are the same numbers in other units.
+    Attributes:
+        mechanism: of the run.
+        sources: the parts.
+        centers: [K, D], from where each client's features are seen, on the CPU; or None.
     """
-    mechanism, release = _mechanism(runtime), training.at_clients.release
-    noise = mechanism.multipliers
-    if noise.own is not None:
-        deviation = max(noise.own * mechanism.clip, LEAST_DEVIATION)
-        for client, matrix in enumerate(release[OWN]):
-            yield Source(matrix.cpu().double(), deviation, client)
-    if noise.total is not None:
-        rate, share = mechanism.settings.sampling_rate, mechanism.count_share
-        counts, sums = release["counts"].cpu().double(), release["sums"].cpu().double()
-        matrix = rate * torch.cat([share**0.5 * counts[:, None], (1 - share) ** 0.5 * sums], 1)
-        yield Source(matrix, max(noise.total * mechanism.clip, LEAST_DEVIATION), None)
+
+    mechanism: StatisticsMechanism
+    sources: Sequence[Source]
+    centers: Tensor | None
+
+    @classmethod
+    def of(cls, runtime: LocalRuntime, training: Training) -> View:
+        """Return what a run released, from what clients keep of it.
+
+        The sum of all clients' matrices is told as counts and sums of features as they are seen from the center, and a
+        sum of clients' centers, or of their scatters, has the noise of them all.
+        """
+        mechanism = _mechanism(runtime)
+        known = Statistics.of({name: part.cpu().double() for name, part in training.at_clients.release.items()})
+        noise = mechanism.multipliers
+        sources = []
+
+        def add(part: str, sums: Tensor, multiplier: float | None, client: int | None = None, noises: int = 1) -> None:
+            assert multiplier is not None
+            deviation = max(multiplier * mechanism.clip * noises**0.5, LEAST_DEVIATION)
+            sources.append(Source(part, sums, deviation, client))
+
+        noises = len(mechanism.inputs.sizes) if mechanism.by_client else 1
+        if noise.own is not None and known.own is not None:
+            for client, matrix in enumerate(known.own):
+                add(MATRIX, matrix, noise.own, client)
+        centers = mechanism.centers(known, len(mechanism.inputs.sizes))
+        if noise.total is not None and known.pooled is not None:
+            rate, share = mechanism.rate, mechanism.count_share
+            shorter = 1.0 if centers is None else float((1 - centers[0].pow(2).sum()).sqrt())
+            counts, sums = known.pooled.counts, known.pooled.sums / shorter
+            matrix = rate * torch.cat([share**0.5 * counts[:, None], (1 - share) ** 0.5 * sums], 1)
+            add(MATRIX, matrix, noise.total)
+        if known.center is not None:
+            add(CENTER, known.center, noise.center, None, noises)
+        if known.own_center is not None:
+            for client, center in enumerate(known.own_center):
+                add(CENTER, center, noise.center, client)
+        if known.scatter is not None:
+            add(SCATTER, unpacked(known.scatter), noise.scatter, None, noises)
+        return cls(mechanism, sources, centers)
+
+    def rows(self, part: str, examples: _Examples) -> Tensor:
+        """Return what examples are expected to add to a part: rows [n, ...], of u in place of u u^T, float64."""
+        mechanism, features = self.mechanism, examples.features
+        directions = None if mechanism.directions is None else mechanism.directions.cpu().to(features)
+        if part == CENTER:
+            return mechanism.rate * contributions(features, CENTER_COUNTS, None)
+        share = mechanism.count_share if part == MATRIX else 0.0
+        rows = torch.zeros(len(features), mechanism.shape[1], dtype=torch.float64)
+        for owner in examples.owner.unique():
+            own = examples.owner == owner
+            center = None if self.centers is None else self.centers[int(owner)]
+            rows[own] = contributions(features[own], share, directions, center)
+        return mechanism.rate * rows if part == MATRIX else mechanism.rate**0.5 * rows[:, 1:]
 
 
-def products(mechanism: StatisticsMechanism, sources: Sequence[Source], unknown: _Examples) -> Tensor:
-    """Return the product [n] of each example with the rows of its class in all matrices that it may be in."""
-    rows = _contributions(mechanism, unknown)
-    scores = torch.zeros(len(rows), dtype=torch.float64)
-    for source in sources:
-        along = (source.matrix[unknown.labels] * rows).sum(1) / source.deviation**2
+def products(view: View, unknown: _Examples) -> Tensor:
+    """Return the product [n] of each example with the rows of its class in all sums that it may be in."""
+    scores = torch.zeros(len(unknown.labels), dtype=torch.float64)
+    for source in view.sources:
+        sums = source.sums[unknown.labels] if source.part == MATRIX else source.sums
+        along = _along(sums, view.rows(source.part, unknown), source.part) / source.deviation**2
         scores += torch.where(source.has(unknown.owner), along, 0.0)
     return scores
 
 
-def regressed(mechanism: StatisticsMechanism, sources: Sequence[Source], unknown: _Examples, rest: _Examples) -> Tensor:
+def regressed(view: View, unknown: _Examples, rest: _Examples) -> Tensor:
     """Return each example's expected inclusion bit, less 1/2: [n].
 
     Args:
-        mechanism: says what an example contributes.
-        sources: the released matrices.
-        unknown: n examples, each in the sum of its owner with probability 1/2.
+        view: what was released.
+        unknown: n examples, each in the sums of its owner with probability 1/2.
         rest: the examples that are in it for certain.
     """
-    rows, others = _contributions(mechanism, unknown), _contributions(mechanism, rest)
-    scores = torch.zeros(len(rows), dtype=torch.float64)
-    for label in unknown.labels.unique():
-        places = (unknown.labels == label).nonzero().flatten()
-        certain = rest.labels == label
-        gram = PRIOR_PRECISION * torch.eye(len(places), dtype=torch.float64)
-        along = torch.zeros(len(places), dtype=torch.float64)
-        for source in sources:
-            inside = source.has(unknown.owner[places]).double()[:, None]
-            own = inside * rows[places]
-            expected = others[certain & source.has(rest.owner)].sum(0) + own.sum(0) / 2
-            expected = F.normalize(expected, dim=0)
-            own = (own - (own @ expected)[:, None] * expected) / source.deviation
-            gram += own @ own.T
-            along += own @ source.matrix[label] / source.deviation
-        scores[places] = torch.linalg.solve(gram, along)
+    count = len(unknown.labels)
+    gram = PRIOR_PRECISION * torch.eye(count, dtype=torch.float64)
+    along = torch.zeros(count, dtype=torch.float64)
+    for source in view.sources:
+        rows, others = view.rows(source.part, unknown), view.rows(source.part, rest)
+        inside, certain = source.has(unknown.owner), source.has(rest.owner)
+        for label in unknown.labels.unique() if source.part == MATRIX else [None]:
+            chosen = inside if label is None else inside & (unknown.labels == label)
+            theirs = certain if label is None else certain & (rest.labels == label)
+            sums = source.sums if label is None else source.sums[label]
+            places, own = chosen.nonzero().flatten(), rows[chosen]
+            expected = _total(others[theirs], source.part) + _total(own, source.part) / 2
+            expected = expected / expected.norm().clamp(min=1e-12)
+            lengths = _along(expected, own, source.part)
+            similar = (own @ own.T) ** (2 if source.part == SCATTER else 1)
+            gram[places[:, None], places] += (similar - lengths[:, None] * lengths) / source.deviation**2
+            told = _along(sums, own, source.part) - lengths * (expected * sums).sum()
+            along[places] += told / source.deviation**2
+    scores: Tensor = torch.linalg.solve(gram, along)
     return scores
+
+
+def _along(sums: Tensor, rows: Tensor, part: str) -> Tensor:
+    """Return the products [n] of what examples add to a part with its sums, of all or of each."""
+    return ((rows @ sums) * rows).sum(1) if part == SCATTER else (rows * sums).sum(1)
+
+
+def _total(rows: Tensor, part: str) -> Tensor:
+    """Return what examples add to a part together."""
+    return rows.mT @ rows if part == SCATTER else rows.sum(0)
 
 
 def reconstruct(subject: Subject, seed: int) -> Reconstruction:
@@ -251,7 +308,10 @@ def reconstruct(subject: Subject, seed: int) -> Reconstruction:
         subject: the run.
         seed: chooses images of clients, and draws the noise.
     """
-    mechanism, used = _mechanism(subject.runtime), torch.from_numpy(subject.task.used)
+    mechanism, known = _mechanism(subject.runtime), Statistics.of(subject.training.at_clients.release)
+    centers = mechanism.centers(known, 1 if known.own_center is None else len(known.own_center))
+    center = None if centers is None else centers[0]
+    used = torch.from_numpy(subject.task.used)
     gallery = F.normalize(subject.features[used.to(subject.features.device)].cpu().double(), dim=-1)
     held = np.concatenate(subject.task.train)
     chosen = np.sort(generator(seed, "images alone").permutation(held)[:SINGLES])
@@ -260,10 +320,12 @@ def reconstruct(subject: Subject, seed: int) -> Reconstruction:
         rows = torch.from_numpy(chosen[first : first + AT_ONCE])
         features = subject.features[rows.to(subject.features.device)]
         labels = subject.labels[rows.to(subject.labels.device)]
-        matrices = _alone(mechanism, features, labels, derive_key(seed, "images alone", first))
+        matrices = _alone(mechanism, features, labels, center, derive_key(seed, "images alone", first))
         read = matrices[torch.arange(len(rows)), labels.cpu(), 1:].double()
         if mechanism.directions is not None:
             read = read @ mechanism.directions.cpu().double().T
+        if center is not None:
+            read = _seen_from(center.cpu().double(), read)
         read, truth = F.normalize(read, dim=-1), F.normalize(features.cpu().double(), dim=-1)
         own = (read * truth).sum(1)
         cosines.append(own)
@@ -278,26 +340,33 @@ def reconstruct(subject: Subject, seed: int) -> Reconstruction:
     )
 
 
-def _alone(mechanism: StatisticsMechanism, features: Tensor, labels: Tensor, seed: int) -> Tensor:
-    """Return the releases [n, C, 1 + r], on the CPU, of parties with one example each.
+def _seen_from(center: Tensor, read: Tensor) -> Tensor:
+    """Return the features of unit norm [n, D] that lie in the directions [n, D] from a center [D]."""
+    read = F.normalize(read, dim=-1)
+    along = read @ center
+    return center + ((along**2 + 1 - center @ center).sqrt() - along)[:, None] * read
+
+
+def _alone(
+    mechanism: StatisticsMechanism, features: Tensor, labels: Tensor, center: Tensor | None, seed: int
+) -> Tensor:
+    """Return the matrices [n, C, 1 + r], on the CPU, of parties with one example each.
 
     Where only the sum of all clients is released, it is that of one client, for an attacker who knows all others.
     """
-    rows = list(torch.arange(len(labels), device=labels.device)[:, None])
-    exact, own = mechanism.matrices(features, labels, rows, Streams(seed, 0, range(len(labels)), features.device), None)
+    everyone = torch.arange(len(labels), device=labels.device)
+    streams = Streams(seed, 0, range(len(labels)), features.device)
+    centers = None if center is None else center.expand(len(labels), -1)
+    rows = mechanism.sampled(list(everyone[:, None]), streams)
+    exact = mechanism.exact(MATRIX, features, labels, rows, centers=centers)
+    own = mechanism.with_own_noise(MATRIX, exact, streams)
     if own is not None:
         return own.cpu()
     alone = [
-        mechanism.summed(matrix[None], Streams(derive_key(seed, "sum", place), 0, [0], features.device))
+        mechanism.summed(MATRIX, matrix[None], Streams(derive_key(seed, "sum", place), 0, [0], features.device))
         for place, matrix in enumerate(exact)
     ]
     return torch.stack(alone).cpu()
-
-
-def _contributions(mechanism: StatisticsMechanism, examples: _Examples) -> Tensor:
-    """Return the examples' expected rows [n, 1 + r], float64 on the CPU."""
-    directions = None if mechanism.directions is None else mechanism.directions.cpu().to(examples.features)
-    return mechanism.settings.sampling_rate * contributions(examples.features, mechanism.count_share, directions)
 
 
 def _mechanism(runtime: LocalRuntime) -> StatisticsMechanism:

@@ -25,7 +25,6 @@ from sordino.privacy.settings import PrivacySettings
 from sordino.privacy.statistics.estimates import Noise
 from sordino.privacy.statistics.mechanism import StatisticsMechanism
 from sordino.runtime.local import LocalRuntime, Training
-from sordino.runtime.release import OWN
 
 FILE = "release.safetensors"
 ENTRY = "sordino"
@@ -33,7 +32,7 @@ FORMAT = 1
 # Keys that a run with an earlier release takes from it.
 GIVEN = (
     *("noise_multiplier", "epsilon", "delta", "noise_by", "shared_budget", "subspace", "directions"),
-    *("count_share", "sampling_rate"),
+    *("count_share", "center_share", "scatter_share", "sampling_rate"),
     *("unit", "person_images", "clip", "colluders", "dropouts", "simulation", "nonce"),
 )
 
@@ -50,7 +49,7 @@ class ReleaseFile:
         class_names: the classes, in order.
         encoder: the encoder's fingerprint.
         privacy: the `[privacy]` table, with the noise multiplier, delta and counts' share that were used.
-        noise: the noise multipliers of clients' own matrices and of their sum.
+        noise: the noise multipliers of its parts.
         persons: a digest of whose the examples are if persons are protected, else "".
         public: a digest of the public images' features that the directions are made of, or "".
     """
@@ -75,6 +74,8 @@ class ReleaseFile:
             "noise_multiplier": mechanism.noise_multiplier,
             "delta": mechanism.delta,
             "count_share": mechanism.count_share,
+            "center_share": mechanism.center_share,
+            "scatter_share": mechanism.scatter_share,
             "nonce": runtime.nonce if runtime.privacy.simulation else None,
         }
         return cls(
@@ -169,7 +170,7 @@ class ReleaseFile:
                     f"is a release of other {what}; use the [data], [partition], [encoder] and seed that it was made "
                     "with, or leave the key out to release anew",
                 )
-        if OWN not in self.tensors and runtime.mechanism.inputs.server_uses == "nothing":
+        if "own" not in self.tensors and runtime.mechanism.inputs.server_uses == "nothing":
             raise ConfigError(
                 "privacy.release",
                 str(self.path.parent),

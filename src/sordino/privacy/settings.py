@@ -23,6 +23,7 @@ BY_PERSON: tuple[Mechanism, ...] = (
 LEAST_EPSILON, MOST_EPSILON = 1e-9, 1e6
 EPSILONS = f"from {LEAST_EPSILON:g} to {MOST_EPSILON:g}, or inf for no noise"
 LEAST_MULTIPLIER, MOST_MULTIPLIER = 1e-30, 1e9
+MOST_BESIDE = 0.8  # of the budget may go to what is released beside class statistics
 MULTIPLIERS = f"from {LEAST_MULTIPLIER:g} to {MOST_MULTIPLIER:g}, or 0 for no noise"
 
 
@@ -91,6 +92,20 @@ class PrivacySettings(BaseModel):
         lt=1,
         description="statistics: the part of a contribution's squared norm that class counts get; by default from "
         "noise, classes and examples",
+    )
+    center_share: float | None = Field(
+        default=None,
+        ge=0,
+        le=0.5,
+        description="statistics: the part of the budget for the mean feature, from which all are then seen; by default "
+        "from noise, width and examples",
+    )
+    scatter_share: float | None = Field(
+        default=None,
+        ge=0,
+        le=0.5,
+        description="statistics: the part of the budget for features' squares and products, which say how images of a "
+        "class vary; by default from noise, width and examples",
     )
     sampling_rate: float = Field(
         default=1.0,
@@ -167,6 +182,12 @@ class PrivacySettings(BaseModel):
         if self.sampling_rate != 1 and self.mechanism != "statistics":
             remedy = "only 'statistics' samples once; others sample every batch, see settings.batch_size"
             raise ConfigError("privacy.sampling_rate", self.sampling_rate, remedy)
+        if (self.center_share or 0) + (self.scatter_share or 0) > MOST_BESIDE:
+            remedy = f"with privacy.center_share it may be {MOST_BESIDE}; class statistics need the rest"
+            raise ConfigError("privacy.scatter_share", self.scatter_share, remedy)
+        if self.center_share and self.subspace is not None:
+            remedy = "features are seen from a center in all directions; leave privacy.subspace out"
+            raise ConfigError("privacy.center_share", self.center_share, remedy)
         if self.epsilon is None and self.noise_multiplier is None and self.release is None:
             raise ConfigError(
                 "privacy.epsilon", None, f"mechanism {self.mechanism!r} needs epsilon or noise_multiplier"

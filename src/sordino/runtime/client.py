@@ -30,12 +30,12 @@ from sordino.privacy.gradients import Batch, Gradient, Gradients, Parameters, Pr
 from sordino.privacy.mechanism import WEIGHT, ClientRoundMechanism
 from sordino.privacy.sampling import PoissonSampler
 from sordino.privacy.secure_mean import sum_parties
-from sordino.privacy.statistics.estimates import drawn
+from sordino.privacy.statistics.estimates import Statistics, drawn
 from sordino.privacy.statistics.mechanism import StatisticsMechanism
 from sordino.runtime import messages
 from sordino.runtime.facts import Federation, RandomnessOf, client_data, stacked, stand_in
 from sordino.runtime.messages import MessageError, RoundHeader, UploadHeader
-from sordino.runtime.release import OWN, RELEASE_ROUND, ClientsRelease, pooled_of
+from sordino.runtime.release import RELEASE_ROUND, ClientsRelease
 from sordino.secure import Party, Refusal, answered
 
 
@@ -143,7 +143,7 @@ class ClientEnd:
         return self._drawn[1]
 
     def _data_of(self, mechanism: StatisticsMechanism, release: Mapping[str, Tensor]) -> ClientData:
-        statistics = mechanism.estimator.statistics(release.get(OWN), pooled_of(release), self.numbers)
+        statistics = mechanism.estimator.statistics(Statistics.of(release), self.numbers)
         if not mechanism.replaces_images:
             return replace(self.data, statistics=statistics)
         streams = self.federation.init_context(self.numbers).streams
@@ -177,7 +177,7 @@ class ClientReleaseRound:
         """Return the clients' replies to the server's messages; see `ClientsRelease.handle`."""
         replies = self._release.handle(contents)
         if self._release.released is not None:
-            self.training = self._end.released(self.training, self._release.released)
+            self.training = self._end.released(self.training, self._release.released.tensors)
         return replies
 
 

@@ -18,7 +18,7 @@ from sordino.encoders.prompt_model import Prompt, PromptModel
 from sordino.privacy.choice import mechanism_for
 from sordino.privacy.ledger import Ledger, Release, joint_digest
 from sordino.privacy.settings import PrivacySettings
-from sordino.privacy.statistics.estimates import Noise
+from sordino.privacy.statistics.estimates import Noise, Statistics
 from sordino.privacy.statistics.mechanism import StatisticsMechanism
 from sordino.randomness import Randomness, SystemRandomness, new_nonce, simulated
 from sordino.runtime import aggregation
@@ -34,7 +34,6 @@ from sordino.runtime.facts import (
     schemas_of,
 )
 from sordino.runtime.records import RoundRecord
-from sordino.runtime.release import OWN, pooled_of
 from sordino.runtime.server import Diverged, RoundError, ServerEnd, ServerTraining, finite
 from sordino.runtime.settings import RuntimeSettings
 from sordino.secure import Refusal
@@ -249,15 +248,15 @@ class LocalRuntime:
             releases: its entries in the ledger.
         """
         device = self.data.features.device
-        release = {name: tensor.to(device) for name, tensor in release.items()}
+        known = Statistics.of({name: tensor.to(device) for name, tensor in release.items()})
         mechanism = self.mechanism
         assert isinstance(mechanism, StatisticsMechanism)
-        if mechanism.joins and pooled_of(release) is None:  # what was released by each may be joined later
-            release = release | vars(mechanism.pooled(release[OWN], None))
-        pooled = {name: tensor for name, tensor in release.items() if name != OWN}
+        if mechanism.joins and known.pooled is None:  # what was released by each may be joined later
+            known = replace(known, pooled=mechanism.pooled(known, None))
+        of_all = replace(known, own=None, own_center=None).tensors
         ledger = training.ledger.add(releases)
-        at_server = replace(training.at_server, ledger=ledger, release=pooled, released=True)
-        return Training(at_server, self.clients.released(training.at_clients, release))
+        at_server = replace(training.at_server, ledger=ledger, release=of_all, released=True)
+        return Training(at_server, self.clients.released(training.at_clients, known.tensors))
 
     def round(self, training: Training) -> tuple[Training, RoundRecord]:
         """Run the next round.

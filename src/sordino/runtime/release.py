@@ -1,22 +1,24 @@
 """The release of class statistics before the first round: its messages, and what both ends do with them.
 
-1. The server asks; each client answers with its matrix, with its own noise or, to a trusted server, without. Under a
-   secure sum it answers with nothing, and the sum's messages follow.
+1. The server asks; each client answers with its sums, with its own noise or, to a trusted server, without. Under a
+   secure sum it answers with nothing, and the sum's messages follow. If there is a center, its sums come first, and the
+   server tells them when it asks for the rest.
 2. The server tells what all releases say together. From then on a client trains on what was released.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from sordino.algorithms.base import Broadcast, Upload, named_tensors
+from sordino.algorithms.base import Broadcast, Upload
 from sordino.privacy.ledger import Release
 from sordino.privacy.secure_mean import ServerSums, SumVectors, sum_parties
-from sordino.privacy.statistics.mechanism import FIELD, StatisticsMechanism
+from sordino.privacy.statistics.estimates import Statistics
+from sordino.privacy.statistics.mechanism import CENTER, MATRIX, SCATTER, StatisticsMechanism
 from sordino.privacy.statistics.posterior import Observed
 from sordino.randomness import Randomness, system_bytes
 from sordino.runtime import messages
@@ -24,53 +26,63 @@ from sordino.runtime.messages import MessageError, RoundHeader, UploadHeader
 from sordino.secure import Carrier, Party, Refusal, answered
 
 RELEASE_ROUND = 0  # the number of the release among the rounds
-OWN = "own"  # the clients' own matrices, in what a stack of clients keeps of a release
 SESSION_BYTES = 16
 
 
 @dataclass(frozen=True)
-class Matrix(Upload):
-    """A client's class statistics.
+class Sums(Upload):
+    """A client's sums.
 
     Attributes:
-        matrix: [K, C, 1 + r].
+        sums: part of the release to [K, ...].
     """
 
-    matrix: Tensor
+    sums: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Pooled(Broadcast):
-    """The statistics that all clients' releases tell together; fields are those of `Observed`, without leading axes.
+class Told(Broadcast):
+    """What all clients' releases tell together, so far: names are those of `Statistics.tensors`.
 
     Attributes:
-        statistics: name to tensor.
+        statistics: name to tensor, without leading axes.
     """
 
     statistics: Mapping[str, Tensor]
 
 
-def pooled_message(observed: Observed | None) -> Broadcast:
-    """Return the message of pooled statistics, or an empty one if nothing is pooled."""
-    return Broadcast() if observed is None else Pooled(vars(observed))
+def told(statistics: Mapping[str, Tensor]) -> Broadcast:
+    """Return the message that tells statistics, or an empty one if there are none."""
+    return Told(statistics) if statistics else Broadcast()
 
 
-def pooled_like(mechanism: StatisticsMechanism, device: torch.device) -> Broadcast:
-    """Return a message with the names, types and shapes that were agreed."""
-    if not mechanism.joins:
+def told_like(mechanism: StatisticsMechanism, stage: int, device: torch.device) -> Broadcast:
+    """Return a message with the names, types and shapes that were agreed.
+
+    Args:
+        mechanism: of the run.
+        stage: how many stages have been answered.
+        device: where its tensors are.
+    """
+    if not mechanism.joins or not stage:
         return Broadcast()
+    if stage < len(mechanism.stages):
+        return Told({CENTER: torch.zeros(mechanism.part_shape(CENTER), device=device)})
     classes, width = mechanism.shape
-    shapes = {"sums": (classes, width - 1)}
-    names = [entry.name for entry in fields(Observed)]
-    return Pooled({name: torch.zeros(*shapes.get(name, (classes,)), device=device) for name in names})
+    shapes: dict[str, tuple[int, ...]] = {entry.name: (classes,) for entry in fields(Observed)}
+    shapes["sums"] = (classes, width - 1)
+    if SCATTER in mechanism.stages[-1]:
+        shapes[SCATTER] = mechanism.part_shape(SCATTER)
+    return Told({name: torch.zeros(shape, device=device) for name, shape in shapes.items()})
 
 
-def matrix_like(mechanism: StatisticsMechanism, device: torch.device) -> Upload:
-    """Return an upload with the names, types and shapes that were agreed."""
-    if not mechanism.uploads_matrices:
+def sums_like(mechanism: StatisticsMechanism, stage: int, device: torch.device) -> Upload:
+    """Return an upload with the names, types and shapes that were agreed; see `told_like`."""
+    if not mechanism.uploads_sums:
         return Upload()
     kind = torch.float64 if mechanism.uploads_exact else torch.float32
-    return Matrix(torch.zeros(1, *mechanism.shape, dtype=kind, device=device))
+    shapes = {part: (1, *mechanism.part_shape(part)) for part in mechanism.stages[stage]}
+    return Sums({part: torch.zeros(shape, dtype=kind, device=device) for part, shape in shapes.items()})
 
 
 @dataclass(frozen=True)
@@ -78,11 +90,11 @@ class ServerRelease:
     """The server's side of a release.
 
     Attributes:
-        pooled: what all releases tell together, or None.
+        statistics: what all releases tell together.
         releases: what the ledger enters.
     """
 
-    pooled: Observed | None
+    statistics: Statistics
     releases: list[Release]
 
 
@@ -109,21 +121,33 @@ def collect(
     clients = len(mechanism.inputs.sizes)
     session = system_bytes(SESSION_BYTES).hex() if mechanism.in_shares else ""
     headers = [RoundHeader(RELEASE_ROUND, client, clients, session) for client in range(clients)]
-    like = matrix_like(mechanism, device)
-    answers = _asked(link, {client: messages.encode(Broadcast(), header) for client, header in enumerate(headers)})
-    parts = [named_tensors(_decoded(client, answers[client], like)) for client in range(clients)]
-    matrices = torch.cat([part["matrix"] for part in parts]) if mechanism.uploads_matrices else torch.zeros(0)
-    total, charged = None, None
-    if mechanism.in_shares:
-        sums = ServerSums(mechanism.settings, session, clients, link, {})
-        total, charged = mechanism.summed_in_shares(sums)
-        total = total.to(device)
-    elif mechanism.multipliers.total is not None:
-        total = mechanism.summed(matrices, randomness)
-    pooled = mechanism.pooled(matrices, total) if mechanism.joins else None
-    message = pooled_message(pooled)
-    _asked(link, {client: messages.encode(message, header) for client, header in enumerate(headers)})
-    return ServerRelease(pooled, mechanism.released(name, charged))
+
+    def ask(message: Broadcast) -> dict[int, bytes]:
+        return _asked(link, {client: messages.encode(message, header) for client, header in enumerate(headers)})
+
+    sums = ServerSums(mechanism.settings, session, clients, link, {}) if mechanism.in_shares else None
+    known, charged = Statistics(), {}
+    for stage, parts in enumerate(mechanism.stages):
+        like, answers = sums_like(mechanism, stage, device), ask(told(known.tensors))
+        uploads = [_decoded(client, answers[client], like) for client in range(clients)]
+        each = {part: _stacked(uploads, part) for part in parts}
+        totals: dict[str, Tensor | None] = {}
+        for part in parts:
+            totals[part] = None
+            if sums is not None:
+                total, charged[part] = mechanism.summed_in_shares(part, sums)
+                totals[part] = total.to(device)
+            elif not mechanism.by_client:
+                totals[part] = mechanism.summed(part, each[part], randomness)
+            elif part != MATRIX and mechanism.joins:
+                totals[part] = each[part].sum(0)
+        if (center := totals.get(CENTER)) is not None:
+            known = replace(known, center=center)
+        if MATRIX in parts and mechanism.joins:
+            pooled = mechanism.pooled(replace(known, own=each[MATRIX]), totals[MATRIX])
+            known = replace(known, pooled=pooled, scatter=totals.get(SCATTER))
+    ask(told({name: tensor for name, tensor in known.tensors.items() if name != CENTER}))
+    return ServerRelease(known, mechanism.released(name, charged))
 
 
 class ClientsRelease:
@@ -138,7 +162,7 @@ class ClientsRelease:
         persons: [N], whose images they are, or None.
 
     Attributes:
-        released: name to tensor, what the clients keep of the release; None until the server has told all of it.
+        released: what the clients keep of the release; None until the server has told all of it.
     """
 
     def __init__(
@@ -152,11 +176,13 @@ class ClientsRelease:
         persons: Tensor | None = None,
     ) -> None:
         self._mechanism, self._numbers, self._device = mechanism, list(numbers), features.device
-        self._exact, self._own = mechanism.matrices(features, labels, rows, randomness, persons)
+        self._table, self._persons = (features, labels), persons
+        self._rows = mechanism.sampled(rows, randomness, persons)  # once, for all parts
         self._randomness = randomness
         self._parties: dict[int, Party] = {}
-        self._asked = False
-        self.released: dict[str, Tensor] | None = None
+        self._stage = 0  # how many were answered
+        self._known = Statistics()
+        self.released: Statistics | None = None
 
     def handle(self, contents: Mapping[int, bytes]) -> list[tuple[int, bytes | Refusal]]:
         """Return the clients' replies to the server's messages, by client.
@@ -177,38 +203,52 @@ class ClientsRelease:
                 raise MessageError(f"client {client}'s statistics were not released, and it is asked for {header}")
         if self.released is not None:
             raise MessageError(f"clients {self._numbers} have released their statistics, and do so once")
-        if not self._asked:
-            return self._upload(headers[0].session, everyone)
-        return self._end([contents[client] for client in self._numbers])
+        like = told_like(self._mechanism, self._stage, self._device)
+        message = [messages.decode(contents[client], like) for client in self._numbers][0]
+        news = dict(message.statistics) if isinstance(message, Told) else {}
+        if self._stage == len(self._mechanism.stages):
+            return self._end(news)
+        if CENTER in news:
+            self._known = replace(self._known, center=news[CENTER])
+        return self._upload(headers[0].session, everyone)
 
     def _upload(self, session: str, everyone: int) -> list[tuple[int, bytes | Refusal]]:
-        mechanism, self._asked = self._mechanism, True
+        mechanism, parts = self._mechanism, self._mechanism.stages[self._stage]
+        self._stage += 1
+        centers = mechanism.centers(self._known, len(self._numbers))
+        exact = {part: mechanism.exact(part, *self._table, self._rows, self._persons, centers) for part in parts}
+        own = {part: mechanism.with_own_noise(part, sums, self._randomness) for part, sums in exact.items()}
         if mechanism.in_shares:
-            vectors = [SumVectors(mechanism.terms, {FIELD: self._exact})]
-            parties = sum_parties(mechanism.settings, vectors, self._randomness, session, self._numbers, everyone)
-            self._parties = dict(zip(self._numbers, parties, strict=True))
-        sent = self._exact if mechanism.uploads_exact else self._own
-        header = UploadHeader(RELEASE_ROUND)
+            vectors = [SumVectors(mechanism.terms(part), {part: sums}) for part, sums in exact.items()]
+            ends = sum_parties(mechanism.settings, vectors, self._randomness, session, self._numbers, everyone)
+            self._parties = dict(zip(self._numbers, ends, strict=True))
+        if MATRIX in parts:
+            self._known = replace(self._known, own=own[MATRIX])
+        elif not mechanism.joins:
+            self._known = replace(self._known, own_center=own[CENTER])
         uploads: list[Upload] = [Upload()] * len(self._numbers)
-        if mechanism.uploads_matrices:
-            assert sent is not None
-            uploads = [Matrix(matrix[None]) for matrix in sent]
-        encoded = [messages.encode(upload, header) for upload in uploads]
+        if mechanism.uploads_sums:
+            sent = exact if mechanism.uploads_exact else own
+            uploads = [Sums({part: _of(sent[part], place) for part in parts}) for place in range(len(self._numbers))]
+        encoded = [messages.encode(upload, UploadHeader(RELEASE_ROUND)) for upload in uploads]
         return list(zip(self._numbers, encoded, strict=True))
 
-    def _end(self, contents: Sequence[bytes]) -> list[tuple[int, bytes | Refusal]]:
-        like = pooled_like(self._mechanism, self._device)
-        pooled = next(messages.decode(content, like) for content in contents)
-        own = {} if self._own is None else {OWN: self._own}
-        self._exact = torch.zeros(0)  # no longer needed
-        self.released = own | (dict(pooled.statistics) if isinstance(pooled, Pooled) else {})
+    def _end(self, news: Mapping[str, Tensor]) -> list[tuple[int, bytes | Refusal]]:
+        self._table = (torch.zeros(0), torch.zeros(0))  # no longer needed
+        self.released = Statistics.of(self._known.tensors | dict(news))
         return [(client, messages.encode(Upload(), UploadHeader(RELEASE_ROUND))) for client in self._numbers]
 
 
-def pooled_of(released: Mapping[str, Tensor]) -> Observed | None:
-    """Return the pooled statistics in what clients keep of a release, or None."""
-    rest = {name: tensor for name, tensor in released.items() if name != OWN}
-    return Observed(**rest) if rest else None
+def _of(sums: Tensor | None, place: int) -> Tensor:
+    """Return one client's sums [1, ...]."""
+    assert sums is not None
+    return sums[place][None]
+
+
+def _stacked(uploads: Sequence[Upload], part: str) -> Tensor:
+    """Return all clients' sums [K, ...] of a part; empty if they upload none."""
+    parts = [upload.sums[part] for upload in uploads if isinstance(upload, Sums)]
+    return torch.cat(parts) if parts else torch.zeros(0)
 
 
 def _asked(link: Carrier, contents: Mapping[int, bytes]) -> dict[int, bytes]:

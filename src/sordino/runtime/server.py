@@ -140,8 +140,8 @@ class ServerEnd:
         except (MessageError, SecureError) as error:
             ledger = training.ledger.add(mechanism.released(training.ledger.run))  # some may have left
             raise RoundError(f"before the first round: {error}", ledger) from None
-        pooled = {} if release.pooled is None else dict(vars(release.pooled))
-        return replace(training, ledger=training.ledger.add(release.releases), release=pooled, released=True)
+        ledger = training.ledger.add(release.releases)
+        return replace(training, ledger=ledger, release=release.statistics.tensors, released=True)
 
     def round(self, training: ServerTraining, link: Link) -> tuple[ServerTraining, ServerRecord]:
         """Run the next round.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,15 +15,25 @@ from sordino.privacy.example_level import IMAGES_PUBLIC, PERSONS_KNOWN, SIZES_KN
 from sordino.privacy.ledger import OBSERVERS, Channel, Disclosure, Ledger, Observer, Release
 from sordino.privacy.mechanism import Mechanism, summed_securely
 from sordino.privacy.secure_mean import ServerSums, SumTerms
-from sordino.privacy.statistics.estimates import Estimator, Noise
+from sordino.privacy.statistics.estimates import Estimator, Noise, Statistics
 from sordino.privacy.statistics.posterior import Observed
-from sordino.privacy.statistics.release import class_sums, contributions, count_share
+from sordino.privacy.statistics.release import (
+    center_share,
+    center_sum,
+    class_sums,
+    contributions,
+    count_share,
+    scatter_share,
+    scatter_sum,
+)
 from sordino.randomness import Randomness
 
 CONTENT = "class counts and class sums of features, once"
+CENTER, MATRIX, SCATTER = "center", "matrix", "scatter"  # the parts of a release
+PARTS = {CENTER: "sums for the center", MATRIX: "class statistics", SCATTER: "sums of squares and products"}
+BESIDE = {CENTER: "their sum over all classes", SCATTER: "sums of their products"}  # for the ledger
 # What leaves in rounds is made of the release; images that are handed over before it are not.
 MADE_OF_IT: tuple[Channel, ...] = ("upload", "shares", "mean", "prompt", "memory", "sizes")
-FIELD = "statistics"  # of the secure sum
 COUNTS_ONLY = 0.9999  # of the squared norm goes to the counts, for a method that uses nothing else
 
 
@@ -34,7 +44,8 @@ class StatisticsMechanism(Mechanism):
     With `noise_by = "client"` each client's matrix has enough noise for itself, the server sees them all, and what they
     tell together is told to all. With "server" and "shares" the sum of all matrices is released, with one noise. A
     method with a personal part then needs the client's own matrix too: both are made of the same examples, so together
-    they are one Gaussian release, and `shared_budget` of it goes to the sum.
+    they are one Gaussian release, and `shared_budget` of it goes to the sum. Center and scatter, where there are any, are
+    of all clients together; a method that sends nothing has centers of its own, and no scatter.
 
     If no mechanism is on and the method works on statistics, they are exchanged without noise.
 
@@ -68,8 +79,8 @@ class StatisticsMechanism(Mechanism):
         return self.inputs.server_uses != "nothing"
 
     @property
-    def uploads_matrices(self) -> bool:
-        """Tell whether the server sees the clients' matrices, with noise or not."""
+    def uploads_sums(self) -> bool:
+        """Tell whether the server sees the clients' sums, with noise or not."""
         return self.joins and not self.in_shares
 
     @property
@@ -78,19 +89,54 @@ class StatisticsMechanism(Mechanism):
 
         They stay float64: what rounding to float32 does to a large sum would not be within the sensitivity.
         """
-        return self.uploads_matrices and self.settings.on and self.settings.noise_by == "server"
+        return self.uploads_sums and self.settings.on and self.settings.noise_by == "server"
 
     @cached_property
     def multipliers(self) -> Noise:
-        """Return the noise multipliers of a client's own matrix and of the sum."""
+        """Return the noise multipliers of the parts of a release."""
         if self.earlier is not None:
             return self.earlier
-        z, share = self.noise_multiplier, self.settings.shared_budget
-        if self.settings.noise_by == "client" or not self.settings.on:
-            return Noise(z, None)
+        center, scatter, shared = self.center_share, self.scatter_share, self.settings.shared_budget
+        z = self.noise_multiplier / math.sqrt(1 - center - scatter)
+        parts = {CENTER: center, SCATTER: scatter}
+        beside = {name: self.noise_multiplier / math.sqrt(share) for name, share in parts.items() if share}
+        if self.by_client:
+            return Noise(z, None, **beside)
         if not self.inputs.personal:
-            return Noise(None, z)
-        return Noise(z / math.sqrt(1 - share), z / math.sqrt(share))
+            return Noise(None, z, **beside)
+        return Noise(z / math.sqrt(1 - shared), z / math.sqrt(shared), **beside)
+
+    @property
+    def by_client(self) -> bool:
+        """Tell whether each client adds noise to all that it releases."""
+        return not self.settings.on or self.settings.noise_by == "client"
+
+    @cached_property
+    def center_share(self) -> float:
+        """Return the part of the budget that the center gets; from public numbers alone.
+
+        A plan that has no model leaves it open. All parts together have the noise multiplier of the whole in any case.
+        """
+        if self.model is None or self.inputs.counts_only or self.settings.subspace is not None or not self.settings.on:
+            return 0.0
+        if self.settings.center_share is not None:
+            return self.settings.center_share
+        return center_share(self.noise_multiplier, *self._of_all(self._width))
+
+    @cached_property
+    def scatter_share(self) -> float:
+        """Return the part of the budget that the scatter gets; from public numbers alone."""
+        if self.model is None or self.inputs.counts_only or not self.joins or not self.settings.on:
+            return 0.0
+        if self.settings.scatter_share is not None:
+            return self.settings.scatter_share
+        return scatter_share(self.noise_multiplier, *self._of_all(self.shape[1] - 1))
+
+    def _of_all(self, width: int) -> tuple[int, int, float]:
+        """Return how many noises are in a sum over clients, the numbers of a feature, and the number of examples."""
+        sizes = sorted(self.inputs.sizes)
+        noises = len(sizes) if self.joins and self.by_client else 1
+        return noises, width, self.rate * (sum(sizes) if self.joins else sizes[len(sizes) // 2])
 
     @property
     def rate(self) -> float:
@@ -131,8 +177,23 @@ class StatisticsMechanism(Mechanism):
     def shape(self) -> tuple[int, int]:
         """Return the shape of a matrix, (C, 1 + r)."""
         assert self.model is not None
-        width = self.model.encoder.feature_width if self.directions is None else self.directions.shape[1]
-        return len(self.model.classes), 1 + width
+        return len(self.model.classes), 1 + (self._width if self.directions is None else self.directions.shape[1])
+
+    @property
+    def _width(self) -> int:
+        assert self.model is not None
+        return self.model.encoder.feature_width
+
+    @property
+    def stages(self) -> list[list[str]]:
+        """Return the parts of a release by the messages in which clients answer."""
+        parts = self.multipliers.parts
+        return [*([[CENTER]] if CENTER in parts else []), [MATRIX, *([SCATTER] if SCATTER in parts else [])]]
+
+    def part_shape(self, part: str) -> tuple[int, ...]:
+        """Return the shape of a client's part of a release."""
+        classes, width = self.shape
+        return {CENTER: (1 + self._width,), MATRIX: (classes, width), SCATTER: ((width - 1) * width // 2,)}[part]
 
     @cached_property
     def estimator(self) -> Estimator:
@@ -141,10 +202,8 @@ class StatisticsMechanism(Mechanism):
         encoder = self.model.encoder
         with torch.no_grad():
             text = encoder.text_features(encoder.zero_shot_context()[None], self.model.classes)[0]
-        own, total = self.multipliers.own, self.multipliers.total
-        noise = Noise(None if own is None else own * self.clip, None if total is None else total * self.clip)
         return Estimator(
-            noise,
+            self.multipliers.times(self.clip),
             self.count_share,
             self.rate,
             [size * self.clip for size in self.inputs.sizes],
@@ -154,80 +213,116 @@ class StatisticsMechanism(Mechanism):
             self.joins,
         )
 
-    def matrices(
-        self,
-        features: Tensor,
-        labels: Tensor,
-        rows: Sequence[Tensor],
-        randomness: Randomness,
-        persons: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Add up the statistics of a stack of clients.
+    def sampled(
+        self, rows: Sequence[Tensor], randomness: Randomness, persons: Tensor | None = None
+    ) -> list[Tensor]:
+        """Return which rows are in the release: each example, or person, independently of all others.
 
         Args:
-            features, labels: [N, D] and [N], the table of images.
             rows: K lists of row numbers.
-            randomness: of the clients' noise and samples.
+            randomness: of the clients' samples.
             persons: [N], whose images they are; needed where persons are protected.
-
-        Returns:
-            [K, C, 1 + r] exact sums, float64, which must not leave; and the same with each client's own noise, float32,
-            or None if clients release none.
         """
-        if not self.settings.by_person:
-            persons = None
-        chosen = self._sampled(rows, persons, randomness)
-        classes, width = self.shape
-
-        def of_client(part: Tensor) -> Tensor:
-            shares = contributions(features[part], self.count_share, self.directions)
-            whose = None if persons is None else persons[part]
-            return class_sums(shares, labels[part], classes, whose, self.clip)
-
-        exact = torch.stack([of_client(part) for part in chosen])
-        if self.multipliers.own is None:
-            return exact, None
-        noise = randomness.normal("noise on class statistics", classes, width).to(exact)
-        return exact, (exact + self.multipliers.own * self.clip * noise).float()
-
-    def _sampled(self, rows: Sequence[Tensor], persons: Tensor | None, randomness: Randomness) -> list[Tensor]:
-        """Return the rows that are in the release: each example, or person, independently of all others."""
         rate = self.rate
         if rate == 1:
             return list(rows)
-        units = [torch.arange(len(part)) if persons is None else _numbered(persons[part]) for part in rows]
+        whose = persons if self.settings.by_person else None
+        units = [torch.arange(len(part)) if whose is None else _numbered(whose[part]) for part in rows]
         counts = [int(part.max()) + 1 if len(part) else 0 for part in units]
         drawn = randomness.uniform("sample of statistics", counts)
         chosen = [(numbers < rate)[unit] for numbers, unit in zip(drawn, units, strict=True)]
         return [part[taken.to(part.device)] for part, taken in zip(rows, chosen, strict=True)]
 
-    def summed(self, exact: Tensor, randomness: Randomness) -> Tensor:
-        """Return the sum of all clients' matrices [C, 1 + r] with the server's noise, float32.
+    def exact(
+        self,
+        part: str,
+        features: Tensor,
+        labels: Tensor,
+        rows: Sequence[Tensor],
+        persons: Tensor | None = None,
+        centers: Tensor | None = None,
+    ) -> Tensor:
+        """Add up one part of the statistics of a stack of clients; see `release`.
 
         Args:
-            exact: [K, C, 1 + r], which a trusted server has.
+            part: "center", "matrix" or "scatter".
+            features, labels: [N, D] and [N], the table of images.
+            rows: K lists of row numbers, of what was `sampled`.
+            persons: [N], whose images they are; needed where persons are protected.
+            centers: [K, D], from where the features are seen, or None.
+
+        Returns:
+            [K, ...] exact sums, float64, which must not leave.
+        """
+        persons = persons if self.settings.by_person else None
+
+        def of_client(place: int, chosen: Tensor) -> Tensor:
+            whose = None if persons is None else persons[chosen]
+            if part == CENTER:
+                return center_sum(features[chosen], whose, self.clip)
+            center = None if centers is None else centers[place]
+            if part == MATRIX:
+                terms = contributions(features[chosen], self.count_share, self.directions, center)
+                return class_sums(terms, labels[chosen], self.shape[0], whose, self.clip)
+            return scatter_sum(contributions(features[chosen], 0.0, self.directions, center)[:, 1:], whose, self.clip)
+
+        return torch.stack([of_client(place, chosen) for place, chosen in enumerate(rows)])
+
+    def with_own_noise(self, part: str, exact: Tensor, randomness: Randomness) -> Tensor | None:
+        """Return a part [K, ...] with each client's own noise, float32, or None if clients release none of it.
+
+        Args:
+            part: as of `exact`.
+            exact: the sums.
+            randomness: of the clients' noise.
+        """
+        multiplier = self.multipliers.own if part == MATRIX else self.multipliers.parts[part]
+        if multiplier is None or not (part == MATRIX or self.by_client):
+            return None
+        noise = randomness.normal(f"noise on {PARTS[part]}", *exact.shape[1:]).to(exact)
+        return (exact + multiplier * self.clip * noise).float()
+
+    def summed(self, part: str, exact: Tensor, randomness: Randomness) -> Tensor:
+        """Return the sum of all clients' part [...] with the server's noise, float32.
+
+        Args:
+            part: as of `exact`.
+            exact: [K, ...], which a trusted server has.
             randomness: of the server.
         """
-        assert self.multipliers.total is not None
-        noise = randomness.common_normal("noise on the sum of class statistics", *exact.shape[1:])
-        total: Tensor = exact.double().sum(0) + self.multipliers.total * self.clip * noise.to(exact.device).double()
+        noise = randomness.common_normal(f"noise on the sum of {PARTS[part]}", *exact.shape[1:])
+        total: Tensor = exact.double().sum(0) + self._of_sum(part) * self.clip * noise.to(exact.device).double()
         return total.float()
 
-    def summed_in_shares(self, sums: ServerSums) -> tuple[Tensor, float]:
-        """Return the secure sum [C, 1 + r], float32, and the noise multiplier that its survivors left."""
-        fields, charged = sums.of(self.terms, {FIELD: torch.zeros(1, *self.shape, dtype=torch.float64)})
-        return fields[FIELD].float(), charged
+    def summed_in_shares(self, part: str, sums: ServerSums) -> tuple[Tensor, float]:
+        """Return the secure sum of a part, float32, and the noise multiplier that its survivors left."""
+        fields, charged = sums.of(self.terms(part), {part: torch.zeros(1, *self.part_shape(part), dtype=torch.float64)})
+        return fields[part].float(), charged
 
-    @cached_property
-    def terms(self) -> SumTerms:
-        """Return the terms of the secure sum; one entry may hold all of a client's examples."""
-        assert self.multipliers.total is not None
+    def terms(self, part: str) -> SumTerms:
+        """Return the terms of a secure sum; one entry may hold all of a client's examples."""
         largest = float(max(self.inputs.sizes)) * self.clip
-        return SumTerms("the sum of class statistics", self.settings.unit, self.clip, self.multipliers.total, largest)
+        return SumTerms(f"the sum of {PARTS[part]}", self.settings.unit, self.clip, self._of_sum(part), largest)
 
-    def pooled(self, own: Tensor, total: Tensor | None) -> Observed:
+    def _of_sum(self, part: str) -> float:
+        """Return the noise multiplier of the sum of all clients' part."""
+        multiplier = self.multipliers.total if part == MATRIX else self.multipliers.parts[part]
+        assert multiplier is not None
+        return multiplier
+
+    def centers(self, released: Statistics, clients: int) -> Tensor | None:
+        """Return the points [K, D] from which K clients see features, or None for the origin.
+
+        Args:
+            released: what they keep of the release.
+            clients: K.
+        """
+        centers = self.estimator.centers(released, clients)
+        return None if centers is None else centers[0]
+
+    def pooled(self, released: Statistics, total: Tensor | None) -> Observed:
         """Return what all clients' releases tell together; see `Estimator.pooled`."""
-        return self.estimator.pooled(own, total)
+        return self.estimator.pooled(released, total)
 
     def empty_ledger(self) -> Ledger:
         if not self.settings.on:
@@ -244,27 +339,26 @@ class StatisticsMechanism(Mechanism):
         stated = Ledger((), disclosures, trusted, tuple(assumptions), self.delta, self._randomness)
         return replace(stated, whole_persons=self.inputs.whole_persons)
 
-    def released(self, name: str, charged: float | None = None) -> list[Release]:
+    def released(self, name: str, charged: Mapping[str, float] | None = None) -> list[Release]:
         """Return the ledger's entries of the release.
 
         Args:
             name: of the release, which no other has.
-            charged: the noise multiplier that a secure sum's survivors left, if there was one.
+            charged: the noise multipliers that secure sums' survivors left, by part, if there were any.
         """
-        planned = [replace(release, name=name) for release in self.planned()]
-        if charged is None:
-            return planned
-        return [replace(r, noise_multipliers=(*r.noise_multipliers[:-1], charged)) for r in planned]
+        sums = {"total" if part == MATRIX else part: multiplier for part, multiplier in (charged or {}).items()}
+        return [replace(release, name=name) for release in self._entries(replace(self.multipliers, **sums))]
 
     def planned(self, rounds: int | None = None) -> list[Release]:
-        if not self.settings.on:
-            return []
-        noise_by, noise = self.settings.noise_by, self.multipliers
-        multipliers = tuple(z for z in (noise.own, noise.total) if z is not None)
+        return self._entries(self.multipliers) if self.settings.on else []
+
+    def _entries(self, noise: Noise) -> list[Release]:
+        noise_by, rate = self.settings.noise_by, self.settings.sampling_rate
         seen_by: tuple[Observer, ...] = ("clients", "public") if noise_by == "server" else OBSERVERS
-        rate = self.settings.sampling_rate
+        multipliers = tuple(noise.parts.values())
+        content = "; ".join([CONTENT, *(what for part, what in BESIDE.items() if part in noise.parts)])
         return [
-            Release(CONTENT, f"client {client}", self.settings.unit, multipliers, rate, 1, noise_by, seen_by)
+            Release(content, f"client {client}", self.settings.unit, multipliers, rate, 1, noise_by, seen_by)
             for client in range(len(self.inputs.sizes))
         ]
 

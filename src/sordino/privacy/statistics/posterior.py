@@ -20,6 +20,8 @@ from torch import Tensor
 EXPECTED_PRODUCT = 0.2
 LEAST_VARIANCE = 1e-4  # so that observations without noise have a finite weight
 LEAST_COUNT = 1e-3  # a class with fewer examples in expectation has no mean of its own
+MOST_NORM = 0.98  # of a center: what is seen from it must have a size
+MOST_SPREAD = 0.95  # of the variance within classes is in few directions
 
 
 @dataclass(frozen=True)
@@ -174,21 +176,78 @@ def _means(seen: Observed) -> tuple[Tensor, Tensor, Tensor]:
     return seen.sums / counts[:, None], seen.sum_variance / counts**2, seen.expected > LEAST_COUNT
 
 
-def within(seen: Observed, means: ClassMeans) -> float:
+def within(seen: Observed, means: ClassMeans, squares: Tensor | float = 1.0) -> float:
     """Return the variance of an image's features around its class's mean, in one direction.
 
-    Features have unit norm. So what the means lack of it is within the classes: 1 = |mean|^2 + r w. The squared norm of
-    the mean is estimated from the noisy sums, over all classes.
+    Features have a known mean square. So what the means lack of it is within the classes: squares = |mean|^2 + r w. The
+    squared norm of the mean is estimated from the noisy sums, over all classes.
+
+    Args:
+        seen: [C, r].
+        means: what was inferred of them.
+        squares: the mean squared norm of features: 1, or less where they are seen from a center.
     """
     counts = seen.expected
     width = seen.sums.shape[-1]
-    squares = (seen.sums.pow(2).sum(-1) - width * seen.sum_variance).sum() / counts.pow(2).sum().clamp(min=LEAST_COUNT)
-    noise = (width * seen.sum_variance).sum() * math.sqrt(2 / width) / counts.pow(2).sum().clamp(min=LEAST_COUNT)
+    total = counts.pow(2).sum().clamp(min=LEAST_COUNT)
+    measured = (seen.sums.pow(2).sum(-1) - width * seen.sum_variance).sum() / total
+    noise = (width * seen.sum_variance).sum() * math.sqrt(2 / width) / total
     assumed = means.means.pow(2).sum(-1).mean().clamp(max=1)
     # Where noise hides it, the posterior means' own norm stands in.
-    trust = 1 / (1 + (noise / 0.25) ** 2)
-    norm = trust * squares + (1 - trust) * assumed
-    return float((1 - norm.clamp(0, 1)) / width)
+    trust = 1 / (1 + (noise / (squares / 4)) ** 2)
+    norm = trust * measured + (1 - trust) * assumed
+    return float((squares - norm).clamp(0, float(squares)) / width)
+
+
+def center_of(noisy: Tensor, variance: float, count_share: float) -> tuple[Tensor, Tensor]:
+    """Infer the mean feature from a noisy count and sum of features.
+
+    It is shrunk towards 0 as noise grows (James and Stein, 1961), and kept inside the sphere of unit norm.
+
+    Args:
+        noisy: [K, 1 + D], counts times a, and sums times b.
+        variance: of the noise on each number.
+        count_share: a^2.
+
+    Returns:
+        The means [K, D], and how far each is trusted [K]: 1 without noise, 0 where noise is all there is.
+    """
+    counts = (noisy[:, 0] / count_share**0.5).clamp(min=1)
+    means = noisy[:, 1:] / (1 - count_share) ** 0.5 / counts[:, None]
+    doubt = variance / (1 - count_share) / counts**2
+    trust = (1 - means.shape[1] * doubt / means.pow(2).sum(1).clamp(min=1e-12)).clamp(0, 1)
+    trust = torch.minimum(trust, MOST_NORM / means.norm(dim=1).clamp(min=1e-12))
+    return trust[:, None] * means, trust
+
+
+def principal(scatter: Tensor, noise: float, between: Tensor, width: float) -> Tensor:
+    """Return the directions in which features vary most within their classes, times their standard deviations.
+
+    The scatter of features around their classes' means is the sum of a multiple of the identity and of few directions,
+    observed with noise of known size: a spiked Wigner matrix. Its eigenvalues are pushed outwards, and its eigenvectors
+    turned, by known amounts (Benaych-Georges and Nadakuditi, Advances in Mathematics 2011). What stands out of the
+    noise is corrected for both.
+
+    Args:
+        scatter: [r, r], the mean over examples of u u^T, with noise.
+        noise: the standard deviation of the noise on an entry beside the diagonal.
+        between: [r, r], the part of it that the classes' means explain.
+        width: the mean of its eigenvalues within classes.
+
+    Returns:
+        [q, r], q >= 0. The sum of their squares is less than r `width`.
+    """
+    rank = len(scatter)
+    values, vectors = torch.linalg.eigh(scatter - between)
+    edge = math.sqrt(rank) * noise
+    above = values - width
+    seen = above > 2 * edge * (1 + 1e-6) + 1e-9
+    above, vectors = above[seen], vectors[:, seen]
+    own = (above + (above**2 - 4 * edge**2).clamp(min=0).sqrt()) / 2
+    own = own * (1 - (edge / own) ** 2)
+    own = own * (MOST_SPREAD * rank * width / own.sum().clamp(min=1e-12)).clamp(max=1)
+    directions: Tensor = own.sqrt()[:, None] * vectors.mT
+    return directions
 
 
 def _log_normal(values: Tensor, variance: Tensor) -> Tensor:
