@@ -148,7 +148,9 @@ def test_the_regression_is_the_posterior_mean(model: PromptModel) -> None:
 @pytest.mark.parametrize("multiplier", [0.3, 1.0, 3.0])
 def test_noise_hides_a_feature_as_far_as_its_deviation_says(model: PromptModel, multiplier: float) -> None:
     """The row is b z + noise of r entries, so the cosine is near b / sqrt(b^2 + r deviation^2)."""
-    subject = subject_of(model, STATISTICS | {"noise_multiplier": multiplier, "center_share": 0.0, "scatter_share": 0.0})
+    subject = subject_of(
+        model, STATISTICS | {"noise_multiplier": multiplier, "center_share": 0.0, "scatter_share": 0.0}
+    )
     scale, width = math.sqrt(1 - statistics_of(subject).count_share), model.encoder.feature_width
     expected = scale / math.sqrt(scale**2 + width * multiplier**2)
     found = reconstruct(subject, seed=1)

@@ -21,7 +21,6 @@ from sordino.privacy.accounting import compose, epsilon, spent
 from sordino.privacy.gradients import Batch, ExactGradients, Gradient
 from sordino.privacy.ledger import OBSERVERS
 from sordino.privacy.statistics.mechanism import CONTENT, StatisticsMechanism
-from sordino.randomness import SystemRandomness
 from sordino.runtime import checkpoint, messages
 from sordino.runtime.client import ClientEnd, ClientReleaseRound, ClientRound
 from sordino.runtime.local import LocalRuntime, RoundError, Training

@@ -204,7 +204,7 @@ class ClientsRelease:
         if self.released is not None:
             raise MessageError(f"clients {self._numbers} have released their statistics, and do so once")
         like = told_like(self._mechanism, self._stage, self._device)
-        message = [messages.decode(contents[client], like) for client in self._numbers][0]
+        message = next(iter([messages.decode(contents[client], like) for client in self._numbers]))  # all are read
         news = dict(message.statistics) if isinstance(message, Told) else {}
         if self._stage == len(self._mechanism.stages):
             return self._end(news)

@@ -54,7 +54,7 @@ class ClassStatistics:
 
 @dataclass(frozen=True)
 class Noise:
-    """Standard deviations of the noise on the parts of a release, in units of their contributions; None for no such part.
+    """Standard deviations of the noise on a release's parts, in units of their contributions; None for no such part.
 
     Attributes:
         own: on each client's own matrix.

@@ -44,8 +44,8 @@ class StatisticsMechanism(Mechanism):
     With `noise_by = "client"` each client's matrix has enough noise for itself, the server sees them all, and what they
     tell together is told to all. With "server" and "shares" the sum of all matrices is released, with one noise. A
     method with a personal part then needs the client's own matrix too: both are made of the same examples, so together
-    they are one Gaussian release, and `shared_budget` of it goes to the sum. Center and scatter, where there are any, are
-    of all clients together; a method that sends nothing has centers of its own, and no scatter.
+    they are one Gaussian release, and `shared_budget` of it goes to the sum. Center and scatter, where there are any,
+    are of all clients together; a method that sends nothing has centers of its own, and no scatter.
 
     If no mechanism is on and the method works on statistics, they are exchanged without noise.
 
@@ -213,9 +213,7 @@ class StatisticsMechanism(Mechanism):
             self.joins,
         )
 
-    def sampled(
-        self, rows: Sequence[Tensor], randomness: Randomness, persons: Tensor | None = None
-    ) -> list[Tensor]:
+    def sampled(self, rows: Sequence[Tensor], randomness: Randomness, persons: Tensor | None = None) -> list[Tensor]:
         """Return which rows are in the release: each example, or person, independently of all others.
 
         Args:

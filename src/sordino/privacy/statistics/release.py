@@ -15,15 +15,15 @@ sensitivity 1. All that is made of M afterwards, however often and by whomever, 
 
 Two more sums may be released beside it, each with a part of the budget:
 
-- the *center*, before M: the sum of [a, b z] over all classes. What it says of the mean feature is m, and M is then made
-  of u = (z - m) / |z - m| instead of z. Where features lie close together, u tells more of a class under the same
+- the *center*, before M: the sum of [a, b z] over all classes. What it says of the mean feature is m, and M is then
+  made of u = (z - m) / |z - m| instead of z. Where features lie close together, u tells more of a class under the same
   noise. Given m, which is released, every term of M depends on its own example alone, as before.
 - the *scatter*: the sum of u u^T, as its upper triangle with the entries beside the diagonal times sqrt(2), so that the
   vector's norm is the matrix's. One example changes it by |u|^2 <= 1.
 
-Each is a Gaussian release of sensitivity 1 with a noise multiplier of its own, z_i. Adaptively composed, releases of the
-same sample are exactly one Gaussian release with 1 / z^2 = sum of 1 / z_i^2 (Dong, Roth and Su, Gaussian Differential
-Privacy, JRSS B 2022, corollary 3.3); the ledger lists the z_i.
+Each is a Gaussian release of sensitivity 1 with a noise multiplier of its own, z_i. Adaptively composed, releases of
+the same sample are exactly one Gaussian release with 1 / z^2 = sum of 1 / z_i^2 (Dong, Roth and Su, Gaussian
+Differential Privacy, JRSS B 2022, corollary 3.3); the ledger lists the z_i.
 
 If the unit is a person, the terms of one person are summed, and each sum is scaled down to norm `clip` where it is
 longer. If examples are sampled (Poisson sampling), each is in the sum with one probability, independently of all
@@ -193,4 +193,3 @@ def unpacked(vector: Tensor) -> Tensor:
     upper = torch.zeros(rank, rank, dtype=vector.dtype, device=vector.device)
     upper[row, column] = vector / torch.where(row == column, 2.0, math.sqrt(2)).to(vector)
     return upper + upper.mT
-
