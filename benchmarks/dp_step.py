@@ -33,6 +33,7 @@ from sordino.privacy.settings import PrivacySettings
 from sordino.privacy.statistics.estimates import drawn
 from sordino.privacy.statistics.mechanism import StatisticsMechanism
 from sordino.randomness import Streams, SystemRandomness
+from sordino.runtime.release import ClientsRelease, collect
 
 BATCH, LENGTH, SUBSPACE = 64, 16, 16
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -40,7 +41,7 @@ NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 def released(model: PromptModel, batch: Batch) -> Batch:
     """Release one client's statistics with a noise multiplier of 1, and draw as many examples as it has."""
-    settings = PrivacySettings(mechanism="statistics", noise_multiplier=1.0)
+    settings = PrivacySettings(mechanism="statistics", noise_multiplier=1.0, center_share=0.1, scatter_share=0.1)
     inputs = MechanismInputs(
         trains=True,
         pools_data=False,
@@ -60,11 +61,11 @@ def released(model: PromptModel, batch: Batch) -> Batch:
         classes=len(NAMES),
     )
     mechanism = StatisticsMechanism(settings, inputs, model, 1e-3, 1.0)
-    randomness = SystemRandomness(1, batch.features.device)
-    rows = [torch.arange(BATCH)]
-    _, own = mechanism.matrices(batch.features[0], batch.labels[0], rows, randomness)
-    assert own is not None
-    estimates = mechanism.estimator.statistics(own, mechanism.pooled(own, None), [0])
+    table = (batch.features[0], batch.labels[0], [torch.arange(BATCH)], [0])
+    clients = ClientsRelease(mechanism, *table, SystemRandomness(1, batch.features.device))
+    collect(mechanism, clients.handle, SystemRandomness(1, batch.features.device), "", batch.features.device)
+    assert clients.released is not None
+    estimates = mechanism.estimator.statistics(clients.released, [0])
     features, labels, _ = drawn(estimates, Streams(0, 0, [0], batch.features.device), 0.5)
     chosen = torch.arange(BATCH) % len(labels)
     return replace(batch, features=features[chosen][None].float(), labels=labels[chosen][None])
