@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sordino.encoders.prompt_model import PromptModel
+from sordino.errors import ConfigError
 from sordino.privacy.statistics.estimates import EXAMPLES, ClassStatistics, drawn
 from sordino.privacy.statistics.mechanism import StatisticsMechanism
 from sordino.privacy.statistics.posterior import (
@@ -305,6 +307,21 @@ def test_the_counts_share_is_between_its_limits() -> None:
     share = count_share(1.0, 100, 50)
     assert LEAST_SHARE < share < MOST_SHARE
     assert 50 / math.sqrt(100) == pytest.approx(3 * 1.0 / math.sqrt(share))
+
+
+def test_a_center_needs_all_directions(make_runtime: MakeRuntime, model: PromptModel) -> None:
+    width = model.encoder.feature_width
+    with pytest.raises(ConfigError, match=rf"privacy\.center_share = 0\.1.*set privacy\.subspace = {width}"):
+        mechanism_of(make_runtime, center_share=0.1, subspace=8)
+    assert mechanism_of(make_runtime, noise_multiplier=0.0, subspace=8).multipliers.center is None
+    everything = mechanism_of(make_runtime, center_share=0.1, subspace=width)
+    assert everything.directions is None
+    assert everything.multipliers.center is not None
+
+
+def test_class_statistics_keep_a_part_of_the_budget(make_runtime: MakeRuntime) -> None:
+    with pytest.raises(ConfigError, match=r"privacy\.scatter_share = 0\.4.*class statistics need the rest"):
+        mechanism_of(make_runtime, center_share=0.5, scatter_share=0.4)
 
 
 @pytest.mark.parametrize("part", ["center", "scatter"])

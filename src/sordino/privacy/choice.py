@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from sordino.encoders.prompt_model import PromptModel
@@ -40,6 +42,10 @@ def mechanism_for(
     _check(settings, inputs)
     if settings.directions == "images" and model is not None:
         _check_public(settings, public)
+    if settings.center_share and model is not None and (settings.subspace or math.inf) < model.encoder.feature_width:
+        remedy = f"features are seen from a center in all directions, and privacy.subspace = {settings.subspace} keeps "
+        remedy += f"some; leave one of the two out, or set privacy.subspace = {model.encoder.feature_width}"
+        raise ConfigError("privacy.center_share", settings.center_share, remedy)
     units = len(inputs.sizes) if settings.unit == "client" else sum(inputs.sizes)
     delta = accounting.default_delta(units) if settings.delta is None else settings.delta
     accounting.check_delta(delta, units)

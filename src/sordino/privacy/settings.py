@@ -185,9 +185,6 @@ class PrivacySettings(BaseModel):
         if (self.center_share or 0) + (self.scatter_share or 0) > MOST_BESIDE:
             remedy = f"with privacy.center_share it may be {MOST_BESIDE}; class statistics need the rest"
             raise ConfigError("privacy.scatter_share", self.scatter_share, remedy)
-        if self.center_share and self.subspace is not None:
-            remedy = "features are seen from a center in all directions; leave privacy.subspace out"
-            raise ConfigError("privacy.center_share", self.center_share, remedy)
         if self.epsilon is None and self.noise_multiplier is None and self.release is None:
             raise ConfigError(
                 "privacy.epsilon", None, f"mechanism {self.mechanism!r} needs epsilon or noise_multiplier"

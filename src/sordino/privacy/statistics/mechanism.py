@@ -117,7 +117,7 @@ class StatisticsMechanism(Mechanism):
 
         A plan that has no model leaves it open. All parts together have the noise multiplier of the whole in any case.
         """
-        if self.model is None or self.inputs.counts_only or self.settings.subspace is not None or not self.settings.on:
+        if self.model is None or self.inputs.counts_only or self.directions is not None or not self.settings.on:
             return 0.0
         if self.settings.center_share is not None:
             return self.settings.center_share
@@ -166,7 +166,7 @@ class StatisticsMechanism(Mechanism):
         """Return the public directions [D, r], or None for all."""
         assert self.model is not None
         encoder, rank = self.model.encoder, self.settings.subspace
-        if rank is None or not self.settings.on:
+        if rank is None or rank >= self._width or not self.settings.on:
             return None
         if self.settings.directions == "names":
             return public_directions(encoder, rank)
