@@ -21,6 +21,7 @@ from sordino.privacy.accounting import compose, epsilon, spent
 from sordino.privacy.gradients import Batch, ExactGradients, Gradient
 from sordino.privacy.ledger import OBSERVERS
 from sordino.privacy.statistics.mechanism import CONTENT, StatisticsMechanism
+from sordino.privacy.statistics.release import CENTER_COUNTS, unpacked
 from sordino.runtime import checkpoint, messages
 from sordino.runtime.client import ClientEnd, ClientReleaseRound, ClientRound
 from sordino.runtime.local import LocalRuntime, RoundError, Training
@@ -308,3 +309,21 @@ def test_a_release_that_two_runs_use_costs_once(make_runtime: MakeRuntime) -> No
         assert spent(compose([training.ledger, other.ledger]), observer, "example").epsilon > alone
         assert spent(compose([training.ledger, other.ledger, again.ledger]), observer, "example").epsilon > alone
     assert training.ledger.add(training.ledger.releases) == training.ledger
+
+
+@pytest.mark.parametrize("system", [False, True])
+def test_all_parts_are_of_the_same_sample(system: bool, make_runtime: MakeRuntime) -> None:
+    """Otherwise they would be several subsampled releases, and the ledger has one."""
+    exact = {"mechanism": "statistics", "noise_multiplier": 0.0, "sampling_rate": 0.5}
+    exact |= {"center_share": 0.1, "scatter_share": 0.1}
+    runtime = made(make_runtime, "promptfl", exact if system else exact | {"simulation": True, "nonce": NONCE})
+    mechanism = runtime.mechanism
+    assert isinstance(mechanism, StatisticsMechanism)
+    seen = runtime.release(runtime.start())[0].at_clients.release
+    counted = float(seen["own"][..., 0].sum()) / mechanism.count_share**0.5
+    assert 0 < counted < sum(map(len, ROWS))
+    assert counted == pytest.approx(round(counted), abs=1e-3)
+    assert float(seen["center"][0]) / CENTER_COUNTS**0.5 == pytest.approx(counted, abs=1e-3)
+    assert float(unpacked(seen["scatter"]).trace()) == pytest.approx(counted, abs=1e-3)
+    again = runtime.release(runtime.start())[0].at_clients.release
+    assert system != all(torch.equal(again[name], tensor) for name, tensor in seen.items())
