@@ -15,7 +15,8 @@ from audit.test_membership import make_task
 
 from sordino.algorithms import algorithm, settings_for
 from sordino.audit.broken import with_defect
-from sordino.audit.release import View, _Examples, attack_release, reconstruct, regressed
+from sordino.audit.evidence import Evidence, Examples
+from sordino.audit.release import attack_release, reconstruct, regressed
 from sordino.audit.run import as_text, audit
 from sordino.audit.subject import Subject, train
 from sordino.audit.wiretap import repeated, same_end
@@ -24,7 +25,7 @@ from sordino.errors import ConfigError
 from sordino.experiments.config import Experiment, load_config
 from sordino.experiments.run import run
 from sordino.privacy.settings import PrivacySettings
-from sordino.privacy.statistics.estimates import Statistics
+from sordino.privacy.statistics.estimates import Released
 from sordino.privacy.statistics.mechanism import StatisticsMechanism
 from sordino.privacy.statistics.release import unpacked
 from sordino.runtime.local import LocalRuntime
@@ -85,16 +86,16 @@ def statistics_of(subject: Subject) -> StatisticsMechanism:
 def test_the_sums_are_those_that_were_released(model: PromptModel, method: str, noise_by: str) -> None:
     """Without noise they are the exact sums, whether told as a matrix or as counts and sums of features."""
     subject = subject_of(model, EXACT | {"noise_by": noise_by}, method)
-    view, mechanism = View.of(subject.runtime, subject.training), statistics_of(subject)
+    evidence, mechanism = Evidence.of(subject.runtime, subject.training), statistics_of(subject)
     own = CLIENTS if noise_by == "client" or method == "dp-fpl" else 0
     of_all = [("matrix", None)] if noise_by == "server" else []
     expected = [*(("matrix", client) for client in range(own)), *of_all, ("center", None), ("scatter", None)]
-    assert [(source.part, source.client) for source in view.sources] == expected
-    for source in view.sources:
+    assert [(source.part, source.client) for source in evidence.sources] == expected
+    for source in evidence.sources:
         rows = torch.from_numpy(
             np.concatenate(subject.task.train) if source.client is None else subject.task.train[source.client]
         )
-        centers = mechanism.centers(Statistics.of(subject.training.at_clients.release), 1)
+        centers = mechanism.centers(Released.of(subject.training.at_clients.release), 1)
         exact = mechanism.exact(source.part, subject.features, subject.labels, [rows], centers=centers)[0]
         exact = unpacked(exact) if source.part == "scatter" else exact
         torch.testing.assert_close(source.sums, exact, rtol=0, atol=1e-4)
@@ -118,16 +119,16 @@ def test_the_regression_is_the_posterior_mean(model: PromptModel) -> None:
     """Against a dense solution of all unknowns at once, the expected sums' lengths with a flat prior."""
     beside = {"center_share": 0.2, "scatter_share": 0.3}
     subject = subject_of(model, STATISTICS | {"noise_multiplier": 0.7, "noise_by": "server"} | beside, "dp-fpl")
-    view = View.of(subject.runtime, subject.training)
+    evidence = Evidence.of(subject.runtime, subject.training)
     everyone = np.concatenate(subject.task.train)
     owner = np.repeat(np.arange(CLIENTS), [len(rows) for rows in subject.task.train])
-    unknown = _Examples.of(subject.features, subject.labels, everyone[::3], owner[::3])
-    rest = _Examples.of(subject.features, subject.labels, everyone[1::3], owner[1::3])
-    scores = regressed(view, unknown, rest)
+    unknown = Examples.of(subject.features, subject.labels, everyone[::3], owner[::3])
+    rest = Examples.of(subject.features, subject.labels, everyone[1::3], owner[1::3])
+    scores = regressed(evidence, unknown, rest)
     count, blocks, sums = len(everyone[::3]), [], []
-    assert {source.part for source in view.sources} == {"matrix", "center", "scatter"}
-    for source in view.sources:
-        rows, others = view.rows(source.part, unknown), view.rows(source.part, rest)
+    assert {source.part for source in evidence.sources} == {"matrix", "center", "scatter"}
+    for source in evidence.sources:
+        rows, others = evidence.rows(source.part, unknown), evidence.rows(source.part, rest)
         if source.part == "scatter":  # the whole matrices
             rows, others = ((part[:, :, None] * part[:, None, :]).flatten(1) for part in (rows, others))
         for label in range(4) if source.part == "matrix" else [None]:
@@ -175,14 +176,14 @@ def test_an_honest_claim_stands_and_a_false_one_is_refuted(model: PromptModel) -
 def test_scores_do_not_depend_on_which_of_a_pair_is_the_member(model: PromptModel) -> None:
     """Given the same matrices and the same candidates in another order, each has the same score."""
     subject = subject_of(model, STATISTICS | {"noise_multiplier": 1.0})
-    view = View.of(subject.runtime, subject.training)
+    evidence = Evidence.of(subject.runtime, subject.training)
     everyone, owner = subject.task.train[0], np.zeros(len(subject.task.train[0]), dtype=np.int64)
-    unknown = _Examples.of(subject.features, subject.labels, everyone, owner)
-    rest = _Examples.of(subject.features, subject.labels, everyone[:0], owner[:0])
+    unknown = Examples.of(subject.features, subject.labels, everyone, owner)
+    rest = Examples.of(subject.features, subject.labels, everyone[:0], owner[:0])
     order = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(0))
-    turned = _Examples(unknown.features[order], unknown.labels[order], unknown.owner[order])
-    scores = regressed(view, unknown, rest)
-    torch.testing.assert_close(regressed(view, turned, rest), scores[order])
+    turned = Examples(unknown.features[order], unknown.labels[order], unknown.owner[order])
+    scores = regressed(evidence, unknown, rest)
+    torch.testing.assert_close(regressed(evidence, turned, rest), scores[order])
 
 
 # --- other attacks on such a run

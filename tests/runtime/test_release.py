@@ -20,6 +20,7 @@ from sordino.errors import ConfigError, RunError
 from sordino.privacy.accounting import compose, epsilon, spent
 from sordino.privacy.gradients import Batch, ExactGradients, Gradient
 from sordino.privacy.ledger import OBSERVERS
+from sordino.privacy.statistics.estimates import Released
 from sordino.privacy.statistics.mechanism import CONTENT, StatisticsMechanism
 from sordino.privacy.statistics.release import CENTER_COUNTS, unpacked
 from sordino.runtime import checkpoint, messages
@@ -327,3 +328,34 @@ def test_all_parts_are_of_the_same_sample(system: bool, make_runtime: MakeRuntim
     assert float(unpacked(seen["scatter"]).trace()) == pytest.approx(counted, abs=1e-3)
     again = runtime.release(runtime.start())[0].at_clients.release
     assert system != all(torch.equal(again[name], tensor) for name, tensor in seen.items())
+
+
+@pytest.mark.parametrize(("first", "second"), [("promptfl", "local"), ("local", "promptfl"), ("dp-fpl", "promptfl")])
+def test_a_second_method_sees_features_from_where_they_were_released(
+    first: str, second: str, make_runtime: MakeRuntime
+) -> None:
+    """Whether the center is of all clients or of each depends on the release, and not on who uses it."""
+    noise = {"mechanism": "statistics", "noise_multiplier": 0.5, "center_share": 0.3, "count_share": 0.2}
+    one = made(make_runtime, first, noise)
+    training, _ = one.release(one.start())
+    released = Released.of(training.at_clients.release)
+    two = made(make_runtime, second, noise)
+    after = two.with_release(two.start(), training.at_clients.release, training.ledger.releases)
+    assert isinstance(one.mechanism, StatisticsMechanism)
+    assert isinstance(two.mechanism, StatisticsMechanism)
+    centers = one.mechanism.centers(released, 4)
+    assert centers is not None
+    assert centers.norm(dim=1).min() > 0
+    again = two.mechanism.centers(Released.of(after.at_clients.release), 4)
+    assert again is not None
+    assert torch.equal(again, centers)
+    assert bool((centers == centers[0]).all()) == (first != "local")
+
+
+def test_a_trusted_server_is_said_to_see_all_parts(make_runtime: MakeRuntime) -> None:
+    beside = {"noise_by": "server", "center_share": 0.1, "scatter_share": 0.1}
+    neither = {"noise_by": "server", "center_share": 0.0, "scatter_share": 0.0}
+    for parts, seen in ((neither, False), (beside, True)):
+        ledger = made(make_runtime, "promptfl", SYSTEM | parts).start().ledger
+        assert ("their sum over all classes" in ledger.disclosures[0].content) == seen
+        assert ("sums of their products" in ledger.disclosures[0].content) == seen

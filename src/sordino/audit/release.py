@@ -20,29 +20,26 @@ class. Fresh releases of single images by the run's own mechanism show how far n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sordino.audit.canaries import Canaries
-from sordino.audit.membership import Indices, candidates
+from sordino.audit.evidence import Evidence, Examples, added, along_sums, statistics_mechanism
+from sordino.audit.membership import candidates
 from sordino.audit.scores import Attack, Claim
 from sordino.audit.subject import Subject
 from sordino.errors import ConfigError
-from sordino.privacy.statistics.estimates import Statistics
-from sordino.privacy.statistics.mechanism import CENTER, MATRIX, SCATTER, StatisticsMechanism
-from sordino.privacy.statistics.release import CENTER_COUNTS, contributions, unpacked
+from sordino.privacy.statistics.estimates import Released
+from sordino.privacy.statistics.mechanism import MATRIX, SCATTER, StatisticsMechanism
 from sordino.randomness import Streams, derive_key, generator
 from sordino.runtime.local import LocalRuntime, Training
 
 PRIOR_PRECISION = 4.0  # of a fair coin: one over its variance
-LEAST_DEVIATION = 1e-3  # assumed of a release without noise, so that its weight is finite
 SINGLES = 64  # images that are reconstructed
 AT_ONCE = 16  # of them
 
@@ -112,10 +109,10 @@ def attack_release(subject: Subject, seed: int) -> ReleaseAttack:
     if runtime.algorithm.ABOUT.pools_data:  # one party holds all images
         holder = np.zeros_like(holder)
     owner = np.zeros_like(chosen.owner) if runtime.algorithm.ABOUT.pools_data else chosen.owner
-    unknown = _Examples.of(subject.features, subject.labels, chosen.rows, owner)
-    rest = _Examples.of(subject.features, subject.labels, np.concatenate(known), holder)
-    view = View.of(runtime, subject.training)
-    scores = {"product": products(view, unknown).numpy(), "regression": regressed(view, unknown, rest).numpy()}
+    unknown = Examples.of(subject.features, subject.labels, chosen.rows, owner)
+    rest = Examples.of(subject.features, subject.labels, np.concatenate(known), holder)
+    evidence = Evidence.of(runtime, subject.training)
+    scores = {"product": products(evidence, unknown).numpy(), "regression": regressed(evidence, unknown, rest).numpy()}
     claim = Claim.of(subject, subject.ledger)
     attacks = {
         name: claim.judge(Attack.of(values, chosen.member), values, seed, len(scores))
@@ -126,7 +123,7 @@ def attack_release(subject: Subject, seed: int) -> ReleaseAttack:
         reconstruction=reconstruct(subject, seed),
         members=int(chosen.member.sum()),
         non_members=int((~chosen.member).sum()),
-        noise_multipliers=tuple(view.mechanism.multipliers.parts.values()),
+        noise_multipliers=tuple(evidence.mechanism.multipliers.parts.values()),
         claimed_epsilon=claim.epsilon,
         delta=claim.delta,
     )
@@ -140,165 +137,49 @@ def canary_scores(runtime: LocalRuntime, training: Training, canaries: Canaries)
     held = [row[row < real] for row in held]
     holder = torch.arange(len(held)).repeat_interleave(torch.tensor([len(row) for row in held]))
     rows = torch.cat(held)
-    rest = _Examples(data.features[rows].cpu(), data.labels[rows].cpu(), holder)
-    unknown = _Examples(canaries.features.cpu(), canaries.labels.cpu(), canaries.owners.cpu())
-    return regressed(View.of(runtime, training), unknown, rest)
+    rest = Examples(data.features[rows].cpu(), data.labels[rows].cpu(), holder)
+    unknown = Examples(canaries.features.cpu(), canaries.labels.cpu(), canaries.owners.cpu())
+    return regressed(Evidence.of(runtime, training), unknown, rest)
 
 
-@dataclass(frozen=True)
-class _Examples:
-    """Images of some clients, on the CPU.
-
-    Attributes:
-        features, labels: [n, D] and [n].
-        owner: [n], the party whose release each of them is in, if it is in any.
-    """
-
-    features: Tensor
-    labels: Tensor
-    owner: Tensor
-
-    @classmethod
-    def of(cls, features: Tensor, labels: Tensor, rows: NDArray[np.int64], owner: Indices) -> _Examples:
-        chosen = torch.from_numpy(rows).to(features.device)
-        return cls(features[chosen].cpu(), labels[chosen].cpu(), torch.from_numpy(owner))
-
-
-@dataclass(frozen=True)
-class Source:
-    """A part of what was released.
-
-    Attributes:
-        part: which; see `sordino.privacy.statistics.mechanism`.
-        sums: [C, 1 + r], [1 + D] or [r, r], by part; float64 on the CPU.
-        deviation: of its noise, as it was planned; positive.
-        client: whose it is; None if it is the sum over all clients.
-    """
-
-    part: str
-    sums: Tensor
-    deviation: float
-    client: int | None
-
-    def has(self, owner: Tensor) -> Tensor:
-        """Return which examples may be in it, given their owners [n]."""
-        return torch.ones_like(owner, dtype=torch.bool) if self.client is None else owner == self.client
-
-
-@dataclass(frozen=True)
-class View:
-    """What an attacker knows of a release: its parts, and what an example contributes to them.
-
-    Attributes:
-        mechanism: of the run.
-        sources: the parts.
-        centers: [K, D], from where each client's features are seen, on the CPU; or None.
-    """
-
-    mechanism: StatisticsMechanism
-    sources: Sequence[Source]
-    centers: Tensor | None
-
-    @classmethod
-    def of(cls, runtime: LocalRuntime, training: Training) -> View:
-        """Return what a run released, from what clients keep of it.
-
-        The sum of all clients' matrices is told as counts and sums of features as they are seen from the center, and a
-        sum of clients' centers, or of their scatters, has the noise of them all.
-        """
-        mechanism = _mechanism(runtime)
-        known = Statistics.of({name: part.cpu().double() for name, part in training.at_clients.release.items()})
-        noise = mechanism.multipliers
-        sources = []
-
-        def add(part: str, sums: Tensor, multiplier: float | None, client: int | None = None, noises: int = 1) -> None:
-            assert multiplier is not None
-            deviation = max(multiplier * mechanism.clip * noises**0.5, LEAST_DEVIATION)
-            sources.append(Source(part, sums, deviation, client))
-
-        noises = len(mechanism.inputs.sizes) if mechanism.by_client else 1
-        if noise.own is not None and known.own is not None:
-            for client, matrix in enumerate(known.own):
-                add(MATRIX, matrix, noise.own, client)
-        centers = mechanism.centers(known, len(mechanism.inputs.sizes))
-        if noise.total is not None and known.pooled is not None:
-            rate, share = mechanism.rate, mechanism.count_share
-            shorter = 1.0 if centers is None else float((1 - centers[0].pow(2).sum()).sqrt())
-            counts, sums = known.pooled.counts, known.pooled.sums / shorter
-            matrix = rate * torch.cat([share**0.5 * counts[:, None], (1 - share) ** 0.5 * sums], 1)
-            add(MATRIX, matrix, noise.total)
-        if known.center is not None:
-            add(CENTER, known.center, noise.center, None, noises)
-        if known.own_center is not None:
-            for client, center in enumerate(known.own_center):
-                add(CENTER, center, noise.center, client)
-        if known.scatter is not None:
-            add(SCATTER, unpacked(known.scatter), noise.scatter, None, noises)
-        return cls(mechanism, sources, centers)
-
-    def rows(self, part: str, examples: _Examples) -> Tensor:
-        """Return what examples are expected to add to a part: rows [n, ...], of u in place of u u^T, float64."""
-        mechanism, features = self.mechanism, examples.features
-        directions = None if mechanism.directions is None else mechanism.directions.cpu().to(features)
-        if part == CENTER:
-            return mechanism.rate * contributions(features, CENTER_COUNTS, None)
-        share = mechanism.count_share if part == MATRIX else 0.0
-        rows = torch.zeros(len(features), mechanism.shape[1], dtype=torch.float64)
-        for owner in examples.owner.unique():
-            own = examples.owner == owner
-            center = None if self.centers is None else self.centers[int(owner)]
-            rows[own] = contributions(features[own], share, directions, center)
-        return mechanism.rate * rows if part == MATRIX else mechanism.rate**0.5 * rows[:, 1:]
-
-
-def products(view: View, unknown: _Examples) -> Tensor:
+def products(evidence: Evidence, unknown: Examples) -> Tensor:
     """Return the product [n] of each example with the rows of its class in all sums that it may be in."""
     scores = torch.zeros(len(unknown.labels), dtype=torch.float64)
-    for source in view.sources:
+    for source in evidence.sources:
         sums = source.sums[unknown.labels] if source.part == MATRIX else source.sums
-        along = _along(sums, view.rows(source.part, unknown), source.part) / source.deviation**2
+        along = along_sums(sums, evidence.rows(source.part, unknown), source.part) / source.deviation**2
         scores += torch.where(source.has(unknown.owner), along, 0.0)
     return scores
 
 
-def regressed(view: View, unknown: _Examples, rest: _Examples) -> Tensor:
+def regressed(evidence: Evidence, unknown: Examples, rest: Examples) -> Tensor:
     """Return each example's expected inclusion bit, less 1/2: [n].
 
     Args:
-        view: what was released.
+        evidence: what was released.
         unknown: n examples, each in the sums of its owner with probability 1/2.
         rest: the examples that are in it for certain.
     """
     count = len(unknown.labels)
     gram = PRIOR_PRECISION * torch.eye(count, dtype=torch.float64)
     along = torch.zeros(count, dtype=torch.float64)
-    for source in view.sources:
-        rows, others = view.rows(source.part, unknown), view.rows(source.part, rest)
+    for source in evidence.sources:
+        rows, others = evidence.rows(source.part, unknown), evidence.rows(source.part, rest)
         inside, certain = source.has(unknown.owner), source.has(rest.owner)
         for label in unknown.labels.unique() if source.part == MATRIX else [None]:
             chosen = inside if label is None else inside & (unknown.labels == label)
             theirs = certain if label is None else certain & (rest.labels == label)
             sums = source.sums if label is None else source.sums[label]
             places, own = chosen.nonzero().flatten(), rows[chosen]
-            expected = _total(others[theirs], source.part) + _total(own, source.part) / 2
+            expected = added(others[theirs], source.part) + added(own, source.part) / 2
             expected = expected / expected.norm().clamp(min=1e-12)
-            lengths = _along(expected, own, source.part)
+            lengths = along_sums(expected, own, source.part)
             similar = (own @ own.T) ** (2 if source.part == SCATTER else 1)
             gram[places[:, None], places] += (similar - lengths[:, None] * lengths) / source.deviation**2
-            told = _along(sums, own, source.part) - lengths * (expected * sums).sum()
+            told = along_sums(sums, own, source.part) - lengths * (expected * sums).sum()
             along[places] += told / source.deviation**2
     scores: Tensor = torch.linalg.solve(gram, along)
     return scores
-
-
-def _along(sums: Tensor, rows: Tensor, part: str) -> Tensor:
-    """Return the products [n] of what examples add to a part with its sums, of all or of each."""
-    return ((rows @ sums) * rows).sum(1) if part == SCATTER else (rows * sums).sum(1)
-
-
-def _total(rows: Tensor, part: str) -> Tensor:
-    """Return what examples add to a part together."""
-    return rows.mT @ rows if part == SCATTER else rows.sum(0)
 
 
 def reconstruct(subject: Subject, seed: int) -> Reconstruction:
@@ -308,7 +189,7 @@ def reconstruct(subject: Subject, seed: int) -> Reconstruction:
         subject: the run.
         seed: chooses images of clients, and draws the noise.
     """
-    mechanism, known = _mechanism(subject.runtime), Statistics.of(subject.training.at_clients.release)
+    mechanism, known = statistics_mechanism(subject.runtime), Released.of(subject.training.at_clients.release)
     centers = mechanism.centers(known, 1 if known.own_center is None else len(known.own_center))
     center = None if centers is None else centers[0]
     used = torch.from_numpy(subject.task.used)
@@ -367,12 +248,6 @@ def _alone(
         for place, matrix in enumerate(exact)
     ]
     return torch.stack(alone).cpu()
-
-
-def _mechanism(runtime: LocalRuntime) -> StatisticsMechanism:
-    mechanism = runtime.mechanism
-    assert isinstance(mechanism, StatisticsMechanism)
-    return mechanism
 
 
 def _check(runtime: LocalRuntime) -> None:

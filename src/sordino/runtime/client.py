@@ -30,7 +30,7 @@ from sordino.privacy.gradients import Batch, Gradient, Gradients, Parameters, Pr
 from sordino.privacy.mechanism import WEIGHT, ClientRoundMechanism
 from sordino.privacy.sampling import PoissonSampler
 from sordino.privacy.secure_mean import sum_parties
-from sordino.privacy.statistics.estimates import Statistics, drawn
+from sordino.privacy.statistics.estimates import Released, drawn
 from sordino.privacy.statistics.mechanism import StatisticsMechanism
 from sordino.runtime import messages
 from sordino.runtime.facts import Federation, RandomnessOf, client_data, stacked, stand_in
@@ -143,7 +143,7 @@ class ClientEnd:
         return self._drawn[1]
 
     def _data_of(self, mechanism: StatisticsMechanism, release: Mapping[str, Tensor]) -> ClientData:
-        statistics = mechanism.estimator.statistics(Statistics.of(release), self.numbers)
+        statistics = mechanism.estimator.statistics(Released.of(release), self.numbers)
         if not mechanism.replaces_images:
             return replace(self.data, statistics=statistics)
         streams = self.federation.init_context(self.numbers).streams

@@ -18,7 +18,7 @@ from sordino.encoders.prompt_model import Prompt, PromptModel
 from sordino.privacy.choice import mechanism_for
 from sordino.privacy.ledger import Ledger, Release, joint_digest
 from sordino.privacy.settings import PrivacySettings
-from sordino.privacy.statistics.estimates import Noise, Statistics
+from sordino.privacy.statistics.estimates import Noise, Released
 from sordino.privacy.statistics.mechanism import StatisticsMechanism
 from sordino.randomness import Randomness, SystemRandomness, new_nonce, simulated
 from sordino.runtime import aggregation
@@ -248,7 +248,7 @@ class LocalRuntime:
             releases: its entries in the ledger.
         """
         device = self.data.features.device
-        known = Statistics.of({name: tensor.to(device) for name, tensor in release.items()})
+        known = Released.of({name: tensor.to(device) for name, tensor in release.items()})
         mechanism = self.mechanism
         assert isinstance(mechanism, StatisticsMechanism)
         if mechanism.joins and known.pooled is None:  # what was released by each may be joined later

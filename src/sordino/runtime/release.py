@@ -17,7 +17,7 @@ from torch import Tensor
 from sordino.algorithms.base import Broadcast, Upload
 from sordino.privacy.ledger import Release
 from sordino.privacy.secure_mean import ServerSums, SumVectors, sum_parties
-from sordino.privacy.statistics.estimates import Statistics
+from sordino.privacy.statistics.estimates import Released
 from sordino.privacy.statistics.mechanism import CENTER, MATRIX, SCATTER, StatisticsMechanism
 from sordino.privacy.statistics.posterior import Observed
 from sordino.randomness import Randomness, system_bytes
@@ -42,7 +42,7 @@ class Sums(Upload):
 
 @dataclass(frozen=True)
 class Told(Broadcast):
-    """What all clients' releases tell together, so far: names are those of `Statistics.tensors`.
+    """All that clients' releases tell together, so far: names are those of `Released.tensors`.
 
     Attributes:
         statistics: name to tensor, without leading axes.
@@ -94,7 +94,7 @@ class ServerRelease:
         releases: what the ledger enters.
     """
 
-    statistics: Statistics
+    statistics: Released
     releases: list[Release]
 
 
@@ -126,7 +126,7 @@ def collect(
         return _asked(link, {client: messages.encode(message, header) for client, header in enumerate(headers)})
 
     sums = ServerSums(mechanism.settings, session, clients, link, {}) if mechanism.in_shares else None
-    known, charged = Statistics(), {}
+    known, charged = Released(), {}
     for stage, parts in enumerate(mechanism.stages):
         like, answers = sums_like(mechanism, stage, device), ask(told(known.tensors))
         uploads = [_decoded(client, answers[client], like) for client in range(clients)]
@@ -181,8 +181,8 @@ class ClientsRelease:
         self._randomness = randomness
         self._parties: dict[int, Party] = {}
         self._stage = 0  # how many were answered
-        self._known = Statistics()
-        self.released: Statistics | None = None
+        self._known = Released()
+        self.released: Released | None = None
 
     def handle(self, contents: Mapping[int, bytes]) -> list[tuple[int, bytes | Refusal]]:
         """Return the clients' replies to the server's messages, by client.
@@ -204,7 +204,8 @@ class ClientsRelease:
         if self.released is not None:
             raise MessageError(f"clients {self._numbers} have released their statistics, and do so once")
         like = told_like(self._mechanism, self._stage, self._device)
-        message = next(iter([messages.decode(contents[client], like) for client in self._numbers]))  # all are read
+        decoded = [messages.decode(contents[client], like) for client in self._numbers]
+        message = decoded[0]  # all clients of a stack are told the same
         news = dict(message.statistics) if isinstance(message, Told) else {}
         if self._stage == len(self._mechanism.stages):
             return self._end(news)
@@ -235,7 +236,7 @@ class ClientsRelease:
 
     def _end(self, news: Mapping[str, Tensor]) -> list[tuple[int, bytes | Refusal]]:
         self._table = (torch.zeros(0), torch.zeros(0))  # no longer needed
-        self.released = Statistics.of(self._known.tensors | dict(news))
+        self.released = Released.of(self._known.tensors | dict(news))
         return [(client, messages.encode(Upload(), UploadHeader(RELEASE_ROUND))) for client in self._numbers]
 
 

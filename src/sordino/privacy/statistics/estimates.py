@@ -78,8 +78,8 @@ class Noise:
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """What a stack of clients keeps of a release; all of it has noise.
+class Released:
+    """A release as a stack of clients keeps it; all of it has noise.
 
     Attributes:
         own: [K, C, 1 + r], their own matrices, or None.
@@ -96,7 +96,7 @@ class Statistics:
     scatter: Tensor | None = None
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> Statistics:
+    def of(cls, tensors: Mapping[str, Tensor]) -> Released:
         """Return them from tensors by name, as of `tensors`."""
         joined = {entry.name: tensors[entry.name] for entry in fields(Observed) if entry.name in tensors}
         own, own_center, center, scatter = (tensors.get(name) for name in ("own", "own_center", "center", "scatter"))
@@ -111,7 +111,7 @@ class Statistics:
 
 
 @dataclass(frozen=True)
-class View:
+class Viewpoint:
     """From where a client sees features.
 
     Attributes:
@@ -151,10 +151,10 @@ class Estimator:
 
     @property
     def noises(self) -> int:
-        """Return how many noises are in the sum of all clients' center or scatter."""
-        return len(self.sizes) if self.everybody and self.noise.total is None else 1
+        """Return how many noises are in the sum of all clients' center or scatter: one each, or the sum's."""
+        return len(self.sizes) if self.noise.total is None else 1
 
-    def centers(self, released: Statistics, clients: int) -> tuple[Tensor, Tensor] | None:
+    def centers(self, released: Released, clients: int) -> tuple[Tensor, Tensor] | None:
         """Return the points [K, D] from which features are seen, and how far each is trusted [K]; None for the origin.
 
         Args:
@@ -170,7 +170,7 @@ class Estimator:
         assert self.noise.center is not None
         return center_of(noisy, noises * self.noise.center**2, CENTER_COUNTS)
 
-    def pooled(self, released: Statistics, total: Tensor | None) -> Observed:
+    def pooled(self, released: Released, total: Tensor | None) -> Observed:
         """Return the statistics of all clients together, from what the server has.
 
         Args:
@@ -184,7 +184,7 @@ class Estimator:
         assert own is not None
         return pooled(_stacked([self._own(*each) for each in zip(own, range(len(own)), views, strict=True)]))
 
-    def statistics(self, released: Statistics, clients: Sequence[int]) -> ClassStatistics:
+    def statistics(self, released: Released, clients: Sequence[int]) -> ClassStatistics:
         """Return the estimates of some clients.
 
         Args:
@@ -226,37 +226,37 @@ class Estimator:
     def _rank(self) -> int:
         return self.text.shape[1] if self.directions is None else self.directions.shape[1]
 
-    def _views(self, released: Statistics, clients: Sequence[int]) -> list[View]:
+    def _views(self, released: Released, clients: Sequence[int]) -> list[Viewpoint]:
         """Return from where clients see features; where their centers differ, they are compared from the mean."""
         if (centers := self.centers(released, len(clients))) is None:
             nothing = torch.zeros(self.text.shape[1]).to(self.text)
-            return [View(nothing, nothing, nothing[0])] * len(clients)
+            return [Viewpoint(nothing, nothing, nothing[0])] * len(clients)
         points, trust = (part.to(self.text) for part in centers)
         if not self.everybody:
-            return [View(own, own, its) for own, its in zip(points, trust, strict=True)]
+            return [Viewpoint(own, own, its) for own, its in zip(points, trust, strict=True)]
         joint, common = points[0], trust[0]
         if released.own_center is not None:
             weights = torch.tensor([self.sizes[client] for client in clients]).to(self.text)
             weights = weights / weights.sum().clamp(min=1e-12)
             joint, common = weights @ points, weights @ trust
-        return [View(own, joint, common) for own in points]
+        return [Viewpoint(own, joint, common) for own in points]
 
     @staticmethod
-    def _squares(view: View) -> Tensor:
+    def _squares(view: Viewpoint) -> Tensor:
         """Return the mean squared norm of features of unit norm that are seen from their mean."""
         return 1 - view.joint.pow(2).sum()
 
-    def _prior(self, view: View, seen: Observed) -> Tensor:
+    def _prior(self, view: Viewpoint, seen: Observed) -> Tensor:
         """Return the text features [C, r] as seen from their mean, as far as the center is that of the images."""
         weights = seen.expected / seen.expected.sum().clamp(min=1e-12)
         prior = self.text - view.trust * (weights.to(self.text) @ self.text)
         return prior if self.directions is None else prior @ self.directions
 
-    def _own(self, matrix: Tensor, client: int, view: View) -> Observed:
+    def _own(self, matrix: Tensor, client: int, view: Viewpoint) -> Observed:
         assert self.noise.own is not None
         return self._observed(matrix, self.noise.own, self.sizes[client], view)
 
-    def _observed(self, matrix: Tensor, deviation: float, size: float, view: View) -> Observed:
+    def _observed(self, matrix: Tensor, deviation: float, size: float, view: Viewpoint) -> Observed:
         """Return what a matrix tells, with sums of features as seen from the joint center.
 
         What was released is u = (z - m) / |z - m|. As |z| = 1, the mean of |z - m|^2 is 1 - |m|^2.
@@ -281,7 +281,7 @@ class Estimator:
         scatter: Tensor | None,
         everybody: Observed | None,
         shared: ClassMeans | None,
-        view: View,
+        view: Viewpoint,
         width: float,
     ) -> Tensor | None:
         """Return the principal directions within classes [q, r], from the scatter of all clients' features."""
@@ -297,7 +297,7 @@ class Estimator:
         most = principal(squares * total / examples, noise, means.mT @ (weights[:, None] * means), width)
         return most.to(self.text)
 
-    def _back(self, means: Tensor, view: View) -> Tensor:
+    def _back(self, means: Tensor, view: Viewpoint) -> Tensor:
         """Return means [..., r] as features [..., D]; what was projected away is taken from the text features."""
         if self.directions is None:
             return means + view.joint

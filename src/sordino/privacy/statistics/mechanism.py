@@ -15,7 +15,7 @@ from sordino.privacy.example_level import IMAGES_PUBLIC, PERSONS_KNOWN, SIZES_KN
 from sordino.privacy.ledger import OBSERVERS, Channel, Disclosure, Ledger, Observer, Release
 from sordino.privacy.mechanism import Mechanism, summed_securely
 from sordino.privacy.secure_mean import ServerSums, SumTerms
-from sordino.privacy.statistics.estimates import Estimator, Noise, Statistics
+from sordino.privacy.statistics.estimates import Estimator, Noise, Released
 from sordino.privacy.statistics.posterior import Observed
 from sordino.privacy.statistics.release import (
     center_share,
@@ -308,7 +308,7 @@ class StatisticsMechanism(Mechanism):
         assert multiplier is not None
         return multiplier
 
-    def centers(self, released: Statistics, clients: int) -> Tensor | None:
+    def centers(self, released: Released, clients: int) -> Tensor | None:
         """Return the points [K, D] from which K clients see features, or None for the origin.
 
         Args:
@@ -318,7 +318,7 @@ class StatisticsMechanism(Mechanism):
         centers = self.estimator.centers(released, clients)
         return None if centers is None else centers[0]
 
-    def pooled(self, released: Statistics, total: Tensor | None) -> Observed:
+    def pooled(self, released: Released, total: Tensor | None) -> Observed:
         """Return what all clients' releases tell together; see `Estimator.pooled`."""
         return self.estimator.pooled(released, total)
 
@@ -326,7 +326,7 @@ class StatisticsMechanism(Mechanism):
         if not self.settings.on:
             return Ledger(disclosures=self.inputs.discloses)
         noise_by = self.settings.noise_by
-        bare = Disclosure("each client's class counts and class sums of features, to the server once", "upload")
+        bare = Disclosure(f"each client's {self._content}; to the server", "upload")
         trusted: tuple[Observer, ...] = ("server",) if noise_by == "server" or self.inputs.pools_data else ()
         assumptions = [PERSONS_KNOWN if self.settings.by_person else SIZES_KNOWN]
         if noise_by == "shares":
@@ -350,13 +350,17 @@ class StatisticsMechanism(Mechanism):
     def planned(self, rounds: int | None = None) -> list[Release]:
         return self._entries(self.multipliers) if self.settings.on else []
 
+    @property
+    def _content(self) -> str:
+        """Return what is released, in words."""
+        return "; ".join([CONTENT, *(what for part, what in BESIDE.items() if part in self.multipliers.parts)])
+
     def _entries(self, noise: Noise) -> list[Release]:
         noise_by, rate = self.settings.noise_by, self.settings.sampling_rate
         seen_by: tuple[Observer, ...] = ("clients", "public") if noise_by == "server" else OBSERVERS
         multipliers = tuple(noise.parts.values())
-        content = "; ".join([CONTENT, *(what for part, what in BESIDE.items() if part in noise.parts)])
         return [
-            Release(content, f"client {client}", self.settings.unit, multipliers, rate, 1, noise_by, seen_by)
+            Release(self._content, f"client {client}", self.settings.unit, multipliers, rate, 1, noise_by, seen_by)
             for client in range(len(self.inputs.sizes))
         ]
 
