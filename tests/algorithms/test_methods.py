@@ -289,6 +289,22 @@ def test_the_full_ablation_is_a_shared_prompt_plus_a_free_one(make_runtime: Make
     torch.testing.assert_close(moved_shared, moved_personal, rtol=1e-6, atol=1e-9)
 
 
+def test_a_bound_on_gradients_bounds_the_personal_step(make_runtime: MakeRuntime) -> None:
+    """Without factors p_L moves by rate times the bound; with U V, for orthonormal U, by at most (1 + |V|) times that."""
+    bound, rate = 1e-6, 0.5
+    tables = TABLES | {"local_steps": 1, "optimizer": {"learning_rate": 0.5, "max_norm": bound}}
+    for name in ("dp-fpl-full", "dp-fpl"):
+        runtime = make_runtime(name, ROWS, tables)
+        start = started_in_double(runtime)
+        after, _ = runtime.round(start)
+        before = start.clients.context  # type: ignore[attr-defined]
+        moved = (after.clients.context - before).flatten(1).norm(dim=1) / (rate * bound)  # type: ignore[attr-defined]
+        if name == "dp-fpl-full":
+            torch.testing.assert_close(moved, torch.ones_like(moved), rtol=1e-6, atol=0)
+        assert (moved > 0.1).all()
+        assert (moved <= 1.001 + torch.linalg.matrix_norm(before, 2)).all()
+
+
 @pytest.mark.parametrize(
     ("name", "tables", "message"),
     [

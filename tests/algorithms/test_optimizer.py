@@ -59,3 +59,28 @@ def test_cosine_schedule_anneals_from_the_rate_towards_zero() -> None:
 
 def test_constant_schedule_is_constant() -> None:
     assert {Optimizer("adam", 0.4).rate(round_context(number, 10)) for number in range(1, 11)} == {0.4}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_bounds_each_clients_gradient_as_torch_does(name: str) -> None:
+    """Longer gradients are shortened, each by its own norm; shorter ones, and zero, stay as they are."""
+    start = torch.randn(4, 4, 5, dtype=torch.float64)
+    gradients = torch.randn(4, 4, 5, dtype=torch.float64) * torch.tensor([0.0, 0.01, 1.0, 500.0])[:, None, None]
+    bounded, plain = Optimizer(name, 0.1, max_norm=2.0), Optimizer(name, 0.1)
+    stepped, _ = bounded.step(start, gradients, {}, 0.1)
+    for client in range(4):
+        reference = torch.nn.Parameter(start[client].clone())
+        reference.grad = gradients[client].clone()
+        torch.nn.utils.clip_grad_norm_([reference], 2.0)
+        optimizer = torch.optim.SGD([reference], 0.1) if name == "sgd" else torch.optim.Adam([reference], 0.1)
+        optimizer.step()
+        torch.testing.assert_close(stepped[client], reference.data, rtol=0, atol=1e-5)
+    unbounded, _ = plain.step(start, gradients, {}, 0.1)
+    torch.testing.assert_close(stepped[:2], unbounded[:2], rtol=0, atol=0)
+    assert name == "adam" or not torch.allclose(stepped[3], unbounded[3])
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan])
+def test_a_bound_is_positive(bad: float) -> None:
+    with pytest.raises(ValueError, match="max_norm"):
+        Optimizer("sgd", 0.1, max_norm=bad)

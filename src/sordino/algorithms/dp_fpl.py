@@ -59,7 +59,7 @@ class Settings:
         local_steps: gradient steps of the personal prompt a round; 1 in the paper.
         batch_size: examples a step and client; 0 takes all of them.
         optimizer: of the shared context, at the server; its state stays there.
-        local_learning_rate: of the personal prompt; on the optimizer's schedule.
+        local_learning_rate: of the personal prompt; on the optimizer's schedule, and with its `max_norm`.
     """
 
     context_length: PositiveInt = 16
@@ -127,14 +127,15 @@ def client_round(
     round_context: RoundContext,
 ) -> tuple[Upload, ClientState]:
     shared = broadcast.context.expand(len(data), -1, -1)  # [K, M, E]
-    rate = replace(settings.optimizer, learning_rate=settings.local_learning_rate).rate(round_context)
+    optimizer = replace(settings.optimizer, learning_rate=settings.local_learning_rate)
+    rate = optimizer.rate(round_context)
     personal, shared_gradients = state.context, []
     streams = round_context.streams
     for number, batch in enumerate(data.batches(settings.local_steps, settings.batch_size or None, streams)):
         if settings.parameterization == "full":
             parameters = {"shared": shared, "personal": personal}
             gradient = gradients(_full_context, parameters, {}, batch).values
-            personal = personal - rate * gradient["personal"]
+            personal = personal - rate * optimizer.bounded(gradient["personal"])
         else:
             projection = streams.normal(f"projection {number}", shared.shape[-1], settings.rank)  # [K, E, k]
             factors = factorize(personal, projection.to(personal))
@@ -143,7 +144,8 @@ def client_round(
                 residual = torch.zeros_like(personal)
             parameters = {"shared": shared, "u": factors.u, "v": factors.v}
             gradient = gradients(_factored_context, parameters, {"residual": residual}, batch).values
-            u, v = factors.u - rate * gradient["u"], factors.v - rate * gradient["v"]
+            u = factors.u - rate * optimizer.bounded(gradient["u"])
+            v = factors.v - rate * optimizer.bounded(gradient["v"])
             personal = u @ v + residual
         shared_gradients.append(gradient["shared"])
     return Upload(torch.stack(shared_gradients).mean(0), data.weights), ClientState(personal)
