@@ -176,8 +176,9 @@ def compare(
     Raises:
         SordinoError: as `run`; before anything is trained where a method or its settings are bad.
     """
-    from sordino.experiments.compare import compare, grid
+    from sordino.experiments.compare import compare
     from sordino.experiments.comparison import Comparison
+    from sordino.experiments.variants import grid
     from sordino.progress import silent
 
     if isinstance(algorithms, str):

@@ -5,11 +5,14 @@ The command line prints such a message without a traceback and exits with code 2
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+    from pydantic.fields import FieldInfo
 
 
 LONGEST = 300  # characters of a value in a message
@@ -78,12 +81,42 @@ def require_extra(extra: str, purpose: str) -> None:
         raise MissingExtra(f"{purpose} needs {shortage}: pip install 'sordino[{extra}]'")
 
 
-def config_error(error: ValidationError, prefix: str = "") -> ConfigError:
-    """Convert the first error of a pydantic validation to one line that names key, value and the allowed values."""
-    first = error.errors()[0]
+def config_error(error: ValidationError, checked: Any, prefix: str = "") -> ConfigError:
+    """Convert an error of a pydantic validation to one line that names key, value and the allowed values.
+
+    Args:
+        error: of the validation.
+        checked: the type that was validated, a pydantic model or dataclass; its keys are named in place of a wrong one.
+        prefix: the key of the whole table.
+    """
+    errors = error.errors()
+    # A key that is misspelled is the cause where another one is missing.
+    first = next((each for each in errors if each["type"] in _UNKNOWN_KEY), errors[0])
     key = ".".join(str(part) for part in (prefix, *first["loc"]) if part != "")
-    allowed = "no such key" if first["type"] in _UNKNOWN_KEY else first["msg"][0].lower() + first["msg"][1:]
+    if first["type"] in _UNKNOWN_KEY:
+        *tables, wrong = first["loc"]
+        known = list(_fields(checked, tables))
+        listed = f"; choose from {', '.join(known)}" if known else ""
+        allowed = f"no such key{nearest(str(wrong), known) or listed}"
+    else:
+        allowed = first["msg"][0].lower() + first["msg"][1:]
     return ConfigError(key, first["input"], allowed)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean 'NAME'?" with the known name that is most like a wrong one, or "" if none is like it."""
+    found = get_close_matches(name, list(known), n=1, cutoff=0.7)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _fields(table: Any, path: Iterable[str | int]) -> Mapping[str, FieldInfo]:
+    """Return the fields of a pydantic model or dataclass, or of the table at a path in it; empty if there is none."""
+    for part in path:
+        annotation = _fields(table, ())[str(part)].annotation
+        candidates = (annotation, *get_args(annotation))  # as in `Table | None`
+        table = next((kind for kind in candidates if hasattr(kind, "__pydantic_fields__")), None)
+    found: Mapping[str, FieldInfo] = getattr(table, "__pydantic_fields__", {})
+    return found
 
 
 def _printable(key: str) -> str:

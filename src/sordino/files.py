@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from pathlib import Path
 from uuid import uuid4
 
-from sordino.errors import ConfigError, DataError, RunError
+from sordino.errors import ConfigError, DataError, RunError, nearest
 
 # Flags that neither wait for a writer of a pipe, nor make a terminal the process's own, nor
 # translate line ends.
@@ -123,6 +124,25 @@ def absolute_path(text: str, key: str) -> Path:
             text,
             f"leads nowhere: {getattr(error, 'strerror', None) or error}",
         ) from None
+
+
+def require_folder(path: Path, place: str, remedy: str = "") -> None:
+    """Check that a folder is there.
+
+    Args:
+        path: of the folder.
+        place: the key or value that names it, for messages.
+        remedy: what to do, if no folder beside it has a similar name.
+
+    Raises:
+        DataError: there is none.
+    """
+    if path.is_dir():
+        return
+    beside: list[str] = []
+    with contextlib.suppress(OSError):
+        beside = [other.name for other in path.parent.iterdir() if other.is_dir()]
+    raise DataError(f"{place}: there is no folder {str(path)!r}{nearest(path.name, beside) or remedy}")
 
 
 def _flush_folder(folder: Path) -> None:

@@ -296,7 +296,7 @@ def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
         header = _Header.model_validate_json(metadata[ENTRY])
         tensors = safetensors.torch.load(content)
     except ValidationError as error:
-        raise PromptError(f"{path} is damaged: {config_error(error)}; {REMEDY}") from None
+        raise PromptError(f"{path} is damaged: {config_error(error, _Header)}; {REMEDY}") from None
     except (ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise PromptError(f"{path} is damaged ({error}); {REMEDY}") from None
     return header, tensors

@@ -29,13 +29,14 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from scipy.special import ndtri
-from torch import Tensor
+
+if TYPE_CHECKING:  # functions import torch and scipy, as what needs bytes alone is imported in a moment without them
+    import torch
+    from torch import Tensor
 
 Words = Callable[[int], NDArray[np.uint64]]  # returns as many uniform integers as it is asked for
 
@@ -76,6 +77,8 @@ class Streams:
 
     def normal(self, purpose: str, *shape: int) -> Tensor:
         """Return standard normal numbers [K, *shape], float32, each client's own."""
+        import torch
+
         drawn = [_normal(generator, shape) for generator in self.generators(purpose)]
         return torch.stack(drawn).to(self.device)
 
@@ -85,6 +88,8 @@ class Streams:
 
     def uniform(self, purpose: str, counts: Sequence[int]) -> list[Tensor]:
         """Return uniform numbers in [0, 1), float64 on the CPU: `counts` of them by client."""
+        import torch
+
         pairs = zip(counts, self.generators(purpose), strict=True)
         return [torch.from_numpy(generator.random(count)) for count, generator in pairs]
 
@@ -101,6 +106,8 @@ class Streams:
 
 
 def _normal(generator: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
+    import torch
+
     return torch.from_numpy(np.asarray(generator.standard_normal(shape), dtype=np.float32))
 
 
@@ -149,10 +156,15 @@ class SystemRandomness:
         return self.common_normal(purpose, self.clients, *shape)
 
     def common_normal(self, purpose: str, *shape: int) -> Tensor:
+        import torch
+        from scipy.special import ndtri
+
         four = ndtri((_integers(4, *shape) + 0.5) * 2.0**-53)
         return torch.from_numpy(np.asarray(four.sum(0) / 2)).float().to(self.device)
 
     def uniform(self, purpose: str, counts: Sequence[int]) -> list[Tensor]:
+        import torch
+
         return [torch.from_numpy(_integers(count) * 2.0**-53) for count in counts]
 
     def words(self, purpose: str) -> list[Words]:

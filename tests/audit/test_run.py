@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 from sordino.audit.run import as_text, audit, membership_auc
 from sordino.cli.app import app
 from sordino.errors import ConfigError, RunError
-from sordino.experiments.compare import compare, grid
+from sordino.experiments.compare import compare
 from sordino.experiments.config import load_config
 from sordino.experiments.run import run
+from sordino.experiments.variants import grid
 from sordino.report.privacy import without_epsilon
 
 DP = ["privacy.mechanism=cotangent", "privacy.epsilon=4.0", "privacy.delta=0.01", "privacy.subspace=4", "rounds=3"]

@@ -13,12 +13,13 @@ from PIL import Image
 import sordino
 from sordino.audit.run import audit
 from sordino.errors import RunError
-from sordino.experiments.compare import compare, grid
+from sordino.experiments.compare import compare
 from sordino.experiments.config import load_config
 from sordino.experiments.data_digests import party_digests
 from sordino.experiments.data_record import changes, sequence_digest, set_digest
 from sordino.experiments.features import EncodedDataset
 from sordino.experiments.run import run
+from sordino.experiments.variants import grid
 from sordino.progress import silent
 
 Change = Callable[[Path, Path, pytest.MonkeyPatch], None]

@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 from sordino.cli.app import app
 from sordino.errors import ConfigError, RunError
 from sordino.experiments import run as experiment
-from sordino.experiments.compare import compare, grid
+from sordino.experiments.compare import compare
 from sordino.experiments.config import load_config
 from sordino.experiments.privacy_plan import as_text, plan
 from sordino.experiments.run import run
+from sordino.experiments.variants import grid
 from sordino.privacy.accounting import spent
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.statement import read_ledgers

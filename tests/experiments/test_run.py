@@ -20,9 +20,10 @@ import safetensors.torch
 from PIL import Image
 
 from sordino.errors import ConfigError, DataError, EncoderError, RunError
-from sordino.experiments.compare import compare, grid
+from sordino.experiments.compare import compare
 from sordino.experiments.config import Experiment, load_config
 from sordino.experiments.run import run
+from sordino.experiments.variants import grid
 from sordino.results import Copies, PassedOver
 
 

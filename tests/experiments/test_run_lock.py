@@ -17,10 +17,11 @@ from private_tuning.small_task import write_private_config
 
 from sordino.errors import RunError
 from sordino.experiments import run_lock
-from sordino.experiments.compare import compare, grid
+from sordino.experiments.compare import compare
 from sordino.experiments.config import load_config
 from sordino.experiments.run import run
 from sordino.experiments.run_lock import all_held, held, is_empty
+from sordino.experiments.variants import grid
 
 HOLDER = """
 import sys

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from sordino.cli.terminal import _privacy
 from sordino.errors import ConfigError
-from sordino.experiments.compare import compare, grid, row_of
+from sordino.experiments.compare import compare, row_of
 from sordino.experiments.config import load_config
 from sordino.experiments.run import run
+from sordino.experiments.variants import grid
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.settings import PrivacySettings
 from sordino.prompt_file import SavedPrompt

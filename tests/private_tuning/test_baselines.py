@@ -14,7 +14,7 @@ from sordino.mpc.tower.sentences import in_the_clear
 from sordino.mpc.tower.tower import PrivateTower, SoftmaxTower, bundled_tower
 from sordino.private_tuning import baselines
 from sordino.private_tuning.baselines import Descent
-from sordino.private_tuning.search import Search
+from sordino.private_tuning.search_settings import Search
 from sordino.private_tuning.tasks import TextTask
 
 GOOD = ["a fine film", "a delight from start to end", "moving", "the best of the year , and by far the funniest"]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sordino.errors import ConfigError, RunError
-from sordino.private_tuning.search import Search, SearchState, projection, prompts, tune
+from sordino.private_tuning.search import SearchState, projection, prompts, tune
+from sordino.private_tuning.search_settings import Search
 
 SEARCH = Search(width=6, population=12, generations=40, scale=1.0)
 START = torch.linspace(-1, 1, 15).view(3, 5)

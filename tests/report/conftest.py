@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sordino.experiments.compare import Row, compare, grid
+from sordino.experiments.compare import Row, compare
 from sordino.experiments.config import load_config
 from sordino.experiments.toml_tables import to_toml
+from sordino.experiments.variants import grid
 from sordino.report.runs import read_run
 from sordino.results import MEASURES, Summary
 

@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 from sordino.cli.terminal import print_table
 from sordino.encoders.bundled import BundledEncoder
 from sordino.errors import ConfigError
-from sordino.experiments.compare import compare, grid
+from sordino.experiments.compare import compare
 from sordino.experiments.config import load_config
 from sordino.experiments.features import EncodedDataset
 from sordino.experiments.privacy_plan import planned_mechanism
 from sordino.experiments.run import assemble, run
+from sordino.experiments.variants import grid
 from sordino.progress import silent
 from sordino.runtime.local import LocalRuntime
 from sordino.tasks import DataSettings, PartitionSettings

@@ -1,4 +1,7 @@
-"""The methods, by name."""
+"""The methods, by name.
+
+Importing this, and checking the settings of Sordino's own methods, imports no torch: a method's module does.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from importlib.metadata import entry_points
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import TypeAdapter, ValidationError
 
-from sordino.algorithms.base import Algorithm
-from sordino.errors import ConfigError, config_error
+from sordino.errors import ConfigError, config_error, nearest
+
+if TYPE_CHECKING:
+    from sordino.algorithms.base import Algorithm
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,11 @@ class Method:
     parent: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     added: Any = None
+
+    @property
+    def own(self) -> bool:
+        """True if it is one of Sordino's, whose module and settings are in this package."""
+        return self.added is None and "." not in self.module
 
 
 METHODS: dict[str, Method] = {
@@ -68,16 +78,34 @@ def algorithm(name: str) -> Algorithm:
     Raises:
         ConfigError: there is no method of this name, or it does not say its schedule.
     """
-    if name not in METHODS:
-        here = f"not a method; choose from {', '.join(METHODS)}"
-        raise ConfigError("algorithm", name, f"{here}, or in Python add it with sordino.add_method")
-    module, method = METHODS[name].module, METHODS[name].added
+    found = _named(name)
+    module, method = found.module, found.added
     if method is None:
-        method = importlib.import_module(module if "." in module else f"sordino.algorithms.{module}")
+        method = importlib.import_module(f"sordino.algorithms.{module}" if found.own else module)
     if not callable(getattr(method, "schedule", None)):
         needs = "schedule(settings) -> Schedule(steps, batch_size), which its epsilon is accounted by"
         raise ConfigError("algorithm", name, f"its module {module} lacks {needs}; see docs/new-method.md")
-    return cast(Algorithm, method)
+    return cast("Algorithm", method)
+
+
+def settings_type(name: str) -> Any:
+    """The dataclass of a method's settings. That of one of Sordino's own methods is imported without the method.
+
+    Raises:
+        ConfigError: as `algorithm`.
+    """
+    method = _named(name)
+    if not method.own:
+        return algorithm(name).Settings
+    owner = _named(method.parent) if method.parent else method  # an ablation has its parent's settings
+    return importlib.import_module(f"sordino.algorithms.settings.{owner.module}").Settings
+
+
+def _named(name: str) -> Method:
+    if name not in METHODS:
+        here = f"not a method; choose from {', '.join(METHODS)}, or in Python add it with sordino.add_method"
+        raise ConfigError("algorithm", name, here + nearest(name, METHODS))
+    return METHODS[name]
 
 
 # What a method must define, see `sordino.algorithms.base`.
@@ -123,12 +151,14 @@ def settings_for(name: str, tables: Mapping[str, Any]) -> Any:
     Raises:
         ConfigError: a key that no method knows, or a value out of range.
     """
-    settings_type = algorithm(name).Settings
-    known = {setting.name for setting in fields(settings_type)}
+    own_type = settings_type(name)
+    known = [setting.name for setting in fields(own_type)]
     common = {key: value for key, value in tables.items() if key not in METHODS}
     for key, value in common.items():
         if not _is_setting(key):
-            raise ConfigError(f"settings.{key}", value, f"not a setting of any method; {name} has {', '.join(known)}")
+            near = nearest(key, [*known, *METHODS] if isinstance(value, Mapping) else known)
+            here = f"not a setting of any method; {name} has {', '.join(known)}"
+            raise ConfigError(f"settings.{key}", value, here + near)
     merged = {key: value for key, value in common.items() if key in known}
     for table in (METHODS[name].parent, name):
         if table is not None:
@@ -138,16 +168,16 @@ def settings_for(name: str, tables: Mapping[str, Any]) -> Any:
             merged = _merge(merged, method_table)
     try:
         # By way of JSON, as pydantic's strict mode takes a table for a dataclass only there.
-        return TypeAdapter(settings_type).validate_json(json.dumps(_merge(METHODS[name].defaults, merged), default=str))
+        return TypeAdapter(own_type).validate_json(json.dumps(_merge(METHODS[name].defaults, merged), default=str))
     except ValidationError as error:
-        raise config_error(error, f"settings.{name}") from None
+        raise config_error(error, own_type, f"settings.{name}") from None
     except ConfigError as error:
         raise ConfigError(f"settings.{name}.{error.key}", error.value, error.allowed) from None
 
 
 def _is_setting(key: str) -> bool:
     """Return whether any method has a setting of this name."""
-    return any(key == setting.name for name in METHODS for setting in fields(algorithm(name).Settings))
+    return any(key == setting.name for name in METHODS for setting in fields(settings_type(name)))
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

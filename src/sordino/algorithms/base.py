@@ -42,10 +42,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Generic, Protocol, TypeVar
 
-from pydantic import ConfigDict
 from torch import Tensor
 
 from sordino.algorithms.client_data import ClientData
+from sordino.algorithms.settings import STRICT
 from sordino.encoders.prompt_model import Prompt, PromptModel
 from sordino.privacy.gradients import Gradients
 from sordino.privacy.ledger import Disclosure
@@ -76,8 +76,6 @@ __all__ = [
     "put",
     "take",
 ]
-
-STRICT = ConfigDict(extra="forbid", strict=True)  # of every Settings: no unknown key, no silent conversion
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from sordino.algorithms.local import (
     Broadcast,
     ClientState,
     Server,
-    Settings,
     Upload,
     broadcast,
     client_init,
@@ -22,6 +21,7 @@ from sordino.algorithms.local import (
     server_init,
     server_round,
 )
+from sordino.algorithms.settings.local import Settings
 from sordino.privacy.ledger import Disclosure
 
 __all__ = [

@@ -12,16 +12,13 @@ Nothing is sent: a client uses its own counts. Candidates that the client's stat
 as have classes that it holds no image of.
 """
 
-from pydantic.dataclasses import dataclass as settings_dataclass
-
-from sordino.algorithms.base import STRICT, ClientData, InitContext, MethodInfo
+from sordino.algorithms.base import ClientData, InitContext, MethodInfo
 from sordino.algorithms.class_statistics import (
     Broadcast,
     ClientState,
     Server,
     StatisticsModel,
     Upload,
-    Weight,
     broadcast,
     client_round,
     log_prior,
@@ -32,6 +29,7 @@ from sordino.algorithms.class_statistics import (
     server_round,
     statistics_of,
 )
+from sordino.algorithms.settings.class_prior import Settings
 from sordino.privacy.ledger import Disclosure
 
 __all__ = [
@@ -60,19 +58,6 @@ ABOUT = MethodInfo(
     statistics=True,
     counts_only=True,
 )
-
-
-@settings_dataclass(frozen=True, config=STRICT)
-class Settings:
-    """Hyper-parameters.
-
-    Attributes:
-        prompt_text: the words before the class name.
-        prior: the weight of the log prior; 0 leaves zero-shot.
-    """
-
-    prompt_text: str = "a photo of a"
-    prior: Weight = 1.0
 
 
 def client_init(settings: Settings, init: InitContext, data: ClientData) -> ClientState:

@@ -17,11 +17,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from sordino.algorithms import base
@@ -31,8 +30,6 @@ from sordino.encoders.prompt_model import Prompt, PromptModel, named_parts
 from sordino.privacy.gradients import Gradients
 from sordino.privacy.statistics.estimates import ClassStatistics
 from sordino.prompts.by_class import at_candidates, class_numbers
-
-Weight = Annotated[float, Field(ge=0, le=100)]  # beyond that it decides alone, and float32 has no room for it
 
 
 @dataclass(frozen=True)

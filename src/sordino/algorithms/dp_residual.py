@@ -25,16 +25,13 @@ Choose `prior` for what clients are asked: it trades accuracy on other clients' 
 
 from typing import Any, Self
 
-from pydantic.dataclasses import dataclass as settings_dataclass
-
-from sordino.algorithms.base import STRICT, ClientData, InitContext, MethodInfo
+from sordino.algorithms.base import ClientData, InitContext, MethodInfo
 from sordino.algorithms.class_statistics import (
     Broadcast,
     ClientState,
     Server,
     StatisticsModel,
     Upload,
-    Weight,
     broadcast,
     client_round,
     directions,
@@ -46,6 +43,7 @@ from sordino.algorithms.class_statistics import (
     server_round,
     statistics_of,
 )
+from sordino.algorithms.settings.dp_residual import Settings
 from sordino.encoders.base import ClassTokens, DualEncoder
 from sordino.privacy.ledger import Disclosure
 
@@ -85,21 +83,6 @@ ABOUT = MethodInfo(
     trains=False,
     statistics=True,
 )
-
-
-@settings_dataclass(frozen=True, config=STRICT)
-class Settings:
-    """Hyper-parameters.
-
-    Attributes:
-        prompt_text: the words before the class name.
-        residual: strength of the residual; 0 leaves the text features, 1 replaces them by the means' directions.
-        prior: the weight of the client's log prior; 0 leaves it out.
-    """
-
-    prompt_text: str = "a photo of a"
-    residual: Weight = 1.0
-    prior: Weight = 1.0
 
 
 def client_init(settings: Settings, init: InitContext, data: ClientData) -> ClientState:

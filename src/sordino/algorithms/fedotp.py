@@ -14,18 +14,16 @@ potentials moves by more than the tolerance. The code watches the mean change of
 differential privacy that must not be: an image would influence the convergence of other images' plans.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, ClientData, InitContext, MethodInfo, RoundContext, Schedule, Uploads
+from sordino.algorithms.base import ClientData, InitContext, MethodInfo, RoundContext, Schedule, Uploads
 from sordino.algorithms.descent import local_steps
-from sordino.algorithms.optimizer import Optimizer
+from sordino.algorithms.settings.fedotp import Settings
 from sordino.encoders.base import Capability, ClassTokens, DualEncoder
 from sordino.encoders.cache import Kind
 from sordino.encoders.prompt_model import NUMBERS_AT_ONCE, Prompt, PromptModel, named_parts
@@ -47,32 +45,6 @@ ABOUT = MethodInfo(
     ),
     server_uses="mean",
 )
-
-
-@settings_dataclass(frozen=True, config=STRICT)
-class Settings:
-    """Hyper-parameters.
-
-    Attributes:
-        context_length: M, the number of learned vectors of each context.
-        initial_context: words that both contexts start from, at their end; empty for random vectors alone.
-        local_steps: gradient steps a client takes between averagings.
-        batch_size: examples a step and client; 0 takes all of them.
-        optimizer: of a client's local steps, for both contexts.
-        mass: gamma, the part of the patches that is transported; 1 is balanced transport.
-        regularization: the weight of the plan's entropy.
-        iterations, tolerance: of the transport; it ends at whichever is reached first, for each image and class alone.
-    """
-
-    context_length: PositiveInt = 16
-    initial_context: str = ""
-    local_steps: PositiveInt = 4
-    batch_size: NonNegativeInt = 32
-    optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=0.001))
-    mass: float = Field(default=0.8, gt=0, le=1)
-    regularization: PositiveFloat = 0.01
-    iterations: PositiveInt = 100
-    tolerance: PositiveFloat = 0.001
 
 
 @dataclass(frozen=True)

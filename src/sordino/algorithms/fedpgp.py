@@ -13,20 +13,18 @@ photo of a", as in the paper (the code takes a sentence of placeholders). Client
 The contrastive term depends on no image, so mechanisms add no noise to it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, ClientData, InitContext, MethodInfo, RoundContext, Schedule, Uploads
+from sordino.algorithms.base import ClientData, InitContext, MethodInfo, RoundContext, Schedule, Uploads
 from sordino.algorithms.descent import local_steps
-from sordino.algorithms.optimizer import Optimizer
+from sordino.algorithms.settings.fedpgp import Settings
 from sordino.encoders.base import ClassTokens, DualEncoder
 from sordino.encoders.prompt_model import Prompt, PromptModel
 from sordino.privacy.gradients import Gradients, Parameters
@@ -46,33 +44,6 @@ ABOUT = MethodInfo(
     ),
     server_uses="mean",
 )
-
-
-@settings_dataclass(frozen=True, config=STRICT)
-class Settings:
-    """Hyper-parameters.
-
-    Attributes:
-        context_length: M, the number of learned vectors.
-        initial_context: words that the shared context starts from, at its end; empty for random vectors alone.
-        rank: b, of the personal part; 0 for none.
-        local_steps: gradient steps a client takes between averagings.
-        batch_size: examples a step and client; 0 takes all of them.
-        optimizer: of a client's local steps, for all parts.
-        contrast: mu, the weight of the contrastive loss; 0 leaves it out.
-        temperature: t, of the contrastive loss.
-        hand_written: the prompt whose class features stand for general knowledge.
-    """
-
-    context_length: PositiveInt = 16
-    initial_context: str = ""
-    rank: NonNegativeInt = 4
-    local_steps: PositiveInt = 4
-    batch_size: NonNegativeInt = 32
-    optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=0.001))
-    contrast: NonNegativeFloat = 1.0
-    temperature: PositiveFloat = 0.5
-    hand_written: str = "a photo of a"
 
 
 @dataclass(frozen=True)

@@ -23,17 +23,15 @@ average replaced. The paper varies local iterations from 100 to 1500; here they 
 compare.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from pydantic import NonNegativeInt, PositiveInt
-from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, InitContext, MethodInfo, RoundContext, Schedule, Uploads
-from sordino.algorithms.optimizer import Optimizer
+from sordino.algorithms.base import InitContext, MethodInfo, RoundContext, Schedule, Uploads
 from sordino.algorithms.promptfl import ABOUT as PROMPTFL
 from sordino.algorithms.promptfl import Broadcast, ClientState, Upload, client_init, client_round, prompt
+from sordino.algorithms.settings.fedprompt import Settings
 from sordino.prompts.contexts import vocabulary_context
 
 __all__ = [
@@ -56,25 +54,6 @@ ABOUT: MethodInfo = replace(
     paper="Zhao et al., FedPrompt, ICASSP 2023 (arXiv 2208.12268)",
     privacy="data stay; noise of each client on what it sends, as an option",
 )
-
-
-@settings_dataclass(frozen=True, config=STRICT)
-class Settings:
-    """Hyper-parameters.
-
-    Attributes:
-        context_length: M, the number of learned vectors.
-        initial_context: words that the context starts from, at its end; the vectors before them start at random words.
-        local_steps: gradient steps a client takes between averagings, the paper's local iterations.
-        batch_size: examples a step and client; 0 takes all of them.
-        optimizer: of a client's local steps.
-    """
-
-    context_length: PositiveInt = 20
-    initial_context: str = ""
-    local_steps: PositiveInt = 4
-    batch_size: NonNegativeInt = 32
-    optimizer: Optimizer = field(default_factory=lambda: Optimizer(name="adam"))
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,7 @@ far as noise is large. A candidate that no client has statistics of has the hand
 There is no prompt to learn, and no prior of a client. It shows what class means alone can do.
 """
 
-from pydantic.dataclasses import dataclass as settings_dataclass
-
-from sordino.algorithms.base import STRICT, ClientData, InitContext, MethodInfo
+from sordino.algorithms.base import ClientData, InitContext, MethodInfo
 from sordino.algorithms.class_statistics import (
     Broadcast,
     ClientState,
@@ -27,6 +25,7 @@ from sordino.algorithms.class_statistics import (
     server_round,
     statistics_of,
 )
+from sordino.algorithms.settings.head import Settings
 from sordino.encoders.prompt_model import Prompt
 from sordino.privacy.ledger import Disclosure
 
@@ -48,17 +47,6 @@ ABOUT = MethodInfo(
     trains=False,
     statistics=True,
 )
-
-
-@settings_dataclass(frozen=True, config=STRICT)
-class Settings:
-    """Hyper-parameters.
-
-    Attributes:
-        prompt_text: the words before the name of a class that nobody has statistics of.
-    """
-
-    prompt_text: str = "a photo of a"
 
 
 def client_init(settings: Settings, init: InitContext, data: ClientData) -> ClientState:

@@ -4,15 +4,13 @@ It is the lower bound of every comparison in the field, e.g. Guo et al., PromptF
 The prompt is CoOp's: Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from pydantic import NonNegativeInt, PositiveInt
-from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, ClientData, InitContext, MethodInfo, RoundContext, Schedule, Uploads
-from sordino.algorithms.optimizer import Optimizer
+from sordino.algorithms.base import ClientData, InitContext, MethodInfo, RoundContext, Schedule, Uploads
+from sordino.algorithms.settings.local import Settings
 from sordino.privacy.gradients import Gradients, Parameters
 from sordino.privacy.ledger import Disclosure
 from sordino.prompts.contexts import initial_context
@@ -26,25 +24,6 @@ ABOUT = MethodInfo(
     discloses=(Disclosure("each client's prompt, where it is published", "prompt"),),
     server_uses="nothing",
 )
-
-
-@settings_dataclass(frozen=True, config=STRICT)
-class Settings:
-    """Hyper-parameters.
-
-    Attributes:
-        context_length: M, the number of learned vectors.
-        initial_context: words that the context starts from, at its end; empty for random vectors alone.
-        local_steps: gradient steps a round.
-        batch_size: examples a step and client; 0 takes all of them.
-        optimizer: of the steps; a client keeps its state from round to round.
-    """
-
-    context_length: PositiveInt = 16
-    initial_context: str = ""
-    local_steps: PositiveInt = 1
-    batch_size: NonNegativeInt = 0
-    optimizer: Optimizer = field(default_factory=Optimizer)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 torch keeps an optimizer's state beside the parameter objects. Here it is part of a method's own state, so that it is
 checkpointed, sliced by client, and never shared. Each client's slice is a separate parameter to torch, so clients that
 took part in different numbers of rounds stay independent.
+
+An optimizer is among a method's settings, which are checked before torch is imported; so functions import it.
 """
 
 from __future__ import annotations
@@ -10,16 +12,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import NonNegativeFloat, PositiveFloat
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
-from sordino.algorithms.base import STRICT, RoundContext
+from sordino.algorithms.settings import STRICT
 
-OptimizerState = Mapping[str, Tensor]  # each [K, ...]; empty before the first step
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from sordino.algorithms.base import RoundContext
+
+    OptimizerState = Mapping[str, Tensor]  # each [K, ...]; empty before the first step
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -49,7 +55,8 @@ class Optimizer:
         if math.isinf(self.max_norm):
             return gradients
         norms = gradients.flatten(1).norm(dim=1).clamp(min=self.max_norm)
-        return gradients * (self.max_norm / norms).view(-1, *[1] * (gradients.ndim - 1))
+        factors: Tensor = self.max_norm / norms
+        return gradients * factors.view(-1, *[1] * (gradients.ndim - 1))
 
     def rate(self, round_context: RoundContext) -> float:
         """Return the learning rate of a round."""
@@ -68,6 +75,8 @@ class Optimizer:
         Returns:
             The new parameters, and the new state with each tensor [K, ...].
         """
+        import torch
+
         slices = [part.detach().clone() for part in parameters]
         optimizer = self._make(slices, rate)
         for index, (part, gradient) in enumerate(zip(slices, self.bounded(gradients), strict=True)):
@@ -75,11 +84,13 @@ class Optimizer:
             if state:
                 optimizer.state[part] = {name: value[index].clone() for name, value in state.items()}
         optimizer.step()
-        kept = {name for name, value in optimizer.state[slices[0]].items() if isinstance(value, Tensor)}
+        kept = {name for name, value in optimizer.state[slices[0]].items() if isinstance(value, torch.Tensor)}
         new_state = {name: torch.stack([optimizer.state[part][name] for part in slices]) for name in sorted(kept)}
         return torch.stack(slices), new_state
 
     def _make(self, slices: list[Tensor], rate: float) -> torch.optim.Optimizer:
+        import torch
+
         options: dict[str, Any] = {"lr": rate, "weight_decay": self.weight_decay}
         if self.name == "sgd":
             return torch.optim.SGD(slices, momentum=self.momentum, **options)
@@ -87,12 +98,16 @@ class Optimizer:
 
     def initial_state(self, parameters: Tensor) -> dict[str, Tensor]:
         """Return the state before the first step, with all its tensors present, so that stacks can be sliced."""
+        import torch
+
         _, state = self.step(parameters, torch.zeros_like(parameters), {}, rate=0.0)
         return {name: torch.zeros_like(value) for name, value in state.items()}
 
 
 @lru_cache
 def _rates(schedule: str, learning_rate: float, rounds: int) -> tuple[float, ...]:
+    import torch
+
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=learning_rate)
     if schedule == "constant":
         return (learning_rate,) * rounds

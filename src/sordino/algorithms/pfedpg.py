@@ -24,17 +24,14 @@ hides it.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt
-from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
 from sordino.algorithms.base import (
-    STRICT,
     ClientData,
     InitContext,
     MethodInfo,
@@ -44,10 +41,9 @@ from sordino.algorithms.base import (
     Uploads,
 )
 from sordino.algorithms.descent import local_steps
-from sordino.algorithms.optimizer import Optimizer
+from sordino.algorithms.settings.pfedpg import Settings
 from sordino.encoders.base import Capability, ClassTokens, DualEncoder
 from sordino.encoders.prompt_model import Prompt, named_parts
-from sordino.errors import ConfigError
 from sordino.privacy.gradients import Gradients, Parameters
 from sordino.privacy.ledger import Disclosure
 from sordino.prompts.visual import HandWrittenHeadModel, token_deviation
@@ -65,37 +61,6 @@ ABOUT = MethodInfo(
     ),
     server_uses="each",
 )
-
-
-@settings_dataclass(frozen=True, config=STRICT)
-class Settings:
-    """Hyper-parameters.
-
-    Attributes:
-        prompt_length: number of tokens of a prompt.
-        descriptor_length: number of vectors that describe a client: 1, or the number of the prompt's tokens.
-        attention_width: l, of the generator's queries, keys and values.
-        hand_written: the prompt whose class features are the head.
-        local_steps: gradient steps a client takes between two generations.
-        batch_size: examples a step and client; 0 takes all of them.
-        optimizer: of a client's local steps.
-        server_optimizer: of the generator, the base prompts and the descriptors.
-    """
-
-    prompt_length: PositiveInt = 10
-    descriptor_length: PositiveInt = 1
-    attention_width: PositiveInt = 64
-    hand_written: str = "a photo of a"
-    local_steps: PositiveInt = 4
-    batch_size: NonNegativeInt = 64
-    optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=0.25, weight_decay=0.001))
-    server_optimizer: Optimizer = field(default_factory=lambda: Optimizer(name="adam", learning_rate=0.001))
-
-    def __post_init__(self) -> None:
-        if self.descriptor_length not in (1, self.prompt_length):
-            raise ConfigError(
-                "descriptor_length", self.descriptor_length, f"must be 1 or prompt_length = {self.prompt_length}"
-            )
 
 
 @dataclass(frozen=True)

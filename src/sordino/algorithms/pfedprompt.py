@@ -14,18 +14,16 @@ first that the client holds. The memory contains bare image features: no mechani
 the prompt is given the memory too.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base, promptfl
-from sordino.algorithms.base import STRICT, ClientData, InitContext, MethodInfo, Schedule
-from sordino.algorithms.optimizer import Optimizer
+from sordino.algorithms.base import ClientData, InitContext, MethodInfo, Schedule
 from sordino.algorithms.promptfl import Broadcast, Server, Upload, broadcast, client_round, server_init, server_round
+from sordino.algorithms.settings.pfedprompt import Settings
 from sordino.encoders.base import ClassTokens, DualEncoder
 from sordino.encoders.prompt_model import Prompt, PromptModel, named_parts
 from sordino.privacy.ledger import Disclosure
@@ -43,33 +41,6 @@ ABOUT: MethodInfo = replace(
         Disclosure("each client's memory of image features, where its prompt is published", "memory"),
     ),
 )
-
-
-@settings_dataclass(frozen=True, config=STRICT)
-class Settings:
-    """Hyper-parameters.
-
-    Attributes:
-        context_length: M, the number of learned vectors.
-        initial_context: words that the context starts from, at its end; empty for random vectors alone.
-        local_steps: gradient steps a client takes between averagings.
-        batch_size: examples a step and client; 0 takes all of them.
-        optimizer: of a client's local steps.
-        server_optimizer: of the server's step along the mean change, as in PromptFL.
-        attention: alpha, the weight of the memory's logits; 0 leaves PromptFL.
-        sharpness: beta, of the attention.
-        shots: the most images of a class that a memory holds.
-    """
-
-    context_length: PositiveInt = 16
-    initial_context: str = ""
-    local_steps: PositiveInt = 4
-    batch_size: NonNegativeInt = 32
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    server_optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=1.0))
-    attention: NonNegativeFloat = 1.0
-    sharpness: PositiveFloat = 5.5
-    shots: PositiveInt = 16
 
 
 @dataclass(frozen=True)

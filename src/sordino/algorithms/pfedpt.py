@@ -15,19 +15,17 @@ round's `local_steps` are divided between the parts, so that a method with two p
 a single step only the context trains.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Self
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
-from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, ClientData, InitContext, MethodInfo, RoundContext, Schedule, Uploads
+from sordino.algorithms.base import ClientData, InitContext, MethodInfo, RoundContext, Schedule, Uploads
 from sordino.algorithms.descent import descend, first_steps
-from sordino.algorithms.optimizer import Optimizer
+from sordino.algorithms.settings.pfedpt import Settings
 from sordino.encoders.base import Capability, ClassTokens, DualEncoder
 from sordino.encoders.cache import Kind
 from sordino.encoders.prompt_model import Prompt, named_parts
@@ -49,33 +47,6 @@ ABOUT = MethodInfo(
     ),
     server_uses="mean",
 )
-
-
-@settings_dataclass(frozen=True, config=STRICT)
-class Settings:
-    """Hyper-parameters.
-
-    Attributes:
-        context_length: M, the number of learned vectors.
-        initial_context: words that the context starts from, at its end; empty for random vectors alone.
-        local_steps: gradient steps a client takes between averagings, of both parts together.
-        frame_share: the share of these steps, rounded down, that trains the frame; they come first.
-        batch_size: examples a step and client; 0 takes all of them.
-        optimizer: of the context.
-        frame_optimizer: of the frame; a client keeps its state.
-        frame_width: of the frame's edges, as a share of the image's side.
-        frame_deviation: standard deviation of the numbers that the frame starts from, in units of normalized pixels.
-    """
-
-    context_length: PositiveInt = 16
-    initial_context: str = ""
-    local_steps: PositiveInt = 4
-    frame_share: float = Field(default=0.5, ge=0, le=1)
-    batch_size: NonNegativeInt = 32
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    frame_optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=1.0, momentum=0.5))
-    frame_width: float = Field(default=1 / 16, gt=0, le=0.5)
-    frame_deviation: NonNegativeFloat = 1.0
 
 
 @dataclass(frozen=True)

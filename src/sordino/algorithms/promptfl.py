@@ -8,16 +8,14 @@ optimizer's state. Here the state starts afresh each round, because the context 
 send the change of the context, not the context: the server knows the rest.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from pydantic import NonNegativeInt, PositiveInt
-from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, ClientData, InitContext, MethodInfo, RoundContext, Schedule, Uploads
+from sordino.algorithms.base import ClientData, InitContext, MethodInfo, RoundContext, Schedule, Uploads
 from sordino.algorithms.descent import local_steps
-from sordino.algorithms.optimizer import Optimizer
+from sordino.algorithms.settings.promptfl import Settings
 from sordino.privacy.gradients import Gradients, Parameters
 from sordino.privacy.ledger import Disclosure
 from sordino.prompts.contexts import initial_context
@@ -34,27 +32,6 @@ ABOUT = MethodInfo(
     ),
     server_uses="mean",
 )
-
-
-@settings_dataclass(frozen=True, config=STRICT)
-class Settings:
-    """Hyper-parameters.
-
-    Attributes:
-        context_length: M, the number of learned vectors.
-        initial_context: words that the context starts from, at its end; empty for random vectors alone.
-        local_steps: gradient steps a client takes between averagings.
-        batch_size: examples a step and client; 0 takes all of them.
-        optimizer: of a client's local steps.
-        server_optimizer: of the server's step along the mean change; SGD with rate 1 is plain averaging.
-    """
-
-    context_length: PositiveInt = 16
-    initial_context: str = ""
-    local_steps: PositiveInt = 4
-    batch_size: NonNegativeInt = 32
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    server_optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=1.0))
 
 
 @dataclass(frozen=True)

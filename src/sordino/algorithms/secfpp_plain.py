@@ -17,7 +17,6 @@ from sordino.algorithms.secfpp import (
     Broadcast,
     ClientState,
     Server,
-    Settings,
     Upload,
     broadcast,
     check,
@@ -28,6 +27,7 @@ from sordino.algorithms.secfpp import (
     server_init,
     server_round,
 )
+from sordino.algorithms.settings.secfpp import Settings
 from sordino.encoders.prompt_model import PromptModel
 from sordino.privacy.ledger import Disclosure
 

@@ -5,11 +5,11 @@ Radford et al., Learning Transferable Visual Models From Natural Language Superv
 
 from dataclasses import dataclass
 
-from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from sordino.algorithms import base
-from sordino.algorithms.base import STRICT, ClientData, InitContext, MethodInfo, RoundContext, Schedule, Uploads
+from sordino.algorithms.base import ClientData, InitContext, MethodInfo, RoundContext, Schedule, Uploads
+from sordino.algorithms.settings.zero_shot import Settings
 from sordino.privacy.gradients import Gradients
 
 ABOUT = MethodInfo(
@@ -22,16 +22,6 @@ ABOUT = MethodInfo(
     server_uses="nothing",
     trains=False,
 )
-
-
-@settings_dataclass(frozen=True, config=STRICT)
-class Settings:
-    """Hyper-parameters.
-
-    Attributes: prompt_text: the words before the class name.
-    """
-
-    prompt_text: str = "a photo of a"
 
 
 @dataclass(frozen=True)

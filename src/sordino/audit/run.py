@@ -17,6 +17,7 @@ from sordino.audit.stealing import steal
 from sordino.audit.subject import Subject
 from sordino.errors import ConfigError, DataError, RunError
 from sordino.experiments.features import EncodedDataset
+from sordino.experiments.run_folder import require_run
 from sordino.experiments.run_lock import held
 from sordino.files import write_atomically
 from sordino.privacy.statement import as_summary
@@ -59,8 +60,7 @@ def audit(
         if attack not in ATTACKS:
             raise ConfigError("--attacks", attack, f"not an attack; choose from {', '.join(ATTACKS)}")
     folder = Path(folder)
-    if not folder.is_dir():
-        raise RunError(f"{folder} holds no finished run (there is no such directory)")
+    require_run(folder)
     with held(folder):
         return _audit(folder, attacks, shadows, canaries, seed, progress, dataset)
 

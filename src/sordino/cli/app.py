@@ -6,7 +6,6 @@ import json
 import os
 import re
 import sys
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,31 +13,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sordino.cli.console import at_work, fail, in_run_folder, run_command
+from sordino.cli.machine import doctor, encoders
 from sordino.cli.mpc import app as mpc
+from sordino.cli.options import AsJson, ConfigFile, OutFolder, Overrides, Resume
 from sordino.cli.terminal import live_progress, print_items, print_method, print_table
 from sordino.errors import ConfigError, SordinoError
 
 if TYPE_CHECKING:
-    from sordino.experiments.compare import Variant
+    from sordino.experiments.config import Experiment
+    from sordino.experiments.variants import Variant
     from sordino.private_tuning.settings import PrivateTuning
 
 app = typer.Typer(
-    help="Federated prompt learning for frozen vision-language models, private and honest about it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="the experiment")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. settings.dp-fpl.rank=4")
-]
-OutFolder = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="where to write; default: a new runs/...")]
-Resume = Annotated[bool, typer.Option("--resume", help="go on where DIR was interrupted")]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="print one JSON object on standard output, and nothing else there")
-]
 
 privacy = typer.Typer(help="What a run costs in privacy: before it, and after it.", no_args_is_help=True)
 app.add_typer(privacy, name="privacy")
@@ -46,24 +37,37 @@ app.add_typer(mpc, name="mpc")
 
 # The base of all errors of usage; typer has a public name for some of its heirs only.
 ClickException: Any = next(ancestor for ancestor in typer.BadParameter.__mro__ if ancestor.__name__ == "ClickException")
-DEMO_ALGORITHMS = ("zero-shot", "local", "promptfl", "dp-fpl")
-DEMO_SHADOWS = 4  # few, so that the demo is short; `sordino audit` takes 64
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from sordino import __version__
+
+        print(f"sordino {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version, and end")
+    ] = False,
+) -> None:
+    """Federated prompt learning for frozen vision-language models, private and honest about it."""
 
 
 @app.command()
-def demo(overrides: Overrides = None, out: OutFolder = None, resume: Resume = False, as_json: AsJson = False) -> None:
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="the same in small, in under a minute")] = False,
+    overrides: Overrides = None,
+    out: OutFolder = None,
+    resume: Resume = False,
+    as_json: AsJson = False,
+) -> None:
     """Ten simulated clients learn prompts for handwritten digits, without and with privacy; no download."""
-    from sordino.experiments.compare import grid
-    from sordino.experiments.config import load_config
+    from sordino.cli.demo import variants
 
-    here = Path(__file__).parent
-    variants = grid(load_config(here / "demo.toml", overrides or []), DEMO_ALGORITHMS)
-    private = load_config(here / "demo_private.toml", overrides or [])
-    variants += grid(private, ["dp-fpl"], {"privacy.epsilon": [8.0, 2.0, 1.0]})
-    for place, variant in enumerate(variants):  # only DP-FPL without privacy is attacked: a shadow costs a run
-        if variant.config.algorithm == "dp-fpl" and not variant.config.privacy.on:
-            variants[place] = replace(variant, shadows=DEMO_SHADOWS)
-    _compare(variants, 1, out, resume, as_json, "demo")
+    _compare(variants(quick, overrides or []), 1, out, resume, as_json, "demo")
 
 
 @app.command()
@@ -75,12 +79,10 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run one method as a configuration says, and write a run directory."""
-    from sordino.experiments.config import load_config
-
-    experiment = load_config(config, overrides or [])
+    experiment = _experiment(config, overrides, resume)
+    folder = _folder(out, resume, f"{config.stem}-{experiment.algorithm}")
     from sordino.experiments.run import run as run_experiment
 
-    folder = _folder(out, resume, f"{config.stem}-{experiment.algorithm}")
     with live_progress() as progress:
         summary = run_experiment(experiment, folder, resume, progress)
     if as_json:
@@ -108,9 +110,8 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Run several methods with several seeds, and settings, over shared features; a table, a CSV and a report."""
-    from sordino.experiments.compare import grid
-    from sordino.experiments.config import load_config
     from sordino.experiments.toml_tables import toml_value
+    from sordino.experiments.variants import grid
 
     values: dict[str, list[Any]] = {}
     for variation in vary or []:
@@ -119,7 +120,7 @@ def compare(
             raise ConfigError("--vary", variation, "write key=value,value,..., e.g. privacy.epsilon=inf,8,2")
         values[key.strip()] = [toml_value(text.strip()) for text in texts.split(",")]
     names = [name.strip() for name in algorithms.split(",") if name.strip()]
-    variants = grid(load_config(config, overrides or []), names, values)
+    variants = grid(_experiment(config, overrides, resume), names, values)
     _compare(variants, seeds, out, resume, as_json, f"compare-{config.stem}")
 
 
@@ -168,12 +169,14 @@ def tune_private(
     clear: Annotated[bool, typer.Option("--clear", help="without servers: the tower is here")] = False,
 ) -> None:
     """Tune a prompt for a private text tower by asking for features only; losses and the prompt stay here."""
-    from sordino.private_tuning.settings import load_private_config
+    from sordino.private_tuning.settings import check_places, load_private_config
 
     settings = load_private_config(config, overrides or [])
+    if not resume:
+        check_places(settings)
+    folder, table = _folder(out, resume, f"{config.stem}-private"), ""
     from sordino.private_tuning.tuning import as_text, finished_before
 
-    folder, table = _folder(out, resume, f"{config.stem}-private"), ""
     summary = finished_before(settings, folder, resume)
     if summary is None:
         summary, table = _tuned(settings, folder, resume, clear)
@@ -198,6 +201,9 @@ def audit(
     as_json: AsJson = False,
 ) -> None:
     """Attack a finished run, and set what it claims beside what the attacks found."""
+    from sordino.experiments.run_folder import require_run
+
+    require_run(folder)
     from sordino.audit.run import as_text
     from sordino.audit.run import audit as attack
 
@@ -218,9 +224,7 @@ def privacy_plan(
     as_json: AsJson = False,
 ) -> None:
     """Say who will learn what, who adds the noise, and epsilon by round; nothing is trained."""
-    from sordino.experiments.config import load_config
-
-    experiment = load_config(config, overrides or [])
+    experiment = _experiment(config, overrides)
     from sordino.experiments.privacy_plan import as_text, plan, write_page
 
     chosen = plan(experiment)
@@ -265,45 +269,18 @@ def methods(
     print_items(rows())
 
 
-@app.command()
-def encoders(as_json: AsJson = False) -> None:
-    """List the encoders: sizes, capabilities, and whether they are ready."""
-    from sordino.experiments.doctor import describe_encoders
-
-    infos = describe_encoders()
-    if as_json:
-        print(json.dumps({"encoders": [vars(info) for info in infos]}))
-        return
-    by_checkpoint = "as the checkpoint says"
-    print_items(
-        [
-            {
-                "name": info.name,
-                "towers": info.towers,
-                "size": by_checkpoint if info.megabytes is None else f"{info.megabytes:.0f} MB of weights",
-                "features": by_checkpoint if info.feature_width is None else f"{info.feature_width} wide",
-                "context": by_checkpoint if info.context_width is None else f"{info.context_width} wide",
-                "can do": ", ".join(["text prompts", *info.capabilities]),
-                "ready": "yes" if info.ready else f"no: {info.missing}",
-            }
-            for info in infos
-        ]
-    )
+app.command()(encoders)
+app.command()(doctor)
 
 
-@app.command()
-def doctor(as_json: AsJson = False) -> None:
-    """Check what this machine has, and say what is missing and how to mend it; exit code 1 if anything is."""
-    from sordino.experiments.doctor import examine
+def _experiment(config: Path, overrides: list[str] | None, resume: bool = False) -> Experiment:
+    """The configuration, refused before torch is imported where it is wrong or names what is not there."""
+    from sordino.experiments.config import check_places, load_config
 
-    checks = examine()
-    if as_json:
-        print(json.dumps({"checks": [vars(check) for check in checks]}))
-    else:
-        for check in checks:
-            print(f"{'ok     ' if check.ok else 'missing'}  {check.name}: {check.finding}")
-    if not all(check.ok for check in checks):
-        raise typer.Exit(1)
+    experiment = load_config(config, overrides or [])
+    if not resume:  # a finished run needs no data any more
+        check_places(experiment)
+    return experiment
 
 
 def _compare(
@@ -314,10 +291,10 @@ def _compare(
     as_json: bool,
     label: str,
 ) -> None:
+    folder = _folder(out, resume, label)
     from sordino.audit.run import membership_auc
     from sordino.experiments.compare import compare as compare_variants
 
-    folder = _folder(out, resume, label)
     with live_progress() as progress:
         rows = compare_variants(variants, seeds, folder, resume, progress, f"Sordino: {label}", membership_auc)
     if as_json:
@@ -359,7 +336,11 @@ def _folder(out: Path | None, resume: bool, label: str) -> Path:
     """The run directory: the one asked for, or a new one under runs/; it is named on standard error."""
     if out is None and resume:
         raise ConfigError("--resume", True, "say which run with --out DIR")
+    from sordino.experiments.run_lock import require_unused
+
     folder = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{label}" if out is None else out
+    if not resume:
+        require_unused(folder)
     in_run_folder(folder)
     return folder
 

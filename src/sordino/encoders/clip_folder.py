@@ -17,8 +17,8 @@ from transformers import (
     SiglipModel,
 )
 
+from sordino.encoders.checkpoint_place import checkpoint_folder
 from sordino.errors import EncoderError
-from sordino.files import user_path
 
 # The processors on PIL: they need no torchvision, whose own resizing changes from one release to
 # the next.
@@ -48,13 +48,9 @@ def locate(checkpoint: str) -> Path:
     Raises:
         EncoderError: there is no such folder, and the hub does not have it or cannot be reached.
     """
-    folder = user_path(checkpoint, "encoder.checkpoint")
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or checkpoint.startswith((".", "~")) or checkpoint.count("/") != 1:
-        raise EncoderError(
-            f"checkpoint {checkpoint!r}: no such folder; give a folder with config.json, or a hub name 'owner/model'"
-        )
+    here = checkpoint_folder(checkpoint)
+    if here is not None:
+        return here
     from huggingface_hub import snapshot_download
 
     described = ["*.json", "merges.txt", "*.model"]

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from sordino.errors import ConfigError, RunError
-from sordino.experiments.config import Experiment, parse_config, resolved
+from sordino.errors import ConfigError
+from sordino.experiments.config import Experiment
 from sordino.experiments.data_digests import data_record
 from sordino.experiments.data_record import check
 from sordino.experiments.features import EncodedDataset
 from sordino.experiments.privacy_plan import planned_mechanism
 from sordino.experiments.run import run
-from sordino.experiments.run_lock import all_held, held, is_empty
-from sordino.experiments.toml_tables import set_key
+from sordino.experiments.run_lock import all_held, held, require_unused
+from sordino.experiments.variants import Variant
 from sordino.files import write_atomically
 from sordino.progress import Progress, silent
 from sordino.report import write_report
@@ -32,60 +29,6 @@ BACKDOOR = "attack_success"  # its columns in the CSV
 # earlier attack may be read instead, the progress, and the data; returns the AUC. It is handed in, as this module is
 # below `sordino.audit`, where it is `membership_auc`.
 Attack = Callable[[Path, int, bool, Progress, EncodedDataset], float]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One line of a comparison: an algorithm with its settings.
-
-    Attributes:
-        config: the experiment, with the first seed.
-        variation: the settings that differ from other lines of the algorithm, as `key=value, ...`; may be empty.
-        shadows: shadow federations for membership inference against its first run; 0 does not attack it.
-    """
-
-    config: Experiment
-    variation: str = ""
-    shadows: int = 0
-
-    @property
-    def folder(self) -> Path:
-        """The folder of its runs, relative to the comparison's."""
-        return Path(self.config.algorithm, re.sub(r"[^\w.=-]+", "_", self.variation))
-
-
-def grid(
-    config: Experiment, algorithms: Sequence[str], vary: Mapping[str, Sequence[Any]] | None = None
-) -> list[Variant]:
-    """Return every algorithm with every combination of the varied keys.
-
-    A key that an algorithm ignores makes no new line.
-
-    Args:
-        config: the experiment that all have in common.
-        algorithms: their names.
-        vary: values by dotted key.
-
-    Raises:
-        ConfigError: an algorithm, key or value is not allowed.
-    """
-    keys = list(vary or {})
-    variants: list[Variant] = []
-    for name in algorithms:
-        seen: list[dict[str, Any]] = []
-        for values in itertools.product(*(vary[key] for key in keys) if vary else ()):
-            tables = config.model_dump(exclude_none=True) | {"algorithm": name}
-            for key, value in zip(keys, values, strict=True):
-                set_key(tables, key, value)
-            varied = parse_config(tables)
-            settings = resolved(varied)
-            if settings not in seen:
-                seen.append(settings)
-                words = ", ".join(f"{key}={value}" for key, value in zip(keys, values, strict=True))
-                variants.append(Variant(varied, words))
-        if len(seen) == 1:  # nothing that varies matters to this algorithm
-            variants[-1] = replace(variants[-1], variation="")
-    return variants
 
 
 @dataclass(frozen=True)
@@ -165,8 +108,8 @@ def compare(
             if variant.shadows:
                 raise ConfigError("shadows", variant.shadows, "needs compare(..., attack=membership_auc)")
     with held(out):
-        if not resume and not is_empty(out):
-            raise RunError(f"{out} exists; go on with --resume, or choose another --out")
+        if not resume:
+            require_unused(out)
         with all_held([folder for runs in planned for folder in runs]):
             return _compare(variants, planned, out, resume, progress, title, attack)
 

@@ -9,12 +9,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sordino.algorithms import METHODS, algorithm, settings_for
+from sordino.algorithms import METHODS, settings_for
+from sordino.encoders.checkpoint_place import checkpoint_folder
 from sordino.errors import ConfigError, config_error
 from sordino.experiments.toml_tables import check_values, read_tables
-from sordino.files import absolute_path, user_path
+from sordino.files import absolute_path, require_folder, user_path
 from sordino.privacy.settings import PrivacySettings
 from sordino.runtime.settings import RuntimeSettings
+from sordino.tasks.places import check_places as check_data
 from sordino.tasks.settings import DataSettings, PartitionSettings, PoisoningSettings
 
 
@@ -86,9 +88,8 @@ def parse_config(tables: Mapping[str, Any]) -> Experiment:
     try:
         config = Experiment.model_validate(dict(tables))
     except ValidationError as error:
-        raise config_error(error) from None
-    algorithm(config.algorithm)
-    for name in {config.algorithm, *(key for key in config.settings if key in METHODS)}:
+        raise config_error(error, Experiment) from None
+    for name in dict.fromkeys([config.algorithm, *(key for key in config.settings if key in METHODS)]):
         settings_for(name, config.settings)
     if config.encoder.name == "clip" and config.encoder.checkpoint is None:
         raise ConfigError("encoder.checkpoint", None, "encoder 'clip' needs a directory or a hub name of a checkpoint")
@@ -97,6 +98,20 @@ def parse_config(tables: Mapping[str, Any]) -> Experiment:
             "data.public", config.data.public, "goes together with privacy.directions = 'images'; set both or none"
         )
     return config.model_copy(update={"data": _absolute(config.data)})
+
+
+def check_places(config: Experiment) -> None:
+    """Check that the folders and files that a configuration names are there, before what reads them is imported.
+
+    Raises:
+        SordinoError: one is missing.
+    """
+    check_data(config.data)
+    if config.encoder.checkpoint is not None and config.encoder.name == "clip":
+        checkpoint_folder(config.encoder.checkpoint)
+    if config.privacy.release is not None:
+        folder = absolute_path(config.privacy.release, "privacy.release")
+        require_folder(folder, "privacy.release", "; give the directory of a run with mechanism 'statistics'")
 
 
 def resolved(config: Experiment) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sordino.errors import RunError
-from sordino.experiments.run_lock import is_empty, writable
+from sordino.experiments.run_lock import require_unused, writable
 from sordino.experiments.toml_tables import first_difference
 from sordino.files import write_atomically
 from sordino.progress import log
@@ -42,11 +42,10 @@ def was_started(out: Path, tables: Mapping[str, Any], resume: bool, free: Sequen
     Raises:
         RunError: see `prepare`.
     """
-    writable(out)
     if not resume:
-        if not is_empty(out):
-            raise RunError(f"{out} exists; go on with --resume, or choose another --out")
+        require_unused(out)
         return False
+    writable(out)
     old = started_with(out)
     if not old:
         return False
@@ -59,6 +58,16 @@ def was_started(out: Path, tables: Mapping[str, Any], resume: bool, free: Sequen
             "change it back or choose another --out"
         )
     return True
+
+
+def require_run(folder: Path) -> None:
+    """Check that a directory is there that may hold a finished run.
+
+    Raises:
+        RunError: there is none.
+    """
+    if not folder.is_dir():
+        raise RunError(f"{folder} holds no finished run (there is no such directory)")
 
 
 def finished(out: Path, parse: Callable[[bytes], T]) -> T | None:

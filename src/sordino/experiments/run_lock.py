@@ -70,6 +70,17 @@ def is_empty(folder: Path) -> bool:
     return not folder.exists() or all(path.name == FILE for path in folder.iterdir())
 
 
+def require_unused(folder: Path) -> None:
+    """Check that a new run directory can be made.
+
+    Raises:
+        RunError: it cannot be written, or holds something.
+    """
+    writable(folder)
+    if not is_empty(folder):
+        raise RunError(f"{folder} exists; go on with --resume, or choose another --out")
+
+
 def writable(folder: Path) -> Path:
     """The absolute path of a directory that may be written, or made.
 

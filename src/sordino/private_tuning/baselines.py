@@ -19,7 +19,8 @@ from torch import Tensor
 
 from sordino.mpc.tower.sentences import Forward, in_the_clear
 from sordino.mpc.tower.tower import PrivateTower
-from sordino.private_tuning.search import Search, tune
+from sordino.private_tuning.search import tune
+from sordino.private_tuning.search_settings import Search
 from sordino.private_tuning.tasks import ImageTask, TextTask, cross_entropies
 
 

@@ -20,33 +20,10 @@ import torch
 from torch import Tensor
 
 from sordino.errors import ConfigError, RunError
+from sordino.private_tuning.search_settings import Search
 from sordino.progress import Progress, silent
 
 Losses = Callable[[Tensor], Tensor]  # maps prompts [P, M, E] to their losses [P]
-
-
-@dataclass(frozen=True)
-class Search:
-    """Settings of a search.
-
-    Attributes:
-        width: of z.
-        population: candidates a generation.
-        generations: their number.
-        deviation: standard deviation of z's entries at the start.
-        scale: standard deviation of a prompt's entries if z's entries have a standard deviation of 1.
-        seed: of A and of candidates.
-        keep_norms: give each token of a prompt its norm in p_0. A tower normalizes its input, so this loses little. It
-            keeps prompts away from values for which a tower on shares was not calibrated.
-    """
-
-    width: int = 64
-    population: int = 16
-    generations: int = 50
-    deviation: float = 1.0
-    scale: float = 0.05
-    seed: int = 0
-    keep_norms: bool = False
 
 
 @dataclass

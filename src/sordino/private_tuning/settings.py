@@ -12,9 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sordino.errors import ConfigError, config_error
 from sordino.experiments.toml_tables import check_values, read_tables
 from sordino.files import absolute_path
-from sordino.private_tuning.search import Search
+from sordino.private_tuning.search_settings import Search
+from sordino.tasks.places import require_image_folder
 
 LONGEST = 64  # default of task.longest: tokens of a sentence
+NO_SENTENCES = "no such file; give one with the header 'sentence<TAB>label'"
 TEXT_NEEDS = ("train", "test", "label_names", "descriptions")
 
 
@@ -151,7 +153,7 @@ def parse_private_config(tables: Mapping[str, Any]) -> PrivateTuning:
     try:
         config = PrivateTuning.model_validate(dict(tables))
     except ValidationError as error:
-        raise config_error(error) from None
+        raise config_error(error, PrivateTuning) from None
     _check(config)
     given = {key: value for key in ("train", "test") if (value := getattr(config.task, key)) is not None}
     task = {key: str(absolute_path(value, f"task.{key}")) for key, value in given.items()}
@@ -160,6 +162,20 @@ def parse_private_config(tables: Mapping[str, Any]) -> PrivateTuning:
         task["source"] = f"imagefolder:{absolute_path(folder, 'task.source')}"
     check_values({"task": task})
     return config.model_copy(update={"task": config.task.model_copy(update=task)})
+
+
+def check_places(config: PrivateTuning) -> None:
+    """Check that the folders and files that a configuration names are there, before what reads them is imported.
+
+    Raises:
+        SordinoError: one is missing.
+    """
+    for key in ("train", "test"):
+        file = getattr(config.task, key)
+        if file is not None and not Path(file).exists():
+            raise ConfigError(f"task.{key}", file, NO_SENTENCES)
+    if config.task.source is not None:
+        require_image_folder(Path(config.task.source.partition(":")[2]), config.task.source)
 
 
 def _check(config: PrivateTuning) -> None:

@@ -31,7 +31,7 @@ from sordino.experiments.data_record import sequence_digest
 from sordino.files import read_regular, user_path
 from sordino.mpc.tower.distill import embedder_of
 from sordino.mpc.tower.sentences import Forward, encoded
-from sordino.private_tuning.settings import PrivateTuning, longest_of
+from sordino.private_tuning.settings import NO_SENTENCES, PrivateTuning, longest_of
 from sordino.prompt_file import KNOWN_FEATURES
 
 Part = Literal["test", "validation"]  # examples to test on; "validation": training examples that are no shots
@@ -339,7 +339,7 @@ def read_sentences(file: Path, key: str, classes: int) -> tuple[tuple[str, ...],
     try:
         lines = read_regular(file, MAX_BYTES).decode("utf-8-sig").splitlines()
     except FileNotFoundError:
-        raise ConfigError(key, str(file), "no such file; give one with the header 'sentence<TAB>label'") from None
+        raise ConfigError(key, str(file), NO_SENTENCES) from None
     except (OSError, UnicodeDecodeError, DataError) as error:
         raise ConfigError(key, str(file), f"not a readable text file: {error}") from None
     rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))

@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 
 from sordino.errors import DataError
-from sordino.files import read_regular
+from sordino.files import read_regular, require_folder
 from sordino.pictures.decoding import MAX_BYTES, suffixes
 from sordino.tasks.images import ImageSet
 from sordino.tasks.passed_over import files_passed_over, is_junk, told
 from sordino.tasks.persons import persons_of_folders
+from sordino.tasks.places import LAYOUTS, require_image_folder
 from sordino.tasks.settings import spoken
 
 TRAIN_FOLDERS = ("train", "training")
 TEST_FOLDERS = ("test", "testing", "val", "valid", "validation")
 PERSON_LAYERS = 4  # of folders that are looked through for persons; a layout has 3 at most
-LAYOUTS = "ROOT/CLASS/picture.jpg or ROOT/DOMAIN/CLASS/picture.jpg"
 
 
 def image_folder(root: Path, source: str, person_level: int | None = None) -> ImageSet:
@@ -42,8 +42,7 @@ def image_folder(root: Path, source: str, person_level: int | None = None) -> Im
         DataError: `root` is missing, a folder holds no picture, pictures lie at two depths, or
             there are fewer than two classes. The message names the folder.
     """
-    if not root.is_dir():
-        raise DataError(f"{source}: there is no folder {str(root)!r}; give a folder laid out as {LAYOUTS}")
+    require_image_folder(root, source)
     if person_level is not None:
         return _folders_of_persons(root, source, person_level)
     upper = _folders(root)
@@ -72,8 +71,7 @@ def every_picture(root: Path, source: str) -> ImageSet:
     Raises:
         DataError: `root` is missing, or holds no picture.
     """
-    if not root.is_dir():
-        raise DataError(f"{source}: there is no folder {str(root)!r}")
+    require_folder(root, source)
     names = [path.relative_to(root).as_posix() for path in _pictures_below(root)]
     passed_over = tuple(files_passed_over(root, set(names)))
     if not names:

@@ -19,6 +19,7 @@ from sordino.files import read_regular, user_path
 from sordino.pictures.decoding import MAX_BYTES
 from sordino.tasks.images import ImageSet, Indices
 from sordino.tasks.persons import with_persons
+from sordino.tasks.places import require_data_set
 from sordino.tasks.settings import DataSettings, spoken
 
 TRAIN_SPLITS = ("train", "training")
@@ -106,6 +107,7 @@ def _person(value: Any, settings: DataSettings) -> str:
 def _load(where: str, settings: DataSettings) -> dict[str, Dataset]:
     """Load the data set's splits, by name; empty ones are left out."""
     path = user_path(where, "data.source")
+    require_data_set(where, settings.source)
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             loaded = datasets.load_from_disk(str(path))
@@ -113,8 +115,6 @@ def _load(where: str, settings: DataSettings) -> dict[str, Dataset]:
             loaded = datasets.load_dataset("parquet", data_files=str(path))
         elif path.is_file():
             raise DataError(f"{settings.source}: of single files only a '.parquet' file can be read")
-        elif where.startswith((".", "/", "~")) and not path.exists():
-            raise DataError(f"{settings.source}: there is no such file or folder")
         else:
             target = str(path) if path.exists() else where
             loaded = datasets.load_dataset(target, settings.hf_config, revision=settings.revision)

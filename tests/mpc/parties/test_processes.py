@@ -32,7 +32,8 @@ from sordino.mpc.parties.network import network_of
 from sordino.mpc.parties.session import Session, connect, provide
 from sordino.mpc.tower.calibration import Calibration
 from sordino.mpc.tower.sentences import Sentences
-from sordino.private_tuning.search import Search, SearchState, tune
+from sordino.private_tuning.search import SearchState, tune
+from sordino.private_tuning.search_settings import Search
 
 pytestmark = pytest.mark.slow
 TIMEOUT = 5.0

@@ -1,0 +1,28 @@
+"""Hyper-parameters of `fedprompt`; `sordino.algorithms.fedprompt` says what they do."""
+
+from dataclasses import field
+
+from pydantic import NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from sordino.algorithms.optimizer import Optimizer
+from sordino.algorithms.settings import STRICT
+
+
+@dataclass(frozen=True, config=STRICT)
+class Settings:
+    """Hyper-parameters.
+
+    Attributes:
+        context_length: M, the number of learned vectors.
+        initial_context: words that the context starts from, at its end; the vectors before them start at random words.
+        local_steps: gradient steps a client takes between averagings, the paper's local iterations.
+        batch_size: examples a step and client; 0 takes all of them.
+        optimizer: of a client's local steps.
+    """
+
+    context_length: PositiveInt = 20
+    initial_context: str = ""
+    local_steps: PositiveInt = 4
+    batch_size: NonNegativeInt = 32
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(name="adam"))
