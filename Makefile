@@ -2,7 +2,9 @@
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 VENV := .venv
+RUNNABLE := $(VENV)/.runnable
 INSTALLED := $(VENV)/.installed
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 # Tests run in as many processes as there are cores, each with one thread: kernels of small matrices gain little from
 # more, and processes that share cores would wait for each other. A file's tests stay together, with their fixtures.
@@ -10,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 
 
 .PHONY: demo test test-fast lint format install lock clean
 
-demo: $(INSTALLED)
+demo: $(RUNNABLE)
 	$(VENV)/bin/sordino demo
 
 test: $(INSTALLED)
@@ -30,18 +32,27 @@ format: $(INSTALLED)
 
 install: $(INSTALLED)
 
-$(INSTALLED): requirements.lock pyproject.toml
+# What the package needs without extras; the demo needs no more.
+$(RUNNABLE): requirements-demo.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Sordino needs Python 3.11 or newer; install it, or name it: make PYTHON=/path/to/python3 $(MAKECMDGOALS)"; exit 2; }
 	@echo "Setting up $(VENV) with $(PYTHON); this takes a few minutes the first time."
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(PIP) --require-hashes -r requirements-demo.lock
+	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
-# Needs uv. The lock file names no package index, so pip and uv install it from whichever one they are set up with.
+# And the rest: every extra, and the tools of development.
+$(INSTALLED): requirements.lock $(RUNNABLE)
+	$(PIP) --require-hashes -r requirements.lock
+	@touch $@
+
+# Needs uv. The lock files name no package index, so pip and uv install them from whichever one they are set up with.
+# The smaller one takes its versions from the larger.
+LOCK := uv pip compile pyproject.toml --group build --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-annotate --custom-compile-command "make lock" --quiet
 lock:
-	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-		--no-annotate --custom-compile-command "make lock" --quiet -o requirements.lock
+	$(LOCK) --extra dev -o requirements.lock
+	$(LOCK) --constraint requirements.lock -o requirements-demo.lock
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

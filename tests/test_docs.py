@@ -141,8 +141,9 @@ def test_the_page_on_the_command_line_names_every_command() -> None:
     assert not [name for name in known if f"| `sordino {name}" not in text]
 
 
-def test_the_lock_file_has_hashes_and_no_index() -> None:
-    text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+@pytest.mark.parametrize("file", ["requirements.lock", "requirements-demo.lock"])
+def test_the_lock_files_have_hashes_and_no_index(file: str) -> None:
+    text = (ROOT / file).read_text(encoding="utf-8")
     pins = [line for line in text.splitlines() if re.match(r"^[a-z0-9]", line)]
     assert len(pins) > 50
     assert all("==" in pin and pin.rstrip().endswith("\\") for pin in pins)

@@ -27,12 +27,13 @@ from sordino.errors import EXTRAS, MissingExtra, require_extra
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "sordino"
-PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT: dict[str, Any] = PYPROJECT["project"]
 
 # Names of files of the source distribution, at its top; whatever else lies beside them stays out.
 DISTRIBUTED = {
-    *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "pyproject.toml", "requirements.lock"),
-    *("benchmarks", "docs", "examples", "src", "tests"),
+    *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "pyproject.toml"),
+    *("requirements-demo.lock", "requirements.lock", "benchmarks", "docs", "examples", "src", "tests"),
     *(".gitignore", "PKG-INFO"),  # hatchling's own additions
 }
 
@@ -91,6 +92,53 @@ def test_the_extra_all_has_every_extra_and_dev_has_all() -> None:
     (whole,) = (Requirement(line) for line in extras.pop("all"))
     assert [each.extras for line in extras.pop("dev") if (each := Requirement(line)).name == "sordino"] == [{"all"}]
     assert (whole.name, whole.extras) == ("sordino", set(extras))
+
+
+def locked(file: str) -> dict[str, set[str]]:
+    """The versions in a lock file with their hashes, by the distribution's name."""
+    pins: dict[str, set[str]] = {}
+    text = (ROOT / file).read_text(encoding="utf-8").replace("\\\n", " ")
+    for line in text.splitlines():
+        if line and not line.startswith("#"):
+            requirement, *hashes = line.split(" --hash=")
+            pinned = Requirement(requirement)
+            pin = " ".join([str(pinned.specifier), *(each.strip() for each in hashes)])
+            pins.setdefault(canonicalize_name(pinned.name), set()).add(pin)
+    return pins
+
+
+def test_the_demo_is_locked_to_what_the_tests_run_with() -> None:
+    """The same versions with the same hashes, so that `make test` adds packages and changes none."""
+    demo, whole = locked("requirements-demo.lock"), locked("requirements.lock")
+    assert demo.keys() < whole.keys()
+    assert {name: pins for name, pins in demo.items() if pins != whole[name]} == {}
+
+
+def test_the_demo_installs_the_package_without_extras_and_what_builds_it() -> None:
+    demo = locked("requirements-demo.lock").keys()
+    needed = distributions([*PROJECT["dependencies"], *PYPROJECT["dependency-groups"]["build"]])
+    assert needed <= demo
+    extras = distributions(line for lines in PROJECT["optional-dependencies"].values() for line in lines)
+    # Some packages of extras come with what every method needs.
+    needs = {canonicalize_name(name) for name in ("huggingface-hub", "packaging")}
+    assert extras & demo <= needs
+    assert extras <= locked("requirements.lock").keys()
+
+
+@pytest.mark.parametrize(
+    ("target", "files"),
+    [
+        ("demo", ["requirements-demo.lock"]),
+        ("test", ["requirements-demo.lock", "requirements.lock"]),
+        ("lint", ["requirements-demo.lock", "requirements.lock"]),
+    ],
+)
+def test_make_installs_what_a_target_needs_and_no_more(target: str, files: list[str], tmp_path: Path) -> None:
+    """From a clone without a virtual environment."""
+    command = ["make", "--dry-run", "--no-print-directory", target, f"VENV={tmp_path / 'venv'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.findall(r"--require-hashes -r (\S+)", done.stdout) == files
+    assert done.stdout.count("--no-build-isolation -e .") == 1  # which needs the packages that build it
 
 
 def test_a_missing_extra_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
