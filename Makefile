@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 
 .PHONY: demo test test-fast lint format install lock clean
 
 demo: $(RUNNABLE)
-	$(VENV)/bin/sordino demo
+	$(VENV)/bin/sordino demo $(ARGS)
 
 test: $(INSTALLED)
 	$(PYTEST)

@@ -141,6 +141,12 @@ def test_make_installs_what_a_target_needs_and_no_more(target: str, files: list[
     assert done.stdout.count("--no-build-isolation -e .") == 1  # which needs the packages that build it
 
 
+def test_make_hands_arguments_to_the_demo(tmp_path: Path) -> None:
+    command = ["make", "--dry-run", "demo", f"VENV={tmp_path}", "ARGS=--quick"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"{tmp_path}/bin/sordino demo --quick"
+
+
 def test_a_missing_extra_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     require_extra("mpc", "this")
     monkeypatch.setitem(sys.modules, "numba", None)
