@@ -49,7 +49,8 @@ class Optimizer:
         if math.isinf(self.max_norm):
             return gradients
         norms = gradients.flatten(1).norm(dim=1).clamp(min=self.max_norm)
-        return gradients * (self.max_norm / norms).view(-1, *[1] * (gradients.ndim - 1))
+        factors: Tensor = self.max_norm / norms
+        return gradients * factors.view(-1, *[1] * (gradients.ndim - 1))
 
     def rate(self, round_context: RoundContext) -> float:
         """Return the learning rate of a round."""

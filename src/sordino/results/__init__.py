@@ -1,0 +1,58 @@
+"""`summary.json`, the results of one run: written, read and aggregated here and nowhere else.
+
+Every place that shows results (the terminal's table, `comparison.csv`, the report) takes its numbers from `Results`, so
+that all show the same mean, the same deviation and the same seconds. Three rules decide what these numbers are:
+
+- A `Spread` is over what its mean is over. Several runs differ in their seed: the mean is over seeds, of each run's
+  mean over clients, and the deviation is over seeds too. One run has one seed: the mean is the run's own, over its
+  clients, and the deviation is over these clients.
+- One value has no deviation. It is None then, and never 0, which would claim that values agree.
+- Seconds are seconds of training. A run's total holds the encoding of images too, which the first run of a comparison
+  does for all the others; totals do not compare.
+"""
+
+from sordino.results.aggregate import Claim, Results, Spread
+from sordino.results.summary import (
+    FILE,
+    MEASURES,
+    Accuracy,
+    ClientResult,
+    Communication,
+    Copies,
+    Count,
+    Durations,
+    Images,
+    Measure,
+    ObserverEpsilon,
+    PassedOver,
+    Privacy,
+    SkippedImage,
+    Summary,
+    complaint,
+)
+from sordino.results.wording import human_bytes, human_seconds, rounded_up
+
+__all__ = [
+    "FILE",
+    "MEASURES",
+    "Accuracy",
+    "Claim",
+    "ClientResult",
+    "Communication",
+    "Copies",
+    "Count",
+    "Durations",
+    "Images",
+    "Measure",
+    "ObserverEpsilon",
+    "PassedOver",
+    "Privacy",
+    "Results",
+    "SkippedImage",
+    "Spread",
+    "Summary",
+    "complaint",
+    "human_bytes",
+    "human_seconds",
+    "rounded_up",
+]
