@@ -115,7 +115,7 @@ def _absolute(data: DataSettings) -> DataSettings:
         check_values(folder, "data.public")
         data = data.model_copy(update={"public": folder})
     kind, colon, rest = data.source.partition(":")
-    if colon and (kind == "imagefolder" or user_path(rest, "data.source").exists()):
+    if colon and (kind in ("imagefolder", "table") or user_path(rest, "data.source").exists()):
         source = f"{kind}:{absolute_path(rest, 'data.source')}"
         check_values(source, "data.source")
         return data.model_copy(update={"source": source})
