@@ -19,6 +19,7 @@ from PIL import Image
 from sordino.algorithms import METHODS, Method, algorithm
 from sordino.cli.app import app
 from sordino.experiments.config import EncoderSettings, Experiment, load_config, parse_config
+from sordino.experiments.privacy_plan import plan
 from sordino.experiments.run import run
 from sordino.privacy.settings import PrivacySettings
 from sordino.private_tuning.settings import load_private_config
@@ -167,6 +168,46 @@ def test_commands_in_documents_are_understood(page: Path) -> None:
         context = known[name].make_context(name, list(arguments))
         for method in (context.params.get("algorithms") or "").split(","):
             assert method == "" or method in METHODS
+
+
+def layouts() -> dict[str, tuple[list[str], str, str]]:
+    """Of each layout in docs/own-pictures.md: its files, its table as CSV, and its tables as TOML."""
+    found = {}
+    for section in (ROOT / "docs" / "own-pictures.md").read_text(encoding="utf-8").split("\n## ")[1:]:
+        blocks = {kind: re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL) for kind in ("text", "csv", "toml")}
+        if blocks["text"]:
+            (files,), (config,) = blocks["text"], blocks["toml"]
+            found[section.partition("\n")[0]] = (files.split(), "".join(blocks["csv"]), config)
+    return found
+
+
+@pytest.mark.parametrize("layout", layouts())
+def test_a_layout_of_ones_own_pictures_is_read_as_the_page_says(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Twelve pictures for each that the page names, with its table and configuration, from where the page works."""
+    files, table, config = layouts()[layout]
+    monkeypatch.chdir(tmp_path)
+    for file in files:
+        for number in range(1, 13):
+            path = Path(file.replace("01.", f"{number:02}."))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (9, 9), (len(file), number, 99)).save(path)
+    if table:
+        header, *rows = table.splitlines()
+        lines = [row.replace("01", f"{number:02}") for row in rows for number in range(1, 13)]
+        source = tomllib.loads(config)["data"]["source"].partition(":")[2]
+        Path(source if source.endswith(".csv") else f"{source}/metadata.csv").write_text("\n".join([header, *lines]))
+    page = (ROOT / "docs" / "own-pictures.md").read_text(encoding="utf-8")
+    whole = tomllib.loads(re.findall(r"```toml\n(.*?)```", page, re.DOTALL)[0])
+    with caplog.at_level("INFO", logger="sordino"):
+        chosen = plan(parse_config(whole | tomllib.loads(config)))
+    (said, *warnings) = [record.getMessage() for record in caplog.records]
+    assert warnings == []
+    sites = {"north": "north", "south": "south"} if "domain" in config else {"0": "", "1": "", "2": ""}
+    assert re.findall(r"(\w+) \d+(?:,|$)", said.partition("clients: ")[2]) == list(sites)
+    persons = chosen.mechanism.inputs.whole_persons
+    assert persons == ("patient" in table)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from sordino.experiments.config import Experiment
 from sordino.progress import Progress, log
 from sordino.tasks.copies import Copies, find_copies
 from sordino.tasks.images import Flags, ImageSet, Indices
+from sordino.tasks.overview import announce
 from sordino.tasks.passed_over import told
 from sordino.tasks.poisoning import poisoned, with_triggers
 from sordino.tasks.sources import load_images, public_images
@@ -118,6 +119,7 @@ class EncodedDataset:
         if images.passed_over:
             log.warning("%s", told(images.passed_over))
         task = build_task(images, config.data, config.partition, config.seed)
+        announce(images, task)
         if config.poisoning is not None:
             poisoned(task, config.poisoning, len(images), config.seed)
         encoder = load_encoder(config.encoder.name, config.encoder.checkpoint, config.encoder.dtype, device)

@@ -19,6 +19,7 @@ from sordino.privacy.statement import WHO, statement, views
 from sordino.privacy.statistics.mechanism import StatisticsMechanism
 from sordino.runtime import aggregation
 from sordino.runtime.facts import Units, mechanism_inputs, participant_count
+from sordino.tasks.overview import announce
 from sordino.tasks.poisoning import poisoned
 from sordino.tasks.sources import load_images
 from sordino.tasks.splits import build_task
@@ -103,7 +104,7 @@ class Plan:
 _NOISE_BY = {"client": "each client", "server": "the server", "shares": "all clients, a share each"}
 
 
-def planned_mechanism(config: Experiment) -> Mechanism:
+def planned_mechanism(config: Experiment, tell: bool = False) -> Mechanism:
     """The mechanism that a configuration will be run with; lists its images, encodes none, trains nothing.
 
     Raises:
@@ -113,6 +114,8 @@ def planned_mechanism(config: Experiment) -> Mechanism:
     method, settings = algorithm(config.algorithm), settings_for(config.algorithm, config.settings)
     images = load_images(config.data)
     task = build_task(images, config.data, config.partition, config.seed)
+    if tell:
+        announce(images, task)
     if config.poisoning is not None:
         task = poisoned(task, config.poisoning, len(images), config.seed)
     # A picture with a trigger stands behind all others, and is of the same person.
@@ -137,7 +140,7 @@ def plan(config: Experiment) -> Plan:
         SordinoError: the configuration cannot be run.
     """
     config, _ = with_release(config)
-    chosen, unit = planned_mechanism(config), config.privacy.unit
+    chosen, unit = planned_mechanism(config, tell=True), config.privacy.unit
     rounds = chosen.inputs.rounds
     numbers = sorted({max(1, round(rounds * step / POINTS)) for step in range(1, POINTS + 1)}) if rounds else []
     by_round = [

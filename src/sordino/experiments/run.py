@@ -337,6 +337,7 @@ def _per_client(task: Task, scores: Scores) -> tuple[ClientResult, ...]:
     return tuple(
         ClientResult(
             client=line["client"],
+            name=line["name"],
             local=scores.local[index],
             neighbor=scores.neighbor[index],
             overall=scores.overall[index],

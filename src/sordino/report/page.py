@@ -6,7 +6,7 @@ from importlib.resources import files
 
 from sordino.report import figures
 from sordino.report.clusters import clusters
-from sordino.report.groups import TITLES, Group
+from sordino.report.groups import TITLES, Group, client_names
 from sordino.report.heatmap import accuracy_by_client, client_columns
 from sordino.report.markup import counted, html_table, listed, place
 from sordino.report.privacy import audits, tradeoff
@@ -136,17 +136,24 @@ def _by_client(groups: Sequence[Group]) -> str:
     if figure is None:
         return ""
     rows, cells = [], []
+    names = client_names(entry for group in groups for entry in group.clients())
     for group, measure, values in client_columns(groups):
         known = sorted((value, client) for client, value in values.items() if value is not None)
         cells += known
         quartiles = [known[round(share * (len(known) - 1))] for share in (0, 0.25, 0.5, 0.75, 1)]
         name = f"{escape(group.label)}, {TITLES[measure].lower()}"
-        rows.append([name, *(f"{100 * value:.1f} <small>(client {client})</small>" for value, client in quartiles)])
+        rows.append(
+            [
+                name,
+                *(f"{100 * value:.1f} <small>(client {escape(names[client])})</small>" for value, client in quartiles),
+            ]
+        )
     clients = len(figure["data"][0]["y"])
     low, high = min(cells), max(cells)
     words = (
         f"Heat map of accuracy, {counted(clients, 'client')} by {counted(len(rows), 'column')}, "
-        f"from {low[0]:.1%} (client {low[1]}) to {high[0]:.1%} (client {high[1]}). The table below has its quartiles."
+        f"from {low[0]:.1%} (client {names[low[1]]}) to {high[0]:.1%} (client {names[high[1]]}). The table below has "
+        "its quartiles."
     )
     seeds = " Means over seeds." if any(group.over_seeds for group in groups) else ""
     table = html_table(

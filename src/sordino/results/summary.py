@@ -57,6 +57,7 @@ class ClientResult(_Measured):
 
     Attributes:
         client: its number in the federation, from 0.
+        name: its domain's, numbered where several have it, or else its number.
         local, neighbor, overall, novel, domain: accuracies, fractions in [0, 1].
         attack_success: fraction of the images with an attacker's trigger that its prompt takes for the target; None for
             attackers, and for everyone if nobody attacks.
@@ -66,6 +67,7 @@ class ClientResult(_Measured):
     """
 
     client: Count
+    name: Text = ""
     local: Fraction | None = None
     neighbor: Fraction | None = None
     overall: Fraction | None = None
@@ -75,6 +77,11 @@ class ClientResult(_Measured):
     examples: Count = 0
     classes: tuple[Text, ...] = ()
     domains: tuple[Text, ...] | None = None
+
+    @property
+    def called(self) -> str:
+        """Its name, or its number in a summary that has no names."""
+        return self.name or str(self.client)
 
 
 class ObserverEpsilon(_Part):
