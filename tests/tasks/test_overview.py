@@ -35,7 +35,7 @@ def test_classes_and_clients_by_name_with_sizes() -> None:
     images = images_of(["dog", "elephant", "horse"], [40, 40, 40], ("north", "south"))
     task = task_of(images, scheme="domain", clients=2)
     sizes = [len(rows) for rows in task.train]
-    expected = f"3 classes: dog, elephant, horse; clients: north {sizes[0]}, south {sizes[1]}"
+    expected = f"3 classes: dog, elephant, horse; clients: north ({sizes[0]}), south ({sizes[1]})"
     assert overview(task) == expected
     assert [line["name"] for line in task.summary()] == ["north", "south"]
 

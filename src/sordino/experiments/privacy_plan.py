@@ -17,9 +17,10 @@ from sordino.privacy.ledger import Ledger, Observer
 from sordino.privacy.mechanism import Mechanism
 from sordino.privacy.statement import WHO, statement, views
 from sordino.privacy.statistics.mechanism import StatisticsMechanism
+from sordino.progress import log
 from sordino.runtime import aggregation
 from sordino.runtime.facts import Units, mechanism_inputs, participant_count
-from sordino.tasks.overview import announce
+from sordino.tasks.overview import doubts, overview
 from sordino.tasks.poisoning import poisoned
 from sordino.tasks.sources import load_images
 from sordino.tasks.splits import build_task
@@ -33,12 +34,14 @@ class Plan:
 
     Attributes:
         config: the run.
+        data: its classes and clients with their sizes, in words.
         mechanism: with its noise matched to the budget.
         views: what each observer will have learned at the end.
         by_round: (round, epsilon of each observer, in the order of `views`), ascending.
     """
 
     config: Experiment
+    data: str
     mechanism: Mechanism
     views: tuple[Spent, ...]
     by_round: tuple[tuple[int, tuple[float, ...]], ...]
@@ -76,6 +79,7 @@ class Plan:
         inputs = self.mechanism.inputs
         return {
             "algorithm": self.config.algorithm,
+            "data": self.data,
             "mechanism": self.config.privacy.mechanism,
             "unit": self.config.privacy.unit,
             "rounds": inputs.rounds,
@@ -104,18 +108,24 @@ class Plan:
 _NOISE_BY = {"client": "each client", "server": "the server", "shares": "all clients, a share each"}
 
 
-def planned_mechanism(config: Experiment, tell: bool = False) -> Mechanism:
+def planned_mechanism(config: Experiment) -> Mechanism:
     """The mechanism that a configuration will be run with; lists its images, encodes none, trains nothing.
 
     Raises:
         SordinoError: the configuration cannot be run.
     """
+    return _planned(config)[0]
+
+
+def _planned(config: Experiment) -> tuple[Mechanism, str]:
+    """The mechanism, and what was read of the data, in words; warns where classes look like people."""
     config, earlier = with_release(config)
     method, settings = algorithm(config.algorithm), settings_for(config.algorithm, config.settings)
     images = load_images(config.data)
     task = build_task(images, config.data, config.partition, config.seed)
-    if tell:
-        announce(images, task)
+    said = overview(task)
+    if doubt := doubts(images):
+        log.warning("%s", doubt)
     if config.poisoning is not None:
         task = poisoned(task, config.poisoning, len(images), config.seed)
     # A picture with a trigger stands behind all others, and is of the same person.
@@ -130,7 +140,7 @@ def planned_mechanism(config: Experiment, tell: bool = False) -> Mechanism:
     mechanism = mechanism_for(config.privacy, inputs, None)
     if earlier is not None and isinstance(mechanism, StatisticsMechanism):
         mechanism = replace(mechanism, earlier=earlier.noise)
-    return mechanism
+    return mechanism, said
 
 
 def plan(config: Experiment) -> Plan:
@@ -140,14 +150,14 @@ def plan(config: Experiment) -> Plan:
         SordinoError: the configuration cannot be run.
     """
     config, _ = with_release(config)
-    chosen, unit = planned_mechanism(config, tell=True), config.privacy.unit
+    (chosen, said), unit = _planned(config), config.privacy.unit
     rounds = chosen.inputs.rounds
     numbers = sorted({max(1, round(rounds * step / POINTS)) for step in range(1, POINTS + 1)}) if rounds else []
     by_round = [
         (number, tuple(view.epsilon for view in views(chosen.empty_ledger().add(chosen.planned(number)), unit)))
         for number in numbers
     ]
-    return Plan(config, chosen, tuple(views(chosen.total, unit)), tuple(by_round))
+    return Plan(config, said, chosen, tuple(views(chosen.total, unit)), tuple(by_round))
 
 
 def as_text(chosen: Plan, curve: bool = True) -> str:
@@ -160,6 +170,7 @@ def as_text(chosen: Plan, curve: bool = True) -> str:
         f"{chosen.config.algorithm} on {chosen.config.data.source}: {len(inputs.sizes):,} "
         f"{'party' if len(inputs.sizes) == 1 else 'clients'} with {held} {noun} each, "
         f"{inputs.rounds:,} rounds.",
+        f"Data: {chosen.data}.",
     ]
     if ledger.releases:
         rates = sorted({release.sampling_rate for release in ledger.releases})

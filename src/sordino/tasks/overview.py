@@ -27,7 +27,7 @@ def announce(images: ImageSet, task: Task) -> None:
 
 def overview(task: Task) -> str:
     """Return the classes and the clients with their numbers of training pictures, in one line."""
-    sizes = [f"{name} {len(rows):,}" for name, rows in zip(task.client_names, task.train, strict=True)]
+    sizes = [f"{name} ({len(rows):,})" for name, rows in zip(task.client_names, task.train, strict=True)]
     novel = f"; {len(task.novel_names)} novel: {_some(task.novel_names)}" if task.novel_names else ""
     return f"{len(task.class_names)} classes: {_some(task.class_names)}{novel}; clients: {_some(sizes)}"
 
