@@ -57,7 +57,7 @@ def test_a_long_list_is_cut_and_counted() -> None:
     names = [f"kind of thing {letter}" for letter in "abcdefghijklmno"]
     said = overview(task_of(images_of(names, [20] * 15), scheme="iid", clients=12))
     assert re.search(
-        r"15 classes: kind of thing a, .*, kind of thing j, and 5 more; clients: 0 \d+, .*, and 2 more$", said
+        r"15 classes: kind of thing a, .*, kind of thing j, and 5 more; clients: 0 \(\d+\), .*, and 2 more$", said
     )
 
 
