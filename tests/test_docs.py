@@ -74,7 +74,7 @@ def test_examples_are_valid_for_every_method(example: Path) -> None:
 @pytest.fixture
 def page_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The method that docs/new-method.md writes, installed as a package's entry point would be."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "new-method.md").read_text("utf-8"), re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "new-method.md").read_text("utf-8"), re.DOTALL)[0]
     package = tmp_path / "my_package"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -99,7 +99,7 @@ def test_the_new_method_of_the_page_runs(page_method: str, config_file: Path, tm
 
 
 def test_the_new_method_of_the_page_is_short() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "new-method.md").read_text("utf-8"), re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "new-method.md").read_text("utf-8"), re.DOTALL)[0]
     parsed = ast.parse(code)
     assert sum(len(ast.unparse(node).splitlines()) for node in parsed.body) < 80
 

@@ -18,15 +18,15 @@ from sordino.algorithms import algorithm, settings_for
 from sordino.encoders.base import DualEncoder
 from sordino.encoders.prompt_model import Prompt, PromptModel, named_parts, prompt_count
 from sordino.errors import RunError
-from sordino.experiments.config import Experiment, resolved
+from sordino.experiments.config import Experiment, kept_methods, resolved
 from sordino.experiments.data_digests import data_record, party_digests
 from sordino.experiments.data_record import pin
 from sordino.experiments.features import EncodedDataset
 from sordino.experiments.release_file import FILE as RELEASE
 from sordino.experiments.release_file import ReleaseFile, with_release
 from sordino.experiments.run_folder import Metrics, finished, started_with, was_started
+from sordino.experiments.run_folder import start as start_folder
 from sordino.experiments.run_lock import held
-from sordino.experiments.toml_tables import to_toml
 from sordino.files import absolute_path, user_path, write_atomically
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.statement import as_summary
@@ -106,8 +106,7 @@ def _run(
     runtime, evaluation = assemble(config, dataset, task)
     # Before config.toml, so that where there is one there is the other.
     pin(out, data_record(dataset, task, dataset.public(config, task)))
-    if not (out / "config.toml").exists():
-        write_atomically(out / "config.toml", to_toml(tables).encode())
+    start_folder(out, tables, kept_methods(config))
     start, released = _released(runtime, out, with_release(config)[1])
     training = _resumed(runtime, start, out) if resume else start
     metrics = Metrics(out / "metrics.jsonl", training.round, numbers=COUNTED)
