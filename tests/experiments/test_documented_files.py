@@ -87,7 +87,7 @@ def runs(config_file: Path, tmp_path: Path) -> dict[str, Path]:
     overrides = {
         "personal": ["rounds=4"],
         "file": ["rounds=4", f"methods.mine={file}", "algorithm=mine"],
-        "clusters": ["rounds=1", "algorithm=secfpp", *four],
+        "clusters": ["rounds=1", "algorithm=secfpp", "settings.cluster_every=1", *four],
         "statistics": ["algorithm=head", *statistics],
     }
     for name, chosen in overrides.items():
