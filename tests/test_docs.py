@@ -21,6 +21,7 @@ from sordino.cli.app import app
 from sordino.experiments.config import EncoderSettings, Experiment, load_config, parse_config
 from sordino.experiments.privacy_plan import plan
 from sordino.experiments.run import run
+from sordino.experiments.tracking import TrackingSettings
 from sordino.privacy.settings import PrivacySettings
 from sordino.private_tuning.settings import load_private_config
 from sordino.runtime.settings import RuntimeSettings
@@ -33,7 +34,7 @@ OWN_METHODS = [name for name, method in METHODS.items() if "." not in method.mod
 def test_every_key_is_documented() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     tables = [Experiment, DataSettings, PartitionSettings, EncoderSettings, RuntimeSettings, PoisoningSettings]
-    tables.append(PrivacySettings)
+    tables += [PrivacySettings, TrackingSettings]
     keys = {key for table in tables for key in table.model_fields}
     keys |= {field.name for name in METHODS for field in fields(algorithm(name).Settings)}
     assert not {key for key in keys if f"`{key}`" not in text and f"[{key}]" not in text}
@@ -75,7 +76,7 @@ def test_examples_are_valid_for_every_method(example: Path) -> None:
 @pytest.fixture
 def page_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The method that docs/new-method.md writes, installed as a package's entry point would be."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "new-method.md").read_text("utf-8"), re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "new-method.md").read_text("utf-8"), re.DOTALL)[0]
     package = tmp_path / "my_package"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -100,7 +101,7 @@ def test_the_new_method_of_the_page_runs(page_method: str, config_file: Path, tm
 
 
 def test_the_new_method_of_the_page_is_short() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "new-method.md").read_text("utf-8"), re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "new-method.md").read_text("utf-8"), re.DOTALL)[0]
     parsed = ast.parse(code)
     assert sum(len(ast.unparse(node).splitlines()) for node in parsed.body) < 80
 

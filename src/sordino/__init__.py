@@ -222,7 +222,8 @@ def add_method(name: str, method: Any) -> None:
 
     Args:
         name: in lower case, with hyphens, as in `algorithm = "my-method"`.
-        method: a module, an object, or a mapping such as `globals()`, with what docs/new-method.md asks for.
+        method: a module, an object, a mapping such as `globals()`, or the path of a file, which is executed, with what
+            docs/new-method.md asks for.
 
     Raises:
         ConfigError: the name is taken, or the method lacks something; the message says what.

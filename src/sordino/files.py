@@ -13,6 +13,9 @@ from sordino.errors import ConfigError, DataError, RunError
 # translate line ends.
 READING = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_BINARY", "O_CLOEXEC"))
 
+DATA = "$SORDINO_DATA"  # in a path of a configuration: the folder that this variable of the environment names
+DATA_UNSET = "../shared/data"  # its value where it is not set
+
 
 def read_regular(path: Path, limit: int) -> bytes:
     """Read a regular file, or the one that a link leads to.
@@ -81,7 +84,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def user_path(text: str, key: str) -> Path:
-    """Return a path as a user writes it, with `~` for a home.
+    """Return a path as a user writes it, with `~` for a home and `$SORDINO_DATA` at its start for a folder of data.
 
     Args:
         text: the path.
@@ -90,6 +93,9 @@ def user_path(text: str, key: str) -> Path:
     Raises:
         ConfigError: there is no such home, or no file can have this name.
     """
+    first, *rest = Path(text).parts or ("",)
+    if first == DATA:
+        text = str(Path(os.environ.get(DATA[1:]) or DATA_UNSET, *rest))
     try:
         path = Path(text).expanduser()
         path.exists()

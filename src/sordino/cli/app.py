@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sordino.cli.console import at_work, fail, in_run_folder, run_command
+from sordino.cli.methods import AsJson, add_file, with_method
+from sordino.cli.methods import app as methods
 from sordino.cli.mpc import app as mpc
-from sordino.cli.terminal import live_progress, print_items, print_method, print_table
+from sordino.cli.terminal import live_progress, print_items, print_table
 from sordino.errors import ConfigError, SordinoError
 
 if TYPE_CHECKING:
@@ -36,13 +38,14 @@ Overrides = Annotated[
 ]
 OutFolder = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="where to write; default: a new runs/...")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on where DIR was interrupted")]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="print one JSON object on standard output, and nothing else there")
+MethodFile = Annotated[
+    Path | None, typer.Option("--method", metavar="FILE.py", help="a method in a file, which is executed")
 ]
 
 privacy = typer.Typer(help="What a run costs in privacy: before it, and after it.", no_args_is_help=True)
 app.add_typer(privacy, name="privacy")
 app.add_typer(mpc, name="mpc")
+app.add_typer(methods, name="methods")
 
 # The base of all errors of usage; typer has a public name for some of its heirs only.
 ClickException: Any = next(ancestor for ancestor in typer.BadParameter.__mro__ if ancestor.__name__ == "ClickException")
@@ -69,6 +72,7 @@ def demo(overrides: Overrides = None, out: OutFolder = None, resume: Resume = Fa
 @app.command()
 def run(
     config: ConfigFile,
+    method: MethodFile = None,
     overrides: Overrides = None,
     out: OutFolder = None,
     resume: Resume = False,
@@ -77,7 +81,7 @@ def run(
     """Run one method as a configuration says, and write a run directory."""
     from sordino.experiments.config import load_config
 
-    experiment = load_config(config, overrides or [])
+    experiment = load_config(config, with_method(overrides, method))
     from sordino.experiments.run import run as run_experiment
 
     folder = _folder(out, resume, f"{config.stem}-{experiment.algorithm}")
@@ -102,6 +106,9 @@ def compare(
         list[str] | None,
         typer.Option(metavar="KEY=V1,V2", help="every value of a key, e.g. privacy.epsilon=inf,8,2; may be repeated"),
     ] = None,
+    method: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE.py", help="one more method, in a file; may be repeated")
+    ] = None,
     overrides: Overrides = None,
     out: OutFolder = None,
     resume: Resume = False,
@@ -119,6 +126,7 @@ def compare(
             raise ConfigError("--vary", variation, "write key=value,value,..., e.g. privacy.epsilon=inf,8,2")
         values[key.strip()] = [toml_value(text.strip()) for text in texts.split(",")]
     names = [name.strip() for name in algorithms.split(",") if name.strip()]
+    names += [name for file in method or [] if (name := add_file(file)) not in names]
     variants = grid(load_config(config, overrides or []), names, values)
     _compare(variants, seeds, out, resume, as_json, f"compare-{config.stem}")
 
@@ -131,12 +139,15 @@ def predict(
     encoder: Annotated[
         str | None, typer.Option(metavar="CHECKPOINT", help="folder or hub name where the prompt's encoder is now")
     ] = None,
+    method: MethodFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Classify pictures with a saved prompt: its classes for each, most probable first."""
     at_work("nothing was written; repeat the command")
     from sordino.experiments.predict import predict as predict_classes
 
+    if method is not None:
+        add_file(method)
     with live_progress() as progress:
         result = predict_classes(prompt, images, encoder, progress)
     for skipped in result.skipped:
@@ -195,6 +206,7 @@ def audit(
     shadows: Annotated[int, typer.Option(min=4, help="shadow federations; each costs as much as the run")] = 64,
     canaries: Annotated[int, typer.Option(min=8, help="planted examples; each costs a gradient every round")] = 128,
     seed: Annotated[int, typer.Option(help="of the attacker's randomness")] = 1,
+    method: MethodFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Attack a finished run, and set what it claims beside what the attacks found."""
@@ -202,6 +214,8 @@ def audit(
     from sordino.audit.run import audit as attack
 
     names = [name.strip() for name in attacks.split(",") if name.strip()]
+    if method is not None:
+        add_file(method)
     at_work("nothing was changed, as an audit is written at its end; repeat the command")
     with live_progress() as progress:
         result = attack(folder, names, shadows, canaries, seed, progress)
@@ -213,6 +227,7 @@ def audit(
 @privacy.command("plan")
 def privacy_plan(
     config: ConfigFile,
+    method: MethodFile = None,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE.html", help="also a page with a plot")] = None,
     as_json: AsJson = False,
@@ -220,7 +235,7 @@ def privacy_plan(
     """Say who will learn what, who adds the noise, and epsilon by round; nothing is trained."""
     from sordino.experiments.config import load_config
 
-    experiment = load_config(config, overrides or [])
+    experiment = load_config(config, with_method(overrides, method))
     from sordino.experiments.privacy_plan import as_text, plan, write_page
 
     chosen = plan(experiment)
@@ -242,27 +257,6 @@ def privacy_ledger(
 
     ledger = read_ledgers(folders, delta)
     print(json.dumps(spending(ledger)) if as_json else as_text(ledger))
-
-
-@app.command()
-def methods(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="one method, with its settings")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """List the methods: paper, what is personal, what is shared, what they promise; or tell all about one."""
-    from sordino.experiments.methods import card, rows
-
-    if name is not None:
-        described = card(name)
-        if as_json:
-            print(json.dumps(described.as_dict()))
-        else:
-            print_method(described)
-        return
-    if as_json:
-        print(json.dumps({"methods": rows()}))
-        return
-    print_items(rows())
 
 
 @app.command()

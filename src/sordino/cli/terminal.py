@@ -117,6 +117,8 @@ def print_method(card: Card) -> None:
     about = Table.grid(padding=(0, 2))
     for key in ("personal", "shared", "privacy", "needs"):
         about.add_row(key, getattr(card.about, key))
+    if card.parent is not None:
+        about.add_row("descends", f"from {card.parent}, so [settings.{card.parent}] also applies here")
     for content in card.discloses:
         about.add_row("leaves", content)
     table = Table(box=None, pad_edge=False)

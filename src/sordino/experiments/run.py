@@ -18,15 +18,17 @@ from sordino.algorithms import algorithm, settings_for
 from sordino.encoders.base import DualEncoder
 from sordino.encoders.prompt_model import Prompt, PromptModel, named_parts, prompt_count
 from sordino.errors import RunError
-from sordino.experiments.config import Experiment, resolved
+from sordino.experiments.config import Experiment, kept_methods, resolved
 from sordino.experiments.data_digests import data_record, party_digests
 from sordino.experiments.data_record import pin
 from sordino.experiments.features import EncodedDataset
 from sordino.experiments.release_file import FILE as RELEASE
 from sordino.experiments.release_file import ReleaseFile, with_release
 from sordino.experiments.run_folder import Metrics, finished, started_with, was_started
+from sordino.experiments.run_folder import start as start_folder
 from sordino.experiments.run_lock import held
-from sordino.experiments.toml_tables import to_toml
+from sordino.experiments.tracking import TABLE as TRACKING
+from sordino.experiments.tracking import tracked
 from sordino.files import absolute_path, user_path, write_atomically
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.statement import as_summary
@@ -82,7 +84,7 @@ def run(
     with held(out):
         config = _with_nonce(with_release(config)[0], out)
         tables = resolved(config)
-        summary = finished(out, Summary.from_json) if was_started(out, tables, resume) else None
+        summary = finished(out, Summary.from_json) if was_started(out, tables, resume, (TRACKING,)) else None
         if summary is None:
             summary = _run(config, tables, out, resume, progress, dataset or EncodedDataset.open(config))
         if not (out / "report.html").exists():
@@ -106,12 +108,12 @@ def _run(
     runtime, evaluation = assemble(config, dataset, task)
     # Before config.toml, so that where there is one there is the other.
     pin(out, data_record(dataset, task, dataset.public(config, task)))
-    if not (out / "config.toml").exists():
-        write_atomically(out / "config.toml", to_toml(tables).encode())
+    start_folder(out, tables, kept_methods(config))
     start, released = _released(runtime, out, with_release(config)[1])
     training = _resumed(runtime, start, out) if resume else start
     metrics = Metrics(out / "metrics.jsonl", training.round, numbers=COUNTED)
-    training, scores = _train(config, runtime, evaluation, training, metrics, out, progress, released)
+    with tracked(config.tracking, out, metrics):
+        training, scores = _train(config, runtime, evaluation, training, metrics, out, progress, released)
     ledger = training.ledger
     write_atomically(out / LEDGER, ledger.to_json().encode())
     privacy = as_summary(ledger, config.privacy.unit)

@@ -33,6 +33,7 @@ from sordino.mpc.tower.distill import embedder_of
 from sordino.mpc.tower.sentences import Forward, encoded
 from sordino.private_tuning.settings import PrivateTuning, longest_of
 from sordino.prompt_file import KNOWN_FEATURES
+from sordino.tasks.published import how_to_get
 
 Part = Literal["test", "validation"]  # examples to test on; "validation": training examples that are no shots
 Indices = NDArray[np.int64]
@@ -339,7 +340,8 @@ def read_sentences(file: Path, key: str, classes: int) -> tuple[tuple[str, ...],
     try:
         lines = read_regular(file, MAX_BYTES).decode("utf-8-sig").splitlines()
     except FileNotFoundError:
-        raise ConfigError(key, str(file), "no such file; give one with the header 'sentence<TAB>label'") from None
+        remedy = f"no such file; give one with the header 'sentence<TAB>label'{how_to_get(file)}"
+        raise ConfigError(key, str(file), remedy) from None
     except (OSError, UnicodeDecodeError, DataError) as error:
         raise ConfigError(key, str(file), f"not a readable text file: {error}") from None
     rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))

@@ -335,7 +335,13 @@ class LocalRuntime:
         return Diverged(message, ledger)
 
     def _run_name(self) -> str:
-        """Return a name that no other run has; a repetition of the same simulation has the same name."""
+        """Return a name that no other run has; a repetition of the same simulation has the same name.
+
+        Without noise nothing is drawn that seed and data do not decide. Such a run is named after its inputs, so that
+        equal runs write equal files.
+        """
+        if not self.privacy.on:
+            return self.identity[:32]
         if self.privacy.simulation:
             return hashlib.sha256(f"{self.nonce} {self.identity}".encode()).hexdigest()[:32]
         return new_nonce()

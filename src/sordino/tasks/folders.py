@@ -14,6 +14,7 @@ from sordino.pictures.decoding import MAX_BYTES, suffixes
 from sordino.tasks.images import ImageSet
 from sordino.tasks.passed_over import files_passed_over, is_junk, told
 from sordino.tasks.persons import persons_of_folders
+from sordino.tasks.published import how_to_get
 from sordino.tasks.settings import spoken
 
 TRAIN_FOLDERS = ("train", "training")
@@ -43,7 +44,8 @@ def image_folder(root: Path, source: str, person_level: int | None = None) -> Im
             there are fewer than two classes. The message names the folder.
     """
     if not root.is_dir():
-        raise DataError(f"{source}: there is no folder {str(root)!r}; give a folder laid out as {LAYOUTS}")
+        remedy = how_to_get(root) or f"; give a folder laid out as {LAYOUTS}"
+        raise DataError(f"{source}: there is no folder {str(root)!r}{remedy}")
     if person_level is not None:
         return _folders_of_persons(root, source, person_level)
     upper = _folders(root)
