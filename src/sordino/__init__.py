@@ -156,6 +156,7 @@ def compare(
     *,
     seeds: int = 3,
     vary: Mapping[str, Sequence[Any]] | None = None,
+    equal_steps: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -167,6 +168,7 @@ def compare(
         out: the directory of the comparison, which must not exist; each run has one of its own below it.
         seeds: how many, counted from the configuration's.
         vary: dotted keys to the values that each method is run with, such as `{"privacy.epsilon": [8.0, 2.0]}`.
+        equal_steps: change `local_steps` so that all take as many gradient steps as the first one that takes any.
         resume: go on in `out` where it was interrupted.
         progress: is called with (stage, done, total) and perhaps a note.
 
@@ -186,7 +188,7 @@ def compare(
         key, value = ("seeds", seeds) if algorithms else ("algorithms", algorithms)
         raise ConfigError(key, value, "at least one is needed")
     folder = Path(out)
-    variants = grid(config, algorithms, vary)
+    variants = grid(config, algorithms, vary, equal_steps)
     title = f"Sordino: {folder.name}"
     return Comparison(compare(variants, seeds, folder, resume, progress or silent, title))
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy.stats import ttest_1samp
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from typer.testing import CliRunner
@@ -27,7 +28,7 @@ from sordino.mpc.tower.tower import PrivateTower, bundled_tower
 from sordino.private_tuning.open_task import open_task
 from sordino.private_tuning.search import Search, projection, prompts
 from sordino.private_tuning.settings import PrivateTuning, load_private_config, parse_private_config
-from sordino.private_tuning.tuning import tune_private
+from sordino.private_tuning.tuning import as_text, tune_private
 from sordino.prompt_file import SavedPrompt
 
 GENERATIONS, POPULATION = 4, 5
@@ -147,7 +148,7 @@ def test_a_stored_prompt_for_pictures_classifies_without_its_tower(
     summary = tune_private(config, tmp_path / "run", task, forward, False, forward.costs)
     sentences = Paid(tower)
     tuned(file, tmp_path / "sentences", sentences, sentences.costs)
-    assert forward.calls == sentences.calls
+    assert forward.calls == sentences.calls + 1, "of 'a photo of a', where sentences start at their hand-written prompt"
     saved = SavedPrompt.load(tmp_path / "run" / "prompts" / "private.safetensors")
     assert saved.privacy.statement.startswith("Tuned on secret shares")
     assert not saved.privacy.private
@@ -157,6 +158,35 @@ def test_a_stored_prompt_for_pictures_classifies_without_its_tower(
     prompt = named_parts(saved.prompt)["context"]
     expected = task.logits(in_the_clear(tower), prompt[None], test=True)[0]
     torch.testing.assert_close(classifier.logits(task.test_features), expected)
+
+
+def test_the_search_is_held_against_the_hand_written_prompt(
+    file: Path, tower: PrivateTower, pictures: Path, tmp_path: Path
+) -> None:
+    """Recomputed without the package's own interval; the initial prompt is a part of the hand-written one here."""
+    tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    tables["task"] = {"kind": "images", "source": f"imagefolder:{pictures}", "shots": 2}
+    tables["prompt"] = {"length": 1, "initial": "a"}
+    config = parse_private_config(tables)
+    task, forward = open_task(config), in_the_clear(tower)
+    summary = tune_private(config, tmp_path / "run", task, forward, True)
+    saved = SavedPrompt.load(tmp_path / "run" / "prompts" / "private.safetensors")
+
+    def correct(prompt: Tensor) -> Tensor:
+        return task.logits(forward, prompt[None], test=True)[0].argmax(-1) == task.test_labels
+
+    words, tuned_prompt = task.embedder.embed("a photo of a"), named_parts(saved.prompt)["context"]
+    held = summary["hand_written"]
+    assert held["prompt"] == "a photo of a"
+    assert held["accuracy"] == float(correct(words).double().mean())
+    differences = correct(tuned_prompt).double() - correct(words).double()
+    expected = ttest_1samp(differences.numpy(), 0.0).confidence_interval(0.95)
+    assert held["gain"]["mean"] == pytest.approx(summary["accuracy"]["tuned"] - held["accuracy"])
+    assert (held["gain"]["low"], held["gain"]["high"]) == pytest.approx((expected.low, expected.high))
+    assert f"{held['accuracy']:.3f} with the hand-written prompt 'a photo of a'" in as_text(summary)
+    assert "than the hand-written prompt: " in as_text(summary)
+    earlier = {key: value for key, value in summary.items() if key != "hand_written"}
+    assert "hand-written" not in as_text(earlier), "a summary of an earlier version still reads"
 
 
 def test_norms_are_kept_where_that_is_asked_for() -> None:

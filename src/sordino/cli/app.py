@@ -109,6 +109,7 @@ def compare(
     method: Annotated[
         list[Path] | None, typer.Option(metavar="FILE.py", help="one more method, in a file; may be repeated")
     ] = None,
+    equal_steps: Annotated[bool, typer.Option("--equal-steps", help="as many gradient steps as the first one")] = False,
     overrides: Overrides = None,
     out: OutFolder = None,
     resume: Resume = False,
@@ -127,7 +128,7 @@ def compare(
         values[key.strip()] = [toml_value(text.strip()) for text in texts.split(",")]
     names = [name.strip() for name in algorithms.split(",") if name.strip()]
     names += [name for file in method or [] if (name := add_file(file)) not in names]
-    variants = grid(load_config(config, overrides or []), names, values)
+    variants = grid(load_config(config, overrides or []), names, values, equal_steps)
     _compare(variants, seeds, out, resume, as_json, f"compare-{config.stem}")
 
 
@@ -159,9 +160,9 @@ def predict(
 def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, or one of `compare`")]) -> None:
     """Write the report of a run directory anew."""
     from sordino.experiments.run_lock import held
-    from sordino.report import write_report
+    from sordino.report import finished_runs, write_report
 
-    runs = sorted(path.parent for path in folder.rglob("summary.json"))
+    runs = finished_runs(folder)
     if not runs:
         raise ConfigError("RUN", str(folder), "holds no finished run (no summary.json in it or below it)")
     at_work("repeat the command")

@@ -189,10 +189,19 @@ class EncodedDataset:
         """The pictures of an encoded task that are copies of others in it."""
         return find_copies(task, self.images, self.digests)
 
+    def encoded(self, rows: Indices, kind: Kind, progress: Progress) -> bool:
+        """Encode what some rows lack of a kind, and tell whether all of them could be read."""
+        self._encode(self._unknown(rows, kind), kind, progress)
+        return bool(self.readable[rows].all())
+
     def _missing(self, task: Task, kind: Kind) -> Indices:
         """The rows that a task uses and that were not read yet."""
+        return self._unknown(task.used, kind)
+
+    def _unknown(self, rows: Indices, kind: Kind) -> Indices:
+        """Those of some rows that were not read yet."""
         table = self.tables.get(kind)
-        return np.array([row for row in task.used if table is None or not table.known[row]], dtype=np.int64)
+        return np.array([row for row in rows if table is None or not table.known[row]], dtype=np.int64)
 
     def _encode(self, rows: Indices, kind: Kind, progress: Progress) -> tuple[int, int]:
         """Fill in rows of a table; how many features were computed for it, and how many came from the cache."""

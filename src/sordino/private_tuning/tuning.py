@@ -30,6 +30,7 @@ from sordino.mpc.tower.tower import BUNDLED, PrivateTower, bundled_tower
 from sordino.private_tuning.search import SearchState, tune
 from sordino.private_tuning.settings import PrivateTuning
 from sordino.private_tuning.tasks import Task
+from sordino.private_tuning.worth import HandWritten, as_lines, summarized
 from sordino.progress import Progress, silent
 from sordino.prompt_file import EncoderRecord, PrivacyRecord, SavedPrompt
 
@@ -96,8 +97,10 @@ def _tuned(
         search, start, lambda prompts: task.losses(forward, prompts), state, record.generation, progress
     )
     searched = time.monotonic()
-    zero_shot = task.accuracy(forward, start)
+    at_start, _ = task.measure(forward, start)
     tuned, beside = task.measure(forward, prompt)
+    hand_written = HandWritten.of(task)
+    given = hand_written.correct(task, forward, start, at_start)
     saved = _saved_prompt(config, task, {"context": prompt, **beside}, state, clear)
     saved.save(out / "prompts" / "private.safetensors")
     before = record.metrics.lines[0]["mean_loss"]
@@ -109,7 +112,8 @@ def _tuned(
         "generations": len(state.losses),
         "evaluations": sum(map(len, state.losses)),
         "test_examples": len(task.test_labels),
-        "accuracy": {"zero_shot": zero_shot, "tuned": tuned},
+        "accuracy": {"zero_shot": float(at_start.double().mean()), "tuned": float(tuned.double().mean())},
+        "hand_written": summarized(hand_written, given, tuned),
         "train_loss": {"before": before, "after": state.least if state.losses else before},
         "seconds": {
             "search": record.metrics.seconds("seconds"),
@@ -280,10 +284,9 @@ def _costs(costs: Costs) -> dict[str, Any]:
 
 def as_text(summary: dict[str, Any]) -> str:
     """Format a summary as text."""
-    accuracy, loss = summary["accuracy"], summary["train_loss"]
+    loss = summary["train_loss"]
     lines = [
-        f"accuracy on {summary['test_examples']} test examples: {accuracy['tuned']:.3f}, "
-        f"{accuracy['zero_shot']:.3f} with the initial prompt",
+        *as_lines(summary),
         f"loss on {summary['shots']} examples a class: {loss['after']:.3f}, {loss['before']:.3f} before; "
         f"{summary['generations']} generations, {summary['evaluations']} candidates, "
         f"{summary['seconds']['search']:.0f} s",

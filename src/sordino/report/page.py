@@ -8,11 +8,12 @@ from sordino.report import figures
 from sordino.report.clusters import clusters
 from sordino.report.groups import TITLES, Group, client_names
 from sordino.report.heatmap import accuracy_by_client, client_columns
-from sordino.report.markup import counted, html_table, listed, place
+from sordino.report.markup import counted, html_table, place
 from sordino.report.privacy import audits, tradeoff
 from sordino.report.runs import Run
 from sordino.report.tables import privacy_words, results
-from sordino.results import Measure, human_bytes
+from sordino.report.worth import worth
+from sordino.results import Measure, human_bytes, listed
 
 _LISTED_IMAGES = 200
 
@@ -23,6 +24,7 @@ def render(runs: Sequence[Run], groups: Sequence[Group], title: str) -> str:
 
     sections = [
         results(groups),
+        worth(groups),
         tradeoff(groups),
         audits(groups),
         _by_round(groups),

@@ -11,48 +11,69 @@ that all show the same mean, the same deviation and the same seconds. Three rule
   does for all the others; totals do not compare.
 """
 
-from sordino.results.aggregate import Claim, Results, Spread
+from sordino.results.aggregate import Best, Claim, Results, Spread
+from sordino.results.interval import Interval, crossed, paired, points
 from sordino.results.summary import (
     FILE,
     MEASURES,
     Accuracy,
+    BestRound,
     ClientResult,
     Communication,
     Copies,
     Count,
     Durations,
+    Effort,
+    HandWritten,
     Images,
     Measure,
     ObserverEpsilon,
     PassedOver,
+    PictureVariance,
     Privacy,
     SkippedImage,
     Summary,
     complaint,
 )
-from sordino.results.wording import human_bytes, human_seconds, rounded_up
+from sordino.results.wording import human_bytes, human_seconds, listed, rounded_up
+from sordino.results.worth import BEST_NOT_OFFERED, BEST_TOO_HIGH, gain_words, unequal_steps, verdict
 
 __all__ = [
+    "BEST_NOT_OFFERED",
+    "BEST_TOO_HIGH",
     "FILE",
     "MEASURES",
     "Accuracy",
+    "Best",
+    "BestRound",
     "Claim",
     "ClientResult",
     "Communication",
     "Copies",
     "Count",
     "Durations",
+    "Effort",
+    "HandWritten",
     "Images",
+    "Interval",
     "Measure",
     "ObserverEpsilon",
     "PassedOver",
+    "PictureVariance",
     "Privacy",
     "Results",
     "SkippedImage",
     "Spread",
     "Summary",
     "complaint",
+    "crossed",
+    "gain_words",
     "human_bytes",
     "human_seconds",
+    "listed",
+    "paired",
+    "points",
     "rounded_up",
+    "unequal_steps",
+    "verdict",
 ]

@@ -26,6 +26,8 @@ def _text(value: Any) -> str:
 # The mean of n weights 1/n can exceed 1 by rounding; the bounds refuse NaN too.
 Fraction = Annotated[float, Field(ge=0, le=1 + 1e-9)]
 Count = Annotated[int, Field(ge=0)]
+Amount = Annotated[float, Field(ge=0)]
+Variance = Annotated[float, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0)]
 Text = Annotated[str, PlainValidator(_text)]
 
@@ -82,6 +84,67 @@ class ClientResult(_Measured):
     def called(self) -> str:
         """Its name, or its number in a summary that has no names."""
         return self.name or str(self.client)
+
+
+class PictureVariance(_Part):
+    """How much the gain over the hand-written prompt varies over test pictures; see `sordino.results.interval`.
+
+    Attributes:
+        pictures: the number of test pictures that count.
+        over_pictures: variance of the mean difference, with pictures as its sample; None for one picture.
+        over_pairs: the same with pairs of a client and a picture as its sample.
+    """
+
+    pictures: Count
+    over_pictures: Variance | None = None
+    over_pairs: Variance = 0.0
+
+
+class HandWritten(_Part):
+    """The hand-written prompt on the same test pictures: what one has without training.
+
+    Attributes:
+        prompt: its words before the class name.
+        itself: the run learns nothing, and its prompt is this one.
+        accuracy: means over the clients that do not attack.
+        per_client: one a client, in order of their numbers.
+        variance: of the run's gain over it, by measure.
+    """
+
+    prompt: Text
+    itself: bool = False
+    accuracy: Accuracy
+    per_client: tuple[Accuracy, ...]
+    variance: dict[Measure, PictureVariance] = {}
+
+
+class BestRound(_Part):
+    """The evaluated round with the highest accuracy on the test pictures. Prompts are kept of the last one.
+
+    Attributes:
+        round: its number, the first of equals; 0 is before training.
+        measure: the accuracy that it is the highest of.
+        accuracy: in this round.
+    """
+
+    round: Count
+    measure: Measure
+    accuracy: Accuracy
+
+
+class Effort(_Part):
+    """The training that a run did, so that methods can be compared at equal effort.
+
+    Attributes:
+        steps_a_round: gradients that a client computes in a round.
+        gradient_steps: of one client in the whole run, the mean over clients.
+        examples_seen: training images in these steps' batches, repeated ones counted again; of one client, the mean
+            over clients. The expected number if batches are sampled. Statistics are released of each example once.
+    """
+
+    steps_a_round: Count
+    gradient_steps: Amount
+    examples_seen: Amount
 
 
 class ObserverEpsilon(_Part):
@@ -193,6 +256,13 @@ class Summary(_Part):
         accuracy: means over the clients that do not attack.
         attack_success: mean over the clients that are attacked; None if nobody attacks.
         per_client: one result a client, in order of their numbers.
+        before: accuracy before the first round; None if the method has no rounds.
+        hand_written: the hand-written prompt's accuracy; None if its features were not at hand.
+        best: the best evaluated round; None if the method has no rounds, or under a privacy mechanism: to choose a
+            round by the accuracy of test pictures is a release that no epsilon covers.
+        effort: the training that was done.
+
+    The last four are None in summaries of earlier versions.
     """
 
     algorithm: Text
@@ -208,6 +278,10 @@ class Summary(_Part):
     communication: Communication
     seconds: Durations
     images: Images = Images()
+    before: Accuracy | None = None
+    hand_written: HandWritten | None = None
+    best: BestRound | None = None
+    effort: Effort | None = None
     version: Text = ""
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from decimal import ROUND_CEILING, Context
 
 
@@ -28,3 +29,9 @@ def human_bytes(size: float) -> str:
 def human_seconds(seconds: float) -> str:
     """Return a duration in seconds with one decimal: `9.7`, `1,234.5`."""
     return f"{seconds:,.1f}"
+
+
+def listed(items: Iterable[object]) -> str:
+    """Return items in words: `a`, `a and b`, `a, b and c`."""
+    words = [str(item) for item in items]
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
