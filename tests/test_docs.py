@@ -20,6 +20,7 @@ from sordino.algorithms import METHODS, Method, algorithm
 from sordino.cli.app import app
 from sordino.experiments.config import EncoderSettings, Experiment, load_config, parse_config
 from sordino.experiments.run import run
+from sordino.experiments.tracking import TrackingSettings
 from sordino.privacy.settings import PrivacySettings
 from sordino.private_tuning.settings import load_private_config
 from sordino.runtime.settings import RuntimeSettings
@@ -32,7 +33,7 @@ OWN_METHODS = [name for name, method in METHODS.items() if "." not in method.mod
 def test_every_key_is_documented() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     tables = [Experiment, DataSettings, PartitionSettings, EncoderSettings, RuntimeSettings, PoisoningSettings]
-    tables.append(PrivacySettings)
+    tables += [PrivacySettings, TrackingSettings]
     keys = {key for table in tables for key in table.model_fields}
     keys |= {field.name for name in METHODS for field in fields(algorithm(name).Settings)}
     assert not {key for key in keys if f"`{key}`" not in text and f"[{key}]" not in text}

@@ -17,7 +17,7 @@ LONGEST = 300  # characters of a value in a message
 # Optional dependencies: the modules that an extra of the package installs, imported only after
 # `require_extra`. The extras `medical` and `heif` are not here: without them a file is passed over
 # with a message of its own.
-EXTRAS = {"hub": ("datasets",), "mpc": ("cma", "grpc", "numba")}
+EXTRAS = {"hub": ("datasets",), "mpc": ("cma", "grpc", "numba"), "tracking": ("mlflow", "tensorboard")}
 
 
 class SordinoError(Exception):
@@ -61,17 +61,18 @@ def missing_modules(extra: str) -> list[str]:
     return [module for module in EXTRAS[extra] if find_spec(module) is None]
 
 
-def require_extra(extra: str, purpose: str) -> None:
+def require_extra(extra: str, purpose: str, *modules: str) -> None:
     """Check that an extra's modules are installed, before they are imported.
 
     Args:
         extra: a key of `EXTRAS`.
         purpose: the part that needs it, as the subject of the message.
+        modules: of the extra, those that are needed; by default all.
 
     Raises:
         MissingExtra: a module is not installed; the message says how to install the extra.
     """
-    missing = missing_modules(extra)
+    missing = [module for module in missing_modules(extra) if module in (modules or EXTRAS[extra])]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         shortage = f"{' and '.join(missing)}, which {verb} not installed"

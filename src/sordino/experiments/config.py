@@ -14,6 +14,7 @@ from sordino.algorithms import METHODS, add_method, algorithm, settings_for
 from sordino.algorithms.method_file import MethodFile
 from sordino.errors import ConfigError, config_error
 from sordino.experiments.toml_tables import check_values, read_tables
+from sordino.experiments.tracking import TrackingSettings
 from sordino.files import absolute_path, user_path
 from sordino.privacy.settings import PrivacySettings
 from sordino.runtime.settings import RuntimeSettings
@@ -71,6 +72,7 @@ class Experiment(BaseModel):
     runtime: RuntimeSettings = RuntimeSettings()
     privacy: PrivacySettings = PrivacySettings()
     poisoning: PoisoningSettings | None = Field(default=None, description="clients that attack; absent: nobody does")
+    tracking: TrackingSettings | None = Field(default=None, description="who is sent metrics; absent: nobody is")
     methods: Methods = Field(default_factory=dict, description="methods in files: name to path; the files are executed")
     settings: dict[str, Any] = Field(
         default_factory=dict, description="hyper-parameters; [settings.NAME] for one method"

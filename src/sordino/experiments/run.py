@@ -27,6 +27,8 @@ from sordino.experiments.release_file import ReleaseFile, with_release
 from sordino.experiments.run_folder import Metrics, finished, started_with, was_started
 from sordino.experiments.run_folder import start as start_folder
 from sordino.experiments.run_lock import held
+from sordino.experiments.tracking import TABLE as TRACKING
+from sordino.experiments.tracking import tracked
 from sordino.files import absolute_path, user_path, write_atomically
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.statement import as_summary
@@ -82,7 +84,7 @@ def run(
     with held(out):
         config = _with_nonce(with_release(config)[0], out)
         tables = resolved(config)
-        summary = finished(out, Summary.from_json) if was_started(out, tables, resume) else None
+        summary = finished(out, Summary.from_json) if was_started(out, tables, resume, (TRACKING,)) else None
         if summary is None:
             summary = _run(config, tables, out, resume, progress, dataset or EncodedDataset.open(config))
         if not (out / "report.html").exists():
@@ -110,7 +112,8 @@ def _run(
     start, released = _released(runtime, out, with_release(config)[1])
     training = _resumed(runtime, start, out) if resume else start
     metrics = Metrics(out / "metrics.jsonl", training.round, numbers=COUNTED)
-    training, scores = _train(config, runtime, evaluation, training, metrics, out, progress, released)
+    with tracked(config.tracking, out, metrics):
+        training, scores = _train(config, runtime, evaluation, training, metrics, out, progress, released)
     ledger = training.ledger
     write_atomically(out / LEDGER, ledger.to_json().encode())
     privacy = as_summary(ledger, config.privacy.unit)

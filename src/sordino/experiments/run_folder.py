@@ -135,7 +135,10 @@ class Metrics:
 
     Attributes:
         lines: what it holds.
+        listener: is given each line that is added; None: nobody is.
     """
+
+    listener: Callable[[dict[str, Any]], None] | None = None
 
     def __init__(self, path: Path, last: int, key: str = "round", numbers: Sequence[str] = ()) -> None:
         """Read what an interrupted run left, and drop the lines after `last`.
@@ -172,6 +175,8 @@ class Metrics:
             raise RunError(
                 f"cannot write {self.path}: {error.strerror}; free space, then go on with --resume"
             ) from None
+        if self.listener is not None:
+            self.listener(line)
 
     def seconds(self, name: str) -> float:
         """The sum of one entry over all lines."""
