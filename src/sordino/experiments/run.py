@@ -28,7 +28,7 @@ from sordino.experiments.run_folder import Metrics, finished, started_with, was_
 from sordino.experiments.run_folder import start as start_folder
 from sordino.experiments.run_lock import held
 from sordino.experiments.tracking import TABLE as TRACKING
-from sordino.experiments.tracking import tracked
+from sordino.experiments.tracking import require_tracker, tracked
 from sordino.experiments.yardsticks import Yardstick, accuracy_before, best_round, effort, evaluation_of
 from sordino.files import absolute_path, user_path, write_atomically
 from sordino.privacy.ledger import Ledger
@@ -82,6 +82,7 @@ def run(
     Raises:
         SordinoError: before anything is trained where input is bad; later where the disk is full or training diverges.
     """
+    require_tracker(config.tracking)
     with held(out):
         config = _with_nonce(with_release(config)[0], out)
         tables = resolved(config)

@@ -49,6 +49,16 @@ class Tracker(Protocol):
         """Write what is left."""
 
 
+def require_tracker(settings: TrackingSettings | None) -> None:
+    """Check that the library that is asked for is installed; nothing is imported.
+
+    Raises:
+        MissingExtra: it is not; the message names the extra.
+    """
+    if settings is not None:
+        require_extra("tracking", f"tracking.to = {settings.to!r}", settings.to)
+
+
 @contextmanager
 def tracked(settings: TrackingSettings | None, out: Path, metrics: Metrics) -> Iterator[None]:
     """Send all lines that metrics hold, and then each that is added.
@@ -59,13 +69,11 @@ def tracked(settings: TrackingSettings | None, out: Path, metrics: Metrics) -> I
         metrics: of the run.
 
     Raises:
-        MissingExtra: TensorBoard or MLflow is not installed.
         ConfigError: it cannot be reached, or the folder not be written.
     """
     if settings is None:
         yield
         return
-    require_extra("tracking", f"tracking.to = {settings.to!r}", settings.to)
     try:
         tracker = _tensorboard(settings, out) if settings.to == "tensorboard" else _mlflow(settings, out)
         for line in metrics.lines:
