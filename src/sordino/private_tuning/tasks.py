@@ -98,19 +98,17 @@ class Task(ABC):
 
     def accuracy(self, forward: Forward, prompt: Tensor) -> float:
         """Compute the accuracy on test examples behind a prompt [M, E]."""
-        return self.measure(forward, prompt)[0]
+        return float(self.measure(forward, prompt)[0].double().mean())
 
-    def measure(self, forward: Forward, prompt: Tensor) -> tuple[float, dict[str, Tensor]]:
-        """Compute the accuracy on test examples behind a prompt [M, E], in one call of `forward`.
+    def measure(self, forward: Forward, prompt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Classify the test examples behind a prompt [M, E], in one call of `forward`.
 
         Returns:
-            The accuracy, and by name what a classifier of new examples needs beside the prompt.
+            True for each example that is classified right, [T]; and by name what a classifier of new examples needs
+            beside the prompt.
         """
         with torch.no_grad():
-            return self._accuracy(self.logits(forward, prompt[None], test=True)[0]), {}
-
-    def _accuracy(self, logits: Tensor) -> float:
-        return float((logits.argmax(-1) == self.test_labels).double().mean())
+            return self.logits(forward, prompt[None], test=True)[0].argmax(-1) == self.test_labels, {}
 
 
 def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
@@ -240,11 +238,12 @@ class ImageTask(Task):
         rows = [row[is_token] for row, is_token in zip(classes.embeddings, classes.mask, strict=True)]
         return self.project(_behind(self.embedder, forward, prompts, rows))
 
-    def measure(self, forward: Forward, prompt: Tensor) -> tuple[float, dict[str, Tensor]]:
-        """Compute the accuracy, and the prompt's class features [C, D]: with them the tower is needed no more."""
+    def measure(self, forward: Forward, prompt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `Task`; beside it the prompt's class features [C, D], with which the tower is needed no more."""
         with torch.no_grad():
             features = self.class_features(forward, prompt[None])
-            return self._accuracy(self._cosines(features, test=True)[0]), {KNOWN_FEATURES: features[0]}
+            hits = self._cosines(features, test=True)[0].argmax(-1) == self.test_labels
+            return hits, {KNOWN_FEATURES: features[0]}
 
     def _cosines(self, class_features: Tensor, test: bool) -> Tensor:
         """Scaled cosines [P, N, C] of training or test examples."""

@@ -169,6 +169,23 @@ def test_different_models(parties: Parties, calibration: Calibration) -> None:
         elsewhere[0].stop(grace=None)
 
 
+def test_shares_of_one_model_that_do_not_belong_together(parties: Parties, calibration: Calibration) -> None:
+    """A model that was provided again keeps its name. Where only one server got the new shares, sums would be noise."""
+    owner, other = parties.identities[MODEL_OWNER], parties.identities["server-1"]
+    assert provide(owner, parties.addresses, small_tower(), calibration, TIMEOUT, name="model") == "model"
+    elsewhere = start_server(other, "127.0.0.1:0", parties.dealer[1], parties.addresses[0], TIMEOUT)
+    try:
+        provide(owner, [parties.addresses[0], elsewhere[1]], small_tower(), calibration, TIMEOUT, name="model")
+        with pytest.raises(MpcError, match="shares of one model that do not belong together"), session_of(parties):
+            pass
+    finally:
+        elsewhere[0].stop(grace=None)
+    provide(owner, parties.addresses, small_tower(), calibration, TIMEOUT, name="model")
+    with session_of(parties) as session:
+        assert session.model == "model"
+        assert agree(session.forward(groups()), groups())
+
+
 @pytest.mark.parametrize(
     ("role", "method", "listener"),
     [
