@@ -32,7 +32,7 @@ from sordino.private_tuning.tasks import read_sentences
 from sordino.tasks.folders import image_folder
 
 LOCAL = "127.0.0.1:0"
-SENTENCES = 800  # of all candidates of a trial's search: one to three minutes on two cores
+SENTENCES = 600  # of all candidates of a trial's search: one to two minutes on two cores
 SHOTS, TESTS = 4, 16  # examples a class: sentences are costly on shares, pictures are not
 CALIBRATION = 1000  # public sentences
 FEWEST = 4  # candidates a generation
