@@ -7,22 +7,22 @@ import os
 import re
 import sys
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sordino.cli.console import at_work, fail, in_run_folder, run_command
-from sordino.cli.methods import AsJson, add_file, with_method
+from sordino.cli.console import at_work, fail, run_command
+from sordino.cli.methods import add_file, with_method
 from sordino.cli.methods import app as methods
 from sordino.cli.mpc import app as mpc
+from sordino.cli.options import AsJson, ConfigFile, OutFolder, Overrides, Resume, chosen_folder
+from sordino.cli.private import tune_private
 from sordino.cli.terminal import live_progress, print_items, print_table
 from sordino.errors import ConfigError, SordinoError
 
 if TYPE_CHECKING:
     from sordino.experiments.compare import Variant
-    from sordino.private_tuning.settings import PrivateTuning
 
 app = typer.Typer(
     help="Federated prompt learning for frozen vision-language models, private and honest about it.",
@@ -32,12 +32,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="the experiment")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. settings.dp-fpl.rank=4")
-]
-OutFolder = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="where to write; default: a new runs/...")]
-Resume = Annotated[bool, typer.Option("--resume", help="go on where DIR was interrupted")]
 MethodFile = Annotated[
     Path | None, typer.Option("--method", metavar="FILE.py", help="a method in a file, which is executed")
 ]
@@ -46,6 +40,7 @@ privacy = typer.Typer(help="What a run costs in privacy: before it, and after it
 app.add_typer(privacy, name="privacy")
 app.add_typer(mpc, name="mpc")
 app.add_typer(methods, name="methods")
+app.command("tune-private")(tune_private)
 
 # The base of all errors of usage; typer has a public name for some of its heirs only.
 ClickException: Any = next(ancestor for ancestor in typer.BadParameter.__mro__ if ancestor.__name__ == "ClickException")
@@ -84,7 +79,7 @@ def run(
     experiment = load_config(config, with_method(overrides, method))
     from sordino.experiments.run import run as run_experiment
 
-    folder = _folder(out, resume, f"{config.stem}-{experiment.algorithm}")
+    folder = chosen_folder(out, resume, f"{config.stem}-{experiment.algorithm}")
     with live_progress() as progress:
         summary = run_experiment(experiment, folder, resume, progress)
     if as_json:
@@ -168,34 +163,6 @@ def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run dir
     at_work("repeat the command")
     with held(folder):
         print(write_report(runs, folder / "report.html", f"Sordino: {folder.name}"))
-
-
-@app.command("tune-private")
-def tune_private(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    out: OutFolder = None,
-    resume: Resume = False,
-    as_json: AsJson = False,
-    clear: Annotated[bool, typer.Option("--clear", help="without servers: the tower is here")] = False,
-) -> None:
-    """Tune a prompt for a private text tower by asking for features only; losses and the prompt stay here."""
-    from sordino.private_tuning.settings import load_private_config
-
-    settings = load_private_config(config, overrides or [])
-    from sordino.private_tuning.tuning import as_text, finished_before
-
-    folder, table = _folder(out, resume, f"{config.stem}-private"), ""
-    summary = finished_before(settings, folder, resume)
-    if summary is None:
-        summary, table = _tuned(settings, folder, resume, clear)
-    if as_json:
-        print(json.dumps(summary))
-        return
-    if table:
-        print(table)
-    print(as_text(summary))
-    print(f"Run directory: {folder}")
 
 
 @app.command()
@@ -312,7 +279,7 @@ def _compare(
     from sordino.audit.run import membership_auc
     from sordino.experiments.compare import compare as compare_variants
 
-    folder = _folder(out, resume, label)
+    folder = chosen_folder(out, resume, label)
     with live_progress() as progress:
         rows = compare_variants(variants, seeds, folder, resume, progress, f"Sordino: {label}", membership_auc)
     if as_json:
@@ -320,43 +287,6 @@ def _compare(
         return
     print_table(rows)
     print(f"Run directory: {folder}\nReport: {folder / 'report.html'}")
-
-
-def _tuned(settings: PrivateTuning, folder: Path, resume: bool, clear: bool) -> tuple[dict[str, Any], str]:
-    """A search for a prompt in the clear or with servers: its summary, and the table of what it cost."""
-    from sordino.mpc.errors import PartyLost
-    from sordino.mpc.parties.session import connect
-    from sordino.mpc.tower.sentences import in_the_clear
-    from sordino.private_tuning.open_task import open_task
-    from sordino.private_tuning.tuning import owner_of, tower_of, tune_private
-
-    with live_progress() as progress:
-        if clear:
-            tower, task = tower_of(settings), open_task(settings, progress=progress)
-            if tower.width != task.embedder.width:
-                why = f"it takes embeddings {tower.width} wide, and the task's are {task.embedder.width} wide"
-                remedy = "give model.tower and model.embeddings of one checkpoint; without, both are the bundled one's"
-                raise ConfigError("model.tower", settings.model.tower, f"{why}; {remedy}")
-            return tune_private(settings, folder, task, in_the_clear(tower), True, None, resume, progress), ""
-        identity, servers = owner_of(settings)
-        task = open_task(settings, progress=progress)
-        try:
-            with connect(identity, servers, settings.session.timeout) as session:
-                summary = tune_private(settings, folder, task, session.forward, False, session.costs, resume, progress)
-                return summary, session.costs.table()
-        except PartyLost as error:
-            if not (folder / "config.toml").exists():  # which is written once the parties have answered
-                raise
-            raise PartyLost(f"{error}; with all parties there, go on with --resume --out {folder}") from None
-
-
-def _folder(out: Path | None, resume: bool, label: str) -> Path:
-    """The run directory: the one asked for, or a new one under runs/; it is named on standard error."""
-    if out is None and resume:
-        raise ConfigError("--resume", True, "say which run with --out DIR")
-    folder = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{label}" if out is None else out
-    in_run_folder(folder)
-    return folder
 
 
 def invoke(arguments: list[str] | None = None) -> int:

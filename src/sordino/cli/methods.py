@@ -9,12 +9,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from sordino.cli.options import AsJson
 from sordino.cli.terminal import print_items, print_method
 from sordino.errors import ConfigError
 
-AsJson = Annotated[
-    bool, typer.Option("--json", help="print one JSON object on standard output, and nothing else there")
-]
 SHOW = "show"  # the command that `sordino methods NAME` is
 
 

@@ -1,7 +1,14 @@
-"""Whether a search for a prompt was worth it: the hand-written prompt on the same test examples."""
+"""Whether a search for a prompt was worth it: the hand-written prompt on the same test examples.
+
+Both prompts classify the same examples, so the interval is of a paired difference: the adjusted Wald interval of Bonett
+and Price (Adjusted Wald Confidence Interval for a Difference of Binomial Proportions Based on Paired Data, Journal of
+Educational and Behavioral Statistics 37, 2012).
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +17,10 @@ from torch import Tensor
 
 from sordino.mpc.tower.sentences import Forward
 from sordino.private_tuning.tasks import ImageTask, Task, TextTask
-from sordino.results import Interval, gain_words, paired, points
+from sordino.results import Interval, gain_words, points
 
+QUANTILE = 1.959964  # of the normal distribution, for 95%
+LISTED = 6  # most classes in a text
 PICTURE_PROMPT = "a photo of a"  # as the method `zero-shot` has it
 
 
@@ -55,10 +64,21 @@ class HandWritten:
         return task.measure(forward, self.tokens)[0]
 
 
+def gain_of(before: Tensor, after: Tensor) -> Interval:
+    """Return the difference of two prompts' accuracies on the same test examples, with its interval of 95%.
+
+    Args:
+        before, after: [T] bool, which examples each prompt classifies correctly.
+    """
+    won, lost, count = int((after & ~before).sum()), int((before & ~after).sum()), len(before)
+    gained, missed = (won + 1) / (count + 2), (lost + 1) / (count + 2)
+    center = gained - missed
+    half = QUANTILE * math.sqrt((gained + missed - center**2) / (count + 2))
+    return Interval((won - lost) / count, max(-1.0, center - half), min(1.0, center + half))
+
+
 def summarized(prompt: HandWritten, correct: Tensor | None, tuned: Tensor) -> dict[str, Any] | None:
     """Return the hand-written prompt's part of a summary: its accuracy, and the tuned prompt's gain over it.
-
-    The gain's interval of 95% is Student's t on the differences by test example.
 
     Args:
         prompt: the hand-written one.
@@ -66,13 +86,39 @@ def summarized(prompt: HandWritten, correct: Tensor | None, tuned: Tensor) -> di
     """
     if correct is None:
         return None
-    gain = paired((tuned.double() - correct.double()).tolist())
-    accuracy = float(correct.double().mean())
-    return {"prompt": prompt.words, "accuracy": accuracy, "gain": gain._asdict()}
+    gain = gain_of(correct, tuned)
+    return {"prompt": prompt.words, "accuracy": _share(correct), "gain": gain._asdict()}
 
 
-def as_lines(summary: dict[str, Any]) -> list[str]:
-    """Return the accuracies of a summary in words, and whether the search gained anything."""
+def by_class(
+    names: Sequence[str], labels: Tensor, correct: Tensor | None, tuned: Tensor
+) -> dict[str, dict[str, float]] | None:
+    """Return the accuracies of the hand-written and the tuned prompt, and the number of test examples, by class.
+
+    Classes without examples are left out.
+
+    Args:
+        names: of the classes.
+        labels: [T], of the test examples.
+        correct, tuned: as for `summarized`.
+    """
+    if correct is None:
+        return None
+    found = {}
+    for number, name in enumerate(names):
+        own = labels == number
+        if own.any():
+            accuracies = {"hand_written": _share(correct[own]), "tuned": _share(tuned[own])}
+            found[name] = {**accuracies, "test_examples": int(own.sum())}
+    return found
+
+
+def _share(correct: Tensor) -> float:
+    return float(correct.double().mean())
+
+
+def as_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Return a summary's accuracies in words, whether the search gained anything, and where it lost."""
     accuracy, known = summary["accuracy"], summary.get("hand_written")
     lines = [
         f"accuracy on {summary['test_examples']} test examples: {accuracy['tuned']:.3f}, "
@@ -83,4 +129,17 @@ def as_lines(summary: dict[str, Any]) -> list[str]:
     gain = Interval(**known["gain"])
     lines[0] += f", {known['accuracy']:.3f} with the hand-written prompt '{known['prompt']}'"
     pair = f"{points(accuracy['tuned'])} to {points(known['accuracy'])}"
-    return [*lines, gain_words(gain, pair)]
+    advice = "" if gain.above else "; keep the hand-written one, or tune with more examples or generations"
+    lines.append(gain_words(gain, pair) + advice)
+    if worse := worse_classes(summary):
+        named = [f"{name} ({points(part['hand_written'])} to {points(part['tuned'])})" for name, part in worse[:LISTED]]
+        more = f", and {len(worse) - LISTED} more" if len(worse) > LISTED else ""
+        lines.append(f"the hand-written prompt is better on {', '.join(named)}{more}")
+    return lines
+
+
+def worse_classes(summary: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]]:
+    """Return the classes for which the hand-written prompt is better, the largest difference first."""
+    parts = summary.get("by_class") or {}
+    losses = [(part["hand_written"] - part["tuned"], name) for name, part in parts.items()]
+    return [(name, parts[name]) for loss, name in sorted(losses, key=lambda pair: -pair[0]) if loss > 0]
