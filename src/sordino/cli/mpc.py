@@ -170,7 +170,7 @@ def try_here(
     for cut in trial.cuts:
         print(f"A trial, --whole leaves it as it is: {cut}", file=sys.stderr)
     run = run_trial(trial, folder, resume, as_json, lambda text: print(text, file=sys.stderr, flush=True))
-    report = write_private_report(run, recipe(trial))
+    report = write_private_report(run, recipe(trial), f"{config.stem}, a trial on one machine")
     if not as_json:
         print(f"Certificates, logs and run directory: {folder}\nReport: {report}\n")
         print(f"The same on several machines, whole, with the hosts' names filled in:\n\n{recipe(trial)}")
