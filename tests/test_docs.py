@@ -231,6 +231,27 @@ def test_the_commands_of_the_overview_run(tmp_path: Path) -> None:
         assert (tmp_path / str(number) / "report.html").exists()
 
 
+@pytest.mark.slow
+def test_the_commands_of_the_tutorial_run(tmp_path: Path) -> None:
+    """All of them, in their order, one round each; and the plan says what stands there."""
+    text = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    (config,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "fabric.toml").write_text(config)
+    script = [sys.executable, str(ROOT / "examples" / "fabric.py"), "fabric"]
+    assert "python examples/fabric.py fabric" in text
+    made = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert made in text
+    for arguments in commands(ROOT / "docs" / "tutorial.md"):
+        short = ["--set", "rounds=1"] if arguments[0] in ("run", "compare") else []
+        command = [sys.executable, "-m", "sordino", *arguments, *short]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        if arguments[:2] == ["privacy", "plan"]:
+            assert "\n".join(done.stdout.splitlines()[1:6]) in text
+    assert (tmp_path / "runs" / "compared" / "report.html").exists()
+    assert (tmp_path / "runs" / "private" / "report.html").exists()
+
+
 def test_the_secure_sum_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "secure-sum.md").read_text("utf-8"), re.DOTALL)
     exec(compile(code, "docs/secure-sum.md", "exec"), {})
