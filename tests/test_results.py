@@ -290,7 +290,7 @@ def test_differences_to_the_first_are_paired_by_seed_and_by_data(summary: Summar
 
 def test_unequal_steps_are_told_in_one_line() -> None:
     assert unequal_steps({"promptfl": (4, 80.0), "dp-fpl": (1, 20.0), "zero-shot": (0, 0.0)}) == (
-        "promptfl takes 4 local steps a round, dp-fpl 1; --equal-steps gives all the same number"
+        "promptfl takes 4 local steps a round, dp-fpl 1; compare --equal-steps gives all the same number"
     )
     told = unequal_steps({"local": (1, 20.0), "dp-fpl": (1, 20.0), "promptfl": (4, 80.0)})
     assert str(told).startswith("local and dp-fpl take 1 local step a round, promptfl 4;")

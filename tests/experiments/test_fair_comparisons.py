@@ -118,7 +118,7 @@ def test_what_cannot_be_made_equal_is_refused_by_name(config_file: Path) -> None
 def test_steps_and_ignored_settings_are_told_in_a_line_each(config_file: Path) -> None:
     config = load_config(config_file, ["settings.rank=2", "settings.promptfl.local_steps=4"])
     assert fairness_notes(grid(config, ["promptfl", "dp-fpl", "local"])) == [
-        "promptfl takes 4 local steps a round, dp-fpl and local 1; --equal-steps gives all the same number",
+        "promptfl takes 4 local steps a round, dp-fpl and local 1; compare --equal-steps gives all the same number",
         "settings.rank: ignored by promptfl and local",
     ]
     varied = grid(load_config(config_file), ["promptfl", "dp-fpl"], {"settings.rank": [1, 2]})

@@ -100,7 +100,8 @@ def _print_worth(rows: list[Row], console: Console) -> None:
         return "-" if value is None else form(value)
 
     measure = rows[0].measure
-    best, several = any(row.best for row in rows), len(rows) > 1
+    best = any(row.best for row in rows)
+    several = any(row.difference and row.difference.low is not None for row in rows)  # two seeds at least
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(f"{measure} accuracy", overflow="fold")
     headings = ["hand-written", "before", "last", *(["best (round)"] if best else []), "steps", "examples"]
@@ -117,8 +118,7 @@ def _print_worth(rows: list[Row], console: Console) -> None:
             shown(row.examples_seen, lambda value: f"{value:,.0f}"),
             *([row.difference.percent() if row.difference else "-"] if several else []),
         )
-    first = f" To first: interval of 95% of the difference to {rows[0].label}, paired by seed" if several else ""
-    first += "" if not several else "." if any(row.seeds > 1 for row in rows) else ", which takes two seeds at least."
+    first = f" To first: interval of 95% of the difference to {rows[0].label}, paired by seed." if several else ""
     steps = {row.label: (row.steps_a_round or 0, row.gradient_steps or 0.0) for row in rows}
     ignored: dict[str, tuple[str, ...]] = {}
     for row in rows:

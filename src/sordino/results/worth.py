@@ -84,7 +84,7 @@ def unequal_steps(steps: Mapping[str, tuple[int, float]]) -> str | None:
         words = _grouped({name: f"{a_round:,}" for name, (a_round, _) in taken.items()}, "local step", "a round")
     else:
         words = _grouped({name: f"{whole:,.0f}" for name, (_, whole) in taken.items()}, "gradient step", "a client")
-    return f"{words}; --equal-steps gives all the same number"
+    return f"{words}; compare --equal-steps gives all the same number"
 
 
 def _grouped(values: Mapping[str, str], noun: str, each: str) -> str:
