@@ -1,6 +1,6 @@
 """Draw a page of a report as a picture, with a Chromium that is installed.
 
-    python docs/figures/screenshot.py runs/compared/report.html docs/images/tutorial-compared.png --height 1400
+python docs/figures/screenshot.py runs/compared/report.html docs/images/tutorial-compared.png --height 1400
 """
 
 from __future__ import annotations
