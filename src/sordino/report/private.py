@@ -17,12 +17,13 @@ WIDTH, HEIGHT, LEFT, BOTTOM = 640, 220, 56, 28  # of the plot of losses, in pixe
 TICKS = 4
 
 
-def write_private_report(folder: Path, recipe: str | None = None) -> Path:
+def write_private_report(folder: Path, recipe: str | None = None, name: str | None = None) -> Path:
     """Write `report.html` of a finished run of `sordino tune-private`, and return its path.
 
     Args:
         folder: the run directory.
         recipe: commands for several machines, to show at the end.
+        name: in the title; by default the folder's.
 
     Raises:
         RunError: the run is not finished, a file of it is damaged, or the page cannot be written.
@@ -32,7 +33,7 @@ def write_private_report(folder: Path, recipe: str | None = None) -> Path:
         summary = json.loads((folder / "summary.json").read_bytes())
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
         configuration = (folder / "config.toml").read_text("utf-8")
-        page = _page(folder.name, summary, lines, configuration, recipe)
+        page = _page(name or folder.name, summary, lines, configuration, recipe)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(
             f"{folder} holds no finished run of 'sordino tune-private' ({error}); go on with --resume"
