@@ -24,8 +24,6 @@ app = typer.Typer(help="Prompts for a model that one may not see, on two servers
 Certificates = Annotated[Path, typer.Option(help="the party's folder, of those that 'sordino mpc certificates' made")]
 Listen = Annotated[str, typer.Option(metavar="HOST:PORT", help="where to listen; port 0 for any that is free")]
 Timeout = Annotated[float, typer.Option(min=0.5, help="seconds of silence after which another party counts as lost")]
-# For `sordino mpc try`: what it started ends with it, however that ends.
-StopWithInput = Annotated[bool, typer.Option("--stop-with-input", hidden=True)]
 Threads = Annotated[int | None, typer.Option(min=1, help="that compute; by default as many as there are cores")]
 
 
@@ -42,13 +40,7 @@ def certificates(
 
 
 @app.command("dealer")
-def dealer(
-    listen: Listen,
-    certificates: Certificates,
-    timeout: Timeout = 60.0,
-    threads: Threads = None,
-    stop_with_input: StopWithInput = False,
-) -> None:
+def dealer(listen: Listen, certificates: Certificates, timeout: Timeout = 60.0, threads: Threads = None) -> None:
     """Deal correlated randomness to the two servers; sees shapes, and no data."""
     from sordino.mpc.parties.certificates import DEALER, Identity
     from sordino.mpc.parties.dealer_service import start_dealer
@@ -56,7 +48,7 @@ def dealer(
     identity = Identity.load(certificates, DEALER, key="--certificates")
     _check_address("--listen", listen, least_port=0)
     _use(threads)
-    _until_stopped(*start_dealer(identity, listen, timeout), stop_with_input)
+    _until_stopped(*start_dealer(identity, listen, timeout))
 
 
 @app.command("server")
@@ -83,7 +75,6 @@ def server(
             "without it, a passphrase in SORDINO_SHARE_PASSPHRASE",
         ),
     ] = None,
-    stop_with_input: StopWithInput = False,
 ) -> None:
     """Hold shares of a model, and run it on shares of sentences; the certificate says which of the two servers."""
     from sordino.mpc.parties.certificates import SERVERS, Identity
@@ -105,7 +96,7 @@ def server(
     network = network_of(imitate) if imitate else None
     kept = KeptShare.of(keep, key_file, os.environ) if keep else None
     _use(threads)
-    _until_stopped(*start_server(identity, listen, dealer, peer, timeout, network, kept), stop_with_input)
+    _until_stopped(*start_server(identity, listen, dealer, peer, timeout, network, kept))
 
 
 @app.command("provide")
@@ -227,19 +218,12 @@ def _use(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _until_stopped(server: grpc.Server, address: str, with_input: bool) -> None:
-    """Serve until a signal, or until standard input closes if asked, then end all lines."""
+def _until_stopped(server: grpc.Server, address: str) -> None:
+    """Serve until a signal, then end all lines."""
     print(f"listening at {address}", flush=True)
     stop = threading.Event()
-    if with_input:
-        threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     stop.wait()
     server.stop(grace=1).wait()
     print("stopped", file=sys.stderr)
-
-
-def _stop_at_end_of_input(stop: threading.Event) -> None:
-    sys.stdin.buffer.read()
-    stop.set()

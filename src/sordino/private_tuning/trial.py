@@ -1,8 +1,8 @@
 """`sordino mpc try`: all five parties on this machine, as the processes that they are on five machines.
 
-Dealer and servers listen at free ports. They end with this process, however it ends: their standard input is a pipe
-from it, and they stop when the pipe closes. Model owner and data owner are processes that run to their end. If any
-party fails, all are stopped, and the error names it.
+Dealer and servers listen at free ports. Model owner and data owner are processes that run to their end. If any party
+fails, all are stopped, and the error names it. All end with this process, even if it is killed: their standard input is
+a pipe from it, and a thread of theirs ends them when the pipe closes.
 """
 
 from __future__ import annotations
@@ -39,6 +39,17 @@ FEWEST = 4  # candidates a generation
 START = 120.0  # seconds until a party listens
 STOP = 10.0  # seconds until it has stopped
 POLL = 0.2
+# The command line, in a process that ends with its parent. `os.read` holds no lock that an ordinary end waits for.
+WITH_PARENT = """
+import os, threading
+def watch():
+    while os.read(0, 1):
+        pass
+    os._exit(143)
+threading.Thread(target=watch, daemon=True).start()
+from sordino.__main__ import main
+main()
+"""
 PORTS = {DEALER: 7000, SERVERS[0]: 7001, SERVERS[1]: 7002}
 HOSTS = {DEALER: "DEALER_HOST", SERVERS[0]: "SERVER_0_HOST", SERVERS[1]: "SERVER_1_HOST"}  # to fill in
 
@@ -205,7 +216,7 @@ class Parties:
             RunError: the command or another party failed.
         """
         process = subprocess.Popen(
-            _command(*words), stdin=subprocess.DEVNULL, stdout=output, start_new_session=True, text=True
+            _command(*words), stdin=subprocess.PIPE, stdout=output, start_new_session=True, text=True
         )
         try:
             while process.poll() is None:
@@ -218,6 +229,8 @@ class Parties:
             if process.poll() is None:
                 process.kill()  # what is in a run directory is whole at any moment
                 process.wait()
+            if process.stdin:
+                process.stdin.close()
         if process.returncode:
             lost = self._lost()
             raise RunError(lost or f"{role} failed, as said above; logs of the other parties are in {self.logs}")
@@ -225,7 +238,7 @@ class Parties:
     def _start(self, role: str, words: list[str]) -> None:
         """Start a party, and wait until it says where it listens."""
         log = self._stack.enter_context((self.logs / f"{role}.log").open("a", encoding="utf-8"))
-        words = [*words, "--listen", LOCAL, "--certificates", str(self.certificates / role), "--stop-with-input"]
+        words = [*words, "--listen", LOCAL, "--certificates", str(self.certificates / role)]
         process = subprocess.Popen(
             _command("mpc", *words),
             stdin=subprocess.PIPE,
@@ -241,6 +254,8 @@ class Parties:
         reader.start()
         reader.join(START)
         if not said or not said[0].startswith("listening at "):
+            if said:  # its output is closed, so it is about to end
+                self._wait(process)
             raise RunError(self._lost() or f"{role} does not listen after {START:g} s; see {self.logs / role}.log")
         self.addresses[role] = said[0].split()[-1]
 
@@ -310,4 +325,4 @@ def _line(*words: str) -> str:
 
 
 def _command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "sordino", *words]
+    return [sys.executable, "-c", WITH_PARENT, *words]
