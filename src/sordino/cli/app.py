@@ -15,6 +15,8 @@ import typer
 
 from sordino.cli.console import at_work, fail, in_run_folder, run_command
 from sordino.cli.mpc import app as mpc
+from sordino.cli.options import AsJson, ConfigFile, Overrides
+from sordino.cli.privacy import app as privacy
 from sordino.cli.terminal import live_progress, print_items, print_method, print_table
 from sordino.errors import ConfigError, SordinoError
 
@@ -30,17 +32,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="the experiment")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. settings.dp-fpl.rank=4")
-]
 OutFolder = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="where to write; default: a new runs/...")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on where DIR was interrupted")]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="print one JSON object on standard output, and nothing else there")
-]
 
-privacy = typer.Typer(help="What a run costs in privacy: before it, and after it.", no_args_is_help=True)
 app.add_typer(privacy, name="privacy")
 app.add_typer(mpc, name="mpc")
 
@@ -208,40 +202,6 @@ def audit(
     print(json.dumps(result) if as_json else as_text(result))
     if not as_json:
         print(f"Report: {folder / 'report.html'}")
-
-
-@privacy.command("plan")
-def privacy_plan(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE.html", help="also a page with a plot")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Say who will learn what, who adds the noise, and epsilon by round; nothing is trained."""
-    from sordino.experiments.config import load_config
-
-    experiment = load_config(config, overrides or [])
-    from sordino.experiments.privacy_plan import as_text, plan, write_page
-
-    chosen = plan(experiment)
-    if out is not None:
-        write_page(chosen, out)
-    print(json.dumps(chosen.as_dict()) if as_json else as_text(chosen))
-    if out is not None and not as_json:
-        print(f"Page: {out}")
-
-
-@privacy.command("ledger")
-def privacy_ledger(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run directories; several are composed")],
-    delta: Annotated[float | None, typer.Option(help="at which to state epsilon; default: the run's")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Read what was released, and what that comes to; of several runs on the same data, together."""
-    from sordino.privacy.statement import as_text, read_ledgers, spending
-
-    ledger = read_ledgers(folders, delta)
-    print(json.dumps(spending(ledger)) if as_json else as_text(ledger))
 
 
 @app.command()
