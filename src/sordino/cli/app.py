@@ -192,7 +192,7 @@ def audit(
     as_json: AsJson = False,
 ) -> None:
     """Attack a finished run, and set what it claims beside what the attacks found."""
-    from sordino.audit.run import as_text
+    from sordino.audit.findings.words import as_text
     from sordino.audit.run import audit as attack
 
     names = [name.strip() for name in attacks.split(",") if name.strip()]
