@@ -24,7 +24,8 @@ def privacy_plan(
     from sordino.experiments.config import load_config
 
     experiment = load_config(config, overrides or [])
-    from sordino.experiments.privacy_plan import as_text, plan, write_page
+    from sordino.experiments.plan_page import write_page
+    from sordino.experiments.privacy_plan import as_text, plan
 
     chosen = plan(experiment)
     if out is not None:
