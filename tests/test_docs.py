@@ -19,7 +19,7 @@ from PIL import Image
 from sordino.algorithms import METHODS, Method, algorithm
 from sordino.cli.app import app
 from sordino.experiments.config import EncoderSettings, Experiment, load_config, parse_config
-from sordino.experiments.privacy_plan import plan
+from sordino.experiments.privacy.plan import plan
 from sordino.experiments.run import run
 from sordino.experiments.tracking import TrackingSettings
 from sordino.privacy.settings import PrivacySettings

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from sordino.encoders.classifier import Classifier, Prediction
     from sordino.experiments.comparison import Comparison
     from sordino.experiments.config import Experiment
-    from sordino.experiments.privacy_plan import Plan
+    from sordino.experiments.privacy.plan import Plan
     from sordino.progress import Progress
     from sordino.prompt_file import SavedPrompt
     from sordino.results import Summary
@@ -92,7 +92,7 @@ _LAZY = {
     "Classifier": "sordino.encoders.classifier",
     "Comparison": "sordino.experiments.comparison",
     "Experiment": "sordino.experiments.config",
-    "Plan": "sordino.experiments.privacy_plan",
+    "Plan": "sordino.experiments.privacy.plan",
     "Prediction": "sordino.encoders.classifier",
     "SavedPrompt": "sordino.prompt_file",
     "audit": "sordino.audit",
@@ -201,7 +201,7 @@ def privacy_plan(config: Experiment) -> Plan:
     Raises:
         SordinoError: the configuration cannot be run.
     """
-    from sordino.experiments.privacy_plan import plan
+    from sordino.experiments.privacy.plan import plan
 
     return plan(config)
 

@@ -52,6 +52,10 @@ class PromptError(SordinoError):
     """A saved prompt that is missing, damaged, or of another kind than is asked for."""
 
 
+class StatementError(SordinoError):
+    """A privacy statement that is damaged, was changed, or was signed by somebody else than was expected."""
+
+
 class SordinoWarning(UserWarning):
     """A warning about something that was left out and may matter."""
 

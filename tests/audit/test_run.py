@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from sordino.audit.run import as_text, audit, membership_auc
+from sordino.audit.findings.words import as_text
+from sordino.audit.run import audit, membership_auc
 from sordino.cli.app import app
 from sordino.errors import ConfigError, RunError
 from sordino.experiments.compare import compare, grid

@@ -16,7 +16,8 @@ from sordino.cli.console import at_work, fail, run_command
 from sordino.cli.methods import add_file, with_method
 from sordino.cli.methods import app as methods
 from sordino.cli.mpc import app as mpc
-from sordino.cli.options import AsJson, ConfigFile, OutFolder, Overrides, Resume, chosen_folder
+from sordino.cli.options import AsJson, ConfigFile, MethodFile, OutFolder, Overrides, Resume, chosen_folder
+from sordino.cli.privacy import app as privacy
 from sordino.cli.private import tune_private
 from sordino.cli.terminal import live_progress, print_items, print_table
 from sordino.errors import ConfigError, SordinoError
@@ -32,11 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-MethodFile = Annotated[
-    Path | None, typer.Option("--method", metavar="FILE.py", help="a method in a file, which is executed")
-]
 
-privacy = typer.Typer(help="What a run costs in privacy: before it, and after it.", no_args_is_help=True)
 app.add_typer(privacy, name="privacy")
 app.add_typer(mpc, name="mpc")
 app.add_typer(methods, name="methods")
@@ -178,7 +175,7 @@ def audit(
     as_json: AsJson = False,
 ) -> None:
     """Attack a finished run, and set what it claims beside what the attacks found."""
-    from sordino.audit.run import as_text
+    from sordino.audit.findings.words import as_text
     from sordino.audit.run import audit as attack
 
     names = [name.strip() for name in attacks.split(",") if name.strip()]
@@ -190,41 +187,6 @@ def audit(
     print(json.dumps(result) if as_json else as_text(result))
     if not as_json:
         print(f"Report: {folder / 'report.html'}")
-
-
-@privacy.command("plan")
-def privacy_plan(
-    config: ConfigFile,
-    method: MethodFile = None,
-    overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE.html", help="also a page with a plot")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Say who will learn what, who adds the noise, and epsilon by round; nothing is trained."""
-    from sordino.experiments.config import load_config
-
-    experiment = load_config(config, with_method(overrides, method))
-    from sordino.experiments.privacy_plan import as_text, plan, write_page
-
-    chosen = plan(experiment)
-    if out is not None:
-        write_page(chosen, out)
-    print(json.dumps(chosen.as_dict()) if as_json else as_text(chosen))
-    if out is not None and not as_json:
-        print(f"Page: {out}")
-
-
-@privacy.command("ledger")
-def privacy_ledger(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run directories; several are composed")],
-    delta: Annotated[float | None, typer.Option(help="at which to state epsilon; default: the run's")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Read what was released, and what that comes to; of several runs on the same data, together."""
-    from sordino.privacy.statement import as_text, read_ledgers, spending
-
-    ledger = read_ledgers(folders, delta)
-    print(json.dumps(spending(ledger)) if as_json else as_text(ledger))
 
 
 @app.command()

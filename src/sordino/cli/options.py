@@ -16,6 +16,9 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. settings.dp-fpl.rank=4")
 ]
 OutFolder = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="where to write; default: a new runs/...")]
+MethodFile = Annotated[
+    Path | None, typer.Option("--method", metavar="FILE.py", help="a method in a file, which is executed")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="go on where DIR was interrupted")]
 AsJson = Annotated[
     bool, typer.Option("--json", help="print one JSON object on standard output, and nothing else there")

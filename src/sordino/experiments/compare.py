@@ -14,7 +14,7 @@ from sordino.experiments.config import Experiment
 from sordino.experiments.data_digests import data_record
 from sordino.experiments.data_record import check
 from sordino.experiments.features import EncodedDataset
-from sordino.experiments.privacy_plan import planned_mechanism
+from sordino.experiments.privacy.plan import planned_mechanism
 from sordino.experiments.run import run
 from sordino.experiments.run_lock import all_held, held, is_empty
 from sordino.experiments.variants import Variant, fairness_notes, grid, ignored_settings, label

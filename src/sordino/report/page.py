@@ -1,11 +1,11 @@
-"""The page as plain semantic HTML: its frame, and the sections that have no module of their own."""
+"""The report as plain semantic HTML: the sections that have no module of their own."""
 
 from collections.abc import Sequence
 from html import escape
-from importlib.resources import files
 
 from sordino.report import figures
 from sordino.report.clusters import clusters
+from sordino.report.frame import frame
 from sordino.report.groups import TITLES, Group, client_names
 from sordino.report.heatmap import accuracy_by_client, client_columns
 from sordino.report.markup import counted, html_table, place
@@ -19,9 +19,7 @@ _LISTED_IMAGES = 200
 
 
 def render(runs: Sequence[Run], groups: Sequence[Group], title: str) -> str:
-    """Return the whole page, which holds its styles, scripts and data, and refers to nothing outside itself."""
-    from plotly.offline import get_plotlyjs  # 5 MB of script, and a slow import
-
+    """Return the whole page; see `frame`."""
     sections = [
         results(groups),
         worth(groups),
@@ -36,21 +34,7 @@ def render(runs: Sequence[Run], groups: Sequence[Group], title: str) -> str:
         _configuration(runs, groups),
     ]
     versions = listed(sorted({run.summary.version for run in runs if run.summary.version}))
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; \
-style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'">
-<title>{escape(title)}</title>
-<link rel="icon" href="data:,">
-<style>
-{_asset("page.css")}</style>
-</head>
-<body>
-<main>
+    body = f"""<main>
 <header>
 <h1>{escape(title)}</h1>
 <p>{_what_was_run(runs, groups)}</p>
@@ -58,16 +42,8 @@ style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'no
 </header>
 {"".join(section for section in sections if section)}</main>
 <footer><p>Written by Sordino{escape(" " + versions if versions else "")}.</p></footer>
-<script>{get_plotlyjs()}</script>
-<script>
-{_asset("page.js")}</script>
-</body>
-</html>
 """
-
-
-def _asset(name: str) -> str:
-    return (files("sordino.report") / name).read_text(encoding="utf-8")
+    return frame(title, body)
 
 
 def _what_was_run(runs: Sequence[Run], groups: Sequence[Group]) -> str:
