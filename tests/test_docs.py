@@ -19,7 +19,9 @@ from PIL import Image
 from sordino.algorithms import METHODS, Method, algorithm
 from sordino.cli.app import app
 from sordino.experiments.config import EncoderSettings, Experiment, load_config, parse_config
+from sordino.experiments.privacy.plan import plan
 from sordino.experiments.run import run
+from sordino.experiments.tracking import TrackingSettings
 from sordino.privacy.settings import PrivacySettings
 from sordino.private_tuning.settings import load_private_config
 from sordino.runtime.settings import RuntimeSettings
@@ -32,7 +34,7 @@ OWN_METHODS = [name for name, method in METHODS.items() if "." not in method.mod
 def test_every_key_is_documented() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     tables = [Experiment, DataSettings, PartitionSettings, EncoderSettings, RuntimeSettings, PoisoningSettings]
-    tables.append(PrivacySettings)
+    tables += [PrivacySettings, TrackingSettings]
     keys = {key for table in tables for key in table.model_fields}
     keys |= {field.name for name in METHODS for field in fields(algorithm(name).Settings)}
     assert not {key for key in keys if f"`{key}`" not in text and f"[{key}]" not in text}
@@ -74,7 +76,7 @@ def test_examples_are_valid_for_every_method(example: Path) -> None:
 @pytest.fixture
 def page_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The method that docs/new-method.md writes, installed as a package's entry point would be."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "new-method.md").read_text("utf-8"), re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "new-method.md").read_text("utf-8"), re.DOTALL)[0]
     package = tmp_path / "my_package"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -99,7 +101,7 @@ def test_the_new_method_of_the_page_runs(page_method: str, config_file: Path, tm
 
 
 def test_the_new_method_of_the_page_is_short() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "new-method.md").read_text("utf-8"), re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "new-method.md").read_text("utf-8"), re.DOTALL)[0]
     parsed = ast.parse(code)
     assert sum(len(ast.unparse(node).splitlines()) for node in parsed.body) < 80
 
@@ -170,6 +172,45 @@ def test_commands_in_documents_are_understood(page: Path) -> None:
             assert method == "" or method in METHODS
 
 
+def layouts() -> dict[str, tuple[list[str], str, str]]:
+    """Of each layout in docs/own-pictures.md: its files, its table as CSV, and its tables as TOML."""
+    found = {}
+    for section in (ROOT / "docs" / "own-pictures.md").read_text(encoding="utf-8").split("\n## ")[1:]:
+        blocks = {kind: re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL) for kind in ("text", "csv", "toml")}
+        if blocks["text"]:
+            (files,), (config,) = blocks["text"], blocks["toml"]
+            found[section.partition("\n")[0]] = (files.split(), "".join(blocks["csv"]), config)
+    return found
+
+
+@pytest.mark.parametrize("layout", layouts())
+def test_a_layout_of_ones_own_pictures_is_read_as_the_page_says(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Twelve pictures for each that the page names, with its table and configuration, from where the page works."""
+    files, table, config = layouts()[layout]
+    monkeypatch.chdir(tmp_path)
+    for file in files:
+        for number in range(1, 13):
+            path = Path(file.replace("01.", f"{number:02}."))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (9, 9), (len(file), number, 99)).save(path)
+    if table:
+        header, *rows = table.splitlines()
+        lines = [row.replace("01", f"{number:02}") for row in rows for number in range(1, 13)]
+        source = tomllib.loads(config)["data"]["source"].partition(":")[2]
+        Path(source if source.endswith(".csv") else f"{source}/metadata.csv").write_text("\n".join([header, *lines]))
+    page = (ROOT / "docs" / "own-pictures.md").read_text(encoding="utf-8")
+    whole = tomllib.loads(re.findall(r"```toml\n(.*?)```", page, re.DOTALL)[0])
+    with caplog.at_level("WARNING", logger="sordino"):
+        chosen = plan(parse_config(whole | tomllib.loads(config)))
+    assert [record.getMessage() for record in caplog.records] == []  # no doubt about classes
+    sites = {"north": "north", "south": "south"} if "domain" in config else {"0": "", "1": "", "2": ""}
+    assert re.findall(r"(\w+) \(\d+\)", chosen.data.partition("clients: ")[2]) == list(sites)
+    persons = chosen.mechanism.inputs.whole_persons
+    assert persons == ("patient" in table)
+
+
 @pytest.mark.slow
 def test_the_commands_of_the_overview_run(tmp_path: Path) -> None:
     """On a folder of small pictures, with the configuration that stands there, one round each."""
@@ -189,6 +230,27 @@ def test_the_commands_of_the_overview_run(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)
         assert (tmp_path / str(number) / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_tutorial_run(tmp_path: Path) -> None:
+    """All of them, in their order, one round each; and the plan says what stands there."""
+    text = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    (config,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "fabric.toml").write_text(config)
+    script = [sys.executable, str(ROOT / "examples" / "fabric.py"), "fabric"]
+    assert "python examples/fabric.py fabric" in text
+    made = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert made in text
+    for arguments in commands(ROOT / "docs" / "tutorial.md"):
+        short = ["--set", "rounds=1"] if arguments[0] in ("run", "compare") else []
+        command = [sys.executable, "-m", "sordino", *arguments, *short]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        if arguments[:2] == ["privacy", "plan"]:
+            assert "\n".join(done.stdout.splitlines()[1:6]) in text
+    assert (tmp_path / "runs" / "compared" / "report.html").exists()
+    assert (tmp_path / "runs" / "private" / "report.html").exists()
 
 
 def test_the_secure_sum_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ import sordino
 from sordino.algorithms import METHODS, promptfl
 from sordino.experiments.compare import to_csv
 from sordino.experiments.config import load_config
-from sordino.experiments.privacy_plan import as_text, plan
+from sordino.experiments.privacy.plan import as_text, plan
 from sordino.experiments.run import run
 from sordino.results import Summary
 

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import ttest_rel
 
+from sordino.errors import ConfigError
 from sordino.experiments.config import load_config
 from sordino.experiments.run import run
-from sordino.results import Results, Spread, Summary, rounded_up
+from sordino.results import Results, Spread, Summary, crossed, rounded_up, unequal_steps, verdict
 
 FRACTIONS = st.floats(0, 1)
 
@@ -135,3 +137,163 @@ def test_the_claim_is_that_of_the_worst_run(summary: Summary) -> None:
 @given(st.floats(1e-6, 1e6))
 def test_epsilon_is_never_shown_too_small(epsilon: float) -> None:
     assert epsilon <= float(rounded_up(epsilon)) <= epsilon * 1.011
+
+
+def held_against(learned: list[float], given: list[float], seed: int = 0, **changes: Any) -> dict[str, Any]:
+    """What a run of clients with these local accuracies writes, beside the hand-written prompt's."""
+    mean = {"local": statistics.fmean(given)}
+    hand_written = {"prompt": "a photo of a", "accuracy": mean, "per_client": [{"local": value} for value in given]}
+    clients = [{"client": client, "local": value} for client, value in enumerate(learned)]
+    return {
+        "seed": seed,
+        "clients": len(learned),
+        "accuracy": {"local": statistics.fmean(learned)},
+        "per_client": clients,
+        "hand_written": hand_written | changes,
+        "before": {"local": 0.1},
+        "best": {"round": 3 + seed, "measure": "local", "accuracy": {"local": 0.9}},
+    }
+
+
+def test_a_run_says_what_it_is_held_against(config_file: Path, tmp_path: Path, summary: Summary) -> None:
+    """The start of `metrics.jsonl`, the accuracy that `zero-shot` has, and the best evaluated round."""
+    zero = run(load_config(config_file, ["algorithm=zero-shot"]), tmp_path / "zero")
+    learned = run(load_config(config_file, ["algorithm=promptfl"]), tmp_path / "learned")
+    lines = [json.loads(line) for line in (tmp_path / "learned" / "metrics.jsonl").read_text().splitlines()]
+    assert learned.before is not None
+    assert learned.before.model_dump() == lines[0]["accuracy"]
+    assert learned.hand_written is not None
+    assert learned.hand_written.prompt == "a photo of a"
+    assert learned.hand_written.accuracy == zero.accuracy
+    assert [one.local for one in learned.hand_written.per_client] == [one.local for one in zero.per_client]
+    assert learned.best is not None
+    evaluated = {line["round"]: line["accuracy"]["local"] for line in lines if line["accuracy"]}
+    assert set(evaluated) == {0, 2, 4, 6}
+    assert evaluated[learned.best.round] == max(evaluated.values()) == learned.best.accuracy.local
+    assert zero.hand_written is not None
+    assert zero.hand_written.itself
+    assert (zero.before, zero.best) == (None, None)
+    assert verdict(Results((zero,))) is None
+
+
+@pytest.mark.parametrize("simulated", [False, True])
+def test_a_private_run_offers_no_best_round(simulated: bool, config_file: Path, tmp_path: Path) -> None:
+    private = ["privacy.mechanism=dp-sgd", "privacy.epsilon=8.0", "privacy.delta=0.01"]
+    config = load_config(config_file, [*private, f"privacy.simulation={str(simulated).lower()}"])
+    summary = run(config, tmp_path / "private")
+    assert summary.before is not None
+    assert summary.best is None
+    assert Results((summary,)).best_withheld
+
+
+def test_the_hand_written_prompt_of_a_method_that_reads_patches_is_zero_shots(
+    config_file: Path, tmp_path: Path
+) -> None:
+    zero = run(load_config(config_file, ["algorithm=zero-shot"]), tmp_path / "zero")
+    patches = run(load_config(config_file, ["algorithm=fedotp", "rounds=1"]), tmp_path / "patches")
+    assert patches.hand_written is not None
+    assert patches.hand_written.accuracy == zero.accuracy
+
+
+def test_bad_words_are_refused_before_training(config_file: Path, tmp_path: Path) -> None:
+    config = load_config(config_file, ["settings.zero-shot.prompt_text=the picture of a"])
+    words = run(config, tmp_path / "words").hand_written
+    assert words is not None
+    assert words.prompt == "the picture of a"
+    with pytest.raises(ConfigError, match="settings.zero-shot.prompt_text = 3"):
+        run(load_config(config_file, ["settings.prompt_text=3"]), tmp_path / "bad")
+    assert not (tmp_path / "bad" / "metrics.jsonl").exists()
+
+
+def test_a_summary_of_an_earlier_version_still_reads(summary: Summary) -> None:
+    content = summary.as_dict()
+    for name in ("before", "hand_written", "best", "effort"):
+        del content[name]
+    results = Results((Summary.from_json(json.dumps(content)),))
+    assert verdict(results) is None
+    assert results.gain("local") is results.hand_written("local") is results.before("local") is None
+    assert results.best is results.gradient_steps is results.steps_a_round is None
+    assert not results.best_withheld
+
+
+def test_several_seeds_are_paired_and_a_gain_is_one_above_zero(summary: Summary) -> None:
+    learned, given = [0.614, 0.66, 0.63], [0.602, 0.61, 0.605]
+    runs = tuple(
+        varied(summary, **held_against([one] * 2, [two] * 2, seed))
+        for seed, (one, two) in enumerate(zip(learned, given, strict=True))
+    )
+    results = Results(runs)
+    expected = ttest_rel(learned, given).confidence_interval(0.95)
+    gain = results.gain("local")
+    assert gain is not None
+    assert (gain.low, gain.high) == pytest.approx((expected.low, expected.high))
+    said = verdict(results)
+    assert said == (
+        "local accuracy no better than the hand-written prompt: 63.5 to 60.6, "
+        f"interval of the difference {100 * expected.low:.1f} to {100 * expected.high:.1f}"
+    )
+    assert str(results.best) == "90.0 (3-5)"
+    assert results.before("local") == pytest.approx(0.1)
+
+
+def test_one_run_pairs_honest_clients_with_pictures(summary: Summary) -> None:
+    learned, given = [0.9, 0.8, 0.85, 0.95], [0.5, 0.45, 0.5, 0.52]
+    variance = {"local": {"pictures": 50, "over_pictures": 0.001, "over_pairs": 0.0004}}
+    alone = Results((varied(summary, **held_against(learned, given, variance=variance)),))
+    differences = [one - two for one, two in zip(learned, given, strict=True)]
+    gain = alone.gain("local")
+    assert gain == crossed(statistics.fmean(differences), differences, 50, 0.001, 0.0004)
+    attacked = held_against(learned, given, variance=variance)
+    for client, success in zip(attacked["per_client"], (None, 0.1, 0.2, 0.1), strict=True):
+        client["attack_success"] = success
+    content = attacked | {"attack_success": 0.13, "accuracy": {"local": statistics.fmean(learned[1:])}}
+    content["hand_written"]["accuracy"] = {"local": statistics.fmean(given[1:])}
+    gain = Results((varied(summary, **content),)).gain("local")
+    assert gain == pytest.approx(crossed(statistics.fmean(differences[1:]), differences[1:], 50, 0.001, 0.0004))
+    assert "too few values" in str(verdict(Results((varied(summary, **held_against(learned, given)),))))
+
+
+def test_a_gain_tells_what_fell_and_a_loss_tells_what_rose(summary: Summary) -> None:
+    def of(local: float, neighbor: float) -> Results:
+        runs = []
+        for seed in range(3):
+            content = held_against([local + 0.01 * seed], [0.5], seed)
+            content["accuracy"]["neighbor"] = neighbor + 0.001 * seed
+            content["hand_written"]["accuracy"]["neighbor"] = 0.5
+            runs.append(varied(summary, **content))
+        return Results(tuple(runs))
+
+    assert str(verdict(of(0.8, 0.4))).startswith("local accuracy better than the hand-written prompt: 81.0 to 50.0")
+    assert "; but neighbor fell: 40.1 to 50.0, -10.1 to -9.7" in str(verdict(of(0.8, 0.4)))
+    assert "neighbor" not in str(verdict(of(0.8, 0.6)))
+    assert "worse than the hand-written prompt" in str(verdict(of(0.2, 0.6)))
+    assert "; neighbor is better: 60.1 to 50.0" in str(verdict(of(0.2, 0.6)))
+
+
+def test_differences_to_the_first_are_paired_by_seed_and_by_data(summary: Summary) -> None:
+    def of(values: dict[int, float], **changes: Any) -> Results:
+        return Results(
+            tuple(varied(summary, seed=seed, accuracy={"local": value}, **changes) for seed, value in values.items())
+        )
+
+    first = of({0: 0.5, 1: 0.6, 2: 0.4})
+    other = of({2: 0.45, 0: 0.52, 1: 0.66, 9: 0.9})
+    expected = ttest_rel([0.52, 0.66, 0.45], [0.5, 0.6, 0.4]).confidence_interval(0.95)
+    difference = other.difference(first, "local")
+    assert difference is not None
+    assert (difference.low, difference.high) == pytest.approx((expected.low, expected.high))
+    assert first.difference(first, "local") is None
+    assert of({7: 0.5}).difference(first, "local") is None
+    assert of({0: 0.5, 1: 0.6}, dataset="others").difference(first, "local") is None
+    assert of({1: 0.7}).difference(first, "local") == (pytest.approx(0.1), None, None)
+
+
+def test_unequal_steps_are_told_in_one_line() -> None:
+    assert unequal_steps({"promptfl": (4, 80.0), "dp-fpl": (1, 20.0), "zero-shot": (0, 0.0)}) == (
+        "promptfl takes 4 local steps a round, dp-fpl 1; compare --equal-steps gives all the same number"
+    )
+    told = unequal_steps({"local": (1, 20.0), "dp-fpl": (1, 20.0), "promptfl": (4, 80.0)})
+    assert str(told).startswith("local and dp-fpl take 1 local step a round, promptfl 4;")
+    assert str(unequal_steps({"a": (1, 50.0), "b": (1, 90.0)})).startswith("a takes 50 gradient steps a client, b 90;")
+    assert unequal_steps({"a": (4, 80.0), "b": (1, 80.0), "zero-shot": (0, 0.0)}) is None
+    assert unequal_steps({"zero-shot": (0, 0.0)}) is None

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from sordino.encoders.classifier import Classifier, Prediction
     from sordino.experiments.comparison import Comparison
     from sordino.experiments.config import Experiment
-    from sordino.experiments.privacy_plan import Plan
+    from sordino.experiments.privacy.plan import Plan
     from sordino.progress import Progress
     from sordino.prompt_file import SavedPrompt
     from sordino.results import Summary
@@ -92,7 +92,7 @@ _LAZY = {
     "Classifier": "sordino.encoders.classifier",
     "Comparison": "sordino.experiments.comparison",
     "Experiment": "sordino.experiments.config",
-    "Plan": "sordino.experiments.privacy_plan",
+    "Plan": "sordino.experiments.privacy.plan",
     "Prediction": "sordino.encoders.classifier",
     "SavedPrompt": "sordino.prompt_file",
     "audit": "sordino.audit",
@@ -156,6 +156,7 @@ def compare(
     *,
     seeds: int = 3,
     vary: Mapping[str, Sequence[Any]] | None = None,
+    equal_steps: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -167,6 +168,7 @@ def compare(
         out: the directory of the comparison, which must not exist; each run has one of its own below it.
         seeds: how many, counted from the configuration's.
         vary: dotted keys to the values that each method is run with, such as `{"privacy.epsilon": [8.0, 2.0]}`.
+        equal_steps: change `local_steps` so that all take as many gradient steps as the first one that takes any.
         resume: go on in `out` where it was interrupted.
         progress: is called with (stage, done, total) and perhaps a note.
 
@@ -187,7 +189,7 @@ def compare(
         key, value = ("seeds", seeds) if algorithms else ("algorithms", algorithms)
         raise ConfigError(key, value, "at least one is needed")
     folder = Path(out)
-    variants = grid(config, algorithms, vary)
+    variants = grid(config, algorithms, vary, equal_steps)
     title = f"Sordino: {folder.name}"
     return Comparison(compare(variants, seeds, folder, resume, progress or silent, title))
 
@@ -200,7 +202,7 @@ def privacy_plan(config: Experiment) -> Plan:
     Raises:
         SordinoError: the configuration cannot be run.
     """
-    from sordino.experiments.privacy_plan import plan
+    from sordino.experiments.privacy.plan import plan
 
     return plan(config)
 
@@ -223,7 +225,8 @@ def add_method(name: str, method: Any) -> None:
 
     Args:
         name: in lower case, with hyphens, as in `algorithm = "my-method"`.
-        method: a module, an object, or a mapping such as `globals()`, with what docs/new-method.md asks for.
+        method: a module, an object, a mapping such as `globals()`, or the path of a file, which is executed, with what
+            docs/new-method.md asks for.
 
     Raises:
         ConfigError: the name is taken, or the method lacks something; the message says what.

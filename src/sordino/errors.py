@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -20,7 +20,7 @@ LONGEST = 300  # characters of a value in a message
 # Optional dependencies: the modules that an extra of the package installs, imported only after
 # `require_extra`. The extras `medical` and `heif` are not here: without them a file is passed over
 # with a message of its own.
-EXTRAS = {"hub": ("datasets",), "mpc": ("cma", "grpc", "numba")}
+EXTRAS = {"hub": ("datasets",), "mpc": ("cma", "grpc", "numba"), "tracking": ("mlflow", "tensorboard")}
 
 
 class SordinoError(Exception):
@@ -55,6 +55,10 @@ class PromptError(SordinoError):
     """A saved prompt that is missing, damaged, or of another kind than is asked for."""
 
 
+class StatementError(SordinoError):
+    """A privacy statement that is damaged, was changed, or was signed by somebody else than was expected."""
+
+
 class SordinoWarning(UserWarning):
     """A warning about something that was left out and may matter."""
 
@@ -64,17 +68,18 @@ def missing_modules(extra: str) -> list[str]:
     return [module for module in EXTRAS[extra] if find_spec(module) is None]
 
 
-def require_extra(extra: str, purpose: str) -> None:
+def require_extra(extra: str, purpose: str, *modules: str) -> None:
     """Check that an extra's modules are installed, before they are imported.
 
     Args:
         extra: a key of `EXTRAS`.
         purpose: the part that needs it, as the subject of the message.
+        modules: of the extra, those that are needed; by default all.
 
     Raises:
         MissingExtra: a module is not installed; the message says how to install the extra.
     """
-    missing = missing_modules(extra)
+    missing = [module for module in missing_modules(extra) if module in (modules or EXTRAS[extra])]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         shortage = f"{' and '.join(missing)}, which {verb} not installed"
@@ -112,11 +117,19 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def _fields(table: Any, path: Iterable[str | int]) -> Mapping[str, FieldInfo]:
     """Return the fields of a pydantic model or dataclass, or of the table at a path in it; empty if there is none."""
     for part in path:
-        annotation = _fields(table, ())[str(part)].annotation
+        if get_origin(table) is dict:  # tables under names that are the user's
+            annotation = get_args(table)[1]
+        else:
+            field = _fields(table, ()).get(str(part))
+            annotation = field.annotation if field else None
         candidates = (annotation, *get_args(annotation))  # as in `Table | None`
-        table = next((kind for kind in candidates if hasattr(kind, "__pydantic_fields__")), None)
+        table = next((kind for kind in candidates if _is_table(kind)), None)
     found: Mapping[str, FieldInfo] = getattr(table, "__pydantic_fields__", {})
     return found
+
+
+def _is_table(kind: Any) -> bool:
+    return hasattr(kind, "__pydantic_fields__") or get_origin(kind) is dict
 
 
 def _printable(key: str) -> str:

@@ -14,6 +14,9 @@ from sordino.errors import ConfigError, DataError, RunError, nearest
 # translate line ends.
 READING = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_BINARY", "O_CLOEXEC"))
 
+DATA = "$SORDINO_DATA"  # in a path of a configuration: the folder that this variable of the environment names
+DATA_UNSET = "../shared/data"  # its value where it is not set
+
 
 def read_regular(path: Path, limit: int) -> bytes:
     """Read a regular file, or the one that a link leads to.
@@ -82,7 +85,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def user_path(text: str, key: str) -> Path:
-    """Return a path as a user writes it, with `~` for a home.
+    """Return a path as a user writes it, with `~` for a home and `$SORDINO_DATA` at its start for a folder of data.
 
     Args:
         text: the path.
@@ -91,6 +94,9 @@ def user_path(text: str, key: str) -> Path:
     Raises:
         ConfigError: there is no such home, or no file can have this name.
     """
+    first, *rest = Path(text).parts or ("",)
+    if first == DATA:
+        text = str(Path(os.environ.get(DATA[1:]) or DATA_UNSET, *rest))
     try:
         path = Path(text).expanduser()
         path.exists()
@@ -126,23 +132,44 @@ def absolute_path(text: str, key: str) -> Path:
         ) from None
 
 
-def require_folder(path: Path, place: str, remedy: str = "") -> None:
+def require_folder(path: Path, place: str, remedy: str = "", similar: bool = True) -> None:
     """Check that a folder is there.
 
     Args:
         path: of the folder.
         place: the key or value that names it, for messages.
-        remedy: what to do, if no folder beside it has a similar name.
+        remedy: what to do.
+        similar: name a folder beside it in place of the remedy, if one has a similar name.
 
     Raises:
         DataError: there is none.
     """
-    if path.is_dir():
-        return
+    if not path.is_dir():
+        other = _nearest_beside(path, folders=True) if similar else ""
+        raise DataError(f"{place}: there is no folder {str(path)!r}{other or remedy}")
+
+
+def require_file(path: Path, place: str) -> None:
+    """Check that a file is there; the message names one beside it that has a similar name.
+
+    Args:
+        path: of the file.
+        place: the beginning of the message.
+
+    Raises:
+        DataError: there is none.
+    """
+    if not path.exists():
+        other = _nearest_beside(path, folders=False)
+        raise DataError(f"{place} cannot be read: No such file or directory{other}")
+
+
+def _nearest_beside(path: Path, folders: bool) -> str:
+    """Return "; did you mean 'NAME'?" with the folder or file beside a missing one that has the nearest name, or ""."""
     beside: list[str] = []
     with contextlib.suppress(OSError):
-        beside = [other.name for other in path.parent.iterdir() if other.is_dir()]
-    raise DataError(f"{place}: there is no folder {str(path)!r}{nearest(path.name, beside) or remedy}")
+        beside = [other.name for other in path.parent.iterdir() if other.is_dir() == folders]
+    return nearest(path.name, beside)
 
 
 def _flush_folder(folder: Path) -> None:

@@ -232,8 +232,8 @@ class SavedPrompt:
             return KnownFeatures(encoder, classes)
         if self.method not in METHODS:
             raise PromptError(
-                f"{self.source} was learned by method {self.method!r}, which is not here; install its package, or in "
-                "Python add it with sordino.add_method"
+                f"{self.source} was learned by method {self.method!r}, which is not here; install its package, give "
+                "its file with --method FILE, or in Python add it with sordino.add_method"
             )
         settings = settings_for(self.method, {self.method: self.settings})
         return model_class(algorithm(self.method)).of(settings, encoder, classes)

@@ -290,7 +290,7 @@ def test_the_full_ablation_is_a_shared_prompt_plus_a_free_one(make_runtime: Make
 
 
 def test_a_bound_on_gradients_bounds_the_personal_step(make_runtime: MakeRuntime) -> None:
-    """Without factors p_L moves by rate times the bound; with U V, U orthonormal, by at most (1 + |V|) times that."""
+    """By rate times the bound without factors; with U V, where U is orthonormal, by at most 1 + |V| times that."""
     bound, rate = 1e-6, 0.5
     tables = TABLES | {"local_steps": 1, "optimizer": {"learning_rate": 0.5, "max_norm": bound}}
     for name in ("dp-fpl-full", "dp-fpl"):

@@ -16,8 +16,9 @@ from audit.test_membership import make_task
 from sordino.algorithms import algorithm, settings_for
 from sordino.audit.broken import with_defect
 from sordino.audit.evidence import Evidence, Examples
+from sordino.audit.findings.words import as_text
 from sordino.audit.release import attack_release, reconstruct, regressed
-from sordino.audit.run import as_text, audit
+from sordino.audit.run import audit
 from sordino.audit.subject import Subject, train
 from sordino.audit.wiretap import repeated, same_end
 from sordino.encoders.prompt_model import PromptModel

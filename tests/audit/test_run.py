@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from sordino.audit.run import as_text, audit, membership_auc
+from sordino.audit.findings.words import as_text
+from sordino.audit.run import audit, membership_auc
 from sordino.cli.app import app
 from sordino.errors import ConfigError, RunError
 from sordino.experiments.compare import compare
@@ -132,9 +134,9 @@ def test_a_comparison_attacks_and_draws_accuracy_over_epsilon(config_file: Path,
     page = (tmp_path / "all" / "report.html").read_text()
     assert 'data-figure="epsilon-local"' in page
     assert "Accuracy over epsilon" in page
-    header, first, _ = (tmp_path / "all" / "comparison.csv").read_text().splitlines()
-    assert header.endswith("private,simulated,epsilon,membership_auc")
-    assert 0 <= float(first.rsplit(",", 1)[1]) <= 1
+    first, second = csv.DictReader((tmp_path / "all" / "comparison.csv").read_text().splitlines())
+    assert 0 <= float(first["membership_auc"]) <= 1
+    assert (first["private"], second["private"], second["membership_auc"]) == ("True", "False", "")
 
 
 @pytest.mark.parametrize(

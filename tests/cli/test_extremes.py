@@ -11,7 +11,8 @@ import torch
 from sordino.encoders.bundled import BundledEncoder
 from sordino.errors import ConfigError, EncoderError
 from sordino.experiments.config import load_config
-from sordino.experiments.privacy_plan import as_text, plan, write_page
+from sordino.experiments.privacy.plan import as_text, plan
+from sordino.experiments.privacy.plan_page import write_page
 from sordino.privacy.accounting import epsilon, formula_epsilon, noise_multiplier
 from sordino.privacy.ledger import Release
 

@@ -47,7 +47,7 @@ source = "imagefolder:pictures"
 initial = "a photo of a"
 """
 
-# Commands in a folder with c.toml, p.toml, pictures/ and used/, and what they are told.
+# Commands in a folder with c.toml, p.toml, table.csv, pictures/ and used/, and what they are told.
 REFUSED: dict[str, str] = {
     # keys
     "run c.toml --set ruonds=3": "ruonds = 3: no such key; did you mean 'rounds'?",
@@ -60,6 +60,9 @@ REFUSED: dict[str, str] = {
     "run c.toml --set settings.local_step=1": "not a setting of any method; dp-fpl has context_length, ",
     "run c.toml --set settings.dpfpl.rank=1": "did you mean 'dp-fpl'?",
     "compare c.toml --algorithms local --vary privcy.epsilon=1,2": "no such key; did you mean 'privacy'?",
+    "run c.toml --set tracking.too=mlflow": "tracking.too = 'mlflow': no such key; did you mean 'to'?",
+    "run c.toml --set methods.mine.fil=mine.py": "methods.mine.fil = 'mine.py': no such key; did you mean 'file'?",
+    "compare c.toml --algorithms local,dp-fpl --vary settings.local_stpes=1,2 --equal-steps": "not a setting of any",
     "privacy plan c.toml --set data.sorce=digits": "data.sorce = 'digits': no such key; did you mean 'source'?",
     "demo --set settings.dp-fpl.rnak=3": "settings.dp-fpl.rnak = 3: no such key; did you mean 'rank'?",
     "tune-private p.toml --set search.wdith=3": "search.wdith = 3: no such key; did you mean 'width'?",
@@ -69,6 +72,7 @@ REFUSED: dict[str, str] = {
     "run c.toml --set settings.dp-fpl.rank=17": "rank = 17: must be at most context_length = 16",
     "run c.toml --set algorithm=secfpp --set settings.smallest_cluster=2": "= 2: must be 0, or 3 or more",
     "run c.toml --set privacy.mechanism=dp-sgd": "privacy.epsilon = None: mechanism 'dp-sgd' needs epsilon",
+    "run c.toml --set tracking.to=wandb": "tracking.to = 'wandb': input should be 'tensorboard' or 'mlflow'",
     "compare c.toml --algorithms local,promptlf": "not a method; choose from zero-shot",
     "compare c.toml --algorithms local --vary rounds=1,0": "rounds = 0: input should be greater than or equal to 1",
     "privacy plan c.toml --set partition.clients=0": "partition.clients = 0: ",
@@ -77,13 +81,18 @@ REFUSED: dict[str, str] = {
     "run none.toml": "CONFIG = 'none.toml': no such file",
     "run c.toml --set data.source=imagefolder:pitcures": "pitcures'; did you mean 'pictures'?",
     "run c.toml --set data.source=imagefolder:x": "x'; give a folder laid out as ROOT/CLASS/picture.jpg",
+    "run c.toml --set data.source=imagefolder:pacs": "pacs'; get PACS (Li et al., 2017), from https://domaingeneral",
+    "run c.toml --set data.source=table:tabel.csv": "tabel.csv: cannot be read: No such file or directory; did you",
+    "run c.toml --method mine.py": "mine.py': no such file; `sordino methods new NAME --from dp-fpl` writes one",
     "run c.toml --set data.source=hf:./x": "there is no such file or folder",
     "run c.toml --set data.persons=x.csv": "x.csv' cannot be read: No such file or directory",
     "run c.toml --set encoder.name=clip --set encoder.checkpoint=./x": "checkpoint './x': no such folder; give ",
     "run c.toml --out used": "used exists; go on with --resume, or choose another --out",
     "compare c.toml --algorithms local --out used": "used exists; go on with --resume, or choose another --out",
+    "compare c.toml --algorithms local,dp-fpl --equal-steps --out used": "used exists; go on with --resume, or choose ",
     "compare c.toml --algorithms local --set data.source=imagefolder:x": "there is no folder",
     "privacy plan c.toml --set data.source=imagefolder:x": "there is no folder",
+    "privacy plan c.toml --set data.source=table:x.csv": "x.csv: cannot be read: No such file or directory",
     "tune-private p.toml --set task.source=imagefolder:pitcures": "pitcures'; did you mean 'pictures'?",
     "audit x": "x holds no finished run (there is no such directory)",
 }
@@ -100,13 +109,14 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("refused")
     (folder / "c.toml").write_text(CONFIG)
     (folder / "p.toml").write_text(PRIVATE)
+    (folder / "table.csv").write_text("file,label\n")
     (folder / "pictures").mkdir()
     (folder / "used").mkdir()
     (folder / "used" / "file").touch()
     commands = json.dumps([command.split() for command in REFUSED])
     runner = [sys.executable, "-c", RUNNER]
     done = subprocess.run(runner, input=commands, cwd=folder, capture_output=True, text=True, check=True)
-    assert {path.name for path in folder.iterdir()} == {"c.toml", "p.toml", "pictures", "used"}
+    assert {path.name for path in folder.iterdir()} == {"c.toml", "p.toml", "table.csv", "pictures", "used"}
     return dict(zip(REFUSED, map(json.loads, done.stdout.splitlines()), strict=True))
 
 

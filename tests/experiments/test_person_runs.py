@@ -14,7 +14,7 @@ from sordino.audit.run import audit
 from sordino.cli.app import app
 from sordino.errors import ConfigError, RunError
 from sordino.experiments.config import load_config
-from sordino.experiments.privacy_plan import as_text, plan
+from sordino.experiments.privacy.plan import as_text, plan
 from sordino.experiments.run import run
 from sordino.privacy.accounting import epsilon
 from sordino.privacy.ledger import Ledger

@@ -20,7 +20,7 @@ from sordino.errors import ConfigError, RunError
 from sordino.experiments import run as experiment
 from sordino.experiments.compare import compare
 from sordino.experiments.config import load_config
-from sordino.experiments.privacy_plan import as_text, plan
+from sordino.experiments.privacy.plan import as_text, plan
 from sordino.experiments.run import run
 from sordino.experiments.variants import grid
 from sordino.privacy.accounting import spent

@@ -16,7 +16,7 @@ from sordino.audit.subject import Subject
 from sordino.errors import ConfigError, DataError, RunError
 from sordino.experiments.config import Experiment, load_config
 from sordino.experiments.features import EncodedDataset
-from sordino.experiments.privacy_plan import plan
+from sordino.experiments.privacy.plan import plan
 from sordino.experiments.run import assemble, run
 from sordino.privacy.example_level import IMAGES_PUBLIC
 from sordino.privacy.ledger import Ledger

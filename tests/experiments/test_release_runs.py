@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from sordino.cli.app import app
 from sordino.errors import ConfigError, RunError
 from sordino.experiments.config import Experiment, load_config
-from sordino.experiments.privacy_plan import plan
+from sordino.experiments.privacy.plan import plan
 from sordino.experiments.release_file import ENTRY, FILE, ReleaseFile
 from sordino.experiments.run import run
 from sordino.privacy.accounting import compose, spent

@@ -27,8 +27,10 @@ from sordino.mpc.tower.tower import PrivateTower, bundled_tower
 from sordino.private_tuning.open_task import open_task
 from sordino.private_tuning.search import Search, projection, prompts
 from sordino.private_tuning.settings import PrivateTuning, load_private_config, parse_private_config
-from sordino.private_tuning.tuning import tune_private
+from sordino.private_tuning.tasks import TextTask
+from sordino.private_tuning.tuning import as_text, tune_private
 from sordino.prompt_file import SavedPrompt
+from sordino.report.private import write_private_report
 
 GENERATIONS, POPULATION = 4, 5
 
@@ -147,7 +149,7 @@ def test_a_stored_prompt_for_pictures_classifies_without_its_tower(
     summary = tune_private(config, tmp_path / "run", task, forward, False, forward.costs)
     sentences = Paid(tower)
     tuned(file, tmp_path / "sentences", sentences, sentences.costs)
-    assert forward.calls == sentences.calls
+    assert forward.calls == sentences.calls + 1, "of 'a photo of a', where sentences start at their hand-written prompt"
     saved = SavedPrompt.load(tmp_path / "run" / "prompts" / "private.safetensors")
     assert saved.privacy.statement.startswith("Tuned on secret shares")
     assert not saved.privacy.private
@@ -157,6 +159,34 @@ def test_a_stored_prompt_for_pictures_classifies_without_its_tower(
     prompt = named_parts(saved.prompt)["context"]
     expected = task.logits(in_the_clear(tower), prompt[None], test=True)[0]
     torch.testing.assert_close(classifier.logits(task.test_features), expected)
+
+
+def test_the_search_is_held_against_the_hand_written_prompt(
+    file: Path, tower: PrivateTower, pictures: Path, tmp_path: Path
+) -> None:
+    """Recomputed here; the initial prompt is a part of the hand-written one."""
+    tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    tables["task"] = {"kind": "images", "source": f"imagefolder:{pictures}", "shots": 2}
+    tables["prompt"] = {"length": 1, "initial": "a"}
+    config = parse_private_config(tables)
+    task, forward = open_task(config), in_the_clear(tower)
+    summary = tune_private(config, tmp_path / "run", task, forward, True)
+    saved = SavedPrompt.load(tmp_path / "run" / "prompts" / "private.safetensors")
+
+    def correct(prompt: Tensor) -> Tensor:
+        return task.logits(forward, prompt[None], test=True)[0].argmax(-1) == task.test_labels
+
+    words, tuned_prompt = task.embedder.embed("a photo of a"), named_parts(saved.prompt)["context"]
+    assert summary["accuracy"]["tuned"] == float(correct(tuned_prompt).double().mean())
+    held = summary["hand_written"]
+    assert held["prompt"] == "a photo of a"
+    assert held["accuracy"] == float(correct(words).double().mean())
+    assert held["gain"]["mean"] == pytest.approx(summary["accuracy"]["tuned"] - held["accuracy"])
+    assert held["gain"]["low"] < held["gain"]["mean"] < held["gain"]["high"]
+    assert f"{held['accuracy']:.3f} with the hand-written prompt 'a photo of a'" in as_text(summary)
+    assert "than the hand-written prompt: " in as_text(summary)
+    earlier = {key: value for key, value in summary.items() if key != "hand_written"}
+    assert "hand-written" not in as_text(earlier), "a summary of an earlier version still reads"
 
 
 def test_norms_are_kept_where_that_is_asked_for() -> None:
@@ -310,6 +340,63 @@ def test_the_command_prints_one_object(file: Path, tmp_path: Path) -> None:
     again = CliRunner().invoke(app, [*arguments, "--resume"])
     assert "accuracy" in again.stdout
     assert f"{summary['accuracy']['tuned']:.3f}" in again.stdout
+
+
+def test_the_command_says_where_the_hand_written_prompt_is_better(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its text, its summary and its page, from the hits of both prompts on the same examples; names are escaped."""
+    arguments = ["tune-private", str(file), "--clear", "--out", str(tmp_path / "run"), "--set", "search.generations=1"]
+    arguments += ["--set", 'task.label_names=["negative", "<b>positive</b>"]']
+    whole, calls = TextTask.measure, []
+
+    def measure(task: TextTask, forward: Forward, prompt: Tensor) -> Any:
+        hits, beside = whole(task, forward, prompt)
+        calls.append(prompt)
+        return (task.test_labels == 0) if len(calls) == 2 else (hits | True), beside
+
+    monkeypatch.setattr(TextTask, "measure", measure)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "worse than the hand-written prompt: 50.0 to 100.0, interval of the difference" in result.stdout
+    assert "keep the hand-written one, or tune with more examples" in result.stdout
+    assert "the hand-written prompt is better on <b>positive</b> (100.0 to 0.0)" in result.stdout
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["hand_written"]["gain"]["mean"] == -0.5
+    assert summary["hand_written"]["gain"]["high"] < 0
+    assert summary["by_class"]["negative"] == {"hand_written": 1.0, "tuned": 1.0, "test_examples": 6}
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "The tuned prompt is worse than the hand-written one." in page
+    assert "&lt;b&gt;positive&lt;/b&gt;" in page
+    assert "<b>" not in page
+    assert "Loss by generation" in page
+
+
+def test_a_page_of_an_older_summary_and_of_no_run(file: Path, tower: PrivateTower, tmp_path: Path) -> None:
+    """What an older version did not write is left out; a folder without a finished run is named."""
+    tuned(file, tmp_path / "run", in_the_clear(tower))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    for key in ("hand_written", "by_class", "model"):
+        del summary[key]
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    page = write_private_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert "Initial prompt" in page
+    assert "Hand-written prompt" not in page
+    assert "By class" not in page
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    with pytest.raises(RunError, match="holds no finished run of 'sordino tune-private'"):
+        write_private_report(tmp_path / "run")
+
+
+def test_a_run_goes_on_with_the_same_model_only(file: Path, tower: PrivateTower, tmp_path: Path) -> None:
+    """The servers' model has a name that stays; losses of two models are not mixed."""
+    out, interrupted = tmp_path / "run", Paid(tower, 3)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(file, out, interrupted, interrupted.costs, model="first")
+    other = Paid(tower)
+    with pytest.raises(RunError, match="the private tower changed"):
+        tuned(file, out, other, other.costs, resume=True, model="second")
+    assert tuned(file, out, other, other.costs, resume=True, model="first")["model"] == "first"
 
 
 @pytest.mark.parametrize(

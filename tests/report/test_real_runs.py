@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,58 @@ def test_the_csv_holds_the_same_numbers(comparisons: dict[str, Comparison]) -> N
             assert float(line["train_seconds"]) == row.seconds
             assert float(line["upload_bytes"]) == row.upload_bytes
         assert len(lines) == len(comparison.rows)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_page_says_what_was_gained_as_the_terminal_does(name: str, comparisons: dict[str, Comparison]) -> None:
+    """The rows that the terminal prints, and their verdicts; the best round only where no mechanism is on."""
+    comparison = comparisons[name]
+    page = page_of(comparison)
+    head, *lines = page.tables["What was gained by algorithm"]
+    assert [line[0].split(" (")[0] for line in lines] == [row.algorithm for row in comparison.rows]
+
+    def shown(value: float | None) -> str:
+        return "n/a" if value is None else f"{100 * value:.1f}"
+
+    for row, line in zip(comparison.rows, lines, strict=True):
+        cells = dict(zip(head, line, strict=True))
+        runs = summaries(comparison, row.algorithm)
+        assert row.measure == "local"
+        given = statistics.fmean(run["hand_written"]["accuracy"]["local"] for run in runs)
+        assert cells["Hand-written, %"] == shown(given) == shown(row.hand_written["local"])
+        assert cells["Before, %"] == shown(row.before["local"])
+        learned = statistics.fmean(run["accuracy"]["local"] for run in runs)
+        assert cells["Last, %"] == shown(learned)
+        offered = row.algorithm != "zero-shot" and row.epsilon is None
+        assert cells["Best (round), %"] == (str(row.best) if offered else "n/a")
+        assert cells["Steps"] == str(round(row.gradient_steps or 0))
+        assert cells["Examples"] == str(round(row.examples_seen or 0))
+        if row.algorithm == "zero-shot":
+            assert (cells["Gain (95%)"], row.verdict) == ("n/a", None)
+        else:
+            assert row.gain is not None
+            assert cells["Gain (95%)"] == f"{shown(learned - given)} ({row.gain.percent()})".replace("-0.0", "0.0")
+            assert f": {row.verdict}." in page.text["Was it worth it?"]
+        if row is comparison.rows[0]:
+            assert cells["To the first row (95%)"] == "n/a"
+        elif name == "two seeds":
+            assert row.difference is not None
+            assert cells["To the first row (95%)"].endswith(f"({row.difference.percent()})")
+    assert ("No best round is offered" in page.text["Was it worth it?"]) == (name != "attacked")
+
+
+def test_a_page_of_earlier_runs_has_no_such_section(comparisons: dict[str, Comparison], tmp_path: Path) -> None:
+    from sordino.report import write_report
+
+    (run, *_) = comparisons["one seed"].runs("promptfl")
+    shutil.copytree(run, tmp_path / "run")
+    content = json.loads((run / "summary.json").read_bytes())
+    for key in ("before", "hand_written", "best", "effort"):
+        del content[key]
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(content))
+    page = Page(write_report([tmp_path / "run"], tmp_path / "page.html", "Earlier").read_text(encoding="utf-8"))
+    assert "Was it worth it?" not in page.text
+    assert page.column("Local, %")
 
 
 def test_curves_end_at_the_results(comparisons: dict[str, Comparison]) -> None:

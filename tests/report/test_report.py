@@ -16,7 +16,8 @@ from report.conftest import WriteRun
 from sordino.errors import RunError
 from sordino.report import write_report
 from sordino.report.figures import PALETTE, symbol
-from sordino.results import Summary, human_bytes
+from sordino.report.groups import client_names
+from sordino.results import ClientResult, Summary, human_bytes
 
 MEASURES = ("local", "neighbor", "overall", "novel", "domain")
 HOSTILE = """</script><script>alert(1)</script>"><img src="http://evil.example/x" onerror=alert(2)>&amp;"""
@@ -262,6 +263,16 @@ def test_heat_map_is_the_mean_over_seeds_by_client(tmp_path: Path, comparison: d
     quartiles = page.column("Lowest", "Accuracy by client in quartiles")
     lowest = min((row[0], client) for client, row in enumerate(expected))
     assert quartiles["local, local"] == f"{100 * lowest[0]:.1f} (client {lowest[1]})"
+
+
+def test_clients_are_called_by_their_names_where_runs_agree() -> None:
+    def entry(client: int, name: str) -> ClientResult:
+        return ClientResult(client=client, name=name)
+
+    assert client_names([entry(0, "north"), entry(1, "south"), entry(0, "north")]) == {0: "north", 1: "south"}
+    assert client_names([entry(0, "north"), entry(1, "south"), entry(0, "west")]) == {0: "0", 1: "south"}
+    assert client_names([entry(0, "north"), entry(1, "north")]) == {0: "0", 1: "1"}
+    assert client_names([ClientResult(client=3), entry(1, "<b>")]) == {3: "3", 1: "<b>"}
 
 
 def test_clients_whose_classes_differ_between_runs_are_not_given_those_of_one(

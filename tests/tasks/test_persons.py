@@ -183,7 +183,7 @@ def test_folders_that_are_no_layout_with_a_person_are_refused(tmp_path, files, l
     ("values", "expected"),
     [
         ({"source": "digits", "person_level": 1}, "person_level applies to a source 'imagefolder:PATH' only"),
-        ({"source": "imagefolder:x", "person_column": "p"}, "person_column applies to a source 'hf:"),
+        ({"source": "digits", "person_column": "p"}, "person_column applies to sources hf and table"),
         ({"source": "imagefolder:x", "person_level": 0}, "greater than or equal to 1"),
         ({"source": "imagefolder:x", "person_level": 1, "persons": "p.csv"}, "persons and person_level both say"),
         ({"source": "hf:x", "person_column": "p", "persons": "p.csv"}, "person_column and persons both say"),

@@ -20,7 +20,7 @@ from sordino.errors import ConfigError
 from sordino.experiments.compare import compare
 from sordino.experiments.config import load_config
 from sordino.experiments.features import EncodedDataset
-from sordino.experiments.privacy_plan import planned_mechanism
+from sordino.experiments.privacy.plan import planned_mechanism
 from sordino.experiments.run import assemble, run
 from sordino.experiments.variants import grid
 from sordino.progress import silent

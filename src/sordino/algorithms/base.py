@@ -16,6 +16,7 @@ A method is one module. It defines
 If prompts and images meet in another way than in CoOp, a method also has a `Model`: a subclass of PromptModel with a
 class method `of(settings, encoder, classes)`. A method may also have
 
+    PARENT                                             the name of the method whose settings table applies to it too
     check(settings, model, clients)                    refuses a federation that it cannot serve
     server_exchange(settings, model, server, upload, clients, round_context, carrier)
                                                        the server's end of a protocol; server_round gets its result

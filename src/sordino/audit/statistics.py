@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,6 +20,8 @@ from scipy.special import betaincinv, expit, logit
 from scipy.stats import beta, binom, norm
 from sklearn.metrics import auc as area_under
 from sklearn.metrics import roc_curve
+
+MOST_CANARIES = 10**8  # in the search for how many an audit needs
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,6 +232,53 @@ def numbers_of_guesses(canaries: int) -> list[int]:
     """
     numbers = [2 * (canaries // 2 ** (halving + 1)) for halving in range(8)]
     return numbers[:1] + [number for number in numbers[1:] if number >= 8]
+
+
+def most_shown(canaries: int, delta: float, confidence: float) -> float:
+    """Return the largest bound that `best_guesses` can give: the one of an attack that is right about every canary."""
+    numbers = numbers_of_guesses(canaries)
+    corrected = 1 - (1 - confidence) / len(numbers)
+    return max(one_run_epsilon(guesses, guesses, canaries, delta, corrected) for guesses in numbers)
+
+
+@lru_cache(maxsize=256)
+def canaries_to_contradict(epsilon: float, delta: float, confidence: float) -> int | None:
+    """Return how many canaries an audit needs to show more than a claimed epsilon, if every guess is right.
+
+    Without delta the number is known: the tail of no wrong guess among m must reach the significance. With delta more
+    are needed, as Theorem 5.2 gives 2 m delta away, and beyond some m no number helps. So the search goes up from there
+    in steps of a tenth, and then back to the first even number of the last step.
+
+    Args:
+        epsilon: the claim.
+        delta: at which it is made.
+        confidence: of the bound that `best_guesses` returns.
+
+    Returns:
+        An even number; None if no number up to `MOST_CANARIES` suffices.
+    """
+
+    def suffices(canaries: int) -> bool:
+        numbers = numbers_of_guesses(canaries)
+        significance = (1 - confidence) / len(numbers)
+        return any(_p_value(0, guesses, canaries, epsilon, delta) < significance for guesses in numbers)
+
+    wrong = float(expit(-epsilon))
+    if wrong == 0:
+        return None
+    least = math.log(1 - confidence) / math.log1p(-wrong)  # at least, as a correction only adds to it
+    if least > MOST_CANARIES:
+        return None
+    low = high = max(2, 2 * math.floor(least / 2))
+    # Where one more number of guesses is tried, the correction jumps: the last even number before that is looked at.
+    jumps = {2**power - 2 for power in range(4, 11)}
+    while not suffices(high):
+        step = 2 * math.ceil(0.55 * high + 0.5)
+        low, high = high, min([jump for jump in jumps if high < jump < step] or [step])
+        if high > MOST_CANARIES:
+            return None
+    between = range(low, high + 2, 2)
+    return between[bisect_left(between, True, key=suffices)]
 
 
 def _p_value(wrong: int, guesses: int, canaries: int, epsilon: float, delta: float) -> float:

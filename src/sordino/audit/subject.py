@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sordino.algorithms import METHODS
 from sordino.encoders.prompt_model import Prompt, PromptModel
 from sordino.errors import ConfigError, RunError
-from sordino.experiments.config import Experiment, parse_config
+from sordino.experiments.config import Experiment, method_sources, parse_config
 from sordino.experiments.data_digests import data_record
 from sordino.experiments.data_record import check
 from sordino.experiments.features import EncodedDataset
@@ -64,7 +65,9 @@ class Subject:
             SordinoError: the directory holds no finished run, or its data are gone or changed.
         """
         try:
-            config = parse_config(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
+            tables = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+            _check_method(folder, tables)
+            config = parse_config(tables)
             Summary.from_json((folder / FILE).read_bytes())
             ledger = Ledger.from_json((folder / "ledger.json").read_bytes())
         except OSError as error:
@@ -110,6 +113,24 @@ class Subject:
             privacy: keys of the `[privacy]` table to change.
         """
         return vary(self.runtime, features, labels, rows, seed, **privacy)
+
+
+def _check_method(folder: Path, tables: dict[str, Any]) -> None:
+    """See that a run's method, if it was in a file, is here as it was; code in a run directory is never executed.
+
+    Raises:
+        RunError: it is not; the message names the run's copy.
+    """
+    for name, source in method_sources(tables).items():
+        method = METHODS.get(name)
+        kept = folder / source.file
+        if method is None or method.file is None:
+            raise RunError(
+                f"{folder} was trained by the method in {kept}, which nobody runs unasked; read it, then give "
+                f"--method {kept}, or in Python sordino.add_method({name!r}, {str(kept)!r})"
+            )
+        if method.file.sha256 != source.sha256:
+            raise RunError(f"{method.file.path} is not the method that trained {folder}; give the copy in {kept}")
 
 
 def vary(

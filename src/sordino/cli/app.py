@@ -6,23 +6,33 @@ import json
 import os
 import re
 import sys
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sordino.cli.console import at_work, fail, in_run_folder, run_command
+from sordino.cli.console import at_work, fail, run_command
 from sordino.cli.machine import doctor, encoders
+from sordino.cli.methods import add_file, with_method
+from sordino.cli.methods import app as methods
 from sordino.cli.mpc import app as mpc
-from sordino.cli.options import AsJson, ConfigFile, OutFolder, Overrides, Resume
-from sordino.cli.terminal import live_progress, print_items, print_method, print_table
+from sordino.cli.options import (
+    AsJson,
+    ConfigFile,
+    MethodFile,
+    OutFolder,
+    Overrides,
+    Resume,
+    chosen_experiment,
+    chosen_folder,
+)
+from sordino.cli.privacy import app as privacy
+from sordino.cli.private import tune_private
+from sordino.cli.terminal import live_progress, print_table
 from sordino.errors import ConfigError, SordinoError
 
 if TYPE_CHECKING:
-    from sordino.experiments.config import Experiment
     from sordino.experiments.variants import Variant
-    from sordino.private_tuning.settings import PrivateTuning
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,9 +41,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-privacy = typer.Typer(help="What a run costs in privacy: before it, and after it.", no_args_is_help=True)
 app.add_typer(privacy, name="privacy")
 app.add_typer(mpc, name="mpc")
+app.add_typer(methods, name="methods")
+app.command("tune-private")(tune_private)
 
 # The base of all errors of usage; typer has a public name for some of its heirs only.
 ClickException: Any = next(ancestor for ancestor in typer.BadParameter.__mro__ if ancestor.__name__ == "ClickException")
@@ -67,20 +78,22 @@ def demo(
     """Ten simulated clients learn prompts for handwritten digits, without and with privacy; no download."""
     from sordino.cli.demo import variants
 
-    _compare(variants(quick, overrides or []), 1, out, resume, as_json, "demo")
+    lines = variants(quick, overrides or [])
+    _compare(lines, 1, chosen_folder(out, resume, "demo"), resume, as_json, "demo")
 
 
 @app.command()
 def run(
     config: ConfigFile,
+    method: MethodFile = None,
     overrides: Overrides = None,
     out: OutFolder = None,
     resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
     """Run one method as a configuration says, and write a run directory."""
-    experiment = _experiment(config, overrides, resume)
-    folder = _folder(out, resume, f"{config.stem}-{experiment.algorithm}")
+    experiment = chosen_experiment(config, with_method(overrides, method), resume)
+    folder = chosen_folder(out, resume, f"{config.stem}-{experiment.algorithm}")
     from sordino.experiments.run import run as run_experiment
 
     with live_progress() as progress:
@@ -104,6 +117,10 @@ def compare(
         list[str] | None,
         typer.Option(metavar="KEY=V1,V2", help="every value of a key, e.g. privacy.epsilon=inf,8,2; may be repeated"),
     ] = None,
+    method: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE.py", help="one more method, in a file; may be repeated")
+    ] = None,
+    equal_steps: Annotated[bool, typer.Option("--equal-steps", help="as many gradient steps as the first one")] = False,
     overrides: Overrides = None,
     out: OutFolder = None,
     resume: Resume = False,
@@ -111,7 +128,7 @@ def compare(
 ) -> None:
     """Run several methods with several seeds, and settings, over shared features; a table, a CSV and a report."""
     from sordino.experiments.toml_tables import toml_value
-    from sordino.experiments.variants import grid
+    from sordino.experiments.variants import at_equal_steps, grid
 
     values: dict[str, list[Any]] = {}
     for variation in vary or []:
@@ -120,8 +137,13 @@ def compare(
             raise ConfigError("--vary", variation, "write key=value,value,..., e.g. privacy.epsilon=inf,8,2")
         values[key.strip()] = [toml_value(text.strip()) for text in texts.split(",")]
     names = [name.strip() for name in algorithms.split(",") if name.strip()]
-    variants = grid(_experiment(config, overrides, resume), names, values)
-    _compare(variants, seeds, out, resume, as_json, f"compare-{config.stem}")
+    names += [name for file in method or [] if (name := add_file(file)) not in names]
+    variants = grid(chosen_experiment(config, overrides or [], resume), names, values)
+    label = f"compare-{config.stem}"
+    folder = chosen_folder(out, resume, label)
+    if equal_steps:
+        variants = at_equal_steps(variants)
+    _compare(variants, seeds, folder, resume, as_json, label)
 
 
 @app.command()
@@ -132,12 +154,15 @@ def predict(
     encoder: Annotated[
         str | None, typer.Option(metavar="CHECKPOINT", help="folder or hub name where the prompt's encoder is now")
     ] = None,
+    method: MethodFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Classify pictures with a saved prompt: its classes for each, most probable first."""
     at_work("nothing was written; repeat the command")
     from sordino.experiments.predict import predict as predict_classes
 
+    if method is not None:
+        add_file(method)
     with live_progress() as progress:
         result = predict_classes(prompt, images, encoder, progress)
     for skipped in result.skipped:
@@ -149,44 +174,14 @@ def predict(
 def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, or one of `compare`")]) -> None:
     """Write the report of a run directory anew."""
     from sordino.experiments.run_lock import held
-    from sordino.report import write_report
+    from sordino.report import finished_runs, write_report
 
-    runs = sorted(path.parent for path in folder.rglob("summary.json"))
+    runs = finished_runs(folder)
     if not runs:
         raise ConfigError("RUN", str(folder), "holds no finished run (no summary.json in it or below it)")
     at_work("repeat the command")
     with held(folder):
         print(write_report(runs, folder / "report.html", f"Sordino: {folder.name}"))
-
-
-@app.command("tune-private")
-def tune_private(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    out: OutFolder = None,
-    resume: Resume = False,
-    as_json: AsJson = False,
-    clear: Annotated[bool, typer.Option("--clear", help="without servers: the tower is here")] = False,
-) -> None:
-    """Tune a prompt for a private text tower by asking for features only; losses and the prompt stay here."""
-    from sordino.private_tuning.settings import check_places, load_private_config
-
-    settings = load_private_config(config, overrides or [])
-    if not resume:
-        check_places(settings)
-    folder, table = _folder(out, resume, f"{config.stem}-private"), ""
-    from sordino.private_tuning.tuning import as_text, finished_before
-
-    summary = finished_before(settings, folder, resume)
-    if summary is None:
-        summary, table = _tuned(settings, folder, resume, clear)
-    if as_json:
-        print(json.dumps(summary))
-        return
-    if table:
-        print(table)
-    print(as_text(summary))
-    print(f"Run directory: {folder}")
 
 
 @app.command()
@@ -198,16 +193,19 @@ def audit(
     shadows: Annotated[int, typer.Option(min=4, help="shadow federations; each costs as much as the run")] = 64,
     canaries: Annotated[int, typer.Option(min=8, help="planted examples; each costs a gradient every round")] = 128,
     seed: Annotated[int, typer.Option(help="of the attacker's randomness")] = 1,
+    method: MethodFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Attack a finished run, and set what it claims beside what the attacks found."""
     from sordino.experiments.run_folder import require_run
 
     require_run(folder)
-    from sordino.audit.run import as_text
+    from sordino.audit.findings.words import as_text
     from sordino.audit.run import audit as attack
 
     names = [name.strip() for name in attacks.split(",") if name.strip()]
+    if method is not None:
+        add_file(method)
     at_work("nothing was changed, as an audit is written at its end; repeat the command")
     with live_progress() as progress:
         result = attack(folder, names, shadows, canaries, seed, progress)
@@ -216,82 +214,18 @@ def audit(
         print(f"Report: {folder / 'report.html'}")
 
 
-@privacy.command("plan")
-def privacy_plan(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE.html", help="also a page with a plot")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Say who will learn what, who adds the noise, and epsilon by round; nothing is trained."""
-    experiment = _experiment(config, overrides)
-    from sordino.experiments.privacy_plan import as_text, plan, write_page
-
-    chosen = plan(experiment)
-    if out is not None:
-        write_page(chosen, out)
-    print(json.dumps(chosen.as_dict()) if as_json else as_text(chosen))
-    if out is not None and not as_json:
-        print(f"Page: {out}")
-
-
-@privacy.command("ledger")
-def privacy_ledger(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run directories; several are composed")],
-    delta: Annotated[float | None, typer.Option(help="at which to state epsilon; default: the run's")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Read what was released, and what that comes to; of several runs on the same data, together."""
-    from sordino.privacy.statement import as_text, read_ledgers, spending
-
-    ledger = read_ledgers(folders, delta)
-    print(json.dumps(spending(ledger)) if as_json else as_text(ledger))
-
-
-@app.command()
-def methods(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="one method, with its settings")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """List the methods: paper, what is personal, what is shared, what they promise; or tell all about one."""
-    from sordino.experiments.methods import card, rows
-
-    if name is not None:
-        described = card(name)
-        if as_json:
-            print(json.dumps(described.as_dict()))
-        else:
-            print_method(described)
-        return
-    if as_json:
-        print(json.dumps({"methods": rows()}))
-        return
-    print_items(rows())
-
-
 app.command()(encoders)
 app.command()(doctor)
-
-
-def _experiment(config: Path, overrides: list[str] | None, resume: bool = False) -> Experiment:
-    """The configuration, refused before torch is imported where it is wrong or names what is not there."""
-    from sordino.experiments.config import check_places, load_config
-
-    experiment = load_config(config, overrides or [])
-    if not resume:  # a finished run needs no data any more
-        check_places(experiment)
-    return experiment
 
 
 def _compare(
     variants: list[Variant],
     seeds: int,
-    out: Path | None,
+    folder: Path,
     resume: bool,
     as_json: bool,
     label: str,
 ) -> None:
-    folder = _folder(out, resume, label)
     from sordino.audit.run import membership_auc
     from sordino.experiments.compare import compare as compare_variants
 
@@ -302,47 +236,6 @@ def _compare(
         return
     print_table(rows)
     print(f"Run directory: {folder}\nReport: {folder / 'report.html'}")
-
-
-def _tuned(settings: PrivateTuning, folder: Path, resume: bool, clear: bool) -> tuple[dict[str, Any], str]:
-    """A search for a prompt in the clear or with servers: its summary, and the table of what it cost."""
-    from sordino.mpc.errors import PartyLost
-    from sordino.mpc.parties.session import connect
-    from sordino.mpc.tower.sentences import in_the_clear
-    from sordino.private_tuning.open_task import open_task
-    from sordino.private_tuning.tuning import owner_of, tower_of, tune_private
-
-    with live_progress() as progress:
-        if clear:
-            tower, task = tower_of(settings), open_task(settings, progress=progress)
-            if tower.width != task.embedder.width:
-                why = f"it takes embeddings {tower.width} wide, and the task's are {task.embedder.width} wide"
-                remedy = "give model.tower and model.embeddings of one checkpoint; without, both are the bundled one's"
-                raise ConfigError("model.tower", settings.model.tower, f"{why}; {remedy}")
-            return tune_private(settings, folder, task, in_the_clear(tower), True, None, resume, progress), ""
-        identity, servers = owner_of(settings)
-        task = open_task(settings, progress=progress)
-        try:
-            with connect(identity, servers, settings.session.timeout) as session:
-                summary = tune_private(settings, folder, task, session.forward, False, session.costs, resume, progress)
-                return summary, session.costs.table()
-        except PartyLost as error:
-            if not (folder / "config.toml").exists():  # which is written once the parties have answered
-                raise
-            raise PartyLost(f"{error}; with all parties there, go on with --resume --out {folder}") from None
-
-
-def _folder(out: Path | None, resume: bool, label: str) -> Path:
-    """The run directory: the one asked for, or a new one under runs/; it is named on standard error."""
-    if out is None and resume:
-        raise ConfigError("--resume", True, "say which run with --out DIR")
-    from sordino.experiments.run_lock import require_unused
-
-    folder = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{label}" if out is None else out
-    if not resume:
-        require_unused(folder)
-    in_run_folder(folder)
-    return folder
 
 
 def invoke(arguments: list[str] | None = None) -> int:

@@ -95,6 +95,13 @@ def run_command(command: Callable[[], int]) -> int:
         _drop_unwritable(sys.stdout)
 
 
+def end_with_terminal() -> None:
+    """Take a terminal that closes for an interruption, too: for commands that started other processes."""
+    hangup = getattr(signal, "SIGHUP", None)  # not on every system
+    if hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL:
+        signal.signal(hangup, _interrupt)
+
+
 def fail(message: object) -> int:
     """Print one line on standard error; the exit code of bad input."""
     with contextlib.suppress(OSError):

@@ -1,7 +1,8 @@
-"""The command line of the parties: `sordino mpc certificates`, `dealer`, `server`, `provide`, `distill`."""
+"""The command line of the parties: `sordino mpc try`, `certificates`, `dealer`, `server`, `provide`, `distill`."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sordino.cli.console import end_with_terminal
+from sordino.cli.options import AsJson, ConfigFile, OutFolder, Overrides, Resume, chosen_folder
 from sordino.cli.terminal import live_progress
 from sordino.errors import ConfigError
 
@@ -60,9 +63,22 @@ def server(
         str | None,
         typer.Option(metavar="NETWORK", help="be as slow as lan, wan, or RATE,DELAY in Mbit/s and ms; at both servers"),
     ] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="keep the share there, encrypted, so that a restart needs no model owner"),
+    ] = None,
+    key_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="the key of --keep, of mode 600, made where it is missing; "
+            "without it, a passphrase in SORDINO_SHARE_PASSPHRASE",
+        ),
+    ] = None,
 ) -> None:
     """Hold shares of a model, and run it on shares of sentences; the certificate says which of the two servers."""
     from sordino.mpc.parties.certificates import SERVERS, Identity
+    from sordino.mpc.parties.kept_share import KeptShare
     from sordino.mpc.parties.network import network_of
     from sordino.mpc.parties.server import start_server
 
@@ -75,9 +91,12 @@ def server(
     _check_address("--dealer", dealer)
     if peer is not None:
         _check_address("--peer", peer)
-    _use(threads)
+    if key_file is not None and keep is None:
+        raise ConfigError("--key-file", str(key_file), "goes with --keep FILE, which is missing")
     network = network_of(imitate) if imitate else None
-    _until_stopped(*start_server(identity, listen, dealer, peer, timeout, network))
+    kept = KeptShare.of(keep, key_file, os.environ) if keep else None
+    _use(threads)
+    _until_stopped(*start_server(identity, listen, dealer, peer, timeout, network, kept))
 
 
 @app.command("provide")
@@ -93,11 +112,13 @@ def provide(
     ] = None,
     timeout: Timeout = 60.0,
 ) -> None:
-    """Give the servers shares of a text tower, as its owner; its ranges are measured on public text before."""
+    """Give the servers shares of a text tower, as its owner; its ranges are measured on public text, the first time."""
     from sordino.mpc.parties.certificates import MODEL_OWNER, Identity
+    from sordino.mpc.parties.kept_model import kept_model
+    from sordino.mpc.parties.session import check_servers
     from sordino.mpc.parties.session import provide as give
     from sordino.mpc.tower.distill import teacher_of
-    from sordino.mpc.tower.public_text import SENTENCES, calibration_of
+    from sordino.mpc.tower.public_text import SENTENCES
     from sordino.mpc.tower.tower import PrivateTower, bundled_tower
     from sordino.private_tuning.settings import is_address
 
@@ -109,9 +130,41 @@ def provide(
         theirs = f"is for embeddings {weights.width} wide, and those of --model are {teacher.width} wide"
         remedy = "give the --tower that was distilled from --model; without either option, it is the bundled one"
         raise ConfigError("--tower", tower and str(tower), f"{theirs}; {remedy}")
+    check_servers(identity, addresses, timeout)
     with live_progress() as progress:
-        calibration = calibration_of(weights, teacher, sentences or SENTENCES, progress=progress)
-    print(f"Model {give(identity, addresses, weights, calibration, timeout)} is at both servers")
+        known = kept_model(certificates, weights, teacher, sentences or SENTENCES, progress)
+    name = give(identity, addresses, weights, known.calibration, timeout, known.name, known.plan)
+    print(f"Model {name} is at both servers{', with the ranges measured before' if known.kept else ''}")
+
+
+@app.command("try")
+def try_here(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: OutFolder = None,
+    resume: Resume = False,
+    as_json: AsJson = False,
+    whole: Annotated[bool, typer.Option("--whole", help="do not cut the configuration to a few minutes")] = False,
+    tower: Annotated[Path | None, typer.Option(help="as of 'sordino mpc provide'")] = None,
+    model: Annotated[Path | None, typer.Option(help="as of 'sordino mpc provide'")] = None,
+) -> None:
+    """Run all five parties on this machine, as real processes, and print the commands for several machines."""
+    from sordino.private_tuning.settings import load_private_config
+
+    settings = load_private_config(config, overrides or [])
+    from sordino.private_tuning.trial import recipe, run_trial, trial_of
+    from sordino.report.private import write_private_report
+
+    folder = chosen_folder(out, resume, f"{config.stem}-try")
+    end_with_terminal()
+    trial = trial_of(config, settings, overrides or [], whole, tower, model)
+    for cut in trial.cuts:
+        print(f"A trial, --whole leaves it as it is: {cut}", file=sys.stderr)
+    run = run_trial(trial, folder, resume, as_json, lambda text: print(text, file=sys.stderr, flush=True))
+    report = write_private_report(run, recipe(trial), f"{config.stem}, a trial on one machine")
+    if not as_json:
+        print(f"Certificates, logs and run directory: {folder}\nReport: {report}\n")
+        print(f"The same on several machines, whole, with the hosts' names filled in:\n\n{recipe(trial)}")
 
 
 @app.command("embeddings")

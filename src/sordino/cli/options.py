@@ -1,18 +1,51 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options that several commands share, and the experiment and the run directory that they name."""
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from sordino.cli.console import in_run_folder
+from sordino.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sordino.experiments.config import Experiment
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="the experiment")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. settings.dp-fpl.rank=4")
 ]
 OutFolder = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="where to write; default: a new runs/...")]
+MethodFile = Annotated[
+    Path | None, typer.Option("--method", metavar="FILE.py", help="a method in a file, which is executed")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="go on where DIR was interrupted")]
 AsJson = Annotated[
     bool, typer.Option("--json", help="print one JSON object on standard output, and nothing else there")
 ]
+
+
+def chosen_experiment(config: Path, overrides: list[str], resume: bool = False) -> Experiment:
+    """The configuration, refused before torch is imported where it is wrong or names what is not there."""
+    from sordino.experiments.config import check_places, load_config
+
+    experiment = load_config(config, overrides)
+    if not resume:  # a finished run needs no data any more
+        check_places(experiment)
+    return experiment
+
+
+def chosen_folder(out: Path | None, resume: bool, label: str) -> Path:
+    """The run directory: the one asked for, or a new one under runs/; it is named on standard error."""
+    if out is None and resume:
+        raise ConfigError("--resume", True, "say which run with --out DIR")
+    from sordino.experiments.run_lock import require_unused
+
+    folder = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{label}" if out is None else out
+    if not resume:
+        require_unused(folder)
+    in_run_folder(folder)
+    return folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +51,7 @@ def live_progress() -> Iterator[Progress]:
 
 
 def print_table(rows: list[Row]) -> None:
-    """Print a comparison, a line a row; the report shows the same numbers."""
+    """Print a comparison, a line a row, and whether it was worth it; the report shows the same numbers."""
     from sordino.results import MEASURES, human_bytes, human_seconds
 
     measures = [measure for measure in MEASURES if any(row.accuracy[measure] for row in rows)]
@@ -75,7 +75,7 @@ def print_table(rows: list[Row]) -> None:
         cells += [human_bytes(row.upload_bytes), human_bytes(row.broadcast_bytes)] if bytes_shown else []
         cells += [human_seconds(row.seconds), _privacy(row)]
         cells += ["-" if row.attack is None else f"{row.attack:.2f}"] if audited else []
-        table.add_row(_label(row), *cells)
+        table.add_row(row.label, *cells)
     console = Console()
     console.print(table)
     sent = " Sent up and down: by one client in one round." if bytes_shown else ""
@@ -88,6 +88,56 @@ def print_table(rows: list[Row]) -> None:
         f"{attack if audited else ''}",
         highlight=False,
     )
+    _print_worth(rows, console)
+
+
+def _print_worth(rows: list[Row], console: Console) -> None:
+    """Print what the rows are held against: the hand-written prompt, the start, the best round, the first row."""
+    from sordino.experiments.variants import ignored_words
+    from sordino.results import BEST_NOT_OFFERED, BEST_TOO_HIGH, points, unequal_steps
+
+    def shown(value: float | None, form: Callable[[float], str] = points) -> str:
+        return "-" if value is None else form(value)
+
+    measure = rows[0].measure
+    best = any(row.best for row in rows)
+    several = any(row.difference and row.difference.low is not None for row in rows)  # two seeds at least
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(f"{measure} accuracy", overflow="fold")
+    headings = ["hand-written", "before", "last", *(["best (round)"] if best else []), "steps", "examples"]
+    for heading in [*headings, *(["to first"] if several else [])]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        learned = row.accuracy[measure]
+        cells = [row.hand_written[measure], row.before[measure], learned.mean if learned else None]
+        table.add_row(
+            row.label,
+            *map(shown, cells),
+            *([str(row.best or "-")] if best else []),
+            shown(row.gradient_steps, lambda value: f"{value:,.0f}"),
+            shown(row.examples_seen, lambda value: f"{value:,.0f}"),
+            *([row.difference.percent() if row.difference else "-"] if several else []),
+        )
+    first = f" To first: interval of 95% of the difference to {rows[0].label}, paired by seed." if several else ""
+    steps = {row.label: (row.steps_a_round or 0, row.gradient_steps or 0.0) for row in rows}
+    ignored: dict[str, tuple[str, ...]] = {}
+    for row in rows:
+        ignored[row.algorithm] = tuple(dict.fromkeys((*ignored.get(row.algorithm, ()), *row.ignored)))
+    console.print()
+    console.print(table)
+    words = next((row.hand_written_prompt for row in rows if row.hand_written_prompt), "a photo of a")
+    lines = [
+        f"Compared by {measure} accuracy, the first column. Hand-written: the prompt '{words} CLASS'. Before: before "
+        f"training. Steps and examples: of one client in the run.{first}",
+        BEST_TOO_HIGH if best else None,
+        BEST_NOT_OFFERED if any(row.best_withheld for row in rows) else None,
+        *(f"{row.label}: {row.verdict}" for row in rows if row.verdict),
+        unequal_steps(steps),
+        ignored_words(ignored),
+    ]
+    for line in lines:
+        if line:
+            console.print(line, highlight=False, markup=False)
 
 
 def print_items(items: Sequence[Mapping[str, str]]) -> None:
@@ -117,6 +167,8 @@ def print_method(card: Card) -> None:
     about = Table.grid(padding=(0, 2))
     for key in ("personal", "shared", "privacy", "needs"):
         about.add_row(key, getattr(card.about, key))
+    if card.parent is not None:
+        about.add_row("descends", f"from {card.parent}, so [settings.{card.parent}] also applies here")
     for content in card.discloses:
         about.add_row("leaves", content)
     table = Table(box=None, pad_edge=False)
@@ -126,12 +178,6 @@ def print_method(card: Card) -> None:
         table.add_row(setting.name, setting.default, setting.meaning)
     for part in ("", about, "", table):
         console.print(part, markup=False)
-
-
-def _label(row: Row) -> str:
-    """The algorithm, and what varies by the last part of its name."""
-    varied = re.sub(r"[\w.-]*\.([\w-]+=)", r"\1", row.variation)
-    return f"{row.algorithm} {varied}".strip()
 
 
 def _privacy(row: Row) -> str:

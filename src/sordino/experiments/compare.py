@@ -14,14 +14,16 @@ from sordino.experiments.config import Experiment
 from sordino.experiments.data_digests import data_record
 from sordino.experiments.data_record import check
 from sordino.experiments.features import EncodedDataset
-from sordino.experiments.privacy_plan import planned_mechanism
+from sordino.experiments.privacy.plan import planned_mechanism
 from sordino.experiments.run import run
 from sordino.experiments.run_lock import all_held, held, require_unused
-from sordino.experiments.variants import Variant
+from sordino.experiments.variants import Variant, fairness_notes, grid, ignored_settings, label
 from sordino.files import write_atomically
-from sordino.progress import Progress, silent
+from sordino.progress import Progress, log, silent
 from sordino.report import write_report
-from sordino.results import FILE, MEASURES, Claim, Measure, Results, Spread, Summary
+from sordino.results import FILE, MEASURES, Best, Claim, Interval, Measure, Results, Spread, Summary, verdict
+
+__all__ = ["Attack", "Row", "Variant", "compare", "grid", "row_of", "to_csv", "write_tables"]
 
 BACKDOOR = "attack_success"  # its columns in the CSV
 
@@ -45,6 +47,18 @@ class Row:
         upload_bytes, broadcast_bytes: of one client in one round, means over seeds.
         seconds: of training, mean over seeds.
         claim: the privacy that holds for all runs.
+        measure: the accuracy by which lines are compared, see `Results.leading`.
+        before: accuracy before training by measure, the mean over runs; None if it is not known.
+        hand_written: the same of the hand-written prompt.
+        hand_written_prompt: its words before the class name; None if they are not known.
+        gain: of the leading accuracy over the hand-written prompt's; None if nothing was learned.
+        verdict: whether there is one, in a line.
+        difference: of the leading accuracy to the first line's, paired by seed; None for the first line.
+        best: the best evaluated rounds; None if they are not offered.
+        best_withheld: they are not offered because of a privacy mechanism.
+        steps_a_round: gradient steps of a client in a round.
+        gradient_steps, examples_seen: of a client in a run; see `Effort`.
+        ignored: keys straight under `[settings]` that the method does not have.
         attack: the AUC of membership inference by LiRA against the first run; None if it was not attacked.
     """
 
@@ -57,7 +71,25 @@ class Row:
     broadcast_bytes: float
     seconds: float
     claim: Claim
+    measure: Measure
+    before: dict[Measure, float | None]
+    hand_written: dict[Measure, float | None]
+    hand_written_prompt: str | None
+    gain: Interval | None
+    verdict: str | None
+    difference: Interval | None
+    best: Best | None
+    best_withheld: bool
+    steps_a_round: int | None
+    gradient_steps: float | None
+    examples_seen: float | None
+    ignored: tuple[str, ...] = ()
     attack: float | None = None
+
+    @property
+    def label(self) -> str:
+        """The algorithm, and what varies by the last part of its name."""
+        return label(self.algorithm, self.variation)
 
     @property
     def private(self) -> bool:
@@ -129,19 +161,24 @@ def _compare(
         planned_mechanism(variant.config)
     if resume:
         _check_finished({folder: config for runs in planned for folder, config in runs.items()}, dataset, progress)
+    notes = fairness_notes(variants)
+    for note in notes:
+        log.warning("%s", note)
     rows: list[Row] = []
     folders: list[Path] = []
     summaries: list[Summary] = []
+    first: Results | None = None
     for variant, runs in zip(variants, planned, strict=True):
         results = [run(config, folder, resume, progress, dataset) for folder, config in runs.items()]
-        row = row_of(results, variant.variation)
+        row = replace(row_of(results, variant.variation, first), ignored=ignored_settings(variant.config))
+        first = first or Results(tuple(results))
         if attack is not None and variant.shadows:
             auc = attack(next(iter(runs)), variant.shadows, resume, progress, dataset)
             row = replace(row, attack=auc)
         rows.append(row)
         folders += runs
         summaries += results
-    write_tables(rows, summaries, out)
+    write_tables(rows, dict(zip(folders, summaries, strict=True)), out, notes)
     write_report(folders, out / "report.html", title)
     return rows
 
@@ -167,16 +204,22 @@ def _check_finished(planned: Mapping[Path, Experiment], dataset: EncodedDataset,
         check(folder, data_record(dataset, task, dataset.public(config, task)))
 
 
-def write_tables(rows: Sequence[Row], summaries: Sequence[Summary], out: Path) -> None:
-    """Write `comparison.csv` and `comparison.json`."""
-    content = {"runs": [summary.as_dict() for summary in summaries]}
+def write_tables(rows: Sequence[Row], runs: Mapping[Path, Summary], out: Path, notes: Sequence[str]) -> None:
+    """Write `comparison.csv`, and `comparison.json` with the runs in the order of the comparison."""
+    content = {
+        "runs": [summary.as_dict() for summary in runs.values()],
+        "folders": [folder.relative_to(out).as_posix() for folder in runs],
+        "verdicts": [{"line": row.label, "verdict": row.verdict} for row in rows],
+        "notes": list(notes),
+    }
     write_atomically(out / "comparison.csv", to_csv(rows).encode())
     write_atomically(out / "comparison.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
-def row_of(summaries: Sequence[Summary], variation: str = "") -> Row:
-    """Aggregate the runs of one variant."""
+def row_of(summaries: Sequence[Summary], variation: str = "", first: Results | None = None) -> Row:
+    """Aggregate the runs of one variant; `first` are the runs of the comparison's first one, None for that itself."""
     results = Results(tuple(summaries))
+    measure = results.leading
     return Row(
         algorithm=summaries[0].algorithm,
         variation=variation,
@@ -187,6 +230,18 @@ def row_of(summaries: Sequence[Summary], variation: str = "") -> Row:
         broadcast_bytes=results.mean_bytes("broadcast_bytes_per_client_round"),
         seconds=results.seconds,
         claim=results.claim,
+        measure=measure,
+        before={name: results.before(name) for name in MEASURES},
+        hand_written={name: results.hand_written(name) for name in MEASURES},
+        hand_written_prompt=results.hand_written_prompt,
+        gain=results.gain(measure),
+        verdict=verdict(results),
+        difference=results.difference(first, measure) if first else None,
+        best=results.best,
+        best_withheld=results.best_withheld,
+        steps_a_round=results.steps_a_round,
+        gradient_steps=results.gradient_steps,
+        examples_seen=results.examples_seen,
     )
 
 
@@ -207,9 +262,18 @@ def to_csv(rows: Sequence[Row]) -> str:
             "simulated",
             "epsilon",
             "membership_auc",
+            *(f"{name}_{what}" for name in MEASURES for what in ("before", "hand_written")),
+            "compared_by",
+            *(f"{what}_{part}" for what in ("gain", "difference_to_first") for part in Interval._fields),
+            "best_mean",
+            "best_rounds",
+            "steps_a_round",
+            "gradient_steps",
+            "examples_seen",
         ]
     )
     for row in rows:
+        unknown = (None,) * len(Interval._fields)
         spreads = [*(row.accuracy[measure] for measure in MEASURES), row.attack_success]
         writer.writerow(
             [
@@ -224,6 +288,15 @@ def to_csv(rows: Sequence[Row]) -> str:
                 row.simulated,
                 row.epsilon,
                 row.attack,
+                *(value for name in MEASURES for value in (row.before[name], row.hand_written[name])),
+                row.measure,
+                *(row.gain or unknown),
+                *(row.difference or unknown),
+                row.best.accuracy if row.best else None,
+                " ".join(map(str, row.best.rounds)) if row.best else None,
+                row.steps_a_round,
+                row.gradient_steps,
+                row.examples_seen,
             ]
         )  # None becomes an empty cell
     return text.getvalue()

@@ -27,4 +27,5 @@ class Comparison(list[Row]):
             raise SordinoError(
                 "a frame needs pandas, which is not installed: pip install pandas; or read comparison.csv"
             ) from None
-        return pandas.read_csv(io.StringIO(to_csv(self)), converters={"algorithm": str, "variation": str})
+        words = dict.fromkeys(("algorithm", "variation", "best_rounds"), str)
+        return pandas.read_csv(io.StringIO(to_csv(self)), converters=words)

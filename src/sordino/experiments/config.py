@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from sordino.algorithms import METHODS, settings_for
+from sordino.algorithms import METHODS, add_method, settings_for
+from sordino.algorithms.method_file import MethodFile
 from sordino.encoders.checkpoint_place import checkpoint_folder
 from sordino.errors import ConfigError, config_error
 from sordino.experiments.toml_tables import check_values, read_tables
+from sordino.experiments.tracking import TrackingSettings
 from sordino.files import absolute_path, require_folder, user_path
 from sordino.privacy.settings import PrivacySettings
 from sordino.runtime.settings import RuntimeSettings
 from sordino.tasks.places import check_places as check_data
 from sordino.tasks.settings import DataSettings, PartitionSettings, PoisoningSettings
+
+KEPT_METHODS = "method"  # the folder of a run directory with a copy of its method's file
 
 
 class EncoderSettings(BaseModel):
@@ -30,6 +35,28 @@ class EncoderSettings(BaseModel):
         default=None, description="clip: a directory or a hub name of a CLIP or SigLIP model"
     )
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="precision of the frozen towers")
+
+
+class MethodSource(BaseModel):
+    """An entry of the `[methods]` table.
+
+    Attributes:
+        file: the path of a method's file.
+        sha256: hex digest that its content must have; None: any.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    file: str
+    sha256: str | None = None
+
+
+def _of_path(value: Any) -> Any:
+    """An entry of `[methods]` that is a path alone, as a table."""
+    return {"file": value} if isinstance(value, str) else value
+
+
+Methods = dict[str, Annotated[MethodSource, BeforeValidator(_of_path)]]
 
 
 class Experiment(BaseModel):
@@ -47,6 +74,8 @@ class Experiment(BaseModel):
     runtime: RuntimeSettings = RuntimeSettings()
     privacy: PrivacySettings = PrivacySettings()
     poisoning: PoisoningSettings | None = Field(default=None, description="clients that attack; absent: nobody does")
+    tracking: TrackingSettings | None = Field(default=None, description="who is sent metrics; absent: nobody is")
+    methods: Methods = Field(default_factory=dict, description="methods in files: name to path; the files are executed")
     settings: dict[str, Any] = Field(
         default_factory=dict, description="hyper-parameters; [settings.NAME] for one method"
     )
@@ -57,17 +86,17 @@ class Experiment(BaseModel):
 
         For example `Experiment.of(algorithm="promptfl", data={"source": "digits"}, partition={"scheme": "iid",
         "clients": 4}, settings={"context_length": 8})`. Like `load_config`, and unlike the class itself, it checks the
-        method's settings too.
+        method's settings too, and executes the files of `methods`, relative ones from the working directory.
 
         Raises:
             ConfigError: a key or value is not allowed; it names the key with dots, such as `data.source`.
         """
         check_values(tables)
-        return parse_config(tables)
+        return parse_config(with_methods(tables, Path()))
 
 
 def load_config(path: Path | str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Experiment:
-    """Read a TOML file and override some of its keys.
+    """Read a TOML file and override some of its keys. The files of methods that it names are executed.
 
     Args:
         path: of the file.
@@ -76,11 +105,44 @@ def load_config(path: Path | str, overrides: Sequence[str] | Mapping[str, Any] =
     Raises:
         ConfigError: the file is missing or malformed, or a key or value is not allowed.
     """
-    return parse_config(read_tables(Path(path), overrides))
+    return parse_config(with_methods(read_tables(Path(path), overrides), Path(path).parent))
+
+
+def with_methods(tables: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Execute the files under `[methods]` and add their methods; return the tables with their paths and digests.
+
+    Args:
+        tables: of a configuration.
+        folder: from which relative paths are taken.
+
+    Raises:
+        ConfigError: a file is missing, fails, or is not the one that its digest asks for; or a name is taken.
+    """
+    found = {}
+    for name, source in method_sources(tables).items():
+        key = f"methods.{name}"
+        file = MethodFile.read(absolute_path(str(folder / user_path(source.file, key)), key), key)
+        if source.sha256 not in (None, file.sha256):
+            raise ConfigError(f"{key}.sha256", source.sha256, f"{file.path} has {file.sha256}; put the file back")
+        add_method(name, file, key)
+        found[name] = {"file": str(file.path), "sha256": file.sha256}
+    return dict(tables) | ({"methods": found} if found else {})
+
+
+def method_sources(tables: Mapping[str, Any]) -> dict[str, MethodSource]:
+    """Return the entries under `[methods]`; nothing is read.
+
+    Raises:
+        ConfigError: an entry is neither a path nor a table with a path.
+    """
+    try:
+        return TypeAdapter(Methods).validate_python(tables.get("methods", {}))
+    except ValidationError as error:
+        raise config_error(error, Methods, "methods") from None
 
 
 def parse_config(tables: Mapping[str, Any]) -> Experiment:
-    """Check the content of a configuration, and of the tables of every method in it.
+    """Check the content of a configuration, and of the tables of every method in it; nothing is executed.
 
     Raises:
         ConfigError: a key or value is not allowed.
@@ -118,7 +180,16 @@ def resolved(config: Experiment) -> dict[str, Any]:
     """The configuration with every default written out, for the method that runs; keys without a value are absent."""
     tables = config.model_dump(exclude_none=True)
     tables["settings"] = {config.algorithm: asdict(settings_for(config.algorithm, config.settings))}
+    del tables["methods"]
+    for path, content in kept_methods(config).items():
+        tables["methods"] = {config.algorithm: {"file": path, "sha256": hashlib.sha256(content).hexdigest()}}
     return tables
+
+
+def kept_methods(config: Experiment) -> dict[str, bytes]:
+    """Return the file of the method that runs, by its path in the run directory; none if it is installed."""
+    file = METHODS[config.algorithm].file
+    return {} if file is None else {f"{KEPT_METHODS}/{config.algorithm}.py": file.content}
 
 
 def _absolute(data: DataSettings) -> DataSettings:
@@ -130,7 +201,7 @@ def _absolute(data: DataSettings) -> DataSettings:
         check_values(folder, "data.public")
         data = data.model_copy(update={"public": folder})
     kind, colon, rest = data.source.partition(":")
-    if colon and (kind == "imagefolder" or user_path(rest, "data.source").exists()):
+    if colon and (kind in ("imagefolder", "table") or user_path(rest, "data.source").exists()):
         source = f"{kind}:{absolute_path(rest, 'data.source')}"
         check_values(source, "data.source")
         return data.model_copy(update={"source": source})

@@ -22,6 +22,7 @@ from sordino.experiments.config import Experiment
 from sordino.progress import Progress, log
 from sordino.tasks.copies import Copies, find_copies
 from sordino.tasks.images import Flags, ImageSet, Indices
+from sordino.tasks.overview import announce
 from sordino.tasks.passed_over import told
 from sordino.tasks.poisoning import poisoned, with_triggers
 from sordino.tasks.sources import load_images, public_images
@@ -118,6 +119,7 @@ class EncodedDataset:
         if images.passed_over:
             log.warning("%s", told(images.passed_over))
         task = build_task(images, config.data, config.partition, config.seed)
+        announce(images, task)
         if config.poisoning is not None:
             poisoned(task, config.poisoning, len(images), config.seed)
         encoder = load_encoder(config.encoder.name, config.encoder.checkpoint, config.encoder.dtype, device)
@@ -187,10 +189,19 @@ class EncodedDataset:
         """The pictures of an encoded task that are copies of others in it."""
         return find_copies(task, self.images, self.digests)
 
+    def encoded(self, rows: Indices, kind: Kind, progress: Progress) -> bool:
+        """Encode what some rows lack of a kind, and tell whether all of them could be read."""
+        self._encode(self._unknown(rows, kind), kind, progress)
+        return bool(self.readable[rows].all())
+
     def _missing(self, task: Task, kind: Kind) -> Indices:
         """The rows that a task uses and that were not read yet."""
+        return self._unknown(task.used, kind)
+
+    def _unknown(self, rows: Indices, kind: Kind) -> Indices:
+        """Those of some rows that were not read yet."""
         table = self.tables.get(kind)
-        return np.array([row for row in task.used if table is None or not table.known[row]], dtype=np.int64)
+        return np.array([row for row in rows if table is None or not table.known[row]], dtype=np.int64)
 
     def _encode(self, rows: Indices, kind: Kind, progress: Progress) -> tuple[int, int]:
         """Fill in rows of a table; how many features were computed for it, and how many came from the cache."""

@@ -22,7 +22,7 @@ class Setting:
     Attributes:
         name: as under `[settings]`; keys of a table within are joined by dots.
         default: as it would be written in a configuration.
-        meaning: what it is; empty for keys within a table.
+        meaning: what it is.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Card:
         about: what is personal, what is shared, what it needs.
         text: its module's docstring: the idea, the source, and the choices made where that is silent.
         settings: its hyper-parameters.
+        parent: the method whose settings table also applies to it; None if it descends from none.
         discloses: what leaves a client where nothing is noised.
     """
 
@@ -47,12 +48,14 @@ class Card:
     text: str
     settings: tuple[Setting, ...]
     discloses: tuple[str, ...]
+    parent: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
         row = {"name": self.name} | {column: getattr(self.about, column) for column in COLUMNS}
         return row | {
             "text": self.text,
+            "parent": self.parent,
             "discloses": list(self.discloses),
             "settings": [vars(setting) for setting in self.settings],
         }
@@ -70,23 +73,21 @@ def card(name: str) -> Card:
         ConfigError: there is no method of this name.
     """
     module = algorithm(name)
-    meanings = _meanings(inspect.getdoc(module.Settings) or "")
-    defaults = settings_for(name, {})
-    flat = [entry for setting in fields(defaults) for entry in _flat(setting.name, defaults)]
-    settings = tuple(Setting(key, value, meanings.get(key, "")) for key, value in flat)
+    settings = tuple(_settings(settings_for(name, {})))
     discloses = tuple(disclosure.content for disclosure in module.ABOUT.discloses)
-    return Card(name, module.ABOUT, inspect.getdoc(module) or "", settings, discloses)
+    return Card(name, module.ABOUT, inspect.getdoc(module) or "", settings, discloses, METHODS[name].parent)
 
 
-def _flat(name: str, holder: Any) -> Iterator[tuple[str, str]]:
-    """A setting as (key, value in TOML); a table of settings as its entries, after itself."""
-    value = getattr(holder, name.rpartition(".")[2])
-    if not is_dataclass(value):
-        yield name, _toml(value)
-        return
-    yield name, ""
-    for part in fields(value):
-        yield from _flat(f"{name}.{part.name}", value)
+def _settings(holder: Any, prefix: str = "") -> Iterator[Setting]:
+    """Describe the fields of a dataclass; a table of settings is followed by its entries."""
+    meanings = _meanings(type(holder))
+    for entry in fields(holder):
+        value, meaning = getattr(holder, entry.name), meanings.get(entry.name, "")
+        if is_dataclass(value):
+            yield Setting(prefix + entry.name, "", meaning)
+            yield from _settings(value, f"{prefix}{entry.name}.")
+        else:
+            yield Setting(prefix + entry.name, _toml(value), meaning)
 
 
 def _toml(value: Any) -> str:
@@ -95,7 +96,15 @@ def _toml(value: Any) -> str:
     return f'"{value}"' if isinstance(value, str) else "not set" if value is None else str(value)
 
 
-def _meanings(docstring: str) -> dict[str, str]:
+def _meanings(settings_type: type) -> dict[str, str]:
+    """Return the meaning of each setting, its own or inherited from the settings of a parent."""
+    meanings: dict[str, str] = {}
+    for ancestor in reversed(settings_type.__mro__):
+        meanings |= _attributes(inspect.cleandoc(ancestor.__dict__.get("__doc__") or ""))
+    return meanings
+
+
+def _attributes(docstring: str) -> dict[str, str]:
     """Return the text of each name in a docstring's section `Attributes:`."""
     section = ATTRIBUTES.search(docstring)
     if section is None:

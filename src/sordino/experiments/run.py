@@ -16,17 +16,20 @@ from torch import Tensor
 import sordino
 from sordino.algorithms import algorithm, settings_for
 from sordino.encoders.base import DualEncoder
-from sordino.encoders.prompt_model import Prompt, PromptModel, named_parts, prompt_count
+from sordino.encoders.prompt_model import Prompt, named_parts, prompt_count
 from sordino.errors import RunError
-from sordino.experiments.config import Experiment, resolved
+from sordino.experiments.config import Experiment, kept_methods, resolved
 from sordino.experiments.data_digests import data_record, party_digests
 from sordino.experiments.data_record import pin
 from sordino.experiments.features import EncodedDataset
 from sordino.experiments.release_file import FILE as RELEASE
 from sordino.experiments.release_file import ReleaseFile, with_release
 from sordino.experiments.run_folder import Metrics, finished, started_with, was_started
+from sordino.experiments.run_folder import start as start_folder
 from sordino.experiments.run_lock import held
-from sordino.experiments.toml_tables import to_toml
+from sordino.experiments.tracking import TABLE as TRACKING
+from sordino.experiments.tracking import require_tracker, tracked
+from sordino.experiments.yardsticks import Yardstick, accuracy_before, best_round, effort, evaluation_of
 from sordino.files import absolute_path, user_path, write_atomically
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.statement import as_summary
@@ -47,7 +50,7 @@ from sordino.results import (
     Summary,
 )
 from sordino.runtime import checkpoint
-from sordino.runtime.evaluate import Evaluation, EvaluationSet, Scores
+from sordino.runtime.evaluate import Evaluation, Scores
 from sordino.runtime.local import LocalRuntime, RoundError, Training
 from sordino.runtime.records import RoundRecord
 from sordino.tasks.splits import Task
@@ -79,10 +82,11 @@ def run(
     Raises:
         SordinoError: before anything is trained where input is bad; later where the disk is full or training diverges.
     """
+    require_tracker(config.tracking)
     with held(out):
         config = _with_nonce(with_release(config)[0], out)
         tables = resolved(config)
-        summary = finished(out, Summary.from_json) if was_started(out, tables, resume) else None
+        summary = finished(out, Summary.from_json) if was_started(out, tables, resume, (TRACKING,)) else None
         if summary is None:
             summary = _run(config, tables, out, resume, progress, dataset or EncodedDataset.open(config))
         if not (out / "report.html").exists():
@@ -104,14 +108,15 @@ def _run(
     task, encoding = dataset.task(config, progress)
     started = time.monotonic()
     runtime, evaluation = assemble(config, dataset, task)
+    yardstick = Yardstick.of(config, dataset, task, progress)
     # Before config.toml, so that where there is one there is the other.
     pin(out, data_record(dataset, task, dataset.public(config, task)))
-    if not (out / "config.toml").exists():
-        write_atomically(out / "config.toml", to_toml(tables).encode())
+    start_folder(out, tables, kept_methods(config))
     start, released = _released(runtime, out, with_release(config)[1])
     training = _resumed(runtime, start, out) if resume else start
     metrics = Metrics(out / "metrics.jsonl", training.round, numbers=COUNTED)
-    training, scores = _train(config, runtime, evaluation, training, metrics, out, progress, released)
+    with tracked(config.tracking, out, metrics):
+        training, scores = _train(config, runtime, evaluation, training, metrics, out, progress, released)
     ledger = training.ledger
     write_atomically(out / LEDGER, ledger.to_json().encode())
     privacy = as_summary(ledger, config.privacy.unit)
@@ -144,6 +149,10 @@ def _run(
             passed_over=tuple(PassedOver(**asdict(files)) for files in dataset.images.passed_over),
             copies=Copies(**dataset.copies(task).as_summary()),
         ),
+        before=accuracy_before(metrics.lines),
+        hand_written=yardstick.against(scores) if yardstick else None,
+        best=best_round(metrics.lines, config.privacy.on),
+        effort=effort(runtime, training.round),
         version=sordino.__version__,
     )
     summary.write(out)  # at the very end, as it marks the run as finished
@@ -157,24 +166,10 @@ def assemble(config: Experiment, dataset: EncodedDataset, task: Task) -> tuple[L
         ConfigError: the method's settings or the privacy mechanism do not fit.
     """
     config, earlier = with_release(config)
-    device = dataset.encoder.device
-    labels = torch.from_numpy(task.labels)
-
-    def evaluation_set(model: PromptModel, rows: np.ndarray[Any, np.dtype[np.int64]]) -> EvaluationSet:
-        chosen = torch.from_numpy(rows)
-        return EvaluationSet(model, features[chosen].to(device), labels[chosen].to(device))
-
+    device, labels = dataset.encoder.device, torch.from_numpy(task.labels)
     model = dataset.model(config, task.class_names)
     features = dataset.tables[model.reads].features
-    evaluation = Evaluation(
-        evaluation_set(model, task.test),
-        torch.from_numpy(task.local),
-        torch.from_numpy(task.neighbor),
-        evaluation_set(dataset.model(config, task.novel_names), task.novel) if task.novel_names else None,
-        evaluation_set(model, task.domain) if len(task.domain) else None,
-        evaluation_set(model, task.triggered) if len(task.triggered) else None,
-        task.attackers,
-    )
+    evaluation = evaluation_of(dataset, task, lambda names: dataset.model(config, names))
     held = np.concatenate(task.train)
     ends = np.cumsum([len(rows) for rows in task.train])
     persons = dataset.images.persons
@@ -337,6 +332,7 @@ def _per_client(task: Task, scores: Scores) -> tuple[ClientResult, ...]:
     return tuple(
         ClientResult(
             client=line["client"],
+            name=line["name"],
             local=scores.local[index],
             neighbor=scores.neighbor[index],
             overall=scores.overall[index],

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from sordino.errors import RunError
 from sordino.experiments.run_lock import require_unused, writable
-from sordino.experiments.toml_tables import first_difference
+from sordino.experiments.toml_tables import first_difference, to_toml
 from sordino.files import write_atomically
 from sordino.progress import log
 from sordino.results import FILE
@@ -53,6 +53,12 @@ def was_started(out: Path, tables: Mapping[str, Any], resume: bool, free: Sequen
     difference = first_difference(before, after)
     if difference:
         key, before, after = difference
+        if key.startswith("methods.") and key.endswith(".sha256"):
+            kept = out / old["methods"][key.split(".")[1]]["file"]
+            raise RunError(
+                f"the method's file changed since {out} was started, where {kept} is its copy; change it back or "
+                "choose another --out"
+            )
         raise RunError(
             f"the configuration changed since {out} was started: {key} was {before!r} and is {after!r}; "
             "change it back or choose another --out"
@@ -68,6 +74,24 @@ def require_run(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise RunError(f"{folder} holds no finished run (there is no such directory)")
+
+
+def start(out: Path, tables: Mapping[str, Any], methods: Mapping[str, bytes]) -> None:
+    """Write the configuration of a run, and the files of methods that it names; what is there stays.
+
+    Args:
+        out: the run directory.
+        tables: the configuration, resolved.
+        methods: the content of each file by its path in `out`.
+
+    Raises:
+        RunError: the directory cannot be written.
+    """
+    if (out / "config.toml").exists():
+        return
+    for path, content in methods.items():
+        write_atomically(out / path, content)
+    write_atomically(out / "config.toml", to_toml(tables).encode())
 
 
 def finished(out: Path, parse: Callable[[bytes], T]) -> T | None:
@@ -120,7 +144,10 @@ class Metrics:
 
     Attributes:
         lines: what it holds.
+        listener: is given each line that is added; None: nobody is.
     """
+
+    listener: Callable[[dict[str, Any]], None] | None = None
 
     def __init__(self, path: Path, last: int, key: str = "round", numbers: Sequence[str] = ()) -> None:
         """Read what an interrupted run left, and drop the lines after `last`.
@@ -157,6 +184,8 @@ class Metrics:
             raise RunError(
                 f"cannot write {self.path}: {error.strerror}; free space, then go on with --resume"
             ) from None
+        if self.listener is not None:
+            self.listener(line)
 
     def seconds(self, name: str) -> float:
         """The sum of one entry over all lines."""

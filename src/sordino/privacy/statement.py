@@ -21,6 +21,24 @@ WHO: dict[Observer, str] = {
 }
 
 
+NOISE_BY = {"client": "each client", "server": "the server", "shares": "all clients, a share each"}
+
+
+def seen_by(ledger: Ledger, observer: Observer) -> list[str]:
+    """Return what an observer sees, a line a kind: noised, and by whom, or not."""
+    noised: dict[tuple[str, str], list[int]] = {}
+    for release in ledger.releases:
+        if observer in release.observers:
+            noised.setdefault((release.content, release.noise_by), []).append(release.steps)
+    lines = [
+        f"{content}, {max(steps):,} times; noise by {NOISE_BY[noise_by]}"
+        for (content, noise_by), steps in noised.items()
+    ]
+    seen = [disclosure for disclosure in ledger.disclosures if observer in disclosure.observers]
+    bare = [f"{disclosure.content}: no noise" for disclosure in seen]
+    return [*lines, *bare] or ["nothing that was learned from images"]
+
+
 def views(ledger: Ledger, unit: Unit) -> list[Spent]:
     """Return the privacy loss of one unit to each observer."""
     return [accounting.spent(ledger, observer, unit) for observer in OBSERVERS]

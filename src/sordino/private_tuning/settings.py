@@ -14,9 +14,9 @@ from sordino.experiments.toml_tables import check_values, read_tables
 from sordino.files import absolute_path
 from sordino.private_tuning.search_settings import Search
 from sordino.tasks.places import require_image_folder
+from sordino.tasks.published import how_to_get
 
 LONGEST = 64  # default of task.longest: tokens of a sentence
-NO_SENTENCES = "no such file; give one with the header 'sentence<TAB>label'"
 TEXT_NEEDS = ("train", "test", "label_names", "descriptions")
 
 
@@ -173,9 +173,14 @@ def check_places(config: PrivateTuning) -> None:
     for key in ("train", "test"):
         file = getattr(config.task, key)
         if file is not None and not Path(file).exists():
-            raise ConfigError(f"task.{key}", file, NO_SENTENCES)
+            raise ConfigError(f"task.{key}", file, no_sentences(Path(file)))
     if config.task.source is not None:
         require_image_folder(Path(config.task.source.partition(":")[2]), config.task.source)
+
+
+def no_sentences(file: Path) -> str:
+    """Return what to do about a file of sentences that is missing."""
+    return f"no such file; give one with the header 'sentence<TAB>label'{how_to_get(file)}"
 
 
 def _check(config: PrivateTuning) -> None:

@@ -31,7 +31,7 @@ from sordino.experiments.data_record import sequence_digest
 from sordino.files import read_regular, user_path
 from sordino.mpc.tower.distill import embedder_of
 from sordino.mpc.tower.sentences import Forward, encoded
-from sordino.private_tuning.settings import NO_SENTENCES, PrivateTuning, longest_of
+from sordino.private_tuning.settings import PrivateTuning, longest_of, no_sentences
 from sordino.prompt_file import KNOWN_FEATURES
 
 Part = Literal["test", "validation"]  # examples to test on; "validation": training examples that are no shots
@@ -52,6 +52,8 @@ class Task(ABC):
         kind: "text" or "images".
         embedder: the owner's: tokenizer, and embeddings of tokens and of positions.
         class_names: C names.
+        initial: the words of the initial prompt.
+        length: M, tokens of the prompt. The initial one is cut or repeated to this length.
         labels: of training examples, [N].
         test_labels: of test examples, [T].
     """
@@ -59,12 +61,14 @@ class Task(ABC):
     kind: ClassVar[Literal["text", "images"]]
     embedder: Embedder
     class_names: tuple[str, ...]
+    initial: str
+    length: int
     labels: Tensor
     test_labels: Tensor
 
-    @abstractmethod
     def start(self) -> Tensor:
-        """Return the hand-written prompt, [M, E]."""
+        """Return the initial prompt, [M, E]."""
+        return initial_prompt(self.embedder, self.initial, self.length)
 
     @abstractmethod
     def logits(self, forward: Forward, prompts: Tensor, test: bool = False) -> Tensor:
@@ -98,19 +102,20 @@ class Task(ABC):
 
     def accuracy(self, forward: Forward, prompt: Tensor) -> float:
         """Compute the accuracy on test examples behind a prompt [M, E]."""
-        return self.measure(forward, prompt)[0]
+        return float(self.measure(forward, prompt)[0].double().mean())
 
-    def measure(self, forward: Forward, prompt: Tensor) -> tuple[float, dict[str, Tensor]]:
-        """Compute the accuracy on test examples behind a prompt [M, E], in one call of `forward`.
+    def measure(self, forward: Forward, prompt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Classify the test examples behind a prompt [M, E], in one call of `forward`.
 
         Returns:
-            The accuracy, and by name what a classifier of new examples needs beside the prompt.
+            Which are classified correctly [T] bool, and by name what a classifier of new examples needs beside the
+            prompt.
         """
         with torch.no_grad():
-            return self._accuracy(self.logits(forward, prompt[None], test=True)[0]), {}
+            return self._correct(self.logits(forward, prompt[None], test=True)[0]), {}
 
-    def _accuracy(self, logits: Tensor) -> float:
-        return float((logits.argmax(-1) == self.test_labels).double().mean())
+    def _correct(self, logits: Tensor) -> Tensor:
+        return logits.argmax(-1) == self.test_labels
 
 
 def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
@@ -126,8 +131,7 @@ class TextTask(Task):
         embedder: the owner's: tokenizer, and embeddings of tokens and of positions.
         class_names: C names.
         descriptions: C texts, one a class.
-        initial: the hand-written prompt.
-        length: M, tokens of the prompt. The hand-written one is cut or repeated to this length.
+        initial, length: see `Task`.
         longest: most tokens of a sentence with prompt, start and end. The rest is cut off.
         sentences, labels: training examples.
         test_sentences, test_labels: test examples.
@@ -145,9 +149,6 @@ class TextTask(Task):
     labels: Tensor
     test_sentences: tuple[str, ...]
     test_labels: Tensor
-
-    def start(self) -> Tensor:
-        return initial_prompt(self.embedder, self.initial, self.length)
 
     def contents(self, test: bool = False) -> list[bytes]:
         texts = self.test_sentences if test else self.sentences
@@ -178,7 +179,7 @@ class ImageTask(Task):
     Attributes:
         embedder: as in `TextTask`.
         class_names: C names.
-        initial, length: as in `TextTask`.
+        initial, length: see `Task`.
         project: maps mean-pooled sentences [..., E] to unit-norm features [..., D].
         logit_scale: of cosines.
         features, labels: training examples, as unit-norm image features [N, D].
@@ -203,9 +204,6 @@ class ImageTask(Task):
     test_digests: tuple[bytes, ...]
     encoder: Mapping[str, str]
 
-    def start(self) -> Tensor:
-        return initial_prompt(self.embedder, self.initial, self.length)
-
     def check_length(self) -> None:
         """Check that every class's sentence fits the checkpoint, before the search.
 
@@ -213,8 +211,7 @@ class ImageTask(Task):
             ConfigError: a sentence does not fit.
         """
         classes, limit = self.embedder.class_tokens(self.class_names), len(self.embedder.positions)
-        longest = int(classes.mask.sum(1).max())
-        whole = 1 + self.length + longest
+        whole = self.sentence_length(self.length)
         if whole > limit:
             name = self.class_names[int(classes.mask.sum(1).argmax())]
             raise ConfigError(
@@ -223,6 +220,10 @@ class ImageTask(Task):
                 f"with the longest class name, {shortened(name)}, a sentence has {whole} tokens and "
                 f"the checkpoint takes {limit}: shorten one of them",
             )
+
+    def sentence_length(self, length: int) -> int:
+        """Return the tokens of the longest sentence behind a prompt of this length."""
+        return 1 + length + int(self.embedder.class_tokens(self.class_names).mask.sum(1).max())
 
     def contents(self, test: bool = False) -> list[bytes]:
         return list(self.test_digests if test else self.digests)
@@ -240,11 +241,11 @@ class ImageTask(Task):
         rows = [row[is_token] for row, is_token in zip(classes.embeddings, classes.mask, strict=True)]
         return self.project(_behind(self.embedder, forward, prompts, rows))
 
-    def measure(self, forward: Forward, prompt: Tensor) -> tuple[float, dict[str, Tensor]]:
-        """Compute the accuracy, and the prompt's class features [C, D]: with them the tower is needed no more."""
+    def measure(self, forward: Forward, prompt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Classify the pictures, and return the prompt's class features [C, D]: with them the tower is not needed."""
         with torch.no_grad():
             features = self.class_features(forward, prompt[None])
-            return self._accuracy(self._cosines(features, test=True)[0]), {KNOWN_FEATURES: features[0]}
+            return self._correct(self._cosines(features, test=True)[0]), {KNOWN_FEATURES: features[0]}
 
     def _cosines(self, class_features: Tensor, test: bool) -> Tensor:
         """Scaled cosines [P, N, C] of training or test examples."""
@@ -339,7 +340,7 @@ def read_sentences(file: Path, key: str, classes: int) -> tuple[tuple[str, ...],
     try:
         lines = read_regular(file, MAX_BYTES).decode("utf-8-sig").splitlines()
     except FileNotFoundError:
-        raise ConfigError(key, str(file), NO_SENTENCES) from None
+        raise ConfigError(key, str(file), no_sentences(file)) from None
     except (OSError, UnicodeDecodeError, DataError) as error:
         raise ConfigError(key, str(file), f"not a readable text file: {error}") from None
     rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))

@@ -30,6 +30,7 @@ from sordino.mpc.tower.tower import BUNDLED, PrivateTower, bundled_tower
 from sordino.private_tuning.search import SearchState, tune
 from sordino.private_tuning.settings import PrivateTuning
 from sordino.private_tuning.tasks import Task
+from sordino.private_tuning.worth import HandWritten, as_lines, by_class, summarized
 from sordino.progress import Progress, silent
 from sordino.prompt_file import EncoderRecord, PrivacyRecord, SavedPrompt
 
@@ -47,6 +48,7 @@ def tune_private(
     costs: Costs | None = None,
     resume: bool = False,
     progress: Progress = silent,
+    model: str | None = None,
 ) -> dict[str, Any]:
     """Search for a prompt, measure it, and write a run directory.
 
@@ -60,6 +62,7 @@ def tune_private(
             including generations that were finished before the run was resumed.
         resume: go on after the last finished generation in `out`.
         progress: receives the number of generations done.
+        model: name of the servers' model, which must be the same when the run is resumed.
 
     Returns:
         The summary, as in `summary.json`.
@@ -69,7 +72,7 @@ def tune_private(
     """
     with held(out):
         finished = finished_before(config, out, resume)
-        return finished or _tuned(config, out, task, forward, clear, costs, progress)
+        return finished or _tuned(config, out, task, forward, clear, costs, progress, model)
 
 
 def _tuned(
@@ -80,12 +83,13 @@ def _tuned(
     clear: bool,
     costs: Costs | None,
     progress: Progress,
+    model: str | None,
 ) -> dict[str, Any]:
     """Do the work of `tune_private` for a run directory that is locked and not finished."""
     tables = config.model_dump(exclude_none=True)
     began = time.monotonic()
     state = _state(out / STATE, clear, costs)
-    tower = _tower_digest(config) if clear else None
+    tower = _tower_digest(config) if clear else model
     pin(out, {"version": sordino.__version__, **task.record(), "tower": tower})
     write_atomically(out / "config.toml", to_toml(tables).encode())
     record = _Record(out, clear, costs, len(state.losses))
@@ -96,8 +100,10 @@ def _tuned(
         search, start, lambda prompts: task.losses(forward, prompts), state, record.generation, progress
     )
     searched = time.monotonic()
-    zero_shot = task.accuracy(forward, start)
+    at_start, _ = task.measure(forward, start)
     tuned, beside = task.measure(forward, prompt)
+    hand_written = HandWritten.of(task)
+    given = hand_written.correct(task, forward, start, at_start)
     saved = _saved_prompt(config, task, {"context": prompt, **beside}, state, clear)
     saved.save(out / "prompts" / "private.safetensors")
     before = record.metrics.lines[0]["mean_loss"]
@@ -109,7 +115,9 @@ def _tuned(
         "generations": len(state.losses),
         "evaluations": sum(map(len, state.losses)),
         "test_examples": len(task.test_labels),
-        "accuracy": {"zero_shot": zero_shot, "tuned": tuned},
+        "accuracy": {"zero_shot": float(at_start.double().mean()), "tuned": float(tuned.double().mean())},
+        "hand_written": summarized(hand_written, given, tuned),
+        "by_class": by_class(task.class_names, task.test_labels, given, tuned),
         "train_loss": {"before": before, "after": state.least if state.losses else before},
         "seconds": {
             "search": record.metrics.seconds("seconds"),
@@ -118,6 +126,7 @@ def _tuned(
         },
         "costs": None if costs is None else _costs(costs),
         "clear": clear,
+        "model": model,
         "version": sordino.__version__,
     }
     # Written last, since it marks the run as finished.
@@ -280,10 +289,9 @@ def _costs(costs: Costs) -> dict[str, Any]:
 
 def as_text(summary: dict[str, Any]) -> str:
     """Format a summary as text."""
-    accuracy, loss = summary["accuracy"], summary["train_loss"]
+    loss = summary["train_loss"]
     lines = [
-        f"accuracy on {summary['test_examples']} test examples: {accuracy['tuned']:.3f}, "
-        f"{accuracy['zero_shot']:.3f} with the initial prompt",
+        *as_lines(summary),
         f"loss on {summary['shots']} examples a class: {loss['after']:.3f}, {loss['before']:.3f} before; "
         f"{summary['generations']} generations, {summary['evaluations']} candidates, "
         f"{summary['seconds']['search']:.0f} s",

@@ -1,5 +1,5 @@
 """From run directories to one self-contained HTML page."""
 
-from sordino.report.html import write_report
+from sordino.report.html import finished_runs, write_report
 
-__all__ = ["write_report"]
+__all__ = ["finished_runs", "write_report"]

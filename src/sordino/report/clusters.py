@@ -8,8 +8,9 @@ from sordino.report.distances import Domains, cluster_color, holding, what_the_s
 from sordino.report.figures import PALETTE
 from sordino.report.groups import Group
 from sordino.report.heatmap import client_layout, luminance, numbered, numbers, tick_step
-from sordino.report.markup import Figure, counted, html_table, keys, listed, place
+from sordino.report.markup import Figure, counted, html_table, keys, place
 from sordino.report.runs import Run
+from sordino.results import listed
 from sordino.secure import NOBODY
 
 Clustering = tuple[int, tuple[int, ...]]  # a round, and the number of each client's cluster or NOBODY

@@ -11,8 +11,9 @@ import numpy as np
 from sordino.report.distance_data import Floats, Seen, plane, seen
 from sordino.report.figures import SYMBOLS, color, symbol
 from sordino.report.heatmap import client_layout, color_scale, numbered, numbers, scale_luminance, tick_step
-from sordino.report.markup import NONE, Figure, counted, html_table, keys, listed, place, plain
+from sordino.report.markup import NONE, Figure, counted, html_table, keys, place, plain
 from sordino.report.runs import Run
+from sordino.results import listed
 from sordino.secure import NOBODY, to_one_scale
 
 Domains = Mapping[int, tuple[str, ...]]  # of each client, empty where they are not known

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -71,6 +71,16 @@ class Group:
     def clients(self) -> Iterator[ClientResult]:
         """Iterate over every client of every run."""
         return (client for run in self.runs for client in run.summary.per_client)
+
+
+def client_names(entries: Iterable[ClientResult]) -> dict[int, str]:
+    """Return the name of each client by its number: its number itself, where runs do not give each one name."""
+    names: dict[int, str] = {}
+    for entry in entries:
+        if names.setdefault(entry.client, entry.called) != entry.called:
+            names[entry.client] = str(entry.client)
+    distinct = len(set(names.values())) == len(names)
+    return {client: name if distinct else str(client) for client, name in names.items()}
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from sordino.report.figures import wrapped
-from sordino.report.groups import TITLES, Group
+from sordino.report.groups import TITLES, Group, client_names
 from sordino.report.markup import Figure, plain
 from sordino.results import Measure
 
@@ -38,10 +38,11 @@ def accuracy_by_client(groups: Sequence[Group]) -> Figure | None:
         return None
     clients = sorted({client for _, _, values in columns for client in values})
     few = numbered(len(clients), len(columns))
+    names = client_names(entry for group in groups for entry in group.clients())
     heat = {
         "type": "heatmap",
         "x": list(range(len(columns))),
-        "y": [str(client) for client in clients],
+        "y": [plain(names[client]) for client in clients],
         "z": [[_rounded(values.get(client)) for _, _, values in columns] for client in clients],
         # One text a row; the page's script spreads it over the columns, which keeps a page of many clients small.
         "customdata": [[text] for text in _holdings(groups, clients)],

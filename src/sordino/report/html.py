@@ -1,5 +1,6 @@
 """Run directories to one self-contained HTML page: `write_report`."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from sordino.files import replace_file
 from sordino.report.groups import group_runs
 from sordino.report.page import render
 from sordino.report.runs import read_run
+from sordino.results import FILE
 
 
 def write_report(runs: Sequence[Path], out: Path, title: str) -> Path:
@@ -31,6 +33,17 @@ def write_report(runs: Sequence[Path], out: Path, title: str) -> Path:
     read = [read_run(Path(run)) for run in runs]
     _replace(Path(out), render(read, group_runs(read), title))
     return Path(out)
+
+
+def finished_runs(folder: Path) -> list[Path]:
+    """Return the finished runs in or below a folder; those of a comparison in its order, others by name after them."""
+    runs = sorted(path.parent for path in folder.rglob(FILE))
+    try:
+        listed = json.loads((folder / "comparison.json").read_bytes())["folders"]
+        order = {folder / str(name): place for place, name in enumerate(listed)}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return runs  # no comparison, or one of an earlier version
+    return sorted(runs, key=lambda run: order.get(run, len(order)))
 
 
 def _replace(out: Path, text: str) -> None:

@@ -66,12 +66,6 @@ def keys(title: str, marks: Sequence[tuple[str, str, str]]) -> str:
     return f'<div class="legend"><span class="none">{escape(title)}</span>\n{shown}{more}</div>\n' if marks else ""
 
 
-def listed(items: Iterable[object]) -> str:
-    """Return items in words: `a`, `a and b`, `a, b and c`."""
-    words = [str(item) for item in items]
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun: `1 client`, `2 clients`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

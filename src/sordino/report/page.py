@@ -1,28 +1,28 @@
-"""The page as plain semantic HTML: its frame, and the sections that have no module of their own."""
+"""The report as plain semantic HTML: the sections that have no module of their own."""
 
 from collections.abc import Sequence
 from html import escape
-from importlib.resources import files
 
 from sordino.report import figures
 from sordino.report.clusters import clusters
-from sordino.report.groups import TITLES, Group
+from sordino.report.frame import frame
+from sordino.report.groups import TITLES, Group, client_names
 from sordino.report.heatmap import accuracy_by_client, client_columns
-from sordino.report.markup import counted, html_table, listed, place
+from sordino.report.markup import counted, html_table, place
 from sordino.report.privacy import audits, tradeoff
 from sordino.report.runs import Run
 from sordino.report.tables import privacy_words, results
-from sordino.results import Measure, human_bytes
+from sordino.report.worth import worth
+from sordino.results import Measure, human_bytes, listed
 
 _LISTED_IMAGES = 200
 
 
 def render(runs: Sequence[Run], groups: Sequence[Group], title: str) -> str:
-    """Return the whole page, which holds its styles, scripts and data, and refers to nothing outside itself."""
-    from plotly.offline import get_plotlyjs  # 5 MB of script, and a slow import
-
+    """Return the whole page; see `frame`."""
     sections = [
         results(groups),
+        worth(groups),
         tradeoff(groups),
         audits(groups),
         _by_round(groups),
@@ -34,21 +34,7 @@ def render(runs: Sequence[Run], groups: Sequence[Group], title: str) -> str:
         _configuration(runs, groups),
     ]
     versions = listed(sorted({run.summary.version for run in runs if run.summary.version}))
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; \
-style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'">
-<title>{escape(title)}</title>
-<link rel="icon" href="data:,">
-<style>
-{_asset("page.css")}</style>
-</head>
-<body>
-<main>
+    body = f"""<main>
 <header>
 <h1>{escape(title)}</h1>
 <p>{_what_was_run(runs, groups)}</p>
@@ -56,16 +42,8 @@ style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'no
 </header>
 {"".join(section for section in sections if section)}</main>
 <footer><p>Written by Sordino{escape(" " + versions if versions else "")}.</p></footer>
-<script>{get_plotlyjs()}</script>
-<script>
-{_asset("page.js")}</script>
-</body>
-</html>
 """
-
-
-def _asset(name: str) -> str:
-    return (files("sordino.report") / name).read_text(encoding="utf-8")
+    return frame(title, body)
 
 
 def _what_was_run(runs: Sequence[Run], groups: Sequence[Group]) -> str:
@@ -136,17 +114,24 @@ def _by_client(groups: Sequence[Group]) -> str:
     if figure is None:
         return ""
     rows, cells = [], []
+    names = client_names(entry for group in groups for entry in group.clients())
     for group, measure, values in client_columns(groups):
         known = sorted((value, client) for client, value in values.items() if value is not None)
         cells += known
         quartiles = [known[round(share * (len(known) - 1))] for share in (0, 0.25, 0.5, 0.75, 1)]
         name = f"{escape(group.label)}, {TITLES[measure].lower()}"
-        rows.append([name, *(f"{100 * value:.1f} <small>(client {client})</small>" for value, client in quartiles)])
+        rows.append(
+            [
+                name,
+                *(f"{100 * value:.1f} <small>(client {escape(names[client])})</small>" for value, client in quartiles),
+            ]
+        )
     clients = len(figure["data"][0]["y"])
     low, high = min(cells), max(cells)
     words = (
         f"Heat map of accuracy, {counted(clients, 'client')} by {counted(len(rows), 'column')}, "
-        f"from {low[0]:.1%} (client {low[1]}) to {high[0]:.1%} (client {high[1]}). The table below has its quartiles."
+        f"from {low[0]:.1%} (client {names[low[1]]}) to {high[0]:.1%} (client {names[high[1]]}). The table below has "
+        "its quartiles."
     )
     seeds = " Means over seeds." if any(group.over_seeds for group in groups) else ""
     table = html_table(

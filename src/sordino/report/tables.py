@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from html import escape
 
 from sordino.report.groups import TITLES, Group
-from sordino.report.markup import NONE, html_table, listed
-from sordino.results import MEASURES, Measure, Spread, human_bytes, human_seconds, rounded_up
+from sordino.report.markup import NONE, html_table
+from sordino.results import MEASURES, Measure, Spread, human_bytes, human_seconds, listed, rounded_up
 
 _PERSONAL: tuple[Measure, ...] = ("local", "neighbor", "overall")
 _TERMS = {

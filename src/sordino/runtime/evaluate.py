@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -64,7 +65,8 @@ class Evaluation:
     def scores(self, prompt: Prompt) -> Scores:
         """Return the accuracies of K prompts, or of one prompt that all K clients share."""
         clients = len(self.local)
-        correct = self.test.correct(prompt).cpu().double()  # [K or 1, T]; some devices lack float64
+        hits = {"test": self.test.correct(prompt).cpu()}  # [K or 1, T]
+        correct = hits["test"].double()  # on the CPU, as some devices lack float64
 
         def over(weights: Tensor) -> list[float | None]:
             accuracy = (correct * weights).sum(1)
@@ -72,21 +74,23 @@ class Evaluation:
             pairs = zip(accuracy.tolist(), empty.tolist(), strict=True)
             return [None if is_empty else value for value, is_empty in pairs]
 
-        def uniform(split: EvaluationSet | None) -> list[float | None]:
+        def uniform(split: EvaluationSet | None, name: str) -> list[float | None]:
             if split is None:
                 return [None] * clients
-            return list(split.correct(prompt).cpu().double().mean(1).expand(clients).tolist())
+            hits[name] = split.correct(prompt).cpu()
+            return list(hits[name].double().mean(1).expand(clients).tolist())
 
         overall = list(correct.mean(1).expand(clients).tolist())
-        attacked = [None] * self.attackers + uniform(self.triggered)[self.attackers :]
+        attacked = [None] * self.attackers + uniform(self.triggered, "triggered")[self.attackers :]
         return Scores(
             over(self.local),
             over(self.neighbor),
             overall,
-            uniform(self.novel),
-            uniform(self.domain),
+            uniform(self.novel, "novel"),
+            uniform(self.domain, "domain"),
             attacked,
             self.attackers,
+            hits,
         )
 
 
@@ -99,6 +103,8 @@ class Scores:
         attack_success: fraction of the images with an attacker's trigger that the prompt classifies as its target;
             None for the attackers.
         attackers: the number of clients that attack; they are the first ones, and no mean counts them.
+        hits: [K or 1, T] bool by split ("test", "novel", "domain", "triggered"), which pictures each prompt classifies
+            correctly; one row if all clients share the prompt.
     """
 
     local: list[float | None]
@@ -108,6 +114,7 @@ class Scores:
     domain: list[float | None]
     attack_success: list[float | None]
     attackers: int = 0
+    hits: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def means(self) -> dict[str, float | None]:
         """Return each accuracy's mean over the honest clients that have it."""

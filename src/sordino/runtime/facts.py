@@ -34,7 +34,7 @@ from sordino.privacy.mechanism import WEIGHT, Mechanism, MechanismInputs
 from sordino.privacy.settings import PrivacySettings
 from sordino.privacy.statistics.estimates import ClassStatistics
 from sordino.randomness import Randomness, Streams, SystemRandomness, generator
-from sordino.runtime.settings import RuntimeSettings
+from sordino.runtime.settings import RuntimeSettings, participant_count
 
 # The randomness of a round's noise, by the round's number and the clients' numbers.
 RandomnessOf = Callable[[int, Sequence[int]], Randomness]
@@ -190,11 +190,6 @@ def participants(seed: int, number: int, clients: int, participation: float) -> 
     """Return the clients that take part in round `number`, ascending; their count is the same every round."""
     order = torch.from_numpy(generator(seed, number, "participants").permutation(clients))
     return order[: participant_count(clients, participation)].sort().values
-
-
-def participant_count(clients: int, participation: float) -> int:
-    """Return the number of clients that take part in a round."""
-    return max(1, round(participation * clients))
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,11 @@ from sordino.runtime.facts import (
     client_data,
     data_digest,
     mechanism_inputs,
-    participant_count,
     schemas_of,
 )
 from sordino.runtime.records import RoundRecord
 from sordino.runtime.server import Diverged, RoundError, ServerEnd, ServerTraining, finite
-from sordino.runtime.settings import RuntimeSettings
+from sordino.runtime.settings import RuntimeSettings, participant_count
 from sordino.secure import Refusal
 
 __all__ = ["Diverged", "LocalRuntime", "RoundError", "Training"]
@@ -335,7 +334,13 @@ class LocalRuntime:
         return Diverged(message, ledger)
 
     def _run_name(self) -> str:
-        """Return a name that no other run has; a repetition of the same simulation has the same name."""
+        """Return a name that no other run has; a repetition of the same simulation has the same name.
+
+        Without noise nothing is drawn that seed and data do not decide. Such a run is named after its inputs, so that
+        equal runs write equal files.
+        """
+        if not self.privacy.on:
+            return self.identity[:32]
         if self.privacy.simulation:
             return hashlib.sha256(f"{self.nonce} {self.identity}".encode()).hexdigest()[:32]
         return new_nonce()

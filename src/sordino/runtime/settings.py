@@ -32,3 +32,8 @@ class RuntimeSettings(BaseModel):
     )
     evaluate_every: int = Field(default=1, ge=1, description="rounds between evaluations; the last is always evaluated")
     checkpoint_every: int = Field(default=5, ge=1, description="rounds between checkpoints")
+
+
+def participant_count(clients: int, participation: float) -> int:
+    """Return the number of clients that take part in a round."""
+    return max(1, round(participation * clients))

@@ -17,15 +17,14 @@ from huggingface_hub.errors import HfHubHTTPError
 from sordino.errors import ConfigError, DataError
 from sordino.files import read_regular, user_path
 from sordino.pictures.decoding import MAX_BYTES
-from sordino.tasks.images import ImageSet, Indices
+from sordino.tasks.columns import IMAGE_COLUMNS, LABEL_COLUMNS, chosen, existing, indexed, listed, person_of
+from sordino.tasks.images import ImageSet
 from sordino.tasks.persons import with_persons
 from sordino.tasks.places import require_data_set
-from sordino.tasks.settings import DataSettings, spoken
+from sordino.tasks.settings import DataSettings
 
 TRAIN_SPLITS = ("train", "training")
 TEST_SPLITS = ("test", "validation", "valid", "val", "dev")
-IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png")
-LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category")
 
 
 def hugging_face(where: str, settings: DataSettings) -> ImageSet:
@@ -57,10 +56,10 @@ def hugging_face(where: str, settings: DataSettings) -> ImageSet:
             None,
         )
     used = [name for name in (train, test) if name is not None]
-    labels, class_names = _index(
+    labels, class_names = indexed(
         [value for name in used for value in named_labels[name]],
         label,
-        features[label],
+        _order(features[label]),
         settings,
         "label_column",
     )
@@ -69,10 +68,11 @@ def hugging_face(where: str, settings: DataSettings) -> ImageSet:
     domains = domain_names = None
     if domain is not None:
         values = [value for name in used for value in _values(splits[name], domain)]
-        domains, domain_names = _index(values, domain, features[domain], settings, "domain_column")
+        domains, domain_names = indexed(values, domain, _order(features[domain]), settings, "domain_column")
     persons = None
     if settings.person_column is not None:
-        persons = [_person(value, settings) for name in used for value in _values(splits[name], settings.person_column)]
+        column = settings.person_column
+        persons = [person_of(value, column, settings) for name in used for value in _values(splits[name], column)]
     columns = [splits[name].select_columns([image]) for name in used]
     contents = [column.cast_column(image, datasets.Image(decode=False)) for column in columns]
     first, folder = len(contents[0]), _folder(where)
@@ -92,16 +92,6 @@ def hugging_face(where: str, settings: DataSettings) -> ImageSet:
         is_test=None if test is None else np.arange(len(labels)) >= first,
     )
     return images if persons is None else with_persons(images, persons)
-
-
-def _person(value: Any, settings: DataSettings) -> str:
-    """Return the name of a person from a cell, which holds a word or a whole number."""
-    if not isinstance(value, str | int) or not str(value).strip():
-        raise DataError(
-            f"{settings.source}: column {settings.person_column!r} must hold a word or a whole number for each "
-            f"picture, and holds {value!r}; fill it, or remove the row"
-        )
-    return str(value).strip()
 
 
 def _load(where: str, settings: DataSettings) -> dict[str, Dataset]:
@@ -151,56 +141,25 @@ def _columns(split: Dataset, settings: DataSettings) -> tuple[str, str, str | No
     classes = [
         name for name, feature in features.items() if isinstance(feature, ClassLabel) and name != settings.person_column
     ]
-    image = _column("image_column", settings.image_column, list(features), pictures, IMAGE_COLUMNS)
+    image = chosen("image_column", settings.image_column, list(features), pictures, IMAGE_COLUMNS)
     if image not in pictures:
         raise ConfigError(
             "data.image_column",
             image,
-            f"it holds no pictures; columns that do: {_listed(pictures)}",
+            f"it holds no pictures; columns that do: {listed(pictures)}",
         )
-    label = _column("label_column", settings.label_column, list(features), classes, LABEL_COLUMNS)
+    label = chosen("label_column", settings.label_column, list(features), classes, LABEL_COLUMNS)
     default_domain = "domain" if "domain" in features and label != "domain" else None
     domain = settings.domain_column or default_domain
     for key, column in (("domain_column", domain), ("person_column", settings.person_column)):
-        if column is not None and column not in features:
-            raise ConfigError(
-                f"data.{key}",
-                column,
-                f"there is no such column; columns: {_listed(list(features))}",
-            )
+        if column is not None:
+            existing(key, column, list(features))
     return image, label, domain
 
 
-def _column(
-    key: str,
-    given: str | None,
-    columns: list[str],
-    likely: list[str],
-    usual: tuple[str, ...],
-) -> str:
-    """Choose a column: the given one, or the only likely one, or the first with a usual name.
-
-    Among columns with a usual name, likely ones come before others.
-    """
-    if given is not None:
-        if given not in columns:
-            raise ConfigError(
-                f"data.{key}",
-                given,
-                f"there is no such column; columns: {_listed(columns)}",
-            )
-        return given
-    if len(likely) == 1:
-        return likely[0]
-    candidates = [name for name in usual if name in likely]
-    candidates = candidates or [name for name in usual if name in columns]
-    if not candidates:
-        raise ConfigError(
-            f"data.{key}",
-            None,
-            f"must be given, as none stands out; columns: {_listed(columns)}",
-        )
-    return candidates[0]
+def _order(feature: Any) -> list[str] | None:
+    """Return the order of a class label's names; None for other columns."""
+    return feature.names if isinstance(feature, ClassLabel) else None
 
 
 def _holds_pictures(feature: Any) -> bool:
@@ -252,74 +211,6 @@ def _folder(where: str) -> Path | None:
     return path.parent if path.is_file() else None
 
 
-def _index(
-    values: list[Any], column: str, feature: Any, settings: DataSettings, key: str
-) -> tuple[Indices, tuple[str, ...]]:
-    """Return indices into the names that occur, and those names as spoken.
-
-    The names are in their class label's order, else sorted.
-
-    Args:
-        values: the column's values in all rows.
-        column, feature: the column's name and type.
-        settings: for messages, and for `class_names` of the column of labels.
-        key: the setting that chooses this column.
-    """
-    missing = next((row for row, value in enumerate(values) if value is None), None)
-    if missing is not None:
-        raise DataError(
-            f"{settings.source}: column {column!r} has no value in row {missing}; fill it or remove the row"
-        )
-    kinds = {type(value) for value in values}
-    if not kinds <= {str} and not kinds <= {int, bool}:
-        named = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise ConfigError(
-            f"data.{key}",
-            column,
-            f"it must hold words or whole numbers, and holds {named}",
-        )
-    occurring = set(values)
-    known = sorted(occurring)
-    if isinstance(feature, ClassLabel):
-        known = [name for name in feature.names if name in occurring]
-    given = settings.class_names if key == "label_column" else None
-    as_spoken = tuple(spoken(str(value)) for value in known)
-    names = as_spoken if given is None else _given_names(known, given, column)
-    if "" in names:
-        raise DataError(f"{settings.source}: column {column!r} has an empty value {known[names.index('')]!r}; name it")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"{settings.source}: several values of column {column!r} read {twice!r}; rename them")
-    place = {value: index for index, value in enumerate(known)}
-    return np.asarray([place[value] for value in values], dtype=np.int64), names
-
-
-def _given_names(
-    known: list[Any],
-    given: list[str] | dict[str, str],
-    column: str,
-) -> tuple[str, ...]:
-    """Return the names from the settings for the labels that occur."""
-    labels = _listed([str(value) for value in known])
-    if isinstance(given, list):
-        if len(given) != len(known):
-            raise ConfigError(
-                "data.class_names",
-                given,
-                f"has {len(given)} names, and column {column!r} has {len(known)} labels ({labels}): name each, or give "
-                "a table from label to name",
-            )
-        return tuple(spoken(name) for name in given)
-    nameless = next((str(value) for value in known if str(value) not in given), None)
-    if nameless is not None:
-        raise ConfigError(
-            "data.class_names",
-            given,
-            f"has no name for label {nameless!r}; column {column!r} has labels {labels}",
-        )
-    return tuple(spoken(given[str(value)]) for value in known)
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Turn off the libraries' own progress bars, which would break into ours, and their line for each retry."""
@@ -341,7 +232,3 @@ def _first(error: BaseException) -> str:
     """Return the first line of an error's message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names) or "none"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from sordino.errors import DataError
-from sordino.files import require_folder, user_path
+from sordino.files import require_file, require_folder, user_path
+from sordino.tasks.published import how_to_get
 from sordino.tasks.settings import DataSettings
 
 LAYOUTS = "ROOT/CLASS/picture.jpg or ROOT/DOMAIN/CLASS/picture.jpg"
@@ -21,12 +22,14 @@ def check_places(data: DataSettings) -> None:
     kind, _, rest = data.source.partition(":")
     if kind == "imagefolder":
         require_image_folder(user_path(rest, "data.source"), data.source)
+    if kind == "table":
+        require_table(user_path(rest, "data.source"), data.source)
     if kind == "hf":
         require_data_set(rest, data.source)
     if data.public is not None:
         require_folder(user_path(data.public, "data.public"), "data.public")
-    if data.persons is not None and not user_path(data.persons, "data.persons").exists():
-        raise DataError(f"data.persons: {data.persons!r} cannot be read: No such file or directory")
+    if data.persons is not None:
+        require_file(user_path(data.persons, "data.persons"), f"data.persons: {data.persons!r}")
 
 
 def require_image_folder(root: Path, source: str) -> None:
@@ -35,7 +38,17 @@ def require_image_folder(root: Path, source: str) -> None:
     Raises:
         DataError: there is none.
     """
-    require_folder(root, source, f"; give a folder laid out as {LAYOUTS}")
+    published = how_to_get(root)
+    require_folder(root, source, published or f"; give a folder laid out as {LAYOUTS}", similar=not published)
+
+
+def require_table(path: Path, source: str) -> None:
+    """Check that a table of pictures is there.
+
+    Raises:
+        DataError: there is none.
+    """
+    require_file(path, f"{source}:")
 
 
 def require_data_set(where: str, source: str) -> None:

@@ -11,7 +11,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-SOURCES = "'digits', 'textile', 'imagefolder:PATH', or 'hf:NAME_OR_PATH'"
+SOURCES = "'digits', 'textile', 'imagefolder:PATH', 'table:PATH', or 'hf:NAME_OR_PATH'"
+COLUMNS = ("image_column", "label_column", "domain_column", "person_column", "class_names")
 
 
 def spoken(name: str) -> str:
@@ -29,8 +30,9 @@ class DataSettings(BaseModel):
 
     source: str = Field(
         description="'digits' (scikit-learn's 1,797 handwritten digits), 'textile' (2,000 pictures of fabric), "
-        "'imagefolder:PATH' (class folders, or domain folders of class folders), or 'hf:NAME_OR_PATH' (a Hugging Face "
-        "data set: a hub name, a directory, or a parquet file)"
+        "'imagefolder:PATH' (class folders, or domain folders of class folders), 'table:PATH' (a CSV, TSV or Parquet "
+        "file with a row a picture), or 'hf:NAME_OR_PATH' (a Hugging Face data set: a hub name, a directory, or a "
+        "parquet file)"
     )
     public: str | None = Field(
         default=None,
@@ -67,17 +69,19 @@ class DataSettings(BaseModel):
     )
     image_column: str | None = Field(
         default=None,
-        description="hf: the column of pictures; absent: the only one that holds pictures, or 'image'",
+        description="the column of pictures, or in a table of their files; absent: the one with a usual name",
     )
     label_column: str | None = Field(
         default=None,
-        description="hf: the column of classes; absent: the only column of class labels, or 'label'",
+        description="the column of classes; absent: the only column of class labels, or one with a usual name",
     )
     domain_column: str | None = Field(
-        default=None, description="hf: the column of domains; absent: 'domain' where there is one"
+        default=None, description="the column of domains; absent: 'domain' (or, in a table, 'site') where there is one"
     )
     person_column: str | None = Field(
-        default=None, description="hf: the column that says whose each picture is; absent: nothing does"
+        default=None,
+        description="the column that says whose each picture is; absent: in a table 'person' or 'patient' where there "
+        "is one, else nothing does",
     )
     persons: str | None = Field(
         default=None,
@@ -99,8 +103,8 @@ class DataSettings(BaseModel):
 
     class_names: list[str] | dict[str, str] | None = Field(
         default=None,
-        description="hf: names for labels that are numbers or codes: a list in the order of the sorted labels, or a "
-        "table from label to name; absent: the labels themselves",
+        description="names for a column's labels that are numbers or codes: a list in the order of the sorted labels, "
+        "or a table from label to name; absent: the labels themselves",
     )
     gray_range: list[float] | None = Field(
         default=None,
@@ -135,31 +139,23 @@ class DataSettings(BaseModel):
     @classmethod
     def _known_source(cls, source: str) -> str:
         kind, colon, rest = source.partition(":")
-        named = kind in ("imagefolder", "hf") and bool(rest.strip())
+        named = kind in ("imagefolder", "table", "hf") and bool(rest.strip())
         if not (named or (kind in ("digits", "textile") and not colon)):
             raise ValueError(f"must be {SOURCES}")
         return source
 
     @model_validator(mode="after")
-    def _columns_belong_to_hf(self) -> DataSettings:
-        for key in (
-            "image_column",
-            "label_column",
-            "domain_column",
-            "person_column",
-            "hf_config",
-            "revision",
-            "class_names",
-        ):
-            if getattr(self, key) is not None and not self.source.startswith("hf:"):
-                raise ValueError(
-                    f"{key} applies to a source 'hf:NAME_OR_PATH' only, not to {self.source!r}",
-                )
+    def _keys_fit_the_source(self) -> DataSettings:
+        kind = self.source.partition(":")[0]
+        for keys, kinds in ((COLUMNS, ("hf", "table", "imagefolder")), (("hf_config", "revision"), ("hf",))):
+            given = next((key for key in keys if getattr(self, key) is not None), None)
+            if given is not None and kind not in kinds:
+                raise ValueError(f"{given} applies to sources {' and '.join(kinds)} only, not to {self.source!r}")
         if self.person_level is not None and not self.source.startswith("imagefolder:"):
             raise ValueError(f"person_level applies to a source 'imagefolder:PATH' only, not to {self.source!r}")
-        given = [key for key in ("person_column", "persons", "person_level") if getattr(self, key) is not None]
-        if len(given) > 1:
-            raise ValueError(f"{given[0]} and {given[1]} both say whose a picture is; give one of them")
+        says_whose = [key for key in ("person_column", "persons", "person_level") if getattr(self, key) is not None]
+        if len(says_whose) > 1:
+            raise ValueError(f"{says_whose[0]} and {says_whose[1]} both say whose a picture is; give one of them")
         if self.gray_range is not None and self.source in ("digits", "textile"):
             raise ValueError(
                 f"gray_range does not apply to {self.source!r}, whose pictures have 8 bits",

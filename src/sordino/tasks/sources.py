@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from PIL import Image
 
@@ -11,6 +13,7 @@ from sordino.tasks.folders import every_picture, image_folder, labeled_folders
 from sordino.tasks.images import ImageSet, with_gray_range
 from sordino.tasks.persons import persons_of_table
 from sordino.tasks.settings import DataSettings
+from sordino.tasks.tables import described_by, has_labels, listed_in_folder, metadata_of, table_of_pictures
 
 __all__ = ["ImageSet", "load_images", "public_images"]
 
@@ -21,6 +24,7 @@ def load_images(settings: DataSettings) -> ImageSet:
     """List the pictures of a source; none is decoded yet.
 
     Raises:
+        ConfigError: a column does not exist, or the settings must choose between columns.
         DataError: the source is missing or empty, or has no supported layout; or a picture has no person, where
             `data.persons` names a file of them.
         MissingExtra: it is a Hugging Face data set, and the extra `hub` is not installed.
@@ -54,12 +58,23 @@ def _listed(settings: DataSettings) -> ImageSet:
         return _digits()
     if kind == "textile":
         return _textile()
+    if kind == "table":
+        return table_of_pictures(user_path(rest, "data.source"), settings)
     if kind == "imagefolder":
-        return image_folder(user_path(rest, "data.source"), settings.source, settings.person_level)
+        return _in_folders(user_path(rest, "data.source"), settings)
     require_extra("hub", f"data.source = {shortened(settings.source)}")
     from sordino.tasks.hub import hugging_face  # imports `datasets`, which takes a second
 
     return hugging_face(rest, settings)
+
+
+def _in_folders(root: Path, settings: DataSettings) -> ImageSet:
+    """List the pictures of a folder, by its `metadata.csv` if that has labels, else by its folders."""
+    table = metadata_of(root, settings)
+    if table is not None and has_labels(table, settings):
+        return listed_in_folder(root, table, settings)
+    images = image_folder(root, settings.source, settings.person_level)
+    return images if table is None else described_by(images, root, table, settings)
 
 
 def _digits() -> ImageSet:

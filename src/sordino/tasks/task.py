@@ -64,11 +64,25 @@ class Task:
         parts = [*self.train, self.test, self.novel, self.domain, self.triggered]
         return np.unique(np.concatenate(parts))
 
+    @property
+    def client_names(self) -> tuple[str, ...]:
+        """Return the name of each client: its domain's, numbered where several have it, or else its number from 0.
+
+        All have numbers if a client's pictures are not of one domain.
+        """
+        if any(len(domains) != 1 for domains in self.client_domains):
+            return tuple(str(client) for client in range(self.clients))
+        domain_of = [domain for (domain,) in self.client_domains]
+        place = [domain_of[:client].count(domain) + 1 for client, domain in enumerate(domain_of)]
+        alone = [domain_of.count(domain) == 1 for domain in domain_of]
+        return tuple(d if one else f"{d} {n}" for d, n, one in zip(domain_of, place, alone, strict=True))
+
     def summary(self) -> list[dict[str, Any]]:
-        """Return for each client its number of training pictures, and the names of its classes and domains."""
+        """Return for each client its name and number of training pictures, and the names of its classes and domains."""
         return [
             {
                 "client": client,
+                "name": self.client_names[client],
                 "images": len(rows),
                 "classes": [self.class_names[index] for index in classes],
                 "domains": list(domains),

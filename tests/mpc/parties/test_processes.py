@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
+import sordino
 from sordino.cli.app import app
 from sordino.encoders.bundled import TEXT_MODEL, package_path
 from sordino.errors import ConfigError
@@ -186,6 +189,108 @@ def test_the_search_goes_on_from_the_last_generation(processes: Processes) -> No
     assert len(found.losses) == 4
     assert found.losses[:2] == SearchState.from_json(states[-1]).losses
     assert asked == [4, 4, 0, 0, 4, 4, 1]  # the last is the mean
+
+
+def test_a_server_that_keeps_its_share_needs_nothing_after_a_restart(processes: Processes) -> None:
+    """Killed, started again with the same words, and the next session goes on; with another passphrase it does not."""
+    share, key = processes.folder / "server-1.share", processes.folder / "server-1.key"
+    words = [*processes._stream(SERVERS[1]), "--keep", str(share), "--key-file", str(key)]
+    keeping = partial(subprocess.Popen, words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def restarted() -> subprocess.Popen[str]:
+        processes.running[SERVERS[1]].kill()
+        processes.running[SERVERS[1]].wait()
+        found = keeping()
+        processes.running[SERVERS[1]] = found
+        assert found.stdout
+        assert found.stdout.readline().startswith("listening at")
+        return found
+
+    restarted()
+    processes.provide_small()
+    second = restarted()
+    with processes.session():
+        assert agree(processes.current.forward(groups()), groups())
+    second.terminate()
+    assert "opened: 2 layers" in second.communicate()[1]
+    key.write_bytes(bytes(32))
+    refused = keeping()
+    _, told = refused.communicate(timeout=60)
+    assert refused.returncode == 2
+    assert "is damaged, or under another key file" in told
+    for file in (share, key):
+        file.unlink()
+
+
+def test_one_command_of_the_model_owner_is_enough_after_a_restart(processes: Processes) -> None:
+    """The second time it measures nothing, and the model keeps its name."""
+    folder = processes.folder / "parties" / MODEL_OWNER
+    words = command("provide", *model_owner(processes), "--sentences", "300")
+    said = []
+    for role in (None, SERVERS[0], SERVERS[1]):
+        if role:
+            processes.running[role].kill()
+            processes.running[role].wait()
+            processes.running[role] = subprocess.Popen(processes._stream(role), stdout=subprocess.PIPE, text=True)
+            stdout = processes.running[role].stdout
+            assert stdout
+            stdout.readline()
+        done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        said.append((done.stdout, "calibrate" in done.stderr))
+        with processes.session():
+            pass
+    name = said[0][0].split()[1]
+    assert said[0] == (f"Model {name} is at both servers\n", True)
+    assert said[1:] == [(f"Model {name} is at both servers, with the ranges measured before\n", False)] * 2
+    for file in folder.glob("calibration-*.json"):
+        file.unlink()
+    processes.provide_small()
+
+
+def test_processes_of_another_version_are_named(processes: Processes) -> None:
+    """A data owner with an other release, and a server that has one."""
+    code = "import sordino; sordino.__version__ = '0.0.9'; from sordino.__main__ import main; main()"
+    folder = task_folder(processes.folder / "version-task")
+    words = ["tune-private", "task.toml", "--out", "run", *data_owner(processes)]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120, cwd=folder)
+    assert done.returncode == 2
+    told = done.stderr.strip().splitlines()[-1]
+    now = rf"sordino {sordino.__version__} with protocol \d+"
+    assert re.fullmatch(
+        rf"sordino: server-\d \(\S+\) runs {now}, and data-owner runs sordino 0\.0\.9 with protocol \d+; "
+        "install one version at all parties",
+        told,
+    ), told
+
+
+def test_processes_with_swapped_addresses_are_told_so(processes: Processes) -> None:
+    folder = task_folder(processes.folder / "swapped-task")
+    servers = list(reversed(processes.servers))
+    own = processes.folder / "parties" / DATA_OWNER
+    words = [f"session.servers={json.dumps(servers)}", f"session.certificates={own}"]
+    line = [sys.executable, "-m", "sordino", "tune-private", "task.toml", "--out", "run"]
+    line += [word for side in words for word in ("--set", side)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, cwd=folder)
+    assert done.returncode == 2
+    assert f"sordino: {servers[0]} shows server-1's certificate; it should be that of server-0: " in done.stderr
+    owner = ["--servers", ",".join(servers), *model_owner(processes)[2:], "--sentences", "300"]
+    done = subprocess.run(command("provide", *owner), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert f"sordino: {servers[0]} shows server-1's certificate" in done.stderr
+    assert "server-0 comes first in --servers" in done.stderr
+
+
+def test_certificates_that_expire_soon_are_told_by_every_command(tmp_path: Path) -> None:
+    subprocess.run(command("certificates", "--out", str(tmp_path), "--days", "7"), capture_output=True, check=True)
+    words = command("dealer", "--listen", "127.0.0.1:0", "--certificates", str(tmp_path / "dealer"))
+    dealer = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert dealer.stdout
+    dealer.stdout.readline()
+    dealer.terminate()
+    told = dealer.communicate(timeout=60)[1]
+    assert "the certificate of dealer expires in 6 days, on " in told
+    assert "sordino mpc certificates --out NEW_FOLDER" in told
 
 
 def test_a_slow_network_takes_the_time_of_the_model(processes: Processes) -> None:

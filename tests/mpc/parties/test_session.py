@@ -169,6 +169,23 @@ def test_different_models(parties: Parties, calibration: Calibration) -> None:
         elsewhere[0].stop(grace=None)
 
 
+def test_shares_of_one_model_that_do_not_belong_together(parties: Parties, calibration: Calibration) -> None:
+    """A model that was provided again keeps its name. Where only one server got the new shares, sums would be noise."""
+    owner, other = parties.identities[MODEL_OWNER], parties.identities["server-1"]
+    assert provide(owner, parties.addresses, small_tower(), calibration, TIMEOUT, name="model") == "model"
+    elsewhere = start_server(other, "127.0.0.1:0", parties.dealer[1], parties.addresses[0], TIMEOUT)
+    try:
+        provide(owner, [parties.addresses[0], elsewhere[1]], small_tower(), calibration, TIMEOUT, name="model")
+        with pytest.raises(MpcError, match="shares of one model that do not belong together"), session_of(parties):
+            pass
+    finally:
+        elsewhere[0].stop(grace=None)
+    provide(owner, parties.addresses, small_tower(), calibration, TIMEOUT, name="model")
+    with session_of(parties) as session:
+        assert session.model == "model"
+        assert agree(session.forward(groups()), groups())
+
+
 @pytest.mark.parametrize(
     ("role", "method", "listener"),
     [
@@ -191,19 +208,25 @@ def test_a_role_may_ask_for_its_own_things_only(parties: Parties, role: str, met
     connection.close()
 
 
-def test_strangers_are_not_believed(parties: Parties, tmp_path: Path) -> None:
-    """Neither a data owner nor a server with certificates of another authority; nor a server that is the other one."""
+def test_strangers_are_not_believed(parties: Parties, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a data owner nor a server with certificates of another authority; nor a server that is the other one.
+
+    Not by the look at the certificate that comes first, and without it not by gRPC either.
+    """
     make_certificates(tmp_path)
     stranger = Identity.load(tmp_path / DATA_OWNER, DATA_OWNER)
-    for identity, addresses in (
-        (stranger, parties.addresses),
-        (parties.identities[DATA_OWNER], list(reversed(parties.addresses))),
-    ):
-        with (
-            pytest.raises(PartyLost, match=r"server-\d \(127.0.0.1:\d+\) is (not whom|gone or cannot be reached)"),
-            connect(identity, addresses, TIMEOUT),
+    believed = parties.identities[DATA_OWNER]
+    swapped = list(reversed(parties.addresses))
+    by_look = (r"another authority than that of data-owner", r"shows server-1's certificate")
+    by_grpc = r"server-\d \(127.0.0.1:\d+\) is (not whom|gone or cannot be reached)"
+    for messages in (by_look, (by_grpc, by_grpc)):
+        for identity, addresses, message in (
+            (stranger, parties.addresses, messages[0]),
+            (believed, swapped, messages[1]),
         ):
-            pass
+            with pytest.raises(PartyLost, match=message), connect(identity, addresses, TIMEOUT):
+                pass
+        monkeypatch.setattr(transport, "check_shown", lambda *_: None)
 
 
 def test_a_servers_key_is_given_once(parties: Parties) -> None:

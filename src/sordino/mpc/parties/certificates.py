@@ -2,29 +2,43 @@
 
 An identity is a role and not a host. A caller demands the certificate of the role that it calls, and a party reads the
 caller's rights from the caller's certificate. The authority's key is discarded after signing, so nobody can add a party
-later.
+later. So certificates are renewed for all parties at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import grpc
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey, generate_private_key
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from sordino.errors import ConfigError, RunError
 from sordino.files import write_atomically
+from sordino.progress import log
 
 SERVERS = ("server-0", "server-1")
 DEALER, MODEL_OWNER, DATA_OWNER = "dealer", "model-owner", "data-owner"
 ROLES = (*SERVERS, DEALER, MODEL_OWNER, DATA_OWNER)
 KEY, CERTIFICATE, AUTHORITY = "key.pem", "certificate.pem", "authority.pem"  # files of a party's folder
+WARNED_DAYS = 30  # before a certificate expires
+RENEWAL = (
+    "renew all certificates with 'sordino mpc certificates --out NEW_FOLDER', hand each party its folder, and restart "
+    "the dealer and the servers with them"
+)
 
 
 @dataclass(frozen=True)
@@ -51,19 +65,41 @@ class Identity:
             key: configuration key or option that names the folder, for messages.
 
         Raises:
-            ConfigError: a file is missing or damaged, or the role is not allowed.
+            ConfigError: a file is missing or damaged, files do not belong together, the role is not allowed, or the
+                certificate expired.
         """
         try:
             secret, certificate, authority = ((folder / name).read_bytes() for name in (KEY, CERTIFICATE, AUTHORITY))
-            subject = x509.load_pem_x509_certificate(certificate).subject
-            role = str(subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
-        except (OSError, ValueError, IndexError) as error:
+            role = role_of(x509.load_pem_x509_certificate(certificate))
+            identity = cls(role, secret, certificate, authority)
+            own = load_pem_private_key(secret, None).public_key()
+        except (OSError, ValueError, TypeError, IndexError) as error:
             raise ConfigError(
                 key, str(folder), f"no party's folder ({error}); 'sordino mpc certificates' makes them"
             ) from None
         if role not in roles:
             raise ConfigError(key, str(folder), f"is that of {role}; {' or '.join(roles)} is needed")
-        return cls(role, secret, certificate, authority)
+        if own != identity.chain[0].public_key() or not identity.issued(identity.chain[0]):
+            mixed = f"{KEY}, {CERTIFICATE} and {AUTHORITY} are not of one 'sordino mpc certificates'"
+            raise ConfigError(key, str(folder), f"{mixed}; take the whole folder of {role}")
+        problem = dates_problem(identity.chain, f"the certificate of {role}")
+        if problem:
+            raise ConfigError(key, str(folder), problem)
+        warn_of_expiry(identity.chain, f"the certificate of {role}")
+        return identity
+
+    @cached_property
+    def chain(self) -> tuple[x509.Certificate, x509.Certificate]:
+        """The party's certificate, and its authority's."""
+        return x509.load_pem_x509_certificate(self.certificate), x509.load_pem_x509_certificate(self.authority)
+
+    def issued(self, certificate: x509.Certificate) -> bool:
+        """Return true if a certificate is one of this party's authority."""
+        try:
+            certificate.verify_directly_issued_by(self.chain[1])
+        except (ValueError, TypeError, InvalidSignature):
+            return False
+        return True
 
     def server_credentials(self) -> grpc.ServerCredentials:
         """Return credentials to listen with. Callers must show a certificate of the same authority."""
@@ -73,6 +109,45 @@ class Identity:
     def channel_credentials(self) -> grpc.ChannelCredentials:
         """Return credentials to connect with."""
         return grpc.ssl_channel_credentials(self.authority, self.key, self.certificate)
+
+
+def role_of(certificate: x509.Certificate) -> str:
+    """Return the role that a certificate stands for.
+
+    Raises:
+        IndexError: it names none.
+    """
+    return str(certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
+
+
+def dates_problem(certificates: Sequence[x509.Certificate], whose: str) -> str | None:
+    """Say that one of some certificates is not valid today, with the remedy; None if all are valid."""
+    now = datetime.now(UTC)
+    ends, begins = _end(certificates), max(each.not_valid_before_utc for each in certificates)
+    if now >= ends:
+        return f"{whose} expired on {ends:%Y-%m-%d}; {RENEWAL}"
+    if now < begins:
+        return (
+            f"{whose} is valid from {begins:%Y-%m-%d %H:%M} UTC on, and here it is {now:%Y-%m-%d %H:%M}; set the clock"
+        )
+    return None
+
+
+def warn_of_expiry(certificates: Sequence[x509.Certificate], whose: str) -> None:
+    """Log a warning, once a day, if one of some certificates expires within `WARNED_DAYS`."""
+    ends = _end(certificates)
+    left = (ends - datetime.now(UTC)).days
+    if left < WARNED_DAYS:
+        _warn_once(f"{whose} expires in {left} day{'' if left == 1 else 's'}, on {ends:%Y-%m-%d}; {RENEWAL}")
+
+
+@lru_cache(maxsize=64)
+def _warn_once(text: str) -> None:
+    log.warning("%s", text)
+
+
+def _end(certificates: Sequence[x509.Certificate]) -> datetime:
+    return min(each.not_valid_after_utc for each in certificates)
 
 
 def make_certificates(folder: Path, days: int = 365) -> list[Path]:

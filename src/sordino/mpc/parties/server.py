@@ -1,9 +1,9 @@
 """A computing server as a process. It holds shares of a model, and runs the model on shares of sentences.
 
-The model owner installs shares of a tower, which stay in memory. A data owner's session has a stream to each server.
-The servers get their keys of the session from the dealer, and server 1 connects to server 0. Then they open the weights
-under masks, and answer batches of sentences until the data owner is done. If a stream fails, the session ends at all
-parties.
+The model owner installs shares of a tower, which stay in memory, and encrypted in a file if asked. A data owner's
+session has a stream to each server. The servers get their keys of the session from the dealer, and server 1 connects to
+server 0. Then they open the weights under masks, and answer batches of sentences until the data owner is done. If a
+stream fails, the session ends at all parties.
 """
 
 from __future__ import annotations
@@ -28,30 +28,16 @@ from sordino.mpc.dealing.supply import CorrelatedRandomness, RequestTrace
 from sordino.mpc.errors import MpcError, PartyLost
 from sordino.mpc.parties.certificates import DATA_OWNER, MODEL_OWNER, SERVERS, Identity
 from sordino.mpc.parties.dealer_service import RemoteDealer
+from sordino.mpc.parties.kept_share import KeptShare
+from sordino.mpc.parties.model_share import Model
 from sordino.mpc.parties.network import Network, Throttled
 from sordino.mpc.parties.transport import ClientConnection, Header, Stream, listen
 from sordino.mpc.protocols.party import Channel, Party, Shared
 from sordino.mpc.tower.encoder import Encoder, encode_sentences
-from sordino.mpc.tower.fixed_point_plan import FixedPointPlan
 
 HELD = 2**27  # bytes of randomness that are prepared at a time: few, so that dealing and computing overlap
 LINGER = 1.0  # seconds for the last message of a session to leave
 FRACTION = 14  # fraction bits of embeddings, which are small numbers
-
-
-@dataclass(frozen=True, eq=False)
-class Model:
-    """A server's share of a tower.
-
-    Attributes:
-        name: drawn by the model owner, the same at both servers.
-        plan: of the computation.
-        weights: shares, by name.
-    """
-
-    name: str
-    plan: FixedPointPlan
-    weights: dict[str, Shared]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,15 +73,27 @@ class ServerService:
         peer: address of server 0, for server 1.
         timeout: seconds of silence after which a party counts as lost.
         network: to imitate between the servers, if any.
+        keep: where the server's share is kept over restarts, if anywhere.
+
+    Raises:
+        ConfigError: the kept share cannot be opened.
     """
 
     def __init__(
-        self, identity: Identity, dealer: str, peer: str | None, timeout: float, network: Network | None = None
+        self,
+        identity: Identity,
+        dealer: str,
+        peer: str | None,
+        timeout: float,
+        network: Network | None = None,
+        keep: KeptShare | None = None,
     ) -> None:
         self.number = SERVERS.index(identity.role)
         self._identity, self._dealer, self._peer, self._timeout = identity, dealer, peer, timeout
-        self._network = network
-        self._model: Model | None = None
+        self._network, self._keep = network, keep
+        self._model: Model | None = keep.load(identity.role) if keep else None
+        if self._model is not None:
+            _say(f"model {self._model.name[:8]} opened: {len(self._model.plan.layers)} layers")
         self._streams_of_peer: dict[str, queue.SimpleQueue[_PeerStream]] = defaultdict(queue.SimpleQueue)
 
     def install(self, stream: Stream) -> None:
@@ -103,13 +101,15 @@ class ServerService:
 
         Raises:
             PartyLost: the message is malformed.
+            RunError: the share is to be kept, and cannot be written. The earlier model stays.
         """
         header, payload = stream.receive()
         try:
-            plan = FixedPointPlan.from_json(header["plan"])
-            model = Model(str(header["name"]), plan, weights_from(header, payload))
+            model = Model.of_message(header, payload)
         except Exception as error:  # a malformed message can fail in any way
             raise PartyLost(f"{stream.party} sent garbage: no model ({type(error).__name__}: {error})") from None
+        if self._keep:
+            self._keep.save(model, self._identity.role)
         self._model = model
         stream.send(name=model.name)
         _say(f"model {model.name[:8]} installed: {len(model.plan.layers)} layers")
@@ -155,7 +155,8 @@ class ServerService:
             width = model.weights["norm.weight"].shape[0]
             largest = model.plan.layers[-1].norm2.largest
             ranges = {"largest": largest, "entering": model.plan.entering}
-            stream.send(model=model.name, fraction=FRACTION, width=width, ranges=ranges, **_news(party.costs))
+            form = {"fraction": FRACTION, "width": width, "ranges": ranges}
+            stream.send(b"", model=model.name, sharing=model.sharing, **form, **_news(party.costs))
             traces: dict[tuple[Shape, ...], RequestTrace] = {}
             while True:
                 header, payload = stream.receive()
@@ -272,6 +273,7 @@ def start_server(
     peer: str | None = None,
     timeout: float = 60.0,
     network: Network | None = None,
+    keep: KeptShare | None = None,
 ) -> tuple[grpc.Server, str]:
     """Start a server that computes for data owners; see `ServerService` for the arguments.
 
@@ -279,34 +281,13 @@ def start_server(
         The server, and its address with its port.
 
     Raises:
-        ConfigError: the address cannot be listened at.
+        ConfigError: the address cannot be listened at, or the kept share cannot be opened.
     """
-    service = ServerService(identity, dealer, peer, timeout, network)
+    service = ServerService(identity, dealer, peer, timeout, network, keep)
     methods = {"Install": {MODEL_OWNER: service.install}, "Session": {DATA_OWNER: service.session}}
     if service.number == 0:
         methods["Peer"] = {SERVERS[1]: service.peer}
     return listen(identity, address, timeout, methods)
-
-
-def weights_to(weights: dict[str, Shared]) -> tuple[Header, bytes]:
-    """Convert shares of weights to a message."""
-    forms = {name: {"shape": list(part.shape), "fraction": part.fraction} for name, part in weights.items()}
-    return {"weights": forms}, b"".join(pack(part.share, WORD) for part in weights.values())
-
-
-def weights_from(header: Header, payload: Octets) -> dict[str, Shared]:
-    """Invert `weights_to`.
-
-    Raises:
-        KeyError, TypeError, ValueError, PartyLost: the message is malformed.
-    """
-    forms = header["weights"]
-    shapes = [tuple(int(side) for side in form["shape"]) for form in forms.values()]
-    shares = unpack_each(payload, shapes, [WORD] * len(shapes))
-    return {
-        str(name): Shared(share, int(form["fraction"]))
-        for (name, form), share in zip(forms.items(), shares, strict=True)
-    }
 
 
 def batches_of(stream: Stream, header: Header) -> list[dict[str, Any]]:

@@ -26,7 +26,8 @@ from sordino.mpc.arithmetic.ring import WORD, encode, share
 from sordino.mpc.dealing.costs import Costs
 from sordino.mpc.errors import MpcError, OutOfRange, PartyLost
 from sordino.mpc.parties.certificates import SERVERS, Identity
-from sordino.mpc.parties.server import weights_to
+from sordino.mpc.parties.model_share import Model
+from sordino.mpc.parties.shown import check_shown
 from sordino.mpc.parties.transport import ClientConnection, Header, Stream
 from sordino.mpc.protocols.party import Shared, reconstruct
 from sordino.mpc.tower.calibration import Calibration, Range
@@ -46,6 +47,7 @@ class _Form:
 
     Attributes:
         name: drawn by the model's owner.
+        sharing: drawn anew whenever the owner shares its weights. Shares of two sharings do not add up to weights.
         fraction: fraction bits of embeddings.
         width: E.
         largest: bound on the size of features.
@@ -53,6 +55,7 @@ class _Form:
     """
 
     name: str
+    sharing: str
     fraction: int
     width: int
     largest: float
@@ -66,6 +69,7 @@ class _Form:
         (low, high), (lower, higher) = ranges["entering"]
         return cls(
             name=str(header["model"]),
+            sharing=str(header["sharing"]),
             fraction=int(header["fraction"]),
             width=int(header["width"]),
             largest=2.0 ** int(ranges["largest"]),
@@ -98,6 +102,7 @@ class Session:
     Attributes:
         costs: of the servers so far: set-up, and each forward pass.
         seconds: spent waiting for the servers.
+        model: name of the servers' model, which stays the same if its owner provides it again.
         online, offline: seconds that the slower server took for forward passes. Dealing ahead is offline.
         sent, received: bytes between this owner and both servers together.
     """
@@ -114,8 +119,9 @@ class Session:
         self.seconds += time.monotonic() - began
         forms = self._read(answers, lambda header, _: _Form.of(header))
         if forms[0] != forms[1]:
-            raise MpcError("the servers hold shares of different models; the model owner must provide one again")
-        self._form = forms[0]
+            what = "different models" if forms[0].name != forms[1].name else "one model that do not belong together"
+            raise MpcError(f"the servers hold shares of {what}; the model owner must provide one again")
+        self._form, self.model = forms[0], forms[0].name
         self._enter(answers)
 
     def forward(self, groups: Sequence[Sentences]) -> list[Tensor]:
@@ -227,8 +233,24 @@ def connect(identity: Identity, servers: Sequence[str], timeout: float = 60.0) -
             connection.close()
 
 
+def check_servers(identity: Identity, servers: Sequence[str], timeout: float = 60.0) -> None:
+    """Check whose certificates the servers' addresses show, before work that takes long.
+
+    Raises:
+        PartyLost: see `check_shown`.
+    """
+    for role, address in zip(SERVERS, servers, strict=True):
+        check_shown(identity, role, address, timeout)
+
+
 def provide(
-    identity: Identity, servers: Sequence[str], tower: PrivateTower, calibration: Calibration, timeout: float = 60.0
+    identity: Identity,
+    servers: Sequence[str],
+    tower: PrivateTower,
+    calibration: Calibration,
+    timeout: float = 60.0,
+    name: str | None = None,
+    plan: FixedPointPlan | None = None,
 ) -> str:
     """Give each server its share of a tower, and both the plan.
 
@@ -238,6 +260,8 @@ def provide(
         tower: in the clear.
         calibration: the tower's ranges.
         timeout: seconds of silence after which a server counts as lost.
+        name: of the model, if it was provided before; by default a new one is drawn.
+        plan: of the tower and its ranges, if it was made before.
 
     Returns:
         The random name of the model.
@@ -246,19 +270,17 @@ def provide(
         PartyLost: a server is lost.
         OutOfRange: a range is too wide.
     """
-    plan, halves, name = (
-        FixedPointPlan.of(tower, calibration).to_json(),
-        shared_weights(tower, calibration),
-        system_bytes(8).hex(),
-    )
+    plan = plan or FixedPointPlan.of(tower, calibration)
+    name, sharing = name or system_bytes(8).hex(), system_bytes(8).hex()
+    halves = shared_weights(tower, calibration)
     connections = [
         ClientConnection(identity, role, address, timeout) for role, address in zip(SERVERS, servers, strict=True)
     ]
     try:
         streams = [connection.stream("Install") for connection in connections]
         for stream, weights in zip(streams, halves, strict=True):
-            header, payload = weights_to(weights)
-            stream.send(payload, name=name, plan=plan, **header)
+            header, payload = Model(name, sharing, plan, weights).to_message()
+            stream.send(payload, **header)
         for stream in streams:
             stream.receive()
             stream.close()

@@ -2,7 +2,8 @@
 
 A message is a small JSON header and bytes. A `Stream` is one end of a gRPC stream. Both ends send a sign of life four
 times in a timeout. So silence means that a process was stopped or a network broke, and not that a party is computing.
-A closed connection is noticed at once. An end that fails tells the other its reason before it closes.
+A closed connection is noticed at once. An end that fails tells the other its reason before it closes. The first
+message of each end carries its versions, see `versions`.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 import grpc
+from cryptography import x509
 
 from sordino.errors import ConfigError
 from sordino.mpc.arithmetic.packing import Octets
 from sordino.mpc.errors import PartyLost
-from sordino.mpc.parties.certificates import Identity
+from sordino.mpc.parties.certificates import Identity, warn_of_expiry
+from sordino.mpc.parties.shown import check_shown
+from sordino.mpc.parties.versions import VERSIONS, other_version, own_versions
 
 SERVICE = "sordino.mpc"
 PATIENCE = 10  # timeouts after which a party that is alive, but sends no message, counts as lost
@@ -62,10 +66,13 @@ class Stream:
     Args:
         party: name of the other end, for errors.
         timeout: seconds of silence after which the other end counts as lost.
+        own: name of this end, for errors.
     """
 
-    def __init__(self, party: str, timeout: float) -> None:
-        self.party, self._timeout = party, timeout
+    def __init__(self, party: str, timeout: float, own: str = "this party") -> None:
+        self.party, self._timeout, self._own = party, timeout, own
+        self._versions = own_versions()  # until they are sent
+        self._sending = threading.Lock()
         self._inbox, self._outbox = SimpleQueue[bytes | PartyLost](), SimpleQueue[bytes | None]()
         self._lost: PartyLost | None = None
         self._closed = threading.Event()
@@ -73,10 +80,16 @@ class Stream:
     def send(self, payload: Octets = b"", **header: Any) -> None:
         """Queue a message, without waiting."""
         rest = memoryview(payload)
-        while len(rest) > PIECE:
-            self._outbox.put(packed(rest[:PIECE], part=True))
-            rest = rest[PIECE:]
-        self._outbox.put(packed(rest, **header))
+        with self._sending:
+            while len(rest) > PIECE:
+                self._outbox.put(packed(rest[:PIECE], part=True, **self._greeting()))
+                rest = rest[PIECE:]
+            self._outbox.put(packed(rest, **header, **self._greeting()))
+
+    def _greeting(self) -> Header:
+        """Return what an end's first message carries; nothing for later ones."""
+        versions, self._versions = self._versions, {}
+        return {VERSIONS: versions} if versions else {}
 
     def receive(self) -> tuple[Header, Octets]:
         """Wait for the next message, and return its header and payload.
@@ -145,14 +158,34 @@ class Stream:
         threading.Thread(target=self._pump, args=(incoming,), daemon=True).start()
 
     def _pump(self, incoming: Iterator[bytes]) -> None:
-        end = PartyLost(f"{self.party} ended")
+        end, greeted = PartyLost(f"{self.party} ended"), False
         try:
             for message in incoming:
+                greeted = greeted or self._greeted(message)
                 self._inbox.put(message)
+        except PartyLost as error:
+            end = error
         except grpc.RpcError as error:
             if isinstance(error, grpc.Call):  # only the end that connected gets details
                 end = PartyLost(f"{self.party} {_complaint(error)}")
         self._inbox.put(end)
+
+    def _greeted(self, message: bytes) -> bool:
+        """Compare the versions in the other end's first message with this end's; false for a sign of life before it.
+
+        Raises:
+            PartyLost: they differ.
+        """
+        try:
+            header, _ = unpacked(message)
+        except ValueError:  # `receive` says so
+            return True
+        if ALIVE in header:
+            return False
+        problem = other_version(header, self.party, self._own)
+        if problem:
+            raise PartyLost(problem)
+        return True
 
     def _next(self) -> tuple[Header, Octets]:
         try:
@@ -181,13 +214,23 @@ class ClientConnection:
     """
 
     def __init__(self, identity: Identity, role: str, address: str, timeout: float) -> None:
+        self._identity, self._role, self._address = identity, role, address
         options = [*OPTIONS, ("grpc.ssl_target_name_override", role)]
         self._channel = grpc.secure_channel(address, identity.channel_credentials(), options)
         self._party, self._timeout = f"{role} ({address})", timeout
 
     def stream(self, method: str) -> Stream:
-        """Open a stream to one of the party's methods."""
-        stream = Stream(self._party, self._timeout)
+        """Open a stream to one of the party's methods.
+
+        Raises:
+            PartyLost: the address shows another certificate than the party's, see `check_shown`.
+        """
+        try:
+            check_shown(self._identity, self._role, self._address, self._timeout)
+        except PartyLost:
+            self.close()
+            raise
+        stream = Stream(self._party, self._timeout, self._identity.role)
         stream.pump(self._channel.stream_stream(f"/{SERVICE}/{method}")(stream.outgoing()))
         return stream
 
@@ -218,7 +261,7 @@ def listen(
     """
     server = grpc.server(ThreadPoolExecutor(64), options=OPTIONS)
     handlers = {
-        name: grpc.stream_stream_rpc_method_handler(_handler(name, by_role, timeout))
+        name: grpc.stream_stream_rpc_method_handler(_handler(name, by_role, timeout, identity))
         for name, by_role in methods.items()
     }
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, handlers)])
@@ -233,13 +276,18 @@ def listen(
     return server, f"{host}:{port}"
 
 
-def _handler(name: str, by_role: Mapping[str, Serve], timeout: float) -> Callable[..., Iterator[bytes]]:
+def _handler(
+    name: str, by_role: Mapping[str, Serve], timeout: float, identity: Identity
+) -> Callable[..., Iterator[bytes]]:
     def handle(incoming: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        names = context.auth_context().get("x509_common_name", [b"nobody"])
-        role = names[0].decode()
+        shown = context.auth_context()
+        role = shown.get("x509_common_name", [b"nobody"])[0].decode()
         if role not in by_role:
             context.abort(grpc.StatusCode.PERMISSION_DENIED, f"{role} may not ask for {name}")
-        stream = Stream(f"{role} ({context.peer()})", timeout)
+        warn_of_expiry(identity.chain, f"the certificate of {identity.role}")
+        for certificate in shown.get("x509_pem_cert", []):
+            warn_of_expiry([x509.load_pem_x509_certificate(certificate)], f"the certificate of {role}")
+        stream = Stream(f"{role} ({context.peer()})", timeout, identity.role)
         context.add_callback(stream.close)
         stream.pump(incoming)
         threading.Thread(target=_served, args=(by_role[role], stream), daemon=True).start()
@@ -275,7 +323,7 @@ def _complaint(error: grpc.Call) -> str:
     if code == grpc.StatusCode.PERMISSION_DENIED:
         return f"refused: {details}"
     if code == grpc.StatusCode.UNIMPLEMENTED:
-        return "is no such party; check its address"
+        return "is no such party, or runs another version of sordino; check its address and version"
     if "certificate" in details.lower() or "handshake" in details.lower() or "SSL" in details:
         return f"is not whom its certificate should show, or does not believe ours ({details})"
     return f"is gone or cannot be reached ({code.name.lower()}: {details})"

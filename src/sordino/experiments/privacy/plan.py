@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from sordino.algorithms import algorithm, settings_for
 from sordino.experiments.config import Experiment
 from sordino.experiments.release_file import with_release
-from sordino.files import write_atomically
 from sordino.privacy.accounting import Spent, formula_epsilon
 from sordino.privacy.choice import mechanism_for
 from sordino.privacy.ledger import Ledger, Observer
 from sordino.privacy.mechanism import Mechanism
-from sordino.privacy.statement import WHO, statement, views
+from sordino.privacy.statement import NOISE_BY, WHO, seen_by, statement, views
 from sordino.privacy.statistics.mechanism import StatisticsMechanism
+from sordino.progress import log
 from sordino.runtime import aggregation
-from sordino.runtime.facts import Units, mechanism_inputs, participant_count
+from sordino.runtime.facts import Units, mechanism_inputs
+from sordino.runtime.settings import participant_count
+from sordino.tasks.overview import doubts, overview
 from sordino.tasks.poisoning import poisoned
 from sordino.tasks.sources import load_images
 from sordino.tasks.splits import build_task
@@ -32,12 +33,14 @@ class Plan:
 
     Attributes:
         config: the run.
+        data: its classes and clients with their sizes, in words.
         mechanism: with its noise matched to the budget.
         views: what each observer will have learned at the end.
         by_round: (round, epsilon of each observer, in the order of `views`), ascending.
     """
 
     config: Experiment
+    data: str
     mechanism: Mechanism
     views: tuple[Spent, ...]
     by_round: tuple[tuple[int, tuple[float, ...]], ...]
@@ -49,17 +52,7 @@ class Plan:
 
     def seen_by(self, observer: Observer) -> list[str]:
         """Return what an observer sees, a line a kind: noised, and by whom, or not."""
-        noised: dict[tuple[str, str], list[int]] = {}
-        for release in self.ledger.releases:
-            if observer in release.observers:
-                noised.setdefault((release.content, release.noise_by), []).append(release.steps)
-        lines = [
-            f"{content}, {max(steps):,} times; noise by {_NOISE_BY[noise_by]}"
-            for (content, noise_by), steps in noised.items()
-        ]
-        seen = [disclosure for disclosure in self.ledger.disclosures if observer in disclosure.observers]
-        bare = [f"{disclosure.content}: no noise" for disclosure in seen]
-        return [*lines, *bare] or ["nothing that was learned from images"]
+        return seen_by(self.ledger, observer)
 
     def formula(self) -> float | None:
         """The epsilon that public implementations of DP-FPL would claim for this noise; it does not hold."""
@@ -75,6 +68,7 @@ class Plan:
         inputs = self.mechanism.inputs
         return {
             "algorithm": self.config.algorithm,
+            "data": self.data,
             "mechanism": self.config.privacy.mechanism,
             "unit": self.config.privacy.unit,
             "rounds": inputs.rounds,
@@ -100,19 +94,24 @@ class Plan:
         }
 
 
-_NOISE_BY = {"client": "each client", "server": "the server", "shares": "all clients, a share each"}
-
-
 def planned_mechanism(config: Experiment) -> Mechanism:
     """The mechanism that a configuration will be run with; lists its images, encodes none, trains nothing.
 
     Raises:
         SordinoError: the configuration cannot be run.
     """
+    return _planned(config)[0]
+
+
+def _planned(config: Experiment) -> tuple[Mechanism, str]:
+    """The mechanism, and what was read of the data, in words; warns where classes look like people."""
     config, earlier = with_release(config)
     method, settings = algorithm(config.algorithm), settings_for(config.algorithm, config.settings)
     images = load_images(config.data)
     task = build_task(images, config.data, config.partition, config.seed)
+    said = overview(task)
+    if doubt := doubts(images):
+        log.warning("%s", doubt)
     if config.poisoning is not None:
         task = poisoned(task, config.poisoning, len(images), config.seed)
     # A picture with a trigger stands behind all others, and is of the same person.
@@ -127,7 +126,7 @@ def planned_mechanism(config: Experiment) -> Mechanism:
     mechanism = mechanism_for(config.privacy, inputs, None)
     if earlier is not None and isinstance(mechanism, StatisticsMechanism):
         mechanism = replace(mechanism, earlier=earlier.noise)
-    return mechanism
+    return mechanism, said
 
 
 def plan(config: Experiment) -> Plan:
@@ -137,18 +136,18 @@ def plan(config: Experiment) -> Plan:
         SordinoError: the configuration cannot be run.
     """
     config, _ = with_release(config)
-    chosen, unit = planned_mechanism(config), config.privacy.unit
+    (chosen, said), unit = _planned(config), config.privacy.unit
     rounds = chosen.inputs.rounds
     numbers = sorted({max(1, round(rounds * step / POINTS)) for step in range(1, POINTS + 1)}) if rounds else []
     by_round = [
         (number, tuple(view.epsilon for view in views(chosen.empty_ledger().add(chosen.planned(number)), unit)))
         for number in numbers
     ]
-    return Plan(config, chosen, tuple(views(chosen.total, unit)), tuple(by_round))
+    return Plan(config, said, chosen, tuple(views(chosen.total, unit)), tuple(by_round))
 
 
-def as_text(chosen: Plan, curve: bool = True) -> str:
-    """A plan for a terminal, with or without a curve of epsilon by round."""
+def as_text(chosen: Plan) -> str:
+    """A plan for a terminal."""
     inputs, settings, ledger = chosen.mechanism.inputs, chosen.config.privacy, chosen.ledger
     low, high = min(inputs.sizes), max(inputs.sizes)
     held = f"{low:,}" if low == high else f"{low:,} to {high:,}"
@@ -157,13 +156,14 @@ def as_text(chosen: Plan, curve: bool = True) -> str:
         f"{chosen.config.algorithm} on {chosen.config.data.source}: {len(inputs.sizes):,} "
         f"{'party' if len(inputs.sizes) == 1 else 'clients'} with {held} {noun} each, "
         f"{inputs.rounds:,} rounds.",
+        f"Data: {chosen.data}.",
     ]
     if ledger.releases:
         rates = sorted({release.sampling_rate for release in ledger.releases})
         between = f"{rates[0]:.3g}" if len(rates) == 1 else f"{rates[0]:.3g} to {rates[-1]:.3g}"
         lines.append(
             f"Mechanism: {settings.mechanism}, noise multiplier {chosen.mechanism.noise_multiplier:.4g}, added by "
-            f"{_NOISE_BY[settings.noise_by]}; sampling rate {between}; delta {chosen.mechanism.delta:.2g}."
+            f"{NOISE_BY[settings.noise_by]}; sampling rate {between}; delta {chosen.mechanism.delta:.2g}."
         )
     lines += ["", "Who learns what:"]
     for view in chosen.views:
@@ -173,7 +173,7 @@ def as_text(chosen: Plan, curve: bool = True) -> str:
         )
         lines += [f"    {line}" for line in chosen.seen_by(view.observer)]
     worst = [(number, _worst(chosen, epsilons)) for number, epsilons in chosen.by_round]
-    if curve and ledger.releases and all(math.isfinite(epsilon) for _, epsilon in worst):
+    if ledger.releases and all(math.isfinite(epsilon) for _, epsilon in worst):
         most = max(epsilon for _, epsilon in worst)
         lines += ["", "Epsilon by round, for whoever is not trusted:"]
         lines += [
@@ -187,39 +187,6 @@ def as_text(chosen: Plan, curve: bool = True) -> str:
             f"Public implementations' formula would claim epsilon = {formula:.4g} for this noise; it does not hold."
         )
     return "\n".join(lines)
-
-
-def write_page(chosen: Plan, path: Path) -> None:
-    """A plan as one HTML page with a plot of epsilon by round.
-
-    Raises:
-        RunError: it cannot be written.
-    """
-    from html import escape
-
-    import plotly.graph_objects as go
-    import plotly.io
-
-    figure = go.Figure(layout={"xaxis": {"title": "round"}, "yaxis": {"title": "epsilon", "rangemode": "tozero"}})
-    for index, view in enumerate(chosen.views):
-        points = [(number, epsilons[index]) for number, epsilons in chosen.by_round if math.isfinite(epsilons[index])]
-        if points:
-            figure.add_scatter(
-                x=[x for x, _ in points], y=[y for _, y in points], name=WHO[view.observer], mode="lines+markers"
-            )
-    budget = chosen.config.privacy.epsilon
-    if budget is not None and math.isfinite(budget):
-        figure.add_hline(y=budget, line_dash="dash", annotation_text="budget")
-    text = escape(as_text(chosen, curve=False))
-    plot = plotly.io.to_html(figure, include_plotlyjs=True, full_html=False, config={"displaylogo": False})
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Privacy plan</title>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        "<style>body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
-        "pre{white-space:pre-wrap}</style></head>\n"
-        f"<body><h1>Privacy plan</h1>\n<pre>{text}</pre>\n<h2>Epsilon by round</h2>\n{plot}</body></html>\n"
-    )
-    write_atomically(path, page.encode())
 
 
 def _worst(chosen: Plan, epsilons: tuple[float, ...]) -> float:

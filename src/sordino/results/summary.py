@@ -1,26 +1,10 @@
-"""`summary.json`, the results of one run: written, read and aggregated here and nowhere else.
-
-Every place that shows results (the terminal's table, `comparison.csv`, the report) takes its numbers from `Results`, so
-that all show the same mean, the same deviation and the same seconds. Three rules decide what these numbers are:
-
-- A `Spread` is over what its mean is over. Several runs differ in their seed: the mean is over seeds, of each run's
-  mean over clients, and the deviation is over seeds too. One run has one seed: the mean is the run's own, over its
-  clients, and the deviation is over these clients.
-- One value has no deviation. It is None then, and never 0, which would claim that values agree.
-- Seconds are seconds of training. A run's total holds the encoding of images too, which the first run of a comparison
-  does for all the others; totals do not compare.
-"""
+"""The schema of `summary.json`, the results of one run."""
 
 from __future__ import annotations
 
 import json
-import math
-import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from decimal import ROUND_CEILING, Context
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
@@ -42,6 +26,8 @@ def _text(value: Any) -> str:
 # The mean of n weights 1/n can exceed 1 by rounding; the bounds refuse NaN too.
 Fraction = Annotated[float, Field(ge=0, le=1 + 1e-9)]
 Count = Annotated[int, Field(ge=0)]
+Amount = Annotated[float, Field(ge=0)]
+Variance = Annotated[float, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0)]
 Text = Annotated[str, PlainValidator(_text)]
 
@@ -73,6 +59,7 @@ class ClientResult(_Measured):
 
     Attributes:
         client: its number in the federation, from 0.
+        name: its domain's, numbered where several have it, or else its number.
         local, neighbor, overall, novel, domain: accuracies, fractions in [0, 1].
         attack_success: fraction of the images with an attacker's trigger that its prompt takes for the target; None for
             attackers, and for everyone if nobody attacks.
@@ -82,6 +69,7 @@ class ClientResult(_Measured):
     """
 
     client: Count
+    name: Text = ""
     local: Fraction | None = None
     neighbor: Fraction | None = None
     overall: Fraction | None = None
@@ -91,6 +79,72 @@ class ClientResult(_Measured):
     examples: Count = 0
     classes: tuple[Text, ...] = ()
     domains: tuple[Text, ...] | None = None
+
+    @property
+    def called(self) -> str:
+        """Its name, or its number in a summary that has no names."""
+        return self.name or str(self.client)
+
+
+class PictureVariance(_Part):
+    """How much the gain over the hand-written prompt varies over test pictures; see `sordino.results.interval`.
+
+    Attributes:
+        pictures: the number of test pictures that count.
+        over_pictures: variance of the mean difference, with pictures as its sample; None for one picture.
+        over_pairs: the same with pairs of a client and a picture as its sample.
+    """
+
+    pictures: Count
+    over_pictures: Variance | None = None
+    over_pairs: Variance = 0.0
+
+
+class HandWritten(_Part):
+    """The hand-written prompt on the same test pictures: what one has without training.
+
+    Attributes:
+        prompt: its words before the class name.
+        itself: the run learns nothing, and its prompt is this one.
+        accuracy: means over the clients that do not attack.
+        per_client: one a client, in order of their numbers.
+        variance: of the run's gain over it, by measure.
+    """
+
+    prompt: Text
+    itself: bool = False
+    accuracy: Accuracy
+    per_client: tuple[Accuracy, ...]
+    variance: dict[Measure, PictureVariance] = {}
+
+
+class BestRound(_Part):
+    """The evaluated round with the highest accuracy on the test pictures. Prompts are kept of the last one.
+
+    Attributes:
+        round: its number, the first of equals; 0 is before training.
+        measure: the accuracy that it is the highest of.
+        accuracy: in this round.
+    """
+
+    round: Count
+    measure: Measure
+    accuracy: Accuracy
+
+
+class Effort(_Part):
+    """The training that a run did, so that methods can be compared at equal effort.
+
+    Attributes:
+        steps_a_round: gradients that a client computes in a round.
+        gradient_steps: of one client in the whole run, the mean over clients.
+        examples_seen: training images in these steps' batches, repeated ones counted again; of one client, the mean
+            over clients. The expected number if batches are sampled. Statistics are released of each example once.
+    """
+
+    steps_a_round: Count
+    gradient_steps: Amount
+    examples_seen: Amount
 
 
 class ObserverEpsilon(_Part):
@@ -202,6 +256,13 @@ class Summary(_Part):
         accuracy: means over the clients that do not attack.
         attack_success: mean over the clients that are attacked; None if nobody attacks.
         per_client: one result a client, in order of their numbers.
+        before: accuracy before the first round; None if the method has no rounds.
+        hand_written: the hand-written prompt's accuracy; None if its features were not at hand.
+        best: the best evaluated round; None if the method has no rounds, or under a privacy mechanism: to choose a
+            round by the accuracy of test pictures is a release that no epsilon covers.
+        effort: the training that was done.
+
+    The last four are None in summaries of earlier versions.
     """
 
     algorithm: Text
@@ -217,6 +278,10 @@ class Summary(_Part):
     communication: Communication
     seconds: Durations
     images: Images = Images()
+    before: Accuracy | None = None
+    hand_written: HandWritten | None = None
+    best: BestRound | None = None
+    effort: Effort | None = None
     version: Text = ""
 
     @property
@@ -260,141 +325,3 @@ def complaint(error: ValidationError) -> str:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"]) or "the whole"
     return f"{place}: {first['msg']}"
-
-
-class Spread(NamedTuple):
-    """A mean, and the sample standard deviation (n - 1) of the values that it is of.
-
-    Attributes:
-        mean: of the values.
-        deviation: None if there are fewer than two values.
-    """
-
-    mean: float
-    deviation: float | None
-
-    @classmethod
-    def of(cls, values: Iterable[float | None]) -> Spread | None:
-        """Return the spread of the values that are not None; None if there is no such value."""
-        known = [value for value in values if value is not None]
-        if not known:
-            return None
-        return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
-
-    def percent(self) -> str:
-        """Return the spread of a fraction in percent, `38.9 ± 6.9`; without the deviation if there is none."""
-        mean = f"{100 * self.mean:.1f}"
-        return mean if self.deviation is None else f"{mean} ± {100 * self.deviation:.1f}"
-
-
-@dataclass(frozen=True)
-class Claim:
-    """The strongest statement of privacy that holds for every one of several runs.
-
-    Attributes:
-        private: every run is private.
-        simulated: the noise of some run can be drawn again.
-        bounded: every run is private, or simulates noise of a known epsilon.
-        epsilon: the largest over runs, of a simulation that of the noise it simulates; None if a run has none.
-        delta: the largest over runs; None if no run has one.
-        units: the units of privacy, each once.
-    """
-
-    private: bool
-    simulated: bool
-    bounded: bool
-    epsilon: float | None
-    delta: float | None
-    units: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Results:
-    """The summaries of runs that differ in nothing but the seed, at least one, and their aggregates."""
-
-    summaries: tuple[Summary, ...]
-
-    @property
-    def seeds(self) -> list[int]:
-        """The seeds, ascending."""
-        return sorted(summary.seed for summary in self.summaries)
-
-    @property
-    def over_seeds(self) -> bool:
-        """True if spreads are over seeds; those of a single run are over its clients."""
-        return len(self.summaries) > 1
-
-    def accuracy(self, measure: Measure) -> Spread | None:
-        """Return the spread of an accuracy; None if the measure does not apply."""
-        of_clients = [result.of(measure) for result in self.summaries[0].honest]
-        return self._spread([summary.accuracy.of(measure) for summary in self.summaries], of_clients)
-
-    def attack_success(self) -> Spread | None:
-        """Return the spread of the success of an attacker's trigger; None if nobody attacks."""
-        of_clients = [result.attack_success for result in self.summaries[0].honest]
-        return self._spread([summary.attack_success for summary in self.summaries], of_clients)
-
-    def _spread(self, of_runs: Sequence[float | None], of_clients: Sequence[float | None]) -> Spread | None:
-        """Aggregate the values of the runs, or, of a single run, its own mean and the values of its clients."""
-        spread = Spread.of(of_runs)
-        if spread is None or self.over_seeds:
-            return spread
-        over_clients = Spread.of(of_clients)
-        return spread._replace(deviation=over_clients.deviation if over_clients else None)
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of training, the mean over seeds."""
-        return statistics.fmean(summary.seconds.train for summary in self.summaries)
-
-    def mean_bytes(self, name: str) -> float:
-        """Return one of the numbers of `Communication`, the mean over seeds; a whole number if it is one."""
-        sizes: list[int] = [getattr(summary.communication, name) for summary in self.summaries]
-        return statistics.mean(sizes)
-
-    def client_accuracy(self, measure: Measure) -> dict[int, float | None]:
-        """Return the accuracy of each client by its number, the mean over seeds."""
-        values: dict[int, list[float | None]] = {}
-        for summary in self.summaries:
-            for result in summary.per_client:
-                values.setdefault(result.client, []).append(result.of(measure))
-        spreads = {client: Spread.of(accuracies) for client, accuracies in values.items()}
-        return {client: spread.mean if spread else None for client, spread in spreads.items()}
-
-    @property
-    def claim(self) -> Claim:
-        """The strongest statement of privacy that holds for every run."""
-        spent = [summary.privacy for summary in self.summaries]
-        epsilons = [run.epsilon for run in spent if run.epsilon is not None]
-        return Claim(
-            private=all(run.private for run in spent),
-            simulated=any(run.simulated for run in spent),
-            bounded=all(run.private or (run.simulated and run.epsilon is not None) for run in spent),
-            epsilon=max(epsilons) if len(epsilons) == len(spent) else None,
-            delta=max((run.delta for run in spent if run.delta is not None), default=None),
-            units=tuple(dict.fromkeys(run.unit for run in spent if run.unit)),
-        )
-
-
-def rounded_up(value: float) -> str:
-    """Return three digits, never less than the value: a privacy loss must not look smaller than it is."""
-    if math.isinf(value) or math.isnan(value):
-        return "∞"
-    rounded = float(Context(prec=3, rounding=ROUND_CEILING).create_decimal(repr(value)))
-    return f"{rounded:g}".replace("e-0", "e-")
-
-
-def human_bytes(size: float) -> str:
-    """Return a size in decimal units: 1 kB is 1,000 bytes."""
-    if size < 1000:
-        return f"{size:.0f} B"
-    for unit in ("kB", "MB", "GB"):
-        size /= 1000
-        if size < 999.95:
-            return f"{size:.1f} {unit}"
-    return f"{size / 1000:.1f} TB"
-
-
-def human_seconds(seconds: float) -> str:
-    """Return a duration in seconds with one decimal: `9.7`, `1,234.5`."""
-    return f"{seconds:,.1f}"

@@ -1,0 +1,37 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from decimal import ROUND_CEILING, Context
+
+
+def rounded_up(value: float) -> str:
+    """Return three digits, never less than the value: a privacy loss must not look smaller than it is."""
+    if math.isinf(value) or math.isnan(value):
+        return "∞"
+    rounded = float(Context(prec=3, rounding=ROUND_CEILING).create_decimal(repr(value)))
+    return f"{rounded:g}".replace("e-0", "e-")
+
+
+def human_bytes(size: float) -> str:
+    """Return a size in decimal units: 1 kB is 1,000 bytes."""
+    if size < 1000:
+        return f"{size:.0f} B"
+    for unit in ("kB", "MB", "GB"):
+        size /= 1000
+        if size < 999.95:
+            return f"{size:.1f} {unit}"
+    return f"{size / 1000:.1f} TB"
+
+
+def human_seconds(seconds: float) -> str:
+    """Return a duration in seconds with one decimal: `9.7`, `1,234.5`."""
+    return f"{seconds:,.1f}"
+
+
+def listed(items: Iterable[object]) -> str:
+    """Return items in words: `a`, `a and b`, `a, b and c`."""
+    words = [str(item) for item in items]
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
