@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sordino.errors import ConfigError, DataError, require_extra
+from sordino.errors import ConfigError, DataError, require_extra, shortened
 from sordino.files import read_regular
 from sordino.pictures.decoding import MAX_BYTES
 from sordino.tasks.columns import (
@@ -222,8 +222,8 @@ def _files(table: Table, file: str, settings: DataSettings) -> list[str]:
     for row, name in enumerate(table[file]):
         if not isinstance(name, str):
             raise DataError(
-                f"{settings.source}: column {file!r} must name a file in each row, and holds {name!r} in row {row}; "
-                "fill it, or remove the row"
+                f"{settings.source}: column {file!r} must name a file in each row, and holds {shortened(name)} in row "
+                f"{row}; fill it, remove the row, or read a data set that holds pictures itself as 'hf:PATH'"
             )
     return [PurePosixPath(name.replace("\\", "/")).as_posix() for name in table[file]]
 
