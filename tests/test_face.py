@@ -210,7 +210,8 @@ def test_the_page_runs_as_a_notebook(
     assert said[-2].startswith("Differentially private: epsilon = 8 ")
     assert said[-1] in notebook["saved"].class_names
     *others, last = others
-    for cell in (*others, *blocks("docs/new-method.md"), last):
+    method, *_ = blocks("docs/new-method.md")  # what follows there varies methods in files
+    for cell in (*others, method, last):
         run_cell(cell)
     assert list(notebook["table"]["algorithm"]) == ["zero-shot", "zero-shot", "promptfl", "promptfl"]
     assert notebook["answer"].best in notebook["saved"].class_names

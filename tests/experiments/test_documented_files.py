@@ -6,7 +6,6 @@ import csv
 import json
 import re
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from private_tuning.small_task import write_private_config
 from safetensors.numpy import load_file
 
 import sordino
-from sordino.algorithms import METHODS
 from sordino.algorithms.variation import variation
 from sordino.experiments.config import load_config
 from sordino.experiments.run import run
@@ -55,15 +53,6 @@ def table(heading: str, title: str) -> list[Row]:
 def inside(row: Row) -> set[str]:
     """The keys of the object that a line describes."""
     return set(re.findall(r"`([^`]+)`", row.text))
-
-
-@pytest.fixture(autouse=True)
-def methods() -> Iterator[None]:
-    """The methods as they were before."""
-    before = dict(METHODS)
-    yield
-    METHODS.clear()
-    METHODS.update(before)
 
 
 def pattern(name: str) -> str:

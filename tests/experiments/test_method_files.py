@@ -7,7 +7,6 @@ import re
 import shutil
 import textwrap
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,15 +27,6 @@ from sordino.progress import silent
 BUILT_IN = list(METHODS)
 PAGE = (Path(__file__).parents[2] / "docs" / "new-method.md").read_text(encoding="utf-8")
 OWN_SETTINGS = textwrap.dedent(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[1])
-
-
-@pytest.fixture(autouse=True)
-def methods() -> Iterator[None]:
-    """The methods as they were before."""
-    before = dict(METHODS)
-    yield
-    METHODS.clear()
-    METHODS.update(before)
 
 
 @pytest.fixture

@@ -337,7 +337,7 @@ def test_the_plan_says_that_all_is_paid_before_the_first_round(
     options = [part for key in keys for part in ("--set", key)]
     result = CliRunner().invoke(app, ["privacy", "plan", str(config_file), *options])
     assert result.exit_code == 0, result.output
-    assert "class counts and class sums of features, once, 1 times" in result.stdout
+    assert "class counts and class sums of features, once; noise by" in result.stdout
     assert "Mechanism: statistics" in result.stdout
 
 

@@ -210,6 +210,15 @@ def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
         load(f"table:{tmp_path / 'labels.csv'}")
 
 
+def test_a_table_that_holds_pictures_itself_is_told_in_one_short_line(tmp_path: Path) -> None:
+    """As Hugging Face writes them: bytes in place of a path."""
+    rows = [({"bytes": bytes(range(256)) * 400, "path": None}, label) for label in LABELS]
+    source = written(tmp_path / "labels.parquet", ("image", "label"), rows)
+    with pytest.raises(DataError, match="must name a file in each row.* read a data set .* as 'hf:PATH'") as caught:
+        load(source)
+    assert len(str(caught.value)) < 1200  # of 100,000 bytes
+
+
 CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\r\x00"), max_size=12)
 
 

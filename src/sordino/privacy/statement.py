@@ -31,7 +31,7 @@ def seen_by(ledger: Ledger, observer: Observer) -> list[str]:
         if observer in release.observers:
             noised.setdefault((release.content, release.noise_by), []).append(release.steps)
     lines = [
-        f"{content}, {max(steps):,} times; noise by {NOISE_BY[noise_by]}"
+        f"{content}{f', {max(steps):,} times' if max(steps) > 1 else ''}; noise by {NOISE_BY[noise_by]}"
         for (content, noise_by), steps in noised.items()
     ]
     seen = [disclosure for disclosure in ledger.disclosures if observer in disclosure.observers]

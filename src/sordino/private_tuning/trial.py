@@ -56,7 +56,7 @@ HOSTS = {DEALER: "DEALER_HOST", SERVERS[0]: "SERVER_0_HOST", SERVERS[1]: "SERVER
 
 @dataclass(frozen=True)
 class Trial:
-    """What a trial runs.
+    """The settings and shortenings of a trial.
 
     Attributes:
         config: file of the configuration.

@@ -1,4 +1,4 @@
-"""Whether a search for a prompt was worth it: the hand-written prompt on the same test examples.
+"""Judge whether a search for a prompt was worth it: the hand-written prompt on the same test examples.
 
 Both prompts classify the same examples, so the interval is of a paired difference: the adjusted Wald interval of Bonett
 and Price (Adjusted Wald Confidence Interval for a Difference of Binomial Proportions Based on Paired Data, Journal of

@@ -4,12 +4,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from sordino.errors import RunError
 from sordino.files import replace_file
+from sordino.report.frame import frame
 from sordino.report.markup import counted, html_table
 from sordino.results import Interval, human_bytes, human_seconds
 
@@ -62,30 +62,15 @@ def _page(
     if recipe:
         sections.append(_section("machines", "On several machines", f"<pre>{escape(recipe)}</pre>\n"))
     sections.append(_section("configuration", "Configuration", f"<pre>{escape(configuration)}</pre>\n"))
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:; \
-base-uri 'none'; form-action 'none'">
-<title>{escape(title)}</title>
-<link rel="icon" href="data:,">
-<style>
-{(files("sordino.report") / "page.css").read_text(encoding="utf-8")}</style>
-</head>
-<body>
-<main>
+    body = f"""<main>
 <header>
 <h1>{escape(title)}</h1>
 <p>{escape(what)}</p>
 </header>
 {"".join(sections)}</main>
 <footer><p>Written by Sordino {escape(str(summary["version"]))}.</p></footer>
-</body>
-</html>
 """
+    return frame(title, body, figures=False)
 
 
 def _section(identity: str, heading: str, content: str) -> str:

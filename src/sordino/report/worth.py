@@ -1,4 +1,4 @@
-"""Whether training was worth it: hand-written prompt, start, best round, effort, and differences."""
+"""The section on whether training was worth it: hand-written prompt, start, best round, effort, and differences."""
 
 from collections.abc import Callable, Sequence
 from html import escape

@@ -1,4 +1,4 @@
-"""What several runs that differ in their seed say together: means, deviations, and one claim of privacy."""
+"""Aggregates of runs that differ in their seed: means, deviations, and one claim of privacy."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def _mean_of(accuracies: Sequence[Accuracy | None], measure: Measure) -> float |
 
 
 def _compared(summary: Summary) -> tuple[object, ...]:
-    """What must be the same in two runs of one seed, so that their accuracies are of the same pictures."""
+    """Return what must be the same in two runs of one seed, so that their accuracies are of the same pictures."""
     return summary.dataset, summary.encoder, summary.clients
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sordino.errors import ConfigError, DataError
+from sordino.errors import ConfigError, DataError, shortened
 from sordino.tasks.images import Indices
 from sordino.tasks.settings import DataSettings, spoken
 
@@ -115,7 +115,7 @@ def person_of(value: Any, column: str, settings: DataSettings) -> str:
     if not isinstance(value, str | int) or not str(value).strip():
         raise DataError(
             f"{settings.source}: column {column!r} must hold a word or a whole number for each picture, and holds "
-            f"{value!r}; fill it, or remove the row"
+            f"{shortened(value)}; fill it, or remove the row"
         )
     return str(value).strip()
 

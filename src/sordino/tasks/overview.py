@@ -1,4 +1,4 @@
-"""What was read, in words: classes, clients and their sizes; and a warning where classes look like people."""
+"""Tell what was read: classes, clients and their sizes; and warn where classes look like people."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sordino.errors import ConfigError, DataError, require_extra
+from sordino.errors import ConfigError, DataError, require_extra, shortened
 from sordino.files import read_regular
 from sordino.pictures.decoding import MAX_BYTES
 from sordino.tasks.columns import (
@@ -28,7 +28,7 @@ from sordino.tasks.images import Flags, ImageSet
 from sordino.tasks.passed_over import files_passed_over
 from sordino.tasks.persons import with_persons
 from sordino.tasks.places import require_table
-from sordino.tasks.settings import DataSettings
+from sordino.tasks.settings import COLUMNS, DataSettings
 
 FILE_COLUMNS = ("file", "file_name", "filename", "path", "image")
 SPLIT_COLUMN = "split"
@@ -37,13 +37,13 @@ METADATA = "metadata.csv"
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 MOST_BYTES = 2**30  # of a table
 
-Columns = Mapping[str, Sequence[Any]]  # by name, each with a value a row; None where there is none
+Table = Mapping[str, Sequence[Any]]  # by name, each with a value a row; None where there is none
 
 
 def table_of_pictures(path: Path, settings: DataSettings) -> ImageSet:
     """List the pictures of a table, which has a row for each.
 
-    Columns say a picture's file (relative to the table's folder, or absolute), its label, and, if there are such, its
+    Table say a picture's file (relative to the table's folder, or absolute), its label, and, if there are such, its
     domain and whose it is. A column `split` with the values train and test is the source's own test split. Rows of
     other splits are not used, nor is a picture of which there is no row.
 
@@ -56,7 +56,7 @@ def table_of_pictures(path: Path, settings: DataSettings) -> ImageSet:
     return _pictures(path.parent, table, settings, _file_column(table, settings))
 
 
-def metadata_of(root: Path, settings: DataSettings) -> Columns | None:
+def metadata_of(root: Path, settings: DataSettings) -> Table | None:
     """Return the table `metadata.csv` of an image folder; None if there is none that names files.
 
     Raises:
@@ -67,7 +67,7 @@ def metadata_of(root: Path, settings: DataSettings) -> Columns | None:
     table = read_table(path, settings.source) if path.is_file() else {}
     if any(name in table for name in (*FILE_COLUMNS, settings.image_column)):
         return table
-    for key in ("image_column", "label_column", "domain_column", "person_column", "class_names"):
+    for key in COLUMNS:
         if (value := getattr(settings, key)) is not None:
             raise ConfigError(
                 f"data.{key}",
@@ -78,12 +78,12 @@ def metadata_of(root: Path, settings: DataSettings) -> Columns | None:
     return None
 
 
-def has_labels(table: Columns, settings: DataSettings) -> bool:
+def has_labels(table: Table, settings: DataSettings) -> bool:
     """Return whether a folder's table says classes; otherwise its folders do."""
     return settings.label_column is not None or any(name in table for name in LABEL_COLUMNS)
 
 
-def listed_in_folder(root: Path, table: Columns, settings: DataSettings) -> ImageSet:
+def listed_in_folder(root: Path, table: Table, settings: DataSettings) -> ImageSet:
     """List the pictures of an image folder by its table, which has labels: the folders below it mean nothing.
 
     Raises:
@@ -93,7 +93,7 @@ def listed_in_folder(root: Path, table: Columns, settings: DataSettings) -> Imag
     return replace(images, passed_over=tuple(files_passed_over(root, {*images.names, METADATA})))
 
 
-def described_by(images: ImageSet, root: Path, table: Columns, settings: DataSettings) -> ImageSet:
+def described_by(images: ImageSet, root: Path, table: Table, settings: DataSettings) -> ImageSet:
     """Return an image folder's pictures with the domains and persons that its table says.
 
     Raises:
@@ -171,11 +171,11 @@ def _cell(value: Any) -> Any:
     return (value.strip() or None) if isinstance(value, str) else value
 
 
-def _file_column(table: Columns, settings: DataSettings) -> str:
+def _file_column(table: Table, settings: DataSettings) -> str:
     return chosen("image_column", settings.image_column, list(table), [], FILE_COLUMNS)
 
 
-def _pictures(root: Path, table: Columns, settings: DataSettings, file: str) -> ImageSet:
+def _pictures(root: Path, table: Table, settings: DataSettings, file: str) -> ImageSet:
     """List the pictures of a table that has labels."""
     table, is_test = _used_splits(table, settings)
     label = chosen("label_column", settings.label_column, list(table), [], LABEL_COLUMNS)
@@ -200,7 +200,7 @@ def _pictures(root: Path, table: Columns, settings: DataSettings, file: str) -> 
     return _described(images, {name: values for name, values in table.items() if name != label}, settings)
 
 
-def _described(images: ImageSet, table: Columns, settings: DataSettings) -> ImageSet:
+def _described(images: ImageSet, table: Table, settings: DataSettings) -> ImageSet:
     """Return the pictures with the domains and persons of a table that has a row for each, in their order."""
     domain = _optional("domain_column", settings.domain_column, table, DOMAIN_COLUMNS)
     if domain is not None:
@@ -212,20 +212,20 @@ def _described(images: ImageSet, table: Columns, settings: DataSettings) -> Imag
     return images if person is None else with_persons(images, [person_of(v, person, settings) for v in table[person]])
 
 
-def _optional(key: str, given: str | None, table: Columns, usual: Sequence[str]) -> str | None:
+def _optional(key: str, given: str | None, table: Table, usual: Sequence[str]) -> str | None:
     """Return the given column, or the first with a usual name; None if there is none."""
     if given is not None:
         return existing(key, given, list(table))
     return next((name for name in usual if name in table), None)
 
 
-def _files(table: Columns, file: str, settings: DataSettings) -> list[str]:
+def _files(table: Table, file: str, settings: DataSettings) -> list[str]:
     """Return each row's file, as a path with forward slashes."""
     for row, name in enumerate(table[file]):
         if not isinstance(name, str):
             raise DataError(
-                f"{settings.source}: column {file!r} must name a file in each row, and holds {name!r} in row {row}; "
-                "fill it, or remove the row"
+                f"{settings.source}: column {file!r} must name a file in each row, and holds {shortened(name)} in row "
+                f"{row}; fill it, remove the row, or read a data set that holds pictures itself as 'hf:PATH'"
             )
     return [PurePosixPath(name.replace("\\", "/")).as_posix() for name in table[file]]
 
@@ -243,7 +243,7 @@ def _rows_of(names: Sequence[str], settings: DataSettings) -> dict[str, int]:
     return rows
 
 
-def _used_splits(table: Columns, settings: DataSettings) -> tuple[Columns, Flags | None]:
+def _used_splits(table: Table, settings: DataSettings) -> tuple[Table, Flags | None]:
     """Return the rows that train or test, and which of them test; None if no column says so."""
     if SPLIT_COLUMN not in table:
         return table, None

@@ -1,1 +1,1 @@
-"""What a run costs in privacy, in words: the plan before it, and the statement after it."""
+"""The cost of a run in privacy, in words: the plan before it, and the statement after it."""

@@ -49,7 +49,7 @@ Judge = Callable[[Mapping[str, Any] | None, Ledger, Unit], Judged]
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a statement follows from: the files of a run directory.
+    """The sources of a statement: the files of a run directory.
 
     Attributes:
         ledger, summary: read.

@@ -26,7 +26,7 @@ from sordino.randomness import system_bytes
 
 @dataclass(frozen=True)
 class KeptModel:
-    """What a model owner needs to provide a tower again.
+    """The part that a model owner needs to provide a tower again.
 
     Attributes:
         name: random, 16 hexadecimal digits.
