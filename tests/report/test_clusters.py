@@ -65,6 +65,7 @@ def write_clustered(write_run: WriteRun) -> WriteClustered:
         distances: Mapping[int, Any] | None = None,
         *,
         domains: Sequence[Sequence[str] | None] | None = None,
+        names: Sequence[str] | None = None,
         ratios: bool = False,
         seed: int = 0,
         rounds: int = 20,
@@ -75,6 +76,8 @@ def write_clustered(write_run: WriteRun) -> WriteClustered:
         summary = write_run(directory, "secfpp", seed, clients=clients, rounds=rounds, settings=settings)
         for client, held in zip(summary["per_client"], domains or [None] * clients, strict=True):
             client["domains"] = held
+        for client, name in zip(summary["per_client"], names or [""] * clients, strict=True):
+            client["name"] = name
         Summary.model_validate(summary).write(directory)
         lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
         current: Sequence[int] = [-1] * clients
@@ -265,6 +268,24 @@ def test_numbers_of_the_heat_map_are_distances_and_so_is_the_plane(
     assert coordinates[0] == ["Client", "Domain", "Cluster", "First axis", "Second axis"]
     assert coordinates[6][:3] == ["5", "<c>", "1"]
     assert float(coordinates[6][3]) == pytest.approx(located[5, 0], rel=6e-3)
+
+
+def test_clients_with_names_are_called_by_them(tmp_path: Path, write_clustered: WriteClustered) -> None:
+    names = ["north", "south", "<east>", "west"]
+    labels = {10: [0, 0, 1, 1], 20: [0, 0, 1, 0]}
+    distances = {20: opened(drawn(4), singles(4))}
+    page = page_of(tmp_path, write_clustered(tmp_path / "run", labels, distances, names=names))
+    shown = ["north", "south", "&lt;east&gt;", "west"]
+    for figure in ("clusters-0", "distances-0"):
+        assert page.figures[figure]["data"][0]["y"] == shown
+    assert page.figures["distances-0"]["layout"]["xaxis"]["ticktext"] == shown
+    assert page.figures["distances-0"]["data"][0]["text"][0][3] == "client west"
+    assert page.figures["plane-0"]["data"][0]["text"] == shown
+    assert page.figures["plane-0"]["data"][0]["customdata"][2] == "client &lt;east&gt;<br>cluster 1"
+    assert page.tables["Clusters by round, secfpp"][2][1] == "client west from cluster 1 to 0"
+    assert [row[1] for row in page.tables["Clusters at the end, secfpp"][1:]] == ["north, south, west", "<east>"]
+    assert {row[0] for row in page.tables["Nearest and farthest, secfpp"][1:]} == set(names)
+    assert {row[0] for row in page.tables["Clients in two dimensions, secfpp"][1:]} == set(names)
 
 
 def test_without_domains_the_plane_is_colored_by_cluster(tmp_path: Path, write_clustered: WriteClustered) -> None:

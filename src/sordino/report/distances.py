@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from itertools import compress
 
@@ -10,47 +10,41 @@ import numpy as np
 
 from sordino.report.distance_data import Floats, Seen, plane, seen
 from sordino.report.figures import SYMBOLS, color, symbol
+from sordino.report.groups import Clients
 from sordino.report.heatmap import client_layout, color_scale, numbered, numbers, scale_luminance, tick_step
 from sordino.report.markup import NONE, Figure, counted, html_table, keys, place, plain
 from sordino.report.runs import Run
 from sordino.results import listed
 from sordino.secure import NOBODY, to_one_scale
 
-Domains = Mapping[int, tuple[str, ...]]  # of each client, empty where they are not known
-
 _NEUTRAL = "#788290"  # its color
 _SQUARE = 580  # height at which a matrix is about as high as its half of the page is wide
 _NAMED_POINTS = 60  # with more, numbers beside the points would cover each other
 
 
-def what_the_server_saw(index: int, label: str, run: Run, domains: Domains) -> str:
+def what_the_server_saw(index: int, label: str, run: Run, clients: Clients) -> str:
     """Return the heat map of the last distances, and the plane if they are between all clients; else nothing.
 
     Args:
         index: of the run on the page.
         label: its name on the page.
         run: the run.
-        domains: of each client.
+        clients: the run's.
     """
     if run.distances is None or not (opened := seen(run.distances)).clients:
         return ""
     settings = run.config.get("settings", {}).get(run.summary.algorithm, {})
     ratios = settings.get("reveal") == "ratios"
-    panels = [_heat_map(index, label, opened, ratios, run.distances.round, domains)]
+    panels = [_heat_map(index, label, opened, ratios, run.distances.round, clients)]
     if opened.mutual and len(opened.clients) > 1:
         clusters = {entry.round: entry.clusters for entry in run.rounds}
         labels = clusters.get(run.distances.round) or (NOBODY,) * run.summary.clients
-        panels.append(_plane(index, label, opened, ratios, labels, domains))
+        panels.append(_plane(index, label, opened, ratios, labels, clients))
     return f'<div class="panels">\n{"".join(panels)}</div>\n'
 
 
-def holding(domains: Sequence[str]) -> str:
-    """Return a client's domains, for its hover label."""
-    return plain(f"domain: {listed(domains)}") if domains else ""
-
-
-def _heat_map(index: int, label: str, opened: Seen, ratios: bool, number: int, domains: Domains) -> str:
-    figure = heat_map(opened, ratios, [holding(domains.get(client, ())) for client in opened.clients])
+def _heat_map(index: int, label: str, opened: Seen, ratios: bool, number: int, clients: Clients) -> str:
+    figure = heat_map(opened, ratios, clients)
     to = "each other" if opened.mutual else f"the means of {counted(len(opened.sets), 'set')} of clients"
     words = (
         f"Heat map of distances of {counted(len(opened.clients), 'client')} to {to}; the table below has each client's "
@@ -62,7 +56,7 @@ def _heat_map(index: int, label: str, opened: Seen, ratios: bool, number: int, d
     table = html_table(
         f"Distances in round {number}, {scale}.",
         ["Client", f"Nearest {target}", f"Farthest {target}"],
-        _nearest_and_farthest(opened, ratios),
+        _nearest_and_farthest(opened, ratios, clients),
         f"Nearest and farthest, {label}",
     )
     width = 110 + (30 * len(opened.sets) if len(figure["data"]) > 1 else 200)
@@ -76,25 +70,28 @@ def _heat_map(index: int, label: str, opened: Seen, ratios: bool, number: int, d
     )
 
 
-def _nearest_and_farthest(opened: Seen, ratios: bool) -> list[list[str]]:
+def _nearest_and_farthest(opened: Seen, ratios: bool, clients: Clients) -> list[list[str]]:
     shown, rows = opened.shown(ratios), []
     others = [[members != (client,) for members in opened.sets] for client in opened.clients]
     known = ~np.isnan(shown) & others
     for client, distances, known_sets in zip(opened.clients, shown.tolist(), known.tolist(), strict=True):
         by_distance = sorted(compress(zip(distances, opened.sets, strict=True), known_sets))
         ends = [by_distance[0], by_distance[-1]] if by_distance else []
-        cells = [f'<span class="words">{named(members)} <small>({value:.3g})</small></span>' for value, members in ends]
-        rows.append([str(client), *(cells or [NONE] * 2)])
+        cells = [
+            f'<span class="words">{named(members, clients.name)} <small>({value:.3g})</small></span>'
+            for value, members in ends
+        ]
+        rows.append([clients.name(client), *(cells or [NONE] * 2)])
     return rows
 
 
-def heat_map(opened: Seen, ratios: bool, holdings: Sequence[str]) -> Figure:
+def heat_map(opened: Seen, ratios: bool, clients: Clients) -> Figure:
     """Return a heat map of distances: rows are clients, columns the sets to whose means they are.
 
     Args:
         opened: the distances.
         ratios: True if rows have scales of their own.
-        holdings: of each row's client in words, for its hover label.
+        clients: the run's.
     """
     shown = opened.shown(ratios)
     known = shown[~np.isnan(shown)]
@@ -104,11 +101,11 @@ def heat_map(opened: Seen, ratios: bool, holdings: Sequence[str]) -> Figure:
     heat = {
         "type": "heatmap",
         "x": list(range(len(opened.sets))),
-        "y": [str(client) for client in opened.clients],
+        "y": [clients.name(client) for client in opened.clients],
         "z": [[None if math.isnan(value) else float(f"{value:.4g}") for value in row] for row in shown.tolist()],
-        "customdata": [[text] for text in holdings],
+        "customdata": [[clients.holding(client)] for client in opened.clients],
         # One text a column; the page's script spreads it over the rows.
-        "text": [[_hover_text(members) for members in opened.sets]],
+        "text": [[_hover_text(members, clients.name) for members in opened.sets]],
         "zmin": 0,
         "zmax": top,
         "colorscale": color_scale(),
@@ -120,7 +117,7 @@ def heat_map(opened: Seen, ratios: bool, holdings: Sequence[str]) -> Figure:
     }
     text = numbers(heat, lambda value: f"{value:.2f}", lambda value: scale_luminance(min(value / top, 1)))
     data = [heat, text] if few else [heat]
-    layout = client_layout(len(opened.clients), [_tick(members) for members in opened.sets])
+    layout = client_layout(len(opened.clients), [_tick(members, clients.name) for members in opened.sets])
     if opened.mutual:
         layout["height"] = min(layout["height"], _SQUARE)
     step = tick_step(len(opened.sets))
@@ -130,22 +127,24 @@ def heat_map(opened: Seen, ratios: bool, holdings: Sequence[str]) -> Figure:
     return {"data": data, "layout": layout}
 
 
-def named(members: Sequence[int]) -> str:
+def named(members: Sequence[int], name: Callable[[int], str]) -> str:
     """Return a set of clients in words: `client 3`, or `the mean of clients 1, 2 and 5`."""
-    return f"client {members[0]}" if len(members) == 1 else f"the mean of clients {listed(members)}"
+    names = [name(member) for member in members]
+    return f"client {names[0]}" if len(members) == 1 else f"the mean of clients {listed(names)}"
 
 
-def _hover_text(members: Sequence[int]) -> str:
-    return "<br>".join(textwrap.wrap(named(members), 60, max_lines=6, placeholder=" …"))
+def _hover_text(members: Sequence[int], name: Callable[[int], str]) -> str:
+    return "<br>".join(textwrap.wrap(named(members, name), 60, max_lines=6, placeholder=" …"))
 
 
-def _tick(members: Sequence[int]) -> str:
-    return textwrap.shorten(", ".join(str(member) for member in members), 18, placeholder=" …")
+def _tick(members: Sequence[int], name: Callable[[int], str]) -> str:
+    return textwrap.shorten(", ".join(name(member) for member in members), 18, placeholder=" …")
 
 
-def _plane(index: int, label: str, opened: Seen, ratios: bool, labels: Sequence[int], domains: Domains) -> str:
+def _plane(index: int, label: str, opened: Seen, ratios: bool, labels: Sequence[int], clients: Clients) -> str:
     points, share = plane(to_one_scale(opened.squared))
     clusters = [max(labels[client], NOBODY) for client in opened.clients]
+    domains = clients.domains
     client_domains = [listed(domains.get(client, ())) or "no domain" for client in opened.clients]
     kinds = list(dict.fromkeys(client_domains)) if any(domains.values()) else []
     if kinds:
@@ -154,10 +153,10 @@ def _plane(index: int, label: str, opened: Seen, ratios: bool, labels: Sequence[
         colors = [cluster_color(cluster) for cluster in clusters]
     symbols = [_cluster_symbol(cluster) for cluster in clusters]
     texts = [
-        f"client {client}<br>{plain(domain) + '<br>' if kinds else ''}{cluster_name(cluster)}"
+        f"client {clients.name(client)}<br>{plain(domain) + '<br>' if kinds else ''}{cluster_name(cluster)}"
         for client, domain, cluster in zip(opened.clients, client_domains, clusters, strict=True)
     ]
-    figure = scatter(points, opened.clients, colors, symbols, texts)
+    figure = scatter(points, [clients.name(client) for client in opened.clients], colors, symbols, texts)
     legend = keys("Domain", [("circle", color(number), name) for number, name in enumerate(kinds)])
     legend += keys(
         "Cluster",
@@ -171,7 +170,7 @@ def _plane(index: int, label: str, opened: Seen, ratios: bool, labels: Sequence[
     repeated = f" Symbols repeat after {len(SYMBOLS)} clusters." if max(clusters) >= len(SYMBOLS) else ""
     words = f"{counted(len(opened.clients), 'client')} as points on a plane; the table below has their coordinates."
     rows = [
-        [str(client), *([escape(domain)] if kinds else []), _number(cluster), f"{x:.3g}", f"{y:.3g}"]
+        [clients.name(client), *([escape(domain)] if kinds else []), _number(cluster), f"{x:.3g}", f"{y:.3g}"]
         for client, domain, cluster, (x, y) in zip(
             opened.clients, client_domains, clusters, points.tolist(), strict=True
         )
@@ -206,13 +205,13 @@ def _cluster_symbol(label: int) -> str:
 
 
 def scatter(
-    points: Floats, names: Sequence[int], colors: Sequence[str], symbols: Sequence[str], texts: Sequence[str]
+    points: Floats, names: Sequence[str], colors: Sequence[str], symbols: Sequence[str], texts: Sequence[str]
 ) -> Figure:
-    """Return clients as points on a plane, with their numbers beside them if there is room.
+    """Return clients as points on a plane, with their names beside them if there is room.
 
     Args:
         points: [N, 2].
-        names: numbers of the N clients.
+        names: of the N clients.
         colors, symbols: of their markers.
         texts: of their hover labels.
     """
@@ -221,7 +220,7 @@ def scatter(
         "mode": "markers+text" if len(names) <= _NAMED_POINTS else "markers",
         "x": [float(f"{value:.4g}") for value in points[:, 0]],
         "y": [float(f"{value:.4g}") for value in points[:, 1]],
-        "text": [str(name) for name in names],
+        "text": list(names),
         "textposition": "top center",
         "customdata": list(texts),
         "hovertemplate": "%{customdata}<extra></extra>",

@@ -8,8 +8,9 @@ from itertools import pairwise
 from typing import Any
 
 from sordino.errors import RunError
+from sordino.report.markup import plain
 from sordino.report.runs import Run
-from sordino.results import ClientResult, Measure, Results, Spread
+from sordino.results import ClientResult, Measure, Results, Spread, listed
 
 # The page's names of the measures.
 TITLES: dict[Measure, str] = {
@@ -71,6 +72,33 @@ class Group:
     def clients(self) -> Iterator[ClientResult]:
         """Iterate over every client of every run."""
         return (client for run in self.runs for client in run.summary.per_client)
+
+
+@dataclass(frozen=True)
+class Clients:
+    """Who the clients of a run are.
+
+    Attributes:
+        names: by number.
+        domains: by number; empty where they are not known.
+    """
+
+    names: Mapping[int, str]
+    domains: Mapping[int, tuple[str, ...]]
+
+    @classmethod
+    def of(cls, entries: Sequence[ClientResult]) -> "Clients":
+        """Return the clients of a run's summary."""
+        return cls(client_names(entries), {entry.client: entry.domains or () for entry in entries})
+
+    def name(self, client: int) -> str:
+        """Return its name, or its number if it has none; as HTML, which labels of plotly show too."""
+        return plain(self.names.get(client, str(client)))
+
+    def holding(self, client: int) -> str:
+        """Return its domains for its hover label; nothing if they are not known."""
+        domains = self.domains.get(client, ())
+        return plain(f"domain: {listed(domains)}") if domains else ""
 
 
 def client_names(entries: Iterable[ClientResult]) -> dict[int, str]:
