@@ -22,7 +22,7 @@ from sordino.privacy.mechanism import (
     once,
     summed_securely,
 )
-from sordino.privacy.secure_mean import ServerSums, SumTerms, SumVectors
+from sordino.privacy.secure_mean import ServerSums, Summed, SumTerms, SumVectors
 from sordino.randomness import Randomness
 
 CLIP = "clip"  # the mechanism's state: the current bound, a scalar
@@ -102,38 +102,38 @@ class ClientMechanism(Mechanism):
         divisor = self.inputs.participation * len(self.inputs.sizes) if self.samples_clients else len(clients)
         server_share = 1.0 if s.noise_by == "server" else 0.0
         releases: list[Release] = []
-        summed: dict[str, Tensor] = {}  # the secure sum of all fields, as one vector
+        opened: list[Summed] = []  # the secure sum of all fields, as one vector
 
         def average(name: str, values: Tensor, weights: Tensor) -> Tensor:
             if sums is not None:
-                if not summed:
-                    total, charged = sums.of(self._upload_terms(clip), sums.fields)
-                    summed.update(total)
-                    charge(releases, 0, charged)
-                return summed[name].to(values) / divisor
+                if not opened:
+                    opened.append(sums.of(self._upload_terms(clip), sums.fields))
+                    charge(releases, 0, opened[0].noise_multiplier)
+                return opened[0].fields[name].to(values) / len(opened[0].survivors)
             noise = randomness.common_normal(f"noise on the sum of {name}", *values.shape[1:]).to(values)
             mean: Tensor = (values.sum(0) + server_share * z_upload * clip * noise) / divisor
             return mean
 
-        def count_below(bits: Tensor | None) -> float:
+        def share_below(bits: Tensor | None) -> float:
             if sums is not None:
-                total, charged = sums.of(self._count_terms, {COUNT: torch.zeros(1, 1)})
-                charge(releases, 1, charged)
-                return float(total[COUNT])
+                summed = sums.of(self._count_terms, {COUNT: torch.zeros(1, 1)})
+                charge(releases, 1, summed.noise_multiplier)
+                return float(summed.fields[COUNT]) / len(summed.survivors) + 0.5
             assert bits is not None
             noise = randomness.common_normal("noise on the count")
-            return float(bits.sum()) + float(server_share * z_count / 2 * noise)
+            return (float(bits.sum()) + float(server_share * z_count / 2 * noise)) / divisor + 0.5
 
         def finish(below_clip: Tensor | None) -> dict[str, Tensor]:
             """Move the clip towards the quantile: smaller where more uploads than wanted are below it."""
             if s.clip_quantile is None:
                 return dict(state)
-            below = count_below(below_clip) / divisor + 0.5
-            changed = clip * math.exp(-s.clip_learning_rate * (below - s.clip_quantile))
+            changed = clip * math.exp(-s.clip_learning_rate * (share_below(below_clip) - s.clip_quantile))
             return {CLIP: torch.tensor(changed, dtype=torch.float64)}
 
-        broadcast_clip = state[CLIP] if self.broadcasts_clip else None
-        return ServerRoundMechanism(once(average), releases, broadcast_clip, finish)
+        return ServerRoundMechanism(once(average), releases, finish)
+
+    def broadcast_clip(self, state: Mapping[str, Tensor]) -> Tensor | None:
+        return state[CLIP] if self.broadcasts_clip else None
 
     def entered(self, clients: Sequence[int], rates: Sequence[Sequence[float]]) -> list[Release]:
         return self.round_releases(clients)

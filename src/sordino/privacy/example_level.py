@@ -202,9 +202,9 @@ class ExampleMechanism(Mechanism):
                     "a secure sum would show it without noise; use privacy.noise_by = 'client'"
                 )
             assert sums is not None
-            total, charged = sums.of(self._sum_terms(name), {name: values})
-            charge(releases, -1, charged)
-            return total[name] / weights.to(values).sum()
+            summed = sums.of(self._sum_terms(name), {name: values})
+            charge(releases, -1, summed.noise_multiplier)
+            return summed.fields[name] / weights.to(values)[summed.survivors].sum()
 
         return {"client": plain_mean, "server": once(by_server), "shares": once(in_shares)}[self.settings.noise_by]
 

@@ -123,13 +123,11 @@ class ServerRoundMechanism:
         average: (field, values [K, ...], weights [K]) to their mean, with noise where the server or a secure sum adds
             it. Under a secure sum it looks at no value.
         releases: what the round released; a secure sum enters the noise of those who survived it.
-        broadcast_clip: the clip that clients are told, where it adapts; part of the broadcast.
         finish: from the uploads' `below_clip` [K], or None, to the mechanism's state after the round.
     """
 
     average: Average
     releases: list[Release]
-    broadcast_clip: Tensor | None = None
     finish: Callable[[Tensor | None], dict[str, Tensor]] = lambda below_clip: {}
 
 
@@ -173,6 +171,10 @@ class Mechanism:
     def broadcasts_clip(self) -> bool:
         """Tell whether the clip adapts, so that the server broadcasts it every round."""
         return False
+
+    def broadcast_clip(self, state: Mapping[str, Tensor]) -> Tensor | None:
+        """Return the clip that clients are told, where it adapts; part of the broadcast."""
+        return None
 
     @property
     def releases_statistics(self) -> bool:

@@ -134,6 +134,21 @@ def sum_parties(
     return [SumParty(place, end) for place, end in zip(places, ends, strict=True)]
 
 
+@dataclass(frozen=True)
+class Summed:
+    """A secure sum as it was opened.
+
+    Attributes:
+        fields: the sums [...] by name.
+        noise_multiplier: what the survivors' noise is charged; 0 without noise.
+        survivors: whose vectors are in it, by their index among those who uploaded.
+    """
+
+    fields: dict[str, Tensor]
+    noise_multiplier: float
+    survivors: list[int]
+
+
 class ServerSums:
     """The server's end of the secure sums of one round.
 
@@ -143,27 +158,32 @@ class ServerSums:
         clients: how many take part.
         carrier: brings messages to them, by their places.
         fields: name to [1, ...], an upload's learned fields, for names, shapes and types.
+        present: the places of those who uploaded; by default of all.
 
     Attributes:
         sent, received: bytes of the first client's messages so far.
     """
 
     def __init__(
-        self, settings: PrivacySettings, session: str, clients: int, carrier: Carrier, fields: Mapping[str, Tensor]
+        self,
+        settings: PrivacySettings,
+        session: str,
+        clients: int,
+        carrier: Carrier,
+        fields: Mapping[str, Tensor],
+        present: Sequence[int] | None = None,
     ) -> None:
         self._settings, self._session, self._clients, self._carrier = settings, session, clients, carrier
         self.fields = dict(fields)
+        self._present = list(range(clients) if present is None else present)
         self.sent = self.received = 0
 
-    def of(self, terms: SumTerms, fields: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
+    def of(self, terms: SumTerms, fields: Mapping[str, Tensor]) -> Summed:
         """Sum several fields as one vector a client.
 
         Args:
             terms: of the sum.
             fields: name to a tensor whose shape after the first axis, and type, the field has.
-
-        Returns:
-            The sums [...] by name, and the noise multiplier that the survivors' noise is charged.
 
         Raises:
             SecureError: too few clients answered; nothing was opened.
@@ -177,4 +197,5 @@ class ServerSums:
         charged = setup.charge(opened.survivors).noise_multiplier if terms.noise_multiplier else 0.0
         parts = torch.from_numpy(np.asarray(opened.values)).split(sizes)
         pairs = zip(fields.items(), parts, strict=True)
-        return {name: part.view(field.shape[1:]).to(field) for (name, field), part in pairs}, charged
+        summed = {name: part.view(field.shape[1:]).to(field) for (name, field), part in pairs}
+        return Summed(summed, charged, [self._present.index(place) for place in opened.survivors])

@@ -33,8 +33,9 @@ from sordino.runtime.facts import (
     schemas_of,
 )
 from sordino.runtime.records import RoundRecord
-from sordino.runtime.server import Diverged, RoundError, ServerEnd, ServerTraining, finite
+from sordino.runtime.server import ServerEnd, ServerTraining, finite
 from sordino.runtime.settings import RuntimeSettings, participant_count
+from sordino.runtime.uploads import Diverged, RoundError
 from sordino.secure import Refusal
 
 __all__ = ["Diverged", "LocalRuntime", "RoundError", "Training"]

@@ -6,9 +6,8 @@ into the same process, a pipe, or a network.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,12 +16,9 @@ from torch import Tensor
 
 from sordino.algorithms.base import (
     Broadcast,
-    ClippedUpload,
     PersonalBroadcast,
     Server,
-    StatedWeight,
     Upload,
-    map_tensors,
     named_tensors,
     take,
 )
@@ -34,10 +30,11 @@ from sordino.privacy.statistics.mechanism import StatisticsMechanism
 from sordino.randomness import system_bytes
 from sordino.runtime import messages
 from sordino.runtime.aggregation import aggregated
-from sordino.runtime.facts import Federation, RandomnessOf, participants, stacked
-from sordino.runtime.messages import MessageError, NotFinite, RoundHeader
+from sordino.runtime.facts import Federation, RandomnessOf, participants
+from sordino.runtime.messages import MessageError, RoundHeader
 from sordino.runtime.records import ProtocolRecord, protocol_record
 from sordino.runtime.release import RELEASE_ROUND, collect
+from sordino.runtime.uploads import Diverged, RoundError, Uploads, error_of, read_uploads, stacked_upload
 from sordino.secure import Carrier, Refusal, SecureError
 
 Link = Carrier  # carries messages to clients, by their numbers in the federation
@@ -73,28 +70,16 @@ class ServerRecord:
         participants: the numbers of the clients that took part.
         upload_bytes, broadcast_bytes: bytes of the first participant's messages as sent; 0 if nobody took part.
         protocol: statistics of the protocol on shares, or None if there was none.
+        lost: those who were asked and whose upload is not in the result, with the reason of each.
+        void: why the round changed nothing; empty if it did not fail.
     """
 
     participants: tuple[int, ...]
     upload_bytes: int
     broadcast_bytes: int
     protocol: ProtocolRecord | None
-
-
-class RoundError(RunError):
-    """A round failed after something was released.
-
-    Attributes:
-        ledger: the ledger, including the round's releases.
-    """
-
-    def __init__(self, message: str, ledger: Ledger) -> None:
-        super().__init__(message)
-        self.ledger = ledger
-
-
-class Diverged(RoundError):
-    """Training reached numbers that are not finite."""
+    lost: Mapping[int, str] = field(default_factory=dict)
+    void: str = ""
 
 
 class ServerEnd:
@@ -143,7 +128,9 @@ class ServerEnd:
         ledger = training.ledger.add(release.releases)
         return replace(training, ledger=ledger, release=release.statistics.tensors, released=True)
 
-    def round(self, training: ServerTraining, link: Link) -> tuple[ServerTraining, ServerRecord]:
+    def round(
+        self, training: ServerTraining, link: Link, quorum: int | None = None
+    ) -> tuple[ServerTraining, ServerRecord]:
         """Run the next round.
 
         1. Choose the participants, and send each its broadcast.
@@ -151,56 +138,92 @@ class ServerEnd:
         3. Average, with noise if the server adds it; run the protocol on shares, if there is one.
         4. Compute the next state from the result.
 
+        With a quorum the round goes on without those who are lost: who do not answer, or not as was agreed. If fewer
+        than the quorum are left, or a secure sum fails, the round is void. It then changes nothing but the ledger, in
+        which the releases of all who were asked stay, because they may have left.
+
+        Args:
+            training: the state before it.
+            link: brings messages to clients, and returns the replies that came.
+            quorum: how many participants are enough; None needs all of them, and raises an error otherwise.
+
         Raises:
             Diverged: an upload, or the next state, is not finite.
-            RoundError: an upload is not what was agreed, a client did not answer, or a secure sum failed.
+            RoundError: without a quorum, an upload is not what was agreed, a client did not answer, or a secure sum
+                failed.
             RunError: the link raised it; nothing was released.
         """
         federation, number = self.federation, training.round + 1
         chosen = self.participants(number)
         session = system_bytes(SESSION_BYTES).hex() if federation.mechanism.sums_securely else ""
-        carrier = _by_place(link, chosen)
-        sums = self._sums(session, len(chosen), carrier)
-        randomness = self.randomness(number, chosen or [0])
-        mechanism_round = federation.mechanism.server_end(randomness, chosen, training.mechanism, sums)
-        contents = self._broadcasts(training, mechanism_round, chosen, session)
-        replies = list(link(contents)) if contents else []
-        parts, rates = self._read(replies, chosen, training)
-        mechanism_round.releases.extend(federation.mechanism.entered(chosen, rates))
+        contents = self._broadcasts(training, chosen, session)
+        uploads = read_uploads(federation, number, chosen, dict(link(contents)) if contents else {})
+        if quorum is None and uploads.lost:
+            (client, error), *_ = uploads.lost.items()
+            # Each client's end keeps to the plan before it sends.
+            raise error_of(number, client, error, training.ledger.add(federation.mechanism.round_releases(chosen)))
+        unused = self._releases_of(uploads.lost, chosen)
+        if chosen and len(uploads.clients) < (quorum or 0):
+            reason = f"{len(uploads.clients)} of {len(chosen)} answered as was agreed, and {quorum} are needed"
+            return self._void(training, uploads, training.ledger.add(self._releases_of(chosen, chosen)), reason)
+        came = uploads.clients
+        carrier = _by_place(link, chosen, came)
+        sums = self._sums(session, chosen, came, carrier)
+        randomness = self.randomness(number, came or [0])
+        mechanism_round = federation.mechanism.server_end(randomness, came, training.mechanism, sums)
+        mechanism_round.releases.extend(federation.mechanism.entered(came, uploads.rates))
         try:
-            federation.mechanism.check(mechanism_round.releases, chosen)
+            federation.mechanism.check(mechanism_round.releases, came)
         except RunError as error:  # a client's end broke the plan without reporting it
-            raise RoundError(str(error), training.ledger.add(mechanism_round.releases)) from None
-        upload, below_clip = self._upload(parts)
+            raise RoundError(str(error), training.ledger.add([*mechanism_round.releases, *unused])) from None
+        upload, below_clip = stacked_upload(federation, uploads.parts)
         try:
-            state, protocol = self._next_state(training, upload, chosen, mechanism_round, carrier)
+            state, protocol = self._next_state(training, upload, chosen, came, mechanism_round, carrier)
             finished = mechanism_round.finish(below_clip)
         except SecureError as error:  # a sum of this round may have been opened before
-            raise RoundError(f"round {number}: {error}", training.ledger.add(mechanism_round.releases)) from None
-        entered = training.ledger.add(mechanism_round.releases)
+            ledger = training.ledger.add([*mechanism_round.releases, *unused])
+            if quorum is None:
+                raise RoundError(f"round {number}: {error}", ledger) from None
+            return self._void(training, uploads, ledger, str(error))
+        entered = training.ledger.add([*mechanism_round.releases, *unused])
         after = replace(training, round=number, state=state, mechanism=finished, ledger=entered)
         if not finite(state):
             raise Diverged(f"the server's state is not finite after round {number}", after.ledger)
-        up, down = (len(replies[0][1]), len(contents[chosen[0]])) if replies else (0, 0)  # type: ignore[arg-type]
+        up, down = (uploads.sent, len(contents[came[0]])) if came else (0, 0)
         if protocol:  # the protocol's messages carry the upload
             up, down = protocol.sent, down + protocol.received
         if sums:
             up, down = up + sums.sent, down + sums.received
-        return after, ServerRecord(tuple(chosen), up, down, protocol)
+        return after, ServerRecord(tuple(came), up, down, protocol, uploads.reasons)
+
+    def _void(
+        self, training: ServerTraining, uploads: Uploads, ledger: Ledger, reason: str
+    ) -> tuple[ServerTraining, ServerRecord]:
+        """Return the state after a round that failed: clients have noised it, so it is not run again."""
+        after = replace(training, round=training.round + 1, ledger=ledger)
+        return after, ServerRecord((), 0, 0, None, uploads.reasons, reason)
+
+    def _releases_of(self, some: Iterable[int], chosen: Sequence[int]) -> list[Release]:
+        """Return what some of the clients of a round release of their own in it, as planned."""
+        parties = {f"client {client}" for client in some}
+        return [release for release in self.federation.mechanism.round_releases(chosen) if release.party in parties]
 
     def _next_state(
         self,
         training: ServerTraining,
         upload: Upload,
         chosen: Sequence[int],
+        came: Sequence[int],
         mechanism_round: ServerRoundMechanism,
         carrier: Carrier,
     ) -> tuple[Server, ProtocolRecord | None]:
         """Return the method's next state, and the record of a protocol on shares, if there was one."""
         federation = self.federation
-        round_context = federation.round_context(training.round + 1, chosen)
+        server_exchange = getattr(federation.algorithm, "server_exchange", None)
+        # Participants of a protocol have their places, even if they are lost.
+        round_context = federation.round_context(training.round + 1, chosen if server_exchange else came)
         began = time.monotonic()
-        if server_exchange := getattr(federation.algorithm, "server_exchange", None):
+        if server_exchange:
             method = (federation.settings, federation.model, training.state)
             uploads: Any = server_exchange(*method, upload, chosen, round_context, carrier)
         else:
@@ -235,20 +258,19 @@ class ServerEnd:
         clients = range(self.federation.clients) if sampled else self.participants(number)
         return self.federation.mechanism.round_releases(clients)
 
-    def _sums(self, session: str, clients: int, carrier: Carrier) -> ServerSums | None:
+    def _sums(self, session: str, chosen: Sequence[int], came: Sequence[int], carrier: Carrier) -> ServerSums | None:
         if not session:
             return None
         learned = named_tensors(self.federation.schemas.upload)
         fields = {name: tensor for name, tensor in learned.items() if name != WEIGHT}
-        return ServerSums(self.federation.mechanism.settings, session, clients, carrier, fields)
+        present = [place for place, client in enumerate(chosen) if client in set(came)]
+        return ServerSums(self.federation.mechanism.settings, session, len(chosen), carrier, fields, present)
 
-    def _broadcasts(
-        self, training: ServerTraining, mechanism_round: ServerRoundMechanism, chosen: Sequence[int], session: str
-    ) -> dict[int, bytes]:
+    def _broadcasts(self, training: ServerTraining, chosen: Sequence[int], session: str) -> dict[int, bytes]:
         """Return each participant's broadcast as bytes, by client."""
         federation = self.federation
         broadcast = federation.algorithm.broadcast(training.state)
-        clip = mechanism_round.broadcast_clip
+        clip = federation.mechanism.broadcast_clip(training.mechanism)
         contents: dict[int, bytes] = {}
         for place, client in enumerate(chosen):
             client_broadcast: Broadcast = broadcast
@@ -259,80 +281,19 @@ class ServerEnd:
             contents[client] = messages.encode(message, header)
         return contents
 
-    def _read(
-        self, replies: Sequence[tuple[int, bytes | Refusal]], chosen: Sequence[int], training: ServerTraining
-    ) -> tuple[list[dict[str, Tensor]], list[list[float]]]:
-        """Return the tensors of each participant's upload, and for each gradient the participants' rates.
-
-        Raises:
-            Diverged, RoundError: see `round`.
-        """
-        federation, number = self.federation, training.round + 1
-
-        def released() -> Ledger:
-            """Return the ledger with the planned releases, which each client's end enforces before it sends."""
-            return training.ledger.add(federation.mechanism.round_releases(chosen))
-
-        came = {client: reply for client, reply in replies if isinstance(reply, bytes)}
-        below_clip = torch.zeros(1) if federation.mechanism.broadcasts_clip else None
-        like = federation.upload_message(federation.schemas.upload, below_clip)
-        # A robust aggregation handles numbers that are not finite; a mean does not.
-        strict = federation.runtime.aggregation == "mean"
-        parts, rates = list[dict[str, Tensor]](), list[tuple[float, ...]]()
-        for client in chosen:
-            if client not in came:
-                raise RoundError(f"round {number}: client {client} did not answer", released())
-            try:
-                header = messages.upload_header(came[client])
-                if header.round != number:
-                    raise MessageError(f"it is of round {header.round}")
-                parts.append(named_tensors(messages.decode(came[client], like, finite=strict)))
-                rates.append(header.rates)
-            except NotFinite as error:
-                message = f"training diverged in round {number}: client {client}'s {error}"
-                raise Diverged(message, released()) from None
-            except MessageError as error:
-                message = f"round {number}: client {client}'s upload is refused: {error}"
-                raise RoundError(message, released()) from None
-        if len({len(drawn) for drawn in rates}) > 1:
-            raise RoundError(f"round {number}: clients took different numbers of gradients", released())
-        return parts, [list(drawn) for drawn in zip(*rates, strict=True)]
-
-    def _upload(self, parts: Sequence[Mapping[str, Tensor]]) -> tuple[Upload, Tensor | None]:
-        """Return the participants' uploads as one stack, and the bits of an adaptive clip.
-
-        Under a secure sum the server sees the weights only. All other tensors are NaN, so that no code can use them
-        unnoticed.
-        """
-        federation, schema = self.federation, self.federation.schemas.upload
-        count, below_clip = len(parts), None
-        bits = torch.zeros(1) if federation.mechanism.broadcasts_clip else None
-        like = federation.upload_message(schema, bits)
-        received = stacked(parts, named_tensors(like))
-        if isinstance(like, ClippedUpload):
-            below_clip = received.pop("below_clip")
-            received = {name.removeprefix("upload."): tensor for name, tensor in received.items()}
-        hidden = isinstance(like, StatedWeight) or type(like) is Upload
-
-        def seen(name: str, tensor: Tensor) -> Tensor:
-            if name in received or not hidden:
-                return received[name]
-            return torch.full((count, *tensor.shape[1:]), math.nan, dtype=tensor.dtype, device=tensor.device)
-
-        return map_tensors(schema, seen), below_clip
-
 
 def finite(state: Any) -> bool:
     """Return whether all numbers of a state are finite."""
     return all(bool(tensor.isfinite().all()) for tensor in named_tensors(state).values())
 
 
-def _by_place(link: Link, chosen: Sequence[int]) -> Carrier:
-    """Return a carrier that addresses clients by their place among the participants."""
+def _by_place(link: Link, chosen: Sequence[int], came: Sequence[int]) -> Carrier:
+    """Return a carrier that addresses clients by their place among those chosen; it asks only those who came."""
     places = {client: place for place, client in enumerate(chosen)}
 
     def carry(contents: Mapping[int, bytes]) -> list[tuple[int, bytes | Refusal]]:
-        replies = link({chosen[place]: content for place, content in contents.items()})
+        asked = {chosen[place]: content for place, content in contents.items()}
+        replies = link({client: content for client, content in asked.items() if client in came})
         return [(places[client], reply) for client, reply in replies if client in places]
 
     return carry

@@ -294,8 +294,9 @@ class StatisticsMechanism(Mechanism):
 
     def summed_in_shares(self, part: str, sums: ServerSums) -> tuple[Tensor, float]:
         """Return the secure sum of a part, float32, and the noise multiplier that its survivors left."""
-        fields, charged = sums.of(self.terms(part), {part: torch.zeros(1, *self.part_shape(part), dtype=torch.float64)})
-        return fields[part].float(), charged
+        like = {part: torch.zeros(1, *self.part_shape(part), dtype=torch.float64)}
+        summed = sums.of(self.terms(part), like)
+        return summed.fields[part].float(), summed.noise_multiplier
 
     def terms(self, part: str) -> SumTerms:
         """Return the terms of a secure sum; one entry may hold all of a client's examples."""
