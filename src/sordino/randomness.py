@@ -28,7 +28,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -156,19 +156,66 @@ class SystemRandomness:
         return self.common_normal(purpose, self.clients, *shape)
 
     def common_normal(self, purpose: str, *shape: int) -> Tensor:
-        import torch
-        from scipy.special import ndtri
-
-        four = ndtri((_integers(4, *shape) + 0.5) * 2.0**-53)
-        return torch.from_numpy(np.asarray(four.sum(0) / 2)).float().to(self.device)
+        return _four_normal(system_words, shape).to(self.device)
 
     def uniform(self, purpose: str, counts: Sequence[int]) -> list[Tensor]:
         import torch
 
-        return [torch.from_numpy(_integers(count) * 2.0**-53) for count in counts]
+        return [torch.from_numpy(_integers(system_words, count) * 2.0**-53) for count in counts]
 
     def words(self, purpose: str) -> list[Words]:
         return [system_words] * self.clients
+
+
+@dataclass(frozen=True)
+class KeyedRandomness:
+    """Numbers of one round that only the holder of a key can draw, and draw again.
+
+    A party that restarts in the middle of a round goes on with the same noise, rather than with a second one that
+    nobody counted. The key comes from the operating system, anew for every round, and never leaves the party. Streams
+    are ChaCha20's (Bernstein, 2008), one for each purpose and client. A stream that is used again goes on, so that no
+    noise is added twice. Normal numbers are made as those of `SystemRandomness`.
+
+    Attributes:
+        key: 32 bytes of `system_bytes`; none is ever used for two rounds.
+        clients: the K clients' numbers.
+        device: where drawn tensors are put.
+    """
+
+    key: bytes
+    clients: Sequence[int]
+    device: torch.device
+    _streams: dict[tuple[str, str], Words] = field(default_factory=dict, repr=False)
+
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        import torch
+
+        drawn = [_four_normal(self._stream(f"client {client}", purpose), shape) for client in self.clients]
+        return torch.stack(drawn).to(self.device)
+
+    def common_normal(self, purpose: str, *shape: int) -> Tensor:
+        return _four_normal(self._stream("all", purpose), shape).to(self.device)
+
+    def uniform(self, purpose: str, counts: Sequence[int]) -> list[Tensor]:
+        import torch
+
+        pairs = zip(counts, self.words(purpose), strict=True)
+        return [torch.from_numpy(_integers(words, count) * 2.0**-53) for count, words in pairs]
+
+    def words(self, purpose: str) -> list[Words]:
+        return [self._stream(f"client {client}", purpose) for client in self.clients]
+
+    def _stream(self, owner: str, purpose: str) -> Words:
+        if (owner, purpose) not in self._streams:
+            self._streams[owner, purpose] = self._new_stream(owner, purpose)
+        return self._streams[owner, purpose]
+
+    def _new_stream(self, owner: str, purpose: str) -> Words:
+        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+
+        key = hashlib.blake2b(f"{owner}\x1f{purpose}".encode(), key=self.key, digest_size=32).digest()
+        stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
+        return lambda count: np.frombuffer(stream.update(bytes(8 * count)), dtype=np.uint64)
 
 
 def new_nonce() -> str:
@@ -192,8 +239,16 @@ def system_words(count: int) -> NDArray[np.uint64]:
     return np.frombuffer(system_bytes(8 * count), dtype=np.uint64)
 
 
-def _integers(*shape: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+def _integers(words: Words, *shape: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
     """Uniform integers below 2^53, as float64, which holds them exactly."""
-    size = int(np.prod(shape))
-    drawn = system_words(size) >> np.uint64(11)
+    drawn = words(int(np.prod(shape))) >> np.uint64(11)
     return drawn.astype(np.float64).reshape(shape)
+
+
+def _four_normal(words: Words, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal numbers, float32, each half the sum of four."""
+    import torch
+    from scipy.special import ndtri
+
+    four = ndtri((_integers(words, 4, *shape) + 0.5) * 2.0**-53)
+    return torch.from_numpy(np.asarray(four.sum(0) / 2)).float()

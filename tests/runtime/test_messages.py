@@ -119,7 +119,7 @@ PRIVATE = {"mechanism": "dp-sgd", "noise_multiplier": 1.0}
         (lambda upload: None, RoundError, "client 1 did not answer"),
         (lambda upload: b"x" * 30, RoundError, "client 1's upload is refused"),
         (lambda upload: upload[:-9], RoundError, "client 1's upload is refused: it is no message"),
-        (lambda upload: upload.replace(b'"round":"1"', b'"round":"2"'), RoundError, "it is of round 2"),
+        (lambda upload: upload.replace(rb"round\":1", rb"round\":2"), RoundError, "it is of round 2"),
         (lambda upload: upload[:-12] + b"\xff" * 12, Diverged, "client 1's tensor .* is not finite"),
         (lambda upload: upload.replace(b"[0.4", b"[0.9", 1), RoundError, "does not keep to its schedule"),
     ],

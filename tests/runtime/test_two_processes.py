@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from runtime.client_process import Spec, receive, send
+from runtime.federations import SIX
 
-from sordino.algorithms import algorithm, settings_for
-from sordino.algorithms.base import map_tensors, model_class, named_tensors
-from sordino.encoders.prompt_model import PromptModel
+from sordino.algorithms.base import map_tensors, named_tensors
 from sordino.errors import ConfigError
 from sordino.privacy.client_level import CLIP
 from sordino.runtime import checkpoint
@@ -31,52 +29,15 @@ from sordino.secure import Refusal
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).with_name("client_process.py")
-NONCE = "00112233445566778899aabbccddeeff"
-SIX = [[4 * i + c for i in range(k, 10, 3) for c in classes] for classes in ((0, 1), (2, 3)) for k in range(3)]
-QUICK = {"context_length": 4, "batch_size": 5, "local_steps": 2, "optimizer": {"name": "adam", "learning_rate": 0.05}}
-NOISE = {"noise_multiplier": 1.0, "simulation": True, "nonce": NONCE}
-ADAPTIVE = NOISE | {"mechanism": "dp-fedavg", "clip_quantile": 0.5}
-STATISTICS = NOISE | {"mechanism": "statistics", "center_share": 0.1, "scatter_share": 0.1}
-UNIFORM = {"weighting": "uniform"}
-ONE_STEP = QUICK | {"local_steps": 1, "dp-fpl": {"rank": 2}}
-
-FEDERATIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    "dp-fpl, adaptive clip, noise by the clients": ("dp-fpl", ONE_STEP, ADAPTIVE, UNIFORM),
-    "dp-fpl, adaptive clip, noise by the server": (
-        *("dp-fpl", ONE_STEP, ADAPTIVE | {"noise_by": "server"}),
-        UNIFORM | {"participation": 0.5},
-    ),
-    "dp-fpl, adaptive clip, a secure sum": ("dp-fpl", ONE_STEP, ADAPTIVE | {"noise_by": "shares"}, UNIFORM),
-    "dp-fpl, dp-sgd, a secure sum": ("dp-fpl", ONE_STEP, NOISE | {"mechanism": "dp-sgd", "noise_by": "shares"}, {}),
-    "dp-fpl, dp-sgd": ("dp-fpl", QUICK | {"dp-fpl": {"rank": 2}}, NOISE | {"mechanism": "dp-sgd"}, {}),
-    **{
-        f"{method}, statistics, noise by {noise_by}": (
-            *(method, {**QUICK, "dp-fpl": {"rank": 2}}, STATISTICS | {"noise_by": noise_by}),
-            {},
-        )
-        for method in ("dp-fpl", "promptfl")
-        for noise_by in ("client", "server", "shares")
-    },
-    "secfpp": ("secfpp", QUICK | {"batch_size": 0, "secfpp": {"cluster_every": 2, "clusters": 2}}, {}, {}),
-    "pfedpg": ("pfedpg", QUICK, {}, {"participation": 0.67}),
-}
 
 
-@pytest.fixture
-def spec_of(
-    clip_folder: Path, model: PromptModel, table: tuple[torch.Tensor, torch.Tensor], tmp_path: Path, read: Any
-) -> Any:
-    """Builds a federation's description."""
-
-    def of(name: str) -> Spec:
-        method, tables, privacy, runtime = FEDERATIONS[name]
-        file = tmp_path / "table.safetensors"
-        settings = settings_for(method, tables)
-        features = read(model_class(algorithm(method)).of(settings, model.encoder, model.classes).reads)
-        safetensors.torch.save_file({"features": features.contiguous(), "labels": table[1]}, file)
-        return Spec(method, tables, SIX, 4, privacy, runtime, str(clip_folder), str(file), list(range(len(SIX))))
-
-    return of
+# The others differ in what the bytes say, which `test_fleet` compares in one process.
+IN_PROCESSES = [
+    "dp-fpl, adaptive clip, noise by the clients",
+    "dp-fpl, adaptive clip, a secure sum",
+    "dp-fpl, statistics, noise by client",
+    "secfpp",
+]
 
 
 @contextmanager
@@ -131,7 +92,7 @@ def trained_across(runtime: LocalRuntime, link: Link) -> tuple[ServerTraining, l
     return training, records
 
 
-@pytest.mark.parametrize("name", FEDERATIONS)
+@pytest.mark.parametrize("name", IN_PROCESSES)
 def test_two_processes_have_the_local_runtimes_numbers(name: str, spec_of: Any, tmp_path: Path) -> None:
     """To the bit: states at both ends, clip, ledger, and bytes on the wire."""
     spec = spec_of(name)

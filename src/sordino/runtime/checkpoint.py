@@ -81,6 +81,26 @@ def load_clients(folder: Path, like: ClientTraining) -> ClientTraining | None:
     return parts and parts[1]
 
 
+def tensors_of(training: ClientTraining) -> dict[str, Tensor]:
+    """Return the state of a stack of clients as tensors by name, with what it released."""
+    return _tensors("clients.", training.state) | _kept(training.release, True)
+
+
+def clients_of(like: ClientTraining, tensors: dict[str, Tensor], number: int) -> ClientTraining:
+    """Return the state of a stack of clients from its tensors.
+
+    Args:
+        like: a state of the same method and settings, for types, shapes and devices.
+        tensors: as `tensors_of` gave them, among others.
+        number: of the last round.
+
+    Raises:
+        ValueError, KeyError: a tensor is missing or of another shape.
+    """
+    state = _fill(like.state, tensors, "clients.")
+    return replace(like, round=number, state=state, release=_release(tensors) or like.release)
+
+
 def _write(
     folder: Path, number: int, server: ServerTraining | None, clients: ClientTraining | None, alone: bool = False
 ) -> None:
@@ -95,7 +115,7 @@ def _write(
         mechanism = {f"mechanism.{name}": tensor.contiguous() for name, tensor in entries}
         parts["server"] = mechanism | _tensors("server.", server.state) | _kept(server.release, alone)
     if clients is not None:
-        parts["clients"] = _tensors("clients.", clients.state) | _kept(clients.release, alone)
+        parts["clients"] = tensors_of(clients) if alone else _tensors("clients.", clients.state)
     files: dict[str, dict[str, str]] = {}
     for party, tensors in parts.items():
         content = safetensors.torch.save(tensors) if tensors else b""
@@ -134,10 +154,7 @@ def _read(
             released = server.released or latest.get("released") is True
             server = replace(server, release=_release(tensors) or server.release, released=released)
         if clients is not None:
-            tensors = _part(folder, latest["clients"])
-            state_of_clients = _fill(clients.state, tensors, "clients.")
-            release = _release(tensors) or clients.release
-            clients = replace(clients, round=number, state=state_of_clients, release=release)
+            clients = clients_of(clients, _part(folder, latest["clients"]), number)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
         raise RunError(
             f"checkpoint in {folder} is damaged ({error}); nothing was changed; "

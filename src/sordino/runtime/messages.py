@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -22,6 +22,7 @@ from sordino.errors import RunError
 AnyMessage = TypeVar("AnyMessage", Broadcast, Upload)
 
 HEADER_BYTES = 65_536  # the largest header of a message
+HEAD = "sordino"  # the one entry of a message's metadata: a JSON document
 ROUND = "round"  # the header's entry in every broadcast and upload, and in no message of a protocol
 
 
@@ -73,13 +74,19 @@ def encode(message: Broadcast | Upload, header: RoundHeader | UploadHeader) -> b
         kind = type(message).__name__
         raise TypeError(f"{kind} may not leave its party; only a Broadcast or an Upload may be sent")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named_tensors(message).items()}
-    metadata = {name: json.dumps(value) for name, value in vars(header).items() if value not in ("", ())}
-    return safetensors.torch.save(tensors, metadata=metadata)
+    return with_head(tensors, {name: value for name, value in vars(header).items() if value not in ("", ())})
+
+
+def with_head(tensors: Mapping[str, Tensor], head: Mapping[str, Any]) -> bytes:
+    """Return tensors as safetensors bytes, with JSON values by name; equal ones make equal bytes."""
+    # One entry only: safetensors writes several in no fixed order.
+    document = json.dumps(dict(head), sort_keys=True, separators=(",", ":"))
+    return safetensors.torch.save(dict(tensors), metadata={HEAD: document})
 
 
 def opens_round(content: bytes) -> bool:
     """Return whether bytes from the server are a broadcast that opens a round; protocol messages are not."""
-    return ROUND in _header(content)
+    return ROUND in head_of(content)
 
 
 def round_header(content: bytes) -> RoundHeader:
@@ -88,7 +95,7 @@ def round_header(content: bytes) -> RoundHeader:
     Raises:
         MessageError: an entry is missing, unknown or of another type.
     """
-    entries = _header(content)
+    entries = head_of(content)
     _check_entries(entries, {"round", "place", "clients"}, {"session"})
     numbers = {name: _count(name, entries[name]) for name in ("round", "place", "clients")}
     session = entries.get("session", "")
@@ -103,7 +110,7 @@ def upload_header(content: bytes) -> UploadHeader:
     Raises:
         MessageError: an entry is missing, unknown or of another type.
     """
-    entries = _header(content)
+    entries = head_of(content)
     _check_entries(entries, {"round"}, {"rates"})
     rates = entries.get("rates", [])
     if not (isinstance(rates, list) and all(isinstance(rate, float | int) and 0 <= rate <= 1 for rate in rates)):
@@ -164,13 +171,13 @@ def _count(name: str, value: object) -> int:
     return value
 
 
-def _header(content: bytes) -> dict[str, object]:
+def head_of(content: bytes) -> dict[str, Any]:
     """Return the entries of a message's header, or none if the bytes have no readable header."""
     length = int.from_bytes(content[:8], "little")
     if length > HEADER_BYTES:
         return {}
     try:
-        metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
-        return {name: json.loads(value) for name, value in metadata.items()}
-    except (ValueError, AttributeError, TypeError, RecursionError):
+        document = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][HEAD])
+        return document if isinstance(document, dict) else {}
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return {}

@@ -1,0 +1,341 @@
+"""The seam between rounds and engines: what a server asks, who answers, and the one loop that joins the two.
+
+An engine is a `Fleet`: it brings bytes to sites and their answers back. A server without I/O says what it asks next and
+takes what comes. So the same two ends of a round run in one process, over processes, and over every engine.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+from sordino.errors import SordinoError
+from sordino.runtime.envelope import Envelope
+from sordino.runtime.messages import MessageError
+from sordino.runtime.release import RELEASE_ROUND
+from sordino.runtime.server import Link, ServerEnd, ServerRecord, ServerTraining
+from sordino.secure import Refusal
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One question of the server's to some sites.
+
+    Attributes:
+        round: which it belongs to; 0 before the first.
+        payloads: bytes by site.
+        quorum: answers that are enough.
+        deadline: seconds after which nobody is waited for.
+        grace: seconds that the others have once a quorum has answered.
+    """
+
+    round: int
+    payloads: Mapping[str, bytes]
+    quorum: int
+    deadline: float
+    grace: float
+
+
+@dataclass(frozen=True)
+class Done:
+    """There is nothing left to ask.
+
+    Attributes:
+        training: the server's state after the last round.
+    """
+
+    training: ServerTraining
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A site's answer.
+
+    Attributes:
+        site: its name, as the engine authenticated it.
+        content: what it sent.
+    """
+
+    site: str
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A site that was asked and does not answer any more.
+
+    Attributes:
+        site: its name.
+        reason: in words.
+    """
+
+    site: str
+    reason: str
+
+
+class Fleet(Protocol):
+    """The sites, as an engine reaches them."""
+
+    def sites(self) -> frozenset[str]:
+        """Return the names of the sites that are there now."""
+        ...
+
+    def ask(self, ask: Ask) -> Iterator[Answer | Lost]:
+        """Bring a question to its sites, and yield what comes, one entry a site.
+
+        It ends when all have answered, `grace` after a quorum has, or at the deadline; who has not answered is lost.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a server waits, and for how many.
+
+    Attributes:
+        quorum: fraction of the sites asked that is enough.
+        deadline, grace: see `Ask`.
+    """
+
+    quorum: float = 1.0
+    deadline: float = 600.0
+    grace: float = 30.0
+
+    def of(self, count: int) -> int:
+        """Return how many of `count` are enough; at least one."""
+        return max(1, math.ceil(self.quorum * count - 1e-9))
+
+
+class Questions(Generic[Result]):
+    """A function that asks through a link, turned round: its questions come out, and replies go in.
+
+    The function runs in a thread of its own, which only ever runs while the caller waits for its next question.
+    """
+
+    def __init__(self, function: Callable[[Link], Result]) -> None:
+        self._asked: queue.Queue[Mapping[int, bytes] | None] = queue.Queue()
+        self._replies: queue.Queue[list[tuple[int, bytes | Refusal]] | None] = queue.Queue()
+        self._outcome: list[Result] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=[function], daemon=True)
+        self._thread.start()
+        self.pending = self._asked.get()
+
+    def reply(self, replies: Sequence[tuple[int, bytes | Refusal]]) -> None:
+        """Give the replies to the pending question; then the next one is pending, or None."""
+        self._replies.put(list(replies))
+        self.pending = self._asked.get()
+
+    def result(self) -> Result:
+        """Return what the function returned, or raise what it raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._outcome[0]
+
+    def drop(self) -> None:
+        """Give up: the function sees an error where it asks."""
+        if self.pending is not None:
+            self._replies.put(None)
+            self._thread.join()
+
+    def _run(self, function: Callable[[Link], Result]) -> None:
+        try:
+            self._outcome.append(function(self._link))
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._asked.put(None)
+
+    def _link(self, contents: Mapping[int, bytes]) -> list[tuple[int, bytes | Refusal]]:
+        self._asked.put(contents)
+        replies = self._replies.get()
+        if replies is None:
+            raise MessageError("the round was given up")
+        return replies
+
+
+@dataclass
+class Heard:
+    """What the sites said to one question.
+
+    Attributes:
+        replies: by client.
+        lost: site to its reason.
+        received: bytes by site.
+    """
+
+    replies: dict[int, bytes | Refusal] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
+    received: dict[str, int] = field(default_factory=dict)
+
+
+class ServerRuntime:
+    """The rounds of a run, without I/O: `next` says whom to ask what, `take` and `lost` hear, `close_round` goes on.
+
+    Args:
+        end: the server's end.
+        training: the state to start from.
+        sites: site to the numbers of its clients.
+        experiment: its fingerprint.
+        patience: how long it waits, and for how many.
+        save: is given every new state, and the round's record, before anything else is asked. None for a release.
+    """
+
+    def __init__(
+        self,
+        end: ServerEnd,
+        training: ServerTraining,
+        sites: Mapping[str, Sequence[int]],
+        experiment: str,
+        patience: Patience,
+        save: Callable[[ServerTraining, ServerRecord | None, Mapping[str, str]], None],
+    ) -> None:
+        self.training, self._end, self._patience, self._save = training, end, patience, save
+        self._sites = {site: sorted(clients) for site, clients in sites.items()}
+        self._site_of = {client: site for site, clients in self._sites.items() for client in clients}
+        self._experiment = experiment
+        self._round: Questions[Any] | None = None
+        self._heard = Heard()
+        self._lost: dict[str, str] = {}  # in this round
+
+    def next(self) -> Ask | Done:
+        """Return what to ask now, or that all rounds are over.
+
+        Raises:
+            RoundError: the release failed, or training diverged.
+        """
+        while self._round is None or self._round.pending is None:
+            if self._round is not None:
+                self._finish(self._round)
+            if self.training.round >= self._end.federation.rounds or not self._affordable():
+                return Done(self.training)
+            self._lost = {}
+            self._round = Questions(self._started())
+        self._heard = Heard()
+        payloads = self._by_site(self._round.pending)
+        number = self.training.round + 1 if self._released else RELEASE_ROUND
+        quorum = self._patience.of(len(payloads)) if self._released else len(payloads)
+        return Ask(number, payloads, quorum, self._patience.deadline, self._patience.grace)
+
+    def take(self, site: str, answer: bytes) -> None:
+        """Hear a site's answer. One that is not what was agreed makes the site lost in this round."""
+        asked = {client for client in self._pending if self._site_of[client] == site}
+        try:
+            envelope = Envelope.decode(answer)
+            if envelope.kind == "refusal":
+                raise MessageError(str(envelope.facts.get("reason", "it refused")))
+            if envelope.experiment != self._experiment:
+                raise MessageError(f"its answer is of experiment {envelope.experiment[:12]}")
+            if strangers := sorted({*envelope.contents, *envelope.refused} - asked):
+                raise MessageError(f"it answered for client {strangers[0]}, which is not its own, or was not asked")
+        except MessageError as error:
+            self.lost(site, str(error))
+            return
+        if not asked & self._heard.replies.keys():  # a second answer is not taken
+            self._heard.replies |= envelope.contents
+            self._heard.replies |= {client: Refusal(reason) for client, reason in envelope.refused.items()}
+
+    def lost(self, site: str, reason: str) -> None:
+        """Hear that a site does not answer."""
+        self._lost[site] = reason
+        for client in self._pending:
+            if self._site_of[client] == site and client not in self._heard.replies:
+                self._heard.replies[client] = Refusal(reason)
+
+    def close_round(self) -> None:
+        """Go on with the answers that came.
+
+        Raises:
+            RoundError: the release failed, or training diverged.
+        """
+        assert self._round is not None, "next() comes first"
+        self._round.reply(sorted(self._heard.replies.items(), key=lambda reply: reply[0]))
+        if self._round.pending is None:
+            self._finish(self._round)
+
+    def stop(self) -> None:
+        """Give up the round that waits for answers, if there is one; the state is that before it."""
+        if self._round is not None:
+            self._round.drop()
+            self._round = None
+
+    @property
+    def _released(self) -> bool:
+        return self.training.released or not self._end.federation.mechanism.releases_statistics
+
+    @property
+    def _pending(self) -> Mapping[int, bytes]:
+        return (self._round.pending if self._round else None) or {}
+
+    def _affordable(self) -> bool:
+        return not self._released or self._end.within_budget(self.training)
+
+    def _started(self) -> Callable[[Link], Any]:
+        end, training = self._end, self.training
+        if not self._released:
+            return lambda link: (end.release(training, link), None)
+        quorum = self._patience.of(len(end.participants(training.round + 1)))
+        return lambda link: end.round(training, link, quorum)
+
+    def _finish(self, finished: Questions[Any]) -> None:
+        self._round = None
+        self.training, record = finished.result()
+        self._save(self.training, record, dict(self._lost))
+
+    def _by_site(self, contents: Mapping[int, bytes]) -> dict[str, bytes]:
+        grouped: dict[str, dict[int, bytes]] = {}
+        for client, content in contents.items():
+            grouped.setdefault(self._site_of[client], {})[client] = content
+        return {site: Envelope("round", self._experiment, {}, messages).encode() for site, messages in grouped.items()}
+
+
+def drive(server: ServerRuntime, fleet: Fleet) -> ServerTraining:
+    """Run all rounds of a server over a fleet, and return its last state.
+
+    Raises:
+        RoundError: the release of statistics failed, or training diverged.
+    """
+    try:
+        while isinstance(ask := server.next(), Ask):
+            for event in fleet.ask(ask):
+                if isinstance(event, Answer):
+                    server.take(event.site, event.content)
+                else:
+                    server.lost(event.site, event.reason)
+            server.close_round()
+    finally:
+        server.stop()
+    return ask.training
+
+
+class LocalFleet:
+    """Sites in this process, asked one after another.
+
+    Args:
+        sites: name to its turn, which takes a request and returns the answer.
+    """
+
+    def __init__(self, sites: Mapping[str, Callable[[bytes], bytes]]) -> None:
+        self._sites = dict(sites)
+
+    def sites(self) -> frozenset[str]:
+        return frozenset(self._sites)
+
+    def ask(self, ask: Ask) -> Iterator[Answer | Lost]:
+        for site, payload in ask.payloads.items():
+            if site not in self._sites:
+                yield Lost(site, "it is not there")
+                continue
+            try:
+                answer = self._sites[site](payload)
+            except SordinoError as error:
+                yield Lost(site, str(error))
+            else:
+                yield Answer(site, answer)

@@ -1,0 +1,101 @@
+"""Fleets for tests: sites in this process, and sites in processes of their own that can be killed."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from runtime.client_process import Spec
+from runtime.site_process import receive, send
+
+from sordino.runtime.fleet import Answer, Ask, Lost
+
+SCRIPT = Path(__file__).with_name("site_process.py")
+
+
+@dataclass
+class Site:
+    """A site in a process of its own."""
+
+    process: subprocess.Popen[bytes]
+    connection: socket.socket
+
+
+class ProcessFleet:
+    """Sites in processes of their own, over sockets: the waiting that an engine does, in small.
+
+    Args:
+        spec: the federation.
+        groups: site to its clients.
+        folder: where each site has its state.
+    """
+
+    def __init__(self, spec: Spec, groups: Mapping[str, list[int]], folder: Path) -> None:
+        self._spec, self._groups, self._folder = spec, dict(groups), folder
+        self._sites: dict[str, Site] = {}
+        for site in groups:
+            self.start(site)
+
+    def start(self, site: str) -> None:
+        """Start a site, or start it again."""
+        file = self._folder / f"{site}.json"
+        replace(self._spec, clients=self._groups[site]).write(file)
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, str(SCRIPT), str(file), str(theirs.fileno()), str(self._folder / site)]
+        environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parents[1]), *sys.path])
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
+        theirs.close()
+        self._sites[site] = Site(process, ours)
+
+    def kill(self, site: str) -> None:
+        """Kill a site with its process, at once."""
+        gone = self._sites.pop(site)
+        gone.process.kill()
+        gone.process.wait()
+        gone.connection.close()
+
+    def close(self) -> None:
+        """End all sites."""
+        for site in self._sites.values():
+            site.connection.close()
+        codes = [site.process.wait(60) for site in self._sites.values()]
+        assert codes == [0] * len(codes)
+
+    def sites(self) -> frozenset[str]:
+        return frozenset(self._sites)
+
+    def ask(self, ask: Ask) -> Iterator[Answer | Lost]:
+        waiting: dict[str, Site] = {}
+        for site, payload in ask.payloads.items():
+            if site not in self._sites:
+                yield Lost(site, "it is not there")
+                continue
+            waiting[site] = self._sites[site]
+            send(waiting[site].connection, payload)
+        end, came = time.monotonic() + ask.deadline, 0
+        with selectors.DefaultSelector() as selector:
+            for name, site in waiting.items():
+                selector.register(site.connection, selectors.EVENT_READ, name)
+            while waiting and (left := end - time.monotonic()) > 0:
+                for key, _ in selector.select(left):
+                    name = key.data
+                    selector.unregister(key.fileobj)
+                    del waiting[name]
+                    if content := receive(self._sites[name].connection):
+                        came += 1
+                        yield Answer(name, content)
+                    else:
+                        yield Lost(name, "it closed the connection")
+                if came >= ask.quorum:
+                    end = min(end, time.monotonic() + ask.grace)
+        for name in waiting:
+            yield Lost(name, f"no answer after {ask.deadline:g} s")

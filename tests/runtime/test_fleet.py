@@ -1,0 +1,366 @@
+"""Every fleet gives the local runtime's numbers, and a round goes on without those who are lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from runtime.federations import FEDERATIONS
+from runtime.fleets import ProcessFleet
+from runtime.site_process import EXPERIMENT, LEDGER, turns_of
+from runtime.test_two_processes import trained_locally
+
+from sordino.algorithms.base import named_tensors
+from sordino.errors import RunError
+from sordino.runtime import messages, turns
+from sordino.runtime.envelope import Envelope
+from sordino.runtime.fleet import Answer, Ask, LocalFleet, Lost, Patience, ServerRuntime, drive
+from sordino.runtime.local import LocalRuntime
+from sordino.runtime.messages import MessageError
+from sordino.runtime.server import ServerEnd, ServerRecord, ServerTraining
+
+HALVES = {"north": [0, 1, 2], "south": [3, 4, 5]}
+THIRDS = {"east": [0, 1], "north": [2, 3], "west": [4, 5]}
+Turn = Callable[[bytes], bytes]
+
+
+class Saved:
+    """What a server runtime saved, in order."""
+
+    def __init__(self) -> None:
+        self.states: list[ServerTraining] = []
+        self.records: list[ServerRecord] = []
+        self.lost: list[dict[str, str]] = []
+
+    def __call__(self, training: ServerTraining, record: ServerRecord | None, lost: Mapping[str, str]) -> None:
+        self.states.append(training)
+        if record is not None:
+            self.records.append(record)
+            self.lost.append(dict(lost))
+
+
+def server_of(
+    runtime: LocalRuntime,
+    groups: Mapping[str, list[int]],
+    saved: Saved,
+    patience: Patience | None = None,
+    training: ServerTraining | None = None,
+) -> ServerRuntime:
+    given = runtime.randomness if runtime.privacy.simulation else None
+    end = ServerEnd(runtime.federation, given)
+    start = runtime.start().at_server
+    return ServerRuntime(end, training or start, groups, EXPERIMENT, patience or Patience(), saved)
+
+
+def sites_of(runtime: LocalRuntime, groups: Mapping[str, list[int]], folder: Path) -> dict[str, turns.Turns]:
+    return {site: turns_of(runtime, clients, folder / site) for site, clients in groups.items()}
+
+
+def fleet_of(sites: Mapping[str, turns.Turns], **others: Turn) -> LocalFleet:
+    return LocalFleet({site: turn.turn for site, turn in sites.items()} | others)
+
+
+def same(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("name", FEDERATIONS)
+def test_one_site_has_the_local_runtimes_numbers(name: str, spec_of: Any, tmp_path: Path) -> None:
+    """To the bit: states at both ends, clip, ledger, and bytes of a client's messages."""
+    spec = spec_of(name)
+    runtime = spec.build()
+    expected, records = trained_locally(runtime)
+    groups, saved = {"all": spec.clients}, Saved()
+    sites = sites_of(runtime, groups, tmp_path)
+    training = drive(server_of(runtime, groups, saved), fleet_of(sites))
+    assert same(named_tensors(training.state), named_tensors(expected.server))
+    assert same(named_tensors(sites["all"].training.state), named_tensors(expected.clients))
+    assert same(sites["all"].training.release, expected.at_clients.release)
+    assert same(training.mechanism, expected.mechanism)
+    assert training.ledger.releases == expected.ledger.releases
+    sizes = [(record.upload_bytes, record.broadcast_bytes) for record in saved.records]
+    assert sizes == [(record.upload_bytes, record.broadcast_bytes) for record in records]
+    assert not any(saved.lost)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["dp-fpl, adaptive clip, a secure sum", "promptfl, statistics, noise by client", "secfpp"]
+)
+def test_processes_are_the_same_fleet(name: str, spec_of: Any, tmp_path: Path) -> None:
+    spec = spec_of(name)
+    runtime = spec.build()
+    here = drive(server_of(runtime, HALVES, Saved()), fleet_of(sites_of(runtime, HALVES, tmp_path / "here")))
+    fleet = ProcessFleet(spec, HALVES, tmp_path)
+    there = drive(server_of(runtime, HALVES, Saved()), fleet)
+    fleet.close()
+    assert same(named_tensors(here.state), named_tensors(there.state))
+    assert here.ledger.releases == there.ledger.releases
+
+
+@pytest.mark.parametrize("name", ["dp-fpl, dp-sgd", "dp-fpl, adaptive clip, a secure sum", "secfpp"])
+def test_a_server_that_died_gets_the_stored_answers(name: str, spec_of: Any, tmp_path: Path) -> None:
+    """Sites are through a round that the server lost: asked again, they draw no second noise, and say the same."""
+    spec = spec_of(name)
+    spec = replace(spec, privacy=spec.privacy | ({"simulation": False, "nonce": None} if spec.privacy else {}))
+    runtime, saved = spec.build(), Saved()
+    sites = sites_of(runtime, HALVES, tmp_path)
+    server = server_of(runtime, HALVES, saved, Patience(0.5))
+    ask = server.next()
+    assert isinstance(ask, Ask)
+    answers = {site: sites[site].turn(payload) for site, payload in ask.payloads.items()}
+    charged = {site: (tmp_path / site / LEDGER).read_text() for site in sites if (tmp_path / site / LEDGER).exists()}
+    server.stop()
+    restarted = sites_of(runtime, HALVES, tmp_path)  # and so did the sites
+    for site, payload in ask.payloads.items():
+        assert restarted[site].turn(payload) == answers[site]
+        assert same(named_tensors(restarted[site].training.state), named_tensors(sites[site].training.state))
+    again = server_of(runtime, HALVES, saved, Patience(0.5))
+    training = drive(again, fleet_of(restarted))
+    assert training.round == runtime.rounds
+    for site, before in charged.items():
+        after = json.loads((tmp_path / site / LEDGER).read_text())
+        assert json.loads(before).items() <= after.items()
+        assert len(after) <= runtime.rounds
+    sums = runtime.mechanism.sums_securely  # whose session is new, so the round is not run again
+    assert bool(saved.records[0].void) == sums
+    assert not any(record.void for record in saved.records[1:])
+
+
+def test_a_round_is_answered_once(spec_of: Any, tmp_path: Path) -> None:
+    runtime = spec_of("dp-fpl, dp-sgd").build()
+    sites = sites_of(runtime, HALVES, tmp_path)
+    server = server_of(runtime, HALVES, Saved())
+    ask = server.next()
+    assert isinstance(ask, Ask)
+    request = ask.payloads["north"]
+    answer = sites["north"].turn(request)
+    other = Envelope.decode(request)
+    fewer = replace(other, contents={0: other.contents[0]}).encode()
+    for turns_now in (sites["north"], turns_of(runtime, HALVES["north"], tmp_path / "north")):
+        state = named_tensors(turns_now.training.state)
+        with pytest.raises(MessageError, match="round 1 was answered here, and another request for round 1 is not"):
+            turns_now.turn(fewer)
+        assert same(named_tensors(turns_now.training.state), state)
+        assert turns_now.turn(request) == answer
+    with pytest.raises(MessageError, match="experiment cdcdcdcdcdcd"):
+        sites["north"].turn(replace(other, experiment="cd" * 32).encode())
+    server.stop()
+
+
+def test_noise_of_a_site_is_new_in_every_round_and_kept_until_it_is_over(spec_of: Any, tmp_path: Path) -> None:
+    spec = spec_of("dp-fpl, dp-sgd")
+    runtime = replace(spec, privacy=spec.privacy | {"simulation": False, "nonce": None}).build()
+    keys = set()
+    sites = sites_of(runtime, HALVES, tmp_path)
+
+    def noting(request: bytes) -> bytes:
+        answer = sites["north"].turn(request)
+        keys.add(messages.head_of((tmp_path / "north" / turns.FILE).read_bytes())["key"])
+        return answer
+
+    drive(server_of(runtime, HALVES, Saved()), fleet_of(sites, north=noting))
+    assert len(keys) == runtime.rounds
+    assert all(len(bytes.fromhex(key)) == turns.KEY_BYTES for key in keys)
+
+
+def broken(kind: str) -> Callable[[Turn], Turn]:
+    """A site whose answers to the second round are wrong."""
+
+    def of(turn: Turn) -> Turn:
+        kept: list[bytes] = []
+
+        def answer(request: bytes) -> bytes:
+            kept.append(turn(request))
+            if len(kept) != 2:
+                return kept[-1]
+            envelope = Envelope.decode(kept[-1])
+            client, content = next(iter(envelope.contents.items()))
+            tensors = safetensors.torch.load(content)
+            name = max(tensors, key=lambda name: tensors[name].numel())
+            if kind == "replayed":
+                return kept[0]
+            if kind == "garbage":
+                return b"nothing of Sordino's"
+            if kind == "another site's client":
+                return replace(envelope, contents={0: content}).encode()
+            if kind == "NaN":
+                tensors[name] = tensors[name] * torch.nan
+            if kind == "wrong shape":
+                tensors[name] = tensors[name][..., :1]
+            if kind == "oversized":
+                tensors[name] = torch.zeros(10**6)
+            changed = messages.with_head({k: t.contiguous() for k, t in tensors.items()}, messages.head_of(content))
+            return replace(envelope, contents={**envelope.contents, client: changed}).encode()
+
+        return answer
+
+    return of
+
+
+FAULTS = {
+    "NaN": "not finite",
+    "wrong shape": "shape",
+    "oversized": "bytes where at most",
+    "replayed": "it is of round 1",
+    "garbage": "no message of Sordino's",
+    "another site's client": "client 0, which is not its own",
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_who_answers_otherwise_than_agreed_is_named_and_left_out(kind: str, spec_of: Any, tmp_path: Path) -> None:
+    runtime, saved = spec_of("dp-fpl, dp-sgd").build(), Saved()
+    sites = sites_of(runtime, THIRDS, tmp_path)
+    fleet = fleet_of(sites, west=broken(kind)(sites["west"].turn))
+    training = drive(server_of(runtime, THIRDS, saved, Patience(0.6)), fleet)
+    assert training.round == runtime.rounds
+    first, second, *rest = saved.records
+    assert not first.lost
+    assert not any(record.lost for record in rest)
+    assert FAULTS[kind] in " ".join([*second.lost.values(), *saved.lost[1].values()])
+    assert set(second.lost) <= {4, 5}, "the others are in it"
+    assert set(second.participants) | set(second.lost) == set(range(6))
+    # What was lost may have left: it stays counted.
+    assert {release.steps for release in training.ledger.releases} == {2 * runtime.rounds}
+
+
+def test_a_round_without_some_is_that_of_the_others(spec_of: Any, tmp_path: Path) -> None:
+    """The server's next prompt is the weighted mean of the uploads that came."""
+    spec = spec_of("promptfl, statistics, noise by client")
+    runtime, saved = replace(spec, privacy={}).build(), Saved()
+    sites = sites_of(runtime, THIRDS, tmp_path)
+    uploads: list[dict[str, torch.Tensor]] = []
+
+    def noting(turn: Turn) -> Turn:
+        def answer(request: bytes) -> bytes:
+            content = turn(request)
+            uploads.extend(map(safetensors.torch.load, Envelope.decode(content).contents.values()))
+            return content
+
+        return answer
+
+    fleet = LocalFleet({"east": noting(sites["east"].turn), "north": noting(sites["north"].turn)})
+    server = server_of(runtime, THIRDS, saved, Patience(0.6))
+    ask = server.next()
+    assert isinstance(ask, Ask)
+    for event in fleet.ask(ask):
+        if isinstance(event, Answer):
+            server.take(event.site, event.content)
+        else:
+            assert event == Lost("west", "it is not there")
+            server.lost(event.site, event.reason)
+    server.close_round()
+    weights = torch.stack([upload["weight"][0] for upload in uploads]).double()
+    (learned,) = uploads[0].keys() - {"weight"}
+    sent = torch.stack([upload[learned][0] for upload in uploads])
+    mean = torch.tensordot(weights / weights.sum(), sent.double(), dims=1)
+    (after,) = named_tensors(saved.states[0].state).values()
+    torch.testing.assert_close(after.double(), mean, rtol=1e-6, atol=1e-7)
+    assert saved.lost[0] == {"west": "it is not there"}
+    server.stop()
+
+
+def test_below_the_quorum_a_round_changes_nothing_but_the_ledger(spec_of: Any, tmp_path: Path) -> None:
+    runtime, saved = spec_of("dp-fpl, dp-sgd").build(), Saved()
+    sites = sites_of(runtime, THIRDS, tmp_path)
+    there = LocalFleet({"east": sites["east"].turn})
+    start = runtime.start().at_server
+    training = drive(server_of(runtime, THIRDS, saved, Patience(0.6)), there)
+    assert same(named_tensors(training.state), named_tensors(start.state))
+    assert training.round == runtime.rounds
+    assert all("2 of 6 answered" in record.void and record.participants == () for record in saved.records)
+    assert {release.party for release in training.ledger.releases} == {f"client {client}" for client in range(6)}
+
+
+def test_a_full_disk_at_a_site_loses_a_round_and_nothing_else(
+    spec_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime, saved = spec_of("dp-fpl, dp-sgd").build(), Saved()
+    sites = sites_of(runtime, THIRDS, tmp_path)
+    real, full = turns.write_atomically, []
+
+    def write(path: Path, content: bytes) -> None:
+        if full and path.parent.name == "north":
+            raise RunError(f"cannot write {path}: {OSError(errno.ENOSPC, 'No space left on device').strerror}")
+        real(path, content)
+
+    monkeypatch.setattr(turns, "write_atomically", write)
+    server = server_of(runtime, THIRDS, saved, Patience(0.6))
+    fleet = fleet_of(sites)
+    for number in range(1, runtime.rounds + 1):
+        full[:] = [True] if number == 2 else []
+        ask = server.next()
+        assert isinstance(ask, Ask)
+        before = named_tensors(sites["north"].training.state)
+        for event in fleet.ask(ask):
+            if isinstance(event, Answer):
+                server.take(event.site, event.content)
+            else:
+                server.lost(event.site, event.reason)
+        if full:
+            assert same(named_tensors(sites["north"].training.state), before)
+        server.close_round()
+    assert "No space left on device" in saved.lost[1]["north"]
+    assert [set(record.lost) for record in saved.records] == [set(), {2, 3}, set(), set()]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_site_that_restarts_in_the_middle_of_a_release_goes_on_with_it(
+    stage: int, spec_of: Any, tmp_path: Path
+) -> None:
+    """What it keeps of the release is what it sent: it drew no second sample and no second noise."""
+    spec = spec_of("promptfl, statistics, noise by client")
+    runtime = replace(spec, privacy=spec.privacy | {"simulation": False, "nonce": None}).build()
+    groups = {"all": spec.clients}
+    sites = sites_of(runtime, groups, tmp_path)
+    sent: list[dict[str, torch.Tensor]] = []
+    asked = 0
+
+    def restarting(request: bytes) -> bytes:
+        nonlocal asked
+        if asked == stage:
+            sites.update(sites_of(runtime, groups, tmp_path))
+        asked += 1
+        answer = sites["all"].turn(request)
+        sent.append(safetensors.torch.load(Envelope.decode(answer).contents[3]))
+        return answer
+
+    drive(server_of(runtime, groups, Saved()), LocalFleet({"all": restarting}))
+    uploaded = {name.removeprefix("sums."): tensor for upload in sent[:2] for name, tensor in upload.items()}
+    assert torch.equal(sites["all"].training.release["own"][3], uploaded["matrix"][0])
+
+
+@pytest.mark.slow
+def test_a_site_is_killed_in_a_round_and_comes_back(spec_of: Any, tmp_path: Path) -> None:
+    spec = spec_of("dp-fpl, dp-sgd")
+    spec = replace(spec, privacy=spec.privacy | {"simulation": False, "nonce": None})
+    runtime, saved = spec.build(), Saved()
+    fleet = ProcessFleet(spec, THIRDS, tmp_path)
+    server = server_of(runtime, THIRDS, saved, Patience(0.6, deadline=120, grace=0.5))
+    for number in range(1, runtime.rounds + 1):
+        ask = server.next()
+        assert isinstance(ask, Ask)
+        assert ask.round == number
+        if number == 2:
+            fleet.kill("north")
+        for event in fleet.ask(ask):
+            if isinstance(event, Answer):
+                server.take(event.site, event.content)
+            else:
+                server.lost(event.site, event.reason)
+        server.close_round()
+        if number == 2:
+            fleet.start("north")
+    fleet.close()
+    assert [set(record.lost) for record in saved.records] == [set(), {2, 3}, set(), set()]
+    # Its own ledger has the rounds that it was in.
+    assert list(json.loads((tmp_path / "north" / LEDGER).read_text())) == ["1", "3", "4"]
+    assert list(json.loads((tmp_path / "east" / LEDGER).read_text())) == ["1", "2", "3", "4"]
