@@ -142,7 +142,7 @@ def test_make_installs_what_a_target_needs_and_no_more(target: str, files: list[
 
 
 def test_make_hands_arguments_to_the_demo(tmp_path: Path) -> None:
-    command = ["make", "--dry-run", "demo", f"VENV={tmp_path}", "ARGS=--quick"]
+    command = ["make", "--no-print-directory", "--dry-run", "demo", f"VENV={tmp_path}", "ARGS=--quick"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == f"{tmp_path}/bin/sordino demo --quick"
 

@@ -1,16 +1,10 @@
-"""A process that holds some clients of a federation, and exchanges bytes with a server over a socket.
-
-    python client_process.py SPEC SOCKET OUT
-
-SPEC is a JSON file (`Spec`), SOCKET the number of an open socket, OUT the folder for the clients' checkpoint.
-"""
+"""A process that holds some clients of a federation, and exchanges bytes with a server over a socket."""
 
 from __future__ import annotations
 
 import json
 import socket
 import struct
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -110,23 +104,24 @@ def _exactly(connection: socket.socket, count: int) -> bytes:
     return b"".join(parts)
 
 
-def main(spec_file: str, descriptor: str, out: str) -> None:
-    """Take part in rounds until the server closes the connection; then write the checkpoint."""
-    spec = Spec(**json.loads(Path(spec_file).read_text()))
+def main(spec_file: Path, connection: socket.socket, out: Path) -> None:
+    """Take part in rounds until the server closes the connection; then write the clients' checkpoint.
+
+    Args:
+        spec_file: a `Spec` in JSON.
+        connection: to the server.
+        out: the folder for the checkpoint.
+    """
+    spec = Spec(**json.loads(spec_file.read_text()))
     runtime = spec.build()
     chosen = torch.tensor(spec.clients)
     data = runtime.data
     data = replace(data, rows=data.rows[chosen], counts=data.counts[chosen], weights=data.weights[chosen])
     end = ClientEnd(runtime.federation, data, spec.clients, runtime.randomness)
-    connection = socket.socket(fileno=int(descriptor))
     clients = end.round(end.start())
     while batch := receive(connection):
         contents: Mapping[int, bytes] = {client: body for client, body in batch if isinstance(body, bytes)}
         if all(messages.opens_round(content) for content in contents.values()):
             clients = end.round(clients.training)
         send(connection, clients.handle(contents))
-    checkpoint.save_clients(Path(out), clients.training)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    checkpoint.save_clients(out, clients.training)

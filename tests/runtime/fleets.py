@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import selectors
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-import torch
 from runtime.client_process import Spec
-from runtime.site_process import receive, send
+from runtime.forked import code_of, started
+from runtime.site_process import main, receive, send
 
 from sordino.runtime.fleet import Answer, Ask, Lost
-
-SCRIPT = Path(__file__).with_name("site_process.py")
 
 
 @dataclass
 class Site:
     """A site in a process of its own."""
 
-    process: subprocess.Popen[bytes]
+    process: ForkServerProcess
     connection: socket.socket
 
 
@@ -49,10 +45,7 @@ class ProcessFleet:
         file = self._folder / f"{site}.json"
         replace(self._spec, clients=self._groups[site]).write(file)
         ours, theirs = socket.socketpair()
-        command = [sys.executable, str(SCRIPT), str(file), str(theirs.fileno()), str(self._folder / site)]
-        environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-        environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parents[1]), *sys.path])
-        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
+        process = started(main, file, theirs, self._folder / site)
         theirs.close()
         self._sites[site] = Site(process, ours)
 
@@ -60,14 +53,14 @@ class ProcessFleet:
         """Kill a site with its process, at once."""
         gone = self._sites.pop(site)
         gone.process.kill()
-        gone.process.wait()
+        gone.process.join()
         gone.connection.close()
 
     def close(self) -> None:
         """End all sites."""
         for site in self._sites.values():
             site.connection.close()
-        codes = [site.process.wait(60) for site in self._sites.values()]
+        codes = [code_of(site.process) for site in self._sites.values()]
         assert codes == [0] * len(codes)
 
     def sites(self) -> frozenset[str]:

@@ -1,14 +1,8 @@
-"""A process that is one site of a federation: it answers requests over a socket, and keeps state and answers on disk.
-
-python site_process.py SPEC SOCKET FOLDER
-"""
-
-from __future__ import annotations
+"""A process that is one site of a federation: it answers requests over a socket, and keeps all on disk."""
 
 import json
 import socket
 import struct
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,13 +67,9 @@ def _exactly(connection: socket.socket, count: int) -> bytes:
     return b"".join(parts)
 
 
-def main(spec_file: str, descriptor: str, folder: str) -> None:
-    spec = Spec(**json.loads(Path(spec_file).read_text()))
-    turns = turns_of(spec.build(), spec.clients, Path(folder))
-    connection = socket.socket(fileno=int(descriptor))
+def main(spec_file: Path, connection: socket.socket, folder: Path) -> None:
+    """Answer requests until the server closes the connection."""
+    spec = Spec(**json.loads(spec_file.read_text()))
+    turns = turns_of(spec.build(), spec.clients, folder)
     while request := receive(connection):
         send(connection, answered(turns, request))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

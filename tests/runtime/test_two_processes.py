@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runtime.client_process import Spec, receive, send
+from runtime.client_process import Spec, main, receive, send
 from runtime.federations import SIX
+from runtime.forked import code_of, started
 
 from sordino.algorithms.base import map_tensors, named_tensors
 from sordino.errors import ConfigError
@@ -27,8 +26,6 @@ from sordino.runtime.server import Link, ServerEnd, ServerRecord, ServerTraining
 from sordino.secure import Refusal
 
 pytestmark = pytest.mark.slow
-
-SCRIPT = Path(__file__).with_name("client_process.py")
 
 
 # The others differ in what the bytes say, which `test_fleet` compares in one process.
@@ -44,14 +41,12 @@ IN_PROCESSES = [
 def processes(spec: Spec, groups: list[list[int]], folder: Path) -> Iterator[Link]:
     """Clients in as many processes as there are groups; a link to them."""
     connections: list[socket.socket] = []
-    started: list[subprocess.Popen[bytes]] = []
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    running: list[ForkServerProcess] = []
     for place, clients in enumerate(groups):
         ours, theirs = socket.socketpair()
         file = folder / f"spec-{place}.json"
         replace(spec, clients=clients).write(file)
-        command = [sys.executable, str(SCRIPT), str(file), str(theirs.fileno()), str(folder / f"clients-{place}")]
-        started.append(subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment))
+        running.append(started(main, file, theirs, folder / f"clients-{place}"))
         theirs.close()
         connections.append(ours)
 
@@ -68,7 +63,7 @@ def processes(spec: Spec, groups: list[list[int]], folder: Path) -> Iterator[Lin
     finally:
         for connection in connections:
             connection.close()
-        assert [process.wait(60) for process in started] == [0] * len(started)
+        assert [code_of(process) for process in running] == [0] * len(running)
 
 
 def trained_locally(runtime: LocalRuntime) -> tuple[Training, list[Any]]:

@@ -1,0 +1,139 @@
+"""A site's own file, `site.toml`: its data, where it keeps state, and what it allows. No message can change it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from sordino.errors import ConfigError, config_error
+from sordino.experiments.config import EncoderSettings
+from sordino.experiments.toml_tables import read_tables
+from sordino.files import user_path
+from sordino.privacy.ledger import Unit
+from sordino.privacy.settings import Mechanism, NoiseBy
+from sordino.tasks.settings import DataSettings, PartitionSettings
+
+Fact = Literal["sizes", "accuracy", "class_names"]
+FINGERPRINT = 64  # hexadecimal digits of an experiment's fingerprint
+
+
+class PolicySettings(BaseModel):
+    """The `[policy]` table: which experiments a site takes part in, and what may leave it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    experiments: list[str] = Field(
+        default_factory=list,
+        description="fingerprints of allowed experiments (`sordino site check` prints them), or 'any'",
+    )
+    signers: list[str] = Field(
+        default_factory=list,
+        description="files with the public Ed25519 keys (PEM) of those whose signed experiments are allowed",
+    )
+    mechanisms: list[Mechanism] = Field(
+        default_factory=lambda: ["statistics", "dp-sgd", "cotangent", "dp-fedavg"],
+        description="allowed privacy mechanisms; 'none' allows experiments that add no noise",
+    )
+    noise_by: list[NoiseBy] = Field(
+        default_factory=lambda: ["client", "shares"],
+        description="who may add the noise; 'server' trusts the server with exact uploads",
+    )
+    epsilon: float = Field(
+        gt=0, description="the most that all experiments together may spend, against the server, at delta; inf: any"
+    )
+    delta: float = Field(default=1e-5, gt=0, lt=1, description="at which epsilon is counted")
+    unit: Unit = Field(default="example", description="what epsilon protects: 'example', 'person' or 'client'")
+    tells: list[Fact] = Field(
+        default_factory=lambda: ["sizes", "class_names"],
+        description="facts that may leave besides a method's upload: 'sizes' (how many examples, or persons, it "
+        "holds), 'class_names' (in words; their digest always does), 'accuracy' (without noise)",
+    )
+    fields: list[str] = Field(
+        default_factory=lambda: ["*"],
+        description="names of an upload's tensors that may leave; '*': all that the method declares",
+    )
+    most_bytes: int = Field(default=2**28, ge=1, description="the longest request that is read, and the longest answer")
+
+    @field_validator("experiments")
+    @classmethod
+    def _fingerprints(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name != "any" and not (len(name) == FINGERPRINT and set(name) <= set("0123456789abcdef")):
+                raise ValueError(f"{name!r} is neither 'any' nor {FINGERPRINT} hexadecimal digits")
+        return names
+
+
+class SiteSettings(BaseModel):
+    """A site's file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: str = Field(
+        pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", description="the site's name, as its certificate or key says it"
+    )
+    state: str = Field(default="state", description="the folder that keeps state, answers and the ledger")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where tensors live")
+    data: DataSettings = Field(description="as in a configuration; a path is from the site's file")
+    partition: PartitionSettings | None = Field(
+        default=None,
+        description="divides the data over clients, some of which this site holds; absent: all of it is one client's",
+    )
+    clients: list[int] | None = Field(
+        default=None, min_length=1, description="with a partition: the numbers of its clients that this site holds"
+    )
+    encoder: EncoderSettings | None = Field(
+        default=None, description="where this site has the encoder; its fingerprint must be that of the experiment's"
+    )
+    policy: PolicySettings
+
+    @model_validator(mode="after")
+    def _clients_need_a_partition(self) -> SiteSettings:
+        if (self.clients is None) != (self.partition is None):
+            raise ValueError("clients and [partition] come together: one says which clients the other has")
+        if self.clients is not None and self.partition is not None:
+            if len(set(self.clients)) < len(self.clients) or min(self.clients) < 0:
+                raise ValueError("clients must be different numbers from 0")
+            if max(self.clients) >= self.partition.clients:
+                raise ValueError(f"client {max(self.clients)} is not one of the partition's {self.partition.clients}")
+        return self
+
+    @property
+    def epsilon_is_bounded(self) -> bool:
+        """Tell whether there is a budget."""
+        return math.isfinite(self.policy.epsilon)
+
+
+def load_site(path: Path) -> SiteSettings:
+    """Read a site's file. Relative paths in it are from its own folder.
+
+    Raises:
+        ConfigError: it is missing or malformed, or a key or value is not allowed.
+    """
+    tables = read_tables(path)
+    try:
+        site = SiteSettings.model_validate(tables)
+    except ValidationError as error:
+        raise config_error(error, SiteSettings) from None
+    folder = path.parent.resolve()
+
+    def absolute(text: str, key: str) -> str:
+        return str(folder / user_path(text, key))
+
+    kind, colon, rest = site.data.source.partition(":")
+    data = site.data
+    if kind in ("imagefolder", "table") or rest.startswith((".", "/", "~")):
+        data = data.model_copy(update={"source": kind + colon + absolute(rest, "data.source")})
+    for key in ("public", "persons"):
+        if (value := getattr(data, key)) is not None:
+            data = data.model_copy(update={key: absolute(value, f"data.{key}")})
+    policy = site.policy.model_copy(
+        update={"signers": [absolute(file, "policy.signers") for file in site.policy.signers]}
+    )
+    state = absolute(site.state, "state")
+    if any(not Path(file).is_file() for file in policy.signers):
+        missing = next(file for file in policy.signers if not Path(file).is_file())
+        raise ConfigError("policy.signers", missing, "there is no such file; put the signer's public key there")
+    return site.model_copy(update={"data": data, "policy": policy, "state": state})
