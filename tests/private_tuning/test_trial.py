@@ -212,9 +212,9 @@ def test_one_command_starts_and_stops_all_parties(tmp_path: Path, out: Path) -> 
 
 @pytest.mark.slow
 @needs_proc
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("end", [signal.SIGHUP, signal.SIGKILL])  # test_interruption sends the others
 def test_nobody_is_left_when_it_is_stopped(tmp_path: Path, out: Path, end: signal.Signals) -> None:
-    """By Ctrl-C, by the system, by a terminal that closes, and even where it cannot do anything itself."""
+    """By a terminal that closes, and even where it cannot do anything itself."""
     file = text_task(tmp_path, 4, width=2, population=4, generations=50)
     process = subprocess.Popen(command(file, out, "--whole"), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     until(lambda: len(parties_of(out)) >= 4)  # three that listen, and the model owner
