@@ -16,7 +16,7 @@ SHADOWS = 4  # few, so that the demo is short; `sordino audit` takes 64
 # `--quick`: five clients with two of five digits each, and no client with the others. Text features are most of the
 # work, and are those of half the clients and half the classes. Fewer rounds need larger steps.
 QUICK = (
-    *("rounds=20", "partition.clients=5", "data.novel_classes=5", "data.train_per_class=100", "data.test_per_class=16"),
+    *("rounds=20", "partition.clients=5", "data.novel_classes=5", "data.train_per_class=60", "data.test_per_class=16"),
     *("settings.optimizer.learning_rate=0.035", "settings.promptfl.server_optimizer.learning_rate=0.035"),
 )
 
