@@ -11,12 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import sordino
 from sordino.algorithms import algorithm, settings_for
-from sordino.encoders.base import DualEncoder
-from sordino.encoders.prompt_model import Prompt, named_parts, prompt_count
 from sordino.errors import RunError
 from sordino.experiments.config import Experiment, kept_methods, resolved
 from sordino.experiments.data_digests import data_record, party_digests
@@ -27,14 +24,14 @@ from sordino.experiments.release_file import ReleaseFile, with_release
 from sordino.experiments.run_folder import Metrics, finished, started_with, was_started
 from sordino.experiments.run_folder import start as start_folder
 from sordino.experiments.run_lock import held
+from sordino.experiments.saved_prompts import save_prompts
 from sordino.experiments.tracking import TABLE as TRACKING
 from sordino.experiments.tracking import require_tracker, tracked
 from sordino.experiments.yardsticks import Yardstick, accuracy_before, best_round, effort, evaluation_of
-from sordino.files import absolute_path, user_path, write_atomically
+from sordino.files import write_atomically
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.statement import as_summary
 from sordino.progress import Progress, log, silent
-from sordino.prompt_file import EncoderRecord, PrivacyRecord, SavedPrompt
 from sordino.randomness import new_nonce
 from sordino.report import write_report
 from sordino.results import (
@@ -120,7 +117,7 @@ def _run(
     ledger = training.ledger
     write_atomically(out / LEDGER, ledger.to_json().encode())
     privacy = as_summary(ledger, config.privacy.unit)
-    _save_prompts(out / "prompts", config, dataset.encoder, task, runtime.prompts(training), privacy)
+    save_prompts(out / "prompts", config, dataset.encoder, task.class_names, runtime.prompts(training), privacy)
     summary = Summary(
         algorithm=config.algorithm,
         encoder=dataset.encoder.name,
@@ -345,48 +342,3 @@ def _per_client(task: Task, scores: Scores) -> tuple[ClientResult, ...]:
         )
         for index, line in enumerate(task.summary())
     )
-
-
-def _save_prompts(
-    folder: Path, config: Experiment, encoder: DualEncoder, task: Task, prompt: Prompt, privacy: dict[str, Any]
-) -> None:
-    """One file a client, or one for all where they share a prompt; each says what it belongs to."""
-    parts = {name: part.cpu() for name, part in named_parts(prompt).items()}
-    count = prompt_count(prompt)
-    black_and_white = config.data.gray_range
-    shared = SavedPrompt(
-        prompt={},
-        method=config.algorithm,
-        settings=asdict(settings_for(config.algorithm, config.settings)),
-        class_names=task.class_names,
-        encoder=EncoderRecord(
-            name=encoder.name,
-            fingerprint=encoder.fingerprint,
-            checkpoint=_from_anywhere(config.encoder.checkpoint),
-            dtype=config.encoder.dtype,
-        ),
-        privacy=PrivacyRecord(
-            private=privacy["private"],
-            simulated=privacy["simulated"],
-            statement=privacy["statement"],
-            ledger_sha256=privacy["ledger_digest"],
-        ),
-        version=sordino.__version__,
-        gray_range=None if black_and_white is None else (black_and_white[0], black_and_white[1]),
-    )
-    for client in range(count):
-        client_parts = {part: tensor[client] for part, tensor in parts.items()}
-        name = f"client-{client:04d}" if count > 1 else "shared"
-        saved = replace(
-            shared,
-            prompt=client_parts["context"] if isinstance(prompt, Tensor) else client_parts,
-            client=client if count > 1 else None,
-        )
-        saved.save(folder / f"{name}.safetensors")
-
-
-def _from_anywhere(checkpoint: str | None) -> str | None:
-    """A checkpoint's folder from the root, so that a prompt is used in whatever folder; a hub name as it is."""
-    if checkpoint is None or not user_path(checkpoint, "encoder.checkpoint").is_dir():
-        return checkpoint
-    return str(absolute_path(checkpoint, "encoder.checkpoint"))

@@ -121,6 +121,32 @@ class ClientEnd:
             self._releasing = training, ClientReleaseRound(self, training)
         return self._releasing[1]
 
+    def read_broadcast(self, contents: Sequence[bytes]) -> tuple[Broadcast, Tensor | None]:
+        """Return the method's broadcast and, if the clip adapts, the clip of the round.
+
+        Args:
+            contents: of some of these clients, as they were sent, ascending by client.
+
+        Raises:
+            MessageError: one is not what was agreed.
+        """
+        federation = self.federation
+        adapts = federation.mechanism.broadcasts_clip
+        clip = torch.zeros((), dtype=torch.float64) if adapts else None
+        like = federation.broadcast_message(federation.schemas.broadcast, clip)
+        parts = [messages.decode(content, like) for content in contents]
+        schema = federation.schemas.broadcast
+        if isinstance(parts[0], ClippedBroadcast):
+            clip = parts[0].clip
+            clipped = [part for part in parts if isinstance(part, ClippedBroadcast)]
+            received = [dict(part.broadcast) for part in clipped]
+        else:
+            received = [named_tensors(part) for part in parts]
+        if not isinstance(schema, PersonalBroadcast):  # all clients received the same one
+            return map_tensors(schema, lambda name, _: received[0][name]), clip
+        stack = stacked(received, named_tensors(schema))
+        return map_tensors(schema, lambda name, _: stack[name]), clip
+
     def released(self, training: ClientTraining, release: Mapping[str, Tensor]) -> ClientTraining:
         """Return the state before the first round, after a release of class statistics.
 
@@ -225,7 +251,7 @@ class ClientRound:
         headers = [messages.round_header(contents[client]) for client in clients]
         number = self._number(headers)
         self._check_places(clients, headers)
-        broadcast, clip = self._read([contents[client] for client in clients])
+        broadcast, clip = end.read_broadcast([contents[client] for client in clients])
         stack = torch.tensor([end.numbers.index(client) for client in clients], device=federation.device)
         randomness = end.randomness(number, clients)
         round_context = federation.round_context(number, clients)
@@ -284,25 +310,6 @@ class ClientRound:
                     f"a secure sum with client {client} at place {header.place} of {header.clients}, where all "
                     f"{everyone} take part"
                 )
-
-    def _read(self, contents: Sequence[bytes]) -> tuple[Broadcast, Tensor | None]:
-        """Return the method's broadcast and, if the clip adapts, the clip of this round."""
-        federation = self._end.federation
-        adapts = federation.mechanism.broadcasts_clip
-        clip = torch.zeros((), dtype=torch.float64) if adapts else None
-        like = federation.broadcast_message(federation.schemas.broadcast, clip)
-        parts = [messages.decode(content, like) for content in contents]
-        schema = federation.schemas.broadcast
-        if isinstance(parts[0], ClippedBroadcast):
-            clip = parts[0].clip
-            clipped = [part for part in parts if isinstance(part, ClippedBroadcast)]
-            received = [dict(part.broadcast) for part in clipped]
-        else:
-            received = [named_tensors(part) for part in parts]
-        if not isinstance(schema, PersonalBroadcast):  # all clients received the same one
-            return map_tensors(schema, lambda name, _: received[0][name]), clip
-        stack = stacked(received, named_tensors(schema))
-        return map_tensors(schema, lambda name, _: stack[name]), clip
 
     def _sent(
         self, upload: AnyUpload, mechanism_round: ClientRoundMechanism, clients: Sequence[int], number: int

@@ -78,8 +78,8 @@ class Turns:
     ) -> None:
         self.experiment, self.folder, self._charge = experiment, folder, charge
         self._journal = Journal()
-        self._end = make_end(randomness or self._noise)
-        self.training = self._end.start()
+        self.end = make_end(randomness or self._noise)
+        self.training = self.end.start()
         self._open: ClientRound | ClientReleaseRound | None = None
         if (folder / FILE).exists():
             self._load()
@@ -114,7 +114,7 @@ class Turns:
             raise
 
     def _noise(self, number: int, clients: Sequence[int]) -> Randomness:
-        return KeyedRandomness(self._journal.key, clients, self._end.federation.device)
+        return KeyedRandomness(self._journal.key, clients, self.end.federation.device)
 
     def _begin(self, contents: Mapping[int, bytes]) -> None:
         """Open the round that a request asks for.
@@ -134,9 +134,9 @@ class Turns:
 
     def _fresh(self) -> ClientRound | ClientReleaseRound:
         """Return the next round, or the release if it comes first."""
-        if self._end.federation.mechanism.releases_statistics and not (self.training.release or self.training.round):
-            return ClientReleaseRound(self._end, self.training)
-        return self._end.round(self.training)
+        if self.end.federation.mechanism.releases_statistics and not (self.training.release or self.training.round):
+            return ClientReleaseRound(self.end, self.training)
+        return self.end.round(self.training)
 
     def _answered(self, request: bytes, envelope: Envelope) -> bytes:
         """Return a new answer, once it is on the disk."""
@@ -162,7 +162,7 @@ class Turns:
 
     def _releases(self, contents: Mapping[int, bytes]) -> list[Release]:
         """Return what a round releases of the clients who were asked, as it was planned."""
-        mechanism, clients = self._end.federation.mechanism, sorted(contents)
+        mechanism, clients = self.end.federation.mechanism, sorted(contents)
         if self._journal.round != RELEASE_ROUND:
             return mechanism.round_releases(clients)
         assert isinstance(mechanism, StatisticsMechanism)
@@ -195,7 +195,7 @@ class Turns:
             count = len(parts) - len(head["answers"])
             answers = dict(zip(head["answers"], parts[count:], strict=True))
             self._journal = Journal(int(head["number"]), bytes.fromhex(head["key"]), parts[:count], answers)
-            self.training = clients_of(self._end.start(), tensors, int(head["trained"]))
+            self.training = clients_of(self.end.start(), tensors, int(head["trained"]))
         except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
             raise RunError(f"{self.folder / FILE} is damaged ({error}); put a backup back, or start anew") from None
         if self._journal.round == RELEASE_ROUND and not self.training.release:

@@ -34,11 +34,11 @@ class PolicySettings(BaseModel):
         description="files with the public Ed25519 keys (PEM) of those whose signed experiments are allowed",
     )
     mechanisms: list[Mechanism] = Field(
-        default_factory=lambda: ["statistics", "dp-sgd", "cotangent", "dp-fedavg"],
+        default=["statistics", "dp-sgd", "cotangent", "dp-fedavg"],
         description="allowed privacy mechanisms; 'none' allows experiments that add no noise",
     )
     noise_by: list[NoiseBy] = Field(
-        default_factory=lambda: ["client", "shares"],
+        default=["client", "shares"],
         description="who may add the noise; 'server' trusts the server with exact uploads",
     )
     epsilon: float = Field(
@@ -47,12 +47,12 @@ class PolicySettings(BaseModel):
     delta: float = Field(default=1e-5, gt=0, lt=1, description="at which epsilon is counted")
     unit: Unit = Field(default="example", description="what epsilon protects: 'example', 'person' or 'client'")
     tells: list[Fact] = Field(
-        default_factory=lambda: ["sizes", "class_names"],
+        default=["sizes", "class_names"],
         description="facts that may leave besides a method's upload: 'sizes' (how many examples, or persons, it "
         "holds), 'class_names' (in words; their digest always does), 'accuracy' (without noise)",
     )
     fields: list[str] = Field(
-        default_factory=lambda: ["*"],
+        default=["*"],
         description="names of an upload's tensors that may leave; '*': all that the method declares",
     )
     most_bytes: int = Field(default=2**28, ge=1, description="the longest request that is read, and the longest answer")

@@ -1,0 +1,175 @@
+"""The coordinator of an experiment over a fleet: the meeting, the rounds, and a run directory that can go on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from sordino.encoders import choose_device, load_encoder
+from sordino.encoders.base import DualEncoder
+from sordino.errors import RunError
+from sordino.experiments.config import Experiment
+from sordino.experiments.run_lock import held
+from sordino.files import write_atomically
+from sordino.privacy.statement import as_summary
+from sordino.progress import log
+from sordino.runtime import checkpoint
+from sordino.runtime.agreement import Agreement
+from sordino.runtime.envelope import Envelope
+from sordino.runtime.fleet import Answer, Ask, Fleet, Patience, ServerRuntime, drive
+from sordino.runtime.server import ServerEnd, ServerRecord, ServerTraining
+from sordino.sites.meeting import Meeting, Met
+from sordino.sites.proposal import Proposal
+
+PROPOSAL, AGREEMENT, METRICS = "proposal.json", "agreement.json", "metrics.jsonl"
+LEDGER, OUTCOME = "ledger.json", "sites.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a coordinator has at the end.
+
+    Attributes:
+        training: the server's last state.
+        met: who took part.
+        accuracy: "client k" to its accuracy on its own test pictures, of sites that tell it.
+    """
+
+    training: ServerTraining
+    met: Met
+    accuracy: Mapping[str, float | None]
+
+
+def coordinate(
+    config: Experiment,
+    proposal: Proposal,
+    fleet: Fleet,
+    out: Path,
+    patience: Patience,
+    watch: Callable[[dict[str, Any]], None] = lambda line: None,
+) -> Outcome:
+    """Run an experiment over a fleet; where `out` has its beginning, go on from its last round.
+
+    Args:
+        config: of the experiment, with the coordinator's encoder and device.
+        proposal: of it.
+        fleet: the sites.
+        out: the coordinator's run directory.
+        patience: how long to wait, and for how many.
+        watch: is given a line after every round.
+
+    Raises:
+        SordinoError: too few sites take part, the folder is another experiment's, or training diverged.
+    """
+    with held(out):
+        before = _begun(out, proposal)
+        own = config.encoder
+        encoder = load_encoder(own.name, own.checkpoint, own.dtype, choose_device(config.device))
+        met = Meeting(config, proposal, encoder, fleet, patience).meet(before)
+        if before is None:
+            write_atomically(out / "config.toml", tomli_w.dumps(dict(proposal.tables)).encode())
+            write_atomically(out / PROPOSAL, json.dumps(proposal.facts, indent=1).encode())
+            write_atomically(out / AGREEMENT, json.dumps(met.agreement.facts, indent=1).encode())
+        for site, reason in sorted(met.left_out.items()):
+            log.warning("%s takes no part: %s", site, reason)
+        return _Rounds(config, proposal, fleet, out, patience, watch, encoder, met).run()
+
+
+def _begun(out: Path, proposal: Proposal) -> Agreement | None:
+    """Return what was agreed when the experiment in `out` began; None if it is new.
+
+    Raises:
+        RunError: it is another experiment.
+    """
+    if not (out / PROPOSAL).exists() or not (out / AGREEMENT).exists():
+        return None
+    there = Proposal.read(json.loads((out / PROPOSAL).read_bytes()))
+    if there.fingerprint != proposal.fingerprint:
+        raise RunError(f"{out} holds another experiment, {there.fingerprint[:12]}; choose another --out")
+    return Agreement.read(json.loads((out / AGREEMENT).read_bytes()))
+
+
+@dataclass
+class _Rounds:
+    config: Experiment
+    proposal: Proposal
+    fleet: Fleet
+    out: Path
+    patience: Patience
+    watch: Callable[[dict[str, Any]], None]
+    encoder: DualEncoder
+    met: Met
+    _began: float = 0.0
+
+    def run(self) -> Outcome:
+        end = ServerEnd(self.met.federation)
+        start = end.start(self.proposal.fingerprint, self.met.data)
+        folder = self.out / "checkpoint"
+        training = checkpoint.load_server(folder, start) or start
+        self._began = time.monotonic()
+        server = ServerRuntime(
+            end, training, self.met.agreement.sites, self.proposal.fingerprint, self.patience, self._save
+        )
+        training = drive(server, self.fleet)
+        accuracy = self._end(training)
+        self._write_outcome(training, accuracy)
+        return Outcome(training, self.met, accuracy)
+
+    def _save(self, training: ServerTraining, record: ServerRecord | None, lost: Mapping[str, str]) -> None:
+        """Write what a round made, before anything else is asked: the ledger, a line, the state."""
+        write_atomically(self.out / LEDGER, training.ledger.to_json().encode())
+        now = time.monotonic()
+        line: dict[str, Any] = {"round": training.round if record else 0, "seconds": round(now - self._began, 3)}
+        self._began = now
+        if record is not None:
+            line |= {
+                "participants": len(record.participants),
+                "upload_bytes": record.upload_bytes,
+                "broadcast_bytes": record.broadcast_bytes,
+            }
+            line |= {"void": record.void} if record.void else {}
+            line |= {"lost_clients": {str(client): why for client, why in record.lost.items()}} if record.lost else {}
+        line |= {"lost": dict(lost)} if lost else {}
+        with (self.out / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        checkpoint.save_server(self.out / "checkpoint", training)
+        for site, reason in lost.items():
+            log.warning("round %d goes on without %s: %s", line["round"], site, reason)
+        self.watch(line)
+
+    def _end(self, training: ServerTraining) -> dict[str, float | None]:
+        """Give all sites the last broadcast, so that each keeps its prompts; their accuracy where they tell it."""
+        contents = ServerEnd(self.met.federation).last_broadcasts(training)
+        payloads = {}
+        for site, clients in self.met.agreement.sites.items():
+            own = {client: contents[client] for client in sorted(clients)}
+            payloads[site] = Envelope("end", self.proposal.fingerprint, {}, own).encode()
+        accuracy: dict[str, float | None] = {}
+        ask = Ask(training.round, payloads, len(payloads), self.patience.deadline, self.patience.grace)
+        for event in self.fleet.ask(ask):
+            if not isinstance(event, Answer):
+                log.warning("%s did not keep its prompts: %s; go on with --resume", event.site, event.reason)
+                continue
+            told = Envelope.decode(event.content)
+            if told.kind == "refusal":
+                log.warning("%s did not keep its prompts: %s", event.site, told.facts.get("reason"))
+            accuracy |= {f"client {client}": value for client, value in told.facts.get("accuracy", {}).items()}
+        return accuracy
+
+    def _write_outcome(self, training: ServerTraining, accuracy: Mapping[str, float | None]) -> None:
+        privacy = as_summary(training.ledger, self.config.privacy.unit)
+        document = {
+            "experiment": self.proposal.fingerprint,
+            "rounds": training.round,
+            "sites": {site: list(clients) for site, clients in self.met.agreement.sites.items()},
+            "left_out": dict(self.met.left_out),
+            "accuracy": dict(accuracy),
+            "privacy": privacy,
+        }
+        write_atomically(self.out / OUTCOME, json.dumps(document, indent=1).encode())

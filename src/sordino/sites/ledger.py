@@ -1,0 +1,110 @@
+"""A site's own ledger: what its data released in all experiments, and what that comes to."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from sordino.errors import RunError
+from sordino.files import write_atomically
+from sordino.privacy.accounting import compose, spent
+from sordino.privacy.ledger import OBSERVERS, Ledger, Release, Unit
+
+STAYS = ("prompt", "memory")  # channels that a site opens itself, by publishing, and no experiment does
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one experiment released.
+
+    Attributes:
+        ledger: of the experiment.
+        rounds: those that are in it, ascending; 0 is the release of statistics.
+    """
+
+    ledger: Ledger
+    rounds: tuple[int, ...] = ()
+
+    def with_round(self, number: int, releases: Sequence[Release]) -> Entry:
+        """Return it with a round's releases; a round is entered once, however often it is asked for."""
+        if number in self.rounds:
+            return self
+        return Entry(self.ledger.add(releases), tuple(sorted((*self.rounds, number))))
+
+
+@dataclass
+class SiteLedger:
+    """The ledgers of all experiments that a site took part in; each is a file.
+
+    Attributes:
+        folder: of the files.
+    """
+
+    folder: Path
+    _entries: dict[str, Entry] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for file in sorted(self.folder.glob("*.json")):
+            self._entries[file.stem] = _read(file)
+
+    @property
+    def experiments(self) -> Mapping[str, Entry]:
+        """Return what each experiment released, by its fingerprint."""
+        return dict(self._entries)
+
+    def entry(self, experiment: str, empty: Ledger) -> Entry:
+        """Return what an experiment released so far; `empty` is its ledger before any release."""
+        return self._entries.get(experiment, Entry(replace(empty, run=experiment)))
+
+    def charge(self, experiment: str, empty: Ledger, number: int, releases: Sequence[Release]) -> None:
+        """Enter what a round releases, on the disk, before it leaves.
+
+        Raises:
+            RunError: it cannot be written; nothing is entered.
+        """
+        entry = self.entry(experiment, empty).with_round(number, releases)
+        document = {"rounds": list(entry.rounds), "ledger": json.loads(entry.ledger.to_json())}
+        write_atomically(self.folder / f"{experiment}.json", json.dumps(document, indent=1).encode())
+        self._entries[experiment] = entry
+
+    def spent(self, unit: Unit, delta: float, more: Mapping[str, Ledger] | None = None) -> float:
+        """Return epsilon of all experiments together, to the untrusted observer who learned most.
+
+        What a site's owner publishes is not in it.
+
+        Args:
+            unit: what neighboring data sets differ in.
+            delta: at which epsilon is stated.
+            more: ledgers by experiment, that replace what these released so far.
+        """
+        ledgers = {name: entry.ledger for name, entry in self._entries.items()} | dict(more or {})
+        left = [_left(ledger) for ledger in ledgers.values()]
+        if not left:
+            return 0.0
+        whole = compose(left)
+        # An observer is trusted only where each experiment trusts it.
+        trusted = set.intersection(*(set(ledger.trusted) for ledger in left))
+        simulated = any(ledger.simulated for ledger in left)
+        epsilons = [spent(whole, observer, unit, delta).epsilon for observer in OBSERVERS if observer not in trusted]
+        return math.inf if simulated else max(epsilons, default=0.0)
+
+
+def _left(ledger: Ledger) -> Ledger:
+    """Return a ledger without what only trusted observers see, and what stays until the site's owner publishes it."""
+    trusted = set(ledger.trusted)
+    left = (part for part in ledger.disclosures if part.channel not in STAYS and set(part.observers) - trusted)
+    return replace(ledger, disclosures=tuple(left))
+
+
+def _read(file: Path) -> Entry:
+    try:
+        document = json.loads(file.read_bytes())
+        ledger = Ledger.from_json(json.dumps(document["ledger"]).encode())
+        return Entry(ledger, tuple(int(number) for number in document["rounds"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{file} is damaged ({error}); without it nobody knows what was spent, so put a backup back"
+        ) from None

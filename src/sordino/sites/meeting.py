@@ -1,0 +1,200 @@
+"""The meeting of a coordinator and its sites before the first round: hello, differences, and the agreement."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import sordino
+from sordino.algorithms import algorithm, settings_for
+from sordino.algorithms.base import model_class
+from sordino.encoders.base import DualEncoder
+from sordino.errors import RunError
+from sordino.experiments.config import Experiment
+from sordino.runtime.agreement import Agreement, federation_digest
+from sordino.runtime.envelope import Envelope
+from sordino.runtime.facts import Federation
+from sordino.runtime.fleet import Answer, Ask, Fleet, Patience
+from sordino.runtime.messages import MessageError
+from sordino.sites.own_data import plan_of
+from sordino.sites.proposal import Proposal
+from sordino.sites.site import PROTOCOL, names_digest
+
+BEFORE = 0  # the number of the questions before the first round
+Facts = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Met:
+    """What a coordinator and its sites agreed on.
+
+    Attributes:
+        agreement: who takes part.
+        federation: as the coordinator, and every site, computes it.
+        class_names: the classes, in order.
+        rounds: site to the last round that it answered; 0 before the first.
+        data: "client k" to a digest of its data, which only its site can make.
+        left_out: site to the reason why it takes no part, or is not there.
+    """
+
+    agreement: Agreement
+    federation: Federation
+    class_names: tuple[str, ...]
+    rounds: Mapping[str, int]
+    data: Mapping[str, str]
+    left_out: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """A coordinator's side of the meeting.
+
+    Attributes:
+        config: of the experiment.
+        proposal: of it.
+        encoder: the coordinator's.
+        fleet: the sites.
+        patience: how long to wait, and for how many.
+    """
+
+    config: Experiment
+    proposal: Proposal
+    encoder: DualEncoder
+    fleet: Fleet
+    patience: Patience
+
+    def meet(self, agreed: Agreement | None = None) -> Met:
+        """Say hello to all sites, see that nothing differs, and have them agree.
+
+        Args:
+            agreed: what was agreed before, when the experiment goes on.
+
+        Raises:
+            RunError: fewer than a quorum take part; it names every site and why not.
+        """
+        names = sorted(self.fleet.sites() if agreed is None else agreed.sites)
+        experiment = self.proposal.fingerprint
+        hellos, left_out = self._asked(names, Envelope("hello", experiment, self.proposal.facts))
+        facts = {site: envelope.facts for site, envelope in sorted(hellos.items())}
+        classes = self._classes(facts)
+        for site, told in list(facts.items()):
+            difference = self._difference(told, classes)
+            if agreed is not None and not difference and list(told["sizes"]) != _sizes(agreed, site):
+                difference = f"it holds {list(told['sizes'])} now, and told {_sizes(agreed, site)} before"
+            if difference:
+                left_out[site] = difference
+                del facts[site]
+        self._need(facts, names, left_out)
+        agreement = agreed or _agreement(facts)
+        federation = self._federation(agreement, classes, next(iter(facts.values())))
+        answers, lost = self._asked(sorted(facts), Envelope("agreement", experiment, agreement.facts))
+        left_out |= lost
+        rounds: dict[str, int] = {}
+        for site, envelope in answers.items():
+            if envelope.facts.get("federation") != federation_digest(federation):
+                left_out[site] = "it computes another noise, or other messages, from what was agreed"
+            else:
+                rounds[site] = int(envelope.facts.get("round", 0))
+        self._need(rounds, names, left_out)
+        data = {
+            f"client {client}": digest
+            for site, told in facts.items()
+            for client, digest in zip(sorted(agreement.sites[site]), told["data"], strict=True)
+        }
+        return Met(agreement, federation, classes, rounds, data, left_out)
+
+    def _asked(self, names: Sequence[str], message: Envelope) -> tuple[dict[str, Envelope], dict[str, str]]:
+        """Ask sites; their answers, and who did not answer or refused, with the reason of each."""
+        answers: dict[str, Envelope] = {}
+        lost: dict[str, str] = {}
+        if not names:
+            raise RunError("no site is there; start them, and see that they reach the server")
+        content = message.encode()
+        patience = self.patience
+        ask = Ask(BEFORE, dict.fromkeys(names, content), len(names), patience.deadline, patience.grace)
+        for event in self.fleet.ask(ask):
+            if not isinstance(event, Answer):
+                lost[event.site] = event.reason
+                continue
+            try:
+                envelope = Envelope.decode(event.content)
+                if envelope.kind != message.kind:
+                    raise MessageError(str(envelope.facts.get("reason", f"it answered with a {envelope.kind}")))
+                answers[event.site] = envelope
+            except MessageError as error:
+                lost[event.site] = str(error)
+        return answers, lost
+
+    def _classes(self, facts: Mapping[str, Facts]) -> tuple[str, ...]:
+        """Return the classes: the experiment's, or those of the first site that tells its own."""
+        told = next((names for each in facts.values() if (names := each.get("class_names"))), ())
+        names = self.proposal.class_names or tuple(map(str, told))
+        if facts and not names:
+            raise RunError("no site tells the names of its classes; give them under fleet.class_names")
+        return names
+
+    def _difference(self, facts: Facts, classes: Sequence[str]) -> str:
+        """Return the first difference of a site in words; nothing if there is none."""
+        theirs = (facts.get("version"), facts.get("protocol"))
+        if theirs != (sordino.__version__, PROTOCOL):
+            ours = f"{sordino.__version__} with protocol {PROTOCOL}"
+            return f"it runs {theirs[0]} with protocol {theirs[1]}, and the coordinator {ours}; install the same"
+        own = {"name": self.encoder.name, "fingerprint": self.encoder.fingerprint, "dtype": str(self.encoder.dtype)}
+        for key, value in own.items():
+            if (other := facts.get("encoder", {}).get(key)) != value:
+                return f"its encoder's {key} is {other!r}, and the coordinator's {value!r}"
+        if facts.get("classes") != names_digest(classes):
+            return f"its classes are others{_told(facts.get('class_names'), classes)}; set fleet.class_names to all"
+        if facts.get("public"):
+            return "it uses public pictures, which experiments across machines do not support"
+        return ""
+
+    def _federation(self, agreement: Agreement, classes: Sequence[str], facts: Facts) -> Federation:
+        settings = settings_for(self.config.algorithm, self.config.settings)
+        tokens = self.encoder.class_tokens(classes)
+        model = model_class(algorithm(self.config.algorithm)).of(settings, self.encoder, tokens)
+        example = torch.zeros(facts["example"], device=self.encoder.device)
+        return agreement.federation(plan_of(self.config, model, None, example))
+
+    def _need(self, there: Collection[str], names: Sequence[str], left_out: Mapping[str, str]) -> None:
+        if len(there) < self.patience.of(len(names)):
+            reasons = "; ".join(f"{site}: {reason}" for site, reason in sorted(left_out.items()))
+            needed = self.patience.of(len(names))
+            raise RunError(f"{len(there)} of {len(names)} sites take part, and {needed} are needed. {reasons}")
+
+
+def _agreement(facts: Mapping[str, Facts]) -> Agreement:
+    """Number the sites' clients: as they say, where they hold parts of one partition, or by the sites' names.
+
+    Raises:
+        RunError: two sites say that they hold one client, or nobody holds one.
+    """
+    sites: dict[str, list[int]] = {}
+    sizes: dict[int, int] = {}
+    for site, told in sorted(facts.items()):
+        count = len(told["sizes"])
+        numbers = [int(number) for number in told.get("numbers", range(len(sizes), len(sizes) + count))]
+        if both := sorted(sizes.keys() & set(numbers)):
+            raise RunError(f"client {both[0]} is at two sites, {site} and another; mend `clients` in their files")
+        sites[site] = numbers
+        sizes |= dict(zip(numbers, map(int, told["sizes"]), strict=True))
+    if missing := sorted(set(range(len(sizes))) - sizes.keys()):
+        raise RunError(f"client {missing[0]} is at no site that takes part")
+    whole = all(told["whole_persons"] is True for told in facts.values())
+    return Agreement(sites, [sizes[client] for client in range(len(sizes))], whole)
+
+
+def _sizes(agreement: Agreement, site: str) -> list[int]:
+    return [agreement.sizes[client] for client in sorted(agreement.sites[site])]
+
+
+def _told(theirs: Any, classes: Sequence[str]) -> str:
+    if not isinstance(theirs, list):
+        return ""
+    more, fewer = [name for name in theirs if name not in classes], [name for name in classes if name not in theirs]
+    if not (more or fewer):
+        return ": the same in another order"
+    return f": it has {', '.join(map(repr, more)) or 'none'} besides, and lacks {', '.join(map(repr, fewer)) or 'none'}"

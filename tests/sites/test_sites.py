@@ -1,0 +1,296 @@
+"""A coordinator and three sites: what they agree on, what each allows, and what its own ledger says."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from encoders.checkpoints import save_clip
+from sites.owners import NAMES, NOISE, experiment, fleet, sites_at, write_pictures, write_site
+
+import sordino
+from sordino.algorithms.base import named_tensors
+from sordino.errors import ConfigError, RunError
+from sordino.experiments.config import Experiment
+from sordino.experiments.run import run
+from sordino.privacy.accounting import spent
+from sordino.privacy.signature import load_private_key, make_key
+from sordino.prompt_file import SavedPrompt
+from sordino.runtime import checkpoint
+from sordino.runtime.envelope import Envelope
+from sordino.runtime.fleet import Answer, Ask, LocalFleet, Lost, Patience
+from sordino.sites import meeting
+from sordino.sites import site as site_module
+from sordino.sites.coordinator import AGREEMENT, LEDGER, METRICS, Outcome, coordinate
+from sordino.sites.ledger import SiteLedger
+from sordino.sites.proposal import Proposal
+from sordino.sites.settings import load_site
+from sordino.sites.site import Site
+
+ALL = Patience()
+
+
+def run_over(config: Experiment, sites: dict[str, Site], out: Path, patience: Patience = ALL, **known: Any) -> Outcome:
+    return coordinate(config, Proposal.of(config, **known), fleet(sites), out, patience)
+
+
+def hello(site: Site, config: Experiment, **known: Any) -> Envelope:
+    proposal = Proposal.of(config, **known)
+    return Envelope.decode(site.turn(Envelope("hello", proposal.fingerprint, proposal.facts).encode()))
+
+
+def refusal(site: Site, config: Experiment, **known: Any) -> str:
+    answer = hello(site, config, **known)
+    assert answer.kind == "refusal", answer.facts
+    return str(answer.facts["reason"])
+
+
+@pytest.mark.parametrize("method", ["promptfl", "dp-fpl"])
+def test_three_sites_learn_together(
+    method: str, site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    config = experiment(clip_folder, method)
+    write_site(tmp_path / "west", "west", clip_folder, {"tells": ["sizes", "class_names", "accuracy"]})
+    sites = sites_at(site_files)
+    outcome = run_over(config, sites, tmp_path / "out")
+    assert outcome.training.round == 3
+    assert outcome.met.agreement.sites == {"east": [0], "north": [1], "west": [2]}
+    assert outcome.met.agreement.sizes == [9, 12, 12], "examples that train"
+    assert set(outcome.accuracy) == {"client 2"}, "of those alone who tell it"
+    lines = [json.loads(line) for line in (tmp_path / "out" / METRICS).read_text().splitlines()]
+    assert [line["round"] for line in lines] == [1, 2, 3]
+    assert all(line["participants"] == 3 for line in lines)
+    for name in NAMES:
+        folder = sites[name].folder(Proposal.of(config).fingerprint) / "prompts"
+        (file,) = folder.iterdir()
+        prompt = SavedPrompt.load(file)
+        assert prompt.class_names == ("blue sky", "green leaf", "red apple")
+        assert (prompt.client is None) == (method == "promptfl")
+
+
+@pytest.mark.parametrize("method", ["promptfl", "fedpgp", "secfpp"])
+def test_a_site_with_all_clients_has_the_numbers_of_a_run(method: str, tmp_path: Path, clip_folder: Path) -> None:
+    """To the bit: the same data, partition and seed in one process and at a site."""
+    write_pictures(tmp_path / "all" / "pictures", 0, 8)
+    data = {"source": f"imagefolder:{tmp_path}/all/pictures", "test_fraction": 0.4}
+    partition = {"scheme": "iid", "clients": 4}
+    settings = {"context_length": 2, "batch_size": 0, "local_steps": 1, "secfpp": {"clusters": 2, "cluster_every": 2}}
+    config = experiment(clip_folder, method, data=data, partition=partition, settings=settings)
+    run(config, tmp_path / "run")
+    file = write_site(tmp_path / "all", "all", clip_folder, partition=partition, clients=[0, 1, 2, 3])
+    outcome = run_over(config, sites_at({"all": file}), tmp_path / "out")
+    alone = checkpoint.load_server(tmp_path / "run" / "checkpoint", outcome.training)
+    assert alone is not None
+    assert alone.round == outcome.training.round
+    for name, tensor in named_tensors(outcome.training.state).items():
+        assert tensor.equal(named_tensors(alone.state)[name]), name
+
+
+def test_a_coordinator_that_died_goes_on_with_the_sites_that_are_there(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    config = experiment(clip_folder, privacy=NOISE, rounds=4)
+    sites = sites_at(site_files)
+
+    class Dies(LocalFleet):
+        def ask(self, ask: Ask) -> Any:
+            if ask.round == 3:
+                for name, payload in ask.payloads.items():  # they answer, and nobody hears it
+                    sites[name].turn(payload)
+                raise KeyboardInterrupt
+            return super().ask(ask)
+
+    dying = Dies({name: site.turn for name, site in sites.items()})
+    with pytest.raises(KeyboardInterrupt):
+        coordinate(config, Proposal.of(config), dying, tmp_path / "out", ALL)
+    fingerprint = Proposal.of(config).fingerprint
+    assert all(site.ledger.experiments[fingerprint].rounds == (1, 2, 3) for site in sites.values())
+    again = sites_at(site_files)  # all of them were restarted
+    outcome = run_over(config, again, tmp_path / "out")
+    assert outcome.training.round == 4
+    assert dict(outcome.met.rounds) == dict.fromkeys(NAMES, 3)
+    for name, site in again.items():
+        entry = site.ledger.experiments[fingerprint]
+        assert entry.rounds == (1, 2, 3, 4)
+        assert {release.steps for release in entry.ledger.releases} == {4}, f"{name} drew no noise twice"
+    lines = [json.loads(line) for line in (tmp_path / "out" / METRICS).read_text().splitlines()]
+    assert [line["round"] for line in lines] == [1, 2, 3, 4]
+    assert not any("lost" in line for line in lines)
+
+
+def test_the_sites_ledger_is_what_the_server_knows_of_it(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    config = experiment(clip_folder, privacy=NOISE)
+    sites = sites_at(site_files)
+    outcome = run_over(config, sites, tmp_path / "out")
+    told = [
+        SiteLedger(site.state / "ledger").spent("example", outcome.training.ledger.delta or 0)
+        for site in sites.values()
+    ]
+    assert max(told) == pytest.approx(spent(outcome.training.ledger, "server", "example").epsilon)
+    assert (tmp_path / "out" / LEDGER).exists()
+
+
+def test_the_budget_of_a_site_is_over_all_experiments_and_refused_with_the_numbers(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    first = experiment(clip_folder, privacy=NOISE)
+    run_over(first, sites_at(site_files), tmp_path / "out")
+    one = sites_at(site_files)["east"].ledger.spent("example", 1e-3)
+    write_site(tmp_path / "east", "east", clip_folder, {"epsilon": round(1.2 * one, 3), "delta": 1e-3})
+    sites = sites_at(site_files)
+    assert hello(sites["east"], first).kind == "hello", "what was run already costs nothing more"
+    dearer = experiment(clip_folder, privacy=NOISE, seed=1)
+    told = refusal(sites["east"], dearer)
+    assert f"policy.epsilon = {round(1.2 * one, 3):g}" in told
+    assert f"{one:.4g} is spent" in told
+    total = float(told.split("epsilon would be ")[1].split()[0])
+    assert 1.2 * one < total <= 2 * one
+    with pytest.raises(RunError, match=r"2 of 3 sites take part, and 3 are needed. east: with it epsilon would be"):
+        run_over(dearer, sites, tmp_path / "dearer")
+    assert run_over(dearer, sites, tmp_path / "without", Patience(0.6)).met.left_out.keys() == {"east"}
+
+
+def test_what_the_policy_does_not_allow_is_refused(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    plain, noised = experiment(clip_folder), experiment(clip_folder, privacy=NOISE)
+
+    def told(policy: dict[str, Any], config: Experiment) -> str:
+        write_site(tmp_path / "east", "east", clip_folder, policy)
+        return refusal(Site(load_site(site_files["east"])), config)
+
+    fingerprint = Proposal.of(plain).fingerprint
+    assert f"experiment {fingerprint} is not in policy.experiments" in told({"experiments": ["ab" * 32]}, plain)
+    assert "privacy.mechanism = 'none' is not in policy.mechanisms" in told({"mechanisms": ["dp-sgd"]}, plain)
+    by_server = experiment(clip_folder, privacy=NOISE | {"noise_by": "server"})
+    assert "privacy.noise_by = 'server' is not in policy.noise_by" in told({}, by_server)
+    assert "upload's 'change' may not leave; policy.fields = ['weight']" in told({"fields": ["weight"]}, plain)
+    assert "epsilon would be inf" in told({"epsilon": 8.0}, plain), "without noise no budget suffices"
+    assert "epsilon would be inf for one person" in told({"epsilon": 8.0, "unit": "person"}, noised)
+    assert "policy.tells lacks them" in told({"tells": ["class_names"]}, plain)
+    assert "policy.most_bytes = 100" in told({"most_bytes": 100}, plain)
+
+
+def test_a_signed_experiment_is_allowed_by_its_signer(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    config = experiment(clip_folder)
+    for name in ("mine", "other"):
+        make_key(tmp_path / f"{name}.pem")
+    write_site(tmp_path / "east", "east", clip_folder, {"experiments": [], "signers": [str(tmp_path / "mine.pub.pem")]})
+    site = sites_at(site_files)["east"]
+    mine, other = (load_private_key(tmp_path / f"{name}.pem") for name in ("mine", "other"))
+    assert hello(site, config, key=mine).kind == "hello"
+    assert "none of policy.signers signed it" in refusal(site, config, key=other)
+    assert "none of policy.signers signed it" in refusal(site, config)
+    signed = Proposal.of(config, key=mine)
+    changed = replace(signed, tables={**signed.tables, "rounds": 4})
+    request = Envelope("hello", changed.fingerprint, changed.facts)
+    assert "none of policy.signers signed it" in str(Envelope.decode(site.turn(request.encode())).facts["reason"])
+    lying = replace(request, experiment=signed.fingerprint).encode()
+    assert f"the proposal is of experiment {changed.fingerprint}" in str(Envelope.decode(site.turn(lying)).facts)
+
+
+def test_no_message_can_name_data_state_or_simulated_noise(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    site = sites_at(site_files)["east"]
+    honest = Proposal.of(experiment(clip_folder, privacy=NOISE))
+    for change in (
+        {"data": {"source": "digits"}},
+        {"partition": {"scheme": "iid", "clients": 1}},
+        {"methods": {"mine": "mine.py"}},
+        {"state": "/tmp/elsewhere"},
+        {"policy": {"epsilon": 1e9}},
+        {"privacy": {**honest.tables["privacy"], "simulation": True}},
+    ):
+        forged = replace(honest, tables={**honest.tables, **change})
+        request = Envelope("hello", forged.fingerprint, forged.facts).encode()
+        answer = Envelope.decode(site.turn(request))
+        assert answer.kind == "refusal", change
+    with pytest.raises(ConfigError, match="privacy.simulation"):
+        Proposal.of(experiment(clip_folder, privacy=NOISE | {"simulation": True}))
+    for path in ("../../elsewhere", "", "a/b"):
+        answer = Envelope.decode(site.turn(Envelope("round", path, {}, {0: b""}).encode()))
+        assert answer.kind == "refusal"
+
+
+def test_differences_are_told_before_a_round_is_run(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = experiment(clip_folder)
+    other_clip = save_clip(tmp_path / "other clip", text={"hidden_act": "gelu"})
+    write_site(tmp_path / "east", "east", other_clip)
+    write_pictures(tmp_path / "fewer" / "pictures", 5, 6, ("red apple", "green leaf"))
+    files = site_files | {"south": write_site(tmp_path / "fewer", "south", clip_folder)}
+    with pytest.raises(RunError) as failed:
+        run_over(config, sites_at(files), tmp_path / "out")
+    told = str(failed.value)
+    assert "2 of 4 sites take part, and 4 are needed" in told
+    assert "east: its encoder's fingerprint is" in told
+    assert "south: its classes are others: it has none besides, and lacks 'blue sky'" in told
+    assert not (tmp_path / "out" / AGREEMENT).exists()
+    del files["east"]
+    names = ("blue sky", "green leaf", "red apple")
+    outcome = run_over(config, sites_at(files), tmp_path / "named", class_names=names)
+    assert outcome.training.round == 3, "with the experiment's classes, a site may lack some"
+    with pytest.raises(RunError, match="pictures of 'blue sky', which is not a class of the experiment"):
+        run_over(config, sites_at(files), tmp_path / "lacks", class_names=names[1:])
+    monkeypatch.setattr(site_module.sordino, "__version__", "0.0.9")
+    answers = {name: site.turn for name, site in sites_at(files).items()}
+
+    def older(request: bytes) -> bytes:
+        envelope = Envelope.decode(answers["west"](request))
+        return replace(envelope, facts={**envelope.facts, "protocol": 0}).encode()
+
+    with pytest.raises(RunError, match=r"west: it runs 0.0.9 with protocol 0, and the coordinator 0.0.9 with protocol"):
+        coordinate(config, Proposal.of(config, names), LocalFleet(answers | {"west": older}), tmp_path / "old", ALL)
+    assert meeting.PROTOCOL == site_module.PROTOCOL
+    assert sordino.__version__ == "0.0.9"
+
+
+def test_a_site_that_is_lost_is_named_and_comes_back(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    config = experiment(clip_folder, privacy=NOISE, rounds=4)
+    sites = sites_at(site_files)
+
+    class Flaky(LocalFleet):
+        def ask(self, ask: Ask) -> Any:
+            for event in super().ask(ask):
+                gone = ask.round == 2 and isinstance(event, Answer) and event.site == "north"
+                yield Lost("north", "the connection broke") if gone else event
+
+    flaky = Flaky({name: site.turn for name, site in sites.items()})
+    lines: list[dict[str, Any]] = []
+    outcome = coordinate(config, Proposal.of(config), flaky, tmp_path / "out", Patience(0.6), lines.append)
+    assert [line.get("lost", {}) for line in lines] == [{}, {"north": "the connection broke"}, {}, {}]
+    assert [line["participants"] for line in lines] == [3, 2, 3, 3]
+    assert outcome.training.round == 4
+    spent_by_all = {site.ledger.spent("example", 1e-3) for site in sites.values()}
+    assert all(math.isfinite(epsilon) and epsilon > 0 for epsilon in spent_by_all)
+
+
+def test_another_experiment_in_the_folder_is_refused(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    sites = sites_at(site_files)
+    run_over(experiment(clip_folder), sites, tmp_path / "out")
+    with pytest.raises(RunError, match="holds another experiment"):
+        run_over(experiment(clip_folder, rounds=5), sites, tmp_path / "out")
+
+
+def test_a_damaged_ledger_is_never_taken_for_an_empty_one(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    run_over(experiment(clip_folder, privacy=NOISE), sites_at(site_files), tmp_path / "out")
+    (file,) = (tmp_path / "east" / "state" / "ledger").glob("*.json")
+    file.write_text(file.read_text()[:-20])
+    with pytest.raises(RunError, match="damaged .* without it nobody knows what was spent"):
+        sites_at(site_files)
