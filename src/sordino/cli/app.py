@@ -28,6 +28,7 @@ from sordino.cli.options import (
 )
 from sordino.cli.privacy import app as privacy
 from sordino.cli.private import tune_private
+from sordino.cli.site import app as site
 from sordino.cli.terminal import live_progress, print_table
 from sordino.errors import ConfigError, SordinoError
 
@@ -44,6 +45,7 @@ app = typer.Typer(
 app.add_typer(privacy, name="privacy")
 app.add_typer(mpc, name="mpc")
 app.add_typer(methods, name="methods")
+app.add_typer(site, name="site")
 app.command("tune-private")(tune_private)
 
 # The base of all errors of usage; typer has a public name for some of its heirs only.

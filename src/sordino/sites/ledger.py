@@ -70,6 +70,10 @@ class SiteLedger:
         write_atomically(self.folder / f"{experiment}.json", json.dumps(document, indent=1).encode())
         self._entries[experiment] = entry
 
+    def spent_in(self, experiment: str, unit: Unit, delta: float) -> float:
+        """Return epsilon of one experiment alone; see `spent`."""
+        return epsilon_of([self._entries[experiment].ledger], unit, delta)
+
     def spent(self, unit: Unit, delta: float, more: Mapping[str, Ledger] | None = None) -> float:
         """Return epsilon of all experiments together, to the untrusted observer who learned most.
 
@@ -81,15 +85,19 @@ class SiteLedger:
             more: ledgers by experiment, that replace what these released so far.
         """
         ledgers = {name: entry.ledger for name, entry in self._entries.items()} | dict(more or {})
-        left = [_left(ledger) for ledger in ledgers.values()]
-        if not left:
-            return 0.0
-        whole = compose(left)
-        # An observer is trusted only where each experiment trusts it.
-        trusted = set.intersection(*(set(ledger.trusted) for ledger in left))
-        simulated = any(ledger.simulated for ledger in left)
-        epsilons = [spent(whole, observer, unit, delta).epsilon for observer in OBSERVERS if observer not in trusted]
-        return math.inf if simulated else max(epsilons, default=0.0)
+        return epsilon_of(list(ledgers.values()), unit, delta)
+
+
+def epsilon_of(ledgers: Sequence[Ledger], unit: Unit, delta: float) -> float:
+    """Return epsilon of several experiments together; see `SiteLedger.spent`."""
+    left = [_left(ledger) for ledger in ledgers]
+    if not left:
+        return 0.0
+    whole = compose(left)
+    # An observer is trusted only where each experiment trusts it.
+    trusted = set.intersection(*(set(ledger.trusted) for ledger in left))
+    epsilons = [spent(whole, observer, unit, delta).epsilon for observer in OBSERVERS if observer not in trusted]
+    return math.inf if any(ledger.simulated for ledger in left) else max(epsilons, default=0.0)
 
 
 def _left(ledger: Ledger) -> Ledger:

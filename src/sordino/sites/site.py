@@ -23,7 +23,7 @@ from sordino.runtime.envelope import Envelope
 from sordino.runtime.facts import Federation, RandomnessOf
 from sordino.runtime.messages import MessageError
 from sordino.runtime.turns import Turns
-from sordino.sites.ledger import SiteLedger
+from sordino.sites.ledger import SiteLedger, epsilon_of
 from sordino.sites.own_data import OwnData
 from sordino.sites.policy import fields_kept_back, objections, over_budget
 from sordino.sites.proposal import Proposal
@@ -170,6 +170,14 @@ class Membership:
         if "class_names" in policy.tells:
             facts["class_names"] = list(own.class_names)
         return facts
+
+    def planned_epsilon(self) -> float:
+        """Return epsilon of the whole experiment alone, if this site were the only one."""
+        alone = Agreement({self._name: range(len(self.own.numbers))}, self._sizes(), self.own.units.whole_persons)
+        federation = alone.federation(self.own.plan)
+        policy = self.site.settings.policy
+        planned = self._empty(federation).add(federation.mechanism.planned())
+        return epsilon_of([planned], policy.unit, policy.delta)
 
     def agree(self, agreement: Agreement) -> bytes:
         """Take note of who takes part, and return what this site makes of it.

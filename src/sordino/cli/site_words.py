@@ -1,0 +1,58 @@
+"""What `sordino site` says, in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def facts_as_text(facts: dict[str, Any]) -> str:
+    """Return what a site's file means."""
+    policy = facts["policy"]
+    classes = ", ".join(f"{name} ({count:,})" for name, count in facts["classes"].items())
+    clients = ", ".join(f"{client} ({count:,})" for client, count in facts["clients"].items())
+    counted = f"{len(facts['clients'])} clients that train on: {clients}"
+    held = counted if len(facts["clients"]) > 1 else f"it trains on {sum(facts['clients'].values()):,}"
+    budget = "no bound" if policy["epsilon"] is None else f"epsilon = {policy['epsilon']:g}"
+    allowed = [*policy["experiments"], *(f"signed by {file}" for file in policy["signers"])]
+    return "\n".join(
+        [
+            f"{facts['name']}: {len(facts['classes'])} classes: {classes}; {held}.",
+            f"It knows whose each picture is: {'yes' if facts['persons'] else 'no'}.",
+            f"It allows: {', '.join(allowed) or 'no experiment yet'}; mechanisms "
+            f"{', '.join(policy['mechanisms'])}; noise by {', '.join(policy['noise_by'])}.",
+            f"It spends at most {budget} at delta = {policy['delta']:g} for one {policy['unit']}, in all experiments.",
+            f"It tells: {', '.join(policy['tells']) or 'nothing'}; uploads' tensors: {', '.join(policy['fields'])}.",
+            f"State: {facts['state']}",
+        ]
+    )
+
+
+def verdict_as_text(verdict: dict[str, Any], facts: dict[str, Any]) -> str:
+    """Return whether a site takes part in an experiment."""
+    lines = [f"Experiment {verdict['experiment']}"]
+    if (epsilon := verdict.get("epsilon")) is not None:
+        policy = facts["policy"]
+        lines.append(f"It would spend epsilon = {epsilon:.4g} at delta = {policy['delta']:g} for one {policy['unit']}.")
+    if verdict["allowed"]:
+        lines.append(f"{facts['name']} takes part.")
+    else:
+        lines += [f"{facts['name']} takes no part: {reason}" for reason in verdict["reasons"]]
+    return "\n".join(lines)
+
+
+def ledger_as_text(ledger: dict[str, Any]) -> str:
+    """Return what a site's data released."""
+
+    def words(epsilon: float | None) -> str:
+        return "unbounded" if epsilon is None else f"{epsilon:.4g}"
+
+    lines = []
+    for experiment, entry in ledger["experiments"].items():
+        rounds = [number for number in entry["rounds"] if number]
+        parts = [f"{len(rounds)} rounds"] if rounds else []
+        parts += ["a release of statistics"] if 0 in entry["rounds"] else []
+        lines.append(f"{experiment}: {' and '.join(parts) or 'nothing'}; epsilon {words(entry['epsilon'])}")
+    budget = "no budget" if ledger["budget"] is None else f"of {ledger['budget']:g}"
+    bound = f"{budget} at delta = {ledger['delta']:g} for one {ledger['unit']}"
+    total = f"{ledger['site']}: epsilon {words(ledger['epsilon'])} {bound}"
+    return "\n".join([*lines, total])

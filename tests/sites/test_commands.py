@@ -1,0 +1,144 @@
+"""`sordino site`: what it writes, says and refuses, and that the page has every key."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from sites.owners import NOISE, experiment, fleet, sites_at, write_site
+from typer.testing import CliRunner
+
+from sordino.cli.app import app
+from sordino.errors import ConfigError
+from sordino.runtime.fleet import Patience
+from sordino.sites.coordinator import coordinate
+from sordino.sites.fleet_config import FleetSettings, load_fleet_config
+from sordino.sites.settings import PolicySettings, SiteSettings, load_site
+
+PAGE = Path(__file__).parents[2] / "docs" / "sites.md"
+
+
+def said(*arguments: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, ["site", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result.stdout
+
+
+@pytest.fixture
+def proposed(tmp_path: Path, clip_folder: Path) -> Path:
+    """An experiment's file, as a coordinator writes it."""
+    tables: dict[str, Any] = {
+        "algorithm": "promptfl",
+        "rounds": 3,
+        "encoder": {"name": "clip", "checkpoint": str(clip_folder)},
+        "privacy": NOISE,
+        "settings": {"context_length": 2, "batch_size": 4, "local_steps": 1, "dp-fpl": {"rank": 1}},
+        "device": "cpu",
+    }
+    file = tmp_path / "experiment.toml"
+    file.write_text(tomli_w.dumps(tables), encoding="utf-8")
+    return file
+
+
+def test_a_new_site_allows_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "site.toml"
+    said("init", file, "--name", "north", "--source", "digits", "--epsilon", "4", "--unit", "person")
+    site = load_site(file)
+    assert (site.name, site.data.source) == ("north", "digits")
+    policy = site.policy
+    assert (policy.epsilon, policy.unit, policy.experiments, policy.signers) == (4, "person", [], [])
+    assert "none" not in policy.mechanisms
+    assert "server" not in policy.noise_by
+    with pytest.raises(ConfigError, match="exists, and is not overwritten"):
+        said("init", file, "--name", "north", "--source", "digits")
+    for name, source in (("no th", "digits"), ('a"b', "digits"), ("north", "nowhere")):
+        with pytest.raises(ConfigError):
+            said("init", tmp_path / "other.toml", "--name", name, "--source", source)
+        assert not (tmp_path / "other.toml").exists()
+
+
+def test_an_owner_sees_what_an_experiment_means_and_allows_it(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path, proposed: Path
+) -> None:
+    write_site(tmp_path / "east", "east", clip_folder, {"experiments": [], "epsilon": 1000.0})
+    east = site_files["east"]
+    told = json.loads(said("check", east, proposed, "--json", code=1))
+    assert told["classes"] == {"blue sky": 5, "green leaf": 5, "red apple": 5}
+    assert told["clients"] == {"0": 9}
+    fingerprint = told["verdict"]["experiment"]
+    assert fingerprint == load_fleet_config(proposed).proposal().fingerprint
+    assert told["verdict"]["reasons"] == [
+        f"experiment {fingerprint} is not in policy.experiments, and none of policy.signers signed it"
+    ]
+    words = said("check", east, proposed, code=1)
+    assert "east takes no part" in words
+    planned = told["verdict"]["epsilon"]
+    assert f"It would spend epsilon = {planned:.4g}" in words
+    write_site(tmp_path / "east", "east", clip_folder, {"experiments": [fingerprint], "epsilon": 1000.0})
+    assert "east takes part." in said("check", east, proposed)
+    config = load_fleet_config(proposed)
+    coordinate(config.experiment, config.proposal(), fleet(sites_at(site_files)), tmp_path / "out", Patience())
+    ledger = json.loads(said("ledger", east, "--json"))
+    assert ledger["epsilon"] == pytest.approx(planned), "what was planned is what was spent"
+    assert ledger["experiments"][fingerprint]["rounds"] == [1, 2, 3]
+    assert f"{fingerprint}: 3 rounds; epsilon {planned:.4g}" in said("ledger", east)
+    write_site(tmp_path / "east", "east", clip_folder, {"experiments": [fingerprint], "epsilon": planned / 2})
+    assert "policy.epsilon" in said("check", east, proposed, code=1)
+
+
+def test_the_fingerprint_is_of_all_that_parties_agree_on_and_of_nothing_else(tmp_path: Path, clip_folder: Path) -> None:
+    from sordino.sites.proposal import Proposal
+
+    base = Proposal.of(experiment(clip_folder)).fingerprint
+    for change in ({"rounds": 4}, {"seed": 1}, {"privacy": NOISE}, {"runtime": {"participation": 0.5}}):
+        assert Proposal.of(experiment(clip_folder, **change)).fingerprint != base, change
+    own: dict[str, Any] = {"data": {"source": "textile"}, "device": "auto"}
+    assert Proposal.of(experiment(clip_folder, **own)).fingerprint == base
+    other = {"encoder": {"name": "clip", "checkpoint": str(tmp_path)}}
+    assert Proposal.of(experiment(clip_folder, **other)).fingerprint == base, "each has it somewhere else"
+    assert Proposal.of(experiment(clip_folder), ("a", "b")).fingerprint != base
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"clients": [0]}, "clients and .partition. come together"),
+        ({"clients": [4], "partition": {"scheme": "iid", "clients": 4}}, "client 4 is not one of the partition's 4"),
+        ({"policy": {"epsilon": 1.0, "experiments": ["abc"]}}, "'abc' is neither 'any' nor 64 hexadecimal digits"),
+        ({"policy": {"epsilon": 1.0, "signers": ["nobody.pem"]}}, "nobody.pem.*there is no such file"),
+        ({"policy": {}}, "policy.epsilon"),
+        ({"polcy": {}}, "did you mean 'policy'"),
+    ],
+)
+def test_a_wrong_site_file_is_refused(change: dict[str, Any], told: str, tmp_path: Path) -> None:
+    file = tmp_path / "site.toml"
+    tables = {"name": "north", "data": {"source": "digits"}, "policy": {"epsilon": 1.0}} | change
+    file.write_text(tomli_w.dumps(tables), encoding="utf-8")
+    with pytest.raises(ConfigError, match=told):
+        load_site(file)
+
+
+def test_paths_are_from_the_files_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    file = tmp_path / "site.toml"
+    tables = {"name": "north", "data": {"source": "imagefolder:photos"}, "policy": {"epsilon": 1.0}}
+    file.write_text(tomli_w.dumps(tables), encoding="utf-8")
+    site = load_site(file)
+    assert site.data.source == f"imagefolder:{tmp_path.resolve()}/photos"
+    assert site.state == f"{tmp_path.resolve()}/state"
+
+
+def test_the_page_has_every_key_and_its_configuration_is_valid(tmp_path: Path) -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    keys = [*SiteSettings.model_fields, *(f"policy.{key}" for key in PolicySettings.model_fields)]
+    assert not [key for key in keys if key != "policy" and f"`{key}`" not in text and f"`[{key}]`" not in text]
+    (block,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "experiment.toml").write_text(block, encoding="utf-8")
+    config = load_fleet_config(tmp_path / "experiment.toml")
+    assert config.patience == Patience(0.66, 600, 30)
+    assert set(tomllib.loads(block)["fleet"]) == set(FleetSettings.model_fields)
