@@ -267,6 +267,32 @@ def test_a_round_without_some_is_that_of_the_others(spec_of: Any, tmp_path: Path
     server.stop()
 
 
+@pytest.mark.parametrize("stage", ["upload", "sum"])
+def test_a_secure_sum_goes_on_without_those_who_drop_out(stage: str, spec_of: Any, tmp_path: Path) -> None:
+    """With next to no noise it is the mean that the server would see of those who are left."""
+    spec = spec_of("dp-fpl, adaptive clip, a secure sum")
+    quiet = {"noise_multiplier": 1e-9, "dropouts": 2, "colluders": 0, "clip_quantile": None}
+    states = []
+    for noise_by in ("shares", "client"):
+        privacy = {**spec.privacy, **quiet, "noise_by": noise_by}
+        runtime, saved = replace(spec, privacy=privacy, rounds=1).build(), Saved()
+        turn, asked = sites_of(runtime, THIRDS, tmp_path / noise_by), 0
+
+        def west(request: bytes, turn: Any = turn, noise_by: str = noise_by) -> bytes:
+            nonlocal asked
+            asked += 1
+            if stage == "upload" or noise_by == "client" or asked > 1:
+                raise RunError("it fell")
+            return bytes(turn["west"].turn(request))
+
+        asked = 0
+        training = drive(server_of(runtime, THIRDS, saved, Patience(0.6)), fleet_of(turn, west=west))
+        assert not saved.records[0].void
+        states.append(named_tensors(training.state))
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(tensor, states[1][name], rtol=1e-3, atol=1e-5)
+
+
 def test_below_the_quorum_a_round_changes_nothing_but_the_ledger(spec_of: Any, tmp_path: Path) -> None:
     runtime, saved = spec_of("dp-fpl, dp-sgd").build(), Saved()
     sites = sites_of(runtime, THIRDS, tmp_path)

@@ -1,0 +1,184 @@
+"""Rounds over sites that host shards of many clients: seconds, memory and bytes by the number of clients.
+
+A server and two site processes exchange bytes over pipes, as over an engine. Each site holds half of the clients as one
+stack; a tenth of all take part in a round. A client has 8 examples, as features of the bundled encoder's width, and its
+prompt has 8 vectors. State and answers are written to disk in every round. Each number of clients runs in processes of
+its own, so that peak memory is its own. Prints one JSON object; bytes are those of a round on the wire, both ways.
+
+    python benchmarks/scale.py --method dp-fpl
+"""
+
+from __future__ import annotations
+
+import sordino  # noqa: F401  settles how threads wait, so it comes before torch
+
+# isort: split
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sordino.algorithms import algorithm, settings_for
+from sordino.encoders import load_encoder
+from sordino.encoders.prompt_model import PromptModel
+from sordino.privacy.ledger import Release
+from sordino.privacy.settings import PrivacySettings
+from sordino.randomness import Randomness
+from sordino.runtime.client import ClientEnd
+from sordino.runtime.fleet import Answer, Ask, Lost, Patience, ServerRuntime, drive
+from sordino.runtime.local import LocalRuntime
+from sordino.runtime.server import ServerEnd
+from sordino.runtime.settings import RuntimeSettings
+from sordino.runtime.turns import FILE, Turns
+
+EXPERIMENT = "ab" * 32
+EACH, SITES, PARTICIPATION = 8, 2, 0.1
+NAMES = ["cat", "dog", "sunflower", "grand piano", "bicycle", "lighthouse", "teapot", "tractor", "owl", "violin"]
+
+
+def federation_of(method: str, clients: int, rounds: int) -> LocalRuntime:
+    """The whole federation; a site uses its own part of the data."""
+    encoder = load_encoder("bundled", None, "float32", torch.device("cpu"))
+    model = PromptModel(encoder, encoder.class_tokens(NAMES))
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(clients * EACH, encoder.feature_width, generator=generator)
+    features = torch.nn.functional.normalize(features, dim=-1)
+    labels = torch.arange(clients * EACH) % len(NAMES)
+    rows = [range(k * EACH, (k + 1) * EACH) for k in range(clients)]
+    tables = {"context_length": 8, "batch_size": 0, "local_steps": 1, "dp-fpl": {"rank": 4}}
+    privacy = PrivacySettings(mechanism="dp-sgd", noise_multiplier=1.0) if method == "dp-fpl" else None
+    return LocalRuntime(
+        *(algorithm(method), settings_for(method, tables), model, features, labels, rows, rounds),
+        RuntimeSettings(participation=PARTICIPATION, weighting="uniform"),
+        seed=0,
+        privacy=privacy,
+        digests=[str(k) for k in range(clients)],
+    )
+
+
+def site(method: str, clients: int, rounds: int, mine: Sequence[int], folder: str, pipe: Connection) -> None:
+    """A site's process: it answers until it is told nothing, and then says its peak memory."""
+    torch.set_num_threads(1)
+    runtime = federation_of(method, clients, rounds)
+    chosen = torch.tensor(list(mine))
+    data = runtime.data
+    data = replace(data, rows=data.rows[chosen], counts=data.counts[chosen], weights=data.weights[chosen])
+
+    def make_end(randomness: Callable[[int, Sequence[int]], Randomness]) -> ClientEnd:
+        return ClientEnd(runtime.federation, data, mine, randomness)
+
+    def charge(number: int, releases: Sequence[Release]) -> None:
+        """A benchmark has no ledger of its own."""
+
+    turns = Turns(make_end, EXPERIMENT, Path(folder), charge)
+    pipe.send_bytes(b"ready")
+    while request := pipe.recv_bytes():
+        pipe.send_bytes(turns.turn(request))
+    state = (Path(folder) / FILE).stat().st_size
+    pipe.send({"rss_mb": _peak(), "state_bytes": state})
+
+
+class Pipes:
+    """The sites at the other ends of pipes, as a fleet; it counts bytes."""
+
+    def __init__(self, pipes: dict[str, Connection]) -> None:
+        self.pipes, self.bytes = pipes, 0
+
+    def sites(self) -> frozenset[str]:
+        return frozenset(self.pipes)
+
+    def ask(self, ask: Ask) -> Iterator[Answer | Lost]:
+        for name, payload in ask.payloads.items():
+            self.bytes += len(payload)
+            self.pipes[name].send_bytes(payload)
+        for name in ask.payloads:
+            content = self.pipes[name].recv_bytes()
+            self.bytes += len(content)
+            yield Answer(name, content)
+
+
+def measure(method: str, clients: int, rounds: int, results: Connection) -> None:
+    """One number of clients, in a process of its own."""
+    torch.set_num_threads(1)
+    context = multiprocessing.get_context("spawn")
+    groups = {f"site-{s}": list(range(s * clients // SITES, (s + 1) * clients // SITES)) for s in range(SITES)}
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, started = {}, []
+        for name, mine in groups.items():
+            ours, theirs = context.Pipe()
+            arguments = (method, clients, rounds, mine, f"{folder}/{name}", theirs)
+            process = context.Process(target=site, args=arguments)
+            process.start()
+            pipes[name] = ours
+            started.append(process)
+        runtime = federation_of(method, clients, rounds)
+        for pipe in pipes.values():
+            assert pipe.recv_bytes() == b"ready"
+        fleet, moments, traffic = Pipes(pipes), [time.perf_counter()], [0]
+
+        def save(*_: Any) -> None:
+            moments.append(time.perf_counter())
+            traffic.append(fleet.bytes)
+
+        server = ServerRuntime(
+            ServerEnd(runtime.federation), runtime.start().at_server, groups, EXPERIMENT, Patience(), save
+        )
+        drive(server, fleet)
+        for pipe in pipes.values():
+            pipe.send_bytes(b"")
+        ends = [pipe.recv() for pipe in pipes.values()]
+        for process in started:
+            process.join()
+    seconds = [after - before for before, after in itertools.pairwise(moments)]
+    per_round = [after - before for before, after in itertools.pairwise(traffic)]
+    results.send(
+        {
+            "participants": max(1, round(PARTICIPATION * clients)),
+            "round_seconds": round(statistics.median(seconds[1:] or seconds), 4),
+            "round_bytes": int(statistics.median(per_round)),
+            "server_rss_mb": _peak(),
+            "site_rss_mb": max(end["rss_mb"] for end in ends),
+            "state_bytes_per_site": max(end["state_bytes"] for end in ends),
+        }
+    )
+
+
+def _peak() -> int:
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(used / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=["promptfl", "dp-fpl"], default="promptfl")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--clients", default="10,100,1000,10000")
+    parser.add_argument("--quick", action="store_true", help="10 and 100 clients only")
+    arguments = parser.parse_args()
+    sizes = [10, 100] if arguments.quick else [int(size) for size in arguments.clients.split(",")]
+    context = multiprocessing.get_context("spawn")
+    by_clients = {}
+    for clients in sizes:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=measure, args=(arguments.method, clients, arguments.rounds, theirs))
+        process.start()
+        by_clients[str(clients)] = ours.recv()
+        process.join()
+    print(json.dumps({"method": arguments.method, "quick": arguments.quick, "by_clients": by_clients}))
+
+
+if __name__ == "__main__":
+    main()
