@@ -277,6 +277,30 @@ def test_a_site_that_is_lost_is_named_and_comes_back(
     assert all(math.isfinite(epsilon) and epsilon > 0 for epsilon in spent_by_all)
 
 
+def test_a_site_that_comes_late_is_waited_for_and_one_that_does_not_is_named(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    config, sites = experiment(clip_folder), sites_at(site_files)
+
+    class Late(LocalFleet):
+        looks = 0
+
+        def sites(self) -> frozenset[str]:
+            self.looks += 1
+            return super().sites() - ({"west"} if self.looks < 3 else set())
+
+    late = Late({name: site.turn for name, site in sites.items()})
+    outcome = coordinate(config, Proposal.of(config), late, tmp_path / "out", ALL, expected=NAMES)
+    assert set(outcome.met.agreement.sites) == set(NAMES)
+    assert late.looks >= 3
+    there = fleet({name: sites[name] for name in ("east", "north")})
+    short = Patience(0.6, deadline=0.1)
+    config = experiment(clip_folder, seed=5)
+    outcome = coordinate(config, Proposal.of(config), there, tmp_path / "without", short, expected=NAMES)
+    assert outcome.met.left_out == {"west": "it is not there"}
+    assert set(outcome.met.agreement.sites) == {"east", "north"}
+
+
 def test_another_experiment_in_the_folder_is_refused(
     site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
 ) -> None:

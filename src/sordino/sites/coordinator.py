@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ def coordinate(
     out: Path,
     patience: Patience,
     watch: Callable[[dict[str, Any]], None] = lambda line: None,
+    expected: Sequence[str] = (),
 ) -> Outcome:
     """Run an experiment over a fleet; where `out` has its beginning, go on from its last round.
 
@@ -63,6 +64,7 @@ def coordinate(
         out: the coordinator's run directory.
         patience: how long to wait, and for how many.
         watch: is given a line after every round.
+        expected: the sites that are waited for before the first round; empty: those that are there.
 
     Raises:
         SordinoError: too few sites take part, the folder is another experiment's, or training diverged.
@@ -71,7 +73,7 @@ def coordinate(
         before = _begun(out, proposal)
         own = config.encoder
         encoder = load_encoder(own.name, own.checkpoint, own.dtype, choose_device(config.device))
-        met = Meeting(config, proposal, encoder, fleet, patience).meet(before)
+        met = Meeting(config, proposal, encoder, fleet, patience, expected).meet(before)
         if before is None:
             write_atomically(out / "config.toml", tomli_w.dumps(dict(proposal.tables)).encode())
             write_atomically(out / PROPOSAL, json.dumps(proposal.facts, indent=1).encode())

@@ -27,6 +27,10 @@ class FleetSettings(BaseModel):
     quorum: float = Field(default=1.0, gt=0, le=1, description="the fraction of the sites asked that is enough")
     deadline: float = Field(default=600.0, gt=0, description="seconds after which nobody is waited for in a round")
     grace: float = Field(default=30.0, ge=0, description="seconds that the others have once a quorum has answered")
+    sites: list[str] = Field(
+        default_factory=list,
+        description="the sites that are waited for before the first round, until the deadline; absent: those there",
+    )
     class_names: list[str] | None = Field(
         default=None, min_length=2, description="the classes, in order; absent: those of the sites, which must be equal"
     )

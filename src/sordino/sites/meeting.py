@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from sordino.algorithms.base import model_class
 from sordino.encoders.base import DualEncoder
 from sordino.errors import RunError
 from sordino.experiments.config import Experiment
+from sordino.progress import log
 from sordino.runtime.agreement import Agreement, federation_digest
 from sordino.runtime.envelope import Envelope
 from sordino.runtime.facts import Federation
@@ -24,6 +26,7 @@ from sordino.sites.proposal import Proposal
 from sordino.sites.site import PROTOCOL, names_digest
 
 BEFORE = 0  # the number of the questions before the first round
+POLL = 0.2  # seconds between two looks at who is there
 Facts = Mapping[str, Any]
 
 
@@ -58,6 +61,7 @@ class Meeting:
         encoder: the coordinator's.
         fleet: the sites.
         patience: how long to wait, and for how many.
+        expected: the sites that are waited for; empty: those that are there.
     """
 
     config: Experiment
@@ -65,6 +69,7 @@ class Meeting:
     encoder: DualEncoder
     fleet: Fleet
     patience: Patience
+    expected: Sequence[str] = ()
 
     def meet(self, agreed: Agreement | None = None) -> Met:
         """Say hello to all sites, see that nothing differs, and have them agree.
@@ -75,7 +80,7 @@ class Meeting:
         Raises:
             RunError: fewer than a quorum take part; it names every site and why not.
         """
-        names = sorted(self.fleet.sites() if agreed is None else agreed.sites)
+        names = self._awaited() if agreed is None else sorted(agreed.sites)
         experiment = self.proposal.fingerprint
         hellos, left_out = self._asked(names, Envelope("hello", experiment, self.proposal.facts))
         facts = {site: envelope.facts for site, envelope in sorted(hellos.items())}
@@ -105,6 +110,17 @@ class Meeting:
             for client, digest in zip(sorted(agreement.sites[site]), told["data"], strict=True)
         }
         return Met(agreement, federation, classes, rounds, data, left_out)
+
+    def _awaited(self) -> list[str]:
+        """Return the sites to ask: those expected, once they are there or the deadline is over; else those there."""
+        if not self.expected:
+            return sorted(self.fleet.sites())
+        end = time.monotonic() + self.patience.deadline
+        while (missing := set(self.expected) - self.fleet.sites()) and time.monotonic() < end:
+            time.sleep(min(POLL, self.patience.deadline))
+        for site in sorted(missing):
+            log.warning("%s is not there after %g s", site, self.patience.deadline)
+        return sorted(self.expected)
 
     def _asked(self, names: Sequence[str], message: Envelope) -> tuple[dict[str, Envelope], dict[str, str]]:
         """Ask sites; their answers, and who did not answer or refused, with the reason of each."""
