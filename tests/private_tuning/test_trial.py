@@ -75,6 +75,8 @@ def test_whole_is_whole(tmp_path: Path) -> None:
     file = text_task(tmp_path, 40, generations=300)
     trial = trial_of(file, load_private_config(file), ["seed=3"], True, None, None)
     assert (trial.shorter, trial.calibration, trial.cuts, trial.overrides) == ((), None, (), ("seed=3",))
+    few = trial_of(file, load_private_config(file), [], True, None, None, 300)
+    assert (few.shorter, few.calibration, few.cuts) == ((), 300, ())
 
 
 @pytest.mark.parametrize("classes", [2, 150])
@@ -149,7 +151,7 @@ def test_the_recipe_runs_as_it_is_printed(tmp_path: Path) -> None:
 
 
 def command(file: Path, out: Path, *words: str) -> list[str]:
-    return [sys.executable, "-m", "sordino", "mpc", "try", str(file), "--out", str(out), *words]
+    return [sys.executable, "-m", "sordino", "mpc", "try", str(file), "--out", str(out), "--sentences", "300", *words]
 
 
 def parties_of(out: Path) -> list[int]:
@@ -190,7 +192,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason=
 @pytest.mark.slow
 @needs_proc
 def test_one_command_starts_and_stops_all_parties(tmp_path: Path, out: Path) -> None:
-    file = text_task(tmp_path, 4, width=2, population=4, generations=1)
+    file = text_task(tmp_path, 2, width=2, population=4, generations=1)
     done = subprocess.run(command(file, out, "--json"), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
@@ -232,7 +234,7 @@ def test_nobody_is_left_when_it_is_stopped(tmp_path: Path, out: Path, end: signa
 @needs_proc
 def test_a_party_that_fails_ends_all_and_is_named_and_the_rest_goes_on_later(tmp_path: Path, out: Path) -> None:
     """Server 0 is killed in the search; the trial goes on with its model, and measures nothing again."""
-    file = text_task(tmp_path, 4, width=2, population=4, generations=4)
+    file = text_task(tmp_path, 1, width=2, population=4, generations=4)
     process = subprocess.Popen(command(file, out), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     until(lambda: (out / "run" / "search.json").exists(), 300)
     server = [each for each in parties_of(out) if b"parties/server-0" in Path(f"/proc/{each}/cmdline").read_bytes()]

@@ -147,6 +147,9 @@ def try_here(
     whole: Annotated[bool, typer.Option("--whole", help="do not cut the configuration to a few minutes")] = False,
     tower: Annotated[Path | None, typer.Option(help="as of 'sordino mpc provide'")] = None,
     model: Annotated[Path | None, typer.Option(help="as of 'sordino mpc provide'")] = None,
+    sentences: Annotated[
+        int | None, typer.Option(min=300, help="as of 'sordino mpc provide'; by default 1,000, or all with --whole")
+    ] = None,
 ) -> None:
     """Run all five parties on this machine, as real processes, and print the commands for several machines."""
     from sordino.private_tuning.settings import load_private_config
@@ -157,7 +160,7 @@ def try_here(
 
     folder = chosen_folder(out, resume, f"{config.stem}-try")
     end_with_terminal()
-    trial = trial_of(config, settings, overrides or [], whole, tower, model)
+    trial = trial_of(config, settings, overrides or [], whole, tower, model, sentences)
     for cut in trial.cuts:
         print(f"A trial, --whole leaves it as it is: {cut}", file=sys.stderr)
     run = run_trial(trial, folder, resume, as_json, lambda text: print(text, file=sys.stderr, flush=True))

@@ -76,7 +76,13 @@ class Trial:
 
 
 def trial_of(
-    config: Path, settings: PrivateTuning, overrides: Sequence[str], whole: bool, tower: Path | None, model: Path | None
+    config: Path,
+    settings: PrivateTuning,
+    overrides: Sequence[str],
+    whole: bool,
+    tower: Path | None,
+    model: Path | None,
+    sentences: int | None = None,
 ) -> Trial:
     """Return a trial of a configuration, cut to a few minutes unless it should be whole.
 
@@ -85,7 +91,7 @@ def trial_of(
         settings: its content, with `overrides`.
         overrides: as `KEY=VALUE`.
         whole: leave the configuration as it is.
-        tower, model: of the model owner, see `sordino mpc provide`.
+        tower, model, sentences: of the model owner, see `sordino mpc provide`.
 
     Raises:
         ConfigError, DataError: the examples of the configuration cannot be read.
@@ -94,7 +100,7 @@ def trial_of(
     options = (("--tower", chosen), ("--model", model))
     provide = [word for name, path in options if path for word in (name, str(path))]
     if whole:
-        return Trial(config, tuple(overrides), tuple(provide))
+        return Trial(config, tuple(overrides), tuple(provide), calibration=sentences)
     values = _cut(settings)
     tables = {"task": settings.task, "search": settings.search}
     before = {key: getattr(tables[key.partition(".")[0]], key.partition(".")[2]) for key in values}
@@ -103,9 +109,10 @@ def trial_of(
         for key, value in values.items()
         if before[key] != value
     ]
-    cuts.append(f"ranges measured on {CALIBRATION:,} public sentences instead of {WHOLE_CALIBRATION:,}")
+    measured = sentences or CALIBRATION
+    cuts.append(f"ranges measured on {measured:,} public sentences instead of {WHOLE_CALIBRATION:,}")
     shorter = tuple(f"{key}={value}" for key, value in values.items())
-    return Trial(config, tuple(overrides), tuple(provide), shorter, CALIBRATION, tuple(cuts))
+    return Trial(config, tuple(overrides), tuple(provide), shorter, measured, tuple(cuts))
 
 
 def _cut(settings: PrivateTuning) -> dict[str, int]:
