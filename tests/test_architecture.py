@@ -33,7 +33,7 @@ MASKED = {
     "report": {"algorithms", "encoders", "tasks", "runtime"},
     "results": {"algorithms", "encoders", "privacy", "secure", "pictures"},
     "experiments": {"audit", "mpc", "private_tuning"},
-    "sites": {"audit", "mpc", "private_tuning", "report"},
+    "sites": {"audit", "mpc", "private_tuning"},
     "private_tuning": {"audit"},
 }
 

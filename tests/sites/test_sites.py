@@ -27,6 +27,7 @@ from sordino.sites import meeting
 from sordino.sites import site as site_module
 from sordino.sites.coordinator import AGREEMENT, LEDGER, METRICS, Outcome, coordinate
 from sordino.sites.ledger import SiteLedger
+from sordino.sites.page import epsilon_by_site
 from sordino.sites.proposal import Proposal
 from sordino.sites.settings import load_site
 from sordino.sites.site import Site
@@ -133,6 +134,8 @@ def test_the_sites_ledger_is_what_the_server_knows_of_it(
         for site in sites.values()
     ]
     assert max(told) == pytest.approx(spent(outcome.training.ledger, "server", "example").epsilon)
+    known = epsilon_by_site(outcome.training.ledger, outcome.met.agreement, "example")
+    assert list(known.values()) == pytest.approx(told)
     assert (tmp_path / "out" / LEDGER).exists()
 
 
@@ -273,6 +276,10 @@ def test_a_site_that_is_lost_is_named_and_comes_back(
     assert [line.get("lost", {}) for line in lines] == [{}, {"north": "the connection broke"}, {}, {}]
     assert [line["participants"] for line in lines] == [3, 2, 3, 3]
     assert outcome.training.round == 4
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Round 4 of 4, finished" in page
+    assert "1: the connection broke" in page
+    assert "1 round went on without somebody" in page
     spent_by_all = {site.ledger.spent("example", 1e-3) for site in sites.values()}
     assert all(math.isfinite(epsilon) and epsilon > 0 for epsilon in spent_by_all)
 

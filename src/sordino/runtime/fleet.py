@@ -167,13 +167,9 @@ class Heard:
 
     Attributes:
         replies: by client.
-        lost: site to its reason.
-        received: bytes by site.
     """
 
     replies: dict[int, bytes | Refusal] = field(default_factory=dict)
-    lost: dict[str, str] = field(default_factory=dict)
-    received: dict[str, int] = field(default_factory=dict)
 
 
 class ServerRuntime:
@@ -185,7 +181,12 @@ class ServerRuntime:
         sites: site to the numbers of its clients.
         experiment: its fingerprint.
         patience: how long it waits, and for how many.
-        save: is given every new state, and the round's record, before anything else is asked. None for a release.
+        save: is given every new state, the round's record (None for a release), and the sites that were lost in it,
+            before anything else is asked.
+
+    Attributes:
+        training: the state after the last round.
+        traffic: site to bytes that it was sent, and that it sent.
     """
 
     def __init__(
@@ -204,6 +205,7 @@ class ServerRuntime:
         self._round: Questions[Any] | None = None
         self._heard = Heard()
         self._lost: dict[str, str] = {}  # in this round
+        self.traffic = dict.fromkeys(self._sites, (0, 0))
 
     def next(self) -> Ask | Done:
         """Return what to ask now, or that all rounds are over.
@@ -220,6 +222,8 @@ class ServerRuntime:
             self._round = Questions(self._started())
         self._heard = Heard()
         payloads = self._by_site(self._round.pending)
+        for site, payload in payloads.items():
+            self._count(site, len(payload), 0)
         number = self.training.round + 1 if self._released else RELEASE_ROUND
         quorum = self._patience.of(len(payloads)) if self._released else len(payloads)
         return Ask(number, payloads, quorum, self._patience.deadline, self._patience.grace)
@@ -227,6 +231,7 @@ class ServerRuntime:
     def take(self, site: str, answer: bytes) -> None:
         """Hear a site's answer. One that is not what was agreed makes the site lost in this round."""
         asked = {client for client in self._pending if self._site_of[client] == site}
+        self._count(site, 0, len(answer))
         try:
             envelope = Envelope.decode(answer)
             if envelope.kind == "refusal":
@@ -259,6 +264,10 @@ class ServerRuntime:
         self._round.reply(sorted(self._heard.replies.items(), key=lambda reply: reply[0]))
         if self._round.pending is None:
             self._finish(self._round)
+
+    def _count(self, site: str, sent: int, received: int) -> None:
+        before = self.traffic.get(site, (0, 0))
+        self.traffic[site] = before[0] + sent, before[1] + received
 
     def stop(self) -> None:
         """Give up the round that waits for answers, if there is one; the state is that before it."""

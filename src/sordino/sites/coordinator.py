@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,12 @@ from sordino.runtime.envelope import Envelope
 from sordino.runtime.fleet import Answer, Ask, Fleet, Patience, ServerRuntime, drive
 from sordino.runtime.server import ServerEnd, ServerRecord, ServerTraining
 from sordino.sites.meeting import Meeting, Met
+from sordino.sites.page import epsilon_by_site, write_page
 from sordino.sites.proposal import Proposal
 
 PROPOSAL, AGREEMENT, METRICS = "proposal.json", "agreement.json", "metrics.jsonl"
 LEDGER, OUTCOME = "ledger.json", "sites.json"
+WRITING = 10  # the page may take one part in so many of the time
 
 
 @dataclass(frozen=True)
@@ -108,19 +110,26 @@ class _Rounds:
     encoder: DualEncoder
     met: Met
     _began: float = 0.0
+    _written: tuple[float, float] = (0.0, 0.0)  # when the page was written, and how long that took
+    _server: ServerRuntime | None = None
+    _lines: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self) -> Outcome:
         end = ServerEnd(self.met.federation)
         start = end.start(self.proposal.fingerprint, self.met.data)
         folder = self.out / "checkpoint"
         training = checkpoint.load_server(folder, start) or start
+        if (self.out / METRICS).exists():
+            before = (self.out / METRICS).read_text(encoding="utf-8").splitlines()
+            self._lines = [json.loads(line) for line in before]
         self._began = time.monotonic()
-        server = ServerRuntime(
+        self._server = server = ServerRuntime(
             end, training, self.met.agreement.sites, self.proposal.fingerprint, self.patience, self._save
         )
         training = drive(server, self.fleet)
         accuracy = self._end(training)
         self._write_outcome(training, accuracy)
+        self._write_page(training, accuracy)
         return Outcome(training, self.met, accuracy)
 
     def _save(self, training: ServerTraining, record: ServerRecord | None, lost: Mapping[str, str]) -> None:
@@ -140,10 +149,30 @@ class _Rounds:
         line |= {"lost": dict(lost)} if lost else {}
         with (self.out / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        self._lines.append(line)
         checkpoint.save_server(self.out / "checkpoint", training)
         for site, reason in lost.items():
             log.warning("round %d goes on without %s: %s", line["round"], site, reason)
+        if now - self._written[0] > WRITING * self._written[1]:  # epsilon of many sites takes its time
+            self._write_page(training)
+            self._written = now, time.monotonic() - now
         self.watch(line)
+
+    def _write_page(self, training: ServerTraining, accuracy: Mapping[str, float | None] | None = None) -> None:
+        epsilons = epsilon_by_site(training.ledger, self.met.agreement, self.config.privacy.unit)
+        assert self._server is not None
+        write_page(
+            self.out,
+            f"Sordino: {self.config.algorithm} across machines",
+            self.proposal.fingerprint,
+            self.met.agreement,
+            self.met.left_out,
+            self._lines,
+            epsilons,
+            self._server.traffic,
+            self.met.federation.rounds,
+            accuracy,
+        )
 
     def _end(self, training: ServerTraining) -> dict[str, float | None]:
         """Give all sites the last broadcast, so that each keeps its prompts; their accuracy where they tell it."""

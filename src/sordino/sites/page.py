@@ -1,0 +1,133 @@
+"""The page of an experiment across machines: who is in, rounds, bytes and epsilon by site; it is written as it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sordino.errors import RunError
+from sordino.files import replace_file
+from sordino.privacy.accounting import spent
+from sordino.privacy.ledger import ALL_CLIENTS, Ledger, Observer, Unit
+from sordino.report.document import Block, Document, Section, document_page
+from sordino.report.markup import counted
+from sordino.results import human_bytes
+from sordino.runtime.agreement import Agreement
+
+PAGE = "report.html"
+SHOWN = 100  # rounds in the table; the last ones
+
+
+def epsilon_by_site(ledger: Ledger, agreement: Agreement, unit: Unit) -> dict[str, float]:
+    """Return what the server knows that each site spent, against the server; infinity where something is not noised.
+
+    Sites that were lost may have spent less: what they were asked for is counted.
+    """
+    if not ledger.releases and not ledger.disclosures:
+        return dict.fromkeys(agreement.sites, 0.0)
+    observer: Observer = "public" if "server" in ledger.trusted else "server"
+    found = {}
+    for site, clients in agreement.sites.items():
+        parties = {ALL_CLIENTS, *(f"client {client}" for client in clients)}
+        own = tuple(release for release in ledger.releases if release.party in parties)
+        left = tuple(part for part in ledger.disclosures if part.channel not in ("prompt", "memory"))
+        found[site] = spent(replace(ledger, releases=own, disclosures=left), observer, unit).epsilon
+    return found
+
+
+def write_page(
+    folder: Path,
+    title: str,
+    experiment: str,
+    agreement: Agreement,
+    left_out: Mapping[str, str],
+    lines: Sequence[Mapping[str, Any]],
+    epsilons: Mapping[str, float],
+    traffic: Mapping[str, tuple[int, int]],
+    rounds: int,
+    accuracy: Mapping[str, float | None] | None = None,
+) -> None:
+    """Write `report.html` of a run directory, all or nothing.
+
+    Args:
+        folder: the run directory.
+        title: of the page.
+        experiment: the fingerprint.
+        agreement: who takes part.
+        left_out: site to the reason why it does not.
+        lines: of the rounds so far, as in `metrics.jsonl`.
+        epsilons: by site.
+        traffic: site to bytes that it was sent, and that it sent.
+        rounds: of the whole run.
+        accuracy: "client k" to its accuracy, at the end; None before it.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    done = [line for line in lines if line["round"]]
+    number = done[-1]["round"] if done else 0
+    state = "finished" if accuracy is not None else "running; reload the page to see how far it is"
+    sections: list[Section] = [
+        {"title": "Sites", "blocks": _sites(agreement, left_out, done, epsilons, traffic, accuracy)},
+        {"title": "Rounds", "blocks": _rounds(done)},
+    ]
+    lost = sum(bool(line.get("lost") or line.get("lost_clients")) for line in done)
+    document: Document = {
+        "title": title,
+        "subtitle": f"Experiment {experiment}",
+        "banner": f"Round {number} of {rounds}, {state}",
+        "exposed": False,
+        "lead": [
+            f"{counted(len(agreement.sites), 'site')} with {counted(len(agreement.sizes), 'client')} in all. "
+            + (f"{counted(lost, 'round')} went on without somebody." if lost else "Nobody was lost so far.")
+        ],
+        "sections": sections,
+        "footer": "Epsilon is what the coordinator's ledger counts, an upper bound; each site's own ledger is exact.",
+    }
+    try:
+        replace_file(folder / PAGE, document_page(document).encode("utf-8", errors="replace"))
+    except OSError as error:
+        raise RunError(f"cannot write {folder / PAGE}: {error.strerror or error}; free space, and go on") from None
+
+
+def _sites(
+    agreement: Agreement,
+    left_out: Mapping[str, str],
+    lines: Sequence[Mapping[str, Any]],
+    epsilons: Mapping[str, float],
+    traffic: Mapping[str, tuple[int, int]],
+    accuracy: Mapping[str, float | None] | None,
+) -> list[Block]:
+    rows = []
+    for site, clients in sorted(agreement.sites.items()):
+        missed = [line for line in lines if site in line.get("lost", {})]
+        sent, received = traffic.get(site, (0, 0))
+        told = [value for client in clients if (value := (accuracy or {}).get(f"client {client}")) is not None]
+        rows.append(
+            [
+                site,
+                str(len(clients)),
+                f"{len(missed)}: {missed[-1]['lost'][site]}" if missed else "0",
+                f"{human_bytes(sent)} / {human_bytes(received)}",
+                f"{epsilons[site]:.4g}" if epsilons[site] < float("inf") else "unbounded",
+                f"{100 * sum(told) / len(told):.1f}" if told else "not told",
+            ]
+        )
+    head = ["Site", "Clients", "Rounds without it", "Bytes down / up", "Epsilon", "Accuracy"]
+    blocks: list[Block] = [{"table": {"caption": "Who takes part.", "head": head, "rows": rows}}]
+    if left_out:
+        blocks.append({"items": [f"{site} takes no part: {reason}" for site, reason in sorted(left_out.items())]})
+    return blocks
+
+
+def _rounds(lines: Sequence[Mapping[str, Any]]) -> list[Block]:
+    rows = []
+    for line in reversed(lines[-SHOWN:]):
+        without = [f"{site}: {reason}" for site, reason in line.get("lost", {}).items()]
+        without += [] if without else [f"client {c}: {why}" for c, why in line.get("lost_clients", {}).items()]
+        told = ([f"void: {line['void']}"] if line.get("void") else []) + without
+        rows.append([str(line["round"]), str(line["participants"]), f"{line['seconds']:.1f}", "\n".join(told) or "all"])
+    caption = f"The last {len(rows)} rounds." if len(lines) > SHOWN else "All rounds so far."
+    return [{"table": {"caption": caption, "head": ["Round", "Clients", "Seconds", "Without"], "rows": rows}}]
