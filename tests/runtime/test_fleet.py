@@ -155,6 +155,27 @@ def test_a_round_is_answered_once(spec_of: Any, tmp_path: Path) -> None:
     server.stop()
 
 
+def test_rounds_that_are_not_in_the_plan_are_refused(spec_of: Any, tmp_path: Path) -> None:
+    """Epsilon was computed for so many rounds, and for who takes part in each."""
+    spec = spec_of("dp-fpl, dp-sgd")
+    runtime = replace(spec, runtime={"participation": 0.5}).build()
+    turn = turns_of(runtime, spec.clients, tmp_path / "all")
+    server = server_of(runtime, {"all": spec.clients}, Saved())
+    ask = server.next()
+    assert isinstance(ask, Ask)
+    envelope = Envelope.decode(ask.payloads["all"])
+    asked, content = next(iter(envelope.contents.items()))
+    stranger = next(client for client in spec.clients if client not in envelope.contents)
+    with pytest.raises(MessageError, match=f"round 1 for client {stranger}, who takes no part in it"):
+        turn.turn(replace(envelope, contents={stranger: content}).encode())
+    tensors = safetensors.torch.load(content)
+    later = messages.with_head(tensors, messages.head_of(content) | {"round": 5})
+    with pytest.raises(MessageError, match="a broadcast of round 5, and 4 were agreed"):
+        turn.turn(replace(envelope, contents={asked: later}).encode())
+    assert turn.turn(ask.payloads["all"])
+    server.stop()
+
+
 def test_noise_of_a_site_is_new_in_every_round_and_kept_until_it_is_over(spec_of: Any, tmp_path: Path) -> None:
     spec = spec_of("dp-fpl, dp-sgd")
     runtime = replace(spec, privacy=spec.privacy | {"simulation": False, "nonce": None}).build()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from sordino.algorithms.base import named_tensors
 from sordino.errors import ConfigError, RunError
 from sordino.experiments.config import Experiment
 from sordino.experiments.run import run
+from sordino.experiments.run_lock import held
 from sordino.privacy.accounting import spent
 from sordino.privacy.signature import load_private_key, make_key
 from sordino.prompt_file import SavedPrompt
@@ -306,6 +308,30 @@ def test_a_site_that_comes_late_is_waited_for_and_one_that_does_not_is_named(
     outcome = coordinate(config, Proposal.of(config), there, tmp_path / "without", short, expected=NAMES)
     assert outcome.met.left_out == {"west": "it is not there"}
     assert set(outcome.met.agreement.sites) == {"east", "north"}
+
+
+def test_two_processes_of_a_site_answer_as_one(site_files: dict[str, Path], tmp_path: Path, clip_folder: Path) -> None:
+    """Whichever is asked: a process that was thought dead draws no second noise for a round."""
+    config = experiment(clip_folder, privacy=NOISE)
+    first, second = sites_at(site_files), sites_at(site_files)
+    asked: dict[int, list[bytes]] = {}
+
+    class Turns(LocalFleet):
+        def ask(self, ask: Ask) -> Any:
+            payload = ask.payloads["east"]
+            chosen, other = (first, second) if ask.round % 2 else (second, first)
+            asked[ask.round] = [site["east"].turn(payload) for site in (chosen, other)]
+            yield from super().ask(ask)
+
+    both = Turns({name: site.turn for name, site in first.items()})
+    coordinate(config, Proposal.of(config), both, tmp_path / "out", ALL)
+    assert all(asked[number][0] == asked[number][1] for number in (1, 2, 3))
+    entry = SiteLedger(tmp_path / "east" / "state" / "ledger").experiments[Proposal.of(config).fingerprint]
+    assert entry.rounds == (1, 2, 3)
+    assert {release.steps for release in entry.ledger.releases} == {3}
+    with held(tmp_path / "east" / "state"):
+        other_thread = ThreadPoolExecutor().submit(refusal, first["east"], config)
+        assert "is in use by another thread" in other_thread.result()
 
 
 def test_another_experiment_in_the_folder_is_refused(

@@ -33,7 +33,7 @@ from sordino.privacy.secure_mean import sum_parties
 from sordino.privacy.statistics.estimates import Released, drawn
 from sordino.privacy.statistics.mechanism import StatisticsMechanism
 from sordino.runtime import messages
-from sordino.runtime.facts import Federation, RandomnessOf, client_data, stacked, stand_in
+from sordino.runtime.facts import Federation, RandomnessOf, client_data, participants, stacked, stand_in
 from sordino.runtime.messages import MessageError, RoundHeader, UploadHeader
 from sordino.runtime.release import RELEASE_ROUND, ClientsRelease
 from sordino.secure import Party, Refusal, answered
@@ -251,6 +251,7 @@ class ClientRound:
         headers = [messages.round_header(contents[client]) for client in clients]
         number = self._number(headers)
         self._check_places(clients, headers)
+        self._check_turn(number, clients)
         broadcast, clip = end.read_broadcast([contents[client] for client in clients])
         stack = torch.tensor([end.numbers.index(client) for client in clients], device=federation.device)
         randomness = end.randomness(number, clients)
@@ -310,6 +311,20 @@ class ClientRound:
                     f"a secure sum with client {client} at place {header.place} of {header.clients}, where all "
                     f"{everyone} take part"
                 )
+
+    def _check_turn(self, number: int, clients: Sequence[int]) -> None:
+        """Refuse a round that is not in the plan, whose epsilon counts rounds and who takes part in each.
+
+        Under Poisson sampling of clients the server draws who takes part, and nobody can check it.
+        """
+        federation = self._end.federation
+        if federation.rounds and number > federation.rounds:  # rounds of a method that does not train tell nothing
+            raise MessageError(f"a broadcast of round {number}, and {federation.rounds} were agreed")
+        if federation.mechanism.samples_clients:
+            return
+        chosen = participants(federation.seed, number, federation.clients, federation.runtime.participation)
+        if strangers := sorted(set(clients) - set(chosen.tolist())):
+            raise MessageError(f"a broadcast of round {number} for client {strangers[0]}, who takes no part in it")
 
     def _sent(
         self, upload: AnyUpload, mechanism_round: ClientRoundMechanism, clients: Sequence[int], number: int

@@ -128,6 +128,8 @@ def _rounds(lines: Sequence[Mapping[str, Any]]) -> list[Block]:
         without = [f"{site}: {reason}" for site, reason in line.get("lost", {}).items()]
         without += [] if without else [f"client {c}: {why}" for c, why in line.get("lost_clients", {}).items()]
         told = ([f"void: {line['void']}"] if line.get("void") else []) + without
-        rows.append([str(line["round"]), str(line["participants"]), f"{line['seconds']:.1f}", "\n".join(told) or "all"])
+        rows.append(
+            [str(line["round"]), str(line["participants"]), f"{line['seconds']:.1f}", "\n".join(told) or "nobody"]
+        )
     caption = f"The last {len(rows)} rounds." if len(lines) > SHOWN else "All rounds so far."
     return [{"table": {"caption": caption, "head": ["Round", "Clients", "Seconds", "Without"], "rows": rows}}]

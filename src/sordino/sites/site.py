@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import sordino
-from sordino.errors import SordinoError
+from sordino.errors import RunError, SordinoError
 from sordino.experiments.config import Experiment
+from sordino.experiments.run_lock import held
 from sordino.experiments.saved_prompts import save_prompts
 from sordino.files import write_atomically
 from sordino.privacy.ledger import Ledger, Release
 from sordino.privacy.statement import as_summary
+from sordino.randomness import system_bytes
 from sordino.runtime.agreement import Agreement, federation_digest
 from sordino.runtime.client import ClientEnd
 from sordino.runtime.envelope import Envelope
@@ -31,7 +33,8 @@ from sordino.sites.settings import SiteSettings
 from sordino.tasks.settings import PartitionSettings
 
 PROTOCOL = 1  # of the messages between a coordinator and sites
-JOINED = "joined.json"
+PROPOSED, AGREED = "proposal.json", "agreement.json"  # in the folder of an experiment
+LAST = "process"  # in the state folder: which process answered last
 
 
 class Site:
@@ -45,12 +48,33 @@ class Site:
         self.settings, self.state = settings, Path(settings.state)
         self.ledger = SiteLedger(self.state / "ledger")
         self._members: dict[str, Membership] = {}
+        self._name = system_bytes(16).hex()  # of this process
 
     def turn(self, request: bytes) -> bytes:
         """Return the answer to a request. A refusal says why; nothing raises.
 
-        The same request gets the same answer, however often it comes.
+        The same request gets the same answer, however often it comes, and to whichever process of this site.
         """
+        try:
+            with held(self.state):
+                self._take_over()
+                return self._answer(request)
+        except SordinoError as error:
+            return self._refusal("", error)
+
+    def _take_over(self) -> None:
+        """Read the state again if another process of this site has answered since this one did."""
+        file = self.state / LAST
+        if file.exists() and file.read_text() == self._name:
+            return
+        self._members.clear()
+        self.ledger = SiteLedger(self.state / "ledger")
+        write_atomically(file, self._name.encode())
+
+    def _refusal(self, experiment: str, error: SordinoError) -> bytes:
+        return Envelope("refusal", experiment, {"reason": str(error), "site": self.settings.name}).encode()
+
+    def _answer(self, request: bytes) -> bytes:
         experiment = ""
         try:
             if len(request) > self.settings.policy.most_bytes:
@@ -69,7 +93,7 @@ class Site:
                 return member.end(envelope)
             raise MessageError(f"a {envelope.kind} is no request")
         except SordinoError as error:
-            return Envelope("refusal", experiment, {"reason": str(error), "site": self.settings.name}).encode()
+            return self._refusal(experiment, error)
 
     def hello(self, envelope: Envelope) -> bytes:
         """Answer who is here, or why this site takes no part.
@@ -86,26 +110,28 @@ class Site:
         if member is None:
             member = Membership(self, proposal)
         facts = member.hello()
+        write_atomically(self.folder(proposal.fingerprint) / PROPOSED, json.dumps(proposal.facts, indent=1).encode())
         self._members[proposal.fingerprint] = member
         return Envelope("hello", proposal.fingerprint, facts).encode()
 
     def _member(self, experiment: str) -> Membership:
         """Return what this site is in an experiment, also after a restart."""
         if experiment not in self._members:
-            file = self.folder(experiment) / JOINED
-            if not experiment or not file.exists():
+            folder = self.folder(experiment)
+            if not (folder / PROPOSED).exists():
                 raise MessageError(f"this site has not joined experiment {experiment[:12]}; say hello first")
-            document = json.loads(file.read_bytes())
-            member = Membership(self, Proposal.read(document["proposal"]))
-            if found := objections(self.settings.policy, member.proposal):  # the policy may have changed
+            proposal = Proposal.read(_document(folder / PROPOSED))
+            if found := objections(self.settings.policy, proposal):  # the policy may have changed
                 raise MessageError("; ".join(found))
-            member.agree(Agreement.read(document["agreement"]))
+            member = Membership(self, proposal)
+            if (folder / AGREED).exists():
+                member.agree(Agreement.read(_document(folder / AGREED)))
             self._members[experiment] = member
         return self._members[experiment]
 
     def folder(self, experiment: str) -> Path:
         """Return where the state of an experiment is."""
-        if not experiment.isalnum():
+        if not experiment.isalnum():  # it comes from a message, and names a folder
             raise MessageError("an experiment's fingerprint is hexadecimal")
         return self.state / "experiments" / experiment
 
@@ -197,8 +223,7 @@ class Membership:
             federation = agreement.federation(self.own.plan)
             self._check(federation, mine)
             folder = self.site.folder(self.proposal.fingerprint)
-            document = {"proposal": self.proposal.facts, "agreement": agreement.facts}
-            write_atomically(folder / JOINED, json.dumps(document, indent=1).encode())
+            write_atomically(folder / AGREED, json.dumps(agreement.facts, indent=1).encode())
             self._agreement, self._federation = agreement, federation
             self._turns = self._joined(federation, sorted(mine), folder)
         facts = {"federation": federation_digest(self._federation), "round": self.turns.round}
@@ -281,6 +306,14 @@ class Membership:
             self.site.ledger.charge(experiment, empty, number, releases)
 
         return Turns(make_end, self.proposal.fingerprint, folder, charge)
+
+
+def _document(file: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file} cannot be read ({error}); put a backup back, or say hello to it again") from None
+    return document if isinstance(document, dict) else {}
 
 
 def _of(releases: Sequence[Release], clients: Sequence[int]) -> list[Release]:
