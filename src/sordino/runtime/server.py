@@ -23,7 +23,7 @@ from sordino.algorithms.base import (
     take,
 )
 from sordino.errors import RunError
-from sordino.privacy.ledger import Ledger, Release
+from sordino.privacy.ledger import ALL_CLIENTS, Ledger, Release
 from sordino.privacy.mechanism import WEIGHT, ServerRoundMechanism
 from sordino.privacy.secure_mean import ServerSums
 from sordino.privacy.statistics.mechanism import StatisticsMechanism
@@ -165,7 +165,10 @@ class ServerEnd:
         unused = self._releases_of(uploads.lost, chosen)
         if chosen and len(uploads.clients) < (quorum or 0):
             reason = f"{len(uploads.clients)} of {len(chosen)} answered as was agreed, and {quorum} are needed"
-            return self._void(training, uploads, training.ledger.add(self._releases_of(chosen, chosen)), reason)
+            # A server that died may have opened a secure sum, and forgotten it.
+            opened = [ALL_CLIENTS] if federation.mechanism.sums_securely else []
+            releases = self._releases_of(chosen, chosen, opened)
+            return self._void(training, uploads, training.ledger.add(releases), reason)
         came = uploads.clients
         carrier = _by_place(link, chosen, came)
         sums = self._sums(session, chosen, came, carrier)
@@ -207,9 +210,9 @@ class ServerEnd:
         after = replace(training, round=training.round + 1, ledger=ledger)
         return after, ServerRecord((), 0, 0, None, uploads.reasons, reason)
 
-    def _releases_of(self, some: Iterable[int], chosen: Sequence[int]) -> list[Release]:
-        """Return what some of the clients of a round release of their own in it, as planned."""
-        parties = {f"client {client}" for client in some}
+    def _releases_of(self, some: Iterable[int], chosen: Sequence[int], others: Iterable[str] = ()) -> list[Release]:
+        """Return what some of the clients of a round, and others, may have released in it, as planned."""
+        parties = {*(f"client {client}" for client in some), *others}
         return [release for release in self.federation.mechanism.round_releases(chosen) if release.party in parties]
 
     def _next_state(
