@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 from nvflare.app_common.widgets.component_path_authorizer import ComponentPathAuthorizer
-from nvflare.fuel.sec.authz import AuthorizationService, AuthzContext, Person
+from nvflare.fuel.sec.authz import AuthzContext, Person
 from nvflare.security.security import FLAuthorizer
 
 from sordino.errors import ConfigError
 from sordino.flare.names import CONTROLLER, COORDINATOR_FILE, EXECUTOR, KIT_FILE, SITE_FILE
-from sordino.flare.project import load_project
+from sordino.flare.project import AdminEntry, Project, ServerEntry, load_project
 from sordino.flare.provision import provision
-from sordino.flare.server_settings import load_coordinator
+from sordino.flare.server_settings import CoordinatorSettings, load_coordinator
 
 PROJECT = """
 name = "trial"
@@ -51,12 +52,10 @@ def kits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def may(kit: Path, role: str, right: str) -> bool:
     """Whether FLARE, with a kit's file, lets a user of a role do something to a job of another user."""
     policy = json.loads((kit / "local" / "authorization.json").read_text())
-    _, error = AuthorizationService.initialize(FLAuthorizer("east_hospital", policy))
-    assert error == ""
+    authorizer = FLAuthorizer("east_hospital", policy)
     user = Person("lead@example.org", "coordinator", role)
-    allowed, error = AuthorizationService.authorize(
-        AuthzContext(right, user, submitter=Person("other@example.org", "elsewhere", "lead"))
-    )
+    other = Person("other@example.org", "elsewhere", "lead")
+    allowed, error = authorizer.authorize(AuthzContext(right, user, submitter=other))
     assert not error or "not authorized" in error, error
     return bool(allowed)
 
@@ -66,6 +65,7 @@ def may(kit: Path, role: str, right: str) -> bool:
 def test_nobody_brings_code_or_a_shell(party: str, role: str, kits: dict[str, Path]) -> None:
     assert not may(kits[party], role, "byoc")
     assert not may(kits[party], role, "cat")
+    assert may(kits[party], role, "show_errors") == (party == "server")
     assert may(kits[party], role, "submit_job") == (role in ("project_admin", "lead"))
     assert may(kits[party], role, "abort_job") == (role == "project_admin"), "of another's job"
 
@@ -121,6 +121,22 @@ def test_bad_projects_are_refused_in_one_line(old: str, new: str, message: str, 
     file.write_text(PROJECT.replace(old, new, 1))
     with pytest.raises(ConfigError, match=f"^{message}"):
         load_project(file)
+
+
+def test_the_page_on_deployment_names_every_key_and_its_project_is_valid(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text(encoding="utf-8")
+    for key in [*CoordinatorSettings.model_fields, *Project.model_fields]:
+        assert f"`{key}" in page, key
+    for key in ServerEntry.model_fields:
+        assert f"`server.{key}`" in page, key
+    for key in AdminEntry.model_fields:
+        assert f"`{key}`" in page, key
+    (project,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "project.toml").write_text(project)
+    kits = provision(load_project(tmp_path / "project.toml"), tmp_path / "kits")
+    assert "kits/eyes/prod_00/lead@example.org" in page
+    assert (tmp_path / "kits/eyes/prod_00/lead@example.org") in kits
+    assert (tmp_path / "kits/eyes/state").is_dir()
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:

@@ -280,7 +280,7 @@ def test_a_site_that_is_lost_is_named_and_comes_back(
 def test_who_is_missing_when_an_experiment_goes_on_is_waited_for_like_in_a_round(
     site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
 ) -> None:
-    """At first all must answer, as those left out stay out. Later a quorum and the grace are enough, and it is asked."""
+    """At first all must answer, as those left out stay out. Later a quorum and the grace are enough."""
     config, sites = experiment(clip_folder), sites_at(site_files)
     asks: list[Ask] = []
 

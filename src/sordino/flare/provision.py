@@ -23,7 +23,7 @@ from sordino.flare.project import SERVER, Project
 
 HEARTBEAT_SECONDS = 60  # after which a site that was silent is not connected any more
 
-# What each role may do, at the server and at every site. FLARE's own file lets a lead bring code.
+# What each role may do at the server. FLARE's own file lets a lead bring code.
 NOTHING = {
     "submit_job": "none",
     "clone_job": "none",
@@ -49,6 +49,9 @@ PERMISSIONS = {
     "lead": NOTHING | OWN_JOBS,
     "member": NOTHING,
 }
+# And at a site, where nobody but those who work there looks at errors and logs.
+AT_A_SITE = {role: rights | {"view": "none"} for role, rights in PERMISSIONS.items()}
+AT_A_SITE["org_admin"]["view"] = "o:site"
 
 
 def provision(project: Project, out: Path) -> list[Path]:
@@ -99,7 +102,7 @@ def _close_server(local: Path, store: str) -> None:
     # FLARE's own places are below /tmp, which is emptied, and which others may read.
     text = json.dumps(resources, indent=1).replace("/tmp/nvflare/", f"{store.rstrip('/')}/")
     write_atomically(local / "resources.json", text.encode())
-    _close(local)
+    _close(local, PERMISSIONS)
     write_atomically(local / COORDINATOR_FILE, COORDINATOR.encode())
 
 
@@ -108,13 +111,13 @@ def _close_site(local: Path, name: str) -> None:
     resources["class_allow_list"] = [EXECUTOR]
     resources["allow_log_streaming"] = False
     _write(local / "resources.json", resources)
-    _close(local)
+    _close(local, AT_A_SITE)
     write_atomically(local / f"{SITE_FILE}.example", SITE.format(name=name).encode())
 
 
-def _close(local: Path) -> None:
+def _close(local: Path, permissions: dict[str, dict[str, str]]) -> None:
     """Write who may do what, and take away a sample of privacy filters, which Sordino's uploads must not go through."""
-    _write(local / "authorization.json", {"format_version": "1.0", "permissions": PERMISSIONS})
+    _write(local / "authorization.json", {"format_version": "1.0", "permissions": permissions})
     (local / "privacy.json.sample").unlink(missing_ok=True)
 
 

@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sordino.errors import config_error
+from sordino.errors import ConfigError, config_error
 from sordino.experiments.config import Experiment
 from sordino.experiments.toml_tables import read_tables
 from sordino.files import user_path
+from sordino.flare.names import COORDINATOR_FILE
 from sordino.sites.proposal import Proposal
 
 
@@ -38,7 +39,10 @@ class CoordinatorSettings(BaseModel):
             "data": {"source": "digits"},
             "partition": {"scheme": "iid", "clients": 1},
         }
-        if name in self.checkpoints:
+        if name != "bundled":
+            if name not in self.checkpoints:
+                remedy = f"the experiment needs encoder {name!r}; say in the server's {COORDINATOR_FILE} where it is"
+                raise ConfigError(f"checkpoints.{name}", None, remedy)
             own["encoder"] = {"checkpoint": self.checkpoints[name]}
         return proposal.config(own)
 
