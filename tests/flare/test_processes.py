@@ -16,15 +16,17 @@ from typing import Any
 import pytest
 import tomli_w
 from flare.parties import Party, environment, free_port, until
-from sites.owners import NAMES, NOISE, experiment, write_pictures, write_site
+from sites.owners import NAMES, NOISE, experiment, fleet, sites_at, write_pictures, write_site
 
+from sordino.algorithms.base import named_tensors
 from sordino.experiments.config import Experiment, load_config
 from sordino.flare.job import write_job
 from sordino.flare.project import load_project
 from sordino.flare.provision import provision
 from sordino.prompt_file import SavedPrompt
+from sordino.runtime import checkpoint
 from sordino.runtime.fleet import Patience
-from sordino.sites.coordinator import AGREEMENT, LEDGER, METRICS
+from sordino.sites.coordinator import AGREEMENT, LEDGER, METRICS, coordinate
 from sordino.sites.proposal import Proposal
 
 pytestmark = pytest.mark.slow
@@ -137,6 +139,28 @@ def test_noise_at_three_sites_for_three_rounds(trial: Trial) -> None:
         assert trial.site(name, proposal) == {"rounds": [1, 2, 3], "client": number}
 
 
+def test_without_noise_it_has_the_bits_of_sites_in_one_process(trial: Trial) -> None:
+    file = trial.folder / "plain.toml"
+    config = experiment(trial.clip, "promptfl")
+    file.write_text(tomli_w.dumps(config.model_dump(exclude_none=True, exclude={"methods"})))
+    run = trial.start(file, trial.folder / "plain")
+    try:
+        files = {}
+        for number, name in enumerate(NAMES):
+            write_pictures(trial.folder / "here" / name / "pictures", number, 5 + number)
+            files[name] = write_site(trial.folder / "here" / name, name, trial.clip)
+        here = coordinate(
+            config, Proposal.of(config), fleet(sites_at(files)), trial.folder / "here" / "out", Patience()
+        )
+    finally:
+        finished(run)
+    there = checkpoint.load_server(trial.folder / "plain" / "checkpoint", here.training)
+    assert there is not None
+    assert there.round == here.training.round == 3
+    for name, tensor in named_tensors(here.training.state).items():
+        assert tensor.equal(named_tensors(there.state)[name]), name
+
+
 def test_a_site_whose_process_is_killed_is_asked_again_by_the_next_job(trial: Trial) -> None:
     """FLARE fails the whole job. The run goes on from its last round, and no round is charged or drawn twice."""
     file, config = trial.config("killed", rounds=30)
@@ -158,6 +182,28 @@ def test_a_site_whose_process_is_killed_is_asked_again_by_the_next_job(trial: Tr
     assert len(whole) >= 28
     assert trial.site("east", proposal)["rounds"] == trial.site("west", proposal)["rounds"] == list(range(1, 31))
     assert set(whole) <= set(trial.site("north", proposal)["rounds"])
+
+
+def test_a_server_that_was_killed_goes_on_when_it_is_started_again(trial: Trial) -> None:
+    """FLARE has no resume, and says for ever that the job runs. It is aborted, and another goes on."""
+    file, config = trial.config("restarted", rounds=30, seed=3)
+    proposal, out = Proposal.of(config), trial.folder / "restarted"
+    lines = trial.kits["server"] / "runs" / proposal.fingerprint / METRICS
+    run = trial.start(file, out)
+    try:
+        until("the first round is over", lambda: lines.exists() and lines.read_text().count("\n") >= 1)
+        trial.parties["server"].end()
+        before = lines.read_text()
+        assert before.count("\n") < 30
+        trial.parties["server"] = Party(trial.kits["server"])
+    finally:
+        outcome, told = finished(run)
+    assert "a server that lost it" in told
+    assert outcome["rounds"] == 30
+    assert (out / METRICS).read_text().startswith(before)
+    assert [json.loads(line)["round"] for line in (out / METRICS).read_text().splitlines()] == list(range(1, 31))
+    for name in NAMES:
+        assert trial.site(name, proposal)["rounds"] == list(range(1, 31)), "each charged once"
 
 
 def test_a_certificate_under_another_sites_name_is_refused(trial: Trial) -> None:

@@ -16,7 +16,7 @@ from sordino.flare.job import write_job
 from sordino.flare.names import CONTROLLER, EXECUTOR, FAILED
 from sordino.flare.submission import COMPLETED, RUNNING, JobStatus, Pace, Submission, Unreachable
 from sordino.runtime.fleet import Patience
-from sordino.sites.coordinator import OUTCOME
+from sordino.sites.coordinator import OUTCOME, PROPOSAL
 from sordino.sites.proposal import Proposal
 
 AT_ONCE = Pace(look=0.0, server=0.05, sites=0.0, stale=-1.0)
@@ -138,6 +138,23 @@ def test_a_quorum_of_sites_suffices_and_fewer_do_not(submission: Callable[..., S
         submission(server).run(tmp_path / "out")
     submission(server, quorum=0.5).run(tmp_path / "out")
     assert [meta["min_clients"] for meta in server.submitted] == [1]
+
+
+def test_a_folder_with_another_experiment_is_refused_before_anything_is_submitted(
+    submission: Callable[..., Submission], tmp_path: Path
+) -> None:
+    server = Server([COMPLETED])
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(RunError, match="holds something else, and not this experiment; choose another --out"):
+        submission(server).run(tmp_path)
+    (tmp_path / PROPOSAL).write_text(json.dumps({"tables": {"rounds": 7}}))
+    with pytest.raises(RunError, match="and not this experiment"):
+        submission(server).run(tmp_path)
+    assert server.submitted == []
+    own = submission(server)
+    (tmp_path / PROPOSAL).write_text(json.dumps(own.proposal.facts))
+    own.run(tmp_path)
+    assert len(server.submitted) == 1
 
 
 def test_a_job_holds_no_code_and_chooses_nothing_at_a_site(clip_folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import time
@@ -11,11 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from sordino.errors import RunError
+from sordino.errors import RunError, SordinoError
+from sordino.experiments.run_lock import is_empty, writable
 from sordino.flare.job import job_name, write_job
 from sordino.flare.names import FAILED
 from sordino.progress import log
 from sordino.runtime.fleet import Patience
+from sordino.sites.coordinator import PROPOSAL
 from sordino.sites.proposal import Proposal
 
 Result = TypeVar("Result")
@@ -100,8 +103,9 @@ class Submission:
         """Run it to its end, and copy its run directory to `out`.
 
         Raises:
-            RunError: the experiment failed, or `tries` jobs did.
+            RunError: the experiment failed, or `tries` jobs did, or `out` holds something else.
         """
+        require_own(out, self.proposal)
         job = self._patiently(self._running)
         for number in range(1, self.tries + 1):
             job = job or self._submitted()
@@ -212,3 +216,20 @@ class Submission:
                     log.warning("%s; waiting for it", error)
                     told = True
                 time.sleep(self.pace.look)
+
+
+def require_own(out: Path, proposal: Proposal) -> None:
+    """Check that a folder is empty, or holds what an earlier call of the same experiment copied there.
+
+    Raises:
+        RunError: it holds something else.
+    """
+    writable(out)
+    if is_empty(out):
+        return
+    try:
+        there = Proposal.read(json.loads((out / PROPOSAL).read_bytes())).fingerprint
+    except (OSError, ValueError, AttributeError, SordinoError):
+        there = "something else"
+    if there != proposal.fingerprint:
+        raise RunError(f"{out} holds {there[:14]}, and not this experiment; choose another --out")
