@@ -20,7 +20,12 @@ LONGEST = 300  # characters of a value in a message
 # Optional dependencies: the modules that an extra of the package installs, imported only after
 # `require_extra`. The extras `medical` and `heif` are not here: without them a file is passed over
 # with a message of its own.
-EXTRAS = {"hub": ("datasets",), "mpc": ("cma", "grpc", "numba"), "tracking": ("mlflow", "tensorboard")}
+EXTRAS = {
+    "flare": ("nvflare",),
+    "hub": ("datasets",),
+    "mpc": ("cma", "grpc", "numba"),
+    "tracking": ("mlflow", "tensorboard"),
+}
 
 
 class SordinoError(Exception):

@@ -334,6 +334,43 @@ def test_two_processes_of_a_site_answer_as_one(site_files: dict[str, Path], tmp_
         assert "is in use by another thread" in other_thread.result()
 
 
+def test_who_is_missing_when_an_experiment_goes_on_is_waited_for_like_in_a_round(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    """At first all must answer, as those left out stay out. Later a quorum and the grace are enough."""
+    config, sites = experiment(clip_folder), sites_at(site_files)
+    asks: list[Ask] = []
+
+    class Watched(LocalFleet):
+        def ask(self, ask: Ask) -> Any:
+            asks.append(ask)
+            return super().ask(ask)
+
+    def over(names: tuple[str, ...]) -> Outcome:
+        asks.clear()
+        there = Watched({name: sites[name].turn for name in names})
+        return coordinate(config, Proposal.of(config), there, tmp_path / "out", Patience(0.6))
+
+    over(NAMES)
+    assert [ask.quorum for ask in asks[:2]] == [3, 3]
+    outcome = over(("east", "west"))
+    assert [ask.quorum for ask in asks[:2]] == [2, 2]
+    assert outcome.met.left_out == {"north": "it is not there"}
+    assert set(asks[-1].payloads) == set(NAMES), "the end is told to everybody"
+
+
+def test_a_site_without_a_budget_accounts_nothing_in_a_round(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> float:
+        raise AssertionError("it would take a second in every round")
+
+    monkeypatch.setattr(SiteLedger, "spent", fail)
+    outcome = run_over(experiment(clip_folder, privacy=NOISE), sites_at(site_files), tmp_path / "out")
+    assert outcome.training.round == 3
+    assert [entry.rounds for entry in sites_at(site_files)["east"].ledger.experiments.values()] == [(1, 2, 3)]
+
+
 def test_another_experiment_in_the_folder_is_refused(
     site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
 ) -> None:

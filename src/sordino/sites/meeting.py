@@ -82,7 +82,9 @@ class Meeting:
         """
         names = self._awaited() if agreed is None else sorted(agreed.sites)
         experiment = self.proposal.fingerprint
-        hellos, left_out = self._asked(names, Envelope("hello", experiment, self.proposal.facts))
+        # Whoever is late now takes no part at all, unless the experiment goes on: then rounds ask everybody again.
+        enough = len(names) if agreed is None else self.patience.of(len(names))
+        hellos, left_out = self._asked(names, Envelope("hello", experiment, self.proposal.facts), enough)
         facts = {site: envelope.facts for site, envelope in sorted(hellos.items())}
         classes = self._classes(facts)
         for site, told in list(facts.items()):
@@ -95,7 +97,8 @@ class Meeting:
         self._need(facts, names, left_out)
         agreement = agreed or _agreement(facts)
         federation = self._federation(agreement, classes, next(iter(facts.values())))
-        answers, lost = self._asked(sorted(facts), Envelope("agreement", experiment, agreement.facts))
+        enough = len(facts) if agreed is None else min(enough, len(facts))
+        answers, lost = self._asked(sorted(facts), Envelope("agreement", experiment, agreement.facts), enough)
         left_out |= lost
         rounds: dict[str, int] = {}
         for site, envelope in answers.items():
@@ -122,15 +125,20 @@ class Meeting:
             log.warning("%s is not there after %g s", site, self.patience.deadline)
         return sorted(self.expected)
 
-    def _asked(self, names: Sequence[str], message: Envelope) -> tuple[dict[str, Envelope], dict[str, str]]:
-        """Ask sites; their answers, and who did not answer or refused, with the reason of each."""
+    def _asked(
+        self, names: Sequence[str], message: Envelope, enough: int
+    ) -> tuple[dict[str, Envelope], dict[str, str]]:
+        """Ask sites; their answers, and who did not answer or refused, with the reason of each.
+
+        Once `enough` have answered, the others have the grace time.
+        """
         answers: dict[str, Envelope] = {}
         lost: dict[str, str] = {}
         if not names:
             raise RunError("no site is there; start them, and see that they reach the server")
         content = message.encode()
         patience = self.patience
-        ask = Ask(BEFORE, dict.fromkeys(names, content), len(names), patience.deadline, patience.grace)
+        ask = Ask(BEFORE, dict.fromkeys(names, content), enough, patience.deadline, patience.grace)
         for event in self.fleet.ask(ask):
             if not isinstance(event, Answer):
                 lost[event.site] = event.reason

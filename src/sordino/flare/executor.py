@@ -1,0 +1,73 @@
+"""A site's end inside FLARE: every task's bytes go to the site's turn, and its answer goes back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nvflare.apis.executor import Executor
+from nvflare.apis.fl_constant import FLContextKey, ReturnCode
+from nvflare.apis.shareable import make_reply
+
+from sordino.errors import ConfigError, SordinoError
+from sordino.flare.names import CONTENT, SITE_FILE, TASK
+from sordino.runtime.envelope import Envelope
+from sordino.sites.settings import load_site
+from sordino.sites.site import Site
+
+
+class SiteExecutor(Executor):  # type: ignore[misc]
+    """Answers tasks as the site's own file says.
+
+    It takes no arguments: those of a component come from the job, which is to say from whoever submitted it. The path
+    of the site's file is fixed, too. It is `local/site.toml` in the folder that the site's operator started FLARE in,
+    which no job can write to or name.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._site: Site | None = None
+
+    def execute(self, task_name: str, shareable: Any, fl_ctx: Any, abort_signal: Any) -> Any:
+        """Return the site's answer to a task; a refusal where the site's file or data are not as they should be."""
+        if task_name != TASK:
+            return make_reply(ReturnCode.TASK_UNKNOWN)
+        reply = make_reply(ReturnCode.OK)
+        try:
+            reply[CONTENT] = self._answer(bytes(shareable[CONTENT]), fl_ctx)
+        except SordinoError as error:  # of opening the site; a turn raises none
+            self.log_error(fl_ctx, f"the site cannot be opened: {error}", fire_event=False)
+            reply[CONTENT] = refusal(str(error))
+        except Exception as error:
+            # A failure of the program fails this one task. Its text may tell of data, so it stays in the site's log.
+            self.log_exception(fl_ctx, "the site failed", fire_event=False)
+            reply[CONTENT] = refusal(f"it failed with {type(error).__name__}; its own log says more")
+        return reply
+
+    def _answer(self, request: bytes, fl_ctx: Any) -> bytes:
+        if self._site is None:
+            workspace = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT)
+            self._site = opened(Path(workspace.get_site_config_dir()) / SITE_FILE, fl_ctx.get_identity_name())
+        return self._site.turn(request)
+
+
+def opened(file: Path, certified: str) -> Site:
+    """Open the site of a file.
+
+    Args:
+        file: the site's, or a link to it.
+        certified: the name in the certificate that this site shows the server.
+
+    Raises:
+        SordinoError: the file is missing or malformed, or of a site with another name.
+    """
+    # Relative paths are from where the file really is, so that a kit may hold a link to it.
+    settings = load_site(file.resolve())
+    if settings.name != certified:
+        raise ConfigError("name", settings.name, f"this site's certificate says {certified!r}; write the same here")
+    return Site(settings)
+
+
+def refusal(reason: str) -> bytes:
+    """Return the answer of a site that cannot even read a request."""
+    return Envelope("refusal", "", {"reason": reason}).encode()

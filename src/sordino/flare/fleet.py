@@ -1,0 +1,97 @@
+"""The sites as FLARE reaches them: one task a site, each with bytes of its own; answers come in other threads."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from sordino.errors import SordinoError
+from sordino.runtime.fleet import Answer, Ask, Lost
+
+TICK = 0.5  # seconds between two looks at whether the job was aborted
+
+# Told once for a task: an answer's bytes, or why there is none.
+Told = Callable[[bytes | str], None]
+
+
+class Aborted(SordinoError):
+    """The job was aborted, by an administrator or by FLARE."""
+
+
+class Tasks(Protocol):
+    """What a fleet needs of FLARE's controller."""
+
+    def sites(self) -> frozenset[str]:
+        """Return the names of the connected sites, as their certificates say."""
+        ...
+
+    def start(self, site: str, content: bytes, told: Told) -> Callable[[], None]:
+        """Offer a site a task, and return what withdraws it."""
+        ...
+
+    def aborted(self) -> bool:
+        """Tell whether the job is to end."""
+        ...
+
+
+class FlareFleet:
+    """A fleet over tasks.
+
+    Args:
+        tasks: of the controller.
+        clock: seconds that only grow.
+    """
+
+    def __init__(self, tasks: Tasks, clock: Callable[[], float] = time.monotonic) -> None:
+        self._tasks, self._clock = tasks, clock
+
+    def sites(self) -> frozenset[str]:
+        return self._tasks.sites()
+
+    def ask(self, ask: Ask) -> Iterator[Answer | Lost]:
+        """See `Fleet.ask`; tasks that were not answered are withdrawn, also where the caller stops listening.
+
+        Raises:
+            Aborted: the job is to end.
+        """
+        heard: queue.SimpleQueue[tuple[str, bytes | str]] = queue.SimpleQueue()
+        there, waiting = self.sites(), dict[str, Callable[[], None]]()
+        try:
+            for site, content in ask.payloads.items():
+                if site in there:
+                    waiting[site] = self._tasks.start(site, content, _teller(heard, site))
+            yield from (Lost(site, "it is not connected") for site in ask.payloads if site not in there)
+            yield from self._heard(ask, heard, waiting)
+        finally:
+            for withdraw in waiting.values():
+                withdraw()
+
+    def _heard(
+        self, ask: Ask, heard: queue.SimpleQueue[tuple[str, bytes | str]], waiting: dict[str, Callable[[], None]]
+    ) -> Iterator[Answer | Lost]:
+        """Yield an entry for each site that is waited for, and leave those in `waiting` whose task is to withdraw."""
+        asked = list(waiting)
+        end, answered, reason = self._clock() + ask.deadline, 0, f"no answer after {ask.deadline:g} s"
+        while waiting and (left := end - self._clock()) > 0:
+            if self._tasks.aborted():
+                raise Aborted("the job was aborted")
+            try:
+                site, content = heard.get(timeout=min(left, TICK))
+            except queue.Empty:
+                continue
+            if waiting.pop(site, None) is None:  # it was heard before
+                continue
+            if isinstance(content, str):
+                yield Lost(site, content)
+                continue
+            answered += 1
+            if answered == ask.quorum and (soon := self._clock() + ask.grace) < end:
+                end, reason = soon, f"no answer {ask.grace:g} s after {answered} of {len(ask.payloads)} had answered"
+            yield Answer(site, content)
+        yield from [Lost(site, reason) for site in asked if site in waiting]
+
+
+def _teller(heard: queue.SimpleQueue[tuple[str, bytes | str]], site: str) -> Told:
+    return lambda content: heard.put((site, content))

@@ -1,0 +1,151 @@
+"""Startup kits by FLARE's own provisioning, closed further: no code from jobs, and one class that they may name."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from nvflare.lighter.entity import Project as FlareProject
+from nvflare.lighter.impl.cert import CertBuilder
+from nvflare.lighter.impl.signature import SignatureBuilder
+from nvflare.lighter.impl.static_file import StaticFileBuilder
+from nvflare.lighter.impl.workspace import WorkspaceBuilder
+from nvflare.lighter.provisioner import Provisioner
+
+from sordino.errors import ConfigError, RunError
+from sordino.experiments.run_lock import is_empty
+from sordino.files import write_atomically
+from sordino.flare.names import CONTROLLER, COORDINATOR_FILE, EXECUTOR, KIT_FILE, SITE_FILE
+from sordino.flare.project import SERVER, Project
+
+HEARTBEAT_SECONDS = 60  # after which a site that was silent is not connected any more
+
+# What each role may do at the server. FLARE's own file lets a lead bring code.
+NOTHING = {
+    "submit_job": "none",
+    "clone_job": "none",
+    "manage_job": "none",
+    "download_job": "none",
+    "view": "any",
+    "operate": "none",
+    "shell_commands": "none",
+    "byoc": "none",
+    "server-predeployed-flwr": "none",
+    "app_command": "none",  # asks a running job how far it is; FLARE counts it to none of the above
+}
+ALL_JOBS = {"submit_job": "any", "manage_job": "any", "download_job": "any", "app_command": "any"}
+OWN_JOBS = {
+    "submit_job": "any",
+    "manage_job": "n:submitter",
+    "download_job": "n:submitter",
+    "app_command": "n:submitter",
+}
+PERMISSIONS = {
+    "project_admin": NOTHING | ALL_JOBS,
+    "org_admin": NOTHING | {"manage_job": "o:submitter", "operate": "o:site"},
+    "lead": NOTHING | OWN_JOBS,
+    "member": NOTHING,
+}
+# And at a site, where nobody but those who work there looks at errors and logs.
+AT_A_SITE = {role: rights | {"view": "none"} for role, rights in PERMISSIONS.items()}
+AT_A_SITE["org_admin"]["view"] = "o:site"
+
+
+def provision(project: Project, out: Path) -> list[Path]:
+    """Make a startup kit for every party of a project, and return their folders.
+
+    `out` also holds, in `state`, the key that signs the project's certificates; with it, anybody makes new parties.
+    Where `out` holds the project already, all kits are made again, with the same certificates for those who had one.
+
+    Raises:
+        ConfigError: `out` holds something else.
+        RunError: FLARE could not make the kits.
+    """
+    if not is_empty(out) and not (out / project.name / "state" / "cert.json").exists():
+        raise ConfigError("--out", str(out), f"holds other things than kits of project {project.name}; choose another")
+    made = FlareProject(project.name, "prompts learned with Sordino")
+    server = project.server
+    ports = {"fed_learn_port": server.port, "admin_port": server.port}
+    made.set_server(SERVER, server.organization, ports | {"host_names": [server.host], "default_host": server.host})
+    for site in project.sites:
+        made.add_client(site.name, site.organization, {"allow_log_streaming": False})
+    for admin in project.admins:
+        made.add_admin(admin.name, admin.organization, {"role": admin.role})
+    builders = [
+        WorkspaceBuilder(template_file=["master_template.yml"]),
+        StaticFileBuilder(config_folder="config", require_signed_jobs=True),
+        CertBuilder(root_valid_days=project.days),
+        SignatureBuilder(),
+    ]
+    with contextlib.redirect_stdout(sys.stderr):
+        context = Provisioner(str(out), builders).provision(made)
+    if context.get_errors() or "current_prod_dir" not in context:
+        raise RunError(f"FLARE could not make the kits: {'; '.join(context.get_errors()) or 'it does not say why'}")
+    kits = Path(context["current_prod_dir"])
+    _close_server(kits / SERVER / "local", server.store)
+    for site in project.sites:
+        _close_site(kits / site.name / "local", site.name)
+    for admin in project.admins:
+        sites = [site.name for site in project.sites]
+        _write(kits / admin.name / "local" / KIT_FILE, {"sites": sites})
+    names = [SERVER, *(site.name for site in project.sites), *(admin.name for admin in project.admins)]
+    return [kits / name for name in names]
+
+
+def _close_server(local: Path, store: str) -> None:
+    resources = _default(local, "resources")
+    resources["class_allow_list"] = [CONTROLLER]
+    resources["servers"][0]["heart_beat_timeout"] = HEARTBEAT_SECONDS
+    # FLARE's own places are below /tmp, which is emptied, and which others may read.
+    text = json.dumps(resources, indent=1).replace("/tmp/nvflare/", f"{store.rstrip('/')}/")
+    write_atomically(local / "resources.json", text.encode())
+    _close(local, PERMISSIONS)
+    write_atomically(local / COORDINATOR_FILE, COORDINATOR.encode())
+
+
+def _close_site(local: Path, name: str) -> None:
+    resources = _default(local, "resources")
+    resources["class_allow_list"] = [EXECUTOR]
+    resources["allow_log_streaming"] = False
+    _write(local / "resources.json", resources)
+    _close(local, AT_A_SITE)
+    write_atomically(local / f"{SITE_FILE}.example", SITE.format(name=name).encode())
+
+
+def _close(local: Path, permissions: dict[str, dict[str, str]]) -> None:
+    """Write who may do what, and take away a sample of privacy filters, which Sordino's uploads must not go through."""
+    _write(local / "authorization.json", {"format_version": "1.0", "permissions": permissions})
+    (local / "privacy.json.sample").unlink(missing_ok=True)
+
+
+def _default(local: Path, name: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((local / f"{name}.json.default").read_text(encoding="utf-8"))
+    return document
+
+
+def _write(file: Path, document: dict[str, Any]) -> None:
+    write_atomically(file, json.dumps(document, indent=1).encode())
+
+
+COORDINATOR = """\
+# The server's own file; no job can change it. Paths are from this folder.
+runs = "../runs"          # run directories, one an experiment
+# [checkpoints]
+# clip = "folder"         # where this server has the encoder of experiments with encoder.name = "clip"
+"""
+
+SITE = """\
+# Copy this file to site.toml and fill it in; no job can change it. Paths are from this folder.
+name = "{name}"
+state = "../state"        # rounds, answers and the ledger of this site: back it up
+
+[data]
+source = "imagefolder:/data/pictures"
+
+[policy]
+experiments = []          # fingerprints of allowed experiments, or "any"
+epsilon = 8.0             # the most that all experiments together may spend
+"""

@@ -1,0 +1,71 @@
+"""The server's own file, `local/coordinator.toml`: where it keeps runs, and where it has encoders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sordino.errors import ConfigError, config_error
+from sordino.experiments.config import Experiment
+from sordino.experiments.toml_tables import read_tables
+from sordino.files import user_path
+from sordino.flare.names import COORDINATOR_FILE
+from sordino.sites.proposal import Proposal
+
+
+class CoordinatorSettings(BaseModel):
+    """The file of a server."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    runs: str = Field(default="runs", description="the folder of run directories; a path is from the file")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where tensors live")
+    checkpoints: dict[str, str] = Field(
+        default_factory=dict, description="encoder's name to its checkpoint here: clip = 'folder or hub name'"
+    )
+
+    def config(self, proposal: Proposal) -> Experiment:
+        """Return the configuration of a proposed experiment, at this server.
+
+        Raises:
+            ConfigError: a key or value is not allowed, or the encoder's checkpoint is not named here.
+        """
+        name = proposal.tables.get("encoder", {}).get("name", "bundled")
+        own: dict[str, Any] = {
+            "device": self.device,
+            # A coordinator has no data. These tables must be there, and nothing reads them.
+            "data": {"source": "digits"},
+            "partition": {"scheme": "iid", "clients": 1},
+        }
+        if name != "bundled":
+            if name not in self.checkpoints:
+                remedy = f"the experiment needs encoder {name!r}; say in the server's {COORDINATOR_FILE} where it is"
+                raise ConfigError(f"checkpoints.{name}", None, remedy)
+            own["encoder"] = {"checkpoint": self.checkpoints[name]}
+        return proposal.config(own)
+
+    def folder(self, proposal: Proposal) -> Path:
+        """Return the run directory of an experiment: the same one for every job of it."""
+        return Path(self.runs) / proposal.fingerprint
+
+
+def load_coordinator(file: Path) -> CoordinatorSettings:
+    """Read a server's file; without one, runs are kept beside `local`. Relative paths are from its own folder.
+
+    Raises:
+        ConfigError: it is malformed, or a key or value is not allowed.
+    """
+    file = file.resolve()
+    try:
+        tables = read_tables(file) if file.exists() else {"runs": "../runs"}
+        settings = CoordinatorSettings.model_validate(tables)
+    except ValidationError as error:
+        raise config_error(error, CoordinatorSettings) from None
+    runs = str(file.parent / user_path(settings.runs, "runs"))
+    checkpoints = {
+        name: str(path) if (path := file.parent / user_path(value, f"checkpoints.{name}")).exists() else value
+        for name, value in settings.checkpoints.items()
+    }
+    return settings.model_copy(update={"runs": runs, "checkpoints": checkpoints})

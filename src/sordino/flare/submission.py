@@ -1,0 +1,235 @@
+"""An experiment as jobs of FLARE's: submit one, watch it, and where it fails submit another that goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from sordino.errors import RunError, SordinoError
+from sordino.experiments.run_lock import is_empty, writable
+from sordino.flare.job import job_name, write_job
+from sordino.flare.names import FAILED
+from sordino.progress import log
+from sordino.runtime.fleet import Patience
+from sordino.sites.coordinator import PROPOSAL
+from sordino.sites.proposal import Proposal
+
+Result = TypeVar("Result")
+
+COMPLETED = "FINISHED:COMPLETED"
+RUNNING = "RUNNING"
+
+
+class Unreachable(RunError):
+    """The server cannot be reached now; it may come back."""
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """How a job is.
+
+    Attributes:
+        text: FLARE's word for it.
+        refused: sites that did not take it, with their reasons.
+    """
+
+    text: str
+    refused: tuple[str, ...] = ()
+
+    @property
+    def over(self) -> bool:
+        return self.text.startswith("FINISHED")
+
+
+class Server(Protocol):
+    """What is asked of a FLARE server; each may raise `Unreachable`."""
+
+    @property
+    def all_sites(self) -> frozenset[str]: ...
+    def sites(self) -> frozenset[str]: ...
+    def jobs(self, name: str) -> Mapping[str, str]: ...
+    def submit(self, folder: Path) -> str: ...
+    def abort(self, job: str) -> None: ...
+    def status(self, job: str) -> JobStatus: ...
+    def progress(self, job: str, start: int) -> list[dict[str, Any]] | None: ...
+    def results(self, job: str, folder: Path) -> Path | None: ...
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds that a submission waits.
+
+    Attributes:
+        look: between two looks at a job.
+        server: for a server that went away.
+        sites: for all sites of the project to be connected; then those that are there suffice, if enough.
+        stale: until a job that runs by FLARE's word, and in no process, is taken for one that its server lost.
+    """
+
+    look: float = 1.0
+    server: float = 600.0
+    sites: float = 60.0
+    stale: float = 30.0
+
+
+@dataclass
+class Submission:
+    """An experiment at a server.
+
+    Attributes:
+        server: the server.
+        proposal: the experiment.
+        patience: how long the coordinator waits, and for how many.
+        tries: the most jobs that are submitted.
+        watch: is given a line after every round.
+        pace: how long this waits.
+    """
+
+    server: Server
+    proposal: Proposal
+    patience: Patience
+    tries: int = 5
+    watch: Callable[[dict[str, Any]], None] = lambda line: None
+    pace: Pace = Pace()
+
+    def run(self, out: Path) -> None:
+        """Run it to its end, and copy its run directory to `out`.
+
+        Raises:
+            RunError: the experiment failed, or `tries` jobs did, or `out` holds something else.
+        """
+        require_own(out, self.proposal)
+        job = self._patiently(self._running)
+        for number in range(1, self.tries + 1):
+            job = job or self._submitted()
+            status = self._watched(job)
+            if self._fetched(job, status, out):
+                return
+            why = f"; {'; '.join(status.refused)}" if status.refused else ""
+            log.warning("job %s ended with %s%s; try %d of %d", job[:8], status.text, why, number, self.tries)
+            job = None
+        name = job_name(self.proposal)
+        raise RunError(
+            f"{self.tries} jobs of {name} failed, the last with {status.text}{why}; see the server's log, mend it, and "
+            "repeat the command, which goes on from the last round"
+        )
+
+    def _running(self) -> str | None:
+        """Return a job of this experiment that a process runs, so that it is watched on; stale ones are aborted."""
+        alive = None
+        for job, status in self.server.jobs(job_name(self.proposal)).items():
+            if JobStatus(status).over:
+                continue
+            if (status == RUNNING and self.server.progress(job, 0) is None) or alive is not None:
+                log.warning("job %s is stale and is aborted", job[:8])
+                self.server.abort(job)
+            else:
+                alive = job
+        return alive
+
+    def _submitted(self) -> str:
+        least = self._await_sites()
+        with tempfile.TemporaryDirectory() as folder:
+            job = write_job(Path(folder), self.proposal, self.patience, least)
+            number = self._patiently(lambda: self.server.submit(job))
+        log.info("submitted job %s", number)
+        return number
+
+    def _await_sites(self) -> int:
+        """Wait until the project's sites are connected, and return how many a job needs.
+
+        Raises:
+            RunError: too few are there.
+        """
+        wanted = self.server.all_sites
+        end = time.monotonic() + self.pace.sites
+        while missing := wanted - (there := self._patiently(self.server.sites)):
+            if time.monotonic() > end:
+                break
+            time.sleep(self.pace.look)
+        least = self.patience.of(len(wanted)) if wanted else 1
+        if len(there) < least:
+            names = ", ".join(sorted(missing))
+            raise RunError(f"{len(there)} of {len(wanted)} sites are connected, and {least} are needed; start {names}")
+        if missing:
+            log.warning("goes on without %s, which are not connected", ", ".join(sorted(missing)))
+        return least
+
+    def _watched(self, job: str) -> JobStatus:
+        """Watch a job until it is over, or lost by its server."""
+        told, missed = 0, None
+        while True:
+            status = self._patiently(partial(self.server.status, job))
+            lines = self._patiently(partial(self.server.progress, job, told)) if status.text == RUNNING else None
+            for line in lines or []:
+                told += 1
+                self.watch(line)
+            if status.over:
+                return status
+            if status.text != RUNNING or lines is not None:
+                missed = None
+            elif missed is None:
+                missed = time.monotonic()
+            elif time.monotonic() - missed > self.pace.stale:
+                self._patiently(lambda: self.server.abort(job))
+                return JobStatus("a server that lost it", status.refused)
+            time.sleep(self.pace.look)
+
+    def _fetched(self, job: str, status: JobStatus, out: Path) -> bool:
+        """Copy the run directory of a job that completed.
+
+        Raises:
+            RunError: the experiment itself failed.
+        """
+        if not status.over:
+            return False
+        with tempfile.TemporaryDirectory() as folder:
+            found = self._patiently(lambda: self.server.results(job, Path(folder)))
+            if found is not None and (found / FAILED).exists():
+                raise RunError((found / FAILED).read_text(encoding="utf-8").strip())
+            if found is None or status.text != COMPLETED:
+                return False
+            shutil.copytree(found, out, dirs_exist_ok=True)
+        return True
+
+    def _patiently(self, ask: Callable[[], Result]) -> Result:
+        """Ask a server, and wait where it is away.
+
+        Raises:
+            Unreachable: it did not come back.
+        """
+        end, told = time.monotonic() + self.pace.server, False
+        while True:
+            try:
+                return ask()
+            except Unreachable as error:
+                if time.monotonic() > end:
+                    raise
+                if not told:
+                    log.warning("%s; waiting for it", error)
+                    told = True
+                time.sleep(self.pace.look)
+
+
+def require_own(out: Path, proposal: Proposal) -> None:
+    """Check that a folder is empty, or holds what an earlier call of the same experiment copied there.
+
+    Raises:
+        RunError: it holds something else.
+    """
+    writable(out)
+    if is_empty(out):
+        return
+    try:
+        there = Proposal.read(json.loads((out / PROPOSAL).read_bytes())).fingerprint
+    except (OSError, ValueError, AttributeError, SordinoError):
+        there = "something else"
+    if there != proposal.fingerprint:
+        raise RunError(f"{out} holds {there[:14]}, and not this experiment; choose another --out")

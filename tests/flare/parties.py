@@ -1,0 +1,85 @@
+"""A server and sites of FLARE's in processes of their own, which end with all that they started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of every process: this Python first, and one thread."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"} | more
+
+
+def free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return int(opened.getsockname()[1])
+
+
+def processes_of(kit: Path) -> dict[int, list[str]]:
+    """The processes that run from a kit by id, with their arguments: FLARE puts a job's into a session of its own."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # it ended
+            continue
+        if any(argument == str(kit) or argument.startswith(f"{kit}/") for argument in arguments):
+            found[int(folder.name)] = arguments
+    return found
+
+
+def until(what: str, true: Callable[[], object], seconds: float = 120) -> None:
+    """Wait until something is so."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"not after {seconds:g} s: {what}"
+        time.sleep(0.2)
+
+
+class Party:
+    """A server or a site, started from its kit."""
+
+    def __init__(self, kit: Path) -> None:
+        self.kit, self.log = kit, kit.parent / f"{kit.name}.log"
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                ["bash", str(kit / "startup" / "sub_start.sh"), "--once"],
+                cwd=kit,
+                env=environment(),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def says(self, text: str) -> bool:
+        return text in self.log.read_text(errors="replace")
+
+    def job_process(self) -> int | None:
+        """The process of a job at this site."""
+        found = processes_of(self.kit)
+        jobs = (number for number, arguments in found.items() if any("worker_process" in each for each in arguments))
+        return next(jobs, None)
+
+    def end(self) -> None:
+        """End everything that it started, at once."""
+        while found := processes_of(self.kit):
+            for number in found:
+                try:
+                    os.kill(number, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            self._process.poll()
+            time.sleep(0.05)
+        self._process.wait()

@@ -1,0 +1,133 @@
+"""The two ends inside FLARE, with its own messages and no process: where their files are, and what they refuse."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable, make_reply
+from sites.owners import experiment, write_pictures, write_site
+
+from sordino.errors import ConfigError, RunError
+from sordino.flare.controller import content_of, read_proposal
+from sordino.flare.executor import SiteExecutor
+from sordino.flare.names import CONTENT, TASK
+from sordino.flare.server_settings import load_coordinator
+from sordino.runtime.envelope import Envelope
+from sordino.sites.proposal import Proposal
+from sordino.sites.site import Site
+
+
+class Context(FLContext):  # type: ignore[misc]
+    """A site's context: where it was started, and what its certificate says."""
+
+    def __init__(self, local: Path, certified: str) -> None:
+        super().__init__()
+        self._local, self._certified = local, certified
+
+    def get_prop(self, key: str, default: Any = None) -> Any:
+        return SimpleNamespace(get_site_config_dir=lambda: str(self._local))
+
+    def get_identity_name(self, default: str = "") -> str:
+        return self._certified
+
+
+@pytest.fixture
+def local(tmp_path: Path, clip_folder: Path) -> Path:
+    write_pictures(tmp_path / "local" / "pictures", 0, 5)
+    write_site(tmp_path / "local", "east", clip_folder)
+    return tmp_path / "local"
+
+
+def asked(local: Path, certified: str, request: bytes, task: str = TASK) -> Any:
+    message = Shareable()
+    message[CONTENT] = request
+    return SiteExecutor().execute(task, message, Context(local, certified), None)
+
+
+def hello(clip_folder: Path) -> bytes:
+    proposal = Proposal.of(experiment(clip_folder))
+    return Envelope("hello", proposal.fingerprint, proposal.facts).encode()
+
+
+def test_an_executor_takes_nothing_from_a_job() -> None:
+    assert list(inspect.signature(SiteExecutor).parameters) == []
+
+
+def test_a_site_answers_as_its_own_file_says(local: Path, clip_folder: Path) -> None:
+    answer = Envelope.decode(asked(local, "east", hello(clip_folder))[CONTENT])
+    assert (answer.kind, answer.facts["sizes"]) == ("hello", [9])
+
+
+def test_a_link_to_the_sites_file_is_read_where_it_leads(local: Path, clip_folder: Path, tmp_path: Path) -> None:
+    kit = tmp_path / "kit"
+    kit.mkdir()
+    (kit / "site.toml").symlink_to(local / "site.toml")
+    answer = Envelope.decode(asked(kit, "east", hello(clip_folder))[CONTENT])
+    assert answer.kind == "hello", answer.facts
+    assert [path.name for path in kit.iterdir()] == ["site.toml"], "its pictures and its state are at the file"
+
+
+def test_a_file_of_another_site_or_none_is_refused_in_words(local: Path, clip_folder: Path, tmp_path: Path) -> None:
+    answer = Envelope.decode(asked(local, "west", hello(clip_folder))[CONTENT])
+    reason = "name = 'east': this site's certificate says 'west'; write the same here"
+    assert (answer.kind, answer.facts["reason"]) == ("refusal", reason)
+    answer = Envelope.decode(asked(tmp_path / "empty", "west", hello(clip_folder))[CONTENT])
+    assert answer.kind == "refusal"
+    assert "no such file" in answer.facts["reason"]
+
+
+def test_a_failure_at_a_site_does_not_tell_of_its_data(
+    local: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Site, request: bytes) -> bytes:
+        raise ValueError("/patients/alice.png")
+
+    monkeypatch.setattr(Site, "turn", fail)
+    content = asked(local, "east", hello(clip_folder))[CONTENT]
+    assert "ValueError" in Envelope.decode(content).facts["reason"]
+    assert b"alice" not in content
+
+
+def test_another_task_is_none_of_a_sites(local: Path) -> None:
+    assert asked(local, "east", b"", "train").get_return_code() == ReturnCode.TASK_UNKNOWN
+
+
+def test_a_result_without_bytes_is_no_answer() -> None:
+    result = make_reply(ReturnCode.OK)
+    assert content_of(result) == "its answer holds no bytes"
+    result[CONTENT] = "text"
+    assert content_of(result) == "its answer holds no bytes"
+    result[CONTENT] = b"bytes"
+    assert content_of(result) == b"bytes"
+    assert content_of(make_reply(ReturnCode.EXECUTION_EXCEPTION)) == "it failed: EXECUTION_EXCEPTION"
+
+
+def test_a_proposal_that_changed_on_its_way_is_refused(clip_folder: Path) -> None:
+    proposal = Proposal.of(experiment(clip_folder))
+    assert read_proposal(json.dumps(proposal.facts), proposal.fingerprint) == proposal
+    other = Proposal.of(experiment(clip_folder, rounds=4))
+    with pytest.raises(RunError, match="the job holds experiment"):
+        read_proposal(json.dumps(other.facts), proposal.fingerprint)
+    with pytest.raises(RunError, match="cannot be read"):
+        read_proposal("[]", proposal.fingerprint)
+
+
+def test_the_server_decides_where_runs_and_encoders_are(clip_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "coordinator.toml"
+    proposal = Proposal.of(experiment(clip_folder))
+    with pytest.raises(ConfigError, match="checkpoints.clip = None: .* coordinator.toml where it is"):
+        load_coordinator(file).config(proposal)
+    file.write_text(f'runs = "kept"\ndevice = "cpu"\n[checkpoints]\nclip = "{clip_folder}"\n')
+    settings = load_coordinator(file)
+    assert settings.folder(proposal) == tmp_path / "kept" / proposal.fingerprint
+    assert settings.config(proposal).encoder.checkpoint == str(clip_folder)
+    file.write_text("rums = 'kept'\n")
+    with pytest.raises(ConfigError, match=r"rums = 'kept': no such key; did you mean 'runs'\?"):
+        load_coordinator(file)

@@ -1,0 +1,176 @@
+"""Jobs that fail, hang and come back, with a server that a test scripts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sites.owners import experiment
+
+from sordino.errors import RunError
+from sordino.flare.job import write_job
+from sordino.flare.names import CONTROLLER, EXECUTOR, FAILED
+from sordino.flare.submission import COMPLETED, RUNNING, JobStatus, Pace, Submission, Unreachable
+from sordino.runtime.fleet import Patience
+from sordino.sites.coordinator import OUTCOME, PROPOSAL
+from sordino.sites.proposal import Proposal
+
+AT_ONCE = Pace(look=0.0, server=0.05, sites=0.0, stale=-1.0)
+FAILURE = "FINISHED:EXECUTION_EXCEPTION"
+
+
+@dataclass
+class Server:
+    """A server whose jobs end as scripted, in this order.
+
+    Attributes:
+        ends: a status by job; RUNNING for one that no process runs, and that never ends.
+        there: connected sites.
+        reason: why the experiment failed, if it did.
+        before: jobs that are there at first, and whether a process runs them.
+        away: calls that fail before the server comes back.
+    """
+
+    ends: list[str]
+    there: frozenset[str] = frozenset({"east", "west"})
+    all_sites: frozenset[str] = frozenset({"east", "west"})
+    reason: str = ""
+    before: Mapping[str, bool] = field(default_factory=dict)
+    away: int = 0
+    submitted: list[dict[str, Any]] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+
+    def sites(self) -> frozenset[str]:
+        if self.away > 0:
+            self.away -= 1
+            raise Unreachable("the server is not there")
+        return self.there
+
+    def jobs(self, name: str) -> Mapping[str, str]:
+        return dict.fromkeys(self.before, RUNNING)
+
+    def submit(self, folder: Path) -> str:
+        self.submitted.append(json.loads((folder / "meta.json").read_text()))
+        return f"job-{len(self.submitted)}"
+
+    def abort(self, job: str) -> None:
+        self.aborted.append(job)
+
+    def status(self, job: str) -> JobStatus:
+        return JobStatus(COMPLETED if job in self.before else self.ends[len(self.submitted) - 1])
+
+    def progress(self, job: str, start: int) -> list[dict[str, Any]] | None:
+        return [] if self.before.get(job) else None
+
+    def results(self, job: str, folder: Path) -> Path | None:
+        (folder / OUTCOME).write_text(json.dumps({"job": job}))
+        if self.reason:
+            (folder / FAILED).write_text(self.reason)
+        return folder
+
+
+@pytest.fixture
+def submission(clip_folder: Path) -> Callable[..., Submission]:
+    proposal = Proposal.of(experiment(clip_folder))
+
+    def make(server: Server, quorum: float = 1.0, tries: int = 3) -> Submission:
+        return Submission(server, proposal, Patience(quorum), tries, pace=AT_ONCE)
+
+    return make
+
+
+def test_a_job_that_failed_is_followed_by_another(submission: Callable[..., Submission], tmp_path: Path) -> None:
+    server = Server([FAILURE, FAILURE, COMPLETED])
+    submission(server).run(tmp_path / "out")
+    assert len(server.submitted) == 3
+    assert len({meta["name"] for meta in server.submitted}) == 1
+    assert json.loads((tmp_path / "out" / OUTCOME).read_text()) == {"job": "job-3"}
+
+
+def test_there_is_a_limit_of_tries(submission: Callable[..., Submission], tmp_path: Path) -> None:
+    server = Server([FAILURE] * 9)
+    with pytest.raises(RunError, match="3 jobs of sordino-.* failed, the last with FINISHED:EXECUTION_EXCEPTION"):
+        submission(server).run(tmp_path / "out")
+    assert len(server.submitted) == 3
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_experiment_that_failed_itself_is_not_tried_again(
+    submission: Callable[..., Submission], tmp_path: Path
+) -> None:
+    server = Server([FAILURE] * 9, reason="1 of 2 sites take part, and 2 are needed")
+    with pytest.raises(RunError, match="^1 of 2 sites take part, and 2 are needed$"):
+        submission(server).run(tmp_path / "out")
+    assert len(server.submitted) == 1
+
+
+def test_a_job_that_its_server_lost_is_aborted_first(submission: Callable[..., Submission], tmp_path: Path) -> None:
+    server = Server([RUNNING, COMPLETED])
+    submission(server).run(tmp_path / "out")
+    assert server.aborted == ["job-1"]
+    assert len(server.submitted) == 2
+
+
+def test_a_job_of_the_same_experiment_that_runs_is_watched_and_a_stale_one_aborted(
+    submission: Callable[..., Submission], tmp_path: Path
+) -> None:
+    server = Server([], before={"stale": False, "alive": True})
+    submission(server).run(tmp_path / "out")
+    assert (server.submitted, server.aborted) == ([], ["stale"])
+    assert json.loads((tmp_path / "out" / OUTCOME).read_text()) == {"job": "alive"}
+
+
+def test_it_waits_for_a_server_that_is_away_and_not_for_ever(
+    submission: Callable[..., Submission], tmp_path: Path
+) -> None:
+    submission(Server([COMPLETED], away=3)).run(tmp_path / "out")
+    with pytest.raises(Unreachable):
+        submission(Server([COMPLETED], away=10**9)).run(tmp_path / "other")
+
+
+def test_a_quorum_of_sites_suffices_and_fewer_do_not(submission: Callable[..., Submission], tmp_path: Path) -> None:
+    server = Server([COMPLETED], there=frozenset({"east"}))
+    with pytest.raises(RunError, match="1 of 2 sites are connected, and 2 are needed; start west"):
+        submission(server).run(tmp_path / "out")
+    submission(server, quorum=0.5).run(tmp_path / "out")
+    assert [meta["min_clients"] for meta in server.submitted] == [1]
+
+
+def test_a_folder_with_another_experiment_is_refused_before_anything_is_submitted(
+    submission: Callable[..., Submission], tmp_path: Path
+) -> None:
+    server = Server([COMPLETED])
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(RunError, match="holds something else, and not this experiment; choose another --out"):
+        submission(server).run(tmp_path)
+    (tmp_path / PROPOSAL).write_text(json.dumps({"tables": {"rounds": 7}}))
+    with pytest.raises(RunError, match="and not this experiment"):
+        submission(server).run(tmp_path)
+    assert server.submitted == []
+    own = submission(server)
+    (tmp_path / PROPOSAL).write_text(json.dumps(own.proposal.facts))
+    own.run(tmp_path)
+    assert len(server.submitted) == 1
+
+
+def test_a_job_holds_no_code_and_chooses_nothing_at_a_site(clip_folder: Path, tmp_path: Path) -> None:
+    proposal = Proposal.of(experiment(clip_folder))
+    job = write_job(tmp_path, proposal, Patience(0.5, 7, 3), 2)
+    files = sorted(str(path.relative_to(job)) for path in job.rglob("*") if path.is_file())
+    assert files == ["app/config/config_fed_client.json", "app/config/config_fed_server.json", "meta.json"]
+    client = json.loads((job / files[0]).read_text())
+    (executor,) = client["executors"]
+    assert executor["executor"] == {"path": EXECUTOR, "args": {}}
+    assert [client[key] for key in ("components", "task_data_filters", "task_result_filters")] == [[], [], []]
+    (workflow,) = json.loads((job / files[1]).read_text())["workflows"]
+    assert workflow["path"] == CONTROLLER
+    arguments = workflow["args"]
+    assert Proposal.read(json.loads(arguments["proposal"])).fingerprint == proposal.fingerprint
+    assert arguments["fingerprint"] == proposal.fingerprint
+    assert Patience(**arguments["patience"]) == Patience(0.5, 7, 3)
+    # Nothing of the coordinator's own machine travels.
+    assert str(clip_folder) not in (job / files[1]).read_text()
