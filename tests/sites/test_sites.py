@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -159,6 +160,45 @@ def test_the_budget_of_a_site_is_over_all_experiments_and_refused_with_the_numbe
     with pytest.raises(RunError, match=r"2 of 3 sites take part, and 3 are needed. east: with it epsilon would be"):
         run_over(dearer, sites, tmp_path / "dearer")
     assert run_over(dearer, sites, tmp_path / "without", Patience(0.6)).met.left_out.keys() == {"east"}
+
+
+def test_a_plan_that_was_paid_for_is_computed_once_and_others_are_seen(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two experiments, each affordable when it begins: one is stopped before they pass the budget together."""
+    configs = [experiment(clip_folder, privacy=NOISE, seed=seed, rounds=6) for seed in (0, 1)]
+    run_over(configs[0], sites_at(site_files), tmp_path / "alone")
+    one = sites_at(site_files)["east"].ledger.spent("example", 1e-3)
+    shutil.rmtree(tmp_path / "east" / "state")
+    write_site(tmp_path / "east", "east", clip_folder, {"epsilon": round(1.3 * one, 3), "delta": 1e-3})
+    sites = sites_at(site_files)
+    counted: list[float] = []
+    whole = SiteLedger.spent
+
+    def spent_and_counted(self: SiteLedger, *arguments: Any) -> float:
+        counted.append(whole(self, *arguments))
+        return counted[-1]
+
+    monkeypatch.setattr(SiteLedger, "spent", spent_and_counted)
+    lines: list[dict[str, Any]] = []
+    calls: list[int] = []
+
+    class Second(LocalFleet):
+        """Runs the other experiment after the third round of this one."""
+
+        def ask(self, ask: Ask) -> Any:
+            calls.append(len(counted))
+            if ask.round == 4:
+                few = Patience(0.6)
+                coordinate(configs[1], Proposal.of(configs[1]), fleet(sites), tmp_path / "second", few)
+            return super().ask(ask)
+
+    first = Second({name: site.turn for name, site in sites.items()})
+    outcome = coordinate(configs[0], Proposal.of(configs[0]), first, tmp_path / "first", Patience(0.6), lines.append)
+    assert calls[2] == calls[4], "nothing is computed in rounds while nobody else spends"
+    assert outcome.training.round == 6
+    assert any("policy.epsilon" in line.get("lost", {}).get("east", "") for line in lines)
+    assert whole(sites["east"].ledger, "example", 1e-3) <= 1.3 * one + 1e-3
 
 
 def test_what_the_policy_does_not_allow_is_refused(

@@ -150,6 +150,7 @@ class Membership:
         self._agreement: Agreement | None = None
         self._federation: Federation | None = None
         self._turns: Turns | None = None
+        self._affordable: tuple[Ledger, dict[str, tuple[int, ...]]] = Ledger(), {}
 
     @cached_property
     def own(self) -> OwnData:
@@ -202,7 +203,7 @@ class Membership:
         alone = Agreement({self._name: range(len(self.own.numbers))}, self._sizes(), self.own.units.whole_persons)
         federation = alone.federation(self.own.plan)
         policy = self.site.settings.policy
-        planned = self._empty(federation).add(federation.mechanism.planned())
+        planned = self._empty(federation, range(len(self.own.numbers))).add(federation.mechanism.planned())
         return epsilon_of([planned], policy.unit, policy.delta)
 
     def agree(self, agreement: Agreement) -> bytes:
@@ -236,7 +237,7 @@ class Membership:
         training = self.turns.training
         broadcast, _ = end.read_broadcast([content for _, content in sorted(envelope.contents.items())])
         prompt = federation.algorithm.prompt(broadcast, training.state)
-        ledger = self.site.ledger.entry(self.proposal.fingerprint, self._empty(federation)).ledger
+        ledger = self.site.ledger.entry(self.proposal.fingerprint, self._empty(federation, end.numbers)).ledger
         privacy = as_summary(ledger, self.config.privacy.unit)
         folder = self.site.folder(self.proposal.fingerprint) / "prompts"
         encoder, names = self.own.plan.model.encoder, self.own.class_names
@@ -283,14 +284,31 @@ class Membership:
         policy = self.site.settings.policy
         if kept := fields_kept_back(policy, federation):
             raise MessageError(f"upload's {kept[0]!r} may not leave; policy.fields = {policy.fields}")
-        planned = self._empty(federation).add(_of(federation.mechanism.planned(), clients))
-        experiment = self.proposal.fingerprint
-        if told := over_budget(policy, self.site.ledger, experiment, planned):
+        planned = self._empty(federation, clients).add(_of(federation.mechanism.planned(), clients))
+        if told := over_budget(policy, self.site.ledger, self.proposal.fingerprint, planned):
             raise MessageError(told)
+        self._affordable = planned, self._others()
 
-    def _empty(self, federation: Federation) -> Ledger:
+    def _affords(self, after: Ledger) -> str:
+        """Return why the site's budget does not pay for what the experiment will have released; nothing if it does.
+
+        The whole plan was found to be affordable. So is a part of it, while no other experiment released anything.
+        Then nothing is computed: accounting takes a second or more.
+        """
+        planned, others = self._affordable
+        steps = {replace(release, steps=0): release.steps for release in planned.releases}
+        part = all(release.steps <= steps.get(replace(release, steps=0), 0) for release in after.releases)
+        if part and others == self._others():
+            return ""
+        return over_budget(self.site.settings.policy, self.site.ledger, self.proposal.fingerprint, after)
+
+    def _others(self) -> dict[str, tuple[int, ...]]:
+        """Return the rounds of all other experiments that this site's data is in."""
+        entries = self.site.ledger.experiments
+        return {name: entry.rounds for name, entry in entries.items() if name != self.proposal.fingerprint}
+
+    def _empty(self, federation: Federation, clients: Sequence[int]) -> Ledger:
         """Return the experiment's ledger before any release, with the digests of this site's data."""
-        clients = self._agreement.sites[self._name] if self._agreement else range(len(self.own.numbers))
         data = {f"client {client}": digest for client, digest in zip(sorted(clients), self.own.digests, strict=True)}
         return replace(federation.mechanism.empty_ledger(), run=self.proposal.fingerprint, data=data)
 
@@ -299,9 +317,8 @@ class Membership:
             return ClientEnd(federation, self.own.data, clients, randomness)
 
         def charge(number: int, releases: Sequence[Release]) -> None:
-            empty, experiment = self._empty(federation), self.proposal.fingerprint
-            after = self.site.ledger.entry(experiment, empty).with_round(number, releases).ledger
-            if told := over_budget(self.site.settings.policy, self.site.ledger, experiment, after):
+            empty, experiment = self._empty(federation, clients), self.proposal.fingerprint
+            if told := self._affords(self.site.ledger.entry(experiment, empty).with_round(number, releases).ledger):
                 raise MessageError(told)
             self.site.ledger.charge(experiment, empty, number, releases)
 
