@@ -254,6 +254,9 @@ def test_no_message_can_name_data_state_or_simulated_noise(
         {"state": "/tmp/elsewhere"},
         {"policy": {"epsilon": 1e9}},
         {"privacy": {**honest.tables["privacy"], "simulation": True}},
+        {"privacy": {**honest.tables["privacy"], "release": "/data/runs/other"}},
+        {"encoder": {"name": "clip", "checkpoint": "somebody/model"}},
+        {"encoder": "clip"},
     ):
         forged = replace(honest, tables={**honest.tables, **change})
         request = Envelope("hello", forged.fingerprint, forged.facts).encode()

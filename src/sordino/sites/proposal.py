@@ -17,6 +17,8 @@ from sordino.runtime.messages import MessageError
 
 # Tables of a configuration that are each party's own.
 OWN = ("data", "partition", "device", "tracking", "poisoning", "methods")
+# And keys of other tables: places on a machine, and noise that can be drawn again.
+OWN_KEYS = (("encoder", "checkpoint"), ("privacy", "release"), ("privacy", "nonce"))
 CLASS_NAMES = "class_names"
 
 
@@ -92,6 +94,9 @@ class Proposal:
         tables, signature = facts.get("tables"), facts.get("signature", "")
         if not isinstance(tables, dict) or not isinstance(signature, str) or set(tables) & set(OWN):
             raise MessageError("the proposal has unknown entries, or lacks the experiment's tables")
+        for table, key in OWN_KEYS:
+            if not isinstance(inside := tables.get(table, {}), dict) or key in inside:
+                raise MessageError(f"the proposal has {table}.{key}, which each party sets for itself")
         names = tables.get(CLASS_NAMES)
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise MessageError("the proposal's class names are no list of names")
