@@ -4,3 +4,7 @@ A job is a configuration without code. At a site it chooses nothing: `SiteExecut
 site does is in its own file, `local/site.toml` of its startup kit. The modules `executor`, `controller`, `provision`
 and `administrator` import FLARE, and no other does.
 """
+
+from sordino.errors import require_extra
+
+require_extra("flare", "an experiment over NVIDIA FLARE")
