@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from sordino.randomness import Streams, derive_key, generator
+from sordino.randomness import KeyedRandomness, Streams, derive_key, generator
 
 CPU = torch.device("cpu")
 PARTS = st.lists(st.integers(-(2**70), 2**70) | st.text(max_size=8), min_size=1, max_size=4)
@@ -52,3 +52,39 @@ def test_a_stream_is_the_same_in_any_stack_and_no_other() -> None:
 def test_numbers_are_standard_normal() -> None:
     drawn = Streams(0, 1, range(10), CPU).normal("x", 1000).double().flatten().numpy()
     assert stats.kstest(drawn, "norm").pvalue > 1e-6
+
+
+def keyed(key: bytes = bytes(32), clients: tuple[int, ...] = (0, 1)) -> KeyedRandomness:
+    return KeyedRandomness(key, clients, CPU)
+
+
+def test_keyed_noise_is_drawn_again_by_the_holder_of_the_key_alone() -> None:
+    first, again, other = keyed(), keyed(), keyed(b"\1" + bytes(31))
+    for draw in (
+        lambda source: source.normal("noise", 5),
+        lambda source: source.common_normal("noise", 5),
+        lambda source: torch.stack(source.uniform("sample", [7, 7])),
+        lambda source: torch.from_numpy(np.stack([words(3).view(np.int64) for words in source.words("bits")])),
+    ):
+        drawn = draw(first)
+        assert torch.equal(drawn, draw(again))
+        assert not torch.isin(drawn, draw(other)).any()
+
+
+def test_keyed_noise_is_each_clients_own_and_each_purposes() -> None:
+    """A client has the same numbers alone and in a stack, and no stream is used twice."""
+    stack = keyed(clients=(0, 1, 2)).normal("noise", 100)
+    assert torch.equal(keyed(clients=(2,)).normal("noise", 100)[0], stack[2])
+    source = keyed(clients=(0, 1, 2))
+    drawn = [stack, source.normal("other", 100), source.common_normal("noise", 100)]
+    source.normal("noise", 100)
+    drawn.append(source.normal("noise", 100))  # goes on, and does not begin again
+    everything = torch.cat([part.flatten() for part in drawn])
+    assert len(everything.unique()) > 0.999 * len(everything), "float32 has ties of its own, and few"
+
+
+def test_keyed_noise_is_normal_and_uniform() -> None:
+    source = keyed(clients=(0,))
+    normal = source.normal("noise", 200_000)[0].double().numpy()
+    assert stats.kstest(normal, "norm").pvalue > 1e-4
+    assert stats.kstest(source.uniform("sample", [200_000])[0].numpy(), "uniform").pvalue > 1e-4

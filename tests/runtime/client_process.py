@@ -86,17 +86,18 @@ def receive(connection: socket.socket) -> list[tuple[int, bytes | Refusal]]:
     """Receive a batch of messages; none where the other side has closed the connection."""
 
     def batch() -> Iterator[tuple[int, bytes | Refusal]]:
-        while head := _exactly(connection, HEAD.size):
+        while head := exactly(connection, HEAD.size):
             client, refused, length = HEAD.unpack(head)
             if client == NOBODY:
                 return
-            body = _exactly(connection, length)
+            body = exactly(connection, length)
             yield client, Refusal(body.decode()) if refused else body
 
     return list(batch())
 
 
-def _exactly(connection: socket.socket, count: int) -> bytes:
+def exactly(connection: socket.socket, count: int) -> bytes:
+    """So many bytes, or fewer where the other side has closed the connection."""
     parts: list[bytes] = []
     while count and (part := connection.recv(count)):
         parts.append(part)

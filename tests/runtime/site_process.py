@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from runtime.client_process import Spec
+from runtime.client_process import Spec, exactly
 
 from sordino.errors import SordinoError
 from sordino.privacy.ledger import Release
@@ -55,16 +55,8 @@ def send(connection: socket.socket, content: bytes) -> None:
 
 def receive(connection: socket.socket) -> bytes:
     """One message; nothing where the other side has closed the connection."""
-    head = _exactly(connection, LENGTH.size)
-    return _exactly(connection, LENGTH.unpack(head)[0]) if len(head) == LENGTH.size else b""
-
-
-def _exactly(connection: socket.socket, count: int) -> bytes:
-    parts: list[bytes] = []
-    while count and (part := connection.recv(count)):
-        parts.append(part)
-        count -= len(part)
-    return b"".join(parts)
+    head = exactly(connection, LENGTH.size)
+    return exactly(connection, LENGTH.unpack(head)[0]) if len(head) == LENGTH.size else b""
 
 
 def main(spec_file: Path, connection: socket.socket, folder: Path) -> None:

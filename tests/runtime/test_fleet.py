@@ -21,7 +21,7 @@ from sordino.algorithms.base import named_tensors
 from sordino.errors import RunError
 from sordino.runtime import messages, turns
 from sordino.runtime.envelope import Envelope
-from sordino.runtime.fleet import Answer, Ask, LocalFleet, Lost, Patience, ServerRuntime, drive
+from sordino.runtime.fleet import Ask, LocalFleet, Patience, ServerRuntime, drive, put
 from sordino.runtime.local import LocalRuntime
 from sordino.runtime.messages import MessageError
 from sordino.runtime.server import ServerEnd, ServerRecord, ServerTraining
@@ -274,12 +274,7 @@ def test_a_round_without_some_is_that_of_the_others(spec_of: Any, tmp_path: Path
     server = server_of(runtime, THIRDS, saved, Patience(0.6))
     ask = server.next()
     assert isinstance(ask, Ask)
-    for event in fleet.ask(ask):
-        if isinstance(event, Answer):
-            server.take(event.site, event.content)
-        else:
-            assert event == Lost("west", "it is not there")
-            server.lost(event.site, event.reason)
+    put(ask, server, fleet)
     server.close_round()
     weights = torch.stack([upload["weight"][0] for upload in uploads]).double()
     changes = torch.stack([upload["change"][0] for upload in uploads])
@@ -348,11 +343,7 @@ def test_a_full_disk_at_a_site_loses_a_round_and_nothing_else(
         ask = server.next()
         assert isinstance(ask, Ask)
         before = named_tensors(sites["north"].training.state)
-        for event in fleet.ask(ask):
-            if isinstance(event, Answer):
-                server.take(event.site, event.content)
-            else:
-                server.lost(event.site, event.reason)
+        put(ask, server, fleet)
         if full:
             assert same(named_tensors(sites["north"].training.state), before)
         server.close_round()
@@ -399,11 +390,7 @@ def test_a_site_is_killed_in_a_round_and_comes_back(spec_of: Any, tmp_path: Path
         assert ask.round == number
         if number == 2:
             fleet.kill("north")
-        for event in fleet.ask(ask):
-            if isinstance(event, Answer):
-                server.take(event.site, event.content)
-            else:
-                server.lost(event.site, event.reason)
+        put(ask, server, fleet)
         server.close_round()
         if number == 2:
             fleet.start("north")

@@ -1,4 +1,4 @@
-"""What `sordino demo` compares, in full and in small."""
+"""The lines of `sordino demo`, in full and in small."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from sordino.runtime.settings import RuntimeSettings, participant_count
 
 @dataclass(frozen=True)
 class Plan:
-    """What an experiment says, and what a party makes of it: method, model, rounds, privacy.
+    """An experiment as a party runs it: method, model, rounds, privacy.
 
     Attributes:
         algorithm, settings, model: the method.

@@ -23,7 +23,7 @@ Kind = Literal["hello", "agreement", "round", "end", "refusal"]
 
 @dataclass(frozen=True)
 class Envelope:
-    """What the server asks a site, or a site's answer.
+    """A request of the server's to a site, or its answer.
 
     Attributes:
         kind: of the request, and of its answer; "refusal" answers any.

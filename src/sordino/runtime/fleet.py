@@ -101,11 +101,13 @@ class Patience:
     Attributes:
         quorum: fraction of the sites asked that is enough.
         deadline, grace: see `Ask`.
+        sites: those that are waited for before the first round, until the deadline; empty: those that are there.
     """
 
     quorum: float = 1.0
     deadline: float = 600.0
     grace: float = 30.0
+    sites: Sequence[str] = ()
 
     def of(self, count: int) -> int:
         """Return how many of `count` are enough; at least one."""
@@ -163,7 +165,7 @@ class Questions(Generic[Result]):
 
 @dataclass
 class Heard:
-    """What the sites said to one question.
+    """The replies to one question.
 
     Attributes:
         replies: by client.
@@ -305,6 +307,15 @@ class ServerRuntime:
         return {site: Envelope("round", self._experiment, {}, messages).encode() for site, messages in grouped.items()}
 
 
+def put(ask: Ask, server: ServerRuntime, fleet: Fleet) -> None:
+    """Put a server's question to a fleet, and have the server hear what comes."""
+    for event in fleet.ask(ask):
+        if isinstance(event, Answer):
+            server.take(event.site, event.content)
+        else:
+            server.lost(event.site, event.reason)
+
+
 def drive(server: ServerRuntime, fleet: Fleet) -> ServerTraining:
     """Run all rounds of a server over a fleet, and return its last state.
 
@@ -313,11 +324,7 @@ def drive(server: ServerRuntime, fleet: Fleet) -> ServerTraining:
     """
     try:
         while isinstance(ask := server.next(), Ask):
-            for event in fleet.ask(ask):
-                if isinstance(event, Answer):
-                    server.take(event.site, event.content)
-                else:
-                    server.lost(event.site, event.reason)
+            put(ask, server, fleet)
             server.close_round()
     finally:
         server.stop()
