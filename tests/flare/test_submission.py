@@ -159,7 +159,7 @@ def test_a_folder_with_another_experiment_is_refused_before_anything_is_submitte
 
 def test_a_job_holds_no_code_and_chooses_nothing_at_a_site(clip_folder: Path, tmp_path: Path) -> None:
     proposal = Proposal.of(experiment(clip_folder))
-    job = write_job(tmp_path, proposal, Patience(0.5, 7, 3), 2)
+    job = write_job(tmp_path, proposal, Patience(0.5, 7, 3, ["east", "west"]), 2)
     files = sorted(str(path.relative_to(job)) for path in job.rglob("*") if path.is_file())
     assert files == ["app/config/config_fed_client.json", "app/config/config_fed_server.json", "meta.json"]
     client = json.loads((job / files[0]).read_text())
@@ -171,6 +171,6 @@ def test_a_job_holds_no_code_and_chooses_nothing_at_a_site(clip_folder: Path, tm
     arguments = workflow["args"]
     assert Proposal.read(json.loads(arguments["proposal"])).fingerprint == proposal.fingerprint
     assert arguments["fingerprint"] == proposal.fingerprint
-    assert Patience(**arguments["patience"]) == Patience(0.5, 7, 3)
+    assert Patience(**arguments["patience"]) == Patience(0.5, 7, 3, ["east", "west"])
     # Nothing of the coordinator's own machine travels.
     assert str(clip_folder) not in (job / files[1]).read_text()

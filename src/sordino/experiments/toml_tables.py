@@ -6,11 +6,14 @@ import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tomli_w
+from pydantic import BaseModel, ValidationError
 
-from sordino.errors import ConfigError
+from sordino.errors import ConfigError, config_error
+
+Checked = TypeVar("Checked", bound=BaseModel)
 
 LARGEST_INT, LARGEST = 2**63 - 1, 1e30  # of a configuration's numbers: tensors hold no larger ones
 LARGEST_COUNT = 1_000_000  # of a method's whole numbers: more tokens, steps or pictures at once fit no machine
@@ -58,6 +61,18 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
         elif before != after:
             return f"{prefix}{key}", before, after
     return None
+
+
+def read_model(path: Path, model: type[Checked]) -> Checked:
+    """Read a TOML file that is one pydantic model.
+
+    Raises:
+        ConfigError: the file is missing or malformed, or a key or value is not allowed.
+    """
+    try:
+        return model.model_validate(read_tables(path))
+    except ValidationError as error:
+        raise config_error(error, model) from None
 
 
 def _set(tables: dict[str, Any], override: str) -> None:

@@ -1,4 +1,4 @@
-"""What `sordino flare run` asks of a FLARE server, with an administrator's startup kit."""
+"""A FLARE server as an administrator reaches it, with a startup kit, for `sordino flare run`."""
 
 from __future__ import annotations
 

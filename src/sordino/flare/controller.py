@@ -36,10 +36,10 @@ class Coordinator(Controller):  # type: ignore[misc]
     Args:
         proposal: the experiment, `Proposal.facts` as JSON.
         fingerprint: of it; FLARE replaces some expressions in the text of a job.
-        patience: `quorum`, `deadline` and `grace` of `Patience`.
+        patience: the fields of `Patience`.
     """
 
-    def __init__(self, proposal: str, fingerprint: str, patience: Mapping[str, float]) -> None:
+    def __init__(self, proposal: str, fingerprint: str, patience: Mapping[str, Any]) -> None:
         super().__init__(task_check_period=0.05)
         self._proposal, self._fingerprint, self._patience = proposal, fingerprint, Patience(**patience)
         self._lines: list[dict[str, Any]] = []

@@ -21,7 +21,7 @@ class Aborted(SordinoError):
 
 
 class Tasks(Protocol):
-    """What a fleet needs of FLARE's controller."""
+    """The part of FLARE's controller that a fleet needs."""
 
     def sites(self) -> frozenset[str]:
         """Return the names of the connected sites, as their certificates say."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from sordino.errors import ConfigError, config_error
-from sordino.experiments.toml_tables import read_tables
+from sordino.errors import ConfigError
+from sordino.experiments.toml_tables import read_model
 
 SERVER = "server"  # its name in certificates; where it is, is in the kits
 NAME = "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
@@ -68,11 +68,7 @@ def load_project(file: Path) -> Project:
     Raises:
         ConfigError: it is missing or malformed, or a key or value is not allowed.
     """
-    tables = read_tables(file)
-    try:
-        project = Project.model_validate(tables)
-    except ValidationError as error:
-        raise config_error(error, Project) from None
+    project = read_model(file, Project)
     names = [SERVER, *(site.name for site in project.sites), *(admin.name for admin in project.admins)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         key = "admins" if "@" in twice[0] else "sites"

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from sordino.errors import ConfigError, config_error
+from sordino.errors import ConfigError
 from sordino.experiments.config import Experiment
-from sordino.experiments.toml_tables import read_tables
+from sordino.experiments.toml_tables import read_model
 from sordino.files import user_path
 from sordino.flare.names import COORDINATOR_FILE
+from sordino.sites.fleet_config import NO_DATA
 from sordino.sites.proposal import Proposal
 
 
@@ -33,12 +34,7 @@ class CoordinatorSettings(BaseModel):
             ConfigError: a key or value is not allowed, or the encoder's checkpoint is not named here.
         """
         name = proposal.tables.get("encoder", {}).get("name", "bundled")
-        own: dict[str, Any] = {
-            "device": self.device,
-            # A coordinator has no data. These tables must be there, and nothing reads them.
-            "data": {"source": "digits"},
-            "partition": {"scheme": "iid", "clients": 1},
-        }
+        own: dict[str, Any] = {"device": self.device, **NO_DATA}
         if name != "bundled":
             if name not in self.checkpoints:
                 remedy = f"the experiment needs encoder {name!r}; say in the server's {COORDINATOR_FILE} where it is"
@@ -58,11 +54,7 @@ def load_coordinator(file: Path) -> CoordinatorSettings:
         ConfigError: it is malformed, or a key or value is not allowed.
     """
     file = file.resolve()
-    try:
-        tables = read_tables(file) if file.exists() else {"runs": "../runs"}
-        settings = CoordinatorSettings.model_validate(tables)
-    except ValidationError as error:
-        raise config_error(error, CoordinatorSettings) from None
+    settings = read_model(file, CoordinatorSettings) if file.exists() else CoordinatorSettings(runs="../runs")
     runs = str(file.parent / user_path(settings.runs, "runs"))
     checkpoints = {
         name: str(path) if (path := file.parent / user_path(value, f"checkpoints.{name}")).exists() else value

@@ -49,7 +49,7 @@ class JobStatus:
 
 
 class Server(Protocol):
-    """What is asked of a FLARE server; each may raise `Unreachable`."""
+    """A FLARE server; each question may raise `Unreachable`."""
 
     @property
     def all_sites(self) -> frozenset[str]: ...
