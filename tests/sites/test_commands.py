@@ -140,5 +140,5 @@ def test_the_page_has_every_key_and_its_configuration_is_valid(tmp_path: Path) -
     (block,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
     (tmp_path / "experiment.toml").write_text(block, encoding="utf-8")
     config = load_fleet_config(tmp_path / "experiment.toml")
-    assert config.patience == Patience(0.66, 600, 30)
+    assert config.patience == Patience(0.66, 600, 30, ("north", "south", "west"))
     assert set(tomllib.loads(block)["fleet"]) == set(FleetSettings.model_fields)

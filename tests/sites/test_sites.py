@@ -26,8 +26,6 @@ from sordino.prompt_file import SavedPrompt
 from sordino.runtime import checkpoint
 from sordino.runtime.envelope import Envelope
 from sordino.runtime.fleet import Answer, Ask, LocalFleet, Lost, Patience
-from sordino.sites import meeting
-from sordino.sites import site as site_module
 from sordino.sites.coordinator import AGREEMENT, LEDGER, METRICS, Outcome, coordinate
 from sordino.sites.ledger import SiteLedger
 from sordino.sites.page import epsilon_by_site
@@ -290,7 +288,7 @@ def test_differences_are_told_before_a_round_is_run(
     assert outcome.training.round == 3, "with the experiment's classes, a site may lack some"
     with pytest.raises(RunError, match="pictures of 'blue sky', which is not a class of the experiment"):
         run_over(config, sites_at(files), tmp_path / "lacks", class_names=names[1:])
-    monkeypatch.setattr(site_module.sordino, "__version__", "0.0.9")
+    monkeypatch.setattr(sordino, "__version__", "0.0.9")
     answers = {name: site.turn for name, site in sites_at(files).items()}
 
     def older(request: bytes) -> bytes:
@@ -299,7 +297,6 @@ def test_differences_are_told_before_a_round_is_run(
 
     with pytest.raises(RunError, match=r"west: it runs 0.0.9 with protocol 0, and the coordinator 0.0.9 with protocol"):
         coordinate(config, Proposal.of(config, names), LocalFleet(answers | {"west": older}), tmp_path / "old", ALL)
-    assert meeting.PROTOCOL == site_module.PROTOCOL
     assert sordino.__version__ == "0.0.9"
 
 
@@ -342,13 +339,13 @@ def test_a_site_that_comes_late_is_waited_for_and_one_that_does_not_is_named(
             return super().sites() - ({"west"} if self.looks < 3 else set())
 
     late = Late({name: site.turn for name, site in sites.items()})
-    outcome = coordinate(config, Proposal.of(config), late, tmp_path / "out", ALL, expected=NAMES)
+    outcome = coordinate(config, Proposal.of(config), late, tmp_path / "out", replace(ALL, sites=NAMES))
     assert set(outcome.met.agreement.sites) == set(NAMES)
     assert late.looks >= 3
     there = fleet({name: sites[name] for name in ("east", "north")})
-    short = Patience(0.6, deadline=0.1)
+    short = Patience(0.6, deadline=0.1, sites=NAMES)
     config = experiment(clip_folder, seed=5)
-    outcome = coordinate(config, Proposal.of(config), there, tmp_path / "without", short, expected=NAMES)
+    outcome = coordinate(config, Proposal.of(config), there, tmp_path / "without", short)
     assert outcome.met.left_out == {"west": "it is not there"}
     assert set(outcome.met.agreement.sites) == {"east", "north"}
 
@@ -412,6 +409,94 @@ def test_a_site_without_a_budget_accounts_nothing_in_a_round(
     outcome = run_over(experiment(clip_folder, privacy=NOISE), sites_at(site_files), tmp_path / "out")
     assert outcome.training.round == 3
     assert [entry.rounds for entry in sites_at(site_files)["east"].ledger.experiments.values()] == [(1, 2, 3)]
+
+
+def test_data_that_changed_since_a_site_joined_is_refused(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    """Though it is as much as before: the ledger has the digests of what was released."""
+    config = experiment(clip_folder, privacy=NOISE)
+    sites = sites_at(site_files)
+    outcome = run_over(config, sites, tmp_path / "out")
+    agreement = Envelope("agreement", Proposal.of(config).fingerprint, outcome.met.agreement.facts).encode()
+    assert Envelope.decode(sites["east"].turn(agreement)).kind == "agreement"
+    shutil.rmtree(tmp_path / "east" / "pictures")
+    write_pictures(tmp_path / "east" / "pictures", 9, 5)
+    changed = sites_at(site_files)["east"]
+    assert "data changed since it joined" in str(Envelope.decode(changed.turn(agreement)).facts["reason"])
+    assert hello(changed, config).kind == "hello", "which tells nothing that is not known"
+    assert "data changed since it joined" in str(Envelope.decode(changed.turn(agreement)).facts["reason"])
+
+
+def test_another_agreement_is_refused_also_after_a_restart(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    config = experiment(clip_folder)
+    outcome = run_over(config, sites_at(site_files), tmp_path / "out")
+    facts = outcome.met.agreement.facts
+    without = {"sites": {"east": [0], "west": [1]}, "sizes": [facts["sizes"][0], facts["sizes"][2]]}
+    other = Envelope("agreement", Proposal.of(config).fingerprint, {**facts, **without}).encode()
+    for said_hello in (False, True):
+        site = sites_at(site_files)["east"]
+        if said_hello:
+            hello(site, config)
+        assert "another agreement was made before" in str(Envelope.decode(site.turn(other)).facts["reason"])
+
+
+def test_what_a_site_tells_beside_uploads_is_in_the_ledgers(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    """An accuracy has no noise, so no budget pays for it; a size is as private as a client."""
+    tells = ["sizes", "class_names", "accuracy"]
+    config = experiment(clip_folder, privacy=NOISE)
+    write_site(tmp_path / "west", "west", clip_folder, {"tells": tells, "epsilon": 1e4})
+    assert "epsilon would be inf" in refusal(sites_at(site_files)["west"], config)
+    write_site(tmp_path / "west", "west", clip_folder, {"tells": tells})
+    sites = sites_at(site_files)
+    outcome = run_over(config, sites, tmp_path / "out")
+    assert set(outcome.accuracy) == {"client 2"}
+    assert not outcome.training.ledger.private
+    assert math.isinf(sites["west"].ledger.spent("example", 1e-3))
+    assert math.isfinite(sites["east"].ledger.spent("example", 1e-3))
+    by_client = {"mechanism": "dp-fedavg", "noise_multiplier": 1.0}
+    alike = experiment(clip_folder, privacy=by_client, runtime={"weighting": "uniform"})
+    write_site(tmp_path / "east", "east", clip_folder, {"mechanisms": ["dp-fedavg"]})
+    assert hello(sites_at(site_files)["east"], alike).facts["sizes"] == [1]
+    told = experiment(clip_folder, privacy=by_client)
+    write_site(tmp_path / "east", "east", clip_folder, {"mechanisms": ["dp-fedavg"], "unit": "client", "epsilon": 1e4})
+    assert "runtime.weighting" in refusal(sites_at(site_files)["east"], told), "weights would say a size"
+
+
+def test_an_error_of_data_stays_at_the_site(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = experiment(clip_folder)
+    shutil.move(tmp_path / "east" / "pictures", tmp_path / "east" / "of patient Miller")
+    told = refusal(sites_at(site_files)["east"], config)
+    assert "its own data or file is not as it should be" in told
+    assert str(tmp_path) not in told
+    assert str(tmp_path / "east" / "pictures") in caplog.text
+    shutil.move(tmp_path / "east" / "of patient Miller", tmp_path / "east" / "pictures")
+    write_site(tmp_path / "east", "east", clip_folder, {"tells": ["sizes"]})
+    site = sites_at(site_files)["east"]
+    told = refusal(site, config, class_names=("red apple", "green leaf"))
+    assert "which is not a class of the experiment" in told
+    assert "blue" not in told
+
+
+def test_a_site_that_computes_other_noise_is_left_out(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    config, sites = experiment(clip_folder, privacy=NOISE), sites_at(site_files)
+
+    def other(request: bytes) -> bytes:
+        answer = Envelope.decode(sites["west"].turn(request))
+        facts = {**answer.facts, "federation": "00"} if answer.kind == "agreement" else answer.facts
+        return replace(answer, facts=facts).encode()
+
+    turns = {name: site.turn for name, site in sites.items()} | {"west": other}
+    outcome = coordinate(config, Proposal.of(config), LocalFleet(turns), tmp_path / "out", Patience(0.6))
+    assert outcome.met.left_out == {"west": "it computes another noise, or other messages, from what was agreed"}
 
 
 def test_another_experiment_in_the_folder_is_refused(

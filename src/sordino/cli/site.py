@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from sordino.cli.options import AsJson, Overrides
+from sordino.errors import ConfigError
 
 app = typer.Typer(help="What a site holds and allows in experiments across machines.", no_args_is_help=True)
 
@@ -31,7 +32,7 @@ def init(
     write_template(file, name, source, epsilon, delta, unit)
     try:
         load_site(file)
-    except Exception:
+    except ConfigError:
         file.unlink()
         raise
     print(f"{file}: allow experiments under [policy], and look at it with: sordino site check {file}")

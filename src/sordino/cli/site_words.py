@@ -1,4 +1,4 @@
-"""What `sordino site` says, in words."""
+"""The words of `sordino site`."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ def facts_as_text(facts: dict[str, Any]) -> str:
 def verdict_as_text(verdict: dict[str, Any], facts: dict[str, Any]) -> str:
     """Return whether a site takes part in an experiment."""
     lines = [f"Experiment {verdict['experiment']}"]
-    if (epsilon := verdict.get("epsilon")) is not None:
-        policy = facts["policy"]
-        lines.append(f"It would spend epsilon = {epsilon:.4g} at delta = {policy['delta']:g} for one {policy['unit']}.")
+    if "epsilon" in verdict:
+        policy, epsilon = facts["policy"], verdict["epsilon"]
+        spent = "unbounded epsilon" if epsilon is None else f"epsilon = {epsilon:.4g}"
+        lines.append(f"It would spend {spent} at delta = {policy['delta']:g} for one {policy['unit']}.")
     if verdict["allowed"]:
         lines.append(f"{facts['name']} takes part.")
     else:

@@ -1,4 +1,4 @@
-"""What a site's owner asks before anything runs: what its file means, and what an experiment would mean for it."""
+"""Questions of a site's owner before anything runs: the meaning of its file, and of an experiment for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sordino.runtime.messages import MessageError
 from sordino.sites.policy import objections
 from sordino.sites.proposal import Proposal
 from sordino.sites.settings import SiteSettings
-from sordino.sites.site import Membership, Site
+from sordino.sites.site import Site
 from sordino.tasks.settings import PartitionSettings
 from sordino.tasks.sources import load_images
 from sordino.tasks.splits import build_task
@@ -96,9 +96,9 @@ def verdict(settings: SiteSettings, proposal: Proposal) -> dict[str, Any]:
     if listed:
         return told
     try:
-        member = Membership(site, proposal)
+        member = site.membership(proposal)
         member.hello()
-        told["epsilon"] = member.planned_epsilon()
+        told["epsilon"] = _finite(member.planned_epsilon())
     except MessageError as error:
         told |= {"allowed": False, "reasons": [*found, str(error)]}
     return told

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from sordino.runtime.envelope import Envelope
 from sordino.runtime.fleet import Answer, Ask, Fleet, Patience, ServerRuntime, drive
 from sordino.runtime.server import ServerEnd, ServerRecord, ServerTraining
 from sordino.sites.meeting import Meeting, Met
+from sordino.sites.membership import ACCURACY
 from sordino.sites.page import epsilon_by_site, write_page
 from sordino.sites.proposal import Proposal
 
@@ -35,7 +36,7 @@ WRITING = 10  # the page may take one part in so many of the time
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a coordinator has at the end.
+    """The outcome of an experiment, for its coordinator.
 
     Attributes:
         training: the server's last state.
@@ -55,7 +56,6 @@ def coordinate(
     out: Path,
     patience: Patience,
     watch: Callable[[dict[str, Any]], None] = lambda line: None,
-    expected: Sequence[str] = (),
 ) -> Outcome:
     """Run an experiment over a fleet; where `out` has its beginning, go on from its last round.
 
@@ -66,7 +66,6 @@ def coordinate(
         out: the coordinator's run directory.
         patience: how long to wait, and for how many.
         watch: is given a line after every round.
-        expected: the sites that are waited for before the first round; empty: those that are there.
 
     Raises:
         SordinoError: too few sites take part, the folder is another experiment's, or training diverged.
@@ -75,7 +74,7 @@ def coordinate(
         before = _begun(out, proposal)
         own = config.encoder
         encoder = load_encoder(own.name, own.checkpoint, own.dtype, choose_device(config.device))
-        met = Meeting(config, proposal, encoder, fleet, patience, expected).meet(before)
+        met = Meeting(config, proposal, encoder, fleet, patience).meet(before)
         if before is None:
             write_atomically(out / "config.toml", tomli_w.dumps(dict(proposal.tables)).encode())
             write_atomically(out / PROPOSAL, json.dumps(proposal.facts, indent=1).encode())
@@ -117,6 +116,8 @@ class _Rounds:
     def run(self) -> Outcome:
         end = ServerEnd(self.met.federation)
         start = end.start(self.proposal.fingerprint, self.met.data)
+        if self.met.told_accuracy:
+            start = replace(start, ledger=replace(start.ledger, disclosures=(*start.ledger.disclosures, ACCURACY)))
         folder = self.out / "checkpoint"
         training = checkpoint.load_server(folder, start) or start
         if (self.out / METRICS).exists():

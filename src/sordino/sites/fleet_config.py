@@ -51,7 +51,7 @@ class FleetConfig:
     @property
     def patience(self) -> Patience:
         """Return how long a server waits, and for how many."""
-        return Patience(self.fleet.quorum, self.fleet.deadline, self.fleet.grace)
+        return Patience(self.fleet.quorum, self.fleet.deadline, self.fleet.grace, tuple(self.fleet.sites))
 
     def proposal(self, key: Ed25519PrivateKey | None = None) -> Proposal:
         """Return what is proposed to sites, signed if there is a key."""

@@ -18,7 +18,7 @@ STAYS = ("prompt", "memory")  # channels that a site opens itself, by publishing
 
 @dataclass(frozen=True)
 class Entry:
-    """What one experiment released.
+    """The releases of one experiment.
 
     Attributes:
         ledger: of the experiment.

@@ -21,9 +21,9 @@ from sordino.runtime.envelope import Envelope
 from sordino.runtime.facts import Federation
 from sordino.runtime.fleet import Answer, Ask, Fleet, Patience
 from sordino.runtime.messages import MessageError
+from sordino.sites.membership import PROTOCOL, names_digest
 from sordino.sites.own_data import plan_of
 from sordino.sites.proposal import Proposal
-from sordino.sites.site import PROTOCOL, names_digest
 
 BEFORE = 0  # the number of the questions before the first round
 POLL = 0.2  # seconds between two looks at who is there
@@ -32,7 +32,7 @@ Facts = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Met:
-    """What a coordinator and its sites agreed on.
+    """The outcome of a meeting.
 
     Attributes:
         agreement: who takes part.
@@ -41,6 +41,7 @@ class Met:
         rounds: site to the last round that it answered; 0 before the first.
         data: "client k" to a digest of its data, which only its site can make.
         left_out: site to the reason why it takes no part, or is not there.
+        told_accuracy: whether a site will tell its clients' accuracies, which have no noise.
     """
 
     agreement: Agreement
@@ -49,6 +50,7 @@ class Met:
     rounds: Mapping[str, int]
     data: Mapping[str, str]
     left_out: Mapping[str, str]
+    told_accuracy: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,6 @@ class Meeting:
         encoder: the coordinator's.
         fleet: the sites.
         patience: how long to wait, and for how many.
-        expected: the sites that are waited for; empty: those that are there.
     """
 
     config: Experiment
@@ -69,7 +70,6 @@ class Meeting:
     encoder: DualEncoder
     fleet: Fleet
     patience: Patience
-    expected: Sequence[str] = ()
 
     def meet(self, agreed: Agreement | None = None) -> Met:
         """Say hello to all sites, see that nothing differs, and have them agree.
@@ -112,18 +112,19 @@ class Meeting:
             for site, told in facts.items()
             for client, digest in zip(sorted(agreement.sites[site]), told["data"], strict=True)
         }
-        return Met(agreement, federation, classes, rounds, data, left_out)
+        told_accuracy = any(facts[site].get("accuracy") is True for site in rounds)
+        return Met(agreement, federation, classes, rounds, data, left_out, told_accuracy)
 
     def _awaited(self) -> list[str]:
         """Return the sites to ask: those expected, once they are there or the deadline is over; else those there."""
-        if not self.expected:
+        if not self.patience.sites:
             return sorted(self.fleet.sites())
         end = time.monotonic() + self.patience.deadline
-        while (missing := set(self.expected) - self.fleet.sites()) and time.monotonic() < end:
+        while (missing := set(self.patience.sites) - self.fleet.sites()) and time.monotonic() < end:
             time.sleep(min(POLL, self.patience.deadline))
         for site in sorted(missing):
             log.warning("%s is not there after %g s", site, self.patience.deadline)
-        return sorted(self.expected)
+        return sorted(self.patience.sites)
 
     def _asked(
         self, names: Sequence[str], message: Envelope, enough: int

@@ -1,4 +1,4 @@
-"""What a site holds: its clients' examples as the method reads them, and its test pictures."""
+"""The data of a site: its clients' examples as the method reads them, and its test pictures."""
 
 from __future__ import annotations
 
@@ -57,7 +57,12 @@ class OwnData:
 
     @classmethod
     def open(
-        cls, config: Experiment, clients: Sequence[int] | None, names: Sequence[str] | None, state: Path
+        cls,
+        config: Experiment,
+        clients: Sequence[int] | None,
+        names: Sequence[str] | None,
+        state: Path,
+        tells_names: bool = True,
     ) -> OwnData:
         """Read and encode a site's data; encoded pictures come from the cache.
 
@@ -66,6 +71,7 @@ class OwnData:
             clients: those of the partition that are here; None: all.
             names: the experiment's classes, in order; None if the data's own are taken.
             state: the site's folder, with the key of digests.
+            tells_names: whether an error may name a class.
 
         Raises:
             SordinoError: data or encoder are not what the site's file says, or persons are at two clients.
@@ -75,7 +81,8 @@ class OwnData:
         task, _ = dataset.task(config, silent)
         class_names = tuple(names) if names is not None else task.class_names
         if strangers := [name for name in task.class_names if name not in class_names]:
-            raise MessageError(f"this site has pictures of {strangers[0]!r}, which is not a class of the experiment")
+            which = repr(strangers[0]) if tells_names else "something"
+            raise MessageError(f"this site has pictures of {which}, which is not a class of the experiment")
         place = torch.tensor([class_names.index(name) for name in task.class_names])
         model = dataset.model(config, class_names)
         device = dataset.encoder.device

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from sordino.errors import ConfigError, config_error
+from sordino.errors import ConfigError
 from sordino.experiments.config import EncoderSettings
-from sordino.experiments.toml_tables import read_tables
+from sordino.experiments.toml_tables import read_model
 from sordino.files import user_path
 from sordino.privacy.ledger import Unit
 from sordino.privacy.settings import Mechanism, NoiseBy
@@ -55,7 +54,7 @@ class PolicySettings(BaseModel):
         default=["*"],
         description="names of an upload's tensors that may leave; '*': all that the method declares",
     )
-    most_bytes: int = Field(default=2**28, ge=1, description="the longest request that is read, and the longest answer")
+    most_bytes: int = Field(default=2**28, ge=1, description="the longest request that is read")
 
     @field_validator("experiments")
     @classmethod
@@ -100,11 +99,6 @@ class SiteSettings(BaseModel):
                 raise ValueError(f"client {max(self.clients)} is not one of the partition's {self.partition.clients}")
         return self
 
-    @property
-    def epsilon_is_bounded(self) -> bool:
-        """Tell whether there is a budget."""
-        return math.isfinite(self.policy.epsilon)
-
 
 def load_site(path: Path) -> SiteSettings:
     """Read a site's file. Relative paths in it are from its own folder.
@@ -112,11 +106,7 @@ def load_site(path: Path) -> SiteSettings:
     Raises:
         ConfigError: it is missing or malformed, or a key or value is not allowed.
     """
-    tables = read_tables(path)
-    try:
-        site = SiteSettings.model_validate(tables)
-    except ValidationError as error:
-        raise config_error(error, SiteSettings) from None
+    site = read_model(path, SiteSettings)
     folder = path.parent.resolve()
 
     def absolute(text: str, key: str) -> str:

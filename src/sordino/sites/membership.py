@@ -1,0 +1,285 @@
+"""A site in one experiment: what it tells, what it agrees to, its rounds, and the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import sordino
+from sordino.errors import RunError
+from sordino.experiments.config import Experiment
+from sordino.experiments.saved_prompts import save_prompts
+from sordino.files import write_atomically
+from sordino.privacy.ledger import Disclosure, Ledger, Release
+from sordino.privacy.statement import as_summary
+from sordino.runtime.agreement import Agreement, federation_digest
+from sordino.runtime.client import ClientEnd
+from sordino.runtime.envelope import Envelope
+from sordino.runtime.facts import Federation, RandomnessOf
+from sordino.runtime.messages import MessageError
+from sordino.runtime.turns import Turns
+from sordino.sites.ledger import SiteLedger, epsilon_of
+from sordino.sites.own_data import OwnData
+from sordino.sites.policy import fields_kept_back, over_budget
+from sordino.sites.proposal import Proposal
+from sordino.sites.settings import SiteSettings
+from sordino.tasks.settings import PartitionSettings
+
+PROTOCOL = 1  # of the messages between a coordinator and sites
+AGREED = "agreement.json"  # in the folder of an experiment
+ACCURACY = Disclosure("each client's accuracy on its own test pictures, to the server at the end", "upload")
+
+
+class Membership:
+    """A site in one experiment.
+
+    Args:
+        settings: of the site's file.
+        ledger: of all its experiments.
+        folder: keeps the site's state in this one.
+        proposal: the experiment.
+    """
+
+    def __init__(self, settings: SiteSettings, ledger: SiteLedger, folder: Path, proposal: Proposal) -> None:
+        self._settings, self._ledger, self._folder, self.proposal = settings, ledger, folder, proposal
+        self.config = self._own_config()
+        self._federation: Federation | None = None
+        self._turns: Turns | None = None
+        self._affordable: tuple[Ledger, dict[str, tuple[int, ...]]] = Ledger(), {}
+
+    @cached_property
+    def own(self) -> OwnData:
+        """Return the site's data, as the method reads it."""
+        names, settings = self.proposal.class_names, self._settings
+        tells_names = "class_names" in settings.policy.tells
+        return OwnData.open(self.config, settings.clients, names, Path(settings.state), tells_names)
+
+    @property
+    def turns(self) -> Turns:
+        """Return the site's rounds.
+
+        Raises:
+            MessageError: there is no agreement yet.
+        """
+        if self._turns is None:
+            raise MessageError("there is no agreement yet; who takes part is told before the first round")
+        return self._turns
+
+    def hello(self) -> dict[str, Any]:
+        """Return what all must know of this site.
+
+        Raises:
+            MessageError: the budget does not suffice.
+        """
+        own, policy = self.own, self._settings.policy
+        self._check(self._alone(), range(len(own.numbers)))
+        encoder = own.plan.model.encoder
+        facts: dict[str, Any] = {
+            "version": sordino.__version__,
+            "protocol": PROTOCOL,
+            "encoder": {"name": encoder.name, "fingerprint": encoder.fingerprint, "dtype": str(encoder.dtype)},
+            "classes": names_digest(own.class_names),
+            "clients": len(own.numbers),
+            "sizes": self._sizes(),
+            "whole_persons": own.units.whole_persons,
+            "example": list(own.plan.example.shape),
+            "public": own.public,
+            "data": own.digests,
+        }
+        if self._settings.clients is not None:
+            facts["numbers"] = own.numbers
+        if "class_names" in policy.tells:
+            facts["class_names"] = list(own.class_names)
+        if "accuracy" in policy.tells:
+            facts["accuracy"] = True  # it will be told
+        return facts
+
+    def planned_epsilon(self) -> float:
+        """Return epsilon of the whole experiment alone, if this site were the only one."""
+        federation, policy = self._alone(), self._settings.policy
+        planned = self._empty(federation, range(len(self.own.numbers))).add(federation.mechanism.planned())
+        return epsilon_of([planned], policy.unit, policy.delta)
+
+    def resume(self) -> None:
+        """Take up again what was agreed before this process started, if anything was.
+
+        Raises:
+            SordinoError: what was kept is damaged, or the data is other data now.
+        """
+        if (self._folder / AGREED).exists():
+            self.agree(Agreement.read(read_document(self._folder / AGREED).get("agreement", {})))
+
+    def agree(self, agreement: Agreement) -> bytes:
+        """Take note of who takes part, and return what this site makes of it.
+
+        Raises:
+            SordinoError: it is not what this site told, another one was made before, or the budget does not suffice.
+        """
+        mine = agreement.sites.get(self._name)
+        if mine is None:
+            raise MessageError(f"the agreement leaves out this site, {self._name}")
+        told = [agreement.sizes[client] for client in mine]
+        if told != self._sizes():
+            raise MessageError(f"the agreement says that {self._name} holds {told}, and it told {self._sizes()}")
+        document = {"agreement": agreement.facts, "data": self.own.digests}
+        self._check_unchanged(document)
+        if self._federation is None:
+            federation = agreement.federation(self.own.plan)
+            self._check(federation, mine)
+            write_atomically(self._folder / AGREED, json.dumps(document, indent=1).encode())
+            self._federation = federation
+            self._turns = self._joined(federation, sorted(mine))
+        facts = {"federation": federation_digest(self._federation), "round": self.turns.round}
+        return Envelope("agreement", self.proposal.fingerprint, facts).encode()
+
+    def _check_unchanged(self, document: dict[str, Any]) -> None:
+        """Refuse what is not as it was when this site joined, in whichever process that was.
+
+        Raises:
+            MessageError: others take part, or the data is other data, of which the ledger has the old digests.
+        """
+        if not (self._folder / AGREED).exists():
+            return
+        before = read_document(self._folder / AGREED)
+        if before.get("data") != document["data"]:
+            raise MessageError("this site's data changed since it joined; put it back, or propose a new experiment")
+        if before.get("agreement") != document["agreement"]:
+            raise MessageError("another agreement was made before; who takes part does not change within an experiment")
+
+    def end(self, envelope: Envelope) -> bytes:
+        """Keep the clients' prompts, and tell their accuracy if the policy lets it; the last broadcasts are in it."""
+        federation, end = self._federation, self.turns.end
+        assert federation is not None
+        training = self.turns.training
+        broadcast, _ = end.read_broadcast([content for _, content in sorted(envelope.contents.items())])
+        prompt = federation.algorithm.prompt(broadcast, training.state)
+        ledger = self._ledger.entry(self.proposal.fingerprint, self._empty(federation, end.numbers)).ledger
+        privacy = as_summary(ledger, self.config.privacy.unit)
+        folder = self._folder / "prompts"
+        encoder, names = self.own.plan.model.encoder, self.own.class_names
+        own = end.numbers if federation.algorithm.ABOUT.personal != "nothing" else None
+        save_prompts(folder, self.config, encoder, names, prompt, privacy, own)
+        facts: dict[str, Any] = {"round": self.turns.round}
+        if "accuracy" in self._settings.policy.tells:
+            accuracies = self.own.accuracies(prompt)
+            facts["accuracy"] = dict(zip(map(str, end.numbers), accuracies, strict=True))
+        return Envelope("end", self.proposal.fingerprint, facts).encode()
+
+    @property
+    def _name(self) -> str:
+        return self._settings.name
+
+    def _alone(self) -> Federation:
+        """Return the federation as if this site were the only one."""
+        own = self.own
+        alone = Agreement({self._name: range(len(own.numbers))}, self._sizes(), own.units.whole_persons)
+        return alone.federation(own.plan)
+
+    def _sizes(self) -> list[int]:
+        """Return the clients' sizes as they are told: ones where nothing needs them.
+
+        Where the client is protected, its size is as private as all else, and would have no noise.
+        """
+        privacy = self.config.privacy
+        needed = self.config.runtime.weighting == "examples" or (privacy.on and privacy.unit != "client")
+        if not needed:
+            return [1] * len(self.own.numbers)
+        if "sizes" not in self._settings.policy.tells:
+            raise MessageError(
+                "the experiment needs sizes (its mechanism, or runtime.weighting = 'examples'), and policy.tells lacks "
+                "them"
+            )
+        return list(self.own.units.sizes)
+
+    def _own_config(self) -> Experiment:
+        site = self._settings
+        partition = site.partition or PartitionSettings(scheme="iid", clients=1)
+        own: dict[str, Any] = {"data": site.data, "partition": partition, "device": site.device}
+        tables = {
+            name: value.model_dump(exclude_none=True) if hasattr(value, "model_dump") else value
+            for name, value in own.items()
+        }
+        if site.encoder is not None:
+            tables["encoder"] = site.encoder.model_dump(exclude_none=True)
+        return self.proposal.config(tables)
+
+    def _check(self, federation: Federation, clients: Sequence[int]) -> None:
+        """Refuse an experiment whose whole plan is not within the policy.
+
+        Raises:
+            MessageError: it is not; it says what, with the numbers.
+        """
+        policy = self._settings.policy
+        if kept := fields_kept_back(policy, federation):
+            raise MessageError(f"upload's {kept[0]!r} may not leave; policy.fields = {policy.fields}")
+        planned = self._empty(federation, clients).add(_of(federation.mechanism.planned(), clients))
+        if told := over_budget(policy, self._ledger, self.proposal.fingerprint, planned):
+            raise MessageError(told)
+        self._affordable = planned, self._others()
+
+    def _affords(self, after: Ledger) -> str:
+        """Return why the site's budget does not pay for what the experiment will have released; nothing if it does.
+
+        The whole plan was found to be affordable. So is a part of it, while no other experiment released anything.
+        Then nothing is computed: accounting takes a second or more.
+        """
+        planned, others = self._affordable
+        steps = {replace(release, steps=0): release.steps for release in planned.releases}
+        part = all(release.steps <= steps.get(replace(release, steps=0), 0) for release in after.releases)
+        if part and others == self._others():
+            return ""
+        return over_budget(self._settings.policy, self._ledger, self.proposal.fingerprint, after)
+
+    def _others(self) -> dict[str, tuple[int, ...]]:
+        """Return the rounds of all other experiments that this site's data is in."""
+        entries = self._ledger.experiments
+        return {name: entry.rounds for name, entry in entries.items() if name != self.proposal.fingerprint}
+
+    def _empty(self, federation: Federation, clients: Sequence[int]) -> Ledger:
+        """Return the experiment's ledger before any release, with the digests of this site's data."""
+        data = {f"client {client}": digest for client, digest in zip(sorted(clients), self.own.digests, strict=True)}
+        empty = replace(federation.mechanism.empty_ledger(), run=self.proposal.fingerprint, data=data)
+        if "accuracy" in self._settings.policy.tells:
+            empty = replace(empty, disclosures=(*empty.disclosures, ACCURACY))
+        return empty
+
+    def _joined(self, federation: Federation, clients: Sequence[int]) -> Turns:
+        def make_end(randomness: RandomnessOf) -> ClientEnd:
+            return ClientEnd(federation, self.own.data, clients, randomness)
+
+        def charge(number: int, releases: Sequence[Release]) -> None:
+            empty, experiment = self._empty(federation, clients), self.proposal.fingerprint
+            if told := self._affords(self._ledger.entry(experiment, empty).with_round(number, releases).ledger):
+                raise MessageError(told)
+            self._ledger.charge(experiment, empty, number, releases)
+
+        return Turns(make_end, self.proposal.fingerprint, self._folder, charge)
+
+
+def read_document(file: Path) -> dict[str, Any]:
+    """Read a JSON document of a site's state.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    try:
+        document = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file} cannot be read ({error}); put a backup back, or say hello to it again") from None
+    return document if isinstance(document, dict) else {}
+
+
+def _of(releases: Sequence[Release], clients: Sequence[int]) -> list[Release]:
+    """Return the releases of some clients, and those of all together."""
+    parties = {f"client {client}" for client in clients}
+    return [release for release in releases if release.party in parties or not release.party.startswith("client ")]
+
+
+def names_digest(names: Sequence[str]) -> str:
+    """Return a digest of the classes, in order."""
+    return hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()
