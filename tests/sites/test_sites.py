@@ -428,6 +428,42 @@ def test_data_that_changed_since_a_site_joined_is_refused(
     assert "data changed since it joined" in str(Envelope.decode(changed.turn(agreement)).facts["reason"])
 
 
+@pytest.mark.parametrize(
+    ("kind", "change", "told"),
+    [
+        ("hello", {"sizes": ["many"]}, "its hello cannot be read: sizes.0"),
+        ("hello", {"sizes": [9, 9]}, "not of the same clients"),
+        ("hello", {"example": [10**6, 10**6]}, "too large"),
+        ("hello", {"encoder": None}, "its hello cannot be read: encoder"),
+        ("hello", {"whole_persons": "yes"}, "its hello cannot be read: whole_persons"),
+        ("agreement", {"federation": 7}, "it computes another noise"),
+        ("end", {"accuracy": {"0": 1.0}}, "accuracies of clients that are not its own"),
+        ("end", {"accuracy": {"2": "good"}}, "accuracies that are none"),
+        ("end", {"accuracy": 3}, "accuracies of clients that are not its own"),
+    ],
+)
+def test_a_site_that_tells_nonsense_harms_nobody_else(
+    kind: str,
+    change: dict[str, Any],
+    told: str,
+    site_files: dict[str, Path],
+    tmp_path: Path,
+    clip_folder: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config, sites = experiment(clip_folder, rounds=1), sites_at(site_files)
+
+    def west(request: bytes) -> bytes:
+        answer = Envelope.decode(sites["west"].turn(request))
+        return replace(answer, facts={**answer.facts, **change}).encode() if answer.kind == kind else answer.encode()
+
+    turns = {name: site.turn for name, site in sites.items()} | {"west": west}
+    outcome = coordinate(config, Proposal.of(config), LocalFleet(turns), tmp_path / "out", Patience(0.6))
+    assert outcome.training.round == 1
+    assert not outcome.accuracy
+    assert told in caplog.text + " ".join(outcome.met.left_out.values())
+
+
 def test_another_agreement_is_refused_also_after_a_restart(
     site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from sordino.runtime import checkpoint
 from sordino.runtime.agreement import Agreement
 from sordino.runtime.envelope import Envelope
 from sordino.runtime.fleet import Answer, Ask, Fleet, Patience, ServerRuntime, drive
+from sordino.runtime.messages import MessageError
 from sordino.runtime.server import ServerEnd, ServerRecord, ServerTraining
 from sordino.sites.meeting import Meeting, Met
 from sordino.sites.membership import ACCURACY
@@ -185,13 +186,12 @@ class _Rounds:
         accuracy: dict[str, float | None] = {}
         ask = Ask(training.round, payloads, len(payloads), self.patience.deadline, self.patience.grace)
         for event in self.fleet.ask(ask):
-            if not isinstance(event, Answer):
-                log.warning("%s did not keep its prompts: %s; go on with --resume", event.site, event.reason)
-                continue
-            told = Envelope.decode(event.content)
-            if told.kind == "refusal":
-                log.warning("%s did not keep its prompts: %s", event.site, told.facts.get("reason"))
-            accuracy |= {f"client {client}": value for client, value in told.facts.get("accuracy", {}).items()}
+            try:
+                if not isinstance(event, Answer):
+                    raise MessageError(event.reason)
+                accuracy |= _accuracy(Envelope.decode(event.content), self.met.agreement.sites[event.site])
+            except MessageError as error:
+                log.warning("%s did not keep its prompts: %s; run the experiment again for them", event.site, error)
         return accuracy
 
     def _write_outcome(self, training: ServerTraining, accuracy: Mapping[str, float | None]) -> None:
@@ -205,3 +205,19 @@ class _Rounds:
             "privacy": privacy,
         }
         write_atomically(self.out / OUTCOME, json.dumps(document, indent=1).encode())
+
+
+def _accuracy(answer: Envelope, clients: Sequence[int]) -> dict[str, float | None]:
+    """Return the accuracies that a site tells of its own clients.
+
+    Raises:
+        MessageError: it refused, or tells something else.
+    """
+    if answer.kind != "end":
+        raise MessageError(str(answer.facts.get("reason", f"it answered with a {answer.kind}")))
+    told = answer.facts.get("accuracy", {})
+    if not isinstance(told, dict) or set(told) - set(map(str, clients)):
+        raise MessageError("it tells accuracies of clients that are not its own")
+    if any(not (value is None or (isinstance(value, float | int) and 0 <= value <= 1)) for value in told.values()):
+        raise MessageError("it tells accuracies that are none")
+    return {f"client {client}": value for client, value in told.items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -21,13 +20,13 @@ from sordino.runtime.envelope import Envelope
 from sordino.runtime.facts import Federation
 from sordino.runtime.fleet import Answer, Ask, Fleet, Patience
 from sordino.runtime.messages import MessageError
+from sordino.sites.hello import Hello
 from sordino.sites.membership import PROTOCOL, names_digest
 from sordino.sites.own_data import plan_of
 from sordino.sites.proposal import Proposal
 
 BEFORE = 0  # the number of the questions before the first round
 POLL = 0.2  # seconds between two looks at who is there
-Facts = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -85,34 +84,40 @@ class Meeting:
         # Whoever is late now takes no part at all, unless the experiment goes on: then rounds ask everybody again.
         enough = len(names) if agreed is None else self.patience.of(len(names))
         hellos, left_out = self._asked(names, Envelope("hello", experiment, self.proposal.facts), enough)
-        facts = {site: envelope.facts for site, envelope in sorted(hellos.items())}
-        classes = self._classes(facts)
-        for site, told in list(facts.items()):
-            difference = self._difference(told, classes)
-            if agreed is not None and not difference and list(told["sizes"]) != _sizes(agreed, site):
-                difference = f"it holds {list(told['sizes'])} now, and told {_sizes(agreed, site)} before"
+        here: dict[str, Hello] = {}
+        for site, envelope in sorted(hellos.items()):
+            try:
+                here[site] = Hello.read(envelope.facts, (sordino.__version__, PROTOCOL))
+            except MessageError as error:
+                left_out[site] = str(error)
+        classes = self._classes(here)
+        for site, hello in list(here.items()):
+            difference = self._difference(hello, classes)
+            if agreed is not None and not difference and hello.sizes != _sizes(agreed, site):
+                difference = f"it holds {hello.sizes} now, and told {_sizes(agreed, site)} before"
             if difference:
                 left_out[site] = difference
-                del facts[site]
-        self._need(facts, names, left_out)
-        agreement = agreed or _agreement(facts)
-        federation = self._federation(agreement, classes, next(iter(facts.values())))
-        enough = len(facts) if agreed is None else min(enough, len(facts))
-        answers, lost = self._asked(sorted(facts), Envelope("agreement", experiment, agreement.facts), enough)
+                del here[site]
+        self._need(here, names, left_out)
+        agreement = agreed or _agreement(here)
+        federation = self._federation(agreement, classes, next(iter(here.values())))
+        enough = len(here) if agreed is None else min(enough, len(here))
+        answers, lost = self._asked(sorted(here), Envelope("agreement", experiment, agreement.facts), enough)
         left_out |= lost
         rounds: dict[str, int] = {}
         for site, envelope in answers.items():
             if envelope.facts.get("federation") != federation_digest(federation):
                 left_out[site] = "it computes another noise, or other messages, from what was agreed"
             else:
-                rounds[site] = int(envelope.facts.get("round", 0))
+                told = envelope.facts.get("round")
+                rounds[site] = told if isinstance(told, int) else 0
         self._need(rounds, names, left_out)
         data = {
             f"client {client}": digest
-            for site, told in facts.items()
-            for client, digest in zip(sorted(agreement.sites[site]), told["data"], strict=True)
+            for site, hello in here.items()
+            for client, digest in zip(sorted(agreement.sites[site]), hello.data, strict=True)
         }
-        told_accuracy = any(facts[site].get("accuracy") is True for site in rounds)
+        told_accuracy = any(here[site].accuracy for site in rounds)
         return Met(agreement, federation, classes, rounds, data, left_out, told_accuracy)
 
     def _awaited(self) -> list[str]:
@@ -153,35 +158,31 @@ class Meeting:
                 lost[event.site] = str(error)
         return answers, lost
 
-    def _classes(self, facts: Mapping[str, Facts]) -> tuple[str, ...]:
+    def _classes(self, here: Mapping[str, Hello]) -> tuple[str, ...]:
         """Return the classes: the experiment's, or those of the first site that tells its own."""
-        told = next((names for each in facts.values() if (names := each.get("class_names"))), ())
-        names = self.proposal.class_names or tuple(map(str, told))
-        if facts and not names:
+        told = next((hello.class_names for hello in here.values() if hello.class_names), [])
+        names = self.proposal.class_names or tuple(told)
+        if here and not names:
             raise RunError("no site tells the names of its classes; give them under fleet.class_names")
         return names
 
-    def _difference(self, facts: Facts, classes: Sequence[str]) -> str:
+    def _difference(self, hello: Hello, classes: Sequence[str]) -> str:
         """Return the first difference of a site in words; nothing if there is none."""
-        theirs = (facts.get("version"), facts.get("protocol"))
-        if theirs != (sordino.__version__, PROTOCOL):
-            ours = f"{sordino.__version__} with protocol {PROTOCOL}"
-            return f"it runs {theirs[0]} with protocol {theirs[1]}, and the coordinator {ours}; install the same"
         own = {"name": self.encoder.name, "fingerprint": self.encoder.fingerprint, "dtype": str(self.encoder.dtype)}
         for key, value in own.items():
-            if (other := facts.get("encoder", {}).get(key)) != value:
+            if (other := getattr(hello.encoder, key)) != value:
                 return f"its encoder's {key} is {other!r}, and the coordinator's {value!r}"
-        if facts.get("classes") != names_digest(classes):
-            return f"its classes are others{_told(facts.get('class_names'), classes)}; set fleet.class_names to all"
-        if facts.get("public"):
+        if hello.classes != names_digest(classes):
+            return f"its classes are others{_told(hello.class_names, classes)}; set fleet.class_names to all"
+        if hello.public:
             return "it uses public pictures, which experiments across machines do not support"
         return ""
 
-    def _federation(self, agreement: Agreement, classes: Sequence[str], facts: Facts) -> Federation:
+    def _federation(self, agreement: Agreement, classes: Sequence[str], hello: Hello) -> Federation:
         settings = settings_for(self.config.algorithm, self.config.settings)
         tokens = self.encoder.class_tokens(classes)
         model = model_class(algorithm(self.config.algorithm)).of(settings, self.encoder, tokens)
-        example = torch.zeros(facts["example"], device=self.encoder.device)
+        example = torch.zeros(hello.example, device=self.encoder.device)
         return agreement.federation(plan_of(self.config, model, None, example))
 
     def _need(self, there: Collection[str], names: Sequence[str], left_out: Mapping[str, str]) -> None:
@@ -191,7 +192,7 @@ class Meeting:
             raise RunError(f"{len(there)} of {len(names)} sites take part, and {needed} are needed. {reasons}")
 
 
-def _agreement(facts: Mapping[str, Facts]) -> Agreement:
+def _agreement(here: Mapping[str, Hello]) -> Agreement:
     """Number the sites' clients: as they say, where they hold parts of one partition, or by the sites' names.
 
     Raises:
@@ -199,16 +200,15 @@ def _agreement(facts: Mapping[str, Facts]) -> Agreement:
     """
     sites: dict[str, list[int]] = {}
     sizes: dict[int, int] = {}
-    for site, told in sorted(facts.items()):
-        count = len(told["sizes"])
-        numbers = [int(number) for number in told.get("numbers", range(len(sizes), len(sizes) + count))]
+    for site, hello in sorted(here.items()):
+        numbers = hello.numbers or list(range(len(sizes), len(sizes) + len(hello.sizes)))
         if both := sorted(sizes.keys() & set(numbers)):
             raise RunError(f"client {both[0]} is at two sites, {site} and another; mend `clients` in their files")
         sites[site] = numbers
-        sizes |= dict(zip(numbers, map(int, told["sizes"]), strict=True))
+        sizes |= dict(zip(numbers, hello.sizes, strict=True))
     if missing := sorted(set(range(len(sizes))) - sizes.keys()):
         raise RunError(f"client {missing[0]} is at no site that takes part")
-    whole = all(told["whole_persons"] is True for told in facts.values())
+    whole = all(hello.whole_persons for hello in here.values())
     return Agreement(sites, [sizes[client] for client in range(len(sizes))], whole)
 
 
@@ -216,8 +216,8 @@ def _sizes(agreement: Agreement, site: str) -> list[int]:
     return [agreement.sizes[client] for client in sorted(agreement.sites[site])]
 
 
-def _told(theirs: Any, classes: Sequence[str]) -> str:
-    if not isinstance(theirs, list):
+def _told(theirs: Sequence[str] | None, classes: Sequence[str]) -> str:
+    if theirs is None:
         return ""
     more, fewer = [name for name in theirs if name not in classes], [name for name in classes if name not in theirs]
     if not (more or fewer):

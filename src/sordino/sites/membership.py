@@ -23,6 +23,7 @@ from sordino.runtime.envelope import Envelope
 from sordino.runtime.facts import Federation, RandomnessOf
 from sordino.runtime.messages import MessageError
 from sordino.runtime.turns import Turns
+from sordino.sites.hello import EncoderFacts, Hello
 from sordino.sites.ledger import SiteLedger, epsilon_of
 from sordino.sites.own_data import OwnData
 from sordino.sites.policy import fields_kept_back, over_budget
@@ -70,7 +71,7 @@ class Membership:
             raise MessageError("there is no agreement yet; who takes part is told before the first round")
         return self._turns
 
-    def hello(self) -> dict[str, Any]:
+    def hello(self) -> Hello:
         """Return what all must know of this site.
 
         Raises:
@@ -79,25 +80,20 @@ class Membership:
         own, policy = self.own, self._settings.policy
         self._check(self._alone(), range(len(own.numbers)))
         encoder = own.plan.model.encoder
-        facts: dict[str, Any] = {
-            "version": sordino.__version__,
-            "protocol": PROTOCOL,
-            "encoder": {"name": encoder.name, "fingerprint": encoder.fingerprint, "dtype": str(encoder.dtype)},
-            "classes": names_digest(own.class_names),
-            "clients": len(own.numbers),
-            "sizes": self._sizes(),
-            "whole_persons": own.units.whole_persons,
-            "example": list(own.plan.example.shape),
-            "public": own.public,
-            "data": own.digests,
-        }
-        if self._settings.clients is not None:
-            facts["numbers"] = own.numbers
-        if "class_names" in policy.tells:
-            facts["class_names"] = list(own.class_names)
-        if "accuracy" in policy.tells:
-            facts["accuracy"] = True  # it will be told
-        return facts
+        return Hello(
+            version=sordino.__version__,
+            protocol=PROTOCOL,
+            encoder=EncoderFacts(name=encoder.name, fingerprint=encoder.fingerprint, dtype=str(encoder.dtype)),
+            classes=names_digest(own.class_names),
+            class_names=list(own.class_names) if "class_names" in policy.tells else None,
+            sizes=self._sizes(),
+            data=own.digests,
+            numbers=None if self._settings.clients is None else own.numbers,
+            whole_persons=own.units.whole_persons,
+            example=list(own.plan.example.shape),
+            public=own.public,
+            accuracy="accuracy" in policy.tells,
+        )
 
     def planned_epsilon(self) -> float:
         """Return epsilon of the whole experiment alone, if this site were the only one."""

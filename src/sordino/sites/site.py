@@ -102,7 +102,7 @@ class Site:
         member = self._members.get(proposal.fingerprint)
         if member is None:
             member = self.membership(proposal)
-        facts = member.hello()
+        facts = member.hello().facts
         write_atomically(self.folder(proposal.fingerprint) / PROPOSED, json.dumps(proposal.facts, indent=1).encode())
         self._members[proposal.fingerprint] = member
         return Envelope("hello", proposal.fingerprint, facts).encode()
