@@ -1,0 +1,50 @@
+"""What the conformance suite needs of an engine: a server and three sites in real processes on the loopback."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from sordino.sites.proposal import Proposal
+
+
+class Engine(Protocol):
+    """A server and the sites `sites.owners.NAMES`, started with TLS and authentication; each test runs experiments.
+
+    Attributes:
+        folder: an empty folder for the tests' files.
+        clip: the encoder's folder.
+        homes: site to the folder of its `site.toml`, with its pictures in `pictures`.
+        states: site to its state folder.
+    """
+
+    folder: Path
+    clip: Path
+    homes: Mapping[str, Path]
+    states: Mapping[str, Path]
+
+    def run(self, config: Path, out: Path, *overrides: str) -> subprocess.Popen[str]:
+        """Start the command that runs an experiment to its end; it prints one JSON object, and tells on stderr."""
+        ...
+
+    def lines(self, proposal: Proposal, out: Path) -> Path:
+        """Return the coordinator's metrics.jsonl, which grows as the rounds go."""
+        ...
+
+    def kill_site(self, name: str) -> None:
+        """Kill a site with all of its processes, at once (SIGKILL)."""
+        ...
+
+    def start_site(self, name: str) -> None:
+        """Start a site that was killed, and wait until the server knows it."""
+        ...
+
+    def kill_server(self) -> None:
+        """Kill the server with all of its processes, at once (SIGKILL)."""
+        ...
+
+    def start_server(self) -> None:
+        """Start the server again."""
+        ...
