@@ -128,6 +128,11 @@ def test_the_server_decides_where_runs_and_encoders_are(clip_folder: Path, tmp_p
     settings = load_coordinator(file)
     assert settings.folder(proposal) == tmp_path / "kept" / proposal.fingerprint
     assert settings.config(proposal).encoder.checkpoint == str(clip_folder)
+    assert settings.config(proposal).tracking is None
+    file.write_text(f'{file.read_text()}[tracking]\nto = "tensorboard"\nwhere = "curves"\n')
+    tracking = load_coordinator(file).config(proposal).tracking
+    assert tracking is not None
+    assert tracking.where == str(tmp_path / "curves"), "from the file's folder, wherever FLARE was started"
     file.write_text("rums = 'kept'\n")
     with pytest.raises(ConfigError, match=r"rums = 'kept': no such key; did you mean 'runs'\?"):
         load_coordinator(file)

@@ -14,6 +14,7 @@ from sites.owners import NOISE, experiment, fleet, sites_at, write_site
 from typer.testing import CliRunner
 
 from sordino.cli.app import app
+from sordino.cli.site_words import round_as_text
 from sordino.errors import ConfigError
 from sordino.runtime.fleet import Patience
 from sordino.sites.coordinator import coordinate
@@ -142,3 +143,16 @@ def test_the_page_has_every_key_and_its_configuration_is_valid(tmp_path: Path) -
     config = load_fleet_config(tmp_path / "experiment.toml")
     assert config.patience == Patience(0.66, 600, 30, ("north", "south", "west"))
     assert set(tomllib.loads(block)["fleet"]) == set(FleetSettings.model_fields)
+
+
+def test_a_round_in_a_line() -> None:
+    line = {"round": 7, "seconds": 1.24, "participants": 3, "broadcast_bytes": 1000, "upload_bytes": 500}
+    assert round_as_text(line) == "round 7: 1.2 s, 3 clients, 3.0 kB down, 1.5 kB up"
+    more = {"accuracy": {"local": 0.8321}, "epsilon": {"east": 0.5, "west": 2.0}, "lost": {"north": "no answer"}}
+    assert round_as_text(line | more).endswith(
+        "up, accuracy 83.2, epsilon 2 at west, the most; without north: no answer"
+    )
+    assert "epsilon unbounded" in round_as_text(line | {"epsilon": {"east": 0.5, "west": None}})
+    assert round_as_text({"round": 0, "seconds": 0.5, "accuracy": None}) == "round 0: 0.5 s"
+    void = line | {"participants": 0, "void": "2 of 6 answered, and 4 are needed"}
+    assert round_as_text(void).endswith("0 clients, 0 B down, 0 B up; void: 2 of 6 answered, and 4 are needed")

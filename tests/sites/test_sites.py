@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from encoders.checkpoints import save_clip
+from experiments.test_tracking import of_tensorboard, same
 from sites.owners import NAMES, NOISE, experiment, fleet, sites_at, write_pictures, write_site
 
 import sordino
@@ -72,6 +73,69 @@ def test_three_sites_learn_together(
         prompt = SavedPrompt.load(file)
         assert prompt.class_names == ("blue sky", "green leaf", "red apple")
         assert (prompt.client is None) == (method == "promptfl")
+
+
+@pytest.mark.parametrize("method", ["promptfl", "dp-fpl"])
+def test_accuracy_by_round_is_that_of_the_prompts_then_and_changes_nothing(
+    method: str, site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    """Of the sites that tell it, in rounds that are evaluated; as if training had ended there."""
+    quiet = run_over(experiment(clip_folder, method, rounds=5), sites_at(site_files), tmp_path / "quiet")
+    write_site(tmp_path / "west", "west", clip_folder, {"tells": ["sizes", "class_names", "accuracy"]})
+    config = experiment(clip_folder, method, rounds=5, runtime={"evaluate_every": 2})
+    outcome = run_over(config, sites_at(site_files), tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out" / METRICS).read_text().splitlines()]
+    assert [line["round"] for line in lines if "accuracy" in line] == [2, 4, 5]
+    assert lines[-1]["accuracy_by_client"] == {"2": outcome.accuracy["client 2"]}
+    for name, tensor in named_tensors(quiet.training.state).items():
+        assert tensor.equal(named_tensors(outcome.training.state)[name]), name
+    # That method's prompts after two rounds do not depend on how many follow.
+    two = run_over(experiment(clip_folder, method, rounds=2), sites_at(site_files), tmp_path / "two")
+    assert lines[1]["accuracy_by_client"] == {"2": two.accuracy["client 2"]}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"{100 * lines[1]['accuracy']['local']:.1f}" in page
+
+
+def test_a_site_that_tells_no_accuracy_refuses_to_evaluate(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    config, sites, asked = experiment(clip_folder), sites_at(site_files), []
+
+    def east(request: bytes) -> bytes:
+        if Envelope.decode(request).kind == "end":
+            asked.append(request)
+        return sites["east"].turn(request)
+
+    turns = {name: site.turn for name, site in sites.items()} | {"east": east}
+    coordinate(config, Proposal.of(config), LocalFleet(turns), tmp_path / "out", ALL)
+    for request in asked:
+        answer = Envelope.decode(sites["east"].turn(replace(Envelope.decode(request), kind="evaluate").encode()))
+        assert answer.kind == "refusal"
+        assert "policy.tells" in str(answer.facts["reason"])
+    assert asked
+
+
+def test_rounds_across_machines_are_tracked(site_files: dict[str, Path], tmp_path: Path, clip_folder: Path) -> None:
+    """`[tracking]` gets each round once, also over a restart, and accuracy where a site tells it."""
+    write_site(tmp_path / "west", "west", clip_folder, {"tells": ["sizes", "class_names", "accuracy"]})
+    tracking = {"to": "tensorboard", "where": str(tmp_path / "curves")}
+    config = experiment(clip_folder, rounds=4, tracking=tracking)
+    sites = sites_at(site_files)
+
+    class Dies(LocalFleet):
+        def ask(self, ask: Ask) -> Any:
+            if ask.round == 3:
+                raise KeyboardInterrupt
+            return super().ask(ask)
+
+    dying = Dies({name: site.turn for name, site in sites.items()})
+    with pytest.raises(KeyboardInterrupt):
+        coordinate(config, Proposal.of(config), dying, tmp_path / "out", ALL)
+    run_over(config, sites, tmp_path / "out")
+    ((_, curves),) = of_tensorboard(tmp_path / "curves").items()
+    assert same(curves, tmp_path / "out")
+    assert set(curves["accuracy.local"]) == set(curves["seconds"]) == {1, 2, 3, 4}
+    assert "tracking" not in Proposal.of(config).tables, "it is nobody else's"
 
 
 @pytest.mark.parametrize("method", ["promptfl", "fedpgp", "secfpp"])

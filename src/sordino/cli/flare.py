@@ -49,6 +49,8 @@ def run(
 ) -> None:
     """Run an experiment at the sites of a FLARE server, and go on by itself where a job fails or the server dies."""
     require_extra("flare", "'sordino flare'")
+    from sordino.cli.site_words import round_as_text
+    from sordino.experiments.tracking import Heard, require_tracker, tracked
     from sordino.flare.administrator import Administrator
     from sordino.flare.submission import Submission
     from sordino.privacy.signature import load_private_key
@@ -56,13 +58,21 @@ def run(
     from sordino.sites.fleet_config import load_fleet_config
 
     chosen = load_fleet_config(config, overrides or [])
+    tracking = chosen.experiment.tracking
+    require_tracker(tracking)
     proposal = chosen.proposal(load_private_key(key, "--key") if key else None)
     logging.getLogger("nvflare").setLevel(logging.CRITICAL)  # it tells every try to connect
     print(f"Experiment: {proposal.fingerprint}", file=sys.stderr, flush=True)
     again = f"sordino flare run {shlex.quote(str(config))} --kit {shlex.quote(str(kit))} --out {shlex.quote(str(out))}"
     at_work(f"the job goes on at the server; to watch it again, repeat {again}")
-    with Administrator(kit) as server, live_progress():
-        Submission(server, proposal, chosen.patience, tries, _tell).run(out)
+    heard = Heard()
+
+    def watch(line: dict[str, Any]) -> None:
+        print(round_as_text(line), file=sys.stderr, flush=True)
+        heard.add(line)
+
+    with Administrator(kit) as server, live_progress(), tracked(tracking, out, heard):
+        Submission(server, proposal, chosen.patience, tries, watch).run(out)
     outcome: dict[str, Any] = json.loads((out / OUTCOME).read_text(encoding="utf-8"))
     if as_json:
         print(json.dumps(outcome))
@@ -70,10 +80,3 @@ def run(
         print(f"{outcome['rounds']} rounds at {', '.join(outcome['sites'])}")
         print(outcome["privacy"]["statement"])
         print(f"Run directory: {out}")
-
-
-def _tell(line: dict[str, Any]) -> None:
-    """Print a round's line."""
-    lost = "".join(f"; without {site}: {reason}" for site, reason in line.get("lost", {}).items())
-    count = f", {line['participants']} clients" if "participants" in line else ""
-    print(f"round {line['round']}: {line['seconds']:.1f} s{count}{lost}", file=sys.stderr, flush=True)

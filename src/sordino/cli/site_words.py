@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from sordino.report.markup import counted
+from sordino.results import human_bytes
+
 
 def facts_as_text(facts: dict[str, Any]) -> str:
     """Return what a site's file means."""
@@ -57,3 +60,20 @@ def ledger_as_text(ledger: dict[str, Any]) -> str:
     bound = f"{budget} at delta = {ledger['delta']:g} for one {ledger['unit']}"
     total = f"{ledger['site']}: epsilon {words(ledger['epsilon'])} {bound}"
     return "\n".join([*lines, total])
+
+
+def round_as_text(line: dict[str, Any]) -> str:
+    """Return a round of an experiment across machines in a line."""
+    parts = [f"{line['seconds']:.1f} s"]
+    if (clients := line.get("participants")) is not None:
+        down, up = (human_bytes(clients * line[key]) for key in ("broadcast_bytes", "upload_bytes"))
+        parts += [counted(clients, "client"), f"{down} down, {up} up"]
+    if (mean := (line.get("accuracy") or {}).get("local")) is not None:
+        parts.append(f"accuracy {100 * mean:.1f}")
+    if epsilons := line.get("epsilon"):
+        site = max(epsilons, key=lambda name: float("inf") if epsilons[name] is None else epsilons[name])
+        spent = epsilons[site]
+        parts.append("epsilon unbounded" if spent is None else f"epsilon {spent:.3g} at {site}, the most")
+    told = [f"void: {line['void']}"] if line.get("void") else []
+    told += [f"without {site}: {reason}" for site, reason in line.get("lost", {}).items()]
+    return "; ".join([f"round {line['round']}: {', '.join(parts)}", *told])

@@ -149,7 +149,7 @@ class Metrics:
 
     listener: Callable[[dict[str, Any]], None] | None = None
 
-    def __init__(self, path: Path, last: int, key: str = "round", numbers: Sequence[str] = ()) -> None:
+    def __init__(self, path: Path, last: int, key: str = "round", numbers: Sequence[str] = (), first: int = 0) -> None:
         """Read what an interrupted run left, and drop the lines after `last`.
 
         Args:
@@ -157,17 +157,18 @@ class Metrics:
             last: the round that training resumes after; 0 where it starts.
             key: the entry that numbers the lines.
             numbers: entries that every line must have as numbers.
+            first: the number of the first line.
 
         Raises:
             RunError: a line is damaged, other than by a process that stopped in the middle of the last one, or a round
                 is missing; nothing was changed.
         """
-        self.path = path
+        self.path, self._key = path, key
         lines = _read_lines(path, key, (key, *numbers))
         self.lines = [line for line in lines if line[key] <= last]
         held = [line[key] for line in self.lines]
-        if held != list(range(last + 1)) and (last or held):
-            missing = sorted(set(range(last + 1)) - set(held))
+        if held != list(range(first, last + 1)) and (last or held):
+            missing = sorted(set(range(first, last + 1)) - set(held))
             what = f"lacks {key} {missing[0]}" if missing else f"does not hold each {key} once and in order"
             raise RunError(f"{path} {what}, though the run got beyond it; {_REMEDY}")
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
@@ -186,6 +187,14 @@ class Metrics:
             ) from None
         if self.listener is not None:
             self.listener(line)
+
+    def extend(self, entries: Mapping[str, Any]) -> None:
+        """Add entries to the last line, which become known after it; the listener is given these with its number."""
+        line = self.lines[-1]
+        line |= entries
+        write_atomically(self.path, "".join(json.dumps(each) + "\n" for each in self.lines).encode())
+        if self.listener is not None:
+            self.listener({self._key: line[self._key], **entries})
 
     def seconds(self, name: str) -> float:
         """The sum of one entry over all lines."""

@@ -9,15 +9,15 @@ from __future__ import annotations
 import importlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from sordino.errors import ConfigError, require_extra
-from sordino.experiments.run_folder import Metrics
 from sordino.files import absolute_path
 from sordino.progress import log
 
@@ -37,6 +37,32 @@ class TrackingSettings(BaseModel):
 
     to: Literal["tensorboard", "mlflow"] = Field(description="who is sent the metrics of each round")
     where: str = Field(min_length=1, description="a folder, or for MLflow also the URI of a tracking server")
+
+
+class Lines(Protocol):
+    """Lines of metrics that grow, such as `Metrics`.
+
+    Attributes:
+        lines: those that are there.
+        listener: is given each that is added.
+    """
+
+    lines: list[dict[str, Any]]
+    listener: Callable[[dict[str, Any]], None] | None
+
+
+@dataclass
+class Heard:
+    """Lines of a run elsewhere, as they are told."""
+
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    listener: Callable[[dict[str, Any]], None] | None = None
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Take a line."""
+        self.lines.append(line)
+        if self.listener is not None:
+            self.listener(line)
 
 
 class Tracker(Protocol):
@@ -60,7 +86,7 @@ def require_tracker(settings: TrackingSettings | None) -> None:
 
 
 @contextmanager
-def tracked(settings: TrackingSettings | None, out: Path, metrics: Metrics) -> Iterator[None]:
+def tracked(settings: TrackingSettings | None, out: Path, metrics: Lines) -> Iterator[None]:
     """Send all lines that metrics hold, and then each that is added.
 
     Args:

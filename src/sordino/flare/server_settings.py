@@ -1,4 +1,4 @@
-"""The server's own file, `local/coordinator.toml`: where it keeps runs, and where it has encoders."""
+"""The server's own file, `local/coordinator.toml`: where it keeps runs, where it has encoders, and who is told."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sordino.errors import ConfigError
 from sordino.experiments.config import Experiment
 from sordino.experiments.toml_tables import read_model
+from sordino.experiments.tracking import TrackingSettings
 from sordino.files import user_path
 from sordino.flare.names import COORDINATOR_FILE
 from sordino.sites.fleet_config import NO_DATA
@@ -27,6 +28,8 @@ class CoordinatorSettings(BaseModel):
         default_factory=dict, description="encoder's name to its checkpoint here: clip = 'folder or hub name'"
     )
 
+    tracking: TrackingSettings | None = Field(default=None, description="who is sent each round's metrics from here")
+
     def config(self, proposal: Proposal) -> Experiment:
         """Return the configuration of a proposed experiment, at this server.
 
@@ -35,6 +38,8 @@ class CoordinatorSettings(BaseModel):
         """
         name = proposal.tables.get("encoder", {}).get("name", "bundled")
         own: dict[str, Any] = {"device": self.device, **NO_DATA}
+        if self.tracking is not None:
+            own["tracking"] = self.tracking.model_dump()
         if name != "bundled":
             if name not in self.checkpoints:
                 remedy = f"the experiment needs encoder {name!r}; say in the server's {COORDINATOR_FILE} where it is"
@@ -60,4 +65,7 @@ def load_coordinator(file: Path) -> CoordinatorSettings:
         name: str(path) if (path := file.parent / user_path(value, f"checkpoints.{name}")).exists() else value
         for name, value in settings.checkpoints.items()
     }
-    return settings.model_copy(update={"runs": runs, "checkpoints": checkpoints})
+    tracking = settings.tracking
+    if tracking is not None and "://" not in tracking.where:
+        tracking = tracking.model_copy(update={"where": str(file.parent / user_path(tracking.where, "tracking.where"))})
+    return settings.model_copy(update={"runs": runs, "checkpoints": checkpoints, "tracking": tracking})

@@ -18,7 +18,7 @@ from sordino.runtime.messages import MessageError
 
 MAGIC = b"sordino1"
 HEAD_BYTES = 2**24  # the longest head that is read; a thousand clients' numbers and lengths take 2^14
-Kind = Literal["hello", "agreement", "round", "end", "refusal"]
+Kind = Literal["hello", "agreement", "round", "evaluate", "end", "refusal"]
 
 
 @dataclass(frozen=True)

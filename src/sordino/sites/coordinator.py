@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tomli_w
 
@@ -15,7 +15,9 @@ from sordino.encoders import choose_device, load_encoder
 from sordino.encoders.base import DualEncoder
 from sordino.errors import RunError
 from sordino.experiments.config import Experiment
+from sordino.experiments.run_folder import Metrics
 from sordino.experiments.run_lock import held
+from sordino.experiments.tracking import require_tracker, tracked
 from sordino.files import write_atomically
 from sordino.privacy.statement import as_summary
 from sordino.progress import log
@@ -66,11 +68,12 @@ def coordinate(
         fleet: the sites.
         out: the coordinator's run directory.
         patience: how long to wait, and for how many.
-        watch: is given a line after every round.
+        watch: is given a round's line, and now and then `epsilon` by site with it (None: unbounded).
 
     Raises:
         SordinoError: too few sites take part, the folder is another experiment's, or training diverged.
     """
+    require_tracker(config.tracking)
     with held(out):
         before = _begun(out, proposal)
         own = config.encoder
@@ -112,26 +115,27 @@ class _Rounds:
     _began: float = 0.0
     _written: tuple[float, float] = (0.0, 0.0)  # when the page was written, and how long that took
     _server: ServerRuntime | None = None
-    _lines: list[dict[str, Any]] = field(default_factory=list)
+    _accuracy: dict[str, float | None] = field(default_factory=dict)
+    _metrics: Metrics = field(init=False)
 
     def run(self) -> Outcome:
         end = ServerEnd(self.met.federation)
         start = end.start(self.proposal.fingerprint, self.met.data)
-        if self.met.told_accuracy:
+        if self.met.tells_accuracy:
             start = replace(start, ledger=replace(start.ledger, disclosures=(*start.ledger.disclosures, ACCURACY)))
         folder = self.out / "checkpoint"
         training = checkpoint.load_server(folder, start) or start
-        if (self.out / METRICS).exists():
-            before = (self.out / METRICS).read_text(encoding="utf-8").splitlines()
-            self._lines = [json.loads(line) for line in before]
+        first = 0 if self.met.federation.mechanism.releases_statistics else 1
+        self._metrics = Metrics(self.out / METRICS, training.round, numbers=("seconds",), first=first)
         self._began = time.monotonic()
         self._server = server = ServerRuntime(
             end, training, self.met.agreement.sites, self.proposal.fingerprint, self.patience, self._save
         )
-        training = drive(server, self.fleet)
+        with tracked(self.config.tracking, self.out, self._metrics):
+            training = drive(server, self.fleet)
         accuracy = self._end(training)
         self._write_outcome(training, accuracy)
-        self._write_page(training, accuracy)
+        self._write_page(training, accuracy, finished=True)
         return Outcome(training, self.met, accuracy)
 
     def _save(self, training: ServerTraining, record: ServerRecord | None, lost: Mapping[str, str]) -> None:
@@ -149,18 +153,40 @@ class _Rounds:
             line |= {"void": record.void} if record.void else {}
             line |= {"lost_clients": {str(client): why for client, why in record.lost.items()}} if record.lost else {}
         line |= {"lost": dict(lost)} if lost else {}
-        with (self.out / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        self._lines.append(line)
+        self._metrics.add(line)
         checkpoint.save_server(self.out / "checkpoint", training)
         for site, reason in lost.items():
             log.warning("round %d goes on without %s: %s", line["round"], site, reason)
+        due = training.round % self.config.runtime.evaluate_every == 0 or training.round == self.config.rounds
+        if record is not None and due and self.met.tells_accuracy:
+            self._metrics.extend(self._evaluated(training))
+        seen, now = dict(self._metrics.lines[-1]), time.monotonic()
         if now - self._written[0] > WRITING * self._written[1]:  # epsilon of many sites takes its time
-            self._write_page(training)
+            seen["epsilon"] = self._write_page(training, self._accuracy)
             self._written = now, time.monotonic() - now
-        self.watch(line)
+        self.watch(seen)
+        self._began = time.monotonic()
 
-    def _write_page(self, training: ServerTraining, accuracy: Mapping[str, float | None] | None = None) -> None:
+    def _evaluated(self, training: ServerTraining) -> dict[str, Any]:
+        """Ask the sites that tell it for their accuracy, and return it for the round's line."""
+        began = time.monotonic()
+        found: dict[str, float | None] = {}
+        for site, envelope in self._told("evaluate", training, self.met.tells_accuracy):
+            try:
+                found |= _accuracy(envelope, self.met.agreement.sites[site])
+            except MessageError as error:
+                log.warning("%s tells no accuracy: %s", site, error)
+        self._accuracy |= found
+        told = [value for value in found.values() if value is not None]
+        by_client = {name.removeprefix("client "): value for name, value in found.items()}
+        mean = sum(told) / len(told) if told else None
+        seconds = round(time.monotonic() - began, 3)
+        return {"accuracy": {"local": mean}, "accuracy_by_client": by_client, "evaluate_seconds": seconds}
+
+    def _write_page(
+        self, training: ServerTraining, accuracy: Mapping[str, float | None], finished: bool = False
+    ) -> dict[str, float | None]:
+        """Write the page, and return epsilon by site; None where it is unbounded."""
         epsilons = epsilon_by_site(training.ledger, self.met.agreement, self.config.privacy.unit)
         assert self._server is not None
         write_page(
@@ -169,30 +195,46 @@ class _Rounds:
             self.proposal.fingerprint,
             self.met.agreement,
             self.met.left_out,
-            self._lines,
+            self._metrics.lines,
             epsilons,
             self._server.traffic,
             self.met.federation.rounds,
             accuracy,
+            finished,
         )
+        return {site: value if value < float("inf") else None for site, value in epsilons.items()}
 
     def _end(self, training: ServerTraining) -> dict[str, float | None]:
         """Give all sites the last broadcast, so that each keeps its prompts; their accuracy where they tell it."""
-        contents = ServerEnd(self.met.federation).last_broadcasts(training)
-        payloads = {}
-        for site, clients in self.met.agreement.sites.items():
-            own = {client: contents[client] for client in sorted(clients)}
-            payloads[site] = Envelope("end", self.proposal.fingerprint, {}, own).encode()
         accuracy: dict[str, float | None] = {}
-        ask = Ask(training.round, payloads, len(payloads), self.patience.deadline, self.patience.grace)
-        for event in self.fleet.ask(ask):
+        for site, told in self._told("end", training, self.met.agreement.sites):
+            try:
+                accuracy |= _accuracy(told, self.met.agreement.sites[site])
+            except MessageError as error:
+                log.warning("%s did not keep its prompts: %s; run the experiment again for them", site, error)
+        return accuracy
+
+    def _told(
+        self, kind: Literal["evaluate", "end"], training: ServerTraining, sites: Collection[str]
+    ) -> Iterator[tuple[str, Envelope]]:
+        """Give sites the broadcasts after a round, and yield what each answers; a refusal where it does not."""
+        contents = ServerEnd(self.met.federation).last_broadcasts(training)
+        experiment, payloads = self.proposal.fingerprint, {}
+        for site in sorted(sites):
+            own = {client: contents[client] for client in sorted(self.met.agreement.sites[site])}
+            payloads[site] = Envelope(kind, experiment, {}, own).encode()
+        # What a slow site is asked for now is worth no more than its round.
+        quorum = len(payloads) if kind == "end" else self.patience.of(len(payloads))
+        for event in self.fleet.ask(Ask(training.round, payloads, quorum, self.patience.deadline, self.patience.grace)):
             try:
                 if not isinstance(event, Answer):
                     raise MessageError(event.reason)
-                accuracy |= _accuracy(Envelope.decode(event.content), self.met.agreement.sites[event.site])
+                answer = Envelope.decode(event.content)
+                if answer.kind not in (kind, "refusal"):
+                    raise MessageError(f"it answered with a {answer.kind}")
             except MessageError as error:
-                log.warning("%s did not keep its prompts: %s; run the experiment again for them", event.site, error)
-        return accuracy
+                answer = Envelope("refusal", experiment, {"reason": str(error)})
+            yield event.site, answer
 
     def _write_outcome(self, training: ServerTraining, accuracy: Mapping[str, float | None]) -> None:
         privacy = as_summary(training.ledger, self.config.privacy.unit)
@@ -213,8 +255,8 @@ def _accuracy(answer: Envelope, clients: Sequence[int]) -> dict[str, float | Non
     Raises:
         MessageError: it refused, or tells something else.
     """
-    if answer.kind != "end":
-        raise MessageError(str(answer.facts.get("reason", f"it answered with a {answer.kind}")))
+    if answer.kind == "refusal":
+        raise MessageError(str(answer.facts.get("reason", "it refused")))
     told = answer.facts.get("accuracy", {})
     if not isinstance(told, dict) or set(told) - set(map(str, clients)):
         raise MessageError("it tells accuracies of clients that are not its own")

@@ -40,7 +40,7 @@ class Met:
         rounds: site to the last round that it answered; 0 before the first.
         data: "client k" to a digest of its data, which only its site can make.
         left_out: site to the reason why it takes no part, or is not there.
-        told_accuracy: whether a site will tell its clients' accuracies, which have no noise.
+        tells_accuracy: the sites that will tell their clients' accuracies, which have no noise.
     """
 
     agreement: Agreement
@@ -49,7 +49,7 @@ class Met:
     rounds: Mapping[str, int]
     data: Mapping[str, str]
     left_out: Mapping[str, str]
-    told_accuracy: bool = False
+    tells_accuracy: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ class Meeting:
             for site, hello in here.items()
             for client, digest in zip(sorted(agreement.sites[site]), hello.data, strict=True)
         }
-        told_accuracy = any(here[site].accuracy for site in rounds)
-        return Met(agreement, federation, classes, rounds, data, left_out, told_accuracy)
+        tells = frozenset(site for site in rounds if here[site].accuracy)
+        return Met(agreement, federation, classes, rounds, data, left_out, tells)
 
     def _awaited(self) -> list[str]:
         """Return the sites to ask: those expected, once they are there or the deadline is over; else those there."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import sordino
+from sordino.encoders.prompt_model import Prompt
 from sordino.errors import RunError
 from sordino.experiments.config import Experiment
 from sordino.experiments.saved_prompts import save_prompts
@@ -33,7 +34,7 @@ from sordino.tasks.settings import PartitionSettings
 
 PROTOCOL = 1  # of the messages between a coordinator and sites
 AGREED = "agreement.json"  # in the folder of an experiment
-ACCURACY = Disclosure("each client's accuracy on its own test pictures, to the server at the end", "upload")
+ACCURACY = Disclosure("each client's accuracy on its own test pictures, to the server as it trains", "upload")
 
 
 class Membership:
@@ -147,13 +148,22 @@ class Membership:
         if before.get("agreement") != document["agreement"]:
             raise MessageError("another agreement was made before; who takes part does not change within an experiment")
 
+    def evaluate(self, envelope: Envelope) -> bytes:
+        """Tell the clients' accuracy with the broadcasts in it, and change nothing.
+
+        Raises:
+            MessageError: the policy does not let it.
+        """
+        if "accuracy" not in self._settings.policy.tells:
+            raise MessageError("accuracy is not among what this site tells; see policy.tells")
+        facts = {"round": self.turns.round, "accuracy": self._accuracies(self._prompt(envelope))}
+        return Envelope("evaluate", self.proposal.fingerprint, facts).encode()
+
     def end(self, envelope: Envelope) -> bytes:
         """Keep the clients' prompts, and tell their accuracy if the policy lets it; the last broadcasts are in it."""
+        prompt = self._prompt(envelope)
         federation, end = self._federation, self.turns.end
         assert federation is not None
-        training = self.turns.training
-        broadcast, _ = end.read_broadcast([content for _, content in sorted(envelope.contents.items())])
-        prompt = federation.algorithm.prompt(broadcast, training.state)
         ledger = self._ledger.entry(self.proposal.fingerprint, self._empty(federation, end.numbers)).ledger
         privacy = as_summary(ledger, self.config.privacy.unit)
         folder = self._folder / "prompts"
@@ -162,9 +172,20 @@ class Membership:
         save_prompts(folder, self.config, encoder, names, prompt, privacy, own)
         facts: dict[str, Any] = {"round": self.turns.round}
         if "accuracy" in self._settings.policy.tells:
-            accuracies = self.own.accuracies(prompt)
-            facts["accuracy"] = dict(zip(map(str, end.numbers), accuracies, strict=True))
+            facts["accuracy"] = self._accuracies(prompt)
         return Envelope("end", self.proposal.fingerprint, facts).encode()
+
+    def _prompt(self, envelope: Envelope) -> Prompt:
+        """Return the clients' prompts, from their own state and the broadcasts to them."""
+        end, training = self.turns.end, self.turns.training
+        assert self._federation is not None
+        if sorted(envelope.contents) != end.numbers:
+            raise MessageError(f"its broadcasts are to clients {sorted(envelope.contents)}, and here are {end.numbers}")
+        broadcast, _ = end.read_broadcast([content for _, content in sorted(envelope.contents.items())])
+        return self._federation.algorithm.prompt(broadcast, training.state)
+
+    def _accuracies(self, prompt: Prompt) -> dict[str, float | None]:
+        return dict(zip(map(str, self.turns.end.numbers), self.own.accuracies(prompt), strict=True))
 
     @property
     def _name(self) -> str:

@@ -47,7 +47,8 @@ def write_page(
     epsilons: Mapping[str, float],
     traffic: Mapping[str, tuple[int, int]],
     rounds: int,
-    accuracy: Mapping[str, float | None] | None = None,
+    accuracy: Mapping[str, float | None],
+    finished: bool = False,
 ) -> None:
     """Write `report.html` of a run directory, all or nothing.
 
@@ -61,14 +62,15 @@ def write_page(
         epsilons: by site.
         traffic: site to bytes that it was sent, and that it sent.
         rounds: of the whole run.
-        accuracy: "client k" to its accuracy, at the end; None before it.
+        accuracy: "client k" to its accuracy, the last that it told.
+        finished: whether this is the end.
 
     Raises:
         RunError: it cannot be written.
     """
     done = [line for line in lines if line["round"]]
     number = done[-1]["round"] if done else 0
-    state = "finished" if accuracy is not None else "running; reload the page to see how far it is"
+    state = "finished" if finished else "running; reload the page to see how far it is"
     sections: list[Section] = [
         {"title": "Sites", "blocks": _sites(agreement, left_out, done, epsilons, traffic, accuracy)},
         {"title": "Rounds", "blocks": _rounds(done)},
@@ -98,13 +100,13 @@ def _sites(
     lines: Sequence[Mapping[str, Any]],
     epsilons: Mapping[str, float],
     traffic: Mapping[str, tuple[int, int]],
-    accuracy: Mapping[str, float | None] | None,
+    accuracy: Mapping[str, float | None],
 ) -> list[Block]:
     rows = []
     for site, clients in sorted(agreement.sites.items()):
         missed = [line for line in lines if site in line.get("lost", {})]
         sent, received = traffic.get(site, (0, 0))
-        told = [value for client in clients if (value := (accuracy or {}).get(f"client {client}")) is not None]
+        told = [value for client in clients if (value := accuracy.get(f"client {client}")) is not None]
         rows.append(
             [
                 site,
@@ -128,8 +130,11 @@ def _rounds(lines: Sequence[Mapping[str, Any]]) -> list[Block]:
         without = [f"{site}: {reason}" for site, reason in line.get("lost", {}).items()]
         without += [] if without else [f"client {c}: {why}" for c, why in line.get("lost_clients", {}).items()]
         told = ([f"void: {line['void']}"] if line.get("void") else []) + without
-        rows.append(
-            [str(line["round"]), str(line["participants"]), f"{line['seconds']:.1f}", "\n".join(told) or "nobody"]
-        )
+        row = [str(line["round"]), str(line["participants"]), f"{line['seconds']:.1f}"]
+        row += [human_bytes(each * line["participants"]) for each in (line["broadcast_bytes"], line["upload_bytes"])]
+        mean = (line.get("accuracy") or {}).get("local")
+        row += ["" if mean is None else f"{100 * mean:.1f}", "\n".join(told) or "nobody"]
+        rows.append(row)
+    head = ["Round", "Clients", "Seconds", "Bytes down", "Bytes up", "Accuracy", "Without"]
     caption = f"The last {len(rows)} rounds." if len(lines) > SHOWN else "All rounds so far."
-    return [{"table": {"caption": caption, "head": ["Round", "Clients", "Seconds", "Without"], "rows": rows}}]
+    return [{"table": {"caption": caption, "head": head, "rows": rows}}]

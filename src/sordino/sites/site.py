@@ -1,4 +1,4 @@
-"""A site: it answers hello, agreement, rounds and the end of experiments, each by its own policy, data and state."""
+"""A site: it answers hello, agreement, rounds, evaluations and the end by its own policy, data and state."""
 
 from __future__ import annotations
 
@@ -82,6 +82,8 @@ class Site:
                 return member.agree(Agreement.read(envelope.facts))
             if envelope.kind == "round":
                 return member.turns.turn(request)
+            if envelope.kind == "evaluate":
+                return member.evaluate(envelope)
             if envelope.kind == "end":
                 return member.end(envelope)
             raise MessageError(f"a {envelope.kind} is no request")
