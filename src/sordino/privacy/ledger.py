@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from sordino.errors import RunError
@@ -123,12 +125,23 @@ class Ledger:
 
     def add(self, releases: Iterable[Release]) -> Ledger:
         """Return the ledger with further releases entered."""
-        steps = {replace(release, steps=0): release.steps for release in self.releases}
+        entered, places = list(self.releases), dict(self._places)
         for release in releases:
             kind = replace(release, steps=0)
-            if not (kind.name and kind in steps):  # a named release happened once, whoever uses it
-                steps[kind] = steps.get(kind, 0) + release.steps
-        return replace(self, releases=tuple(replace(kind, steps=count) for kind, count in steps.items()))
+            place = places.get(kind)
+            if place is None:
+                places[kind] = len(entered)
+                entered.append(release)
+            elif not kind.name:  # a named release happened once, whoever uses it
+                entered[place] = replace(release, steps=entered[place].steps + release.steps)
+        after = replace(self, releases=tuple(entered))
+        vars(after)["_places"] = places  # or each round of a run would look at what all clients ever released
+        return after
+
+    @cached_property
+    def _places(self) -> dict[Release, int]:
+        """Return where each kind of release is in `releases`; a kind has no steps."""
+        return {replace(release, steps=0): place for place, release in enumerate(self.releases)}
 
     @property
     def simulated(self) -> bool:
@@ -150,13 +163,20 @@ class Ledger:
 
     def to_json(self) -> str:
         """Return the content of `ledger.json`; equal ledgers give equal text."""
-        content = asdict(self)
+        content = asdict(replace(self, releases=(), data={}, parts=()))
         content["disclosures"] = [
             asdict(disclosure) | {"observers": disclosure.observers} for disclosure in self.disclosures
         ]
-        content["data"] = dict(self.data)
         content["parts"] = [part.run for part in self.parts]
-        return json.dumps({"private": self.private, "simulated": self.simulated, **content}, indent=2) + "\n"
+        text = json.dumps({"private": self.private, "simulated": self.simulated, **content}, indent=2) + "\n"
+        # There may be a million of these two, which json writes slowly. No string in JSON has a bare quotation mark.
+        if self.releases:
+            lines = ",\n".join(_texts(self.releases))
+            text = text.replace('"releases": []', f'"releases": [\n{lines}\n  ]', 1)
+        if self.data:
+            lines = ",\n".join(f"    {json.dumps(party)}: {json.dumps(value)}" for party, value in self.data.items())
+            text = text.replace('"data": {}', f'"data": {{\n{lines}\n  }}', 1)
+        return text
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Ledger:
@@ -195,6 +215,20 @@ class Ledger:
     def digest(self) -> str:
         """Return SHA-256 of the ledger's text, in hex; saved prompts carry it."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def _texts(releases: Iterable[Release]) -> Iterator[str]:
+    """Yield each release in JSON, as part of a ledger; most differ in their party alone."""
+    around: dict[tuple[Any, ...], tuple[str, str]] = {}
+    for release in releases:
+        fields = vars(release)
+        key = tuple(value for name, value in fields.items() if name != "party")
+        if key not in around:
+            text = textwrap.indent(json.dumps({**fields, "party": ""}, indent=2), "    ")
+            before, _, after = text.partition('"party": ""')
+            around[key] = before, after
+        before, after = around[key]
+        yield f'{before}"party": {json.dumps(release.party)}{after}'
 
 
 def joint_digest(digests: Iterable[str]) -> str:

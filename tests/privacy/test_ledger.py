@@ -1,0 +1,70 @@
+"""The ledger's text is plain JSON of its entries, and entering releases one by one is entering them together."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sordino.privacy.ledger import Disclosure, Ledger, Release
+
+# Among them what the text itself is made of.
+WORDS = st.one_of(
+    st.text(max_size=6), st.sampled_from(['"party": ""', '"releases": []', '"data": {}', "client 3", "\\"])
+)
+RELEASES = st.builds(
+    Release,
+    content=WORDS,
+    party=WORDS,
+    unit=st.just("example"),
+    noise_multipliers=st.lists(st.sampled_from([0.5, 2.0]), min_size=1, max_size=2).map(tuple),
+    sampling_rate=st.sampled_from([0.25, 1.0]),
+    steps=st.integers(1, 3),
+    noise_by=st.just("client"),
+    observers=st.sampled_from([("server",), ("server", "clients", "public")]),
+    name=st.sampled_from(["", "one"]),
+)
+LEDGERS = st.builds(
+    Ledger,
+    releases=st.lists(RELEASES, max_size=5).map(tuple),
+    disclosures=st.lists(st.builds(Disclosure, WORDS, st.just("upload")), max_size=2).map(tuple),
+    assumptions=st.lists(WORDS, max_size=2).map(tuple),
+    delta=st.sampled_from([None, 1e-5]),
+    run=WORDS,
+    data=st.dictionaries(WORDS, WORDS, max_size=3),
+)
+
+
+@given(LEDGERS)
+def test_the_text_is_plain_json_of_the_entries(ledger: Ledger) -> None:
+    content = asdict(ledger)
+    for entry, disclosure in zip(content["disclosures"], ledger.disclosures, strict=True):
+        entry["observers"] = disclosure.observers
+    content["parts"] = []
+    expected = {"private": ledger.private, "simulated": ledger.simulated, **content}
+    assert ledger.to_json() == json.dumps(expected, indent=2) + "\n"
+    assert Ledger.from_json(ledger.to_json()) == ledger
+
+
+@given(st.lists(RELEASES, max_size=8))
+def test_one_by_one_is_together(releases: list[Release]) -> None:
+    together, one_by_one, again = Ledger().add(releases), Ledger(), Ledger()
+    for release in releases:
+        one_by_one = one_by_one.add([release])
+        again = Ledger.from_json(again.add([release]).to_json())
+    assert one_by_one == together == again
+    kinds = [replace(release, steps=0) for release in together.releases]
+    assert len(set(kinds)) == len(kinds)
+    for kind, entry in zip(kinds, together.releases, strict=True):
+        steps = [release.steps for release in releases if replace(release, steps=0) == kind]
+        assert entry.steps == (steps[0] if kind.name else sum(steps))
+
+
+@given(LEDGERS, RELEASES)
+def test_entering_changes_no_earlier_ledger(ledger: Ledger, release: Release) -> None:
+    before = ledger.to_json()
+    ledger.add([release]).add([release])
+    assert ledger.to_json() == before
+    assert ledger.add([release]) == ledger.add([release])
