@@ -1,9 +1,9 @@
-"""Rounds over engines beside the same rounds in one process: a server and three sites, TLS and certificates, loopback.
+"""Rounds over engines beside the same rounds without one: a server and three sites, TLS and certificates, loopback.
 
 DP-FPL with noise by each client on handwritten digits and the bundled encoder, one client a site. For each engine:
 
-- round_seconds, local_round_seconds: medians of the coordinator's rounds, over the engine, and over the same sites
-  asked one after another in this process; round_overhead_seconds is their difference. First rounds are left out.
+- round_seconds, local_round_seconds: medians of the coordinator's rounds, over the engine, and over the same sites in
+  processes of their own behind pipes; round_overhead_seconds is their difference. First rounds are left out.
 - first_round_seconds: from the command to the end of the first round.
 - rss_mb: peak memory of the engine's own process at a site, and of the process of a site's job.
 - bytes_over_bill: what sites and server hand to the engine, over the bytes of the method's messages.
@@ -23,23 +23,27 @@ import sordino  # noqa: F401  settles how threads wait, so it comes before torch
 
 import argparse
 import json
+import multiprocessing
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import tomli_w
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from flare.parties import Party, environment, free_port, processes_of, until
 
 from sordino.flare.project import load_project
 from sordino.flare.provision import provision
-from sordino.runtime.fleet import LocalFleet, Patience
+from sordino.runtime.fleet import Answer, Ask, Lost, Patience
 from sordino.sites.coordinator import METRICS, coordinate
 from sordino.sites.fleet_config import FleetConfig, load_fleet_config
 from sordino.sites.settings import load_site
@@ -100,13 +104,44 @@ def peak(process: int) -> int:
     return round(int(found.group(1)) / 1024) if found else 0
 
 
-def in_one_process(config: FleetConfig, folder: Path) -> list[float]:
-    """The rounds of the same sites here."""
+def answering(file: Path, pipe: Connection) -> None:
+    """A site's process: it answers until it is told nothing."""
+    torch.set_num_threads(1)
+    site = Site(load_site(file))
+    while request := pipe.recv_bytes():
+        pipe.send_bytes(site.turn(request))
+
+
+class Pipes:
+    """The sites at the other ends of pipes; they work at the same time, as over an engine."""
+
+    def __init__(self, pipes: dict[str, Connection]) -> None:
+        self._pipes = pipes
+
+    def sites(self) -> frozenset[str]:
+        return frozenset(self._pipes)
+
+    def ask(self, ask: Ask) -> Iterator[Answer | Lost]:
+        for name, payload in ask.payloads.items():
+            self._pipes[name].send_bytes(payload)
+        for name in ask.payloads:
+            yield Answer(name, self._pipes[name].recv_bytes())
+
+
+def without_engine(config: FleetConfig, folder: Path) -> list[float]:
+    """The rounds of the same sites over pipes."""
+    context = multiprocessing.get_context("spawn")
+    pipes, started = {}, []
     for number, name in enumerate(NAMES):
         write_site(folder / name / "site.toml", number, "state")
-    sites = {name: Site(load_site(folder / name / "site.toml")) for name in NAMES}
-    fleet = LocalFleet({name: site.turn for name, site in sites.items()})
-    coordinate(config.experiment, config.proposal(), fleet, folder / "out", Patience())
+        pipes[name], theirs = context.Pipe()
+        process = context.Process(target=answering, args=(folder / name / "site.toml", theirs))
+        process.start()
+        started.append(process)
+    coordinate(config.experiment, config.proposal(), Pipes(pipes), folder / "out", Patience())
+    for name, process in zip(NAMES, started, strict=True):
+        pipes[name].send_bytes(b"")
+        process.join()
     return seconds_of(folder / "out")
 
 
@@ -175,7 +210,8 @@ def main() -> None:
         file = folder / "experiment.toml"
         file.write_text(tomli_w.dumps(EXPERIMENT | {"rounds": rounds}))
         (folder / "flare").mkdir()
-        local = statistics.median(in_one_process(load_fleet_config(file), folder / "local"))
+        torch.set_num_threads(1)
+        local = statistics.median(without_engine(load_fleet_config(file), folder / "local"))
         flare = over_flare(file, folder / "flare")
     flare |= {
         "local_round_seconds": round(local, 3),

@@ -1,16 +1,17 @@
 """Envelopes: the messages of several clients at one site as bytes, and requests that are not a round's.
 
-    b"sordino1" | length of the head, 4 bytes, little endian | head, JSON | contents, one after another
+    b"sordino1" | length of the head, 4 bytes, little endian | head, JSON | contents, one after another | shared
 
-The head names the kind, the experiment, each client's content with its length, and what else the kind says. Reading one
-executes nothing and trusts nothing.
+The head names the kind, the experiment, each client's content with its length, and what else the kind says. What all
+contents end with is sent once: of a broadcast that is not personal, nearly all of it goes to a site once.
+Reading one executes nothing and trusts nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -18,6 +19,8 @@ from sordino.runtime.messages import MessageError
 
 MAGIC = b"sordino1"
 HEAD_BYTES = 2**24  # the longest head that is read; a thousand clients' numbers and lengths take 2^14
+EXPANDED_BYTES = 2**31  # the most that all contents together have where they share their end
+LEAST_SHARED = 64  # bytes; less is not worth an entry
 Kind = Literal["hello", "agreement", "round", "evaluate", "end", "refusal"]
 
 
@@ -48,8 +51,12 @@ class Envelope:
             head["contents"] = [[client, len(content)] for client, content in self.contents.items()]
         if self.refused:
             head["refused"] = [[client, reason] for client, reason in self.refused.items()]
+        contents, shared = list(self.contents.values()), b""
+        if length := _common_end(contents):
+            contents, shared = [content[:-length] for content in contents], contents[0][-length:]
+            head["shared"] = length
         text = json.dumps(head, separators=(",", ":")).encode()
-        return b"".join([MAGIC, len(text).to_bytes(4, "little"), text, *self.contents.values()])
+        return b"".join([MAGIC, len(text).to_bytes(4, "little"), text, *contents, shared])
 
     @classmethod
     def decode(cls, content: bytes) -> Envelope:
@@ -67,18 +74,36 @@ class Envelope:
             kind, experiment = head.pop("kind"), head.pop("experiment")
             facts, refused = head.pop("facts", {}), dict(map(_pair_of(str), head.pop("refused", [])))
             lengths = dict(map(_pair_of(int), head.pop("contents", [])))
+            shared = head.pop("shared", 0)
             known = kind in get_args(Kind) and isinstance(experiment, str) and isinstance(facts, dict) and not head
+            known = known and type(shared) is int and shared >= 0
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise MessageError(f"its head cannot be read: {error}") from None
-        if not known or min(lengths.values(), default=0) < 0:
+        if not known or min(lengths.values(), default=0) < shared:
             raise MessageError("its head has unknown entries, or entries of another type")
+        if (total := sum(lengths.values())) > max(EXPANDED_BYTES, len(content)):
+            raise MessageError(f"its contents have {total:,} bytes where at most {EXPANDED_BYTES:,} are read")
+        end = content[len(content) - shared :]
         contents, at = {}, start + length
         for client, size in lengths.items():
-            contents[client] = content[at : at + size]
-            at += size
-        if at != len(content):
-            raise MessageError(f"it has {len(content):,} bytes where its head counts {at:,}")
+            contents[client] = content[at : at + size - shared] + end
+            at += size - shared
+        if at + shared != len(content):
+            raise MessageError(f"it has {len(content):,} bytes where its head counts {at + shared:,}")
         return cls(kind, experiment, facts, contents, refused)
+
+
+def _common_end(contents: Sequence[bytes]) -> int:
+    """Return how many bytes several contents all end with; 0 if that is too little to matter."""
+    least = min(map(len, contents), default=0)
+    if len(contents) < 2:
+        return 0
+    low, high = 0, least
+    while low < high:  # if they agree in so many bytes, they agree in fewer
+        length = (low + high + 1) // 2
+        end = contents[0][len(contents[0]) - length :]
+        low, high = (length, high) if all(content.endswith(end) for content in contents) else (low, length - 1)
+    return low if low >= LEAST_SHARED else 0
 
 
 def digest(content: bytes) -> str:
