@@ -27,6 +27,7 @@ from sordino.prompt_file import SavedPrompt
 from sordino.runtime import checkpoint
 from sordino.runtime.envelope import Envelope
 from sordino.runtime.fleet import Answer, Ask, LocalFleet, Lost, Patience
+from sordino.sites import coordinator
 from sordino.sites.coordinator import AGREEMENT, LEDGER, METRICS, Outcome, coordinate
 from sordino.sites.ledger import SiteLedger
 from sordino.sites.page import epsilon_by_site
@@ -94,6 +95,25 @@ def test_accuracy_by_round_is_that_of_the_prompts_then_and_changes_nothing(
     assert lines[1]["accuracy_by_client"] == {"2": two.accuracy["client 2"]}
     page = (tmp_path / "out" / "report.html").read_text()
     assert f"{100 * lines[1]['accuracy']['local']:.1f}" in page
+
+
+def test_at_the_end_many_clients_are_told_in_groups(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All keep their prompts, and no question holds the broadcasts of all clients at once."""
+    config, sites, asked = experiment(clip_folder, "dp-fpl", rounds=1), sites_at(site_files), []
+
+    class Notes(LocalFleet):
+        def ask(self, ask: Ask) -> Any:
+            asked.append((Envelope.decode(next(iter(ask.payloads.values()))).kind, set(ask.payloads)))
+            return super().ask(ask)
+
+    notes = Notes({name: site.turn for name, site in sites.items()})
+    monkeypatch.setattr(coordinator, "AT_ONCE", 2)
+    coordinate(config, Proposal.of(config), notes, tmp_path / "out", ALL)
+    assert [names for kind, names in asked if kind == "end"] == [{"east", "north"}, {"west"}]
+    for site in sites.values():
+        assert list((site.folder(Proposal.of(config).fingerprint) / "prompts").iterdir())
 
 
 def test_a_site_that_tells_no_accuracy_refuses_to_evaluate(

@@ -199,9 +199,9 @@ class ServerEnd:
             up, down = up + sums.sent, down + sums.received
         return after, ServerRecord(tuple(came), up, down, protocol, uploads.reasons)
 
-    def last_broadcasts(self, training: ServerTraining) -> dict[int, bytes]:
-        """Return what every client would be sent next, by client: with its own state it makes the client's prompt."""
-        return self._broadcasts(training, range(self.federation.clients), "")
+    def last_broadcasts(self, training: ServerTraining, clients: Sequence[int]) -> dict[int, bytes]:
+        """Return what clients would be sent next, by client: with its own state it makes the client's prompt."""
+        return self._broadcasts(training, clients, "")
 
     def _void(
         self, training: ServerTraining, uploads: Uploads, ledger: Ledger, reason: str

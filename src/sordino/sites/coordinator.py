@@ -24,7 +24,7 @@ from sordino.progress import log
 from sordino.runtime import checkpoint
 from sordino.runtime.agreement import Agreement
 from sordino.runtime.envelope import Envelope
-from sordino.runtime.fleet import Answer, Ask, Fleet, Patience, ServerRuntime, drive
+from sordino.runtime.fleet import Answer, Ask, Fleet, Lost, Patience, ServerRuntime, drive
 from sordino.runtime.messages import MessageError
 from sordino.runtime.server import ServerEnd, ServerRecord, ServerTraining
 from sordino.sites.meeting import Meeting, Met
@@ -34,6 +34,7 @@ from sordino.sites.proposal import Proposal
 
 PROPOSAL, AGREEMENT, METRICS = "proposal.json", "agreement.json", "metrics.jsonl"
 LEDGER, OUTCOME = "ledger.json", "sites.json"
+AT_ONCE = 10_000  # clients whose broadcasts after the last round are held at once
 WRITING = 10  # the page may take one part in so many of the time
 
 
@@ -218,23 +219,17 @@ class _Rounds:
         self, kind: Literal["evaluate", "end"], training: ServerTraining, sites: Collection[str]
     ) -> Iterator[tuple[str, Envelope]]:
         """Give sites the broadcasts after a round, and yield what each answers; a refusal where it does not."""
-        contents = ServerEnd(self.met.federation).last_broadcasts(training)
-        experiment, payloads = self.proposal.fingerprint, {}
-        for site in sorted(sites):
-            own = {client: contents[client] for client in sorted(self.met.agreement.sites[site])}
-            payloads[site] = Envelope(kind, experiment, {}, own).encode()
-        # What a slow site is asked for now is worth no more than its round.
-        quorum = len(payloads) if kind == "end" else self.patience.of(len(payloads))
-        for event in self.fleet.ask(Ask(training.round, payloads, quorum, self.patience.deadline, self.patience.grace)):
-            try:
-                if not isinstance(event, Answer):
-                    raise MessageError(event.reason)
-                answer = Envelope.decode(event.content)
-                if answer.kind not in (kind, "refusal"):
-                    raise MessageError(f"it answered with a {answer.kind}")
-            except MessageError as error:
-                answer = Envelope("refusal", experiment, {"reason": str(error)})
-            yield event.site, answer
+        end, experiment = ServerEnd(self.met.federation), self.proposal.fingerprint
+        for group in _groups({site: sorted(self.met.agreement.sites[site]) for site in sorted(sites)}):
+            payloads = {
+                site: Envelope(kind, experiment, {}, end.last_broadcasts(training, clients)).encode()
+                for site, clients in group.items()
+            }
+            # What a slow site is asked for now is worth no more than its round.
+            quorum = len(payloads) if kind == "end" else self.patience.of(len(payloads))
+            ask = Ask(training.round, payloads, quorum, self.patience.deadline, self.patience.grace)
+            for event in self.fleet.ask(ask):
+                yield event.site, _read(event, kind, experiment)
 
     def _write_outcome(self, training: ServerTraining, accuracy: Mapping[str, float | None]) -> None:
         privacy = as_summary(training.ledger, self.config.privacy.unit)
@@ -247,6 +242,31 @@ class _Rounds:
             "privacy": privacy,
         }
         write_atomically(self.out / OUTCOME, json.dumps(document, indent=1).encode())
+
+
+def _groups(sites: Mapping[str, Sequence[int]]) -> Iterator[dict[str, Sequence[int]]]:
+    """Yield groups of sites that together have not many more than `AT_ONCE` clients."""
+    group: dict[str, Sequence[int]] = {}
+    for site, clients in sites.items():
+        group[site] = clients
+        if sum(map(len, group.values())) >= AT_ONCE:
+            yield group
+            group = {}
+    if group:
+        yield group
+
+
+def _read(event: Answer | Lost, kind: str, experiment: str) -> Envelope:
+    """Return a site's answer of a kind; a refusal where it has none."""
+    try:
+        if isinstance(event, Lost):
+            raise MessageError(event.reason)
+        answer = Envelope.decode(event.content)
+        if answer.kind not in (kind, "refusal"):
+            raise MessageError(f"it answered with a {answer.kind}")
+    except MessageError as error:
+        return Envelope("refusal", experiment, {"reason": str(error)})
+    return answer
 
 
 def _accuracy(answer: Envelope, clients: Sequence[int]) -> dict[str, float | None]:
