@@ -196,12 +196,14 @@ def server_alone(scale: Scale, clients: int, results: Connection) -> None:
     """The server's own work for many clients, in a process of its own: all but the clients' answers."""
     encoder = load_encoder("bundled", None, "float32", torch.device("cpu"))
     tables = {"context_length": 8, "batch_size": 0, "local_steps": 1, "dp-fpl": {"rank": 4}}
+    budget = {name: value for name, value in PRIVACY[scale.privacy].items() if name != "noise_multiplier"}
+    budget |= {"epsilon": 8.0, "delta": 1e-6} if budget else {}
     plan = Plan(
         *(algorithm(scale.method), settings_for(scale.method, tables)),
         PromptModel(encoder, encoder.class_tokens(NAMES)),
         scale.rounds,
         RuntimeSettings(participation=scale.participation, weighting="uniform"),
-        PrivacySettings(**PRIVACY[scale.privacy]),
+        PrivacySettings(**budget),
         0,
         None,
         torch.zeros(encoder.feature_width),
@@ -226,8 +228,6 @@ def server_alone(scale: Scale, clients: int, results: Connection) -> None:
     end = ServerEnd(federation)
     training = end.start("00", {f"client {k}": "ab" * 32 for k in range(clients)})
     lap("start")
-    end.within_budget(training)
-    lap("check_budget")
     chosen = end.participants(1)
     asked = Questions(lambda link: end.round(training, link, 1))
     contents = asked.pending or {}
@@ -236,6 +236,8 @@ def server_alone(scale: Scale, clients: int, results: Connection) -> None:
     every = federation.mechanism.planned()
     training = replace(training, ledger=training.ledger.add(every))
     lap("enter_all_clients")
+    end.within_budget(training)
+    lap("check_budget")
     with tempfile.TemporaryDirectory() as folder:
         written(training, Path(folder))
         lap("write_ledger_and_state")

@@ -158,7 +158,8 @@ class Ledger:
         """True if the run would be private with noise from the operating system, which it has unless simulated."""
         trusted = set(self.trusted)
         informed = {observer for disclosure in self.disclosures for observer in disclosure.observers} - trusted
-        noiseless = any(release.noise_multiplier == 0 and set(release.observers) - trusted for release in self.releases)
+        kinds = {(min(release.noise_multipliers), release.observers) for release in self.releases}
+        noiseless = any(least == 0 and set(observers) - trusted for least, observers in kinds)
         return not informed and not noiseless
 
     def to_json(self) -> str:
