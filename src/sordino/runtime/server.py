@@ -270,7 +270,8 @@ class ServerEnd:
             return None
         learned = named_tensors(self.federation.schemas.upload)
         fields = {name: tensor for name, tensor in learned.items() if name != WEIGHT}
-        present = [place for place, client in enumerate(chosen) if client in set(came)]
+        there = set(came)
+        present = [place for place, client in enumerate(chosen) if client in there]
         return ServerSums(self.federation.mechanism.settings, session, len(chosen), carrier, fields, present)
 
     def _broadcasts(self, training: ServerTraining, chosen: Sequence[int], session: str) -> dict[int, bytes]:
@@ -296,11 +297,11 @@ def finite(state: Any) -> bool:
 
 def _by_place(link: Link, chosen: Sequence[int], came: Sequence[int]) -> Carrier:
     """Return a carrier that addresses clients by their place among those chosen; it asks only those who came."""
-    places = {client: place for place, client in enumerate(chosen)}
+    places, there = {client: place for place, client in enumerate(chosen)}, set(came)
 
     def carry(contents: Mapping[int, bytes]) -> list[tuple[int, bytes | Refusal]]:
         asked = {chosen[place]: content for place, content in contents.items()}
-        replies = link({client: content for client, content in asked.items() if client in came})
+        replies = link({client: content for client, content in asked.items() if client in there})
         return [(places[client], reply) for client, reply in replies if client in places]
 
     return carry

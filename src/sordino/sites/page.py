@@ -28,13 +28,17 @@ def epsilon_by_site(ledger: Ledger, agreement: Agreement, unit: Unit) -> dict[st
     if not ledger.releases and not ledger.disclosures:
         return dict.fromkeys(agreement.sites, 0.0)
     observer: Observer = "public" if "server" in ledger.trusted else "server"
-    found = {}
-    for site, clients in agreement.sites.items():
-        parties = {ALL_CLIENTS, *(f"client {client}" for client in clients)}
-        own = tuple(release for release in ledger.releases if release.party in parties)
-        left = tuple(part for part in ledger.disclosures if part.channel not in ("prompt", "memory"))
-        found[site] = spent(replace(ledger, releases=own, disclosures=left), observer, unit).epsilon
-    return found
+    site_of = {f"client {client}": site for site, clients in agreement.sites.items() for client in clients}
+    common = [release for release in ledger.releases if release.party == ALL_CLIENTS]
+    by_site = {site: list(common) for site in agreement.sites}
+    for release in ledger.releases:
+        if release.party in site_of:
+            by_site[site_of[release.party]].append(release)
+    left = tuple(part for part in ledger.disclosures if part.channel not in ("prompt", "memory"))
+    return {
+        site: spent(replace(ledger, releases=tuple(own), disclosures=left), observer, unit).epsilon
+        for site, own in by_site.items()
+    }
 
 
 def write_page(
