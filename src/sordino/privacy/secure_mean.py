@@ -198,4 +198,5 @@ class ServerSums:
         parts = torch.from_numpy(np.asarray(opened.values)).split(sizes)
         pairs = zip(fields.items(), parts, strict=True)
         summed = {name: part.view(field.shape[1:]).to(field) for (name, field), part in pairs}
-        return Summed(summed, charged, [self._present.index(place) for place in opened.survivors])
+        order = {place: number for number, place in enumerate(self._present)}
+        return Summed(summed, charged, [order[place] for place in opened.survivors])
