@@ -18,7 +18,6 @@ from sordino.experiments.compare import compare
 from sordino.experiments.config import load_config
 from sordino.experiments.run import run
 from sordino.experiments.variants import grid
-from sordino.report.privacy import without_epsilon
 
 DP = ["privacy.mechanism=cotangent", "privacy.epsilon=4.0", "privacy.delta=0.01", "privacy.subspace=4", "rounds=3"]
 
@@ -137,16 +136,3 @@ def test_a_comparison_attacks_and_draws_accuracy_over_epsilon(config_file: Path,
     first, second = csv.DictReader((tmp_path / "all" / "comparison.csv").read_text().splitlines())
     assert 0 <= float(first["membership_auc"]) <= 1
     assert (first["private"], second["private"], second["membership_auc"]) == ("True", "False", "")
-
-
-@pytest.mark.parametrize(
-    ("label", "rest"),
-    [
-        ("dp-fpl (privacy.epsilon = 8.0)", "dp-fpl"),
-        ("dp-fpl (privacy.epsilon = Infinity, settings.dp-fpl.rank = 2)", "dp-fpl (settings.dp-fpl.rank = 2)"),
-        ("dp-fpl (rounds = 3, privacy.epsilon = 0.5)", "dp-fpl (rounds = 3)"),
-        ("dp-fpl", "dp-fpl"),
-    ],
-)
-def test_lines_of_one_method_are_told_by_what_is_not_epsilon(label: str, rest: str) -> None:
-    assert without_epsilon(label) == rest

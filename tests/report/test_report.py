@@ -5,6 +5,7 @@ import math
 import re
 import statistics
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,8 @@ from report.conftest import WriteRun
 from sordino.errors import RunError
 from sordino.report import write_report
 from sordino.report.figures import PALETTE, symbol
-from sordino.report.groups import client_names
+from sordino.report.groups import client_names, group_runs
+from sordino.report.runs import read_run
 from sordino.results import ClientResult, Summary, human_bytes
 
 MEASURES = ("local", "neighbor", "overall", "novel", "domain")
@@ -303,9 +305,53 @@ def test_settings_are_never_averaged(tmp_path: Path, write_run: WriteRun) -> Non
     }
     page = page_of(tmp_path, *(tmp_path / f"{rank}-{seed}" for rank, seed in runs))
     assert page.column("Local, %") == {
-        f"dp-fpl (settings.dp-fpl.rank = {rank})": percent([runs[rank, seed]["accuracy"]["local"] for seed in (0, 1)])
+        f"dp-fpl, rank\N{NO-BREAK SPACE}{rank}": percent([runs[rank, seed]["accuracy"]["local"] for seed in (0, 1)])
         for rank in (4, 8)
     }
+
+
+@pytest.mark.parametrize(
+    ("variants", "labels", "lines"),
+    [
+        ([{}], ["dp-fpl"], ["dp-fpl"]),
+        (
+            [{"privacy": {"epsilon": 8.0}}, {"privacy": {"epsilon": float("inf")}}, {"privacy": {"epsilon": 0.25}}],
+            ["dp-fpl, ε 8", "dp-fpl, ε ∞", "dp-fpl, ε 0.25"],
+            ["dp-fpl"] * 3,
+        ),
+        (
+            [
+                {"privacy": {"epsilon": e}, "settings": {"dp-fpl": {"rank": r}}}
+                for e, r in ((8.0, 1), (8.0, 2), (1.0, 1))
+            ],
+            ["dp-fpl, ε 8, rank 1", "dp-fpl, ε 8, rank 2", "dp-fpl, ε 1, rank 1"],
+            ["dp-fpl, rank 1", "dp-fpl, rank 2", "dp-fpl, rank 1"],
+        ),
+        # Settings that change together are told by the first; what is not set is a dash.
+        ([{"a": {"b_c": True, "z": 1}}, {"a": {"z": 2}}], ["dp-fpl, b c on", "dp-fpl, b c –"], None),
+        # The same last name twice is told by more of it.
+        (
+            [{"a": {"n": 1}, "b": {"n": 1}}, {"a": {"n": 2}, "b": {"n": 1}}, {"a": {"n": 1}, "b": {"n": "x"}}],
+            ["dp-fpl, a n 1, b n 1", "dp-fpl, a n 2, b n 1", "dp-fpl, a n 1, b n x"],
+            None,
+        ),
+    ],
+)
+def test_labels_name_what_tells_variants_apart(
+    variants: list[dict[str, Any]],
+    labels: list[str],
+    lines: list[str] | None,
+    tmp_path: Path,
+    write_run: WriteRun,
+) -> None:
+    runs = []
+    for number, config in enumerate(variants):
+        write_run(tmp_path / str(number), "dp-fpl")
+        runs.append(replace(read_run(tmp_path / str(number)), config=config))
+    groups = group_runs(runs)
+    assert [group.label.replace("\N{NO-BREAK SPACE}", " ") for group in groups] == labels
+    if lines is not None:
+        assert [group.line.replace("\N{NO-BREAK SPACE}", " ") for group in groups] == lines
 
 
 def test_other_data_makes_another_row_and_is_said(tmp_path: Path, write_run: WriteRun) -> None:

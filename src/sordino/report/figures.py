@@ -169,7 +169,7 @@ def bytes_on_the_wire(groups: Sequence[Group]) -> Figure:
     return {"data": data, "layout": layout}
 
 
-def wrapped(label: str) -> str:
-    """Break a label for an axis into short lines; names of variants are long."""
-    lines = textwrap.wrap(label, 18, max_lines=4, placeholder=" …")
+def wrapped(label: str, width: int = 22) -> str:
+    """Break a label for an axis into lines of so many letters; names of variants may be long."""
+    lines = textwrap.wrap(label, width, max_lines=4, placeholder=" …")
     return "<br>".join(plain(line) for line in lines)

@@ -21,6 +21,8 @@ TITLES: dict[Measure, str] = {
     "domain": "Domain",
 }
 
+EPSILON = "privacy.epsilon"
+
 # Settings (by the last part of their name) that do not make two runs two methods. Each simulated run has a nonce of its
 # own, as it has a seed.
 _NOT_THE_METHOD = {"seed", "nonce", "out", "device", "cache"}
@@ -41,12 +43,15 @@ class Group:
     Attributes:
         label: its name on the page.
         runs: one for each seed.
-        difference: all settings that other groups of the algorithm have otherwise; the label may name fewer.
+        difference: all settings that other groups of the algorithm have otherwise, in full; the label is short, and may
+            name fewer.
+        line: the label without epsilon: the name of a line over epsilon.
     """
 
     label: str
     runs: tuple[Run, ...]
     difference: str = ""
+    line: str = ""
 
     @property
     def results(self) -> Results:
@@ -115,7 +120,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Group runs by algorithm and settings (all but the seed), in order of first appearance.
 
     An algorithm that was run with several settings gives one group for each, so that no two settings are averaged. It
-    is labeled with what differs: with as few settings as tell the groups apart, epsilon first.
+    is labeled with what differs, in short ("dp-fpl, ε 8"): as few settings as tell the groups apart, epsilon first.
 
     Raises:
         RunError: two runs agree in everything, the seed included; averaging them would feign a smaller spread.
@@ -126,31 +131,62 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     groups: list[Group] = []
     for algorithm, members in by_algorithm.items():
         by_settings: dict[tuple[str, ...], list[Run]] = {}
-        for run, difference in zip(members, _differences([_settings(run) for run in members]), strict=True):
-            by_settings.setdefault(difference, []).append(run)
-        for (difference, same), short in zip(by_settings.items(), _shortest(list(by_settings)), strict=True):
+        settings = [_settings(run) for run in members]
+        names = _differing(settings)
+        for run, setting in zip(members, settings, strict=True):
+            by_settings.setdefault(tuple(_full(name, setting) for name in names), []).append(run)
+        told = _telling(names, list(by_settings))
+        pairs = list(zip(_short_names([names[place] for place in told]), told, strict=True))
+        for difference, same in by_settings.items():
             _refuse_repeats(same)
-            groups.append(Group(f"{algorithm} ({short})" if short else algorithm, tuple(same), ", ".join(difference)))
+            setting = _settings(same[0])
+            # A name and its value stay on one line.
+            short = {names[at]: f"{word}\N{NO-BREAK SPACE}{_short(setting.get(names[at]))}" for word, at in pairs}
+            others = [part for name, part in short.items() if name != EPSILON]
+            label, line = ", ".join([algorithm, *short.values()]), ", ".join([algorithm, *others])
+            groups.append(Group(label, tuple(same), ", ".join(difference), line))
     return groups
 
 
-def _shortest(differences: Sequence[tuple[str, ...]]) -> list[str]:
-    """Return for each group the settings that tell it from the others.
+def _telling(names: Sequence[str], differences: Sequence[tuple[str, ...]]) -> list[int]:
+    """Return the places of the settings that tell groups apart.
 
-    Settings are taken in order, epsilon first; one that tells no more groups apart is left out.
+    They are taken in order, epsilon first; one that tells no more groups apart is left out.
     """
-    count = len(differences[0])
-    order = sorted(range(count), key=lambda at: not differences[0][at].startswith("privacy.epsilon"))
 
     def distinct(places: Sequence[int]) -> int:
         return len({tuple(settings[place] for place in places) for settings in differences})
 
     kept: list[int] = []
-    for place in order:
+    for place in sorted(range(len(names)), key=lambda at: names[at] != EPSILON):
         if distinct(kept) < distinct([*kept, place]):
             kept.append(place)
-    more = ["…"] if len(kept) < count else []
-    return [", ".join([*(settings[place] for place in sorted(kept)), *more]) for settings in differences]
+    return sorted(kept)
+
+
+def _short_names(names: Sequence[str]) -> list[str]:
+    """Return settings' names by their last parts, as many as tell them apart; that of epsilon as a letter."""
+    shortened = []
+    for name in names:
+        parts = name.split(".")
+        count = next(n for n in range(1, len(parts) + 1) if _ends(names, parts[-n:]) == 1 or n == len(parts))
+        shortened.append("ε" if name == EPSILON else " ".join(parts[-count:]).replace("_", " "))
+    return shortened
+
+
+def _ends(names: Sequence[str], parts: Sequence[str]) -> int:
+    return sum(name.split(".")[-len(parts) :] == list(parts) for name in names)
+
+
+def _short(value: Any) -> str:
+    """Return a setting's value as a label has it; one that is not set is a dash."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, float):
+        return "∞" if value == float("inf") else f"{value:.6g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _settings(run: Run) -> dict[str, Any]:
@@ -170,24 +206,21 @@ def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + name, value
 
 
-def _differences(settings: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Return for each run, in words, the settings that are not the same in all; empty if all agree."""
+def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the settings that are not the same in all runs."""
     names = dict.fromkeys(name for setting in settings for name in setting)
     unset = object()
-    differing = [
+    return [
         name
         for name in names
         if any(one.get(name, unset) != other.get(name, unset) for one, other in pairwise(settings))
     ]
-    return [
-        tuple(
-            f"{name} = {json.dumps(setting[name], ensure_ascii=False, default=str)}"
-            if name in setting
-            else f"{name} unset"
-            for name in differing
-        )
-        for setting in settings
-    ]
+
+
+def _full(name: str, setting: Mapping[str, Any]) -> str:
+    if name not in setting:
+        return f"{name} unset"
+    return f"{name} = {json.dumps(setting[name], ensure_ascii=False, default=str)}"
 
 
 def _refuse_repeats(runs: Sequence[Run]) -> None:

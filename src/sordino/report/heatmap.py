@@ -7,6 +7,7 @@ from sordino.report.groups import TITLES, Group, client_names
 from sordino.report.markup import Figure, plain
 from sordino.results import Measure
 
+WIDTH = 66  # pixels of a column, which hold the longest word of a label
 _NUMBERED_CELLS = 240  # above this, numbers in the cells of a heat map would not be read
 _NUMBERED_COLUMNS = 16
 _NAMED_CLASSES = 12  # a hover label with more does not fit on a screen
@@ -55,9 +56,14 @@ def accuracy_by_client(groups: Sequence[Group]) -> Figure | None:
         "xgap": 2 if few else 0,
         "ygap": 2 if few else 0,
     }
-    ticks = [f"{wrapped(group.label)}<br>{TITLES[measure].lower()}" for group, measure, _ in columns]
+    ticks = [f"{_lines(group.label)}<br>{TITLES[measure].lower()}" for group, measure, _ in columns]
     data = [heat, numbers(heat, lambda value: f"{value:.0%}", scale_luminance)] if few else [heat]
     return {"data": data, "layout": client_layout(len(clients), ticks)}
+
+
+def _lines(label: str) -> str:
+    """Return a label in lines that fit over a column: the algorithm, and each of its settings."""
+    return "<br>".join(wrapped(part, 11) for part in label.split(", "))
 
 
 def numbered(rows: int, columns: int) -> bool:
@@ -126,6 +132,8 @@ def client_layout(clients: int, ticks: Sequence[str]) -> Figure:
             "range": [-0.5, len(ticks) - 0.5],  # the numbers' trace would widen it
             "tickvals": list(range(len(ticks))),
             "ticktext": list(ticks),
+            "tickangle": 0,
+            "tickfont": {"size": 11},
             "showgrid": False,
             "zeroline": False,
             "automargin": True,

@@ -7,7 +7,7 @@ from sordino.report import figures
 from sordino.report.clusters import clusters
 from sordino.report.frame import frame
 from sordino.report.groups import TITLES, Group, client_names
-from sordino.report.heatmap import accuracy_by_client, client_columns
+from sordino.report.heatmap import WIDTH, accuracy_by_client, client_columns
 from sordino.report.markup import counted, html_table, place
 from sordino.report.privacy import audits, tradeoff
 from sordino.report.runs import Run
@@ -53,8 +53,10 @@ def _what_was_run(runs: Sequence[Run], groups: Sequence[Group]) -> str:
     seeds = sorted({run.summary.seed for run in runs})
     clients = distinct("clients")
     rounds = [number for number in distinct("rounds") if number] or [0]  # zero-shot has none, and says so in the table
+    methods = distinct("algorithm")
+    variants = f" in {len(groups)} variants" if len(groups) > len(methods) else ""
     text = (
-        f"{listed(group.label for group in groups)} on {listed(distinct('dataset'))}, "
+        f"{listed(methods)}{variants} on {listed(distinct('dataset'))}, "
         f"encoder {listed(distinct('encoder'))}: "
         f"{listed(f'{number:,}' for number in clients)} client{'' if clients == [1] else 's'}, "
         f"{listed(f'{number:,}' for number in rounds)} round{'' if rounds == [1] else 's'}, "
@@ -144,7 +146,7 @@ def _by_client(groups: Sequence[Group]) -> str:
         '<section aria-labelledby="by-client"><h2 id="by-client">Accuracy by client</h2>\n<figure>\n'
         # Columns too narrow for their numbers would be worse than a figure that scrolls.
         '<div class="scroll" role="region" aria-label="Heat map" tabindex="0">'
-        f'<div style="min-width:{110 + 50 * len(rows)}px">\n'
+        f'<div style="min-width:{110 + WIDTH * len(rows)}px">\n'
         f"{place('clients', figure, words)}</div></div>\n"
         f"<figcaption>Each row is a client; point at a cell for the classes it holds, drag to enlarge a part, "
         f"double-click to go back.{seeds}</figcaption>\n</figure>\n"
@@ -206,9 +208,11 @@ def _skipped(runs: Sequence[Run]) -> str:
 
 def _configuration(runs: Sequence[Run], groups: Sequence[Group]) -> str:
     first = runs[0]
-    trimmed = [group for group in groups if group.difference and group.difference not in group.label]
-    differences = "".join(f"<li>{escape(group.label)}: {escape(group.difference)}</li>\n" for group in trimmed)
-    shortened = f"<p>What the … of labels stands for:</p>\n<ul>{differences}</ul>\n" if trimmed else ""
+    variants = [group for group in groups if group.difference]
+    differences = "".join(f"<li>{escape(group.label)}: {escape(group.difference)}</li>\n" for group in variants)
+    shortened = (
+        f"<details><summary>What labels stand for</summary>\n<ul>{differences}</ul>\n</details>\n" if variants else ""
+    )
     directory = escape(first.directory.name) + (f", the first of {len(runs)} runs" if len(runs) > 1 else "")
     return (
         '<section aria-labelledby="configuration"><h2 id="configuration">Configuration</h2>\n'

@@ -1,7 +1,6 @@
 """The page's sections on privacy: claims and attacks side by side, and accuracy over epsilon."""
 
 import math
-import re
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -207,7 +206,7 @@ def tradeoff(groups: Sequence[Group]) -> str:
     for group in groups:
         epsilon = group.runs[0].config.get("privacy", {}).get("epsilon")
         if epsilon is not None:
-            lines.setdefault(without_epsilon(group.label), {})[float(epsilon)] = group
+            lines.setdefault(group.line, {})[float(epsilon)] = group
     asked = sorted({epsilon for line in lines.values() for epsilon in line})
     if len(asked) < 2:
         return ""
@@ -250,11 +249,6 @@ def tradeoff(groups: Sequence[Group]) -> str:
         f'<div class="panels">\n{"".join(panels)}</div>\n<figcaption>Bars: one standard deviation. At ∞ contributions '
         "are clipped and sampled as for the others, and no noise is added.</figcaption></figure></section>\n"
     )
-
-
-def without_epsilon(label: str) -> str:
-    """Return a group's label without its epsilon."""
-    return re.sub(r", privacy\.epsilon = [\w.+]+|privacy\.epsilon = [\w.+]+(, )?", "", label).replace(" ()", "")
 
 
 def _tick(epsilon: float) -> str:

@@ -253,8 +253,8 @@ class ClientRound:
         self._check_places(clients, headers)
         self._check_turn(number, clients)
         broadcast, clip = end.read_broadcast([contents[client] for client in clients])
-        places = {client: place for place, client in enumerate(end.numbers)}
-        stack = torch.tensor([places[client] for client in clients], device=federation.device)
+        stacked = {client: at for at, client in enumerate(end.numbers)}
+        stack = torch.tensor([stacked[client] for client in clients], device=federation.device)
         randomness = end.randomness(number, clients)
         round_context = federation.round_context(number, clients)
         mechanism_round = federation.mechanism.client_end(randomness, clients, clip)
