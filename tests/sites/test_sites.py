@@ -74,6 +74,32 @@ def test_three_sites_learn_together(
         assert (prompt.client is None) == (method == "promptfl")
 
 
+ONE_STEP = {"context_length": 2, "batch_size": 0, "local_steps": 1, "dp-fpl": {"rank": 1}}
+BY_SHARES = {"mechanism": "dp-fedavg", "noise_by": "shares", "noise_multiplier": 1.0}
+
+
+@pytest.mark.parametrize("method", ["dp-fpl", "secfpp"])
+def test_a_protocol_of_several_clients_runs_over_sites_with_one_each(
+    method: str, site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    """A secure sum and SecFPP need three clients: no site can plan them alone, and each refuses by its own budget."""
+    settings = ONE_STEP | {"secfpp": {"clusters": 2, "cluster_every": 2}}
+    privacy = BY_SHARES if method == "dp-fpl" else {}
+    tables = {"settings": settings, "privacy": privacy, "runtime": {"weighting": "uniform"}}
+    config = experiment(clip_folder, method, **tables)
+    sites = sites_at(site_files)
+    outcome = run_over(config, sites, tmp_path / "out")
+    assert outcome.training.round == 3
+    lines = [json.loads(line) for line in (tmp_path / "out" / METRICS).read_text().splitlines()]
+    assert [line["participants"] for line in lines] == [3, 3, 3]
+    assert not any("void" in line or "lost" in line for line in lines)
+    if privacy:
+        assert sites["east"].ledger.experiments[Proposal.of(config).fingerprint].rounds == (1, 2, 3)
+        write_site(tmp_path / "east", "east", clip_folder, {"epsilon": 0.1, "unit": "client"})
+        dearer = experiment(clip_folder, method, seed=1, **tables)
+        assert "policy.epsilon = 0.1" in refusal(sites_at(site_files)["east"], dearer)
+
+
 @pytest.mark.parametrize("method", ["promptfl", "fedpgp", "secfpp"])
 def test_a_site_with_all_clients_has_the_numbers_of_a_run(method: str, tmp_path: Path, clip_folder: Path) -> None:
     """To the bit: the same data, partition and seed in one process and at a site."""
@@ -122,6 +148,55 @@ def test_a_coordinator_that_died_goes_on_with_the_sites_that_are_there(
     lines = [json.loads(line) for line in (tmp_path / "out" / METRICS).read_text().splitlines()]
     assert [line["round"] for line in lines] == [1, 2, 3, 4]
     assert not any("lost" in line for line in lines)
+
+
+@pytest.mark.parametrize("state", ["an old backup", "none"])
+def test_a_site_that_lost_its_state_or_is_an_old_copy_answers_no_round_twice(
+    state: str, site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    """It would draw other noise for rounds that were answered, and no ledger would have them together."""
+    config = experiment(clip_folder, privacy=NOISE, rounds=5)
+    east = tmp_path / "east" / "state"
+
+    class Dies(LocalFleet):
+        def ask(self, ask: Ask) -> Any:
+            if ask.round == 2:
+                shutil.copytree(east, tmp_path / "backup")
+            if ask.round == 4:
+                raise KeyboardInterrupt
+            return super().ask(ask)
+
+    dying = Dies({name: site.turn for name, site in sites_at(site_files).items()})
+    with pytest.raises(KeyboardInterrupt):
+        coordinate(config, Proposal.of(config), dying, tmp_path / "out", ALL)
+    shutil.move(east, tmp_path / "newest")
+    if state == "an old backup":
+        shutil.copytree(tmp_path / "backup", east)
+    before = [path.read_bytes() for path in sorted((tmp_path / "backup" / "ledger").iterdir())]
+
+    class Restarts(LocalFleet):
+        """Every message meets a new process of each site."""
+
+        def ask(self, ask: Ask) -> Any:
+            self._sites = {name: site.turn for name, site in sites_at(site_files).items()}
+            return super().ask(ask)
+
+    restarting = Restarts(dict.fromkeys(NAMES, lambda request: request))
+    outcome = coordinate(config, Proposal.of(config), restarting, tmp_path / "out", Patience(0.6))
+    assert outcome.training.round == 5
+    assert set(outcome.met.left_out) == {"east"}
+    named = "this site answered round 3, and its state ends with round 1" if state != "none" else "the key in its state"
+    assert named in outcome.met.left_out["east"]
+    lines = [json.loads(line) for line in (tmp_path / "out" / METRICS).read_text().splitlines()]
+    assert [line["participants"] for line in lines] == [3, 3, 3, 2, 2]
+    ledger = east / "ledger"
+    assert [path.read_bytes() for path in sorted(ledger.glob("*"))] == (before if state != "none" else [])
+    shutil.rmtree(east)
+    shutil.move(tmp_path / "newest", east)
+    site = sites_at(site_files)["east"]
+    agreement = {**outcome.met.agreement.facts, "answered": 3}
+    request = Envelope("agreement", Proposal.of(config).fingerprint, agreement).encode()
+    assert Envelope.decode(site.turn(request)).facts["round"] == 3, "with the newest state it goes on"
 
 
 def test_the_sites_ledger_is_what_the_server_knows_of_it(

@@ -17,6 +17,7 @@ from sordino.errors import RunError
 from sordino.experiments.config import Experiment
 from sordino.experiments.run_lock import held
 from sordino.files import write_atomically
+from sordino.privacy.ledger import Ledger
 from sordino.privacy.statement import as_summary
 from sordino.progress import log
 from sordino.runtime import checkpoint
@@ -25,7 +26,7 @@ from sordino.runtime.envelope import Envelope
 from sordino.runtime.fleet import Answer, Ask, Fleet, Patience, ServerRuntime, drive
 from sordino.runtime.messages import MessageError
 from sordino.runtime.server import ServerEnd, ServerRecord, ServerTraining
-from sordino.sites.meeting import Meeting, Met
+from sordino.sites.meeting import Begun, Meeting, Met
 from sordino.sites.membership import ACCURACY
 from sordino.sites.page import epsilon_by_site, write_page
 from sordino.sites.proposal import Proposal
@@ -85,8 +86,8 @@ def coordinate(
         return _Rounds(config, proposal, fleet, out, patience, watch, encoder, met).run()
 
 
-def _begun(out: Path, proposal: Proposal) -> Agreement | None:
-    """Return what was agreed when the experiment in `out` began; None if it is new.
+def _begun(out: Path, proposal: Proposal) -> Begun | None:
+    """Return what is known of the experiment in `out`; None if it is new.
 
     Raises:
         RunError: it is another experiment.
@@ -96,7 +97,29 @@ def _begun(out: Path, proposal: Proposal) -> Agreement | None:
     there = Proposal.read(json.loads((out / PROPOSAL).read_bytes()))
     if there.fingerprint != proposal.fingerprint:
         raise RunError(f"{out} holds another experiment, {there.fingerprint[:12]}; choose another --out")
-    return Agreement.read(json.loads((out / AGREEMENT).read_bytes()))
+    agreement = Agreement.read(json.loads((out / AGREEMENT).read_bytes()))
+    data = Ledger.from_json((out / LEDGER).read_text(encoding="utf-8")).data if (out / LEDGER).exists() else {}
+    return Begun(agreement, data, _answered(agreement, _lines(out)))
+
+
+def _lines(out: Path) -> list[dict[str, Any]]:
+    """Return the lines of the rounds so far."""
+    if not (out / METRICS).exists():
+        return []
+    return [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
+
+
+def _answered(agreement: Agreement, lines: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Return the last round that each site is known to have answered, of those in which everybody was asked."""
+    answered: dict[str, int] = {}
+    for line in lines:
+        lost, lost_clients = line.get("lost", {}), line.get("lost_clients", {})
+        if line.get("participants", 0) + len(lost_clients) < len(agreement.sizes):
+            continue
+        for site, clients in agreement.sites.items():
+            if site not in lost and not any(str(client) in lost_clients for client in clients):
+                answered[site] = line["round"]
+    return answered
 
 
 @dataclass
@@ -121,9 +144,7 @@ class _Rounds:
             start = replace(start, ledger=replace(start.ledger, disclosures=(*start.ledger.disclosures, ACCURACY)))
         folder = self.out / "checkpoint"
         training = checkpoint.load_server(folder, start) or start
-        if (self.out / METRICS).exists():
-            before = (self.out / METRICS).read_text(encoding="utf-8").splitlines()
-            self._lines = [json.loads(line) for line in before]
+        self._lines = _lines(self.out)
         self._began = time.monotonic()
         self._server = server = ServerRuntime(
             end, training, self.met.agreement.sites, self.proposal.fingerprint, self.patience, self._save
