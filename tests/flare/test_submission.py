@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,13 @@ from sites.owners import experiment
 
 from sordino.errors import RunError
 from sordino.flare.job import write_job
-from sordino.flare.names import CONTROLLER, EXECUTOR, FAILED
+from sordino.flare.names import CONTROLLER, EXECUTOR, FAILED, PAUSED
 from sordino.flare.submission import COMPLETED, RUNNING, JobStatus, Pace, Submission, Unreachable
 from sordino.runtime.fleet import Patience
 from sordino.sites.coordinator import OUTCOME, PROPOSAL
 from sordino.sites.proposal import Proposal
 
-AT_ONCE = Pace(look=0.0, server=0.05, sites=0.0, stale=-1.0)
+AT_ONCE = Pace(look=0.0, server=0.05, sites=0.0, stale=-1.0, back=-1.0)
 FAILURE = "FINISHED:EXECUTION_EXCEPTION"
 
 
@@ -33,6 +33,8 @@ class Server:
         reason: why the experiment failed, if it did.
         before: jobs that are there at first, and whether a process runs them.
         away: calls that fail before the server comes back.
+        lines: of each job's rounds, in order.
+        back: sites that are there, and in no job.
     """
 
     ends: list[str]
@@ -43,6 +45,10 @@ class Server:
     away: int = 0
     submitted: list[dict[str, Any]] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    lines: Sequence[list[dict[str, Any]]] = ()
+    back: frozenset[str] = frozenset()
+    paused: list[str] = field(default_factory=list)
+    _looks: int = 0
 
     def sites(self) -> frozenset[str]:
         if self.away > 0:
@@ -55,21 +61,35 @@ class Server:
 
     def submit(self, folder: Path) -> str:
         self.submitted.append(json.loads((folder / "meta.json").read_text()))
+        self._looks = 0
         return f"job-{len(self.submitted)}"
 
     def abort(self, job: str) -> None:
         self.aborted.append(job)
 
     def status(self, job: str) -> JobStatus:
+        if self.lines and job not in self.paused and self._looks < 5:  # it runs for five looks, or until it is paused
+            self._looks += 1
+            return JobStatus(RUNNING)
         return JobStatus(COMPLETED if job in self.before else self.ends[len(self.submitted) - 1])
 
     def progress(self, job: str, start: int) -> list[dict[str, Any]] | None:
+        if self.lines:
+            return self.lines[len(self.submitted) - 1][start:]
         return [] if self.before.get(job) else None
+
+    def returned(self, job: str, sites: frozenset[str]) -> frozenset[str]:
+        return sites & self.back
+
+    def pause(self, job: str) -> None:
+        self.paused.append(job)
 
     def results(self, job: str, folder: Path) -> Path | None:
         (folder / OUTCOME).write_text(json.dumps({"job": job}))
         if self.reason:
             (folder / FAILED).write_text(self.reason)
+        if job in self.paused:
+            (folder / PAUSED).touch()
         return folder
 
 
@@ -130,6 +150,54 @@ def test_it_waits_for_a_server_that_is_away_and_not_for_ever(
     submission(Server([COMPLETED], away=3)).run(tmp_path / "out")
     with pytest.raises(Unreachable):
         submission(Server([COMPLETED], away=10**9)).run(tmp_path / "other")
+
+
+def line(number: int, *lost: str) -> dict[str, Any]:
+    return {"round": number} | ({"lost": dict.fromkeys(lost, "no answer")} if lost else {})
+
+
+def test_a_site_that_is_back_is_in_another_job_which_is_no_failure(
+    submission: Callable[..., Submission], tmp_path: Path
+) -> None:
+    server = Server([COMPLETED] * 2, lines=[[line(1), line(2, "west")], [line(3), line(4)]], back=frozenset({"west"}))
+    submission(server, tries=1).run(tmp_path / "out")
+    assert server.paused == ["job-1"]
+    assert json.loads((tmp_path / "out" / OUTCOME).read_text()) == {"job": "job-2"}
+
+
+def test_a_site_that_is_away_or_not_lost_any_more_ends_no_job(
+    submission: Callable[..., Submission], tmp_path: Path
+) -> None:
+    server = Server([COMPLETED], lines=[[line(1), line(2, "west")]], back=frozenset({"east"}))
+    submission(server).run(tmp_path / "out")
+    assert server.paused == []
+    back = frozenset({"west"})
+    server = Server([COMPLETED], lines=[[line(1, "west"), line(2)]], back=back)
+    submission(server).run(tmp_path / "other")
+    assert server.paused == []
+
+
+def test_a_site_that_no_job_takes_in_does_not_end_one_after_the_other(
+    submission: Callable[..., Submission], tmp_path: Path
+) -> None:
+    """It is connected, and refuses every job: FLARE leaves it out of each."""
+    server = Server([COMPLETED] * 3, lines=[[line(1, "west")], [line(2, "west")]], back=frozenset({"west"}))
+    submission(server).run(tmp_path / "out")
+    assert server.paused == ["job-1"]
+    assert len(server.submitted) == 2
+
+
+def test_named_sites_are_waited_for_before_the_job_and_not_in_it(
+    submission: Callable[..., Submission], tmp_path: Path
+) -> None:
+    server = Server([COMPLETED], all_sites=frozenset({"east", "west", "south"}))
+    named = submission(server)
+    named.patience = Patience(1.0, 0.0, 1.0, ["east", "west"])
+    named.run(tmp_path / "out")
+    assert [meta["min_clients"] for meta in server.submitted] == [2], "south is not named"
+    job = write_job(tmp_path, named.proposal, replace(named.patience, joining=0.0), 2)
+    (workflow,) = json.loads((job / "app" / "config" / "config_fed_server.json").read_text())["workflows"]
+    assert Patience(**workflow["args"]["patience"]).joining == 0.0
 
 
 def test_a_quorum_of_sites_suffices_and_fewer_do_not(submission: Callable[..., Submission], tmp_path: Path) -> None:

@@ -20,6 +20,10 @@ class Aborted(SordinoError):
     """The job was aborted, by an administrator or by FLARE."""
 
 
+class Paused(SordinoError):
+    """The job is to end between two rounds, and another one goes on."""
+
+
 class Tasks(Protocol):
     """The part of FLARE's controller that a fleet needs."""
 
@@ -35,6 +39,10 @@ class Tasks(Protocol):
         """Tell whether the job is to end."""
         ...
 
+    def paused(self) -> bool:
+        """Tell whether the job is to end before the next round."""
+        ...
+
 
 class FlareFleet:
     """A fleet over tasks.
@@ -46,6 +54,7 @@ class FlareFleet:
 
     def __init__(self, tasks: Tasks, clock: Callable[[], float] = time.monotonic) -> None:
         self._tasks, self._clock = tasks, clock
+        self._round = 0
 
     def sites(self) -> frozenset[str]:
         return self._tasks.sites()
@@ -55,7 +64,11 @@ class FlareFleet:
 
         Raises:
             Aborted: the job is to end.
+            Paused: the job is to end, and this is the first question of a round.
         """
+        if ask.round > self._round and self._tasks.paused():
+            raise Paused(f"the job ends before round {ask.round}")
+        self._round = ask.round
         heard: queue.SimpleQueue[tuple[str, bytes | str]] = queue.SimpleQueue()
         there, waiting = self.sites(), dict[str, Callable[[], None]]()
         try:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from sordino.errors import RunError, SordinoError
 from sordino.experiments.run_lock import is_empty, writable
 from sordino.flare.job import job_name, write_job
-from sordino.flare.names import FAILED
+from sordino.flare.names import FAILED, PAUSED
 from sordino.progress import log
 from sordino.runtime.fleet import Patience
 from sordino.sites.coordinator import PROPOSAL
@@ -59,6 +60,8 @@ class Server(Protocol):
     def abort(self, job: str) -> None: ...
     def status(self, job: str) -> JobStatus: ...
     def progress(self, job: str, start: int) -> list[dict[str, Any]] | None: ...
+    def returned(self, job: str, sites: frozenset[str]) -> frozenset[str]: ...
+    def pause(self, job: str) -> None: ...
     def results(self, job: str, folder: Path) -> Path | None: ...
 
 
@@ -71,12 +74,14 @@ class Pace:
         server: for a server that went away.
         sites: for all sites of the project to be connected; then those that are there suffice, if enough.
         stale: until a job that runs by FLARE's word, and in no process, is taken for one that its server lost.
+        back: between two questions to sites that were lost, whether they are back.
     """
 
     look: float = 1.0
     server: float = 600.0
     sites: float = 60.0
     stale: float = 30.0
+    back: float = 3.0
 
 
 @dataclass
@@ -98,6 +103,7 @@ class Submission:
     tries: int = 5
     watch: Callable[[dict[str, Any]], None] = lambda line: None
     pace: Pace = Pace()
+    _rejoining: frozenset[str] = frozenset()  # for which a job was ended, and that took part in no round since
 
     def run(self, out: Path) -> None:
         """Run it to its end, and copy its run directory to `out`.
@@ -106,14 +112,17 @@ class Submission:
             RunError: the experiment failed, or `tries` jobs did, or `out` holds something else.
         """
         require_own(out, self.proposal)
-        job = self._patiently(self._running)
-        for number in range(1, self.tries + 1):
+        job, failed = self._patiently(self._running), 0
+        while failed < self.tries:
             job = job or self._submitted()
             status = self._watched(job)
-            if self._fetched(job, status, out):
+            end = self._fetched(job, status, out)
+            if end == "done":
                 return
-            why = f"; {'; '.join(status.refused)}" if status.refused else ""
-            log.warning("job %s ended with %s%s; try %d of %d", job[:8], status.text, why, number, self.tries)
+            if end == "failed":
+                failed += 1
+                why = f"; {'; '.join(status.refused)}" if status.refused else ""
+                log.warning("job %s ended with %s%s; try %d of %d", job[:8], status.text, why, failed, self.tries)
             job = None
         name = job_name(self.proposal)
         raise RunError(
@@ -137,7 +146,8 @@ class Submission:
     def _submitted(self) -> str:
         least = self._await_sites()
         with tempfile.TemporaryDirectory() as folder:
-            job = write_job(Path(folder), self.proposal, self.patience, least)
+            # A job's sites are those that were there when it was submitted, so it need not wait for others.
+            job = write_job(Path(folder), self.proposal, replace(self.patience, joining=0.0), least)
             number = self._patiently(lambda: self.server.submit(job))
         log.info("submitted job %s", number)
         return number
@@ -148,8 +158,8 @@ class Submission:
         Raises:
             RunError: too few are there.
         """
-        wanted = self.server.all_sites
-        end = time.monotonic() + self.pace.sites
+        wanted = frozenset(self.patience.sites) or self.server.all_sites
+        end = time.monotonic() + (self.patience.deadline if self.patience.sites else self.pace.sites)
         while missing := wanted - (there := self._patiently(self.server.sites)):
             if time.monotonic() > end:
                 break
@@ -164,13 +174,18 @@ class Submission:
 
     def _watched(self, job: str) -> JobStatus:
         """Watch a job until it is over, or lost by its server."""
-        told, missed = 0, None
+        told, missed, lost, looked = 0, None, frozenset[str](), -math.inf
         while True:
             status = self._patiently(partial(self.server.status, job))
             lines = self._patiently(partial(self.server.progress, job, told)) if status.text == RUNNING else None
             for line in lines or []:
                 told += 1
                 self.watch(line)
+                lost = frozenset(line.get("lost", {}))
+                self._rejoining &= lost
+            if lines is not None and lost - self._rejoining and time.monotonic() - looked > self.pace.back:
+                self._rejoin(job, lost - self._rejoining)
+                looked = time.monotonic()
             if status.over:
                 return status
             if status.text != RUNNING or lines is not None:
@@ -182,22 +197,31 @@ class Submission:
                 return JobStatus("a server that lost it", status.refused)
             time.sleep(self.pace.look)
 
-    def _fetched(self, job: str, status: JobStatus, out: Path) -> bool:
-        """Copy the run directory of a job that completed.
+    def _rejoin(self, job: str, lost: frozenset[str]) -> None:
+        """End a job after its round if a site is back: FLARE takes no site into a job that runs."""
+        if back := self._patiently(lambda: self.server.returned(job, lost)):
+            log.warning("%s is back; another job goes on with it", " and ".join(sorted(back)))
+            self._rejoining |= back
+            self._patiently(lambda: self.server.pause(job))
+
+    def _fetched(self, job: str, status: JobStatus, out: Path) -> Literal["done", "paused", "failed"]:
+        """Copy the run directory of a job that ran to the end of the experiment, and return how it ended.
 
         Raises:
             RunError: the experiment itself failed.
         """
         if not status.over:
-            return False
+            return "failed"
         with tempfile.TemporaryDirectory() as folder:
             found = self._patiently(lambda: self.server.results(job, Path(folder)))
             if found is not None and (found / FAILED).exists():
                 raise RunError((found / FAILED).read_text(encoding="utf-8").strip())
             if found is None or status.text != COMPLETED:
-                return False
+                return "failed"
+            if (found / PAUSED).exists():
+                return "paused"
             shutil.copytree(found, out, dirs_exist_ok=True)
-        return True
+        return "done"
 
     def _patiently(self, ask: Callable[[], Result]) -> Result:
         """Ask a server, and wait where it is away.
