@@ -66,7 +66,9 @@ def test_nobody_brings_code_or_a_shell(party: str, role: str, kits: dict[str, Pa
     assert not may(kits[party], role, "byoc")
     assert not may(kits[party], role, "cat")
     assert may(kits[party], role, "show_errors") == (party == "server")
-    assert may(kits[party], role, "submit_job") == (role in ("project_admin", "lead"))
+    runs_jobs = role in ("project_admin", "lead")
+    assert may(kits[party], role, "submit_job") == runs_jobs
+    assert may(kits[party], role, "check_status") == (party == "server" or runs_jobs), "which jobs run there"
     assert may(kits[party], role, "abort_job") == (role == "project_admin"), "of another's job"
 
 
