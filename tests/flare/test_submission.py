@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class Server:
     lines: Sequence[list[dict[str, Any]]] = ()
     back: frozenset[str] = frozenset()
     paused: list[str] = field(default_factory=list)
+    patience: list[Patience] = field(default_factory=list)
     _looks: int = 0
 
     def sites(self) -> frozenset[str]:
@@ -61,6 +62,8 @@ class Server:
 
     def submit(self, folder: Path) -> str:
         self.submitted.append(json.loads((folder / "meta.json").read_text()))
+        config = json.loads((folder / "app" / "config" / "config_fed_server.json").read_text())
+        self.patience.append(Patience(**config["workflows"][0]["args"]["patience"]))
         self._looks = 0
         return f"job-{len(self.submitted)}"
 
@@ -195,9 +198,16 @@ def test_named_sites_are_waited_for_before_the_job_and_not_in_it(
     named.patience = Patience(1.0, 0.0, 1.0, ["east", "west"])
     named.run(tmp_path / "out")
     assert [meta["min_clients"] for meta in server.submitted] == [2], "south is not named"
-    job = write_job(tmp_path, named.proposal, replace(named.patience, joining=0.0), 2)
-    (workflow,) = json.loads((job / "app" / "config" / "config_fed_server.json").read_text())["workflows"]
-    assert Patience(**workflow["args"]["patience"]).joining == 0.0
+    assert [patience.joining for patience in server.patience] == [0.0]
+    assert [list(patience.sites) for patience in server.patience] == [["east", "west"]]
+
+
+def test_sites_of_the_project_that_are_not_there_are_in_the_job_to_be_named(
+    submission: Callable[..., Submission], tmp_path: Path
+) -> None:
+    server = Server([COMPLETED], there=frozenset({"east", "new"}))
+    submission(server, quorum=0.5).run(tmp_path / "out")
+    assert [list(patience.sites) for patience in server.patience] == [["east", "new", "west"]]
 
 
 def test_a_quorum_of_sites_suffices_and_fewer_do_not(submission: Callable[..., Submission], tmp_path: Path) -> None:

@@ -144,16 +144,17 @@ class Submission:
         return alive
 
     def _submitted(self) -> str:
-        least = self._await_sites()
+        least, sites = self._await_sites()
         with tempfile.TemporaryDirectory() as folder:
-            # A job's sites are those that were there when it was submitted, so it need not wait for others.
-            job = write_job(Path(folder), self.proposal, replace(self.patience, joining=0.0), least)
+            # A job's sites are those that were there when it was submitted: it waits for no others, and names them.
+            patience = replace(self.patience, sites=sites, joining=0.0)
+            job = write_job(Path(folder), self.proposal, patience, least)
             number = self._patiently(lambda: self.server.submit(job))
         log.info("submitted job %s", number)
         return number
 
-    def _await_sites(self) -> int:
-        """Wait until the project's sites are connected, and return how many a job needs.
+    def _await_sites(self) -> tuple[int, list[str]]:
+        """Wait until the project's sites are connected; return how many a job needs, and whom it asks.
 
         Raises:
             RunError: too few are there.
@@ -170,7 +171,7 @@ class Submission:
             raise RunError(f"{len(there)} of {len(wanted)} sites are connected, and {least} are needed; start {names}")
         if missing:
             log.warning("goes on without %s, which are not connected", ", ".join(sorted(missing)))
-        return least
+        return least, sorted(self.patience.sites or wanted | there)
 
     def _watched(self, job: str) -> JobStatus:
         """Watch a job until it is over, or lost by its server."""
