@@ -13,10 +13,10 @@ from nvflare.fuel.sec.authz import AuthzContext, Person
 from nvflare.security.security import FLAuthorizer
 
 from sordino.errors import ConfigError
-from sordino.flare.names import CONTROLLER, COORDINATOR_FILE, EXECUTOR, KIT_FILE, SITE_FILE
+from sordino.flare.names import CONTROLLER, EXECUTOR, KIT_FILE, SITE_FILE
 from sordino.flare.project import AdminEntry, Project, ServerEntry, load_project
 from sordino.flare.provision import provision
-from sordino.flare.server_settings import CoordinatorSettings, load_coordinator
+from sordino.sites.server_settings import COORDINATOR_FILE, CoordinatorSettings, load_coordinator
 
 PROJECT = """
 name = "trial"

@@ -106,10 +106,10 @@ def run(
     """Run an experiment at the sites of a FLARE server, and go on by itself where a job fails or the server dies."""
     require_extra("flare", "'sordino flare'")
     from sordino.flare.administrator import Administrator
-    from sordino.flare.submission import Submission
+    from sordino.flare.job import write_job
     from sordino.privacy.signature import load_private_key
-    from sordino.sites.coordinator import OUTCOME
     from sordino.sites.fleet_config import load_fleet_config
+    from sordino.sites.submission import Submission
 
     chosen = load_fleet_config(config, overrides or [])
     proposal = chosen.proposal(load_private_key(key, "--key") if key else None)
@@ -118,7 +118,14 @@ def run(
     again = f"sordino flare run {shlex.quote(str(config))} --kit {shlex.quote(str(kit))} --out {shlex.quote(str(out))}"
     at_work(f"the job goes on at the server; to watch it again, repeat {again}")
     with Administrator(kit) as server, live_progress():
-        Submission(server, proposal, chosen.patience, tries, _tell).run(out)
+        Submission(server, proposal, chosen.patience, write_job, tries, tell_round, rejoining=server).run(out)
+    print_outcome(out, as_json)
+
+
+def print_outcome(out: Path, as_json: bool) -> None:
+    """Print how an experiment across machines ended."""
+    from sordino.sites.coordinator import OUTCOME
+
     outcome: dict[str, Any] = json.loads((out / OUTCOME).read_text(encoding="utf-8"))
     if as_json:
         print(json.dumps(outcome))
@@ -128,7 +135,7 @@ def run(
         print(f"Run directory: {out}")
 
 
-def _tell(line: dict[str, Any]) -> None:
+def tell_round(line: dict[str, Any]) -> None:
     """Print a round's line."""
     lost = "".join(f"; without {site}: {reason}" for site, reason in line.get("lost", {}).items())
     count = f", {line['participants']} clients" if "participants" in line else ""

@@ -16,7 +16,7 @@ from nvflare.fuel.hci.proto import MetaKey, MetaStatusValue
 
 from sordino.errors import ConfigError, RunError
 from sordino.flare.names import KIT_FILE, PAUSE, PROGRESS, RESULTS
-from sordino.flare.submission import JobStatus, Unreachable
+from sordino.sites.submission import JobStatus, Unreachable
 
 GONE = (api_spec.NoConnection, api_spec.SessionClosed, TimeoutError)
 UNHEARD = (api_spec.JobNotRunning, api_spec.NoReply, api_spec.InternalError)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,14 @@ from nvflare.apis.shareable import Shareable
 
 from sordino.errors import RunError, SordinoError
 from sordino.experiments.run_lock import FILE as LOCK
-from sordino.experiments.run_lock import held
+from sordino.experiments.run_lock import wait_until_free
 from sordino.flare.fleet import Aborted, FlareFleet, Paused, Told
-from sordino.flare.names import CONTENT, COORDINATOR_FILE, FAILED, PAUSE, PAUSED, PROGRESS, RESULTS, TASK
-from sordino.flare.server_settings import CoordinatorSettings, load_coordinator
+from sordino.flare.names import CONTENT, PAUSE, PROGRESS, RESULTS, TASK
 from sordino.runtime.fleet import Patience
 from sordino.sites.coordinator import coordinate
 from sordino.sites.proposal import Proposal
+from sordino.sites.server_settings import COORDINATOR_FILE, CoordinatorSettings, load_coordinator
+from sordino.sites.submission import FAILED, PAUSED
 
 LOCK_SECONDS = 120.0  # an earlier job's process may outlive the server that started it for a while
 
@@ -81,7 +81,7 @@ class Coordinator(Controller):  # type: ignore[misc]
             self.system_panic(str(error), fl_ctx)
 
     def _run(self, settings: CoordinatorSettings, proposal: Proposal, out: Path, fleet: FlareFleet) -> None:
-        wait_for(out, LOCK_SECONDS)
+        wait_until_free(out, LOCK_SECONDS)
         coordinate(settings.config(proposal), proposal, fleet, out, self._patience, self._heard)
 
     def _heard(self, line: dict[str, Any]) -> None:
@@ -164,20 +164,3 @@ def content_of(result: Any) -> bytes | str:
         return f"it failed: {code}"
     content = result.get(CONTENT)
     return bytes(content) if isinstance(content, bytes | bytearray | memoryview) else "its answer holds no bytes"
-
-
-def wait_for(out: Path, seconds: float) -> None:
-    """Wait until no other process holds a run directory.
-
-    Raises:
-        RunError: one still does.
-    """
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            with held(out):
-                return
-        except RunError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(1)

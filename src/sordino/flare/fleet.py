@@ -9,6 +9,7 @@ from typing import Protocol
 
 from sordino.errors import SordinoError
 from sordino.runtime.fleet import Answer, Ask, Lost
+from sordino.runtime.waiting import hear
 
 TICK = 0.5  # seconds between two looks at whether the job was aborted
 
@@ -71,39 +72,26 @@ class FlareFleet:
         self._round = ask.round
         heard: queue.SimpleQueue[tuple[str, bytes | str]] = queue.SimpleQueue()
         there, waiting = self.sites(), dict[str, Callable[[], None]]()
+
+        def wait(seconds: float) -> list[tuple[str, bytes | str]]:
+            if self._tasks.aborted():
+                raise Aborted("the job was aborted")
+            try:
+                site, content = heard.get(timeout=min(seconds, TICK))
+            except queue.Empty:
+                return []
+            waiting.pop(site, None)
+            return [(site, content)]
+
         try:
             for site, content in ask.payloads.items():
                 if site in there:
                     waiting[site] = self._tasks.start(site, content, _teller(heard, site))
             yield from (Lost(site, "it is not connected") for site in ask.payloads if site not in there)
-            yield from self._heard(ask, heard, waiting)
+            yield from hear(ask, list(waiting), wait, self._clock)
         finally:
             for withdraw in waiting.values():
                 withdraw()
-
-    def _heard(
-        self, ask: Ask, heard: queue.SimpleQueue[tuple[str, bytes | str]], waiting: dict[str, Callable[[], None]]
-    ) -> Iterator[Answer | Lost]:
-        """Yield an entry for each site that is waited for, and leave those in `waiting` whose task is to withdraw."""
-        asked = list(waiting)
-        end, answered, reason = self._clock() + ask.deadline, 0, f"no answer after {ask.deadline:g} s"
-        while waiting and (left := end - self._clock()) > 0:
-            if self._tasks.aborted():
-                raise Aborted("the job was aborted")
-            try:
-                site, content = heard.get(timeout=min(left, TICK))
-            except queue.Empty:
-                continue
-            if waiting.pop(site, None) is None:  # it was heard before
-                continue
-            if isinstance(content, str):
-                yield Lost(site, content)
-                continue
-            answered += 1
-            if answered == ask.quorum and (soon := self._clock() + ask.grace) < end:
-                end, reason = soon, f"no answer {ask.grace:g} s after {answered} of {len(ask.payloads)} had answered"
-            yield Answer(site, content)
-        yield from [Lost(site, reason) for site in asked if site in waiting]
 
 
 def _teller(heard: queue.SimpleQueue[tuple[str, bytes | str]], site: str) -> Told:

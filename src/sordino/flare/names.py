@@ -8,12 +8,9 @@ PROGRESS = "sordino_progress"  # the command that asks a running job how far it 
 PAUSE = "sordino_pause"  # the command that has a running job end after its round, for another to go on
 
 SITE_FILE = "site.toml"  # in the folder `local` of a site's kit
-COORDINATOR_FILE = "coordinator.toml"  # in that of the server's
 KIT_FILE = "sordino.json"  # in that of an administrator's: the names of the sites
 
 RESULTS = "sordino"  # the folder of a job's results with a copy of the run directory
-FAILED = "failed.txt"  # in it, and only where the experiment itself failed: why
-PAUSED = "paused.txt"  # in it, and only where the job was told to end before the last round
 
 EXECUTOR = "sordino.flare.executor.SiteExecutor"
 CONTROLLER = "sordino.flare.controller.Coordinator"

@@ -20,8 +20,9 @@ from nvflare.lighter.spec import Builder
 from sordino.errors import ConfigError, RunError
 from sordino.experiments.run_lock import is_empty
 from sordino.files import write_atomically
-from sordino.flare.names import CONTROLLER, COORDINATOR_FILE, EXECUTOR, KIT_FILE, SITE_FILE
+from sordino.flare.names import CONTROLLER, EXECUTOR, KIT_FILE, SITE_FILE
 from sordino.flare.project import Party, Project, parties_of
+from sordino.sites.server_settings import COORDINATOR_FILE
 
 HEARTBEAT_SECONDS = 60  # after which a site that was silent is not connected any more
 

@@ -129,3 +129,8 @@ class Site:
         if not experiment.isalnum():  # it comes from a message, and names a folder
             raise MessageError("an experiment's fingerprint is hexadecimal")
         return self.state / "experiments" / experiment
+
+
+def refusal(reason: str) -> bytes:
+    """Return the answer of a site that cannot even read a request."""
+    return Envelope("refusal", "", {"reason": reason}).encode()

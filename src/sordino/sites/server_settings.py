@@ -1,4 +1,4 @@
-"""The server's own file, `local/coordinator.toml`: where it keeps runs, and where it has encoders."""
+"""The server's own file, `coordinator.toml`: where it keeps runs, and where it has encoders."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from sordino.errors import ConfigError
 from sordino.experiments.config import Experiment
 from sordino.experiments.toml_tables import read_model
 from sordino.files import user_path
-from sordino.flare.names import COORDINATOR_FILE
 from sordino.sites.fleet_config import NO_DATA
 from sordino.sites.proposal import Proposal
+
+COORDINATOR_FILE = "coordinator.toml"
 
 
 class CoordinatorSettings(BaseModel):
@@ -47,17 +48,21 @@ class CoordinatorSettings(BaseModel):
         return Path(self.runs) / proposal.fingerprint
 
 
-def load_coordinator(file: Path) -> CoordinatorSettings:
-    """Read a server's file; without one, runs are kept beside `local`. Relative paths are from its own folder.
+def load_coordinator(file: Path, runs: str = "../runs") -> CoordinatorSettings:
+    """Read a server's file. Relative paths are from its own folder.
+
+    Args:
+        file: it may be missing.
+        runs: where runs are kept then.
 
     Raises:
         ConfigError: it is malformed, or a key or value is not allowed.
     """
     file = file.resolve()
-    settings = read_model(file, CoordinatorSettings) if file.exists() else CoordinatorSettings(runs="../runs")
-    runs = str(file.parent / user_path(settings.runs, "runs"))
+    settings = read_model(file, CoordinatorSettings) if file.exists() else CoordinatorSettings(runs=runs)
+    kept = str(file.parent / user_path(settings.runs, "runs"))
     checkpoints = {
         name: str(path) if (path := file.parent / user_path(value, f"checkpoints.{name}")).exists() else value
         for name, value in settings.checkpoints.items()
     }
-    return settings.model_copy(update={"runs": runs, "checkpoints": checkpoints})
+    return settings.model_copy(update={"runs": kept, "checkpoints": checkpoints})

@@ -1,4 +1,4 @@
-"""An experiment as jobs of FLARE's: submit one, watch it, and where it fails submit another that goes on."""
+"""An experiment as jobs of an engine: submit one, watch it, and where it fails submit another that goes on."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from sordino.errors import RunError, SordinoError
 from sordino.experiments.run_lock import is_empty, writable
-from sordino.flare.job import job_name, write_job
-from sordino.flare.names import FAILED, PAUSED
 from sordino.progress import log
 from sordino.runtime.fleet import Patience
 from sordino.sites.coordinator import PROPOSAL
@@ -26,6 +24,11 @@ Result = TypeVar("Result")
 
 COMPLETED = "FINISHED:COMPLETED"
 RUNNING = "RUNNING"
+FAILED = "failed.txt"  # in results, and only where the experiment itself failed: why
+PAUSED = "paused.txt"  # in results, and only where the job was told to end before the last round
+
+# Writes a job into a folder, for so many sites at least, and returns what a server is given.
+Writer = Callable[[Path, Proposal, Patience, int], Path]
 
 
 class Unreachable(RunError):
@@ -37,7 +40,7 @@ class JobStatus:
     """How a job is.
 
     Attributes:
-        text: FLARE's word for it.
+        text: a word for it, as FLARE says it.
         refused: sites that did not take it, with their reasons.
     """
 
@@ -50,7 +53,7 @@ class JobStatus:
 
 
 class Server(Protocol):
-    """A FLARE server; each question may raise `Unreachable`."""
+    """The server of an engine; each question may raise `Unreachable`."""
 
     @property
     def all_sites(self) -> frozenset[str]: ...
@@ -60,9 +63,19 @@ class Server(Protocol):
     def abort(self, job: str) -> None: ...
     def status(self, job: str) -> JobStatus: ...
     def progress(self, job: str, start: int) -> list[dict[str, Any]] | None: ...
-    def returned(self, job: str, sites: frozenset[str]) -> frozenset[str]: ...
-    def pause(self, job: str) -> None: ...
     def results(self, job: str, folder: Path) -> Path | None: ...
+
+
+class Rejoining(Protocol):
+    """How an engine whose jobs take in no site while they run tells who is back, and makes room for another job."""
+
+    def returned(self, job: str, sites: frozenset[str]) -> frozenset[str]:
+        """Return those of some sites that are there, and in no process of a job."""
+        ...
+
+    def pause(self, job: str) -> None:
+        """Have a job end after its round, with `PAUSED` in its results."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -73,7 +86,7 @@ class Pace:
         look: between two looks at a job.
         server: for a server that went away.
         sites: for all sites of the project to be connected; then those that are there suffice, if enough.
-        stale: until a job that runs by FLARE's word, and in no process, is taken for one that its server lost.
+        stale: until a job that runs by its server's word, and in no process, is taken for one that its server lost.
         back: between two questions to sites that were lost, whether they are back.
     """
 
@@ -92,18 +105,22 @@ class Submission:
         server: the server.
         proposal: the experiment.
         patience: how long the coordinator waits, and for how many.
+        write: writes a job.
         tries: the most jobs that are submitted.
         watch: is given a line after every round.
         pace: how long this waits.
+        rejoining: takes sites that are back into another job; None where a job that runs asks them again.
     """
 
     server: Server
     proposal: Proposal
     patience: Patience
+    write: Writer
     tries: int = 5
     watch: Callable[[dict[str, Any]], None] = lambda line: None
     pace: Pace = Pace()
-    _rejoining: frozenset[str] = frozenset()  # for which a job was ended, and that took part in no round since
+    rejoining: Rejoining | None = None
+    _tried: frozenset[str] = frozenset()  # sites for which a job was ended, and that took part in no round since
 
     def run(self, out: Path) -> None:
         """Run it to its end, and copy its run directory to `out`.
@@ -146,9 +163,9 @@ class Submission:
     def _submitted(self) -> str:
         least, sites = self._await_sites()
         with tempfile.TemporaryDirectory() as folder:
-            # A job's sites are those that were there when it was submitted: it waits for no others, and names them.
+            # It waited for sites; those that are not there are named in the job, which waits for nobody.
             patience = replace(self.patience, sites=sites, joining=0.0)
-            job = write_job(Path(folder), self.proposal, patience, least)
+            job = self.write(Path(folder), self.proposal, patience, least)
             number = self._patiently(lambda: self.server.submit(job))
         log.info("submitted job %s", number)
         return number
@@ -183,9 +200,10 @@ class Submission:
                 told += 1
                 self.watch(line)
                 lost = frozenset(line.get("lost", {}))
-                self._rejoining &= lost
-            if lines is not None and lost - self._rejoining and time.monotonic() - looked > self.pace.back:
-                self._rejoin(job, lost - self._rejoining)
+                self._tried &= lost
+            hoped = lost - self._tried
+            if self.rejoining and lines is not None and hoped and time.monotonic() - looked > self.pace.back:
+                self._rejoin(self.rejoining, job, hoped)
                 looked = time.monotonic()
             if status.over:
                 return status
@@ -198,12 +216,12 @@ class Submission:
                 return JobStatus("a server that lost it", status.refused)
             time.sleep(self.pace.look)
 
-    def _rejoin(self, job: str, lost: frozenset[str]) -> None:
-        """End a job after its round if a site is back: FLARE takes no site into a job that runs."""
-        if back := self._patiently(lambda: self.server.returned(job, lost)):
+    def _rejoin(self, rejoining: Rejoining, job: str, lost: frozenset[str]) -> None:
+        """End a job after its round if a site is back."""
+        if back := self._patiently(lambda: rejoining.returned(job, lost)):
             log.warning("%s is back; another job goes on with it", " and ".join(sorted(back)))
-            self._rejoining |= back
-            self._patiently(lambda: self.server.pause(job))
+            self._tried |= back
+            self._patiently(lambda: rejoining.pause(job))
 
     def _fetched(self, job: str, status: JobStatus, out: Path) -> Literal["done", "paused", "failed"]:
         """Copy the run directory of a job that ran to the end of the experiment, and return how it ended.
@@ -241,6 +259,11 @@ class Submission:
                     log.warning("%s; waiting for it", error)
                     told = True
                 time.sleep(self.pace.look)
+
+
+def job_name(proposal: Proposal) -> str:
+    """Return the name that all jobs of an experiment have."""
+    return f"sordino-{proposal.fingerprint[:16]}"
 
 
 def require_own(out: Path, proposal: Proposal) -> None:

@@ -13,11 +13,20 @@ from sites.owners import experiment
 
 from sordino.errors import RunError
 from sordino.flare.job import write_job
-from sordino.flare.names import CONTROLLER, EXECUTOR, FAILED, PAUSED
-from sordino.flare.submission import COMPLETED, RUNNING, JobStatus, Pace, Submission, Unreachable
+from sordino.flare.names import CONTROLLER, EXECUTOR
 from sordino.runtime.fleet import Patience
 from sordino.sites.coordinator import OUTCOME, PROPOSAL
 from sordino.sites.proposal import Proposal
+from sordino.sites.submission import (
+    COMPLETED,
+    FAILED,
+    PAUSED,
+    RUNNING,
+    JobStatus,
+    Pace,
+    Submission,
+    Unreachable,
+)
 
 AT_ONCE = Pace(look=0.0, server=0.05, sites=0.0, stale=-1.0, back=-1.0)
 FAILURE = "FINISHED:EXECUTION_EXCEPTION"
@@ -101,7 +110,7 @@ def submission(clip_folder: Path) -> Callable[..., Submission]:
     proposal = Proposal.of(experiment(clip_folder))
 
     def make(server: Server, quorum: float = 1.0, tries: int = 3) -> Submission:
-        return Submission(server, proposal, Patience(quorum), tries, pace=AT_ONCE)
+        return Submission(server, proposal, Patience(quorum), write_job, tries, pace=AT_ONCE, rejoining=server)
 
     return make
 
