@@ -87,7 +87,9 @@ def test_a_protocol_of_several_clients_runs_over_sites_with_one_each(
     privacy = BY_SHARES if method == "dp-fpl" else {}
     tables = {"settings": settings, "privacy": privacy, "runtime": {"weighting": "uniform"}}
     config = experiment(clip_folder, method, **tables)
+    write_site(tmp_path / "east", "east", clip_folder, {"unit": "client", "delta": 1e-3})
     sites = sites_at(site_files)
+    planned = sites["east"].membership(Proposal.of(config)).planned_epsilon()
     outcome = run_over(config, sites, tmp_path / "out")
     assert outcome.training.round == 3
     lines = [json.loads(line) for line in (tmp_path / "out" / METRICS).read_text().splitlines()]
@@ -95,6 +97,7 @@ def test_a_protocol_of_several_clients_runs_over_sites_with_one_each(
     assert not any("void" in line or "lost" in line for line in lines)
     if privacy:
         assert sites["east"].ledger.experiments[Proposal.of(config).fingerprint].rounds == (1, 2, 3)
+        assert sites["east"].ledger.spent("client", 1e-3) == pytest.approx(planned), "as was told before"
         write_site(tmp_path / "east", "east", clip_folder, {"epsilon": 0.1, "unit": "client"})
         dearer = experiment(clip_folder, method, seed=1, **tables)
         assert "policy.epsilon = 0.1" in refusal(sites_at(site_files)["east"], dearer)

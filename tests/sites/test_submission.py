@@ -44,6 +44,7 @@ class Server:
         away: calls that fail before the server comes back.
         lines: of each job's rounds, in order.
         back: sites that are there, and in no job.
+        deaf: questions to end a job that it does not hear.
     """
 
     ends: list[str]
@@ -56,6 +57,7 @@ class Server:
     aborted: list[str] = field(default_factory=list)
     lines: Sequence[list[dict[str, Any]]] = ()
     back: frozenset[str] = frozenset()
+    deaf: int = 0
     paused: list[str] = field(default_factory=list)
     patience: list[Patience] = field(default_factory=list)
     _looks: int = 0
@@ -93,8 +95,11 @@ class Server:
     def returned(self, job: str, sites: frozenset[str]) -> frozenset[str]:
         return sites & self.back
 
-    def pause(self, job: str) -> None:
-        self.paused.append(job)
+    def pause(self, job: str) -> bool:
+        self.deaf -= 1
+        if self.deaf < 0:
+            self.paused.append(job)
+        return self.deaf < 0
 
     def results(self, job: str, folder: Path) -> Path | None:
         (folder / OUTCOME).write_text(json.dumps({"job": job}))
@@ -171,10 +176,13 @@ def line(number: int, *lost: str) -> dict[str, Any]:
 def test_a_site_that_is_back_is_in_another_job_which_is_no_failure(
     submission: Callable[..., Submission], tmp_path: Path
 ) -> None:
-    server = Server([COMPLETED] * 2, lines=[[line(1), line(2, "west")], [line(3), line(4)]], back=frozenset({"west"}))
-    submission(server, tries=1).run(tmp_path / "out")
-    assert server.paused == ["job-1"]
-    assert json.loads((tmp_path / "out" / OUTCOME).read_text()) == {"job": "job-2"}
+    for end, deaf in ((COMPLETED, 0), ("FINISHED:ABNORMAL", 0), (COMPLETED, 1)):
+        lines = [[line(1), line(2, "west")], [line(3), line(4)]]
+        server = Server([end, COMPLETED], lines=lines, back=frozenset({"west"}), deaf=deaf)
+        out = tmp_path / f"{end} {deaf}"
+        submission(server, tries=1).run(out)
+        assert server.paused == ["job-1"]
+        assert json.loads((out / OUTCOME).read_text()) == {"job": "job-2"}
 
 
 def test_a_site_that_is_away_or_not_lost_any_more_ends_no_job(

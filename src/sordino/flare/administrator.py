@@ -106,10 +106,14 @@ class Administrator:
         there = {site for site, line in status if line.get(MetaKey.STATUS) not in silent}
         return connected & there - {site for site, line in status if line.get(MetaKey.JOB_ID) == job}
 
-    def pause(self, job: str) -> None:
-        """Have a job end after its round; nothing happens if it is over."""
-        with self._asking() as session, contextlib.suppress(*UNHEARD):
-            session.do_app_command(job, PAUSE, {})
+    def pause(self, job: str) -> bool:
+        """Have a job end after its round; tell whether it heard."""
+        with self._asking() as session:
+            try:
+                session.do_app_command(job, PAUSE, {})
+            except UNHEARD:
+                return False
+        return True
 
     def results(self, job: str, folder: Path) -> Path | None:
         """Fetch a job's results into a folder; their part of Sordino's, or None if there is none."""

@@ -100,7 +100,8 @@ class Membership:
     def planned_epsilon(self) -> float:
         """Return epsilon of the whole experiment alone, if this site were the only one."""
         federation, policy = self._alone(), self._settings.policy
-        planned = self._empty(federation, range(len(self.own.numbers))).add(federation.mechanism.planned())
+        clients = range(len(self.own.numbers))
+        planned = self._empty(federation, clients).add(_of(federation.mechanism.planned(), clients))
         return epsilon_of([planned], policy.unit, policy.delta)
 
     def resume(self) -> None:

@@ -73,8 +73,8 @@ class Rejoining(Protocol):
         """Return those of some sites that are there, and in no process of a job."""
         ...
 
-    def pause(self, job: str) -> None:
-        """Have a job end after its round, with `PAUSED` in its results."""
+    def pause(self, job: str) -> bool:
+        """Have a job end after its round, with `PAUSED` in its results; tell whether it heard."""
         ...
 
 
@@ -219,9 +219,9 @@ class Submission:
     def _rejoin(self, rejoining: Rejoining, job: str, lost: frozenset[str]) -> None:
         """End a job after its round if a site is back."""
         if back := self._patiently(lambda: rejoining.returned(job, lost)):
-            log.warning("%s is back; another job goes on with it", " and ".join(sorted(back)))
-            self._tried |= back
-            self._patiently(lambda: rejoining.pause(job))
+            if self._patiently(lambda: rejoining.pause(job)):
+                log.warning("%s is back; another job goes on with it", " and ".join(sorted(back)))
+                self._tried |= back
 
     def _fetched(self, job: str, status: JobStatus, out: Path) -> Literal["done", "paused", "failed"]:
         """Copy the run directory of a job that ran to the end of the experiment, and return how it ended.
@@ -235,10 +235,10 @@ class Submission:
             found = self._patiently(lambda: self.server.results(job, Path(folder)))
             if found is not None and (found / FAILED).exists():
                 raise RunError((found / FAILED).read_text(encoding="utf-8").strip())
+            if found is not None and (found / PAUSED).exists():  # the site that died may leave it another status
+                return "paused"
             if found is None or status.text != COMPLETED:
                 return "failed"
-            if (found / PAUSED).exists():
-                return "paused"
             shutil.copytree(found, out, dirs_exist_ok=True)
         return "done"
 
