@@ -218,10 +218,10 @@ class Submission:
 
     def _rejoin(self, rejoining: Rejoining, job: str, lost: frozenset[str]) -> None:
         """End a job after its round if a site is back."""
-        if back := self._patiently(lambda: rejoining.returned(job, lost)):
-            if self._patiently(lambda: rejoining.pause(job)):
-                log.warning("%s is back; another job goes on with it", " and ".join(sorted(back)))
-                self._tried |= back
+        back = self._patiently(lambda: rejoining.returned(job, lost))
+        if back and self._patiently(lambda: rejoining.pause(job)):
+            log.warning("%s is back; another job goes on with it", " and ".join(sorted(back)))
+            self._tried |= back
 
     def _fetched(self, job: str, status: JobStatus, out: Path) -> Literal["done", "paused", "failed"]:
         """Copy the run directory of a job that ran to the end of the experiment, and return how it ended.
