@@ -119,10 +119,11 @@ def test_a_site_that_is_killed_comes_back_in_a_later_round(engine: Engine) -> No
 def test_a_server_that_is_killed_goes_on_when_it_is_started_again(engine: Engine) -> None:
     trial = Trial.of(engine, "restarted", rounds=30, seed=3)
     with trial.start() as run:
-        until("the first round is over", lambda: len(trial.rounds()) >= 1)
+        until("two rounds are over", lambda: len(trial.rounds()) >= 2)
         engine.kill_server()
-        before = engine.lines(trial.proposal, trial.out).read_text()
-        assert before.count("\n") < 30
+        # The last line may be of a round whose state was not written any more; it is run again.
+        before = "".join(json.dumps(line) + "\n" for line in trial.rounds()[:-1])
+        assert 1 <= before.count("\n") < 29
         engine.start_server()
         outcome, _ = run.end()
     assert outcome["rounds"] == 30

@@ -153,6 +153,36 @@ def test_a_coordinator_that_died_goes_on_with_the_sites_that_are_there(
     assert not any("lost" in line for line in lines)
 
 
+@pytest.mark.parametrize("cut", ["before the state", "in the line"])
+def test_a_coordinator_that_dies_as_it_writes_a_round_has_each_round_once(
+    cut: str, site_files: dict[str, Path], tmp_path: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = experiment(clip_folder, privacy=NOISE, rounds=4), tmp_path / "out"
+    save = checkpoint.save_server
+
+    def dies(folder: Path, training: Any) -> None:
+        if training.round == 3:
+            raise KeyboardInterrupt
+        save(folder, training)
+
+    monkeypatch.setattr(checkpoint, "save_server", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run_over(config, sites_at(site_files), out)
+    monkeypatch.undo()
+    text = (out / METRICS).read_text()
+    assert text.count("\n") == 3, "the line is there, and the state is not"
+    if cut == "in the line":
+        (out / METRICS).write_text(text[:-10])
+    sites = sites_at(site_files)
+    outcome = run_over(config, sites, out)
+    assert outcome.training.round == 4
+    lines = (out / METRICS).read_text()
+    assert [json.loads(line)["round"] for line in lines.splitlines()] == [1, 2, 3, 4]
+    assert lines.startswith("".join(text.splitlines(keepends=True)[:2])), "what had its state is as it was"
+    for site in sites.values():
+        assert site.ledger.experiments[Proposal.of(config).fingerprint].rounds == (1, 2, 3, 4)
+
+
 @pytest.mark.parametrize("state", ["an old backup", "none"])
 def test_a_site_that_lost_its_state_or_is_an_old_copy_answers_no_round_twice(
     state: str, site_files: dict[str, Path], tmp_path: Path, clip_folder: Path

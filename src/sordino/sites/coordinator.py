@@ -103,10 +103,11 @@ def _begun(out: Path, proposal: Proposal) -> Begun | None:
 
 
 def _lines(out: Path) -> list[dict[str, Any]]:
-    """Return the lines of the rounds so far."""
+    """Return the lines of the rounds so far; one that was cut off as its writer died is none."""
     if not (out / METRICS).exists():
         return []
-    return [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
+    lines = (out / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _answered(agreement: Agreement, lines: Sequence[Mapping[str, Any]]) -> dict[str, int]:
@@ -144,7 +145,7 @@ class _Rounds:
             start = replace(start, ledger=replace(start.ledger, disclosures=(*start.ledger.disclosures, ACCURACY)))
         folder = self.out / "checkpoint"
         training = checkpoint.load_server(folder, start) or start
-        self._lines = _lines(self.out)
+        self._take_up_lines(training)
         self._began = time.monotonic()
         self._server = server = ServerRuntime(
             end, training, self.met.agreement.sites, self.proposal.fingerprint, self.patience, self._save
@@ -154,6 +155,14 @@ class _Rounds:
         self._write_outcome(training, accuracy)
         self._write_page(training, accuracy)
         return Outcome(training, self.met, accuracy)
+
+    def _take_up_lines(self, training: ServerTraining) -> None:
+        """Go on with the lines of the rounds that the state is after; one without its state is run again."""
+        last = training.round if training.round or training.released else -1
+        self._lines = [line for line in _lines(self.out) if line["round"] <= last]
+        text = "".join(json.dumps(line) + "\n" for line in self._lines)
+        if (self.out / METRICS).exists() and (self.out / METRICS).read_text(encoding="utf-8") != text:
+            write_atomically(self.out / METRICS, text.encode())
 
     def _save(self, training: ServerTraining, record: ServerRecord | None, lost: Mapping[str, str]) -> None:
         """Write what a round made, before anything else is asked: the ledger, a line, the state."""

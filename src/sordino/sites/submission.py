@@ -219,7 +219,9 @@ class Submission:
     def _rejoin(self, rejoining: Rejoining, job: str, lost: frozenset[str]) -> None:
         """End a job after its round if a site is back."""
         back = self._patiently(lambda: rejoining.returned(job, lost))
-        if back and self._patiently(lambda: rejoining.pause(job)):
+        if not back:
+            return
+        if self._patiently(lambda: rejoining.pause(job)):
             log.warning("%s is back; another job goes on with it", " and ".join(sorted(back)))
             self._tried |= back
 
