@@ -452,10 +452,12 @@ def test_a_site_that_comes_late_is_waited_for_and_one_that_does_not_is_named(
     assert late.looks >= 3
     there = fleet({name: sites[name] for name in ("east", "north")})
     short = Patience(0.6, deadline=0.1, sites=NAMES)
-    config = experiment(clip_folder, seed=5)
-    outcome = coordinate(config, Proposal.of(config), there, tmp_path / "without", short)
-    assert outcome.met.left_out == {"west": "it is not there"}
-    assert set(outcome.met.agreement.sites) == {"east", "north"}
+    waited_before = Patience(0.6, deadline=1e6, sites=NAMES, joining=0.0)  # by an engine, which then need not wait here
+    for seed, patience in enumerate((short, waited_before)):
+        config = experiment(clip_folder, seed=seed + 5)
+        outcome = coordinate(config, Proposal.of(config), there, tmp_path / f"without {seed}", patience)
+        assert outcome.met.left_out == {"west": "it is not there"}
+        assert set(outcome.met.agreement.sites) == {"east", "north"}
 
 
 def test_two_processes_of_a_site_answer_as_one(site_files: dict[str, Path], tmp_path: Path, clip_folder: Path) -> None:
