@@ -13,17 +13,22 @@ from sordino.sites.proposal import Proposal
 class Engine(Protocol):
     """A server and the sites `sites.owners.NAMES`, started with TLS and authentication; each test runs experiments.
 
+    Processes of the sites have `FAULTY` of `engines.processes` as the first folder of their PYTHONPATH, and `faults` in
+    their environment as SORDINO_TEST_FAULTS; without a file in there they are sites like others.
+
     Attributes:
         folder: an empty folder for the tests' files.
         clip: the encoder's folder.
         homes: site to the folder of its `site.toml`, with its pictures in `pictures`.
         states: site to its state folder.
+        faults: the folder in which a test says which faults sites have.
     """
 
     folder: Path
     clip: Path
     homes: Mapping[str, Path]
     states: Mapping[str, Path]
+    faults: Path
 
     def run(self, config: Path, out: Path, *overrides: str) -> subprocess.Popen[str]:
         """Start the command that runs an experiment to its end; it prints one JSON object, and tells on stderr."""
@@ -31,6 +36,10 @@ class Engine(Protocol):
 
     def lines(self, proposal: Proposal, out: Path) -> Path:
         """Return the coordinator's metrics.jsonl, which grows as the rounds go."""
+        ...
+
+    def server_files(self) -> list[Path]:
+        """Return all that the server's processes wrote: runs, logs, jobs."""
         ...
 
     def kill_site(self, name: str) -> None:

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 def environment(**more: str) -> dict[str, str]:
     """Of every process: this Python first, and one thread."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"} | more
+    modules = os.pathsep.join([*filter(None, [more.pop("PYTHONPATH", "")]), str(ROOT / "src")])
+    return os.environ | {"PATH": path, "PYTHONPATH": modules, "OMP_NUM_THREADS": "1"} | more
 
 
 def free_port() -> int:
@@ -48,15 +49,20 @@ def until(what: str, true: Callable[[], object], seconds: float = 120) -> None:
 
 
 class Party:
-    """A server or a site, started from its kit."""
+    """A server or a site, started from its kit.
 
-    def __init__(self, kit: Path) -> None:
+    Args:
+        kit: its startup kit.
+        more: variables of its environment; a PYTHONPATH comes before Sordino's own.
+    """
+
+    def __init__(self, kit: Path, **more: str) -> None:
         self.kit, self.log = kit, kit.parent / f"{kit.name}.log"
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 ["bash", str(kit / "startup" / "sub_start.sh"), "--once"],
                 cwd=kit,
-                env=environment(),
+                env=environment(**more),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,

@@ -18,9 +18,9 @@ from sordino.errors import ConfigError, RunError
 from sordino.flare.controller import content_of, read_proposal
 from sordino.flare.executor import SiteExecutor
 from sordino.flare.names import CONTENT, TASK
-from sordino.flare.server_settings import load_coordinator
 from sordino.runtime.envelope import Envelope
 from sordino.sites.proposal import Proposal
+from sordino.sites.server_settings import load_coordinator
 from sordino.sites.site import Site
 
 

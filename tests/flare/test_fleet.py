@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from sordino.flare.fleet import Aborted, FlareFleet, Told
+from sordino.flare.fleet import Aborted, FlareFleet, Paused, Told
 from sordino.runtime.fleet import Answer, Ask, Lost
 
 QUICK = 0.3  # seconds that a test really waits
@@ -21,6 +21,7 @@ class Tasks:
     says: dict[str, bytes | str | None]
     there: frozenset[str] | None = None
     stop: bool = False
+    pause: bool = False
     started: dict[str, bytes] = field(default_factory=dict)
     told: dict[str, Told] = field(default_factory=dict)
     withdrawn: list[str] = field(default_factory=list)
@@ -37,6 +38,9 @@ class Tasks:
 
     def aborted(self) -> bool:
         return self.stop
+
+    def paused(self) -> bool:
+        return self.pause
 
 
 def ask(*sites: str, quorum: int = 3, deadline: float = QUICK, grace: float = 0.0) -> Ask:
@@ -97,6 +101,20 @@ def test_an_aborted_job_ends_the_question_and_withdraws_all() -> None:
     with pytest.raises(Aborted):
         list(FlareFleet(tasks).ask(ask("east", "west", deadline=1e6)))
     assert sorted(tasks.withdrawn) == ["east", "west"]
+
+
+def test_a_job_that_is_paused_ends_between_two_rounds_and_not_in_one() -> None:
+    """A round may have several questions, and a round that was given up in the middle is charged for nothing."""
+    tasks = Tasks({"east": b"1"})
+    fleet = FlareFleet(tasks)
+    first = Ask(2, {"east": b"east"}, 1, 1e6, 0.0)
+    list(fleet.ask(first))
+    tasks.pause = True
+    assert list(fleet.ask(first)) == [Answer("east", b"1")]
+    tasks.started.clear()
+    with pytest.raises(Paused, match="before round 3"):
+        list(fleet.ask(Ask(3, {"east": b"east"}, 1, 1e6, 0.0)))
+    assert not tasks.started
 
 
 def test_who_stops_listening_leaves_no_task() -> None:

@@ -11,12 +11,14 @@ from cryptography import x509
 from nvflare.app_common.widgets.component_path_authorizer import ComponentPathAuthorizer
 from nvflare.fuel.sec.authz import AuthzContext, Person
 from nvflare.security.security import FLAuthorizer
+from typer.testing import CliRunner
 
+from sordino.cli.app import app
 from sordino.errors import ConfigError
-from sordino.flare.names import CONTROLLER, COORDINATOR_FILE, EXECUTOR, KIT_FILE, SITE_FILE
+from sordino.flare.names import CONTROLLER, EXECUTOR, KIT_FILE, SITE_FILE
 from sordino.flare.project import AdminEntry, Project, ServerEntry, load_project
 from sordino.flare.provision import provision
-from sordino.flare.server_settings import CoordinatorSettings, load_coordinator
+from sordino.sites.server_settings import COORDINATOR_FILE, CoordinatorSettings, load_coordinator
 
 PROJECT = """
 name = "trial"
@@ -66,7 +68,9 @@ def test_nobody_brings_code_or_a_shell(party: str, role: str, kits: dict[str, Pa
     assert not may(kits[party], role, "byoc")
     assert not may(kits[party], role, "cat")
     assert may(kits[party], role, "show_errors") == (party == "server")
-    assert may(kits[party], role, "submit_job") == (role in ("project_admin", "lead"))
+    runs_jobs = role in ("project_admin", "lead")
+    assert may(kits[party], role, "submit_job") == runs_jobs
+    assert may(kits[party], role, "check_status") == (party == "server" or runs_jobs), "which jobs run there"
     assert may(kits[party], role, "abort_job") == (role == "project_admin"), "of another's job"
 
 
@@ -133,10 +137,26 @@ def test_the_page_on_deployment_names_every_key_and_its_project_is_valid(tmp_pat
         assert f"`{key}`" in page, key
     (project,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
     (tmp_path / "project.toml").write_text(project)
-    kits = provision(load_project(tmp_path / "project.toml"), tmp_path / "kits")
-    assert "kits/eyes/prod_00/lead@example.org" in page
-    assert (tmp_path / "kits/eyes/prod_00/lead@example.org") in kits
+    provision(load_project(tmp_path / "project.toml"), tmp_path / "kits")
+    assert "`kits/eyes/state`" in page
     assert (tmp_path / "kits/eyes/state").is_dir()
+
+
+def test_the_commands_of_the_page_on_deployment_make_a_kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text(encoding="utf-8")
+    (project,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("project.toml").write_text(project)
+    commands = re.findall(r"^sordino (flare (?:request|approve|kit) .*)$", page, re.MULTILINE)
+    assert [command.split()[1] for command in commands] == ["request", "approve", "kit"]
+    printed = ""
+    for command in commands:
+        fingerprint = printed.rpartition("Fingerprint of the project: ")[2].strip()
+        done = CliRunner().invoke(app, command.replace("FINGERPRINT", fingerprint).split(), catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        printed += done.output
+    assert Path("east/startup/client.key").exists()
+    assert Path("ca").is_dir()
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from sordino.sites.site import Site
 
 COLORS = {"red apple": (200, 30, 30), "green leaf": (30, 180, 40), "blue sky": (40, 60, 210)}
 NAMES = ("east", "north", "west")
+MECHANISMS = ["none", "dp-sgd", "dp-fedavg", "statistics"]
 NOISE = {"mechanism": "dp-sgd", "noise_multiplier": 1.0}
 
 
@@ -39,8 +40,7 @@ def write_site(folder: Path, name: str, clip: Path, policy: dict[str, Any] | Non
         "device": "cpu",
         "data": {"source": "imagefolder:pictures", "test_fraction": 0.4},
         "encoder": {"name": "clip", "checkpoint": str(clip)},
-        "policy": {"experiments": ["any"], "epsilon": float("inf"), "mechanisms": ["none", "dp-sgd", "statistics"]}
-        | (policy or {}),
+        "policy": {"experiments": ["any"], "epsilon": float("inf"), "mechanisms": MECHANISMS} | (policy or {}),
     } | tables
     file = folder / "site.toml"
     file.write_text(tomli_w.dumps(document), encoding="utf-8")

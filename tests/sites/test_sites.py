@@ -158,6 +158,35 @@ def test_rounds_across_machines_are_tracked(site_files: dict[str, Path], tmp_pat
     assert "tracking" not in Proposal.of(config).tables, "it is nobody else's"
 
 
+ONE_STEP = {"context_length": 2, "batch_size": 0, "local_steps": 1, "dp-fpl": {"rank": 1}}
+BY_SHARES = {"mechanism": "dp-fedavg", "noise_by": "shares", "noise_multiplier": 1.0}
+
+
+@pytest.mark.parametrize("method", ["dp-fpl", "secfpp"])
+def test_a_protocol_of_several_clients_runs_over_sites_with_one_each(
+    method: str, site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    """A secure sum and SecFPP need three clients: no site can plan them alone, and each refuses by its own budget."""
+    settings = ONE_STEP | {"secfpp": {"clusters": 2, "cluster_every": 2}}
+    privacy = BY_SHARES if method == "dp-fpl" else {}
+    tables = {"settings": settings, "privacy": privacy, "runtime": {"weighting": "uniform"}}
+    config = experiment(clip_folder, method, **tables)
+    write_site(tmp_path / "east", "east", clip_folder, {"unit": "client", "delta": 1e-3})
+    sites = sites_at(site_files)
+    planned = sites["east"].membership(Proposal.of(config)).planned_epsilon()
+    outcome = run_over(config, sites, tmp_path / "out")
+    assert outcome.training.round == 3
+    lines = [json.loads(line) for line in (tmp_path / "out" / METRICS).read_text().splitlines()]
+    assert [line["participants"] for line in lines] == [3, 3, 3]
+    assert not any("void" in line or "lost" in line for line in lines)
+    if privacy:
+        assert sites["east"].ledger.experiments[Proposal.of(config).fingerprint].rounds == (1, 2, 3)
+        assert sites["east"].ledger.spent("client", 1e-3) == pytest.approx(planned), "as was told before"
+        write_site(tmp_path / "east", "east", clip_folder, {"epsilon": 0.1, "unit": "client"})
+        dearer = experiment(clip_folder, method, seed=1, **tables)
+        assert "policy.epsilon = 0.1" in refusal(sites_at(site_files)["east"], dearer)
+
+
 @pytest.mark.parametrize("method", ["promptfl", "fedpgp", "secfpp"])
 def test_a_site_with_all_clients_has_the_numbers_of_a_run(method: str, tmp_path: Path, clip_folder: Path) -> None:
     """To the bit: the same data, partition and seed in one process and at a site."""
@@ -206,6 +235,85 @@ def test_a_coordinator_that_died_goes_on_with_the_sites_that_are_there(
     lines = [json.loads(line) for line in (tmp_path / "out" / METRICS).read_text().splitlines()]
     assert [line["round"] for line in lines] == [1, 2, 3, 4]
     assert not any("lost" in line for line in lines)
+
+
+@pytest.mark.parametrize("cut", ["before the state", "in the line"])
+def test_a_coordinator_that_dies_as_it_writes_a_round_has_each_round_once(
+    cut: str, site_files: dict[str, Path], tmp_path: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = experiment(clip_folder, privacy=NOISE, rounds=4), tmp_path / "out"
+    save = checkpoint.save_server
+
+    def dies(folder: Path, training: Any) -> None:
+        if training.round == 3:
+            raise KeyboardInterrupt
+        save(folder, training)
+
+    monkeypatch.setattr(checkpoint, "save_server", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run_over(config, sites_at(site_files), out)
+    monkeypatch.undo()
+    text = (out / METRICS).read_text()
+    assert text.count("\n") == 3, "the line is there, and the state is not"
+    if cut == "in the line":
+        (out / METRICS).write_text(text[:-10])
+    sites = sites_at(site_files)
+    outcome = run_over(config, sites, out)
+    assert outcome.training.round == 4
+    lines = (out / METRICS).read_text()
+    assert [json.loads(line)["round"] for line in lines.splitlines()] == [1, 2, 3, 4]
+    assert lines.startswith("".join(text.splitlines(keepends=True)[:2])), "what had its state is as it was"
+    for site in sites.values():
+        assert site.ledger.experiments[Proposal.of(config).fingerprint].rounds == (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("state", ["an old backup", "none"])
+def test_a_site_that_lost_its_state_or_is_an_old_copy_answers_no_round_twice(
+    state: str, site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    """It would draw other noise for rounds that were answered, and no ledger would have them together."""
+    config = experiment(clip_folder, privacy=NOISE, rounds=5)
+    east = tmp_path / "east" / "state"
+
+    class Dies(LocalFleet):
+        def ask(self, ask: Ask) -> Any:
+            if ask.round == 2:
+                shutil.copytree(east, tmp_path / "backup")
+            if ask.round == 4:
+                raise KeyboardInterrupt
+            return super().ask(ask)
+
+    dying = Dies({name: site.turn for name, site in sites_at(site_files).items()})
+    with pytest.raises(KeyboardInterrupt):
+        coordinate(config, Proposal.of(config), dying, tmp_path / "out", ALL)
+    shutil.move(east, tmp_path / "newest")
+    if state == "an old backup":
+        shutil.copytree(tmp_path / "backup", east)
+    before = [path.read_bytes() for path in sorted((tmp_path / "backup" / "ledger").iterdir())]
+
+    class Restarts(LocalFleet):
+        """Every message meets a new process of each site."""
+
+        def ask(self, ask: Ask) -> Any:
+            self._sites = {name: site.turn for name, site in sites_at(site_files).items()}
+            return super().ask(ask)
+
+    restarting = Restarts(dict.fromkeys(NAMES, lambda request: request))
+    outcome = coordinate(config, Proposal.of(config), restarting, tmp_path / "out", Patience(0.6))
+    assert outcome.training.round == 5
+    assert set(outcome.met.left_out) == {"east"}
+    named = "this site answered round 3, and its state ends with round 1" if state != "none" else "the key in its state"
+    assert named in outcome.met.left_out["east"]
+    lines = [json.loads(line) for line in (tmp_path / "out" / METRICS).read_text().splitlines()]
+    assert [line["participants"] for line in lines] == [3, 3, 3, 2, 2]
+    ledger = east / "ledger"
+    assert [path.read_bytes() for path in sorted(ledger.glob("*"))] == (before if state != "none" else [])
+    shutil.rmtree(east)
+    shutil.move(tmp_path / "newest", east)
+    site = sites_at(site_files)["east"]
+    agreement = {**outcome.met.agreement.facts, "answered": 3}
+    request = Envelope("agreement", Proposal.of(config).fingerprint, agreement).encode()
+    assert Envelope.decode(site.turn(request)).facts["round"] == 3, "with the newest state it goes on"
 
 
 def test_the_sites_ledger_is_what_the_server_knows_of_it(
@@ -428,10 +536,12 @@ def test_a_site_that_comes_late_is_waited_for_and_one_that_does_not_is_named(
     assert late.looks >= 3
     there = fleet({name: sites[name] for name in ("east", "north")})
     short = Patience(0.6, deadline=0.1, sites=NAMES)
-    config = experiment(clip_folder, seed=5)
-    outcome = coordinate(config, Proposal.of(config), there, tmp_path / "without", short)
-    assert outcome.met.left_out == {"west": "it is not there"}
-    assert set(outcome.met.agreement.sites) == {"east", "north"}
+    waited_before = Patience(0.6, deadline=1e6, sites=NAMES, joining=0.0)  # by an engine, which then need not wait here
+    for seed, patience in enumerate((short, waited_before)):
+        config = experiment(clip_folder, seed=seed + 5)
+        outcome = coordinate(config, Proposal.of(config), there, tmp_path / f"without {seed}", patience)
+        assert outcome.met.left_out == {"west": "it is not there"}
+        assert set(outcome.met.agreement.sites) == {"east", "north"}
 
 
 def test_two_processes_of_a_site_answer_as_one(site_files: dict[str, Path], tmp_path: Path, clip_folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line of the FLARE engine: `sordino flare provision` and `sordino flare run`."""
+"""The command line of the FLARE engine: its kits, and `sordino flare run`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def provision(
     project: Annotated[Path, typer.Argument(metavar="PROJECT.toml", help="server, sites and administrators")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="the folder to make, with one startup kit a party")],
 ) -> None:
-    """Make startup kits for all parties; hand each its folder, by a way that nobody else reads."""
+    """Make startup kits for all parties with their keys, for trials; where owners differ, use request, approve, kit."""
     require_extra("flare", "'sordino flare'")
     from sordino.flare.project import load_project
 
@@ -33,6 +33,62 @@ def provision(
 
     for folder in make_kits(settings, out):
         print(folder)
+
+
+@app.command("request")
+def request(
+    name: Annotated[str, typer.Argument(help="as in the project's file; 'server' for the server")],
+    organization: Annotated[str, typer.Option(metavar="NAME", help="as in the project's file")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="a new folder, which keeps the private key")],
+    role: Annotated[str, typer.Option(help="of an administrator: lead, org_admin or member")] = "lead",
+) -> None:
+    """Make a private key, which stays here, and a request for a certificate to send to the project's owner."""
+    require_extra("flare", "'sordino flare'")
+    from sordino.flare.project import check_name, kind_of
+
+    kind = kind_of(name, role)
+    check_name(name, organization, kind)
+    from sordino.flare.certificates import request as make_request
+
+    file, key = make_request(name, organization, kind, out)
+    print(f"Send to the project's owner: {file}")
+    print(f"Key: {key}")
+
+
+@app.command("approve")
+def approve(
+    project: Annotated[Path, typer.Argument(metavar="PROJECT.toml", help="server, sites and administrators")],
+    requests: Annotated[list[Path], typer.Argument(metavar="REQUEST...", help="files of 'sordino flare request'")],
+    ca: Annotated[Path, typer.Option(metavar="DIR", help="keeps the project's own key, which is made at first")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="where to write what is sent back")],
+) -> None:
+    """Sign requests of parties that the project names; before that, have each owner tell you the key's fingerprint."""
+    require_extra("flare", "'sordino flare'")
+    from sordino.flare.project import load_project
+
+    settings = load_project(project)
+    from sordino.flare.certificates import approve as sign
+    from sordino.flare.certificates import fingerprint_of_authority
+
+    for file in requests:
+        made, key = sign(settings, file, ca, out)
+        print(f"Send back: {made}")
+        print(f"Key: {key}")
+    print(f"Fingerprint of the project: {fingerprint_of_authority(settings, ca)}")
+
+
+@app.command("kit")
+def kit(
+    approval: Annotated[Path, typer.Argument(metavar="APPROVED.json", help="what the project's owner sent back")],
+    request: Annotated[Path, typer.Option(metavar="DIR", help="the folder of 'sordino flare request'")],
+    fingerprint: Annotated[str, typer.Option(metavar="HEX", help="of the project, as its owner told you")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="the folder to make")],
+) -> None:
+    """Put a startup kit together, where its private key is."""
+    require_extra("flare", "'sordino flare'")
+    from sordino.flare.certificates import make_kit
+
+    print(make_kit(approval, request, fingerprint, out))
 
 
 @app.command("run")
@@ -52,10 +108,10 @@ def run(
     from sordino.cli.site_words import round_as_text
     from sordino.experiments.tracking import Heard, require_tracker, tracked
     from sordino.flare.administrator import Administrator
-    from sordino.flare.submission import Submission
+    from sordino.flare.job import write_job
     from sordino.privacy.signature import load_private_key
-    from sordino.sites.coordinator import OUTCOME
     from sordino.sites.fleet_config import load_fleet_config
+    from sordino.sites.submission import Submission
 
     chosen = load_fleet_config(config, overrides or [])
     tracking = chosen.experiment.tracking
@@ -72,7 +128,14 @@ def run(
         heard.add(line)
 
     with Administrator(kit) as server, live_progress(), tracked(tracking, out, heard):
-        Submission(server, proposal, chosen.patience, tries, watch).run(out)
+        Submission(server, proposal, chosen.patience, write_job, tries, watch, rejoining=server).run(out)
+    print_outcome(out, as_json)
+
+
+def print_outcome(out: Path, as_json: bool) -> None:
+    """Print how an experiment across machines ended."""
+    from sordino.sites.coordinator import OUTCOME
+
     outcome: dict[str, Any] = json.loads((out / OUTCOME).read_text(encoding="utf-8"))
     if as_json:
         print(json.dumps(outcome))

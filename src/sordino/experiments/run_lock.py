@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,23 @@ def held(folder: Path) -> Iterator[None]:
             with _guard:
                 del _held[place]
                 _release(folder, descriptor, made)
+
+
+def wait_until_free(folder: Path, seconds: float) -> None:
+    """Wait until no other process holds a run directory.
+
+    Raises:
+        RunError: one still does.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            with held(folder):
+                return
+        except RunError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(1)
 
 
 @contextmanager

@@ -12,12 +12,14 @@ from typing import Any
 from nvflare.apis.job_def import JobMetaKey
 from nvflare.fuel.flare_api import api_spec
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
+from nvflare.fuel.hci.proto import MetaKey, MetaStatusValue
 
 from sordino.errors import ConfigError, RunError
-from sordino.flare.names import KIT_FILE, PROGRESS, RESULTS
-from sordino.flare.submission import JobStatus, Unreachable
+from sordino.flare.names import KIT_FILE, PAUSE, PROGRESS, RESULTS
+from sordino.sites.submission import JobStatus, Unreachable
 
 GONE = (api_spec.NoConnection, api_spec.SessionClosed, TimeoutError)
+UNHEARD = (api_spec.JobNotRunning, api_spec.NoReply, api_spec.InternalError)
 REFUSED = (api_spec.AuthenticationError, api_spec.AuthorizationError, api_spec.InvalidJobDefinition)
 
 
@@ -86,9 +88,32 @@ class Administrator:
                 told = session.do_app_command(job, PROGRESS, {"start": start})
             except api_spec.JobNotRunning:
                 return None
-            except (api_spec.NoReply, api_spec.InternalError):  # it begins or ends, and does not listen
+            except UNHEARD:  # it begins or ends, and does not listen
                 return []
         return list(told.get("lines", []))
+
+    def returned(self, job: str, sites: frozenset[str]) -> frozenset[str]:
+        """Return those of some sites that are there, and run no process of a job: they were started after it.
+
+        A site that died stays in FLARE's list for a while, so it is the site itself that is asked.
+        """
+        if not (connected := sites & self.sites()):
+            return frozenset()
+        with self._asking() as session:
+            told = session.get_client_job_status(sorted(connected)) or []
+        status = [(str(line.get(MetaKey.CLIENT_NAME)), line) for line in told]
+        silent = (MetaStatusValue.ERROR, MetaStatusValue.NO_REPLY)
+        there = {site for site, line in status if line.get(MetaKey.STATUS) not in silent}
+        return connected & there - {site for site, line in status if line.get(MetaKey.JOB_ID) == job}
+
+    def pause(self, job: str) -> bool:
+        """Have a job end after its round; tell whether it heard."""
+        with self._asking() as session:
+            try:
+                session.do_app_command(job, PAUSE, {})
+            except UNHEARD:
+                return False
+        return True
 
     def results(self, job: str, folder: Path) -> Path | None:
         """Fetch a job's results into a folder; their part of Sordino's, or None if there is none."""

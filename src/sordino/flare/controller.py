@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,14 @@ from nvflare.apis.shareable import Shareable
 
 from sordino.errors import RunError, SordinoError
 from sordino.experiments.run_lock import FILE as LOCK
-from sordino.experiments.run_lock import held
-from sordino.flare.fleet import Aborted, FlareFleet, Told
-from sordino.flare.names import CONTENT, COORDINATOR_FILE, FAILED, PROGRESS, RESULTS, TASK
-from sordino.flare.server_settings import CoordinatorSettings, load_coordinator
+from sordino.experiments.run_lock import wait_until_free
+from sordino.flare.fleet import Aborted, FlareFleet, Paused, Told
+from sordino.flare.names import CONTENT, PAUSE, PROGRESS, RESULTS, TASK
 from sordino.runtime.fleet import Patience
 from sordino.sites.coordinator import coordinate
 from sordino.sites.proposal import Proposal
+from sordino.sites.server_settings import COORDINATOR_FILE, CoordinatorSettings, load_coordinator
+from sordino.sites.submission import FAILED, PAUSED
 
 LOCK_SECONDS = 120.0  # an earlier job's process may outlive the server that started it for a while
 
@@ -44,10 +44,12 @@ class Coordinator(Controller):  # type: ignore[misc]
         self._proposal, self._fingerprint, self._patience = proposal, fingerprint, Patience(**patience)
         self._lines: list[dict[str, Any]] = []
         self._lock = threading.Lock()
+        self._pause = threading.Event()
 
     def start_controller(self, fl_ctx: Any) -> None:
-        """Make the progress known to administrators who ask."""
+        """Make the progress known to administrators who ask, and let them end the job between two rounds."""
         fl_ctx.get_engine().register_app_command(PROGRESS, self._progress)
+        fl_ctx.get_engine().register_app_command(PAUSE, self._paused)
 
     def stop_controller(self, fl_ctx: Any) -> None:
         """Nothing is left to stop."""
@@ -67,16 +69,19 @@ class Coordinator(Controller):  # type: ignore[misc]
             settings = load_coordinator(Path(workspace.get_site_config_dir()) / COORDINATOR_FILE)
             proposal = read_proposal(self._proposal, self._fingerprint)
             out = settings.folder(proposal)
-            self._run(settings, proposal, out, FlareFleet(FlareTasks(self, fl_ctx, abort_signal)))
+            self._run(settings, proposal, out, FlareFleet(FlareTasks(self, fl_ctx, abort_signal, self._pause)))
             shutil.copytree(out, results, ignore=shutil.ignore_patterns(LOCK), dirs_exist_ok=True)
         except Aborted:
             self.log_warning(fl_ctx, "the job was aborted; a new one goes on from the last round", fire_event=False)
+        except Paused as error:
+            self.log_info(fl_ctx, f"{error}; a new one goes on from there", fire_event=False)
+            (results / PAUSED).write_text(f"{error}\n", encoding="utf-8")
         except SordinoError as error:
             (results / FAILED).write_text(f"{error}\n", encoding="utf-8")
             self.system_panic(str(error), fl_ctx)
 
     def _run(self, settings: CoordinatorSettings, proposal: Proposal, out: Path, fleet: FlareFleet) -> None:
-        wait_for(out, LOCK_SECONDS)
+        wait_until_free(out, LOCK_SECONDS)
         coordinate(settings.config(proposal), proposal, fleet, out, self._patience, self._heard)
 
     def _heard(self, line: dict[str, Any]) -> None:
@@ -89,6 +94,11 @@ class Coordinator(Controller):  # type: ignore[misc]
         with self._lock:
             return {"lines": self._lines[max(int(start), 0) :]}
 
+    def _paused(self, topic: str, data: Any, fl_ctx: Any) -> dict[str, Any]:
+        """Have the job end before its next round."""
+        self._pause.set()
+        return {}
+
 
 class FlareTasks:
     """A controller's tasks, as a fleet needs them.
@@ -97,10 +107,11 @@ class FlareTasks:
         controller: the controller.
         fl_ctx: its context.
         abort_signal: FLARE's, for the job.
+        pause: is set where the job is to end between two rounds.
     """
 
-    def __init__(self, controller: Any, fl_ctx: Any, abort_signal: Any) -> None:
-        self._controller, self._fl_ctx, self._abort = controller, fl_ctx, abort_signal
+    def __init__(self, controller: Any, fl_ctx: Any, abort_signal: Any, pause: threading.Event) -> None:
+        self._controller, self._fl_ctx, self._abort, self._pause = controller, fl_ctx, abort_signal, pause
 
     def sites(self) -> frozenset[str]:
         return frozenset(client.name for client in self._fl_ctx.get_engine().get_clients())
@@ -123,6 +134,9 @@ class FlareTasks:
 
     def aborted(self) -> bool:
         return bool(self._abort.triggered)
+
+    def paused(self) -> bool:
+        return self._pause.is_set()
 
 
 def read_proposal(text: str, fingerprint: str) -> Proposal:
@@ -150,20 +164,3 @@ def content_of(result: Any) -> bytes | str:
         return f"it failed: {code}"
     content = result.get(CONTENT)
     return bytes(content) if isinstance(content, bytes | bytearray | memoryview) else "its answer holds no bytes"
-
-
-def wait_for(out: Path, seconds: float) -> None:
-    """Wait until no other process holds a run directory.
-
-    Raises:
-        RunError: one still does.
-    """
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            with held(out):
-                return
-        except RunError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(1)

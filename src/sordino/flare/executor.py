@@ -11,9 +11,8 @@ from nvflare.apis.shareable import make_reply
 
 from sordino.errors import ConfigError, SordinoError
 from sordino.flare.names import CONTENT, SITE_FILE, TASK
-from sordino.runtime.envelope import Envelope
 from sordino.sites.settings import load_site
-from sordino.sites.site import Site
+from sordino.sites.site import Site, refusal
 
 
 class SiteExecutor(Executor):  # type: ignore[misc]
@@ -66,8 +65,3 @@ def opened(file: Path, certified: str) -> Site:
     if settings.name != certified:
         raise ConfigError("name", settings.name, f"this site's certificate says {certified!r}; write the same here")
     return Site(settings)
-
-
-def refusal(reason: str) -> bytes:
-    """Return the answer of a site that cannot even read a request."""
-    return Envelope("refusal", "", {"reason": reason}).encode()

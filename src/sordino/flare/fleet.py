@@ -9,6 +9,7 @@ from typing import Protocol
 
 from sordino.errors import SordinoError
 from sordino.runtime.fleet import Answer, Ask, Lost
+from sordino.runtime.waiting import hear
 
 TICK = 0.5  # seconds between two looks at whether the job was aborted
 
@@ -18,6 +19,10 @@ Told = Callable[[bytes | str], None]
 
 class Aborted(SordinoError):
     """The job was aborted, by an administrator or by FLARE."""
+
+
+class Paused(SordinoError):
+    """The job is to end between two rounds, and another one goes on."""
 
 
 class Tasks(Protocol):
@@ -35,6 +40,10 @@ class Tasks(Protocol):
         """Tell whether the job is to end."""
         ...
 
+    def paused(self) -> bool:
+        """Tell whether the job is to end before the next round."""
+        ...
+
 
 class FlareFleet:
     """A fleet over tasks.
@@ -46,6 +55,7 @@ class FlareFleet:
 
     def __init__(self, tasks: Tasks, clock: Callable[[], float] = time.monotonic) -> None:
         self._tasks, self._clock = tasks, clock
+        self._round = 0
 
     def sites(self) -> frozenset[str]:
         return self._tasks.sites()
@@ -55,42 +65,33 @@ class FlareFleet:
 
         Raises:
             Aborted: the job is to end.
+            Paused: the job is to end, and this is the first question of a round.
         """
+        if ask.round > self._round and self._tasks.paused():
+            raise Paused(f"the job ends before round {ask.round}")
+        self._round = ask.round
         heard: queue.SimpleQueue[tuple[str, bytes | str]] = queue.SimpleQueue()
         there, waiting = self.sites(), dict[str, Callable[[], None]]()
+
+        def wait(seconds: float) -> list[tuple[str, bytes | str]]:
+            if self._tasks.aborted():
+                raise Aborted("the job was aborted")
+            try:
+                site, content = heard.get(timeout=min(seconds, TICK))
+            except queue.Empty:
+                return []
+            waiting.pop(site, None)
+            return [(site, content)]
+
         try:
             for site, content in ask.payloads.items():
                 if site in there:
                     waiting[site] = self._tasks.start(site, content, _teller(heard, site))
             yield from (Lost(site, "it is not connected") for site in ask.payloads if site not in there)
-            yield from self._heard(ask, heard, waiting)
+            yield from hear(ask, list(waiting), wait, self._clock)
         finally:
             for withdraw in waiting.values():
                 withdraw()
-
-    def _heard(
-        self, ask: Ask, heard: queue.SimpleQueue[tuple[str, bytes | str]], waiting: dict[str, Callable[[], None]]
-    ) -> Iterator[Answer | Lost]:
-        """Yield an entry for each site that is waited for, and leave those in `waiting` whose task is to withdraw."""
-        asked = list(waiting)
-        end, answered, reason = self._clock() + ask.deadline, 0, f"no answer after {ask.deadline:g} s"
-        while waiting and (left := end - self._clock()) > 0:
-            if self._tasks.aborted():
-                raise Aborted("the job was aborted")
-            try:
-                site, content = heard.get(timeout=min(left, TICK))
-            except queue.Empty:
-                continue
-            if waiting.pop(site, None) is None:  # it was heard before
-                continue
-            if isinstance(content, str):
-                yield Lost(site, content)
-                continue
-            answered += 1
-            if answered == ask.quorum and (soon := self._clock() + ask.grace) < end:
-                end, reason = soon, f"no answer {ask.grace:g} s after {answered} of {len(ask.payloads)} had answered"
-            yield Answer(site, content)
-        yield from [Lost(site, reason) for site in asked if site in waiting]
 
 
 def _teller(heard: queue.SimpleQueue[tuple[str, bytes | str]], site: str) -> Told:

@@ -11,13 +11,9 @@ from typing import Any
 from sordino.flare.names import CONTROLLER, EXECUTOR, TASK
 from sordino.runtime.fleet import Patience
 from sordino.sites.proposal import Proposal
+from sordino.sites.submission import job_name
 
 POLL = 0.05  # seconds between two questions of a site's for a task; FLARE's own default is 2
-
-
-def job_name(proposal: Proposal) -> str:
-    """Return the name that all jobs of an experiment have."""
-    return f"sordino-{proposal.fingerprint[:16]}"
 
 
 def write_job(folder: Path, proposal: Proposal, patience: Patience, least: int) -> Path:

@@ -5,13 +5,12 @@ from __future__ import annotations
 TASK = "sordino"  # the one task that sites know
 CONTENT = "content"  # a task's bytes, and those of its result
 PROGRESS = "sordino_progress"  # the command that asks a running job how far it is
+PAUSE = "sordino_pause"  # the command that has a running job end after its round, for another to go on
 
 SITE_FILE = "site.toml"  # in the folder `local` of a site's kit
-COORDINATOR_FILE = "coordinator.toml"  # in that of the server's
 KIT_FILE = "sordino.json"  # in that of an administrator's: the names of the sites
 
 RESULTS = "sordino"  # the folder of a job's results with a copy of the run directory
-FAILED = "failed.txt"  # in it, and only where the experiment itself failed: why
 
 EXECUTOR = "sordino.flare.executor.SiteExecutor"
 CONTROLLER = "sordino.flare.controller.Coordinator"

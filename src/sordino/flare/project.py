@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,6 +15,10 @@ SERVER = "server"  # its name in certificates; where it is, is in the kits
 NAME = "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 ORGANIZATION = "^[A-Za-z0-9][A-Za-z0-9_]{0,62}$"
 ADMINISTRATOR = r"^[A-Za-z0-9._+-]+@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+$"
+
+Role = Literal["lead", "project_admin", "org_admin", "member"]
+ROLES: tuple[Role, ...] = get_args(Role)
+Kind = Role | Literal["server", "client"]  # FLARE's words
 
 
 class ServerEntry(BaseModel):
@@ -45,9 +50,7 @@ class AdminEntry(BaseModel):
 
     name: str = Field(pattern=ADMINISTRATOR, description="an e-mail address")
     organization: str = Field(pattern=ORGANIZATION, description="where this person works")
-    role: Literal["lead", "project_admin", "org_admin", "member"] = Field(
-        default="lead", description="lead: submits experiments, and ends their own; member: looks on"
-    )
+    role: Role = Field(default="lead", description="lead: submits experiments, and ends their own; member: looks on")
 
 
 class Project(BaseModel):
@@ -60,6 +63,65 @@ class Project(BaseModel):
     server: ServerEntry
     sites: list[SiteEntry] = Field(min_length=1)
     admins: list[AdminEntry] = Field(min_length=1)
+
+
+class Party(BaseModel):
+    """A party of a project, with all that its kit says besides key and certificates.
+
+    Attributes:
+        name: as in its certificate.
+        organization: who owns it, or where the person works.
+        kind: what it is; of a person, the role.
+        server: where the server is, for all; and where it keeps jobs.
+        sites: the names of all sites, which administrators alone are told.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: str = Field(max_length=255)
+    organization: str = Field(pattern=ORGANIZATION)
+    kind: Kind
+    server: ServerEntry
+    sites: list[str] = Field(default_factory=list)
+
+
+def kind_of(name: str, role: str) -> Kind:
+    """Return what a party is by its name.
+
+    Raises:
+        ConfigError: it is an administrator of an unknown role.
+    """
+    if "@" not in name:
+        return "server" if name == SERVER else "client"
+    roles: dict[str, Kind] = {role: role for role in ROLES}
+    if role not in roles:
+        raise ConfigError("--role", role, f"choose from {', '.join(ROLES)}")
+    return roles[role]
+
+
+def check_name(name: str, organization: str, kind: Kind) -> None:
+    """Check a name and an organization as a project's file does.
+
+    Raises:
+        ConfigError: no project could name such a party.
+    """
+    if not re.fullmatch(NAME if kind in ("server", "client") else ADMINISTRATOR, name):
+        raise ConfigError("NAME", name, "is no name of a site, nor an administrator's e-mail address")
+    if not re.fullmatch(ORGANIZATION, organization):
+        raise ConfigError("--organization", organization, "use letters, digits and _")
+
+
+def parties_of(project: Project) -> list[Party]:
+    """Return all parties of a project, the server first."""
+    server = project.server
+    names = [site.name for site in project.sites]
+    parties = [Party(name=SERVER, organization=server.organization, kind="server", server=server)]
+    for name, organization in ((site.name, site.organization) for site in project.sites):
+        parties += [Party(name=name, organization=organization, kind="client", server=server)]
+    for admin in project.admins:
+        entry = {"name": admin.name, "organization": admin.organization, "kind": admin.role}
+        parties.append(Party.model_validate(entry | {"server": server, "sites": names}))
+    return parties
 
 
 def load_project(file: Path) -> Project:

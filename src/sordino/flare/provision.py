@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from nvflare.lighter.impl.signature import SignatureBuilder
 from nvflare.lighter.impl.static_file import StaticFileBuilder
 from nvflare.lighter.impl.workspace import WorkspaceBuilder
 from nvflare.lighter.provisioner import Provisioner
+from nvflare.lighter.spec import Builder
 
 from sordino.errors import ConfigError, RunError
 from sordino.experiments.run_lock import is_empty
 from sordino.files import write_atomically
-from sordino.flare.names import CONTROLLER, COORDINATOR_FILE, EXECUTOR, KIT_FILE, SITE_FILE
-from sordino.flare.project import SERVER, Project
+from sordino.flare.names import CONTROLLER, EXECUTOR, KIT_FILE, SITE_FILE
+from sordino.flare.project import Party, Project, parties_of
+from sordino.sites.server_settings import COORDINATOR_FILE
 
 HEARTBEAT_SECONDS = 60  # after which a site that was silent is not connected any more
 
@@ -49,9 +52,11 @@ PERMISSIONS = {
     "lead": NOTHING | OWN_JOBS,
     "member": NOTHING,
 }
-# And at a site, where nobody but those who work there looks at errors and logs.
+# And at a site, where nobody but those who work there looks at errors and logs. Who runs jobs may ask which ones run.
 AT_A_SITE = {role: rights | {"view": "none"} for role, rights in PERMISSIONS.items()}
 AT_A_SITE["org_admin"]["view"] = "o:site"
+for _role in ("project_admin", "lead"):
+    AT_A_SITE[_role]["check_status"] = "any"
 
 
 def provision(project: Project, out: Path) -> list[Path]:
@@ -66,33 +71,55 @@ def provision(project: Project, out: Path) -> list[Path]:
     """
     if not is_empty(out) and not (out / project.name / "state" / "cert.json").exists():
         raise ConfigError("--out", str(out), f"holds other things than kits of project {project.name}; choose another")
-    made = FlareProject(project.name, "prompts learned with Sordino")
-    server = project.server
-    ports = {"fed_learn_port": server.port, "admin_port": server.port}
-    made.set_server(SERVER, server.organization, ports | {"host_names": [server.host], "default_host": server.host})
-    for site in project.sites:
-        made.add_client(site.name, site.organization, {"allow_log_streaming": False})
-    for admin in project.admins:
-        made.add_admin(admin.name, admin.organization, {"role": admin.role})
+    parties = parties_of(project)
+    kits = build(project.name, parties, [CertBuilder(root_valid_days=project.days), SignatureBuilder()], out)
+    for party in parties:
+        close(kits / party.name, party)
+    return [kits / party.name for party in parties]
+
+
+def build(name: str, parties: Sequence[Party], certificates: Sequence[Builder], out: Path) -> Path:
+    """Have FLARE make the kits of some parties, the server among them, and return the folder that they are in.
+
+    Args:
+        name: of the project.
+        parties: those to make kits for.
+        certificates: what puts keys and certificates into the kits, and what follows.
+        out: the folder of FLARE's workspace.
+
+    Raises:
+        RunError: FLARE could not make the kits.
+    """
+    made = FlareProject(name, "prompts learned with Sordino")
+    for party in parties:
+        if party.kind == "server":
+            ports = {"fed_learn_port": party.server.port, "admin_port": party.server.port}
+            hosts = {"host_names": [party.server.host], "default_host": party.server.host}
+            made.set_server(party.name, party.organization, ports | hosts)
+        elif party.kind == "client":
+            made.add_client(party.name, party.organization, {"allow_log_streaming": False})
+        else:
+            made.add_admin(party.name, party.organization, {"role": party.kind})
     builders = [
         WorkspaceBuilder(template_file=["master_template.yml"]),
         StaticFileBuilder(config_folder="config", require_signed_jobs=True),
-        CertBuilder(root_valid_days=project.days),
-        SignatureBuilder(),
+        *certificates,
     ]
     with contextlib.redirect_stdout(sys.stderr):
         context = Provisioner(str(out), builders).provision(made)
     if context.get_errors() or "current_prod_dir" not in context:
         raise RunError(f"FLARE could not make the kits: {'; '.join(context.get_errors()) or 'it does not say why'}")
-    kits = Path(context["current_prod_dir"])
-    _close_server(kits / SERVER / "local", server.store)
-    for site in project.sites:
-        _close_site(kits / site.name / "local", site.name)
-    for admin in project.admins:
-        sites = [site.name for site in project.sites]
-        _write(kits / admin.name / "local" / KIT_FILE, {"sites": sites})
-    names = [SERVER, *(site.name for site in project.sites), *(admin.name for admin in project.admins)]
-    return [kits / name for name in names]
+    return Path(context["current_prod_dir"])
+
+
+def close(kit: Path, party: Party) -> None:
+    """Write a kit's own files: what jobs and people may do there, which is less than FLARE lets them."""
+    if party.kind == "server":
+        _close_server(kit / "local", party.server.store)
+    elif party.kind == "client":
+        _close_site(kit / "local", party.name)
+    else:
+        _write(kit / "local" / KIT_FILE, {"sites": list(party.sites)})
 
 
 def _close_server(local: Path, store: str) -> None:

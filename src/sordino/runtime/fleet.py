@@ -101,13 +101,15 @@ class Patience:
     Attributes:
         quorum: fraction of the sites asked that is enough.
         deadline, grace: see `Ask`.
-        sites: those that are waited for before the first round, until the deadline; empty: those that are there.
+        sites: those that are waited for before the first round; empty: those that are there.
+        joining: seconds that they are waited for; None: the deadline.
     """
 
     quorum: float = 1.0
     deadline: float = 600.0
     grace: float = 30.0
     sites: Sequence[str] = ()
+    joining: float | None = None
 
     def of(self, count: int) -> int:
         """Return how many of `count` are enough; at least one."""

@@ -19,6 +19,7 @@ from sordino.experiments.run_folder import Metrics
 from sordino.experiments.run_lock import held
 from sordino.experiments.tracking import require_tracker, tracked
 from sordino.files import write_atomically
+from sordino.privacy.ledger import Ledger
 from sordino.privacy.statement import as_summary
 from sordino.progress import log
 from sordino.runtime import checkpoint
@@ -27,7 +28,7 @@ from sordino.runtime.envelope import Envelope
 from sordino.runtime.fleet import Answer, Ask, Fleet, Lost, Patience, ServerRuntime, drive
 from sordino.runtime.messages import MessageError
 from sordino.runtime.server import ServerEnd, ServerRecord, ServerTraining
-from sordino.sites.meeting import Meeting, Met
+from sordino.sites.meeting import Begun, Meeting, Met
 from sordino.sites.membership import ACCURACY
 from sordino.sites.page import epsilon_by_site, write_page
 from sordino.sites.proposal import Proposal
@@ -89,8 +90,8 @@ def coordinate(
         return _Rounds(config, proposal, fleet, out, patience, watch, encoder, met).run()
 
 
-def _begun(out: Path, proposal: Proposal) -> Agreement | None:
-    """Return what was agreed when the experiment in `out` began; None if it is new.
+def _begun(out: Path, proposal: Proposal) -> Begun | None:
+    """Return what is known of the experiment in `out`; None if it is new.
 
     Raises:
         RunError: it is another experiment.
@@ -100,7 +101,30 @@ def _begun(out: Path, proposal: Proposal) -> Agreement | None:
     there = Proposal.read(json.loads((out / PROPOSAL).read_bytes()))
     if there.fingerprint != proposal.fingerprint:
         raise RunError(f"{out} holds another experiment, {there.fingerprint[:12]}; choose another --out")
-    return Agreement.read(json.loads((out / AGREEMENT).read_bytes()))
+    agreement = Agreement.read(json.loads((out / AGREEMENT).read_bytes()))
+    data = Ledger.from_json((out / LEDGER).read_text(encoding="utf-8")).data if (out / LEDGER).exists() else {}
+    return Begun(agreement, data, _answered(agreement, _lines(out)))
+
+
+def _lines(out: Path) -> list[dict[str, Any]]:
+    """Return the lines of the rounds so far; one that was cut off as its writer died is none."""
+    if not (out / METRICS).exists():
+        return []
+    lines = (out / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _answered(agreement: Agreement, lines: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Return the last round that each site is known to have answered, of those in which everybody was asked."""
+    answered: dict[str, int] = {}
+    for line in lines:
+        lost, lost_clients = line.get("lost", {}), line.get("lost_clients", {})
+        if line.get("participants", 0) + len(lost_clients) < len(agreement.sizes):
+            continue
+        for site, clients in agreement.sites.items():
+            if site not in lost and not any(str(client) in lost_clients for client in clients):
+                answered[site] = line["round"]
+    return answered
 
 
 @dataclass
@@ -127,7 +151,9 @@ class _Rounds:
         folder = self.out / "checkpoint"
         training = checkpoint.load_server(folder, start) or start
         first = 0 if self.met.federation.mechanism.releases_statistics else 1
-        self._metrics = Metrics(self.out / METRICS, training.round, numbers=("seconds",), first=first)
+        # A line without its state is of a round that is run again.
+        last = training.round if training.round or training.released else first - 1
+        self._metrics = Metrics(self.out / METRICS, last, numbers=("seconds",), first=first)
         self._began = time.monotonic()
         self._server = server = ServerRuntime(
             end, training, self.met.agreement.sites, self.proposal.fingerprint, self.patience, self._save

@@ -21,7 +21,7 @@ from sordino.runtime.facts import Federation
 from sordino.runtime.fleet import Answer, Ask, Fleet, Patience
 from sordino.runtime.messages import MessageError
 from sordino.sites.hello import Hello
-from sordino.sites.membership import PROTOCOL, names_digest
+from sordino.sites.membership import ANSWERED, PROTOCOL, names_digest
 from sordino.sites.own_data import plan_of
 from sordino.sites.proposal import Proposal
 
@@ -53,6 +53,21 @@ class Met:
 
 
 @dataclass(frozen=True)
+class Begun:
+    """What a coordinator knows of an experiment that goes on.
+
+    Attributes:
+        agreement: who takes part.
+        data: "client k" to a digest of its data, as its site told it at first.
+        answered: site to the last round that it is known to have answered.
+    """
+
+    agreement: Agreement
+    data: Mapping[str, str]
+    answered: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Meeting:
     """A coordinator's side of the meeting.
 
@@ -70,20 +85,22 @@ class Meeting:
     fleet: Fleet
     patience: Patience
 
-    def meet(self, agreed: Agreement | None = None) -> Met:
+    def meet(self, begun: Begun | None = None) -> Met:
         """Say hello to all sites, see that nothing differs, and have them agree.
 
         Args:
-            agreed: what was agreed before, when the experiment goes on.
+            begun: what is known of the experiment, when it goes on.
 
         Raises:
             RunError: fewer than a quorum take part; it names every site and why not.
         """
+        agreed = begun.agreement if begun else None
         names = self._awaited() if agreed is None else sorted(agreed.sites)
         experiment = self.proposal.fingerprint
         # Whoever is late now takes no part at all, unless the experiment goes on: then rounds ask everybody again.
         enough = len(names) if agreed is None else self.patience.of(len(names))
-        hellos, left_out = self._asked(names, Envelope("hello", experiment, self.proposal.facts), enough)
+        proposed = Envelope("hello", experiment, self.proposal.facts)
+        hellos, left_out = self._asked(dict.fromkeys(names, proposed), enough)
         here: dict[str, Hello] = {}
         for site, envelope in sorted(hellos.items()):
             try:
@@ -93,8 +110,8 @@ class Meeting:
         classes = self._classes(here)
         for site, hello in list(here.items()):
             difference = self._difference(hello, classes)
-            if agreed is not None and not difference and hello.sizes != _sizes(agreed, site):
-                difference = f"it holds {hello.sizes} now, and told {_sizes(agreed, site)} before"
+            if begun is not None and not difference:
+                difference = _changed(begun, site, hello)
             if difference:
                 left_out[site] = difference
                 del here[site]
@@ -102,7 +119,12 @@ class Meeting:
         agreement = agreed or _agreement(here)
         federation = self._federation(agreement, classes, next(iter(here.values())))
         enough = len(here) if agreed is None else min(enough, len(here))
-        answers, lost = self._asked(sorted(here), Envelope("agreement", experiment, agreement.facts), enough)
+        answered = begun.answered if begun else {}
+        told_now = {
+            site: Envelope("agreement", experiment, agreement.facts | {ANSWERED: answered.get(site, 0)})
+            for site in sorted(here)
+        }
+        answers, lost = self._asked(told_now, enough)
         left_out |= lost
         rounds: dict[str, int] = {}
         for site, envelope in answers.items():
@@ -124,34 +146,34 @@ class Meeting:
         """Return the sites to ask: those expected, once they are there or the deadline is over; else those there."""
         if not self.patience.sites:
             return sorted(self.fleet.sites())
-        end = time.monotonic() + self.patience.deadline
-        while (missing := set(self.patience.sites) - self.fleet.sites()) and time.monotonic() < end:
-            time.sleep(min(POLL, self.patience.deadline))
+        patience = self.patience
+        seconds = patience.deadline if patience.joining is None else patience.joining
+        end = time.monotonic() + seconds
+        while (missing := set(patience.sites) - self.fleet.sites()) and time.monotonic() < end:
+            time.sleep(min(POLL, seconds))
         for site in sorted(missing):
-            log.warning("%s is not there after %g s", site, self.patience.deadline)
+            log.warning("%s is not there after %g s", site, seconds)
         return sorted(self.patience.sites)
 
-    def _asked(
-        self, names: Sequence[str], message: Envelope, enough: int
-    ) -> tuple[dict[str, Envelope], dict[str, str]]:
-        """Ask sites; their answers, and who did not answer or refused, with the reason of each.
+    def _asked(self, messages: Mapping[str, Envelope], enough: int) -> tuple[dict[str, Envelope], dict[str, str]]:
+        """Ask each site its own; their answers, and who did not answer or refused, with the reason of each.
 
         Once `enough` have answered, the others have the grace time.
         """
         answers: dict[str, Envelope] = {}
         lost: dict[str, str] = {}
-        if not names:
+        if not messages:
             raise RunError("no site is there; start them, and see that they reach the server")
-        content = message.encode()
+        payloads = {site: message.encode() for site, message in messages.items()}
         patience = self.patience
-        ask = Ask(BEFORE, dict.fromkeys(names, content), enough, patience.deadline, patience.grace)
+        ask = Ask(BEFORE, payloads, enough, patience.deadline, patience.grace)
         for event in self.fleet.ask(ask):
             if not isinstance(event, Answer):
                 lost[event.site] = event.reason
                 continue
             try:
                 envelope = Envelope.decode(event.content)
-                if envelope.kind != message.kind:
+                if envelope.kind != messages[event.site].kind:
                     raise MessageError(str(envelope.facts.get("reason", f"it answered with a {envelope.kind}")))
                 answers[event.site] = envelope
             except MessageError as error:
@@ -212,8 +234,20 @@ def _agreement(here: Mapping[str, Hello]) -> Agreement:
     return Agreement(sites, [sizes[client] for client in range(len(sizes))], whole)
 
 
-def _sizes(agreement: Agreement, site: str) -> list[int]:
-    return [agreement.sizes[client] for client in sorted(agreement.sites[site])]
+def _changed(begun: Begun, site: str, hello: Hello) -> str:
+    """Return in what a site is another one than when the experiment began; nothing if it is the same."""
+    clients = sorted(begun.agreement.sites[site])
+    before = [begun.agreement.sizes[client] for client in clients]
+    if hello.sizes != before:
+        return f"it holds {hello.sizes} now, and told {before} before"
+    # A site without its state is another one: it does not know what it released, and has another key of digests.
+    known = [begun.data.get(f"client {client}") for client in clients]
+    if any(digest not in (None, now) for digest, now in zip(known, hello.data, strict=True)):
+        return (
+            "its data, or the key in its state, is not what it was when the experiment began; put its state back, and "
+            "see that no other copy of the site runs"
+        )
+    return ""
 
 
 def _told(theirs: Sequence[str] | None, classes: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 import sordino
 from sordino.encoders.prompt_model import Prompt
-from sordino.errors import RunError
+from sordino.errors import ConfigError, RunError
 from sordino.experiments.config import Experiment
 from sordino.experiments.saved_prompts import save_prompts
 from sordino.files import write_atomically
@@ -33,6 +33,8 @@ from sordino.sites.settings import SiteSettings
 from sordino.tasks.settings import PartitionSettings
 
 PROTOCOL = 1  # of the messages between a coordinator and sites
+COPIES = (1, 4, 16, 64)  # of this site, as stand-ins for others that are not known yet
+ANSWERED = "answered"  # in an agreement: the last round that the coordinator knows an answer to
 AGREED = "agreement.json"  # in the folder of an experiment
 ACCURACY = Disclosure("each client's accuracy on its own test pictures, to the server as it trains", "upload")
 
@@ -99,7 +101,8 @@ class Membership:
     def planned_epsilon(self) -> float:
         """Return epsilon of the whole experiment alone, if this site were the only one."""
         federation, policy = self._alone(), self._settings.policy
-        planned = self._empty(federation, range(len(self.own.numbers))).add(federation.mechanism.planned())
+        clients = range(len(self.own.numbers))
+        planned = self._empty(federation, clients).add(_of(federation.mechanism.planned(), clients))
         return epsilon_of([planned], policy.unit, policy.delta)
 
     def resume(self) -> None:
@@ -109,14 +112,22 @@ class Membership:
             SordinoError: what was kept is damaged, or the data is other data now.
         """
         if (self._folder / AGREED).exists():
-            self.agree(Agreement.read(read_document(self._folder / AGREED).get("agreement", {})))
+            document = read_document(self._folder / AGREED)
+            self.agree({**document.get("agreement", {}), ANSWERED: document.get(ANSWERED, 0)})
 
-    def agree(self, agreement: Agreement) -> bytes:
+    def agree(self, facts: Mapping[str, Any]) -> bytes:
         """Take note of who takes part, and return what this site makes of it.
 
+        Args:
+            facts: of the agreement, with the last round that the coordinator knows an answer of this site to.
+
         Raises:
-            SordinoError: it is not what this site told, another one was made before, or the budget does not suffice.
+            SordinoError: it is not what this site told, another one was made before, the budget does not suffice, or
+                this site's state is older than its own answers.
         """
+        agreement, answered = Agreement.read(facts), facts.get(ANSWERED, 0)
+        if type(answered) is not int:
+            raise MessageError("the agreement cannot be read: the last round that was answered is no number")
         mine = agreement.sites.get(self._name)
         if mine is None:
             raise MessageError(f"the agreement leaves out this site, {self._name}")
@@ -124,29 +135,41 @@ class Membership:
         if told != self._sizes():
             raise MessageError(f"the agreement says that {self._name} holds {told}, and it told {self._sizes()}")
         document = {"agreement": agreement.facts, "data": self.own.digests}
-        self._check_unchanged(document)
-        if self._federation is None:
+        answered = max(answered, self._check_unchanged(document))
+        federation, turns = self._federation, self._turns
+        if federation is None or turns is None:
             federation = agreement.federation(self.own.plan)
             self._check(federation, mine)
-            write_atomically(self._folder / AGREED, json.dumps(document, indent=1).encode())
-            self._federation = federation
-            self._turns = self._joined(federation, sorted(mine))
-        facts = {"federation": federation_digest(self._federation), "round": self.turns.round}
-        return Envelope("agreement", self.proposal.fingerprint, facts).encode()
+            turns = self._joined(federation, sorted(mine))
+        # Written first, so that a process that starts later refuses, too.
+        write_atomically(self._folder / AGREED, json.dumps(document | {ANSWERED: answered}, indent=1).encode())
+        self._federation, self._turns = federation, turns if turns.round >= answered else None
+        if self._turns is None:
+            raise MessageError(
+                f"this site answered round {answered}, and its state ends with round {turns.round}: it is an old "
+                "backup, or another copy's; put the newest state back, and see that no other copy of the site runs"
+            )
+        reply = {"federation": federation_digest(federation), "round": turns.round}
+        return Envelope("agreement", self.proposal.fingerprint, reply).encode()
 
-    def _check_unchanged(self, document: dict[str, Any]) -> None:
+    def _check_unchanged(self, document: dict[str, Any]) -> int:
         """Refuse what is not as it was when this site joined, in whichever process that was.
+
+        Returns:
+            the last round that this site was told it answered.
 
         Raises:
             MessageError: others take part, or the data is other data, of which the ledger has the old digests.
         """
         if not (self._folder / AGREED).exists():
-            return
+            return 0
         before = read_document(self._folder / AGREED)
         if before.get("data") != document["data"]:
             raise MessageError("this site's data changed since it joined; put it back, or propose a new experiment")
         if before.get("agreement") != document["agreement"]:
             raise MessageError("another agreement was made before; who takes part does not change within an experiment")
+        answered = before.get(ANSWERED, 0)
+        return answered if isinstance(answered, int) else 0
 
     def evaluate(self, envelope: Envelope) -> bytes:
         """Tell the clients' accuracy with the broadcasts in it, and change nothing.
@@ -192,10 +215,22 @@ class Membership:
         return self._settings.name
 
     def _alone(self) -> Federation:
-        """Return the federation as if this site were the only one."""
-        own = self.own
-        alone = Agreement({self._name: range(len(own.numbers))}, self._sizes(), own.units.whole_persons)
-        return alone.federation(own.plan)
+        """Return the federation as if this site were the only one, before others are known.
+
+        A protocol on shares needs several clients. Then it is as if there were enough others that hold as much.
+
+        Raises:
+            ConfigError: the mechanism or the method does not fit, however many clients there are.
+        """
+        own, sizes, first = self.own, self._sizes(), None
+        for copies in COPIES:
+            alone = Agreement({self._name: range(copies * len(sizes))}, copies * sizes, own.units.whole_persons)
+            try:
+                return alone.federation(own.plan)
+            except ConfigError as error:
+                first = first or error
+        assert first is not None
+        raise first
 
     def _sizes(self) -> list[int]:
         """Return the clients' sizes as they are told: ones where nothing needs them.

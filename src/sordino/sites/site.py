@@ -10,7 +10,6 @@ from sordino.experiments.run_lock import held
 from sordino.files import write_atomically
 from sordino.progress import log
 from sordino.randomness import system_bytes
-from sordino.runtime.agreement import Agreement
 from sordino.runtime.envelope import Envelope
 from sordino.runtime.messages import MessageError
 from sordino.sites.ledger import SiteLedger
@@ -79,7 +78,7 @@ class Site:
                 return self.hello(envelope)
             member = self._member(experiment)
             if envelope.kind == "agreement":
-                return member.agree(Agreement.read(envelope.facts))
+                return member.agree(envelope.facts)
             if envelope.kind == "round":
                 return member.turns.turn(request)
             if envelope.kind == "evaluate":
@@ -132,3 +131,8 @@ class Site:
         if not experiment.isalnum():  # it comes from a message, and names a folder
             raise MessageError("an experiment's fingerprint is hexadecimal")
         return self.state / "experiments" / experiment
+
+
+def refusal(reason: str) -> bytes:
+    """Return the answer of a site that cannot even read a request."""
+    return Envelope("refusal", "", {"reason": reason}).encode()

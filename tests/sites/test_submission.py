@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,22 @@ from sites.owners import experiment
 
 from sordino.errors import RunError
 from sordino.flare.job import write_job
-from sordino.flare.names import CONTROLLER, EXECUTOR, FAILED
-from sordino.flare.submission import COMPLETED, RUNNING, JobStatus, Pace, Submission, Unreachable
+from sordino.flare.names import CONTROLLER, EXECUTOR
 from sordino.runtime.fleet import Patience
 from sordino.sites.coordinator import OUTCOME, PROPOSAL
 from sordino.sites.proposal import Proposal
+from sordino.sites.submission import (
+    COMPLETED,
+    FAILED,
+    PAUSED,
+    RUNNING,
+    JobStatus,
+    Pace,
+    Submission,
+    Unreachable,
+)
 
-AT_ONCE = Pace(look=0.0, server=0.05, sites=0.0, stale=-1.0)
+AT_ONCE = Pace(look=0.0, server=0.05, sites=0.0, stale=-1.0, back=-1.0)
 FAILURE = "FINISHED:EXECUTION_EXCEPTION"
 
 
@@ -33,6 +42,9 @@ class Server:
         reason: why the experiment failed, if it did.
         before: jobs that are there at first, and whether a process runs them.
         away: calls that fail before the server comes back.
+        lines: of each job's rounds, in order.
+        back: sites that are there, and in no job.
+        deaf: questions to end a job that it does not hear.
     """
 
     ends: list[str]
@@ -43,6 +55,12 @@ class Server:
     away: int = 0
     submitted: list[dict[str, Any]] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    lines: Sequence[list[dict[str, Any]]] = ()
+    back: frozenset[str] = frozenset()
+    deaf: int = 0
+    paused: list[str] = field(default_factory=list)
+    patience: list[Patience] = field(default_factory=list)
+    _looks: int = 0
 
     def sites(self) -> frozenset[str]:
         if self.away > 0:
@@ -55,21 +73,40 @@ class Server:
 
     def submit(self, folder: Path) -> str:
         self.submitted.append(json.loads((folder / "meta.json").read_text()))
+        config = json.loads((folder / "app" / "config" / "config_fed_server.json").read_text())
+        self.patience.append(Patience(**config["workflows"][0]["args"]["patience"]))
+        self._looks = 0
         return f"job-{len(self.submitted)}"
 
     def abort(self, job: str) -> None:
         self.aborted.append(job)
 
     def status(self, job: str) -> JobStatus:
+        if self.lines and job not in self.paused and self._looks < 5:  # it runs for five looks, or until it is paused
+            self._looks += 1
+            return JobStatus(RUNNING)
         return JobStatus(COMPLETED if job in self.before else self.ends[len(self.submitted) - 1])
 
     def progress(self, job: str, start: int) -> list[dict[str, Any]] | None:
+        if self.lines:
+            return self.lines[len(self.submitted) - 1][start:]
         return [] if self.before.get(job) else None
+
+    def returned(self, job: str, sites: frozenset[str]) -> frozenset[str]:
+        return sites & self.back
+
+    def pause(self, job: str) -> bool:
+        self.deaf -= 1
+        if self.deaf < 0:
+            self.paused.append(job)
+        return self.deaf < 0
 
     def results(self, job: str, folder: Path) -> Path | None:
         (folder / OUTCOME).write_text(json.dumps({"job": job}))
         if self.reason:
             (folder / FAILED).write_text(self.reason)
+        if job in self.paused:
+            (folder / PAUSED).touch()
         return folder
 
 
@@ -78,7 +115,7 @@ def submission(clip_folder: Path) -> Callable[..., Submission]:
     proposal = Proposal.of(experiment(clip_folder))
 
     def make(server: Server, quorum: float = 1.0, tries: int = 3) -> Submission:
-        return Submission(server, proposal, Patience(quorum), tries, pace=AT_ONCE)
+        return Submission(server, proposal, Patience(quorum), write_job, tries, pace=AT_ONCE, rejoining=server)
 
     return make
 
@@ -130,6 +167,64 @@ def test_it_waits_for_a_server_that_is_away_and_not_for_ever(
     submission(Server([COMPLETED], away=3)).run(tmp_path / "out")
     with pytest.raises(Unreachable):
         submission(Server([COMPLETED], away=10**9)).run(tmp_path / "other")
+
+
+def line(number: int, *lost: str) -> dict[str, Any]:
+    return {"round": number} | ({"lost": dict.fromkeys(lost, "no answer")} if lost else {})
+
+
+def test_a_site_that_is_back_is_in_another_job_which_is_no_failure(
+    submission: Callable[..., Submission], tmp_path: Path
+) -> None:
+    for end, deaf in ((COMPLETED, 0), ("FINISHED:ABNORMAL", 0), (COMPLETED, 1)):
+        lines = [[line(1), line(2, "west")], [line(3), line(4)]]
+        server = Server([end, COMPLETED], lines=lines, back=frozenset({"west"}), deaf=deaf)
+        out = tmp_path / f"{end} {deaf}"
+        submission(server, tries=1).run(out)
+        assert server.paused == ["job-1"]
+        assert json.loads((out / OUTCOME).read_text()) == {"job": "job-2"}
+
+
+def test_a_site_that_is_away_or_not_lost_any_more_ends_no_job(
+    submission: Callable[..., Submission], tmp_path: Path
+) -> None:
+    server = Server([COMPLETED], lines=[[line(1), line(2, "west")]], back=frozenset({"east"}))
+    submission(server).run(tmp_path / "out")
+    assert server.paused == []
+    back = frozenset({"west"})
+    server = Server([COMPLETED], lines=[[line(1, "west"), line(2)]], back=back)
+    submission(server).run(tmp_path / "other")
+    assert server.paused == []
+
+
+def test_a_site_that_no_job_takes_in_does_not_end_one_after_the_other(
+    submission: Callable[..., Submission], tmp_path: Path
+) -> None:
+    """It is connected, and refuses every job: FLARE leaves it out of each."""
+    server = Server([COMPLETED] * 3, lines=[[line(1, "west")], [line(2, "west")]], back=frozenset({"west"}))
+    submission(server).run(tmp_path / "out")
+    assert server.paused == ["job-1"]
+    assert len(server.submitted) == 2
+
+
+def test_named_sites_are_waited_for_before_the_job_and_not_in_it(
+    submission: Callable[..., Submission], tmp_path: Path
+) -> None:
+    server = Server([COMPLETED], all_sites=frozenset({"east", "west", "south"}))
+    named = submission(server)
+    named.patience = Patience(1.0, 0.0, 1.0, ["east", "west"])
+    named.run(tmp_path / "out")
+    assert [meta["min_clients"] for meta in server.submitted] == [2], "south is not named"
+    assert [patience.joining for patience in server.patience] == [0.0]
+    assert [list(patience.sites) for patience in server.patience] == [["east", "west"]]
+
+
+def test_sites_of_the_project_that_are_not_there_are_in_the_job_to_be_named(
+    submission: Callable[..., Submission], tmp_path: Path
+) -> None:
+    server = Server([COMPLETED], there=frozenset({"east", "new"}))
+    submission(server, quorum=0.5).run(tmp_path / "out")
+    assert [list(patience.sites) for patience in server.patience] == [["east", "new", "west"]]
 
 
 def test_a_quorum_of_sites_suffices_and_fewer_do_not(submission: Callable[..., Submission], tmp_path: Path) -> None:

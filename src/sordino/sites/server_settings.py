@@ -1,4 +1,4 @@
-"""The server's own file, `local/coordinator.toml`: where it keeps runs, where it has encoders, and who is told."""
+"""The server's own file, `coordinator.toml`: where it keeps runs, where it has encoders, and who is told."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from sordino.experiments.config import Experiment
 from sordino.experiments.toml_tables import read_model
 from sordino.experiments.tracking import TrackingSettings
 from sordino.files import user_path
-from sordino.flare.names import COORDINATOR_FILE
 from sordino.sites.fleet_config import NO_DATA
 from sordino.sites.proposal import Proposal
+
+COORDINATOR_FILE = "coordinator.toml"
 
 
 class CoordinatorSettings(BaseModel):
@@ -52,15 +53,19 @@ class CoordinatorSettings(BaseModel):
         return Path(self.runs) / proposal.fingerprint
 
 
-def load_coordinator(file: Path) -> CoordinatorSettings:
-    """Read a server's file; without one, runs are kept beside `local`. Relative paths are from its own folder.
+def load_coordinator(file: Path, runs: str = "../runs") -> CoordinatorSettings:
+    """Read a server's file. Relative paths are from its own folder.
+
+    Args:
+        file: it may be missing.
+        runs: where runs are kept then.
 
     Raises:
         ConfigError: it is malformed, or a key or value is not allowed.
     """
     file = file.resolve()
-    settings = read_model(file, CoordinatorSettings) if file.exists() else CoordinatorSettings(runs="../runs")
-    runs = str(file.parent / user_path(settings.runs, "runs"))
+    settings = read_model(file, CoordinatorSettings) if file.exists() else CoordinatorSettings(runs=runs)
+    kept = str(file.parent / user_path(settings.runs, "runs"))
     checkpoints = {
         name: str(path) if (path := file.parent / user_path(value, f"checkpoints.{name}")).exists() else value
         for name, value in settings.checkpoints.items()
@@ -68,4 +73,4 @@ def load_coordinator(file: Path) -> CoordinatorSettings:
     tracking = settings.tracking
     if tracking is not None and "://" not in tracking.where:
         tracking = tracking.model_copy(update={"where": str(file.parent / user_path(tracking.where, "tracking.where"))})
-    return settings.model_copy(update={"runs": runs, "checkpoints": checkpoints, "tracking": tracking})
+    return settings.model_copy(update={"runs": kept, "checkpoints": checkpoints, "tracking": tracking})

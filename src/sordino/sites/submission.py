@@ -1,21 +1,20 @@
-"""An experiment as jobs of FLARE's: submit one, watch it, and where it fails submit another that goes on."""
+"""An experiment as jobs of an engine: submit one, watch it, and where it fails submit another that goes on."""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from sordino.errors import RunError, SordinoError
 from sordino.experiments.run_lock import is_empty, writable
-from sordino.flare.job import job_name, write_job
-from sordino.flare.names import FAILED
 from sordino.progress import log
 from sordino.runtime.fleet import Patience
 from sordino.sites.coordinator import PROPOSAL
@@ -25,6 +24,11 @@ Result = TypeVar("Result")
 
 COMPLETED = "FINISHED:COMPLETED"
 RUNNING = "RUNNING"
+FAILED = "failed.txt"  # in results, and only where the experiment itself failed: why
+PAUSED = "paused.txt"  # in results, and only where the job was told to end before the last round
+
+# Writes a job into a folder, for so many sites at least, and returns what a server is given.
+Writer = Callable[[Path, Proposal, Patience, int], Path]
 
 
 class Unreachable(RunError):
@@ -36,7 +40,7 @@ class JobStatus:
     """How a job is.
 
     Attributes:
-        text: FLARE's word for it.
+        text: a word for it, as FLARE says it.
         refused: sites that did not take it, with their reasons.
     """
 
@@ -49,7 +53,7 @@ class JobStatus:
 
 
 class Server(Protocol):
-    """A FLARE server; each question may raise `Unreachable`."""
+    """The server of an engine; each question may raise `Unreachable`."""
 
     @property
     def all_sites(self) -> frozenset[str]: ...
@@ -62,6 +66,18 @@ class Server(Protocol):
     def results(self, job: str, folder: Path) -> Path | None: ...
 
 
+class Rejoining(Protocol):
+    """How an engine whose jobs take in no site while they run tells who is back, and makes room for another job."""
+
+    def returned(self, job: str, sites: frozenset[str]) -> frozenset[str]:
+        """Return those of some sites that are there, and in no process of a job."""
+        ...
+
+    def pause(self, job: str) -> bool:
+        """Have a job end after its round, with `PAUSED` in its results; tell whether it heard."""
+        ...
+
+
 @dataclass(frozen=True)
 class Pace:
     """Seconds that a submission waits.
@@ -70,13 +86,15 @@ class Pace:
         look: between two looks at a job.
         server: for a server that went away.
         sites: for all sites of the project to be connected; then those that are there suffice, if enough.
-        stale: until a job that runs by FLARE's word, and in no process, is taken for one that its server lost.
+        stale: until a job that runs by its server's word, and in no process, is taken for one that its server lost.
+        back: between two questions to sites that were lost, whether they are back.
     """
 
     look: float = 1.0
     server: float = 600.0
     sites: float = 60.0
     stale: float = 30.0
+    back: float = 3.0
 
 
 @dataclass
@@ -87,17 +105,22 @@ class Submission:
         server: the server.
         proposal: the experiment.
         patience: how long the coordinator waits, and for how many.
+        write: writes a job.
         tries: the most jobs that are submitted.
         watch: is given a line after every round.
         pace: how long this waits.
+        rejoining: takes sites that are back into another job; None where a job that runs asks them again.
     """
 
     server: Server
     proposal: Proposal
     patience: Patience
+    write: Writer
     tries: int = 5
     watch: Callable[[dict[str, Any]], None] = lambda line: None
     pace: Pace = Pace()
+    rejoining: Rejoining | None = None
+    _tried: frozenset[str] = frozenset()  # sites for which a job was ended, and that took part in no round since
 
     def run(self, out: Path) -> None:
         """Run it to its end, and copy its run directory to `out`.
@@ -106,14 +129,17 @@ class Submission:
             RunError: the experiment failed, or `tries` jobs did, or `out` holds something else.
         """
         require_own(out, self.proposal)
-        job = self._patiently(self._running)
-        for number in range(1, self.tries + 1):
+        job, failed = self._patiently(self._running), 0
+        while failed < self.tries:
             job = job or self._submitted()
             status = self._watched(job)
-            if self._fetched(job, status, out):
+            end = self._fetched(job, status, out)
+            if end == "done":
                 return
-            why = f"; {'; '.join(status.refused)}" if status.refused else ""
-            log.warning("job %s ended with %s%s; try %d of %d", job[:8], status.text, why, number, self.tries)
+            if end == "failed":
+                failed += 1
+                why = f"; {'; '.join(status.refused)}" if status.refused else ""
+                log.warning("job %s ended with %s%s; try %d of %d", job[:8], status.text, why, failed, self.tries)
             job = None
         name = job_name(self.proposal)
         raise RunError(
@@ -135,21 +161,23 @@ class Submission:
         return alive
 
     def _submitted(self) -> str:
-        least = self._await_sites()
+        least, sites = self._await_sites()
         with tempfile.TemporaryDirectory() as folder:
-            job = write_job(Path(folder), self.proposal, self.patience, least)
+            # It waited for sites; those that are not there are named in the job, which waits for nobody.
+            patience = replace(self.patience, sites=sites, joining=0.0)
+            job = self.write(Path(folder), self.proposal, patience, least)
             number = self._patiently(lambda: self.server.submit(job))
         log.info("submitted job %s", number)
         return number
 
-    def _await_sites(self) -> int:
-        """Wait until the project's sites are connected, and return how many a job needs.
+    def _await_sites(self) -> tuple[int, list[str]]:
+        """Wait until the project's sites are connected; return how many a job needs, and whom it asks.
 
         Raises:
             RunError: too few are there.
         """
-        wanted = self.server.all_sites
-        end = time.monotonic() + self.pace.sites
+        wanted = frozenset(self.patience.sites) or self.server.all_sites
+        end = time.monotonic() + (self.patience.deadline if self.patience.sites else self.pace.sites)
         while missing := wanted - (there := self._patiently(self.server.sites)):
             if time.monotonic() > end:
                 break
@@ -160,17 +188,23 @@ class Submission:
             raise RunError(f"{len(there)} of {len(wanted)} sites are connected, and {least} are needed; start {names}")
         if missing:
             log.warning("goes on without %s, which are not connected", ", ".join(sorted(missing)))
-        return least
+        return least, sorted(self.patience.sites or wanted | there)
 
     def _watched(self, job: str) -> JobStatus:
         """Watch a job until it is over, or lost by its server."""
-        told, missed = 0, None
+        told, missed, lost, looked = 0, None, frozenset[str](), -math.inf
         while True:
             status = self._patiently(partial(self.server.status, job))
             lines = self._patiently(partial(self.server.progress, job, told)) if status.text == RUNNING else None
             for line in lines or []:
                 told += 1
                 self.watch(line)
+                lost = frozenset(line.get("lost", {}))
+                self._tried &= lost
+            hoped = lost - self._tried
+            if self.rejoining and lines is not None and hoped and time.monotonic() - looked > self.pace.back:
+                self._rejoin(self.rejoining, job, hoped)
+                looked = time.monotonic()
             if status.over:
                 return status
             if status.text != RUNNING or lines is not None:
@@ -182,22 +216,33 @@ class Submission:
                 return JobStatus("a server that lost it", status.refused)
             time.sleep(self.pace.look)
 
-    def _fetched(self, job: str, status: JobStatus, out: Path) -> bool:
-        """Copy the run directory of a job that completed.
+    def _rejoin(self, rejoining: Rejoining, job: str, lost: frozenset[str]) -> None:
+        """End a job after its round if a site is back."""
+        back = self._patiently(lambda: rejoining.returned(job, lost))
+        if not back:
+            return
+        if self._patiently(lambda: rejoining.pause(job)):
+            log.warning("%s is back; another job goes on with it", " and ".join(sorted(back)))
+            self._tried |= back
+
+    def _fetched(self, job: str, status: JobStatus, out: Path) -> Literal["done", "paused", "failed"]:
+        """Copy the run directory of a job that ran to the end of the experiment, and return how it ended.
 
         Raises:
             RunError: the experiment itself failed.
         """
         if not status.over:
-            return False
+            return "failed"
         with tempfile.TemporaryDirectory() as folder:
             found = self._patiently(lambda: self.server.results(job, Path(folder)))
             if found is not None and (found / FAILED).exists():
                 raise RunError((found / FAILED).read_text(encoding="utf-8").strip())
+            if found is not None and (found / PAUSED).exists():  # the site that died may leave it another status
+                return "paused"
             if found is None or status.text != COMPLETED:
-                return False
+                return "failed"
             shutil.copytree(found, out, dirs_exist_ok=True)
-        return True
+        return "done"
 
     def _patiently(self, ask: Callable[[], Result]) -> Result:
         """Ask a server, and wait where it is away.
@@ -216,6 +261,11 @@ class Submission:
                     log.warning("%s; waiting for it", error)
                     told = True
                 time.sleep(self.pace.look)
+
+
+def job_name(proposal: Proposal) -> str:
+    """Return the name that all jobs of an experiment have."""
+    return f"sordino-{proposal.fingerprint[:16]}"
 
 
 def require_own(out: Path, proposal: Proposal) -> None:

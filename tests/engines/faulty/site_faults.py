@@ -1,0 +1,116 @@
+"""Faults that a test puts into a site's process, and noise that it can draw again; see `sitecustomize`.
+
+A file of the folder SORDINO_TEST_FAULTS says what happens: `north.json`, with the fault of a round by its number, and
+`noise`, which makes the noise of all sites a function of the round. No configuration, policy or message can do either.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+import sordino.files
+from sordino.randomness import KeyedRandomness, Randomness
+from sordino.runtime import messages
+from sordino.runtime.envelope import Envelope
+from sordino.runtime.turns import Turns
+from sordino.sites.site import Site
+
+FOLDER = "SORDINO_TEST_FAULTS"  # a variable of the environment
+NOISE = "noise"
+SECRET = "patient Miller"
+SLOW_SECONDS = 10.0
+MANY = 10**6
+
+
+def repeatable_noise(self: Turns, number: int, clients: Sequence[int]) -> Randomness:
+    """Replace `Turns._noise`: the same in every process, for each round and client."""
+    key = hashlib.sha256(b"noise of a test, round %d" % number).digest()
+    return KeyedRandomness(key, clients, self.end.federation.device)
+
+
+def install() -> None:
+    """Change this process's site."""
+    folder = Path(os.environ[FOLDER])
+    noise, turn = Turns._noise, Site.turn
+    earlier: list[bytes] = []
+
+    def chosen(self: Turns, number: int, clients: Sequence[int]) -> Randomness:
+        return (repeatable_noise if (folder / NOISE).exists() else noise)(self, number, clients)
+
+    def faulty(self: Site, request: bytes) -> bytes:
+        fault = fault_of(folder / f"{self.settings.name}.json", request)
+        if fault:
+            print(f"TEST FAULT {fault}", flush=True)
+        answer = answered(lambda: turn(self, request), fault, earlier)
+        earlier.append(answer)
+        return answer
+
+    Turns._noise, Site.turn = chosen, faulty  # type: ignore[method-assign]
+
+
+def fault_of(file: Path, request: bytes) -> str:
+    """Return the fault of the round that a request opens; nothing if there is none."""
+    if not file.exists():
+        return ""
+    envelope = Envelope.decode(request)
+    if envelope.kind != "round":
+        return ""
+    number = messages.round_header(next(iter(envelope.contents.values()))).round
+    return str(json.loads(file.read_text()).get(str(number), ""))
+
+
+def answered(turn: Callable[[], bytes], fault: str, earlier: Sequence[bytes]) -> bytes:
+    """Return a site's answer, with a fault in it or on the way to it."""
+    if fault == "exception":
+        raise ValueError(SECRET)
+    if fault == "full disk":
+        return on_a_full_disk(turn)
+    answer = turn()
+    if fault == "slow":
+        time.sleep(SLOW_SECONDS)
+    if fault == "garbage":
+        return b"nothing of Sordino's"
+    if fault == "replayed":
+        return earlier[-1]
+    return damaged(answer, fault)
+
+
+def on_a_full_disk(turn: Callable[[], bytes]) -> bytes:
+    real = sordino.files.replace_file
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    sordino.files.replace_file = full
+    try:
+        return turn()
+    finally:
+        sordino.files.replace_file = real
+
+
+def damaged(answer: bytes, fault: str) -> bytes:
+    """Return an answer whose largest tensor is another one."""
+    changes: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "NaN": lambda tensor: tensor * torch.nan,
+        "wrong shape": lambda tensor: tensor[..., :1].contiguous(),
+        "oversized": lambda tensor: torch.zeros(MANY),
+    }
+    if fault not in changes:
+        return answer
+    envelope = Envelope.decode(answer)
+    client, content = next(iter(envelope.contents.items()))
+    tensors = safetensors.torch.load(content)
+    name = max(tensors, key=lambda name: tensors[name].numel())
+    tensors[name] = changes[fault](tensors[name])
+    changed = messages.with_head(tensors, messages.head_of(content))
+    return replace(envelope, contents={**envelope.contents, client: changed}).encode()

@@ -1,0 +1,135 @@
+"""A FLARE server and its sites, as the suite over all engines and FLARE's own tests start them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import tomli_w
+from flare.parties import Party, environment, free_port, until
+from sites.owners import NAMES, write_pictures, write_site
+
+from sordino.flare.certificates import approve, fingerprint_of_authority, make_kit, request
+from sordino.flare.project import Project, load_project
+from sordino.flare.provision import provision
+from sordino.sites.coordinator import METRICS
+from sordino.sites.proposal import Proposal
+
+LEAD = "lead@example.org"
+FAULTY = Path(__file__).with_name("faulty")
+
+
+@dataclass
+class FlareEngine:
+    """What is running; see `engines.engine.Engine`.
+
+    Attributes:
+        kits: by name; nobody has started that of `south`.
+        parties: by name.
+    """
+
+    folder: Path
+    clip: Path
+    kits: dict[str, Path]
+    parties: dict[str, Party]
+
+    @property
+    def homes(self) -> dict[str, Path]:
+        return {name: self.kits[name] / "local" for name in NAMES}
+
+    @property
+    def states(self) -> dict[str, Path]:
+        return {name: self.kits[name] / "state" for name in NAMES}
+
+    @property
+    def faults(self) -> Path:
+        return self.folder / "faults"
+
+    def run(self, config: Path, out: Path, *overrides: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "sordino", "flare", "run", str(config), "--kit", str(self.kits[LEAD])]
+        command += ["--out", str(out), "--json", *(part for each in overrides for part in ("--set", each))]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, env=environment(), stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+    def lines(self, proposal: Proposal, out: Path) -> Path:
+        return self.kits["server"] / "runs" / proposal.fingerprint / METRICS
+
+    def server_files(self) -> list[Path]:
+        folders = [self.kits["server"], self.folder / "store"]
+        return [self.parties["server"].log, *(file for folder in folders for file in folder.rglob("*"))]
+
+    def kill_site(self, name: str) -> None:
+        self.parties.pop(name).end()
+
+    def start_site(self, name: str) -> None:
+        log = self.parties["server"].log
+        before = log.read_text(errors="replace").count(self._registered(name))
+        self.parties[name] = self.site(self.kits[name])
+        until(f"{name} is registered", lambda: log.read_text(errors="replace").count(self._registered(name)) > before)
+
+    def site(self, kit: Path) -> Party:
+        """Start a site from a kit."""
+        return Party(kit, PYTHONPATH=str(FAULTY), SORDINO_TEST_FAULTS=str(self.faults))
+
+    def kill_server(self) -> None:
+        self.parties.pop("server").end()
+
+    def start_server(self) -> None:
+        self.parties["server"] = Party(self.kits["server"])
+
+    @staticmethod
+    def _registered(name: str) -> str:
+        return f"client {name} registered"
+
+
+def made_kits(project: Project, folder: Path) -> dict[str, Path]:
+    """The kits of a project by name: made in one place, but for that of `west`, whose key is made at its site."""
+    others = project.model_copy(update={"sites": [site for site in project.sites if site.name != "west"]})
+    kits = {kit.name: kit for kit in provision(others, folder / "out")}
+    authority = folder / "out" / project.name / "state"
+    file, _ = request("west", "west_org", "client", folder / "west's key")
+    approval, _ = approve(project, file, authority, folder / "approved")
+    fingerprint = fingerprint_of_authority(project, authority)
+    return kits | {"west": make_kit(approval, file.parent, fingerprint, folder / "site" / "west")}
+
+
+@contextmanager
+def flare(folder: Path, clip: Path) -> Iterator[FlareEngine]:
+    """Make a project, start its server and sites, and end all their processes."""
+    project = {
+        "name": "trial",
+        "server": {"host": "127.0.0.1", "port": free_port(), "store": str(folder / "store")},
+        "sites": [{"name": name, "organization": f"{name}_org"} for name in (*NAMES, "south")],
+        "admins": [{"name": LEAD, "organization": "coordinator"}],
+    }
+    (folder / "project.toml").write_text(tomli_w.dumps(project))
+    kits = made_kits(load_project(folder / "project.toml"), folder)
+    for number, name in enumerate(NAMES):
+        write_pictures(kits[name] / "local" / "pictures", number, 5 + number)
+        write_site(kits[name] / "local", name, clip, state="../state")
+    coordinator = {"runs": "../runs", "device": "cpu", "checkpoints": {"clip": str(clip)}}
+    (kits["server"] / "local" / "coordinator.toml").write_text(tomli_w.dumps(coordinator))
+    (kits[LEAD] / "local" / "sordino.json").write_text(json.dumps({"sites": list(NAMES)}))  # south stays away
+    # A server whose operator lets code through: the sites must not need its help.
+    authorization = kits["server"] / "local" / "authorization.json"
+    permissions = json.loads(authorization.read_text())
+    permissions["permissions"]["lead"]["byoc"] = "any"
+    authorization.write_text(json.dumps(permissions))
+    engine = FlareEngine(folder, clip, kits, {})
+    engine.faults.mkdir()
+    try:
+        engine.start_server()
+        for name in NAMES:
+            engine.parties[name] = engine.site(kits[name])
+        for name in NAMES:
+            registered = engine._registered(name)
+            until(f"{name} is registered", lambda text=registered: engine.parties["server"].says(text))
+        yield engine
+    finally:
+        for party in engine.parties.values():
+            party.end()

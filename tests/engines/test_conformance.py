@@ -1,0 +1,192 @@
+"""Every engine gives the same experiments: to the bit, through faults, and charging each round once.
+
+A server and three sites in real processes, over TLS with authentication, on the loopback. Add an engine to `ENGINES`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines.engine import Engine
+from engines.faulty.site_faults import NOISE as REPEATABLE
+from engines.faulty.site_faults import SECRET, repeatable_noise
+from engines.flare_engine import flare
+from engines.processes import Trial
+from flare.parties import until
+from sites.owners import NAMES, fleet, sites_at, write_pictures, write_site
+
+from sordino.algorithms.base import named_tensors
+from sordino.prompt_file import SavedPrompt
+from sordino.runtime import checkpoint
+from sordino.runtime.fleet import Patience
+from sordino.runtime.turns import Turns
+from sordino.sites.coordinator import AGREEMENT, LEDGER, OUTCOME, coordinate
+
+pytestmark = pytest.mark.slow
+
+# An engine's name to what starts it, given a folder and the encoder's, and ends all its processes.
+ENGINES: dict[str, Callable[[Path, Path], AbstractContextManager[Engine]]] = {"flare": flare}
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request: Any, tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Iterator[Engine]:
+    with ENGINES[request.param](tmp_path_factory.mktemp(request.param), clip_folder) as started:
+        yield started
+
+
+def test_noise_at_three_sites_for_three_rounds(engine: Engine) -> None:
+    trial = Trial.of(engine, "noise")
+    with trial.start() as run:
+        outcome, told = run.end()
+    assert (outcome["experiment"], outcome["rounds"]) == (trial.proposal.fingerprint, 3)
+    assert outcome["sites"] == {name: [number] for number, name in enumerate(NAMES)}
+    assert outcome["privacy"]["private"]
+    assert "round 3: " in told
+    assert [line["participants"] for line in trial.written()] == [3, 3, 3]
+    assert {LEDGER, AGREEMENT, OUTCOME, "checkpoint", "config.toml", "report.html"} <= {
+        path.name for path in trial.out.iterdir()
+    }
+    for number, name in enumerate(NAMES):
+        assert trial.charged(name) == [1, 2, 3]
+        (prompt,) = (engine.states[name] / "experiments" / trial.proposal.fingerprint / "prompts").iterdir()
+        assert SavedPrompt.load(prompt).client == number
+
+
+UNIFORM: dict[str, Any] = {"runtime": {"weighting": "uniform"}}
+ONE_STEP: dict[str, Any] = {"context_length": 2, "batch_size": 0, "local_steps": 1, "dp-fpl": {"rank": 1}}
+CLUSTERS: dict[str, Any] = ONE_STEP | {"secfpp": {"clusters": 2, "cluster_every": 2}}
+ADAPTIVE: dict[str, Any] = {"mechanism": "dp-fedavg", "noise_multiplier": 1.0, "clip_quantile": 0.5}
+BITS: dict[str, tuple[str, dict[str, Any]]] = {
+    "promptfl": ("promptfl", {"privacy": {}}),
+    "dp-fpl, adaptive clip": ("dp-fpl", {"privacy": ADAPTIVE, "settings": ONE_STEP, **UNIFORM}),
+    "dp-fpl, a secure sum": ("dp-fpl", {"privacy": ADAPTIVE | {"noise_by": "shares"}, "settings": ONE_STEP, **UNIFORM}),
+    "fedpgp": ("fedpgp", {"privacy": {}}),
+    "secfpp": ("secfpp", {"privacy": {}, "settings": CLUSTERS}),
+}
+
+
+@pytest.mark.parametrize("name", BITS)
+def test_it_has_the_bits_of_sites_in_one_process(name: str, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With noise that can be drawn again, which no site allows: the tests' own hook puts it there."""
+    algorithm, tables = BITS[name]
+    trial = Trial.of(engine, name.replace(", ", "-").replace(" ", "-"), algorithm, rounds=2, **tables)
+    (engine.faults / REPEATABLE).touch()
+    with trial.start() as run:
+        monkeypatch.setattr(Turns, "_noise", repeatable_noise)
+        folder, files = engine.folder / "here" / trial.name, {}
+        for number, site in enumerate(NAMES):
+            write_pictures(folder / site / "pictures", number, 5 + number)
+            files[site] = write_site(folder / site, site, engine.clip)
+        here = coordinate(trial.config, trial.proposal, fleet(sites_at(files)), folder / "out", Patience())
+        run.end()
+    (engine.faults / REPEATABLE).unlink()
+    there = checkpoint.load_server(trial.out / "checkpoint", here.training)
+    assert there is not None
+    assert there.round == here.training.round == 2
+    for tensor_name, tensor in named_tensors(here.training.state).items():
+        assert tensor.equal(named_tensors(there.state)[tensor_name]), tensor_name
+    for tensor_name, tensor in here.training.mechanism.items():
+        assert tensor.equal(there.mechanism[tensor_name]), tensor_name
+    ours = trial.prompts({site: folder / site / "state" for site in NAMES})
+    for site, tensors in trial.prompts(dict(engine.states)).items():
+        assert tensors.keys() == ours[site].keys()
+        assert all(tensor.equal(ours[site][key]) for key, tensor in tensors.items()), site
+
+
+def test_a_site_that_is_killed_comes_back_in_a_later_round(engine: Engine) -> None:
+    trial = Trial.of(engine, "killed", rounds=30, seed=2)
+    with trial.start(grace=5.0) as run:
+        until("the first round is over", lambda: len(trial.rounds()) >= 1)
+        engine.kill_site("north")
+        engine.start_site("north")
+        outcome, _ = run.end()
+    assert outcome["rounds"] == 30
+    lines = trial.written()
+    assert [line["round"] for line in lines] == list(range(1, 31)), "none is run twice, none left out"
+    without = [line["round"] for line in lines if "north" in line.get("lost", {})]
+    assert without, "it was away"
+    assert without[-1] < 28, "and is back"
+    assert trial.charged("east") == trial.charged("west") == list(range(1, 31))
+    whole = {line["round"] for line in lines if line["participants"] == 3}
+    assert whole <= set(trial.charged("north")) <= set(range(1, 31))
+
+
+def test_a_server_that_is_killed_goes_on_when_it_is_started_again(engine: Engine) -> None:
+    trial = Trial.of(engine, "restarted", rounds=30, seed=3)
+    with trial.start() as run:
+        until("two rounds are over", lambda: len(trial.rounds()) >= 2)
+        engine.kill_server()
+        # The last line may be of a round whose state was not written any more; it is run again.
+        before = "".join(json.dumps(line) + "\n" for line in trial.rounds()[:-1])
+        assert 1 <= before.count("\n") < 29
+        engine.start_server()
+        outcome, _ = run.end()
+    assert outcome["rounds"] == 30
+    text = "".join(json.dumps(line) + "\n" for line in trial.written())
+    assert text.startswith(before)
+    assert [line["round"] for line in trial.written()] == list(range(1, 31))
+    for name in NAMES:
+        assert trial.charged(name) == list(range(1, 31)), "each charged once"
+
+
+# The reason that the coordinator must give for a fault at a site, by its round.
+FAULTS = {
+    "slow": "no answer",
+    "NaN": "not finite",
+    "wrong shape": "shape",
+    "oversized": "bytes where at most",
+    "replayed": "it is of round",
+    "garbage": "no message of Sordino's",
+    "full disk": "No space left on device",
+    "exception": "ValueError",
+}
+UNCHARGED = ("full disk", "exception")  # nothing left the site
+
+
+def test_each_fault_of_a_site_is_named_and_loses_one_round(engine: Engine) -> None:
+    rounds = 2 * len(FAULTS) + 1
+    trial = Trial.of(engine, "faults", rounds=rounds, seed=4)
+    faults = {2 * number: fault for number, fault in enumerate(FAULTS, 1)}
+    (engine.faults / "north.json").write_text(json.dumps(faults))
+    with trial.start(deadline=30.0, grace=8.0) as run:
+        _, told = run.end()
+    (engine.faults / "north.json").unlink()
+    lines = trial.written()
+    assert [line["round"] for line in lines] == list(range(1, rounds + 1))
+    for line in lines:
+        why = {**line.get("lost", {}), **line.get("lost_clients", {})}
+        if line["round"] in faults:
+            assert FAULTS[faults[line["round"]]] in " ".join(why.values()), line
+            assert set(why) <= {"north", "1"}, line
+            assert line["participants"] == 2
+        else:
+            assert (why, line["participants"]) == ({}, 3), "a late or wrong answer breaks nothing after it"
+    assert trial.charged("east") == trial.charged("west") == list(range(1, rounds + 1))
+    uncharged = {number for number, fault in faults.items() if fault in UNCHARGED}
+    assert trial.charged("north") == sorted(set(range(1, rounds + 1)) - uncharged)
+    assert SECRET not in told
+    for file in [*engine.server_files(), *trial.out.rglob("*")]:
+        assert not file.is_file() or SECRET.encode() not in file.read_bytes(), file
+
+
+def test_a_site_that_comes_late_is_waited_for_and_is_in_the_next_experiment(engine: Engine) -> None:
+    """Who takes part is agreed before the first round: it decides the noise. Nobody joins later."""
+    engine.kill_site("west")
+    trial = Trial.of(engine, "late", rounds=20, seed=5)
+    with trial.start(0.6, 20.0, 5.0, f"fleet.sites={json.dumps(list(NAMES))}") as run:
+        until("the first round is over", lambda: len(trial.rounds()) >= 1)
+        engine.start_site("west")
+        outcome, _ = run.end()
+    assert set(outcome["sites"]) == {"east", "north"}
+    assert set(outcome["left_out"]) == {"west"}
+    assert [line["participants"] for line in trial.written()] == [2] * 20
+    assert not (engine.states["west"] / "ledger" / f"{trial.proposal.fingerprint}.json").exists()
+    following = Trial.of(engine, "following", rounds=1, seed=6)
+    with following.start() as run:
+        outcome, _ = run.end()
+    assert set(outcome["sites"]) == set(NAMES)
