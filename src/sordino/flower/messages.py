@@ -1,0 +1,100 @@
+"""Questions and answers as messages of Flower's: bytes in one array, which Flower sends in parts of 5 MB.
+
+A question bears a token that its site alone learns, and the answer must bear it, too: Flower checks who sends a reply,
+but takes the sender's word for which question it answers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+
+from sordino.flower.names import CONTENT, RECORD, SITE, STYPE, TOKEN
+
+TRAIN = "train"  # the kind of message that plain apps answer with their function `train`
+
+# Flower's codes of errors, in words; other texts are the node's own.
+ERRORS = {
+    3: "its answer was lost on its way",
+    4: "its answer came too late for Flower",
+    5: "its node is not connected any more",
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question as a node takes it.
+
+    Attributes:
+        site: the name that the server's file has for the node's key.
+        token: to send back.
+        content: the request's bytes.
+    """
+
+    site: str
+    token: bytes
+    content: bytes
+
+
+def question(node: int, asked: Question, number: int, seconds: float) -> Message:
+    """Return a message to a node.
+
+    Args:
+        node: its number.
+        asked: the question.
+        number: of the round.
+        seconds: after which the message is not brought any more.
+    """
+    about = ConfigRecord({SITE: asked.site, TOKEN: asked.token})
+    content = RecordDict({RECORD: about, CONTENT: _record(asked.content)})
+    return Message(content, node, TRAIN, ttl=seconds, group_id=str(number))
+
+
+def read_question(message: Message) -> Question:
+    """Read a question.
+
+    Raises:
+        ValueError: it is none.
+    """
+    about = _about(message)
+    site, token = about.get(SITE), about.get(TOKEN)
+    if not isinstance(site, str) or not isinstance(token, bytes):
+        raise ValueError("a message without name and token")
+    return Question(site, token, _content(message))
+
+
+def answer(asked: Message, token: bytes, content: bytes) -> Message:
+    """Return the reply to a message."""
+    return Message(RecordDict({RECORD: ConfigRecord({TOKEN: token}), CONTENT: _record(content)}), reply_to=asked)
+
+
+def read_answer(reply: Message, token: bytes) -> bytes | str:
+    """Return a reply's bytes, or why it has none."""
+    if reply.has_error():
+        return ERRORS.get(reply.error.code, f"it failed with error {reply.error.code} of Flower's")
+    try:
+        if _about(reply).get(TOKEN) != token:
+            raise ValueError("an answer without the question's token")
+        return _content(reply)
+    except ValueError as error:
+        return f"it sent {error}"
+
+
+def _record(content: bytes) -> ArrayRecord:
+    return ArrayRecord({CONTENT: Array("uint8", (len(content),), STYPE, content)})
+
+
+def _about(message: Message) -> ConfigRecord:
+    about = message.content.get(RECORD) if message.has_content() else None
+    if not isinstance(about, ConfigRecord):
+        raise ValueError("a message that is none of Sordino's")
+    return about
+
+
+def _content(message: Message) -> bytes:
+    record = message.content.get(CONTENT)
+    array = record.get(CONTENT) if isinstance(record, ArrayRecord) else None
+    if array is None or array.stype != STYPE:
+        raise ValueError("a message without bytes")
+    return array.data
