@@ -124,7 +124,14 @@ class Connection:
 
         try:
             question: Message = pull_and_inflate_object_from_tree(
-                tree, pull, confirm, return_type=Message, max_concurrent_pulls=1
+                tree,
+                pull,
+                confirm,
+                return_type=Message,
+                max_concurrent_pulls=1,
+                initial_backoff=0.1,
+                backoff_cap=1.0,
+                max_time=TRIES,
             )
         except RunError:
             raise

@@ -1,4 +1,4 @@
-"""Questions and answers as messages of Flower's: bytes in one array, which Flower sends in parts of 5 MB.
+"""Questions and answers as messages of Flower's: bytes in records of a few megabytes, each of which is one request.
 
 A question bears a token that its site alone learns, and the answer must bear it, too: Flower checks who sends a reply,
 but takes the sender's word for which question it answers.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 
-from sordino.flower.names import CONTENT, RECORD, SITE, STYPE, TOKEN
+from sordino.flower.names import CONTENT, PART, RECORD, SITE, TOKEN
 
 TRAIN = "train"  # the kind of message that plain apps answer with their function `train`
 
@@ -46,8 +46,7 @@ def question(node: int, asked: Question, number: int, seconds: float) -> Message
         number: of the round.
         seconds: after which the message is not brought any more.
     """
-    about = ConfigRecord({SITE: asked.site, TOKEN: asked.token})
-    content = RecordDict({RECORD: about, CONTENT: _record(asked.content)})
+    content = _records({SITE: asked.site, TOKEN: asked.token}, asked.content)
     return Message(content, node, TRAIN, ttl=seconds, group_id=str(number))
 
 
@@ -66,7 +65,7 @@ def read_question(message: Message) -> Question:
 
 def answer(asked: Message, token: bytes, content: bytes) -> Message:
     """Return the reply to a message."""
-    return Message(RecordDict({RECORD: ConfigRecord({TOKEN: token}), CONTENT: _record(content)}), reply_to=asked)
+    return Message(_records({TOKEN: token}, content), reply_to=asked)
 
 
 def read_answer(reply: Message, token: bytes) -> bytes | str:
@@ -81,8 +80,12 @@ def read_answer(reply: Message, token: bytes) -> bytes | str:
         return f"it sent {error}"
 
 
-def _record(content: bytes) -> ArrayRecord:
-    return ArrayRecord({CONTENT: Array("uint8", (len(content),), STYPE, content)})
+def _records(about: dict[str, str | bytes], content: bytes) -> RecordDict:
+    """Return records: the first one with what is about the message, and a part of the content in each."""
+    first = ConfigRecord({**about, CONTENT: content[:PART]})
+    starts = range(PART, len(content), PART)
+    more = {f"{RECORD}{start // PART}": ConfigRecord({CONTENT: content[start : start + PART]}) for start in starts}
+    return RecordDict({RECORD: first, **more})
 
 
 def _about(message: Message) -> ConfigRecord:
@@ -93,8 +96,10 @@ def _about(message: Message) -> ConfigRecord:
 
 
 def _content(message: Message) -> bytes:
-    record = message.content.get(CONTENT)
-    array = record.get(CONTENT) if isinstance(record, ArrayRecord) else None
-    if array is None or array.stype != STYPE:
-        raise ValueError("a message without bytes")
-    return array.data
+    records = [_about(message)]
+    while isinstance(more := message.content.get(f"{RECORD}{len(records)}"), ConfigRecord):
+        records.append(more)
+    parts = [record.get(CONTENT) for record in records]
+    if len(records) < len(message.content) or not all(isinstance(part, bytes) for part in parts):
+        raise ValueError("a message that does not hold bytes alone")
+    return b"".join(part for part in parts if isinstance(part, bytes))

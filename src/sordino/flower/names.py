@@ -6,7 +6,7 @@ from __future__ import annotations
 RECORD = "sordino"
 SITE, TOKEN = "site", "token"
 CONTENT = "content"
-STYPE = "bytes"
+PART = 4 * 2**20  # bytes of a message in one request; the proxy takes somewhat more
 
 # Keys of a run's configuration; `app/pyproject.toml` has the same.
 PROPOSAL, FINGERPRINT, PATIENCE, CONFIG = "proposal", "fingerprint", "patience", "config"

@@ -32,7 +32,7 @@ class ServerEntry(BaseModel):
     certificate: str | None = Field(default=None, description="chain (PEM) to show to sites; absent: the project's own")
     key: str | None = Field(default=None, description="private key (PEM) of that certificate")
     most_bytes: int = Field(
-        default=16 * 2**20, ge=6 * 2**20, description="the longest request; Flower sends parts of 5 MB"
+        default=8 * 2**20, ge=5 * 2**20, description="the longest request; what is longer is sent in parts of 4 MiB"
     )
     nginx: str = Field(default="nginx", description="the proxy's program")
 
