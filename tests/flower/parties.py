@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
 import tomli_w
 from flare.parties import environment, free_port, until
 from sites.owners import NAMES, write_pictures, write_site
@@ -17,6 +19,10 @@ from sordino.flower.keys import make_key
 from sordino.sites.proposal import Proposal
 
 MARK = "SORDINO_TEST_PARTY"  # in the environment of a party's processes: Flower puts some into sessions of their own
+
+needs_nginx = pytest.mark.skipif(
+    shutil.which("nginx") is None and "CI" not in os.environ, reason="needs nginx: apt-get install nginx"
+)
 
 
 class Party:

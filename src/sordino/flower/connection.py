@@ -40,7 +40,7 @@ Result = TypeVar("Result")
 BEAT = 20.0  # seconds between two signs of life; the server waits for twice HEARTBEAT_DEFAULT_INTERVAL
 TRIES = 20.0  # seconds for which a request is repeated
 SPARE = 2**20  # bytes of a message beside its content; the site itself refuses content that is too long, in words
-NOT_RUNNING = 403
+NOT_RUNNING, UNKNOWN, UNSIGNED = 403, 412, 401  # as a SuperLink answers
 AWAY = (502, 503, 504)  # what the proxy says while the server is away
 
 
@@ -222,7 +222,9 @@ def _reason(error: Exception) -> str:
     """Return why a server does not take a request."""
     if isinstance(error, httpx.HTTPStatusError):
         code = error.response.status_code
-        if code in (400, 401, 404):
+        if code == UNKNOWN:
+            return "the server does not know this node's key, or takes a node with it for connected"
+        if code == UNSIGNED:
             return "the server does not know this node's key, or its clock and this one differ by minutes"
         if code == 413:
             return "an answer is longer than the server's proxy takes (server.most_bytes)"

@@ -7,7 +7,6 @@ So each site is looked for by a thread of its own: a deadline is one, and nobody
 from __future__ import annotations
 
 import queue
-import secrets
 import threading
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ from flwr.supercore.run import RunNotRunningException
 from sordino.errors import SordinoError
 from sordino.flower.messages import Question, question, read_answer
 from sordino.progress import log
+from sordino.randomness import system_bytes
 from sordino.runtime.fleet import Answer, Ask, Lost
 from sordino.runtime.waiting import Wait, hear
 
@@ -115,7 +115,7 @@ class FlowerFleet:
 
     def _send(self, asking: _Asking, site: str, node: _Node) -> None:
         """Send a site its question, and have a thread look for the answer."""
-        ask, token = asking.ask, secrets.token_bytes(16)
+        ask, token = asking.ask, system_bytes(16)
         message = question(node.number, Question(site, token, ask.payloads[site]), ask.round, ask.deadline + SPARE)
         (number,) = self._grid.push_messages([message]) or [None]
         asking.nodes[site] = node

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sordino.errors import ConfigError
 from sordino.flower.names import FLEET, HEALTH
 
 CONFIGURATION = """\
 # Written by 'sordino flower up'; it is written anew at every start.
 daemon off;
 worker_processes 1;
-pid {state}/nginx.pid;
+pid {nginx_pid};
 error_log stderr warn;
 events {{ worker_connections 4096; }}
 http {{
   access_log off;
   server_tokens off;
-  client_body_temp_path {state}/nginx-body;
-  proxy_temp_path {state}/nginx-proxy;
-  fastcgi_temp_path {state}/nginx-unused;
-  uwsgi_temp_path {state}/nginx-unused;
-  scgi_temp_path {state}/nginx-unused;
+  client_body_temp_path {nginx_body};
+  proxy_temp_path {nginx_proxy};
+  fastcgi_temp_path {nginx_unused};
+  uwsgi_temp_path {nginx_unused};
+  scgi_temp_path {nginx_unused};
   limit_conn_zone $binary_remote_addr zone=sites:1m;
 
   upstream superlink {{
@@ -82,7 +83,10 @@ def configuration(
     """
     methods = {HEALTH: "GET", **dict.fromkeys(FLEET, "POST")}
     return CONFIGURATION.format(
-        state=_quoted(state),
+        nginx_pid=_quoted(state / "nginx.pid"),
+        nginx_body=_quoted(state / "nginx-body"),
+        nginx_proxy=_quoted(state / "nginx-proxy"),
+        nginx_unused=_quoted(state / "nginx-unused"),
         address=f"[{address}]" if ":" in address else address,
         port=port,
         loopback=loopback,
@@ -95,5 +99,12 @@ def configuration(
 
 
 def _quoted(path: Path) -> str:
-    """Return a path for the configuration; a space or a quote must not end it."""
-    return "".join(f"\\{letter}" if letter in " ;{}\"'\\$" else letter for letter in str(path))
+    """Return a path for the configuration.
+
+    Raises:
+        ConfigError: it holds what the configuration cannot name.
+    """
+    text = str(path)
+    if any(letter in text for letter in '$"\\\n'):
+        raise ConfigError("server.state", text, "nginx takes no path with $, a quote or a backslash; choose another")
+    return f'"{text}"'

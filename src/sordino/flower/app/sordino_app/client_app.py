@@ -17,7 +17,7 @@ from sordino.sites.site import Site
 app = ClientApp()
 
 
-@app.train()
+@app.train()  # type: ignore[untyped-decorator]
 def train(message: Message, context: Context) -> Message:
     """Answer one question."""
     site = Site(load_site(Path(os.environ[SITE_VARIABLE]).resolve()))

@@ -8,7 +8,7 @@ from sordino.flower.coordinator import run
 app = ServerApp()
 
 
-@app.main()
+@app.main()  # type: ignore[untyped-decorator]
 def main(grid: Grid, context: Context) -> None:
     """Run an experiment over the connected nodes."""
     run(grid, context.run_id, context.run_config)
