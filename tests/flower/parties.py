@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import tomli_w
+from engines.processes import FAULTY
 from flare.parties import environment, free_port, until
 from sites.owners import NAMES, write_pictures, write_site
 
@@ -28,17 +31,23 @@ needs_nginx = pytest.mark.skipif(
 class Party:
     """A command that runs on, with all that it starts.
 
+    Args:
+        folder: for its log.
+        name: of it.
+        words: after `sordino`.
+        more: variables of its environment.
+
     Attributes:
         log: what it prints.
     """
 
-    def __init__(self, folder: Path, name: str, *words: str) -> None:
+    def __init__(self, folder: Path, name: str, *words: str, **more: str) -> None:
         self.log, self._mark = folder / f"{name}.log", f"{folder}/{name}"
         self._before = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "sordino", *words],
-                env=environment(**{MARK: self._mark}),
+                env=environment(**{MARK: self._mark}, **more),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -87,6 +96,8 @@ class FlowerEngine:
     def __init__(self, folder: Path, clip: Path) -> None:
         self.folder, self.clip = folder / "tests", clip
         self.folder.mkdir()
+        self.faults = folder / "faults"
+        self.faults.mkdir()
         self._home = folder
         self.port, self.loopback = free_port(), free_port()
         self.homes = {name: folder / name for name in NAMES}
@@ -135,6 +146,11 @@ class FlowerEngine:
     def lines(self, proposal: Proposal, out: Path) -> Path:
         return self._home / "runs" / proposal.fingerprint / "metrics.jsonl"
 
+    def server_files(self) -> list[Path]:
+        assert self.server is not None
+        folders = [self._home / "state", self._home / "runs"]
+        return [self.server.log, *(file for folder in folders for file in folder.rglob("*"))]
+
     def kill_site(self, name: str) -> None:
         self.sites[name].end()
 
@@ -153,7 +169,20 @@ class FlowerEngine:
     def _start(self, name: str) -> None:
         home = self.homes[name]
         words = ["flower", "node", str(home / "site.toml"), "--server", f"127.0.0.1:{self.port}"]
-        self.sites[name] = Party(self._home, name, *words, "--ca", str(self.ca), "--key", str(home / "node"))
+        words += ["--ca", str(self.ca), "--key", str(home / "node")]
+        faults = {"PYTHONPATH": str(FAULTY), "SORDINO_TEST_FAULTS": str(self.faults)}
+        self.sites[name] = Party(self._home, name, *words, **faults)
 
     def _await(self, name: str) -> None:
         until(f"{name} is connected", lambda: self.sites[name].says(f"{name} is connected"), 240)
+
+
+@contextmanager
+def flower(folder: Path, clip: Path) -> Iterator[FlowerEngine]:
+    """Start a server and its sites, and end all their processes."""
+    engine = FlowerEngine(folder, clip)
+    try:
+        engine.start()
+        yield engine
+    finally:
+        engine.end()
