@@ -22,6 +22,7 @@ LONGEST = 300  # characters of a value in a message
 # with a message of its own.
 EXTRAS = {
     "flare": ("nvflare",),
+    "flower": ("flwr",),
     "hub": ("datasets",),
     "mpc": ("cma", "grpc", "numba"),
     "tracking": ("mlflow", "tensorboard"),

@@ -18,6 +18,7 @@ from engines.faulty.site_faults import SECRET, repeatable_noise
 from engines.flare_engine import flare
 from engines.processes import Trial
 from flare.parties import until
+from flower.parties import flower
 from sites.owners import NAMES, fleet, sites_at, write_pictures, write_site
 
 from sordino.algorithms.base import named_tensors
@@ -30,7 +31,7 @@ from sordino.sites.coordinator import AGREEMENT, LEDGER, OUTCOME, coordinate
 pytestmark = pytest.mark.slow
 
 # An engine's name to what starts it, given a folder and the encoder's, and ends all its processes.
-ENGINES: dict[str, Callable[[Path, Path], AbstractContextManager[Engine]]] = {"flare": flare}
+ENGINES: dict[str, Callable[[Path, Path], AbstractContextManager[Engine]]] = {"flare": flare, "flower": flower}
 
 
 @pytest.fixture(scope="module", params=ENGINES)

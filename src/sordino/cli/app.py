@@ -13,6 +13,7 @@ import typer
 
 from sordino.cli.console import at_work, fail, run_command
 from sordino.cli.flare import app as flare
+from sordino.cli.flower import app as flower
 from sordino.cli.machine import doctor, encoders
 from sordino.cli.methods import add_file, with_method
 from sordino.cli.methods import app as methods
@@ -46,6 +47,7 @@ app = typer.Typer(
 app.add_typer(privacy, name="privacy")
 app.add_typer(mpc, name="mpc")
 app.add_typer(flare, name="flare")
+app.add_typer(flower, name="flower")
 app.add_typer(methods, name="methods")
 app.add_typer(site, name="site")
 app.command("tune-private")(tune_private)

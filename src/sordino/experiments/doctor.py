@@ -84,6 +84,8 @@ def _extras() -> list[Check]:
     for extra in EXTRAS:
         missing = missing_modules(extra)
         finding = f"not installed (pip install 'sordino[{extra}]')" if missing else "installed"
+        if extra == "flower" and not missing and shutil.which("nginx") is None:
+            finding = "installed; nginx is not, which 'sordino flower up' needs (apt-get install nginx)"
         checks.append(Check(f"extra {extra}", True, finding))
     return checks
 

@@ -1,0 +1,10 @@
+"""Flower as an engine: a SuperLink behind a proxy, a node that runs no code from outside, and runs that go on.
+
+`node` speaks Flower's Fleet API itself, in the process that holds the site: no app is installed or started there, so
+a message chooses nothing but which question is answered. The modules `connection`, `messages`, `answering`, `fleet`,
+`control` and `server` import Flower, and no other does.
+"""
+
+from sordino.errors import require_extra
+
+require_extra("flower", "an experiment over Flower")

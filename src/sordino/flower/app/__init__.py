@@ -1,0 +1,1 @@
+"""The folder that `flwr run` takes: an app of Flower's, whose two ends are those of the installed Sordino."""

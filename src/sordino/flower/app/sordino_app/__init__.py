@@ -1,0 +1,1 @@
+"""An app of Flower's without code of its own."""
