@@ -21,13 +21,12 @@ from sordino.flower import coordinator as module
 from sordino.flower.answering import answered
 from sordino.flower.coordinator import asked_for, run, run_config_of
 from sordino.flower.messages import PART, Question, answer, question, read_answer, read_question
-from sordino.flower.names import PROCESS, PROJECT_VARIABLE
+from sordino.flower.names import LINES, PROCESS, PROJECT_VARIABLE
 from sordino.flower.node import FOLDER, NUMBER, _before
 from sordino.flower.project import ServerProject
 from sordino.flower.server import FlowerServer, write_run
 from sordino.runtime.envelope import Envelope
 from sordino.runtime.fleet import Patience
-from sordino.sites.coordinator import METRICS
 from sordino.sites.proposal import Proposal
 from sordino.sites.settings import load_site
 from sordino.sites.site import Site
@@ -200,15 +199,17 @@ def test_a_run_is_followed_in_its_directory(project: ServerProject, clip_folder:
     out = module.coordinator_settings(project).folder(proposal)
     assert out == tmp_path / "runs" / proposal.fingerprint
     out.mkdir(parents=True)
-    (out / METRICS).write_text('{"round": 1}\n')
+    (out / LINES).write_text('{"round": 1}\n')  # an earlier run's, too
     (out / FAILED).write_text("an earlier run's")
 
-    def coordinate(config: Any, proposed: Proposal, fleet: Any, folder: Path, patience: Patience) -> None:
+    def coordinate(config: Any, proposed: Proposal, fleet: Any, folder: Path, patience: Patience, watch: Any) -> None:
         assert (proposed.fingerprint, folder) == (proposal.fingerprint, out)
         assert config.encoder.checkpoint == str(clip_folder)
         assert not (out / FAILED).exists()
-        with (out / METRICS).open("a") as file:
-            file.write('{"round": 2}\n{"round": 3}\n')
+        watch({"round": 2})
+        watch({"round": 3, "accuracy": {"local": 0.5}})
+        with (out / LINES).open("a") as file:
+            file.write('{"rou')  # a line is not told before it is whole
         raise RunError("1 of 2 sites take part, and 2 are needed")
 
     server = FlowerServer(Control(), out)  # type: ignore[arg-type]
@@ -220,13 +221,13 @@ def test_a_run_is_followed_in_its_directory(project: ServerProject, clip_folder:
         patched.setattr(ServerProject, "sites", {b"key": "east"})
         with pytest.raises(RunError, match="1 of 2"):
             run(SimpleNamespace(), 12, run_config_of(proposal, Patience()))  # type: ignore[arg-type]
-    assert server.progress("12", 0) == [{"round": 2}, {"round": 3}]
-    assert server.progress("12", 1) == [{"round": 3}]
+    assert server.progress("12", 0) == [{"round": 2}, {"round": 3, "accuracy": {"local": 0.5}}]
+    assert server.progress("12", 1) == [{"round": 3, "accuracy": {"local": 0.5}}]
     assert server.progress("13", 0) is None, "another run works there"
     copied = server.results("12", tmp_path / "copied")
     assert copied is not None
     assert (copied / FAILED).read_text() == "1 of 2 sites take part, and 2 are needed\n"
-    assert not (copied / PROCESS).exists()
+    assert not {LINES, PROCESS} & {path.name for path in copied.iterdir()}
     note = json.loads((out / PROCESS).read_text())
     (out / PROCESS).write_text(json.dumps(note | {"process": 2**22 + 1}))  # more than the system has
     assert server.progress("12", 0) is None, "its process died"

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from sordino.cli.console import at_work
 from sordino.cli.options import AsJson, ConfigFile, Overrides
-from sordino.cli.terminal import live_progress
 from sordino.errors import require_extra
 
 app = typer.Typer(help="Experiments across machines of several owners, over NVIDIA FLARE.", no_args_is_help=True)
@@ -105,8 +103,7 @@ def run(
 ) -> None:
     """Run an experiment at the sites of a FLARE server, and go on by itself where a job fails or the server dies."""
     require_extra("flare", "'sordino flare'")
-    from sordino.cli.site_words import round_as_text
-    from sordino.experiments.tracking import Heard, require_tracker, tracked
+    from sordino.experiments.tracking import require_tracker
     from sordino.flare.administrator import Administrator
     from sordino.flare.job import write_job
     from sordino.privacy.signature import load_private_key
@@ -114,32 +111,14 @@ def run(
     from sordino.sites.submission import Submission
 
     chosen = load_fleet_config(config, overrides or [])
-    tracking = chosen.experiment.tracking
-    require_tracker(tracking)
+    require_tracker(chosen.experiment.tracking)
     proposal = chosen.proposal(load_private_key(key, "--key") if key else None)
     logging.getLogger("nvflare").setLevel(logging.CRITICAL)  # it tells every try to connect
     print(f"Experiment: {proposal.fingerprint}", file=sys.stderr, flush=True)
     again = f"sordino flare run {shlex.quote(str(config))} --kit {shlex.quote(str(kit))} --out {shlex.quote(str(out))}"
     at_work(f"the job goes on at the server; to watch it again, repeat {again}")
-    heard = Heard()
+    from sordino.cli.watching import print_outcome, watching
 
-    def watch(line: dict[str, Any]) -> None:
-        print(round_as_text(line), file=sys.stderr, flush=True)
-        heard.add(line)
-
-    with Administrator(kit) as server, live_progress(), tracked(tracking, out, heard):
+    with Administrator(kit) as server, watching(chosen.experiment.tracking, out) as watch:
         Submission(server, proposal, chosen.patience, write_job, tries, watch, rejoining=server).run(out)
     print_outcome(out, as_json)
-
-
-def print_outcome(out: Path, as_json: bool) -> None:
-    """Print how an experiment across machines ended."""
-    from sordino.sites.coordinator import OUTCOME
-
-    outcome: dict[str, Any] = json.loads((out / OUTCOME).read_text(encoding="utf-8"))
-    if as_json:
-        print(json.dumps(outcome))
-    else:
-        print(f"{outcome['rounds']} rounds at {', '.join(outcome['sites'])}")
-        print(outcome["privacy"]["statement"])
-        print(f"Run directory: {out}")

@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 
 from sordino.cli.console import at_work
-from sordino.cli.flare import print_outcome, tell_round
 from sordino.cli.options import AsJson, ConfigFile, Overrides
 from sordino.cli.terminal import live_progress
 from sordino.errors import ConfigError, require_extra
@@ -89,13 +88,16 @@ def run(
 ) -> None:
     """Run an experiment at the sites of this machine's server, and go on by itself where a run or the server dies."""
     require_extra("flower", "'sordino flower'")
+    from sordino.experiments.tracking import require_tracker
     from sordino.flower.project import ServerProject
     from sordino.privacy.signature import load_private_key
     from sordino.sites.fleet_config import load_fleet_config
 
     settings = ServerProject(project)
     chosen = load_fleet_config(config, overrides or [])
+    require_tracker(chosen.experiment.tracking)
     proposal = chosen.proposal(load_private_key(key, "--key") if key else None)
+    from sordino.cli.watching import print_outcome, watching
     from sordino.flower.control import connected
     from sordino.flower.coordinator import coordinator_settings
     from sordino.flower.server import FlowerServer, write_run
@@ -105,9 +107,9 @@ def run(
     print(f"Experiment: {proposal.fingerprint}", file=sys.stderr, flush=True)
     words = ["sordino", "flower", "run", str(config), "--project", str(project), "--out", str(out)]
     at_work(f"the run goes on at the server; to watch it again, repeat {shlex.join(words)}")
-    with connected(settings) as control, live_progress():
+    with connected(settings) as control, watching(chosen.experiment.tracking, out) as watch:
         server = FlowerServer(control, coordinator_settings(settings).folder(proposal))
-        Submission(server, proposal, chosen.patience, write_run, tries, tell_round).run(out)
+        Submission(server, proposal, chosen.patience, write_run, tries, watch).run(out)
     print_outcome(out, as_json)
 
 

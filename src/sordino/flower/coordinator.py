@@ -13,10 +13,10 @@ from sordino.errors import RunError, SordinoError
 from sordino.experiments.run_lock import wait_until_free
 from sordino.files import write_atomically
 from sordino.flower.fleet import FlowerFleet, Grid, Stopped
-from sordino.flower.names import CONFIG, FINGERPRINT, PATIENCE, PROCESS, PROJECT_VARIABLE, PROPOSAL
+from sordino.flower.names import CONFIG, FINGERPRINT, LINES, PATIENCE, PROCESS, PROJECT_VARIABLE, PROPOSAL
 from sordino.flower.project import ServerProject
 from sordino.runtime.fleet import Patience
-from sordino.sites.coordinator import METRICS, coordinate
+from sordino.sites.coordinator import coordinate
 from sordino.sites.fleet_config import load_fleet_config
 from sordino.sites.proposal import Proposal
 from sordino.sites.server_settings import COORDINATOR_FILE, CoordinatorSettings, load_coordinator
@@ -46,10 +46,15 @@ def run(grid: Grid, run_number: int, run_config: Mapping[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     wait_until_free(out, LOCK_SECONDS)
     (out / FAILED).unlink(missing_ok=True)
-    note = {"run": run_number, "process": os.getpid(), "lines": line_count(out)}
-    write_atomically(out / PROCESS, json.dumps(note).encode())
+    write_atomically(out / LINES, b"")
+    write_atomically(out / PROCESS, json.dumps({"run": run_number, "process": os.getpid()}).encode())
+
+    def watch(line: dict[str, Any]) -> None:
+        with (out / LINES).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
     try:
-        coordinate(settings.config(proposal), proposal, FlowerFleet(grid, project.sites), out, patience)
+        coordinate(settings.config(proposal), proposal, FlowerFleet(grid, project.sites), out, patience, watch)
     except Stopped:
         raise
     except SordinoError as error:
@@ -105,9 +110,3 @@ def run_config_of(proposal: Proposal, patience: Patience) -> dict[str, str]:
         FINGERPRINT: proposal.fingerprint,
         PATIENCE: json.dumps(asdict(patience)),
     }
-
-
-def line_count(out: Path) -> int:
-    """Return the number of rounds' lines in a run directory."""
-    file = out / METRICS
-    return file.read_text(encoding="utf-8").count("\n") if file.exists() else 0

@@ -24,6 +24,7 @@ FLEET = tuple(
 )
 HEALTH = "/health"
 
+LINES = "lines.jsonl"  # in a run directory: the rounds' lines of the run that is at work there, as they are told
 PROCESS = "process.json"  # in a run directory: which run of Flower's is at work there, in which process
 
 # Flower asks for updates and tells of its use otherwise, and installs what an app names.

@@ -16,9 +16,8 @@ from sordino.errors import RunError
 from sordino.experiments.run_lock import FILE as LOCK
 from sordino.flower.control import Control, NoSuperLink
 from sordino.flower.coordinator import run_config_of
-from sordino.flower.names import FINGERPRINT, PROCESS
+from sordino.flower.names import FINGERPRINT, LINES, PROCESS
 from sordino.runtime.fleet import Patience
-from sordino.sites.coordinator import METRICS
 from sordino.sites.proposal import Proposal
 from sordino.sites.submission import JobStatus, Unreachable
 
@@ -77,14 +76,13 @@ class FlowerServer:
         note = self._note()
         if note.get("run") != int(job) or not _lives(int(note["process"])):
             return None
-        file = self._folder / METRICS
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        return [json.loads(line) for line in lines[int(note["lines"]) + start :]]
+        whole = (self._folder / LINES).read_text(encoding="utf-8").rpartition("\n")[0]
+        return [json.loads(line) for line in whole.splitlines()[start:]]
 
     def results(self, job: str, folder: Path) -> Path | None:
         if self._note().get("run") != int(job):
             return None
-        ignored = shutil.ignore_patterns(LOCK, PROCESS)
+        ignored = shutil.ignore_patterns(LOCK, LINES, PROCESS)
         return Path(shutil.copytree(self._folder, folder, ignore=ignored, dirs_exist_ok=True))
 
     def _note(self) -> dict[str, Any]:
