@@ -1,24 +1,20 @@
 """Every engine gives the same experiments: to the bit, through faults, and charging each round once.
 
-A server and three sites in real processes, over TLS with authentication, on the loopback. Add an engine to `ENGINES`.
+A server and three sites in real processes, over TLS with authentication, on the loopback. A module an engine imports
+these tests and has a fixture `engine`, so that engines are tested side by side.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import pytest
 from engines.engine import Engine
 from engines.faulty.site_faults import NOISE as REPEATABLE
 from engines.faulty.site_faults import SECRET, repeatable_noise
-from engines.flare_engine import flare
 from engines.processes import Trial
 from flare.parties import until
-from flower.parties import flower
 from sites.owners import NAMES, fleet, sites_at, write_pictures, write_site
 
 from sordino.algorithms.base import named_tensors
@@ -27,17 +23,6 @@ from sordino.runtime import checkpoint
 from sordino.runtime.fleet import Patience
 from sordino.runtime.turns import Turns
 from sordino.sites.coordinator import AGREEMENT, LEDGER, OUTCOME, coordinate
-
-pytestmark = pytest.mark.slow
-
-# An engine's name to what starts it, given a folder and the encoder's, and ends all its processes.
-ENGINES: dict[str, Callable[[Path, Path], AbstractContextManager[Engine]]] = {"flare": flare, "flower": flower}
-
-
-@pytest.fixture(scope="module", params=ENGINES)
-def engine(request: Any, tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Iterator[Engine]:
-    with ENGINES[request.param](tmp_path_factory.mktemp(request.param), clip_folder) as started:
-        yield started
 
 
 def test_noise_at_three_sites_for_three_rounds(engine: Engine) -> None:
