@@ -5,12 +5,13 @@ DP-FPL with noise by each client on handwritten digits and the bundled encoder, 
 - round_seconds, local_round_seconds: medians of the coordinator's rounds, over the engine, and over the same sites in
   processes of their own behind pipes; round_overhead_seconds is their difference. First rounds are left out.
 - first_round_seconds: from the command to the end of the first round.
-- rss_mb: peak memory of the engine's own process at a site, and of the process of a site's job.
+- rss_mb: peak memory of processes: the engine's own at a site and that of a job (FLARE), a site and the largest of the
+  server (Flower).
 - bytes_over_bill: what sites and server hand to the engine, over the bytes of the method's messages.
 - wire_bytes_over_bill: what crossed the loopback in that time, over the same: with the engine's questions for work,
   heartbeats and TLS. Meaningful only where nothing else uses the loopback.
 
-Prints one JSON object. It needs the extra `flare`.
+Prints one JSON object. It needs the extras `flare` and `flower`, and nginx.
 
     python benchmarks/engines.py --rounds 30
 """
@@ -26,11 +27,11 @@ import json
 import multiprocessing
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,12 @@ import tomli_w
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from flare.parties import Party, environment, free_port, processes_of, until
+from engines.engine import Engine
+from engines.flare_engine import FlareEngine, flare
+from engines.processes import Running
+from flare.parties import processes_of
+from flower.parties import FlowerEngine
 
-from sordino.flare.project import load_project
-from sordino.flare.provision import provision
 from sordino.runtime.fleet import Answer, Ask, Lost, Patience
 from sordino.sites.coordinator import METRICS, coordinate
 from sordino.sites.fleet_config import FleetConfig, load_fleet_config
@@ -50,7 +53,7 @@ from sordino.sites.settings import load_site
 from sordino.sites.site import Site
 
 NAMES = ("east", "north", "west")
-LEAD = "lead@example.org"
+Memory = Callable[[], dict[str, int]]  # peak MB by process
 EXPERIMENT: dict[str, Any] = {
     "algorithm": "dp-fpl",
     "device": "cpu",
@@ -98,10 +101,16 @@ def loopback() -> int:
     return int(line.split(":")[1].split()[0])
 
 
-def peak(process: int) -> int:
-    """Peak memory of a process in MB."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
-    return round(int(found.group(1)) / 1024) if found else 0
+def most(processes: Iterable[int]) -> int:
+    """Peak memory in MB of the process that needs most."""
+    sizes = [0]
+    for process in processes:
+        try:
+            found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
+        except OSError:  # it ended
+            continue
+        sizes.append(round(int(found.group(1)) / 1024) if found else 0)
+    return max(sizes)
 
 
 def answering(file: Path, pipe: Connection) -> None:
@@ -145,55 +154,60 @@ def without_engine(config: FleetConfig, folder: Path) -> list[float]:
     return seconds_of(folder / "out")
 
 
-def over_flare(file: Path, folder: Path) -> dict[str, Any]:
-    """The rounds over FLARE, and what they cost."""
-    project = {
-        "name": "bench",
-        "server": {"host": "127.0.0.1", "port": free_port(), "store": str(folder / "store")},
-        "sites": [{"name": name, "organization": f"{name}_org"} for name in NAMES],
-        "admins": [{"name": LEAD, "organization": "coordinator"}],
-    }
-    (folder / "project.toml").write_text(tomli_w.dumps(project))
-    kits = {kit.name: kit for kit in provision(load_project(folder / "project.toml"), folder / "out")}
+@contextmanager
+def over_flare(folder: Path) -> Iterator[tuple[FlareEngine, Memory]]:
+    """A server and sites of FLARE's; memory is that of FLARE's own process at a site, and of a job's."""
+    with flare(folder, folder) as engine:
+        for number, name in enumerate(NAMES):
+            write_site(engine.homes[name] / "site.toml", number, "../state")
+        kit = engine.kits[NAMES[0]]
+
+        def memory() -> dict[str, int]:
+            found = processes_of(kit)
+            jobs = {each for each, words in found.items() if any("worker_process" in word for word in words)}
+            return {"site": most(found.keys() - jobs), "site's job": most(jobs)}
+
+        yield engine, memory
+
+
+@contextmanager
+def over_flower(folder: Path) -> Iterator[tuple[FlowerEngine, Memory]]:
+    """A server and sites of Flower's, behind its proxy; memory is that of a site, and of the largest at the server."""
+    engine = FlowerEngine(folder, folder)
     for number, name in enumerate(NAMES):
-        write_site(kits[name] / "local" / "site.toml", number, "../state")
-    parties: list[Party] = []
+        write_site(engine.homes[name] / "site.toml", number, "state")
     try:
-        server = Party(kits["server"])
-        parties.append(server)
-        parties += [Party(kits[name]) for name in NAMES]
-        for name in NAMES:
-            until(f"{name} registered", lambda name=name: server.says(f"client {name} registered"))
-        began, before = time.monotonic(), loopback()
-        command = [sys.executable, "-m", "sordino", "flare", "run", str(file), "--kit", str(kits[LEAD])]
-        running = subprocess.Popen(
-            [*command, "--out", str(folder / "run")],
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert running.stderr is not None
-        first, site, job = None, 0, 0
-        for line in running.stderr:
+        engine.start()
+        site, server = engine.sites[NAMES[0]], engine.server
+        assert server is not None
+        yield engine, lambda: {"site": most(site.processes()), "server": most(server.processes())}
+    finally:
+        engine.end()
+
+
+ENGINES = {"flare": over_flare, "flower": over_flower}
+
+
+def measured(engine: Engine, memory: Memory, file: Path, out: Path) -> dict[str, Any]:
+    """The rounds over an engine, and what they cost."""
+    began, before = time.monotonic(), loopback()
+    first, used = 0.0, dict[str, int]()
+    with Running(engine.run(file, out)) as running:
+        assert running.process.stderr is not None
+        for line in running.process.stderr:
             if line.startswith("round "):
                 first = first or time.monotonic() - began
-                found = processes_of(kits[NAMES[0]])
-                jobs = {n for n, words in found.items() if any("worker_process" in word for word in words)}
-                job = max([job, *map(peak, jobs)])
-                site = max([site, *(peak(number) for number in found if number not in jobs)])
-        if running.wait():
-            raise SystemExit("sordino flare run failed")
-        crossed = loopback() - before
-    finally:
-        for party in parties:
-            party.end()
-    seconds, bill = seconds_of(folder / "run"), bill_of(folder / "run")
+                now = memory()
+                used = {name: max(size, used.get(name, 0)) for name, size in now.items()}
+        if running.process.wait():
+            raise SystemExit("the experiment failed")
+    crossed = loopback() - before
+    seconds, bill = seconds_of(out), bill_of(out)
     return {
         "round_seconds": round(statistics.median(seconds), 3),
-        "first_round_seconds": round(first or 0.0, 1),
-        "rss_mb": {"site": site, "job": job},
-        "bytes_over_bill": round(handed_over(folder / "run" / "report.html") / bill, 3),
+        "first_round_seconds": round(first, 1),
+        "rss_mb": used,
+        "bytes_over_bill": round(handed_over(out / "report.html") / bill, 3),
         "wire_bytes_over_bill": round(crossed / bill, 3),
         "bill_bytes": int(bill),
     }
@@ -202,6 +216,7 @@ def over_flare(file: Path, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--engines", default=",".join(ENGINES), help="one or several of them")
     parser.add_argument("--quick", action="store_true", help="5 rounds")
     arguments = parser.parse_args()
     rounds = 5 if arguments.quick else arguments.rounds
@@ -209,15 +224,15 @@ def main() -> None:
         folder = Path(made)
         file = folder / "experiment.toml"
         file.write_text(tomli_w.dumps(EXPERIMENT | {"rounds": rounds}))
-        (folder / "flare").mkdir()
         torch.set_num_threads(1)
         local = statistics.median(without_engine(load_fleet_config(file), folder / "local"))
-        flare = over_flare(file, folder / "flare")
-    flare |= {
-        "local_round_seconds": round(local, 3),
-        "round_overhead_seconds": round(flare["round_seconds"] - local, 3),
-    }
-    print(json.dumps({"rounds": rounds, "quick": arguments.quick, "flare": flare}))
+        results: dict[str, Any] = {"rounds": rounds, "quick": arguments.quick, "local_round_seconds": round(local, 3)}
+        for name in arguments.engines.split(","):
+            (folder / name).mkdir()
+            with ENGINES[name](folder / name) as (engine, memory):
+                found = measured(engine, memory, file, folder / f"{name}-run")
+            results[name] = found | {"round_overhead_seconds": round(found["round_seconds"] - local, 3)}
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":
