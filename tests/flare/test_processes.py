@@ -6,8 +6,11 @@ import json
 import os
 import shutil
 import signal
+import socket
+import ssl
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from flare.parties import Party, environment, until
 from sites.owners import NAMES
 
 from sordino.flare.job import write_job
+from sordino.flower.certificates import write_certificates
 from sordino.runtime.fleet import Patience
 
 pytestmark = pytest.mark.slow
@@ -72,6 +76,34 @@ def test_an_old_copy_of_a_site_takes_its_place_and_answers_nothing(engine: Flare
     answered = trial.charged("north")
     assert {line["round"] for line in trial.written() if line["participants"] == 3} <= set(answered)
     assert answered == list(range(1, len(answered) + 1))
+
+
+def test_without_a_certificate_of_the_project_nothing_is_heard(engine: FlareEngine, tmp_path: Path) -> None:
+    """Plain text, no certificate, and one that another authority signed: the server closes the connection."""
+    port = tomllib.loads((engine.folder / "project.toml").read_text())["server"]["port"]
+    startup = engine.kits["east"] / "startup"
+
+    def heard(context: ssl.SSLContext | None) -> bytes:
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as plain:
+            channel = context.wrap_socket(plain, server_hostname="127.0.0.1") if context else plain
+            channel.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            return channel.recv(100)
+
+    def with_certificate(certificate: Path | None, key: Path | None = None) -> ssl.SSLContext:
+        context = ssl.create_default_context(cafile=str(startup / "rootCA.pem"))
+        context.check_hostname = False
+        if certificate is not None:
+            context.load_cert_chain(certificate, key)
+        return context
+
+    assert b"HTTP/1.1" in heard(with_certificate(startup / "client.crt", startup / "client.key"))
+    write_certificates(tmp_path, "strangers", "127.0.0.1", 1)
+    strangers = with_certificate(tmp_path / "server.crt", tmp_path / "server.key")
+    for context in (None, with_certificate(None), strangers):
+        try:
+            assert heard(context) == b""
+        except (ssl.SSLError, ConnectionError):
+            continue
 
 
 def test_a_certificate_under_another_sites_name_is_refused(engine: FlareEngine) -> None:

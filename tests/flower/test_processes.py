@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
 import ssl
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import tomli_w
-from flare.parties import until
+from flare.parties import environment, until
 from flower.parties import FlowerEngine, needs_nginx
 from flwr.cli.build import build_fab_from_files
 from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest, StartRunRequest
@@ -24,26 +23,20 @@ from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.runtime import RuntimeHttpClient
-from sites.owners import NAMES, NOISE, experiment, fleet, sites_at, write_pictures, write_site
+from sites.owners import experiment
 
-from sordino.algorithms.base import named_tensors
 from sordino.experiments.config import Experiment, load_config
 from sordino.flower.certificates import write_certificates
 from sordino.flower.connection import Connection, Unreachable
-from sordino.flower.control import connected
+from sordino.flower.control import APP, connected
 from sordino.flower.keys import load_key, make_key
 from sordino.flower.messages import answer, read_question
-from sordino.flower.names import FLEET
+from sordino.flower.names import FLEET, QUIET
 from sordino.flower.project import ServerProject
-from sordino.prompt_file import SavedPrompt
-from sordino.runtime import checkpoint
-from sordino.runtime.fleet import Patience
-from sordino.sites.coordinator import METRICS, coordinate
+from sordino.sites.coordinator import OUTCOME
 from sordino.sites.proposal import Proposal
 
 pytestmark = [pytest.mark.slow, needs_nginx]
-
-PATIENCE = ("fleet.quorum=0.6", "fleet.deadline=120.0", "fleet.grace=20.0")
 
 
 @pytest.fixture(scope="module")
@@ -62,86 +55,26 @@ def written(engine: FlowerEngine, name: str, config: Experiment) -> tuple[Path, 
     return file, Proposal.of(load_config(file))
 
 
-def finished(process: subprocess.Popen[str], seconds: float = 400) -> tuple[dict[str, Any], str]:
-    """The one JSON object that a run printed, and what it told; the process is ended whatever happens."""
-    try:
-        printed, told = process.communicate(timeout=seconds)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    assert process.returncode == 0, told
-    return json.loads(printed), told
-
-
-def charged(engine: FlowerEngine, name: str, proposal: Proposal) -> list[int]:
-    """The rounds in a site's own ledger."""
-    file = engine.states[name] / "ledger" / f"{proposal.fingerprint}.json"
-    return list(json.loads(file.read_text())["rounds"])
-
-
 def outside(engine: FlowerEngine, path: str, **more: Any) -> int:
     """What the proxy answers to a request with nothing but the authority's certificate."""
     with httpx.Client(verify=ssl.create_default_context(cafile=str(engine.ca))) as client:
         return client.request(more.pop("method", "POST"), f"https://127.0.0.1:{engine.port}{path}", **more).status_code
 
 
-def test_a_site_and_the_server_may_die_and_nothing_is_charged_twice(engine: FlowerEngine) -> None:
-    config = experiment(engine.clip, "dp-fpl", privacy=NOISE, rounds=12)
-    file, proposal = written(engine, "killed", config)
-    out = engine.folder / "killed"
-    lines = engine.lines(proposal, out)
-
-    def after(rounds: int) -> None:
-        until(f"{rounds} rounds", lambda: lines.exists() and lines.read_text().count("\n") >= rounds, 240)
-
-    run = engine.run(file, out, *PATIENCE)
-    try:
-        after(1)
-        engine.kill_site("north")
-        engine.start_site("north")
-        after(4)
-        engine.kill_server()
-        before = lines.read_text()
-        assert before.count("\n") < 12
-        engine.start_server()
-    finally:
-        outcome, told = finished(run)
-    assert "try 1 of 5" in told
-    assert (outcome["experiment"], outcome["rounds"]) == (proposal.fingerprint, 12)
-    assert outcome["privacy"]["private"]
-    assert (out / METRICS).read_text().startswith(before)
-    rounds = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
-    assert [line["round"] for line in rounds] == list(range(1, 13)), "none is run twice, none left out"
-    whole = [number for number, line in enumerate(rounds, 1) if line["participants"] == 3]
-    assert len(whole) >= 8
-    assert charged(engine, "east", proposal) == charged(engine, "west", proposal) == list(range(1, 13))
-    own = charged(engine, "north", proposal)
-    assert set(whole) <= set(own)
-    assert own == sorted(set(own))
-    for number, name in enumerate(NAMES):
-        (prompt,) = (engine.states[name] / "experiments" / proposal.fingerprint / "prompts").iterdir()
-        assert SavedPrompt.load(prompt).client == number
-
-
-def test_without_noise_it_has_the_bits_of_sites_in_one_process(engine: FlowerEngine) -> None:
-    config = experiment(engine.clip, "promptfl")
-    file, _ = written(engine, "plain", config)
-    run = engine.run(file, engine.folder / "plain", *PATIENCE)
-    here = engine.folder / "here"
-    try:
-        files = {}
-        for number, name in enumerate(NAMES):
-            write_pictures(here / name / "pictures", number, 5 + number)
-            files[name] = write_site(here / name, name, engine.clip)
-        outcome = coordinate(config, Proposal.of(config), fleet(sites_at(files)), here / "out", Patience())
-    finally:
-        finished(run)
-    there = checkpoint.load_server(engine.folder / "plain" / "checkpoint", outcome.training)
-    assert there is not None
-    assert there.round == outcome.training.round == 3
-    for name, tensor in named_tensors(outcome.training.state).items():
-        assert tensor.equal(named_tensors(there.state)[name]), name
+def test_flwr_run_starts_an_experiment_too(engine: FlowerEngine) -> None:
+    """With Flower's own command, on the server's machine, and a configuration there."""
+    file, proposal = written(engine, "by-flwr", experiment(engine.clip, "promptfl"))
+    home = engine.folder / "flwr"
+    home.mkdir()
+    eyes = {"address": f"127.0.0.1:{engine.loopback}", "root-certificates": str(engine.ca)}
+    (home / "config.toml").write_text(tomli_w.dumps({"superlink": {"default": "eyes", "eyes": eyes}}))
+    flwr = [str(Path(sys.executable).with_name("flwr")), "run", str(APP), "eyes", "--run-config", f'config="{file}"']
+    variables = environment(FLWR_HOME=str(home), **QUIET)
+    done = subprocess.run(flwr, env=variables, capture_output=True, text=True, check=False, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+    outcome = engine.lines(proposal, home).with_name(OUTCOME)
+    until("the experiment is over", outcome.exists, 240)
+    assert json.loads(outcome.read_text())["rounds"] == 3
 
 
 def test_from_outside_nodes_own_calls_pass_and_no_others(engine: FlowerEngine) -> None:
