@@ -197,7 +197,7 @@ def server_alone(scale: Scale, clients: int, results: Connection) -> None:
     encoder = load_encoder("bundled", None, "float32", torch.device("cpu"))
     tables = {"context_length": 8, "batch_size": 0, "local_steps": 1, "dp-fpl": {"rank": 4}}
     budget = {name: value for name, value in PRIVACY[scale.privacy].items() if name != "noise_multiplier"}
-    budget |= {"epsilon": 8.0, "delta": 1e-6} if budget else {}
+    budget |= {"epsilon": 8.0, "delta": 1e-8} if budget else {}
     plan = Plan(
         *(algorithm(scale.method), settings_for(scale.method, tables)),
         PromptModel(encoder, encoder.class_tokens(NAMES)),
@@ -278,6 +278,7 @@ def main() -> None:
         ours, theirs = context.Pipe()
         process = context.Process(target=server_alone if arguments.server else measure, args=(scale, clients, theirs))
         process.start()
+        theirs.close()  # or a process that failed would be waited for
         by_clients[str(clients)] = ours.recv()
         process.join()
     print(json.dumps({**asdict(scale), "server": arguments.server, "by_clients": by_clients}))
