@@ -120,7 +120,7 @@ def test_the_demo_installs_the_package_without_extras_and_what_builds_it() -> No
     assert needed <= demo
     extras = distributions(line for lines in PROJECT["optional-dependencies"].values() for line in lines)
     # Some packages of extras come with what every method needs.
-    needs = {canonicalize_name(name) for name in ("huggingface-hub", "packaging")}
+    needs = {canonicalize_name(name) for name in ("httpx", "huggingface-hub", "packaging")}
     assert extras & demo <= needs
     assert extras <= locked("requirements.lock").keys()
 
