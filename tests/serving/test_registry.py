@@ -23,6 +23,7 @@ from sordino.errors import ConfigError, PromptError, RunError
 from sordino.privacy.signature import public_bytes, sign
 from sordino.serving.manifest import CARD, LEDGER, PROMPT, Facts, Manifest
 from sordino.serving.registry import Registry
+from sordino.serving.server.keys import Keys
 from sordino.serving.trust import Trusted
 
 PUBLISHER = Path(__file__).with_name("publisher.py")
@@ -266,6 +267,22 @@ def test_a_registry_of_a_newer_version_is_refused(url: str, key: Ed25519PrivateK
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(RunError, match="9999"):
         Registry(url)
+
+
+def test_an_older_registry_is_brought_up_to_date_with_its_prompts(
+    url: str, key: Ed25519PrivateKey, trusted: Trusted
+) -> None:
+    """One as it was before there were keys; by reading it, too."""
+    with Registry(url, create=True) as registry:
+        publish(registry, key)
+    with by_hand(url, drop_triggers=False) as connection:
+        for change in ("DROP TABLE api_keys", "DROP TABLE asked", "UPDATE alembic_version SET version_num = '0001'"):
+            connection.execute(text(change))
+    with Registry(url) as registry:
+        assert registry.load("fabric", trusted=trusted).manifest.version == 1
+        secret = Keys(registry.database).create("kim")
+        assert Keys(registry.database).find(secret) is not None
+        assert publish(registry, key).version == 2
 
 
 def test_a_new_registry_is_its_owners_alone(tmp_path: Path, key: Ed25519PrivateKey) -> None:

@@ -32,6 +32,7 @@ from sordino.cli.privacy import app as privacy
 from sordino.cli.private import tune_private
 from sordino.cli.published import app as prompts
 from sordino.cli.published import publish
+from sordino.cli.serve import keys, serve
 from sordino.cli.site import app as site
 from sordino.cli.terminal import live_progress, print_table
 from sordino.errors import ConfigError, SordinoError
@@ -55,6 +56,8 @@ app.add_typer(site, name="site")
 app.add_typer(prompts, name="prompts")
 app.command("tune-private")(tune_private)
 app.command()(publish)
+app.command()(serve)
+app.add_typer(keys, name="keys")
 
 # The base of all errors of usage; typer has a public name for some of its heirs only.
 ClickException: Any = next(ancestor for ancestor in typer.BadParameter.__mro__ if ancestor.__name__ == "ClickException")

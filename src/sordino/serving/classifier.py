@@ -137,12 +137,16 @@ class PromptClassifier:
             raise PromptError(f"{found.place}: is withdrawn ({found.withdrawn.reason}); take another version")
         saved = SavedPrompt.from_bytes(found.files[PROMPT], found.place)
         manifest = found.manifest
-        said = (manifest.method, manifest.task, manifest.client, manifest.class_names)
-        said += (manifest.encoder.name, manifest.encoder.fingerprint)
-        said += (manifest.privacy.private, manifest.privacy.simulated, manifest.privacy.statement)
-        holds = (saved.method, saved.task, saved.client, saved.class_names)
-        holds += (saved.encoder.name, saved.encoder.fingerprint)
-        holds += (saved.privacy.private, saved.privacy.simulated, saved.privacy.statement)
+        said = (
+            *(manifest.method, manifest.task, manifest.client, manifest.class_names),
+            *(manifest.encoder.name, manifest.encoder.fingerprint),
+            *(manifest.privacy.private, manifest.privacy.simulated, manifest.privacy.statement),
+        )
+        holds = (
+            *(saved.method, saved.task, saved.client, saved.class_names),
+            *(saved.encoder.name, saved.encoder.fingerprint),
+            *(saved.privacy.private, saved.privacy.simulated, saved.privacy.statement),
+        )
         if said != holds:
             raise PromptError(f"{found.place}: {PROMPT} is another one than the manifest describes: {CHANGED}")
         return cls(saved, manifest=manifest, **options)

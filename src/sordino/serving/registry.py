@@ -115,8 +115,8 @@ class Registry:
     """
 
     def __init__(self, url: str | None = None, create: bool = False) -> None:
-        self._database = Database(url, create)
-        self.label = self._database.label
+        self.database = Database(url, create)
+        self.label = self.database.label
 
     def __enter__(self) -> Self:
         return self
@@ -126,7 +126,7 @@ class Registry:
 
     def close(self) -> None:
         """Close all connections."""
-        self._database.close()
+        self.database.close()
 
     def publish(
         self,
@@ -165,7 +165,7 @@ class Registry:
             raise PromptError(f"{name}: its files have more than the {MAX_BYTES:,} bytes that a version may have")
         for _ in range(ATTEMPTS):
             try:
-                with self._database.writing() as connection:
+                with self.database.writing() as connection:
                     return _insert(connection, name, facts, content, key)
             except IntegrityError:  # another process took the number
                 continue
@@ -190,9 +190,33 @@ class Registry:
             )
         return found
 
+    def ping(self) -> None:
+        """See that the registry can be read.
+
+        Raises:
+            RunError: it cannot.
+        """
+        with self.database.reading() as connection:
+            connection.execute(select(prompts.c.id).limit(1)).first()
+
+    def current(self, name: str, version: int | None = None) -> tuple[str, int, str]:
+        """Return name, version and signature of a version that is not withdrawn, without reading its files.
+
+        Raises:
+            ConfigError, PromptError: there is none, or it is withdrawn; see `load`.
+        """
+        with self.database.reading() as connection:
+            row = self._row(connection, name, version)
+        withdrawn = _withdrawal(row)
+        if withdrawn is not None:
+            raise PromptError(
+                f"{self._place(row)}: {RETIRED} since {withdrawn.at} ({withdrawn.reason}); take another version"
+            )
+        return row.name, row.version, row.signature
+
     def inspect(self, name: str, version: int | None = None, trusted: Trusted | None = None) -> Published:
         """Read a version as `load` does, even one that is withdrawn; without `trusted` by whomever it is signed."""
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             row = self._row(connection, name, version)
             content = connection.execute(select(files.c.name, files.c.content).where(files.c.prompt == row.id)).all()
         place = self._place(row)
@@ -212,7 +236,7 @@ class Registry:
         """
         known = Trusted.of() if trusted is None else trusted
         query = _rows().order_by(prompts.c.name, prompts.c.version)
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             rows = connection.execute(query if name is None else query.where(prompts.c.name == name)).all()
         answer = []
         for row in rows:
@@ -236,7 +260,7 @@ class Registry:
             raise ConfigError("--reason", reason, f"say why, in one line of at most {LONGEST_REASON} characters")
         made = Withdrawal(_now(), reason)
         try:
-            with self._database.writing() as connection:
+            with self.database.writing() as connection:
                 row = self._row(connection, name, version)
                 connection.execute(withdrawals.insert().values(prompt=row.id, at=made.at, reason=made.reason))
         except IntegrityError:

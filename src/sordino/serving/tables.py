@@ -41,3 +41,24 @@ withdrawals = Table(
     Column("at", String(20), nullable=False),
     Column("reason", Text, nullable=False),
 )
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("name", String(64), nullable=False),
+    Column("digest", String(64), nullable=False),
+    Column("scopes", String(100), nullable=False),
+    Column("per_minute", Integer),
+    Column("per_day", Integer),
+    Column("created", String(20), nullable=False),
+    Column("revoked", String(20)),
+)
+
+asked = Table(
+    "asked",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("day", String(10), primary_key=True),
+    Column("pictures", Integer, nullable=False),
+)

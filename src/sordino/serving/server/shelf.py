@@ -1,0 +1,90 @@
+"""The prompts that a server holds in memory: checked when they are taken down, and looked up anew for every request."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+
+from sordino.encoders.base import DualEncoder
+from sordino.errors import PromptError, SordinoError
+from sordino.prompt_file import SavedPrompt
+from sordino.serving.classifier import PromptClassifier
+from sordino.serving.manifest import PROMPT, parse_label
+from sordino.serving.registry import Registry
+from sordino.serving.server.refusal import Refusal
+from sordino.serving.trust import Trusted
+
+Loader = Callable[[SavedPrompt], DualEncoder]
+
+
+class Shelf:
+    """Classifiers of published prompts. Its methods may be called from many threads.
+
+    Args:
+        registry: holds the prompts.
+        trusted: publishers.
+        most: classifiers in memory.
+        load_encoder: loads a prompt's encoder; prompts of one encoder share it.
+    """
+
+    def __init__(self, registry: Registry, trusted: Trusted, most: int, load_encoder: Loader) -> None:
+        self.registry, self.trusted = registry, trusted
+        self._most, self._load_encoder = most, load_encoder
+        self._lock = threading.Lock()
+        self._held: OrderedDict[tuple[str, int, str], PromptClassifier] = OrderedDict()
+        self._encoders: dict[str, DualEncoder] = {}
+
+    def take(self, name: str, version: str | None) -> PromptClassifier:
+        """Return the classifier of a version that may be used now.
+
+        Args:
+            name: of the prompt.
+            version: as a client wrote it; None: the latest that is not withdrawn.
+
+        Raises:
+            Refusal: there is none, it is withdrawn, or it cannot be trusted.
+        """
+        try:
+            number = parse_label(name if version is None else f"{name}:{version}")[1]
+            # Even of a prompt in memory: it may be withdrawn since, or its row changed.
+            at = self.registry.current(name, number)
+        except PromptError as error:
+            raise Refusal(410, _public(error)) from None
+        except SordinoError:
+            raise Refusal(404, "there is no such prompt") from None
+        with self._lock:
+            if at in self._held:
+                self._held.move_to_end(at)
+                return self._held[at]
+            try:
+                found = self.registry.load(at[0], at[1], self.trusted)
+                saved = SavedPrompt.from_bytes(found.files[PROMPT], found.place)
+                if saved.task != "images":
+                    raise Refusal(409, "this prompt sorts no pictures")
+                known = saved.encoder.fingerprint
+                if known not in self._encoders:
+                    self._encoders[known] = self._load_encoder(saved)
+                classifier = PromptClassifier.from_published(found, encoder=self._encoders[known])
+            except SordinoError as error:
+                raise Unusable(str(error)) from None
+            self._held[at] = classifier
+            while len(self._held) > self._most:
+                self._held.popitem(last=False)
+            return classifier
+
+
+class Unusable(Refusal):
+    """A prompt that is in the registry but cannot be answered with; the operator is told why.
+
+    Attributes:
+        why: for the operator alone.
+    """
+
+    def __init__(self, why: str) -> None:
+        super().__init__(503, "this prompt cannot be used; ask the server's operator")
+        self.why = why
+
+
+def _public(error: PromptError) -> str:
+    return f"this version is withdrawn{str(error).rpartition('is withdrawn')[2].rpartition(';')[0]}"
