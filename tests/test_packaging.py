@@ -317,6 +317,10 @@ def test_commands_that_need_no_extra_work_without(plain: Path, tmp_path: Path) -
         (["run", "hub.toml"], "hub"),
         (["compare", "hub.toml", "--algorithms", "promptfl", "--seeds", "1"], "hub"),
         (["privacy", "plan", "hub.toml"], "hub"),
+        (["publish", "runs/a", "--name", "fabric"], "serve"),
+        (["prompts", "list"], "serve"),
+        (["keys", "list"], "serve"),
+        (["serve"], "serve"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value[:2]),
 )

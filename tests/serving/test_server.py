@@ -38,6 +38,8 @@ from sordino.cli.app import invoke
 from sordino.errors import ConfigError, DataError
 from sordino.pictures.decoding import decode
 from sordino.serving.classifier import PromptClassifier
+from sordino.serving.folder import export
+from sordino.serving.manifest import CARD
 from sordino.serving.registry import Registry
 from sordino.serving.server.app import build
 from sordino.serving.server.guard import HEADERS
@@ -313,6 +315,50 @@ def test_keys_open_what_their_scopes_say_until_they_are_revoked(start: Start, tm
         keys.create("kim")
     with pytest.raises(ConfigError, match="no such scope"):
         keys.create("max", ["write"])
+
+
+def test_a_version_that_was_signed_elsewhere_is_published_with_a_key_for_it(
+    start: Start, shared_run: Path, key: Ed25519PrivateKey, trusted: Trusted, tmp_path: Path
+) -> None:
+    """Its next version, from a registry that is nobody else's; whole, and signed by somebody trusted."""
+    server = start(needs_key=True)
+    keys = Keys(server.registry.database)
+    publisher, other = bearer(keys.create("kim", ["publish"])), bearer(keys.create("lee"))
+    (tmp_path / "own").mkdir()
+    material, stranger = from_run(shared_run, key), Ed25519PrivateKey.generate()
+
+    def folder(signer: Ed25519PrivateKey) -> list[dict[str, bytes]]:
+        """Two versions, as files of exported folders."""
+        name = tmp_path / f"own/{len(list(tmp_path.iterdir()))}-{id(signer)}"
+        versions = []
+        with Registry(f"sqlite:///{name}.db", create=True) as registry:
+            for _ in range(2):
+                made = registry.publish("fabric", material.facts, material.files, signer, accept_not_private=True)
+                out = Path(f"{name}-{made.version}")
+                export(registry.inspect("fabric", made.version), out)
+                versions.append({file.name: file.read_bytes() for file in out.iterdir()})
+        return versions
+
+    first, second = folder(key)
+
+    def send(files: dict[str, bytes], who: dict[str, Any]) -> httpx.Response:
+        return server.client.post("/v1/prompts", files=[(name, (name, part)) for name, part in files.items()], **who)
+
+    assert send(second, other).status_code == 403
+    assert send(second, {}).status_code == 401
+    for wrong in (
+        second | {CARD: b"changed"},
+        second | {"audit.json": b"{}"},
+        {name: part for name, part in second.items() if name != CARD},
+        {name: part for name, part in second.items() if name != "signature.json"},
+        folder(stranger)[1],
+    ):
+        assert send(wrong, publisher).status_code == 422
+    assert send(first, publisher).status_code == 409  # there is a version 1 already
+    made = send(second, publisher)
+    assert (made.status_code, made.json()["version"]) == (201, 2)
+    assert send(second, publisher).status_code == 409
+    assert server.registry.load("fabric", trusted=trusted).files[CARD] == second[CARD]
 
 
 def test_too_many_requests_a_minute_are_turned_away_by_key(start: Start) -> None:

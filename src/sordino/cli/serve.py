@@ -60,7 +60,7 @@ def serve(
 @keys.command("create")
 def create(
     name: Annotated[str, typer.Option("--name", help="whose key it is")],
-    scopes: Annotated[str, typer.Option(help="of read and classify")] = "read,classify",
+    scopes: Annotated[str, typer.Option(help="of read, classify and publish")] = "read,classify",
     per_minute: Annotated[int | None, typer.Option(min=1, help="requests; default: the server's limit")] = None,
     per_day: Annotated[int | None, typer.Option(min=1, help="pictures; default: the server's limit")] = None,
     registry: RegistryUrl = None,

@@ -135,21 +135,7 @@ class PromptClassifier:
         """
         if found.withdrawn is not None:
             raise PromptError(f"{found.place}: is withdrawn ({found.withdrawn.reason}); take another version")
-        saved = SavedPrompt.from_bytes(found.files[PROMPT], found.place)
-        manifest = found.manifest
-        said = (
-            *(manifest.method, manifest.task, manifest.client, manifest.class_names),
-            *(manifest.encoder.name, manifest.encoder.fingerprint),
-            *(manifest.privacy.private, manifest.privacy.simulated, manifest.privacy.statement),
-        )
-        holds = (
-            *(saved.method, saved.task, saved.client, saved.class_names),
-            *(saved.encoder.name, saved.encoder.fingerprint),
-            *(saved.privacy.private, saved.privacy.simulated, saved.privacy.statement),
-        )
-        if said != holds:
-            raise PromptError(f"{found.place}: {PROMPT} is another one than the manifest describes: {CHANGED}")
-        return cls(saved, manifest=manifest, **options)
+        return cls(described(found), manifest=found.manifest, **options)
 
     @property
     def encoder(self) -> DualEncoder:
@@ -258,6 +244,29 @@ class PromptClassifier:
             prompt = self.encoder.embed(self.words)[None].to(self.encoder.device)
             self._hand_written = (model, prompt, model.class_features(prompt))
         return self._hand_written
+
+
+def described(found: Published) -> SavedPrompt:
+    """Return the prompt of a version, if it is the one that the manifest describes.
+
+    Raises:
+        PromptError: it is damaged, or another one.
+    """
+    saved = SavedPrompt.from_bytes(found.files[PROMPT], found.place)
+    manifest = found.manifest
+    said = (
+        *(manifest.method, manifest.task, manifest.client, manifest.class_names),
+        *(manifest.encoder.name, manifest.encoder.fingerprint),
+        *(manifest.privacy.private, manifest.privacy.simulated, manifest.privacy.statement),
+    )
+    holds = (
+        *(saved.method, saved.task, saved.client, saved.class_names),
+        *(saved.encoder.name, saved.encoder.fingerprint),
+        *(saved.privacy.private, saved.privacy.simulated, saved.privacy.statement),
+    )
+    if said != holds:
+        raise PromptError(f"{found.place}: {PROMPT} is another one than the manifest describes: {CHANGED}")
+    return saved
 
 
 def _ranked(names: Sequence[str], row: Tensor, top: int, digits: int) -> tuple[tuple[str, float], ...]:

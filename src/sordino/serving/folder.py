@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -58,12 +59,28 @@ def read_folder(folder: Path, trusted: Trusted | None = None) -> Published:
     Raises:
         PromptError: a file is missing or was changed, or somebody signed it who is not trusted.
     """
-    place = str(folder)
-    text = _read(folder / SIGNATURE, 1 << 16)
+    content = {name: _read(folder / name, MAX_BYTES) for name in FILES if _is_there(folder / name)}
+    content[MANIFEST] = _read(folder / MANIFEST, MAX_MANIFEST)
+    content[SIGNATURE] = _read(folder / SIGNATURE, 1 << 16)
+    return read_files(content, str(folder), trusted)
+
+
+def read_files(content: Mapping[str, bytes], place: str, trusted: Trusted | None = None) -> Published:
+    """Check the files that a folder of `export` has.
+
+    Args:
+        content: by name; `manifest.json` and `signature.json` are there.
+        place: for messages.
+        trusted: publishers; None: whoever signed.
+
+    Raises:
+        PromptError: see `read_folder`.
+    """
+    files = dict(content)
+    text, manifest_text = files.pop(SIGNATURE), files.pop(MANIFEST)
     try:
         told: Any = json.loads(text)
-        public_key = bytes.fromhex(told["public_key"])
-        sealed = Sealed(_read(folder / MANIFEST, MAX_MANIFEST), str(told["signature"]), public_key)
+        sealed = Sealed(manifest_text, str(told["signature"]), bytes.fromhex(told["public_key"]))
     except (ValueError, KeyError, TypeError, RecursionError):
         raise PromptError(f"{place}: {SIGNATURE} is damaged: {CHANGED}") from None
     if text != _signature(sealed):
@@ -71,9 +88,8 @@ def read_folder(folder: Path, trusted: Trusted | None = None) -> Published:
     manifest: Manifest = sealed.open(place)
     if trusted is not None:
         trusted.require(sealed.public_key, place)
-    present = {name: _read(folder / name, MAX_BYTES) for name in FILES if _is_there(folder / name)}
-    check_files(manifest, present, place)
-    return Published(manifest, sealed, present, None, place)
+    check_files(manifest, files, place)
+    return Published(manifest, sealed, files, None, place)
 
 
 def _signature(sealed: Sealed) -> bytes:

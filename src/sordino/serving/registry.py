@@ -171,6 +171,23 @@ class Registry:
                 continue
         raise RunError(f"{name}: others publish under this name without a pause; repeat the command")
 
+    def accept(self, found: Published) -> None:
+        """Store a version that was signed elsewhere, as it is; the caller has checked it, and trusts its publisher.
+
+        Raises:
+            ConfigError: its version is not the next one of its name, or another process took it.
+            RunError: it cannot be written.
+        """
+        manifest = found.manifest
+        try:
+            with self.database.writing() as connection:
+                following = _following(connection, manifest.name)
+                if manifest.version != following:
+                    raise ConfigError("version", manifest.version, f"the next one of {manifest.name} is {following}")
+                _write(connection, manifest, found.sealed, found.files)
+        except IntegrityError:
+            raise ConfigError("version", manifest.version, "somebody else published it at the same time") from None
+
     def load(self, name: str, version: int | None = None, trusted: Trusted | None = None) -> Published:
         """Read a version that may be used, and check all of it.
 
@@ -291,11 +308,10 @@ def _insert(
     Raises:
         IntegrityError: another process entered this version in between.
     """
-    latest = connection.execute(select(func.max(prompts.c.version)).where(prompts.c.name == name)).scalar()
     about: dict[str, Any] = {
         **{field: getattr(facts, field) for field in Facts.model_fields},
         "name": name,
-        "version": (latest or 0) + 1,
+        "version": _following(connection, name),
         "created": _now(),
         "publisher": fingerprint(public_bytes(key)),
     }
@@ -305,15 +321,25 @@ def _insert(
     sealed = Sealed.of(manifest, key)
     if len(sealed.text) > MAX_MANIFEST:
         raise PromptError(f"{name}: has too many classes to be published")
+    _write(connection, manifest, sealed, all_files)
+    return manifest
+
+
+def _following(connection: Connection, name: str) -> int:
+    """Return the number of the next version of a name; those of withdrawn versions count."""
+    latest = connection.execute(select(func.max(prompts.c.version)).where(prompts.c.name == name)).scalar()
+    return int(latest or 0) + 1
+
+
+def _write(connection: Connection, manifest: Manifest, sealed: Sealed, content: Mapping[str, bytes]) -> None:
     values = _columns(manifest) | {
         "manifest": sealed.text,
         "signature": sealed.signature,
         "public_key": sealed.public_key.hex(),
     }
     row = connection.execute(prompts.insert().values(values).returning(prompts.c.id)).scalar_one()
-    entries = [{"prompt": row, "name": each, "content": part} for each, part in all_files.items()]
+    entries = [{"prompt": row, "name": each, "content": part} for each, part in content.items()]
     connection.execute(files.insert(), entries)
-    return manifest
 
 
 def _columns(manifest: Manifest) -> dict[str, Any]:

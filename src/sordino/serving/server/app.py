@@ -18,7 +18,8 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 import sordino
 from sordino.errors import ConfigError, PromptError, RunError
-from sordino.serving.manifest import CARD, Manifest, parse_label
+from sordino.serving.folder import MANIFEST, SIGNATURE
+from sordino.serving.manifest import CARD, FILES, Manifest, parse_label
 from sordino.serving.registry import Published
 from sordino.serving.server.guard import Guard
 from sordino.serving.server.inference import routes
@@ -29,20 +30,16 @@ from sordino.serving.server.shelf import Unusable
 log = logging.getLogger("sordino.serving")
 
 FIELD = "image"  # of a form
-UPLOAD: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": [FIELD],
-                    "properties": {FIELD: {"type": "array", "items": {"type": "string", "format": "binary"}}},
-                }
-            }
-        },
-    }
-}
+FILE = {"type": "string", "format": "binary"}
+
+
+def _form(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
+    schema = {"type": "object", "required": required, "properties": properties}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
+UPLOAD = _form({FIELD: {"type": "array", "items": FILE}}, [FIELD])
+FOLDER = _form(dict.fromkeys((MANIFEST, SIGNATURE, *FILES), FILE), [MANIFEST, SIGNATURE])
 
 
 class Ranked(BaseModel):
@@ -153,7 +150,10 @@ def build(service: Service, hosts: list[str] | None = None) -> FastAPI:
         """Classify pictures: JPEG, PNG or WebP files in a form, each in a field `image`."""
         key = await service.admit(request, "classify")
         most = service.top(top)
-        contents = await uploaded(request, service.settings.most_pictures, service.settings.most_bytes)
+        parts = await uploaded(request, service.settings.most_pictures, service.settings.most_bytes)
+        if any(field != FIELD for field, _ in parts):
+            raise Refusal(422, f"a form has pictures in fields {FIELD!r} and nothing else")
+        contents = [content for _, content in parts]
         classifier, answers = await service.classify(request, key, name, version, contents, zero_shot)
         manifest = classifier.manifest
         assert manifest is not None
@@ -169,6 +169,18 @@ def build(service: Service, hosts: list[str] | None = None) -> FastAPI:
                 for answer in answers
             ],
         )
+
+    @app.post("/v1/prompts", status_code=201, openapi_extra=FOLDER)
+    async def publish(request: Request) -> dict[str, Any]:
+        """Publish a version that was signed elsewhere: the files of an exported folder, in fields of their names."""
+        await service.admit(request, "publish")
+        parts = await uploaded(request, len(FILES) + 2, service.settings.most_bytes)
+        content = dict(parts)
+        if len(content) != len(parts):
+            raise Refusal(422, "a file stands twice in the form")
+        manifest = await service.apart(service.shelf.put, content)
+        request.state.told |= {"prompt": manifest.name, "version": manifest.version}
+        return about(manifest)
 
     app.include_router(routes(service))
     _tell_in_one_line(app)
@@ -197,14 +209,14 @@ def ranked(classes: tuple[tuple[str, float], ...]) -> list[Ranked]:
     return [Ranked(name=name, probability=probability) for name, probability in classes]
 
 
-async def uploaded(request: Request, most: int, size: int) -> list[bytes]:
-    """Return the files of a form, which are never on the disk.
+async def uploaded(request: Request, most: int, size: int) -> list[tuple[str, bytes]]:
+    """Return the files of a form with the names of their fields; they are never on the disk.
 
     Raises:
         Refusal: it is no form, or holds something else.
     """
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        raise Refusal(415, f"send a form, multipart/form-data, with files in fields {FIELD!r}")
+        raise Refusal(415, "send a form, multipart/form-data, with files")
     parser = MultiPartParser(request.headers, request.stream(), max_files=most, max_fields=0)
     parser.spool_max_size = size + 1
     try:
@@ -214,10 +226,7 @@ async def uploaded(request: Request, most: int, size: int) -> list[bytes]:
     except (ValueError, KeyError, UnicodeError, LookupError):
         raise Refusal(422, "the form is damaged") from None
     try:
-        parts = form.multi_items()
-        if any(name != FIELD or isinstance(part, str) for name, part in parts):
-            raise Refusal(422, f"a form has files in fields {FIELD!r} and nothing else")
-        return [await part.read() for _, part in parts if not isinstance(part, str)]
+        return [(name, await part.read()) for name, part in form.multi_items() if not isinstance(part, str)]
     finally:
         await form.close()
 

@@ -22,7 +22,8 @@ from sordino.randomness import system_bytes
 from sordino.serving.database import Database
 from sordino.serving.tables import api_keys, asked
 
-SCOPES: Final = ("read", "classify")
+SCOPES: Final = ("read", "classify", "publish")
+USUAL: Final = ("read", "classify")  # of a new key, and of whoever asks a server without keys
 PREFIX: Final = "sordino_"
 ANYBODY: Final = "anybody"  # who asks a server without keys
 LONGEST: Final = 64
@@ -63,7 +64,7 @@ class Keys:
         self._database = database
 
     def create(
-        self, name: str, scopes: Sequence[str] = SCOPES, per_minute: int | None = None, per_day: int | None = None
+        self, name: str, scopes: Sequence[str] = USUAL, per_minute: int | None = None, per_day: int | None = None
     ) -> str:
         """Make a key, and return it; it is written down nowhere.
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from sordino.errors import RunError
 from sordino.serving.classifier import Answer, PromptClassifier
 from sordino.serving.server.batching import Batcher
-from sordino.serving.server.keys import ANYBODY, SCOPES, ApiKey, Keys, seconds_left
+from sordino.serving.server.keys import ANYBODY, USUAL, ApiKey, Keys, seconds_left
 from sordino.serving.server.refusal import Refusal
 from sordino.serving.server.settings import ServerSettings
 from sordino.serving.server.shelf import Shelf
@@ -136,7 +136,7 @@ class Service:
 
     async def _who(self, request: Request) -> ApiKey:
         if not self.needs_key:
-            return ApiKey(ANYBODY, SCOPES)
+            return ApiKey(ANYBODY, USUAL)
         scheme, _, secret = request.headers.get("authorization", "").partition(" ")
         key = await self.apart(self.keys.find, secret.strip()) if scheme.lower() == "bearer" else None
         if key is None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from sordino.encoders.base import DualEncoder
-from sordino.errors import PromptError, SordinoError
+from sordino.errors import ConfigError, PromptError, SordinoError
 from sordino.prompt_file import SavedPrompt
-from sordino.serving.classifier import PromptClassifier
-from sordino.serving.manifest import PROMPT, parse_label
+from sordino.serving.classifier import PromptClassifier, described
+from sordino.serving.folder import MANIFEST, SIGNATURE, read_files
+from sordino.serving.manifest import Manifest, parse_label
 from sordino.serving.registry import Registry
 from sordino.serving.server.refusal import Refusal
 from sordino.serving.trust import Trusted
@@ -59,7 +60,7 @@ class Shelf:
                 return self._held[at]
             try:
                 found = self.registry.load(at[0], at[1], self.trusted)
-                saved = SavedPrompt.from_bytes(found.files[PROMPT], found.place)
+                saved = described(found)
                 if saved.task != "images":
                     raise Refusal(409, "this prompt sorts no pictures")
                 known = saved.encoder.fingerprint
@@ -72,6 +73,25 @@ class Shelf:
             while len(self._held) > self._most:
                 self._held.popitem(last=False)
             return classifier
+
+    def put(self, content: Mapping[str, bytes]) -> Manifest:
+        """Store a version that a client sends: the files of an exported folder.
+
+        Raises:
+            Refusal: they are not whole, nobody trusted signed them, or the version is not the next one.
+        """
+        try:
+            if not {MANIFEST, SIGNATURE} <= content.keys():
+                raise Refusal(422, f"send {MANIFEST} and {SIGNATURE} of an exported folder, and its files")
+            found = read_files(content, "the upload", self.trusted)
+            described(found)
+        except PromptError as error:
+            raise Refusal(422, " ".join(str(error).split())) from None
+        try:
+            self.registry.accept(found)
+        except ConfigError as error:
+            raise Refusal(409, str(error)) from None
+        return found.manifest
 
 
 class Unusable(Refusal):
