@@ -35,7 +35,7 @@ from serving.uploads import PICTURES, huge_png, uploads
 from sqlalchemy import create_engine, text
 
 from sordino.cli.app import invoke
-from sordino.errors import ConfigError, DataError
+from sordino.errors import ConfigError, DataError, RunError
 from sordino.pictures.decoding import decode
 from sordino.serving.classifier import PromptClassifier
 from sordino.serving.folder import export
@@ -214,7 +214,6 @@ def noise(width: int, height: int) -> bytes:
 
 
 FORM = {"content-type": "multipart/form-data; boundary=x"}
-PARTS = [bytes(60_000)] * 3
 
 
 def post(server: Running, **request: Any) -> httpx.Response:
@@ -234,7 +233,6 @@ REFUSED: dict[str, tuple[int, Callable[[Running], httpx.Response]]] = {
     "a promise of many": (413, lambda server: server.classify(huge_png(60000, 60000, b""))),
     "too long": (422, lambda server: server.classify(noise(400, 19))),
     "too many bytes": (413, lambda server: server.classify(PNG + bytes(100_000))),
-    "too many, not announced": (413, lambda server: post(server, content=iter(PARTS), headers=FORM)),
     "another field": (422, lambda server: post(server, files={"file": PNG})),
     "a field of text": (422, lambda server: post(server, data={"image": "x"}, files={"image": PNG})),
     "no multipart": (415, lambda server: post(server, content=PNG)),
@@ -265,11 +263,15 @@ def test_what_is_refused_is_told_in_one_line_with_all_headers(what: str, server:
     assert server.client.get("/health/live").status_code == 200
 
 
-def test_a_body_that_is_announced_as_too_large_is_not_read(server: Running) -> None:
-    with socket.create_connection(("127.0.0.1", server.client.base_url.port or 0), timeout=60) as connection:
-        head = f"POST {CLASSIFY} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100001\r\n"
-        connection.sendall(f"{head}Content-Type: multipart/form-data; boundary=x\r\n\r\n".encode())
-        assert connection.recv(100).startswith(b"HTTP/1.1 413")
+def test_a_body_that_is_too_large_is_not_read_to_its_end(server: Running) -> None:
+    """Whether its length is announced, and then nothing of it is read, or comes in chunks without an end."""
+    head = f"POST {CLASSIFY} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+    announced = f"{head}Content-Length: 100001\r\n\r\n".encode()
+    in_chunks = f"{head}Transfer-Encoding: chunked\r\n\r\n{100_001:x}\r\n".encode() + bytes(100_001)
+    for sent in (announced, in_chunks):
+        with socket.create_connection(("127.0.0.1", server.client.base_url.port or 0), timeout=60) as connection:
+            connection.sendall(sent)
+            assert connection.recv(100).startswith(b"HTTP/1.1 413")
 
 
 def test_a_failure_inside_tells_the_client_nothing(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,6 +410,46 @@ def test_a_withdrawn_prompt_is_gone_at_once(start: Start) -> None:
         assert response.status_code == 410
     assert "a hospital left" in server.classify(PNG).json()["error"]
     assert server.client.get("/v1/prompts").json() == []
+
+
+def test_while_one_prompt_is_loaded_others_are_answered(
+    start: Start, shared_run: Path, key: Ed25519PrivateKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks for a prompt that takes long to load, and however many do."""
+    server = start()
+    assert server.classify(PNG).status_code == 200
+    material, go = from_run(shared_run, key), threading.Event()
+    server.registry.publish("glass", material.facts, material.files, key, accept_not_private=True)
+    load = PromptClassifier.from_published
+
+    def slowly(*arguments: Any, **options: Any) -> PromptClassifier:
+        assert go.wait(60)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(PromptClassifier, "from_published", slowly)
+    with ThreadPoolExecutor(12) as pool:
+        waiting = [pool.submit(server.classify, PNG, path="/v1/prompts/glass/classify") for _ in range(12)]
+        try:
+            for _ in range(3):
+                assert server.classify(PNG).status_code == 200
+            assert not any(each.done() for each in waiting)
+        finally:
+            go.set()
+        assert [each.result().status_code for each in waiting] == [200] * 12
+
+
+def test_a_registry_that_is_gone_is_told_without_its_place(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = start()
+
+    def gone(*_: object) -> None:
+        raise RunError("the registry postgresql://kim@db.example cannot be used")
+
+    for name in ("current", "ping"):
+        monkeypatch.setattr(server.registry, name, gone)
+    for response in (server.classify(PNG), server.client.get("/health/ready"), infer(server, PNG)):
+        assert response.status_code == 503
+        assert "db.example" not in response.text
+    assert server.client.get("/health/live").status_code == 200
 
 
 def test_a_changed_row_is_not_served_though_the_prompt_is_in_memory(start: Start) -> None:

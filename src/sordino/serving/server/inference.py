@@ -67,7 +67,7 @@ def routes(service: Service) -> APIRouter:
     async def model(request: Request, name: str, version: str | None = None) -> dict[str, Any]:
         """Describe a prompt as a model."""
         await service.admit(request, "read")
-        classifier = await service.apart(service.shelf.take, name, version)
+        classifier = await service.take(name, version)
         assert classifier.manifest is not None
         return {
             "name": name,
@@ -85,7 +85,7 @@ def routes(service: Service) -> APIRouter:
     async def model_ready(request: Request, name: str, version: str | None = None) -> dict[str, Any]:
         """Tell that a prompt can be asked."""
         await service.admit(request, "read")
-        await service.apart(service.shelf.take, name, version)
+        await service.take(name, version)
         return {"name": name, "ready": True}
 
     @router.post("/models/{name}/infer", openapi_extra=BODY)

@@ -96,6 +96,7 @@ class Service:
         self.keys = Keys(shelf.registry.database)
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decoder")
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._others = ThreadPoolExecutor(8, thread_name_prefix="database")
         self._batcher = Batcher(
             settings.batch,
@@ -112,12 +113,23 @@ class Service:
     async def stop(self) -> None:
         """End the work."""
         await self._batcher.stop()
-        for pool in (self._decoders, self._others):
+        for pool in (self._decoders, self._loader, self._others):
             pool.shutdown(wait=False, cancel_futures=True)
 
     async def apart(self, call: Callable[..., T], *arguments: Any) -> T:
         """Call what waits for the database or loads a prompt, while others are answered."""
         return await asyncio.get_running_loop().run_in_executor(self._others, functools.partial(call, *arguments))
+
+    async def take(self, name: str, version: str | None) -> PromptClassifier:
+        """Return the classifier of a version; one that must be loaded keeps nobody waiting who asks another.
+
+        Raises:
+            Refusal: see `Shelf`.
+        """
+        at, held = await self.apart(self.shelf.look, name, version)
+        if held is not None:
+            return held
+        return await asyncio.get_running_loop().run_in_executor(self._loader, self.shelf.load, at)
 
     async def admit(self, request: Request, scope: str) -> ApiKey:
         """Find out who asks, and count the request.
@@ -155,7 +167,7 @@ class Service:
         told |= {"prompt": name[:100], "pictures": len(contents)}
         if not 1 <= len(contents) <= self.settings.most_pictures:
             raise Refusal(422, f"give 1 to {self.settings.most_pictures} pictures")
-        classifier = await self.apart(self.shelf.take, name, version)
+        classifier = await self.take(name, version)
         assert classifier.manifest is not None
         told["version"] = classifier.manifest.version
         loop = asyncio.get_running_loop()

@@ -16,6 +16,7 @@ from sordino.serving.registry import Registry
 from sordino.serving.server.refusal import Refusal
 from sordino.serving.trust import Trusted
 
+At = tuple[str, int, str]  # name, version and signature
 Loader = Callable[[SavedPrompt], DualEncoder]
 
 
@@ -32,19 +33,25 @@ class Shelf:
     def __init__(self, registry: Registry, trusted: Trusted, most: int, load_encoder: Loader) -> None:
         self.registry, self.trusted = registry, trusted
         self._most, self._load_encoder = most, load_encoder
-        self._lock = threading.Lock()
-        self._held: OrderedDict[tuple[str, int, str], PromptClassifier] = OrderedDict()
+        self._lock, self._loading = threading.Lock(), threading.Lock()
+        self._held: OrderedDict[At, PromptClassifier] = OrderedDict()
         self._encoders: dict[str, DualEncoder] = {}
 
     def take(self, name: str, version: str | None) -> PromptClassifier:
-        """Return the classifier of a version that may be used now.
+        """Return the classifier of a version that may be used now; see `look` and `load`."""
+        at, held = self.look(name, version)
+        return self.load(at) if held is None else held
+
+    def look(self, name: str, version: str | None) -> tuple[At, PromptClassifier | None]:
+        """Find a version that may be used now, and its classifier if it is in memory. Takes no time.
 
         Args:
             name: of the prompt.
             version: as a client wrote it; None: the latest that is not withdrawn.
 
         Raises:
-            Refusal: there is none, it is withdrawn, or it cannot be trusted.
+            Refusal: there is none, or it is withdrawn.
+            RunError: the registry cannot be read.
         """
         try:
             number = parse_label(name if version is None else f"{name}:{version}")[1]
@@ -52,12 +59,23 @@ class Shelf:
             at = self.registry.current(name, number)
         except PromptError as error:
             raise Refusal(410, _public(error)) from None
-        except SordinoError:
+        except ConfigError:
             raise Refusal(404, "there is no such prompt") from None
         with self._lock:
             if at in self._held:
                 self._held.move_to_end(at)
-                return self._held[at]
+            return at, self._held.get(at)
+
+    def load(self, at: At) -> PromptClassifier:
+        """Check a version in full, and take its classifier into memory. May take as long as its encoder.
+
+        Raises:
+            Refusal: it cannot be trusted or used.
+        """
+        with self._loading:
+            with self._lock:
+                if at in self._held:
+                    return self._held[at]
             try:
                 found = self.registry.load(at[0], at[1], self.trusted)
                 saved = described(found)
@@ -69,9 +87,10 @@ class Shelf:
                 classifier = PromptClassifier.from_published(found, encoder=self._encoders[known])
             except SordinoError as error:
                 raise Unusable(str(error)) from None
-            self._held[at] = classifier
-            while len(self._held) > self._most:
-                self._held.popitem(last=False)
+            with self._lock:
+                self._held[at] = classifier
+                while len(self._held) > self._most:
+                    self._held.popitem(last=False)
             return classifier
 
     def put(self, content: Mapping[str, bytes]) -> Manifest:
