@@ -17,7 +17,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "sordino"
 FLOORS = (
     *("errors", "progress", "randomness", "files", "results", "pictures", "secure"),
     *("encoders", "prompts", "tasks", "privacy", "mpc", "algorithms", "runtime", "prompt_file"),
-    *("report", "experiments", "sites", "flare", "flower", "private_tuning", "audit", "cli", "__main__"),
+    *("report", "experiments", "sites", "flare", "flower", "private_tuning", "audit", "serving", "cli", "__main__"),
 )
 
 # What a room must not know of, not even through what it imports, though it is above it.
@@ -38,6 +38,7 @@ MASKED = {
     "flower": {"audit", "flare", "mpc", "private_tuning"},
     "private_tuning": {"audit", "flare", "flower"},
     "audit": {"flare", "flower"},
+    "serving": {"flare", "flower", "private_tuning"},
 }
 
 # Functions may import these of our own: they bring heavy packages of other people, and not every user needs them.

@@ -120,7 +120,7 @@ def test_the_demo_installs_the_package_without_extras_and_what_builds_it() -> No
     assert needed <= demo
     extras = distributions(line for lines in PROJECT["optional-dependencies"].values() for line in lines)
     # Some packages of extras come with what every method needs.
-    needs = {canonicalize_name(name) for name in ("huggingface-hub", "packaging")}
+    needs = {canonicalize_name(name) for name in ("httpx", "huggingface-hub", "packaging")}
     assert extras & demo <= needs
     assert extras <= locked("requirements.lock").keys()
 
@@ -317,6 +317,10 @@ def test_commands_that_need_no_extra_work_without(plain: Path, tmp_path: Path) -
         (["run", "hub.toml"], "hub"),
         (["compare", "hub.toml", "--algorithms", "promptfl", "--seeds", "1"], "hub"),
         (["privacy", "plan", "hub.toml"], "hub"),
+        (["publish", "runs/a", "--name", "fabric"], "serve"),
+        (["prompts", "list"], "serve"),
+        (["keys", "list"], "serve"),
+        (["serve"], "serve"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value[:2]),
 )

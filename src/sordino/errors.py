@@ -25,6 +25,16 @@ EXTRAS = {
     "flower": ("flwr",),
     "hub": ("datasets",),
     "mpc": ("cma", "grpc", "numba"),
+    "serve": (
+        "alembic",
+        "fastapi",
+        "limits",
+        "prometheus_client",
+        "psycopg",
+        "python_multipart",
+        "sqlalchemy",
+        "uvicorn",
+    ),
     "tracking": ("mlflow", "tensorboard"),
 }
 

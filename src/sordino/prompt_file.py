@@ -155,7 +155,24 @@ class SavedPrompt:
             PromptError: it is missing, damaged, or no prompt of Sordino; the message names it and says what to do.
         """
         path = Path(file)
-        header, tensors = _read(path)
+        return cls._of(str(path), *_read(path))
+
+    @classmethod
+    def from_bytes(cls, content: bytes, source: str = "the prompt") -> SavedPrompt:
+        """Read the content of a file, as `load` does.
+
+        Args:
+            content: of the file.
+            source: where it is from, for messages.
+
+        Raises:
+            PromptError: it is damaged, or no prompt of Sordino.
+        """
+        return cls._of(source, *_parsed(content, source))
+
+    @classmethod
+    def _of(cls, path: str, header: _Header, tensors: dict[str, Tensor]) -> SavedPrompt:
+        """Check that a document and tensors belong together, and make a prompt of them."""
         shapes = {name: tuple(part.shape) for name, part in tensors.items()}
         if shapes != header.shapes or (header.bare_context and set(shapes) != {"context"}):
             raise PromptError(f"{path} is damaged: its tensors are not those that it names; {REMEDY}")
@@ -173,7 +190,7 @@ class SavedPrompt:
             task=header.task,
             gray_range=header.gray_range,
             client=header.client,
-            source=str(path),
+            source=path,
         )
 
     def load_encoder(self, checkpoint: str | None = None, device: str = "auto") -> DualEncoder:
@@ -281,6 +298,11 @@ def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
         raise PromptError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); {REMEDY}") from None
     except SordinoError as error:
         raise PromptError(f"{path} cannot be read: {error}; {REMEDY}") from None
+    return _parsed(content, str(path))
+
+
+def _parsed(content: bytes, path: str) -> tuple[_Header, dict[str, Tensor]]:
+    """The document and the tensors of a file's content; see `SavedPrompt.load`."""
     foreign = f"{path} is no prompt of Sordino; give a file from prompts/ of a run directory"
     try:
         metadata = _metadata(content)

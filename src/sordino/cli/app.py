@@ -30,6 +30,9 @@ from sordino.cli.options import (
 )
 from sordino.cli.privacy import app as privacy
 from sordino.cli.private import tune_private
+from sordino.cli.published import app as prompts
+from sordino.cli.published import publish
+from sordino.cli.serve import keys, serve
 from sordino.cli.site import app as site
 from sordino.cli.terminal import live_progress, print_table
 from sordino.errors import ConfigError, SordinoError
@@ -50,7 +53,11 @@ app.add_typer(flare, name="flare")
 app.add_typer(flower, name="flower")
 app.add_typer(methods, name="methods")
 app.add_typer(site, name="site")
+app.add_typer(prompts, name="prompts")
 app.command("tune-private")(tune_private)
+app.command()(publish)
+app.command()(serve)
+app.add_typer(keys, name="keys")
 
 # The base of all errors of usage; typer has a public name for some of its heirs only.
 ClickException: Any = next(ancestor for ancestor in typer.BadParameter.__mro__ if ancestor.__name__ == "ClickException")

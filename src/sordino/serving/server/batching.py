@@ -1,0 +1,126 @@
+"""Micro-batches: pictures of requests at the same time pass the encoder together.
+
+One thread computes, so requests never compete for the cores. While it is at work, others gather; once it is free, it
+takes what is there, and waits for more only as long as the settings say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sordino.serving.classifier import Answer, PromptClassifier
+from sordino.serving.server.refusal import Refusal
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    classifier: PromptClassifier
+    pixels: Tensor  # [3, H, W]
+    zero_shot: bool
+    answer: asyncio.Future[Answer]
+
+
+class Batcher:
+    """A queue before one thread.
+
+    Args:
+        most: pictures of a batch.
+        wait: seconds that a picture waits for others.
+        longest: pictures that may wait.
+        digits: decimals of probabilities.
+        seen: is told the size of each batch.
+    """
+
+    def __init__(self, most: int, wait: float, longest: int, digits: int, seen: Callable[[int], None]) -> None:
+        self._most, self._wait, self._longest, self._digits, self._seen = most, wait, longest, digits, seen
+        self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to work, in the running loop."""
+        self._task = asyncio.create_task(self._work())
+
+    async def stop(self) -> None:
+        """End the work; who still waits is turned away."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        while not self._queue.empty():
+            _fail(self._queue.get_nowait(), Refusal(503, "the server ends"))
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def ask(self, classifier: PromptClassifier, pictures: list[Tensor], zero_shot: bool = False) -> list[Answer]:
+        """Answer to pictures [3, H, W], with all classes.
+
+        Raises:
+            Refusal: too many wait already.
+        """
+        if self._queue.qsize() + len(pictures) > self._longest:
+            raise Refusal(503, "too many pictures wait; ask again later", {"Retry-After": "1"})
+        loop = asyncio.get_running_loop()
+        waiting = [_Waiting(classifier, pixels, zero_shot, loop.create_future()) for pixels in pictures]
+        for each in waiting:
+            self._queue.put_nowait(each)
+        try:
+            return list(await asyncio.gather(*(each.answer for each in waiting)))
+        finally:
+            for each in waiting:
+                each.answer.cancel()  # nobody waits for it any more; no effect on one that is there
+
+    async def _work(self) -> None:
+        while True:
+            batch = await self._gather()
+            groups: dict[tuple[int, bool], list[_Waiting]] = {}
+            for each in batch:
+                if not each.answer.done():
+                    groups.setdefault((id(each.classifier), each.zero_shot), []).append(each)
+            for group in groups.values():
+                self._seen(len(group))
+                try:
+                    answers = await asyncio.get_running_loop().run_in_executor(self._thread, self._compute, group)
+                except asyncio.CancelledError:
+                    for each in batch:
+                        _fail(each, Refusal(503, "the server ends"))
+                    raise
+                except Exception as error:  # of one prompt or its encoder: others go on
+                    for each in group:
+                        _fail(each, error)
+                    continue
+                for each, answer in zip(group, answers, strict=True):
+                    if not each.answer.done():
+                        each.answer.set_result(answer)
+
+    async def _gather(self) -> list[_Waiting]:
+        batch = [await self._queue.get()]
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._wait
+        while len(batch) < self._most:
+            with contextlib.suppress(asyncio.QueueEmpty):
+                batch.append(self._queue.get_nowait())
+                continue
+            if (left := until - loop.time()) <= 0:
+                break
+            try:
+                batch.append(await asyncio.wait_for(self._queue.get(), left))
+            except TimeoutError:
+                break
+        return batch
+
+    def _compute(self, group: list[_Waiting]) -> list[Answer]:
+        classifier = group[0].classifier
+        pixels = torch.stack([each.pixels for each in group])
+        return classifier.answer(pixels, len(classifier.class_names), self._digits, group[0].zero_shot)
+
+
+def _fail(waiting: _Waiting, error: BaseException) -> None:
+    if not waiting.answer.done():
+        waiting.answer.set_exception(error)

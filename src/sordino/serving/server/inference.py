@@ -1,0 +1,135 @@
+"""The Open Inference Protocol, version 2, as far as one picture encoder needs it: the same keys, limits and budgets.
+
+https://github.com/kserve/open-inference-protocol: one input of type BYTES, whose elements are pictures in Base64; two
+outputs, the names of the most probable classes, and their rounded probabilities.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field, ValidationError
+
+import sordino
+from sordino.serving.server.refusal import Refusal
+from sordino.serving.server.service import Service
+
+INPUT, CLASSES, PROBABILITIES = "image", "classes", "probabilities"
+
+
+class InputTensor(BaseModel):
+    """Pictures, one element each."""
+
+    name: str
+    shape: list[int]
+    datatype: str
+    data: list[str]
+
+
+class InferenceRequest(BaseModel):
+    """A request of the protocol; `parameters.top` is how many classes are told."""
+
+    id: Annotated[str, Field(max_length=200)] | None = None
+    inputs: list[InputTensor]
+    parameters: dict[str, Any] = {}
+
+
+BODY: dict[str, Any] = {
+    "requestBody": {"required": True, "content": {"application/json": {"schema": InferenceRequest.model_json_schema()}}}
+}
+
+
+def routes(service: Service) -> APIRouter:
+    """Make the protocol's addresses."""
+    router = APIRouter(prefix="/v2")
+
+    @router.get("")
+    async def server() -> dict[str, Any]:
+        """Describe the server."""
+        return {"name": "sordino", "version": sordino.__version__, "extensions": []}
+
+    @router.get("/health/live")
+    async def live() -> dict[str, bool]:
+        """Tell that the process answers."""
+        return {"live": True}
+
+    @router.get("/health/ready")
+    async def ready() -> dict[str, bool]:
+        """Tell that the registry can be read."""
+        await service.apart(service.shelf.registry.ping)
+        return {"ready": True}
+
+    @router.get("/models/{name}")
+    @router.get("/models/{name}/versions/{version}")
+    async def model(request: Request, name: str, version: str | None = None) -> dict[str, Any]:
+        """Describe a prompt as a model."""
+        await service.admit(request, "read")
+        classifier = await service.take(name, version)
+        assert classifier.manifest is not None
+        return {
+            "name": name,
+            "versions": [str(classifier.manifest.version)],
+            "platform": "sordino",
+            "inputs": [{"name": INPUT, "datatype": "BYTES", "shape": [-1]}],
+            "outputs": [
+                {"name": CLASSES, "datatype": "BYTES", "shape": [-1, -1]},
+                {"name": PROBABILITIES, "datatype": "FP32", "shape": [-1, -1]},
+            ],
+        }
+
+    @router.get("/models/{name}/ready")
+    @router.get("/models/{name}/versions/{version}/ready")
+    async def model_ready(request: Request, name: str, version: str | None = None) -> dict[str, Any]:
+        """Tell that a prompt can be asked."""
+        await service.admit(request, "read")
+        await service.take(name, version)
+        return {"name": name, "ready": True}
+
+    @router.post("/models/{name}/infer", openapi_extra=BODY)
+    @router.post("/models/{name}/versions/{version}/infer", openapi_extra=BODY)
+    async def infer(request: Request, name: str, version: str | None = None) -> dict[str, Any]:
+        """Classify pictures."""
+        key = await service.admit(request, "classify")
+        try:  # here, so that nothing is read of whoever may not ask
+            body = InferenceRequest.model_validate_json(await request.body())
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "the body"
+            raise Refusal(422, f"{place[:100]}: {first['msg'][:100]}") from None
+        asked = body.parameters.get("top")
+        if asked is not None and type(asked) is not int:
+            raise Refusal(422, "parameters.top must be a whole number")
+        top = service.top(asked)
+        contents = _pictures(body)
+        classifier, answers = await service.classify(request, key, name, version, contents, zero_shot=False)
+        rows = [answer.classes[:top] for answer in answers]
+        shape = [len(rows), len(rows[0])]
+        names = [class_name for row in rows for class_name, _ in row]
+        values = [value for row in rows for _, value in row]
+        assert classifier.manifest is not None
+        return {
+            "model_name": name,
+            "model_version": str(classifier.manifest.version),
+            **({} if body.id is None else {"id": body.id}),
+            "outputs": [
+                {"name": CLASSES, "datatype": "BYTES", "shape": shape, "data": names},
+                {"name": PROBABILITIES, "datatype": "FP32", "shape": shape, "data": values},
+            ],
+        }
+
+    return router
+
+
+def _pictures(body: InferenceRequest) -> list[bytes]:
+    if len(body.inputs) != 1:
+        raise Refusal(422, f"give one input, {INPUT!r}")
+    (given,) = body.inputs
+    if (given.name, given.datatype, given.shape) != (INPUT, "BYTES", [len(given.data)]):
+        raise Refusal(422, f"the input must be {INPUT!r} of datatype BYTES, with the number of pictures as its shape")
+    try:
+        return [base64.b64decode(element, validate=True) for element in given.data]
+    except (binascii.Error, ValueError):
+        raise Refusal(422, "an element is no Base64") from None

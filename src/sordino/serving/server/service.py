@@ -1,0 +1,202 @@
+"""What all addresses of a server share: who asks and may ask, the prompts, the batches, the counters, the log."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from limits import RateLimitItemPerMinute
+from limits.storage import MemoryStorage
+from limits.strategies import MovingWindowRateLimiter
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.requests import Request
+from torch import Tensor
+
+from sordino.errors import RunError
+from sordino.serving.classifier import Answer, PromptClassifier
+from sordino.serving.server.batching import Batcher
+from sordino.serving.server.keys import ANYBODY, USUAL, ApiKey, Keys, seconds_left
+from sordino.serving.server.refusal import Refusal
+from sordino.serving.server.settings import ServerSettings
+from sordino.serving.server.shelf import Shelf
+from sordino.serving.server.uploads import read_picture
+
+T = TypeVar("T")
+DECODERS = 2  # pictures that are unpacked at once, which bounds memory
+
+
+class Log:
+    """Who asked what model when, a line of JSON each; never a picture, its name or an answer.
+
+    Args:
+        file: it is appended to, and its owner's alone where it is new; None: nothing is kept.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self._lock, self._descriptor = threading.Lock(), None
+        if file is not None:
+            try:
+                self._descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            except OSError as error:
+                raise RunError(f"the log {file} cannot be written ({error.strerror}); give another --log") from None
+
+    def write(self, **entry: Any) -> None:
+        """Append an entry."""
+        if self._descriptor is not None:
+            at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+            line = json.dumps({"at": at, **entry}) + "\n"
+            with self._lock:
+                os.write(self._descriptor, line.encode())
+
+
+class Metrics:
+    """Counters for Prometheus, of one server."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "sordino_requests", "Requests by address and status.", ("route", "status"), registry=self.registry
+        )
+        self.seconds = Histogram(
+            "sordino_request_seconds", "Duration of requests by address.", ("route",), registry=self.registry
+        )
+        self.pictures = Counter(
+            "sordino_pictures", "Pictures that were answered to.", ("prompt", "version"), registry=self.registry
+        )
+        self.batch = Histogram(
+            "sordino_batch_pictures", "Pictures in a batch.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=self.registry
+        )
+        self.open = Gauge("sordino_open_requests", "Requests that are not answered yet.", registry=self.registry)
+
+
+class Service:
+    """A server's inside.
+
+    Args:
+        shelf: the prompts.
+        settings: limits.
+        needs_key: nobody may ask without a key.
+        log: see `Log`.
+    """
+
+    def __init__(self, shelf: Shelf, settings: ServerSettings, needs_key: bool, log: Log) -> None:
+        self.shelf, self.settings, self.needs_key, self.log = shelf, settings, needs_key, log
+        self.metrics = Metrics()
+        self.keys = Keys(shelf.registry.database)
+        self._limiter = MovingWindowRateLimiter(MemoryStorage())
+        self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decoder")
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._others = ThreadPoolExecutor(8, thread_name_prefix="database")
+        self._batcher = Batcher(
+            settings.batch,
+            settings.wait,
+            settings.queue,
+            settings.digits,
+            lambda size: self.metrics.batch.observe(size),
+        )
+
+    def start(self) -> None:
+        """Begin to work, in the running loop."""
+        self._batcher.start()
+
+    async def stop(self) -> None:
+        """End the work."""
+        await self._batcher.stop()
+        for pool in (self._decoders, self._loader, self._others):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    async def apart(self, call: Callable[..., T], *arguments: Any) -> T:
+        """Call what waits for the database or loads a prompt, while others are answered."""
+        return await asyncio.get_running_loop().run_in_executor(self._others, functools.partial(call, *arguments))
+
+    async def take(self, name: str, version: str | None) -> PromptClassifier:
+        """Return the classifier of a version; one that must be loaded keeps nobody waiting who asks another.
+
+        Raises:
+            Refusal: see `Shelf`.
+        """
+        at, held = await self.apart(self.shelf.look, name, version)
+        if held is not None:
+            return held
+        return await asyncio.get_running_loop().run_in_executor(self._loader, self.shelf.load, at)
+
+    async def admit(self, request: Request, scope: str) -> ApiKey:
+        """Find out who asks, and count the request.
+
+        Raises:
+            Refusal: there is no key, it does not hold or lacks the scope, or it asks too often.
+        """
+        key = await self._who(request)
+        request.state.told["key"] = key.name
+        if scope not in key.scopes:
+            raise Refusal(403, f"this key has no scope {scope!r}")
+        rate = RateLimitItemPerMinute(key.per_minute or self.settings.per_minute)
+        if not self._limiter.hit(rate, key.name):
+            raise Refusal(429, f"more than {rate.amount} requests a minute", {"Retry-After": "60"})
+        return key
+
+    async def _who(self, request: Request) -> ApiKey:
+        if not self.needs_key:
+            return ApiKey(ANYBODY, USUAL)
+        scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+        key = await self.apart(self.keys.find, secret.strip()) if scheme.lower() == "bearer" else None
+        if key is None:
+            raise Refusal(401, "give a key that holds: 'Authorization: Bearer KEY'", {"WWW-Authenticate": "Bearer"})
+        return key
+
+    async def classify(
+        self, request: Request, key: ApiKey, name: str, version: str | None, contents: Sequence[bytes], zero_shot: bool
+    ) -> tuple[PromptClassifier, list[Answer]]:
+        """Answer to uploaded pictures, with all classes.
+
+        Raises:
+            Refusal: a picture, the prompt or the day's budget does not allow it.
+        """
+        told = request.state.told
+        told |= {"prompt": name[:100], "pictures": len(contents)}
+        if not 1 <= len(contents) <= self.settings.most_pictures:
+            raise Refusal(422, f"give 1 to {self.settings.most_pictures} pictures")
+        classifier = await self.take(name, version)
+        assert classifier.manifest is not None
+        told["version"] = classifier.manifest.version
+        loop = asyncio.get_running_loop()
+        jobs = [loop.run_in_executor(self._decoders, self._pixels, classifier, content) for content in contents]
+        try:
+            pixels = [await job for job in jobs]
+        finally:
+            for job in jobs:
+                job.cancel()
+                job.add_done_callback(lambda done: done.cancelled() or done.exception())
+        # Pictures that could not be read are not counted: they tell nothing of the prompt.
+        most = key.per_day or self.settings.per_day
+        if not await self.apart(self.keys.spend, key.name, len(contents), most):
+            retry = {"Retry-After": str(seconds_left())}
+            raise Refusal(429, f"more than {most} pictures a day", retry)
+        answers = await self._batcher.ask(classifier, pixels, zero_shot)
+        self.metrics.pictures.labels(classifier.manifest.name, classifier.manifest.version).inc(len(contents))
+        return classifier, answers
+
+    def top(self, asked: int | None) -> int:
+        """Return how many classes are told.
+
+        Raises:
+            Refusal: more are asked for than the server tells.
+        """
+        most = self.settings.most_top
+        if asked is not None and not 1 <= asked <= most:
+            raise Refusal(422, f"top must be 1 to {most}")
+        return most if asked is None else asked
+
+    def _pixels(self, classifier: PromptClassifier, content: bytes) -> Tensor:
+        return classifier.pixels(read_picture(content, self.settings, classifier.saved.gray_range))

@@ -1,0 +1,241 @@
+"""What is published of a run: its prompt, ledger, statement and audit, read from files and held against each other.
+
+Two things of a ledger stay at home: the run's random name, and the digests of the parties' data. With these, whoever
+knows all pictures of a party but one could confirm that one, whatever epsilon says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from sordino.audit.findings.strength import judge
+from sordino.audit.findings.words import ATTACKS, result_words
+from sordino.errors import ConfigError, DataError, PromptError, RunError
+from sordino.experiments.privacy.statement import statement_of
+from sordino.files import read_regular
+from sordino.privacy.ledger import Ledger, Unit
+from sordino.privacy.statement import as_summary
+from sordino.prompt_file import SavedPrompt
+from sordino.report.statement import sealed
+from sordino.results import FILE as SUMMARY
+from sordino.results import Summary
+from sordino.serving.manifest import AUDIT, LEDGER, PROMPT, STATEMENT, Facts, facts_of
+
+LARGEST = 1 << 28  # bytes of a file
+MEASURES = ("local", "neighbor", "overall")
+ENDING = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Material:
+    """What is published, before it has a name.
+
+    Attributes:
+        facts: what the prompt is.
+        files: by name, their content.
+    """
+
+    facts: Facts
+    files: Mapping[str, bytes]
+
+
+def from_run(folder: Path, key: Ed25519PrivateKey, client: int | None = None) -> Material:
+    """Read a prompt of a finished run directory.
+
+    Args:
+        folder: the run directory.
+        key: signs the privacy statement.
+        client: whose prompt; None for the one that all share, or that is alone.
+
+    Raises:
+        ConfigError: the run has no such prompt.
+        RunError: the run is unfinished or damaged, or its files do not belong together.
+        PromptError: the prompt is damaged, or is not of this run.
+    """
+    file = _prompt_file(folder, client)
+    texts = {name: _read(folder / name) for name in (SUMMARY, LEDGER)}
+    try:
+        summary = Summary.from_json(texts[SUMMARY])
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{folder / SUMMARY} is damaged ({error}); finish the run with --resume") from None
+    content = _read(file)
+    saved = SavedPrompt.from_bytes(content, str(file))
+    ledger = Ledger.from_json(texts[LEDGER])
+    unit = cast(Unit, summary.privacy.unit or "example")
+    told = {name: getattr(summary.privacy, name) for name in ("private", "simulated", "statement")}
+    if saved.privacy.ledger_sha256 != hashlib.sha256(texts[LEDGER]).hexdigest() or told != {
+        name: getattr(saved.privacy, name) for name in told
+    }:
+        raise PromptError(f"{file}: is not of the run whose {LEDGER} and {SUMMARY} lie above it; put its own there")
+    privacy = _privacy(ledger, unit, saved)
+    if privacy["epsilon"] is not None and not math.isclose(
+        privacy["epsilon"], summary.privacy.epsilon or 0.0, rel_tol=1e-4
+    ):
+        raise RunError(f"{folder}: {SUMMARY} states another epsilon than {LEDGER} comes to; run the experiment again")
+    files = {PROMPT: content, LEDGER: _public(ledger)}
+    audit = None
+    if (folder / AUDIT).exists():
+        files[AUDIT] = _read(folder / AUDIT)
+        audit = _audit(folder / AUDIT, files[AUDIT], ledger, unit, summary)
+    statement = sealed(statement_of(folder, judge), key)
+    files[STATEMENT] = (json.dumps(statement, indent=1) + "\n").encode()
+    return Material(_facts(saved, privacy, audit, _training(summary, saved.client)), files)
+
+
+def from_file(file: Path, ledger_file: Path) -> Material:
+    """Read a prompt without its run, as a site keeps it of an experiment across machines.
+
+    Args:
+        file: of the prompt.
+        ledger_file: `ledger.json`, or a site's own file of what an experiment released.
+
+    Raises:
+        PromptError: the prompt is damaged, or the ledger is another one's.
+        RunError: the ledger is damaged.
+    """
+    content = _read(file)
+    saved = SavedPrompt.from_bytes(content, str(file))
+    text = _read(ledger_file)
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        raise RunError(f"{ledger_file} is no ledger; give the ledger.json of the run, or the site's own") from None
+    if isinstance(document, dict) and isinstance(document.get("ledger"), dict):  # a site's has its rounds beside it
+        text = json.dumps(document["ledger"]).encode()
+    ledger = Ledger.from_json(text)
+    if saved.privacy.ledger_sha256 != ledger.digest():
+        raise PromptError(f"{file}: was learned under another ledger than {ledger_file}; give its own")
+    units = [release.unit for release in ledger.releases]
+    privacy = _privacy(ledger, units[0] if units else "example", saved)
+    return Material(_facts(saved, privacy, None, None), {PROMPT: content, LEDGER: _public(ledger)})
+
+
+def _prompt_file(folder: Path, client: int | None) -> Path:
+    prompts = folder / "prompts"
+    found = sorted(prompts.glob(f"*{ENDING}"))
+    if not found:
+        remedy = "a finished run directory with prompts in it" if folder.is_dir() else "a run directory"
+        raise ConfigError("RUN", str(folder), f"no prompts/*{ENDING} in it; give {remedy}")
+    shared = prompts / f"shared{ENDING}"
+    if client is None:
+        if len(found) == 1:
+            return found[0]
+        raise ConfigError("--client", None, f"this run has {len(found)} prompts; say whose, as --client 0")
+    chosen = prompts / f"client-{client:04d}{ENDING}"
+    if chosen not in found:
+        what = "all clients share one prompt; leave this out" if shared in found else "no such client has a prompt here"
+        raise ConfigError("--client", client, what)
+    return chosen
+
+
+def _facts(
+    saved: SavedPrompt, privacy: dict[str, Any], audit: dict[str, Any] | None, training: dict[str, Any] | None
+) -> Facts:
+    return facts_of(
+        method=saved.method,
+        task=saved.task,
+        client=saved.client,
+        class_names=saved.class_names,
+        encoder={"name": saved.encoder.name, "fingerprint": saved.encoder.fingerprint},
+        privacy=privacy,
+        audit=audit,
+        training=training,
+    )
+
+
+def _privacy(ledger: Ledger, unit: Unit, saved: SavedPrompt) -> dict[str, Any]:
+    """Return the privacy that a ledger comes to, counted anew; the prompt must say the same.
+
+    Raises:
+        PromptError: it does not.
+    """
+    counted = as_summary(ledger, unit)
+    if (counted["private"], counted["simulated"]) != (saved.privacy.private, saved.privacy.simulated):
+        raise PromptError(f"{saved.source}: says another privacy than its ledger; take both from the run again")
+    return {
+        **{name: counted[name] for name in ("private", "simulated", "epsilon", "delta", "unit")},
+        "statement": saved.privacy.statement,
+        "ledger_sha256": saved.privacy.ledger_sha256,
+    }
+
+
+def _public(ledger: Ledger) -> bytes:
+    """Return a ledger without what would let others confirm pictures; see the module."""
+    return replace(ledger, run="", data={}).to_json().encode()
+
+
+def _audit(file: Path, content: bytes, ledger: Ledger, unit: Unit, summary: Summary) -> dict[str, Any]:
+    """Return what attacks found.
+
+    Raises:
+        RunError: the audit is damaged, or of another run.
+    """
+    try:
+        found = json.loads(content)
+        claimed, attacks = found["claimed"]["epsilon"], found["attacks"]
+        made = {name: attacks[name] for name in ATTACKS if name in attacks}
+        words = {
+            name: {"found": tuple(result_words(name, result)), "epsilon": _bound(result)}
+            for name, result in made.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RunError(f"{file} is damaged ({error!r}); repeat 'sordino audit'") from None
+    if claimed != summary.privacy.epsilon:
+        raise RunError(f"{file} is of a run with another claim; repeat 'sordino audit', or remove it")
+    return {"attacks": words, "refuted": judge(found, ledger, unit)[2]}
+
+
+def _bound(result: Any) -> float | None:
+    """Return the largest lower bound on epsilon in an attack's result, at any depth."""
+    if not isinstance(result, dict):
+        return None
+    bounds = [float(value) for name, value in result.items() if name == "epsilon" and isinstance(value, int | float)]
+    bounds += [bound for value in result.values() if (bound := _bound(value)) is not None]
+    return max((bound for bound in bounds if math.isfinite(bound) and bound >= 0), default=None)
+
+
+def _training(summary: Summary, client: int | None) -> dict[str, Any]:
+    """Return the accuracy of a prompt's own client, or the mean over clients, beside the hand-written prompt's."""
+    own = next((result for result in summary.per_client if result.client == client), None)
+    hand = summary.hand_written
+    written: Any = None
+    if hand is not None:
+        written = hand.accuracy if client is None else dict(enumerate(hand.per_client)).get(client)
+    return {
+        "dataset": dataset_name(summary.dataset),
+        "clients": summary.clients,
+        "rounds": summary.rounds,
+        "of": "mean" if own is None else "client",
+        "accuracy": _measures(summary.accuracy if own is None else own),
+        "hand_written": None if written is None else _measures(written),
+        "words": None if hand is None else hand.prompt,
+    }
+
+
+def _measures(result: Any) -> dict[str, float | None]:
+    return {name: getattr(result, name) for name in MEASURES}
+
+
+def dataset_name(source: str) -> str:
+    """Return a data set's name, without a place on a disk: `imagefolder:photos` of `imagefolder:/home/kim/photos`."""
+    scheme, colon, place = source.partition(":")
+    local = colon and scheme != "hf"
+    name = f"{scheme}:{Path(place.replace(chr(92), '/')).name}" if local else source
+    return "".join(sign if sign.isprintable() else "?" for sign in name)[:200]
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return read_regular(file, LARGEST)
+    except OSError as error:
+        raise RunError(f"{file} cannot be read ({error.strerror or error}); give a finished run directory") from None
+    except DataError as error:
+        raise RunError(f"{file} cannot be read ({error}); give a finished run directory") from None
