@@ -61,7 +61,7 @@ PRIVACY: dict[str, dict[str, Any]] = {
     "none": {},
     "cotangent": {"mechanism": "cotangent", "noise_multiplier": 1.0, "subspace": 32},
     "dp-sgd": {"mechanism": "dp-sgd", "noise_multiplier": 1.0},
-    "shares": {"mechanism": "cotangent", "noise_multiplier": 1.0, "subspace": 32, "noise_by": "shares"},
+    "shares": {"mechanism": "dp-fedavg", "noise_multiplier": 1.0, "noise_by": "shares"},
 }
 
 
