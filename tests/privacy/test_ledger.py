@@ -68,3 +68,12 @@ def test_entering_changes_no_earlier_ledger(ledger: Ledger, release: Release) ->
     ledger.add([release]).add([release])
     assert ledger.to_json() == before
     assert ledger.add([release]) == ledger.add([release])
+
+
+@given(st.lists(RELEASES, max_size=5), RELEASES)
+def test_no_step_is_lost_where_a_kind_is_listed_twice(releases: list[Release], release: Release) -> None:
+    """Such a ledger is none of Sordino's, and may be read from a file."""
+    release = replace(release, name="")
+    twice = Ledger(releases=(*releases, release, release))
+    before = sum(entry.steps for entry in twice.releases)
+    assert sum(entry.steps for entry in twice.add([release]).releases) == before + release.steps
