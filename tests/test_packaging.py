@@ -33,7 +33,7 @@ PROJECT: dict[str, Any] = PYPROJECT["project"]
 # Names of files of the source distribution, at its top; whatever else lies beside them stays out.
 DISTRIBUTED = {
     *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "pyproject.toml"),
-    *("requirements-demo.lock", "requirements.lock", "benchmarks", "docs", "examples", "src", "tests"),
+    *("requirements-demo.lock", "requirements.lock", "benchmarks", "deploy", "docs", "examples", "src", "tests"),
     *(".gitignore", "PKG-INFO"),  # hatchling's own additions
 }
 

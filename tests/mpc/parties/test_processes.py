@@ -314,7 +314,8 @@ def test_a_port_that_is_taken(processes: Processes) -> None:
     words = ["dealer", "--listen", processes.addresses["dealer"], "--certificates", own]
     done = subprocess.run(command(*words), capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    (line,) = done.stderr.strip().splitlines()
+    *more, line = done.stderr.strip().splitlines()
+    assert not more, done.stderr
     assert line.startswith(f"sordino: --listen = '{processes.addresses['dealer']}': cannot be listened at")
 
 
