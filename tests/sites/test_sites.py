@@ -8,7 +8,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from encoders.checkpoints import save_clip
@@ -133,6 +133,33 @@ def test_a_site_that_tells_no_accuracy_refuses_to_evaluate(
         assert answer.kind == "refusal"
         assert "policy.tells" in str(answer.facts["reason"])
     assert asked
+
+
+@pytest.mark.parametrize("kind", ["evaluate", "end"])
+def test_an_accuracy_is_in_the_ledger_before_the_first_round_too(
+    kind: Literal["evaluate", "end"], site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    """A server may ask for it at once, and a method that does not train has no rounds."""
+    write_site(tmp_path / "west", "west", clip_folder, {"tells": ["sizes", "class_names", "accuracy"]})
+    config, sites, agreement = experiment(clip_folder, privacy=NOISE), sites_at(site_files), []
+
+    class Stops(LocalFleet):
+        def ask(self, ask: Ask) -> Any:
+            agreement.append(ask.payloads["west"])
+            if ask.round:
+                raise KeyboardInterrupt
+            return super().ask(ask)
+
+    fingerprint = Proposal.of(config).fingerprint
+    with pytest.raises(KeyboardInterrupt):
+        coordinate(config, Proposal.of(config), Stops({n: s.turn for n, s in sites.items()}), tmp_path / "out", ALL)
+    assert fingerprint not in sites["west"].ledger.experiments, "nothing has left"
+    round_one = Envelope.decode(agreement[-1])
+    answer = Envelope.decode(sites["west"].turn(replace(round_one, kind=kind).encode()))
+    assert set(answer.facts["accuracy"]) == {"2"}
+    again = sites_at(site_files)["west"].ledger
+    assert again.experiments[fingerprint].rounds == ()
+    assert math.isinf(again.spent("example", 1e-3))
 
 
 def test_rounds_across_machines_are_tracked(site_files: dict[str, Path], tmp_path: Path, clip_folder: Path) -> None:

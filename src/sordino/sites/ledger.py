@@ -65,7 +65,18 @@ class SiteLedger:
         Raises:
             RunError: it cannot be written; nothing is entered.
         """
-        entry = self.entry(experiment, empty).with_round(number, releases)
+        self._enter(experiment, self.entry(experiment, empty).with_round(number, releases))
+
+    def open(self, experiment: str, empty: Ledger) -> None:
+        """Enter an experiment, on the disk, before anything leaves that is no round's; `empty` says what does.
+
+        Raises:
+            RunError: it cannot be written; nothing is entered.
+        """
+        if experiment not in self._entries:
+            self._enter(experiment, self.entry(experiment, empty))
+
+    def _enter(self, experiment: str, entry: Entry) -> None:
         document = {"rounds": list(entry.rounds), "ledger": json.loads(entry.ledger.to_json())}
         write_atomically(self.folder / f"{experiment}.json", json.dumps(document, indent=1).encode())
         self._entries[experiment] = entry

@@ -179,7 +179,7 @@ class Membership:
         """
         if "accuracy" not in self._settings.policy.tells:
             raise MessageError("accuracy is not among what this site tells; see policy.tells")
-        facts = {"round": self.turns.round, "accuracy": self._accuracies(self._prompt(envelope))}
+        facts = {"round": self.turns.round, "accuracy": self._told_accuracies(self._prompt(envelope))}
         return Envelope("evaluate", self.proposal.fingerprint, facts).encode()
 
     def end(self, envelope: Envelope) -> bytes:
@@ -195,7 +195,7 @@ class Membership:
         save_prompts(folder, self.config, encoder, names, prompt, privacy, own)
         facts: dict[str, Any] = {"round": self.turns.round}
         if "accuracy" in self._settings.policy.tells:
-            facts["accuracy"] = self._accuracies(prompt)
+            facts["accuracy"] = self._told_accuracies(prompt)
         return Envelope("end", self.proposal.fingerprint, facts).encode()
 
     def _prompt(self, envelope: Envelope) -> Prompt:
@@ -207,8 +207,12 @@ class Membership:
         broadcast, _ = end.read_broadcast([content for _, content in sorted(envelope.contents.items())])
         return self._federation.algorithm.prompt(broadcast, training.state)
 
-    def _accuracies(self, prompt: Prompt) -> dict[str, float | None]:
-        return dict(zip(map(str, self.turns.end.numbers), self.own.accuracies(prompt), strict=True))
+    def _told_accuracies(self, prompt: Prompt) -> dict[str, float | None]:
+        """Return the clients' accuracies, which are in the ledger before they leave, also where no round was run."""
+        assert self._federation is not None
+        clients = self.turns.end.numbers
+        self._ledger.open(self.proposal.fingerprint, self._empty(self._federation, clients))
+        return dict(zip(map(str, clients), self.own.accuracies(prompt), strict=True))
 
     @property
     def _name(self) -> str:
