@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +48,19 @@ def until(what: str, true: Callable[[], object], seconds: float = 120) -> None:
         time.sleep(0.2)
 
 
+def end_all(living: Callable[[], Iterable[int]], started: subprocess.Popen[bytes]) -> None:
+    """Kill a command's processes, and those that they start meanwhile, until none is left."""
+    while found := list(living()):
+        for number in found:
+            try:
+                os.kill(number, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        started.poll()
+        time.sleep(0.05)
+    started.wait()
+
+
 class Party:
     """A server or a site, started from its kit.
 
@@ -80,12 +93,4 @@ class Party:
 
     def end(self) -> None:
         """End everything that it started, at once."""
-        while found := processes_of(self.kit):
-            for number in found:
-                try:
-                    os.kill(number, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-            self._process.poll()
-            time.sleep(0.05)
-        self._process.wait()
+        end_all(lambda: processes_of(self.kit), self._process)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +13,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 from engines.processes import FAULTY
-from flare.parties import environment, free_port, until
+from flare.parties import end_all, environment, free_port, until
 from sites.owners import NAMES, write_pictures, write_site
 
 from sordino.flower.keys import make_key
@@ -74,15 +72,11 @@ class Party:
 
     def end(self) -> None:
         """End everything that it started, at once."""
-        while found := self.processes() - {self._process.pid if self._process.poll() is not None else 0}:
-            for number in found:
-                try:
-                    os.kill(number, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-            self._process.poll()
-            time.sleep(0.05)
-        self._process.wait()
+        end_all(self._living, self._process)
+
+    def _living(self) -> set[int]:
+        """All processes but the first one, once it has ended: it is there until it is waited for."""
+        return self.processes() - {self._process.pid if self._process.poll() is not None else 0}
 
 
 class FlowerEngine:

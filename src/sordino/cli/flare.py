@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sordino.cli.console import at_work
-from sordino.cli.options import AsJson, ConfigFile, Overrides
+from sordino.cli.options import AsJson, ConfigFile, Overrides, SigningKey
 from sordino.errors import require_extra
 
 app = typer.Typer(help="Experiments across machines of several owners, over NVIDIA FLARE.", no_args_is_help=True)
@@ -96,29 +95,20 @@ def run(
     out: Annotated[Path, typer.Option(metavar="DIR", help="where to copy the run directory at the end")],
     overrides: Overrides = None,
     tries: Annotated[int, typer.Option(min=1, help="the most jobs that are submitted")] = 5,
-    key: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="signs the experiment, for sites that name its public key")
-    ] = None,
+    key: SigningKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Run an experiment at the sites of a FLARE server, and go on by itself where a job fails or the server dies."""
     require_extra("flare", "'sordino flare'")
-    from sordino.experiments.tracking import require_tracker
+    from sordino.cli.watching import print_outcome, proposed, watching
     from sordino.flare.administrator import Administrator
     from sordino.flare.job import write_job
-    from sordino.privacy.signature import load_private_key
-    from sordino.sites.fleet_config import load_fleet_config
     from sordino.sites.submission import Submission
 
-    chosen = load_fleet_config(config, overrides or [])
-    require_tracker(chosen.experiment.tracking)
-    proposal = chosen.proposal(load_private_key(key, "--key") if key else None)
+    chosen, proposal = proposed(config, overrides, key)
     logging.getLogger("nvflare").setLevel(logging.CRITICAL)  # it tells every try to connect
-    print(f"Experiment: {proposal.fingerprint}", file=sys.stderr, flush=True)
     again = f"sordino flare run {shlex.quote(str(config))} --kit {shlex.quote(str(kit))} --out {shlex.quote(str(out))}"
     at_work(f"the job goes on at the server; to watch it again, repeat {again}")
-    from sordino.cli.watching import print_outcome, watching
-
     with Administrator(kit) as server, watching(chosen.experiment.tracking, out) as watch:
         Submission(server, proposal, chosen.patience, write_job, tries, watch, rejoining=server).run(out)
     print_outcome(out, as_json)

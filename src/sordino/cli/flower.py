@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from sordino.cli.console import at_work
-from sordino.cli.options import AsJson, ConfigFile, Overrides
+from sordino.cli.options import AsJson, ConfigFile, Overrides, SigningKey
 from sordino.cli.terminal import live_progress
 from sordino.errors import ConfigError, require_extra
 
@@ -81,30 +81,22 @@ def run(
     out: Annotated[Path, typer.Option(metavar="DIR", help="where to copy the run directory at the end")],
     overrides: Overrides = None,
     tries: Annotated[int, typer.Option(min=1, help="the most runs that are started")] = 5,
-    key: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="signs the experiment, for sites that name its public key")
-    ] = None,
+    key: SigningKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Run an experiment at the sites of this machine's server, and go on by itself where a run or the server dies."""
     require_extra("flower", "'sordino flower'")
-    from sordino.experiments.tracking import require_tracker
+    from sordino.cli.watching import print_outcome, proposed, watching
     from sordino.flower.project import ServerProject
-    from sordino.privacy.signature import load_private_key
-    from sordino.sites.fleet_config import load_fleet_config
 
     settings = ServerProject(project)
-    chosen = load_fleet_config(config, overrides or [])
-    require_tracker(chosen.experiment.tracking)
-    proposal = chosen.proposal(load_private_key(key, "--key") if key else None)
-    from sordino.cli.watching import print_outcome, watching
+    chosen, proposal = proposed(config, overrides, key)
     from sordino.flower.control import connected
     from sordino.flower.coordinator import coordinator_settings
     from sordino.flower.server import FlowerServer, write_run
     from sordino.sites.submission import Submission
 
     _quiet()
-    print(f"Experiment: {proposal.fingerprint}", file=sys.stderr, flush=True)
     words = ["sordino", "flower", "run", str(config), "--project", str(project), "--out", str(out)]
     at_work(f"the run goes on at the server; to watch it again, repeat {shlex.join(words)}")
     with connected(settings) as control, watching(chosen.experiment.tracking, out) as watch:

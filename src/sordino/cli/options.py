@@ -23,6 +23,9 @@ MethodFile = Annotated[
     Path | None, typer.Option("--method", metavar="FILE.py", help="a method in a file, which is executed")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="go on where DIR was interrupted")]
+SigningKey = Annotated[
+    Path | None, typer.Option("--key", metavar="FILE", help="signs the experiment, for sites that name its public key")
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="print one JSON object on standard output, and nothing else there")
 ]

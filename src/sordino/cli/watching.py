@@ -1,18 +1,39 @@
-"""What the terminal shows of an experiment across machines: rounds as they come, and how it ended."""
+"""The terminal of an experiment across machines, over any engine: its fingerprint, rounds as they come, its end."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sordino.cli.site_words import round_as_text
 from sordino.cli.terminal import live_progress
-from sordino.experiments.tracking import Heard, TrackingSettings, tracked
+from sordino.experiments.tracking import Heard, TrackingSettings, require_tracker, tracked
+from sordino.privacy.signature import load_private_key
 from sordino.sites.coordinator import OUTCOME
+from sordino.sites.fleet_config import FleetConfig, load_fleet_config
+from sordino.sites.proposal import Proposal
+
+
+def proposed(config: Path, overrides: Sequence[str] | None, key: Path | None) -> tuple[FleetConfig, Proposal]:
+    """Read an experiment across machines, and say its fingerprint, which sites allow it by.
+
+    Args:
+        config: the file.
+        overrides: of `--set`.
+        key: file of the private key that signs it; None: nobody does.
+
+    Raises:
+        SordinoError: file, key or overrides are malformed, or the tracker that is asked for is not installed.
+    """
+    chosen = load_fleet_config(config, overrides or [])
+    require_tracker(chosen.experiment.tracking)
+    proposal = chosen.proposal(load_private_key(key, "--key") if key else None)
+    print(f"Experiment: {proposal.fingerprint}", file=sys.stderr, flush=True)
+    return chosen, proposal
 
 
 @contextmanager

@@ -38,7 +38,7 @@ LONGEST = 2**20  # bytes of a request, or of an approval
 
 
 class Approval(BaseModel):
-    """What a project's owner returns for a request; nothing in it is secret.
+    """The return of a project's owner for a request; nothing in it is secret.
 
     Attributes:
         project: its name.

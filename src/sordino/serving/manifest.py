@@ -78,7 +78,7 @@ class Encoder(_Part):
 
 
 class Privacy(_Part):
-    """What training released.
+    """The privacy that training spent.
 
     Attributes:
         private: everything that was learned, and left a client or is published, was noised.
@@ -98,7 +98,7 @@ class Privacy(_Part):
 
 
 class Attack(_Part):
-    """What one attack on the run found.
+    """The finding of one attack on the run.
 
     Attributes:
         found: in lines of text.
@@ -145,7 +145,7 @@ class Training(_Part):
 
 
 class Facts(_Part):
-    """What a prompt is, whatever name it is published under.
+    """The facts of a prompt, whatever name it is published under.
 
     Attributes:
         method: that learned it.
@@ -168,7 +168,7 @@ class Facts(_Part):
 
     @property
     def mark(self) -> str:
-        """What must be told wherever the prompt shows; "" for a private one whose claim no attack contradicts."""
+        """Return what must be told wherever the prompt shows; "" for a private one that no attack contradicts."""
         if self.privacy.simulated:
             return "SIMULATED, NOT PRIVATE"
         if not self.privacy.private:

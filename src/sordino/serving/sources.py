@@ -1,4 +1,4 @@
-"""What is published of a run: its prompt, ledger, statement and audit, read from files and held against each other.
+"""The material of a published version: prompt, ledger, statement and audit of a run, held against each other.
 
 Two things of a ledger stay at home: the run's random name, and the digests of the parties' data. With these, whoever
 knows all pictures of a party but one could confirm that one, whatever epsilon says.
@@ -36,7 +36,7 @@ ENDING = ".safetensors"
 
 @dataclass(frozen=True)
 class Material:
-    """What is published, before it has a name.
+    """The material of a version, before it has a name.
 
     Attributes:
         facts: what the prompt is.

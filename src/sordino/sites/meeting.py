@@ -54,7 +54,7 @@ class Met:
 
 @dataclass(frozen=True)
 class Begun:
-    """What a coordinator knows of an experiment that goes on.
+    """The coordinator's knowledge of an experiment that goes on.
 
     Attributes:
         agreement: who takes part.

@@ -1,4 +1,4 @@
-"""What stands before every address: size and time of a request, headers, errors in one line, log and counters."""
+"""The guard before every address: size and time of a request, headers, errors in one line, log and counters."""
 
 from __future__ import annotations
 

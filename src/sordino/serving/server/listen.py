@@ -46,7 +46,7 @@ class Address:
 
     @property
     def local(self) -> bool:
-        """Whether only this machine reaches it."""
+        """Return True if only this machine reaches it."""
         if self.host == "localhost":
             return True
         try:

@@ -1,4 +1,4 @@
-"""What all addresses of a server share: who asks and may ask, the prompts, the batches, the counters, the log."""
+"""The inside of a server, which all its addresses share: who may ask, prompts, batches, counters, log."""
 
 from __future__ import annotations
 
