@@ -13,7 +13,7 @@ from sordino.runtime.fleet import Patience
 from sordino.sites.proposal import Proposal
 from sordino.sites.submission import job_name
 
-POLL = 0.05  # seconds between two questions of a site's for a task; FLARE's own default is 2
+POLL = 0.2  # seconds between two questions of a site's for a task; FLARE's own default is 2
 
 
 def write_job(folder: Path, proposal: Proposal, patience: Patience, least: int) -> Path:
