@@ -22,7 +22,7 @@ test-fast: $(INSTALLED)
 	$(PYTEST) -m "not slow"
 
 lint: $(INSTALLED)
-	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff check --no-cache .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 

@@ -45,7 +45,6 @@ from engines.flare_engine import FlareEngine, flare
 from engines.processes import Running
 from flare.parties import processes_of
 from flower.parties import FlowerEngine
-
 from sordino.runtime.fleet import Answer, Ask, Lost, Patience
 from sordino.sites.coordinator import METRICS, coordinate
 from sordino.sites.fleet_config import FleetConfig, load_fleet_config

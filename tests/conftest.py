@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from encoders.checkpoints import save_clip
 from hypothesis import settings
 from PIL import Image
 
+from encoders.checkpoints import save_clip
 from sordino.encoders.cache import Kind
 from sordino.encoders.clip import ClipEncoder
 from sordino.encoders.encode import forward

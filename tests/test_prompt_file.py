@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from encoders.checkpoints import save_clip
 from PIL import Image
 
+from encoders.checkpoints import save_clip
 from sordino.algorithms import METHODS
 from sordino.encoders import load_encoder
 from sordino.encoders.base import DualEncoder

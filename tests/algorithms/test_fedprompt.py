@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from runtime.states import started_in_double, with_states
 
+from runtime.states import started_in_double, with_states
 from sordino.algorithms import settings_for
 from sordino.algorithms.base import RoundContext, named_tensors
 from sordino.algorithms.fedprompt import Server

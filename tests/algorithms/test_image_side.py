@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from runtime.states import started_in_double
 from torch import Tensor
 
+from runtime.states import started_in_double
 from sordino.algorithms import algorithm, pfedpg, settings_for, sgpt
 from sordino.algorithms.base import (
     InitContext,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from runtime.states import started_in_double, with_states
 from torch import Tensor
 
+from runtime.states import started_in_double, with_states
 from sordino.algorithms import METHODS, algorithm, settings_for
 from sordino.algorithms.base import (
     Broadcast,

@@ -14,8 +14,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from runtime.states import started_in_double, with_states
 
+from runtime.states import started_in_double, with_states
 from sordino import secure
 from sordino.algorithms import algorithm, secfpp, secfpp_plain
 from sordino.algorithms.base import ClientData, RoundContext, named_tensors

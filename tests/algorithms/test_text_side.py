@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from runtime.states import started_in_double
 from torch import Tensor
 
+from runtime.states import started_in_double
 from sordino.algorithms import fedotp, fedpgp, pfedprompt, settings_for
 from sordino.encoders.cache import Kind
 from sordino.encoders.prompt_model import PromptModel

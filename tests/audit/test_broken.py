@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from audit.test_one_run import federation
 from scipy.stats import chi2
 
+from audit.test_one_run import federation
 from sordino.audit.broken import (
     DEFECTS,
     RELEASES,

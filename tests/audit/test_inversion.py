@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from runtime.states import started_in_double, with_states
 from torch import Tensor
 
+from runtime.states import started_in_double, with_states
 from sordino.algorithms.base import map_tensors
 from sordino.audit import inversion, tower_map
 from sordino.audit.inversion import class_references, invert, observe, rank_one

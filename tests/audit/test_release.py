@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from audit.test_membership import make_task
 
+from audit.test_membership import make_task
 from sordino.algorithms import algorithm, settings_for
 from sordino.audit.broken import with_defect
 from sordino.audit.evidence import Evidence, Examples

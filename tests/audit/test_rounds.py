@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from audit.test_membership import make_task
 from scipy.stats import norm
 
+from audit.test_membership import make_task
 from sordino.algorithms import algorithm, settings_for
 from sordino.algorithms.base import model_class
 from sordino.audit.broken import with_defect

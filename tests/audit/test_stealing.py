@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runtime.states import started_in_double
 from torch import Tensor
 
+from runtime.states import started_in_double
 from sordino.audit.stealing import Replayed, Stealing, steal
 from sordino.audit.subject import Subject
 from sordino.audit.wiretap import repeated

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from private_tuning.small_task import write_private_config
 
+from private_tuning.small_task import write_private_config
 from sordino.cli import console
 from sordino.cli.console import run_command
 

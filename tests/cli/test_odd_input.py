@@ -22,9 +22,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from private_tuning.small_task import write_private_config
 from pydantic import BaseModel
 
+from private_tuning.small_task import write_private_config
 from sordino.algorithms import METHODS, algorithm
 from sordino.cli.app import invoke
 from sordino.cli.console import run_command

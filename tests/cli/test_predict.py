@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-from encoders.checkpoints import save_clip
 from PIL import Image
 
+from encoders.checkpoints import save_clip
 from sordino.cli.app import invoke
 from sordino.experiments.config import load_config
 from sordino.experiments.run import run

@@ -10,13 +10,13 @@ import json
 from typing import Any
 
 import pytest
-from flare.parties import until
-from sites.owners import NAMES, fleet, sites_at, write_pictures, write_site
 
 from engines.engine import Engine
 from engines.faulty.site_faults import NOISE as REPEATABLE
 from engines.faulty.site_faults import SECRET, repeatable_noise
 from engines.processes import Trial
+from flare.parties import until
+from sites.owners import NAMES, fleet, sites_at, write_pictures, write_site
 from sordino.algorithms.base import named_tensors
 from sordino.prompt_file import SavedPrompt
 from sordino.runtime import checkpoint

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tomli_w
+
 from flare.parties import Party, environment, free_port, until
 from sites.owners import NAMES, write_pictures, write_site
-
 from sordino.flare.certificates import approve, fingerprint_of_authority, make_kit, request
 from sordino.flare.project import Project, load_project
 from sordino.flare.provision import provision

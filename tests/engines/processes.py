@@ -13,9 +13,9 @@ from typing import Any
 import safetensors.torch
 import tomli_w
 import torch
+
 from engines.engine import Engine
 from sites.owners import NOISE, experiment
-
 from sordino.experiments.config import Experiment, load_config
 from sordino.sites.coordinator import METRICS
 from sordino.sites.proposal import Proposal

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from engines.conformance import *  # noqa: F403
 from engines.engine import Engine
 from engines.flare_engine import flare

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from private_tuning.small_task import write_private_config
 from safetensors.numpy import load_file
 
 import sordino
+from private_tuning.small_task import write_private_config
 from sordino.algorithms.variation import variation
 from sordino.experiments.config import load_config
 from sordino.experiments.run import run

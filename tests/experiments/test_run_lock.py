@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from private_tuning.small_task import write_private_config
 
+from private_tuning.small_task import write_private_config
 from sordino.errors import RunError
 from sordino.experiments import run_lock
 from sordino.experiments.compare import compare

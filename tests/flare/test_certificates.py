@@ -13,10 +13,10 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.oid import NameOID
-from flare.test_provision import PROJECT, WEST
 from nvflare.lighter.utils import generate_cert
 from typer.testing import CliRunner
 
+from flare.test_provision import PROJECT, WEST
 from sordino.cli.app import app
 from sordino.errors import ConfigError, RunError
 from sordino.flare import certificates

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
-from flare.test_provision import PROJECT
 
+from flare.test_provision import PROJECT
 from sordino.flare.project import ServerEntry, load_project
 from sordino.flare.provision import SITE, provision
 

@@ -12,8 +12,8 @@ import pytest
 from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
-from sites.owners import experiment, write_pictures, write_site
 
+from sites.owners import experiment, write_pictures, write_site
 from sordino.errors import ConfigError, RunError
 from sordino.flare.controller import content_of, read_proposal
 from sordino.flare.executor import SiteExecutor

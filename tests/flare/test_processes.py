@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from engines.flare_engine import LEAD, FlareEngine, flare
 from engines.processes import Trial
 from flare.parties import Party, environment, until
 from sites.owners import NAMES
-
 from sordino.flare.job import write_job
 from sordino.flower.certificates import write_certificates
 from sordino.runtime.fleet import Patience

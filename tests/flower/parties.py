@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import tomli_w
+
 from engines.processes import FAULTY
 from flare.parties import end_all, environment, free_port, until
 from sites.owners import NAMES, write_pictures, write_site
-
 from sordino.flower.keys import make_key
 from sordino.sites.proposal import Proposal
 

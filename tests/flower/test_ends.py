@@ -14,8 +14,8 @@ import tomli_w
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
-from sites.owners import experiment, write_pictures, write_site
 
+from sites.owners import experiment, write_pictures, write_site
 from sordino.errors import ConfigError, RunError
 from sordino.flower import coordinator as module
 from sordino.flower.answering import answered

@@ -15,8 +15,6 @@ from typing import Any
 import httpx
 import pytest
 import tomli_w
-from flare.parties import environment, until
-from flower.parties import FlowerEngine, needs_nginx
 from flwr.cli.build import build_fab_from_files
 from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest, StartRunRequest
 from flwr.proto.fab_pb2 import Fab
@@ -24,8 +22,10 @@ from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.runtime import RuntimeHttpClient
-from sites.owners import experiment
 
+from flare.parties import environment, until
+from flower.parties import FlowerEngine, needs_nginx
+from sites.owners import experiment
 from sordino.experiments.config import Experiment, load_config
 from sordino.flower.certificates import write_certificates
 from sordino.flower.connection import Connection, Unreachable

@@ -14,8 +14,8 @@ import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from flower.parties import needs_nginx
 
+from flower.parties import needs_nginx
 from sordino.cli.app import app
 from sordino.cli.flower import app as flower
 from sordino.errors import ConfigError, RunError

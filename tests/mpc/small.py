@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator
 
 import torch
-from mpc.both import normal
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from mpc.both import normal
 from sordino.mpc.tower.sentences import Sentences, in_the_clear
 from sordino.mpc.tower.tower import PrivateTower
 

@@ -11,11 +11,11 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from mpc.both import KEYS, held, normal
-from mpc.small import batches, sentences, small_tower
 from scipy import stats
 from torch import Tensor
 
+from mpc.both import KEYS, held, normal
+from mpc.small import batches, sentences, small_tower
 from sordino.mpc.arithmetic.packing import MaskedShare, unpack
 from sordino.mpc.arithmetic.ring import encode, lowest, share
 from sordino.mpc.dealing.correlations import Correlation

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from pictures.pictures_of_a_ramp import (
     RAMP,
     dicom,
@@ -21,8 +23,6 @@ from pictures.pictures_of_a_ramp import (
     twelve_bit_tiff,
     wide,
 )
-from PIL import Image
-
 from sordino.errors import DataError
 from sordino.pictures.brightness import rgb
 from sordino.pictures.decoding import decode, suffixes

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from runtime.states import started_in_double
 from torch import Tensor
 
+from runtime.states import started_in_double
 from sordino.algorithms import METHODS, algorithm, settings_for
 from sordino.algorithms.base import Broadcast, ClientState, RoundContext, model_class, named_tensors, take
 from sordino.encoders.encode import forward

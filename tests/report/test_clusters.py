@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from report.conftest import WriteRun
-from report.test_report import HOSTILE, contrast, page_of, refused, strings
 from sklearn.metrics import adjusted_rand_score
 
+from report.conftest import WriteRun
+from report.test_report import HOSTILE, contrast, page_of, refused, strings
 from sordino.report.clusters import agreement, moves
 from sordino.report.distance_data import plane
 from sordino.report.figures import PALETTE, SYMBOLS

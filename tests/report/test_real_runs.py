@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from report.conftest import Comparison
 from report.test_report import Page, metrics
-
 from sordino.cli.terminal import print_table
 from sordino.results import MEASURES
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report.conftest import WriteRun
 
+from report.conftest import WriteRun
 from sordino.errors import RunError
 from sordino.report import write_report
 from sordino.report.figures import PALETTE, symbol

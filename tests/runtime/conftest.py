@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+
 from runtime.client_process import Spec
 from runtime.federations import FEDERATIONS, SIX
-
 from sordino.algorithms import algorithm, settings_for
 from sordino.algorithms.base import model_class
 from sordino.encoders.prompt_model import PromptModel

@@ -13,7 +13,6 @@ from pathlib import Path
 from runtime.client_process import Spec
 from runtime.forked import code_of, started
 from runtime.site_process import main, receive, send
-
 from sordino.runtime.fleet import Answer, Ask, Lost
 
 

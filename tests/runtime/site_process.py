@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from runtime.client_process import Spec, exactly
 
+from runtime.client_process import Spec, exactly
 from sordino.errors import SordinoError
 from sordino.privacy.ledger import Release
 from sordino.runtime.client import ClientEnd

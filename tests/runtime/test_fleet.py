@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+
 from runtime.federations import FEDERATIONS
 from runtime.fleets import ProcessFleet
 from runtime.site_process import EXPERIMENT, LEDGER, turns_of
 from runtime.test_two_processes import trained_locally
-
 from sordino.algorithms.base import named_tensors
 from sordino.errors import RunError
 from sordino.runtime import messages, turns

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+
 from runtime.client_process import Spec, main, receive, send
 from runtime.federations import SIX
 from runtime.forked import code_of, started
-
 from sordino.algorithms.base import map_tensors, named_tensors
 from sordino.errors import ConfigError
 from sordino.privacy.client_level import CLIP

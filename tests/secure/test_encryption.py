@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from secure.test_secpc import groups
 
+from secure.test_secpc import groups
 from sordino.secure import Client, EncryptingCipher, Pairs, SecureError, Server, plan, run
 from sordino.secure.messages import Shares, read
 

@@ -14,8 +14,8 @@ import pytest
 import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from huggingface_hub import ModelCard
-from serving.conftest import some_facts
 
+from serving.conftest import some_facts
 from sordino.cli.app import invoke
 from sordino.errors import ConfigError, PromptError, RunError
 from sordino.privacy.ledger import Ledger

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from serving.conftest import Server, some_facts, some_files
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.exc import DBAPIError
 
+from serving.conftest import Server, some_facts, some_files
 from sordino.errors import ConfigError, PromptError, RunError
 from sordino.privacy.signature import public_bytes, sign
 from sordino.serving.manifest import CARD, LEDGER, PROMPT, Facts, Manifest

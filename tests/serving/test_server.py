@@ -31,9 +31,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
-from serving.uploads import PICTURES, huge_png, uploads
 from sqlalchemy import create_engine, text
 
+from serving.uploads import PICTURES, huge_png, uploads
 from sordino.cli.app import invoke
 from sordino.errors import ConfigError, DataError, RunError
 from sordino.pictures.decoding import decode

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import tomli_w
-from sites.owners import NOISE, experiment, fleet, sites_at, write_site
 from typer.testing import CliRunner
 
+from sites.owners import NOISE, experiment, fleet, sites_at, write_site
 from sordino.cli.app import app
 from sordino.cli.site_words import round_as_text
 from sordino.errors import ConfigError

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+
+import sordino
 from encoders.checkpoints import save_clip
 from experiments.test_tracking import of_tensorboard, same
 from sites.owners import NAMES, NOISE, experiment, fleet, sites_at, write_pictures, write_site
-
-import sordino
 from sordino.algorithms.base import named_tensors
 from sordino.errors import ConfigError, RunError
 from sordino.experiments.config import Experiment

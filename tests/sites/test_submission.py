@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sites.owners import experiment
 
+from sites.owners import experiment
 from sordino.errors import RunError
 from sordino.flare.job import write_job
 from sordino.flare.names import CONTROLLER, EXECUTOR

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures.pictures_of_a_ramp import RAMP, png16, wide
 from PIL import Image
 
+from pictures.pictures_of_a_ramp import RAMP, png16, wide
 from sordino.errors import ConfigError, DataError
 from sordino.files import read_regular
 from sordino.pictures.decoding import MAX_BYTES, decode, suffixes

@@ -18,9 +18,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
-from mpc.small import batches, small_tower
 
 import sordino
+from mpc.small import batches, small_tower
 from sordino.errors import ConfigError
 from sordino.mpc.errors import PartyLost
 from sordino.mpc.parties import certificates, transport, versions

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from mpc.small import batches, small_tower
 
+from mpc.small import batches, small_tower
 from sordino.encoders.bundled import Embedder
 from sordino.errors import ConfigError, RunError
 from sordino.mpc.parties import kept_model as kept_module

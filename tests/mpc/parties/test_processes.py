@@ -19,12 +19,12 @@ from typing import Any
 
 import pytest
 import torch
-from mpc.small import agree, batches, groups, small_tower
 from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
 import sordino
+from mpc.small import agree, batches, groups, small_tower
 from sordino.cli.app import app
 from sordino.encoders.bundled import TEXT_MODEL, package_path
 from sordino.errors import ConfigError

@@ -12,9 +12,9 @@ from typing import Any
 import grpc
 import pytest
 import torch
-from mpc.small import agree, batches, groups, sentences, small_tower
 from torch.nn.functional import cosine_similarity
 
+from mpc.small import agree, batches, groups, sentences, small_tower
 from sordino.mpc.dealing.correlations import CORRELATIONS, Harmonics, Lift, Mask, Powers, Product, TripleProduct
 from sordino.mpc.errors import MpcError, OutOfRange, PartyLost
 from sordino.mpc.parties import transport

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mpc.both import computed, held, normal, root_cost
 
+from mpc.both import computed, held, normal, root_cost
 from sordino.mpc.arithmetic.packing import packed_size
 from sordino.mpc.protocols.attention import random_feature_attention
 from sordino.mpc.protocols.linear import mask_and_open

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mpc.both import KEYS, computed, held, held_integers, normal
 from scipy import stats
 from scipy.special import erf
 
+from mpc.both import KEYS, computed, held, held_integers, normal
 from sordino.mpc.arithmetic.packing import packed_size
 from sordino.mpc.arithmetic.ring import decode, lowest
 from sordino.mpc.dealing.correlations import Harmonics, Mask

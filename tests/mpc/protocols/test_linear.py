@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mpc.both import KEYS, computed, cost_of, held, held_integers, normal
 from scipy import stats
 
+from mpc.both import KEYS, computed, cost_of, held, held_integers, normal
 from sordino.mpc.arithmetic.packing import packed_size
 from sordino.mpc.arithmetic.prg import Prg
 from sordino.mpc.arithmetic.ring import centered, lowest

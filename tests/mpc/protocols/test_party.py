@@ -6,8 +6,8 @@ from collections import deque
 
 import pytest
 import torch
-from mpc.both import KEYS, computed, held, normal
 
+from mpc.both import KEYS, computed, held, normal
 from sordino.mpc.arithmetic.prg import Prg
 from sordino.mpc.dealing.correlations import Correlation, Mask, Product
 from sordino.mpc.dealing.costs import Cost, Costs, protocol

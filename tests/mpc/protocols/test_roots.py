@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mpc.both import KEYS, computed, cost_of, held, held_integers, normal, root_cost
 from scipy import stats
 
+from mpc.both import KEYS, computed, cost_of, held, held_integers, normal, root_cost
 from sordino.mpc.arithmetic.packing import packed_size
 from sordino.mpc.arithmetic.ring import WORD, decode, encode, lowest
 from sordino.mpc.dealing.costs import Cost

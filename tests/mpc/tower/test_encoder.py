@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from mpc.small import FREQUENCIES, HEADS, INNER, WIDTH, Batch, batches, sentences, small_tower
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from mpc.small import FREQUENCIES, HEADS, INNER, WIDTH, Batch, batches, sentences, small_tower
 from sordino.encoders.bundled import TEXT_MODEL, TextTower, package_path
 from sordino.mpc.arithmetic.packing import packed_size
 from sordino.mpc.arithmetic.ring import encode, share
