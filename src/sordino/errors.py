@@ -25,6 +25,7 @@ EXTRAS = {
     "flower": ("flwr",),
     "hub": ("datasets",),
     "mpc": ("cma", "grpc", "numba"),
+    "openssf": ("model_signing", "OpenSSL"),
     "serve": (
         "alembic",
         "fastapi",
