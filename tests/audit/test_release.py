@@ -237,7 +237,7 @@ def test_an_audit_of_such_a_run_stands_beside_its_claim(
         folder = tmp_path / "second"
         again = ["privacy.mechanism=statistics", f"privacy.release={tmp_path / 'run'}", "rounds=2"]
         run(load_config(config_file, [*again, "algorithm=promptfl"]), folder)
-    found = audit(folder, shadows=4, canaries=16)
+    found = audit(folder, shadows=4, canaries=16, queries=20)
     attacks = found["attacks"]
     assert found["claimed"]["epsilon"] == pytest.approx(2.0, abs=0.05)
     assert "drawn from" in attacks["rounds"]["reason"]

@@ -33,7 +33,7 @@ def test_a_simulated_claim_is_called_simulated(config_file: Path, tmp_path: Path
 def test_an_audit_of_a_run_stands_beside_its_claim(config_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(load_config(config_file, DP), folder)
-    arguments = ["audit", str(folder), "--shadows", "4", "--canaries", "16"]
+    arguments = ["audit", str(folder), "--shadows", "4", "--canaries", "16", "--queries", "20"]
     done = CliRunner().invoke(app, [*arguments, "--json"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
@@ -46,6 +46,8 @@ def test_an_audit_of_a_run_stands_beside_its_claim(config_file: Path, tmp_path: 
         "inversion",
         "stealing",
         "distances",
+        "extraction",
+        "label-only",
     }
     assert found["claimed"]["epsilon"] == pytest.approx(4.0, abs=0.05)
     canaries = found["attacks"]["canaries"]
@@ -62,6 +64,8 @@ def test_an_audit_of_a_run_stands_beside_its_claim(config_file: Path, tmp_path: 
     assert re.search(r"membership: RMIA, 4 shadows: AUC 0\.\d+", text)
     assert re.search(r"rounds: uploads of 3 rounds: AUC [01]\.\d+", text)
     assert "canaries: epsilon is at least" in text
+    assert "extraction: a copy from 20 answers (top 5, two decimals): agreement" in text
+    assert re.search(r"label-only: best classes of nine variants: AUC [01]\.\d+", text)
 
 
 def test_attacks_made_before_are_kept(config_file: Path, tmp_path: Path) -> None:
@@ -105,7 +109,7 @@ def test_what_cannot_be_attacked_is_told(config_file: Path, tmp_path: Path) -> N
         audit(tmp_path / "client", ["guessing"])
     with pytest.raises(ConfigError, match="example"):
         audit(tmp_path / "client", ["canaries"])
-    found = audit(tmp_path / "client", shadows=4)
+    found = audit(tmp_path / "client", shadows=4, queries=20)
     assert "example" in found["attacks"]["canaries"]["reason"]
     assert "lira" in found["attacks"]["membership"]
     run(load_config(config_file, ["algorithm=local", "rounds=2"]), tmp_path / "local")

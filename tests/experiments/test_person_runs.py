@@ -107,7 +107,7 @@ def test_attacks_that_draw_examples_say_that_they_do(config_file: Path, persons:
         load_config(config_file, [*BY_PERSON, "privacy.mechanism=cotangent", f"data.persons={persons}"]),
         tmp_path / "run",
     )
-    attacks = audit(tmp_path / "run", shadows=4, canaries=4)["attacks"]
+    attacks = audit(tmp_path / "run", shadows=4, canaries=4, queries=20)["attacks"]
     for name in ("membership", "canaries"):
         assert "privacy.unit" in attacks[name]["reason"]
     assert "attacks" in attacks["inversion"]

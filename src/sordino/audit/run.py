@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sordino.audit.distances import expose
+from sordino.audit.extraction.copying import QUERIES, steal_by_asking
+from sordino.audit.extraction.label_only import infer_by_asking
 from sordino.audit.findings.words import ATTACKS
 from sordino.audit.inversion import invert
 from sordino.audit.membership import infer_membership
@@ -36,6 +39,7 @@ def audit(
     seed: int = 1,
     progress: Progress = silent,
     dataset: EncodedDataset | None = None,
+    queries: int = QUERIES[-1],
 ) -> dict[str, Any]:
     """Attack a finished run, and write `audit.json` and its report.
 
@@ -49,6 +53,7 @@ def audit(
         seed: of the attacker's randomness.
         progress: is called as the attacks advance.
         dataset: data and encoder, if they are open already.
+        queries: questions of the copies made of answers, at most; each is a picture that passes the encoder.
 
     Returns:
         The content of `audit.json`.
@@ -62,14 +67,22 @@ def audit(
     folder = Path(folder)
     require_run(folder)
     with held(folder):
-        return _audit(folder, attacks, shadows, canaries, seed, progress, dataset)
+        return _audit(folder, attacks, Effort(shadows, canaries, queries), seed, progress, dataset)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """The size of attacks: shadow federations, planted examples, and questions to a service."""
+
+    shadows: int
+    canaries: int
+    queries: int
 
 
 def _audit(
     folder: Path,
     attacks: Sequence[str],
-    shadows: int,
-    canaries: int,
+    effort: Effort,
     seed: int,
     progress: Progress,
     dataset: EncodedDataset | None,
@@ -81,7 +94,7 @@ def _audit(
     results: dict[str, Any] = read_audit(folder)["attacks"] if (folder / FILE).exists() else {}
     for name in (attack for attack in ATTACKS if attack in attacks):
         try:
-            results[name] = _attack(name, subject, shadows, canaries, seed)
+            results[name] = _attack(name, subject, effort, seed)
         except (ConfigError, DataError) as error:
             if tuple(attacks) != ATTACKS:  # asked for by name
                 raise
@@ -134,18 +147,22 @@ def membership_auc(folder: Path, shadows: int, resume: bool, progress: Progress,
     return float(result["attacks"]["membership"]["lira"]["auc"])
 
 
-def _attack(name: str, subject: Subject, shadows: int, canaries: int, seed: int) -> dict[str, Any]:
+def _attack(name: str, subject: Subject, effort: Effort, seed: int) -> dict[str, Any]:
     if name == "membership":
-        return infer_membership(subject, shadows, seed).as_dict()
+        return infer_membership(subject, effort.shadows, seed).as_dict()
     if name == "release":
         return attack_release(subject, seed).as_dict()
     if name == "rounds":
         return infer_from_rounds(subject, seed).as_dict()
     if name == "canaries":
         rounds = subject.training.round
-        return audit_in_one_run(subject.runtime, canaries, seed, subject.progress, rounds).as_dict()
+        return audit_in_one_run(subject.runtime, effort.canaries, seed, subject.progress, rounds).as_dict()
     if name == "inversion":
         return invert(subject, seed).as_dict()
     if name == "distances":
         return expose(subject, seed).as_dict()
+    if name == "extraction":
+        return steal_by_asking(subject, seed, effort.queries).as_dict()
+    if name == "label-only":
+        return infer_by_asking(subject, seed).as_dict()
     return steal(subject, seed).as_dict()

@@ -45,6 +45,7 @@ class Subject:
         progress: is called as an attack advances.
         exchangeable: true if training and test images of a client and class were split at random. A source's own test
             split is of others' making. With domains the split is random within each, and a client may hold several.
+        dataset: the pictures, for attacks that ask with them.
     """
 
     config: Experiment
@@ -56,6 +57,18 @@ class Subject:
     labels: Tensor
     progress: Progress = silent
     exchangeable: bool = True
+    dataset: EncodedDataset | None = None
+
+    @property
+    def encoded_data(self) -> EncodedDataset:
+        """The pictures themselves.
+
+        Raises:
+            ConfigError: they are not at hand.
+        """
+        if self.dataset is None:
+            raise ConfigError("data", "features alone", "the attack asks with pictures; audit a run directory")
+        return self.dataset
 
     @classmethod
     def open(cls, folder: Path, progress: Progress = silent, dataset: EncodedDataset | None = None) -> Subject:
@@ -92,7 +105,7 @@ class Subject:
         labels = torch.from_numpy(task.labels).to(device)
         one_domain = all(len(domains) <= 1 for domains in task.client_domains)
         exchangeable = dataset.images.is_test is None and one_domain
-        return cls(config, runtime, training, ledger, task, features, labels, progress, exchangeable)
+        return cls(config, runtime, training, ledger, task, features, labels, progress, exchangeable, dataset)
 
     def begun(self) -> Training:
         """Return the state from which the run's first round started: after its own release of statistics, if any."""

@@ -201,10 +201,14 @@ def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run dir
 def audit(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run directory")],
     attacks: Annotated[
-        str, typer.Option(help="of membership, release, rounds, canaries, inversion, stealing, distances")
-    ] = "membership,release,rounds,canaries,inversion,stealing,distances",
+        str,
+        typer.Option(
+            help="of membership, release, rounds, canaries, inversion, stealing, distances, extraction, label-only"
+        ),
+    ] = "membership,release,rounds,canaries,inversion,stealing,distances,extraction,label-only",
     shadows: Annotated[int, typer.Option(min=4, help="shadow federations; each costs as much as the run")] = 64,
     canaries: Annotated[int, typer.Option(min=8, help="planted examples; each costs a gradient every round")] = 128,
+    queries: Annotated[int, typer.Option(min=10, help="most questions of a copy made of a service's answers")] = 10_000,
     seed: Annotated[int, typer.Option(help="of the attacker's randomness")] = 1,
     method: MethodFile = None,
     as_json: AsJson = False,
@@ -221,7 +225,7 @@ def audit(
         add_file(method)
     at_work("nothing was changed, as an audit is written at its end; repeat the command")
     with live_progress() as progress:
-        result = attack(folder, names, shadows, canaries, seed, progress)
+        result = attack(folder, names, shadows, canaries, seed, progress, queries=queries)
     print(json.dumps(result) if as_json else as_text(result))
     if not as_json:
         print(f"Report: {folder / 'report.html'}")

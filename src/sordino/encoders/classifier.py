@@ -154,6 +154,18 @@ class Classifier:
         return Prediction(name, {self.class_names[index]: float(probabilities[index]) for index in order})
 
 
+def told(probabilities: Tensor, top: int, digits: int) -> list[tuple[int, float]]:
+    """Return what a service tells of one picture: the most probable classes, with rounded probabilities.
+
+    Args:
+        probabilities: [C].
+        top: how many classes. Equal ones, and those that rounding makes equal, come as they stand.
+        digits: decimals of a probability.
+    """
+    order = probabilities.argsort(descending=True, stable=True)[:top].tolist()
+    return [(index, round(float(probabilities[index]), digits)) for index in order]
+
+
 def _rank(kind: Kind) -> int:
     """Return how many trailing axes one image has in a kind of feature."""
     return {"image": 1, "patch": 2, "pixels": 3}.get(kind, 2 if layer_of(kind) is not None else 1)

@@ -19,7 +19,7 @@ from sordino.encoders.encode import Skipped, encode, tell_skipped
 from sordino.encoders.prompt_model import PromptModel
 from sordino.errors import DataError
 from sordino.experiments.config import Experiment
-from sordino.progress import Progress, log
+from sordino.progress import Progress, log, silent
 from sordino.tasks.copies import Copies, find_copies
 from sordino.tasks.images import Flags, ImageSet, Indices
 from sordino.tasks.overview import announce
@@ -193,6 +193,11 @@ class EncodedDataset:
         """Encode what some rows lack of a kind, and tell whether all of them could be read."""
         self._encode(self._unknown(rows, kind), kind, progress)
         return bool(self.readable[rows].all())
+
+    def features_of(self, rows: Indices, kind: Kind, progress: Progress = silent) -> Tensor:
+        """The features [n, ...] of some rows, on the CPU; zero for a picture that cannot be read."""
+        self._encode(self._unknown(rows, kind), kind, progress)
+        return self.tables[kind].features[torch.from_numpy(rows)]
 
     def _missing(self, task: Task, kind: Kind) -> Indices:
         """The rows that a task uses and that were not read yet."""

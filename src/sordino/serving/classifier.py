@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from sordino.encoders.base import DualEncoder
-from sordino.encoders.classifier import Classifier
+from sordino.encoders.classifier import Classifier, told
 from sordino.encoders.encode import forward
 from sordino.encoders.prompt_model import Prompt, PromptModel, map_prompt
 from sordino.errors import ConfigError, DataError, EncoderError, PromptError, SordinoError
@@ -270,9 +270,8 @@ def described(found: Published) -> SavedPrompt:
 
 
 def _ranked(names: Sequence[str], row: Tensor, top: int, digits: int) -> tuple[tuple[str, float], ...]:
-    """Return the most probable classes; equal ones, and those that rounding makes equal, as they come."""
-    order = row.argsort(descending=True, stable=True)[:top].tolist()
-    return tuple((names[index], round(float(row[index]), digits)) for index in order)
+    """Return the most probable classes by name; see `told`."""
+    return tuple((names[index], probability) for index, probability in told(row, top, digits))
 
 
 def _listed(classes: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:

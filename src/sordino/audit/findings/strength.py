@@ -30,6 +30,8 @@ TITLES = {
     "inversion": "Inversion: what was in an upload?",
     "stealing": "Stealing: a copy of a personal prompt",
     "distances": "Prompts from the distances that clustering opens",
+    "extraction": "Stealing through a service: a copy made of its answers",
+    "label-only": "Membership, from a service's answers alone",
 }
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-ATTACKS = ("membership", "release", "rounds", "canaries", "inversion", "stealing", "distances")
+BY_SERVICE = ("extraction", "label-only")  # attacks that need a service's answers alone
+ATTACKS = ("membership", "release", "rounds", "canaries", "inversion", "stealing", "distances", *BY_SERVICE)
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -117,6 +118,33 @@ def _distances_words(result: dict[str, Any]) -> list[str]:
     return words
 
 
+def _extraction_words(result: dict[str, Any]) -> list[str]:
+    whose = f"prompts of {len(result['victims'])} clients" if result["victims"] else "the shared prompt"
+
+    def compared(copy: dict[str, Any]) -> str:
+        cosine = "" if copy["cosine"] is None else f", cosine of class features {copy['cosine']:.2f}"
+        return f"agreement {100 * copy['agreement']:.0f}%, local accuracy {100 * copy['local_accuracy']:.1f}%{cosine}"
+
+    words = [
+        f"{whose}, local accuracy {100 * result['local_accuracy']:.1f}%; "
+        f"the hand-written prompt in their place: {compared(result['hand_written'])}"
+    ]
+    shown = ("none", "top 5, two decimals")
+    return words + [
+        f"a copy from {copy['queries']:,} answers ({'exact' if copy['defence'] == 'none' else copy['defence']}): "
+        f"{compared(copy)}"
+        for defence in shown
+        for copy in result["copies"]
+        if copy["defence"] == defence
+    ]
+
+
+def _label_only_words(result: dict[str, Any]) -> list[str]:
+    titles = {"gap": "best class", "augmented": "best classes of nine variants", "answers": "top 5 in two decimals"}
+    words = [f"{title}: {_success(result[name])}" for name, title in titles.items()]
+    return words + _contradiction([result[name] for name in titles])
+
+
 _WORDS = {
     "membership": _membership_words,
     "release": _release_words,
@@ -125,4 +153,6 @@ _WORDS = {
     "inversion": _inversion_words,
     "stealing": _stealing_words,
     "distances": _distances_words,
+    "extraction": _extraction_words,
+    "label-only": _label_only_words,
 }
