@@ -162,6 +162,13 @@ def verify(
 def export(
     label: Label,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="a folder that does not exist")],
+    sign_openssf: Annotated[
+        bool, typer.Option("--sign-openssf", help="sign the folder for OpenSSF's model_signing too, in DIR.sig")
+    ] = False,
+    openssf_key: Annotated[
+        Path | None,
+        typer.Option("--openssf-key", metavar="PEM", help="on curve P-256, P-384 or P-521; default: the user's own"),
+    ] = None,
     registry: RegistryUrl = None,
     trust: Trust = None,
 ) -> None:
@@ -171,12 +178,25 @@ def export(
     from sordino.serving.manifest import parse_label
     from sordino.serving.registry import Registry
 
+    if openssf_key is not None and not sign_openssf:
+        raise ConfigError("--openssf-key", str(openssf_key), "give --sign-openssf too, or leave it out")
     at_work("nothing was written; repeat the command")
     name, version = parse_label(label)
+    if sign_openssf:
+        require_extra("openssf", "'--sign-openssf'")
+        from sordino.serving import openssf
+
+        openssf.check_free(out)
+        signing_key = openssf.openssf_key(openssf_key)
     with Registry(registry) as prompts:
         found = prompts.load(name, version, _trusted(trust))
     write_folder(found, out)
     print(f"Exported {_marked(found.manifest)}: {out}")
+    if sign_openssf:
+        print(f"Signed for model_signing: {openssf.sign_folder(out, signing_key)}")
+        public = signing_key.with_name(f"{signing_key.stem}.pub.pem")
+        if public.exists():
+            print(f"It is verified with {public}")
 
 
 @app.command("withdraw")

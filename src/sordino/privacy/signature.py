@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -38,15 +39,24 @@ def make_key(out: Path) -> tuple[Path, str]:
         ConfigError: one of the files exists. None is ever overwritten, as signatures would lose their key.
         RunError: a file cannot be written.
     """
+    key = Ed25519PrivateKey.generate()
+    return keep_key(key, out), fingerprint(public_bytes(key))
+
+
+def keep_key(key: Ed25519PrivateKey | EllipticCurvePrivateKey, out: Path) -> Path:
+    """Write a new pair of keys as `make_key` does; the public key's file.
+
+    Raises:
+        ConfigError, RunError: see `make_key`.
+    """
     public_file = out.with_name(f"{out.stem}.pub.pem")
     for file in (out, public_file):
         if file.exists() or file.is_symlink():
             raise ConfigError("--out", str(out), f"{file.name} is there already, and keys are never overwritten")
-    key = Ed25519PrivateKey.generate()
     _write_new(out, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
     pem = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     _write_new(public_file, pem, 0o644)
-    return public_file, fingerprint(public_bytes(key))
+    return public_file
 
 
 def _write_new(file: Path, content: bytes, mode: int) -> None:
