@@ -8,8 +8,9 @@ DP-FPL with noise by each client on handwritten digits and the bundled encoder, 
 - rss_mb: peak memory of processes: the engine's own at a site and that of a job (FLARE), a site and the largest of the
   server (Flower).
 - bytes_over_bill: what sites and server hand to the engine, over the bytes of the method's messages.
-- wire_bytes_over_bill: what crossed the loopback in that time, over the same: with the engine's questions for work,
-  heartbeats and TLS. Meaningful only where nothing else uses the loopback.
+- wire_bytes_over_bill: what passed the server's port after the first round, with the headers of TCP and IP, over the
+  bill of these rounds: with the engine's questions for work, heartbeats and TLS.
+- wire_bytes_beside: the same less the bill, a site and a round. It does not grow with messages.
 
 Prints one JSON object. It needs the extras `flare` and `flower`, and nginx.
 
@@ -26,9 +27,12 @@ import argparse
 import json
 import multiprocessing
 import re
+import socket
 import statistics
+import struct
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -52,6 +56,7 @@ from sordino.sites.settings import load_site
 from sordino.sites.site import Site
 
 NAMES = ("east", "north", "west")
+ETHERNET_IP = 0x0800
 Memory = Callable[[], dict[str, int]]  # peak MB by process
 EXPERIMENT: dict[str, Any] = {
     "algorithm": "dp-fpl",
@@ -81,10 +86,10 @@ def seconds_of(out: Path) -> list[float]:
     return [json.loads(line)["seconds"] for line in (out / METRICS).read_text().splitlines()][1:]
 
 
-def bill_of(out: Path) -> float:
-    """Bytes of the method's messages in all rounds."""
+def bills_of(out: Path) -> list[float]:
+    """Bytes of the method's messages in each round."""
     lines = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
-    return float(sum((line["upload_bytes"] + line["broadcast_bytes"]) * line["participants"] for line in lines))
+    return [float((line["upload_bytes"] + line["broadcast_bytes"]) * line["participants"]) for line in lines]
 
 
 def handed_over(page: Path) -> float:
@@ -94,10 +99,31 @@ def handed_over(page: Path) -> float:
     return sum(float(a.replace(",", "")) * units[u] + float(b.replace(",", "")) * units[v] for a, u, b, v in cells)
 
 
-def loopback() -> int:
-    """Bytes that the loopback has carried."""
-    line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
-    return int(line.split(":")[1].split()[0])
+class Wire:
+    """Counts the bytes of IP packets on the loopback to and from a TCP port. It needs the right to read packets."""
+
+    def __init__(self, port: int) -> None:
+        self.bytes = 0
+        self._port = port
+        self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETHERNET_IP))
+        self._socket.bind(("lo", 0))
+        threading.Thread(target=self._count, daemon=True).start()
+
+    def _count(self) -> None:
+        while True:
+            try:
+                packet, about = self._socket.recvfrom(64)
+            except OSError:  # it was closed
+                return
+            header = (packet[0] & 15) * 4
+            if about[2] == socket.PACKET_OUTGOING or packet[9] != socket.IPPROTO_TCP:  # each comes twice
+                continue
+            if self._port in struct.unpack("!HH", packet[header : header + 4]):
+                self.bytes += struct.unpack("!H", packet[2:4])[0]
+
+    def close(self) -> None:
+        """End the count."""
+        self._socket.close()
 
 
 def most(processes: Iterable[int]) -> int:
@@ -154,7 +180,7 @@ def without_engine(config: FleetConfig, folder: Path) -> list[float]:
 
 
 @contextmanager
-def over_flare(folder: Path) -> Iterator[tuple[FlareEngine, Memory]]:
+def over_flare(folder: Path) -> Iterator[tuple[FlareEngine, int, Memory]]:
     """A server and sites of FLARE's; memory is that of FLARE's own process at a site, and of a job's."""
     with flare(folder, folder) as engine:
         for number, name in enumerate(NAMES):
@@ -166,11 +192,11 @@ def over_flare(folder: Path) -> Iterator[tuple[FlareEngine, Memory]]:
             jobs = {each for each, words in found.items() if any("worker_process" in word for word in words)}
             return {"site": most(found.keys() - jobs), "site's job": most(jobs)}
 
-        yield engine, memory
+        yield engine, port_of(kit), memory
 
 
 @contextmanager
-def over_flower(folder: Path) -> Iterator[tuple[FlowerEngine, Memory]]:
+def over_flower(folder: Path) -> Iterator[tuple[FlowerEngine, int, Memory]]:
     """A server and sites of Flower's, behind its proxy; memory is that of a site, and of the largest at the server."""
     engine = FlowerEngine(folder, folder)
     for number, name in enumerate(NAMES):
@@ -179,36 +205,46 @@ def over_flower(folder: Path) -> Iterator[tuple[FlowerEngine, Memory]]:
         engine.start()
         site, server = engine.sites[NAMES[0]], engine.server
         assert server is not None
-        yield engine, lambda: {"site": most(site.processes()), "server": most(server.processes())}
+        yield engine, engine.port, lambda: {"site": most(site.processes()), "server": most(server.processes())}
     finally:
         engine.end()
+
+
+def port_of(kit: Path) -> int:
+    """The server's port, as a site's kit has it."""
+    client = json.loads((kit / "startup" / "fed_client.json").read_text())
+    return int(str(client["servers"][0]["service"]["target"]).rpartition(":")[2])
 
 
 ENGINES = {"flare": over_flare, "flower": over_flower}
 
 
-def measured(engine: Engine, memory: Memory, file: Path, out: Path) -> dict[str, Any]:
+def measured(engine: Engine, port: int, memory: Memory, file: Path, out: Path) -> dict[str, Any]:
     """The rounds over an engine, and what they cost."""
-    began, before = time.monotonic(), loopback()
-    first, used = 0.0, dict[str, int]()
+    began, wire = time.monotonic(), Wire(port)
+    first, before, crossed, used = 0.0, 0, 0, dict[str, int]()
     with Running(engine.run(file, out)) as running:
         assert running.process.stderr is not None
         for line in running.process.stderr:
             if line.startswith("round "):
-                first = first or time.monotonic() - began
+                crossed = wire.bytes
+                if not first:
+                    first, before = time.monotonic() - began, crossed
                 now = memory()
                 used = {name: max(size, used.get(name, 0)) for name, size in now.items()}
         if running.process.wait():
             raise SystemExit("the experiment failed")
-    crossed = loopback() - before
-    seconds, bill = seconds_of(out), bill_of(out)
+    wire.close()
+    seconds, bills = seconds_of(out), bills_of(out)
+    beside = crossed - before - sum(bills[1:])
     return {
         "round_seconds": round(statistics.median(seconds), 3),
         "first_round_seconds": round(first, 1),
         "rss_mb": used,
-        "bytes_over_bill": round(handed_over(out / "report.html") / bill, 3),
-        "wire_bytes_over_bill": round(crossed / bill, 3),
-        "bill_bytes": int(bill),
+        "bytes_over_bill": round(handed_over(out / "report.html") / sum(bills), 3),
+        "wire_bytes_over_bill": round((crossed - before) / sum(bills[1:]), 3),
+        "wire_bytes_beside": round(beside / len(seconds) / len(NAMES)),
+        "bill_bytes": int(sum(bills)),
     }
 
 
@@ -228,8 +264,8 @@ def main() -> None:
         results: dict[str, Any] = {"rounds": rounds, "quick": arguments.quick, "local_round_seconds": round(local, 3)}
         for name in arguments.engines.split(","):
             (folder / name).mkdir()
-            with ENGINES[name](folder / name) as (engine, memory):
-                found = measured(engine, memory, file, folder / f"{name}-run")
+            with ENGINES[name](folder / name) as (engine, port, memory):
+                found = measured(engine, port, memory, file, folder / f"{name}-run")
             results[name] = found | {"round_overhead_seconds": round(found["round_seconds"] - local, 3)}
     print(json.dumps(results))
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
@@ -93,6 +94,22 @@ def test_a_failure_at_a_site_does_not_tell_of_its_data(
     content = asked(local, "east", hello(clip_folder))[CONTENT]
     assert "ValueError" in Envelope.decode(content).facts["reason"]
     assert b"alice" not in content
+
+
+def test_a_site_rests_once_its_answer_is_sent(local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only then: FLARE sends the answer before the event, and asks for the next task after it."""
+    rests: list[float] = []
+    monkeypatch.setattr("sordino.flare.executor.time.sleep", rests.append)
+    executor, context = SiteExecutor(), Context(local, "east")
+    message = Shareable()
+    message[CONTENT] = b"no question"
+    for _ in range(5):
+        executor.handle_event(EventType.BEFORE_SEND_TASK_RESULT, context)
+        executor.execute(TASK, message, context, None)
+        executor.handle_event(EventType.AFTER_SEND_TASK_RESULT, context)
+    assert len(rests) == 5
+    assert rests[:3] == [0, 0, 0]
+    assert rests[4] > 0
 
 
 def test_another_task_is_none_of_a_sites(local: Path) -> None:

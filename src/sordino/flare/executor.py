@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
+from nvflare.apis.event_type import EventType
 from nvflare.apis.executor import Executor
 from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.shareable import make_reply
 
 from sordino.errors import ConfigError, SordinoError
-from sordino.flare.names import CONTENT, SITE_FILE, TASK
+from sordino.flare.names import CONTENT, POLL, SITE_FILE, TASK
+from sordino.sites.rhythm import Rhythm
 from sordino.sites.settings import load_site
 from sordino.sites.site import Site, refusal
 
@@ -26,11 +29,18 @@ class SiteExecutor(Executor):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self._site: Site | None = None
+        self._rhythm = Rhythm(POLL, POLL)
+
+    def handle_event(self, event_type: str, fl_ctx: Any) -> None:
+        """Rest after an answer: FLARE asks for the next task once this returns."""
+        if event_type == EventType.AFTER_SEND_TASK_RESULT:
+            time.sleep(self._rhythm.answered())
 
     def execute(self, task_name: str, shareable: Any, fl_ctx: Any, abort_signal: Any) -> Any:
         """Return the site's answer to a task; a refusal where the site's file or data are not as they should be."""
         if task_name != TASK:
             return make_reply(ReturnCode.TASK_UNKNOWN)
+        self._rhythm.asked()
         reply = make_reply(ReturnCode.OK)
         try:
             reply[CONTENT] = self._answer(bytes(shareable[CONTENT]), fl_ctx)

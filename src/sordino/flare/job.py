@@ -8,12 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sordino.flare.names import CONTROLLER, EXECUTOR, TASK
+from sordino.flare.names import CONTROLLER, EXECUTOR, POLL, TASK
 from sordino.runtime.fleet import Patience
 from sordino.sites.proposal import Proposal
 from sordino.sites.submission import job_name
-
-POLL = 0.2  # seconds between two questions of a site's for a task; FLARE's own default is 2
 
 
 def write_job(folder: Path, proposal: Proposal, patience: Patience, least: int) -> Path:

@@ -18,9 +18,10 @@ from sordino.files import write_atomically
 from sordino.flower.answering import answered
 from sordino.flower.connection import Connection, Dropped, Unreachable
 from sordino.progress import log
+from sordino.sites.rhythm import Rhythm
 from sordino.sites.site import Site
 
-POLL = 0.25  # seconds between two questions for work
+POLL, SELDOM = 0.25, 2.0  # seconds between two questions for work; the second where none came for long
 AGAIN = 3.0  # seconds until a server that is away is tried again
 FOLDER, NUMBER = "node", "number.json"  # in the site's state: the number that the server gave this node
 
@@ -74,16 +75,19 @@ def _answer(site: Site, connection: Connection) -> None:
     Raises:
         Unreachable: it is.
     """
+    rhythm = Rhythm(POLL, SELDOM)
     while True:
         try:
             message = connection.receive()
             if message is None:
-                time.sleep(POLL)
+                time.sleep(rhythm.nothing())
                 continue
+            rhythm.asked()
             start = time.monotonic()
             reply = answered(site, message)
             if reply is not None:
                 connection.send(reply, time.monotonic() - start)
+                time.sleep(rhythm.answered())
         except Dropped as error:
             log.info("%s", error)
 
