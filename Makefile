@@ -8,7 +8,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 # Tests run in as many processes as there are cores, each with one thread: kernels of small matrices gain little from
 # more, and processes that share cores would wait for each other. A file's tests stay together, with their fixtures.
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-fast lint format install lock clean
 

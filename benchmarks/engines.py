@@ -9,7 +9,7 @@ DP-FPL with noise by each client on handwritten digits and the bundled encoder, 
   server (Flower).
 - bytes_over_bill: what sites and server hand to the engine, over the bytes of the method's messages.
 - wire_bytes_over_bill: what passed the server's port after the first round, with the headers of TCP and IP, over the
-  bill of these rounds: with the engine's questions for work, heartbeats and TLS.
+  bill of these rounds: with the engine's questions for work, heartbeats and TLS. The command that watches is left out.
 - wire_bytes_beside: the same less the bill, a site and a round. It does not grow with messages.
 
 Prints one JSON object. It needs the extras `flare` and `flower`, and nginx.
@@ -34,6 +34,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -100,10 +101,13 @@ def handed_over(page: Path) -> float:
 
 
 class Wire:
-    """Counts the bytes of IP packets on the loopback to and from a TCP port. It needs the right to read packets."""
+    """Counts the bytes of IP packets on the loopback to and from a TCP port, by the other end's port.
+
+    It needs the right to read packets.
+    """
 
     def __init__(self, port: int) -> None:
-        self.bytes = 0
+        self._bytes = Counter[int]()
         self._port = port
         self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETHERNET_IP))
         self._socket.bind(("lo", 0))
@@ -118,12 +122,25 @@ class Wire:
             header = (packet[0] & 15) * 4
             if about[2] == socket.PACKET_OUTGOING or packet[9] != socket.IPPROTO_TCP:  # each comes twice
                 continue
-            if self._port in struct.unpack("!HH", packet[header : header + 4]):
-                self.bytes += struct.unpack("!H", packet[2:4])[0]
+            ends = struct.unpack("!HH", packet[header : header + 4])
+            if self._port in ends:
+                self._bytes[sum(ends) - self._port] += struct.unpack("!H", packet[2:4])[0]
+
+    def bytes(self, but: set[int]) -> int:
+        """The bytes so far, but for those of some ports."""
+        return sum(count for port, count in dict(self._bytes).items() if port not in but)
 
     def close(self) -> None:
         """End the count."""
         self._socket.close()
+
+
+def ports_of(process: int) -> set[int]:
+    """The TCP ports that a process has open."""
+    sockets = {str(file.readlink()) for file in Path(f"/proc/{process}/fd").iterdir() if file.is_symlink()}
+    tables = [Path(f"/proc/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
+    lines = [line.split() for table in tables for line in table]
+    return {int(line[1].rpartition(":")[2], 16) for line in lines if f"socket:[{line[9]}]" in sockets}
 
 
 def most(processes: Iterable[int]) -> int:
@@ -222,12 +239,13 @@ ENGINES = {"flare": over_flare, "flower": over_flower}
 def measured(engine: Engine, port: int, memory: Memory, file: Path, out: Path) -> dict[str, Any]:
     """The rounds over an engine, and what they cost."""
     began, wire = time.monotonic(), Wire(port)
-    first, before, crossed, used = 0.0, 0, 0, dict[str, int]()
+    first, before, crossed, used, watching = 0.0, 0, 0, dict[str, int](), set[int]()
     with Running(engine.run(file, out)) as running:
         assert running.process.stderr is not None
         for line in running.process.stderr:
             if line.startswith("round "):
-                crossed = wire.bytes
+                watching |= ports_of(running.process.pid)
+                crossed = wire.bytes(watching)
                 if not first:
                     first, before = time.monotonic() - began, crossed
                 now = memory()

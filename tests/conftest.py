@@ -26,6 +26,25 @@ from sordino.runtime.settings import RuntimeSettings
 settings.register_profile("sordino", deadline=None, derandomize=True)
 settings.load_profile("sordino")
 
+# Files that take minutes come first, so that no process is left with one of them when all others are done.
+LONGEST = (
+    *("engines/test_over_flare.py", "engines/test_over_flower.py", "flare/test_processes.py"),
+    *("private_tuning/test_trial.py", "mpc/parties/test_processes.py", "flower/test_processes.py", "test_docs.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first, then those with slow tests; the order within a file stays."""
+    here = Path(__file__).parent
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+
+    def place(item: pytest.Item) -> tuple[int, bool]:
+        name = item.path.relative_to(here).as_posix()
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST), item.path not in slow
+
+    items.sort(key=place)
+
+
 COLORS = {
     "red apple": (200, 30, 30),
     "green leaf": (30, 180, 40),

@@ -84,6 +84,7 @@ class Pace:
 
     Attributes:
         look: between two looks at a job.
+        seldom: the same, at most, of one whose rounds are long: half a round.
         server: for a server that went away.
         sites: for all sites of the project to be connected; then those that are there suffice, if enough.
         stale: until a job that runs by its server's word, and in no process, is taken for one that its server lost.
@@ -91,6 +92,7 @@ class Pace:
     """
 
     look: float = 1.0
+    seldom: float = 5.0
     server: float = 600.0
     sites: float = 60.0
     stale: float = 30.0
@@ -193,12 +195,14 @@ class Submission:
     def _watched(self, job: str) -> JobStatus:
         """Watch a job until it is over, or lost by its server."""
         told, missed, lost, looked = 0, None, frozenset[str](), -math.inf
+        pause = self.pace.look
         while True:
             status = self._patiently(partial(self.server.status, job))
             lines = self._patiently(partial(self.server.progress, job, told)) if status.text == RUNNING else None
             for line in lines or []:
                 told += 1
                 self.watch(line)
+                pause = max(self.pace.look, min(line.get("seconds", 0.0) / 2, self.pace.seldom))
                 lost = frozenset(line.get("lost", {}))
                 self._tried &= lost
             hoped = lost - self._tried
@@ -214,7 +218,7 @@ class Submission:
             elif time.monotonic() - missed > self.pace.stale:
                 self._patiently(lambda: self.server.abort(job))
                 return JobStatus("a server that lost it", status.refused)
-            time.sleep(self.pace.look)
+            time.sleep(pause)
 
     def _rejoin(self, rejoining: Rejoining, job: str, lost: frozenset[str]) -> None:
         """End a job after its round if a site is back."""
