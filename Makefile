@@ -32,7 +32,7 @@ format: $(INSTALLED)
 
 install: $(INSTALLED)
 
-# What the package needs without extras; the demo needs no more.
+# What the package needs, with the extra `serve`: the demo, and its prompt in a browser.
 $(RUNNABLE): requirements-demo.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Sordino needs Python 3.11 or newer; install it, or name it: make PYTHON=/path/to/python3 $(MAKECMDGOALS)"; exit 2; }
 	@echo "Setting up $(VENV) with $(PYTHON); this takes a few minutes the first time."
@@ -52,7 +52,7 @@ LOCK := uv pip compile pyproject.toml --group build --universal --python-version
 	--no-emit-index-url --no-annotate --custom-compile-command "make lock" --quiet
 lock:
 	$(LOCK) --extra dev -o requirements.lock
-	$(LOCK) --constraint requirements.lock -o requirements-demo.lock
+	$(LOCK) --extra serve --constraint requirements.lock -o requirements-demo.lock
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
