@@ -10,7 +10,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # more, and processes that share cores would wait for each other. A file's tests stay together, with their fixtures.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test test-fast lint format install lock clean
+.PHONY: demo test test-fast lint docs format install lock clean
 
 demo: $(RUNNABLE)
 	$(VENV)/bin/sordino demo $(ARGS)
@@ -25,6 +25,10 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff check --no-cache .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# The site of docs/, in docs/_build: a warning, or anything from another origin, is an error.
+docs: $(INSTALLED)
+	$(VENV)/bin/python -m sphinx --fresh-env --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build
 
 format: $(INSTALLED)
 	$(VENV)/bin/ruff format .
@@ -55,4 +59,4 @@ lock:
 	$(LOCK) --extra serve --constraint requirements.lock -o requirements-demo.lock
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache docs/_build
