@@ -29,6 +29,7 @@ root_doc = "index"
 nitpicky = True
 nitpick_ignore_regex = [("py:(class|obj)", ".*")]  # types in signatures, most of which have no entry here
 
+highlight_language = "none"  # a block without a language is output
 myst_heading_anchors = 4  # links to headings, as a code host makes them
 
 
@@ -37,12 +38,15 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
+MADE = {f"sordino.{name}" for name in ("Experiment", "Plan", "Comparison", "SavedPrompt", "results.Summary")}
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 python_maximum_signature_line_length = 88
 
 html_theme = "furo"
 html_title = f"Sordino {version}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_show_sphinx = False
 html_show_copyright = False
 html_copy_source = False
@@ -95,9 +99,15 @@ def mark_code(app: Sphinx, what: str, name: str, obj: object, options: object, l
             lines[at:at] = ["::", ""]
 
 
+def hide_constructor(app: Sphinx, what: str, name: str, *rest: object) -> tuple[str, None] | None:
+    """Leave out the arguments of classes that functions make, not users; their docstrings have the attributes."""
+    return ("", None) if what == "class" and name in MADE else None
+
+
 def setup(app: Sphinx) -> None:
     """Connect what is above."""
     app.connect("autodoc-process-docstring", mark_code, priority=400)  # before napoleon, which knows sections
     app.connect("source-read", add_navigation)
+    app.connect("autodoc-process-signature", hide_constructor)
     app.connect("build-finished", check_origins)
     app.add_lexer("csv", TextLexer)  # which Pygments does not know; a code host does

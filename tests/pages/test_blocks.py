@@ -1,8 +1,8 @@
 """Every block of every page is covered: it is run, or read by the parser that a user's would be read by.
 
 - Of `sh` every line is read: a command and its options must exist. Commands on a configuration in `examples/` also have
-  their keys, values and methods checked. Most would take minutes, other machines or data that is not here, so not all
-  are run; `RUN` names those that are.
+  their keys, values and methods checked, and their privacy planned. Most would take minutes, other machines or data
+  that is not here, so not all are run; `RUN` names those that are.
 - `toml` and `ini` are read as what they configure, here or by the test that `TESTED` names.
 - `python`, `csv`, `text` and shown output have a test of their own in `TESTED`.
 """
@@ -26,8 +26,9 @@ import typer
 from pages.blocks import NAMES, ROOT, Block, blocks, lines
 from sordino.algorithms import METHODS
 from sordino.cli.app import app
-from sordino.errors import DataError
-from sordino.experiments.config import load_config, parse_config
+from sordino.errors import DataError, RunError
+from sordino.experiments.config import Experiment, load_config, parse_config
+from sordino.experiments.privacy.plan import plan
 from sordino.experiments.toml_tables import toml_value
 from sordino.experiments.variants import grid
 from sordino.private_tuning.settings import load_private_config
@@ -121,6 +122,9 @@ def parsed(arguments: list[str]) -> click.Context:
     return command.make_context(path, given)
 
 
+PLANNED: set[str] = set()  # configurations whose plan was made
+
+
 def check_sordino(arguments: list[str]) -> None:
     """Every subcommand, option and method exists; so do the keys and values for a configuration that is here."""
     context = parsed(arguments)
@@ -134,13 +138,23 @@ def check_sordino(arguments: list[str]) -> None:
     if file.name.startswith("private_"):
         load_private_config(file, overrides)
         return
+    pairs = [text.partition("=") for text in chosen.get("vary") or ()]
+    vary = {key: [toml_value(value) for value in values.split(",")] for key, _, values in pairs}
     try:
         config = load_config(file, overrides)
-        pairs = [text.partition("=") for text in chosen.get("vary") or ()]
-        vary = {key: [toml_value(value) for value in values.split(",")] for key, _, values in pairs}
-        grid(config, [name for name in named if name] or [config.algorithm], vary)
-    except DataError:
-        return  # its pictures are not here; keys and values were read before
+        variants = grid(config, [name for name in named if name] or [config.algorithm], vary)
+        if not vary:
+            for variant in variants:
+                plan_privacy(variant.config)
+    except (DataError, RunError):
+        return  # pictures or a release that are not here; keys and values were read before
+
+
+def plan_privacy(config: Experiment) -> None:
+    """Whether a mechanism applies to a method and federation is known by its plan, which is made once for each."""
+    if config.privacy.mechanism != "none" and repr(config) not in PLANNED:
+        PLANNED.add(repr(config))
+        plan(config)
 
 
 def check_make(arguments: list[str]) -> None:
