@@ -69,7 +69,6 @@ def test_the_recipe_for_transformers_answers_as_sordino(
     assert other != pytest.approx(expected, abs=1e-3)  # so the context does matter here
 
 
-@pytest.mark.slow
 def test_the_recipe_for_open_clip_answers_as_sordino(
     make_run: Callable[..., Path], vocabulary: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
