@@ -10,7 +10,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # more, and processes that share cores would wait for each other. A file's tests stay together, with their fixtures.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-fast lint format install lock clean
+.PHONY: demo test test-fast lint docs format install lock clean
 
 demo: $(RUNNABLE)
 	$(VENV)/bin/sordino demo $(ARGS)
@@ -26,13 +26,17 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# The site of docs/, in docs/_build: a warning, or anything from another origin, is an error.
+docs: $(INSTALLED)
+	$(VENV)/bin/python -m sphinx --fresh-env --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build
+
 format: $(INSTALLED)
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
 install: $(INSTALLED)
 
-# What the package needs without extras; the demo needs no more.
+# What the package needs, with the extra `serve`: the demo, and its prompt in a browser.
 $(RUNNABLE): requirements-demo.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Sordino needs Python 3.11 or newer; install it, or name it: make PYTHON=/path/to/python3 $(MAKECMDGOALS)"; exit 2; }
 	@echo "Setting up $(VENV) with $(PYTHON); this takes a few minutes the first time."
@@ -52,7 +56,7 @@ LOCK := uv pip compile pyproject.toml --group build --universal --python-version
 	--no-emit-index-url --no-annotate --custom-compile-command "make lock" --quiet
 lock:
 	$(LOCK) --extra dev -o requirements.lock
-	$(LOCK) --constraint requirements.lock -o requirements-demo.lock
+	$(LOCK) --extra serve --constraint requirements.lock -o requirements-demo.lock
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache docs/_build

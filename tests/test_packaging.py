@@ -114,11 +114,14 @@ def test_the_demo_is_locked_to_what_the_tests_run_with() -> None:
     assert {name: pins for name, pins in demo.items() if pins != whole[name]} == {}
 
 
-def test_the_demo_installs_the_package_without_extras_and_what_builds_it() -> None:
+def test_the_demo_installs_the_package_with_what_serves_its_prompts_and_builds_it() -> None:
+    """docs/quickstart.md publishes and serves a prompt of the demo, so of the extras `serve` is there, and no other."""
     demo = locked("requirements-demo.lock").keys()
-    needed = distributions([*PROJECT["dependencies"], *PYPROJECT["dependency-groups"]["build"]])
+    optional = dict(PROJECT["optional-dependencies"])
+    serve = distributions(optional.pop("serve"))
+    needed = distributions([*PROJECT["dependencies"], *PYPROJECT["dependency-groups"]["build"]]) | serve
     assert needed <= demo
-    extras = distributions(line for lines in PROJECT["optional-dependencies"].values() for line in lines)
+    extras = distributions(line for lines in optional.values() for line in lines) - serve
     # Some packages of extras come with what every method needs.
     needs = {canonicalize_name(name) for name in ("httpx", "huggingface-hub", "packaging")}
     assert extras & demo <= needs

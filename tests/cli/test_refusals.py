@@ -223,15 +223,3 @@ def test_the_quick_demo_tells_the_same_in_small() -> None:
         assert small.config.data.train_per_class is not None
         assert large.config.privacy == small.config.privacy
     assert all(line.config.rounds == 3 for line in variants(True, ["rounds=3"]))
-
-
-@pytest.mark.slow
-def test_the_quick_demo_runs(tmp_path: Path) -> None:
-    short = ["--set", "rounds=1", "--set", "data.train_per_class=8", "--set", "data.test_per_class=4"]
-    command = [sys.executable, "-m", "sordino", "demo", "--quick", *short, "--json", "--out", str(tmp_path / "demo")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    runs = json.loads(done.stdout)["runs"]
-    assert [each["algorithm"] for each in runs] == ["zero-shot", "local", "promptfl", *["dp-fpl"] * 4]
-    assert all(each["clients"] == 5 for each in runs)
-    assert all(each["accuracy"]["novel"] is not None for each in runs)  # of the digits that no client holds

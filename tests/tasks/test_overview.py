@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 
+from pages.blocks import shown
 from sordino.tasks import DataSettings, PartitionSettings
 from sordino.tasks.images import ImageSet
 from sordino.tasks.overview import announce, doubts, overview
@@ -90,3 +91,12 @@ def test_a_doubt_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="sordino"):
         announce(images, task_of(images, scheme="iid", clients=2))
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
+
+
+def test_data_is_announced_as_on_the_page() -> None:
+    first, second = shown("docs/own-pictures.md")
+    names = ["dog", "elephant", "horse"]
+    text = "Data: " + overview(task_of(images_of(names, [40] * 3, ("north", "south")), scheme="domain", clients=2))
+    assert re.sub(r"\d+", "N", text) + "." == re.sub(r"\d+", "N", first)
+    people = [f"patient {number:03}" for number in range(1, 71)]
+    assert doubts(images_of(people, [1, 4] * 35)) == second

@@ -72,7 +72,7 @@ class Trusted:
         """Read keys.
 
         Args:
-            places: files with a public key, or folders with such files named *.pub.pem.
+            places: files with a public key, or folders with such files named `*.pub.pem`.
             own: those of the user's configuration too: its own key, and all in `trusted`.
 
         Raises:
