@@ -77,8 +77,9 @@ class RunFolder:
                     break
                 held = known.get(path)
                 run = held[1] if held is not None and held[0] == stamp else _slim(read_run(path))
-            except RunError as error:
-                left_out.append({"folder": self._name(path), "why": str(error).removeprefix(f"{path}: ")})
+            except (RunError, OSError) as error:
+                why = error.strerror or "cannot be read" if isinstance(error, OSError) else str(error)
+                left_out.append({"folder": self._name(path), "why": why.removeprefix(f"{path}: ")})
                 continue
             self._read[path] = stamp, run
             together.setdefault(_kind(comparison, run), []).append(run)
@@ -109,7 +110,7 @@ class RunFolder:
     def _name(self, path: Path) -> str:
         """Return a folder as the page shows it: below the given one, without the place of this on the disk."""
         below = path.relative_to(self._folder) if path.is_relative_to(self._folder) else Path()
-        return below.as_posix().encode("utf-8", "replace").decode() if below.parts else self._folder.name
+        return _shown(below.as_posix() if below.parts else self._folder.name)
 
 
 def _entries(folder: Path) -> tuple[set[str], list[Path]]:

@@ -114,7 +114,7 @@ document.addEventListener("paste", (event) => {
 });
 
 function received(found, otherwise) {
-  if (!manifest) return;
+  if (byId("columns").hidden) return; // nobody is in yet
   if (found.length === 1) give(found[0], found[0].name);
   else tell("alert", new Refused(422, found.length ? "Give one picture at a time" : otherwise.replace(/\.$/, ""), 0));
 }
@@ -148,7 +148,7 @@ async function ask() {
   if (picture.blob.size > server.most_bytes) {
     // Such an upload would be cut off before the server's words arrive.
     byId("status").textContent = "";
-    tell("alert", new Refused(413, `${picture.name} has ${size(picture.blob.size)}, and the server takes up to ${size(server.most_bytes)}`, 0));
+    tell("alert", new Refused(413, `the file has ${size(picture.blob.size)}, and the server takes up to ${size(server.most_bytes)}`, 0));
     return;
   }
   const form = new FormData();

@@ -145,7 +145,15 @@ function filled(element, attributes, children) {
 export function tell(place, error) {
   const [title, text] = error instanceof Refused ? words(error) : ["The page failed", String(error)];
   byId(place).replaceChildren(h("div", { class: "message" }, h("strong", {}, title), text && h("span", {}, text)));
+  if (error.status === 401 && place !== "key-alert") askForKey(); // it was revoked while the page was open
   if (!(error instanceof Refused)) throw error;
+}
+
+function askForKey() {
+  key.set("");
+  byId("key-box").hidden = false;
+  byId("key").value = "";
+  byId("key").focus();
 }
 
 export const quiet = (...places) => places.forEach((place) => byId(place).replaceChildren());
@@ -183,11 +191,6 @@ export async function enter(ready) {
   }
   if (byId("to-runs")) byId("to-runs").hidden = !server.runs;
 
-  const ask = () => {
-    box.hidden = false;
-    input.value = "";
-    input.focus();
-  };
   const open = async () => {
     quiet("key-alert", "page-alert");
     try {
@@ -197,9 +200,8 @@ export async function enter(ready) {
       await ready(server, who);
     } catch (error) {
       if (error instanceof Refused && error.status === 401) {
-        key.set("");
         tell("key-alert", error);
-        ask();
+        askForKey();
       } else tell(box.hidden ? "page-alert" : "key-alert", error);
     }
   };
@@ -212,7 +214,7 @@ export async function enter(ready) {
     key.set("");
     location.reload();
   });
-  if (server.needs_key && !key.get()) ask();
+  if (server.needs_key && !key.get()) askForKey();
   else await open();
 }
 
