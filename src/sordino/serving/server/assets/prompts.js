@@ -213,6 +213,7 @@ function tellAnswer({ classes, zero_shot: written }, mark) {
   byId("answer-words").textContent =
     `The ${counted(classes.length, "class", "classes")} that each finds most probable. Hand-written: “${used} …” before the class’s name.`;
   byId("answer").hidden = false;
+  byId("answer").scrollIntoView({ block: "nearest" }); // on a phone it is below the samples
   byId("status").textContent = `Answer to ${picture.name}: ${best.name}, ${shown(best.probability)}.`;
   offerAgain();
   byId("again").hidden = true;

@@ -145,6 +145,7 @@ function filled(element, attributes, children) {
 export function tell(place, error) {
   const [title, text] = error instanceof Refused ? words(error) : ["The page failed", String(error)];
   byId(place).replaceChildren(h("div", { class: "message" }, h("strong", {}, title), text && h("span", {}, text)));
+  byId(place).scrollIntoView({ block: "nearest" });
   if (error.status === 401 && place !== "key-alert") askForKey(); // it was revoked while the page was open
   if (!(error instanceof Refused)) throw error;
 }
