@@ -183,15 +183,21 @@ def folder(make_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
+def state(folder: Path) -> dict[Path, tuple[int, int, int]]:
+    """All that would change if something were written there."""
+    found = {path: path.lstat() for path in folder.rglob("*")}
+    return {path: (status.st_ino, status.st_mtime_ns, status.st_size) for path, status in found.items()}
+
+
 def summary(folder: Path) -> Summary:
     return Summary.from_json((folder / FILE).read_bytes())
 
 
 def test_runs_are_compared_as_the_report_compares_them(opened: Open, folder: Path) -> None:
     """Means over seeds of the summaries on the disk; and nothing of where they lie on it."""
-    before = [(path, path.lstat()) for path in sorted(folder.rglob("*"))]
+    before = state(folder)
     answer = opened(runs=folder).get("/v1/runs")
-    assert [(path, path.lstat()) for path in sorted(folder.rglob("*"))] == before
+    assert state(folder) == before
     told = answer.json()
     runs = {run["method"]: run for run in told["runs"]}
     assert (len(told["runs"]), told["left_out"], told["cut"]) == (2, [], False)
