@@ -232,7 +232,7 @@ const title = (name) => name[0].toUpperCase() + name.slice(1).replaceAll("_", " 
 function card(found, mark) {
   const { privacy, training, audit } = found;
   byId("mark").hidden = !mark;
-  byId("mark").textContent = mark ? `Marked by its ledger: ${mark}` : "";
+  byId("mark").textContent = mark ? `This prompt is marked ${mark}` : "";
   const owner = found.client === null ? "shared by all clients" : `client ${found.client}’s own`;
   byId("card-body").replaceChildren(
     h("p", { class: "title" }, h("strong", {}, found.name), ` version ${found.version}`),
