@@ -37,12 +37,18 @@ def serve(
     encoder: Annotated[
         str | None, typer.Option(metavar="CHECKPOINT", help="folder or hub name where the prompts' encoder is now")
     ] = None,
+    samples: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="pictures that the page offers, for all prompts or by name")
+    ] = None,
+    runs: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="add the page /runs, which compares the runs below it")
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="the most classes that an answer has")] = 5,
     digits: Annotated[int, typer.Option(min=1, max=6, help="decimals of probabilities")] = 2,
     per_minute: Annotated[int, typer.Option(min=1, help="requests of a key without a limit of its own")] = 600,
     per_day: Annotated[int, typer.Option(min=1, help="pictures of a key without a limit of its own")] = 10_000,
 ) -> None:
-    """Answer to pictures with the prompts of a registry, over HTTP."""
+    """Answer to pictures with the prompts of a registry, over HTTP and on a web page."""
     require_extra("serve", "'sordino serve'")
     from sordino.serving.registry import Registry
     from sordino.serving.server.listen import Address
@@ -54,7 +60,7 @@ def serve(
     address = Address(host, port, tls_certificate, tls_key, open_to_all, without_tls)
     at_work("the server ended")
     with Registry(registry) as opened:
-        listen(opened, Trusted.of(trust or []), address, settings, log, prompts or [], encoder, _tell)
+        listen(opened, Trusted.of(trust or []), address, settings, log, prompts or [], encoder, _tell, samples, runs)
 
 
 @keys.command("create")

@@ -17,13 +17,14 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 import sordino
-from sordino.errors import ConfigError, PromptError, RunError
+from sordino.errors import RunError
 from sordino.serving.folder import MANIFEST, SIGNATURE
-from sordino.serving.manifest import CARD, FILES, Manifest, parse_label
-from sordino.serving.registry import Published
+from sordino.serving.manifest import CARD, FILES, Manifest
+from sordino.serving.server import inference, web
+from sordino.serving.server.compared import RunFolder
 from sordino.serving.server.guard import Guard
-from sordino.serving.server.inference import routes
 from sordino.serving.server.refusal import Refusal
+from sordino.serving.server.samples import Samples
 from sordino.serving.server.service import Service
 from sordino.serving.server.shelf import Unusable
 
@@ -65,13 +66,17 @@ class Classified(BaseModel):
     pictures: list[PictureAnswer]
 
 
-def build(service: Service, hosts: list[str] | None = None) -> FastAPI:
+def build(
+    service: Service, hosts: list[str] | None = None, samples: Samples | None = None, runs: RunFolder | None = None
+) -> FastAPI:
     """Make the application of a server.
 
     Args:
         service: its inside.
         hosts: names that it may be asked by; None: any. A page in a browser on the same machine could otherwise reach
             a server without keys under a name of its own.
+        samples: pictures that the page offers; None: those of bundled data sets.
+        runs: that the page of runs compares; None: there is no such page.
     """
 
     @asynccontextmanager
@@ -118,26 +123,13 @@ def build(service: Service, hosts: list[str] | None = None) -> FastAPI:
         """Describe a version: its manifest as it was signed, and its card."""
         await service.admit(request, "read")
         request.state.told["prompt"] = name[:100]
-        found = await service.apart(load, name, version)
+        found = await service.apart(service.shelf.describe, name, version)
         return {
             **about(found.manifest),
             "manifest": found.manifest.model_dump(mode="json"),
             "signature": found.sealed.signature,
             "card": found.files[CARD].decode(),
         }
-
-    def load(name: str, version: str | None) -> Published:
-        try:
-            number = parse_label(name if version is None else f"{name}:{version}")[1]
-            service.shelf.registry.current(name, number)
-        except ConfigError:
-            raise Refusal(404, "there is no such prompt") from None
-        except PromptError:
-            raise Refusal(410, "this version is withdrawn") from None
-        try:
-            return service.shelf.registry.load(name, number, service.shelf.trusted)
-        except PromptError as error:
-            raise Unusable(str(error)) from None
 
     @app.post("/v1/prompts/{name}/classify", openapi_extra=UPLOAD)
     async def classify(
@@ -182,7 +174,8 @@ def build(service: Service, hosts: list[str] | None = None) -> FastAPI:
         request.state.told |= {"prompt": manifest.name, "version": manifest.version}
         return about(manifest)
 
-    app.include_router(routes(service))
+    app.include_router(inference.routes(service))
+    app.include_router(web.routes(service, samples or Samples(None, service.settings), runs))
     _tell_in_one_line(app)
     if hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)

@@ -142,6 +142,12 @@ class Keys:
         with self._database.writing() as connection:
             return connection.execute(counted.returning(asked.c.pictures)).first() is not None
 
+    def used(self, name: str) -> int:
+        """Return how many pictures a key, or anybody, asked about today, UTC."""
+        today = (asked.c.name == name) & (asked.c.day == _today())
+        with self._database.reading() as connection:
+            return connection.execute(select(asked.c.pictures).where(today)).scalar() or 0
+
 
 def seconds_left() -> int:
     """Return the seconds until the next day, UTC."""

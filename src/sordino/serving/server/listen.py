@@ -15,8 +15,10 @@ from fastapi import FastAPI
 from sordino.errors import ConfigError
 from sordino.serving.registry import Registry
 from sordino.serving.server.app import build
+from sordino.serving.server.compared import RunFolder
 from sordino.serving.server.keys import Keys
 from sordino.serving.server.refusal import Refusal
+from sordino.serving.server.samples import Samples
 from sordino.serving.server.service import Log, Service
 from sordino.serving.server.settings import ServerSettings
 from sordino.serving.server.shelf import Shelf
@@ -93,6 +95,8 @@ def serve(
     load: Sequence[str],
     checkpoint: str | None,
     tell: Callable[[str], None],
+    samples: Path | None = None,
+    runs: Path | None = None,
 ) -> None:
     """Serve prompts until the process is told to end.
 
@@ -105,12 +109,16 @@ def serve(
         load: prompts to have in memory before the first request, as NAME or NAME:VERSION.
         checkpoint: the folder or hub name where the prompts' encoder is now; None: where it was in training.
         tell: is told the address once connections are taken.
+        samples: folder of pictures that the page offers; None: those of bundled data sets.
+        runs: folder of runs that a second page compares; None: there is no such page.
 
     Raises:
-        ConfigError: the address is not safe or not free, or a prompt to load is not there.
+        ConfigError: the address is not safe or not free, or a prompt or folder is not there.
         SordinoError: a prompt to load cannot be used.
     """
     needs_key = address.check(Keys(registry.database))
+    offered = Samples(samples, settings)
+    compared = None if runs is None else RunFolder(runs)
     try:
         family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
         bound = socket.create_server((address.host, address.port), family=family, backlog=128)
@@ -126,7 +134,8 @@ def serve(
             except Refusal as refusal:
                 raise ConfigError("PROMPT", label, getattr(refusal, "why", refusal.reason)) from None
         service = Service(shelf, settings, needs_key, Log(log))
-        app = build(service, LOCAL_NAMES if address.local and not needs_key else None)
+        hosts = LOCAL_NAMES if address.local and not needs_key else None
+        app = build(service, hosts, offered, compared)
         server = uvicorn.Server(configured(app, address))
         scheme = "http" if address.certificate is None else "https"
         host = f"[{address.host}]" if ":" in address.host else address.host

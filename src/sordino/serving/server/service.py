@@ -141,6 +141,19 @@ class Service:
         request.state.told["key"] = key.name
         if scope not in key.scopes:
             raise Refusal(403, f"this key has no scope {scope!r}")
+        return self._counted(key)
+
+    async def identify(self, request: Request) -> ApiKey:
+        """Find out who asks, whatever the key may do, and count the request.
+
+        Raises:
+            Refusal: there is no key, it does not hold, or it asks too often.
+        """
+        key = await self._who(request)
+        request.state.told["key"] = key.name
+        return self._counted(key)
+
+    def _counted(self, key: ApiKey) -> ApiKey:
         rate = RateLimitItemPerMinute(key.per_minute or self.settings.per_minute)
         if not self._limiter.hit(rate, key.name):
             raise Refusal(429, f"more than {rate.amount} requests a minute", {"Retry-After": "60"})

@@ -12,7 +12,7 @@ from sordino.prompt_file import SavedPrompt
 from sordino.serving.classifier import PromptClassifier, described
 from sordino.serving.folder import MANIFEST, SIGNATURE, read_files
 from sordino.serving.manifest import Manifest, parse_label
-from sordino.serving.registry import Registry
+from sordino.serving.registry import Published, Registry
 from sordino.serving.server.refusal import Refusal
 from sordino.serving.trust import Trusted
 
@@ -65,6 +65,25 @@ class Shelf:
             if at in self._held:
                 self._held.move_to_end(at)
             return at, self._held.get(at)
+
+    def describe(self, name: str, version: str | None) -> Published:
+        """Return a version that may be used now, with everything checked, whatever is in memory.
+
+        Raises:
+            Refusal: there is none, or it is withdrawn or cannot be trusted.
+            RunError: the registry cannot be read.
+        """
+        try:
+            number = parse_label(name if version is None else f"{name}:{version}")[1]
+            self.registry.current(name, number)
+        except ConfigError:
+            raise Refusal(404, "there is no such prompt") from None
+        except PromptError as error:
+            raise Refusal(410, _public(error)) from None
+        try:
+            return self.registry.load(name, number, self.trusted)
+        except PromptError as error:
+            raise Unusable(str(error)) from None
 
     def load(self, at: At) -> PromptClassifier:
         """Check a version in full, and take its classifier into memory. May take as long as its encoder.
