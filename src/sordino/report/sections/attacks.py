@@ -1,17 +1,15 @@
-"""The page's sections on privacy: claims and attacks side by side, and accuracy over epsilon."""
+"""The section on attacks: claims, and what was shown against them."""
 
-import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from sordino.report.figures import color, symbol
-from sordino.report.groups import TITLES, Group
+from sordino.report.figures import color
+from sordino.report.groups import Group
 from sordino.report.markup import NONE, Figure, html_table, place, plain
 from sordino.report.runs import Run
-from sordino.results import Measure, Privacy, rounded_up
+from sordino.results import Privacy, rounded_up
 
-_TRADED: tuple[Measure, ...] = ("local", "neighbor")
 _TITLES = {"lira": "LiRA", "rmia": "RMIA", "rmia_offline": "RMIA, offline", "shadow_attack": "shadow models"}
 _DASHES = {"LiRA": "solid", "RMIA": "dash", "uploads over rounds": "dot", "statistics, regression": "dashdot"}
 
@@ -195,61 +193,3 @@ def _curves(audited: Sequence[tuple[int, Group, Run]]) -> str:
 def _guessing() -> Figure:
     line = {"color": "#888888", "dash": "dot", "width": 1}
     return {"type": "scatter", "mode": "lines", "name": "guessing", "x": [1e-4, 1], "y": [1e-4, 1], "line": line}
-
-
-def tradeoff(groups: Sequence[Group]) -> str:
-    """Return the section on accuracy over the epsilon that was asked for.
-
-    It has a line for each method with its other settings, and is empty below two epsilons.
-    """
-    lines: dict[str, dict[float, Group]] = {}
-    for group in groups:
-        epsilon = group.runs[0].config.get("privacy", {}).get("epsilon")
-        if epsilon is not None:
-            lines.setdefault(group.line, {})[float(epsilon)] = group
-    asked = sorted({epsilon for line in lines.values() for epsilon in line})
-    if len(asked) < 2:
-        return ""
-    panels = []
-    for measure in _TRADED:
-        data = []
-        for index, (label, line) in enumerate(lines.items()):
-            points = [(epsilon, line[epsilon].results.accuracy(measure)) for epsilon in asked if epsilon in line]
-            known = [(epsilon, spread) for epsilon, spread in points if spread is not None]
-            data.append(
-                {
-                    "type": "scatter",
-                    "mode": "lines+markers",
-                    "name": plain(label),
-                    "x": [_tick(epsilon) for epsilon, _ in known],
-                    "y": [spread.mean for _, spread in known],
-                    "error_y": {"array": [spread.deviation or 0 for _, spread in known], "thickness": 1, "width": 3},
-                    "line": {"color": color(index), "width": 2},
-                    "marker": {"symbol": symbol(index), "size": 8},
-                    "meta": {"series": index},
-                }
-            )
-        layout = {
-            "height": 400,
-            "margin": {"l": 56, "r": 8, "t": 8, "b": 48},
-            "legend": {"orientation": "h", "y": -0.25},
-            "xaxis": {
-                "type": "category",
-                "categoryorder": "array",
-                "categoryarray": [_tick(epsilon) for epsilon in asked],
-                "title": {"text": "epsilon"},
-            },
-            "yaxis": {"tickformat": ".0%", "range": [0, 1.02]},
-        }
-        words = f"{TITLES[measure]} accuracy over epsilon; the results table has the numbers."
-        figure = place(f"epsilon-{measure}", {"data": data, "layout": layout}, words)
-        panels.append(f'<div class="panel"><h3>{TITLES[measure]}</h3>\n{figure}</div>\n')
-    return (
-        '<section aria-labelledby="tradeoff"><h2 id="tradeoff">Accuracy over epsilon</h2>\n<figure>\n'
-        f'<div class="panels">\n{"".join(panels)}</div>\n<figcaption>Bars: one standard deviation. At ∞ contributions '
-        "are clipped and sampled as for the others, and no noise is added.</figcaption></figure></section>\n"
-    )
-
-
-def _tick(epsilon: float) -> str:
-    return "∞" if math.isinf(epsilon) else f"{epsilon:g}"

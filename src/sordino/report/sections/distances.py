@@ -8,12 +8,12 @@ from itertools import compress
 
 import numpy as np
 
-from sordino.report.distance_data import Floats, Seen, plane, seen
 from sordino.report.figures import SYMBOLS, color, symbol
 from sordino.report.groups import Clients
-from sordino.report.heatmap import client_layout, color_scale, numbered, numbers, scale_luminance, tick_step
 from sordino.report.markup import NONE, Figure, counted, html_table, keys, place, plain
 from sordino.report.runs import Run
+from sordino.report.sections.distance_data import Floats, Seen, plane, seen
+from sordino.report.sections.heatmap import client_layout, color_scale, numbered, numbers, scale_luminance, tick_step
 from sordino.results import listed
 from sordino.secure import NOBODY, to_one_scale
 
