@@ -1,17 +1,15 @@
 """The section on attacks: claims, and what was shown against them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from sordino.report.figures import color
 from sordino.report.groups import Group
-from sordino.report.markup import NONE, Figure, html_table, place, plain
-from sordino.report.runs import Run
+from sordino.report.markup import NONE, html_table
+from sordino.report.sections.bounds import claimed_and_shown
+from sordino.report.sections.evidence import attacks_of, membership_attacks, of_one_image, stolen
+from sordino.report.sections.roc import curves
 from sordino.results import Privacy, rounded_up
-
-_TITLES = {"lira": "LiRA", "rmia": "RMIA", "rmia_offline": "RMIA, offline", "shadow_attack": "shadow models"}
-_DASHES = {"LiRA": "solid", "RMIA": "dash", "uploads over rounds": "dot", "statistics, regression": "dashdot"}
 
 
 def audits(groups: Sequence[Group]) -> str:
@@ -24,7 +22,7 @@ def audits(groups: Sequence[Group]) -> str:
         return ""
     rows, guesses = [], []
     for _, group, run in audited:
-        attacks = (run.audit or {}).get("attacks", {})
+        attacks = attacks_of(run)
         seed = f" <small>(seed {run.summary.seed})</small>" if group.over_seeds else ""
         name = escape(group.label) + seed
         rows.append(
@@ -32,12 +30,12 @@ def audits(groups: Sequence[Group]) -> str:
                 name,
                 _claim(run.summary.privacy),
                 _bound(attacks.get("canaries", {})),
-                _inversion(attacks.get("inversion", {})),
-                _stealing(attacks.get("stealing", {})),
+                _inversion(attacks),
+                _stealing(attacks),
                 _distances(attacks.get("distances", {})),
             ]
         )
-        guesses += [[name, title, *_guessed(attack)] for title, attack in _membership_attacks(attacks)]
+        guesses += [[name, title, *_guessed(attack)] for title, attack, _ in membership_attacks(attacks)]
     head = [
         "Run",
         "Claimed ε",
@@ -56,7 +54,7 @@ def audits(groups: Sequence[Group]) -> str:
         "the mean over clients of the personal prompt that the server can replay from uploads, beside the client's "
         "own. <em>Prompt from opened distances</em>: how near the server comes to a client's prompt with the distances "
         "that it clusters by and the help of the other clients, beside what the cluster's mean shows it anyway."
-        f"</p>\n{_guesses(guesses)}{_curves(audited)}</section>\n"
+        f"</p>\n{claimed_and_shown(audited)}{_guesses(guesses)}{curves(audited)}</section>\n"
     )
 
 
@@ -84,23 +82,10 @@ def _guesses(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _membership_attacks(attacks: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return the attacks that guess members, by title; one that does not apply is its reason."""
-    membership, over_rounds = attacks.get("membership", {}), attacks.get("rounds", {})
-    release = attacks.get("release", {})
-    made = [(title, membership[name]) for name, title in _TITLES.items() if name in membership]
-    made += [("membership", membership)] if "reason" in membership else []
-    made += [(f"statistics, {name}", release[name]) for name in ("product", "regression") if name in release]
-    made += [("statistics", release)] if "reason" in release else []
-    if over_rounds:
-        made.append(("uploads over rounds", over_rounds.get("attack", over_rounds)))
-    return made
-
-
-def _guessed(attack: dict[str, Any]) -> list[str]:
+def _guessed(attack: Mapping[str, Any]) -> list[str]:
     """Return the cells of an attack's AUC, its shares of members found, and its bound on epsilon."""
     if "reason" in attack:
-        return [f"<small>{escape(attack['reason'])}</small>", NONE, NONE, NONE]
+        return [_reason(attack), NONE, NONE, NONE]
     low, high = attack["auc_interval"]
     bound = attack.get("epsilon")
     shown = NONE if bound is None else f"{bound:.3g}"
@@ -120,76 +105,36 @@ def _claim(claimed: Privacy) -> str:
     return ("simulated " if claimed.simulated else "") + f"{rounded_up(claimed.epsilon)}{delta}"
 
 
-def _bound(canaries: dict[str, Any]) -> str:
+def _bound(canaries: Mapping[str, Any]) -> str:
     if "epsilon" not in canaries:
-        return f"<small>{escape(canaries['reason'])}</small>" if "reason" in canaries else NONE
+        return _reason(canaries)
     claim = canaries["claimed_epsilon"]
     claimed = "nothing claimed" if claim is None else f"of {rounded_up(claim)} at δ = {canaries['delta']:.1g}"
     text = f"{canaries['epsilon']:.3g} <small>({claimed})</small>"
     return f'<strong class="exposed">{text}, which refutes the claim</strong>' if canaries["refuted"] else text
 
 
-def _inversion(inversion: dict[str, Any]) -> str:
-    of_one_image = next((attack for attack in inversion.get("attacks", ()) if attack["size"] == 1), None)
-    if of_one_image is None:
-        return f"<small>{escape(inversion['reason'])}</small>" if inversion.get("reason") else NONE
-    recognized, chance = of_one_image["reidentified"], of_one_image["reidentified_chance"]
-    return f"{100 * recognized:.0f} <small>(chance {100 * chance:.1g})</small>"
+def _inversion(attacks: Mapping[str, Any]) -> str:
+    if (found := of_one_image(attacks)) is None:
+        return _reason(attacks.get("inversion", {}))
+    return f"{100 * found[0]:.0f} <small>(chance {100 * found[1]:.1g})</small>"
 
 
-def _stealing(stealing: dict[str, Any]) -> str:
-    victims = stealing.get("victims")
-    if not victims:
-        return f"<small>{escape(stealing['reason'])}</small>" if stealing.get("reason") else NONE
-    stolen = sum(victim["by_server"]["local_accuracy"] for victim in victims) / len(victims)
-    victims_own = sum(victim["local_accuracy"] for victim in victims) / len(victims)
-    return f"{100 * stolen:.1f} <small>(own {100 * victims_own:.1f})</small>"
+def _stealing(attacks: Mapping[str, Any]) -> str:
+    if (found := stolen(attacks)) is None:
+        return _reason(attacks.get("stealing", {}))
+    return f"{100 * found[0]:.1f} <small>(own {100 * found[1]:.1f})</small>"
 
 
-def _distances(distances: dict[str, Any]) -> str:
+def _distances(distances: Mapping[str, Any]) -> str:
     best, mean = distances.get("by_best"), distances.get("by_mean")
     if not best:
-        return f"<small>{escape(distances['reason'])}</small>" if distances.get("reason") else NONE
+        return _reason(distances)
     return f"{best['cosine']:.2f}" + (f" <small>(mean {mean['cosine']:.2f})</small>" if mean else "")
 
 
-def _curves(audited: Sequence[tuple[int, Group, Run]]) -> str:
-    """Return ROC curves of the attacks, on logarithmic axes as the left edge matters most."""
-    data: list[Figure] = [_guessing()]
-    for index, group, run in audited:
-        attacks = (run.audit or {}).get("attacks", {})
-        for name, attack in _membership_attacks(attacks):
-            if name not in _DASHES or "curve" not in attack:
-                continue
-            data.append(
-                {
-                    "type": "scatter",
-                    "mode": "lines",
-                    "name": plain(f"{group.label}, seed {run.summary.seed}: {name}"),
-                    "x": [max(x, 1e-4) for x, _ in attack["curve"]],
-                    "y": [max(y, 1e-4) for _, y in attack["curve"]],
-                    "line": {"color": color(index), "dash": _DASHES[name], "width": 2},
-                    "meta": {"series": index},
-                }
-            )
-    if len(data) == 1:
-        return ""
-    axis = {"type": "log", "range": [-3.3, 0], "tickformat": ".1%"}
-    layout = {
-        "height": 380,
-        "margin": {"l": 64, "r": 8, "t": 8, "b": 48},
-        "legend": {"orientation": "h", "y": -0.2},
-        "xaxis": axis | {"title": {"text": "False positive rate"}},
-        "yaxis": axis | {"title": {"text": "True positive rate"}},
-    }
-    return (
-        "<figure>\n"
-        + place("roc", {"data": data, "layout": layout}, "ROC curves of membership inference; the table has AUCs.")
-        + "<figcaption>Membership inference by LiRA (solid), RMIA (dashed) and the uploads over rounds (dotted), "
-        "both axes logarithmic.</figcaption></figure>\n"
-    )
-
-
-def _guessing() -> Figure:
-    line = {"color": "#888888", "dash": "dot", "width": 1}
-    return {"type": "scatter", "mode": "lines", "name": "guessing", "x": [1e-4, 1], "y": [1e-4, 1], "line": line}
+def _reason(attack: Mapping[str, Any]) -> str:
+    """Return the reason why an attack does not apply, in small print that wraps; n/a where none was given."""
+    if not attack.get("reason"):
+        return NONE
+    return f'<span class="words"><small>{escape(attack["reason"])}</small></span>'

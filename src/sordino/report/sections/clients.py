@@ -5,7 +5,7 @@ from html import escape
 
 from sordino.report.groups import TITLES, Group, client_names
 from sordino.report.markup import counted, html_table, place
-from sordino.report.sections.heatmap import WIDTH, accuracy_by_client, client_columns
+from sordino.report.sections.heatmap import WIDTH, accuracy_by_client, client_columns, label_width
 
 
 def by_client(groups: Sequence[Group]) -> str:
@@ -44,7 +44,7 @@ def by_client(groups: Sequence[Group]) -> str:
         '<section aria-labelledby="by-client"><h2 id="by-client">Accuracy by client</h2>\n<figure>\n'
         # Columns too narrow for their numbers would be worse than a figure that scrolls.
         '<div class="scroll" role="region" aria-label="Heat map" tabindex="0">'
-        f'<div style="min-width:{110 + WIDTH * len(rows)}px">\n'
+        f'<div style="min-width:{110 + label_width(list(names.values())) + WIDTH * len(rows)}px">\n'
         f"{place('clients', figure, words)}</div></div>\n"
         f"<figcaption>Each row is a client; point at a cell for the classes it holds, drag to enlarge a part, "
         f"double-click to go back.{seeds}</figcaption>\n</figure>\n"

@@ -180,7 +180,7 @@ def _by_round(history: Sequence[Clustering], clients: Clients) -> Figure:
         "xgap": 2 if few else 0,
         "ygap": 2 if few else 0,
     }
-    layout = client_layout(count, [str(number) for number, _ in history])
+    layout = client_layout(count, [str(number) for number, _ in history], clients.called(range(count)))
     layout["height"] -= 60  # without the long labels that columns of accuracies have
     step = tick_step(2 * len(history))
     axis = layout["xaxis"]

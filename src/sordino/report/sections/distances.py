@@ -117,7 +117,11 @@ def heat_map(opened: Seen, ratios: bool, clients: Clients) -> Figure:
     }
     text = numbers(heat, lambda value: f"{value:.2f}", lambda value: scale_luminance(min(value / top, 1)))
     data = [heat, text] if few else [heat]
-    layout = client_layout(len(opened.clients), [_tick(members, clients.name) for members in opened.sets])
+    layout = client_layout(
+        len(opened.clients),
+        [_tick(members, clients.name) for members in opened.sets],
+        clients.called(opened.clients),
+    )
     if opened.mutual:
         layout["height"] = min(layout["height"], _SQUARE)
     step = tick_step(len(opened.sets))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from sordino.report.figures import color, symbol
 from sordino.report.groups import TITLES, Group
-from sordino.report.markup import place, plain
+from sordino.report.markup import keys, place, plain
 from sordino.results import Measure
 
 _TRADED: tuple[Measure, ...] = ("local", "neighbor")
@@ -44,24 +44,27 @@ def tradeoff(groups: Sequence[Group]) -> str:
                 }
             )
         layout = {
-            "height": 400,
+            "height": 340,
             "margin": {"l": 56, "r": 8, "t": 8, "b": 48},
-            "legend": {"orientation": "h", "y": -0.25},
+            "showlegend": False,
+            "hoverlabel": {"namelength": -1},
             "xaxis": {
                 "type": "category",
                 "categoryorder": "array",
                 "categoryarray": [_tick(epsilon) for epsilon in asked],
-                "title": {"text": "epsilon"},
+                "title": {"text": "ε"},
             },
             "yaxis": {"tickformat": ".0%", "range": [0, 1.02]},
         }
         words = f"{TITLES[measure]} accuracy over epsilon; the results table has the numbers."
         figure = place(f"epsilon-{measure}", {"data": data, "layout": layout}, words)
         panels.append(f'<div class="panel"><h3>{TITLES[measure]}</h3>\n{figure}</div>\n')
+    legend = keys("Algorithm", [(symbol(index), color(index), label) for index, label in enumerate(lines)])
     return (
         '<section aria-labelledby="tradeoff"><h2 id="tradeoff">Accuracy over epsilon</h2>\n<figure>\n'
-        f'<div class="panels">\n{"".join(panels)}</div>\n<figcaption>Bars: one standard deviation. At ∞ contributions '
-        "are clipped and sampled as for the others, and no noise is added.</figcaption></figure></section>\n"
+        f'{legend}<div class="panels">\n{"".join(panels)}</div>\n<figcaption>What a smaller ε costs: to the left, more '
+        "noise. Bars: one standard deviation. At ∞ contributions are clipped and sampled as for the others, and no "
+        "noise is added.</figcaption></figure></section>\n"
     )
 
 
