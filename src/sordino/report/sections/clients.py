@@ -23,7 +23,7 @@ def by_client(groups: Sequence[Group]) -> str:
         rows.append(
             [
                 name,
-                *(f"{100 * value:.1f} <small>(client {escape(names[client])})</small>" for value, client in quartiles),
+                *(f"{100 * value:.1f} {_client(names[client])}" for value, client in quartiles),
             ]
         )
     clients = len(figure["data"][0]["y"])
@@ -50,3 +50,9 @@ def by_client(groups: Sequence[Group]) -> str:
         f"double-click to go back.{seeds}</figcaption>\n</figure>\n"
         f"<details><summary>Quartiles over clients</summary>\n{table}</details></section>\n"
     )
+
+
+def _client(name: str) -> str:
+    """Return a client's name in small print; a long one may wrap."""
+    wraps = ' class="long"' if label_width([name]) else ""
+    return f"<small{wraps}>(client {escape(name)})</small>"

@@ -89,7 +89,7 @@ def personal_figure(groups: Sequence[Group]) -> Figure:
     axis = {"tickformat": ".0%", "range": [-0.02, 1.02], "dtick": 0.2}
     layout = {
         "height": 400,
-        "margin": {"l": 56, "r": 8, "t": 8, "b": 48},
+        "margin": {"l": 56, "r": 24, "t": 8, "b": 48},
         "showlegend": False,
         "hoverlabel": {"namelength": -1},
         "xaxis": axis | {"title": {"text": "Neighbor accuracy"}},
