@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from report.conftest import Comparison, WriteRun
-from report.test_clusters import WriteClustered, between, drawn, opened, singles, write_clustered
+from report.test_clusters import WriteClustered, drawn, opened, singles, write_clustered
 from sordino.report import finished_runs, write_report
 
 pytestmark = pytest.mark.slow
@@ -105,12 +105,11 @@ def pages(
     write_clustered: WriteClustered,
 ) -> dict[str, Path]:
     """A comparison, an audited run, one that is not private, clusters, and runs with long names of everything."""
-    points = drawn(6)
-    clusters = write_clustered(
-        tmp_path / "clusters", {1: [0, 0, 1, 1, 2, 2], 10: [0, 0, 0, 1, 1, 2]}, {20: opened(points, singles(6))}
-    )
-    assert between(points, points).max() > 0
+    points = drawn(8)
     names = [f"st-mary-hospital-of-the-north, ward {ward}, children and young people" for ward in range(8)]
+    labels = {1: [0, 0, 1, 1, 2, 2, 2, 2], 10: [0, 0, 0, 1, 1, 2, 2, 2]}
+    clusters = write_clustered(tmp_path / "clusters", labels, {20: opened(points, singles(8))})
+    named = write_clustered(tmp_path / "named", labels, {20: opened(points, singles(8))}, names=names)
     for number, rank in enumerate((4, 8)):
         run = write_run(tmp_path / f"long-{number}", LONG, clients=8, names=names, settings={"a_rather_long_key": rank})
         for client, name in zip(run["per_client"], names, strict=True):
@@ -122,6 +121,7 @@ def pages(
         "audited": [audited],
         "open": comparisons["one seed"].runs("promptfl"),
         "clusters": [clusters],
+        "named clusters": [named],
         "long names": [tmp_path / "long-0", tmp_path / "long-1"],
     }
     return {name: write_report(runs, tmp_path / f"{name}.html", name) for name, runs in of.items()}

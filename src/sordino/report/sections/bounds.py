@@ -36,6 +36,8 @@ def claimed_and_shown(audited: Sequence[tuple[int, Group, Run]]) -> str:
     )
     ink = "var(--ink)"
     legend = keys("Epsilon", [("circle", ink, "shown, at least"), ("circle-open", ink, "claimed")])
+    if not any(bound.shown > 0 or bound.claimed is not None for _, _, bound in bounds):
+        return f"<h3>Claimed and shown ε</h3>\n{table}"  # a figure of zeros tells nothing
     return (
         f"<h3>Claimed and shown ε</h3>\n<figure>\n{legend}"
         f"{place('bounds', bounds_figure(bounds), f'Claimed and shown epsilon: {words}.')}"

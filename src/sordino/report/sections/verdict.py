@@ -236,7 +236,9 @@ def _attacks(groups: Sequence[Group]) -> str:
     found = [(group, evidence(run)) for group in groups for run in group.runs if run.audit]
     made = [(group, part) for group, part in found if part.tried]
     if not made:
-        return "No attack was tried, so nothing here tests what is promised: sordino audit RUN does."
+        promised = any(_promises(group) for group in groups)
+        open_question = "nothing here tests what is promised" if promised else "what an attacker learns is not known"
+        return f"No attack was tried, so {open_question}: sordino audit RUN tries."
     refuted = list(dict.fromkeys(short(group) for group, part in made if part.refuted))
     if refuted:
         bound = max(part.shown for _, part in made if part.refuted)
