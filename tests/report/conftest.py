@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sordino.audit.run import audit
 from sordino.experiments.compare import Row, compare
 from sordino.experiments.config import load_config
+from sordino.experiments.run import run
 from sordino.experiments.toml_tables import to_toml
 from sordino.experiments.variants import grid
 from sordino.report.runs import read_run
@@ -101,6 +104,30 @@ def comparisons(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> 
             "two seeds": Comparison(root / "two", compare(variants, 2, root / "two")),
             "attacked": Comparison(root / "attacked", compare(attacked, 1, root / "attacked")),
         }
+
+
+@pytest.fixture(scope="session")
+def audited(comparisons: dict[str, Comparison], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of a real private run that was attacked."""
+    (run_folder,) = comparisons["one seed"].runs("dp-fpl")
+    folder = tmp_path_factory.mktemp("audited") / "run"
+    shutil.copytree(run_folder, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SORDINO_CACHE", str(comparisons["one seed"].folder.parent / "cache"))
+        audit(folder, ["membership", "rounds", "canaries"], shadows=4, canaries=16)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def released(comparisons: dict[str, Comparison], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real private run that releases class statistics once, before its first round."""
+    root = comparisons["one seed"].folder.parent
+    private = ["privacy.mechanism=statistics", "privacy.epsilon=4.0", "privacy.delta=0.01", "algorithm=dp-fpl"]
+    folder = tmp_path_factory.mktemp("released") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SORDINO_CACHE", str(root / "cache"))
+        run(load_config(root / "config.toml", private), folder)
+    return folder
 
 
 @pytest.fixture

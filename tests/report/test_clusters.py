@@ -14,9 +14,9 @@ from sklearn.metrics import adjusted_rand_score
 
 from report.conftest import WriteRun
 from report.test_report import HOSTILE, contrast, page_of, refused, strings
-from sordino.report.clusters import agreement, moves
-from sordino.report.distance_data import plane
 from sordino.report.figures import PALETTE, SYMBOLS
+from sordino.report.sections.clusters import agreement, moves
+from sordino.report.sections.distance_data import plane
 from sordino.results import Summary
 from sordino.secure import to_one_scale
 

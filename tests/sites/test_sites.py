@@ -24,6 +24,7 @@ from sordino.experiments.run_lock import held
 from sordino.privacy.accounting import spent
 from sordino.privacy.signature import load_private_key, make_key
 from sordino.prompt_file import SavedPrompt
+from sordino.results import rounded_up
 from sordino.runtime import checkpoint
 from sordino.runtime.envelope import Envelope
 from sordino.runtime.fleet import Answer, Ask, LocalFleet, Lost, Patience
@@ -95,6 +96,10 @@ def test_accuracy_by_round_is_that_of_the_prompts_then_and_changes_nothing(
     assert lines[1]["accuracy_by_client"] == {"2": two.accuracy["client 2"]}
     page = (tmp_path / "out" / "report.html").read_text()
     assert f"{100 * lines[1]['accuracy']['local']:.1f}" in page
+    told = f"Local accuracy is {100 * lines[-1]['accuracy']['local']:.1f}%, the mean over the 1 client of 3 whose sites"
+    assert told in page
+    assert "Nothing here is private" in page, "a method without noise"
+    assert "No site told its accuracy" in (tmp_path / "quiet" / "report.html").read_text()
 
 
 def test_at_the_end_many_clients_are_told_in_groups(
@@ -541,6 +546,9 @@ def test_a_site_that_is_lost_is_named_and_comes_back(
     assert "Round 4 of 4, finished" in page
     assert "1: the connection broke" in page
     assert "1 round went on without somebody" in page
+    most = max(epsilon_by_site(outcome.training.ledger, outcome.met.agreement, "example").values())
+    assert f"So far at most ε = {rounded_up(most)} at δ = " in page
+    assert "Nothing here is private" not in page
     spent_by_all = {site.ledger.spent("example", 1e-3) for site in sites.values()}
     assert all(math.isfinite(epsilon) and epsilon > 0 for epsilon in spent_by_all)
 

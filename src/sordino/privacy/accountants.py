@@ -30,13 +30,14 @@ LARGEST_LOSS = 1000  # range of losses up to which the finest grid takes seconds
 
 
 @lru_cache(maxsize=4096)
-def kinds_epsilon(kinds: Kinds, delta: float, accountant: Accountant) -> float:
+def kinds_epsilon(kinds: Kinds, delta: float, accountant: Accountant, coarseness: float = 1.0) -> float:
     """Compute epsilon of all releases together.
 
     Args:
         kinds: the releases, as `merged` returns them.
         delta: the probability at which epsilon holds.
         accountant: "pld" or "rdp".
+        coarseness: of "pld"; see `pld_epsilon`.
 
     Returns:
         0.0 for no releases; math.inf if one has no noise, or if delta is 0 or below.
@@ -46,7 +47,7 @@ def kinds_epsilon(kinds: Kinds, delta: float, accountant: Accountant) -> float:
     if delta <= 0 or kinds[0][0] == 0:
         return math.inf
     if accountant == "pld":
-        return pld_epsilon(kinds, delta)
+        return pld_epsilon(kinds, delta, coarseness)
     with quiet():
         return float(_rdp(kinds).get_epsilon(delta))
 

@@ -76,7 +76,7 @@ def epsilon(releases: Iterable[Release], delta: float, accountant: Accountant = 
     return kinds_epsilon(_kinds(releases), delta, accountant)
 
 
-def spent(ledger: Ledger, observer: Observer, unit: Unit, delta: float | None = None) -> Spent:
+def spent(ledger: Ledger, observer: Observer, unit: Unit, delta: float | None = None, coarseness: float = 1.0) -> Spent:
     """Compute the privacy loss to an observer, of the party whose units are exposed most.
 
     Parties hold disjoint data. So a unit is exposed by its own party's releases and by those of ALL_CLIENTS (parallel
@@ -104,10 +104,11 @@ def spent(ledger: Ledger, observer: Observer, unit: Unit, delta: float | None = 
         observer: who saw the releases.
         unit: what neighboring data sets differ in.
         delta: replaces the ledger's.
+        coarseness: factor on the grid of privacy losses: larger ones take less time, and give a looser upper bound.
     """
     delta = (ledger.delta if delta is None else delta) or 0.0
     parties = _largest_named(_exposed(ledger, observer, unit))
-    by_party = [(kinds_epsilon(kinds, delta, "pld"), party) for kinds, party in parties.items()]
+    by_party = [(kinds_epsilon(kinds, delta, "pld", coarseness), party) for kinds, party in parties.items()]
     worst, party = max(by_party, key=lambda entry: entry[0], default=(0.0, None))
     worst_rdp = max((kinds_epsilon(kinds, delta, "rdp") for kinds in parties), default=0.0)
     return Spent(observer, unit, party, worst, worst_rdp, delta)

@@ -100,6 +100,10 @@ class Clients:
         """Return its name, or its number if it has none; as HTML, which labels of plotly show too."""
         return plain(self.names.get(client, str(client)))
 
+    def called(self, clients: Iterable[int]) -> list[str]:
+        """Return the names of several clients as plain text, or their numbers if they have none."""
+        return [self.names.get(client, str(client)) for client in clients]
+
     def holding(self, client: int) -> str:
         """Return its domains for its hover label; nothing if they are not known."""
         domains = self.domains.get(client, ())
@@ -131,7 +135,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     groups: list[Group] = []
     for algorithm, members in by_algorithm.items():
         by_settings: dict[tuple[str, ...], list[Run]] = {}
-        settings = [_settings(run) for run in members]
+        settings = [settings_of(run) for run in members]
         names = _differing(settings)
         for run, setting in zip(members, settings, strict=True):
             by_settings.setdefault(tuple(_full(name, setting) for name in names), []).append(run)
@@ -139,7 +143,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         pairs = list(zip(_short_names([names[place] for place in told]), told, strict=True))
         for difference, same in by_settings.items():
             _refuse_repeats(same)
-            setting = _settings(same[0])
+            setting = settings_of(same[0])
             # A name and its value stay on one line.
             short = {names[at]: f"{word}\N{NO-BREAK SPACE}{_short(setting.get(names[at]))}" for word, at in pairs}
             others = [part for name, part in short.items() if name != EPSILON]
@@ -189,7 +193,7 @@ def _short(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _settings(run: Run) -> dict[str, Any]:
+def settings_of(run: Run) -> dict[str, Any]:
     """Return a run's settings without the seed, flat, with dots in the names."""
     summary = run.summary
     # From the summary too: a configuration may leave these to a default.

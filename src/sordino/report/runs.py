@@ -1,17 +1,21 @@
 """Read finished run directories, and refuse what is missing or malformed in one line."""
 
+import hashlib
 import json
 import re
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sordino.errors import RunError
+from sordino.privacy.ledger import Ledger
 from sordino.results import FILE, Accuracy, Count, Summary, complaint
+
+LEDGER = "ledger.json"
 
 T = TypeVar("T")
 
@@ -95,6 +99,7 @@ class Run:
         config_text: the configuration as TOML.
         audit: the content of `audit.json`; None if the run was not attacked.
         distances: of the last round in which the server saw any.
+        prompts: whether each client kept a prompt of its own, or all of them one; None if no prompt was kept.
     """
 
     directory: Path
@@ -104,6 +109,24 @@ class Run:
     config_text: str
     audit: dict[str, Any] | None = None
     distances: Distances | None = None
+    prompts: Literal["personal", "shared"] | None = None
+
+    def ledger(self) -> Ledger | None:
+        """Read the run's ledger, which may be large; None if the directory has none.
+
+        Raises:
+            RunError: it is malformed, or not the one that the summary names.
+        """
+        if not (self.directory / LEDGER).exists():
+            return None
+        text = _text(self.directory, LEDGER)
+        named = self.summary.privacy.ledger_digest
+        if named and hashlib.sha256(text.encode()).hexdigest() != named:
+            raise _malformed(self.directory, LEDGER, "it is not the one whose digest summary.json has")
+        try:
+            return Ledger.from_json(text)
+        except RunError as error:
+            raise _malformed(self.directory, LEDGER, str(error)) from None
 
 
 def read_run(directory: Path) -> Run:
@@ -124,6 +147,7 @@ def read_run(directory: Path) -> Run:
         config_text=config_text,
         audit=_audit(directory),
         distances=_distances(directory, summary.clients),
+        prompts=_prompts(directory),
     )
 
 
@@ -220,6 +244,13 @@ def _distances(directory: Path, clients: int) -> Distances | None:
         if unknown:
             raise _malformed(directory, name, f"client {unknown[0]} in a federation of {clients}")
     return distances.model_copy(update={"round": number})
+
+
+def _prompts(directory: Path) -> Literal["personal", "shared"] | None:
+    names = _names(directory / "prompts")
+    if "shared.safetensors" in names:
+        return "shared"
+    return "personal" if any(name.startswith("client-") for name in names) else None
 
 
 def _names(folder: Path) -> list[str]:

@@ -227,6 +227,8 @@ class _Rounds:
             self._server.traffic,
             self.met.federation.rounds,
             accuracy,
+            training.ledger,
+            self.config.privacy.epsilon,
             finished,
         )
         return {site: value if value < float("inf") else None for site, value in epsilons.items()}

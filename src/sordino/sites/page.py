@@ -13,7 +13,7 @@ from sordino.privacy.accounting import spent
 from sordino.privacy.ledger import ALL_CLIENTS, Ledger, Observer, Unit
 from sordino.report.document import Block, Document, Section, document_page
 from sordino.report.markup import counted
-from sordino.results import human_bytes
+from sordino.results import human_bytes, listed, rounded_up
 from sordino.runtime.agreement import Agreement
 
 PAGE = "report.html"
@@ -52,6 +52,8 @@ def write_page(
     traffic: Mapping[str, tuple[int, int]],
     rounds: int,
     accuracy: Mapping[str, float | None],
+    ledger: Ledger,
+    budget: float | None,
     finished: bool = False,
 ) -> None:
     """Write `report.html` of a run directory, all or nothing.
@@ -67,6 +69,8 @@ def write_page(
         traffic: site to bytes that it was sent, and that it sent.
         rounds: of the whole run.
         accuracy: "client k" to its accuracy, the last that it told.
+        ledger: the coordinator's.
+        budget: the epsilon that the run may spend; None if none was set.
         finished: whether this is the end.
 
     Raises:
@@ -87,7 +91,10 @@ def write_page(
         "exposed": False,
         "lead": [
             f"{counted(len(agreement.sites), 'site')} with {counted(len(agreement.sizes), 'client')} in all. "
-            + (f"{counted(lost, 'round')} went on without somebody." if lost else "Nobody was lost so far.")
+            + (f"{counted(lost, 'round')} went on without somebody." if lost else "Nobody was lost so far."),
+            _accuracy_told(accuracy, len(agreement.sizes)),
+            _promised(epsilons, ledger, budget),
+            "No attack was tried: the coordinator has no pictures, and sordino audit attacks runs that have.",
         ],
         "sections": sections,
         "footer": "Epsilon is what the coordinator's ledger counts, an upper bound; each site's own ledger is exact.",
@@ -96,6 +103,34 @@ def write_page(
         replace_file(folder / PAGE, document_page(document).encode("utf-8", errors="replace"))
     except OSError as error:
         raise RunError(f"cannot write {folder / PAGE}: {error.strerror or error}; free space, and go on") from None
+
+
+def _accuracy_told(accuracy: Mapping[str, float | None], clients: int) -> str:
+    told = [value for value in accuracy.values() if value is not None]
+    if not told:
+        return "No site told its accuracy, so nothing here says how good the prompts are."
+    mean = f"Local accuracy is {100 * sum(told) / len(told):.1f}%, the mean"
+    if len(told) == clients:
+        return f"{mean} over all clients, as their sites told it last."
+    some = f"the {counted(len(told), 'client')} of {clients:,} whose sites told it"
+    return f"{mean} over {some}; of the rest it says nothing."
+
+
+def _promised(epsilons: Mapping[str, float], ledger: Ledger, budget: float | None) -> str:
+    """Return what was promised and spent so far, by the site that spent most."""
+    most = max(epsilons.values(), default=0.0)
+    if most == float("inf"):
+        return "Nothing here is private: what was learned from the pictures left some site without noise."
+    if most == 0:
+        return "No noisy release was made so far, and nothing was spent."
+    site = max(epsilons, key=lambda name: epsilons[name])
+    at = f" at δ = {rounded_up(ledger.delta)}" if ledger.delta else ""
+    left = f", of a budget of {budget:g}" if budget is not None and budget < float("inf") else ""
+    trusted = f" The {listed(ledger.trusted)} is trusted." if ledger.trusted else ""
+    if ledger.simulated:
+        as_if = f"as if for ε = {rounded_up(most)}{at}"
+        return f"Nothing here is private: noise is simulated and can be drawn again ({as_if})."
+    return f"So far at most ε = {rounded_up(most)}{at} was spent, by {site}{left}.{trusted}"
 
 
 def _sites(

@@ -8,6 +8,7 @@ from sordino.report.markup import Figure, plain
 from sordino.results import Measure
 
 WIDTH = 66  # pixels of a column, which hold the longest word of a label
+_LONGEST_NAME, _SHORT_NAME, _LETTER = 20, 8, 7  # letters of a client's name, and pixels of a letter
 _NUMBERED_CELLS = 240  # above this, numbers in the cells of a heat map would not be read
 _NUMBERED_COLUMNS = 16
 _NAMED_CLASSES = 12  # a hover label with more does not fit on a screen
@@ -58,7 +59,7 @@ def accuracy_by_client(groups: Sequence[Group]) -> Figure | None:
     }
     ticks = [f"{_lines(group.label)}<br>{TITLES[measure].lower()}" for group, measure, _ in columns]
     data = [heat, numbers(heat, lambda value: f"{value:.0%}", scale_luminance)] if few else [heat]
-    return {"data": data, "layout": client_layout(len(clients), ticks)}
+    return {"data": data, "layout": client_layout(len(clients), ticks, [names[client] for client in clients])}
 
 
 def _lines(label: str) -> str:
@@ -123,8 +124,18 @@ def luminance(rgb: Sequence[float]) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def client_layout(clients: int, ticks: Sequence[str]) -> Figure:
-    """Return the layout of a heat map whose rows are clients, with a tick for each column at 0, 1, ..."""
+def client_layout(clients: int, ticks: Sequence[str], names: Sequence[str] = ()) -> Figure:
+    """Return the layout of a heat map whose rows are clients, with a tick for each column at 0, 1, ...
+
+    Args:
+        clients: the number of rows.
+        ticks: labels of columns, as HTML.
+        names: of the clients, which are shortened if they are long; their hover label has them whole.
+    """
+    named: Figure = {}
+    if label_width(names):
+        rows = range(0, clients, tick_step(clients))
+        named = {"tickvals": list(rows), "ticktext": [plain(shortened(names[row])) for row in rows]}
     return {
         "margin": {"l": 52, "r": 8, "t": 28, "b": 8},
         "height": 160 + min(max(clients * 28, 120), 900),
@@ -143,10 +154,22 @@ def client_layout(clients: int, ticks: Sequence[str]) -> Figure:
             "type": "category",
             "range": [clients - 0.5, -0.5],
             "dtick": tick_step(clients),
+            **named,
             "showgrid": False,
             "automargin": True,
         },
     }
+
+
+def shortened(name: str, most: int = _LONGEST_NAME) -> str:
+    """Return a name of at most so many letters: its beginning and its end, by which long names differ."""
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[-(most - 1 - most // 2) :]}"
+
+
+def label_width(names: Sequence[str]) -> int:
+    """Return the pixels that the longest of clients' names takes beyond those of a number; 0 for short ones."""
+    longest = max(map(len, names), default=0)
+    return _LETTER * min(longest, _LONGEST_NAME) if longest > _SHORT_NAME else 0
 
 
 def tick_step(count: int) -> int:

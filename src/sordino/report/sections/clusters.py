@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from itertools import pairwise
 
-from sordino.report.distances import cluster_color, what_the_server_saw
 from sordino.report.figures import PALETTE
 from sordino.report.groups import Clients, Group
-from sordino.report.heatmap import client_layout, luminance, numbered, numbers, tick_step
 from sordino.report.markup import Figure, counted, html_table, keys, place
 from sordino.report.runs import Run
+from sordino.report.sections.distances import cluster_color, what_the_server_saw
+from sordino.report.sections.heatmap import client_layout, luminance, numbered, numbers, tick_step
 from sordino.results import listed
 from sordino.secure import NOBODY
 
@@ -180,7 +180,7 @@ def _by_round(history: Sequence[Clustering], clients: Clients) -> Figure:
         "xgap": 2 if few else 0,
         "ygap": 2 if few else 0,
     }
-    layout = client_layout(count, [str(number) for number, _ in history])
+    layout = client_layout(count, [str(number) for number, _ in history], clients.called(range(count)))
     layout["height"] -= 60  # without the long labels that columns of accuracies have
     step = tick_step(2 * len(history))
     axis = layout["xaxis"]

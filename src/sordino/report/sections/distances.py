@@ -8,17 +8,28 @@ from itertools import compress
 
 import numpy as np
 
-from sordino.report.distance_data import Floats, Seen, plane, seen
 from sordino.report.figures import SYMBOLS, color, symbol
 from sordino.report.groups import Clients
-from sordino.report.heatmap import client_layout, color_scale, numbered, numbers, scale_luminance, tick_step
 from sordino.report.markup import NONE, Figure, counted, html_table, keys, place, plain
 from sordino.report.runs import Run
+from sordino.report.sections.distance_data import Floats, Seen, plane, seen
+from sordino.report.sections.heatmap import (
+    client_layout,
+    color_scale,
+    label_width,
+    numbered,
+    numbers,
+    scale_luminance,
+    shortened,
+    tick_step,
+)
 from sordino.results import listed
 from sordino.secure import NOBODY, to_one_scale
 
 _NEUTRAL = "#788290"  # its color
 _SQUARE = 580  # height at which a matrix is about as high as its half of the page is wide
+_CELL = 34  # pixels of a column that has numbers
+_UPRIGHT = 4  # letters of a column's name that fit over it; longer ones are turned
 _NAMED_POINTS = 60  # with more, numbers beside the points would cover each other
 
 
@@ -59,7 +70,8 @@ def _heat_map(index: int, label: str, opened: Seen, ratios: bool, number: int, c
         _nearest_and_farthest(opened, ratios, clients),
         f"Nearest and farthest, {label}",
     )
-    width = 110 + (30 * len(opened.sets) if len(figure["data"]) > 1 else 200)
+    width = 110 + label_width(clients.called(opened.clients))
+    width += _CELL * len(opened.sets) if len(figure["data"]) > 1 else 200
     return (
         '<div class="panel"><h4>Distances that the server saw</h4>\n<figure>\n'
         f'<div class="scroll" role="region" aria-label="Heat map of distances, {escape(label)}" tabindex="0">'
@@ -117,12 +129,18 @@ def heat_map(opened: Seen, ratios: bool, clients: Clients) -> Figure:
     }
     text = numbers(heat, lambda value: f"{value:.2f}", lambda value: scale_luminance(min(value / top, 1)))
     data = [heat, text] if few else [heat]
-    layout = client_layout(len(opened.clients), [_tick(members, clients.name) for members in opened.sets])
+    ticks = [_tick(members, clients) for members in opened.sets]
+    layout = client_layout(
+        len(opened.clients),
+        ticks,
+        clients.called(opened.clients),
+    )
     if opened.mutual:
         layout["height"] = min(layout["height"], _SQUARE)
     step = tick_step(len(opened.sets))
     axis = layout["xaxis"]
     axis |= {"tickvals": axis["tickvals"][::step], "ticktext": axis["ticktext"][::step]}
+    axis["tickangle"] = -90 if max(map(len, ticks), default=0) > _UPRIGHT else 0
     axis["title"] = {"text": "Client" if opened.mutual else "Members of the set"}
     return {"data": data, "layout": layout}
 
@@ -137,8 +155,8 @@ def _hover_text(members: Sequence[int], name: Callable[[int], str]) -> str:
     return "<br>".join(textwrap.wrap(named(members, name), 60, max_lines=6, placeholder=" …"))
 
 
-def _tick(members: Sequence[int], name: Callable[[int], str]) -> str:
-    return textwrap.shorten(", ".join(name(member) for member in members), 18, placeholder=" …")
+def _tick(members: Sequence[int], clients: Clients) -> str:
+    return plain(shortened(", ".join(clients.called(members)), 18))
 
 
 def _plane(index: int, label: str, opened: Seen, ratios: bool, labels: Sequence[int], clients: Clients) -> str:
@@ -156,7 +174,8 @@ def _plane(index: int, label: str, opened: Seen, ratios: bool, labels: Sequence[
         f"client {clients.name(client)}<br>{plain(domain) + '<br>' if kinds else ''}{cluster_name(cluster)}"
         for client, domain, cluster in zip(opened.clients, client_domains, clusters, strict=True)
     ]
-    figure = scatter(points, [clients.name(client) for client in opened.clients], colors, symbols, texts)
+    beside = [plain(shortened(name, 14)) for name in clients.called(opened.clients)]
+    figure = scatter(points, beside, colors, symbols, texts)
     legend = keys("Domain", [("circle", color(number), name) for number, name in enumerate(kinds)])
     legend += keys(
         "Cluster",

@@ -1,11 +1,12 @@
-"""The table of results, and the privacy of each of its rows in words."""
+"""The table of results."""
 
 from collections.abc import Sequence
 from html import escape
 
 from sordino.report.groups import TITLES, Group
 from sordino.report.markup import NONE, html_table
-from sordino.results import MEASURES, Measure, Spread, human_bytes, human_seconds, listed, rounded_up
+from sordino.report.sections.promises import privacy_words
+from sordino.results import MEASURES, Measure, Spread, human_bytes, human_seconds, listed
 
 _PERSONAL: tuple[Measure, ...] = ("local", "neighbor", "overall")
 _TERMS = {
@@ -85,15 +86,3 @@ def _spread_words(groups: Sequence[Group]) -> str:
     if any(over_seeds):
         where += ". Bytes and seconds are means over seeds"
     return f"Mean ± sample standard deviation {where}."
-
-
-def privacy_words(group: Group) -> str:
-    """Return the privacy that holds for all runs of a group, as HTML."""
-    claim = group.results.claim
-    if not claim.bounded:
-        return '<strong class="exposed">not private</strong>'
-    if claim.epsilon is None:
-        return "private, no ε stated"
-    words = f"{'simulated, not private' if claim.simulated else 'private'}: ε = {rounded_up(claim.epsilon)}"
-    words += "" if claim.delta is None else f", δ = {rounded_up(claim.delta)}"
-    return escape(words + (f" for each {listed(claim.units)}" if claim.units else ""))
