@@ -56,8 +56,9 @@ def test_an_audit_of_a_run_stands_beside_its_claim(config_file: Path, tmp_path: 
     page = (folder / "report.html").read_text()
     assert '<h2 id="audit">Attacked</h2>' in page
     assert 'data-figure="roc"' in page
-    for attack in ("LiRA", "RMIA", "RMIA, offline", "shadow models", "uploads over rounds"):
+    for attack in ("LiRA", "RMIA", "RMIA, offline", "shadow models", "uploads over rounds", "answers, best class"):
         assert f"<td>{attack}</td>" in page
+    assert re.search(r"\d+\.\d <small>\(20 questions; own \d+\.\d, hand-written", page)
     text = as_text(found)
     assert "Claimed: epsilon = 4" in text
     assert re.search(r"membership: LiRA, 4 shadows: AUC 0\.\d+", text)

@@ -193,12 +193,22 @@ def check_flwr(arguments: list[str]) -> None:
     command.make_context("flwr", [word for word in arguments[1:] if not word.startswith(("$(", "flower", "app)"))])
 
 
+def check_model_signing(arguments: list[str]) -> None:
+    """The tool has the options; tests/serving/test_openssf.py runs it. Files need not be there."""
+    command: Any = pytest.importorskip("model_signing._cli", reason="make install").main
+    for name in arguments[:2]:
+        command = command.commands[name]
+    known = {option for parameter in command.params for option in parameter.opts}
+    assert {word for word in arguments if word.startswith("--")} <= known
+
+
 CHECKS: dict[str, Callable[[list[str]], None]] = {
     "sordino": check_sordino,
     "make": check_make,
     "python": check_python,
     "curl": check_curl,
     "flwr": check_flwr,
+    "model_signing": check_model_signing,
     "export": lambda arguments: None,
     "cd": lambda arguments: check_after(arguments[1:]),
 }

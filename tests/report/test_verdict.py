@@ -162,7 +162,7 @@ def test_the_cost_of_privacy_is_against_the_same_settings_without_noise(
 
     text = sentence(group_runs([*with_noise, *plain()]), "Privacy")
     assert expected in text, text
-    assert "not private: dp-fpl ε –" in text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "not private: dp-fpl no ε" in text.replace("\N{NO-BREAK SPACE}", " ")
     other = sentence(group_runs([*with_noise, *plain(rounds=99)]), "Privacy")
     assert "is not known" in other, "a difference in rounds is no cost of privacy"
 

@@ -22,6 +22,7 @@ TITLES: dict[Measure, str] = {
 }
 
 EPSILON = "privacy.epsilon"
+NO_EPSILON = "no\N{NO-BREAK SPACE}ε"  # of a run that promises none
 
 # Settings (by the last part of their name) that do not make two runs two methods. Each simulated run has a nonce of its
 # own, as it has a seed.
@@ -146,6 +147,8 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
             setting = settings_of(same[0])
             # A name and its value stay on one line.
             short = {names[at]: f"{word}\N{NO-BREAK SPACE}{_short(setting.get(names[at]))}" for word, at in pairs}
+            if EPSILON in short and setting.get(EPSILON) is None and same[0].summary.privacy.epsilon is None:
+                short[EPSILON] = NO_EPSILON  # not a budget that was left open
             others = [part for name, part in short.items() if name != EPSILON]
             label, line = ", ".join([algorithm, *short.values()]), ", ".join([algorithm, *others])
             groups.append(Group(label, tuple(same), ", ".join(difference), line))

@@ -7,7 +7,7 @@ from typing import Any
 from sordino.report.groups import Group
 from sordino.report.markup import NONE, html_table
 from sordino.report.sections.bounds import claimed_and_shown
-from sordino.report.sections.evidence import attacks_of, membership_attacks, of_one_image, stolen
+from sordino.report.sections.evidence import attacks_of, copied, membership_attacks, of_one_image, stolen
 from sordino.report.sections.roc import curves
 from sordino.results import Privacy, rounded_up
 
@@ -32,6 +32,7 @@ def audits(groups: Sequence[Group]) -> str:
                 _bound(attacks.get("canaries", {})),
                 _inversion(attacks),
                 _stealing(attacks),
+                _copied(attacks),
                 _distances(attacks.get("distances", {})),
             ]
         )
@@ -42,6 +43,7 @@ def audits(groups: Sequence[Group]) -> str:
         "Shown ε, at least",
         "Images recognized from an upload, %",
         "Stolen prompt, local accuracy, %",
+        "Copy from answers, local accuracy, %",
         "Prompt from opened distances, cosine",
     ]
     caption = "Claims and attacks. An attack that finds nothing proves nothing; one that succeeds does."
@@ -52,7 +54,8 @@ def audits(groups: Sequence[Group]) -> str:
         "attacked run's mechanism trained once more; above the claim, the claim is false. <em>Images recognized</em>: "
         "by the server, from a client's upload of one image, with the share that chance gives. <em>Stolen prompt</em>: "
         "the mean over clients of the personal prompt that the server can replay from uploads, beside the client's "
-        "own. <em>Prompt from opened distances</em>: how near the server comes to a client's prompt with the distances "
+        "own. <em>Copy from answers</em>: one that fits what a service tells by default, beside the owners' own prompt. "
+        "<em>Prompt from opened distances</em>: how near the server comes to a client's prompt with the distances "
         "that it clusters by and the help of the other clients, beside what the cluster's mean shows it anyway."
         f"</p>\n{claimed_and_shown(audited)}{_guesses(guesses)}{curves(audited)}</section>\n"
     )
@@ -124,6 +127,14 @@ def _stealing(attacks: Mapping[str, Any]) -> str:
     if (found := stolen(attacks)) is None:
         return _reason(attacks.get("stealing", {}))
     return f"{100 * found[0]:.1f} <small>(own {100 * found[1]:.1f})</small>"
+
+
+def _copied(attacks: Mapping[str, Any]) -> str:
+    if (found := copied(attacks)) is None:
+        return _reason(attacks.get("extraction", {}))
+    queries, theirs, own, written = found
+    others = f"{queries:,} questions; own {100 * own:.1f}, hand-written {100 * written:.1f}"
+    return f"{100 * theirs:.1f} <small>({others})</small>"
 
 
 def _distances(distances: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from sordino.report.runs import Run
 
 _TITLES = {"lira": "LiRA", "rmia": "RMIA", "rmia_offline": "RMIA, offline", "shadow_attack": "shadow models"}
+_ANSWERS = {"gap": "answers, best class", "augmented": "answers, nine variants", "answers": "answers, top five"}
 _STATISTICS = ("product", "regression")
 
 
@@ -119,6 +120,12 @@ def membership_attacks(attacks: Mapping[str, Any]) -> Iterator[tuple[str, Mappin
         yield "statistics", release, release
     if over_rounds:
         yield "uploads over rounds", over_rounds.get("attack", over_rounds), over_rounds
+    answers = attacks.get("label-only", {})
+    for name, title in _ANSWERS.items():
+        if name in answers:
+            yield title, answers[name], answers
+    if answers.get("reason"):
+        yield "a service's answers", answers, answers
 
 
 def of_one_image(attacks: Mapping[str, Any]) -> tuple[float, float] | None:
@@ -138,6 +145,21 @@ def stolen(attacks: Mapping[str, Any]) -> tuple[float, float] | None:
     return theirs, own
 
 
+def copied(attacks: Mapping[str, Any]) -> tuple[int, float, float, float] | None:
+    """Return how well a copy from a service's usual answers does; None if it was not tried.
+
+    Returns:
+        The most questions that were asked, the copy's local accuracy, the victims', and the hand-written prompt's.
+    """
+    found = attacks.get("extraction", {})
+    usual = [copy for copy in found.get("copies", ()) if copy["defence"] == "top 5, two decimals"]
+    if not usual:
+        return None
+    last = max(usual, key=lambda copy: copy["queries"])
+    own, written = found["local_accuracy"], found["hand_written"]["local_accuracy"]
+    return int(last["queries"]), last["local_accuracy"], own, written
+
+
 def _others(attacks: Mapping[str, Any]) -> Iterator[str]:
     if (image := of_one_image(attacks)) and image[0] > image[1]:
         chance = f"{100 * image[1]:.2g}% by chance"
@@ -145,3 +167,6 @@ def _others(attacks: Mapping[str, Any]) -> Iterator[str]:
     if prompts := stolen(attacks):
         theirs, own = (f"{100 * accuracy:.1f}%" for accuracy in prompts)
         yield f"a prompt that the server replays has {theirs} local accuracy, its owner's {own}"
+    if copy := copied(attacks):
+        theirs, own = (f"{100 * accuracy:.1f}%" for accuracy in copy[1:3])
+        yield f"a copy made of {copy[0]:,} answers of a service has {theirs} local accuracy, its owner's {own}"
