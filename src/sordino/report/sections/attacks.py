@@ -54,7 +54,7 @@ def audits(groups: Sequence[Group]) -> str:
         "attacked run's mechanism trained once more; above the claim, the claim is false. <em>Images recognized</em>: "
         "by the server, from a client's upload of one image, with the share that chance gives. <em>Stolen prompt</em>: "
         "the mean over clients of the personal prompt that the server can replay from uploads, beside the client's "
-        "own. <em>Copy from answers</em>: one that fits what a service tells by default, beside the owners' own prompt. "
+        "own. <em>Copy from answers</em>: one that fits what a service tells by default, beside the owners' own. "
         "<em>Prompt from opened distances</em>: how near the server comes to a client's prompt with the distances "
         "that it clusters by and the help of the other clients, beside what the cluster's mean shows it anyway."
         f"</p>\n{claimed_and_shown(audited)}{_guesses(guesses)}{curves(audited)}</section>\n"
