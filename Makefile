@@ -6,9 +6,10 @@ RUNNABLE := $(VENV)/.runnable
 INSTALLED := $(VENV)/.installed
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-# Tests run in as many processes as there are cores, each with one thread: kernels of small matrices gain little from
-# more, and processes that share cores would wait for each other. A file's tests stay together, with their fixtures.
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# Tests run in one process more than there are cores, each with one thread: some wait for servers, and kernels of small
+# matrices gain little from more threads. A file's tests stay together, with their fixtures.
+WORKERS := $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 8 ? cores + 1 : 8)))
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-fast lint docs format install lock clean
 
