@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from sordino.encoders.bundled import TextTower
+from sordino.encoders.memory import keep_freed
 from sordino.mpc import (
     Calibration,
     Costs,
@@ -40,7 +41,6 @@ from sordino.mpc import (
     reconstruct,
     run,
 )
-from sordino.mpc.arithmetic.memory import keep_freed
 from sordino.mpc.arithmetic.ring import share
 from sordino.mpc.dealing.correlations import Mask, Product
 from sordino.mpc.dealing.supply import Numbered, RequestTrace

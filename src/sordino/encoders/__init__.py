@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from sordino.encoders.capabilities import with_capability
+from sordino.encoders.memory import keep_freed
 from sordino.errors import ConfigError, EncoderError
 
 if TYPE_CHECKING:  # this module stays light: the command line imports it before it needs torch
@@ -72,6 +73,8 @@ def load_encoder(
     """
     import torch
 
+    if device.type == "cpu":
+        keep_freed()
     precision = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     if name == "bundled":
         from sordino.encoders.bundled import BundledEncoder

@@ -13,7 +13,7 @@ from sordino.mpc.arithmetic import kernels
 PROGRAM = """
 import resource, sys
 import torch
-from sordino.mpc.arithmetic.memory import keep_freed
+from sordino.encoders.memory import keep_freed
 
 if "keep" in sys.argv:
     assert keep_freed()
