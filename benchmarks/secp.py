@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from sordino.encoders.bundled import TextTower
-from sordino.encoders.memory import keep_freed
+from sordino.memory import keep_freed
 from sordino.mpc import (
     Calibration,
     Costs,

@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "sordino"
 
 # The rooms from the ground up. A module imports from its own room and from rooms before it, and from no others.
 FLOORS = (
-    *("errors", "progress", "randomness", "files", "results", "pictures", "secure"),
+    *("errors", "progress", "randomness", "memory", "files", "results", "pictures", "secure"),
     *("encoders", "prompts", "tasks", "privacy", "mpc", "algorithms", "runtime", "prompt_file"),
     *("report", "experiments", "sites", "flare", "flower", "private_tuning", "audit", "serving", "cli", "__main__"),
 )

@@ -214,7 +214,7 @@ def _use(threads: int | None) -> None:
     """Settle how this process, a server or the dealer, uses the machine."""
     import torch
 
-    from sordino.encoders.memory import keep_freed
+    from sordino.memory import keep_freed
 
     keep_freed()
     if threads:

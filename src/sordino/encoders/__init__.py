@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from sordino.encoders.capabilities import with_capability
-from sordino.encoders.memory import keep_freed
 from sordino.errors import ConfigError, EncoderError
+from sordino.memory import keep_freed
 
 if TYPE_CHECKING:  # this module stays light: the command line imports it before it needs torch
     import torch

@@ -13,7 +13,7 @@ from sordino.mpc.arithmetic import kernels
 PROGRAM = """
 import resource, sys
 import torch
-from sordino.encoders.memory import keep_freed
+from sordino.memory import keep_freed
 
 if "keep" in sys.argv:
     assert keep_freed()
@@ -22,7 +22,8 @@ def faults():
 def tensors():
     for size in range(5):
         torch.ones(16_000_000 + size)
-tensors()
+for _ in range(8):  # until each has its place
+    tensors()
 before = faults()
 tensors()
 print(faults() - before)
