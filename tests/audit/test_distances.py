@@ -120,6 +120,7 @@ def test_a_context_is_sought_until_it_reduces_to_the_point(make_runtime: Callabl
         assert float(reached.detach() @ truth[0]) > 0.9
 
 
+@pytest.mark.slow
 def test_an_audit_reports_them(config_file: Path, tmp_path: Path) -> None:
     overrides = ["algorithm=secfpp", "partition.clients=4", "settings.local_steps=2", "settings.secfpp.cluster_every=2"]
     out = tmp_path / "run"

@@ -138,6 +138,7 @@ def clip_run(config_file: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_copies_of_a_run(clip_run: Path) -> None:
     subject = Subject.open(clip_run)
     found = steal_by_asking(subject, 1, 150)

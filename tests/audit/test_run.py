@@ -22,6 +22,7 @@ from sordino.experiments.variants import grid
 DP = ["privacy.mechanism=cotangent", "privacy.epsilon=4.0", "privacy.delta=0.01", "privacy.subspace=4", "rounds=3"]
 
 
+@pytest.mark.slow
 def test_a_simulated_claim_is_called_simulated(config_file: Path, tmp_path: Path) -> None:
     run(load_config(config_file, [*DP, "privacy.simulation=true"]), tmp_path / "run")
     found = audit(tmp_path / "run", ["membership"], shadows=4)
@@ -126,6 +127,7 @@ def test_a_run_that_ended_at_its_budget_is_imitated_as_it_was(config_file: Path,
     assert found["attacks"]["canaries"]["claimed_epsilon"] > 0
 
 
+@pytest.mark.slow
 def test_a_comparison_attacks_and_draws_accuracy_over_epsilon(config_file: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 

@@ -69,6 +69,7 @@ def test_noise_out_of_all_bounds_is_refused(multiplier: str, config_file: Path) 
         load_config(config_file, ["privacy.mechanism=dp-sgd", f"privacy.noise_multiplier={multiplier}"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", ["noise_multiplier=1e6", "noise_multiplier=1e9", "epsilon=1e-9", "epsilon=1e6"])
 def test_a_plan_at_the_bounds_can_be_read(keys: str, config_file: Path, tmp_path: Path) -> None:
     """Its curve of epsilon by round too, all of whose points may be 0."""

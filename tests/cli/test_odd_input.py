@@ -399,6 +399,7 @@ WORDS = [
 ]
 
 
+@pytest.mark.slow
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(arguments=st.lists(st.sampled_from(WORDS) | st.text(max_size=5), max_size=6))
 def test_no_command_line_makes_a_traceback(arguments: list[str], tmp_path: Path, sordino: Any) -> None:

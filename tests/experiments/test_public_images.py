@@ -68,6 +68,7 @@ def test_directions_follow_the_public_images_alone(
     assert not torch.allclose(directions(config), before)
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_takes_as_public(
     configured: Callable[..., Experiment], public: Path, tmp_path: Path
 ) -> None:

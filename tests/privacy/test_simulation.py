@@ -142,6 +142,7 @@ def test_a_simulation_can_be_repeated_from_its_own_folder_alone(config_file: Pat
     assert ledgers[0].run == ledgers[2].run != ledgers[1].run
 
 
+@pytest.mark.slow
 def test_runs_of_one_comparison_share_no_noise(config_file: Path, tmp_path: Path) -> None:
     config = load_config(config_file, [*KEYS, "privacy.simulation=true", "rounds=1"])
     compare(grid(config, ["dp-fpl"], {"privacy.epsilon": [4.0, 2.0]}), 1, tmp_path / "all")
