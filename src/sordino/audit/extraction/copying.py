@@ -160,7 +160,7 @@ def steal_by_asking(subject: Subject, seed: int, most: int = QUERIES[-1]) -> Ext
 
 @dataclass(frozen=True)
 class Answers:
-    """What a service told of Q pictures.
+    """The words of a service about Q pictures.
 
     Attributes:
         probabilities: [Q, C] as told; 0 where a class was not told.

@@ -21,7 +21,7 @@ SLACK = 1e-6  # of a budget's epsilon, by which accountants round
 
 @dataclass(frozen=True)
 class Spending:
-    """What a run spent by round, against the untrusted observer that learned most.
+    """The privacy that a run spent by round, against the untrusted observer that learned most.
 
     Attributes:
         points: (round, epsilon), ascending in both; the last is the ledger's.
@@ -46,7 +46,7 @@ class Spending:
 
     @property
     def left(self) -> float | None:
-        """What is left of the budget, 0 if less than accountants round; None without a finite one."""
+        """Return the rest of the budget, 0 if less than accountants round; None without a finite one."""
         if self.asked is None or math.isinf(self.asked):
             return None
         left = self.asked - self.spent

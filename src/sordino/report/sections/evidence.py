@@ -1,4 +1,4 @@
-"""What attacks found against a run: `audit.json` brought to one form, for the verdict, the tables and the figures."""
+"""The findings of attacks on a run: `audit.json` brought to one form, for the verdict, the tables and the figures."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -31,6 +31,7 @@ POLICY: Final = (
 )
 TYPES: Final = {"css": "text/css", "html": "text/html", "js": "text/javascript", "svg": "image/svg+xml"}
 ASSETS: Final = ("page.css", "shared.js", "prompts.js", "runs.js", "icon.svg")
+KEY: Final = "key.html"  # the question for a key, in both pages
 HOUSE: Final = "house.css"  # the report's own style, under the pages'
 
 
@@ -118,7 +119,9 @@ def routes(service: Service, samples: Samples, runs: RunFolder | None) -> APIRou
 
 
 def _own(name: str) -> str:
-    return (files("sordino.serving.server") / "assets" / name).read_text(encoding="utf-8")
+    """Return a file of the pages; what they share stands in one, and a comment says where it goes."""
+    text = (files("sordino.serving.server") / "assets" / name).read_text(encoding="utf-8")
+    return text if name == KEY else text.replace(f"  <!-- {KEY} -->\n", _own(KEY) if name.endswith(".html") else "")
 
 
 def _file(name: str, text: str) -> Callable[[], Any]:
