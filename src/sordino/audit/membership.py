@@ -140,10 +140,7 @@ def infer_membership(subject: Subject, shadows: int, seed: int = 1) -> Membershi
     }
     claim = Claim.of(subject, subject.ledger)
     return Membership(
-        **{
-            name: claim.judge(Attack.of(values, chosen.member), values, seed, len(scores))
-            for name, values in scores.items()
-        },
+        **claim.judge_all(scores, chosen.member, seed),
         correction=correction,
         members=int(chosen.member.sum()),
         non_members=int((~chosen.member).sum()),

@@ -114,12 +114,8 @@ def attack_release(subject: Subject, seed: int) -> ReleaseAttack:
     evidence = Evidence.of(runtime, subject.training)
     scores = {"product": products(evidence, unknown).numpy(), "regression": regressed(evidence, unknown, rest).numpy()}
     claim = Claim.of(subject, subject.ledger)
-    attacks = {
-        name: claim.judge(Attack.of(values, chosen.member), values, seed, len(scores))
-        for name, values in scores.items()
-    }
     return ReleaseAttack(
-        **attacks,
+        **claim.judge_all(scores, chosen.member, seed),
         reconstruction=reconstruct(subject, seed),
         members=int(chosen.member.sum()),
         non_members=int((~chosen.member).sum()),

@@ -10,6 +10,7 @@ see `pair_epsilon`.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -90,6 +91,12 @@ class Claim:
         covered = not (observer_is_server and "server" in ledger.trusted)
         delta = DELTA if ledger.delta is None else min(ledger.delta, DELTA)
         return cls(claimed(ledger, delta) if covered else None, delta, subject.exchangeable)
+
+    def judge_all(self, scores: Mapping[str, Floats], member: Flags, seed: int) -> dict[str, Attack]:
+        """Return the attacks of some scores by name, with bounds that hold together; see `judge`."""
+        return {
+            name: self.judge(Attack.of(values, member), values, seed, len(scores)) for name, values in scores.items()
+        }
 
     def judge(self, attack: Attack, scores: Floats, seed: int, attacks: int = 1) -> Attack:
         """Return the attack with its bound on epsilon, and if that refutes the claim.

@@ -99,12 +99,8 @@ def infer_by_asking(subject: Subject, seed: int = 1) -> LabelOnly:
         "answers": _told(learned[0], labels) - _told(public[0], labels),
     }
     claim = Claim.of(subject, subject.ledger)
-    attacks = {
-        name: claim.judge(Attack.of(values, chosen.member), values, seed, len(scores))
-        for name, values in scores.items()
-    }
     return LabelOnly(
-        **attacks,
+        **claim.judge_all(scores, chosen.member, seed),
         members=int(chosen.member.sum()),
         non_members=int((~chosen.member).sum()),
         questions=len(labels) * len(VARIANTS),
