@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,7 +68,7 @@ def watched(
         color_scheme=scheme,  # type: ignore[arg-type]
         permissions=["clipboard-read", "clipboard-write"],
     )
-    page, faults, failed = context.new_page(), [], []
+    page, faults, failed, under_way = context.new_page(), [], [], set()
 
     def console(message: ConsoleMessage) -> None:
         expected = any(f"a status of {status} " in message.text for status in refused) or "ERR_FAILED" in message.text
@@ -75,20 +76,37 @@ def watched(
             faults.append(f"{message.type}: {message.text}")
 
     def request(sent: Request) -> None:
+        under_way.add(sent)
         if urlsplit(sent.url).scheme not in ("data", "blob") and not sent.url.startswith(base):
             faults.append(f"another host: {sent.url}")
 
     page.on("console", console)
     page.on("pageerror", lambda error: faults.append(f"error: {error}"))
-    page.on("requestfailed", lambda sent: failed.append(f"{sent.url} {sent.failure}"))
+    def request_failed(sent: Request) -> None:
+        under_way.discard(sent)
+        failed.append(f"{sent.url} {sent.failure}")
+
+    page.on("requestfailed", request_failed)
+    page.on("requestfinished", lambda sent: under_way.discard(sent))  # a function, which Playwright can mark
     page.on("request", request)
     try:
         yield page
-        page.wait_for_load_state("networkidle")
+        require_quiet(page, under_way)
     finally:
         context.close()
     assert faults == [], faults
     assert len(failed) == cut_off, failed
+
+
+def require_quiet(page: Page, under_way: set[Request], seconds: float = 30.0) -> None:
+    """Wait until no request is under way: closing a page cuts off what is, and that would look like a failure.
+
+    The browser's own state "networkidle" does not tell: a document reaches it once, and what is asked later is not seen.
+    """
+    ends = time.monotonic() + seconds
+    while under_way:
+        assert time.monotonic() < ends, [sent.url for sent in under_way]
+        page.wait_for_timeout(20)
 
 
 def require_accessible(page: Page) -> None:
