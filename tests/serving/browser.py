@@ -82,6 +82,7 @@ def watched(
 
     page.on("console", console)
     page.on("pageerror", lambda error: faults.append(f"error: {error}"))
+
     def request_failed(sent: Request) -> None:
         under_way.discard(sent)
         failed.append(f"{sent.url} {sent.failure}")
@@ -101,7 +102,7 @@ def watched(
 def require_quiet(page: Page, under_way: set[Request], seconds: float = 30.0) -> None:
     """Wait until no request is under way: closing a page cuts off what is, and that would look like a failure.
 
-    The browser's own state "networkidle" does not tell: a document reaches it once, and what is asked later is not seen.
+    The browser's own state "networkidle" does not tell: a document reaches it once; what is asked later is not seen.
     """
     ends = time.monotonic() + seconds
     while under_way:
