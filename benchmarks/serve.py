@@ -4,7 +4,7 @@ A run of `promptfl` on handwritten digits (one round, the bundled encoder) is pu
 process of its own; clients are in another. Each request is one JPEG of 256 x 256. For each number of clients at once:
 requests a second, and the 50th, 95th and 99th percentile of latency in milliseconds.
 
-- batched, one_by_one: the server as it is, and one whose batches hold one picture.
+- batched, one_by_one: the server as it is, and one that encodes one picture after the other.
 - tower: pictures a second of the image tower alone, in full batches of 32 that are ready as pixels, by itself.
 - speedup: batched over one_by_one; share: batched over tower; both at the most clients.
 - rss_mb: of the server, after a tenth and after all of `--memory` requests at the most clients.
@@ -16,6 +16,8 @@ Prints one JSON object. It needs the extra `serve`.
 """
 
 from __future__ import annotations
+
+import kept_memory  # noqa: F401  the same, before anything starts threads
 
 import sordino  # noqa: F401  settles how threads wait, so it comes before torch
 
@@ -54,7 +56,7 @@ from sordino.serving.trust import Trusted
 
 NAME, FULL = "digits", 32
 UNBOUNDED = {"per_minute": 10**9, "per_day": 10**9}
-WAYS = {"batched": ServerSettings(**UNBOUNDED), "one_by_one": ServerSettings(batch=1, wait=0.0, **UNBOUNDED)}
+WAYS = {"batched": ServerSettings(**UNBOUNDED), "one_by_one": ServerSettings(batch=1, wait=0.0, workers=1, **UNBOUNDED)}
 
 
 def pictures(count: int) -> list[bytes]:
@@ -94,28 +96,42 @@ def serving(url: str, trusted: Trusted, way: str, pipe: Connection) -> None:
 
 
 def loading(address: str, clients: int, requests: int, pipe: Connection) -> None:
-    """The clients' process: each asks again as soon as it is answered."""
-    files = pictures(64)
+    """The clients' process: each asks again as soon as it is answered.
+
+    Requests are made beforehand, and of an answer the status alone is read: clients are meant to take none of the
+    server's cores.
+    """
+    host, port = address.removeprefix("http://").split(":")
+    asks = [request(host, picture) for picture in pictures(64)]
 
     async def load() -> tuple[list[float], int, float]:
         left, failed, latencies = iter(range(requests)), 0, []
-        limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
-        async with httpx.AsyncClient(base_url=address, limits=limits, timeout=60) as client:
 
-            async def one() -> None:
-                nonlocal failed
-                for number in left:
-                    began = time.perf_counter()
-                    form = {"image": ("picture.jpg", files[number % len(files)])}
-                    answer = await client.post(f"/v1/prompts/{NAME}/classify", files=form)
-                    latencies.append(time.perf_counter() - began)
-                    failed += answer.status_code != 200
+        async def one() -> None:
+            nonlocal failed
+            reader, writer = await asyncio.open_connection(host, int(port))
+            for number in left:
+                began = time.perf_counter()
+                writer.write(asks[number % len(asks)])
+                head = (await reader.readuntil(b"\r\n\r\n")).lower()
+                length = re.search(rb"content-length: (\d+)", head)
+                await reader.readexactly(int(length.group(1)) if length else 0)
+                latencies.append(time.perf_counter() - began)
+                failed += not head.startswith(b"http/1.1 200 ")
+            writer.close()
 
-            began = time.perf_counter()
-            await asyncio.gather(*(one() for _ in range(clients)))
-            return latencies, failed, time.perf_counter() - began
+        began = time.perf_counter()
+        await asyncio.gather(*(one() for _ in range(clients)))
+        return latencies, failed, time.perf_counter() - began
 
     pipe.send(asyncio.run(load()))
+
+
+def request(host: str, picture: bytes) -> bytes:
+    """A request as `curl -F image=@picture.jpg` sends it."""
+    made = httpx.Request("POST", f"http://{host}/v1/prompts/{NAME}/classify", files={"image": ("picture.jpg", picture)})
+    head = "".join(f"{name}: {value}\r\n" for name, value in made.headers.items())
+    return f"POST {made.url.path} HTTP/1.1\r\n{head}\r\n".encode() + made.read()
 
 
 def loaded(address: str, clients: int, requests: int) -> tuple[list[float], int, float]:

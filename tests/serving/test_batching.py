@@ -35,12 +35,12 @@ def picture(value: float) -> Tensor:
     return torch.full((3, 2, 2), value)
 
 
-def run(most: int, longest: int, main: Any, wait: float = 0.01) -> list[int]:
+def run(most: int, longest: int, main: Any, wait: float = 0.01, workers: int = 1) -> list[int]:
     """Run a coroutine with a batcher; the sizes of its batches."""
     sizes: list[int] = []
 
     async def whole() -> None:
-        batcher = Batcher(most, wait, longest, 2, sizes.append)
+        batcher = Batcher(most, wait, longest, 2, sizes.append, workers)
         batcher.start()
         try:
             await main(batcher)
@@ -128,3 +128,51 @@ def test_who_waits_at_the_end_is_told() -> None:
             assert error.status == 503
 
     run(1, 100, main)
+
+
+def test_free_workers_divide_what_waits_and_a_slow_one_keeps_nobody_waiting() -> None:
+    slow, fast = Echo(), Echo()
+
+    async def main(batcher: Batcher) -> None:
+        pictures = [picture(n) for n in range(8)]
+        assert await batcher.ask(fast, pictures) == [(fast, n, False) for n in range(8)]  # type: ignore[arg-type]
+        slow.go.clear()
+        first = asyncio.create_task(batcher.ask(slow, [picture(0)]))  # type: ignore[arg-type]
+        await asyncio.to_thread(slow.started.wait, 60)
+        assert len(await batcher.ask(fast, pictures)) == 8  # type: ignore[arg-type]
+        assert not first.done()
+        slow.go.set()
+        await first
+
+    sizes = run(8, 100, main, workers=2)
+    assert sorted(sizes[:2]) == [4, 4]
+    assert sizes[2:] == [1, 8]  # the other worker took all, the first one being at work
+
+
+def test_a_worker_has_its_part_of_the_cores() -> None:
+    """Alone it has all of them; of two at once each has half. The threads of the caller are left alone."""
+    before, seen = torch.get_num_threads(), []
+
+    class Counting(Echo):
+        def answer(self, *arguments: Any) -> list[Any]:
+            seen.append(torch.get_num_threads())
+            return super().answer(*arguments)
+
+    alone, first, second = Counting(), Counting(), Counting()
+
+    async def main(batcher: Batcher) -> None:
+        await batcher.ask(alone, [picture(0)])  # type: ignore[arg-type]
+        first.go.clear()
+        held = asyncio.create_task(batcher.ask(first, [picture(0)]))  # type: ignore[arg-type]
+        await asyncio.to_thread(first.started.wait, 60)
+        await batcher.ask(second, [picture(0)])  # type: ignore[arg-type]
+        first.go.set()
+        await held
+
+    torch.set_num_threads(4)
+    try:
+        run(8, 100, main, workers=2)
+        assert seen == [4, 4, 2]
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)

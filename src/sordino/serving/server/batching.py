@@ -1,13 +1,15 @@
 """Micro-batches: pictures of requests at the same time pass the encoder together.
 
-One thread computes, so requests never compete for the cores. While it is at work, others gather; once it is free, it
-takes what is there, and waits for more only as long as the settings say.
+As many workers compute as there are cores for it, so requests never compete for them. While all are at work, pictures
+gather; once one is free, it takes its part of what is there, and waits for more only as long as the settings say.
+Several small batches at once, with a core each, take less time than one that all cores share: no core waits for another
+at every layer, and while one answers, the next computes. A worker alone has all cores.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ class _Waiting:
 
 
 class Batcher:
-    """A queue before one thread.
+    """A queue before the workers.
 
     Args:
         most: pictures of a batch.
@@ -36,27 +38,31 @@ class Batcher:
         longest: pictures that may wait.
         digits: decimals of probabilities.
         seen: is told the size of each batch.
+        workers: batches at once; 0: as many as torch uses threads.
     """
 
-    def __init__(self, most: int, wait: float, longest: int, digits: int, seen: Callable[[int], None]) -> None:
+    def __init__(
+        self, most: int, wait: float, longest: int, digits: int, seen: Callable[[int], None], workers: int = 0
+    ) -> None:
         self._most, self._wait, self._longest, self._digits, self._seen = most, wait, longest, digits, seen
+        self._cores = torch.get_num_threads()
+        self._workers, self._busy = workers or self._cores, 0
         self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
-        self._task: asyncio.Task[None] | None = None
+        self._threads = ThreadPoolExecutor(self._workers, thread_name_prefix="encoder")
+        self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
         """Begin to work, in the running loop."""
-        self._task = asyncio.create_task(self._work())
+        self._tasks = [asyncio.create_task(self._work()) for _ in range(self._workers)]
 
     async def stop(self) -> None:
         """End the work; who still waits is turned away."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         while not self._queue.empty():
             _fail(self._queue.get_nowait(), Refusal(503, "the server ends"))
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def ask(self, classifier: PromptClassifier, pictures: list[Tensor], zero_shot: bool = False) -> list[Answer]:
         """Answer to pictures [3, H, W], with all classes.
@@ -79,32 +85,42 @@ class Batcher:
     async def _work(self) -> None:
         while True:
             batch = await self._gather()
-            groups: dict[tuple[int, bool], list[_Waiting]] = {}
-            for each in batch:
+            self._busy += 1
+            try:
+                await self._answer(batch)
+            finally:
+                self._busy -= 1
+
+    async def _answer(self, batch: list[_Waiting]) -> None:
+        groups: dict[tuple[int, bool], list[_Waiting]] = {}
+        for each in batch:
+            if not each.answer.done():
+                groups.setdefault((id(each.classifier), each.zero_shot), []).append(each)
+        for group in groups.values():
+            self._seen(len(group))
+            cores = max(1, self._cores // self._busy)
+            try:
+                answers = await asyncio.get_running_loop().run_in_executor(self._threads, self._compute, group, cores)
+            except asyncio.CancelledError:
+                for each in batch:
+                    _fail(each, Refusal(503, "the server ends"))
+                raise
+            except Exception as error:  # of one prompt or its encoder: others go on
+                for each in group:
+                    _fail(each, error)
+                continue
+            for each, answer in zip(group, answers, strict=True):
                 if not each.answer.done():
-                    groups.setdefault((id(each.classifier), each.zero_shot), []).append(each)
-            for group in groups.values():
-                self._seen(len(group))
-                try:
-                    answers = await asyncio.get_running_loop().run_in_executor(self._thread, self._compute, group)
-                except asyncio.CancelledError:
-                    for each in batch:
-                        _fail(each, Refusal(503, "the server ends"))
-                    raise
-                except Exception as error:  # of one prompt or its encoder: others go on
-                    for each in group:
-                        _fail(each, error)
-                    continue
-                for each, answer in zip(group, answers, strict=True):
-                    if not each.answer.done():
-                        each.answer.set_result(answer)
+                    each.answer.set_result(answer)
 
     async def _gather(self) -> list[_Waiting]:
         batch = [await self._queue.get()]
         loop = asyncio.get_running_loop()
         until = loop.time() + self._wait
         while len(batch) < self._most:
-            with contextlib.suppress(asyncio.QueueEmpty):
+            if waiting := self._queue.qsize():
+                if len(batch) == math.ceil((len(batch) + waiting) / (self._workers - self._busy)):
+                    break  # the rest is for the other workers that are free
                 batch.append(self._queue.get_nowait())
                 continue
             if (left := until - loop.time()) <= 0:
@@ -115,7 +131,9 @@ class Batcher:
                 break
         return batch
 
-    def _compute(self, group: list[_Waiting]) -> list[Answer]:
+    def _compute(self, group: list[_Waiting], cores: int) -> list[Answer]:
+        if torch.get_num_threads() != cores:  # of this worker: others have their own number
+            torch.set_num_threads(cores)
         classifier = group[0].classifier
         pixels = torch.stack([each.pixels for each in group])
         return classifier.answer(pixels, len(classifier.class_names), self._digits, group[0].zero_shot)

@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from limits import RateLimitItemPerMinute
-from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.requests import Request
 from torch import Tensor
 
+from sordino.encoders import choose_device
 from sordino.errors import RunError
 from sordino.serving.classifier import Answer, PromptClassifier
 from sordino.serving.server.batching import Batcher
 from sordino.serving.server.keys import ANYBODY, USUAL, ApiKey, Keys, seconds_left
+from sordino.serving.server.rates import Window
 from sordino.serving.server.refusal import Refusal
 from sordino.serving.server.settings import ServerSettings
 from sordino.serving.server.shelf import Shelf
@@ -94,16 +95,17 @@ class Service:
         self.shelf, self.settings, self.needs_key, self.log = shelf, settings, needs_key, log
         self.metrics = Metrics()
         self.keys = Keys(shelf.registry.database)
-        self._limiter = MovingWindowRateLimiter(MemoryStorage())
-        self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decoder")
+        self._limiter = MovingWindowRateLimiter(Window())
+        self._decoding = threading.Semaphore(DECODERS)
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        self._others = ThreadPoolExecutor(8, thread_name_prefix="database")
+        self._others = ThreadPoolExecutor(8, thread_name_prefix="request")
         self._batcher = Batcher(
             settings.batch,
             settings.wait,
             settings.queue,
             settings.digits,
             lambda size: self.metrics.batch.observe(size),
+            workers=settings.workers or (0 if choose_device("auto").type == "cpu" else 1),
         )
 
     def start(self) -> None:
@@ -113,11 +115,11 @@ class Service:
     async def stop(self) -> None:
         """End the work."""
         await self._batcher.stop()
-        for pool in (self._decoders, self._loader, self._others):
+        for pool in (self._loader, self._others):
             pool.shutdown(wait=False, cancel_futures=True)
 
     async def apart(self, call: Callable[..., T], *arguments: Any) -> T:
-        """Call what waits for the database or loads a prompt, while others are answered."""
+        """Call what waits for the database or takes time, while others are answered."""
         return await asyncio.get_running_loop().run_in_executor(self._others, functools.partial(call, *arguments))
 
     async def take(self, name: str, version: str | None) -> PromptClassifier:
@@ -180,22 +182,14 @@ class Service:
         told |= {"prompt": name[:100], "pictures": len(contents)}
         if not 1 <= len(contents) <= self.settings.most_pictures:
             raise Refusal(422, f"give 1 to {self.settings.most_pictures} pictures")
-        classifier = await self.take(name, version)
+        ready = await self.apart(self._ready, told, key, name, version, contents)
+        if ready is None:
+            await self.take(name, version)
+            ready = await self.apart(self._ready, told, key, name, version, contents)
+        if ready is None:
+            raise Refusal(503, "more prompts are asked for at once than are held", {"Retry-After": "1"})
+        classifier, pixels = ready
         assert classifier.manifest is not None
-        told["version"] = classifier.manifest.version
-        loop = asyncio.get_running_loop()
-        jobs = [loop.run_in_executor(self._decoders, self._pixels, classifier, content) for content in contents]
-        try:
-            pixels = [await job for job in jobs]
-        finally:
-            for job in jobs:
-                job.cancel()
-                job.add_done_callback(lambda done: done.cancelled() or done.exception())
-        # Pictures that could not be read are not counted: they tell nothing of the prompt.
-        most = key.per_day or self.settings.per_day
-        if not await self.apart(self.keys.spend, key.name, len(contents), most):
-            retry = {"Retry-After": str(seconds_left())}
-            raise Refusal(429, f"more than {most} pictures a day", retry)
         answers = await self._batcher.ask(classifier, pixels, zero_shot)
         self.metrics.pictures.labels(classifier.manifest.name, classifier.manifest.version).inc(len(contents))
         return classifier, answers
@@ -211,5 +205,30 @@ class Service:
             raise Refusal(422, f"top must be 1 to {most}")
         return most if asked is None else asked
 
+    def _ready(
+        self, told: dict[str, Any], key: ApiKey, name: str, version: str | None, contents: Sequence[bytes]
+    ) -> tuple[PromptClassifier, list[Tensor]] | None:
+        """Find the prompt, unpack the pictures, and count them, in one visit to a thread: each visit costs.
+
+        Returns:
+            The classifier and the pixels of each picture; None if the prompt is not in memory.
+
+        Raises:
+            Refusal: see `classify`.
+        """
+        _, classifier = self.shelf.look(name, version)
+        if classifier is None:
+            return None
+        assert classifier.manifest is not None
+        told["version"] = classifier.manifest.version
+        pixels = [self._pixels(classifier, content) for content in contents]
+        # Pictures that could not be read are not counted: they tell nothing of the prompt.
+        most = key.per_day or self.settings.per_day
+        if not self.keys.spend(key.name, len(contents), most):
+            retry = {"Retry-After": str(seconds_left())}
+            raise Refusal(429, f"more than {most} pictures a day", retry)
+        return classifier, pixels
+
     def _pixels(self, classifier: PromptClassifier, content: bytes) -> Tensor:
-        return classifier.pixels(read_picture(content, self.settings, classifier.saved.gray_range))
+        with self._decoding:
+            return classifier.pixels(read_picture(content, self.settings, classifier.saved.gray_range))

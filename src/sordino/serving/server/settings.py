@@ -22,6 +22,7 @@ class ServerSettings:
         seconds: that a request may take, with its upload.
         batch: pictures that pass the encoder at once.
         wait: seconds that a picture waits for others.
+        workers: batches at once; 0: as many as torch uses threads, or one where an accelerator computes.
         queue: pictures that may wait; more are turned away.
         per_minute, per_day: requests and pictures of one key, where the key has no limits of its own, or of all who ask
             a server without keys.
@@ -37,6 +38,7 @@ class ServerSettings:
     seconds: float = 30.0
     batch: int = 32
     wait: float = 0.005
+    workers: int = 0
     queue: int = 256
     per_minute: int = 600
     per_day: int = 10_000
