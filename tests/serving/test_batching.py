@@ -176,3 +176,19 @@ def test_a_worker_has_its_part_of_the_cores() -> None:
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(before)
+
+
+def test_nobody_waits_for_others_unless_they_are_announced() -> None:
+    echo = Echo()
+
+    async def main(batcher: Batcher) -> None:
+        began = asyncio.get_running_loop().time()
+        await batcher.ask(echo, [picture(0)])  # type: ignore[arg-type]
+        assert asyncio.get_running_loop().time() - began < 30
+        with batcher.announced():
+            first = asyncio.create_task(batcher.ask(echo, [picture(1)]))  # type: ignore[arg-type]
+            await asyncio.sleep(0.05)
+            assert not first.done()
+        await asyncio.gather(first, batcher.ask(echo, [picture(2)]))  # type: ignore[arg-type]
+
+    assert run(2, 100, main, wait=60) == [1, 2]

@@ -32,9 +32,12 @@ def test_it_counts_as_the_definition_of_a_moving_window(steps: list[tuple[str, f
 
 
 def test_a_request_starts_no_thread_as_it_does_with_the_librarys_storage(monkeypatch: pytest.MonkeyPatch) -> None:
-    rate, started = RateLimitItemPerMinute(100), []
+    rate, own, library = RateLimitItemPerMinute(100), Window(), MemoryStorage()
+    while (own.timer and own.timer.is_alive()) or (library.timer and library.timer.is_alive()):
+        threading.Event().wait(0.01)  # for what their making started
+    started: list[threading.Thread] = []
     monkeypatch.setattr(threading.Thread, "start", lambda thread: started.append(thread))
-    MovingWindowRateLimiter(Window()).hit(rate, "a")
+    MovingWindowRateLimiter(own).hit(rate, "a")
     assert started == []
-    MovingWindowRateLimiter(MemoryStorage()).hit(rate, "a")
+    MovingWindowRateLimiter(library).hit(rate, "a")
     assert started

@@ -1,16 +1,18 @@
 """Micro-batches: pictures of requests at the same time pass the encoder together.
 
 As many workers compute as there are cores for it, so requests never compete for them. While all are at work, pictures
-gather; once one is free, it takes its part of what is there, and waits for more only as long as the settings say.
-Several small batches at once, with a core each, take less time than one that all cores share: no core waits for another
-at every layer, and while one answers, the next computes. A worker alone has all cores.
+gather; once one is free, it takes its part of what is there. It waits for more only while others are announced, and
+only as long as the settings say. Several small batches at once, with a core each, take less time than one that all
+cores share: no core waits for another at every layer, and while one answers, the next computes. A worker alone has all
+cores.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -47,6 +49,7 @@ class Batcher:
         self._most, self._wait, self._longest, self._digits, self._seen = most, wait, longest, digits, seen
         self._cores = torch.get_num_threads()
         self._workers, self._busy = workers or self._cores, 0
+        self._announced = 0
         self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
         self._threads = ThreadPoolExecutor(self._workers, thread_name_prefix="encoder")
         self._tasks: list[asyncio.Task[None]] = []
@@ -63,6 +66,15 @@ class Batcher:
         while not self._queue.empty():
             _fail(self._queue.get_nowait(), Refusal(503, "the server ends"))
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    @contextlib.contextmanager
+    def announced(self) -> Iterator[None]:
+        """Tell that a request will ask, when its pictures are unpacked."""
+        self._announced += 1
+        try:
+            yield
+        finally:
+            self._announced -= 1
 
     async def ask(self, classifier: PromptClassifier, pictures: list[Tensor], zero_shot: bool = False) -> list[Answer]:
         """Answer to pictures [3, H, W], with all classes.
@@ -123,7 +135,7 @@ class Batcher:
                     break  # the rest is for the other workers that are free
                 batch.append(self._queue.get_nowait())
                 continue
-            if (left := until - loop.time()) <= 0:
+            if (left := until - loop.time()) <= 0 or not self._announced:
                 break
             try:
                 batch.append(await asyncio.wait_for(self._queue.get(), left))

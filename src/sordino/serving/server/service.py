@@ -182,7 +182,8 @@ class Service:
         told |= {"prompt": name[:100], "pictures": len(contents)}
         if not 1 <= len(contents) <= self.settings.most_pictures:
             raise Refusal(422, f"give 1 to {self.settings.most_pictures} pictures")
-        ready = await self.apart(self._ready, told, key, name, version, contents)
+        with self._batcher.announced():
+            ready = await self.apart(self._ready, told, key, name, version, contents)
         if ready is None:
             await self.take(name, version)
             ready = await self.apart(self._ready, told, key, name, version, contents)
