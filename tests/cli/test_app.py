@@ -150,10 +150,11 @@ def test_methods_and_encoders_as_json(monkeypatch: pytest.MonkeyPatch, capsys) -
     monkeypatch.setattr(sys, "argv", ["sordino", "encoders", "--json"])
     with pytest.raises(SystemExit):
         cli.main()
-    bundled, clip = json.loads(capsys.readouterr().out)["encoders"]
+    bundled, clip, generative = json.loads(capsys.readouterr().out)["encoders"]
     assert bundled["ready"]
     assert bundled["megabytes"] > 50
     assert "patches" in clip["capabilities"]
+    assert (generative["capabilities"], generative["feature_width"]) == (["likelihoods"], 0)
 
 
 @pytest.mark.slow
