@@ -30,7 +30,7 @@ from sordino.encoders.clip_folder import file_digest, tokenizer_files
 from sordino.encoders.generative.answers import Answers
 from sordino.encoders.generative.families import Family
 from sordino.encoders.generative.folder import description, open_checkpoint, weight_files
-from sordino.encoders.generative.layout import Dialog
+from sordino.encoders.generative.layout import Dialog, Layout
 from sordino.encoders.generative.settings import GenerativeSettings
 from sordino.encoders.linear import freeze
 from sordino.encoders.names import check_names, warn_unknown
@@ -199,10 +199,10 @@ class GenerativeEncoder(DualEncoder):
             EncoderError: a dialog is longer than the language model takes.
         """
         self._check_length(context.shape[1], answers)
-        x, cache, seen = self._spine(context, state, kind or self.kind)
+        x, cache, seen = self._spine(self.layout, context, state, kind or self.kind)
         nodes = self._embedded(answers.tokens).expand(len(x), -1, -1)
         depth = int(answers.depths.max()) if len(answers.depths) else 0
-        positions = self._positions(context.shape[1], depth)
+        positions = self._positions(self.layout, context.shape[1], depth)
         spine, ends = positions[..., seen : positions.shape[-1] - depth], positions[..., positions.shape[-1] - depth :]
         hidden = self._decoder(
             inputs_embeds=torch.cat([x, nodes], dim=1),
@@ -215,25 +215,30 @@ class GenerativeEncoder(DualEncoder):
         return answers.scores(logits.to(torch.promote_types(self.dtype, torch.float32)))
 
     @torch.no_grad()
-    def generate(self, context: Tensor, pixels: Tensor, most: int) -> str:
+    def generate(self, context: Tensor, pixels: Tensor, most: int, question: str | None = None) -> str:
         """Return a free answer: the most probable token each time, until the model ends it.
 
         Args:
             context: [M, E] the prompt.
             pixels: [3, H, W].
             most: the largest number of tokens.
+            question: None: that of the settings.
 
         Raises:
+            ConfigError: the question holds the image token.
             EncoderError: the dialog with the answer is longer than the language model takes.
         """
-        return str(self._tokenizer.decode(list(self.greedy(context, pixels, most)), skip_special_tokens=True)).strip()
+        tokens = list(self.greedy(context, pixels, most, question))
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
     @torch.no_grad()
-    def greedy(self, context: Tensor, pixels: Tensor, most: int) -> Iterator[int]:
+    def greedy(self, context: Tensor, pixels: Tensor, most: int, question: str | None = None) -> Iterator[int]:
         """Yield the tokens of `generate`, without the one that ends the answer."""
-        x, cache, seen = self._spine(context[None], self.image_state(pixels[None]), self.kind)
+        layout = self.layout if question is None else self._dialog.asking(question).layout()
+        # Keys and values of all before the prompt hold no part of the question.
+        x, cache, seen = self._spine(layout, context[None], self.image_state(pixels[None]), self.kind)
         cache = DynamicCache() if cache is None else cache
-        positions = self._positions(context.shape[0], most)
+        positions = self._positions(layout, context.shape[0], most)
         self._check_positions(positions)
         ends = self._model.generation_config.eos_token_id
         ends = {ends} if isinstance(ends, int) else set(ends or ())
@@ -254,9 +259,10 @@ class GenerativeEncoder(DualEncoder):
             yield token
             x = self._embedded([token])[None]
 
-    def _spine(self, context: Tensor, state: Tensor, kind: Kind) -> tuple[Tensor, DynamicCache | None, int]:
+    def _spine(
+        self, layout: Layout, context: Tensor, state: Tensor, kind: Kind
+    ) -> tuple[Tensor, DynamicCache | None, int]:
         """Return the embeddings [N, S, E] of the dialog that are to be computed, and the cache of those before."""
-        layout = self.layout
         start, middle, end = (self._embedded(ids) for ids in (layout.start, layout.middle, layout.end))
         context, state = context.to(self.device, self.dtype), state.to(self.device, self.dtype)
         if kind == KEYS_VALUES:
@@ -271,7 +277,7 @@ class GenerativeEncoder(DualEncoder):
         self._decoder(
             inputs_embeds=x,
             attention_mask=self._mask(0, x.shape[1], None),
-            position_ids=self._positions(0, 0)[..., : x.shape[1]],
+            position_ids=self._positions(self.layout, 0, 0)[..., : x.shape[1]],
             past_key_values=cache,
             use_cache=True,
         )
@@ -297,9 +303,9 @@ class GenerativeEncoder(DualEncoder):
         embedded: Tensor = self._model.get_input_embeddings()(known)
         return embedded
 
-    def _positions(self, context_length: int, answer_length: int) -> Tensor:
+    def _positions(self, layout: Layout, context_length: int, answer_length: int) -> Tensor:
         """Return the positions of a whole dialog, of shape [..., 1, S]."""
-        return self._pictures.positions(self.layout.is_image(self.image_length, context_length, answer_length))
+        return self._pictures.positions(layout.is_image(self.image_length, context_length, answer_length))
 
     def _mask(self, seen: int, spine: int, sees: Tensor | None) -> Tensor:
         """Return the attention mask [1, 1, S + R, seen + S + R]: 0 where a token is attended to, else most negative."""

@@ -11,7 +11,7 @@ at that place for certain. So no token reaches over the border of a picture or o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sordino.errors import ConfigError, EncoderError
@@ -96,6 +96,14 @@ class Dialog:
             )
         start, middle, end = (tuple(piece) for piece in pieces)
         return Layout((*self._start_tokens(), *start), middle, end, self.image_first)
+
+    def asking(self, question: str) -> Dialog:
+        """Return the same dialog with another question.
+
+        Raises:
+            ConfigError: the question holds the image token.
+        """
+        return replace(self, question=question)
 
     def answer(self, name: str) -> list[int]:
         """Return the tokens of an answer as they stand behind the dialog.

@@ -49,12 +49,13 @@ class GenerativeModel(PromptModel):
         return prompt
 
     def scores(self, features: Tensor, prompt: Prompt, images: Tensor) -> Tensor:
-        """Return logits [P, B, C] of images [P, B, S, W].
+        """Return logits [P, B, C] of images [P, B, S, W]; one of P prompts, or the images of one, may serve all.
 
         Rows of prompt and image that are too many for one pass are computed in pieces, which backward recomputes.
         """
         assert isinstance(prompt, Tensor)
-        prompts, count = images.shape[:2]
+        prompts, count = max(len(prompt), len(images)), images.shape[1]
+        prompt, images = prompt.expand(prompts, -1, -1), images.expand(prompts, -1, -1, -1)
         rows = torch.arange(prompts * count, device=prompt.device)
         if not len(rows):
             return images.new_zeros(prompts, 0, len(self.classes)) + 0 * prompt.sum()
