@@ -63,7 +63,7 @@ BAD = [
     (["--set", "partition.scheme=random"], "partition.scheme = 'random': input should be 'disjoint'"),
     (["--set", "data.source=imagefolder:/no/such/folder"], "/no/such/folder"),
     (["--set", "data.source=imagenet"], "data.source = 'imagenet'"),
-    (["--set", "encoder.name=blip"], "encoder.name = 'blip': input should be 'bundled' or 'clip'"),
+    (["--set", "encoder.name=blip"], "encoder.name = 'blip': input should be 'bundled', 'clip' or 'generative'"),
     (["--set", "encoder.checkpoint=/no/such/model"], "/no/such/model"),
     (["--set", "partition.clients=5000"], "client"),
     (["--set", "device=cuda"], "device = 'cuda': not available on this machine"),

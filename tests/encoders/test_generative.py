@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from encoders.vision_language import FAMILIES, NAMES, save_vision_language
 from sordino.encoders import load_encoder
 from sordino.encoders.cache import IMAGE_TOKENS, KEYS_VALUES
+from sordino.encoders.generative import encoder as generative_encoder
 from sordino.encoders.generative import model as generative_model
 from sordino.encoders.generative.encoder import GenerativeEncoder
 from sordino.encoders.generative.model import GenerativeModel
@@ -385,6 +387,19 @@ def test_refusals_name_the_remedy(folders: Folders, clip_folder: Path, tmp_path:
         encoder.likelihoods(long, encoder.image_state(read(encoder, 1)), encoder.class_tokens(NAMES))
     with pytest.raises(EncoderError, match="ask for a shorter answer"):
         encoder.generate(torch.zeros(3, encoder.context_width), read(encoder, 1)[0], 200)
+
+
+def test_large_states_are_told(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generative_encoder, "LARGEST_STATE", 5000)
+    with pytest.warns(SordinoWarning, match=r"take 0 MB .* set encoder\.generative\.kept = 'image-tokens'"):
+        encoder = loaded(folders, "llava", "after-image")
+    monkeypatch.setattr(generative_encoder, "LARGEST_STATE", 4 * encoder.image_state(read(encoder, 1)).numel())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SordinoWarning)
+        loaded(folders, "llava", "after-image")
+        monkeypatch.setattr(generative_encoder, "LARGEST_STATE", 0)
+        loaded(folders, "llava", "after-image", kept="image-tokens")
+        loaded(folders, "llava", "before-image")
 
 
 def test_weights_that_could_run_code_are_refused(folders: Folders, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ computed once and kept, see `sordino.encoders.cache`.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -34,8 +35,9 @@ from sordino.encoders.generative.layout import Dialog, Layout
 from sordino.encoders.generative.settings import GenerativeSettings
 from sordino.encoders.linear import freeze
 from sordino.encoders.names import check_names, warn_unknown
-from sordino.errors import EncoderError
+from sordino.errors import EncoderError, SordinoWarning
 
+LARGEST_STATE = 32_000_000  # bytes of one picture's keys and values without a warning
 PICTURES_AT_ONCE = 16  # in one pass of the image tower and of the language model
 
 
@@ -102,6 +104,8 @@ class GenerativeEncoder(DualEncoder):
         self.image_length = self._measure()
         keeps_pairs = self.layout.image_first and settings.kept == "keys-values"
         self.kind: Kind = KEYS_VALUES if keeps_pairs else IMAGE_TOKENS
+        if keeps_pairs:
+            self._warn_of_size(text)
 
     @classmethod
     def load(
@@ -316,6 +320,19 @@ class GenerativeEncoder(DualEncoder):
             allowed[spine:, seen + spine :] = sees
         least = torch.finfo(self.dtype).min
         return torch.zeros_like(allowed, dtype=self.dtype).masked_fill(~allowed, least)[None, None]
+
+    def _warn_of_size(self, text: Any) -> None:
+        """Warn if keys and values of one picture are so many that a data set of them would fill memory."""
+        tokens = len(self.layout.start) + self.image_length + len(self.layout.middle)
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        size = 4 * tokens * 2 * self._layers * self._heads * width
+        if size > LARGEST_STATE:
+            warnings.warn(
+                f"checkpoint {self.label!r}: keys and values of one picture take {size / 1e6:.0f} MB in memory and in "
+                "the cache; set encoder.generative.kept = 'image-tokens' for the same scores in less",
+                SordinoWarning,
+                stacklevel=2,
+            )
 
     def _measure(self) -> int:
         """Return the number of a picture's tokens, of a plain picture; this shows that all parts fit together.
