@@ -21,15 +21,19 @@ from sordino.audit.run import audit
 from sordino.cli.app import invoke
 from sordino.encoders.generative.encoder import GenerativeEncoder
 from sordino.encoders.generative.model import GenerativeModel
-from sordino.encoders.generative.settings import GenerativeSettings
+from sordino.encoders.generative.settings import PLACES, GenerativeSettings
 from sordino.errors import ConfigError, EncoderError, PromptError
+from sordino.experiments.compare import compare
 from sordino.experiments.config import load_config
 from sordino.experiments.free_answers import answer_freely
 from sordino.experiments.privacy.plan import planned_mechanism
 from sordino.experiments.run import run
+from sordino.experiments.variants import grid
 from sordino.prompt_file import EncoderRecord, SavedPrompt
 from sordino.results import Summary
 from sordino.serving.classifier import PromptClassifier
+from sordino.sites.fleet_config import NO_DATA
+from sordino.sites.proposal import Proposal
 
 ABLE = ("zero-shot", "local", "central", "promptfl", "fedprompt", "dp-fpl", "dplora", "dp-fpl-full")
 REFUSED = (
@@ -181,6 +185,20 @@ def test_the_mechanism_is_planned_as_it_is_run(config: Path) -> None:
 def test_wrong_settings_are_refused(changes: list[str], told: str, config: Path) -> None:
     with pytest.raises(ConfigError, match=told):
         load_config(config, changes)
+
+
+def test_a_comparison_has_one_dialog(config: Path, tmp_path: Path) -> None:
+    variants = grid(load_config(config), ["promptfl"], {"encoder.generative.prompt_place": list(PLACES)})
+    with pytest.raises(ConfigError, match=r"encoder = 'encoder\.generative\.prompt_place=after.* share one encoder"):
+        compare(variants, 1, tmp_path / "compared")
+
+
+def test_a_site_takes_the_dialog_of_the_proposal(config: Path) -> None:
+    own = load_config(config, ["encoder.generative.prompt_place=before-image"])
+    proposal = Proposal.of(own)
+    there = proposal.config({**NO_DATA, "encoder": {"checkpoint": "elsewhere/model"}})
+    assert there.encoder.generative == own.encoder.generative
+    assert there.encoder.checkpoint == "elsewhere/model"
 
 
 def test_a_checkpoint_is_needed(config: Path) -> None:
