@@ -108,6 +108,7 @@ def _idefics(family: str, words: PreTrainedTokenizerFast) -> tuple[Any, Any]:
         image_token_id=words.convert_tokens_to_ids("<image>"),
         scale_factor=2,
         pad_token_id=0,
+        tie_word_embeddings=family == "smolvlm",  # as small published ones have it
     )
     processor = processor_class(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
     return model_class(config).eval(), processor
@@ -136,6 +137,7 @@ def _qwen(family: str, words: PreTrainedTokenizerFast) -> tuple[Any, Any]:
         video_token_id=words.convert_tokens_to_ids("<video>"),
         vision_start_token_id=words.convert_tokens_to_ids("<|vision_start|>"),
         vision_end_token_id=words.convert_tokens_to_ids("<|vision_end|>"),
+        tie_word_embeddings=family == "qwen2_vl",  # as small published ones have it
     )
     processor = Qwen2VLImageProcessorPil(patch_size=4, temporal_patch_size=2, merge_size=2)
     return model_class(config).eval(), processor
