@@ -1,6 +1,7 @@
 """Randomly initialized vision-language checkpoints in a folder, as a user would have them from the hub.
 
-Weights are larger than usual initial ones, so that scores differ and every layer matters.
+Shared by the tests here and by `benchmarks/generative.py`; nothing is downloaded. Weights
+are larger than usual initial ones, so that scores differ and every layer matters.
 """
 
 from __future__ import annotations
@@ -68,12 +69,12 @@ def tokenizer(kind: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=learned, **ends)
 
 
-def save_vision_language(folder: Path, family: str) -> Path:
-    """Save a small checkpoint of a family: model, tokenizer and image processor."""
+def save_vision_language(folder: Path, family: str, **text: Any) -> Path:
+    """Save a small checkpoint of a family: model, tokenizer and image processor; `text` changes its language model."""
     kind = "llava" if family == "llava" else "qwen" if family.startswith("qwen") else "idefics"
     words = tokenizer(kind)
     torch.manual_seed(0)
-    model, processor = {"llava": _llava, "idefics": _idefics, "qwen": _qwen}[kind](family, words)
+    model, processor = {"llava": _llava, "idefics": _idefics, "qwen": _qwen}[kind](family, words, TEXT | text)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:
@@ -85,18 +86,18 @@ def save_vision_language(folder: Path, family: str) -> Path:
     return folder
 
 
-def _llava(family: str, words: PreTrainedTokenizerFast) -> tuple[Any, Any]:
+def _llava(family: str, words: PreTrainedTokenizerFast, text: dict[str, Any]) -> tuple[Any, Any]:
     tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
     config = LlavaConfig(
         vision_config={"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8} | tower,
-        text_config={"model_type": "llama"} | TEXT,
+        text_config={"model_type": "llama"} | text,
         image_token_index=words.convert_tokens_to_ids("<image>"),
     )
     processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     return LlavaForConditionalGeneration(config).eval(), processor
 
 
-def _idefics(family: str, words: PreTrainedTokenizerFast) -> tuple[Any, Any]:
+def _idefics(family: str, words: PreTrainedTokenizerFast, text: dict[str, Any]) -> tuple[Any, Any]:
     tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     config_class, model_class, processor_class = {
         "idefics3": (Idefics3Config, Idefics3ForConditionalGeneration, Idefics3ImageProcessorPil),
@@ -104,7 +105,7 @@ def _idefics(family: str, words: PreTrainedTokenizerFast) -> tuple[Any, Any]:
     }[family]
     config = config_class(
         vision_config={"image_size": 32, "patch_size": 8} | tower,
-        text_config={"model_type": "llama"} | TEXT,
+        text_config={"model_type": "llama"} | text,
         image_token_id=words.convert_tokens_to_ids("<image>"),
         scale_factor=2,
         pad_token_id=0,
@@ -114,7 +115,7 @@ def _idefics(family: str, words: PreTrainedTokenizerFast) -> tuple[Any, Any]:
     return model_class(config).eval(), processor
 
 
-def _qwen(family: str, words: PreTrainedTokenizerFast) -> tuple[Any, Any]:
+def _qwen(family: str, words: PreTrainedTokenizerFast, text: dict[str, Any]) -> tuple[Any, Any]:
     sizes = {"depth": 2, "num_heads": 2, "patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2}
     config_class, model_class, vision = {
         "qwen2_vl": (
@@ -132,7 +133,7 @@ def _qwen(family: str, words: PreTrainedTokenizerFast) -> tuple[Any, Any]:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
     config = config_class(
         vision_config=sizes | vision,
-        text_config=TEXT | {"rope_parameters": rope},
+        text_config=text | {"rope_parameters": rope},
         image_token_id=words.convert_tokens_to_ids("<|image_pad|>"),
         video_token_id=words.convert_tokens_to_ids("<video>"),
         vision_start_token_id=words.convert_tokens_to_ids("<|vision_start|>"),
