@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from encoders.vision_language import FAMILIES, NAMES, save_vision_language
@@ -409,6 +410,48 @@ def test_weights_that_could_run_code_are_refused(folders: Folders, tmp_path: Pat
     torch.save(weights, pickled / "pytorch_model.bin")
     with pytest.raises(EncoderError, match=r"no \*\.safetensors in it, and other files of weights may run code"):
         GenerativeEncoder.load(str(pickled), CPU)
+
+
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("preprocessor_config.json", r"neither preprocessor_config\.json nor processor_config\.json in it"),
+        ("tokenizer.json", "no tokenizer in it"),
+        ("config.json", r"no config\.json in it"),
+    ],
+)
+def test_a_missing_file_is_told(file: str, told: str, folders: Folders, tmp_path: Path) -> None:
+    folder = shutil.copytree(folders("llava"), tmp_path / "whole")
+    (folder / file).unlink()
+    with pytest.raises(EncoderError, match=told):
+        GenerativeEncoder.load(str(folder), CPU)
+
+
+def test_damaged_weights_are_told(folders: Folders, tmp_path: Path) -> None:
+    folder = shutil.copytree(folders("llava"), tmp_path / "whole")
+    weights = load_file(folder / "model.safetensors")
+    less = {name: weight for name, weight in weights.items() if "linear_2.bias" not in name}
+    save_file(less, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EncoderError, match=r"1 weights are missing, .*linear_2\.bias first"):
+        GenerativeEncoder.load(str(folder), CPU)
+    (folder / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(EncoderError, match="its weights cannot be read"):
+        GenerativeEncoder.load(str(folder), CPU)
+    # A tower that takes other pictures than the preprocessing makes.
+    shutil.copy(folders("llava") / "model.safetensors", folder / "model.safetensors")
+    pixels = json.loads((folder / "preprocessor_config.json").read_text())
+    pixels["crop_size"] = {"height": 24, "width": 24}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
+    with pytest.raises(EncoderError, match="its image tower cannot read what its preprocessing makes"):
+        GenerativeEncoder.load(str(folder), CPU)
+
+
+def test_a_tokenizer_of_another_model_is_told(folders: Folders, tmp_path: Path) -> None:
+    folder = shutil.copytree(folders("llava"), tmp_path / "mixed")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folders("qwen2_vl") / name, folder / name)
+    with pytest.raises(EncoderError, match="the tokenizer belongs to another model"):
+        GenerativeEncoder.load(str(folder), CPU)
 
 
 def test_a_checkpoint_with_code_is_read_without_running_it(folders: Folders, tmp_path: Path) -> None:
