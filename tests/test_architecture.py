@@ -44,8 +44,10 @@ MASKED = {
 # Functions may import these of our own: they bring heavy packages of other people, and not every user needs them.
 LATE = {
     "audit": {"audit.run"},
-    "encoders": {"encoders.bundled", "encoders.clip"},
-    "experiments.doctor": {"encoders", "encoders.bundled", "encoders.cache", "encoders.clip", "errors"},
+    "encoders": {"encoders.bundled", "encoders.clip", "encoders.generative.encoder"},
+    "experiments.doctor": {
+        *("encoders", "encoders.bundled", "encoders.cache", "encoders.clip", "encoders.generative.families", "errors")
+    },
     "mpc.parties.transport": {"errors"},
     "tasks.sources": {"tasks.hub"},
 }

@@ -18,6 +18,7 @@ from PIL import Image
 from pages.blocks import blocks, commands
 from sordino.algorithms import METHODS, Method, algorithm
 from sordino.cli.app import app
+from sordino.encoders.generative.settings import GenerativeSettings
 from sordino.experiments.config import EncoderSettings, Experiment, load_config, parse_config
 from sordino.experiments.privacy.plan import plan
 from sordino.experiments.run import run
@@ -34,7 +35,7 @@ OWN_METHODS = [name for name, method in METHODS.items() if "." not in method.mod
 def test_every_key_is_documented() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     tables = [Experiment, DataSettings, PartitionSettings, EncoderSettings, RuntimeSettings, PoisoningSettings]
-    tables += [PrivacySettings, TrackingSettings]
+    tables += [PrivacySettings, TrackingSettings, GenerativeSettings]
     keys = {key for table in tables for key in table.model_fields}
     keys |= {field.name for name in METHODS for field in fields(algorithm(name).Settings)}
     assert not {key for key in keys if f"`{key}`" not in text and f"[{key}]" not in text}

@@ -15,14 +15,15 @@ from typing import Any, Final, Literal
 
 import safetensors
 import safetensors.torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 from torch import Tensor
 
 from sordino.algorithms import METHODS, algorithm, settings_for
-from sordino.algorithms.base import model_class
+from sordino.algorithms.base import model_of
 from sordino.encoders import choose_device, load_encoder
 from sordino.encoders.base import DualEncoder
 from sordino.encoders.classifier import Classifier
+from sordino.encoders.generative.settings import GenerativeSettings
 from sordino.encoders.prompt_model import Prompt, PromptModel, named_parts
 from sordino.errors import ConfigError, EncoderError, PromptError, SordinoError, config_error
 from sordino.files import read_regular, write_atomically
@@ -42,6 +43,7 @@ class EncoderRecord(BaseModel):
         fingerprint: hex digest of its weights, tokenizer and preprocessing.
         checkpoint: the folder or hub name that it was loaded from; None for the bundled one.
         dtype: its precision in training.
+        generative: the dialog around picture and prompt, of the encoder of that name; None for others.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -50,6 +52,15 @@ class EncoderRecord(BaseModel):
     fingerprint: str
     checkpoint: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    generative: GenerativeSettings | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what other encoders do not have, so that their prompts' files stay the same bytes."""
+        content: dict[str, Any] = handler(self)
+        if self.generative is None:
+            del content["generative"]
+        return content
 
 
 class PrivacyRecord(BaseModel):
@@ -209,10 +220,11 @@ class SavedPrompt:
             needless = f"{self.source} belongs to encoder {known.name!r}, which needs no checkpoint; leave it out"
             raise ConfigError("encoder", checkpoint, needless)
         try:
-            encoder = load_encoder(known.name, checkpoint or known.checkpoint, known.dtype, choose_device(device))
+            place, where = checkpoint or known.checkpoint, choose_device(device)
+            encoder = load_encoder(known.name, place, known.dtype, where, known.generative)
         except EncoderError as error:
-            where = "" if known.checkpoint is None else "; say where it is now: --encoder, or load_encoder(checkpoint)"
-            raise EncoderError(f"{self.source}: {error}{where}") from None
+            remedy = "" if known.checkpoint is None else "; say where it is now: --encoder, or load_encoder(checkpoint)"
+            raise EncoderError(f"{self.source}: {error}{remedy}") from None
         self._check_encoder(encoder, checkpoint)
         return encoder
 
@@ -253,7 +265,7 @@ class SavedPrompt:
                 "its file with --method FILE, or in Python add it with sordino.add_method"
             )
         settings = settings_for(self.method, {self.method: self.settings})
-        return model_class(algorithm(self.method)).of(settings, encoder, classes)
+        return model_of(algorithm(self.method), self.method, settings, encoder, classes)
 
     def _check_encoder(self, encoder: DualEncoder, checkpoint: str | None = None) -> None:
         if encoder.fingerprint == self.encoder.fingerprint:

@@ -63,7 +63,7 @@ BAD = [
     (["--set", "partition.scheme=random"], "partition.scheme = 'random': input should be 'disjoint'"),
     (["--set", "data.source=imagefolder:/no/such/folder"], "/no/such/folder"),
     (["--set", "data.source=imagenet"], "data.source = 'imagenet'"),
-    (["--set", "encoder.name=blip"], "encoder.name = 'blip': input should be 'bundled' or 'clip'"),
+    (["--set", "encoder.name=blip"], "encoder.name = 'blip': input should be 'bundled', 'clip' or 'generative'"),
     (["--set", "encoder.checkpoint=/no/such/model"], "/no/such/model"),
     (["--set", "partition.clients=5000"], "client"),
     (["--set", "device=cuda"], "device = 'cuda': not available on this machine"),
@@ -150,10 +150,11 @@ def test_methods_and_encoders_as_json(monkeypatch: pytest.MonkeyPatch, capsys) -
     monkeypatch.setattr(sys, "argv", ["sordino", "encoders", "--json"])
     with pytest.raises(SystemExit):
         cli.main()
-    bundled, clip = json.loads(capsys.readouterr().out)["encoders"]
+    bundled, clip, generative = json.loads(capsys.readouterr().out)["encoders"]
     assert bundled["ready"]
     assert bundled["megabytes"] > 50
     assert "patches" in clip["capabilities"]
+    assert (generative["capabilities"], generative["feature_width"]) == (["likelihoods"], 0)
 
 
 @pytest.mark.slow

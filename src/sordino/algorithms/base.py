@@ -47,7 +47,11 @@ from torch import Tensor
 
 from sordino.algorithms.client_data import ClientData
 from sordino.algorithms.settings import STRICT
+from sordino.encoders.base import ClassTokens, DualEncoder
+from sordino.encoders.capabilities import CAPABILITIES, Capability, with_features
+from sordino.encoders.generative.model import GenerativeModel
 from sordino.encoders.prompt_model import Prompt, PromptModel
+from sordino.errors import EncoderError
 from sordino.privacy.gradients import Gradients
 from sordino.privacy.ledger import Disclosure
 from sordino.privacy.mechanism import ServerUses
@@ -73,6 +77,8 @@ __all__ = [
     "Uploads",
     "map_tensors",
     "model_class",
+    "model_kind",
+    "model_of",
     "named_tensors",
     "put",
     "take",
@@ -269,6 +275,8 @@ class MethodInfo:
         statistics: true for a method that works on class statistics (`ClientData.statistics`), which a runtime then
             makes for it under any mechanism that allows it.
         counts_only: true for such a method that uses their counts and nothing else.
+        class_features: true for a method without a model of its own that uses the class features of prompts beside
+            their scores.
     """
 
     paper: str
@@ -283,6 +291,7 @@ class MethodInfo:
     pools_data: bool = False
     statistics: bool = False
     counts_only: bool = False
+    class_features: bool = False
 
 
 class Algorithm(Protocol):
@@ -312,3 +321,34 @@ class Algorithm(Protocol):
 def model_class(method: Algorithm) -> type[PromptModel]:
     """Return the model by which prompts and images meet in a method."""
     return getattr(method, "Model", PromptModel)
+
+
+def model_kind(method: Algorithm, name: str, encoder: str) -> type[PromptModel]:
+    """Return the model by which prompts and images meet in a method, in the encoder of a name.
+
+    Args:
+        method: the method.
+        name: of the method, for the error.
+        encoder: the name of the encoder.
+
+    Raises:
+        EncoderError: the encoder has likelihoods and no features, and the method needs more than a context.
+    """
+    if Capability.LIKELIHOODS not in CAPABILITIES.get(encoder, ()):
+        return model_class(method)
+    if method.ABOUT.class_features or model_class(method) is not PromptModel:
+        able = ", ".join(with_features())
+        raise EncoderError(
+            f"encoder {encoder!r} has no features of images and class names, which {name} needs; encoders that do: "
+            f"{able}; or take a method that learns a context alone, such as 'promptfl' or 'dp-fpl'"
+        )
+    return GenerativeModel
+
+
+def model_of(method: Algorithm, name: str, settings: Any, encoder: DualEncoder, classes: ClassTokens) -> PromptModel:
+    """Return the model by which a method's prompts and images meet in an encoder.
+
+    Raises:
+        EncoderError: the encoder lacks what the method needs.
+    """
+    return model_kind(method, name, encoder.name).of(settings, encoder, classes)

@@ -52,6 +52,7 @@ ABOUT = MethodInfo(
         Disclosure("each client's prompt, where it is published", "prompt"),
     ),
     server_uses="shares",
+    class_features=True,
 )
 
 

@@ -38,6 +38,9 @@ from sordino.cli.terminal import live_progress, print_table
 from sordino.errors import ConfigError, SordinoError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sordino.encoders.encode import Skipped
     from sordino.experiments.variants import Variant
 
 app = typer.Typer(
@@ -167,20 +170,39 @@ def predict(
     encoder: Annotated[
         str | None, typer.Option(metavar="CHECKPOINT", help="folder or hub name where the prompt's encoder is now")
     ] = None,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="answer in free text; for prompts of encoder 'generative'")
+    ] = False,
+    question: Annotated[str | None, typer.Option(help="of --generate; by default that of the training")] = None,
+    most_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="of an answer of --generate")] = 64,
     method: MethodFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Classify pictures with a saved prompt: its classes for each, most probable first."""
+    """Classify pictures with a saved prompt: its classes for each, most probable first. Or ask about them."""
     at_work("nothing was written; repeat the command")
-    from sordino.experiments.predict import predict as predict_classes
-
+    if question is not None and not generate:
+        raise ConfigError("--question", question, "goes with --generate, which asks it; classes answer the training's")
     if method is not None:
         add_file(method)
+    if generate:
+        from sordino.experiments.free_answers import answer_freely
+
+        with live_progress() as progress:
+            said = answer_freely(prompt, images, encoder, question, most_tokens, progress)
+        _print_skipped(said.skipped)
+        print(json.dumps(said.as_dict()) if as_json else said.as_text())
+        return
+    from sordino.experiments.predict import predict as predict_classes
+
     with live_progress() as progress:
         result = predict_classes(prompt, images, encoder, progress)
-    for skipped in result.skipped:
-        print(f"skipped {skipped.name}: {skipped.reason}", file=sys.stderr)
+    _print_skipped(result.skipped)
     print(json.dumps(result.as_dict(top)) if as_json else result.as_text(top))
+
+
+def _print_skipped(skipped: Sequence[Skipped]) -> None:
+    for picture in skipped:
+        print(f"skipped {picture.name}: {picture.reason}", file=sys.stderr)
 
 
 @app.command()

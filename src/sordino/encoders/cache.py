@@ -26,8 +26,12 @@ from safetensors.numpy import load, save
 from sordino.errors import SordinoWarning
 from sordino.files import replace_file
 
-Kind = str  # "image", "patch", "pixels", or as `layer_kind` says
+Kind = str  # "image", "patch", "pixels", as `layer_kind` says, or one of `STATES`
 Features = NDArray[np.float32]
+
+# What a generative model keeps of a picture, a row a token: its tokens, or keys and values of all before the prompt.
+IMAGE_TOKENS, KEYS_VALUES = "image-tokens", "keys-values"
+STATES = (IMAGE_TOKENS, KEYS_VALUES)
 
 LAYOUT = "2"  # part of every key: raise it when shards or the decoding of pictures change
 STALE_SECONDS = 24 * 3600.0  # a temporary file this old was left by a process that was killed

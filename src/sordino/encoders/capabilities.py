@@ -12,6 +12,8 @@ class Capability(StrEnum):
     PIXEL_GRADIENTS = "pixel-gradients"  # image_features is differentiable in its pixels
     # image_tower: a transformer that takes prompt tokens and adapters
     VISUAL_PROMPTS = "visual-prompts"
+    # image_state and likelihoods, in place of features: class names are answers to a question on an image
+    LIKELIHOODS = "likelihoods"
 
 
 # By encoder name; each encoder class takes its own from here, so that errors can name the others
@@ -19,7 +21,13 @@ class Capability(StrEnum):
 CAPABILITIES = {
     "bundled": frozenset({Capability.PATCHES, Capability.PIXEL_GRADIENTS}),
     "clip": frozenset({Capability.PATCHES, Capability.PIXEL_GRADIENTS, Capability.VISUAL_PROMPTS}),
+    "generative": frozenset({Capability.LIKELIHOODS}),
 }
+
+
+def with_features() -> list[str]:
+    """Return the names of the encoders with features of images and class names in one space."""
+    return [name for name, capabilities in CAPABILITIES.items() if Capability.LIKELIHOODS not in capabilities]
 
 
 def with_capability(capability: Capability) -> list[str]:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from sordino.encoders.base import DualEncoder
-from sordino.encoders.cache import Kind, layer_of
+from sordino.encoders.cache import STATES, Kind, layer_of
 from sordino.encoders.encode import Skipped, encode, forward
 from sordino.encoders.prompt_model import Prompt, PromptModel, map_prompt, prompt_count
 from sordino.errors import DataError, SordinoError
@@ -168,7 +168,7 @@ def told(probabilities: Tensor, top: int, digits: int) -> list[tuple[int, float]
 
 def _rank(kind: Kind) -> int:
     """Return how many trailing axes one image has in a kind of feature."""
-    return {"image": 1, "patch": 2, "pixels": 3}.get(kind, 2 if layer_of(kind) is not None else 1)
+    return 2 if kind in STATES or layer_of(kind) is not None else {"image": 1, "patch": 2, "pixels": 3}[kind]
 
 
 @dataclass(frozen=True)

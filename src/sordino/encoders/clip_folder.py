@@ -42,8 +42,12 @@ def description(config: Any, processor: Any) -> str:
     return json.dumps([config.model_type, towers, pixels], sort_keys=True, default=str)
 
 
-def locate(checkpoint: str) -> Path:
+def locate(checkpoint: str, pickles: bool = True) -> Path:
     """Return the checkpoint's folder. A hub name is downloaded into the hub's cache, or taken from there.
+
+    Args:
+        checkpoint: a folder or a hub name.
+        pickles: whether to download `pytorch_model.bin` if there are no safetensors.
 
     Raises:
         EncoderError: there is no such folder, and the hub does not have it or cannot be reached.
@@ -56,7 +60,7 @@ def locate(checkpoint: str) -> Path:
     described = ["*.json", "merges.txt", "*.model"]
     try:
         folder = Path(snapshot_download(checkpoint, allow_patterns=[*described, "*.safetensors"]))
-        if not weight_files(folder):
+        if pickles and not weight_files(folder):
             folder = Path(
                 snapshot_download(checkpoint, allow_patterns=[*described, "pytorch_model*.bin"]),
             )

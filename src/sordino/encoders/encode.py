@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from sordino.encoders.base import Capability, DualEncoder
-from sordino.encoders.cache import FeatureCache, Features, Kind, layer_kind, layer_of
+from sordino.encoders.cache import STATES, FeatureCache, Features, Kind, layer_kind, layer_of
 from sordino.errors import DataError, EncoderError
 from sordino.progress import log
 
@@ -97,7 +97,8 @@ def encode(
         batch_size: pictures in one forward pass.
         kind: "image" for `image_features`, "patch" for `patch_features`, "layer 3" for the hidden
             states that enter that layer of the image tower, "pixels" for the pixels themselves.
-            Pixels and the input of the first layer are not kept on disk.
+            Pixels and the input of the first layer are not kept on disk. "image-tokens" and "keys-values" are of
+            `image_state`.
         progress: called with (pictures done, all pictures), the first time with those that the
             cache has.
 
@@ -105,6 +106,8 @@ def encode(
         EncoderError: the encoder lacks patches or layers. Or its features are not finite for all of
             these pictures and for a plain gray one.
     """
+    if kind in STATES:
+        encoder.require(Capability.LIKELIHOODS, "encoding tokens")
     if kind == "patch":
         encoder.require(Capability.PATCHES, "encoding patches")
     if layer_of(kind) is not None:
@@ -273,6 +276,8 @@ def forward(encoder: DualEncoder, kind: Kind, pixels: Tensor) -> Tensor:
         return pixels
     if (layer := layer_of(kind)) is not None:
         return encoder.image_tower.hidden(pixels, layer)
+    if kind in STATES:
+        return encoder.image_state(pixels, kind)
     return encoder.image_features(pixels) if kind == "image" else encoder.patch_features(pixels)
 
 

@@ -156,6 +156,14 @@ def _compare(
     attack: Attack | None,
 ) -> list[Row]:
     """Compare with all directories held."""
+    own = variants[0].config.encoder
+    for variant in variants:
+        if variant.config.encoder != own:
+            raise ConfigError(
+                "encoder",
+                variant.variation or variant.label,
+                "lines of a comparison share one encoder; run each by itself",
+            )
     dataset = EncodedDataset.open(variants[0].config)
     for variant in variants:  # settings that do not fit are refused before anything is trained
         planned_mechanism(variant.config)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from sordino.algorithms import METHODS, add_method, settings_for
 from sordino.algorithms.method_file import MethodFile
 from sordino.encoders.checkpoint_place import checkpoint_folder
+from sordino.encoders.generative.settings import GenerativeSettings
 from sordino.errors import ConfigError, config_error
 from sordino.experiments.toml_tables import check_values, read_tables
 from sordino.experiments.tracking import TrackingSettings
@@ -22,6 +23,7 @@ from sordino.runtime.settings import RuntimeSettings
 from sordino.tasks.places import check_places as check_data
 from sordino.tasks.settings import DataSettings, PartitionSettings, PoisoningSettings
 
+WITH_CHECKPOINT = ("clip", "generative")  # the encoders that are loaded from a checkpoint
 KEPT_METHODS = "method"  # the folder of a run directory with a copy of its method's file
 
 
@@ -30,11 +32,15 @@ class EncoderSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    name: Literal["bundled", "clip"] = Field(default="bundled", description="which encoder")
+    name: Literal["bundled", "clip", "generative"] = Field(default="bundled", description="which encoder")
     checkpoint: str | None = Field(
-        default=None, description="clip: a directory or a hub name of a CLIP or SigLIP model"
+        default=None,
+        description="a directory or a hub name: clip, of a CLIP or SigLIP model; generative, of a vision-language one",
     )
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="precision of the frozen towers")
+    generative: GenerativeSettings | None = Field(
+        default=None, description="generative: the text around picture and prompt; other encoders have none"
+    )
 
 
 class MethodSource(BaseModel):
@@ -153,8 +159,11 @@ def parse_config(tables: Mapping[str, Any]) -> Experiment:
         raise config_error(error, Experiment) from None
     for name in dict.fromkeys([config.algorithm, *(key for key in config.settings if key in METHODS)]):
         settings_for(name, config.settings)
-    if config.encoder.name == "clip" and config.encoder.checkpoint is None:
-        raise ConfigError("encoder.checkpoint", None, "encoder 'clip' needs a directory or a hub name of a checkpoint")
+    if (needs := config.encoder.name) in WITH_CHECKPOINT and config.encoder.checkpoint is None:
+        raise ConfigError(
+            "encoder.checkpoint", None, f"encoder {needs!r} needs a directory or a hub name of a checkpoint"
+        )
+    config = _with_dialog(config)
     if (config.data.public is not None) != (config.privacy.directions == "images"):
         raise ConfigError(
             "data.public", config.data.public, "goes together with privacy.directions = 'images'; set both or none"
@@ -169,7 +178,7 @@ def check_places(config: Experiment) -> None:
         SordinoError: one is missing.
     """
     check_data(config.data)
-    if config.encoder.checkpoint is not None and config.encoder.name == "clip":
+    if config.encoder.checkpoint is not None and config.encoder.name in WITH_CHECKPOINT:
         checkpoint_folder(config.encoder.checkpoint)
     if config.privacy.release is not None:
         folder = absolute_path(config.privacy.release, "privacy.release")
@@ -190,6 +199,30 @@ def kept_methods(config: Experiment) -> dict[str, bytes]:
     """Return the file of the method that runs, by its path in the run directory; none if it is installed."""
     file = METHODS[config.algorithm].file
     return {} if file is None else {f"{KEPT_METHODS}/{config.algorithm}.py": file.content}
+
+
+def _with_dialog(config: Experiment) -> Experiment:
+    """The configuration with the settings of the encoder `generative` written out, where it is the one.
+
+    Raises:
+        ConfigError: another encoder has them, or the privacy mechanism needs features.
+    """
+    own, given = config.encoder.name, config.encoder.generative
+    if own != "generative":
+        if given is not None:
+            raise ConfigError(
+                "encoder.generative", f"with encoder {own!r}", "set encoder.name = 'generative', or remove it"
+            )
+        return config
+    if config.privacy.mechanism in ("cotangent", "statistics"):
+        raise ConfigError(
+            "privacy.mechanism",
+            config.privacy.mechanism,
+            "it works on features of images and class names, and encoder 'generative' has likelihoods instead; use "
+            "'dp-sgd' or 'dp-fedavg', or an encoder with features",
+        )
+    encoder = config.encoder.model_copy(update={"generative": given or GenerativeSettings()})
+    return config.model_copy(update={"encoder": encoder})
 
 
 def _absolute(data: DataSettings) -> DataSettings:

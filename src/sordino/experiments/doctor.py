@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from sordino.encoders import EncoderInfo, missing_packages
+from sordino.encoders.capabilities import CAPABILITIES
 from sordino.errors import EXTRAS, missing_modules
 
 NEEDED_GIGABYTES = 1.0  # for feature caches and run directories of ordinary size
@@ -26,6 +27,7 @@ class Check:
 def describe_encoders() -> list[EncoderInfo]:
     """The encoders, loaded if they can be."""
     from sordino.encoders.clip import ClipEncoder
+    from sordino.encoders.generative.families import FAMILIES
 
     clip = EncoderInfo(
         "clip",
@@ -37,7 +39,17 @@ def describe_encoders() -> list[EncoderInfo]:
         True,
         "",
     )
-    return [_bundled(), clip]
+    generative = EncoderInfo(
+        "generative",
+        f"any checkpoint of {', '.join(FAMILIES)}: encoder.checkpoint = a directory or a hub name",
+        None,
+        0,
+        None,
+        sorted(capability.value for capability in CAPABILITIES["generative"]),
+        True,
+        "",
+    )
+    return [_bundled(), clip, generative]
 
 
 def _bundled() -> EncoderInfo:

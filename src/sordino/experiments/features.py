@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sordino.algorithms import algorithm, settings_for
-from sordino.algorithms.base import model_class
+from sordino.algorithms.base import model_kind, model_of
 from sordino.encoders import choose_device, load_encoder
 from sordino.encoders.base import DualEncoder
 from sordino.encoders.cache import FeatureCache, Kind
@@ -122,7 +122,11 @@ class EncodedDataset:
         announce(images, task)
         if config.poisoning is not None:
             poisoned(task, config.poisoning, len(images), config.seed)
-        encoder = load_encoder(config.encoder.name, config.encoder.checkpoint, config.encoder.dtype, device)
+        wanted = config.encoder
+        model_kind(
+            algorithm(config.algorithm), config.algorithm, wanted.name
+        )  # before weights are read, which may take minutes
+        encoder = load_encoder(wanted.name, wanted.checkpoint, wanted.dtype, device, wanted.generative)
         return cls(images, encoder, {}, np.ones(len(images), dtype=bool))
 
     def model(self, config: Experiment, class_names: Sequence[str]) -> PromptModel:
@@ -133,7 +137,7 @@ class EncodedDataset:
         """
         settings = settings_for(config.algorithm, config.settings)
         classes = self.encoder.class_tokens(class_names)
-        return model_class(algorithm(config.algorithm)).of(settings, self.encoder, classes)
+        return model_of(algorithm(config.algorithm), config.algorithm, settings, self.encoder, classes)
 
     def task(self, config: Experiment, progress: Progress) -> tuple[Task, Encoding]:
         """The task of a configuration on this data set, with every image that it uses encoded, and what that took.

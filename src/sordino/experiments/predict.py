@@ -79,7 +79,7 @@ def predict(
         DataError: a file that was named cannot be read as a picture, or none in the folders can.
     """
     saved = SavedPrompt.load(file)
-    named, paths = _listed(pictures)  # before the encoder is loaded, which takes seconds
+    named, paths = listed(pictures)  # before the encoder is loaded, which takes seconds
     classifier = saved.model(saved.load_encoder(checkpoint))
     predictions: list[Prediction] = []
     skipped: list[Skipped] = []
@@ -112,7 +112,7 @@ def _classify(
     skipped += unreadable
 
 
-def _listed(given: Sequence[Path]) -> tuple[set[str], list[Path]]:
+def listed(given: Sequence[Path]) -> tuple[set[str], list[Path]]:
     """The files that were named, and these with the pictures below folders that were named, sorted by folder."""
     named: set[str] = set()
     paths: list[Path] = []

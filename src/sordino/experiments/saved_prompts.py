@@ -54,6 +54,7 @@ def save_prompts(
             fingerprint=encoder.fingerprint,
             checkpoint=_from_anywhere(config.encoder.checkpoint),
             dtype=config.encoder.dtype,
+            generative=config.encoder.generative,
         ),
         privacy=PrivacyRecord(
             private=privacy["private"],

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from sordino.algorithms import algorithm, settings_for
+from sordino.encoders.generative.model import context_model
 from sordino.encoders.prompt_model import PromptModel
 from sordino.experiments.config import Experiment
 from sordino.experiments.features import EncodedDataset
@@ -88,10 +89,14 @@ class Yardstick:
         """
         words = str(settings_for(HAND_WRITTEN, config.settings).prompt_text)
         tested = np.concatenate([task.test, task.novel, task.domain, task.triggered])
-        if not dataset.encoded(tested, "image", progress):
-            return None
         encoder, about = dataset.encoder, algorithm(config.algorithm).ABOUT
-        evaluation = evaluation_of(dataset, task, lambda names: PromptModel(encoder, encoder.class_tokens(names)))
+
+        def model_for(names: Sequence[str]) -> PromptModel:
+            return context_model(encoder, encoder.class_tokens(names))
+
+        if not dataset.encoded(tested, model_for(task.class_names).reads, progress):
+            return None
+        evaluation = evaluation_of(dataset, task, model_for)
         scores = evaluation.scores(encoder.embed(words)[None])
         return cls(words, evaluation, scores, itself=not (about.trains or about.statistics))
 

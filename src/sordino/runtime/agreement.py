@@ -89,7 +89,8 @@ class Agreement:
         noun = "persons" if plan.privacy.by_person else "examples"
         units = Units(tuple(self.sizes), self.whole_persons, noun)
         method = (plan.algorithm, plan.settings)
-        inputs = mechanism_inputs(*method, units, rounds, plan.runtime, plan.seed, len(plan.model.classes))
+        kind, classes = type(plan.model), len(plan.model.classes)
+        inputs = mechanism_inputs(*method, units, rounds, plan.runtime, plan.seed, classes, kind)
         mechanism = mechanism_for(plan.privacy, inputs, plan.model, plan.public)
         count = participant_count(len(self.sizes), plan.runtime.participation)
         if check := getattr(plan.algorithm, "check", None):

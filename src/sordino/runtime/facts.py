@@ -244,6 +244,7 @@ def mechanism_inputs(
     runtime: RuntimeSettings,
     seed: int,
     classes: int = 0,
+    model: type[PromptModel] | None = None,
 ) -> MechanismInputs:
     """Return the properties of a method and its federation that determine its privacy analysis.
 
@@ -254,7 +255,9 @@ def mechanism_inputs(
         runtime: the `[runtime]` settings.
         seed: the run's seed.
         classes: C; 0 if it does not matter.
+        model: the kind of the method's model; None: the one that it has in an encoder of features.
     """
+    kind = model or model_class(algorithm)
     about, schedule = algorithm.ABOUT, algorithm.schedule(settings)
     has_weight = "weight" in {part.name for part in fields(algorithm.Upload)}
     tells_sizes = runtime.weighting == "examples" and has_weight
@@ -272,7 +275,7 @@ def mechanism_inputs(
         uniform=runtime.weighting == "uniform",
         batch_size=schedule.batch_size,
         steps=schedule.steps,
-        linear=model_class(algorithm).linear,
+        linear=kind.linear,
         rounds_participated=tuple(participated),
         rounds=rounds,
         participation=runtime.participation,
@@ -283,7 +286,7 @@ def mechanism_inputs(
         classes=classes,
         statistics=about.statistics,
         counts_only=about.counts_only,
-        one_feature=not model_class(algorithm).prompts_images,
+        one_feature=not kind.prompts_images,
         whole_persons=units.whole_persons,
     )
 

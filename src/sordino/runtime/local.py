@@ -136,7 +136,9 @@ class LocalRuntime:
         self.privacy = privacy or PrivacySettings()
         units = Units.of(rows, persons, self.privacy)
         self.data = client_data(features, labels, rows, runtime.weighting, persons, units.sizes)
-        inputs = mechanism_inputs(algorithm, settings, units, self.rounds, runtime, seed, len(model.classes))
+        inputs = mechanism_inputs(
+            algorithm, settings, units, self.rounds, runtime, seed, len(model.classes), type(model)
+        )
         self.mechanism = mechanism_for(self.privacy, inputs, model, public)
         if earlier is not None and isinstance(self.mechanism, StatisticsMechanism):
             self.mechanism = replace(self.mechanism, earlier=earlier)

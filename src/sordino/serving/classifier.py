@@ -18,6 +18,7 @@ from torch import Tensor
 from sordino.encoders.base import DualEncoder
 from sordino.encoders.classifier import Classifier, told
 from sordino.encoders.encode import forward
+from sordino.encoders.generative.model import context_model
 from sordino.encoders.prompt_model import Prompt, PromptModel, map_prompt
 from sordino.errors import ConfigError, DataError, EncoderError, PromptError, SordinoError
 from sordino.files import read_regular
@@ -240,7 +241,7 @@ class PromptClassifier:
     def _zero_shot(self) -> tuple[PromptModel, Prompt, Tensor]:
         """Return the hand-written prompt's model, prompt and class features; computed when first asked for."""
         if self._hand_written is None:
-            model = PromptModel(self.encoder, self.encoder.class_tokens(self.class_names))
+            model = context_model(self.encoder, self.encoder.class_tokens(self.class_names))
             prompt = self.encoder.embed(self.words)[None].to(self.encoder.device)
             self._hand_written = (model, prompt, model.class_features(prompt))
         return self._hand_written

@@ -79,7 +79,7 @@ def coordinate(
     with held(out):
         before = _begun(out, proposal)
         own = config.encoder
-        encoder = load_encoder(own.name, own.checkpoint, own.dtype, choose_device(config.device))
+        encoder = load_encoder(own.name, own.checkpoint, own.dtype, choose_device(config.device), own.generative)
         met = Meeting(config, proposal, encoder, fleet, patience).meet(before)
         if before is None:
             write_atomically(out / "config.toml", tomli_w.dumps(dict(proposal.tables)).encode())

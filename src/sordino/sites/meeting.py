@@ -10,7 +10,7 @@ import torch
 
 import sordino
 from sordino.algorithms import algorithm, settings_for
-from sordino.algorithms.base import model_class
+from sordino.algorithms.base import model_of
 from sordino.encoders.base import DualEncoder
 from sordino.errors import RunError
 from sordino.experiments.config import Experiment
@@ -201,9 +201,9 @@ class Meeting:
         return ""
 
     def _federation(self, agreement: Agreement, classes: Sequence[str], hello: Hello) -> Federation:
-        settings = settings_for(self.config.algorithm, self.config.settings)
-        tokens = self.encoder.class_tokens(classes)
-        model = model_class(algorithm(self.config.algorithm)).of(settings, self.encoder, tokens)
+        name = self.config.algorithm
+        settings, tokens = settings_for(name, self.config.settings), self.encoder.class_tokens(classes)
+        model = model_of(algorithm(name), name, settings, self.encoder, tokens)
         example = torch.zeros(hello.example, device=self.encoder.device)
         return agreement.federation(plan_of(self.config, model, None, example))
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from sordino.audit.extraction.pictures import encoded, halves, own_and_blended
 from sordino.audit.subject import Subject
+from sordino.encoders.base import Capability
 from sordino.encoders.classifier import told
 from sordino.encoders.prompt_model import Prompt, PromptModel, map_prompt, prompt_count
 from sordino.errors import ConfigError
@@ -108,12 +109,16 @@ def steal_by_asking(subject: Subject, seed: int, most: int = QUERIES[-1]) -> Ext
         most: queries; smaller numbers of QUERIES are measured too.
 
     Raises:
-        ConfigError: too few queries, or too few test pictures.
+        ConfigError: too few queries, too few test pictures, or the encoder has no features.
     """
     if most < FEWEST_QUERIES:
         raise ConfigError("--queries", most, f"at least {FEWEST_QUERIES}, as a fifth of the answers is held out")
     if len(subject.task.test) < 4:
         raise ConfigError("data", len(subject.task.test), "too few test pictures; the thief has half of them")
+    if Capability.LIKELIHOODS in subject.runtime.model.encoder.capabilities:
+        name = subject.runtime.model.encoder.name
+        remedy = "copies are fitted on features of images and class names, which it has none of; leave this attack out"
+        raise ConfigError("encoder.name", name, remedy)
     dataset = subject.encoded_data
     runtime, model = subject.runtime, subject.runtime.model
     prompts = runtime.prompts(subject.training)

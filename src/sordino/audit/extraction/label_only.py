@@ -28,7 +28,7 @@ from sordino.audit.membership import Candidates, candidates, confidences
 from sordino.audit.scores import Attack, Claim
 from sordino.audit.subject import Subject
 from sordino.encoders.classifier import told
-from sordino.encoders.prompt_model import PromptModel
+from sordino.encoders.generative.model import context_model
 from sordino.errors import ConfigError
 from sordino.randomness import generator
 
@@ -82,16 +82,16 @@ def infer_by_asking(subject: Subject, seed: int = 1) -> LabelOnly:
     chosen = _some(candidates(subject, generator(seed, "candidates")), seed)
     labels = subject.labels.cpu().numpy()[chosen.rows]
     pictures = varied(subject.encoded_data.images, chosen.rows.tolist())
+    plain = context_model(model.encoder, model.classes)
     features = {
         kind: by_variant(found)
-        for kind, found in encoded(pictures, model.encoder, (model.reads, "image"), subject.progress).items()
+        for kind, found in encoded(pictures, model.encoder, (model.reads, plain.reads), subject.progress).items()
     }
     prompts = runtime.prompts(subject.training)
-    plain = PromptModel(model.encoder, model.classes)
     written = model.encoder.zero_shot_context()[None].to(model.encoder.device)
     nobody = np.zeros_like(chosen.owner)
     learned = np.stack([confidences(model, prompts, each, chosen.owner) for each in features[model.reads]])
-    public = np.stack([confidences(plain, written, each, nobody) for each in features["image"]])
+    public = np.stack([confidences(plain, written, each, nobody) for each in features[plain.reads]])
     right, easy = learned.argmax(-1) == labels, public.argmax(-1) == labels
     scores: dict[str, Floats] = {
         "gap": right[0].astype(np.float64),

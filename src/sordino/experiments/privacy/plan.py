@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sordino.algorithms import algorithm, settings_for
+from sordino.algorithms.base import model_kind
 from sordino.experiments.config import Experiment
 from sordino.experiments.release_file import with_release
 from sordino.privacy.accounting import Spent, formula_epsilon
@@ -120,7 +121,8 @@ def _planned(config: Experiment) -> tuple[Mechanism, str]:
     persons = None if images.persons is None else images.persons.tolist()
     units = Units.of(parties, persons, config.privacy)
     rounds = config.rounds if method.ABOUT.trains else 0
-    inputs = mechanism_inputs(method, settings, units, rounds, config.runtime, config.seed, len(task.class_names))
+    kind, classes = model_kind(method, config.algorithm, config.encoder.name), len(task.class_names)
+    inputs = mechanism_inputs(method, settings, units, rounds, config.runtime, config.seed, classes, kind)
     count = participant_count(len(parties), config.runtime.participation)
     aggregation.check(config.runtime, config.privacy, method.ABOUT, count)
     mechanism = mechanism_for(config.privacy, inputs, None)

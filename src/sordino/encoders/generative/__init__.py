@@ -1,0 +1,1 @@
+"""Vision-language models that generate text: soft prompts among their tokens, class names as answers."""
