@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -44,6 +45,12 @@ def prompt_count(prompt: Prompt) -> int:
     return len(next(iter(named_parts(prompt).values())))
 
 
+def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy [K, B] of logits [K, B, C] with labels [K, B]."""
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return losses.view(labels.shape)
+
+
 @dataclass(frozen=True)
 class PromptModel:
     """The frozen model that every party holds, which makes logits of a prompt and an image.
@@ -57,8 +64,8 @@ class PromptModel:
         encoder: the dual encoder.
         classes: the C candidate classes.
         linear: whether logits are `logit_scale` times the image feature's products with the class
-            features, plus a term that depends on neither. The cotangent mechanism applies under
-            this condition.
+            features, plus a term that depends on neither, and the loss is their cross-entropy. The
+            cotangent mechanism applies under this condition.
         prompts_images: whether the prompt enters the image tower, so that every example needs its
             own pass.
     """
@@ -95,6 +102,14 @@ class PromptModel:
         examples' contributions.
         """
         return self.logits(features, images)
+
+    def losses(self, features: Tensor, prompt: Prompt, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss [P, B] of each image [P, B, ...] with its label [P, B]; here the cross-entropy of its logits.
+
+        A subclass with another loss has `linear = False`. As for `scores`, an image's loss depends on that image, its
+        label and its prompt alone.
+        """
+        return cross_entropies(self.scores(features, prompt, images), labels)
 
     def linear_part(self, features: Tensor) -> Tensor:
         """Return the class features [P, C, D] that enter a linear model's logits."""

@@ -31,7 +31,6 @@ from sordino.privacy.gradients import (
     Gradient,
     Parameters,
     PromptOf,
-    example_losses,
     excluding,
     finite_examples,
 )
@@ -205,8 +204,7 @@ class _Graph:
     def losses(self, batch: Batch) -> Tensor:
         """Return the loss of every example, [B]."""
         with torch.enable_grad():
-            logits = self.model.scores(self.features, self.prompt, batch.features)
-            return example_losses(logits, batch)[0]
+            return self.model.losses(self.features, self.prompt, batch.features, batch.labels)[0]
 
     def gradients(self, losses: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients [n, ...] of some of the losses [B] by each leaf [1, ...]."""

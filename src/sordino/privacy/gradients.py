@@ -16,10 +16,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sordino.encoders.prompt_model import Prompt, PromptModel
+from sordino.encoders.prompt_model import Prompt, PromptModel, cross_entropies
 from sordino.privacy.sampling import Sampling
 
 Parameters = Mapping[str, Tensor]  # each [K, ...]
@@ -54,7 +53,7 @@ class Gradient:
 
     Attributes:
         values: parameter name to gradient, shaped as the parameter, [K, ...].
-        loss: [K], mean cross-entropy in nats, without the penalty. It is for the simulation's log only: no method
+        loss: [K], mean loss of the examples in nats (`PromptModel.losses`), without the penalty. It is for the simulation's log only: no method
             sends it.
     """
 
@@ -77,8 +76,7 @@ class Gradients(Protocol):
 
 def example_losses(logits: Tensor, batch: Batch) -> Tensor:
     """Return the cross-entropy [K, B] of every example from logits [K, B, C]."""
-    losses = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
-    return losses.view(batch.mask.shape)
+    return cross_entropies(logits, batch.labels)
 
 
 def client_losses(logits: Tensor, batch: Batch) -> Tensor:
@@ -139,7 +137,7 @@ class ExactGradients:
         with torch.enable_grad():
             prompt = prompt_of({**leaves, **fixed})
             features = self.model.class_features(prompt)
-            losses = example_losses(self.model.scores(features, prompt, batch.features), batch)
+            losses = self.model.losses(features, prompt, batch.features, batch.labels)
             if self.finite_only and not bool(losses[batch.mask].isfinite().all()):
                 return self._piece(prompt_of, parameters, fixed, excluding(batch, ~losses.isfinite()))
             means = mean_losses(losses, batch.mask)

@@ -255,7 +255,7 @@ def mechanism_inputs(
         seed: the run's seed.
         classes: C; 0 if it does not matter.
     """
-    about, schedule = algorithm.ABOUT, algorithm.schedule(settings)
+    about, schedule, model = algorithm.ABOUT, algorithm.schedule(settings), model_class(algorithm)
     has_weight = "weight" in {part.name for part in fields(algorithm.Upload)}
     tells_sizes = runtime.weighting == "examples" and has_weight
     sizes = units.sizes
@@ -272,7 +272,7 @@ def mechanism_inputs(
         uniform=runtime.weighting == "uniform",
         batch_size=schedule.batch_size,
         steps=schedule.steps,
-        linear=model_class(algorithm).linear,
+        linear=model.linear,
         rounds_participated=tuple(participated),
         rounds=rounds,
         participation=runtime.participation,
@@ -283,7 +283,7 @@ def mechanism_inputs(
         classes=classes,
         statistics=about.statistics,
         counts_only=about.counts_only,
-        one_feature=not model_class(algorithm).prompts_images,
+        one_feature=model.reads is PromptModel.reads and not model.prompts_images,
         whole_persons=units.whole_persons,
     )
 
