@@ -55,6 +55,7 @@ METHODS: dict[str, Method] = {
     "central": Method("central"),
     "promptfl": Method("promptfl"),
     "fedprompt": Method("fedprompt"),
+    "kgcoop": Method("kgcoop"),
     "fedotp": Method("fedotp"),
     "fedpgp": Method("fedpgp"),
     "pfedprompt": Method("pfedprompt"),
