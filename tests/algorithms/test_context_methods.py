@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.states import started_in_double
-from sordino.algorithms import kgcoop, settings_for
+from sordino.algorithms import kgcoop, prograd, promptfolio, settings_for
 from sordino.encoders.prompt_model import PromptModel
 from sordino.errors import ConfigError
 from sordino.privacy.gradients import Batch, ExactGradients
@@ -86,7 +87,143 @@ def test_much_guidance_leaves_the_hand_written_features(make_runtime: MakeRuntim
     assert nearness(100.0) > nearness(0.0) + 0.1
 
 
-@pytest.mark.parametrize(("name", "tables", "key"), [("kgcoop", {"guidance": -1.0}, "guidance")])
+# PromptFolio
+
+
+def same_start(make_runtime: MakeRuntime) -> dict[str, Any]:
+    """Settings by which every context starts at the same words."""
+    words = len(make_runtime("local", ROWS).model.encoder.embed("a photo of a"))
+    return TABLES | {"initial_context": "a photo of a", "context_length": words}
+
+
+def test_promptfolio_of_the_shared_context_alone_is_promptfl(make_runtime: MakeRuntime) -> None:
+    one = make_runtime("promptfolio", ROWS, TABLES | {"personal": 0.0})
+    other = make_runtime("promptfl", ROWS, TABLES)
+    shared = one.prompts(train(one))["shared"]
+    torch.testing.assert_close(shared, other.prompts(train(other)).expand(3, -1, -1), rtol=1e-9, atol=1e-12)
+
+
+def test_promptfolio_of_the_personal_context_alone_is_local(make_runtime: MakeRuntime) -> None:
+    tables = same_start(make_runtime)
+    one, other = make_runtime("promptfolio", ROWS, tables | {"personal": 1.0}), make_runtime("local", ROWS, tables)
+    personal = one.prompts(train(one))["personal"]
+    torch.testing.assert_close(personal, other.prompts(train(other)), rtol=1e-9, atol=1e-12)
+
+
+def test_promptfolios_gradient_is_that_of_its_loss_by_hand(model: PromptModel, table: tuple[Tensor, Tensor]) -> None:
+    """The loss of PanBikang/PromptFolio: mixed features of unit norm each, which are not normalized again."""
+    own, batch = promptfolio.Model(model.encoder, model.classes, 0.3), some(table)
+    parts = {"shared": contexts(model, 2), "personal": contexts(model, 2, seed=4)}
+    found = ExactGradients(own)(dict, parts, {}, batch)
+    for client in range(2):
+        leaves = {name: part[client].clone().requires_grad_() for name, part in parts.items()}
+        features = 0.7 * text(model, leaves["shared"]) + 0.3 * text(model, leaves["personal"])
+        logits = model.encoder.logit_scale * batch.features[client] @ features.T
+        expected = torch.autograd.grad(F.cross_entropy(logits, batch.labels[client]), list(leaves.values()))
+        for name, gradient in zip(leaves, expected, strict=True):
+            torch.testing.assert_close(found.values[name][client], gradient, rtol=1e-8, atol=1e-12)
+
+
+# ProGrad
+
+
+def test_prograd_without_alignment_is_promptfl(make_runtime: MakeRuntime) -> None:
+    one = make_runtime("prograd", ROWS, TABLES | {"alignment": 0.0})
+    other = make_runtime("promptfl", ROWS, TABLES)
+    torch.testing.assert_close(one.prompts(train(one)), other.prompts(train(other)), rtol=1e-9, atol=1e-12)
+
+
+def test_prograds_two_gradients_are_those_of_its_losses_by_hand(
+    model: PromptModel, table: tuple[Tensor, Tensor]
+) -> None:
+    """Cross-entropy and divergence as in BeierZhu/Prompt-align (ProGradLoss); they come of one call, and one batch."""
+    own, batch = prograd.Model(model.encoder, model.classes, temperature=2.0), some(table)
+    start, zero_shot = contexts(model, 2), text(model, model.encoder.embed("a photo of a"))
+    found = ExactGradients(own)(dict, {"context": start, "general": start}, {}, batch)
+    for client in range(2):
+        leaf, images, labels = start[client].clone().requires_grad_(), batch.features[client], batch.labels[client]
+        logits = model.encoder.logit_scale * images @ text(model, leaf).T
+        teacher = model.encoder.logit_scale * images @ zero_shot.T
+        entropy = F.cross_entropy(logits, labels)
+        divergence = 4 * F.kl_div((logits / 2).log_softmax(-1), (teacher / 2).softmax(-1), reduction="batchmean")
+        for name, loss in (("context", entropy), ("general", divergence)):
+            (expected,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+            torch.testing.assert_close(found.values[name][client], expected, rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(found.loss[client], entropy.detach())
+
+
+def test_prograd_steps_along_or_across_general_knowledge() -> None:
+    """Where gradients agree nothing changes; where not, what is left is orthogonal to the general one and in their
+    plane."""
+    generator = torch.Generator().manual_seed(5)
+    own, general = torch.randn(2, 40, 3, 7, generator=generator, dtype=torch.float64)
+    agrees = (own * general).flatten(1).sum(1) >= 0
+    assert 0 < agrees.sum() < 40
+    found = prograd.aligned(own, general, 1.0)
+    assert torch.equal(found[agrees], own[agrees])
+    across = (found * general).flatten(1).sum(1)[~agrees]
+    torch.testing.assert_close(across, torch.zeros_like(across), rtol=0, atol=1e-12)
+    removed, along = (own - found)[~agrees].flatten(1), general[~agrees].flatten(1)
+    cosines = torch.cosine_similarity(removed, along, dim=1)
+    torch.testing.assert_close(cosines, -torch.ones_like(cosines), rtol=1e-12, atol=0)
+    assert torch.equal(prograd.aligned(own, 0 * general, 1.0), own), "no general gradient, no direction to lose"
+
+
+def test_prograd_does_not_climb_the_divergence_in_a_step(make_runtime: MakeRuntime) -> None:
+    """One small step of each client: to first order, ProGrad never raises the divergence; PromptFL does for some."""
+
+    def change(name: str, rows: list[list[int]]) -> Tensor:
+        tables = {"context_length": 4, "batch_size": 0, "local_steps": 1, "optimizer": {"learning_rate": 1e-5}}
+        runtime = make_runtime(name, rows, tables)
+        start = started_in_double(runtime)
+        after, _ = runtime.round(start)
+        model, images = runtime.model, runtime.data.features[rows[0]]
+        teacher = (model.encoder.logit_scale * images @ text(model, model.encoder.embed("a photo of a")).T).softmax(-1)
+
+        def divergence(training: Training) -> Tensor:
+            context = training.server.context  # type: ignore[attr-defined]
+            logits = model.encoder.logit_scale * images @ text(model, context).T
+            return F.kl_div(logits.log_softmax(-1), teacher, reduction="batchmean")
+
+        return divergence(after) - divergence(start)
+
+    sets = [[list(range(first, 40, 4))] for first in range(4)]
+    guided = torch.stack([change("prograd", rows) for rows in sets])
+    free = torch.stack([change("promptfl", rows) for rows in sets])
+    assert free.max() > 1e-7
+    assert guided.max() < 1e-3 * free.max()
+
+
+@pytest.mark.parametrize("mechanism", ["dp-sgd", "statistics", "dp-fedavg"])
+def test_prograd_is_private_with_both_gradients_in_one_release(mechanism: str, make_runtime: MakeRuntime) -> None:
+    """The ledger has what PromptFL's has: one release a step, or one in all under the mechanism on statistics."""
+    privacy = {"mechanism": mechanism, "noise_multiplier": 1.0}
+    ledgers = []
+    for name in ("prograd", "promptfl"):
+        runtime = make_runtime(name, ROWS, TABLES, privacy=privacy, weighting="uniform")
+        training = runtime.begun()
+        training, _ = runtime.round(training)
+        ledgers.append(training.ledger)
+    assert ledgers[0].private
+    unnamed = [[replace(each, name="") for each in ledger.releases] for ledger in ledgers]
+    assert unnamed[0] == unnamed[1]
+
+
+def test_the_cotangent_mechanism_refuses_prograd(make_runtime: MakeRuntime) -> None:
+    with pytest.raises(ConfigError, match=r"privacy.mechanism = 'cotangent'.*use 'dp-sgd'"):
+        make_runtime("prograd", ROWS, TABLES, privacy={"mechanism": "cotangent", "noise_multiplier": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "tables", "key"),
+    [
+        ("kgcoop", {"guidance": -1.0}, "guidance"),
+        ("promptfolio", {"personal": 1.5}, "personal"),
+        ("promptfolio", {"personal": -0.1}, "personal"),
+        ("prograd", {"alignment": -1.0}, "alignment"),
+        ("prograd", {"temperature": 0.0}, "temperature"),
+    ],
+)
 def test_bad_settings_are_named(name: str, tables: dict[str, object], key: str) -> None:
     with pytest.raises(ConfigError, match=f"settings.{name}.{key} = "):
         settings_for(name, {name: tables})

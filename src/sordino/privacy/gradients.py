@@ -53,8 +53,8 @@ class Gradient:
 
     Attributes:
         values: parameter name to gradient, shaped as the parameter, [K, ...].
-        loss: [K], mean loss of the examples in nats (`PromptModel.losses`), without the penalty. It is for the simulation's log only: no method
-            sends it.
+        loss: [K], mean loss of the examples in nats (`PromptModel.losses`), without the penalty. It is for the
+            simulation's log only: no method sends it.
     """
 
     values: dict[str, Tensor]
