@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.states import started_in_double
-from sordino.algorithms import kgcoop, prograd, promptfolio, settings_for
+from sordino.algorithms import kgcoop, proda, prograd, promptfolio, settings_for
 from sordino.encoders.prompt_model import PromptModel
 from sordino.errors import ConfigError
 from sordino.privacy.gradients import Batch, ExactGradients
+from sordino.randomness import Streams
 from sordino.runtime.local import LocalRuntime, Training
 
 MakeRuntime = Callable[..., LocalRuntime]
@@ -209,14 +210,100 @@ def test_prograd_is_private_with_both_gradients_in_one_release(mechanism: str, m
     assert unnamed[0] == unnamed[1]
 
 
-def test_the_cotangent_mechanism_refuses_prograd(make_runtime: MakeRuntime) -> None:
+@pytest.mark.parametrize("name", ["prograd", "proda"])
+def test_the_cotangent_mechanism_refuses_other_losses(name: str, make_runtime: MakeRuntime) -> None:
     with pytest.raises(ConfigError, match=r"privacy.mechanism = 'cotangent'.*use 'dp-sgd'"):
-        make_runtime("prograd", ROWS, TABLES, privacy={"mechanism": "cotangent", "noise_multiplier": 1.0})
+        make_runtime(name, ROWS, TABLES, privacy={"mechanism": "cotangent", "noise_multiplier": 1.0})
+
+
+# ProDA
+
+
+def test_prodas_surrogate_is_the_loss_of_the_mean_of_exponentials(
+    model: PromptModel, table: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Monte Carlo over normal class features: log of the mean of the sum over classes of exp(x (w_c - w_y) / tau).
+
+    By Jensen's inequality the mean cross-entropy over the same draws is below it.
+    """
+    monkeypatch.setattr(model.encoder, "logit_scale", 3.0)
+    own = proda.Model(model.encoder, model.classes)
+    generator = torch.Generator().manual_seed(6)
+    features = F.normalize(torch.randn(1, 5, 5, 8, generator=generator, dtype=torch.float64), dim=-1)
+    images = F.normalize(torch.randn(3, 8, generator=generator, dtype=torch.float64), dim=-1)
+    labels = torch.tensor([0, 3, 1])
+    found = own.losses(features, {}, images[None], labels[None])[0]
+
+    named = features[0, :, :4]  # [N, C, D]
+    mean, deviations = named.mean(0), named - named.mean(0)
+    # A draw is the mean plus, in each dimension alone, a combination of the contexts' deviations: of that covariance.
+    weights = torch.randn(200_000, 5, 8, generator=generator, dtype=torch.float64) / (5 + 1) ** 0.5
+    drawn = mean + torch.einsum("snd,ncd->scd", weights, deviations)
+    logits = 3.0 * torch.einsum("bd,scd->sbc", images, drawn)
+    entropies = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), reduction="none").view(-1, 3)
+    exponentials = entropies.exp()
+    error = exponentials.std(0) / len(exponentials) ** 0.5 / exponentials.mean(0)
+    assert ((exponentials.mean(0).log() - found).abs() < 5 * error).all(), "five standard errors"
+    assert (entropies.mean(0) < found).all()
+    assert error.max() < 0.01
+
+
+def test_prodas_gradient_is_that_of_its_loss_by_hand(model: PromptModel, table: tuple[Tensor, Tensor]) -> None:
+    """Bound and orthogonality as in the authors' equations, with every covariance written out."""
+    own, batch, start = proda.Model(model.encoder, model.classes, 0.7), some(table), contexts(model, 2, 3)
+    found = ExactGradients(own)(lambda p: {"contexts": p["x"]}, {"x": start}, {}, batch)
+    scale, nameless = model.encoder.logit_scale, model.encoder.class_tokens([""], compete=False)
+    for client in range(2):
+        leaf = start[client].clone().requires_grad_()
+        features = text(model, leaf)  # [N, C, D]
+        mean = features.mean(0)
+        loss = torch.zeros((), dtype=torch.float64)
+        for image, label in zip(batch.features[client], batch.labels[client].tolist(), strict=True):
+            logits = []
+            for other in range(4):
+                difference = (features - mean)[:, other] - (features - mean)[:, label]
+                covariance = difference.T @ difference / 4  # three contexts, and one
+                variance = image @ torch.diag(torch.diag(covariance)) @ image
+                logits.append(scale * image @ mean[other] + scale**2 * variance / 2)
+            loss = loss + F.cross_entropy(torch.stack(logits)[None], torch.tensor([label])) / 5
+        bare = model.encoder.text_features(leaf, nameless)[:, 0]
+        cosines = torch.stack([bare[i] @ bare[j] for i in range(3) for j in range(3) if i != j])
+        (expected,) = torch.autograd.grad(loss + 0.7 * cosines.abs().mean(), leaf)
+        torch.testing.assert_close(found.values["x"][client], expected, rtol=1e-8, atol=1e-12)
+
+
+def test_proda_of_one_context_is_promptfl(make_runtime: MakeRuntime) -> None:
+    """One context has no variance and nothing to be orthogonal to."""
+    tables = same_start(make_runtime)
+    one = make_runtime("proda", ROWS, tables | {"contexts": 1})
+    other = make_runtime("promptfl", ROWS, tables)
+    found = one.prompts(train(one))["contexts"][:, 0]
+    torch.testing.assert_close(found, other.prompts(train(other)), rtol=1e-9, atol=1e-12)
+
+
+def test_every_context_of_proda_is_trained_once_in_a_pass() -> None:
+    streams = Streams(0, 1, range(3), torch.device("cpu"))
+    batches = proda.context_batches(7, 3, streams)
+    passes = [torch.cat([next(batches) for _ in range(3)], dim=1) for _ in range(2)]
+    for order in passes:
+        assert torch.equal(order.sort(1).values, torch.arange(7).expand(3, -1))
+    assert not torch.equal(passes[0], passes[1])
+    assert not torch.equal(passes[0][0], passes[0][1])
+
+
+def test_proda_trains_the_contexts_of_a_step_and_no_other(make_runtime: MakeRuntime) -> None:
+    runtime = make_runtime("proda", ROWS[:1], TABLES | {"local_steps": 1, "contexts": 6, "contexts_at_once": 2})
+    start = started_in_double(runtime)
+    after, _ = runtime.round(start)
+    moved = (after.server.shared["contexts"] - start.server.shared["contexts"]).flatten(1)  # type: ignore[attr-defined]
+    assert int((moved != 0).any(1).sum()) == 2
 
 
 @pytest.mark.parametrize(
     ("name", "tables", "key"),
     [
+        ("proda", {"contexts": 0}, "contexts"),
+        ("proda", {"orthogonality": -0.1}, "orthogonality"),
         ("kgcoop", {"guidance": -1.0}, "guidance"),
         ("promptfolio", {"personal": 1.5}, "personal"),
         ("promptfolio", {"personal": -0.1}, "personal"),

@@ -57,6 +57,7 @@ METHODS: dict[str, Method] = {
     "fedprompt": Method("fedprompt"),
     "kgcoop": Method("kgcoop"),
     "prograd": Method("prograd"),
+    "proda": Method("proda"),
     "fedotp": Method("fedotp"),
     "fedpgp": Method("fedpgp"),
     "promptfolio": Method("promptfolio"),
