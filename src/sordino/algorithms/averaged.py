@@ -20,6 +20,7 @@ from sordino.algorithms.descent import local_steps
 from sordino.encoders.prompt_model import Prompt
 from sordino.privacy.gradients import Gradients, Parameters
 from sordino.privacy.ledger import Disclosure
+from sordino.prompts.contexts import initial_context
 
 
 def disclosures(learned: str) -> tuple[Disclosure, ...]:
@@ -92,6 +93,13 @@ def server_round(settings: Any, server: Server, uploads: Uploads[Upload], round_
 
 def prompt(broadcast: Broadcast, state: ClientState) -> Prompt:
     return {name: value[None] for name, value in broadcast.shared.items()}
+
+
+def context_set(settings: Any, init: InitContext) -> Server:
+    """Return a server with N contexts [N, M, E] that start anywhere, or from words."""
+    shape = (settings.contexts, settings.context_length, init.context_width)
+    noise = init.streams.common_normal("contexts", *shape)
+    return Server({"contexts": initial_context(settings.initial_context, init.embed, noise)})
 
 
 def linear_weight(init: InitContext, purpose: str, outputs: int, inputs: int) -> Tensor:

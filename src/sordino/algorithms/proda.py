@@ -35,6 +35,7 @@ from sordino.algorithms.averaged import (
     broadcast,
     changes,
     client_init,
+    context_set,
     disclosures,
     prompt,
     schedule,
@@ -45,7 +46,6 @@ from sordino.algorithms.settings.proda import Settings
 from sordino.encoders.base import ClassTokens, DualEncoder
 from sordino.encoders.prompt_model import Prompt, PromptModel, cross_entropies, named_parts
 from sordino.privacy.gradients import Gradients
-from sordino.prompts.contexts import initial_context
 from sordino.randomness import Streams
 
 __all__ = [
@@ -139,9 +139,7 @@ def variances(features: Tensor, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def server_init(settings: Settings, init: InitContext) -> Server:
-    shape = (settings.contexts, settings.context_length, init.context_width)
-    noise = init.streams.common_normal("contexts", *shape)
-    return Server({"contexts": initial_context(settings.initial_context, init.embed, noise)})
+    return context_set(settings, init)
 
 
 def client_round(

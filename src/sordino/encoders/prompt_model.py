@@ -68,12 +68,15 @@ class PromptModel:
             cotangent mechanism applies under this condition.
         prompts_images: whether the prompt enters the image tower, so that every example needs its
             own pass.
+        conditions_on_images: whether class features depend on the image, so that every example
+            needs its own pass through the text tower.
     """
 
     encoder: DualEncoder
     classes: ClassTokens
     linear: ClassVar[bool] = True
     prompts_images: ClassVar[bool] = False
+    conditions_on_images: ClassVar[bool] = False
 
     @classmethod
     def of(cls, settings: Any, encoder: DualEncoder, classes: ClassTokens) -> Self:

@@ -144,11 +144,12 @@ def example_gradients(
     """Compute every example's exact gradient for a stack of one client.
 
     If images meet the prompt behind the text tower, the class features are computed once. One vectorized backward pass
-    then serves as many examples as fit into memory. If the prompt enters the image tower, every example has a copy of
-    the parameters and is a client of its own.
+    then serves as many examples as fit into memory. If the prompt enters the image tower, or the image the text tower,
+    every example has a copy of the parameters and is a client of its own.
     """
     batch = finite_examples(batch)
-    by_example = _by_copies if model.prompts_images else _by_vectorized_backward
+    apart = model.prompts_images or model.conditions_on_images
+    by_example = _by_copies if apart else _by_vectorized_backward
     return by_example(model, prompt_of, parameters, fixed, batch)
 
 
