@@ -65,6 +65,7 @@ METHODS: dict[str, Method] = {
     "fedpgp": Method("fedpgp"),
     "promptfolio": Method("promptfolio"),
     "pfedprompt": Method("pfedprompt"),
+    "pfedmoap": Method("pfedmoap"),
     "pfedpt": Method("pfedpt"),
     "pfedpg": Method("pfedpg"),
     "fedperfix": Method("fedperfix"),

@@ -7,7 +7,6 @@ the change (McMahan et al., Communication-Efficient Learning of Deep Networks, A
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -100,8 +99,3 @@ def context_set(settings: Any, init: InitContext) -> Server:
     shape = (settings.contexts, settings.context_length, init.context_width)
     noise = init.streams.common_normal("contexts", *shape)
     return Server({"contexts": initial_context(settings.initial_context, init.embed, noise)})
-
-
-def linear_weight(init: InitContext, purpose: str, outputs: int, inputs: int) -> Tensor:
-    """Return the initial weights [outputs, inputs] of a linear layer, with the variance of torch's, 1 / (3 inputs)."""
-    return init.streams.common_normal(purpose, outputs, inputs) / math.sqrt(3 * inputs)

@@ -34,12 +34,12 @@ from sordino.algorithms.averaged import (
     client_init,
     client_round,
     disclosures,
-    linear_weight,
     prompt,
     schedule,
     server_round,
 )
 from sordino.algorithms.base import InitContext, MethodInfo
+from sordino.algorithms.layers import linear, linear_weight
 from sordino.algorithms.settings.cocoop import Settings
 from sordino.encoders.prompt_model import Prompt, PromptModel, named_parts
 from sordino.prompts.contexts import initial_context
@@ -81,8 +81,8 @@ class Model(PromptModel):
 
     def scores(self, features: Tensor, prompt: Prompt, images: Tensor) -> Tensor:
         parts = named_parts(prompt)
-        inner = (images.to(features) @ parts["down"].mT + parts["down_bias"][:, None]).relu()  # [P, B, R]
-        token = inner @ parts["up"].mT + parts["up_bias"][:, None]  # [P, B, E]
+        inner = linear(images.to(features), parts, "down").relu()  # [P, B, R]
+        token = linear(inner, parts, "up")  # [P, B, E]
         contexts = features[:, None] + token[:, :, None]  # [P, B, M, E]
         flat = contexts.flatten(0, 1)
         at_once = max(1, math.floor(self._budget / self.flops(prompt, 1)))

@@ -35,12 +35,12 @@ from sordino.algorithms.averaged import (
     client_init,
     client_round,
     disclosures,
-    linear_weight,
     prompt,
     schedule,
     server_round,
 )
 from sordino.algorithms.base import InitContext, MethodInfo
+from sordino.algorithms.layers import linear, linear_weight
 from sordino.algorithms.settings.fedtpg import Settings
 from sordino.encoders.base import ClassTokens, DualEncoder
 from sordino.encoders.prompt_model import Prompt, PromptModel, named_parts
@@ -95,15 +95,13 @@ class Model(PromptModel):
         queries = _normalized(generator["queries"], generator, "query_norm")
         names = _normalized(names, generator, "name_norm")  # [P, C, D]
         query, key, value = (
-            _linear(given, generator, name)
-            .unflatten(-1, (self.heads, -1))
-            .transpose(1, 2)  # [P, heads, ..., E / heads]
+            linear(given, generator, name).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [P, heads, ..., E / heads]
             for name, given in (("query", queries), ("key", names), ("value", names))
         )
         attention = (query @ key.mT / math.sqrt(query.shape[-1])).softmax(dim=-1)
-        found = _linear((attention @ value).transpose(1, 2).flatten(2), generator, "output")  # [P, M, E]
-        inner, gates = _linear(_normalized(found, generator, "inner_norm"), generator, "inner").chunk(2, dim=-1)
-        return found + _linear(inner * F.gelu(gates), generator, "outer")
+        found = linear((attention @ value).transpose(1, 2).flatten(2), generator, "output")  # [P, M, E]
+        inner, gates = linear(_normalized(found, generator, "inner_norm"), generator, "inner").chunk(2, dim=-1)
+        return found + linear(inner * F.gelu(gates), generator, "outer")
 
     def flops(self, prompt: Prompt, images: int) -> float:
         # The generator is a small part of one sentence in the text tower, of which there are C.
@@ -115,12 +113,6 @@ class Model(PromptModel):
         with torch.no_grad():
             bare = torch.zeros(1, 0, self.encoder.context_width, device=self.encoder.device)
             return self.text_features(bare)[0]
-
-
-def _linear(x: Tensor, parts: dict[str, Tensor], name: str) -> Tensor:
-    """Return P linear layers of x [P, n, inputs]; a layer may have no bias."""
-    product = x @ parts[name].mT
-    return product + parts[f"{name}_bias"][:, None] if f"{name}_bias" in parts else product
 
 
 def _normalized(x: Tensor, parts: dict[str, Tensor], name: str) -> Tensor:
