@@ -72,6 +72,7 @@ METHODS: dict[str, Method] = {
     "sgpt": Method("sgpt"),
     "secfpp": Method("secfpp"),
     "secfpp-plain": Method("secfpp_plain", "secfpp"),
+    "tofa": Method("tofa"),
     "dp-residual": Method("dp_residual"),
     "dp-fpl": Method("dp_fpl"),
     "dplora": Method("dp_fpl", "dp-fpl", {"parameterization": "lora"}),

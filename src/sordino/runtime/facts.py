@@ -178,7 +178,7 @@ def _no_statistics(model: PromptModel, clients: int) -> ClassStatistics:
     device = model.classes.mask.device
     none = torch.zeros(clients, len(model.classes), device=device)
     means = torch.zeros(*none.shape, model.encoder.feature_width, device=device)
-    return ClassStatistics(none, none[:, 0], none, means, none, none[:, 0], means[0])
+    return ClassStatistics(none, none[:, 0], none, means, none, none[:, 0], means[0], shared_counts=none[0])
 
 
 def _no_gradients(prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch) -> Gradient:
