@@ -12,13 +12,21 @@ class Capability(StrEnum):
     PIXEL_GRADIENTS = "pixel-gradients"  # image_features is differentiable in its pixels
     # image_tower: a transformer that takes prompt tokens and adapters
     VISUAL_PROMPTS = "visual-prompts"
+    DEEP_TEXT_PROMPTS = "deep-text-prompts"  # deep_text_features: other context vectors in later layers
 
 
 # By encoder name; each encoder class takes its own from here, so that errors can name the others
 # without loading them.
 CAPABILITIES = {
     "bundled": frozenset({Capability.PATCHES, Capability.PIXEL_GRADIENTS}),
-    "clip": frozenset({Capability.PATCHES, Capability.PIXEL_GRADIENTS, Capability.VISUAL_PROMPTS}),
+    "clip": frozenset(
+        {
+            Capability.PATCHES,
+            Capability.PIXEL_GRADIENTS,
+            Capability.VISUAL_PROMPTS,
+            Capability.DEEP_TEXT_PROMPTS,
+        }
+    ),
 }
 
 

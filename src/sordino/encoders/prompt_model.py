@@ -137,15 +137,21 @@ class PromptModel:
         With many classes, one context's sentences may be too much to keep for a backward pass.
         Classes are then processed in parts, and backward recomputes each part.
         """
+        return self._by_classes(self.encoder.text_features, context)
+
+    def deep_text_features(self, contexts: Tensor) -> Tensor:
+        """Return unit-norm class features [..., C, D] of contexts [..., J, M, E] for J layers, as `text_features`."""
+        return self._by_classes(self.encoder.deep_text_features, contexts)
+
+    def _by_classes(self, encode: Callable[[Tensor, ClassTokens], Tensor], context: Tensor) -> Tensor:
         parts = math.ceil(
             self.encoder.text_flops(1, context.shape[-2], self.classes) / self._budget,
         )
         if parts == 1:
-            return self.encoder.text_features(context, self.classes)
+            return encode(context, self.classes)
         per_part = math.ceil(len(self.classes) / parts)
         starts = range(0, len(self.classes), per_part)
         pieces = [self.classes.part(start, start + per_part) for start in starts]
-        encode = self.encoder.text_features
         features = [checkpoint(encode, context, piece, use_reentrant=False) for piece in pieces]
         return torch.cat(features, dim=-2)
 
