@@ -57,7 +57,15 @@ def trained(runtime: LocalRuntime, training: Training, rounds: int) -> tuple[Tra
     return training, losses
 
 
-REFUSED = ["fedotp", "plot", "pfedpt", "pfedpg", "fedperfix", "sgpt"]  # they need more of an image than its one feature
+REFUSED = [
+    "fedotp",
+    "plot",
+    "pfedpt",
+    "pfedpg",
+    "fedperfix",
+    "sgpt",
+    "maple",
+]  # they need more of an image than its one feature
 FITTING = [name for name in METHODS if name not in (*REFUSED, "zero-shot")]
 
 

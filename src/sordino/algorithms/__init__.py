@@ -70,6 +70,7 @@ METHODS: dict[str, Method] = {
     "pfedpg": Method("pfedpg"),
     "fedperfix": Method("fedperfix"),
     "sgpt": Method("sgpt"),
+    "maple": Method("maple"),
     "secfpp": Method("secfpp"),
     "secfpp-plain": Method("secfpp_plain", "secfpp"),
     "tofa": Method("tofa"),
