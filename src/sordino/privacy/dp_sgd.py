@@ -224,10 +224,10 @@ def _row(batch: Batch, row: int) -> Batch:
 def _by_copies(
     model: PromptModel, prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch
 ) -> ExampleGradients:
-    examples = batch.labels.shape[1]
+    examples, of_penalty = batch.labels.shape[1], _penalty_gradients(model, prompt_of, parameters, fixed)
     if not examples:  # a Poisson sample may be empty, and no tower takes an empty stack
-        return ExampleGradients(iter(()), batch.features.new_zeros(0), {})
-    gradients = ExactGradients(model, finite_only=True)
+        return ExampleGradients(iter(()), batch.features.new_zeros(0), of_penalty)
+    gradients = ExactGradients(model, finite_only=True, penalized=False)  # the penalty is no example's
     with torch.no_grad():
         at_once = model.prompts_at_once(prompt_of({**parameters, **fixed}), 1)
     losses = batch.features.new_zeros(examples)
@@ -242,7 +242,22 @@ def _by_copies(
             losses[rows] = gradient.loss
             yield gradient.values
 
-    return ExampleGradients(pieces(), losses, {})
+    return ExampleGradients(pieces(), losses, of_penalty)
+
+
+def _penalty_gradients(
+    model: PromptModel, prompt_of: PromptOf, parameters: Parameters, fixed: Parameters
+) -> dict[str, Tensor]:
+    """Return the gradients [1, ...] of one client's penalty on its prompt; none if the model has no penalty."""
+    if type(model).penalty is PromptModel.penalty:  # so that no class features are computed for nothing
+        return {}
+    leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+    with torch.enable_grad():
+        penalty = model.penalty(model.class_features(prompt_of({**leaves, **fixed})))
+    if penalty is None:
+        return {}
+    gradients = torch.autograd.grad(penalty.sum(), list(leaves.values()), materialize_grads=True)
+    return dict(zip(leaves, gradients, strict=True))
 
 
 def _mean(losses: Tensor) -> Tensor:

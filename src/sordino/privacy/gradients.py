@@ -113,10 +113,12 @@ class ExactGradients:
         finite_only: true if a mechanism uses the gradients. Then an example whose features or loss are not finite
             counts as nothing. So does a client's whole batch if its gradient is still not finite. If false, such
             numbers go through, and the run ends with an error that shows them.
+        penalized: false leaves out the penalty, where that is added once and not by example.
     """
 
     model: PromptModel
     finite_only: bool = False
+    penalized: bool = True
 
     def __call__(self, prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch) -> Gradient:
         batch = finite_examples(batch) if self.finite_only else batch
@@ -141,7 +143,7 @@ class ExactGradients:
             if self.finite_only and not bool(losses[batch.mask].isfinite().all()):
                 return self._piece(prompt_of, parameters, fixed, excluding(batch, ~losses.isfinite()))
             means = mean_losses(losses, batch.mask)
-            penalty = self.model.penalty(features)
+            penalty = self.model.penalty(features) if self.penalized else None
             objective = means if penalty is None else means + penalty
             # Client k's loss depends on slice k alone, so the gradient of the sum is the stack of the gradients.
             gradients = torch.autograd.grad(objective.sum(), list(leaves.values()))
