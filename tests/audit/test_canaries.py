@@ -120,6 +120,7 @@ def test_with_all_canaries_out_the_sums_are_those_of_the_federation_alone(
         "fedpgp": {"contrast": 0.0},
         "kgcoop": {"guidance": 0.0},
         "proda": {"orthogonality": 0.0},
+        "promptsrc": {"text_guidance": 0.0},
     }
     runtime = make_runtime(name, ROWS, tables, rounds=2, privacy=privacy)
     drawn = canaries_of(runtime, 9)

@@ -65,6 +65,7 @@ REFUSED = [
     "fedperfix",
     "sgpt",
     "maple",
+    "promptsrc",
 ]  # they need more of an image than its one feature
 FITTING = [name for name in METHODS if name not in (*REFUSED, "zero-shot")]
 

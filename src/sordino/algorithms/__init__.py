@@ -71,6 +71,7 @@ METHODS: dict[str, Method] = {
     "fedperfix": Method("fedperfix"),
     "sgpt": Method("sgpt"),
     "maple": Method("maple"),
+    "promptsrc": Method("promptsrc"),
     "secfpp": Method("secfpp"),
     "secfpp-plain": Method("secfpp_plain", "secfpp"),
     "tofa": Method("tofa"),
