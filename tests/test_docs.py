@@ -17,8 +17,10 @@ from PIL import Image
 
 from pages.blocks import blocks, commands
 from sordino.algorithms import METHODS, Method, algorithm
+from sordino.algorithms.base import model_class
 from sordino.cli.app import app
 from sordino.encoders.generative.settings import GenerativeSettings
+from sordino.encoders.prompt_model import PromptModel
 from sordino.experiments.config import EncoderSettings, Experiment, load_config, parse_config
 from sordino.experiments.privacy.plan import plan
 from sordino.experiments.run import run
@@ -128,6 +130,24 @@ def test_the_overview_names_every_method() -> None:
     text = (ROOT / "docs" / "overview.md").read_text(encoding="utf-8")
     section = text.split("## Methods")[1].split("\n## ")[0]
     assert not [name for name in OWN_METHODS if f"`{name}`" not in section]
+
+
+def test_the_page_on_choosing_says_what_each_mechanism_refuses() -> None:
+    """Of the methods that learn; whether a run is then refused is in tests/privacy/test_sensitivity.py."""
+    page = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    rows = page.split("## By the mechanism")[1].split("\n## ")[0].split("|---|---|---|\n")[1].split("\n\n")[0]
+    written: dict[str, set[str]] = {}
+    mechanism = ""
+    for row in rows.splitlines():
+        key, refused, _ = (cell.strip() for cell in row.strip("|").split(" | "))
+        mechanism = key.strip("`") or mechanism
+        written.setdefault(mechanism, set()).update(re.findall(r"`([\w-]+)`", refused))
+    learning = [name for name in OWN_METHODS if algorithm(name).ABOUT.trains]
+    models = {name: model_class(algorithm(name)) for name in learning}
+    assert written["cotangent"] == {name for name in learning if not models[name].linear}
+    one_feature = {name for name, model in models.items() if model.reads is PromptModel.reads}
+    assert written["statistics"] == set(learning) - one_feature
+    assert written["dp-fedavg"] == {name for name in learning if algorithm(name).ABOUT.server_uses != "mean"}
 
 
 def test_the_page_on_the_command_line_names_every_command() -> None:

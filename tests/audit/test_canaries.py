@@ -115,7 +115,13 @@ def test_with_all_canaries_out_the_sums_are_those_of_the_federation_alone(
     """Every example in every batch, no noise; divisors are public, and larger by the canaries' places where there is a
     mechanism. A penalty on prompts is not divided, so there is none."""
     privacy = NOISE[mechanism] | ({"noise_multiplier": 0.0} if mechanism != "none" else {})
-    tables = QUICK | {"batch_size": 0, "fedpgp": {"contrast": 0.0}}
+    tables = QUICK | {
+        "batch_size": 0,
+        "fedpgp": {"contrast": 0.0},
+        "kgcoop": {"guidance": 0.0},
+        "proda": {"orthogonality": 0.0},
+        "promptsrc": {"text_guidance": 0.0},
+    }
     runtime = make_runtime(name, ROWS, tables, rounds=2, privacy=privacy)
     drawn = canaries_of(runtime, 9)
     nobody = replace(drawn, included=torch.zeros(9, dtype=torch.bool))

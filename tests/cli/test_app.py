@@ -105,6 +105,24 @@ def test_a_missing_or_broken_configuration_is_told(content: str | None, tmp_path
     assert "\n" not in str(error.value)
 
 
+def test_the_list_of_methods_says_what_each_needs_and_releases(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sordino.algorithms import METHODS, algorithm
+
+    monkeypatch.setattr(sys, "argv", ["sordino", "methods", "--json"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0
+    listed = {row["name"]: row for row in json.loads(capsys.readouterr().out)["methods"]}
+    assert list(listed) == list(METHODS)
+    for name, row in listed.items():
+        about = algorithm(name).ABOUT
+        assert row["needs"] == about.needs
+        assert all(disclosure.content in row["releases"] for disclosure in about.discloses)
+    assert listed["zero-shot"]["releases"] == "nothing"
+
+
 def test_every_method_tells_all_about_itself(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """Every setting comes with a meaning, and its default is what the method really takes."""
     from dataclasses import fields
@@ -146,7 +164,8 @@ def test_methods_and_encoders_as_json(monkeypatch: pytest.MonkeyPatch, capsys) -
     assert exit_code.value.code == 0
     methods = json.loads(capsys.readouterr().out)["methods"]
     assert {"zero-shot", "local", "central", "promptfl", "dp-fpl", "dplora"} <= {method["name"] for method in methods}
-    assert all(set(method) == {"name", "paper", "personal", "shared", "privacy", "needs"} for method in methods)
+    told = {"name", "paper", "personal", "shared", "privacy", "needs", "releases"}
+    assert all(set(method) == told for method in methods)
     monkeypatch.setattr(sys, "argv", ["sordino", "encoders", "--json"])
     with pytest.raises(SystemExit):
         cli.main()

@@ -77,6 +77,13 @@ def test_a_stack_of_contexts_equals_one_at_a_time(encoder: BundledEncoder) -> No
             torch.testing.assert_close(stacked[first, second], alone, atol=1e-5, rtol=0)
 
 
+def test_a_context_of_no_vectors_leaves_the_bare_names(encoder: BundledEncoder) -> None:
+    classes = encoder.class_tokens(NAMES)
+    found = encoder.text_features(torch.zeros(2, 0, encoder.context_width), classes)
+    expected = encoder.project_text(encoder.text(encoder.embed("")[None], classes)[0])
+    torch.testing.assert_close(found, expected.expand(2, -1, -1), atol=1e-6, rtol=0)
+
+
 def test_a_name_does_not_depend_on_its_longer_neighbors(encoder: BundledEncoder) -> None:
     context = random_context(5)
     together = encoder.text_features(context, encoder.class_tokens(NAMES))

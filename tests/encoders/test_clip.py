@@ -55,7 +55,9 @@ def reference_model(folder: Path, dtype: torch.dtype = torch.float32) -> CLIPMod
     return MODELS[family_of(folder)].from_pretrained(folder, dtype=dtype).eval()
 
 
-def padded_features(model: CLIPModel | SiglipModel, folder: Path, context: Tensor, names: list[str]) -> Tensor:
+def padded_features(
+    model: CLIPModel | SiglipModel, folder: Path, context: Tensor, names: list[str], later: Tensor | None = None
+) -> Tensor:
     """One context [M, E] and C names to unit features [C, D] through transformers' text model on full-length sequences.
 
     The context replaces the token embeddings of M placeholder words, in a hook, so that everything else (mask, position
@@ -71,9 +73,18 @@ def padded_features(model: CLIPModel | SiglipModel, folder: Path, context: Tenso
         rows = context.to(embedded).expand(len(names), -1, -1)
         return torch.cat([embedded[:, :start], rows, embedded[:, start + length :]], dim=1)
 
-    handle = model.text_model.embeddings.token_embedding.register_forward_hook(put_context)
+    handles = [model.text_model.embeddings.token_embedding.register_forward_hook(put_context)]
+    for layer, rows in enumerate([] if later is None else later, start=1):  # [J - 1, M, E], of the layers behind
+
+        def put_rows(_module: torch.nn.Module, inputs: tuple[Tensor, ...], rows: Tensor = rows) -> tuple[Tensor, ...]:
+            hidden, rest = inputs[0], inputs[1:]
+            given = rows.to(hidden).expand(len(names), -1, -1)
+            return (torch.cat([hidden[:, :start], given, hidden[:, start + length :]], dim=1), *rest)
+
+        handles.append(model.text_model.encoder.layers[layer].register_forward_pre_hook(put_rows))
     features = model.get_text_features(input_ids=ids).pooler_output
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
@@ -101,6 +112,26 @@ def test_text_features_are_those_of_the_padded_pass(folder: Path, dtype: torch.d
     assert features.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(features, expected, rtol=0, atol=ROUNDING[dtype])
     torch.testing.assert_close(features.norm(dim=-1), torch.ones(len(NAMES), dtype=features.dtype))
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_deep_contexts_are_those_of_the_padded_pass(folder: Path, layers: int) -> None:
+    """Each layer's own vectors in the context's places, up to the last layer; alone and in a stack."""
+    encoder, reference = load(folder, torch.float64), reference_model(folder, torch.float64)
+    layers = min(layers, encoder.text_layers)
+    stack, classes = contexts(encoder, 2, layers, 4).requires_grad_(), encoder.class_tokens(NAMES)
+    found = encoder.deep_text_features(stack, classes)
+    expected = torch.stack([padded_features(reference, folder, each[0], NAMES, each[1:]) for each in stack])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    weights = contexts(encoder, 2, len(NAMES))[..., : encoder.feature_width]
+    ours, theirs = (
+        torch.autograd.grad((each * weights).sum(), stack, retain_graph=True)[0] for each in (found, expected)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-12)
+    assert (ours.flatten(2).norm(dim=-1) > 0).all(), "every layer's vectors matter"
+    shallow = encoder.text_features(stack[:, 0], classes)
+    assert (found - shallow).norm(dim=-1).min() > 1e-3
+    torch.testing.assert_close(encoder.deep_text_features(stack[:, :1], classes), shallow, rtol=0, atol=0)
 
 
 def test_random_features_differ_enough_for_comparisons_to_mean_something(folder: Path) -> None:

@@ -57,7 +57,16 @@ def trained(runtime: LocalRuntime, training: Training, rounds: int) -> tuple[Tra
     return training, losses
 
 
-REFUSED = ["fedotp", "pfedpt", "pfedpg", "fedperfix", "sgpt"]  # they need more of an image than its one feature
+REFUSED = [
+    "fedotp",
+    "plot",
+    "pfedpt",
+    "pfedpg",
+    "fedperfix",
+    "sgpt",
+    "maple",
+    "promptsrc",
+]  # they need more of an image than its one feature
 FITTING = [name for name in METHODS if name not in (*REFUSED, "zero-shot")]
 
 

@@ -224,6 +224,8 @@ class InitContext:
         class_names: the C candidate classes.
         streams: initial randomness, and the K clients' numbers.
         image_width, image_layers: of an image tower that takes visual prompts; 0 without one.
+        feature_width: D, of the features of images and classes.
+        text_layers: of a text tower that takes deep prompts; 0 without one.
     """
 
     embed: Callable[[str], Tensor]
@@ -232,6 +234,8 @@ class InitContext:
     streams: Streams
     image_width: int = 0
     image_layers: int = 0
+    feature_width: int = 0
+    text_layers: int = 0
 
 
 @dataclass(frozen=True)

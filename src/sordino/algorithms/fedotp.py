@@ -71,7 +71,7 @@ class Model(PromptModel):
 
     def class_features(self, prompt: Prompt) -> Tensor:
         """Return unit-norm features [P, N, C, D] of every class under each of a client's contexts."""
-        return self.text_features(_contexts(prompt))
+        return self.text_features(side_by_side(prompt))
 
     def scores(self, features: Tensor, prompt: Prompt, images: Tensor) -> Tensor:
         """Return logits [P, B, C]: the similarity of patches [P, B, V, D] and class features under the best plan."""
@@ -84,7 +84,7 @@ class Model(PromptModel):
         return self.encoder.logit_scale * carried
 
     def flops(self, prompt: Prompt, images: int) -> float:
-        contexts = _contexts(prompt)
+        contexts = side_by_side(prompt)
         return contexts.shape[1] * self.encoder.text_flops(1, contexts.shape[2], self.classes)
 
     def images_at_once(self, prompts: int) -> int:
@@ -92,7 +92,7 @@ class Model(PromptModel):
         return max(1, NUMBERS_AT_ONCE // (prompts * len(self.classes) * 1200))
 
 
-def _contexts(prompt: Prompt) -> Tensor:
+def side_by_side(prompt: Prompt) -> Tensor:
     """Return all contexts of each client side by side, [P, N, M, E]."""
     return torch.stack(list(named_parts(prompt).values()), dim=1)
 

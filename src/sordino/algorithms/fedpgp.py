@@ -14,7 +14,6 @@ The contrastive term depends on no image, so mechanisms add no noise to it.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -24,9 +23,10 @@ from torch import Tensor
 from sordino.algorithms import base
 from sordino.algorithms.base import ClientData, InitContext, MethodInfo, RoundContext, Schedule, Uploads
 from sordino.algorithms.descent import local_steps
+from sordino.algorithms.general_knowledge import GeneralKnowledgeModel
 from sordino.algorithms.settings.fedpgp import Settings
 from sordino.encoders.base import ClassTokens, DualEncoder
-from sordino.encoders.prompt_model import Prompt, PromptModel
+from sordino.encoders.prompt_model import Prompt
 from sordino.privacy.gradients import Gradients, Parameters
 from sordino.privacy.ledger import Disclosure
 from sordino.prompts.contexts import RANDOM_STANDARD_DEVIATION, initial_context
@@ -47,19 +47,18 @@ ABOUT = MethodInfo(
 
 
 @dataclass(frozen=True)
-class Model(PromptModel):
+class Model(GeneralKnowledgeModel):
     """CoOp's model; a prompt that has the shared context beside its own also has the contrastive loss.
 
-    Attributes: contrast, temperature, hand_written: as in `Settings`.
+    Attributes: contrast, temperature: as in `Settings`.
     """
 
     contrast: float = 1.0
     temperature: float = 0.5
-    hand_written: str = "a photo of a"
 
     @classmethod
     def of(cls, settings: Any, encoder: DualEncoder, classes: ClassTokens) -> Self:
-        return cls(encoder, classes, settings.contrast, settings.temperature, settings.hand_written)
+        return cls(encoder, classes, settings.hand_written, settings.contrast, settings.temperature)
 
     def class_features(self, prompt: Prompt) -> Tensor:
         """Return features [P, 1, C, D], or with the shared context [P, 2, C, D], its features second."""
@@ -82,12 +81,6 @@ class Model(PromptModel):
     def flops(self, prompt: Prompt, images: int) -> float:
         contexts = _contexts(prompt)
         return contexts.shape[1] * self.encoder.text_flops(1, contexts.shape[2], self.classes)
-
-    @cached_property
-    def _general(self) -> Tensor:
-        """Return z_C, [C, D]."""
-        with torch.no_grad():
-            return self.text_features(self.encoder.embed(self.hand_written)[None])[0]
 
 
 def _contexts(prompt: Prompt) -> Tensor:

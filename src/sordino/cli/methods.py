@@ -30,7 +30,7 @@ class _Group(TyperGroup):
 app = typer.Typer(
     cls=_Group,
     invoke_without_command=True,
-    help="List the methods: paper, what is personal, what is shared, what they promise. "
+    help="List the methods: paper, what is personal, what is shared, what they promise, need and release. "
     "`sordino methods NAME`, or NAME.py, tells all about one.",
     rich_markup_mode=None,
 )

@@ -65,6 +65,7 @@ class DualEncoder(ABC):
         feature_width: D, the width of a feature.
         image_width, image_layers: of the image tower, where it takes visual prompts; 0 where it
             does not.
+        text_layers: of the text tower, where it takes deep prompts; 0 where it does not.
         logit_scale: the inverse temperature that multiplies cosines into logits.
         device, dtype: device and precision of the towers. Features and contexts are float32 outside
             of them.
@@ -77,6 +78,7 @@ class DualEncoder(ABC):
     feature_width: int
     image_width: int = 0
     image_layers: int = 0
+    text_layers: int = 0
     logit_scale: float
     device: torch.device
     dtype: torch.dtype
@@ -151,6 +153,23 @@ class DualEncoder(ABC):
         """
         self.require(Capability.LIKELIHOODS, "image_state")
         raise AssertionError(f"{self.name} declares likelihoods but does not compute them")
+
+    def deep_text_features(self, contexts: Tensor, classes: ClassTokens) -> Tensor:
+        """Compute the features of C sentences whose context is another in each of the first layers.
+
+        Args:
+            contexts: [..., J, M, E] float32: the vectors that stand in the context's M places when layer j begins, for
+                the first J layers, in place of what the layer before made of them. Differentiable.
+            classes: C classes.
+
+        Returns:
+            [..., C, D] unit-norm float32. One layer's are `text_features`.
+
+        Raises:
+            EncoderError: the encoder takes no deep prompts.
+        """
+        self.require(Capability.DEEP_TEXT_PROMPTS, "deep_text_features")
+        raise AssertionError(f"{self.name} declares deep text prompts but does not compute them")
 
     def zero_shot_context(self) -> Tensor:
         """Return the token embeddings [M, E] of the hand-written context 'a photo of a'."""

@@ -10,6 +10,7 @@ them.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import pairwise
@@ -148,7 +149,8 @@ class BundledEncoder(DualEncoder):
             EncoderError: a sentence would be longer than the text tower's position table.
         """
         self._check_length(context.shape[-2], classes)
-        flat = context.to(self.device, self.dtype).reshape(-1, *context.shape[-2:])
+        stack = math.prod(context.shape[:-2])  # said outright, as a context of no vectors leaves it open
+        flat = context.to(self.device, self.dtype).reshape(stack, *context.shape[-2:])
         pooled = self.text(flat, classes).to(self.output_dtype)  # [N, C, E]
         features = self.project_text(pooled)
         return features.reshape(*context.shape[:-2], len(classes), self.feature_width)

@@ -14,13 +14,21 @@ class Capability(StrEnum):
     VISUAL_PROMPTS = "visual-prompts"
     # image_state and likelihoods, in place of features: class names are answers to a question on an image
     LIKELIHOODS = "likelihoods"
+    DEEP_TEXT_PROMPTS = "deep-text-prompts"  # deep_text_features: other context vectors in later layers
 
 
 # By encoder name; each encoder class takes its own from here, so that errors can name the others
 # without loading them.
 CAPABILITIES = {
     "bundled": frozenset({Capability.PATCHES, Capability.PIXEL_GRADIENTS}),
-    "clip": frozenset({Capability.PATCHES, Capability.PIXEL_GRADIENTS, Capability.VISUAL_PROMPTS}),
+    "clip": frozenset(
+        {
+            Capability.PATCHES,
+            Capability.PIXEL_GRADIENTS,
+            Capability.VISUAL_PROMPTS,
+            Capability.DEEP_TEXT_PROMPTS,
+        }
+    ),
     "generative": frozenset({Capability.LIKELIHOODS}),
 }
 

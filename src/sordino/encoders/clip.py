@@ -96,6 +96,7 @@ class ClipEncoder(DualEncoder):
         self.context_width = self._tokens.shape[1]
         self.feature_width = self._text.head.weight.shape[0]
         vision = config.vision_config
+        self.text_layers = len(self._text.layers)
         self.image_width, self.image_layers = vision.hidden_size, vision.num_hidden_layers
 
     @classmethod
@@ -216,12 +217,15 @@ class ClipEncoder(DualEncoder):
         Raises:
             EncoderError: a sentence would be longer than the text tower's position table.
         """
-        self._check_length(context.shape[-2], classes)
-        flat_shape = (math.prod(context.shape[:-2]), *context.shape[-2:])
-        flat = context.to(self.device, self.dtype).reshape(flat_shape)
+        return self.deep_text_features(context[..., None, :, :], classes)
+
+    def deep_text_features(self, contexts: Tensor, classes: ClassTokens) -> Tensor:
+        self._check_length(contexts.shape[-2], classes)
+        flat_shape = (math.prod(contexts.shape[:-3]), *contexts.shape[-3:])
+        flat = contexts.to(self.device, self.dtype).reshape(flat_shape)
         compute = causal_features if self.family == "clip" else padded_features
         features = self._unit(compute(self._text, flat, classes))
-        return features.view(*context.shape[:-2], *features.shape[1:])
+        return features.view(*contexts.shape[:-3], *features.shape[1:])
 
     def text_flops(self, contexts: int, context_length: int, classes: ClassTokens) -> float:
         if self.family == "clip":

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -44,6 +45,12 @@ def prompt_count(prompt: Prompt) -> int:
     return len(next(iter(named_parts(prompt).values())))
 
 
+def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy [K, B] of logits [K, B, C] with labels [K, B]."""
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return losses.view(labels.shape)
+
+
 @dataclass(frozen=True)
 class PromptModel:
     """The frozen model that every party holds, which makes logits of a prompt and an image.
@@ -57,16 +64,19 @@ class PromptModel:
         encoder: the dual encoder.
         classes: the C candidate classes.
         linear: whether logits are `logit_scale` times the image feature's products with the class
-            features, plus a term that depends on neither. The cotangent mechanism applies under
-            this condition.
+            features, plus a term that depends on neither, and the loss is their cross-entropy. The
+            cotangent mechanism applies under this condition.
         prompts_images: whether the prompt enters the image tower, so that every example needs its
             own pass.
+        conditions_on_images: whether class features depend on the image, so that every example
+            needs its own pass through the text tower.
     """
 
     encoder: DualEncoder
     classes: ClassTokens
     linear: ClassVar[bool] = True
     prompts_images: ClassVar[bool] = False
+    conditions_on_images: ClassVar[bool] = False
 
     @classmethod
     def of(cls, settings: Any, encoder: DualEncoder, classes: ClassTokens) -> Self:
@@ -96,6 +106,14 @@ class PromptModel:
         """
         return self.logits(features, images)
 
+    def losses(self, features: Tensor, prompt: Prompt, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss [P, B] of each image [P, B, ...] with its label [P, B]; here the cross-entropy of its logits.
+
+        A subclass with another loss has `linear = False`. As for `scores`, an image's loss depends on that image, its
+        label and its prompt alone.
+        """
+        return cross_entropies(self.scores(features, prompt, images), labels)
+
     def linear_part(self, features: Tensor) -> Tensor:
         """Return the class features [P, C, D] that enter a linear model's logits."""
         return features
@@ -119,15 +137,21 @@ class PromptModel:
         With many classes, one context's sentences may be too much to keep for a backward pass.
         Classes are then processed in parts, and backward recomputes each part.
         """
+        return self._by_classes(self.encoder.text_features, context)
+
+    def deep_text_features(self, contexts: Tensor) -> Tensor:
+        """Return unit-norm class features [..., C, D] of contexts [..., J, M, E] for J layers, as `text_features`."""
+        return self._by_classes(self.encoder.deep_text_features, contexts)
+
+    def _by_classes(self, encode: Callable[[Tensor, ClassTokens], Tensor], context: Tensor) -> Tensor:
         parts = math.ceil(
             self.encoder.text_flops(1, context.shape[-2], self.classes) / self._budget,
         )
         if parts == 1:
-            return self.encoder.text_features(context, self.classes)
+            return encode(context, self.classes)
         per_part = math.ceil(len(self.classes) / parts)
         starts = range(0, len(self.classes), per_part)
         pieces = [self.classes.part(start, start + per_part) for start in starts]
-        encode = self.encoder.text_features
         features = [checkpoint(encode, context, piece, use_reentrant=False) for piece in pieces]
         return torch.cat(features, dim=-2)
 

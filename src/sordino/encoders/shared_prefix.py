@@ -105,7 +105,7 @@ def group_lengths(classes: ClassTokens) -> tuple[tuple[int, int], ...]:
     return tuple((lengths.count(length), length) for length in sorted(set(lengths)))
 
 
-def causal_features(tower: TextTower, context: Tensor, classes: ClassTokens) -> Tensor:
+def causal_features(tower: TextTower, contexts: Tensor, classes: ClassTokens) -> Tensor:
     """Compute the features of N contexts and C classes through a causal tower, with a shared prefix.
 
     1. Join the prefix [N, P, E] (start, context) and suffixes [R, E] (R: real tokens of all
@@ -117,11 +117,12 @@ def causal_features(tower: TextTower, context: Tensor, classes: ClassTokens) -> 
        classes.
 
     Args:
-        context: [N, M, E] in the tower's precision.
+        contexts: [N, J, M, E] in the tower's precision: the context, and what replaces its places in layers 1 to J - 1.
 
     Returns:
         [N, C, D], not normalized.
     """
+    context = contexts[:, 0]
     count, prefix_length = len(context), len(tower.start) + context.shape[1]
     prefix = torch.cat([tower.start.expand(count, -1, -1), context], dim=1)
     prefix = prefix + tower.positions[:prefix_length]
@@ -131,7 +132,8 @@ def causal_features(tower: TextTower, context: Tensor, classes: ClassTokens) -> 
     # tensor with zeros.
     parts = [prefix_length, *(group * length for group, length in suffixes.groups)]
     x = torch.cat([prefix, suffixes.rows.expand(count, -1, -1)], dim=1)
-    for layer in tower.layers[:-1]:
+    for number, layer in enumerate(tower.layers[:-1]):
+        x = _with_context(x, contexts, number, len(tower.start))
         shared, *suffix_qkv = map(tower.per_head, layer.qkv(layer.norm1(x)).split(parts, dim=1))
         query, key, value = shared
         attended = [
@@ -140,6 +142,7 @@ def causal_features(tower: TextTower, context: Tensor, classes: ClassTokens) -> 
         for (group, _), (query, *pair) in zip(suffixes.groups, suffix_qkv, strict=True):
             attended.append(_attend_to_both(query, (key, value), pair, group, later))
         x = layer.finish(x, _joined(torch.cat(attended, dim=2)))
+    x = _with_context(x, contexts, len(tower.layers) - 1, len(tower.start))
     layer, at_end = tower.layers[-1], x[:, prefix_length + suffixes.ends]
     query_rows = layer.qkv.rows(slice(0, layer.width))
     pair_rows = layer.qkv.rows(slice(layer.width, None))
@@ -150,6 +153,21 @@ def causal_features(tower: TextTower, context: Tensor, classes: ClassTokens) -> 
     attended = [_attend_to_both(query, shared, pair, group, None) for group, query, pair in by_group]
     x = layer.finish(at_end, _joined(torch.cat(attended, dim=2)))
     return tower.head(tower.final_norm(x))[:, suffixes.rank]
+
+
+def _with_context(x: Tensor, contexts: Tensor, layer: int, start: int) -> Tensor:
+    """Put a layer's own context [N, M, E] in its places of x [..., T, E], which enters the layer, if it has one.
+
+    Args:
+        x: [N, T, E], or [N C, T, E] where each of C classes has rows of its own.
+        contexts: [N, J, M, E]; the first is in x from the beginning.
+        layer: its number.
+        start: the number of rows before the context.
+    """
+    if not 0 < layer < contexts.shape[1]:
+        return x
+    context = contexts[:, layer].repeat_interleave(len(x) // len(contexts), dim=0)
+    return torch.cat([x[:, :start], context, x[:, start + context.shape[1] :]], dim=1)
 
 
 def causal_flops(
@@ -221,7 +239,7 @@ def _attend_to_both(
     return attended
 
 
-def padded_features(tower: TextTower, context: Tensor, classes: ClassTokens) -> Tensor:
+def padded_features(tower: TextTower, contexts: Tensor, classes: ClassTokens) -> Tensor:
     """Compute the features of N contexts and C classes through a bidirectional tower that pools its last position.
 
     SigLIP is such a tower. Every token attends to every other, padding included: SigLIP was trained
@@ -229,11 +247,12 @@ def padded_features(tower: TextTower, context: Tensor, classes: ClassTokens) -> 
     position's are computed.
 
     Args:
-        context: [N, M, E] in the tower's precision.
+        contexts: [N, J, M, E] in the tower's precision, as for `causal_features`.
 
     Returns:
         [N, C, D], not normalized.
     """
+    context = contexts[:, 0]
     count, (limit, width) = len(context), tower.positions.shape
     names = torch.where(classes.mask[..., None], classes.embeddings.to(context), tower.padding)
     before = torch.cat([tower.start.expand(count, -1, -1), context], dim=1)
@@ -250,8 +269,10 @@ def padded_features(tower: TextTower, context: Tensor, classes: ClassTokens) -> 
         )
 
     recompute = x.requires_grad and x.shape[0] * limit > RECOMPUTED_ROWS
-    for layer in tower.layers[:-1]:
+    for number, layer in enumerate(tower.layers[:-1]):
+        x = _with_context(x, contexts, number, len(tower.start))
         x = checkpoint(step, layer, x, use_reentrant=False) if recompute else step(layer, x)
+    x = _with_context(x, contexts, len(tower.layers) - 1, len(tower.start))
     layer, normed = tower.layers[-1], tower.layers[-1].norm1(x)
     (query,) = tower.per_head(layer.qkv.rows(slice(0, width))(normed[:, -1:]))
     key, value = tower.per_head(layer.qkv.rows(slice(width, None))(normed))

@@ -62,8 +62,14 @@ class Card:
 
 
 def rows() -> list[dict[str, str]]:
-    """Every method's line in the list of methods."""
-    return [{"name": name} | {column: getattr(algorithm(name).ABOUT, column) for column in COLUMNS} for name in METHODS]
+    """Every method's line in the list of methods, with what it releases where nothing is noised."""
+    return [_row(name) for name in METHODS]
+
+
+def _row(name: str) -> dict[str, str]:
+    about = algorithm(name).ABOUT
+    releases = "; ".join(disclosure.content for disclosure in about.discloses) or "nothing"
+    return {"name": name} | {column: getattr(about, column) for column in COLUMNS} | {"releases": releases}
 
 
 def card(name: str) -> Card:

@@ -79,7 +79,8 @@ def _check(settings: PrivacySettings, inputs: MechanismInputs) -> None:
         raise ConfigError(
             "privacy.mechanism",
             "cotangent",
-            "this method's logits are not products of image features and class features; use 'dp-sgd'",
+            "this method's loss is not the cross-entropy of products of image features and class features; use "
+            "'dp-sgd', or 'statistics' if it needs one feature of an image",
         )
     if settings.unit == "client":
         if inputs.server_uses != "mean":
@@ -109,7 +110,7 @@ def _check(settings: PrivacySettings, inputs: MechanismInputs) -> None:
 
 
 def _check_statistics(settings: PrivacySettings, inputs: MechanismInputs) -> None:
-    if not (inputs.linear and inputs.one_feature):
+    if not inputs.one_feature:
         raise ConfigError(
             "privacy.mechanism",
             "statistics",

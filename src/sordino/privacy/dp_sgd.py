@@ -31,7 +31,6 @@ from sordino.privacy.gradients import (
     Gradient,
     Parameters,
     PromptOf,
-    example_losses,
     excluding,
     finite_examples,
 )
@@ -145,11 +144,12 @@ def example_gradients(
     """Compute every example's exact gradient for a stack of one client.
 
     If images meet the prompt behind the text tower, the class features are computed once. One vectorized backward pass
-    then serves as many examples as fit into memory. If the prompt enters the image tower, every example has a copy of
-    the parameters and is a client of its own.
+    then serves as many examples as fit into memory. If the prompt enters the image tower, or the image the text tower,
+    every example has a copy of the parameters and is a client of its own.
     """
     batch = finite_examples(batch)
-    by_example = _by_copies if model.prompts_images else _by_vectorized_backward
+    apart = model.prompts_images or model.conditions_on_images
+    by_example = _by_copies if apart else _by_vectorized_backward
     return by_example(model, prompt_of, parameters, fixed, batch)
 
 
@@ -205,8 +205,7 @@ class _Graph:
     def losses(self, batch: Batch) -> Tensor:
         """Return the loss of every example, [B]."""
         with torch.enable_grad():
-            logits = self.model.scores(self.features, self.prompt, batch.features)
-            return example_losses(logits, batch)[0]
+            return self.model.losses(self.features, self.prompt, batch.features, batch.labels)[0]
 
     def gradients(self, losses: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients [n, ...] of some of the losses [B] by each leaf [1, ...]."""
@@ -225,10 +224,10 @@ def _row(batch: Batch, row: int) -> Batch:
 def _by_copies(
     model: PromptModel, prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch
 ) -> ExampleGradients:
-    examples = batch.labels.shape[1]
+    examples, of_penalty = batch.labels.shape[1], _penalty_gradients(model, prompt_of, parameters, fixed)
     if not examples:  # a Poisson sample may be empty, and no tower takes an empty stack
-        return ExampleGradients(iter(()), batch.features.new_zeros(0), {})
-    gradients = ExactGradients(model, finite_only=True)
+        return ExampleGradients(iter(()), batch.features.new_zeros(0), of_penalty)
+    gradients = ExactGradients(model, finite_only=True, penalized=False)  # the penalty is no example's
     with torch.no_grad():
         at_once = model.prompts_at_once(prompt_of({**parameters, **fixed}), 1)
     losses = batch.features.new_zeros(examples)
@@ -243,7 +242,22 @@ def _by_copies(
             losses[rows] = gradient.loss
             yield gradient.values
 
-    return ExampleGradients(pieces(), losses, {})
+    return ExampleGradients(pieces(), losses, of_penalty)
+
+
+def _penalty_gradients(
+    model: PromptModel, prompt_of: PromptOf, parameters: Parameters, fixed: Parameters
+) -> dict[str, Tensor]:
+    """Return the gradients [1, ...] of one client's penalty on its prompt; none if the model has no penalty."""
+    if type(model).penalty is PromptModel.penalty:  # so that no class features are computed for nothing
+        return {}
+    leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+    with torch.enable_grad():
+        penalty = model.penalty(model.class_features(prompt_of({**leaves, **fixed})))
+    if penalty is None:
+        return {}
+    gradients = torch.autograd.grad(penalty.sum(), list(leaves.values()), materialize_grads=True)
+    return dict(zip(leaves, gradients, strict=True))
 
 
 def _mean(losses: Tensor) -> Tensor:

@@ -16,10 +16,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sordino.encoders.prompt_model import Prompt, PromptModel
+from sordino.encoders.prompt_model import Prompt, PromptModel, cross_entropies
 from sordino.privacy.sampling import Sampling
 
 Parameters = Mapping[str, Tensor]  # each [K, ...]
@@ -54,8 +53,8 @@ class Gradient:
 
     Attributes:
         values: parameter name to gradient, shaped as the parameter, [K, ...].
-        loss: [K], mean cross-entropy in nats, without the penalty. It is for the simulation's log only: no method
-            sends it.
+        loss: [K], mean loss of the examples in nats (`PromptModel.losses`), without the penalty. It is for the
+            simulation's log only: no method sends it.
     """
 
     values: dict[str, Tensor]
@@ -77,8 +76,7 @@ class Gradients(Protocol):
 
 def example_losses(logits: Tensor, batch: Batch) -> Tensor:
     """Return the cross-entropy [K, B] of every example from logits [K, B, C]."""
-    losses = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
-    return losses.view(batch.mask.shape)
+    return cross_entropies(logits, batch.labels)
 
 
 def client_losses(logits: Tensor, batch: Batch) -> Tensor:
@@ -115,10 +113,12 @@ class ExactGradients:
         finite_only: true if a mechanism uses the gradients. Then an example whose features or loss are not finite
             counts as nothing. So does a client's whole batch if its gradient is still not finite. If false, such
             numbers go through, and the run ends with an error that shows them.
+        penalized: false leaves out the penalty, where that is added once and not by example.
     """
 
     model: PromptModel
     finite_only: bool = False
+    penalized: bool = True
 
     def __call__(self, prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch) -> Gradient:
         batch = finite_examples(batch) if self.finite_only else batch
@@ -139,11 +139,11 @@ class ExactGradients:
         with torch.enable_grad():
             prompt = prompt_of({**leaves, **fixed})
             features = self.model.class_features(prompt)
-            losses = example_losses(self.model.scores(features, prompt, batch.features), batch)
+            losses = self.model.losses(features, prompt, batch.features, batch.labels)
             if self.finite_only and not bool(losses[batch.mask].isfinite().all()):
                 return self._piece(prompt_of, parameters, fixed, excluding(batch, ~losses.isfinite()))
             means = mean_losses(losses, batch.mask)
-            penalty = self.model.penalty(features)
+            penalty = self.model.penalty(features) if self.penalized else None
             objective = means if penalty is None else means + penalty
             # Client k's loss depends on slice k alone, so the gradient of the sum is the stack of the gradients.
             gradients = torch.autograd.grad(objective.sum(), list(leaves.values()))

@@ -135,6 +135,8 @@ def init_context(model: PromptModel, streams: Streams) -> InitContext:
         streams,
         encoder.image_width,
         encoder.image_layers,
+        encoder.feature_width,
+        encoder.text_layers,
     )
 
 
@@ -177,7 +179,7 @@ def _no_statistics(model: PromptModel, clients: int) -> ClassStatistics:
     device = model.classes.mask.device
     none = torch.zeros(clients, len(model.classes), device=device)
     means = torch.zeros(*none.shape, model.encoder.feature_width, device=device)
-    return ClassStatistics(none, none[:, 0], none, means, none, none[:, 0], means[0])
+    return ClassStatistics(none, none[:, 0], none, means, none, none[:, 0], means[0], shared_counts=none[0])
 
 
 def _no_gradients(prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch) -> Gradient:
@@ -286,7 +288,7 @@ def mechanism_inputs(
         classes=classes,
         statistics=about.statistics,
         counts_only=about.counts_only,
-        one_feature=not kind.prompts_images,
+        one_feature=kind.reads is PromptModel.reads and not kind.prompts_images,
         whole_persons=units.whole_persons,
     )
 

@@ -40,6 +40,7 @@ class ClassStatistics:
         within: [K], the variance of a feature around its class's mean, in one direction.
         shared: [C, D], the expected means over all clients; None if what they released is not joined.
         principal: [q, D], directions in which features vary more than that, times the standard deviation that is added.
+        shared_counts: [C], the expected number of examples behind `shared`; None as that.
     """
 
     counts: Tensor
@@ -50,6 +51,7 @@ class ClassStatistics:
     within: Tensor
     shared: Tensor | None
     principal: Tensor | None = None
+    shared_counts: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,7 @@ class Estimator:
             spreads - added,
             None if shared is None else self._back(shared.means, views[0]),
             most if most is None or self.directions is None else most @ self.directions.T,
+            None if everybody is None else everybody.expected,
         )
 
     @property
