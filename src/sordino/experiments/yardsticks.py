@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sordino.algorithms import algorithm, settings_for
+from sordino.algorithms import lineage, settings_for
 from sordino.encoders.prompt_model import PromptModel
 from sordino.experiments.config import Experiment
 from sordino.experiments.features import EncodedDataset
@@ -60,7 +60,7 @@ class Yardstick:
         words: before the class name.
         evaluation: on the run's splits.
         scores: of the prompt, which all clients share.
-        itself: the run learns nothing, and its prompt is this one.
+        itself: the run is `zero-shot`, or descends from it, and its prompt is this one.
     """
 
     words: str
@@ -90,10 +90,10 @@ class Yardstick:
         tested = np.concatenate([task.test, task.novel, task.domain, task.triggered])
         if not dataset.encoded(tested, "image", progress):
             return None
-        encoder, about = dataset.encoder, algorithm(config.algorithm).ABOUT
+        encoder = dataset.encoder
         evaluation = evaluation_of(dataset, task, lambda names: PromptModel(encoder, encoder.class_tokens(names)))
         scores = evaluation.scores(encoder.embed(words)[None])
-        return cls(words, evaluation, scores, itself=not (about.trains or about.statistics))
+        return cls(words, evaluation, scores, itself=HAND_WRITTEN in lineage(config.algorithm))
 
     def against(self, learned: Scores) -> HandWritten:
         """Return its accuracy for the summary of a run, paired by picture with what the run learned."""
