@@ -48,7 +48,7 @@ MECHANISMS = {
 }
 ADDED = re.compile(  # settings that came later
     r", unit='\w+', person_images=\d+|, count_share=None, center_share=None, scatter_share=None, sampling_rate=1.0"
-    r", held_error=0.5, release=None|, directions='names'|, max_norm=inf"
+    r", held_error=0.5, release=None|, directions='names'|, max_norm=inf|, compress=False"
 )
 RENAMED = {
     "parameterization=": "parameterisation=",

@@ -174,6 +174,11 @@ def test_a_run_says_what_it_is_held_against(config_file: Path, tmp_path: Path, s
     assert zero.hand_written.itself
     assert (zero.before, zero.best) == (None, None)
     assert verdict(Results((zero,))) is None
+    random = run(load_config(config_file, ["algorithm=random-prompt"]), tmp_path / "random")
+    assert random.hand_written is not None
+    assert not random.hand_written.itself, "it learns nothing either, but is no hand-written prompt"
+    assert random.hand_written.accuracy == zero.accuracy
+    assert random.privacy.private
 
 
 @pytest.mark.parametrize("simulated", [False, True])

@@ -210,6 +210,22 @@ def test_zero_shot_is_the_hand_written_sentence(make_runtime: MakeRuntime) -> No
     )
 
 
+def test_a_random_prompt_is_local_before_its_first_round(make_runtime: MakeRuntime) -> None:
+    """Its first numbers, whatever the images are; wider ones are the same numbers times a factor."""
+    random, local = make_runtime("random-prompt", ROWS, QUICK), make_runtime("local", ROWS, QUICK)
+    prompts = random.prompts(random.start())
+    assert torch.equal(prompts, local.prompts(local.start()))
+    assert random.rounds == 0
+    assert (prompts[0] - prompts[1]).abs().amax() > 0.01, "each client draws its own"
+    others = make_runtime("random-prompt", [[39], [38], [37]], QUICK)
+    assert torch.equal(others.prompts(others.start()), prompts)
+    wide = make_runtime("random-prompt", ROWS, QUICK | {"random-prompt": {"deviation": 0.5}})
+    torch.testing.assert_close(wide.prompts(wide.start()), 25 * prompts)
+    words = make_runtime("random-prompt", ROWS, {"context_length": 16, "initial_context": "a photo of a"})
+    sentence = words.model.encoder.embed("a photo of a")
+    assert torch.equal(words.prompts(words.start())[2, -len(sentence) :], sentence)
+
+
 def test_local_tells_nobody_anything(make_runtime: MakeRuntime) -> None:
     """Other clients' images make no difference, and no byte is sent."""
     three, one = make_runtime("local", ROWS, TABLES), make_runtime("local", ROWS[:1], TABLES)

@@ -52,6 +52,8 @@ TUTORIAL = RUN["docs/tutorial.md"]
 TESTED: dict[tuple[str, str], list[str]] = {
     ("README.md", "python"): [RUN["README.md"]],
     ("docs/api.md", "python"): [OUTPUTS + "test_the_reference_prints_a_docstring"],
+    ("docs/dp-fpl-paper.md", "python"): [OUTPUTS + "test_the_noise_of_the_dp_fpl_paper_is_accounted_as_shown"] * 3,
+    ("docs/dp-fpl-paper.md", ""): [OUTPUTS + "test_the_noise_of_the_dp_fpl_paper_is_accounted_as_shown"] * 3,
     ("docs/install.md", ""): [OUTPUTS + "test_a_missing_extra_is_told_as_on_the_page"],
     ("docs/new-method.md", "python"): [
         "tests/test_docs.py::test_the_new_method_of_the_page_runs",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -19,6 +21,25 @@ def test_the_reference_prints_a_docstring(capsys: pytest.CaptureFixture[str]) ->
     (block,) = blocks("docs/api.md", "python")
     exec(compile(block.text, "docs/api.md", "exec"), {})
     assert "Train a method" in capsys.readouterr().out
+
+
+def test_the_noise_of_the_dp_fpl_paper_is_accounted_as_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    page = "docs/dp-fpl-paper.md"
+    names: dict[str, Any] = {}
+    for code, printed in zip(blocks(page, "python"), shown(page), strict=True):
+        exec(compile(code.text, page, "exec"), names)
+        assert " ".join(capsys.readouterr().out.split()) == printed
+    # An oracle without grids: all releases are one Gaussian mechanism, whose profile is known (Balle and Wang, 2018).
+    for claimed in names["LEVELS"]:
+        for sensitivity in (10.0, 20.0, 10.0 / 32):
+            shift = math.sqrt(3 * 100) * sensitivity / names["deviation"](claimed)
+            found = names["spent"](claimed, sensitivity)
+            above, below = (normal_tail(found / shift + sign * shift / 2) for sign in (-1, 1))
+            assert above - math.exp(found) * below == pytest.approx(1e-5, rel=1e-3)
+
+
+def normal_tail(x: float) -> float:
+    return math.erfc(x / math.sqrt(2)) / 2
 
 
 def test_a_missing_extra_is_told_as_on_the_page(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,12 @@ def test_the_numbers_are_those_of_the_summaries(real: dict[str, Run]) -> None:
         assert told in text, text
 
 
+def test_a_control_is_never_the_best(real: dict[str, Run]) -> None:
+    best = {"one": [0.3, 0.3], "random-prompt": [0.9, 0.9], "class-prior": [0.8, 0.8]}
+    groups = groups_of(real["promptfl"], best)
+    assert [group.label for group in contenders(groups)] == ["one"]
+
+
 def test_one_seed_tells_no_two_methods_apart(real: dict[str, Run]) -> None:
     groups = groups_of(real["promptfl"], {"one": [0.99], "two": [0.01], "local": [0.02]})
     text = sentence(groups, "Accuracy")

@@ -19,6 +19,10 @@ FEDERATIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]
         *("dp-fpl", ONE_STEP, ADAPTIVE | {"noise_by": "server"}),
         UNIFORM | {"participation": 0.5},
     ),
+    "dp-fpl, compressed uploads": (
+        *("dp-fpl", ONE_STEP, NOISE | {"mechanism": "dp-fedavg", "noise_by": "server", "compress": True}),
+        UNIFORM,
+    ),
     "dp-fpl, adaptive clip, a secure sum": ("dp-fpl", ONE_STEP, ADAPTIVE | {"noise_by": "shares"}, UNIFORM),
     "dp-fpl, dp-sgd, a secure sum": ("dp-fpl", ONE_STEP, NOISE | {"mechanism": "dp-sgd", "noise_by": "shares"}, {}),
     "dp-fpl, dp-sgd": ("dp-fpl", QUICK | {"dp-fpl": {"rank": 2}}, NOISE | {"mechanism": "dp-sgd"}, {}),

@@ -49,6 +49,7 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "zero-shot": Method("zero_shot"),
+    "random-prompt": Method("random_prompt"),
     "class-prior": Method("class_prior"),
     "head": Method("head"),
     "local": Method("local"),

@@ -65,6 +65,7 @@ __all__ = [
     "ClientState",
     "ClippedBroadcast",
     "ClippedUpload",
+    "CompressedUpload",
     "InitContext",
     "MethodInfo",
     "PersonalBroadcast",
@@ -137,6 +138,21 @@ class ClippedUpload(Upload):
 
     upload: Mapping[str, Tensor]
     below_clip: Tensor
+
+
+@dataclass(frozen=True)
+class CompressedUpload(Upload):
+    """An upload that is quantized by a dither (`sordino.secure.dithered`).
+
+    Attributes:
+        codes: the method's own tensors, as integers.
+        public: those that are known to all.
+        key: [K, bytes], of the dither.
+    """
+
+    codes: Mapping[str, Tensor]
+    public: Mapping[str, Tensor]
+    key: Tensor
 
 
 @dataclass(frozen=True)

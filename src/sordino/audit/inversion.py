@@ -32,6 +32,7 @@ from sordino.algorithms.base import RoundContext, named_tensors
 from sordino.audit.subject import Subject, contexts_of, coop, replaces_images
 from sordino.audit.tower_map import TowerMap
 from sordino.privacy.client_level import CLIP
+from sordino.privacy.mechanism import WEIGHT
 from sordino.randomness import Streams, derive_key
 from sordino.runtime.local import LocalRuntime, Training
 
@@ -184,6 +185,10 @@ def observe(
         runtime.settings, broadcast, training.clients, batches, mechanism_round.gradients, round_context
     )
     sent = mechanism_round.protect(named_tensors(upload))
+    if mechanism_round.keys is not None:
+        codes = {name: part for name, part in sent.items() if name != WEIGHT}
+        read = runtime.mechanism.restored(codes, mechanism_round.keys)
+        sent |= {name: part.to(data.features) for name, part in read.items()}
     if module.ABOUT.averages:
         gradient = sent[next(iter(module.ABOUT.averages.values()))]
     else:  # one step of SGD: change = -rate (gradient + decay context)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sordino.algorithms import algorithm, settings_for
+from sordino.algorithms import lineage, settings_for
 from sordino.encoders.generative.model import context_model
 from sordino.encoders.prompt_model import PromptModel
 from sordino.experiments.config import Experiment
@@ -61,7 +61,7 @@ class Yardstick:
         words: before the class name.
         evaluation: on the run's splits.
         scores: of the prompt, which all clients share.
-        itself: the run learns nothing, and its prompt is this one.
+        itself: the run is `zero-shot`, or descends from it, and its prompt is this one.
     """
 
     words: str
@@ -89,7 +89,7 @@ class Yardstick:
         """
         words = str(settings_for(HAND_WRITTEN, config.settings).prompt_text)
         tested = np.concatenate([task.test, task.novel, task.domain, task.triggered])
-        encoder, about = dataset.encoder, algorithm(config.algorithm).ABOUT
+        encoder = dataset.encoder
 
         def model_for(names: Sequence[str]) -> PromptModel:
             return context_model(encoder, encoder.class_tokens(names))
@@ -98,7 +98,7 @@ class Yardstick:
             return None
         evaluation = evaluation_of(dataset, task, model_for)
         scores = evaluation.scores(encoder.embed(words)[None])
-        return cls(words, evaluation, scores, itself=not (about.trains or about.statistics))
+        return cls(words, evaluation, scores, itself=HAND_WRITTEN in lineage(config.algorithm))
 
     def against(self, learned: Scores) -> HandWritten:
         """Return its accuracy for the summary of a run, paired by picture with what the run learned."""

@@ -107,6 +107,8 @@ def _check(settings: PrivacySettings, inputs: MechanismInputs) -> None:
             )
     if settings.noise_by == "shares":
         _check_secure_sum(settings, inputs)
+    if settings.compress:
+        _check_every_share(settings, inputs, "privacy.compress = true")
 
 
 def _check_statistics(settings: PrivacySettings, inputs: MechanismInputs) -> None:
@@ -138,24 +140,28 @@ def _check_public(settings: PrivacySettings, public: Tensor | None) -> None:
 
 
 def _check_secure_sum(settings: PrivacySettings, inputs: MechanismInputs) -> None:
+    _check_every_share(settings, inputs, "privacy.noise_by = 'shares'")
     clients = len(inputs.sizes)
-    if inputs.participation < 1:
-        raise ConfigError(
-            "runtime.participation",
-            inputs.participation,
-            "must be 1 with privacy.noise_by = 'shares', as every share counts",
-        )
     most = max(0, (clients - settings.colluders - 1) // 2)  # see sordino.secure.sums.setup.check_threshold
-    if settings.colluders >= clients:
-        raise ConfigError(
-            "privacy.colluders",
-            settings.colluders,
-            f"must be below the number of clients, {clients}: colluders know their own shares of the noise",
-        )
     if settings.dropouts > most:
         raise ConfigError(
             "privacy.dropouts",
             settings.dropouts,
             f"must be at most {most} of {clients} clients with privacy.colluders = {settings.colluders}: else two "
             "halves of the clients could open one's upload",
+        )
+
+
+def _check_every_share(settings: PrivacySettings, inputs: MechanismInputs, setting: str) -> None:
+    """Refuse a federation whose clients' shares of the noise may be too few."""
+    clients = len(inputs.sizes)
+    if inputs.participation < 1:
+        raise ConfigError(
+            "runtime.participation", inputs.participation, f"must be 1 with {setting}, as every share counts"
+        )
+    if settings.colluders >= clients:
+        raise ConfigError(
+            "privacy.colluders",
+            settings.colluders,
+            f"must be below the number of clients, {clients}: colluders know their own shares of the noise",
         )

@@ -23,7 +23,9 @@ from sordino.privacy.mechanism import (
     summed_securely,
 )
 from sordino.privacy.secure_mean import ServerSums, Summed, SumTerms, SumVectors
+from sordino.privacy.settings import PrivacySettings
 from sordino.randomness import Randomness
+from sordino.secure.dithered import drawn_keys, quantized, restored
 
 CLIP = "clip"  # the mechanism's state: the current bound, a scalar
 COUNT = "count"  # the field of the secure sum of bits
@@ -38,6 +40,10 @@ class ClientMechanism(Mechanism):
     clipped to one norm, averaged with a fixed divisor, noised. With `noise_by = "client"` every upload is noised
     enough for itself, as in FedPrompt (Zhao et al., 2023). The clip may follow a quantile of the uploads' norms:
     Andrew, Thakkar, McMahan, Ramaswamy, Differentially Private Learning with Adaptive Clipping, NeurIPS 2021.
+
+    With `compress`, uploads are integers whose rounding is the noise (`sordino.secure.dithered`). The server has the
+    dithers and sees no noise. Each of K clients adds the variance (z clip)^2 / (K - T), so that T of them who know
+    their own dithers leave enough. The server adds what clients that are lost would have added.
 
     Sensitivity: neighboring federations differ in one client, present or not, with the divisor unchanged; the sum of
     uploads then changes by one vector of norm at most `clip`. Whether an upload is below the clip is counted as +-1/2,
@@ -59,7 +65,11 @@ class ClientMechanism(Mechanism):
         noise_by = self.settings.noise_by
         covered: tuple[Channel, ...] = ("mean",) if noise_by == "server" else ("mean", "upload")
         trusted: tuple[Observer, ...] = ("server",) if noise_by == "server" else ()
-        assumptions = (summed_securely(self.settings),) if noise_by == "shares" else ()
+        assumptions = tuple(
+            words(self.settings)
+            for words, applies in ((summed_securely, noise_by == "shares"), (_compressed, self.compresses))
+            if applies
+        )
         stated = Ledger((), self._left_open(covered), trusted, assumptions, self.delta, self._randomness)
         return replace(stated, whole_persons=self.inputs.whole_persons)
 
@@ -76,6 +86,10 @@ class ClientMechanism(Mechanism):
             clipped, below = clip_jointly(learned, bound)
             if self.sums_securely:
                 mechanism_round.summed.append(SumVectors(self._upload_terms(bound), dict(clipped)))
+            if self.compresses:
+                keys = mechanism_round.keys = drawn_keys(randomness)
+                codes = {name: quantized(part, self._part, keys, name) for name, part in clipped.items()}
+                return tensors | codes
             for name, tensor in clipped.items():
                 noise = randomness.normal(f"noise on {name}", *tensor.shape[1:]).to(tensor)
                 clipped[name] = tensor + client_share * z_upload * bound * noise
@@ -111,7 +125,10 @@ class ClientMechanism(Mechanism):
                     charge(releases, 0, opened[0].noise_multiplier)
                 return opened[0].fields[name].to(values) / len(opened[0].survivors)
             noise = randomness.common_normal(f"noise on the sum of {name}", *values.shape[1:]).to(values)
-            mean: Tensor = (values.sum(0) + server_share * z_upload * clip * noise) / divisor
+            deviation = server_share * z_upload * clip
+            if self.compresses:  # the sum has the noise of those who came
+                deviation = self._part * math.sqrt(len(self.inputs.sizes) - len(clients))
+            mean: Tensor = (values.sum(0) + deviation * noise) / divisor
             return mean
 
         def share_below(bits: Tensor | None) -> float:
@@ -131,6 +148,15 @@ class ClientMechanism(Mechanism):
             return {CLIP: torch.tensor(changed, dtype=torch.float64)}
 
         return ServerRoundMechanism(once(average), releases, finish)
+
+    def restored(self, codes: Mapping[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
+        return {name: restored(part, self._part, keys, name) for name, part in codes.items()}
+
+    @property
+    def _part(self) -> float:
+        """The deviation of one client's part of the noise, if uploads are compressed."""
+        enough = len(self.inputs.sizes) - self.settings.colluders
+        return self.noise_multiplier * self.settings.clip / math.sqrt(enough)
 
     def broadcast_clip(self, state: Mapping[str, Tensor]) -> Tensor | None:
         return state[CLIP] if self.broadcasts_clip else None
@@ -162,7 +188,8 @@ class ClientMechanism(Mechanism):
             return [Release(what, party, "client", multipliers, 1.0, 1, s.noise_by, OBSERVERS) for party in parties]
         rate = inputs.participation if self.samples_clients else 1.0
         seen_by: tuple[Observer, ...] = ("clients", "public") if s.noise_by == "server" else OBSERVERS
-        return [Release(f"mean {what}", ALL_CLIENTS, "client", multipliers, rate, 1, s.noise_by, seen_by)]
+        adds = "client" if s.compress else s.noise_by
+        return [Release(f"mean {what}", ALL_CLIENTS, "client", multipliers, rate, 1, adds, seen_by)]
 
     def planned(self, rounds: int | None = None) -> list[Release]:
         count = self.inputs.rounds if rounds is None else rounds
@@ -175,3 +202,11 @@ class ClientMechanism(Mechanism):
                 )
             ]
         return [replace(release, steps=count) for release in self.round_releases(range(len(self.inputs.sizes)))]
+
+
+def _compressed(settings: PrivacySettings) -> str:
+    """Return the assumptions of compressed uploads, in words."""
+    return (
+        "uploads are compressed, and the error of that is the noise: the server knows the dither and sees every upload "
+        f"without noise; of the clients, at most {settings.colluders} pool what they know of theirs"
+    )

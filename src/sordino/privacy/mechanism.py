@@ -105,6 +105,7 @@ class ClientRoundMechanism:
         protect: turns an upload's tensors, each [K, ...], into what leaves the clients.
         rates: for each gradient that was taken, the sampling rates [K] of its batch, as they were drawn.
         below_clip: [K], 1/2 where an upload was below an adaptive clip, -1/2 where not, noised; part of the upload.
+        keys: [K, bytes], of the dithers by which an upload was quantized; part of the upload.
         summed: vectors that a secure sum adds up; they never leave in the clear.
     """
 
@@ -112,6 +113,7 @@ class ClientRoundMechanism:
     protect: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     rates: list[Tensor] = field(default_factory=list)
     below_clip: Tensor | None = None
+    keys: Tensor | None = None
     summed: list[SumVectors] = field(default_factory=list)
 
 
@@ -166,6 +168,15 @@ class Mechanism:
         if not self.samples_examples:
             return None
         return PoissonSampler(randomness, self.settings.person_images if self.settings.by_person else None)
+
+    @property
+    def compresses(self) -> bool:
+        """Tell whether uploads are integers, whose rounding is the noise."""
+        return self.settings.on and self.inputs.trains and self.settings.compress
+
+    def restored(self, codes: Mapping[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
+        """Return uploads with noise, each [K, ...], from the integers that were sent; see `compresses`."""
+        raise NotImplementedError
 
     @property
     def broadcasts_clip(self) -> bool:

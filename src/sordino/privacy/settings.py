@@ -136,10 +136,16 @@ class PrivacySettings(BaseModel):
         description="dp-fedavg: adapt clip until this share of the uploads is below it (Andrew et al., 2021)",
     )
     clip_learning_rate: float = Field(default=0.2, gt=0, description="dp-fedavg: of the logarithm of an adaptive clip")
+    compress: bool = Field(
+        default=False,
+        description="dp-fedavg, noise_by = 'server': send uploads as small integers whose rounding is the noise "
+        "(CEPAM); the server knows the dither and sees no noise",
+    )
     colluders: int = Field(
         default=1,
         ge=0,
-        description="noise_by = 'shares': clients that may pool what they know; noise is enough without their shares",
+        description="noise_by = 'shares', or compress: clients that may pool what they know; noise is enough without "
+        "their shares",
     )
     dropouts: int = Field(
         default=0, ge=0, description="noise_by = 'shares': clients that may drop out of a sum; likewise"
@@ -206,7 +212,27 @@ class PrivacySettings(BaseModel):
             raise ConfigError("privacy.subspace", None, "with directions = 'images', say how many of them, such as 16")
         if self.clip_quantile is not None and self.mechanism != "dp-fedavg":
             raise ConfigError("privacy.clip_quantile", self.clip_quantile, "only 'dp-fedavg' adapts clip; leave it out")
+        self._check_compression()
         return self
+
+    def _check_compression(self) -> None:
+        """Refuse a compression whose error is not the noise that the mechanism needs.
+
+        Raises:
+            ConfigError: of the key that does not fit.
+        """
+        if not self.compress:
+            return
+        if (self.mechanism, self.noise_by) != ("dp-fedavg", "server"):
+            needs = (
+                "needs mechanism = 'dp-fedavg' and noise_by = 'server': a server that knows the dither sees no noise"
+            )
+            raise ConfigError("privacy.compress", True, needs)
+        if self.clip_quantile is not None:
+            raise ConfigError("privacy.clip_quantile", self.clip_quantile, "with privacy.compress the clip is fixed")
+        if self.noise_multiplier == 0 or self.epsilon == math.inf:
+            needs = "without noise there is no error to round by; give a finite epsilon, or leave it out"
+            raise ConfigError("privacy.compress", True, needs)
 
     def _check_unit(self) -> None:
         """Refuse a unit that the mechanism does not protect.

@@ -331,12 +331,14 @@ class ClientRound:
         self, upload: AnyUpload, mechanism_round: ClientRoundMechanism, clients: Sequence[int], number: int
     ) -> dict[int, bytes]:
         """Return each client's upload as bytes, by client."""
-        message = self._end.federation.upload_message(upload, mechanism_round.below_clip)
+        message = self._end.federation.upload_message(upload, mechanism_round.below_clip, mechanism_round.keys)
         sent: dict[int, bytes] = {}
         for place, client in enumerate(clients):
             rates = tuple(float(rate[place]) for rate in mechanism_round.rates)
             client_message = take(message, torch.tensor([place]))
             sent[client] = messages.encode(client_message, UploadHeader(number, rates))
+            if self._end.federation.mechanism.compresses:
+                sent[client] = messages.deflated(sent[client])
         return sent
 
     def _boosted(self, upload: AnyUpload, clients: Sequence[int]) -> AnyUpload:

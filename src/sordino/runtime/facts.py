@@ -16,6 +16,7 @@ from sordino.algorithms.base import (
     ClientData,
     ClippedBroadcast,
     ClippedUpload,
+    CompressedUpload,
     InitContext,
     PersonalBroadcast,
     RoundContext,
@@ -110,13 +111,20 @@ class Federation:
         """Return the message of a broadcast and, if the clip adapts, of the round's clip."""
         return broadcast if clip is None else ClippedBroadcast(named_tensors(broadcast), clip)
 
-    def upload_message(self, upload: Upload, below_clip: Tensor | None) -> Upload:
+    def upload_message(self, upload: Upload, below_clip: Tensor | None, keys: Tensor | None = None) -> Upload:
         """Return the message of an upload, without the parts that leave a client in shares or masked.
 
         Args:
             upload: the method's upload, protected.
             below_clip: [K], the bits of an adaptive clip; None if the clip does not adapt.
+            keys: [K, bytes], of the dithers by which the upload was quantized; None for no such upload.
         """
+        if self.mechanism.compresses:
+            assert keys is not None
+            tensors = named_tensors(upload)
+            public = {name: tensor for name, tensor in tensors.items() if name == WEIGHT}
+            codes = {name: tensor.to(torch.int32) for name, tensor in tensors.items() if name != WEIGHT}
+            return CompressedUpload(codes, public, keys)
         if hasattr(self.algorithm, "client_exchange"):
             return Upload()  # the protocol's messages carry it, in shares
         if self.mechanism.sums_securely:  # the secure sum's messages carry it, masked; weights are public

@@ -8,6 +8,7 @@ names, types, shapes and length must be those that were agreed, and every number
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -132,7 +133,7 @@ def decode(content: bytes, like: AnyMessage, *, finite: bool = True) -> AnyMessa
         NotFinite: a tensor has a number that is not finite.
     """
     agreed = named_tensors(like)
-    longest = HEADER_BYTES + sum(tensor.numel() * tensor.element_size() for tensor in agreed.values())
+    longest = _longest(like)
     if len(content) > longest:
         raise MessageError(f"it has {len(content):,} bytes where at most {longest:,} were agreed")
     try:
@@ -146,6 +147,37 @@ def decode(content: bytes, like: AnyMessage, *, finite: bool = True) -> AnyMessa
     if missing:
         raise MessageError(f"it lacks tensors: {', '.join(missing)}")
     return map_tensors(like, lambda name, old: _checked(name, tensors[name], old, finite))
+
+
+def deflated(content: bytes) -> bytes:
+    """Return the bytes of a message in fewer ones (DEFLATE, RFC 1951)."""
+    return zlib.compress(content, 9)
+
+
+def inflated(content: bytes, like: Broadcast | Upload) -> bytes:
+    """Return the bytes of a message that were `deflated`.
+
+    No more are made than a message like `like` may have, whatever the content claims.
+
+    Raises:
+        MessageError: they are no such bytes, or too many.
+    """
+    longest = _longest(like)
+    reader = zlib.decompressobj()
+    try:
+        whole = reader.decompress(content, longest + 1)
+    except zlib.error as error:
+        raise MessageError(f"it is no compressed message: {error}") from None
+    if len(whole) > longest:
+        raise MessageError(f"it has more than the {longest:,} bytes that were agreed")
+    if not reader.eof or reader.unused_data:
+        raise MessageError("it is no compressed message: it does not end where its bytes do")
+    return whole
+
+
+def _longest(like: Broadcast | Upload) -> int:
+    """Return the most bytes that a message may have."""
+    return HEADER_BYTES + sum(tensor.numel() * tensor.element_size() for tensor in named_tensors(like).values())
 
 
 def _checked(name: str, tensor: Tensor, agreed: Tensor, finite: bool) -> Tensor:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sordino.algorithms.base import ClippedUpload, StatedWeight, Upload, map_tensors, named_tensors
+from sordino.algorithms.base import ClippedUpload, CompressedUpload, StatedWeight, Upload, map_tensors, named_tensors
 from sordino.errors import RunError
 from sordino.privacy.ledger import Ledger
 from sordino.runtime import messages
 from sordino.runtime.facts import Federation, stacked
 from sordino.runtime.messages import MessageError, NotFinite
 from sordino.secure import Refusal
+from sordino.secure.dithered import KEY_BYTES
 
 Replies = Mapping[int, bytes | Refusal]  # by client
 
@@ -110,6 +111,12 @@ def stacked_upload(federation: Federation, parts: Sequence[Mapping[str, Tensor]]
     schema, like = federation.schemas.upload, _agreed(federation)
     count, below_clip = len(parts), None
     received = stacked(parts, named_tensors(like))
+    if isinstance(like, CompressedUpload):
+        codes = {name.removeprefix("codes."): part for name, part in received.items() if name.startswith("codes.")}
+        public = {name.removeprefix("public."): part for name, part in received.items() if name.startswith("public.")}
+        noised = federation.mechanism.restored(codes, received["key"])
+        own = named_tensors(schema)
+        received = public | {name: part.to(own[name]) for name, part in noised.items()}
     if isinstance(like, ClippedUpload):
         below_clip = received.pop("below_clip")
         received = {name.removeprefix("upload."): tensor for name, tensor in received.items()}
@@ -126,7 +133,8 @@ def stacked_upload(federation: Federation, parts: Sequence[Mapping[str, Tensor]]
 def _agreed(federation: Federation) -> Upload:
     """Return an upload with the names, types and shapes that were agreed."""
     bits = torch.zeros(1) if federation.mechanism.broadcasts_clip else None
-    return federation.upload_message(federation.schemas.upload, bits)
+    keys = torch.zeros(1, KEY_BYTES, dtype=torch.uint8) if federation.mechanism.compresses else None
+    return federation.upload_message(federation.schemas.upload, bits, keys)
 
 
 def _read(
@@ -142,6 +150,8 @@ def _read(
         raise NoAnswer("did not answer")
     if isinstance(reply, Refusal):
         raise NoAnswer(f"did not answer: {reply.reason}")
+    if federation.mechanism.compresses:
+        reply = messages.inflated(reply, _agreed(federation))
     header = messages.upload_header(reply)
     if header.round != number:
         raise MessageError(f"it is of round {header.round}")

@@ -11,8 +11,9 @@ from sordino.report.groups import EPSILON, Group, settings_of
 from sordino.report.sections.evidence import Evidence, evidence
 from sordino.results import MEASURES, Interval, Measure, listed, points, rounded_up
 
-# What a method is held against: no training, what class frequencies alone give, training alone, and pooled data.
-YARDSTICKS = ("zero-shot", "class-prior", "local", "central")
+# What a method is held against: no training, random vectors, what class frequencies alone give, training alone, and
+# pooled data.
+YARDSTICKS = ("zero-shot", "random-prompt", "class-prior", "local", "central")
 AGAINST = ("local", "class-prior")
 
 _NAMED = 3  # groups that a sentence names; more are counted
