@@ -55,6 +55,7 @@ METHODS: dict[str, Method] = {
     "central": Method("central"),
     "promptfl": Method("promptfl"),
     "fedprompt": Method("fedprompt"),
+    "fedbpt": Method("fedbpt"),
     "fedotp": Method("fedotp"),
     "fedpgp": Method("fedpgp"),
     "pfedprompt": Method("pfedprompt"),

@@ -32,9 +32,10 @@ one with a thousand run the same lines. The functions do no I/O, read no clock, 
 `round_context.streams`. A runtime moves Broadcast and Upload, and can move nothing else.
 
 Gradients come only from `gradients`, batches only from `data`, means over clients only from `uploads`: that is where
-privacy enters. Each batch is differentiated once. The draws of a round are checked against `schedule`. An upload that
-is averaged has a field `weight`, known to all. It is a change or a gradient: a vector around zero, so that it can be
-clipped.
+privacy enters. A method with `forward_only=True` in its ABOUT gets losses of candidate prompts in the place of
+`gradients`, and no derivative. Each batch is differentiated, or measured, once. The draws of a round are checked
+against `schedule`. An upload that is averaged has a field `weight`, known to all. It is a change or a gradient: a
+vector around zero, so that it can be clipped.
 """
 
 from __future__ import annotations
@@ -48,7 +49,6 @@ from torch import Tensor
 from sordino.algorithms.client_data import ClientData
 from sordino.algorithms.settings import STRICT
 from sordino.encoders.prompt_model import Prompt, PromptModel
-from sordino.privacy.gradients import Gradients
 from sordino.privacy.ledger import Disclosure
 from sordino.privacy.mechanism import ServerUses
 from sordino.randomness import Streams
@@ -269,6 +269,8 @@ class MethodInfo:
         statistics: true for a method that works on class statistics (`ClientData.statistics`), which a runtime then
             makes for it under any mechanism that allows it.
         counts_only: true for such a method that uses their counts and nothing else.
+        forward_only: true for a method that treats the model as a black box. Its `client_round` is given `Losses` of
+            candidate prompts in the place of `gradients`.
     """
 
     paper: str
@@ -283,6 +285,7 @@ class MethodInfo:
     pools_data: bool = False
     statistics: bool = False
     counts_only: bool = False
+    forward_only: bool = False
 
 
 class Algorithm(Protocol):
@@ -302,7 +305,7 @@ class Algorithm(Protocol):
         broadcast: Any,
         state: Any,
         data: ClientData,
-        gradients: Gradients,
+        gradients: Any,
         round_context: RoundContext,
     ) -> tuple[Any, Any]: ...
     def server_round(self, settings: Any, server: Any, uploads: Uploads[Any], round_context: RoundContext) -> Any: ...

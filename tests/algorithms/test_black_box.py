@@ -1,0 +1,193 @@
+"""What makes each forward-only method what it is."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from runtime.states import started_in_double
+from sordino.algorithms import fedbpt
+from sordino.algorithms.base import Uploads
+from sordino.algorithms.cma_es import Rates, Roots, Search, ask, tell
+from sordino.algorithms.settings.fedbpt import Settings as FedBpt
+from sordino.privacy.forward.losses import ExactLosses
+from sordino.privacy.mechanism import plain_mean
+from sordino.runtime.local import LocalRuntime
+
+MakeRuntime = Callable[..., LocalRuntime]
+ROWS = [list(range(0, 12)), list(range(12, 20)), list(range(20, 40))]
+TABLES = {"context_length": 3, "local_steps": 4, "fedbpt": {"search_width": 6, "population": 8}}
+
+
+def ellipsoid(points: Tensor) -> Tensor:
+    return (points.square() * torch.arange(1, points.shape[-1] + 1) ** 2).sum(-1)
+
+
+@pytest.mark.parametrize(("width", "population"), [(6, 9), (10, 8), (12, 20)])
+def test_a_search_is_that_of_the_package_cma(width: int, population: int) -> None:
+    """From the same candidates, generation after generation: mean, step size, covariance and both paths."""
+    cma = pytest.importorskip("cma")
+    options = {"popsize": population, "seed": 3, "verbose": -9, "CMA_mirrors": 0, "CMA_diagonal_decoding": 0}
+    reference = cma.CMAEvolutionStrategy(
+        width * [0.3], 0.7, options | {"AdaptSigma": cma.sigma_adaptation.CMAAdaptSigmaCSA}
+    )
+    reference.sm.lazy_update_gap = 0
+    rates = Rates.of(width, population)
+    reference.adapt_sigma.initialize(reference)
+    reference.adapt_sigma.damps = rates.damping  # the tutorial's; the package has another for large populations
+    assert rates.weights == pytest.approx(list(reference.sp.weights))
+    start = torch.full((1, width), 0.3, dtype=torch.float64)
+    search = Search.at(start, torch.tensor([0.7], dtype=torch.float64), torch.tensor(reference.sm.C)[None])
+    for _ in range(25):
+        candidates = torch.tensor(np.array(reference.ask()))[None]
+        losses = ellipsoid(candidates)
+        reference.tell(list(candidates[0].numpy()), losses[0].tolist())
+        search = tell(search, Roots.of(search.covariance), rates, candidates, losses)
+        for found, expected in (
+            (search.mean, reference.mean),
+            (search.step, np.array(reference.sigma)),
+            (search.covariance, reference.sm.C),
+            (search.path, reference.pc),
+            (search.step_path, reference.adapt_sigma.ps),
+        ):
+            torch.testing.assert_close(found[0], torch.tensor(expected), rtol=1e-9, atol=1e-11)
+
+
+def searched(losses: Callable[[Tensor], Tensor], scale: float = 1.0, generations: int = 60) -> Search:
+    width, rates = 5, Rates.of(5, 10)
+    generator = torch.Generator().manual_seed(0)
+    start = scale * torch.ones(2, width, dtype=torch.float64)
+    search = Search.at(start, torch.tensor([scale * 0.5] * 2), torch.eye(width)[None])
+    for _ in range(generations):
+        roots = Roots.of(search.covariance)
+        candidates = ask(search, roots, torch.randn(2, 10, width, generator=generator))
+        search = tell(search, roots, rates, candidates, losses(candidates))
+    return search
+
+
+def test_only_the_order_of_losses_matters() -> None:
+    one, other = searched(ellipsoid), searched(lambda points: 7 + 3 * ellipsoid(points).log())
+    for name, tensor in vars(one).items():
+        assert tensor == vars(other)[name] if name == "generation" else torch.equal(tensor, vars(other)[name])
+
+
+def test_a_larger_space_is_searched_alike_and_the_minimum_is_found() -> None:
+    one, twice = searched(ellipsoid), searched(ellipsoid, scale=2.0)
+    torch.testing.assert_close(twice.mean, 2 * one.mean, rtol=1e-6, atol=1e-12)
+    assert ellipsoid(searched(ellipsoid, generations=150).mean).max() < 1e-8
+
+
+def test_searches_side_by_side_do_not_meet() -> None:
+    both = searched(lambda points: torch.stack([ellipsoid(points[0]), ellipsoid(points[1] - 1)]))
+    alone = searched(ellipsoid)
+    torch.testing.assert_close(both.mean[0], alone.mean[0], rtol=1e-9, atol=1e-12)
+    assert (both.mean[1] - both.mean[0]).abs().max() > 0.1
+
+
+# FedBPT.
+
+
+def fedbpt_round(runtime: LocalRuntime):
+    start = started_in_double(runtime)
+    context = runtime.round_context(1)
+    upload, _ = fedbpt.client_round(
+        runtime.settings,
+        fedbpt.broadcast(start.server),
+        start.clients,
+        runtime.data,
+        ExactLosses(runtime.model),
+        context,
+    )
+    return start, context, upload
+
+
+def test_a_round_of_one_client_is_plain_cma_es_bit_for_bit(make_runtime: MakeRuntime) -> None:
+    """On the loss of its data; the server then holds that search's mean."""
+    tables = TABLES | {"fedbpt": {"search_width": 6, "population": 8, "masked_share": 0.0}}
+    runtime = make_runtime("fedbpt", [list(range(40))], tables)
+    start, context, upload = fedbpt_round(runtime)
+    rates, exact = Rates.of(6, 8), ExactLosses(runtime.model)
+    batch = next(iter(runtime.data.batches(1, None, context.streams)))
+    zeros = torch.zeros(1, 6, dtype=torch.float64)
+    search = Search.at(zeros, torch.ones(1), torch.eye(6)[None])
+    spread = 0.0
+    for number in range(4):
+        roots = Roots.of(search.covariance)
+        candidates = ask(search, roots, context.streams.normal(f"candidates {number}", 8, 6))
+        losses = exact(fedbpt.Question(dict, relative=False), {"z": candidates}, {}, batch).losses[:, 0]
+        spread += float(search.step) ** 2
+        search = tell(search, roots, rates, candidates, losses)
+    assert torch.equal(upload.mean, search.mean)
+    assert float(upload.squared_steps) == pytest.approx(spread)
+    server = fedbpt.server_round(runtime.settings, start.server, Uploads(upload, plain_mean), context)
+    torch.testing.assert_close(server.mean, search.mean[0])
+
+
+@pytest.mark.parametrize("far", [1.0, 60.0])
+def test_the_server_steps_as_the_published_code_does(far: float) -> None:
+    """Which asks the package `cma`: all means are parents, the step size is made of the clients', two in turn."""
+    cma = pytest.importorskip("cma")
+    width, clients, generator = 8, 4, torch.Generator().manual_seed(1)
+    settings = FedBpt(search_width=width, population=5)
+    options = {"popsize": clients, "CMA_mu": clients, "seed": 1, "verbose": -9, "CMA_diagonal_decoding": 0}
+    reference = cma.CMAEvolutionStrategy(
+        width * [0], 1.0, options | {"AdaptSigma": cma.sigma_adaptation.CMAAdaptSigmaCSA, "CMA_mirrors": 0}
+    )
+    reference.sm.lazy_update_gap, local_step = 0, 1.0
+    double = torch.float64
+    server = fedbpt.Server(
+        torch.zeros(width, dtype=double),
+        torch.ones((), dtype=double),
+        torch.tensor(reference.sm.C),
+        torch.zeros(width, dtype=double),
+        torch.zeros(width, dtype=double),
+        torch.zeros((), dtype=torch.int64),
+    )
+    for _ in range(3):
+        means = server.mean + far * torch.randn(clients, width, generator=generator, dtype=double)
+        spreads = torch.rand(clients, generator=generator, dtype=double) + 1
+        losses = torch.rand(clients, generator=generator, dtype=double)
+        reference.sigma = before = math.sqrt(float(spreads.sum()) / clients / 2)  # two parents of five candidates
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            reference.ask()
+            reference.tell(list(means.numpy()), losses.tolist())
+        local_step *= reference.sigma / before
+        upload = fedbpt.Upload(means, losses, spreads)
+        server = fedbpt.server_round(settings, server, Uploads(upload, plain_mean), None)  # type: ignore[arg-type]
+        torch.testing.assert_close(server.mean, torch.tensor(reference.mean), rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(server.covariance, torch.tensor(reference.sm.C), rtol=1e-8, atol=1e-10)
+        assert float(server.step) == pytest.approx(local_step, rel=1e-8)
+    assert int(server.generation) == 3
+
+
+def test_fitness_is_the_loss_over_the_loss_under_masked_inputs(make_runtime: MakeRuntime) -> None:
+    runtime = make_runtime("fedbpt", ROWS, TABLES)
+    _, context, upload = fedbpt_round(runtime)
+    width = runtime.model.encoder.feature_width
+    view = fedbpt.masked(0.5, width, context.streams)
+    batch = next(iter(runtime.data.batches(1, None, context.streams)))
+    hidden = view(batch.features)
+    torch.testing.assert_close(hidden.norm(dim=-1), batch.features.norm(dim=-1))
+    same = (hidden / hidden.norm(dim=-1, keepdim=True)).isclose(batch.features)
+    assert not torch.equal(hidden[0, 0], hidden[1, 0])
+    assert int(same.sum()) < same.numel() / 2  # norms are kept, so entries that stay are scaled
+    exact, question = ExactLosses(runtime.model), fedbpt.Question(dict, relative=False)
+    of_mean = {"z": upload.mean[:, None]}
+    plain = exact(question, of_mean, {}, batch).losses[:, 0, 0]
+    masked = exact(question, of_mean, {}, replace(batch, features=hidden)).losses[:, 0, 0]
+    torch.testing.assert_close(upload.fitness, plain / masked)
+
+
+def test_a_prompt_is_its_start_at_zero_and_moves_by_the_projection(make_runtime: MakeRuntime) -> None:
+    model = make_runtime("fedbpt", ROWS, TABLES).model
+    zero, one = torch.zeros(1, 6), torch.eye(6)[:1]
+    assert torch.equal(model.context({"z": zero})[0], model.start)
+    torch.testing.assert_close(model.context({"z": 2 * one})[0] - model.start, 2 * model.projection[0])
