@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from runtime.states import started_in_double
-from sordino.algorithms import fedbpt
-from sordino.algorithms.base import Uploads
+from sordino.algorithms import fed_bbpt, fedbpt
+from sordino.algorithms.base import RoundContext, Uploads
 from sordino.algorithms.cma_es import Rates, Roots, Search, ask, tell
 from sordino.algorithms.settings.fedbpt import Settings as FedBpt
+from sordino.algorithms.zeroth_order import both_sides, directions_of, estimate
 from sordino.privacy.forward.losses import ExactLosses
+from sordino.privacy.gradients import ExactGradients
 from sordino.privacy.mechanism import plain_mean
+from sordino.randomness import Streams
 from sordino.runtime.local import LocalRuntime
 
 MakeRuntime = Callable[..., LocalRuntime]
@@ -191,3 +194,100 @@ def test_a_prompt_is_its_start_at_zero_and_moves_by_the_projection(make_runtime:
     zero, one = torch.zeros(1, 6), torch.eye(6)[:1]
     assert torch.equal(model.context({"z": zero})[0], model.start)
     torch.testing.assert_close(model.context({"z": 2 * one})[0] - model.start, 2 * model.projection[0])
+
+
+# Fed-BBPT.
+
+
+def streams_of(clients: int, number: int = 1) -> RoundContext:
+    return RoundContext(number, 9, Streams(0, number, range(clients), torch.device("cpu")))
+
+
+def test_entries_of_directions_are_away_from_zero_and_symmetric() -> None:
+    at = {"x": torch.zeros(2, 30, 50, dtype=torch.float64)}
+    directions = directions_of(at, 4, streams_of(2), 0)["x"]
+    assert directions.shape == (2, 4, 30, 50)
+    assert 0.5 <= float(directions.abs().min()) < 0.51
+    assert 0.99 < float(directions.abs().max()) <= 1.0
+    assert abs(float(directions.sign().mean())) < 5 / math.sqrt(directions.numel())
+    assert float(directions.abs().mean()) == pytest.approx(0.75, abs=0.01)
+    alone = directions_of(
+        {"x": at["x"][1:]}, 4, replace(streams_of(2), streams=Streams(0, 1, [1], torch.device("cpu"))), 0
+    )
+    assert torch.equal(alone["x"][0], directions[1])
+
+
+def test_the_estimate_is_unbiased_for_a_linear_loss_however_far_it_looks() -> None:
+    count, smoothing = 20000, 3.0
+    point = {"x": torch.ones(1, 4, dtype=torch.float64)}
+    slope = torch.tensor([1.0, -2.0, 0.5, 0.0], dtype=torch.float64)
+    directions = directions_of(point, count, streams_of(1), 0)
+    losses = both_sides(point, directions, smoothing)["x"] @ slope + 7
+    found = estimate(losses, directions, smoothing)["x"][0]
+    # An entry d_j / d_i with j other than i has variance E d^2 E d^-2 = 7 / 12 * 2.
+    deviation = float(slope.norm()) * math.sqrt(7 / 6 / count)
+    assert float((found - slope).abs().max()) < 5 * deviation
+
+
+def test_the_estimate_is_the_directional_derivative_in_the_limit(make_runtime: MakeRuntime) -> None:
+    """In one direction: its product with the direction is the derivative along it, for each of the entries."""
+    runtime = make_runtime("fed-bbpt", ROWS, {"context_length": 3})
+    start = started_in_double(runtime)
+    point = {name: value[None] + 0.3 for name, value in start.server.generator.items()}  # type: ignore[attr-defined]
+    batch = next(iter(runtime.data.batches(1, None, runtime.round_context(1).streams)))
+    one = replace(batch, features=batch.features[:1], labels=batch.labels[:1], mask=batch.mask[:1])
+    gradient = ExactGradients(runtime.model)(dict, point, {}, one).values
+    errors = []
+    for smoothing in (1e-3, 1e-4):
+        directions = directions_of(point, 1, streams_of(1), 0)
+        losses = ExactLosses(runtime.model)(
+            fed_bbpt.Question(dict), both_sides(point, directions, smoothing), {}, one
+        ).losses[:, 0]
+        found = estimate(losses, directions, smoothing)
+        entries = sum(value[0].numel() for value in point.values())
+        along = sum(float((found[name] * directions[name][:, 0]).sum()) for name in point) / entries
+        expected = sum(float((gradient[name] * directions[name][:, 0]).sum()) for name in point)
+        errors.append(abs(along - expected))
+    assert errors[1] < 1e-2 * abs(expected)
+    assert errors[1] < errors[0] / 50  # two-sided: the error falls with the square
+
+
+def test_a_generator_starts_at_the_words_and_all_of_it_moves(make_runtime: MakeRuntime) -> None:
+    runtime = make_runtime("fed-bbpt", ROWS, {"context_length": 3, "local_steps": 2})
+    start = started_in_double(runtime)
+    assert torch.equal(runtime.model.context(runtime.prompts(start))[0], runtime.model.start)  # type: ignore[attr-defined]
+    after, _ = runtime.round(start)
+    for name, value in after.server.generator.items():  # type: ignore[attr-defined]
+        moved = (value - start.server.generator[name]).norm()  # type: ignore[attr-defined]
+        assert moved > 0, name
+
+
+def test_a_step_is_that_of_the_gradient_correction(make_runtime: MakeRuntime) -> None:
+    """Where the two-sided difference is exact, which it is for a loss that is linear in the generator."""
+    tables = {"context_length": 3, "local_steps": 2, "fed-bbpt": {"directions": 1}}
+    runtime = make_runtime("fed-bbpt", [list(range(8))], tables)
+    start, context, settings = started_in_double(runtime), runtime.round_context(3), runtime.settings
+    asked = []
+
+    def linear(question, candidates, fixed, batch):
+        asked.append(candidates)
+        sums = sum(value.flatten(2).sum(-1) for value in candidates.values())  # [K, 2]
+        return replace(ExactLosses(runtime.model)(question, candidates, fixed, batch), values={"losses": sums[:, None]})
+
+    upload, _ = fed_bbpt.client_round(
+        settings, fed_bbpt.broadcast(start.server), start.clients, runtime.data, linear, context
+    )
+    position = {name: torch.zeros_like(value)[None] for name, value in start.server.generator.items()}  # type: ignore[attr-defined]
+    moments = dict(position)
+    for step in range(2):
+        number = 2 * 2 + step + 1
+        directions = directions_of(position, 1, context, step)
+        slope = sum(float(value.sum()) for value in directions.values())
+        rate = 0.01 / (number + 1) ** 0.4
+        for name in position:
+            gradient = slope / directions[name][:, 0]
+            moments[name] = 0.9 * moments[name] + gradient
+            position[name] = position[name] - rate * (gradient + 0.9 * moments[name])
+    for name, value in position.items():
+        torch.testing.assert_close(upload.change[name], value, rtol=1e-6, atol=1e-9)
+    assert len(asked) == 2

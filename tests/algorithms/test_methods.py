@@ -74,6 +74,7 @@ def test_loss_goes_down(name: str, make_runtime: MakeRuntime) -> None:
     # pFedPG's published rate at the server is for a hundred rounds of five epochs each.
     slow = {"pfedpg": {"server_optimizer": {"name": "adam", "learning_rate": 0.02}}}
     black_box = {"fedbpt": {"search_width": 16, "population": 12, "masked_share": 0.0, "batch_size": 0}}
+    black_box |= {"fed-bbpt": {"step_size": 0.05, "smoothing": 0.05, "batch_size": 0}}
     runtime = make_runtime(name, ROWS, QUICK | learning | slow | black_box | {"rank": 2}, rounds=40)
     training, losses = runtime.start(), []
     while training.round < runtime.rounds:

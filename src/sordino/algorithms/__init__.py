@@ -56,6 +56,7 @@ METHODS: dict[str, Method] = {
     "promptfl": Method("promptfl"),
     "fedprompt": Method("fedprompt"),
     "fedbpt": Method("fedbpt"),
+    "fed-bbpt": Method("fed_bbpt"),
     "fedotp": Method("fedotp"),
     "fedpgp": Method("fedpgp"),
     "pfedprompt": Method("pfedprompt"),
