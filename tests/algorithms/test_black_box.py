@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,14 +15,20 @@ import torch
 from torch import Tensor
 
 from runtime.states import started_in_double
-from sordino.algorithms import fed_bbpt, fedbpt
+from sordino.algorithms import fed_bbpt, fedbpt, feddtpt, feddtpt_votes
 from sordino.algorithms.base import RoundContext, Uploads
 from sordino.algorithms.cma_es import Rates, Roots, Search, ask, tell
 from sordino.algorithms.settings.fedbpt import Settings as FedBpt
+from sordino.algorithms.settings.feddtpt import Settings as FedDtpt
 from sordino.algorithms.zeroth_order import both_sides, directions_of, estimate
+from sordino.errors import ConfigError
+from sordino.experiments.config import load_config
+from sordino.experiments.run import run
 from sordino.privacy.forward.losses import ExactLosses
 from sordino.privacy.gradients import ExactGradients
 from sordino.privacy.mechanism import plain_mean
+from sordino.prompt_file import SavedPrompt
+from sordino.prompts.words import Vocabulary
 from sordino.randomness import Streams
 from sordino.runtime.local import LocalRuntime
 
@@ -291,3 +299,137 @@ def test_a_step_is_that_of_the_gradient_correction(make_runtime: MakeRuntime) ->
     for name, value in position.items():
         torch.testing.assert_close(upload.change[name], value, rtol=1e-6, atol=1e-9)
     assert len(asked) == 2
+
+
+# FedDTPT.
+
+# Words in the plane: two groups of near ones, and one far from all.
+PLANE = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0], [-3.0, -3.0], [1.0, 0.05]], dtype=torch.float64)
+
+
+def cosine(one: int, other: int) -> float:
+    return float(torch.nn.functional.cosine_similarity(PLANE[one], PLANE[other], dim=0))
+
+
+def test_attention_is_the_mean_cosine_to_others_tokens_and_softmax_within_a_client() -> None:
+    words = torch.tensor([[0, 2], [1, 4], [3, 0]])
+    found = feddtpt.attention(PLANE, words)
+    for client in range(3):
+        others = [int(word) for other in range(3) if other != client for word in words[other]]
+        means = [sum(cosine(int(word), other) for other in others) / 4 for word in words[client]]
+        expected = torch.tensor(means, dtype=torch.float64).softmax(0)
+        torch.testing.assert_close(found[client], expected)
+    torch.testing.assert_close(feddtpt.attention(PLANE, words[:1]), torch.full((1, 2), 0.5, dtype=torch.float64))
+
+
+def test_tokens_fall_into_the_groups_that_they_were_made_in() -> None:
+    points = PLANE[[0, 1, 5, 2, 3, 4]].numpy()
+    assert feddtpt.clusters(points, 2) == [0, 0, 0, 1, 1, -1]
+    distances = np.array([0.1, 0.1, 0.1, 0.12, 0.11, 5.0, 5.2])
+    assert feddtpt.elbow(distances) == 0.12
+    assert feddtpt.elbow(np.zeros(4)) == feddtpt.LEAST_REACH
+
+
+def test_the_heaviest_token_of_each_cluster_stays_in_the_order_of_places() -> None:
+    """Then the heaviest of the rest; the one far from all has most weight and comes last, as it is in no cluster."""
+
+    def kept(length: int) -> list[int]:
+        settings = FedDtpt(context_length=length)
+        return feddtpt.kept_words(settings, PLANE, [0, 1, 5, 2, 3, 4], [2, 2, 2, 0, 1, 1], [1, 3, 2, 2, 1, 9])
+
+    assert kept(2) == [2, 1]
+    assert kept(1) == [1]
+    assert kept(3) == [2, 4, 1]
+    assert kept(4) == [2, 4, 1, 5]
+
+
+def test_prompts_that_agree_stay_as_they_are() -> None:
+    settings, context = FedDtpt(context_length=3), streams_of(4)
+    server = feddtpt.Server(torch.tensor([4, 0, 2]), PLANE)
+    words = torch.tensor([[2, 4, 0]] * 4)
+    after = feddtpt.server_round(settings, server, Uploads(feddtpt.Upload(words), plain_mean), context)
+    assert after.words.tolist() == [2, 4, 0]
+    votes = torch.nn.functional.one_hot(words, 6) - torch.nn.functional.one_hot(server.words, 6)
+    upload = feddtpt_votes.Upload(votes.double(), torch.ones(4))
+    after = feddtpt_votes.server_round(settings, server, Uploads(upload, plain_mean), context)
+    assert after.words.tolist() == [2, 4, 0]
+    twice = feddtpt.kept_words(settings, PLANE, [4, 4, 4], [0, 1, 2], [1, 1, 1])
+    assert twice == [4, 4, 4]  # nothing else is left
+
+
+@pytest.mark.parametrize("name", ["feddtpt", "feddtpt-votes"])
+@pytest.mark.parametrize("mechanism", ["none", "dp-sgd"])
+def test_a_prompt_is_always_words_of_the_vocabulary(name: str, mechanism: str, make_runtime: MakeRuntime) -> None:
+    privacy = {"mechanism": mechanism, "noise_multiplier": 3.0} if mechanism != "none" else {}
+    runtime = make_runtime(name, ROWS, {"context_length": 4}, privacy=privacy)
+    training, model = runtime.start(), runtime.model
+    allowed = set(model.vocabulary.words)
+    for _ in range(3):
+        training, _ = runtime.round(training)
+        prompt = runtime.prompts(training)
+        (text,) = model.text(prompt)
+        assert len(text.split()) == 4
+        assert set(text.split()) <= allowed
+        torch.testing.assert_close(model.context(prompt)[0], model.encoder.embed(text))  # what it says is what it is
+
+
+def test_a_client_ends_with_no_more_errors_than_it_began_with(make_runtime: MakeRuntime) -> None:
+    """On its own examples, all of which are in each batch."""
+    runtime = make_runtime("feddtpt", ROWS, {"context_length": 4, "local_steps": 12})
+    start, context, exact = runtime.start(), runtime.round_context(1), ExactLosses(runtime.model)
+    told = feddtpt.broadcast(start.server)  # type: ignore[arg-type]
+    upload, _ = feddtpt.client_round(runtime.settings, told, start.clients, runtime.data, exact, context)
+    batch = next(iter(runtime.data.batches(1, None, context.streams)))
+    pairs = torch.stack([told.words.expand(3, -1), upload.words], dim=1)
+    errors = exact(feddtpt.Question(dict, "error", relative=False), {"words": pairs}, {}, batch).losses[:, 0]
+    assert (errors[:, 1] <= errors[:, 0]).all()
+    assert errors[:, 1].sum() < errors[:, 0].sum()
+
+
+def test_votes_are_bounded_before_the_run_and_noise_on_them_is_client_level(make_runtime: MakeRuntime) -> None:
+    bound = math.sqrt(2 * 3)
+    privacy = {"mechanism": "dp-fedavg", "noise_multiplier": 1.0, "delta": 0.01, "clip": bound}
+    runtime = make_runtime(
+        "feddtpt-votes", ROWS, {"context_length": 4, "local_steps": 3}, privacy=privacy, weighting="uniform"
+    )
+    start, context = runtime.start(), runtime.round_context(1)
+    told = feddtpt.broadcast(start.server)  # type: ignore[arg-type]
+    for seed in range(5):
+        again = replace(context, streams=replace(context.streams, seed=seed))
+        upload, _ = feddtpt_votes.client_round(
+            runtime.settings, told, start.clients, runtime.data, ExactLosses(runtime.model), again
+        )
+        norms = upload.change.flatten(1).norm(dim=1)
+        assert (norms <= bound * (1 + 1e-6)).all()
+        assert norms.max() > 0
+    training, _ = runtime.round(start)
+    assert training.ledger.private
+    assert {release.unit for release in training.ledger.releases} == {"client"}
+    with pytest.raises(ConfigError, match="looks at each upload by itself; use 'dp-sgd'$"):
+        make_runtime("feddtpt", ROWS, {}, privacy=privacy, weighting="uniform")
+
+
+def test_a_vocabulary_is_words_of_one_token() -> None:
+    def embed(text: str) -> Tensor:  # a word of n letters has n // 4 + 1 tokens
+        return torch.zeros(sum(len(word) // 4 + 1 for word in text.split()), 2)
+
+    vocabulary = Vocabulary.of("cat dog elephant cat owl", embed)
+    assert vocabulary.words == ("cat", "dog", "owl")
+    numbers = vocabulary.numbers("dog cat", 4, lambda count: torch.arange(count).flip(0))
+    assert vocabulary.text(numbers) == "owl dog dog cat"
+    for text, initial, message in (
+        ("elephant cat", "", "vocabulary = 'elephant cat': 1 of the words"),
+        ("cat dog", "cat elephant", "initial_context = 'cat elephant': 'elephant' is no word"),
+        ("cat dog", "cat " * 5, "initial_context = .*has 5 words, more than context_length = 4"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Vocabulary.of(text, embed).numbers(initial, 4, torch.arange)
+
+
+def test_a_run_says_its_words(config_file: Path, tmp_path: Path) -> None:
+    """In its summary, and its saved prompt is the same words again."""
+    run(load_config(config_file, ["algorithm=feddtpt", "rounds=1"]), tmp_path / "run")
+    (words,) = json.loads((tmp_path / "run" / "summary.json").read_text())["words"]
+    assert len(words.split()) == 4
+    model = SavedPrompt.load(tmp_path / "run" / "prompts" / "shared.safetensors").model()
+    assert model.model.text(model.prompt) == [words]

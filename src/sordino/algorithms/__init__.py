@@ -57,6 +57,8 @@ METHODS: dict[str, Method] = {
     "fedprompt": Method("fedprompt"),
     "fedbpt": Method("fedbpt"),
     "fed-bbpt": Method("fed_bbpt"),
+    "feddtpt": Method("feddtpt"),
+    "feddtpt-votes": Method("feddtpt_votes", "feddtpt"),
     "fedotp": Method("fedotp"),
     "fedpgp": Method("fedpgp"),
     "pfedprompt": Method("pfedprompt"),
