@@ -1,4 +1,4 @@
-"""What makes each forward-only method what it is."""
+"""What makes each forward-only method what it is, and the method whose prompt comes from the input."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from runtime.states import started_in_double
-from sordino.algorithms import fed_bbpt, fedbpt, feddtpt, feddtpt_votes
+from sordino.algorithms import fed_bbpt, fedbpt, feddpg, feddtpt, feddtpt_votes
 from sordino.algorithms.base import RoundContext, Uploads
 from sordino.algorithms.cma_es import Rates, Roots, Search, ask, tell
 from sordino.algorithms.settings.fedbpt import Settings as FedBpt
 from sordino.algorithms.settings.feddtpt import Settings as FedDtpt
 from sordino.algorithms.zeroth_order import both_sides, directions_of, estimate
+from sordino.encoders.prompt_model import PromptModel
 from sordino.errors import ConfigError
 from sordino.experiments.config import load_config
 from sordino.experiments.run import run
@@ -433,3 +434,63 @@ def test_a_run_says_its_words(config_file: Path, tmp_path: Path) -> None:
     assert len(words.split()) == 4
     model = SavedPrompt.load(tmp_path / "run" / "prompts" / "shared.safetensors").model()
     assert model.model.text(model.prompt) == [words]
+
+
+# FedDPG sees gradients, and makes a prompt of its input.
+
+
+def test_an_image_has_a_prompt_of_its_own_and_a_zero_generator_makes_one_for_all(make_runtime: MakeRuntime) -> None:
+    """Which is then scored as PromptFL's is."""
+    runtime = make_runtime("feddpg", ROWS, {"context_length": 3})
+    start, model = started_in_double(runtime), runtime.model
+    images, generator = runtime.data.features[None, :6], runtime.prompts(start)
+    contexts = model.contexts(generator, images)
+    assert torch.equal(contexts, contexts[:, :1].expand_as(contexts))  # it starts as one prompt
+    plain = PromptModel(model.encoder, model.classes).predict(generator["output_bias"], images[0])
+    torch.testing.assert_close(model.predict(generator, images[0]), plain)
+    moved = {**generator, "output": torch.randn(generator["output"].shape, dtype=torch.float64)}
+    contexts = model.contexts(moved, images)
+    for place in range(6):
+        hidden = (images[0, place] @ moved["input"][0] + moved["input_bias"][0]).clamp(min=0)
+        expected = moved["output_bias"][0] + torch.einsum("h,hne->ne", hidden, moved["output"][0])
+        torch.testing.assert_close(contexts[0, place], expected)
+    assert (contexts[0, 0] - contexts[0, 1]).norm() > 0.01
+
+
+def test_pieces_of_a_batch_are_the_batch_and_its_gradient_is_right(
+    make_runtime: MakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images go through the text tower a few at a time, and an image's logits do not depend on the others."""
+    runtime = make_runtime("feddpg", ROWS, {"context_length": 3})
+    start = started_in_double(runtime)
+    point = {name: value + 0.05 for name, value in runtime.prompts(start).items()}
+    batch = next(iter(runtime.data.batches(1, None, runtime.round_context(1).streams)))
+    one = replace(batch, features=batch.features[:1], labels=batch.labels[:1], mask=batch.mask[:1])
+    whole = ExactGradients(runtime.model)(dict, point, {}, one)
+    monkeypatch.setattr(feddpg.Model, "images_at_once", lambda model, prompts: 2)
+    pieces = ExactGradients(runtime.model)(dict, point, {}, one)
+    torch.testing.assert_close(pieces.loss, whole.loss)
+    for name, value in whole.values.items():
+        torch.testing.assert_close(pieces.values[name], value, rtol=1e-7, atol=1e-10)
+        step = 1e-6 * torch.randn(value.shape, dtype=torch.float64)
+        ahead, behind = ({**point, name: point[name] + sign * step} for sign in (1, -1))
+        losses = [ExactGradients(runtime.model)(dict, at, {}, one).loss for at in (ahead, behind)]
+        torch.testing.assert_close((losses[0] - losses[1])[0] / 2, (value * step).sum(), rtol=1e-4, atol=1e-10)
+
+
+def test_with_nothing_but_its_last_bias_it_is_promptfl(make_runtime: MakeRuntime) -> None:
+    """From the same context: the bias's gradient at a zero generator is that of a shared context."""
+    runtime, other = (make_runtime(name, ROWS, {"context_length": 3}) for name in ("feddpg", "promptfl"))
+    point = runtime.prompts(started_in_double(runtime))
+    batch = next(iter(runtime.data.batches(1, None, runtime.round_context(1).streams)))
+    one = replace(batch, features=batch.features[:1], labels=batch.labels[:1], mask=batch.mask[:1])
+    found = ExactGradients(runtime.model)(dict, point, {}, one).values["output_bias"]
+    context = {"context": point["output_bias"]}
+    expected = ExactGradients(other.model)(lambda parts: parts["context"], context, {}, one).values["context"]
+    torch.testing.assert_close(found, expected)
+
+
+def test_mechanisms_for_class_features_are_refused(make_runtime: MakeRuntime) -> None:
+    for mechanism in ("cotangent", "statistics"):
+        with pytest.raises(ConfigError, match="privacy.mechanism.*use 'dp-sgd'"):
+            make_runtime("feddpg", ROWS, {}, privacy={"mechanism": mechanism, "noise_multiplier": 1.0})

@@ -57,7 +57,8 @@ def trained(runtime: LocalRuntime, training: Training, rounds: int) -> tuple[Tra
     return training, losses
 
 
-REFUSED = ["fedotp", "pfedpt", "pfedpg", "fedperfix", "sgpt"]  # they need more of an image than its one feature
+# They need more of an image than its one feature, or class features that are the same for all images.
+REFUSED = ["fedotp", "feddpg", "pfedpt", "pfedpg", "fedperfix", "sgpt"]
 FITTING = [name for name in METHODS if name not in (*REFUSED, "zero-shot")]
 
 

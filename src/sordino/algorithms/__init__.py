@@ -59,6 +59,7 @@ METHODS: dict[str, Method] = {
     "fed-bbpt": Method("fed_bbpt"),
     "feddtpt": Method("feddtpt"),
     "feddtpt-votes": Method("feddtpt_votes", "feddtpt"),
+    "feddpg": Method("feddpg"),
     "fedotp": Method("fedotp"),
     "fedpgp": Method("fedpgp"),
     "pfedprompt": Method("pfedprompt"),

@@ -218,6 +218,7 @@ class InitContext:
         class_names: the C candidate classes.
         streams: initial randomness, and the K clients' numbers.
         image_width, image_layers: of an image tower that takes visual prompts; 0 without one.
+        feature_width: D.
     """
 
     embed: Callable[[str], Tensor]
@@ -226,6 +227,7 @@ class InitContext:
     streams: Streams
     image_width: int = 0
     image_layers: int = 0
+    feature_width: int = 0
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,7 @@ def init_context(model: PromptModel, streams: Streams) -> InitContext:
         streams,
         encoder.image_width,
         encoder.image_layers,
+        encoder.feature_width,
     )
 
 
