@@ -11,7 +11,7 @@ This module has exact answers, which are not private and enter nothing in the le
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -144,8 +144,7 @@ def measured(
     stacked = {name: value.flatten(0, 1) for name, value in candidates.items()}
     repeated = {name: value.repeat_interleave(count, 0) for name, value in fixed.items()}
     prompts = question.prompt_of({**stacked, **repeated})  # K P of them
-    losses, errors = zip(*(_of_pairs(model, prompts, batch, look, count) for look in looks), strict=True)
-    loss, error = torch.stack(losses, 2), torch.stack(errors, 2)  # [K, B, V, P]
+    loss, error = _of_pairs(model, prompts, batch, looks, count)
     finite = loss.isfinite().flatten(2).all(-1)  # [K, B]
     counted = batch.mask & finite if finite_only else batch.mask
     measures = loss if question.measure == "loss" else error
@@ -159,20 +158,27 @@ def anchor(model: PromptModel, question: Question) -> float:
     return math.log(len(model.classes)) if question.measure == "loss" and not question.relative else 0.0
 
 
-def _of_pairs(model: PromptModel, prompts: Prompt, batch: Batch, look: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return losses and errors [K, B, P] of K P prompts, each on its client's images [K, B, ...]."""
+def _of_pairs(
+    model: PromptModel, prompts: Prompt, batch: Batch, looks: Sequence[Tensor], count: int
+) -> tuple[Tensor, Tensor]:
+    """Return losses and errors [K, B, V, P] of K P prompts, each on its client's V looks [K, B, ...] at images."""
     clients, images = batch.labels.shape
     at_once = model.prompts_at_once(prompts, images)
     losses, errors = [], []
     for pairs in torch.arange(clients * count, device=batch.labels.device).split(at_once):
         chunk = map_prompt(prompts, lambda part, chosen=pairs: part[chosen.to(part.device)])  # type: ignore[misc]
         owners = pairs // count
-        logits = model.scores(model.class_features(chunk), chunk, look[owners])  # [p, B, C]
-        examples = Batch(look[owners], batch.labels[owners], batch.mask[owners])
-        losses.append(example_losses(logits, examples))
-        errors.append((logits.argmax(-1) != examples.labels).to(logits))
-    shape = (clients, count, images)
-    return torch.cat(losses).view(shape).mT, torch.cat(errors).view(shape).mT
+        features, labels = model.class_features(chunk), batch.labels[owners]
+        for look in looks:
+            logits = model.scores(features, chunk, look[owners])  # [p, B, C]
+            losses.append(example_losses(logits, Batch(look[owners], labels, batch.mask[owners])))
+            errors.append((logits.argmax(-1) != labels).to(logits))
+
+    def joined(parts: list[Tensor]) -> Tensor:
+        of_looks = [torch.cat(parts[number :: len(looks)]) for number in range(len(looks))]  # V of [K P, B]
+        return torch.stack([each.view(clients, count, images).mT for each in of_looks], dim=2)
+
+    return joined(losses), joined(errors)
 
 
 def without_a_model(question: Question, candidates: Parameters, fixed: Parameters, batch: Batch) -> Answer:
