@@ -32,11 +32,13 @@ from sordino.runtime.local import LocalRuntime, Training
 MakeRuntime = Callable[..., LocalRuntime]
 
 LEARNING = [name for name in METHODS if algorithm(name).ABOUT.trains]
+DISCRETE = ("feddtpt", "feddtpt-votes")  # a few words of a tiny tokenizer: what they gain is in test_black_box.py
 FEDERATED = [name for name in LEARNING if name != "central"]
 # Others are in test_secfpp.py.
 SENDING = [name for name in FEDERATED if not hasattr(algorithm(name), "server_exchange")]
 ROWS = [list(range(0, 12)), list(range(12, 20)), list(range(20, 40))]
 QUICK = {"context_length": 4, "batch_size": 5, "local_steps": 2, "optimizer": {"learning_rate": 0.5}}
+QUICK |= {"fedbpt": {"search_width": 6, "population": 8}}
 TABLES = QUICK | {"dp-fpl": {"rank": 2, "local_learning_rate": 0.5}}
 
 
@@ -67,12 +69,14 @@ def test_the_four_types_say_what_stays_and_what_leaves(name: str, make_runtime: 
         assert len(tensor) == (1 if name == "central" else 3)
 
 
-@pytest.mark.parametrize("name", LEARNING)
+@pytest.mark.parametrize("name", [name for name in LEARNING if name not in DISCRETE])
 def test_loss_goes_down(name: str, make_runtime: MakeRuntime) -> None:
     learning = {"optimizer": {"name": "adam", "learning_rate": 0.05}, "local_learning_rate": 0.3, "local_steps": 3}
     # pFedPG's published rate at the server is for a hundred rounds of five epochs each.
     slow = {"pfedpg": {"server_optimizer": {"name": "adam", "learning_rate": 0.02}}}
-    runtime = make_runtime(name, ROWS, QUICK | learning | slow | {"rank": 2}, rounds=40)
+    black_box = {"fedbpt": {"search_width": 16, "population": 12, "masked_share": 0.0, "batch_size": 0}}
+    black_box |= {"fed-bbpt": {"step_size": 0.05, "smoothing": 0.05, "batch_size": 0}}
+    runtime = make_runtime(name, ROWS, QUICK | learning | slow | black_box | {"rank": 2}, rounds=40)
     training, losses = runtime.start(), []
     while training.round < runtime.rounds:
         training, record = runtime.round(training)
@@ -98,7 +102,7 @@ def test_a_stack_of_clients_equals_each_client_alone(name: str, make_runtime: Ma
         data = client_data(runtime.data.features, runtime.data.labels, [ROWS[k] for k in clients], "examples")
         round_context = RoundContext(number, number, Streams(0, number, clients, torch.device("cpu")))
         state = take(training.clients, torch.tensor(clients))
-        gradients = ExactGradients(runtime.model)
+        gradients = runtime.mechanism.noiseless()
         told = told_to(broadcast, clients)
         result: tuple[Upload, ClientState] = module.client_round(settings, told, state, data, gradients, round_context)
         return result
@@ -116,7 +120,7 @@ def test_averaging_commutes_with_the_clients_order(name: str, make_runtime: Make
     training = started_in_double(runtime)
     module, settings = algorithm(name), settings_for(name, TABLES)
     round_context, order = runtime_clock(runtime), [2, 0, 1]
-    gradients = ExactGradients(runtime.model)
+    gradients = runtime.mechanism.noiseless()
     upload, _ = module.client_round(
         settings, module.broadcast(training.server), training.clients, runtime.data, gradients, round_context
     )
@@ -180,7 +184,7 @@ def test_nothing_of_the_state_is_in_the_upload(name: str, make_runtime: MakeRunt
     runtime = make_runtime(name, ROWS, TABLES)
     module, settings = algorithm(name), settings_for(name, TABLES)
     training, round_context = train(runtime), runtime_clock(runtime)
-    gradients = ExactGradients(runtime.model)
+    gradients = runtime.mechanism.noiseless()
 
     class Constant:
         """Gradients that do not depend on the state, so that the only way for it into the upload is by itself."""

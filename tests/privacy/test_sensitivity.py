@@ -47,6 +47,7 @@ TABLES = {
     "local_learning_rate": 0.5,
     "fedperfix": {"bottleneck": 3, "initial_up": "random"},
     "sgpt": {"groups": 3},
+    "fedbpt": {"search_width": 6, "population": 4},
 }
 
 
@@ -64,7 +65,7 @@ def fits(name: str, mechanism: str, noise_by: str) -> bool:
     """Whether a method may run with a mechanism, by what the methods say of themselves."""
     about = algorithm(name).ABOUT
     if mechanism == "cotangent":
-        return noise_by == "client" and model_class(algorithm(name)).linear
+        return noise_by == "client" and model_class(algorithm(name)).linear and not about.forward_only
     if mechanism == "dp-fedavg":
         return about.server_uses == "mean"
     return noise_by == "client" or bool(about.averages)
@@ -140,7 +141,7 @@ def make(
 
 @dataclass(frozen=True)
 class Call:
-    """One call for a gradient."""
+    """One call for a gradient, or for losses of candidates."""
 
     prompt_of: PromptOf
     parameters: Parameters
@@ -242,7 +243,7 @@ def test_an_example_moves_what_is_released_by_at_most_the_clip(
     runtime = example_runtime(make, name, mechanism, noise_by)
     calls, _ = watch(runtime)
     runtime.round(started_in_double(runtime))
-    assert len(calls) == steps_of(noise_by)
+    assert len(calls) == runtime.mechanism.inputs.steps
     sums: list[Tensor] = []  # what the cotangent mechanism clips and noises
     summed = cotangent.summed_cotangents
     monkeypatch.setattr(cotangent, "summed_cotangents", lambda *given: sums.append(summed(*given)) or sums[-1])
@@ -251,8 +252,8 @@ def test_an_example_moves_what_is_released_by_at_most_the_clip(
     for call in calls:
         everyone = call.batch.mask.shape[1]
         assert everyone == (24 if name == "central" else FIRST)  # all are in the sample, in the order of their rows
-        groups = [[n for n in call.parameters if (n in shared) == of_shared] for of_shared in (False, True)]
         whole, nobody = released(call), released(call.only(0))
+        groups = [[n for n in whole if (n in shared) == of_shared] for of_shared in (False, True)]
         alone = [less(released(call.only(0, example)), nobody) for example in range(everyone)]
         for example, moved in enumerate(alone):
             for group, clip in zip(groups, (PERSONAL_CLIP if shared else CLIP, CLIP), strict=True):
@@ -260,13 +261,13 @@ def test_an_example_moves_what_is_released_by_at_most_the_clip(
                     assert norm_of(moved, 0, group) <= clip * (1 + ROUNDING)
                 if example in NOT_FINITE:
                     assert norm_of(moved, 0, group) == 0.0
-        together = {n: sum(each[n] for each in alone) for n in call.parameters}
+        together = {n: sum(each[n] for each in alone) for n in whole}
         assert_close(less(whole, nobody), together)
         for example in ODD:
             rest = released(call.without(0, example))
             assert_close(less(whole, rest), alone[example])
             for tensors in (rest, nobody):
-                assert all(torch.equal(tensors[n][1:], whole[n][1:]) for n in call.parameters)
+                assert all(torch.equal(tensors[n][1:], whole[n][1:]) for n in whole)
         if mechanism == "cotangent":
             assert_sums_are_bounded(sums, everyone)
             sums.clear()
@@ -290,7 +291,7 @@ def test_a_person_moves_what_is_released_by_at_most_the_clip(
     runtime, again = (make(name, privacy, rows, tables=tables, persons=OWNERS) for _ in range(2))
     calls, _ = watch(runtime)
     runtime.round(started_in_double(runtime))
-    assert len(calls) == steps_of(noise_by)
+    assert len(calls) == runtime.mechanism.inputs.steps
     sums: list[Tensor] = []  # what the cotangent mechanism clips and noises
     summed = cotangent.summed_cotangents
     monkeypatch.setattr(cotangent, "summed_cotangents", lambda *given: sums.append(summed(*given)) or sums[-1])
@@ -299,14 +300,14 @@ def test_a_person_moves_what_is_released_by_at_most_the_clip(
         assert call.batch.persons is not None
         owners = call.batch.persons[0].tolist()
         assert len(owners) == (24 if name == "central" else FIRST)
-        groups = [[n for n in call.parameters if (n in shared) == of_shared] for of_shared in (False, True)]
         whole, nobody = released(call), released(call.only(0))
+        groups = [[n for n in whole if (n in shared) == of_shared] for of_shared in (False, True)]
         sums.clear()
         for person in sorted(set(owners)):
             places = [place for place, owner in enumerate(owners) if owner == person]
             rest, alone = released(call.without(0, *places)), less(released(call.only(0, *places)), nobody)
             assert_close(less(whole, rest), alone)
-            assert all(torch.equal(rest[n][1:], whole[n][1:]) for n in call.parameters)
+            assert all(torch.equal(rest[n][1:], whole[n][1:]) for n in whole)
             for group, clip in zip(groups, (PERSONAL_CLIP if shared else CLIP, CLIP), strict=True):
                 if mechanism == "dp-sgd":
                     assert norm_of(less(whole, rest), 0, group) <= clip * (1 + ROUNDING)

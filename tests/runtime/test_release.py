@@ -59,6 +59,7 @@ def trained(runtime: LocalRuntime, training: Training, rounds: int) -> tuple[Tra
 
 REFUSED = [
     "fedotp",
+    "feddpg",
     "plot",
     "pfedpt",
     "pfedpg",
@@ -66,7 +67,7 @@ REFUSED = [
     "sgpt",
     "maple",
     "promptsrc",
-]  # they need more of an image than its one feature
+]  # they need more of an image than its one feature, or class features that are the same for all images
 FITTING = [name for name in METHODS if name not in (*REFUSED, "zero-shot", "random-prompt")]
 
 

@@ -86,14 +86,20 @@ def test_the_schedule_of_every_method_is_what_it_draws(make_runtime: MakeRuntime
         if not algorithm(name).ABOUT.trains:
             assert algorithm(name).schedule(None) == Schedule(0, None)
             continue
-        tables = TABLES | {"local_steps": 3, "dp-fpl": {"rank": 2}, "secfpp": {"cluster_every": 1}}
+        tables = TABLES | {
+            "local_steps": 3,
+            "dp-fpl": {"rank": 2},
+            "secfpp": {"cluster_every": 1},
+            "fedbpt": {"search_width": 6},
+        }
         runtime = make_runtime(name, rows, tables, privacy=DP_SGD, rounds=2)
         schedule = runtime.algorithm.schedule(runtime.settings)
-        assert schedule == Schedule(3, 4)
+        steps = 3 + (name == "fedbpt")  # the last measures where the search ended
+        assert schedule == Schedule(steps, 4)
         training, _ = runtime.round(runtime.start())
         sizes = [40] if name == "central" else [3, 17, 20]
         drawn = {(each.party, each.sampling_rate, each.steps) for each in training.ledger.releases}
-        assert drawn == {(f"client {k}", sampling_rate(4, size), 3) for k, size in enumerate(sizes)}
+        assert drawn == {(f"client {k}", sampling_rate(4, size), steps) for k, size in enumerate(sizes)}
 
 
 def test_a_method_from_elsewhere_must_say_its_schedule(monkeypatch: pytest.MonkeyPatch) -> None:

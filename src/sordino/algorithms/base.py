@@ -32,9 +32,10 @@ one with a thousand run the same lines. The functions do no I/O, read no clock, 
 `round_context.streams`. A runtime moves Broadcast and Upload, and can move nothing else.
 
 Gradients come only from `gradients`, batches only from `data`, means over clients only from `uploads`: that is where
-privacy enters. Each batch is differentiated once. The draws of a round are checked against `schedule`. An upload that
-is averaged has a field `weight`, known to all. It is a change or a gradient: a vector around zero, so that it can be
-clipped.
+privacy enters. A method with `forward_only=True` in its ABOUT gets losses of candidate prompts in the place of
+`gradients`, and no derivative. Each batch is differentiated, or measured, once. The draws of a round are checked
+against `schedule`. An upload that is averaged has a field `weight`, known to all. It is a change or a gradient: a
+vector around zero, so that it can be clipped.
 """
 
 from __future__ import annotations
@@ -52,7 +53,6 @@ from sordino.encoders.capabilities import CAPABILITIES, Capability, with_feature
 from sordino.encoders.generative.model import GenerativeModel
 from sordino.encoders.prompt_model import Prompt, PromptModel
 from sordino.errors import EncoderError
-from sordino.privacy.gradients import Gradients
 from sordino.privacy.ledger import Disclosure
 from sordino.privacy.mechanism import ServerUses
 from sordino.randomness import Streams
@@ -297,6 +297,8 @@ class MethodInfo:
         counts_only: true for such a method that uses their counts and nothing else.
         class_features: true for a method without a model of its own that uses the class features of prompts beside
             their scores.
+        forward_only: true for a method that treats the model as a black box. Its `client_round` is given `Losses` of
+            candidate prompts in the place of `gradients`.
     """
 
     paper: str
@@ -312,6 +314,7 @@ class MethodInfo:
     statistics: bool = False
     counts_only: bool = False
     class_features: bool = False
+    forward_only: bool = False
 
 
 class Algorithm(Protocol):
@@ -331,7 +334,7 @@ class Algorithm(Protocol):
         broadcast: Any,
         state: Any,
         data: ClientData,
-        gradients: Gradients,
+        gradients: Any,
         round_context: RoundContext,
     ) -> tuple[Any, Any]: ...
     def server_round(self, settings: Any, server: Any, uploads: Uploads[Any], round_context: RoundContext) -> Any: ...

@@ -3,7 +3,9 @@
 It is the observer of differential privacy's definition. It knows everything but the inclusion bits, the noise, and the
 samples of included canaries. A client releases, call after call, R = sum_i b_i s_i g_i + others + noise. Here b_i is
 canary i's inclusion bit; s_i is 1 if it was sampled, which has probability q, and 0 if not; g_i is its (clipped)
-gradient at the parameters of the call. The scores are the estimates of b that `decoding` computes from all R and q g_i.
+gradient at the parameters of the call. Of a forward-only method the call is for losses of candidates, and g_i are the
+canary's (clipped) measures of them; what is said of gradients here is true of those. The scores are the estimates of b
+that `decoding` computes from all R and q g_i.
 """
 
 from __future__ import annotations
@@ -19,12 +21,15 @@ from torch import Tensor
 from sordino.algorithms.base import ClientData
 from sordino.audit.canaries import Canaries
 from sordino.audit.decoding import Decoder, Seen
+from sordino.encoders.prompt_model import PromptModel
 from sordino.privacy.dp_sgd import ExampleGradients, example_gradients
-from sordino.privacy.gradients import Batch, ExactGradients, Gradient, Parameters, PromptOf
+from sordino.privacy.forward.losses import Answer, Question, anchor, measured
+from sordino.privacy.gradients import Batch, Gradient, Parameters, PromptOf
 from sordino.privacy.mechanism import ClientRoundMechanism, Mechanism, ServerRoundMechanism
 from sordino.privacy.secure_mean import ServerSums
 from sordino.randomness import Randomness
 
+Asked = PromptOf | Question  # what a method asks with: gradients, or losses
 PARALLEL = 1e-6  # of a vector's length: less of it beside others is rounding
 
 
@@ -86,9 +91,9 @@ class Watching:
         honest = mechanism_round.gradients
         sights = self._sights = []
 
-        def gradients(prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch) -> Gradient:
-            gradient = honest(prompt_of, parameters, fixed, batch)
-            sights.extend(self._look(clients, prompt_of, parameters, fixed, batch, gradient))
+        def gradients(asked: Asked, parameters: Parameters, fixed: Parameters, batch: Batch) -> Gradient | Answer:
+            gradient: Gradient | Answer = honest(asked, parameters, fixed, batch)
+            sights.extend(self._look(clients, asked, parameters, fixed, batch, gradient))
             self._calls += 1
             return gradient
 
@@ -129,11 +134,11 @@ class Watching:
     def _look(
         self,
         clients: Sequence[int],
-        prompt_of: PromptOf,
+        asked: Asked,
         parameters: Parameters,
         fixed: Parameters,
         batch: Batch,
-        gradient: Gradient,
+        gradient: Gradient | Answer,
     ) -> Iterator[Sight]:
         """Yield the view of every client that holds canaries."""
         for place, client in enumerate(clients):
@@ -152,21 +157,27 @@ class Watching:
             features = self._canaries.features[held_canaries][None]
             labels = self._canaries.labels[held_canaries][None]
             canaries = Batch(features, labels, torch.ones_like(labels, dtype=torch.bool))
-            examples = self._by_example(prompt_of, point, held, canaries)
+            like = {name: value[slot] for name, value in gradient.values.items()}
+            examples = self._by_example(asked, point, held, canaries)
             clipped = [self._clipped(piece) for piece in examples.pieces]
             yield Sight(
                 place,
                 client,
                 self._calls,
                 size,
-                {name: rate * torch.cat([piece[name] for piece in clipped]) for name in parameters},
-                self._directions(prompt_of, point, held, self._others(batch, place), examples.penalty),
-                {name: value[place] * size for name, value in gradient.values.items()},
+                {name: rate * torch.cat([piece[name] for piece in clipped]) for name in like},
+                self._directions(like, asked, point, held, self._others(batch, place), examples.penalty),
+                {name: (value[0] - self._constant(asked)) * size for name, value in like.items()},
             )
 
-    def _by_example(self, prompt_of: PromptOf, point: Parameters, held: Parameters, batch: Batch) -> ExampleGradients:
+    def _by_example(self, asked: Asked, point: Parameters, held: Parameters, batch: Batch) -> ExampleGradients:
         assert self._mechanism.model is not None
-        return example_gradients(self._mechanism.model, prompt_of, point, held, batch)
+        return contributions(self._mechanism.model, asked, point, held, batch)
+
+    def _constant(self, asked: Asked) -> float:
+        """Return what every number of a release has beside the sum over examples."""
+        assert self._mechanism.model is not None
+        return anchor(self._mechanism.model, asked) if isinstance(asked, Question) else 0.0
 
     def _others(self, batch: Batch, place: int) -> Batch:
         """Return one client's examples in a batch without the canaries, which are the last rows of the table."""
@@ -179,30 +190,35 @@ class Watching:
         return Batch(self._data.features[rows], self._data.labels[rows], torch.ones_like(rows, dtype=torch.bool))
 
     def _directions(
-        self, prompt_of: PromptOf, point: Parameters, held: Parameters, others: Batch, penalty: Parameters
+        self,
+        like: Parameters,
+        asked: Asked,
+        point: Parameters,
+        held: Parameters,
+        others: Batch,
+        penalty: Parameters,
     ) -> dict[str, Tensor]:
-        """Return orthonormal vectors [d, ...] that span the rest of a client's sum.
+        """Return orthonormal vectors [d, ...] that span the rest of a client's sum, of the shapes in `like` [1, ...].
 
         They span the others' sum, the sum of the others clipped one by one, and a penalty's gradient.
         """
         sums: list[dict[str, Tensor]] = []
         if self._mechanism.settings.mechanism == "dp-sgd":
-            zeros = {name: torch.zeros_like(value, dtype=torch.float64, device="cpu") for name, value in point.items()}
+            zeros = {name: torch.zeros_like(value, dtype=torch.float64, device="cpu") for name, value in like.items()}
             sums = [zeros, {name: value.clone() for name, value in zeros.items()}]
-            for piece in self._by_example(prompt_of, point, held, others).pieces:
+            for piece in self._by_example(asked, point, held, others).pieces:
                 for total, values in zip(sums, (self._in_units(piece), self._clipped(piece)), strict=True):
                     for name in total:
                         total[name] += values[name].sum(0, keepdim=True)
         elif others.labels.numel():
-            assert self._mechanism.model is not None
-            exact = ExactGradients(self._mechanism.model)(prompt_of, point, held, others)
-            sums = [self._in_units(exact.values)]
+            exact = self._mechanism.noiseless()(asked, point, held, others).values  # type: ignore[arg-type]
+            sums = [self._in_units({name: value - self._constant(asked) for name, value in exact.items()})]
         sums += [self._in_units(penalty)] if penalty else []
-        basis = _orthonormal([torch.cat([total[name].flatten() for name in point]) for total in sums])
-        sizes = [value[0].numel() for value in point.values()]
+        basis = _orthonormal([torch.cat([total[name].flatten() for name in like]) for total in sums])
+        sizes = [value[0].numel() for value in like.values()]
         empty = torch.zeros(0, sum(sizes), dtype=torch.float64)
         parts = torch.cat([empty, *(vector[None] for vector in basis)]).split(sizes, 1)
-        return {name: part.view(-1, *point[name].shape[1:]) for name, part in zip(point, parts, strict=True)}
+        return {name: part.view(-1, *like[name].shape[1:]) for name, part in zip(like, parts, strict=True)}
 
     def _in_units(self, gradients: Parameters) -> dict[str, Tensor]:
         """Return gradients [n, ...] in units of the clips, in float64 on the CPU; zero if not finite, as in dp-sgd."""
@@ -238,6 +254,16 @@ class Watching:
     def _canaries_of(self, client: int) -> Tensor:
         """Return the numbers of a client's canaries, in the order of its rows."""
         return (self._canaries.owners == client).nonzero().flatten()
+
+
+def contributions(
+    model: PromptModel, asked: Asked, point: Parameters, held: Parameters, batch: Batch
+) -> ExampleGradients:
+    """Return what every example of one client adds to the sum before it is clipped: a gradient, or measures."""
+    if isinstance(asked, Question):
+        measures = measured(model, asked, point, held, batch)
+        return ExampleGradients(iter([{"losses": measures.each[0]}]), measures.loss[0], {})
+    return example_gradients(model, asked, point, held, batch)
 
 
 def _orthonormal(vectors: Sequence[Tensor]) -> list[Tensor]:

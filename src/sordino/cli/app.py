@@ -120,6 +120,8 @@ def run(
     from sordino.experiments.compare import row_of
 
     print_table([row_of([summary])])
+    for prompt in summary.words:
+        print(f"Prompt: {prompt} CLASS")
     print(summary.privacy.statement)
     print(f"Run directory: {folder}\nReport: {folder / 'report.html'}")
 

@@ -150,6 +150,7 @@ def _run(
         hand_written=yardstick.against(scores) if yardstick else None,
         best=best_round(metrics.lines, config.privacy.on),
         effort=effort(runtime, training.round),
+        words=_words(runtime, training),
         version=sordino.__version__,
     )
     summary.write(out)  # at the very end, as it marks the run as finished
@@ -342,3 +343,9 @@ def _per_client(task: Task, scores: Scores) -> tuple[ClientResult, ...]:
         )
         for index, line in enumerate(task.summary())
     )
+
+
+def _words(runtime: LocalRuntime, training: Training) -> tuple[str, ...]:
+    """The prompts as text, if they are words."""
+    text = getattr(runtime.model, "text", None)
+    return () if text is None else tuple(text(runtime.prompts(training)))

@@ -75,6 +75,13 @@ def _check(settings: PrivacySettings, inputs: MechanismInputs) -> None:
     if settings.mechanism == "statistics":
         _check_statistics(settings, inputs)
         return
+    if settings.mechanism == "cotangent" and inputs.forward_only:
+        raise ConfigError(
+            "privacy.mechanism",
+            "cotangent",
+            "this method sees losses of prompts and no derivative, and a cotangent is one; use 'dp-sgd', which clips "
+            "and noises those losses",
+        )
     if settings.mechanism == "cotangent" and not inputs.linear:
         raise ConfigError(
             "privacy.mechanism",
@@ -85,7 +92,8 @@ def _check(settings: PrivacySettings, inputs: MechanismInputs) -> None:
     if settings.unit == "client":
         if inputs.server_uses != "mean":
             does = INSTEAD_OF_A_MEAN[inputs.server_uses]
-            raise ConfigError("privacy.mechanism", "dp-fedavg", f"this method {does}; use 'dp-sgd' or 'cotangent'")
+            instead = "'dp-sgd'" if inputs.forward_only or not inputs.linear else "'dp-sgd' or 'cotangent'"
+            raise ConfigError("privacy.mechanism", "dp-fedavg", f"this method {does}; use {instead}")
         if not inputs.uniform:
             raise ConfigError(
                 "runtime.weighting",

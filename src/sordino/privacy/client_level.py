@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from sordino.privacy.clipping import clip_jointly
-from sordino.privacy.gradients import ExactGradients
 from sordino.privacy.ledger import ALL_CLIENTS, OBSERVERS, Channel, Ledger, Observer, Release
 from sordino.privacy.mechanism import (
     WEIGHT,
@@ -76,7 +75,6 @@ class ClientMechanism(Mechanism):
     def client_end(
         self, randomness: Randomness, clients: Sequence[int], clip: Tensor | None = None
     ) -> ClientRoundMechanism:
-        assert self.model is not None
         s, bound = self.settings, self.settings.clip if clip is None else float(clip)
         z_upload, z_count = self._multipliers
         client_share = 1.0 if s.noise_by == "client" else 0.0
@@ -101,7 +99,7 @@ class ClientMechanism(Mechanism):
                     mechanism_round.summed.append(SumVectors(self._count_terms, {COUNT: bits[:, None]}))
             return tensors | clipped
 
-        mechanism_round = ClientRoundMechanism(ExactGradients(self.model, finite_only=True), protect)
+        mechanism_round = ClientRoundMechanism(self.noiseless(finite_only=True), protect)
         return mechanism_round
 
     def server_end(

@@ -13,6 +13,8 @@ from torch import Tensor
 from sordino.errors import RunError
 from sordino.privacy.cotangent import CotangentGradients, image_directions, public_directions
 from sordino.privacy.dp_sgd import DpSgdGradients, Group, sampled
+from sordino.privacy.forward.losses import Answer, Losses, Question
+from sordino.privacy.forward.noised import NoisedLosses
 from sordino.privacy.gradients import Batch, Gradient, Gradients, Parameters, PromptOf
 from sordino.privacy.ledger import OBSERVERS, Channel, Ledger, Observer, Release
 from sordino.privacy.mechanism import (
@@ -54,24 +56,33 @@ class ExampleMechanism(Mechanism):
         self, randomness: Randomness, clients: Sequence[int], clip: Tensor | None = None
     ) -> ClientRoundMechanism:
         rates: list[Tensor] = []
-        differentiated: set[int] = set()  # draws; a second release of one sample is no independent one
+        noun = "losses" if self.inputs.forward_only else "gradients"
+        released: set[int] = set()  # draws; a second release of one sample is no independent one
 
-        def gradients(prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch) -> Gradient:
+        def sample_once(batch: Batch) -> int:
+            """Enter the sample of a batch, which is released from once; return how many came before it."""
             sampling = sampled(batch)
             if (batch.persons is not None) != self.settings.by_person:
                 raise RunError(
                     f"a batch to be noised must be a sample of what privacy.unit = {self.settings.unit!r} names; let "
                     "the method take its batches from data.batches, whole"
                 )
-            if sampling.draw in differentiated:
+            if sampling.draw in released:
                 raise RunError(
-                    "the method takes two gradients of one batch, which accounting does not allow for; take a new "
+                    f"the method takes two {noun} of one batch, which accounting does not allow for; take a new "
                     "batch of data.batches for each"
                 )
-            noised = self._gradients(randomness, clients, call=len(differentiated))
-            differentiated.add(sampling.draw)
+            released.add(sampling.draw)
             rates.append(sampling.rate)
-            return noised(prompt_of, parameters, fixed, batch)
+            return len(released) - 1
+
+        def gradients(prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch) -> Gradient:
+            call = sample_once(batch)
+            return self._gradients(randomness, clients, call)(prompt_of, parameters, fixed, batch)
+
+        def losses(question: Question, candidates: Parameters, fixed: Parameters, batch: Batch) -> Answer:
+            call = sample_once(batch)
+            return self._losses(randomness, call)(question, candidates, fixed, batch)
 
         def offer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             for name in self._noised_fields:
@@ -81,7 +92,8 @@ class ExampleMechanism(Mechanism):
                 mechanism_round.summed.append(SumVectors(self._sum_terms(name), {name: weighted}))
             return tensors
 
-        mechanism_round = ClientRoundMechanism(gradients, offer if self.sums_securely else unchanged, rates)
+        given = losses if self.inputs.forward_only else gradients
+        mechanism_round = ClientRoundMechanism(given, offer if self.sums_securely else unchanged, rates)
         return mechanism_round
 
     def server_end(
@@ -165,6 +177,11 @@ class ExampleMechanism(Mechanism):
             call,
         )
 
+    def _losses(self, randomness: Randomness, call: int) -> Losses:
+        """Return the losses of one call in a round; no two calls draw the same noise."""
+        assert self.model is not None
+        return NoisedLosses(self.model, self.settings.clip, self.noise_multiplier, randomness, call)
+
     @cached_property
     def _noised_fields(self) -> tuple[str, ...]:
         """Return the upload's fields whose mean gets noise, where clients do not add it alone."""
@@ -227,6 +244,8 @@ class ExampleMechanism(Mechanism):
         seen_by: tuple[Observer, ...] = ("clients", "public") if noise_by == "server" else OBSERVERS
         if self.settings.mechanism == "cotangent":
             yield release("sum of clipped cotangents of the class features", (self.noise_multiplier,), OBSERVERS)
+        elif inputs.forward_only:
+            yield release("sum of clipped losses of candidate prompts", (self.noise_multiplier,), OBSERVERS)
         elif not (inputs.shared and inputs.personal):
             yield release("sum of clipped gradients", (self.noise_multiplier,), seen_by)
         elif noise_by == "client":

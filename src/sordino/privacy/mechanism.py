@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from sordino.encoders.prompt_model import PromptModel
 from sordino.errors import RunError
 from sordino.privacy import accounting
+from sordino.privacy.forward.losses import ExactLosses, Losses
 from sordino.privacy.gradients import ExactGradients, Gradients
 from sordino.privacy.ledger import OBSERVERS, Channel, Disclosure, Ledger, Release, Source
 from sordino.privacy.sampling import PoissonSampler, sampling_rate
@@ -62,6 +63,7 @@ class MechanismInputs:
         counts_only: whether it uses their counts alone.
         one_feature: whether an image enters a method as its one feature.
         whole_persons: whether it is known whose each image is, and no person has images at two clients.
+        forward_only: whether the method is given losses of candidates, and no gradient.
     """
 
     trains: bool
@@ -84,6 +86,7 @@ class MechanismInputs:
     counts_only: bool = False
     one_feature: bool = True
     whole_persons: bool = False
+    forward_only: bool = False
 
     def rate(self, client: int) -> float:
         """Return the probability with which a unit of a client, example or person, is in a batch."""
@@ -101,7 +104,7 @@ class ClientRoundMechanism:
     """The clients' end of a mechanism in one round.
 
     Attributes:
-        gradients: what the method is given.
+        gradients: what the method is given: gradients, or losses if it is a forward-only one.
         protect: turns an upload's tensors, each [K, ...], into what leaves the clients.
         rates: for each gradient that was taken, the sampling rates [K] of its batch, as they were drawn.
         below_clip: [K], 1/2 where an upload was below an adaptive clip, -1/2 where not, noised; part of the upload.
@@ -109,7 +112,7 @@ class ClientRoundMechanism:
         summed: vectors that a secure sum adds up; they never leave in the clear.
     """
 
-    gradients: Gradients
+    gradients: Any
     protect: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     rates: list[Tensor] = field(default_factory=list)
     below_clip: Tensor | None = None
@@ -152,6 +155,17 @@ class Mechanism:
     delta: float | None = None
     noise_multiplier: float = 0.0
     public: Tensor | None = None
+
+    def noiseless(self, finite_only: bool = False) -> Gradients | Losses:
+        """Return what the method is given, without noise.
+
+        Args:
+            finite_only: let an example that is not finite count as nothing.
+        """
+        assert self.model is not None
+        if self.inputs.forward_only:
+            return ExactLosses(self.model, finite_only)
+        return ExactGradients(self.model, finite_only)
 
     @property
     def samples_clients(self) -> bool:
@@ -206,8 +220,7 @@ class Mechanism:
             clients: the K clients of the stack, by number.
             clip: what the server broadcast of an adaptive clip.
         """
-        assert self.model is not None
-        return ClientRoundMechanism(ExactGradients(self.model), unchanged)
+        return ClientRoundMechanism(self.noiseless(), unchanged)
 
     def server_end(
         self,

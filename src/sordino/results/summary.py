@@ -261,8 +261,9 @@ class Summary(_Part):
         best: the best evaluated round; None if the method has no rounds, or under a privacy mechanism: to choose a
             round by the accuracy of test pictures is a release that no epsilon covers.
         effort: the training that was done.
+        words: the prompts as text, one a client or one for all, if they are words; else empty.
 
-    The last four are None in summaries of earlier versions.
+    The four before the last are None in summaries of earlier versions.
     """
 
     algorithm: Text
@@ -282,6 +283,7 @@ class Summary(_Part):
     hand_written: HandWritten | None = None
     best: BestRound | None = None
     effort: Effort | None = None
+    words: tuple[Text, ...] = ()
     version: Text = ""
 
     @property

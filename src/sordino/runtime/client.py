@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from sordino.algorithms.base import (
     take,
 )
 from sordino.errors import ConfigError, RunError
-from sordino.privacy.gradients import Batch, Gradient, Gradients, Parameters, PromptOf
+from sordino.privacy.gradients import Batch, Parameters
 from sordino.privacy.mechanism import WEIGHT, ClientRoundMechanism
 from sordino.privacy.sampling import PoissonSampler
 from sordino.privacy.secure_mean import sum_parties
@@ -212,7 +213,7 @@ class ClientRound:
 
     Attributes:
         training: the clients' state; it includes this round once they have uploaded.
-        losses: a scalar for every gradient that was taken. They are for a simulation's log, and are never sent.
+        losses: a scalar for every gradient, or answer, that was taken. It is for a simulation's log, and never sent.
     """
 
     def __init__(self, end: ClientEnd, training: ClientTraining) -> None:
@@ -358,13 +359,13 @@ class ClientRound:
 
         return map_tensors(upload, enlarge)
 
-    def _recorded(self, gradients: Gradients) -> Gradients:
-        """Return the same gradients, which also keep their losses for the log."""
+    def _recorded(self, gradients: Any) -> Any:
+        """Return the same gradients, or losses of candidates, which also keep the loss of each call for the log."""
 
-        def record(prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch) -> Gradient:
-            gradient = gradients(prompt_of, parameters, fixed, batch)
-            self.losses.append(gradient.loss.mean())
-            return gradient
+        def record(asked: Any, parameters: Parameters, fixed: Parameters, batch: Batch) -> Any:
+            answer = gradients(asked, parameters, fixed, batch)
+            self.losses.append(answer.loss.mean())
+            return answer
 
         return record
 

@@ -29,6 +29,7 @@ from sordino.algorithms.base import (
 )
 from sordino.encoders.prompt_model import PromptModel
 from sordino.errors import ConfigError
+from sordino.privacy.forward.losses import without_a_model
 from sordino.privacy.gradients import Batch, Gradient, Parameters, PromptOf
 from sordino.privacy.ledger import Disclosure, joint_digest
 from sordino.privacy.mechanism import WEIGHT, Mechanism, MechanismInputs
@@ -151,7 +152,7 @@ def init_context(model: PromptModel, streams: Streams) -> InitContext:
 def schemas_of(
     algorithm: Algorithm, settings: Any, model: PromptModel, clients: int, rounds: int, example: Tensor
 ) -> Schemas:
-    """Return the schemas of a method's messages, from a round of one client in which no gradient is computed.
+    """Return the schemas of a method's messages, from a round of one client in which no model is run.
 
     Args:
         algorithm, settings, model: the method.
@@ -170,7 +171,8 @@ def schemas_of(
         data = replace(data, statistics=_no_statistics(model, 1))
     state = algorithm.client_init(settings, init_context(model, Streams(0, 0, [0], device)), data)
     round_context = RoundContext(1, max(1, rounds), Streams(0, 1, [0], device))
-    upload, _ = algorithm.client_round(settings, broadcast, state, data, _no_gradients, round_context)
+    nothing = without_a_model if algorithm.ABOUT.forward_only else _no_gradients
+    upload, _ = algorithm.client_round(settings, broadcast, state, data, nothing, round_context)
     return Schemas(broadcast, map_tensors(upload, lambda _, tensor: torch.zeros_like(tensor)))
 
 
@@ -298,6 +300,7 @@ def mechanism_inputs(
         counts_only=about.counts_only,
         one_feature=kind.reads is PromptModel.reads and not kind.prompts_images,
         whole_persons=units.whole_persons,
+        forward_only=about.forward_only,
     )
 
 
