@@ -64,7 +64,7 @@ def by_hand(model: PromptModel, contexts: Tensor, tokens: Tensor, images: Tensor
 def test_maples_gradient_is_that_of_its_loss_by_hand(
     make_runtime: MakeRuntime, read: Callable[[Kind], Tensor], table: tuple[Tensor, Tensor]
 ) -> None:
-    """As in muzairkhattak/multimodal-prompt-learning: the image tower's tokens are linear in the text tower's."""
+    """By the equations: the image tower's tokens are linear in the text tower's."""
     runtime = make_runtime("maple", ROWS, TABLES)
     parts, batch, model = of_two(runtime.prompts(started_in_double(runtime))), some(read, table), runtime.model
     assert parts["contexts"].shape[1] == LAYERS
@@ -104,7 +104,7 @@ def test_the_image_tower_feels_the_text_tokens_through_the_maps_alone(
 def test_promptsrcs_gradient_is_that_of_its_loss_by_hand(
     make_runtime: MakeRuntime, read: Callable[[Kind], Tensor], table: tuple[Tensor, Tensor]
 ) -> None:
-    """As in muzairkhattak/PromptSRC (trainers/promptsrc.py): l1 losses, and the mean divergence over all logits."""
+    """By the equations: l1 losses, and the mean divergence over all logits."""
     guidance = {"text_guidance": 2.0, "image_guidance": 3.0, "logit_guidance": 5.0, "sentences": 3}
     runtime = make_runtime("promptsrc", ROWS, TABLES | guidance)
     parts, batch, model = of_two(runtime.prompts(started_in_double(runtime))), some(read, table), runtime.model

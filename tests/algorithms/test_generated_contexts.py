@@ -143,7 +143,7 @@ def test_cocoop_with_a_network_of_zeros_is_promptfl(make_runtime: MakeRuntime, t
 def test_cocoops_gradient_is_that_of_its_loss_by_hand(
     budget: float, make_runtime: MakeRuntime, table: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in KaiyangZhou/CoOp (trainers/cocoop.py): a prompt for each image, its logits, and their cross-entropy."""
+    """By the equations: a prompt for each image, its logits, and their cross-entropy."""
     runtime = make_runtime("cocoop", ROWS, TABLES | {"reduction": 3})
     parts, batch, model = of_two(runtime.prompts(started_in_double(runtime))), some(table), runtime.model
     monkeypatch.setitem(prompt_model.FLOPS_AT_ONCE, "cpu", budget)

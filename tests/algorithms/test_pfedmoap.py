@@ -75,7 +75,7 @@ def test_a_client_that_knows_nobody_yet_has_its_own_logits(
 
 
 def test_its_gradient_is_that_of_its_loss_by_hand(make_runtime: MakeRuntime, table: tuple[Tensor, Tensor]) -> None:
-    """The equations of the authors' trainer, image by image and head by head; the second expert is not known yet."""
+    """The equations, image by image and head by head; the second expert is not known yet."""
     runtime = make_runtime("pfedmoap", ROWS, TABLES | {"scaling": 3.0, "gate_width": 12})
     model = runtime.model
     assert isinstance(model, pfedmoap.Model)

@@ -39,7 +39,7 @@ def test_one_context_and_one_patch_are_a_cosine(model: PromptModel, read: Callab
 def test_plots_gradient_is_that_of_a_plan_by_scaling(
     model: PromptModel, read: Callable[[Kind], Tensor], table: tuple[Tensor, Tensor]
 ) -> None:
-    """As CHENGY12/PLOT does it: Sinkhorn's scaling of exp(-cost / 0.1) without a gradient, then sum T cos / tau."""
+    """By the equations: Sinkhorn's scaling of exp(-cost / 0.1) without a gradient, then sum T cos / tau."""
     own, start = plot.Model(model.encoder, model.classes, 1.0, 0.1, 20_000, 1e-13), contexts(model, 2, 3)
     patches, labels = read("patch")[:10].unflatten(0, (2, 5)), table[1][:10].unflatten(0, (2, 5))
     batch = Batch(patches, labels, torch.ones(2, 5, dtype=torch.bool))

@@ -16,11 +16,11 @@ Disclosure. Averages hide a client among others; here each client's context as i
 clients*. Under DP-SGD a client's noise protects both. Who looks at each upload cannot be protected as a client of many,
 so `dp-fedavg` is refused. The cotangent mechanism is refused too, as class features depend on the image.
 
-Defaults are the authors' code's: 10 experts with the own one, nearest first, 8 heads on w = 128 numbers, attention
-scaled by 10, lambda = 0.5, M = 16. Before any other client has trained, a client's logits are those of its own context
-alone. Choices. There is no bias of the keys, because it cancels in the softmax. The rate of the gate's optimizer, which
-the code has in a file that could not be read, is 0.01. Features narrower than w are taken whole. The change of a
-context is sent, not the context: the server knows the rest.
+Defaults are those of public copies of the authors' code: 10 experts with the own one, nearest first, 8 heads on w = 128
+numbers, attention scaled by 10, lambda = 0.5, M = 16. Before any other client has trained, a client's logits are those
+of its own context alone. Choices. There is no bias of the keys, because it cancels in the softmax. The rate of the
+gate's optimizer, which the code has in a file that could not be read, is 0.01. Features narrower than w are taken
+whole. The change of a context is sent, not the context: the server knows the rest.
 """
 
 from collections.abc import Mapping
