@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from sordino.algorithms.cma_es import Rates, Roots, Search, ask, tell
 from sordino.algorithms.settings.fedbpt import Settings as FedBpt
 from sordino.algorithms.settings.feddtpt import Settings as FedDtpt
 from sordino.algorithms.zeroth_order import both_sides, directions_of, estimate
+from sordino.audit import inversion, rounds
 from sordino.encoders.prompt_model import PromptModel
 from sordino.errors import ConfigError
 from sordino.experiments.config import load_config
@@ -494,3 +496,12 @@ def test_mechanisms_for_class_features_are_refused(make_runtime: MakeRuntime) ->
     for mechanism in ("cotangent", "statistics"):
         with pytest.raises(ConfigError, match="privacy.mechanism.*use 'dp-sgd'"):
             make_runtime("feddpg", ROWS, {}, privacy={"mechanism": mechanism, "noise_multiplier": 1.0})
+
+
+@pytest.mark.parametrize("name", ["fedbpt", "fed-bbpt", "feddtpt", "feddtpt-votes"])
+def test_attacks_on_gradients_say_that_there_are_none(name: str, make_runtime: MakeRuntime) -> None:
+    runtime = make_runtime(name, ROWS, TABLES)
+    assert "uploads come of losses" in str(inversion.inapplicable(runtime))
+    subject = SimpleNamespace(runtime=runtime, config=SimpleNamespace(algorithm=name))
+    with pytest.raises(ConfigError, match=f"algorithm = '{name}': uploads come of losses"):
+        rounds._check(subject)  # type: ignore[arg-type]

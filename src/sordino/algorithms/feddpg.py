@@ -112,7 +112,7 @@ class ClientState(base.ClientState):
 
 @dataclass(frozen=True)
 class Upload(base.Upload):
-    change: dict[str, Tensor]  # of the generator by the local steps, each [K, ...]
+    generator: dict[str, Tensor]  # its change by the local steps, each [K, ...]
     weight: Tensor  # [K], its weight in the average
 
 
@@ -161,7 +161,7 @@ def client_round(
 
 
 def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], round_context: RoundContext) -> Server:
-    return Server({name: value + uploads.mean(f"change.{name}") for name, value in server.generator.items()})
+    return Server({name: value + uploads.mean(f"generator.{name}") for name, value in server.generator.items()})
 
 
 def prompt(broadcast: Broadcast, state: ClientState) -> Prompt:

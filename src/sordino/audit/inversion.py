@@ -144,6 +144,8 @@ def inapplicable(runtime: LocalRuntime) -> str | None:
         return "no round is trained, so there is no upload"
     if about.pools_data:
         return "all images are in one place already; there is no upload to invert"
+    if about.forward_only:
+        return "uploads come of losses, and no gradient is in them"
     names = {entry.name for entry in fields(runtime.algorithm.Upload)}
     if not names:
         return "nothing that was learned leaves a client"

@@ -146,6 +146,9 @@ def _check(subject: Subject) -> None:
     if hasattr(runtime.algorithm, "server_exchange"):
         remedy = "clients upload prompts and not changes; 'membership' attacks what a prompt tells"
         raise ConfigError("algorithm", method, remedy)
+    if about.forward_only:
+        remedy = "uploads come of losses, and are no sums of gradients; 'membership' attacks what a prompt tells"
+        raise ConfigError("algorithm", method, remedy)
     if len(runtime.data) < 2:
         raise ConfigError("partition.clients", len(runtime.data), "other clients are the reference; at least 2")
 
