@@ -31,8 +31,8 @@ from scipy.stats import norm
 from torch import Tensor
 
 from sordino.privacy import accounting
+from sordino.privacy.uploads.dithered import KEY_BYTES, drawn_keys, quantized, restored
 from sordino.randomness import SystemRandomness
-from sordino.secure.dithered import KEY_BYTES, drawn_keys, quantized, restored
 
 HALVINGS = 40  # of the range of steps that is searched
 

@@ -144,7 +144,8 @@ def test_the_page_on_choosing_says_what_each_mechanism_refuses() -> None:
         written.setdefault(mechanism, set()).update(re.findall(r"`([\w-]+)`", refused))
     learning = [name for name in OWN_METHODS if algorithm(name).ABOUT.trains]
     models = {name: model_class(algorithm(name)) for name in learning}
-    assert written["cotangent"] == {name for name in learning if not models[name].linear}
+    blind = {name for name in learning if algorithm(name).ABOUT.forward_only}
+    assert written["cotangent"] == {name for name in learning if not models[name].linear} | blind
     one_feature = {name for name, model in models.items() if model.reads is PromptModel.reads}
     assert written["statistics"] == set(learning) - one_feature
     assert written["dp-fedavg"] == {name for name in learning if algorithm(name).ABOUT.server_uses != "mean"}

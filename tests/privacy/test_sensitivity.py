@@ -25,8 +25,8 @@ from sordino.errors import ConfigError
 from sordino.privacy import cotangent
 from sordino.privacy.gradients import Batch, Gradient, Parameters, PromptOf
 from sordino.privacy.mechanism import WEIGHT, Average, ClientRoundMechanism
-from sordino.privacy.secure_mean import ServerSums, sum_parties
 from sordino.privacy.settings import PrivacySettings
+from sordino.privacy.uploads.secure_mean import ServerSums, sum_parties
 from sordino.randomness import Streams
 from sordino.runtime.local import LocalRuntime, Training
 from sordino.runtime.settings import RuntimeSettings

@@ -59,7 +59,6 @@ def trained(runtime: LocalRuntime, training: Training, rounds: int) -> tuple[Tra
 
 REFUSED = [
     "fedotp",
-    "feddpg",
     "plot",
     "pfedpt",
     "pfedpg",
@@ -67,7 +66,7 @@ REFUSED = [
     "sgpt",
     "maple",
     "promptsrc",
-]  # they need more of an image than its one feature, or class features that are the same for all images
+]  # they need more of an image than its one feature
 FITTING = [name for name in METHODS if name not in (*REFUSED, "zero-shot", "random-prompt")]
 
 

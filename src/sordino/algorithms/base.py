@@ -142,7 +142,7 @@ class ClippedUpload(Upload):
 
 @dataclass(frozen=True)
 class CompressedUpload(Upload):
-    """An upload that is quantized by a dither (`sordino.secure.dithered`).
+    """An upload that is quantized by a dither (`sordino.privacy.uploads.dithered`).
 
     Attributes:
         codes: the method's own tensors, as integers.

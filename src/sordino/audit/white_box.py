@@ -26,7 +26,7 @@ from sordino.privacy.dp_sgd import ExampleGradients, example_gradients
 from sordino.privacy.forward.losses import Answer, Question, anchor, measured
 from sordino.privacy.gradients import Batch, Gradient, Parameters, PromptOf
 from sordino.privacy.mechanism import ClientRoundMechanism, Mechanism, ServerRoundMechanism
-from sordino.privacy.secure_mean import ServerSums
+from sordino.privacy.uploads.secure_mean import ServerSums
 from sordino.randomness import Randomness
 
 Asked = PromptOf | Question  # what a method asks with: gradients, or losses

@@ -21,10 +21,10 @@ from sordino.privacy.mechanism import (
     once,
     summed_securely,
 )
-from sordino.privacy.secure_mean import ServerSums, Summed, SumTerms, SumVectors
 from sordino.privacy.settings import PrivacySettings
+from sordino.privacy.uploads.dithered import drawn_keys, quantized, restored
+from sordino.privacy.uploads.secure_mean import ServerSums, Summed, SumTerms, SumVectors
 from sordino.randomness import Randomness
-from sordino.secure.dithered import drawn_keys, quantized, restored
 
 CLIP = "clip"  # the mechanism's state: the current bound, a scalar
 COUNT = "count"  # the field of the secure sum of bits
@@ -40,9 +40,9 @@ class ClientMechanism(Mechanism):
     enough for itself, as in FedPrompt (Zhao et al., 2023). The clip may follow a quantile of the uploads' norms:
     Andrew, Thakkar, McMahan, Ramaswamy, Differentially Private Learning with Adaptive Clipping, NeurIPS 2021.
 
-    With `compress`, uploads are integers whose rounding is the noise (`sordino.secure.dithered`). The server has the
-    dithers and sees no noise. Each of K clients adds the variance (z clip)^2 / (K - T), so that T of them who know
-    their own dithers leave enough. The server adds what clients that are lost would have added.
+    With `compress`, uploads are integers whose rounding is the noise (`sordino.privacy.uploads.dithered`). The server
+    has the dithers and sees no noise. Each of K clients adds the variance (z clip)^2 / (K - T), so that T of them who
+    know their own dithers leave enough. The server adds what clients that are lost would have added.
 
     Sensitivity: neighboring federations differ in one client, present or not, with the divisor unchanged; the sum of
     uploads then changes by one vector of norm at most `clip`. Whether an upload is below the clip is counted as +-1/2,

@@ -29,7 +29,7 @@ from sordino.privacy.mechanism import (
     summed_securely,
     unchanged,
 )
-from sordino.privacy.secure_mean import ServerSums, SumTerms, SumVectors
+from sordino.privacy.uploads.secure_mean import ServerSums, SumTerms, SumVectors
 from sordino.randomness import Randomness
 
 SUBSPACE = 16  # public directions of `cotangent` by default

@@ -21,8 +21,8 @@ from sordino.privacy.forward.losses import ExactLosses, Losses
 from sordino.privacy.gradients import ExactGradients, Gradients
 from sordino.privacy.ledger import OBSERVERS, Channel, Disclosure, Ledger, Release, Source
 from sordino.privacy.sampling import PoissonSampler, sampling_rate
-from sordino.privacy.secure_mean import ServerSums, SumVectors
 from sordino.privacy.settings import PrivacySettings
+from sordino.privacy.uploads.secure_mean import ServerSums, SumVectors
 from sordino.randomness import Randomness
 
 ServerUses = Literal["mean", "each", "shares", "nothing"]

@@ -30,9 +30,9 @@ from sordino.errors import ConfigError, RunError
 from sordino.privacy.gradients import Batch, Parameters
 from sordino.privacy.mechanism import WEIGHT, ClientRoundMechanism
 from sordino.privacy.sampling import PoissonSampler
-from sordino.privacy.secure_mean import sum_parties
 from sordino.privacy.statistics.estimates import Released, drawn
 from sordino.privacy.statistics.mechanism import StatisticsMechanism
+from sordino.privacy.uploads.secure_mean import sum_parties
 from sordino.runtime import messages
 from sordino.runtime.facts import Federation, RandomnessOf, client_data, participants, stacked, stand_in
 from sordino.runtime.messages import MessageError, RoundHeader, UploadHeader

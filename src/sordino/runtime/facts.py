@@ -298,7 +298,7 @@ def mechanism_inputs(
         classes=classes,
         statistics=about.statistics,
         counts_only=about.counts_only,
-        one_feature=kind.reads is PromptModel.reads and not kind.prompts_images,
+        one_feature=kind.reads is PromptModel.reads,
         whole_persons=units.whole_persons,
         forward_only=about.forward_only,
     )

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from sordino.algorithms.base import Broadcast, Upload
 from sordino.privacy.ledger import Release
-from sordino.privacy.secure_mean import ServerSums, SumVectors, sum_parties
 from sordino.privacy.statistics.estimates import Released
 from sordino.privacy.statistics.mechanism import CENTER, MATRIX, SCATTER, StatisticsMechanism
 from sordino.privacy.statistics.posterior import Observed
+from sordino.privacy.uploads.secure_mean import ServerSums, SumVectors, sum_parties
 from sordino.randomness import Randomness, system_bytes
 from sordino.runtime import messages
 from sordino.runtime.messages import MessageError, RoundHeader, UploadHeader

@@ -25,8 +25,8 @@ from sordino.algorithms.base import (
 from sordino.errors import RunError
 from sordino.privacy.ledger import ALL_CLIENTS, Ledger, Release
 from sordino.privacy.mechanism import WEIGHT, ServerRoundMechanism
-from sordino.privacy.secure_mean import ServerSums
 from sordino.privacy.statistics.mechanism import StatisticsMechanism
+from sordino.privacy.uploads.secure_mean import ServerSums
 from sordino.randomness import system_bytes
 from sordino.runtime import messages
 from sordino.runtime.aggregation import aggregated

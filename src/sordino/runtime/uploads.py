@@ -12,11 +12,11 @@ from torch import Tensor
 from sordino.algorithms.base import ClippedUpload, CompressedUpload, StatedWeight, Upload, map_tensors, named_tensors
 from sordino.errors import RunError
 from sordino.privacy.ledger import Ledger
+from sordino.privacy.uploads.dithered import KEY_BYTES
 from sordino.runtime import messages
 from sordino.runtime.facts import Federation, stacked
 from sordino.runtime.messages import MessageError, NotFinite
 from sordino.secure import Refusal
-from sordino.secure.dithered import KEY_BYTES
 
 Replies = Mapping[int, bytes | Refusal]  # by client
 

@@ -14,7 +14,6 @@ from sordino.privacy.cotangent import image_directions, public_directions
 from sordino.privacy.example_level import IMAGES_PUBLIC, PERSONS_KNOWN, SIZES_KNOWN
 from sordino.privacy.ledger import OBSERVERS, Channel, Disclosure, Ledger, Observer, Release
 from sordino.privacy.mechanism import Mechanism, summed_securely
-from sordino.privacy.secure_mean import ServerSums, SumTerms
 from sordino.privacy.statistics.estimates import Estimator, Noise, Released
 from sordino.privacy.statistics.posterior import Observed
 from sordino.privacy.statistics.release import (
@@ -26,6 +25,7 @@ from sordino.privacy.statistics.release import (
     scatter_share,
     scatter_sum,
 )
+from sordino.privacy.uploads.secure_mean import ServerSums, SumTerms
 from sordino.randomness import Randomness
 
 CONTENT = "class counts and class sums of features, once"

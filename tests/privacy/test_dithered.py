@@ -17,11 +17,11 @@ from sordino.errors import ConfigError
 from sordino.privacy.accounting import noise_multiplier, spent
 from sordino.privacy.settings import PrivacySettings
 from sordino.privacy.statement import statement
+from sordino.privacy.uploads.dithered import drawn_keys, quantized, restored
 from sordino.randomness import Streams, SystemRandomness
 from sordino.runtime import messages
 from sordino.runtime.local import LocalRuntime
 from sordino.runtime.messages import MessageError, UploadHeader
-from sordino.secure.dithered import drawn_keys, quantized, restored
 
 MakeRuntime = Callable[..., LocalRuntime]
 ROWS = [list(range(8 * k, 8 * k + 8)) for k in range(5)]
