@@ -548,6 +548,11 @@ def test_a_site_that_is_lost_is_named_and_comes_back(
     assert "1 round went on without somebody" in page
     most = max(epsilon_by_site(outcome.training.ledger, outcome.met.agreement, "example").values())
     assert f"So far at most ε = {rounded_up(most)} at δ = " in page
+    kept = [json.loads(line) for line in (tmp_path / "out" / METRICS).read_text().splitlines()]
+    spent = [line["epsilon_spent"] for line in kept if "epsilon_spent" in line]
+    assert spent == sorted(spent)
+    assert 0 < spent[0] < spent[-1] == most
+    assert all(rounded_up(epsilon) in page for epsilon in spent)
     assert "Nothing here is private" not in page
     spent_by_all = {site.ledger.spent("example", 1e-3) for site in sites.values()}
     assert all(math.isfinite(epsilon) and epsilon > 0 for epsilon in spent_by_all)

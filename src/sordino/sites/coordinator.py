@@ -187,11 +187,11 @@ class _Rounds:
         due = training.round % self.config.runtime.evaluate_every == 0 or training.round == self.config.rounds
         if record is not None and due and self.met.tells_accuracy:
             self._metrics.extend(self._evaluated(training))
-        seen, now = dict(self._metrics.lines[-1]), time.monotonic()
+        by_site, now = {}, time.monotonic()
         if now - self._written[0] > WRITING * self._written[1]:  # epsilon of many sites takes its time
-            seen["epsilon"] = self._write_page(training, self._accuracy)
+            by_site = {"epsilon": self._write_page(training, self._accuracy)}
             self._written = now, time.monotonic() - now
-        self.watch(seen)
+        self.watch({**self._metrics.lines[-1], **by_site})
         self._began = time.monotonic()
 
     def _evaluated(self, training: ServerTraining) -> dict[str, Any]:
@@ -213,8 +213,10 @@ class _Rounds:
     def _write_page(
         self, training: ServerTraining, accuracy: Mapping[str, float | None], finished: bool = False
     ) -> dict[str, float | None]:
-        """Write the page, and return epsilon by site; None where it is unbounded."""
+        """Write the page and the most that a site spent, and return epsilon by site; None where it is unbounded."""
         epsilons = epsilon_by_site(training.ledger, self.met.agreement, self.config.privacy.unit)
+        most = max(epsilons.values(), default=0.0)
+        self._metrics.extend({"epsilon_spent": most if most < float("inf") else None})
         assert self._server is not None
         write_page(
             self.out,

@@ -172,8 +172,15 @@ def _rounds(lines: Sequence[Mapping[str, Any]]) -> list[Block]:
         row = [str(line["round"]), str(line["participants"]), f"{line['seconds']:.1f}"]
         row += [human_bytes(each * line["participants"]) for each in (line["broadcast_bytes"], line["upload_bytes"])]
         mean = (line.get("accuracy") or {}).get("local")
-        row += ["" if mean is None else f"{100 * mean:.1f}", "\n".join(told) or "nobody"]
+        row += ["" if mean is None else f"{100 * mean:.1f}", _spent(line), "\n".join(told) or "nobody"]
         rows.append(row)
-    head = ["Round", "Clients", "Seconds", "Bytes down", "Bytes up", "Accuracy", "Without"]
+    head = ["Round", "Clients", "Seconds", "Bytes down", "Bytes up", "Accuracy", "Epsilon so far", "Without"]
     caption = f"The last {len(rows)} rounds." if len(lines) > SHOWN else "All rounds so far."
     return [{"table": {"caption": caption, "head": head, "rows": rows}}]
+
+
+def _spent(line: Mapping[str, Any]) -> str:
+    """Return the most that a site had spent after a round; nothing where it was not counted then."""
+    if "epsilon_spent" not in line:
+        return ""
+    return "unbounded" if line["epsilon_spent"] is None else rounded_up(line["epsilon_spent"])
