@@ -367,6 +367,7 @@ def test_the_command_says_where_the_hand_written_prompt_is_better(
     assert summary["by_class"]["negative"] == {"hand_written": 1.0, "tuned": 1.0, "test_examples": 6}
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "The tuned prompt is worse than the hand-written one." in page
+    assert "In short" in page
     assert "&lt;b&gt;positive&lt;/b&gt;" in page
     assert "<b>" not in page
     assert "Loss by generation" in page

@@ -67,10 +67,50 @@ def _page(
 <h1>{escape(title)}</h1>
 <p>{escape(what)}</p>
 </header>
-{"".join(sections)}</main>
+{_verdict(summary)}{"".join(sections)}</main>
 <footer><p>Written by Sordino {escape(str(summary["version"]))}.</p></footer>
 """
     return frame(title, body, figures=False)
+
+
+def _verdict(summary: Mapping[str, Any]) -> str:
+    """Return three sentences for a reader who has one minute: on accuracy, on secrecy, and on what it cost."""
+    told = "".join(
+        f"<p><strong>{topic}.</strong> {escape(sentence)}</p>\n" for topic, sentence in verdict_sentences(summary)
+    )
+    return f'<section class="verdict" aria-labelledby="verdict"><h2 id="verdict">In short</h2>\n{told}</section>\n'
+
+
+def verdict_sentences(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return topics and sentences of the verdict; a difference is claimed only if its interval leaves out zero."""
+    tuned, known = _percent(summary["accuracy"]["tuned"]), summary.get("hand_written")
+    tests = counted(summary["test_examples"], "test example")
+    if not known:
+        start = _percent(summary["accuracy"]["zero_shot"])
+        accuracy = (
+            f"The tuned prompt is right on {tuned}% of {tests}, and the prompt that the search began at on {start}%."
+        )
+    else:
+        gain = Interval(**known["gain"])
+        before = _percent(known["accuracy"])
+        how = "better than" if gain.above else "worse than" if gain.below else "not shown to differ from"
+        sure = "" if gain.low is None else f" (a difference of {gain.percent()} points, with 95% confidence)"
+        accuracy = (
+            f"The tuned prompt is right on {tuned}% of {tests} and {how} the hand-written one with {before}%{sure}."
+        )
+    seconds, costs = human_seconds(sum(summary["seconds"][part] for part in ("search", "evaluate"))), summary["costs"]
+    if summary["clear"]:
+        secrecy = "Nothing left this machine, and nothing was kept secret from it: the tower was in the clear."
+    else:
+        secrecy = (
+            "No server saw a picture, sentence, label, loss, prompt or weight, as long as no two of servers and dealer "
+            "combine their knowledge; a prompt that is published is not private."
+        )
+    cost = f"Search and both accuracies took {seconds} s"
+    if costs:
+        sent = human_bytes(costs["online_bytes_per_server"])
+        cost += f" and {costs['rounds']:,} rounds between the servers, with {sent} each way"
+    return [("Accuracy", accuracy), ("Secrecy", secrecy), ("Cost", f"{cost}.")]
 
 
 def _section(identity: str, heading: str, content: str) -> str:
