@@ -8,7 +8,7 @@ the same bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -228,11 +228,12 @@ class SavedPrompt:
         self._check_encoder(encoder, checkpoint)
         return encoder
 
-    def model(self, encoder: DualEncoder | None = None) -> Classifier:
+    def model(self, encoder: DualEncoder | None = None, class_names: Sequence[str] | None = None) -> Classifier:
         """Make a classifier of the prompt.
 
         Args:
             encoder: the one that it was learned in; None: load it.
+            class_names: other candidate classes than those that it was learned on; None: these.
 
         Raises:
             EncoderError: it is another encoder, or not ready.
@@ -248,16 +249,22 @@ class SavedPrompt:
         self._check_encoder(encoder)
         stack = {name: part[None] for name, part in named_parts(self.prompt).items()}
         prompt = stack["context"] if isinstance(self.prompt, Tensor) else stack
-        classifier = Classifier(self._prompt_model(encoder), prompt, self.gray_range)
+        names = self.class_names if class_names is None else tuple(class_names)
+        classifier = Classifier(self._prompt_model(encoder, names), prompt, self.gray_range)
         try:
             classifier.check()
         except ValueError as error:
             raise PromptError(f"{self.source} does not fit method {self.method!r} ({error}); {REMEDY}") from None
         return classifier
 
-    def _prompt_model(self, encoder: DualEncoder) -> PromptModel:
-        classes = encoder.class_tokens(self.class_names)
+    def _prompt_model(self, encoder: DualEncoder, class_names: tuple[str, ...]) -> PromptModel:
+        classes = encoder.class_tokens(class_names)
         if KNOWN_FEATURES in named_parts(self.prompt):
+            if class_names != self.class_names:
+                raise PromptError(
+                    f"{self.source} came with the features of its own classes from a text tower that is not here; "
+                    "it sorts into no others"
+                )
             return KnownFeatures(encoder, classes)
         if self.method not in METHODS:
             raise PromptError(

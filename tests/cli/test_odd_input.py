@@ -392,7 +392,20 @@ def test_a_full_disk_is_told_and_costs_nothing(limit: int, finished: Path, tmp_p
 
 
 WORDS = [
-    *("run", "compare", "predict", "report", "audit", "methods", "encoders", "privacy", "plan", "ledger", "mpc"),
+    *(
+        "run",
+        "compare",
+        "predict",
+        "transfer",
+        "report",
+        "audit",
+        "methods",
+        "encoders",
+        "privacy",
+        "plan",
+        "ledger",
+        "mpc",
+    ),
     *("tune-private", "provide", "server", "--out", "--set", "--json", "--resume", "--seeds", "--help", "--clear"),
     *("--vary", "--top", "--encoder", "-", "--"),
     *("c.toml", "rounds=1", "=", "a.b.c=1", "promptfl", "0", "-1", "1e9", ".", "/", "/dev/null", "\udcff", "\0"),

@@ -24,9 +24,9 @@ from sordino.encoders.generative.settings import PLACES, GenerativeSettings
 from sordino.errors import ConfigError, EncoderError, PromptError
 from sordino.experiments.compare import compare
 from sordino.experiments.config import load_config
-from sordino.experiments.free_answers import answer_freely
 from sordino.experiments.privacy.plan import planned_mechanism
 from sordino.experiments.run import run
+from sordino.experiments.use.free_answers import answer_freely
 from sordino.experiments.variants import grid
 from sordino.prompt_file import EncoderRecord, SavedPrompt
 from sordino.results import Summary

@@ -187,19 +187,44 @@ def predict(
     if method is not None:
         add_file(method)
     if generate:
-        from sordino.experiments.free_answers import answer_freely
+        from sordino.experiments.use.free_answers import answer_freely
 
         with live_progress() as progress:
             said = answer_freely(prompt, images, encoder, question, most_tokens, progress)
         _print_skipped(said.skipped)
         print(json.dumps(said.as_dict()) if as_json else said.as_text())
         return
-    from sordino.experiments.predict import predict as predict_classes
+    from sordino.experiments.use.predict import predict as predict_classes
 
     with live_progress() as progress:
         result = predict_classes(prompt, images, encoder, progress)
     _print_skipped(result.skipped)
     print(json.dumps(result.as_dict(top)) if as_json else result.as_text(top))
+
+
+@app.command()
+def transfer(
+    prompts: Annotated[
+        list[Path], typer.Argument(metavar="PROMPT...", help="files of prompts, or run directories, of one method")
+    ],
+    to: Annotated[str, typer.Option(metavar="SOURCE", help="the other data set, as data.source")],
+    per_class: Annotated[int | None, typer.Option(min=1, metavar="N", help="most pictures of a class")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the choice of --per-class")] = 0,
+    encoder: Annotated[
+        str | None, typer.Option(metavar="CHECKPOINT", help="folder or hub name where the prompts' encoder is now")
+    ] = None,
+    method: MethodFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate saved prompts on another data set than they were learned on, with its class names."""
+    at_work("nothing was written; repeat the command")
+    if method is not None:
+        add_file(method)
+    from sordino.experiments.use.transfer import transfer as transferred
+
+    with live_progress() as progress:
+        result = transferred(prompts, to, per_class, seed, encoder, progress)
+    print(json.dumps(result.as_dict()) if as_json else result.as_text())
 
 
 def _print_skipped(skipped: Sequence[Skipped]) -> None:

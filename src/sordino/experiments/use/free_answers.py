@@ -13,7 +13,7 @@ from sordino.encoders.capabilities import Capability, with_capability
 from sordino.encoders.encode import UNREADABLE, Skipped
 from sordino.encoders.generative.encoder import GenerativeEncoder
 from sordino.errors import DataError, PromptError
-from sordino.experiments.predict import listed
+from sordino.experiments.use.predict import listed
 from sordino.files import read_regular
 from sordino.pictures.decoding import MAX_BYTES, decode
 from sordino.progress import Progress, silent
