@@ -86,7 +86,11 @@ def local_accuracies(folder: Path, encoder: DualEncoder) -> list[float]:
     for client in range(task.clients):
         classifier = classifiers[client if len(files) > 1 else 0]
         assert classifier.class_names == task.class_names
-        guesses = classifier.logits(features).argmax(-1).numpy()
+        logits = classifier.logits(features)
+        turned = dict(reversed(named_parts(classifier.prompt).items()))  # a file has its tensors in any order
+        if len(turned) > 1:
+            torch.testing.assert_close(replace(classifier, prompt=turned).logits(features), logits)
+        guesses = logits.argmax(-1).numpy()
         accuracies.append(float(((guesses == task.labels[task.test]) * task.local[client]).sum()))
     return accuracies
 

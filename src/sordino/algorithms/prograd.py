@@ -77,7 +77,8 @@ class Model(GeneralKnowledgeModel):
 
     def class_features(self, prompt: Prompt) -> Tensor:
         """Return features [P, 1, C, D], or with the second context [P, 2, C, D], its features second."""
-        return self.text_features(torch.stack(list(named_parts(prompt).values()), dim=1))
+        parts = named_parts(prompt)
+        return self.text_features(torch.stack([parts[name] for name in ("context", "general") if name in parts], dim=1))
 
     def scores(self, features: Tensor, prompt: Prompt, images: Tensor) -> Tensor:
         return self.logits(features[:, 0], images)

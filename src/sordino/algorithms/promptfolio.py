@@ -16,6 +16,7 @@ start anywhere, all clients at the same two, and clients' optimizers start afres
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from sordino.algorithms import fedotp
@@ -36,7 +37,7 @@ from sordino.algorithms.fedotp import (
 )
 from sordino.algorithms.settings.promptfolio import Settings
 from sordino.encoders.base import ClassTokens, DualEncoder
-from sordino.encoders.prompt_model import Prompt, PromptModel
+from sordino.encoders.prompt_model import Prompt, PromptModel, named_parts
 
 __all__ = [
     "Broadcast",
@@ -73,7 +74,8 @@ class Model(PromptModel):
 
     def class_features(self, prompt: Prompt) -> Tensor:
         """Return the mixed features [P, C, D], shorter than 1 where the two contexts disagree."""
-        shared, personal = self.text_features(side_by_side(prompt)).unbind(1)
+        parts = named_parts(prompt)  # by name: a file has them in any order
+        shared, personal = self.text_features(torch.stack([parts["shared"], parts["personal"]], 1)).unbind(1)
         return (1 - self.personal) * shared + self.personal * personal
 
     def flops(self, prompt: Prompt, images: int) -> float:
