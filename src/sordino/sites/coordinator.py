@@ -216,7 +216,8 @@ class _Rounds:
         """Write the page and the most that a site spent, and return epsilon by site; None where it is unbounded."""
         epsilons = epsilon_by_site(training.ledger, self.met.agreement, self.config.privacy.unit)
         most = max(epsilons.values(), default=0.0)
-        self._metrics.extend({"epsilon_spent": most if most < float("inf") else None})
+        if self._metrics.lines:  # a method without rounds has none
+            self._metrics.extend({"epsilon_spent": most if most < float("inf") else None})
         assert self._server is not None
         write_page(
             self.out,
