@@ -58,7 +58,7 @@ class Model(PromptModel):
     """
 
     linear: ClassVar[bool] = False
-    prompts_images: ClassVar[bool] = True  # every example needs a pass of its own
+    conditions_on_images: ClassVar[bool] = True
 
     def class_features(self, prompt: Prompt) -> Tensor:
         """Return [P, 0]: no class feature is the same for all images."""

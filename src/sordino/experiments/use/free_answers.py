@@ -22,7 +22,7 @@ from sordino.prompt_file import SavedPrompt
 
 @dataclass(frozen=True)
 class FreeAnswers:
-    """What a prompt's model says of pictures.
+    """Answers of a prompt's model to a question on pictures.
 
     Attributes:
         saved: the prompt.

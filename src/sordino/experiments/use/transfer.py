@@ -25,11 +25,10 @@ from sordino.progress import Progress, silent
 from sordino.prompt_file import SavedPrompt
 from sordino.results import Interval, crossed, paired
 from sordino.runtime.evaluate import EvaluationSet
+from sordino.runtime.paired import paired_variance
 from sordino.tasks.images import ImageSet, Indices
 from sordino.tasks.settings import DataSettings
 from sordino.tasks.sources import load_images
-
-WORDS = "a photo of a"
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def transfer(
     classifiers = [one.model(encoder, images.class_names) for one in saved]
     hand_written = context_model(encoder, encoder.class_tokens(images.class_names))
     read = _read(images, encoder, {hand_written.reads, *(one.model.reads for one in classifiers)}, progress)
-    before = _hits(hand_written, encoder.embed(WORDS)[None], read)
+    before = _hits(hand_written, encoder.zero_shot_context()[None], read)
     hits = torch.stack([_hits(one.model, one.prompt, read) for one in classifiers])  # [P, T]
     return _compared(source, saved, images, hits, before)
 
@@ -169,7 +168,7 @@ def _chosen(images: ImageSet, per_class: int | None, seed: int) -> Indices:
 
 @dataclass(frozen=True)
 class _Read:
-    """What was read of T pictures: by kind [T, ...], on the CPU, and their labels [T]."""
+    """Features of T pictures: by kind [T, ...], on the CPU, and their labels [T]."""
 
     features: dict[Kind, Tensor]
     labels: Tensor
@@ -204,8 +203,9 @@ def _compared(source: str, saved: Sequence[SavedPrompt], images: ImageSet, hits:
         OnPrompt(one.source, one.client, float(row.mean()), paired(difference.tolist()))
         for one, row, difference in zip(saved, hits, differences, strict=True)
     )
-    pictures = hits.shape[1]
-    over_pictures = float(differences.mean(0).var()) / pictures if pictures > 1 else None
-    over_pairs = float(differences.var()) / differences.numel() if differences.numel() > 1 else 0.0
-    gain = crossed(float(differences.mean()), differences.mean(1).tolist(), pictures, over_pictures, over_pairs)
-    return Transfer(source, saved[0].method, len(images.class_names), pictures, float(before.mean()), prompts, gain)
+    varies = paired_variance(differences, torch.ones_like(differences))
+    by_prompt = differences.mean(1).tolist()
+    gain = crossed(float(differences.mean()), by_prompt, varies.pictures, varies.over_pictures, varies.over_pairs)
+    return Transfer(
+        source, saved[0].method, len(images.class_names), varies.pictures, float(before.mean()), prompts, gain
+    )

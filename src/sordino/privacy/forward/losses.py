@@ -27,7 +27,7 @@ View = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of the candidates.
+    """A question about candidates.
 
     Attributes:
         prompt_of: makes prompts of candidates and fixed tensors together, each candidate's from its own slice.
@@ -51,7 +51,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What every client's candidates cost on its batch.
+    """The losses of every client's candidates on its batch.
 
     Attributes:
         values: "losses" to the mean measures [K, V, P].
