@@ -159,6 +159,7 @@ def compare(
     equal_steps: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
+    jobs: int = 1,
 ) -> Comparison:
     """Run several methods, with several seeds and settings, on the same pictures, which are encoded once.
 
@@ -171,6 +172,7 @@ def compare(
         equal_steps: change `local_steps` so that all take as many gradient steps as the first one that takes any.
         resume: go on in `out` where it was interrupted.
         progress: is called with (stage, done, total) and perhaps a note.
+        jobs: runs at once, each with its share of the cores; their seconds are those beside each other.
 
     Returns:
         The rows of the table; `frame()` makes a pandas frame of them.
@@ -185,13 +187,13 @@ def compare(
 
     if isinstance(algorithms, str):
         raise ConfigError("algorithms", algorithms, f"must be a list of names, such as [{algorithms!r}]")
-    if not (algorithms and seeds > 0):
-        key, value = ("seeds", seeds) if algorithms else ("algorithms", algorithms)
+    if not (algorithms and seeds > 0 and jobs > 0):
+        key, value = ("algorithms", algorithms) if not algorithms else ("seeds", seeds) if seeds < 1 else ("jobs", jobs)
         raise ConfigError(key, value, "at least one is needed")
     folder = Path(out)
     variants = grid(config, algorithms, vary, equal_steps)
     title = f"Sordino: {folder.name}"
-    return Comparison(compare(variants, seeds, folder, resume, progress or silent, title))
+    return Comparison(compare(variants, seeds, folder, resume, progress or silent, title, jobs=jobs))
 
 
 def privacy_plan(config: Experiment) -> Plan:

@@ -208,6 +208,23 @@ def test_shadows_depend_on_the_seed_alone(make_subject: MakeSubject) -> None:
     assert set(np.unique(one.included.sum(0))) <= {2, 3}
 
 
+def test_shadows_at_once_are_those_one_after_the_other(make_subject: MakeSubject) -> None:
+    subject = make_subject("local", QUICK)
+    told: list[int] = []
+    watched = replace(subject, progress=lambda stage, done, total, note="": told.append(done))
+    chosen = chosen_from(subject)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # kernels divide work among threads, and round in another order
+    try:
+        one, same = (train_shadows(watched, chosen, 5, 1, jobs) for jobs in (1, 3))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(torch.stack(one.prompts), torch.stack(same.prompts))
+    assert np.array_equal(one.included, same.included)
+    assert told[:5] == [1, 2, 3, 4, 5]
+    assert sorted(told[5:]) == [1, 2, 3, 4, 5]
+
+
 def test_shadows_of_a_run_that_ended_early_end_early_too(make_subject: MakeSubject) -> None:
     subject = make_subject("local", QUICK | {"optimizer": {"learning_rate": 0.5}}, rounds=3)
     ended = replace(subject, training=subject.runtime.round(subject.runtime.start())[0])

@@ -14,6 +14,8 @@ members are one more such half.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,6 +35,7 @@ from sordino.audit.subject import Subject, train
 from sordino.encoders.prompt_model import Prompt, PromptModel, map_prompt, prompt_count
 from sordino.errors import ConfigError, DataError
 from sordino.randomness import derive_key, generator
+from sordino.runtime.side_by_side import Check, side_by_side
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -105,13 +108,14 @@ class Membership:
         return asdict(self)
 
 
-def infer_membership(subject: Subject, shadows: int, seed: int = 1) -> Membership:
+def infer_membership(subject: Subject, shadows: int, seed: int = 1, jobs: int = 1) -> Membership:
     """Attack a run: choose candidates, train shadow federations, and guess the members.
 
     Args:
         subject: the run.
         shadows: number of federations to train; from 64 on, LiRA has a variance for every candidate.
         seed: decides candidates, the shadows' halves, and the shadows' own randomness.
+        jobs: shadows that are trained at once.
 
     Raises:
         ConfigError: too few shadows.
@@ -119,7 +123,7 @@ def infer_membership(subject: Subject, shadows: int, seed: int = 1) -> Membershi
         RunError: a shadow diverged.
     """
     chosen = candidates(subject, generator(seed, "candidates"))
-    trained = train_shadows(subject, chosen, shadows, seed)
+    trained = train_shadows(subject, chosen, shadows, seed, jobs)
     labels = subject.labels.cpu().numpy()[chosen.rows]
     features = subject.features[torch.from_numpy(chosen.rows).to(subject.features.device)]
 
@@ -183,7 +187,7 @@ def candidates(subject: Subject, rng: np.random.Generator) -> Candidates:
     return Candidates(np.array(members + others), np.array(owner * 2), np.repeat([True, False], len(owner)))
 
 
-def train_shadows(subject: Subject, candidates: Candidates, count: int, seed: int) -> Shadows:
+def train_shadows(subject: Subject, candidates: Candidates, count: int, seed: int, jobs: int = 1) -> Shadows:
     """Train the whole federation again, `count` times, each with another seed and another half of the candidates.
 
     1. Of every client's candidates of every class a random half is in. Every second shadow gets the other halves. So
@@ -193,7 +197,8 @@ def train_shadows(subject: Subject, candidates: Candidates, count: int, seed: in
        one, so that the sampling rate, noise and weights are the same.
     3. It trains as many rounds as the attacked run did, with the same noise if that had any.
 
-    If noise is from the operating system (unless `privacy.simulation`), the seed does not decide it.
+    If noise is from the operating system (unless `privacy.simulation`), the seed does not decide it. `jobs` shadows are
+    trained at once.
 
     Raises:
         ConfigError: fewer than four shadows.
@@ -202,15 +207,21 @@ def train_shadows(subject: Subject, candidates: Candidates, count: int, seed: in
     if count < FEWEST_SHADOWS:
         raise ConfigError("shadows", count, f"at least {FEWEST_SHADOWS}, two with and two without each image")
     included = _halves(subject, candidates, count, generator(seed, "halves"))
-    prompts = []
-    for number, chosen in enumerate(included):
-        rows = _held(subject, candidates, chosen)
-        shadow_seed = derive_key(seed, "shadow", number)
-        runtime = subject.variation(subject.features, subject.labels, rows, shadow_seed)
-        trained = train(runtime, subject.training.round)
-        prompts.append(map_prompt(runtime.prompts(trained), Tensor.cpu))
-        subject.progress(STAGE, number + 1, count)
-    return Shadows(tuple(prompts), included)
+    done = itertools.count(1)
+
+    def shadow(number: int) -> Callable[[Check], Prompt]:
+        def trained(check: Check) -> Prompt:
+            rows = _held(subject, candidates, included[number])
+            shadow_seed = derive_key(seed, "shadow", number)
+            runtime = subject.variation(subject.features, subject.labels, rows, shadow_seed)
+            training = train(runtime, subject.training.round, lambda *_, **__: check(), STAGE)
+            prompts = map_prompt(runtime.prompts(training), Tensor.cpu)
+            subject.progress(STAGE, next(done), count)
+            return prompts
+
+        return trained
+
+    return Shadows(tuple(side_by_side([shadow(number) for number in range(count)], jobs)), included)
 
 
 def _halves(subject: Subject, candidates: Candidates, count: int, rng: np.random.Generator) -> Flags:

@@ -40,6 +40,7 @@ def audit(
     progress: Progress = silent,
     dataset: EncodedDataset | None = None,
     queries: int = QUERIES[-1],
+    jobs: int = 1,
 ) -> dict[str, Any]:
     """Attack a finished run, and write `audit.json` and its report.
 
@@ -54,6 +55,7 @@ def audit(
         progress: is called as the attacks advance.
         dataset: data and encoder, if they are open already.
         queries: questions of the copies made of answers, at most; each is a picture that passes the encoder.
+        jobs: shadow federations that are trained at once, each with its share of the cores.
 
     Returns:
         The content of `audit.json`.
@@ -67,16 +69,17 @@ def audit(
     folder = Path(folder)
     require_run(folder)
     with held(folder):
-        return _audit(folder, attacks, Effort(shadows, canaries, queries), seed, progress, dataset)
+        return _audit(folder, attacks, Effort(shadows, canaries, queries, jobs), seed, progress, dataset)
 
 
 @dataclass(frozen=True)
 class Effort:
-    """The size of attacks: shadow federations, planted examples, and questions to a service."""
+    """The size of attacks: shadow federations, planted examples, questions to a service; and shadows at once."""
 
     shadows: int
     canaries: int
     queries: int
+    jobs: int
 
 
 def _audit(
@@ -127,7 +130,9 @@ def read_audit(folder: Path) -> dict[str, Any]:
     return content
 
 
-def membership_auc(folder: Path, shadows: int, resume: bool, progress: Progress, dataset: EncodedDataset) -> float:
+def membership_auc(
+    folder: Path, shadows: int, resume: bool, progress: Progress, dataset: EncodedDataset, jobs: int = 1
+) -> float:
     """Return the AUC of membership inference by LiRA against a finished run.
 
     Args:
@@ -136,6 +141,7 @@ def membership_auc(folder: Path, shadows: int, resume: bool, progress: Progress,
         resume: read the result of an earlier audit if there is one.
         progress: is called as the attack advances.
         dataset: data and encoder of the run.
+        jobs: shadow federations that are trained at once.
 
     Raises:
         SordinoError: see `audit`.
@@ -143,13 +149,13 @@ def membership_auc(folder: Path, shadows: int, resume: bool, progress: Progress,
     if resume and (folder / FILE).exists():
         result = read_audit(folder)
     else:
-        result = audit(folder, ["membership"], shadows, progress=progress, dataset=dataset)
+        result = audit(folder, ["membership"], shadows, progress=progress, dataset=dataset, jobs=jobs)
     return float(result["attacks"]["membership"]["lira"]["auc"])
 
 
 def _attack(name: str, subject: Subject, effort: Effort, seed: int) -> dict[str, Any]:
     if name == "membership":
-        return infer_membership(subject, effort.shadows, seed).as_dict()
+        return infer_membership(subject, effort.shadows, seed, effort.jobs).as_dict()
     if name == "release":
         return attack_release(subject, seed).as_dict()
     if name == "rounds":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from sordino.cli.mpc import app as mpc
 from sordino.cli.options import (
     AsJson,
     ConfigFile,
+    Jobs,
     MethodFile,
     OutFolder,
     Overrides,
@@ -89,13 +91,19 @@ def demo(
     overrides: Overrides = None,
     out: OutFolder = None,
     resume: Resume = False,
+    jobs: Annotated[int | None, typer.Option(min=1, metavar="N", help="runs at once; default: one a core")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Ten simulated clients learn prompts for handwritten digits, without and with privacy; no download."""
     from sordino.cli.demo import variants
 
     lines = variants(quick, overrides or [])
-    _compare(lines, 1, chosen_folder(out, resume, "demo"), resume, as_json, "demo")
+    folder = chosen_folder(out, resume, "demo")
+    if jobs is None:
+        import torch
+
+        jobs = torch.get_num_threads()
+    _compare(lines, 1, folder, resume, as_json, "demo", jobs)
 
 
 @app.command()
@@ -142,6 +150,7 @@ def compare(
     overrides: Overrides = None,
     out: OutFolder = None,
     resume: Resume = False,
+    jobs: Jobs = 1,
     as_json: AsJson = False,
 ) -> None:
     """Run several methods with several seeds, and settings, over shared features; a table, a CSV and a report."""
@@ -161,7 +170,7 @@ def compare(
     folder = chosen_folder(out, resume, label)
     if equal_steps:
         variants = at_equal_steps(variants)
-    _compare(variants, seeds, folder, resume, as_json, label)
+    _compare(variants, seeds, folder, resume, as_json, label, jobs)
 
 
 @app.command()
@@ -260,6 +269,9 @@ def audit(
     queries: Annotated[int, typer.Option(min=10, help="most questions of a copy made of a service's answers")] = 10_000,
     seed: Annotated[int, typer.Option(help="of the attacker's randomness")] = 1,
     method: MethodFile = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, metavar="N", help="shadow federations at once, with a share of the cores each")
+    ] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Attack a finished run, and set what it claims beside what the attacks found."""
@@ -274,7 +286,7 @@ def audit(
         add_file(method)
     at_work("nothing was changed, as an audit is written at its end; repeat the command")
     with live_progress() as progress:
-        result = attack(folder, names, shadows, canaries, seed, progress, queries=queries)
+        result = attack(folder, names, shadows, canaries, seed, progress, queries=queries, jobs=jobs)
     print(json.dumps(result) if as_json else as_text(result))
     if not as_json:
         print(f"Report: {folder / 'report.html'}")
@@ -291,12 +303,14 @@ def _compare(
     resume: bool,
     as_json: bool,
     label: str,
+    jobs: int,
 ) -> None:
     from sordino.audit.run import membership_auc
     from sordino.experiments.compare import compare as compare_variants
 
+    attack = functools.partial(membership_auc, jobs=jobs)
     with live_progress() as progress:
-        rows = compare_variants(variants, seeds, folder, resume, progress, f"Sordino: {label}", membership_auc)
+        rows = compare_variants(variants, seeds, folder, resume, progress, f"Sordino: {label}", attack, jobs)
     if as_json:
         print((folder / "comparison.json").read_text(encoding="utf-8").replace("\n", ""))
         return

@@ -26,6 +26,10 @@ Resume = Annotated[bool, typer.Option("--resume", help="go on where DIR was inte
 SigningKey = Annotated[
     Path | None, typer.Option("--key", metavar="FILE", help="signs the experiment, for sites that name its public key")
 ]
+Jobs = Annotated[
+    int,
+    typer.Option(min=1, metavar="N", help="runs at once, each with its share of the cores; seconds are then longer"),
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="print one JSON object on standard output, and nothing else there")
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +17,13 @@ from sordino.experiments.data_record import check
 from sordino.experiments.features import EncodedDataset
 from sordino.experiments.privacy.plan import planned_mechanism
 from sordino.experiments.run import run
-from sordino.experiments.run_lock import all_held, held, require_unused
+from sordino.experiments.run_lock import all_held, held, lent, require_unused
 from sordino.experiments.variants import Variant, fairness_notes, grid, ignored_settings, label
 from sordino.files import write_atomically
 from sordino.progress import Progress, log, silent
 from sordino.report import write_report
 from sordino.results import FILE, MEASURES, Best, Claim, Interval, Measure, Results, Spread, Summary, verdict
+from sordino.runtime.side_by_side import Check, side_by_side
 
 __all__ = ["Attack", "Row", "Variant", "compare", "grid", "row_of", "to_csv", "write_tables"]
 
@@ -115,6 +117,7 @@ def compare(
     progress: Progress = silent,
     title: str = "Sordino: comparison",
     attack: Attack | None = None,
+    jobs: int = 1,
 ) -> list[Row]:
     """Run every variant with `seeds` seeds, counted from its configuration's.
 
@@ -129,6 +132,7 @@ def compare(
         progress: is told how far the runs are.
         title: of the report.
         attack: attacks the first run of each variant that has `shadows`.
+        jobs: runs at once, each with its share of the cores; their seconds are those that they took beside each other.
 
     Raises:
         SordinoError: as `run`; before anything is trained if an algorithm's settings are bad.
@@ -143,7 +147,7 @@ def compare(
         if not resume:
             require_unused(out)
         with all_held([folder for runs in planned for folder in runs]):
-            return _compare(variants, planned, out, resume, progress, title, attack)
+            return _compare(variants, planned, out, resume, progress, title, attack, jobs)
 
 
 def _compare(
@@ -154,6 +158,7 @@ def _compare(
     progress: Progress,
     title: str,
     attack: Attack | None,
+    jobs: int,
 ) -> list[Row]:
     """Compare with all directories held."""
     own = variants[0].config.encoder
@@ -172,23 +177,55 @@ def _compare(
     notes = fairness_notes(variants)
     for note in notes:
         log.warning("%s", note)
+    trained = _trained(variants, planned, resume, progress, dataset, jobs)
     rows: list[Row] = []
-    folders: list[Path] = []
-    summaries: list[Summary] = []
     first: Results | None = None
     for variant, runs in zip(variants, planned, strict=True):
-        results = [run(config, folder, resume, progress, dataset) for folder, config in runs.items()]
+        results = [trained[folder] for folder in runs]
         row = replace(row_of(results, variant.variation, first), ignored=ignored_settings(variant.config))
         first = first or Results(tuple(results))
         if attack is not None and variant.shadows:
             auc = attack(next(iter(runs)), variant.shadows, resume, progress, dataset)
             row = replace(row, attack=auc)
         rows.append(row)
-        folders += runs
-        summaries += results
-    write_tables(rows, dict(zip(folders, summaries, strict=True)), out, notes)
-    write_report(folders, out / "report.html", title)
+    write_tables(rows, trained, out, notes)
+    write_report(list(trained), out / "report.html", title)
     return rows
+
+
+def _trained(
+    variants: Sequence[Variant],
+    planned: Sequence[Mapping[Path, Experiment]],
+    resume: bool,
+    progress: Progress,
+    dataset: EncodedDataset,
+    jobs: int,
+) -> dict[Path, Summary]:
+    """Return the summaries of all runs by their directories, in the order of the comparison."""
+    one = threading.Lock()  # one run at a time tells how far it is
+
+    def task(folder: Path, config: Experiment, variation: str) -> Callable[[Check], Summary]:
+        def train(check: Check) -> Summary:
+            def tell(stage: str, done: int, total: int, note: str = "") -> None:
+                check()
+                with one:
+                    progress(f"{stage}, {variation}" if variation and jobs > 1 else stage, done, total, note)
+
+            with lent(folder):
+                return run(config, folder, resume, tell, dataset)
+
+        return train
+
+    lines = [
+        (folder, config, variant.variation)
+        for variant, runs in zip(variants, planned, strict=True)
+        for folder, config in runs.items()
+    ]
+    unfinished = [config for folder, config, _ in lines if not (folder / FILE).exists()]
+    if jobs > 1 and unfinished:
+        dataset.encode_ahead(unfinished[0], progress)  # which uses all cores
+    summaries = side_by_side([task(*line) for line in lines], jobs)
+    return {folder: summary for (folder, *_), summary in zip(lines, summaries, strict=True)}
 
 
 def _planned(variant: Variant, seeds: int, out: Path) -> dict[Path, Experiment]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,9 @@ class Encoding:
     seconds: float
     encoded: int
     cached: int
+
+    def __add__(self, other: Encoding) -> Encoding:
+        return Encoding(self.seconds + other.seconds, self.encoded + other.encoded, self.cached + other.cached)
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ class PublicImages:
 class EncodedDataset:
     """One data set and one encoder, shared by many runs: every image is encoded at most once.
 
+    Threads may share it; one at a time asks for features.
+
     Attributes:
         images: the data set, followed by copies of it with each trigger that a poisoned run asked for.
         encoder: the frozen encoder.
@@ -106,6 +112,8 @@ class EncodedDataset:
         self._originals = self.images
         self._told: set[str] = set()
         self._public: dict[str, PublicImages] = {}
+        self._one = threading.RLock()
+        self._ahead = Encoding(0.0, 0, 0)
 
     @classmethod
     def open(cls, config: Experiment) -> EncodedDataset:
@@ -145,6 +153,17 @@ class EncodedDataset:
         Raises:
             DataError: without the unreadable images there are too few.
         """
+        with self._one:
+            task, encoding = self._task(config, progress)
+            self._ahead, ahead = Encoding(0.0, 0, 0), self._ahead
+        return task, encoding + ahead
+
+    def encode_ahead(self, config: Experiment, progress: Progress) -> None:
+        """Encode what a configuration's task uses; what that took is counted with the next task that is asked for."""
+        with self._one:
+            self._ahead += self._task(config, progress)[1]
+
+    def _task(self, config: Experiment, progress: Progress) -> tuple[Task, Encoding]:
         started, cost, clean = time.monotonic(), np.zeros(2, dtype=np.int64), len(self._originals)
         while True:
             task = build_task(self._originals, config.data, config.partition, config.seed, self.readable[:clean])
@@ -175,13 +194,9 @@ class EncodedDataset:
         folder = config.data.public
         if folder is None:
             return None
-        if folder not in self._public:
-            images = public_images(config.data)
-            result = encode(images, self.encoder, FeatureCache())
-            tell_skipped(result.skipped)
-            rows = np.flatnonzero(result.readable)
-            digests = tuple(digest for row in rows.tolist() if (digest := result.digests[row]) is not None)
-            self._public[folder] = PublicImages(result.features[torch.from_numpy(rows)], digests)
+        with self._one:
+            if folder not in self._public:
+                self._public[folder] = self._encoded_public(config)
         public = self._public[folder]
         used = {self.digests[row]: self.images.names[row] for row in task.used.tolist()}
         both = next((used[digest] for digest in public.digests if digest in used), None)
@@ -189,18 +204,28 @@ class EncodedDataset:
             raise DataError(f"data.public holds a copy of {both!r}, which this run uses; remove it from {folder!r}")
         return public
 
+    def _encoded_public(self, config: Experiment) -> PublicImages:
+        images = public_images(config.data)
+        result = encode(images, self.encoder, FeatureCache())
+        tell_skipped(result.skipped)
+        rows = np.flatnonzero(result.readable)
+        digests = tuple(digest for row in rows.tolist() if (digest := result.digests[row]) is not None)
+        return PublicImages(result.features[torch.from_numpy(rows)], digests)
+
     def copies(self, task: Task) -> Copies:
         """The pictures of an encoded task that are copies of others in it."""
         return find_copies(task, self.images, self.digests)
 
     def encoded(self, rows: Indices, kind: Kind, progress: Progress) -> bool:
         """Encode what some rows lack of a kind, and tell whether all of them could be read."""
-        self._encode(self._unknown(rows, kind), kind, progress)
+        with self._one:
+            self._encode(self._unknown(rows, kind), kind, progress)
         return bool(self.readable[rows].all())
 
     def features_of(self, rows: Indices, kind: Kind, progress: Progress = silent) -> Tensor:
         """The features [n, ...] of some rows, on the CPU; zero for a picture that cannot be read."""
-        self._encode(self._unknown(rows, kind), kind, progress)
+        with self._one:
+            self._encode(self._unknown(rows, kind), kind, progress)
         return self.tables[kind].features[torch.from_numpy(rows)]
 
     def _missing(self, task: Task, kind: Kind) -> Indices:

@@ -75,6 +75,19 @@ def wait_until_free(folder: Path, seconds: float) -> None:
 
 
 @contextmanager
+def lent(folder: Path) -> Iterator[None]:
+    """Have a run directory that another thread holds, and lends for as long as the block lasts, held by this one."""
+    place = writable(folder)
+    with _guard:
+        lender, _held[place] = _held[place], threading.get_ident()
+    try:
+        yield
+    finally:
+        with _guard:
+            _held[place] = lender
+
+
+@contextmanager
 def all_held(folders: Sequence[Path]) -> Iterator[None]:
     """Hold several directories, or none of them."""
     with contextlib.ExitStack() as stack:
