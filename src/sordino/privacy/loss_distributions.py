@@ -92,4 +92,5 @@ def _outputs(loss: GaussianPrivacyLoss, losses: Floats) -> Floats:
         close = np.abs(signed - limit) <= 1e-9 * np.maximum(np.abs(signed), abs(limit))
         losses = sign * np.where(close | (scaled <= subtracted), -np.inf, unsampled)
     shift = loss.sensitivity if sign < 0 else 0.0
-    return shift + (-0.5 * loss.sensitivity - losses * loss._standard_deviation**2 / loss.sensitivity)
+    outputs: Floats = shift + (-0.5 * loss.sensitivity - losses * loss._standard_deviation**2 / loss.sensitivity)
+    return outputs
