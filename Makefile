@@ -7,9 +7,10 @@ INSTALLED := $(VENV)/.installed
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 # Tests run in one process more than there are cores, each with one thread: some wait for servers, and kernels of small
-# matrices gain little from more threads. A file's tests stay together, with their fixtures.
+# matrices gain little from more threads. A file's tests stay together, with their fixtures. Bytecode is kept even where the
+# environment says otherwise: hundreds of processes import the package, and every worker rewrites all tests' assertions.
 WORKERS := $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 8 ? cores + 1 : 8)))
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-fast lint docs format install lock clean
 

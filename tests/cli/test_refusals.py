@@ -135,7 +135,8 @@ def test_a_wrong_configuration_is_refused_without_heavy_imports(
 def test_what_is_right_is_not_refused_and_then_imports_what_it_needs(tmp_path: Path) -> None:
     """Or else the test above would hold for a command that does nothing."""
     (tmp_path / "c.toml").write_text(CONFIG)
-    command = json.dumps([["privacy", "plan", "c.toml"]])
+    noise = ["privacy.mechanism=dp-sgd", "privacy.noise_multiplier=1"]
+    command = json.dumps([["privacy", "plan", "c.toml", *(part for each in noise for part in ("--set", each))]])
     runner = [sys.executable, "-c", RUNNER]
     done = subprocess.run(runner, input=command, cwd=tmp_path, capture_output=True, text=True, check=True)
     code, _, imported = json.loads(done.stdout)

@@ -373,7 +373,7 @@ def test_what_an_example_shows_decides_over_no_coin(name: str, mechanism: str, n
         return features, labels
 
     def drawn(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> list[Call]:
-        tables = {"local_steps": 10, "batch_size": 6}
+        tables = {"local_steps": 7, "batch_size": 6}
         rows = [list(range(FIRST)), list(range(FIRST, 19)), list(range(19, 24))]
         runtime = make(name, privacy_of(mechanism), rows, change, tables)
         calls, _ = watch(runtime)

@@ -26,7 +26,6 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.cluster import DBSCAN
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -225,6 +224,8 @@ def clusters(points: NDArray[np.float64], smallest: int) -> list[int]:
         points: of n tokens.
         smallest: fewest points within reach of each other that are a cluster.
     """
+    from sklearn.cluster import DBSCAN  # slow to import
+
     reach = elbow(nearest(points))
     # The point at the elbow is within reach, however the two distances are rounded.
     return [int(label) for label in DBSCAN(eps=reach * (1 + 1e-6), min_samples=smallest).fit_predict(points)]

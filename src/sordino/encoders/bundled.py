@@ -16,14 +16,12 @@ from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision import transforms
 
 from sordino.encoders.base import CAPABILITIES, ClassTokens, DualEncoder
 from sordino.encoders.bert_tower import Embedder, TextTower, after_attention
@@ -70,6 +68,8 @@ class BundledEncoder(DualEncoder):
         device: torch.device,
     ) -> None:
         """Join towers that are already on `device` in one precision; `load` is the usual way."""
+        from torchvision import transforms  # slow to import; the text tower alone needs none of it
+
         self.text = text
         self.image = image
         self.device = device
@@ -190,6 +190,8 @@ def image_tower(weights: Path) -> nn.Module:
     The weights were converted from TensorFlow, hence the `tf_` variant: 'same' padding, batch-norm
     epsilon 0.001.
     """
+    import timm  # slow to import
+
     model: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
     stored = torch.load(weights, map_location="cpu", weights_only=True)
     state = model.state_dict()

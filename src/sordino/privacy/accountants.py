@@ -2,8 +2,8 @@
 
 Samples are Poisson: every unit is in a sample independently of all others. Privacy loss distributions: Doroshenko,
 Ghazi, Kamath, Kumar and Manurangsi, "Connect the Dots" (PoPETs 2022). Renyi: Mironov, Talwar and Zhang (2019). Both are
-computed by Google's dp-accounting. If every unit was always in the sample, the composition is one Gaussian release, and
-epsilon is exact by Balle and Wang (2018, Theorem 8).
+computed by Google's dp-accounting, which takes a second to import: functions that need it import it. If every unit was
+always in the sample, the composition is one Gaussian release, and epsilon is exact by Balle and Wang (2018, Theorem 8).
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ import math
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import dp_accounting
 import numpy as np
-from dp_accounting.pld import PLDAccountant
-from dp_accounting.rdp import RdpAccountant
+
+from sordino.privacy.loss_distributions import composition
+
+if TYPE_CHECKING:
+    import dp_accounting
+    from dp_accounting.rdp import RdpAccountant
 
 Accountant = Literal["pld", "rdp"]
 Kind = tuple[float, float, int]  # noise multiplier, sampling rate, steps
@@ -55,6 +58,8 @@ def kinds_epsilon(kinds: Kinds, delta: float, accountant: Accountant, coarseness
 @lru_cache(maxsize=256)
 def _rdp(kinds: Kinds) -> RdpAccountant:
     """Return the composition of releases by Renyi divergences, which gives epsilon for any delta at once."""
+    from dp_accounting.rdp import RdpAccountant
+
     return RdpAccountant().compose(composed(kinds))
 
 
@@ -78,14 +83,16 @@ def pld_epsilon(kinds: Kinds, delta: float, coarseness: float = 1.0) -> float:
         delta: the probability at which epsilon holds.
         coarseness: factor on the step of the grid of privacy losses.
     """
+    import dp_accounting
+
     unsampled = merged((multiplier, 1.0, steps) for multiplier, _, steps in kinds)[0][0]
     with quiet():
         unsampled_epsilon = float(dp_accounting.get_epsilon_gaussian(unsampled, delta))
         if all(rate == 1 for _, rate, _ in kinds):
             return unsampled_epsilon
-        accountant = PLDAccountant(value_discretization_interval=_interval(kinds) * coarseness)
         try:
-            sampled_epsilon = float(accountant.compose(composed(kinds)).get_epsilon(delta))
+            sampled = composition(kinds, _interval(kinds) * coarseness)
+            sampled_epsilon = float(sampled.get_epsilon_for_delta(delta))
         except OverflowError:  # losses beyond 1e7: no float holds their exponential
             return unsampled_epsilon
         return min(unsampled_epsilon, sampled_epsilon)  # sampling can only lower epsilon
@@ -93,6 +100,7 @@ def pld_epsilon(kinds: Kinds, delta: float, coarseness: float = 1.0) -> float:
 
 def composed(kinds: Iterable[Kind]) -> dp_accounting.DpEvent:
     """Return the composition of releases as an event of dp-accounting."""
+    import dp_accounting
 
     def repeated(multiplier: float, rate: float, steps: int) -> dp_accounting.DpEvent:
         if steps == 0 or rate == 0:

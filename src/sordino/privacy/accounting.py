@@ -11,13 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-
-import dp_accounting
+from typing import TYPE_CHECKING
 
 from sordino.errors import RunError
 from sordino.privacy.accountants import Accountant, Kinds, composed, kinds_epsilon, largest, merged, quick_epsilon
 from sordino.privacy.calibration import check_delta, default_delta, noise_multiplier
 from sordino.privacy.ledger import ALL_CLIENTS, UNITS, Ledger, Observer, Release, Unit
+
+if TYPE_CHECKING:
+    import dp_accounting
 
 __all__ = [
     "Accountant",

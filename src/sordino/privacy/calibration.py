@@ -7,8 +7,6 @@ import math
 from collections.abc import Callable, Collection
 from functools import lru_cache
 
-import dp_accounting
-
 from sordino.errors import ConfigError
 from sordino.privacy.accountants import kinds_epsilon, largest, merged, pld_epsilon, quiet
 from sordino.privacy.settings import EPSILONS, LEAST_EPSILON, MOST_EPSILON
@@ -74,6 +72,8 @@ def _calibrated(rate: float, steps: int, epsilon: float, delta: float) -> float:
     The equation is solved on a coarse grid of privacy losses, which is fast. The coarse grid's excess over the fine
     one is then taken off, and the equation is solved again.
     """
+    import dp_accounting  # slow to import
+
     with quiet():
         sigma = float(dp_accounting.get_sigma_gaussian(epsilon, delta))
     # Many sampled releases come near a Gaussian one (Bu, Dong, Long and Su 2020); with q = 1 they are one.

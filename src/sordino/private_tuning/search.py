@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-import cma
 import numpy as np
 import torch
 from torch import Tensor
@@ -128,6 +127,8 @@ def tune(
     Raises:
         RunError: `state` belongs to another search, or a loss is not finite.
     """
+    import cma  # slow to import
+
     state = state or SearchState()
     options = {
         "popsize": search.population,

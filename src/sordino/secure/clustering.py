@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import linear_sum_assignment
 
 from sordino.secure.distances import (
     Distances,
@@ -145,6 +144,8 @@ def renamed(
     Returns:
         [K].
     """
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
     old = sorted({*labels.tolist()} - {NOBODY})
     new = sorted({*update.tolist()})
     shared = [[np.sum((update == n) & (labels[clients] == o)) for o in old] for n in new]

@@ -12,16 +12,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.cluster.hierarchy import ClusterNode, fcluster, to_tree, ward
-from scipy.spatial.distance import pdist, squareform
 
 from sordino.secure.clustering import Clusters, lloyd, numbered
 from sordino.secure.distances import Distances, Exchange, Floats, Integers, Set, real_distances, to_one_scale
 from sordino.secure.errors import SecureError
+
+if TYPE_CHECKING:
+    from scipy.cluster.hierarchy import ClusterNode
 
 DRAWS = 200  # of noise, for the distribution of silhouettes under chance
 MOST_CUTS = 8  # the most clusters in cuts of a branch whose silhouettes are compared
@@ -84,6 +85,9 @@ def by_pairs(distances: Distances, how: Pairs, iterations: int) -> Exchange[Clus
 
 def _cut(matrix: Floats, how: Pairs) -> list[list[int]]:
     """Cut distances [N, N] into clusters, and return the rows of each."""
+    from scipy.cluster.hierarchy import fcluster, to_tree, ward  # slow to import
+    from scipy.spatial.distance import squareform
+
     if len(matrix) < 2:
         return [[*range(len(matrix))]]
     tree = ward(squareform(matrix, checks=False))
@@ -117,6 +121,9 @@ def structure(matrix: Floats, smallest: int) -> tuple[float, float]:
         The silhouette of the cut into two, 0 if one has fewer than `smallest`; and the best one of
         cuts into up to `MOST_CUTS`.
     """
+    from scipy.cluster.hierarchy import fcluster, ward
+    from scipy.spatial.distance import squareform
+
     tree = ward(squareform(matrix, checks=False))
     cuts = range(2, max(2, min(MOST_CUTS, len(matrix) // 2)) + 1)
     labels = [fcluster(tree, count, "maxclust") for count in cuts]
@@ -179,6 +186,8 @@ def chance(count: int, dimensions: int, smallest: int, significance: float) -> t
         smallest: see `structure`.
         significance: in (0, 1).
     """
+    from scipy.spatial.distance import pdist, squareform
+
     generator = np.random.default_rng([count, dimensions])
     normals = (generator.standard_normal((count, dimensions)) for _ in range(DRAWS))
     draws = [structure(squareform(pdist(points)), smallest) for points in normals]
