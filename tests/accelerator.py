@@ -40,6 +40,7 @@ READS = {"_local_scalar_dense", "equal", "is_nonzero"}
 SHAPES = {"nonzero", "masked_select", "unique_dim", "unique_consecutive", "_unique", "_unique2", "bincount"}
 SHAPES |= {"repeat_interleave", "linalg_eigh", "_linalg_eigh", "_linalg_svd", "linalg_cholesky_ex", "linalg_inv_ex"}
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}  # they take indices of either side
+LATE = {"image_tower"}  # what an encoder makes when it is first asked for
 MOVES = {"_to_copy", "copy_", "lift_fresh"}
 
 
@@ -72,6 +73,12 @@ class OnDevice(Tensor):
 
     def __init__(self, held: Tensor) -> None:
         self.held = held
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    def new_tensor(self, data: Any, **options: Any) -> Tensor:  # type: ignore[override]
+        return torch.tensor(data, dtype=options.get("dtype", self.dtype)).to(DEVICE)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"OnDevice({self.held!r})"
@@ -165,7 +172,7 @@ class StandIn(TorchDispatchMode):
 
 
 class _Factories(TorchFunctionMode):
-    """`torch.tensor`, `torch.as_tensor` and `tolist`, which reach into memory themselves."""
+    """`torch.tensor` and `torch.as_tensor`, which fill memory themselves and so do not pass by the dispatcher."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -173,8 +180,6 @@ class _Factories(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor) and device is not None and not isinstance(args[0], OnDevice):
             kwargs["device"] = torch.device("cpu")
             return func(*args, **kwargs).to(device)
-        if func is Tensor.tolist and isinstance(args[0], OnDevice):
-            return args[0].cpu().tolist()
         return func(*args, **kwargs)
 
 
@@ -205,7 +210,10 @@ def moved(value: Any, device: torch.device) -> Any:
     if type(value).__module__.startswith("sordino.encoders"):
         made = copy.copy(value)
         for name, part in vars(value).items():
-            vars(made)[name] = moved(part, device)
+            if name in LATE:  # it holds the original; the copy makes its own
+                del vars(made)[name]
+            else:
+                vars(made)[name] = moved(part, device)
         return made
     return value
 
