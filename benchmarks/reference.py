@@ -8,8 +8,8 @@ those of the paper's section 4, as here, on the same batches and projections, wi
 same loss and the same prompts, which is asserted.
 
 Published code also sends the batch's pictures through the image tower in every step, where frozen features could be
-kept. `ratio` leaves that out on both sides: it compares rounds on features. `ratio_with_images` counts the passes of the
-image tower on the reference's side, as published. Sordino encodes each picture once before the first round, so its
+kept. `ratio` leaves that out on both sides: it compares rounds on features. `ratio_with_images` counts the passes of
+the image tower on the reference's side, as published. Sordino encodes each picture once before the first round, so its
 rounds have none. `ratio_unpadded` is against a reference that pads to the longest sentence only.
 
 A round here is a whole one of the local runtime, with its messages. The two take turns, client by client; seconds are
@@ -202,7 +202,9 @@ def reference_step(
     loss = F.cross_entropy(scale * features @ text(context).T, labels)
     loss.backward()
     gradient, of_u, of_v = (leaf.grad for leaf in leaves)
-    assert gradient is not None and of_u is not None and of_v is not None
+    assert gradient is not None
+    assert of_u is not None
+    assert of_v is not None
     return ClientStep(loss.item(), gradient, (u - rate * of_u) @ (v - rate * of_v) + residual)
 
 

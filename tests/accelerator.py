@@ -1,15 +1,15 @@
 """A stand-in for an accelerator: tensors on a device that is not there, and a count of what leaves it or reaches it.
 
-Tests run where there is no accelerator. Under `StandIn`, tensors that are put on `DEVICE` keep their numbers in ordinary
-memory, yet say that they are elsewhere, as an accelerator's do:
+Tests run where there is no accelerator. Under `StandIn`, tensors that are put on `DEVICE` keep their numbers in
+ordinary memory, yet say that they are elsewhere, as an accelerator's do:
 
 - an operation on tensors of both sides is an error, but for a CPU scalar;
 - `numpy()` of a tensor on the device is an error;
 - a copy from one side to the other is counted, and so is an index that lies on the other side;
 - so is everything that makes the host wait for the device: a number that is read, and a shape that depends on numbers.
 
-The device is named "meta", which is the one name for which autograd runs on the host's own thread. Nothing is as fast or
-rounds as on a real one.
+The device is named "meta", which is the one name for which autograd runs on the host's own thread. Nothing is as fast
+or rounds as on a real one.
 """
 
 from __future__ import annotations
@@ -67,7 +67,12 @@ class OnDevice(Tensor):
     @staticmethod
     def __new__(cls, held: Tensor) -> OnDevice:
         made: OnDevice = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=DEVICE
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=DEVICE,
         )
         return made
 
@@ -137,13 +142,11 @@ class StandIn(TorchDispatchMode):
     def _target(self, name: str, kwargs: dict[str, Any], there: Sequence[OnDevice]) -> bool:
         """Tell whether an operator's result is on the device."""
         if name == "copy_":
-            return False if not there else bool(there)
+            return bool(there)
         device = kwargs.get("device")
         return bool(there) if device is None else torch.device(device).type == DEVICE.type
 
-    def _count(
-        self, name: str, args: Any, there: Sequence[OnDevice], here: Sequence[Tensor], to_device: bool
-    ) -> None:
+    def _count(self, name: str, args: Any, there: Sequence[OnDevice], here: Sequence[Tensor], to_device: bool) -> None:
         if name == "_to_copy":
             if bool(there) != to_device:
                 self._add("to device" if to_device else "to host", args[0].numel())
@@ -185,7 +188,7 @@ class _Factories(TorchFunctionMode):
 
 def place() -> str:
     """Return the innermost function of the package that is at work, as `module.function`."""
-    for frame, _ in reversed(list(traceback.walk_stack(None))[::-1]):
+    for frame, _ in traceback.walk_stack(None):
         file = Path(frame.f_code.co_filename)
         if file.is_relative_to(SOURCE):
             module = file.relative_to(SOURCE).with_suffix("").as_posix().replace("/", ".")

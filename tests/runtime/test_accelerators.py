@@ -40,8 +40,8 @@ RARE = [(name, "none") for name in TRAINED if name not in ("promptfl", "dp-fpl")
 # What may cross in a round, by the start of its place, and why.
 MESSAGES = "a message arrives or leaves as bytes; each of its tensors is moved once for all clients of a stack"
 DRAWN = (
-    "random numbers are drawn on the host: noise that protects somebody from the operating system's entropy, all others "
-    "from streams that are the same on every device; a tensor is one copy for all clients"
+    "random numbers are drawn on the host: noise that protects somebody from the operating system's entropy, all "
+    "others from streams that are the same on every device; a tensor is one copy for all clients"
 )
 LENGTHS = "class names are grouped by their length, which decides shapes"
 ONE_BY_ONE = "DP-SGD takes the Poisson samples of one client after the other, and decides what of them is finite"
@@ -73,7 +73,7 @@ ALLOWED = {
     "algorithms.pfedmoap.server_round": "the numbers of the round's clients",
     "algorithms.pfedpg.server_round": "the numbers of the round's clients",
     "algorithms.pfedpt.Model.scores": "the places of a frame's pixels",
-    "algorithms.proda.": "contexts are chosen on the host; pairs of two different contexts are picked by a constant mask",
+    "algorithms.proda.": "contexts are chosen on the host; pairs of two different ones are picked by a constant mask",
 }
 MakeOn = Callable[..., LocalRuntime]
 on_device = cache(moved)  # one for all tests, as what is derived of an encoder is kept by its identity
@@ -167,7 +167,8 @@ def test_the_stand_in_counts_and_refuses_as_a_device_does() -> None:
     with StandIn() as stand_in:
         here = torch.arange(6.0).view(2, 3)
         there = here.to(DEVICE)
-        assert there.device == DEVICE and isinstance(there + 1, OnDevice)
+        assert there.device == DEVICE
+        assert isinstance(there + 1, OnDevice)
         with pytest.raises(RuntimeError, match="on the CPU"):
             there + here
         with pytest.raises(RuntimeError):
@@ -175,7 +176,8 @@ def test_the_stand_in_counts_and_refuses_as_a_device_does() -> None:
         assert isinstance(there * torch.tensor(2.0), OnDevice)  # a CPU scalar goes along with a launch
         assert not stand_in.crossings[1:]
         torch.testing.assert_close((there @ there.mT).cpu(), here @ here.mT)
-        assert bool((there > 4).any()) and float(there.sum()) == 15
+        assert bool((there > 4).any())
+        assert float(there.sum()) == 15
         assert len(there[there > 2]) == 3
         assert there[torch.tensor([1])].shape == (1, 3)
         leaf = there.clone().requires_grad_()
