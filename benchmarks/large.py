@@ -221,8 +221,9 @@ def along(point: Point, encoder: str, kind: str, axis: str, sizes: list[int], fi
         if name.endswith("seconds"):
             result[name] = growth(sizes, values)
         if name == "bytes":  # above what the smallest size needs, which is mostly the libraries'
-            more = [value - values[0] for value in values[1:]]
-            result[name] = growth(sizes[1:], more) if len(more) > 1 and min(more) > 2**24 else "within 16 MiB"
+            more = [(size, value - values[0]) for size, value in zip(sizes, values, strict=True)]
+            more = [(size, value) for size, value in more if value > 2**24]
+            result[name] = growth(*map(list, zip(*more, strict=True))) if len(more) > 1 else "within 16 MiB"
     return result
 
 
