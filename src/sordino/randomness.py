@@ -82,6 +82,13 @@ class Streams:
         drawn = [_normal(generator, shape) for generator in self.generators(purpose)]
         return torch.stack(drawn).to(self.device)
 
+    def normals(self, purposes: Sequence[str], *shape: int) -> Tensor:
+        """Return the numbers of several purposes as one tensor [n, K, *shape], put on the device in one copy."""
+        import torch
+
+        drawn = [_normal(generator, shape) for purpose in purposes for generator in self.generators(purpose)]
+        return torch.stack(drawn).view(len(purposes), len(self.clients), *shape).to(self.device)
+
     def common_normal(self, purpose: str, *shape: int) -> Tensor:
         """Return standard normal numbers of the given shape, float32, that every party draws alike."""
         return _normal(self._generator("all", purpose), shape).to(self.device)

@@ -87,8 +87,8 @@ def save_clip(
     return folder
 
 
-def save_siglip(folder: Path, words: Iterable[str] = WORDS) -> Path:
-    """Save a small SigLIP whose tokenizer, as the real one, lower-cases, drops punctuation, and adds '</s>'."""
+def siglip_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of 80 tokens that, as SigLIP's, lower-cases, drops punctuation, and adds '</s>'."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"[.\-]"), "")])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -97,6 +97,11 @@ def save_siglip(folder: Path, words: Iterable[str] = WORDS) -> Path:
     trainer = trainers.BpeTrainer(vocab_size=80, special_tokens=special, initial_alphabet=letters, show_progress=False)
     tokenizer.train_from_iterator(words, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="</s>")
+
+
+def save_siglip(folder: Path, words: Iterable[str] = WORDS) -> Path:
+    """Save a small SigLIP with the tokenizer of `siglip_tokenizer`."""
     config = SiglipConfig(
         text_config=_text(vocab_size=80, max_position_embeddings=32, projection_size=32),
         vision_config=_vision(),
@@ -107,9 +112,7 @@ def save_siglip(folder: Path, words: Iterable[str] = WORDS) -> Path:
         model.logit_scale.fill_(2.0)
         model.text_model.embeddings.position_embedding.weight.normal_(std=0.5)
     model.save_pretrained(folder)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="</s>"
-    ).save_pretrained(folder)
+    siglip_tokenizer(words).save_pretrained(folder)
     SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
 

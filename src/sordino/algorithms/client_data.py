@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -64,12 +65,18 @@ class ClientData:
             yield from (batch for _ in range(steps))
             return
         plans = [
-            _batch_plan(int(count), steps, size, generator)
-            for count, generator in zip(self.counts, streams.generators("batches"), strict=True)
+            _batch_plan(count, steps, size, generator)
+            for count, generator in zip(self._sizes, streams.generators("batches"), strict=True)
         ]
-        for step in range(steps):
-            chosen = torch.stack([plan[step] for plan in plans]).to(self.rows.device)  # [K, B], -1 for none
+        # All steps' plans are moved in one copy: [steps, K, B], -1 for none.
+        for chosen in torch.stack(plans, dim=1).to(self.rows.device):
             yield self._batch(self.rows.gather(1, chosen.clamp(min=0)), chosen >= 0)
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        """Return `counts` on the host."""
+        sizes: list[int] = self.counts.tolist()
+        return sizes
 
     def balanced(self) -> ClientData:
         """Return the same examples, those of a client's rarer classes repeated so that all its classes count alike.
@@ -104,7 +111,7 @@ class ClientData:
         """Return a Poisson sample: each example, or person, is in it independently of all others. It may be empty."""
         if poisson.person_images is not None:
             return self._sampled_persons(size, poisson, poisson.person_images)
-        drawn, sampling = poisson.draw(self.counts.tolist(), size)
+        drawn, sampling = poisson.draw(self._sizes, size)
         chosen = self._padded(drawn)
         batch = self._batch(self.rows.gather(1, chosen.clamp(min=0)), chosen >= 0)
         return replace(batch, sampling=sampling)
@@ -116,9 +123,7 @@ class ClientData:
         """
         if self.persons is None:
             raise RunError("a sample of persons needs to know whose each image is; give ClientData its persons")
-        held = [
-            _by_person(self.persons[row[: int(count)]].cpu()) for row, count in zip(self.rows, self.counts, strict=True)
-        ]
+        held = [_by_person(row[:count]) for row, count in zip(self.persons[self.rows].cpu(), self._sizes, strict=True)]
         drawn, sampling = poisson.draw([persons.count for persons in held], size)
         pairs = [persons.images(numbers, most) for persons, numbers in zip(held, drawn, strict=True)]
         chosen = self._padded([places for places, _ in pairs])

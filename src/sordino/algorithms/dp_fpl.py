@@ -98,14 +98,16 @@ def client_round(
     rate = optimizer.rate(round_context)
     personal, shared_gradients = state.context, []
     streams = round_context.streams
-    for number, batch in enumerate(data.batches(settings.local_steps, settings.batch_size or None, streams)):
+    batches = data.batches(settings.local_steps, settings.batch_size or None, streams)
+    purposes = [f"projection {number}" for number in range(settings.local_steps)]
+    projections = streams.normals(purposes, shared.shape[-1], settings.rank).to(personal)  # [steps, K, E, k]
+    for batch, projection in zip(batches, projections, strict=True):
         if settings.parameterization == "full":
             parameters = {"shared": shared, "personal": personal}
             gradient = gradients(_full_context, parameters, {}, batch).values
             personal = personal - rate * optimizer.bounded(gradient["personal"])
         else:
-            projection = streams.normal(f"projection {number}", shared.shape[-1], settings.rank)  # [K, E, k]
-            factors = factorize(personal, projection.to(personal))
+            factors = factorize(personal, projection)
             residual = factors.residual
             if settings.parameterization == "lora":
                 residual = torch.zeros_like(personal)

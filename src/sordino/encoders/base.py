@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from PIL import Image
@@ -41,14 +42,18 @@ class ClassTokens:
     def __len__(self) -> int:
         return len(self.names)
 
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Return the number of real tokens of each class. The host reads them once, wherever the mask lies."""
+        return tuple(self.mask.sum(1).tolist())
+
     def part(self, start: int, stop: int) -> ClassTokens:
         """Return classes `start` to `stop` - 1, padded to the longest of them only."""
-        mask = self.mask[start:stop]
-        length = int(mask.sum(1).max())
+        length = max(self.lengths[start:stop])
         return ClassTokens(
             self.names[start:stop],
             self.embeddings[start:stop, :length],
-            mask[:, :length],
+            self.mask[start:stop, :length],
         )
 
 

@@ -176,10 +176,10 @@ class BundledEncoder(DualEncoder):
 
     def text_flops(self, contexts: int, context_length: int, classes: ClassTokens) -> float:
         """Count the matrix-product operations of one forward `text_features` call, without padding."""
-        lengths = classes.mask.sum(1) + context_length + 1
+        lengths = [length + context_length + 1 for length in classes.lengths]
         width, inner = self.text.width, self.text.inner
-        dense = 2 * (4 * width**2 + 2 * width * inner) * lengths.sum().item()
-        attention = 2 * 2 * width * (lengths**2).sum().item()
+        dense = 2 * (4 * width**2 + 2 * width * inner) * sum(lengths)
+        attention = 2 * 2 * width * sum(length**2 for length in lengths)
         joint = 2 * width * self.feature_width * len(classes)
         return float(contexts * (self.text.depth * (dense + attention) + joint))
 

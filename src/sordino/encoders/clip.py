@@ -285,7 +285,7 @@ class ClipEncoder(DualEncoder):
         limit, start, longest = len(self._text.positions), len(self._start), classes.mask.shape[1]
         length = start + context_length + longest
         if length > limit:
-            name = classes.names[int(classes.mask.sum(dim=1).argmax())]
+            name = classes.names[classes.lengths.index(max(classes.lengths))]
             raise EncoderError(
                 f"context_length = {context_length}: with the longest class name, {name!r}, the sentence has "
                 f"{length} tokens and {self.label!r} takes {limit}: use a context_length of at most "

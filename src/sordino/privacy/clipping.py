@@ -57,8 +57,8 @@ def _reduced(tensors: Mapping[str, Tensor], clip: float) -> tuple[dict[str, Tens
     largest = torch.stack([_largest(tensor).to(dtype) for tensor in tensors.values()]).amax(0)  # [n]
     finite, unit = largest.isfinite(), power_of_two(largest)
     reduced = {name: tensor / _over_rows(unit, tensor) for name, tensor in tensors.items()}
-    if not bool(finite.all()):
-        reduced = {name: torch.where(_over_rows(finite, tensor), tensor, 0.0) for name, tensor in reduced.items()}
+    # Done even if all are finite: to ask would make the host wait for an accelerator.
+    reduced = {name: torch.where(_over_rows(finite, tensor), tensor, 0.0) for name, tensor in reduced.items()}
     norms = torch.stack([_norms(tensor).to(dtype) for tensor in reduced.values()]).norm(dim=0)
     factors = torch.minimum(unit, clip / norms.clamp(min=0.5))
     return reduced, factors, finite & (unit * norms <= clip)

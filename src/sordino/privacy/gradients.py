@@ -97,8 +97,7 @@ def finite_examples(batch: Batch) -> Batch:
 
 def excluding(batch: Batch, excluded: Tensor) -> Batch:
     """Return the batch without some examples, [K, B]: they leave the mask, and zeros replace their features."""
-    if not bool(excluded.any()):
-        return batch
+    # Done even if there are none: to ask would make the host wait for an accelerator.
     over_features = excluded.view(*excluded.shape, *[1] * (batch.features.ndim - 2))
     features = torch.where(over_features, 0.0, batch.features)
     return replace(batch, features=features, mask=batch.mask & ~excluded)
@@ -140,7 +139,7 @@ class ExactGradients:
             prompt = prompt_of({**leaves, **fixed})
             features = self.model.class_features(prompt)
             losses = self.model.losses(features, prompt, batch.features, batch.labels)
-            if self.finite_only and not bool(losses[batch.mask].isfinite().all()):
+            if self.finite_only and not bool((losses.isfinite() | ~batch.mask).all()):
                 return self._piece(prompt_of, parameters, fixed, excluding(batch, ~losses.isfinite()))
             means = mean_losses(losses, batch.mask)
             penalty = self.model.penalty(features) if self.penalized else None

@@ -144,7 +144,7 @@ class ClientEnd:
         else:
             received = [named_tensors(part) for part in parts]
         if not isinstance(schema, PersonalBroadcast):  # all clients received the same one
-            return map_tensors(schema, lambda name, _: received[0][name]), clip
+            return map_tensors(schema, lambda name, old: received[0][name].to(old.device)), clip
         stack = stacked(received, named_tensors(schema))
         return map_tensors(schema, lambda name, _: stack[name]), clip
 
@@ -332,7 +332,9 @@ class ClientRound:
         self, upload: AnyUpload, mechanism_round: ClientRoundMechanism, clients: Sequence[int], number: int
     ) -> dict[int, bytes]:
         """Return each client's upload as bytes, by client."""
-        message = self._end.federation.upload_message(upload, mechanism_round.below_clip, mechanism_round.keys)
+        message = messages.on_host(
+            self._end.federation.upload_message(upload, mechanism_round.below_clip, mechanism_round.keys)
+        )
         sent: dict[int, bytes] = {}
         for place, client in enumerate(clients):
             rates = tuple(float(rate[place]) for rate in mechanism_round.rates)

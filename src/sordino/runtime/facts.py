@@ -339,7 +339,10 @@ def data_digest(features: Tensor, labels: Tensor, rows: Sequence[int]) -> str:
 
 
 def stacked(parts: Sequence[Mapping[str, Tensor]], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors of n clients, each [1, ...], as one stack [n, ...]; `like` gives the shapes if n is 0."""
+    """Return tensors of n clients, each [1, ...], as one stack [n, ...] on the devices of `like`.
+
+    `like` also gives the shapes if n is 0.
+    """
     if not parts:
         return {name: tensor[:0] for name, tensor in like.items()}
-    return {name: torch.cat([part[name] for part in parts]) for name in like}
+    return {name: torch.cat([part[name] for part in parts]).to(tensor.device) for name, tensor in like.items()}

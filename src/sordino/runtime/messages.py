@@ -78,6 +78,11 @@ def encode(message: Broadcast | Upload, header: RoundHeader | UploadHeader) -> b
     return with_head(tensors, {name: value for name, value in vars(header).items() if value not in ("", ())})
 
 
+def on_host(message: AnyMessage) -> AnyMessage:
+    """Return a message on the CPU. Parts that are cut from it and encoded cost no further copy from another device."""
+    return map_tensors(message, lambda _, tensor: tensor.detach().cpu())
+
+
 def with_head(tensors: Mapping[str, Tensor], head: Mapping[str, Any]) -> bytes:
     """Return tensors as safetensors bytes, with JSON values by name; equal ones make equal bytes."""
     # One entry only: safetensors writes several in no fixed order.
@@ -120,7 +125,9 @@ def upload_header(content: bytes) -> UploadHeader:
 
 
 def decode(content: bytes, like: AnyMessage, *, finite: bool = True) -> AnyMessage:
-    """Return a message of the same type as `like`, on the same devices.
+    """Return a message of the same type as `like`, on the CPU.
+
+    A round has a message of every client. They are stacked on the CPU, and moved to another device together.
 
     Args:
         content: bytes from another party.
@@ -187,7 +194,7 @@ def _checked(name: str, tensor: Tensor, agreed: Tensor, finite: bool) -> Tensor:
         raise MessageError(f"tensor {name!r} has shape {list(tensor.shape)} where {list(agreed.shape)} was agreed")
     if finite and not bool(tensor.isfinite().all()):
         raise NotFinite(f"tensor {name!r} has a number that is not finite")
-    return tensor.to(agreed.device)
+    return tensor
 
 
 def _check_entries(entries: Mapping[str, object], required: set[str], optional: set[str]) -> None:

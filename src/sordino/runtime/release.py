@@ -123,14 +123,15 @@ def collect(
     headers = [RoundHeader(RELEASE_ROUND, client, clients, session) for client in range(clients)]
 
     def ask(message: Broadcast) -> dict[int, bytes]:
-        return _asked(link, {client: messages.encode(message, header) for client, header in enumerate(headers)})
+        known_to_all = messages.on_host(message)
+        return _asked(link, {client: messages.encode(known_to_all, header) for client, header in enumerate(headers)})
 
     sums = ServerSums(mechanism.settings, session, clients, link, {}) if mechanism.in_shares else None
     known, charged = Released(), {}
     for stage, parts in enumerate(mechanism.stages):
         like, answers = sums_like(mechanism, stage, device), ask(told(known.tensors))
         uploads = [_decoded(client, answers[client], like) for client in range(clients)]
-        each = {part: _stacked(uploads, part) for part in parts}
+        each = {part: _stacked(uploads, part).to(device) for part in parts}
         totals: dict[str, Tensor | None] = {}
         for part in parts:
             totals[part] = None
@@ -206,7 +207,8 @@ class ClientsRelease:
         like = told_like(self._mechanism, self._stage, self._device)
         decoded = [messages.decode(contents[client], like) for client in self._numbers]
         message = decoded[0]  # all clients of a stack are told the same
-        news = dict(message.statistics) if isinstance(message, Told) else {}
+        told_now = message.statistics if isinstance(message, Told) else {}
+        news = {name: tensor.to(self._device) for name, tensor in told_now.items()}
         if self._stage == len(self._mechanism.stages):
             return self._end(news)
         if CENTER in news:
@@ -229,8 +231,9 @@ class ClientsRelease:
             self._known = replace(self._known, own_center=own[CENTER])
         uploads: list[Upload] = [Upload()] * len(self._numbers)
         if mechanism.uploads_sums:
-            sent = exact if mechanism.uploads_exact else own
-            uploads = [Sums({part: _of(sent[part], place) for part in parts}) for place in range(len(self._numbers))]
+            uploaded = exact if mechanism.uploads_exact else own
+            sent = {part: _on_host(uploaded[part]) for part in parts}
+            uploads = [Sums({part: sent[part][place][None] for part in parts}) for place in range(len(self._numbers))]
         encoded = [messages.encode(upload, UploadHeader(RELEASE_ROUND)) for upload in uploads]
         return list(zip(self._numbers, encoded, strict=True))
 
@@ -240,10 +243,10 @@ class ClientsRelease:
         return [(client, messages.encode(Upload(), UploadHeader(RELEASE_ROUND))) for client in self._numbers]
 
 
-def _of(sums: Tensor | None, place: int) -> Tensor:
-    """Return one client's sums [1, ...]."""
+def _on_host(sums: Tensor | None) -> Tensor:
+    """Return all clients' sums [K, ...] on the CPU, in one copy."""
     assert sums is not None
-    return sums[place][None]
+    return sums.cpu()
 
 
 def _stacked(uploads: Sequence[Upload], part: str) -> Tensor:

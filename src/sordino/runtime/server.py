@@ -277,7 +277,7 @@ class ServerEnd:
     def _broadcasts(self, training: ServerTraining, chosen: Sequence[int], session: str) -> dict[int, bytes]:
         """Return each participant's broadcast as bytes, by client."""
         federation = self.federation
-        broadcast = federation.algorithm.broadcast(training.state)
+        broadcast = messages.on_host(federation.algorithm.broadcast(training.state))
         clip = federation.mechanism.broadcast_clip(training.mechanism)
         contents: dict[int, bytes] = {}
         for place, client in enumerate(chosen):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 
 import pytest
@@ -117,8 +118,11 @@ def test_fraction_bits_meet_exactly() -> None:
         computed(lambda party: x(party).at(3))
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("limit", [1, 300, 2**31])
-def test_what_is_prepared_is_ordered_ahead_within_the_limit_and_numbers_are_still_used_once(limit: int) -> None:
+def test_what_is_prepared_is_ordered_ahead_within_the_limit_and_numbers_are_still_used_once(
+    limit: int, ahead: bool
+) -> None:
     """Of 16 bytes each, from a dealer that takes orders; they are right whatever was under way."""
 
     class Orders:
@@ -152,7 +156,7 @@ def test_what_is_prepared_is_ordered_ahead_within_the_limit_and_numbers_are_stil
     for randomness in randomness_of_both:
         with randomness.recording() as trace:
             asked(randomness)
-        randomness.prepare(trace, limit)
+        randomness.prepare(trace, limit, ahead)
         used.append(asked(randomness))
         assert used[-1][0] == list(range(100, 200, 2))
         randomness.correlated(Product(Mask(0, (2,), 64), Mask(0, (2,), 64), "multiply"))  # and goes on without
@@ -161,6 +165,41 @@ def test_what_is_prepared_is_ordered_ahead_within_the_limit_and_numbers_are_stil
     whole = [first + second for first, second in zip(used[0][1], used[1][1], strict=True)]
     for mask, square in zip(whole[::2], whole[1::2], strict=True):
         assert torch.equal(mask * mask, square)
+
+
+def test_the_next_turn_is_drawn_while_one_is_used_and_an_error_of_it_is_raised() -> None:
+    """A dealer that fails at the fourth order: the second turn is asked for before the first is used up."""
+    reached = threading.Event()
+
+    class Failing:
+        def __init__(self) -> None:
+            self.dealer, self.orders, self.broken = Dealer(KEYS), 0, False
+
+        def deal(self, number: int, correlation: Correlation) -> bytes:
+            self.orders += self.broken
+            if self.orders == 3:
+                reached.set()
+            if self.orders == 4:
+                raise PartyLost("the dealer is lost")
+            return self.dealer.deal(number, correlation)
+
+    link = Failing()
+    randomness = CorrelatedRandomness(link.dealer.generators[1], Costs(), link)
+
+    def ask() -> None:
+        mask, _ = randomness.mask((2,), 64)
+        randomness.correlated(Product(mask, mask, "multiply"))
+
+    with randomness.recording() as trace:
+        for _ in range(4):
+            ask()
+    link.broken = True
+    randomness.prepare(trace, 2 * 2 * 16, ahead=True)  # a turn is two masks and two products
+    ask()
+    assert reached.wait(10)
+    ask()
+    with pytest.raises(PartyLost, match="the dealer is lost"):
+        ask()
 
 
 def test_a_number_is_drawn_once() -> None:

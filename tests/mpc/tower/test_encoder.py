@@ -98,9 +98,9 @@ def test_lengths_of_another_bracket_are_refused(tower: PrivateTower, calibration
             on_shares(tower, calibration, sentences(2, 16, seed=1), lengths=torch.tensor(lengths))
 
 
-@pytest.mark.parametrize("limit", [2**40, 2**16])
+@pytest.mark.parametrize(("limit", "ahead"), [(2**40, False), (2**16, False), (2**16, True)])
 def test_a_prepared_pass_is_the_same_and_asks_for_no_more(
-    tower: PrivateTower, calibration: Calibration, limit: int
+    tower: PrivateTower, calibration: Calibration, limit: int, ahead: bool
 ) -> None:
     """All at once, and by turns; another pass than the one that was prepared for is refused."""
     plan, weights = FixedPointPlan.of(tower, calibration), shared_weights(tower, calibration)
@@ -111,7 +111,7 @@ def test_a_prepared_pass_is_the_same_and_asks_for_no_more(
         encoder, x = Encoder.mask_and_open(party, weights[party.number], plan), Shared(halves[party.number], 14)
         with party.costs.label("recorded"), party.randomness.recording() as trace:
             encode_sentences(party, encoder, x)
-        party.randomness.prepare(trace, limit)
+        party.randomness.prepare(trace, limit, ahead)
         with pytest.raises(MpcError, match="did not come"):
             party.randomness.prepare(trace)
         found = encode_sentences(party, encoder, x)

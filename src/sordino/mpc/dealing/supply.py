@@ -6,9 +6,11 @@ A computation that was recorded once can be prepared from then on: dealing then 
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, runtime_checkable
@@ -104,7 +106,7 @@ class CorrelatedRandomness:
         dealer: party 1's link to the dealer. None for party 0, which draws every share from its key.
 
     Attributes:
-        seconds: spent on preparing.
+        seconds: spent on preparing, or on waiting for what is prepared in a thread of its own.
     """
 
     def __init__(self, generator: Prg, costs: Costs, dealer: DealerLink | None = None) -> None:
@@ -115,7 +117,8 @@ class CorrelatedRandomness:
         self._orders: deque[Numbered] = deque()  # prepared, not ordered yet
         self._ordered: deque[int] = deque()  # bytes of each order that is under way
         self._drawn: deque[tuple[Request, Tensor]] = deque()
-        self._limit = 0
+        self._coming: Future[list[tuple[Request, Tensor]]] | None = None  # the next turn, drawn in another thread
+        self._limit, self._ahead = 0, False
         self.seconds = 0.0
 
     @contextmanager
@@ -127,7 +130,7 @@ class CorrelatedRandomness:
         finally:
             self._trace = None
 
-    def prepare(self, trace: RequestTrace, limit: int = 2**31) -> None:
+    def prepare(self, trace: RequestTrace, limit: int = 2**31, ahead: bool = False) -> None:
         """Prefetch the correlated randomness for a computation with the same trace.
 
         At most about `limit` bytes are held. When they are used up, as many are drawn again, so a long computation
@@ -137,15 +140,17 @@ class CorrelatedRandomness:
         Args:
             trace: of a computation of the same shapes.
             limit: bytes.
+            ahead: draw the next turn in a thread of its own while the computation uses this one, or waits for the
+                other party. Then two turns are held.
 
         Raises:
             MpcError: randomness that was prepared before is not used up.
         """
-        if self._due or self._drawn:
+        if self._due or self._drawn or self._coming:
             raise MpcError("randomness was prepared for a computation that did not come; begin a new session")
         self._due.extend(trace.moved(self._next))
         self._next += sum(not isinstance(request, Fixed) for request in self._due)
-        self._limit = limit
+        self._limit, self._ahead = limit, ahead
         if isinstance(self._dealer, PrefetchingDealerLink):
             self._orders.extend(request for request in self._due if isinstance(request, Numbered))
             self._order(self._dealer)
@@ -167,8 +172,7 @@ class CorrelatedRandomness:
 
     def _following(self) -> int:
         """Return the next number: the next prepared request's, or a new one."""
-        if not self._drawn and self._due:
-            self._fill()
+        self._refill()
         if self._drawn:
             request = self._drawn[0][0]
             return -1 if isinstance(request, Fixed) else request.number
@@ -178,8 +182,7 @@ class CorrelatedRandomness:
     def _given(self, request: Request) -> Tensor:
         if self._trace is not None:
             self._trace.requests.append(request)
-        if not self._drawn and self._due:
-            self._fill()
+        self._refill()
         if not self._drawn:
             return self._draw(request)
         prepared, share = self._drawn.popleft()
@@ -187,14 +190,29 @@ class CorrelatedRandomness:
             raise MpcError("randomness was prepared for another computation than this; begin a new session")
         return share
 
+    def _refill(self) -> None:
+        """Take the next turn of what is prepared, if this one is used up."""
+        if not self._drawn and (self._coming or self._due):
+            self._fill()
+
     def _fill(self) -> None:
-        began, held = time.perf_counter(), 0
+        began = time.perf_counter()
+        coming, self._coming = self._coming, None
+        self._drawn.extend(coming.result() if coming else self._turn())
+        if self._ahead and self._due:
+            # Until its result is taken, only that thread draws: nothing else does while a turn is held or coming.
+            self._coming = in_background(self._turn)
+        self.seconds += time.perf_counter() - began
+
+    def _turn(self) -> list[tuple[Request, Tensor]]:
+        """Draw the next requests, up to the limit."""
+        turn, held = [], 0
         while self._due and held < self._limit:
             request = self._due.popleft()
             share = self._draw(request)
-            self._drawn.append((request, share))
+            turn.append((request, share))
             held += share.nbytes
-        self.seconds += time.perf_counter() - began
+        return turn
 
     def _draw(self, request: Request) -> Tensor:
         if isinstance(request, Fixed):
@@ -222,3 +240,17 @@ class CorrelatedRandomness:
             dealer.ask(following.number, following.correlation)
             size = math.prod(following.correlation.shape)
             self._ordered.append(packed_size(size, following.correlation.bits))
+
+
+def in_background(work: Callable[[], Any]) -> Future[Any]:
+    """Start some work in a thread that does not keep the process alive, and return its result to come."""
+    result: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:  # raised again where the result is taken
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return result

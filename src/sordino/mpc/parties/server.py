@@ -176,13 +176,14 @@ class ServerService:
         """Run the batches of one message. For each, send shares of its features, and its costs and seconds.
 
         Each batch is answered as soon as it is done, so that the data owner sees progress. Requests for randomness are
-        recorded for the first message of the same shapes, and prefetched from then on.
+        recorded for the first message of the same shapes, and prefetched from then on: while a batch is computed, or
+        waits for the other server, a thread prepares the next.
         """
         began, before = time.perf_counter(), party.randomness.seconds
         batches = batches_of(stream, header)
         shapes = tuple(batch["shape"] for batch in batches)
         if shapes in traces:
-            party.randomness.prepare(traces[shapes], HELD)
+            party.randomness.prepare(traces[shapes], HELD, ahead=True)
             recording: AbstractContextManager[Any] = nullcontext()
         else:
             recording = party.randomness.recording()

@@ -103,7 +103,7 @@ class Session:
         costs: of the servers so far: set-up, and each forward pass.
         seconds: spent waiting for the servers.
         model: name of the servers' model, which stays the same if its owner provides it again.
-        online, offline: seconds that the slower server took for forward passes. Dealing ahead is offline.
+        online, offline: seconds that the slower server computed, and that it waited for dealt randomness.
         sent, received: bytes between this owner and both servers together.
     """
 
