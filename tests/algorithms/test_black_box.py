@@ -279,6 +279,25 @@ def test_a_generator_starts_at_the_words_and_all_of_it_moves(make_runtime: MakeR
         assert moved > 0, name
 
 
+def test_hidden_units_of_a_new_generator_tell_positions_apart(make_runtime: MakeRuntime) -> None:
+    """A step of the last layer moves the prompt by the products of hidden units: the metric between positions.
+
+    With triggers near zero it is close to nothing; with triggers of one sign it is close to one number for all pairs,
+    so that all positions move alike.
+    """
+    squares = []
+    for seed in range(10):
+        start = make_runtime("fed-bbpt", ROWS, {"context_length": 8}, seed=seed).start()
+        generator = start.server.generator  # type: ignore[attr-defined]
+        hidden = torch.tanh(generator["trigger"] @ generator["hidden"] + generator["bias"])
+        products = hidden @ hidden.mT
+        assert float(products.min()) < 0
+        squares.append(float(products.diagonal().mean()))
+    # Four units, each the tanh of a number of variance 1/3: about 4/3, less what tanh takes.
+    assert 0.5 < sum(squares) / len(squares) < 4 / 3
+
+
+
 def test_a_step_is_that_of_the_gradient_correction(make_runtime: MakeRuntime) -> None:
     """Where the two-sided difference is exact, which it is for a loss that is linear in the generator."""
     tables = {"context_length": 3, "local_steps": 2, "fed-bbpt": {"directions": 1}}
@@ -300,7 +319,7 @@ def test_a_step_is_that_of_the_gradient_correction(make_runtime: MakeRuntime) ->
         number = 2 * 2 + step + 1
         directions = directions_of(position, 1, context, step)
         slope = sum(float(value.sum()) for value in directions.values())
-        rate = 0.01 / (number + 1) ** 0.4
+        rate = 0.1 / (number + 1) ** 0.4
         for name in position:
             gradient = slope / directions[name][:, 0]
             moments[name] = 0.9 * moments[name] + gradient
