@@ -297,7 +297,6 @@ def test_hidden_units_of_a_new_generator_tell_positions_apart(make_runtime: Make
     assert 0.5 < sum(squares) / len(squares) < 4 / 3
 
 
-
 def test_a_step_is_that_of_the_gradient_correction(make_runtime: MakeRuntime) -> None:
     """Where the two-sided difference is exact, which it is for a loss that is linear in the generator."""
     tables = {"context_length": 3, "local_steps": 2, "fed-bbpt": {"directions": 1}}
@@ -455,7 +454,7 @@ def test_a_vocabulary_is_words_of_one_token() -> None:
 
 
 def test_a_run_says_its_words(config_file: Path, tmp_path: Path) -> None:
-    """In its summary, report, saved prompt, predictions and published card; the saved prompt is the same words again."""
+    """In its summary, report, saved prompt, predictions and published card. The tensors are the same words."""
     run(load_config(config_file, ["algorithm=feddtpt", "rounds=1"]), tmp_path / "run")
     (words,) = json.loads((tmp_path / "run" / "summary.json").read_text())["words"]
     assert len(words.split()) == 4
@@ -487,7 +486,6 @@ def test_words_that_a_file_names_are_those_of_its_tensors(config_file: Path, tmp
     content = (tmp_path / "vectors" / "prompts" / "shared.safetensors").read_bytes()
     assert SavedPrompt.from_bytes(content).words is None
     assert b'"words"' not in content.replace(b"\\", b"")
-
 
 
 # FedDPG sees gradients, and makes a prompt of its input.

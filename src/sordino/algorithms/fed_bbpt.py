@@ -11,10 +11,10 @@ is c_t = c / t^gamma. The number t of a step counts on over rounds; m starts afr
 here. The defaults of o, alpha, gamma, beta, c and the number of directions are that code's.
 
 Three defaults are not. BlackVIP's triggers are uniform on [0, 0.1], and its a is 0.01. In two layers hidden units then
-are near 0.06, so a step of the last layer moves the prompt by a times the sum of their squares, 5e-4 times the gradient:
-in 60 steps the prompt of photographs (PACS) moved by 0.08, at a length of 2. Triggers here are uniform on [-1, 1], so hidden units are of
-order one and positions differ, and a is 0.1. The estimate's squared error grows with the number of parameters, so
-triggers and the hidden layer have width 4, not 16.
+are near 0.06. A step of the last layer moves the prompt by a times the sum of their squares, 5e-4 times the gradient:
+in 60 steps the prompt for photographs (PACS) moved by 0.08, and had a length of 2. Triggers here are uniform on
+[-1, 1], so hidden units are of order one and tell positions apart, and a is 0.1. The estimate's squared error grows
+with the number of parameters, so triggers and the hidden layer have width 4, not 16.
 
 What differs. BlackVIP's generator makes a picture that is added to the pixels. Here it makes the context of the text
 tower, as in all methods of the text side: each position has a trigger vector, as BlackVIP's decoder has one, and two

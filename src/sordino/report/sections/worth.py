@@ -49,7 +49,8 @@ def worth(groups: Sequence[Group]) -> str:
         f"<em>Gain</em> is over the hand-written prompt, with an interval of 95%: of several seeds over the seeds, of "
         f"one run over its clients and its test pictures.{_FIRST if several else ''} Steps are gradient steps of one "
         f"client in the run, and examples the training images in them.{f' {BEST_TOO_HIGH}' if best else ''}"
-        f"{f' {BEST_NOT_OFFERED}' if any(group.results.best_withheld for group in groups) else ''}</p>\n{_words(groups)}</section>\n"
+        f"{f' {BEST_NOT_OFFERED}' if any(group.results.best_withheld for group in groups) else ''}</p>\n"
+        f"{_words(groups)}</section>\n"
     )
 
 
