@@ -108,7 +108,13 @@ def measure(encoder: DualEncoder, wanted: list[str], names: list[str], repeats: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="10 classes, one repetition")
-    quick = parser.parse_args().quick
+    parser.add_argument("--methods", help="names, separated by commas, beside promptfl (default: all)")
+    options = parser.parse_args()
+    quick: bool = options.quick
+    chosen = METHODS if options.methods is None else ["promptfl", *options.methods.split(",")]
+    wanted = list(dict.fromkeys(chosen))
+    if unknown := [name for name in wanted if name not in METHODS]:
+        parser.error(f"--methods: no method {unknown[0]!r}; see sordino methods")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.disable(logging.WARNING)
@@ -116,15 +122,15 @@ def main() -> None:
     repeats = 1 if quick else 3
     device = torch.device("cpu")
     bundled = load_encoder("bundled", None, "float32", device)
-    methods = measure(bundled, list(METHODS), names[:10] if quick else names, repeats)
-    missing = [name for name in METHODS if name not in methods]
+    methods = measure(bundled, wanted, names[:10] if quick else names, repeats)
+    missing = [name for name in wanted if name not in methods]
     if missing:
         with tempfile.TemporaryDirectory() as folder:
             save_clip(Path(folder), names[:10], vision=VIT | PICTURES)
             clip = load_encoder("clip", folder, "float32", device)
         found = measure(clip, ["promptfl", *missing], names[:10], repeats)
         methods |= {name: found[name] for name in missing}
-    for name in [name for name in METHODS if not algorithm(name).ABOUT.trains]:
+    for name in [name for name in wanted if not algorithm(name).ABOUT.trains]:
         methods[name]["seconds"] = methods[name]["times_promptfl"] = 0.0
     print(json.dumps({"methods": methods, "threads": torch.get_num_threads(), "quick": quick}))
 

@@ -98,6 +98,15 @@ class _Header(BaseModel):
     client: int | None
     bare_context: bool
     shapes: dict[str, tuple[int, ...]]
+    words: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the words of a prompt that has none, so that its file stays the same bytes."""
+        content: dict[str, Any] = handler(self)
+        if self.words is None:
+            del content["words"]
+        return content
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +124,7 @@ class SavedPrompt:
         task: what it sorts into classes: "images", or "text".
         gray_range: as in `[data]`, how gray pictures of more than 8 bits are read.
         client: the number of the client whose own it is; None where all share it.
+        words: the prompt as text, which stands before a class name; None if it is vectors.
         source: the file that it was read from, for messages.
     """
 
@@ -128,6 +138,7 @@ class SavedPrompt:
     task: Literal["images", "text"] = "images"
     gray_range: tuple[float, float] | None = None
     client: int | None = None
+    words: str | None = None
     source: str = "the prompt"
 
     def save(self, file: Path | str) -> None:
@@ -153,6 +164,7 @@ class SavedPrompt:
             client=self.client,
             bare_context=isinstance(self.prompt, Tensor),
             shapes={name: tuple(part.shape) for name, part in tensors.items()},
+            words=self.words,
         )
         document = json.dumps(header.model_dump(), sort_keys=True)
         # One entry only: safetensors writes several in no fixed order.
@@ -201,6 +213,7 @@ class SavedPrompt:
             task=header.task,
             gray_range=header.gray_range,
             client=header.client,
+            words=header.words,
             source=path,
         )
 
@@ -255,6 +268,8 @@ class SavedPrompt:
             classifier.check()
         except ValueError as error:
             raise PromptError(f"{self.source} does not fit method {self.method!r} ({error}); {REMEDY}") from None
+        if self.words is not None and classifier.model.text(prompt) != [self.words]:
+            raise PromptError(f"{self.source} is damaged: it is not the words {self.words!r} that it names; {REMEDY}")
         return classifier
 
     def _prompt_model(self, encoder: DualEncoder, class_names: tuple[str, ...]) -> PromptModel:

@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from PIL import Image
 from torch import Tensor
 
 from runtime.states import started_in_double
@@ -24,9 +26,10 @@ from sordino.algorithms.settings.feddtpt import Settings as FedDtpt
 from sordino.algorithms.zeroth_order import both_sides, directions_of, estimate
 from sordino.audit import inversion, rounds
 from sordino.encoders.prompt_model import PromptModel
-from sordino.errors import ConfigError
+from sordino.errors import ConfigError, PromptError
 from sordino.experiments.config import load_config
 from sordino.experiments.run import run
+from sordino.experiments.use.predict import predict
 from sordino.privacy.forward.losses import ExactLosses
 from sordino.privacy.gradients import ExactGradients
 from sordino.privacy.mechanism import plain_mean
@@ -34,6 +37,9 @@ from sordino.prompt_file import SavedPrompt
 from sordino.prompts.words import Vocabulary
 from sordino.randomness import Streams
 from sordino.runtime.local import LocalRuntime
+from sordino.serving.manifest import CARD
+from sordino.serving.registry import Registry
+from sordino.serving.sources import from_run
 
 MakeRuntime = Callable[..., LocalRuntime]
 ROWS = [list(range(0, 12)), list(range(12, 20)), list(range(20, 40))]
@@ -273,6 +279,24 @@ def test_a_generator_starts_at_the_words_and_all_of_it_moves(make_runtime: MakeR
         assert moved > 0, name
 
 
+def test_hidden_units_of_a_new_generator_tell_positions_apart(make_runtime: MakeRuntime) -> None:
+    """A step of the last layer moves the prompt by the products of hidden units: the metric between positions.
+
+    With triggers near zero it is close to nothing; with triggers of one sign it is close to one number for all pairs,
+    so that all positions move alike.
+    """
+    squares = []
+    for seed in range(10):
+        start = make_runtime("fed-bbpt", ROWS, {"context_length": 8}, seed=seed).start()
+        generator = start.server.generator  # type: ignore[attr-defined]
+        hidden = torch.tanh(generator["trigger"] @ generator["hidden"] + generator["bias"])
+        products = hidden @ hidden.mT
+        assert float(products.min()) < 0
+        squares.append(float(products.diagonal().mean()))
+    # Four units, each the tanh of a number of variance 1/3: about 4/3, less what tanh takes.
+    assert 0.5 < sum(squares) / len(squares) < 4 / 3
+
+
 def test_a_step_is_that_of_the_gradient_correction(make_runtime: MakeRuntime) -> None:
     """Where the two-sided difference is exact, which it is for a loss that is linear in the generator."""
     tables = {"context_length": 3, "local_steps": 2, "fed-bbpt": {"directions": 1}}
@@ -294,7 +318,7 @@ def test_a_step_is_that_of_the_gradient_correction(make_runtime: MakeRuntime) ->
         number = 2 * 2 + step + 1
         directions = directions_of(position, 1, context, step)
         slope = sum(float(value.sum()) for value in directions.values())
-        rate = 0.01 / (number + 1) ** 0.4
+        rate = 0.1 / (number + 1) ** 0.4
         for name in position:
             gradient = slope / directions[name][:, 0]
             moments[name] = 0.9 * moments[name] + gradient
@@ -430,12 +454,38 @@ def test_a_vocabulary_is_words_of_one_token() -> None:
 
 
 def test_a_run_says_its_words(config_file: Path, tmp_path: Path) -> None:
-    """In its summary, and its saved prompt is the same words again."""
+    """In its summary, report, saved prompt, predictions and published card. The tensors are the same words."""
     run(load_config(config_file, ["algorithm=feddtpt", "rounds=1"]), tmp_path / "run")
     (words,) = json.loads((tmp_path / "run" / "summary.json").read_text())["words"]
     assert len(words.split()) == 4
-    model = SavedPrompt.load(tmp_path / "run" / "prompts" / "shared.safetensors").model()
-    assert model.model.text(model.prompt) == [words]
+    file = tmp_path / "run" / "prompts" / "shared.safetensors"
+    saved = SavedPrompt.load(file)
+    model = saved.model()
+    assert model.model.text(model.prompt) == [words] == [saved.words]
+    assert f"<td>{words} CLASS</td>" in (tmp_path / "run" / "report.html").read_text()
+    Image.new("RGB", (9, 9)).save(tmp_path / "picture.png")
+    found = predict(file, [tmp_path / "picture.png"])
+    assert found.as_text(1).splitlines()[0] == f"Prompt: {words} CLASS"
+    assert found.as_dict(1)["words"] == words
+    with Registry(f"sqlite:///{tmp_path / 'prompts.db'}", create=True) as registry:
+        key = Ed25519PrivateKey.generate()
+        material = from_run(tmp_path / "run", key)
+        registry.publish("digits", material.facts, material.files, key, accept_not_private=True)
+        published = registry.inspect("digits", 1)
+    assert published.manifest.words == words
+    assert f"the words “{words} CLASS”" in published.files[CARD].decode()
+
+
+def test_words_that_a_file_names_are_those_of_its_tensors(config_file: Path, tmp_path: Path) -> None:
+    """A file cannot show one prompt and use another. A prompt of vectors names none."""
+    run(load_config(config_file, ["algorithm=feddtpt", "rounds=1"]), tmp_path / "run")
+    saved = SavedPrompt.load(tmp_path / "run" / "prompts" / "shared.safetensors")
+    with pytest.raises(PromptError, match="is not the words 'a harmless photo' that it names"):
+        replace(saved, words="a harmless photo").model()
+    run(load_config(config_file, ["algorithm=promptfl", "rounds=1"]), tmp_path / "vectors")
+    content = (tmp_path / "vectors" / "prompts" / "shared.safetensors").read_bytes()
+    assert SavedPrompt.from_bytes(content).words is None
+    assert b'"words"' not in content.replace(b"\\", b"")
 
 
 # FedDPG sees gradients, and makes a prompt of its input.

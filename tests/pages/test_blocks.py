@@ -236,6 +236,18 @@ def test_commands_of_a_page_are_understood(page: str) -> None:
             check_line(words)
 
 
+def test_commands_in_the_comments_of_examples_are_understood() -> None:
+    told = 0
+    for example in sorted((ROOT / "examples").glob("*.toml")):
+        comments = [line[2:] for line in example.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
+        for line in "\n".join(comments).replace("\\\n", "").splitlines():
+            if line.startswith("  sordino "):
+                # A pair of brackets says what else could stand there.
+                check_line(shlex.split(re.sub(r"\s+\(.*\)$", "", line)))
+                told += 1
+    assert told >= 7
+
+
 def test_a_command_with_a_wrong_name_is_not_understood() -> None:
     for line in ("sordino privacy plan my.toml --oot x", "sordino prompts lst", "make demon", "python benchmarks/x.py"):
         with pytest.raises((click.UsageError, AssertionError, OSError)):

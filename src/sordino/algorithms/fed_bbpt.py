@@ -8,7 +8,13 @@ No public code of it was found. For images the paper takes over BlackVIP (Oh et 
 public code settles the optimizer, SPSA with gradient correction: the mean estimate g of a few directions, then
 m <- beta m + g and a step of -a_t (g + beta m), where a_t = a / (t + o)^alpha and the distance of the two measurements
 is c_t = c / t^gamma. The number t of a step counts on over rounds; m starts afresh in each, as in the other methods
-here. The defaults are that code's.
+here. The defaults of o, alpha, gamma, beta, c and the number of directions are that code's.
+
+Three defaults are not. BlackVIP's triggers are uniform on [0, 0.1], and its a is 0.01. In two layers hidden units then
+are near 0.06. A step of the last layer moves the prompt by a times the sum of their squares, 5e-4 times the gradient:
+in 60 steps the prompt for photographs (PACS) moved by 0.08, and had a length of 2. Triggers here are uniform on
+[-1, 1], so hidden units are of order one and tell positions apart, and a is 0.1. The estimate's squared error grows
+with the number of parameters, so triggers and the hidden layer have width 4, not 16.
 
 What differs. BlackVIP's generator makes a picture that is added to the pixels. Here it makes the context of the text
 tower, as in all methods of the text side: each position has a trigger vector, as BlackVIP's decoder has one, and two
@@ -109,7 +115,7 @@ def server_init(settings: Settings, init: InitContext) -> Server:
     draw, latent, hidden = init.streams.common_normal, settings.latent_width, settings.hidden_width
     trigger = draw("trigger", settings.context_length, latent)
     generator = {
-        "trigger": 0.05 + 0.05 * torch.erf(trigger / 2**0.5),  # uniform on [0, 0.1], as in BlackVIP
+        "trigger": torch.erf(trigger / 2**0.5),  # uniform on [-1, 1]
         "hidden": draw("hidden layer", latent, hidden) / latent**0.5,
         "bias": torch.zeros(hidden, device=trigger.device),
         "out": torch.zeros(hidden, init.context_width, device=trigger.device),

@@ -122,6 +122,10 @@ class PromptModel:
         """Return the term [P] of a client's loss that depends on its prompt alone and on no image, or None."""
         return None
 
+    def text(self, prompt: Prompt) -> list[str]:
+        """Return the P prompts as text where they are words; an empty list where they are vectors."""
+        return []
+
     def flops(self, prompt: Prompt, images: int) -> float:
         """Count the forward matrix-product FLOPs of one prompt with `images` images."""
         assert isinstance(prompt, Tensor)

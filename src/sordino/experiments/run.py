@@ -117,7 +117,9 @@ def _run(
     ledger = training.ledger
     write_atomically(out / LEDGER, ledger.to_json().encode())
     privacy = as_summary(ledger, config.privacy.unit)
-    save_prompts(out / "prompts", config, dataset.encoder, task.class_names, runtime.prompts(training), privacy)
+    prompts = runtime.prompts(training)
+    words = tuple(runtime.model.text(prompts))
+    save_prompts(out / "prompts", config, dataset.encoder, task.class_names, prompts, privacy, words=words)
     summary = Summary(
         algorithm=config.algorithm,
         encoder=dataset.encoder.name,
@@ -150,7 +152,7 @@ def _run(
         hand_written=yardstick.against(scores) if yardstick else None,
         best=best_round(metrics.lines, config.privacy.on),
         effort=effort(runtime, training.round),
-        words=_words(runtime, training),
+        words=words,
         version=sordino.__version__,
     )
     summary.write(out)  # at the very end, as it marks the run as finished
@@ -343,9 +345,3 @@ def _per_client(task: Task, scores: Scores) -> tuple[ClientResult, ...]:
         )
         for index, line in enumerate(task.summary())
     )
-
-
-def _words(runtime: LocalRuntime, training: Training) -> tuple[str, ...]:
-    """The prompts as text, if they are words."""
-    text = getattr(runtime.model, "text", None)
-    return () if text is None else tuple(text(runtime.prompts(training)))

@@ -26,6 +26,7 @@ def save_prompts(
     prompt: Prompt,
     privacy: Mapping[str, Any],
     clients: Sequence[int] | None = None,
+    words: Sequence[str] = (),
 ) -> None:
     """Write one file a client, or one for all where they share a prompt; each says what it belongs to.
 
@@ -37,6 +38,7 @@ def save_prompts(
         prompt: of the clients.
         privacy: of the run, as its summary says it.
         clients: [K], the numbers of those whose own prompts these are; by default from 0, if there are several.
+        words: the prompts as text, one for each, if they are words.
 
     Raises:
         RunError: one cannot be written.
@@ -70,7 +72,10 @@ def save_prompts(
         client_parts = {part: tensor[place] for part, tensor in parts.items()}
         name = "shared" if client is None else f"client-{client:04d}"
         saved = replace(
-            shared, prompt=client_parts["context"] if isinstance(prompt, Tensor) else client_parts, client=client
+            shared,
+            prompt=client_parts["context"] if isinstance(prompt, Tensor) else client_parts,
+            client=client,
+            words=words[place] if words else None,
         )
         saved.save(folder / f"{name}.safetensors")
 

@@ -39,6 +39,7 @@ def card(manifest: Manifest, others: Sequence[str]) -> str:
         f"A learned prompt ({owner}) for the frozen encoder `{_code(manifest.encoder.name)}`. It sorts {kind} into "
         f"{len(manifest.class_names)} classes. The method is `{_code(manifest.method)}`.",
         "",
+        *([] if manifest.words is None else [f"The prompt is the words “{_plain(manifest.words)} CLASS”.", ""]),
         "## Privacy",
         "",
         _plain(manifest.privacy.statement),

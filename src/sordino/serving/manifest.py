@@ -15,7 +15,15 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from sordino.errors import ConfigError, PromptError
 from sordino.privacy.signature import fingerprint, public_bytes, sign, signed_by
@@ -155,6 +163,7 @@ class Facts(_Part):
         encoder, privacy: see there.
         audit: None if the run was not attacked.
         training: None if the prompt comes without its run.
+        words: the prompt as text, which stands before a class name; None if it is vectors.
     """
 
     method: Word
@@ -165,6 +174,15 @@ class Facts(_Part):
     privacy: Privacy
     audit: Audit | None
     training: Training | None
+    words: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the words of a prompt that has none: its manifest stays in the form that others sign and read."""
+        content: dict[str, Any] = handler(self)
+        if self.words is None:
+            del content["words"]
+        return content
 
     @property
     def mark(self) -> str:

@@ -148,6 +148,7 @@ def _facts(
         privacy=privacy,
         audit=audit,
         training=training,
+        words=saved.words,
     )
 
 

@@ -190,9 +190,9 @@ class Membership:
         ledger = self._ledger.entry(self.proposal.fingerprint, self._empty(federation, end.numbers)).ledger
         privacy = as_summary(ledger, self.config.privacy.unit)
         folder = self._folder / "prompts"
-        encoder, names = self.own.plan.model.encoder, self.own.class_names
+        model, names = self.own.plan.model, self.own.class_names
         own = end.numbers if federation.algorithm.ABOUT.personal != "nothing" else None
-        save_prompts(folder, self.config, encoder, names, prompt, privacy, own)
+        save_prompts(folder, self.config, model.encoder, names, prompt, privacy, own, model.text(prompt))
         facts: dict[str, Any] = {"round": self.turns.round}
         if "accuracy" in self._settings.policy.tells:
             facts["accuracy"] = self._told_accuracies(prompt)

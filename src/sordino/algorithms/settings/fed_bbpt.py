@@ -30,14 +30,14 @@ class Settings:
 
     context_length: PositiveInt = 16
     initial_context: str = ""
-    latent_width: PositiveInt = 16
-    hidden_width: PositiveInt = 16
+    latent_width: PositiveInt = 4
+    hidden_width: PositiveInt = 4
     local_steps: PositiveInt = 4
     batch_size: NonNegativeInt = 128
     directions: PositiveInt = 5
     smoothing: PositiveFloat = 0.01
     smoothing_decay: NonNegativeFloat = 0.1
-    step_size: NonNegativeFloat = 0.01
+    step_size: NonNegativeFloat = 0.1
     step_decay: NonNegativeFloat = 0.4
     step_offset: NonNegativeFloat = 1.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9

@@ -39,6 +39,7 @@ class Predictions:
             "prompt": self.saved.source,
             "method": self.saved.method,
             "encoder": self.saved.encoder.name,
+            "words": self.saved.words,
             "statement": self.saved.privacy.statement,
             "images": [
                 {
@@ -54,8 +55,11 @@ class Predictions:
         }
 
     def as_text(self, top: int) -> str:
-        """Return text for a terminal: a picture a line, and below it its `top` most probable classes."""
-        lines = []
+        """Return text for a terminal: a picture a line, and below it its `top` most probable classes.
+
+        A prompt of words stands before them.
+        """
+        lines = [] if self.saved.words is None else [f"Prompt: {self.saved.words} CLASS"]
         for prediction in self.predictions:
             lines.append(prediction.name)
             lines += [f"  {value:7.2%}  {name}" for name, value in islice(prediction.probabilities.items(), top)]

@@ -49,8 +49,22 @@ def worth(groups: Sequence[Group]) -> str:
         f"<em>Gain</em> is over the hand-written prompt, with an interval of 95%: of several seeds over the seeds, of "
         f"one run over its clients and its test pictures.{_FIRST if several else ''} Steps are gradient steps of one "
         f"client in the run, and examples the training images in them.{f' {BEST_TOO_HIGH}' if best else ''}"
-        f"{f' {BEST_NOT_OFFERED}' if any(group.results.best_withheld for group in groups) else ''}</p></section>\n"
+        f"{f' {BEST_NOT_OFFERED}' if any(group.results.best_withheld for group in groups) else ''}</p>\n"
+        f"{_words(groups)}</section>\n"
     )
+
+
+def _words(groups: Sequence[Group]) -> str:
+    """Return a table of the learned prompts that are words; nothing if there is none."""
+    rows = [
+        [escape(group.label), str(run.summary.seed), escape(f"{words} CLASS")]
+        for group in groups
+        for run in group.runs
+        for words in dict.fromkeys(run.summary.words)
+    ]
+    if not rows:
+        return ""
+    return html_table("Learned prompts that are words.", ["Algorithm", "Seed", "Prompt"], rows, "Prompts of words")
 
 
 _FIRST = " Differences to the first row are paired by seed."
