@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sordino.encoders.prompt_model import PromptModel
+from sordino.encoders.pullback import batched_gradients
 
 DENSE_ENTRIES = 32_000_000  # of J in float64, a quarter of a gigabyte; a larger J is used through products only
 ITERATIONS = 60  # of conjugate gradients, if J is too large to be held
@@ -103,8 +104,7 @@ def _class_jacobian(model: PromptModel, context: Tensor, index: int) -> Tensor:
         feature = alone.text_features(leaf)[0]
     directions = torch.eye(len(feature), dtype=feature.dtype, device=feature.device)
     chunks = directions.split(alone.prompts_at_once(context[None], 1))
-    rows = [torch.autograd.grad(feature, leaf, chunk, is_grads_batched=True, retain_graph=True)[0] for chunk in chunks]
-    return torch.cat(rows).flatten(1)
+    return torch.cat([batched_gradients(feature, [leaf], chunk)[0] for chunk in chunks]).flatten(1)
 
 
 @dataclass(frozen=True)

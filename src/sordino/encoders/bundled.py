@@ -26,7 +26,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import transforms
 
 from sordino.encoders.base import CAPABILITIES, ClassTokens, DualEncoder
-from sordino.encoders.bert_tower import Embedder, TextTower, after_attention
+from sordino.encoders.bert_tower import Embedder, TextTower
 from sordino.encoders.linear import frozen_linear
 from sordino.encoders.pixels import bounded, rgb
 from sordino.errors import EncoderError, shortened
@@ -38,7 +38,6 @@ __all__ = [
     "BundledEncoder",
     "Embedder",
     "TextTower",
-    "after_attention",
     "fold_batch_norms",
     "image_tower",
     "package_path",

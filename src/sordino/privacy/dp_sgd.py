@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from sordino.encoders.prompt_model import Prompt, PromptModel
+from sordino.encoders.pullback import batched_gradients
 from sordino.errors import RunError
 from sordino.privacy.clipping import clipped_sum
 from sordino.privacy.gradients import (
@@ -211,8 +212,7 @@ class _Graph:
         """Return the gradients [n, ...] of some of the losses [B] by each leaf [1, ...]."""
         chosen = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)[rows]
         leaves = list(self.leaves.values())
-        gradients = torch.autograd.grad(losses, leaves, chosen, is_grads_batched=True, retain_graph=True)
-        return tuple(gradient[:, 0] for gradient in gradients)
+        return tuple(gradient[:, 0] for gradient in batched_gradients(losses, leaves, chosen))
 
 
 def _row(batch: Batch, row: int) -> Batch:
