@@ -29,22 +29,20 @@ class Norm:
         return cls(module.weight.detach(), module.bias.detach(), module.eps)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
+        return apply(self, x)
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """Return the normed rows, and what `pullback` needs: the rows, their means and their inverse deviations."""
         normed, mean, inverse = torch.native_layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
         return normed, (x, mean, inverse)
 
-    def pullback(self, cotangent: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
-        """Return the cotangent of x [...], or [n, ...] of n cotangents."""
+    def pullback(self, cotangent: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor]:
         if cotangent.ndim > x.ndim:
-            return torch.stack([self.pullback(each, x, mean, inverse) for each in cotangent])
+            return (torch.stack([self.pullback(each, x, mean, inverse)[0] for each in cotangent]),)
         wanted = [True, False, False]
         pulled: Tensor = torch.ops.aten.native_layer_norm_backward(
             cotangent, x, self.weight.shape, mean, inverse, self.weight, self.bias, wanted
         )[0]
-        return pulled
+        return (pulled,)
 
 
 @dataclass(frozen=True)
@@ -59,11 +57,13 @@ class Linear:
         return cls(module.weight.detach(), None if module.bias is None else module.bias.detach())
 
     def __call__(self, x: Tensor) -> Tensor:
-        return frozen_linear(x, self.weight, self.bias)
+        return apply(self, x)
 
-    def pullback(self, cotangent: Tensor) -> Tensor:
-        """Return the cotangent [..., I] of the input, of one [..., O] of the output."""
-        return frozen_linear_pullback(cotangent, self.weight)
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return frozen_linear(x, self.weight, self.bias), ()
+
+    def pullback(self, cotangent: Tensor) -> tuple[Tensor]:
+        return (frozen_linear_pullback(cotangent, self.weight),)
 
     def scaled(self, factor: float) -> Linear:
         return Linear(self.weight * factor, None if self.bias is None else self.bias * factor)
@@ -186,12 +186,12 @@ class Layer:
 
     def pullback(self, cotangent: Tensor, h: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
         if self.norm_first:
-            of_x = cotangent + self.norm2.pullback(self._pull_inner(cotangent, h), *kept)
+            of_x = cotangent + self.norm2.pullback(self._pull_inner(cotangent, h), *kept)[0]
         else:
-            of_sum = self.norm2.pullback(cotangent, *kept[3:])
-            of_x = self.norm1.pullback(of_sum + self._pull_inner(of_sum, h), *kept[:3])
-        return of_x, self.out.pullback(of_x)
+            of_sum = self.norm2.pullback(cotangent, *kept[3:])[0]
+            of_x = self.norm1.pullback(self._pull_inner(of_sum, h).add_(of_sum), *kept[:3])[0]
+        return of_x, *self.out.pullback(of_x)
 
     def _pull_inner(self, cotangent: Tensor, h: Tensor) -> Tensor:
         """Return the cotangent of the input of fc1."""
-        return self.fc1.pullback(self.activation.pullback(self.fc2.pullback(cotangent), h))
+        return self.fc1.pullback(self.activation.pullback(self.fc2.pullback(cotangent)[0], h))[0]
