@@ -35,7 +35,8 @@ class Operation(Protocol):
 def apply(operation: Operation, *inputs: Tensor) -> Tensor:
     """Apply an operation; nothing is kept where no gradient is asked for."""
     if torch.is_grad_enabled() and any(each.requires_grad for each in inputs):
-        return _Apply.apply(operation, *inputs)  # type: ignore[no-any-return,no-untyped-call]
+        output: Tensor = _Apply.apply(operation, *inputs)[0]  # type: ignore[no-untyped-call]
+        return output
     return operation.forward(*inputs)[0]
 
 
@@ -50,16 +51,29 @@ def batched_gradients(output: Tensor, inputs: Sequence[Tensor], cotangents: Tens
 
 
 class _Apply(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, operation: Operation, *inputs: Tensor) -> Tensor:
-        output, kept = operation.forward(*inputs)
-        ctx.operation = operation
-        ctx.save_for_backward(*kept)
-        return output
+    """An operation; what it keeps is among its outputs, as it must be where `vmap` recomputes a forward pass."""
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def forward(operation: Operation, *inputs: Tensor) -> tuple[Tensor, ...]:
+        output, kept = operation.forward(*inputs)
+        return output, *kept
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.operation, ctx.inputs = inputs[0], len(inputs) - 1
+        ctx.save_for_backward(*output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if cotangent is None:  # nothing depends on the output
+            return None, *[None] * ctx.inputs
         return None, *_Pull.apply(ctx.operation, cotangent, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, operation: Operation, *inputs: Tensor) -> Any:
+        raise NotImplementedError("a stack of inputs is one input with one more axis; vmap has no part in it")
 
 
 class _Pull(torch.autograd.Function):

@@ -40,6 +40,11 @@ from sordino.privacy.sampling import Sampling
 from sordino.randomness import Randomness
 
 
+# Examples in one vectorized backward pass even if a forward pass is too large to be kept: such a pass is recomputed for
+# each backward pass, and a backward pass needs little more than one layer's memory for an example.
+LEAST_AT_ONCE = 4
+
+
 @dataclass(frozen=True)
 class Group:
     """Parameters that are clipped together.
@@ -175,7 +180,8 @@ def _by_vectorized_backward(
 
     def pieces() -> Iterator[dict[str, Tensor]]:
         numbers = torch.arange(len(losses), device=losses.device)
-        for rows in numbers.split(model.prompts_at_once(prompt, len(losses))) if len(losses) else ():
+        at_once = max(LEAST_AT_ONCE, model.prompts_at_once(prompt, len(losses)))
+        for rows in numbers.split(at_once) if len(losses) else ():
             gradients = graph.gradients(losses, rows)
             if not all(bool(gradient.isfinite().all()) for gradient in gradients):
                 # One example's derivative is infinite. Times zero it is in the gradients of the others too.
