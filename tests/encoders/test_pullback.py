@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sordino.encoders.attention import GroupedAttention
+from sordino.encoders.frozen.attention import GroupedAttention
+from sordino.encoders.frozen.pullback import Operation, apply, batched_gradients
 from sordino.encoders.linear import frozen_linear, frozen_linear_pullback
-from sordino.encoders.pullback import Operation, apply, batched_gradients
 from sordino.encoders.transformer import ACTIVATIONS, Layer, Linear, Norm
 
 WIDTH, HEADS = 6, 2

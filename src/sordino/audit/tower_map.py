@@ -13,8 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from sordino.encoders.frozen.pullback import batched_gradients
 from sordino.encoders.prompt_model import PromptModel
-from sordino.encoders.pullback import batched_gradients
 
 DENSE_ENTRIES = 32_000_000  # of J in float64, a quarter of a gigabyte; a larger J is used through products only
 ITERATIONS = 60  # of conjugate gradients, if J is too large to be held

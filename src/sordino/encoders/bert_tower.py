@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from sordino.encoders.attention import GroupedAttention
 from sordino.encoders.base import ClassTokens
 from sordino.encoders.bert_folder import (
     EMBEDDINGS,
@@ -20,6 +19,7 @@ from sordino.encoders.bert_folder import (
     bert_weights,
     tower_names,
 )
+from sordino.encoders.frozen.attention import GroupedAttention
 from sordino.encoders.names import check_names, warn_unknown
 from sordino.encoders.transformer import GELU, Layer, Linear, Norm
 from sordino.errors import EncoderError

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sordino.encoders.attention import GroupedAttention, attend
 from sordino.encoders.base import ClassTokens
+from sordino.encoders.frozen.attention import GroupedAttention, attend
 from sordino.encoders.transformer import Layer, Linear, Norm
 
 # With more rows than this in a full (SigLIP) pass, backward recomputes each layer instead of

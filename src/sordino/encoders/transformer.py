@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sordino.encoders.frozen.pullback import apply
 from sordino.encoders.linear import frozen_linear, frozen_linear_pullback
-from sordino.encoders.pullback import apply
 from sordino.errors import EncoderError
 
 

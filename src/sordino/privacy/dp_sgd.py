@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sordino.encoders.frozen.pullback import batched_gradients
 from sordino.encoders.prompt_model import Prompt, PromptModel
-from sordino.encoders.pullback import batched_gradients
 from sordino.errors import RunError
 from sordino.privacy.clipping import clipped_sum
 from sordino.privacy.gradients import (
@@ -38,7 +38,6 @@ from sordino.privacy.gradients import (
 from sordino.privacy.persons import person_sums, together
 from sordino.privacy.sampling import Sampling
 from sordino.randomness import Randomness
-
 
 # Examples in one vectorized backward pass even if a forward pass is too large to be kept: such a pass is recomputed for
 # each backward pass, and a backward pass needs little more than one layer's memory for an example.

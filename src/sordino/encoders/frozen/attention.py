@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from sordino.encoders.pullback import apply
+from sordino.encoders.frozen.pullback import apply
 
 Heads = Sequence[Tensor]  # queries, keys and values, each [N heads, T, d]
 
@@ -59,7 +59,9 @@ class GroupedAttention:
         heads, weights = kept[::2], kept[1::2]
         shared = heads[0][1:] if self.prefix else None
         of_shared = None if shared is None else torch.zeros_like(shared)
-        blocks = list(zip(heads, weights, cotangent.split(self._rows, dim=1), result.split(self._rows, dim=1)))
+        blocks = list(
+            zip(heads, weights, cotangent.split(self._rows, dim=1), result.split(self._rows, dim=1), strict=True)
+        )
         for number, (sentences, _) in reversed(list(enumerate(self._blocks))):  # the prefix's own block comes last
             head, weight, incoming, outgoing = blocks[number]
             of_attended = incoming.unflatten(2, (self.heads, -1)).transpose(1, 2).flatten(0, 1)
