@@ -81,7 +81,8 @@ def test_forward_mode_goes_through(name: str) -> None:
     operation, shapes = cases()[name]
     inputs = tuple(random(2, *shape, seed=7 + number) for number, shape in enumerate(shapes))
     directions = tuple(random(*each.shape, seed=30) for each in inputs)
-    output, tangent = torch.func.jvp(lambda *inputs: apply(operation, *inputs), inputs, directions)
+    jvp = torch.func.jvp(lambda *inputs: apply(operation, *inputs), inputs, directions)
+    output, tangent = jvp[0], jvp[1]
     leaves = [each.requires_grad_() for each in inputs]
     cotangent = random(*output.shape, seed=20)
     gradients = torch.autograd.grad(apply(operation, *leaves), leaves, cotangent)
@@ -97,8 +98,8 @@ def test_a_prefix_is_attended_as_if_each_sentence_had_its_own() -> None:
     for sentence in range(3):
         start = 3 + sentence * length
         whole = torch.cat([qkv[:, :3], qkv[:, start : start + length]], dim=1)
-        heads = (part.unflatten(2, (HEADS, -1)).transpose(1, 2) for part in whole.chunk(3, dim=2))
-        mixed = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, scale=1.0)
+        query, key, value = (part.unflatten(2, (HEADS, -1)).transpose(1, 2) for part in whole.chunk(3, dim=2))
+        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0)
         expected = mixed.transpose(1, 2).flatten(2)
         torch.testing.assert_close(found[:, :3], expected[:, :3], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(found[:, start : start + length], expected[:, 3:], rtol=1e-12, atol=1e-12)

@@ -45,7 +45,8 @@ def frozen_linear_pullback(cotangent: Tensor, weight: Tensor) -> Tensor:
     pulled = torch.ops.aten.convolution_backward(
         *(image, like, weight[:, :, None, None], None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, False, False])
     )[0]
-    return pulled.permute(0, 2, 3, 1).reshape(*cotangent.shape[:-1], weight.shape[1])
+    rows: Tensor = pulled.permute(0, 2, 3, 1).reshape(*cotangent.shape[:-1], weight.shape[1])
+    return rows
 
 
 def _by_convolution(x: Tensor) -> bool:

@@ -44,7 +44,7 @@ class GroupedAttention:
         shared = None
         for rows, (sentences, _) in zip(qkv.split(self._rows, dim=1), self._blocks, strict=True):
             heads = self._by_head(rows)
-            attended, weights = attend(heads, shared, sentences, self.causal, self.scale)
+            attended, weights = attend(heads.unbind(), shared, sentences, self.causal, self.scale)
             if self.prefix and shared is None:
                 shared = heads[1], heads[2]
             mixed.append(attended.unflatten(0, (len(qkv), self.heads)).transpose(1, 2))
@@ -69,7 +69,7 @@ class GroupedAttention:
             pulled = _pull_attention(
                 of_attended, head, weight, None if is_prefix else shared, of_shared, sentences, self.scale
             )
-            if is_prefix:
+            if is_prefix and of_shared is not None:
                 pulled[1:] += of_shared
             split = outgoing.unflatten(2, (3, self.heads, -1))  # [N, n, 3, heads, d]
             split.copy_(pulled.unflatten(1, (count, self.heads)).permute(1, 3, 0, 2, 4))
@@ -113,7 +113,8 @@ def attend(
     to_own = scaled_product(query, key.mT, scale, later)
     if shared is None:
         weights = to_own.softmax(-1)
-        return torch.bmm(weights, value).view(heads[0].shape), weights
+        mixed: Tensor = torch.bmm(weights, value).view(heads[0].shape)
+        return mixed, weights
     to_prefix = scaled_product(heads[0], shared[0].mT, scale)  # [N heads, sentences n, P]
     weights = torch.cat([to_prefix.view(*query.shape[:2], -1), to_own], dim=-1).softmax(-1)
     on_prefix, on_own = weights.split([to_prefix.shape[-1], to_own.shape[-1]], dim=-1)

@@ -8,7 +8,7 @@ was kept: matrix products run over all of them together, and nothing that was ke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,16 +18,16 @@ from torch import Tensor
 class Operation(Protocol):
     """A differentiable function of tensors, with frozen weights."""
 
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the output, and what the backward pass needs. Plain operations, so that forward mode works too."""
+    @property
+    def forward(self) -> Callable[..., tuple[Tensor, tuple[Tensor, ...]]]:
+        """Map the inputs to the output and what `pullback` needs. Plain operations, so that forward mode works too."""
         ...
 
-    def pullback(self, cotangent: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
-        """Return the cotangents of all inputs.
+    @property
+    def pullback(self) -> Callable[..., tuple[Tensor, ...]]:
+        """Map a cotangent of the output, and what `forward` kept, to the cotangents of all inputs.
 
-        Args:
-            cotangent: of the output, or [n, ...] of n cotangents, which makes [n, ...] of each result.
-            kept: as `forward` returned.
+        Of n cotangents [n, ...] each result is [n, ...].
         """
         ...
 
@@ -35,7 +35,7 @@ class Operation(Protocol):
 def apply(operation: Operation, *inputs: Tensor) -> Tensor:
     """Apply an operation; nothing is kept where no gradient is asked for."""
     if torch.is_grad_enabled() and any(each.requires_grad for each in inputs):
-        output: Tensor = _Apply.apply(operation, *inputs)[0]  # type: ignore[no-untyped-call]
+        output: Tensor = _Apply.apply(operation, *inputs)[0]
         return output
     return operation.forward(*inputs)[0]
 
@@ -66,10 +66,10 @@ class _Apply(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, cotangent: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if cotangent is None:  # nothing depends on the output
             return None, *[None] * ctx.inputs
-        return None, *_Pull.apply(ctx.operation, cotangent, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        return None, *_Pull.apply(ctx.operation, cotangent, *ctx.saved_tensors)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, operation: Operation, *inputs: Tensor) -> Any:
