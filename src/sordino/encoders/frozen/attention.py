@@ -86,7 +86,8 @@ class GroupedAttention:
 
     def _by_head(self, rows: Tensor) -> Tensor:
         """Reorder [N, n, 3 E] to queries, keys and values [3, N heads, n, d]."""
-        return rows.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).contiguous().flatten(1, 2)
+        heads: Tensor = rows.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).contiguous().flatten(1, 2)
+        return heads
 
 
 def attend(
