@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from sordino.encoders.frozen.pullback import batched_gradients
 from sordino.encoders.prompt_model import PromptModel
 
 DENSE_ENTRIES = 32_000_000  # of J in float64, a quarter of a gigabyte; a larger J is used through products only
@@ -103,8 +104,7 @@ def _class_jacobian(model: PromptModel, context: Tensor, index: int) -> Tensor:
         feature = alone.text_features(leaf)[0]
     directions = torch.eye(len(feature), dtype=feature.dtype, device=feature.device)
     chunks = directions.split(alone.prompts_at_once(context[None], 1))
-    rows = [torch.autograd.grad(feature, leaf, chunk, is_grads_batched=True, retain_graph=True)[0] for chunk in chunks]
-    return torch.cat(rows).flatten(1)
+    return torch.cat([batched_gradients(feature, [leaf], chunk)[0] for chunk in chunks]).flatten(1)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,8 +19,9 @@ from sordino.encoders.bert_folder import (
     bert_weights,
     tower_names,
 )
-from sordino.encoders.linear import frozen_linear
+from sordino.encoders.frozen.attention import GroupedAttention
 from sordino.encoders.names import check_names, warn_unknown
+from sordino.encoders.transformer import GELU, Layer, Linear, Norm
 from sordino.errors import EncoderError
 
 UNKNOWN = "[UNK]"
@@ -157,64 +158,30 @@ class TextTower(Embedder):
         prefix = torch.cat([start, context], 1)[:, None]  # [N, 1, 1 + M, E]
         distinct = sorted(set(lengths.tolist()))
         members = [(lengths == length).nonzero().flatten() for length in distinct]
-        groups = []
+        rows, groups = [], []
         for group in members:
             length = int(lengths[group[0]])
             names = classes.embeddings[group, :length].to(context.dtype).expand(n, -1, -1, -1)
             sentences = torch.cat([prefix.expand(-1, len(group), -1, -1), names], 2)  # [N, c, T, E]
-            groups.append(sentences + self.positions[: sentences.shape[2]])
-        shapes = [(n * group.shape[1], group.shape[2]) for group in groups]
-        x = torch.cat([group.flatten(0, 2) for group in groups])  # [tokens, E]
-        x = F.layer_norm(x, (self.width,), *self.norm, self.epsilon)
-        for layer in self.layers:
-            x = self._layer(x, layer, shapes)
-        pooled = [rows.mean(1).view(n, -1, self.width) for rows in _split(x, shapes)]
+            rows.append((sentences + self.positions[: sentences.shape[2]]).flatten(1, 2))
+            groups.append((len(group), sentences.shape[2]))
+        x = F.layer_norm(torch.cat(rows, 1), (self.width,), *self.norm, self.epsilon)  # [N, tokens, E]
+        attention = GroupedAttention(self.heads, tuple(groups), scale=(self.width // self.heads) ** -0.5)
+        for weights in self.layers:
+            layer = _as_layer(weights, self.epsilon)
+            x = layer.finish(x, attention(layer.project(x)))
+        parts = x.split([sentences * length for sentences, length in groups], dim=1)
+        pooled = [part.unflatten(1, group).mean(2) for part, group in zip(parts, groups, strict=True)]
         return torch.cat(pooled, 1)[:, torch.cat(members).argsort()]
 
-    def _layer(self, x: Tensor, layer: dict[str, Tensor], shapes: list[tuple[int, int]]) -> Tensor:
-        """Apply one post-norm transformer layer to the tokens of all groups: [tokens, E] to [tokens, E]."""
-        qkv = frozen_linear(x, layer["qkv.weight"], layer["qkv.bias"])
-        mixed = torch.cat([self._attend(rows) for rows in _split(qkv, shapes)])
-        return after_attention(x, mixed, layer, self.epsilon)
 
-    def _attend(self, qkv: Tensor) -> Tensor:
-        """Attend within sentences of one length: [sentences, T, 3 E] to [sentences * T, E]."""
-        parts = qkv.chunk(3, -1)
-        q, k, v = (part.view(*part.shape[:2], self.heads, -1).transpose(1, 2) for part in parts)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, self.width)
-
-
-def after_attention(
-    x: Tensor,
-    mixed: Tensor,
-    layer: Mapping[str, Tensor],
-    epsilon: float,
-    linear: Callable[[Tensor, Tensor, Tensor], Tensor] = frozen_linear,
-) -> Tensor:
-    """Compute the rest of a post-norm layer: projection, norm, two linear layers with GeLU between them, norm.
-
-    Args:
-        x: the layer's input, [..., E].
-        mixed: the attention's output before its projection, [..., E].
-        layer: weights by short names.
-        epsilon: of the norms.
-        linear: the linear layer; `torch.nn.functional.linear` if the weights need gradients.
-
-        Returns:
-        [..., E].
-    """
-    width = x.shape[-1:]
-    attended = linear(mixed, layer["out.weight"], layer["out.bias"])
-    x = F.layer_norm(x + attended, width, layer["norm1.weight"], layer["norm1.bias"], epsilon)
-    inner = F.gelu(linear(x, layer["inner.weight"], layer["inner.bias"]))
-    outer = linear(inner, layer["outer.weight"], layer["outer.bias"])
-    return F.layer_norm(x + outer, width, layer["norm2.weight"], layer["norm2.bias"], epsilon)
-
-
-def _split(x: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
-    """Split the tokens of all groups [tokens, W] into one view [sentences, T, W] a group."""
-    parts = torch.split(x, [sentences * length for sentences, length in shapes])
-    return [part.view(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
+def _as_layer(weights: Mapping[str, Tensor], epsilon: float) -> Layer:
+    """View one layer's weights, by short names, as a layer that norms behind each half."""
+    qkv, out, fc1, fc2 = (
+        Linear(weights[f"{name}.weight"], weights[f"{name}.bias"]) for name in ("qkv", "out", "inner", "outer")
+    )
+    norm1, norm2 = (Norm(weights[f"{name}.weight"], weights[f"{name}.bias"], epsilon) for name in ("norm1", "norm2"))
+    return Layer(norm1, qkv, out, norm2, fc1, GELU, fc2, norm_first=False)
 
 
 def _layer(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sordino.encoders.base import CAPABILITIES, ClassTokens, DualEncoder
-from sordino.encoders.bert_tower import Embedder, TextTower, after_attention
+from sordino.encoders.bert_tower import Embedder, TextTower
 from sordino.encoders.linear import frozen_linear
 from sordino.encoders.pixels import bounded, rgb
 from sordino.errors import EncoderError, shortened
@@ -36,7 +36,6 @@ __all__ = [
     "BundledEncoder",
     "Embedder",
     "TextTower",
-    "after_attention",
     "fold_batch_norms",
     "image_tower",
     "package_path",

@@ -21,13 +21,42 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     Returns:
         [..., O].
     """
-    exact_elsewhere = x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() == 0
-    if exact_elsewhere or not torch.backends.mkldnn.is_available():
+    if not _by_convolution(x):
         return F.linear(x, weight, bias)
-    # [1, I, rows, 1], channels last in memory
-    rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-    out = F.conv2d(rows, weight[:, :, None, None], bias)
+    out = F.conv2d(_as_image(x), weight[:, :, None, None], bias)
     return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def frozen_linear_pullback(cotangent: Tensor, weight: Tensor) -> Tensor:
+    """Compute `cotangent @ weight`, the cotangent of the input of `frozen_linear`, on the same path.
+
+    Args:
+        cotangent: [..., O].
+        weight: [O, I].
+
+    Returns:
+        [..., I].
+    """
+    if not _by_convolution(cotangent):
+        return cotangent @ weight
+    image = _as_image(cotangent)
+    # The input itself is not needed, but its shape and its layout in memory.
+    like = _as_image(cotangent.new_empty(image.shape[2], weight.shape[1]))
+    pulled = torch.ops.aten.convolution_backward(
+        *(image, like, weight[:, :, None, None], None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, False, False])
+    )[0]
+    rows: Tensor = pulled.permute(0, 2, 3, 1).reshape(*cotangent.shape[:-1], weight.shape[1])
+    return rows
+
+
+def _by_convolution(x: Tensor) -> bool:
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
+    return on_cpu and torch.backends.mkldnn.is_available()
+
+
+def _as_image(x: Tensor) -> Tensor:
+    """View rows [..., W] as an image [1, W, rows, 1], channels last in memory."""
+    return x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
 
 
 class FrozenLinear(nn.Module):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sordino.encoders.base import ClassTokens
+from sordino.encoders.frozen.attention import GroupedAttention, attend
 from sordino.encoders.transformer import Layer, Linear, Norm
 
 # With more rows than this in a full (SigLIP) pass, backward recomputes each layer instead of
@@ -127,31 +128,26 @@ def causal_features(tower: TextTower, contexts: Tensor, classes: ClassTokens) ->
     prefix = torch.cat([tower.start.expand(count, -1, -1), context], dim=1)
     prefix = prefix + tower.positions[:prefix_length]
     suffixes = Suffixes.of(classes, tower.positions[prefix_length:])
-    later = _later_keys(max(prefix_length, classes.mask.shape[1]), context)
-    # One split, since backward joins its parts in one copy; a slice's backward would fill a whole
-    # tensor with zeros.
-    parts = [prefix_length, *(group * length for group, length in suffixes.groups)]
+    attention = GroupedAttention(tower.heads, suffixes.groups, prefix_length, causal=True)
     x = torch.cat([prefix, suffixes.rows.expand(count, -1, -1)], dim=1)
     for number, layer in enumerate(tower.layers[:-1]):
         x = _with_context(x, contexts, number, len(tower.start))
-        shared, *suffix_qkv = map(tower.per_head, layer.qkv(layer.norm1(x)).split(parts, dim=1))
-        query, key, value = shared
-        attended = [
-            (query @ key.mT + later[:prefix_length, :prefix_length]).softmax(dim=-1) @ value,
-        ]
-        for (group, _), (query, *pair) in zip(suffixes.groups, suffix_qkv, strict=True):
-            attended.append(_attend_to_both(query, (key, value), pair, group, later))
-        x = layer.finish(x, _joined(torch.cat(attended, dim=2)))
+        x = layer.finish(x, attention(layer.project(x)))
     x = _with_context(x, contexts, len(tower.layers) - 1, len(tower.start))
     layer, at_end = tower.layers[-1], x[:, prefix_length + suffixes.ends]
     query_rows = layer.qkv.rows(slice(0, layer.width))
     pair_rows = layer.qkv.rows(slice(layer.width, None))
-    (queries,) = tower.per_head(query_rows(layer.norm1(at_end)))
-    shared, *suffix_pairs = map(tower.per_head, pair_rows(layer.norm1(x)).split(parts, dim=1))
+    queries = query_rows(layer.norm1(at_end))
+    # One split, since backward joins its parts in one copy; a slice's backward would fill a whole
+    # tensor with zeros.
+    parts = [prefix_length, *(group * length for group, length in suffixes.groups)]
+    shared, *pairs = (_flat_heads(tower.per_head(part)) for part in pair_rows(layer.norm1(x)).split(parts, dim=1))
     group_sizes = [group for group, _ in suffixes.groups]
-    by_group = zip(group_sizes, queries.split(group_sizes, dim=2), suffix_pairs, strict=True)
-    attended = [_attend_to_both(query, shared, pair, group, None) for group, query, pair in by_group]
-    x = layer.finish(at_end, _joined(torch.cat(attended, dim=2)))
+    attended = []
+    for group, rows, pair in zip(group_sizes, queries.split(group_sizes, dim=1), pairs, strict=True):
+        mixed, _ = attend((*_flat_heads(tower.per_head(rows)), *pair), shared, group, causal=False, scale=1.0)
+        attended.append(mixed.unflatten(0, (count, tower.heads)).transpose(1, 2).flatten(2))
+    x = layer.finish(at_end, torch.cat(attended, dim=1))
     return tower.head(tower.final_norm(x))[:, suffixes.rank]
 
 
@@ -197,46 +193,9 @@ def _joined(attended: Tensor) -> Tensor:
     return attended.transpose(1, 2).flatten(2)
 
 
-def _later_keys(length: int, like: Tensor) -> Tensor:
-    """Return [length, length]: minus infinity where a key comes after the query, else zero."""
-    return torch.full((length, length), float("-inf"), dtype=like.dtype, device=like.device).triu(1)
-
-
-def _attend_to_both(
-    query: Tensor,
-    shared: Sequence[Tensor],
-    pair: Sequence[Tensor],
-    classes: int,
-    later: Tensor | None,
-) -> Tensor:
-    """Compute the attention of one group's suffixes to the shared prefix and to themselves, under one softmax.
-
-    The prefix's keys and values enter one product with the queries of all classes. They are never
-    copied per class.
-
-    Args:
-        query: [N, heads, classes n, d], n rows of each class.
-        shared: keys and values [N, heads, P, d] of the prefix.
-        pair: keys and values [N, heads, classes length, d] of the suffixes.
-        later: [>= n, >= n] as of `_later_keys`; None if the n = 1 query attends to all of its
-            suffix.
-
-    Returns:
-        [N, heads, classes n, d].
-    """
-    by_class = (*query.shape[:2], classes, -1)
-    key, value = (part.reshape(*by_class, part.shape[-1]) for part in pair)  # [N, heads, classes, length, d]
-    to_own = query.reshape(*by_class, query.shape[-1]) @ key.mT
-    if later is not None:
-        to_own = to_own + later[: to_own.shape[-2], : to_own.shape[-1]]
-    to_prefix = query @ shared[0].mT
-    weights = torch.cat(
-        [to_prefix.reshape(*by_class, to_prefix.shape[-1]), to_own],
-        dim=-1,
-    ).softmax(dim=-1)
-    on_prefix, on_own = weights.split([to_prefix.shape[-1], to_own.shape[-1]], dim=-1)
-    attended: Tensor = on_prefix.flatten(2, 3) @ shared[1] + (on_own @ value).flatten(2, 3)
-    return attended
+def _flat_heads(heads: Sequence[Tensor]) -> list[Tensor]:
+    """Reshape each [N, heads, T, d] to [N heads, T, d]."""
+    return [part.flatten(0, 1) for part in heads]
 
 
 def padded_features(tower: TextTower, contexts: Tensor, classes: ClassTokens) -> Tensor:
@@ -262,7 +221,7 @@ def padded_features(tower: TextTower, contexts: Tensor, classes: ClassTokens) ->
     x = (torch.cat(parts, dim=2) + tower.positions).flatten(0, 1)  # [N C, limit, E]
 
     def step(layer: Layer, x: Tensor) -> Tensor:
-        query, key, value = tower.per_head(layer.qkv(layer.norm1(x)))
+        query, key, value = tower.per_head(layer.project(x))
         return layer.finish(
             x,
             _joined(F.scaled_dot_product_attention(query, key, value, scale=1.0)),

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sordino.encoders.frozen.pullback import batched_gradients
 from sordino.encoders.prompt_model import Prompt, PromptModel
 from sordino.errors import RunError
 from sordino.privacy.clipping import clipped_sum
@@ -37,6 +38,10 @@ from sordino.privacy.gradients import (
 from sordino.privacy.persons import person_sums, together
 from sordino.privacy.sampling import Sampling
 from sordino.randomness import Randomness
+
+# Examples in one vectorized backward pass even if a forward pass is too large to be kept: such a pass is recomputed for
+# each backward pass, and a backward pass needs little more than one layer's memory for an example.
+LEAST_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -174,7 +179,8 @@ def _by_vectorized_backward(
 
     def pieces() -> Iterator[dict[str, Tensor]]:
         numbers = torch.arange(len(losses), device=losses.device)
-        for rows in numbers.split(model.prompts_at_once(prompt, len(losses))) if len(losses) else ():
+        at_once = max(LEAST_AT_ONCE, model.prompts_at_once(prompt, len(losses)))
+        for rows in numbers.split(at_once) if len(losses) else ():
             gradients = graph.gradients(losses, rows)
             if not all(bool(gradient.isfinite().all()) for gradient in gradients):
                 # One example's derivative is infinite. Times zero it is in the gradients of the others too.
@@ -211,8 +217,7 @@ class _Graph:
         """Return the gradients [n, ...] of some of the losses [B] by each leaf [1, ...]."""
         chosen = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)[rows]
         leaves = list(self.leaves.values())
-        gradients = torch.autograd.grad(losses, leaves, chosen, is_grads_batched=True, retain_graph=True)
-        return tuple(gradient[:, 0] for gradient in gradients)
+        return tuple(gradient[:, 0] for gradient in batched_gradients(losses, leaves, chosen))
 
 
 def _row(batch: Batch, row: int) -> Batch:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sordino.encoders.bundled import TextTower, after_attention
+from sordino.encoders.bundled import TextTower
 from sordino.errors import ConfigError
 from sordino.mpc.errors import MpcError
 
@@ -94,7 +94,7 @@ class PrivateTower:
         x, states = F.layer_norm(embeddings, (width,), *self.norm, self.epsilon), []
         for layer in self.layers:
             mixed, weights = self.attend(x, layer, mask)
-            x = after_attention(x, mixed, layer, self.epsilon, F.linear)
+            x = _after_attention(x, mixed, layer, self.epsilon)
             states.append((x, weights))
         return states
 
@@ -197,6 +197,28 @@ def about(file: Path) -> dict[str, str]:
     """Return a stored tower's metadata: its teacher, its recipe, and its agreement with the teacher."""
     with safe_open(file, "pt") as stored:
         return dict(stored.metadata() or {})
+
+
+def _after_attention(x: Tensor, mixed: Tensor, layer: Mapping[str, Tensor], epsilon: float) -> Tensor:
+    """Compute the rest of a post-norm layer: projection, norm, two linear layers with GeLU between them, norm.
+
+    The weights may need gradients, so every operation is PyTorch's own.
+
+    Args:
+        x: the layer's input, [..., E].
+        mixed: the attention's output before its projection, [..., E].
+        layer: weights by short names.
+        epsilon: of the norms.
+
+    Returns:
+        [..., E].
+    """
+    width = x.shape[-1:]
+    attended = F.linear(mixed, layer["out.weight"], layer["out.bias"])
+    x = F.layer_norm(x + attended, width, layer["norm1.weight"], layer["norm1.bias"], epsilon)
+    inner = F.gelu(F.linear(x, layer["inner.weight"], layer["inner.bias"]))
+    outer = F.linear(inner, layer["outer.weight"], layer["outer.bias"])
+    return F.layer_norm(x + outer, width, layer["norm2.weight"], layer["norm2.bias"], epsilon)
 
 
 def _phi(x: Tensor, frequencies: Tensor) -> Tensor:

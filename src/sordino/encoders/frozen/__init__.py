@@ -1,0 +1,1 @@
+"""Operations of frozen towers with a backward pass of their own."""

@@ -1,0 +1,97 @@
+"""Operations of frozen towers with a backward pass of their own.
+
+Weights that never train need no gradient, so a backward pass needs less than automatic differentiation keeps: an
+operation says what it keeps, and how a cotangent of its output becomes the cotangents of its inputs. A vectorized
+backward pass (`batched_gradients`) hands it all cotangents at once, and it takes them through the one forward pass that
+was kept: matrix products run over all of them together, and nothing that was kept is copied for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Operation(Protocol):
+    """A differentiable function of tensors, with frozen weights."""
+
+    @property
+    def forward(self) -> Callable[..., tuple[Tensor, tuple[Tensor, ...]]]:
+        """Map the inputs to the output and what `pullback` needs. Plain operations, so that forward mode works too."""
+        ...
+
+    @property
+    def pullback(self) -> Callable[..., tuple[Tensor, ...]]:
+        """Map a cotangent of the output, and what `forward` kept, to the cotangents of all inputs.
+
+        Of n cotangents [n, ...] each result is [n, ...].
+        """
+        ...
+
+
+def apply(operation: Operation, *inputs: Tensor) -> Tensor:
+    """Apply an operation; nothing is kept where no gradient is asked for."""
+    if torch.is_grad_enabled() and any(each.requires_grad for each in inputs):
+        output: Tensor = _Apply.apply(operation, *inputs)[0]
+        return output
+    return operation.forward(*inputs)[0]
+
+
+def batched_gradients(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients [n, ...] of each input for n cotangents [n, ...] of one output, whose graph stays."""
+
+    def gradients(cotangent: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(output, inputs, cotangent, retain_graph=True)
+
+    found: tuple[Tensor, ...] = torch.func.vmap(gradients)(cotangents)
+    return found
+
+
+class _Apply(torch.autograd.Function):
+    """An operation; what it keeps is among its outputs, as it must be where `vmap` recomputes a forward pass."""
+
+    @staticmethod
+    def forward(operation: Operation, *inputs: Tensor) -> tuple[Tensor, ...]:
+        output, kept = operation.forward(*inputs)
+        return output, *kept
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.operation, ctx.inputs = inputs[0], len(inputs) - 1
+        ctx.save_for_backward(*output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if cotangent is None:  # nothing depends on the output
+            return None, *[None] * ctx.inputs
+        return None, *_Pull.apply(ctx.operation, cotangent, *ctx.saved_tensors)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, operation: Operation, *inputs: Tensor) -> Any:
+        raise NotImplementedError("a stack of inputs is one input with one more axis; vmap has no part in it")
+
+
+class _Pull(torch.autograd.Function):
+    """A pullback as a function of its own, so that `vmap` leaves its many cotangents to it. It has no derivative."""
+
+    @staticmethod
+    def forward(operation: Operation, cotangent: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
+        return operation.pullback(cotangent, *kept)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Sequence[int | None], operation: Operation, cotangent: Tensor, *kept: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        if in_dims[1] is None or any(place is not None for place in in_dims[2:]):
+            raise NotImplementedError("only the cotangents of one forward pass are taken at once")
+        pulled = operation.pullback(cotangent.movedim(in_dims[1], 0), *kept)
+        return pulled, (0,) * len(pulled)
