@@ -169,6 +169,8 @@ def require_answer(page: Page, base: str, content: bytes) -> None:
 
 
 def upload(page: Page, content: bytes, name: str = "picture.png") -> None:
+    """Give a file once a person could: before the prompts are listed it would be dropped with the first choice."""
+    expect(page.locator("#columns")).to_be_visible()
     page.set_input_files("#file", files=[{"name": name, "mimeType": "image/png", "buffer": content}])
 
 
