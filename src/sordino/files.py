@@ -6,7 +6,10 @@ import contextlib
 import os
 import stat
 from pathlib import Path
+from typing import Any, ClassVar
 from uuid import uuid4
+
+from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
 
 from sordino.errors import ConfigError, DataError, RunError, nearest
 
@@ -16,6 +19,21 @@ READING = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_N
 
 DATA = "$SORDINO_DATA"  # in a path of a configuration: the folder that this variable of the environment names
 DATA_UNSET = "../shared/data"  # its value where it is not set
+
+
+class Record(BaseModel):
+    """Content of a file that may gain fields: without a value they are left out, so older files keep their bytes.
+
+    Attributes:
+        LATER: the fields that came later, whose default is None.
+    """
+
+    LATER: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = handler(self)
+        return {key: value for key, value in content.items() if value is not None or key not in self.LATER}
 
 
 def read_regular(path: Path, limit: int) -> bytes:

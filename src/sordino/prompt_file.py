@@ -11,11 +11,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 import safetensors
 import safetensors.torch
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from sordino.algorithms import METHODS, algorithm, settings_for
@@ -26,7 +26,7 @@ from sordino.encoders.classifier import Classifier
 from sordino.encoders.generative.settings import GenerativeSettings
 from sordino.encoders.prompt_model import Prompt, PromptModel, named_parts
 from sordino.errors import ConfigError, EncoderError, PromptError, SordinoError, config_error
-from sordino.files import read_regular, write_atomically
+from sordino.files import Record, read_regular, write_atomically
 
 ENTRY: Final = "sordino"  # of the metadata
 FORMAT: Final = "sordino prompt 1"
@@ -35,7 +35,7 @@ KNOWN_FEATURES = "class_features"  # the tensor of prompts whose text tower is n
 REMEDY = "take the file from its run directory again"
 
 
-class EncoderRecord(BaseModel):
+class EncoderRecord(Record):
     """The encoder that a prompt belongs to.
 
     Attributes:
@@ -54,13 +54,7 @@ class EncoderRecord(BaseModel):
     dtype: Literal["float32", "bfloat16"] = "float32"
     generative: GenerativeSettings | None = None
 
-    @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what other encoders do not have, so that their prompts' files stay the same bytes."""
-        content: dict[str, Any] = handler(self)
-        if self.generative is None:
-            del content["generative"]
-        return content
+    LATER: ClassVar = ("generative",)
 
 
 class PrivacyRecord(BaseModel):
@@ -81,7 +75,7 @@ class PrivacyRecord(BaseModel):
     ledger_sha256: str | None
 
 
-class _Header(BaseModel):
+class _Header(Record):
     """The JSON document of a file."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -100,13 +94,7 @@ class _Header(BaseModel):
     shapes: dict[str, tuple[int, ...]]
     words: str | None = None
 
-    @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the words of a prompt that has none, so that its file stays the same bytes."""
-        content: dict[str, Any] = handler(self)
-        if self.words is None:
-            del content["words"]
-        return content
+    LATER: ClassVar = ("words",)
 
 
 @dataclass(frozen=True, eq=False)

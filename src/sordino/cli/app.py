@@ -91,7 +91,9 @@ def demo(
     overrides: Overrides = None,
     out: OutFolder = None,
     resume: Resume = False,
-    jobs: Annotated[int | None, typer.Option(min=1, metavar="N", help="runs at once; default: one a core")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="runs at once; default: one a core, at most 4")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Ten simulated clients learn prompts for handwritten digits, without and with privacy; no download."""
@@ -102,7 +104,7 @@ def demo(
     if jobs is None:
         import torch
 
-        jobs = torch.get_num_threads()
+        jobs = min(4, torch.get_num_threads())  # each has activations of its own in memory
     _compare(lines, 1, folder, resume, as_json, "demo", jobs)
 
 

@@ -12,20 +12,13 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-)
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 
 from sordino.errors import ConfigError, PromptError
+from sordino.files import Record
 from sordino.privacy.signature import fingerprint, public_bytes, sign, signed_by
 
 FORMAT: Final = "sordino published prompt 1"
@@ -67,7 +60,7 @@ Fraction = Annotated[float, Field(ge=0, le=1 + 1e-9)]
 Epsilon = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class _Part(BaseModel):
+class _Part(Record):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
@@ -176,13 +169,7 @@ class Facts(_Part):
     training: Training | None
     words: str | None = None
 
-    @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the words of a prompt that has none: its manifest stays in the form that others sign and read."""
-        content: dict[str, Any] = handler(self)
-        if self.words is None:
-            del content["words"]
-        return content
+    LATER: ClassVar = ("words",)
 
     @property
     def mark(self) -> str:

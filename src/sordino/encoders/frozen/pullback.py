@@ -3,7 +3,8 @@
 Weights that never train need no gradient, so a backward pass needs less than automatic differentiation keeps: an
 operation says what it keeps, and how a cotangent of its output becomes the cotangents of its inputs. A vectorized
 backward pass (`batched_gradients`) hands it all cotangents at once, and it takes them through the one forward pass that
-was kept: matrix products run over all of them together, and nothing that was kept is copied for each.
+was kept: products with weights run over all of them together, attention and norms one after the other, and nothing that
+was kept is copied for each.
 """
 
 from __future__ import annotations
