@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import typer.main
+import typer.testing
 from hypothesis import settings
 from PIL import Image
 
@@ -52,6 +55,32 @@ COLORS = {
     "grey stone": (90, 90, 90),
 }
 CLASS_NAMES = ["cat", "dog", "sunflower", "grand piano"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def made_once() -> Iterator[None]:
+    """What every test would make anew, and what nobody could tell apart.
+
+    They are the tree of all commands, encoders of the same unchanged files, and files that outlast a failure of power
+    (a killed process loses none either way).
+    """
+    load, known = ClipEncoder.load, {}
+
+    def load_once(checkpoint: str, device: torch.device, dtype: torch.dtype = torch.float32) -> ClipEncoder:
+        files = sorted(Path(checkpoint).glob("*")) if device.type == "cpu" else []
+        key = (checkpoint, dtype, *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+        if not files:
+            return load(checkpoint, device, dtype)
+        if key not in known:
+            known[key] = load(checkpoint, device, dtype)
+        return copy.copy(known[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((typer.main, "get_command"), (typer.testing, "_get_command")):
+            patch.setattr(module, name, cache(getattr(module, name)))
+        patch.setattr(ClipEncoder, "load", load_once)
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -95,6 +95,7 @@ def first_calls(runtime: LocalRuntime) -> list[tuple[PromptOf, Parameters, Param
 # --- left out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "mechanism"), EVERY)
 def test_a_canary_that_is_left_out_is_never_read(name: str, mechanism: str, make_runtime: Make) -> None:
     """Its features may be anything, not a number even: every state and the ledger stay as they are, to the last bit."""
@@ -112,6 +113,7 @@ def test_a_canary_that_is_left_out_is_never_read(name: str, mechanism: str, make
         same(ended, train(with_canaries(runtime, replace(drawn, features=features, labels=labels), 0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "mechanism"), EVERY)
 def test_with_all_canaries_out_the_sums_are_those_of_the_federation_alone(
     name: str, mechanism: str, make_runtime: Make

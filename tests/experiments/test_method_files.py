@@ -46,6 +46,7 @@ def prompts(folder: Path) -> dict[str, object]:
     return {f"{file.name} {name}": part for file in files for name, part in safetensors.torch.load_file(file).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parent", BUILT_IN)
 def test_a_variation_of_every_method_runs_at_once_and_is_its_parent(
     parent: str, config_file: Path, tmp_path: Path

@@ -307,6 +307,7 @@ def test_the_mean_of_uploads_has_the_noise_that_the_ledger_says(noise_by: str, m
     assert not chi_square_accepts(torch.stack(moves), 1.1 * expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise_by", ["server", "shares"])
 @pytest.mark.parametrize("weighting", ["examples", "uniform"])
 def test_noise_on_the_mean_gradient_covers_the_client_that_counts_most(

@@ -361,6 +361,7 @@ def test_an_example_changes_nothing_of_anybody_elses(name: str, mechanism: str, 
     assert moved > 0  # its own did change: that nothing moved is no accident
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "mechanism", "noise_by"), BY_EXAMPLE)
 def test_what_an_example_shows_decides_over_no_coin(name: str, mechanism: str, noise_by: str, make: Any) -> None:
     """Batches of about half of the examples: with another content of one of them, all else of all batches is equal."""

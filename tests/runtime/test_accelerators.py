@@ -43,7 +43,6 @@ DRAWN = (
     "random numbers are drawn on the host: noise that protects somebody from the operating system's entropy, all "
     "others from streams that are the same on every device; a tensor is one copy for all clients"
 )
-LENGTHS = "class names are grouped by their length, which decides shapes"
 ONE_BY_ONE = "DP-SGD takes the Poisson samples of one client after the other, and decides what of them is finite"
 LOGGED = "the round's end: the log has its loss, and only finite numbers go on"
 WORDS = "a few words of a vocabulary are chosen by clustering on the host"
@@ -60,7 +59,6 @@ ALLOWED = {
     "algorithms.client_data.ClientData._padded": "a Poisson sample, drawn on the host",
     "algorithms.client_data.ClientData.balanced": "classes of a client are counted one by one, before a protocol",
     "randomness.": DRAWN,
-    "encoders.shared_prefix.": LENGTHS,
     "privacy.cotangent.CotangentGradients.__call__": "the expected sizes of the samples, known to the host",
     "privacy.dp_sgd.": ONE_BY_ONE,
     "privacy.gradients.ExactGradients._piece": "under a mechanism an example without a finite loss counts as nothing",
@@ -137,6 +135,7 @@ def test_a_round_is_the_same_and_crosses_with_a_reason(name: str, mechanism: str
     assert not without, "crosses between host and device in a round, for no reason that is known"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "mechanism"), [pair for pair in COMMON if pair[1] != "dp-sgd"])
 def test_crossings_do_not_grow_with_the_clients(name: str, mechanism: str, make_on: MakeOn) -> None:
     """A thousand clients are one stack: what crosses has more entries then, and not more copies. (DP-SGD is not so.)"""

@@ -26,6 +26,36 @@ __all__ = ["CAPABILITIES", "Capability", "ClassTokens", "DualEncoder"]
 
 
 @dataclass(frozen=True)
+class ByLength:
+    """The real tokens of C classes from the shortest name to the longest; classes of one length are adjacent.
+
+    Attributes:
+        groups: (number of classes, their length).
+        order: [C], the classes in this order.
+        rank: [C], the place of each class in it.
+        rows: [R], where in the padded tokens [C L] the real tokens of all classes are, class after class.
+        ends: [C], the last row of each class, in this order.
+    """
+
+    groups: tuple[tuple[int, int], ...]
+    order: Tensor
+    rank: Tensor
+    rows: Tensor
+    ends: Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], longest: int, device: torch.device) -> ByLength:
+        """Sort classes of some lengths, padded to the longest, on the host; the result is on a device."""
+        sizes = torch.tensor(lengths)
+        order = sizes.argsort(stable=True)
+        real = torch.arange(longest) < sizes[order, None]
+        rows = (order[:, None] * longest + torch.arange(longest))[real]
+        groups = tuple((lengths.count(length), length) for length in sorted(set(lengths)))
+        on_device = (part.to(device) for part in (order, order.argsort(), rows, sizes[order].cumsum(0) - 1))
+        return cls(groups, *on_device)
+
+
+@dataclass(frozen=True)
 class ClassTokens:
     """The tokens that follow the context in each class's sentence: the name and the closing ones, padded on the right.
 
@@ -47,14 +77,25 @@ class ClassTokens:
         """Return the number of real tokens of each class. The host reads them once, wherever the mask lies."""
         return tuple(self.mask.sum(1).tolist())
 
+    @cached_property
+    def by_length(self) -> ByLength:
+        """Return the classes' tokens in the order of the names' lengths."""
+        return ByLength.of(self.lengths, self.mask.shape[1], self.mask.device)
+
     def part(self, start: int, stop: int) -> ClassTokens:
-        """Return classes `start` to `stop` - 1, padded to the longest of them only."""
-        length = max(self.lengths[start:stop])
-        return ClassTokens(
-            self.names[start:stop],
-            self.embeddings[start:stop, :length],
-            self.mask[start:stop, :length],
-        )
+        """Return classes `start` to `stop` - 1, padded to the longest of them only; the same object each time."""
+        if (start, stop) not in self._parts:
+            length = max(self.lengths[start:stop])
+            self._parts[start, stop] = ClassTokens(
+                self.names[start:stop],
+                self.embeddings[start:stop, :length],
+                self.mask[start:stop, :length],
+            )
+        return self._parts[start, stop]
+
+    @cached_property
+    def _parts(self) -> dict[tuple[int, int], ClassTokens]:
+        return {}
 
 
 class DualEncoder(ABC):

@@ -153,14 +153,12 @@ class TextTower(Embedder):
 
     def __call__(self, context: Tensor, classes: ClassTokens) -> Tensor:
         """Return mean-pooled last hidden states [N, C, E] of contexts [N, M, E] and C classes."""
-        n, lengths = len(context), classes.mask.sum(1)
+        n, sorted_names = len(context), classes.by_length
         start = self.words[self.tokenizer.token_to_id("[CLS]")].expand(n, 1, -1)
         prefix = torch.cat([start, context], 1)[:, None]  # [N, 1, 1 + M, E]
-        distinct = sorted(set(lengths.tolist()))
-        members = [(lengths == length).nonzero().flatten() for length in distinct]
         rows, groups = [], []
-        for group in members:
-            length = int(lengths[group[0]])
+        members = sorted_names.order.split([count for count, _ in sorted_names.groups])
+        for group, (_, length) in zip(members, sorted_names.groups, strict=True):
             names = classes.embeddings[group, :length].to(context.dtype).expand(n, -1, -1, -1)
             sentences = torch.cat([prefix.expand(-1, len(group), -1, -1), names], 2)  # [N, c, T, E]
             rows.append((sentences + self.positions[: sentences.shape[2]]).flatten(1, 2))
@@ -172,7 +170,7 @@ class TextTower(Embedder):
             x = layer.finish(x, attention(layer.project(x)))
         parts = x.split([sentences * length for sentences, length in groups], dim=1)
         pooled = [part.unflatten(1, group).mean(2) for part, group in zip(parts, groups, strict=True)]
-        return torch.cat(pooled, 1)[:, torch.cat(members).argsort()]
+        return torch.cat(pooled, 1)[:, sorted_names.rank]
 
 
 def _as_layer(weights: Mapping[str, Tensor], epsilon: float) -> Layer:

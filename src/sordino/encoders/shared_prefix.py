@@ -70,42 +70,6 @@ class TextTower:
         return split.permute(2, 0, 3, 1, 4).unbind()
 
 
-@dataclass(frozen=True)
-class Suffixes:
-    """The suffixes of C classes without padding. Classes of one length are adjacent, so each group is a plain block.
-
-    Attributes:
-        rows: [R, E], embeddings with positions of all real tokens, class after class.
-        groups: (number of classes, their length), in the order of `rows`.
-        ends: [C], each class's last row.
-        rank: [C], the place in the sorted order of each class in the caller's order.
-    """
-
-    rows: Tensor
-    groups: tuple[tuple[int, int], ...]
-    ends: Tensor
-    rank: Tensor
-
-    @classmethod
-    def of(cls, classes: ClassTokens, positions: Tensor) -> Suffixes:
-        """Sort and pack the classes; positions [>= L, E] are those after the prefix."""
-        lengths = classes.mask.sum(dim=1)
-        order = lengths.argsort(stable=True)
-        embeddings = classes.embeddings.to(positions) + positions[: classes.mask.shape[1]]
-        return cls(
-            rows=embeddings[order][classes.mask[order]],
-            groups=group_lengths(classes),
-            ends=lengths[order].cumsum(0) - 1,
-            rank=order.argsort(),
-        )
-
-
-def group_lengths(classes: ClassTokens) -> tuple[tuple[int, int], ...]:
-    """Return (number of classes, their length) from the shortest length to the longest."""
-    lengths = classes.mask.sum(dim=1).tolist()
-    return tuple((lengths.count(length), length) for length in sorted(set(lengths)))
-
-
 def causal_features(tower: TextTower, contexts: Tensor, classes: ClassTokens) -> Tensor:
     """Compute the features of N contexts and C classes through a causal tower, with a shared prefix.
 
@@ -127,9 +91,10 @@ def causal_features(tower: TextTower, contexts: Tensor, classes: ClassTokens) ->
     count, prefix_length = len(context), len(tower.start) + context.shape[1]
     prefix = torch.cat([tower.start.expand(count, -1, -1), context], dim=1)
     prefix = prefix + tower.positions[:prefix_length]
-    suffixes = Suffixes.of(classes, tower.positions[prefix_length:])
+    suffixes, positions = classes.by_length, tower.positions[prefix_length:]
+    names = classes.embeddings.to(positions) + positions[: classes.mask.shape[1]]
     attention = GroupedAttention(tower.heads, suffixes.groups, prefix_length, causal=True)
-    x = torch.cat([prefix, suffixes.rows.expand(count, -1, -1)], dim=1)
+    x = torch.cat([prefix, names.flatten(0, 1)[suffixes.rows].expand(count, -1, -1)], dim=1)
     for number, layer in enumerate(tower.layers[:-1]):
         x = _with_context(x, contexts, number, len(tower.start))
         x = layer.finish(x, attention(layer.project(x)))
@@ -173,7 +138,7 @@ def causal_flops(
     classes: ClassTokens,
 ) -> float:
     """Count the floating-point operations of the matrix products in `causal_features`."""
-    groups = group_lengths(classes)
+    groups = classes.by_length.groups
     prefix = len(tower.start) + context_length
     suffix = sum(count * length for count, length in groups)
     within_suffixes = sum(count * length * length for count, length in groups)

@@ -9,6 +9,7 @@ was kept is copied for each.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -96,3 +97,8 @@ class _Pull(torch.autograd.Function):
             raise NotImplementedError("only the cotangents of one forward pass are taken at once")
         pulled = operation.pullback(cotangent.movedim(in_dims[1], 0), *kept)
         return pulled, (0,) * len(pulled)
+
+
+# torch asks for the signature at every call, and reads it from the annotations unless it is written down.
+for _function in (_Apply.forward, _Pull.forward):
+    setattr(_function, "__signature__", inspect.signature(_function))  # noqa: B010 (mypy knows no such attribute)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -56,6 +57,7 @@ class Root:
         return _precision(self.power, self.start)
 
 
+@lru_cache(maxsize=64)  # each session of a server asks for the same few
 def calibrate(power: int, low: float, high: float, error: float = 1e-3, steps: int = 1) -> Root:
     """Find the cheapest first guess from which Newton's method meets an error bound everywhere in a range.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 
 from sordino.mpc.errors import OutOfRange
@@ -157,6 +158,7 @@ def _layer_plan(ranges: LayerRanges, features: int, width: int) -> LayerPlan:
     )
 
 
+@lru_cache(maxsize=256)
 def _gelu(high: float) -> Series:
     """Find the series of fewest frequencies for GeLU's arguments up to `high`.
 
