@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 import pytest
+import torch
 
 from engines.engine import Engine
 from engines.faulty.site_faults import NOISE as REPEATABLE
@@ -57,8 +58,16 @@ BITS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", BITS)
-def test_it_has_the_bits_of_sites_in_one_process(name: str, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With noise that can be drawn again, which no site allows: the tests' own hook puts it there."""
+def test_it_has_the_bits_of_sites_in_one_process(
+    name: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """With noise that can be drawn again, which no site allows: the tests' own hook puts it there.
+
+    Bits depend on the number of threads; the engines' processes have one.
+    """
+    threads = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(threads))
+    torch.set_num_threads(1)
     algorithm, tables = BITS[name]
     trial = Trial.of(engine, name.replace(", ", "-").replace(" ", "-"), algorithm, rounds=2, **tables)
     (engine.faults / REPEATABLE).touch()

@@ -18,14 +18,14 @@ class Engine(Protocol):
 
     Attributes:
         folder: an empty folder for the tests' files.
-        clip: the encoder's folder.
+        clip: the encoder's folder; None: the bundled encoder.
         homes: site to the folder of its `site.toml`, with its pictures in `pictures`.
         states: site to its state folder.
         faults: the folder in which a test says which faults sites have.
     """
 
     folder: Path
-    clip: Path
+    clip: Path | None
     homes: Mapping[str, Path]
     states: Mapping[str, Path]
     faults: Path

@@ -34,7 +34,7 @@ class FlareEngine:
     """
 
     folder: Path
-    clip: Path
+    clip: Path | None
     kits: dict[str, Path]
     parties: dict[str, Party]
 
@@ -99,8 +99,12 @@ def made_kits(project: Project, folder: Path) -> dict[str, Path]:
 
 
 @contextmanager
-def flare(folder: Path, clip: Path) -> Iterator[FlareEngine]:
-    """Make a project, start its server and sites, and end all their processes."""
+def flare(folder: Path, clip: Path | None = None) -> Iterator[FlareEngine]:
+    """Make a project, start its server and sites, and end all their processes.
+
+    Every job starts four processes. With the bundled encoder they do not import transformers, which takes longer than
+    the job's rounds; Flower's processes stay, and have a CLIP folder.
+    """
     project = {
         "name": "trial",
         "server": {"host": "127.0.0.1", "port": free_port(), "store": str(folder / "store")},
@@ -112,7 +116,7 @@ def flare(folder: Path, clip: Path) -> Iterator[FlareEngine]:
     for number, name in enumerate(NAMES):
         write_pictures(kits[name] / "local" / "pictures", number, 5 + number)
         write_site(kits[name] / "local", name, clip, state="../state")
-    coordinator = {"runs": "../runs", "device": "cpu", "checkpoints": {"clip": str(clip)}}
+    coordinator = {"runs": "../runs", "device": "cpu", "checkpoints": {"clip": str(clip)} if clip else {}}
     (kits["server"] / "local" / "coordinator.toml").write_text(tomli_w.dumps(coordinator))
     (kits[LEAD] / "local" / "sordino.json").write_text(json.dumps({"sites": list(NAMES)}))  # south stays away
     # A server whose operator lets code through: the sites must not need its help.

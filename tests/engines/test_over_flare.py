@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -15,6 +14,6 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Iterator[Engine]:
-    with flare(tmp_path_factory.mktemp("flare"), clip_folder) as started:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    with flare(tmp_path_factory.mktemp("flare")) as started:
         yield started

@@ -28,8 +28,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Iterator[FlareEngine]:
-    with flare(tmp_path_factory.mktemp("flare"), clip_folder) as started:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlareEngine]:
+    with flare(tmp_path_factory.mktemp("flare")) as started:
         yield started
 
 

@@ -32,14 +32,19 @@ def write_pictures(folder: Path, seed: int, each: int, classes: tuple[str, ...] 
     return folder
 
 
-def write_site(folder: Path, name: str, clip: Path, policy: dict[str, Any] | None = None, **tables: Any) -> Path:
+def encoder_table(clip: Path | None) -> dict[str, str]:
+    """The table of a CLIP folder, or of the bundled encoder."""
+    return {"name": "bundled"} if clip is None else {"name": "clip", "checkpoint": str(clip)}
+
+
+def write_site(folder: Path, name: str, clip: Path | None, policy: dict[str, Any] | None = None, **tables: Any) -> Path:
     """A site's file, beside its pictures."""
     folder.mkdir(parents=True, exist_ok=True)
     document = {
         "name": name,
         "device": "cpu",
         "data": {"source": "imagefolder:pictures", "test_fraction": 0.4},
-        "encoder": {"name": "clip", "checkpoint": str(clip)},
+        "encoder": encoder_table(clip),
         "policy": {"experiments": ["any"], "epsilon": float("inf"), "mechanisms": MECHANISMS} | (policy or {}),
     } | tables
     file = folder / "site.toml"
@@ -47,7 +52,7 @@ def write_site(folder: Path, name: str, clip: Path, policy: dict[str, Any] | Non
     return file
 
 
-def experiment(clip: Path, algorithm: str = "promptfl", **tables: Any) -> Experiment:
+def experiment(clip: Path | None, algorithm: str = "promptfl", **tables: Any) -> Experiment:
     """An experiment as its coordinator has it."""
     return parse_config(
         {
@@ -56,7 +61,7 @@ def experiment(clip: Path, algorithm: str = "promptfl", **tables: Any) -> Experi
             "device": "cpu",
             "data": {"source": "digits"},
             "partition": {"scheme": "iid", "clients": 1},
-            "encoder": {"name": "clip", "checkpoint": str(clip)},
+            "encoder": encoder_table(clip),
             "settings": {"context_length": 2, "batch_size": 4, "local_steps": 1, "dp-fpl": {"rank": 1}},
         }
         | tables
