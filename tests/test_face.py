@@ -51,6 +51,7 @@ def test_every_public_name_is_there() -> None:
         sordino.trian  # noqa: B018
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["import sordino.audit.run", "sordino.audit", "from sordino import audit"])
 def test_audit_is_a_function_whatever_was_imported_first(first: str) -> None:
     """A package of the same name is an attribute as soon as any part of it was imported."""

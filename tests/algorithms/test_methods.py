@@ -69,6 +69,7 @@ def test_the_four_types_say_what_stays_and_what_leaves(name: str, make_runtime: 
         assert len(tensor) == (1 if name == "central" else 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in LEARNING if name not in DISCRETE])
 def test_loss_goes_down(name: str, make_runtime: MakeRuntime) -> None:
     learning = {"optimizer": {"name": "adam", "learning_rate": 0.05}, "local_learning_rate": 0.3, "local_steps": 3}

@@ -200,6 +200,7 @@ def test_a_memory_of_images_has_no_hidden_one(make_runtime: Make) -> None:
 
 
 # Those of feddtpt are told errors, 0 or 1: an image that is wrong under all candidates adds nothing, canary or not.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in LEARNING if not name.startswith("feddtpt")])
 def test_a_canary_is_as_much_as_an_example(name: str, make_runtime: Make) -> None:
     """Its gradient is finite and as long as an image's of a wrong class, give or take, in every call of a round."""

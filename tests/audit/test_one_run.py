@@ -178,6 +178,7 @@ def test_watching_changes_nothing(model: PromptModel, privacy: dict[str, Any], o
 # --- what it finds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "settings"), [("promptfl", ALL_AT_ONCE), ("dp-fpl", DP_FPL)])
 def test_without_noise_canaries_are_found(model: PromptModel, name: str, settings: dict[str, Any]) -> None:
     runtime = federation(model, name, 20, 20, 3, settings)

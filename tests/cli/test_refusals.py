@@ -132,6 +132,7 @@ def test_a_wrong_configuration_is_refused_without_heavy_imports(
     assert imported == []
 
 
+@pytest.mark.slow
 def test_what_is_right_is_not_refused_and_then_imports_what_it_needs(tmp_path: Path) -> None:
     """Or else the test above would hold for a command that does nothing."""
     (tmp_path / "c.toml").write_text(CONFIG)

@@ -104,6 +104,7 @@ def norm(*tensors: Tensor) -> float:
 # Sensitivity
 
 
+@pytest.mark.slow
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(people, st.integers(0, 2**32 - 1))
 def test_a_person_moves_the_sums_of_dp_sgd_by_at_most_the_clips(

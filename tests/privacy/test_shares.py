@@ -40,6 +40,7 @@ def accepts(values: Tensor, deviation: float) -> bool:
     return bool(low < float(values.square().sum()) / deviation**2 < high)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("colluders", "dropouts"), [(0, 0), (1, 0), (3, 0), (1, 1), (0, 2)])
 def test_a_sum_has_the_noise_that_is_left_when_colluders_take_theirs_off(
     colluders: int, dropouts: int, make_runtime: MakeRuntime

@@ -23,6 +23,7 @@ def found(points: np.ndarray, how: Pairs | None = None) -> list[int]:
     return labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("clients", "width", "count", "gap"), [(12, 50, 4, 1.5), (12, 2, 3, 40.0), (24, 5, 3, 4.0), (40, 20, 4, 2.0)]
 )
@@ -34,6 +35,7 @@ def test_groups_are_found_in_few_and_in_many_dimensions(clients: int, width: int
     assert np.mean(scores) > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("clients", "width"), [(12, 2), (12, 20), (12, 100), (40, 5)])
 def test_noise_is_one_cluster(clients: int, width: int) -> None:
     """Splits that are none are kept about as rarely as the level of the test says."""

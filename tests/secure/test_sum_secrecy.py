@@ -90,6 +90,7 @@ def alike(one: np.ndarray, other: np.ndarray) -> float:
     return float(stats.chi2_contingency(np.stack([one, other])).pvalue)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ring_bits", [32, 64])
 def test_what_the_server_sees_is_uniform_and_does_not_depend_on_the_inputs(ring_bits: int) -> None:
     """Every byte of sealed payloads, masked vectors and shares, over sums of two fixed inputs with one result.
