@@ -438,6 +438,31 @@ def test_while_one_prompt_is_loaded_others_are_answered(
         assert [each.result().status_code for each in waiting] == [200] * 12
 
 
+def test_the_first_picture_is_not_a_clients(
+    published: Callable[[Path], str],
+    shared_run: Path,
+    key: Ed25519PrivateKey,
+    trusted: Trusted,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An image tower may be loaded with its first picture: a prompt's loading gives one, once for an encoder."""
+    classify, seen = PromptClassifier.classify, []
+
+    def noted(self: PromptClassifier, pictures: Any, **options: Any) -> Any:
+        seen.append(len(pictures))
+        return classify(self, pictures, **options)
+
+    monkeypatch.setattr(PromptClassifier, "classify", noted)
+    material = from_run(shared_run, key)
+    with Registry(published(tmp_path)) as registry:
+        registry.publish("glass", material.facts, material.files, key, accept_not_private=True)
+        shelf = Shelf(registry, trusted, 4, lambda saved: saved.load_encoder())
+        for name in ("fabric", "glass", "fabric"):
+            shelf.take(name, None)
+    assert seen == [1]
+
+
 def test_a_registry_that_is_gone_is_told_without_its_place(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     server = start()
 
