@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,10 @@ from sordino.privacy.gradients import ExactGradients
 from sordino.privacy.settings import PrivacySettings
 from sordino.runtime.local import LocalRuntime
 from sordino.runtime.settings import RuntimeSettings
+
+# A shell has its background commands ignore interruptions, and so would the commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("sordino", deadline=None, derandomize=True)
 settings.load_profile("sordino")
