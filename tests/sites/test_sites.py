@@ -31,7 +31,6 @@ from sordino.runtime.fleet import Answer, Ask, LocalFleet, Lost, Patience
 from sordino.sites import coordinator
 from sordino.sites.coordinator import AGREEMENT, LEDGER, METRICS, Outcome, coordinate
 from sordino.sites.ledger import SiteLedger
-from sordino.sites.meeting import BEFORE
 from sordino.sites.page import epsilon_by_site
 from sordino.sites.proposal import Proposal
 from sordino.sites.settings import load_site
@@ -298,41 +297,6 @@ def test_a_coordinator_that_dies_as_it_writes_a_round_has_each_round_once(
     assert lines.startswith("".join(text.splitlines(keepends=True)[:2])), "what had its state is as it was"
     for site in sites.values():
         assert site.ledger.experiments[Proposal.of(config).fingerprint].rounds == (1, 2, 3, 4)
-
-
-LOST_IT = Lost("north", "no answer 2 s after 2 of 3 had answered")
-
-
-def test_a_site_whose_hello_is_late_as_an_experiment_goes_on_is_in_its_rounds(
-    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
-) -> None:
-    """It was agreed with before, and rounds ask everybody."""
-    config, sites = experiment(clip_folder, privacy=NOISE, rounds=4), sites_at(site_files)
-
-    class Dies(LocalFleet):
-        def ask(self, ask: Ask) -> Any:
-            if ask.round == 3:
-                raise KeyboardInterrupt
-            return super().ask(ask)
-
-    dying = Dies({name: site.turn for name, site in sites.items()})
-    with pytest.raises(KeyboardInterrupt):
-        coordinate(config, Proposal.of(config), dying, tmp_path / "out", ALL)
-    again = sites_at(site_files)
-
-    class Late(LocalFleet):
-        def ask(self, ask: Ask) -> Any:
-            for event in super().ask(ask):  # the site did its part, and nobody heard it
-                yield LOST_IT if ask.round == BEFORE and event.site == "north" else event
-
-    late = Late({name: site.turn for name, site in again.items()})
-    outcome = coordinate(config, Proposal.of(config), late, tmp_path / "out", Patience(0.6))
-    assert outcome.met.left_out == {"north": LOST_IT.reason}
-    lines = [json.loads(line) for line in (tmp_path / "out" / METRICS).read_text().splitlines()]
-    assert [line["participants"] for line in lines] == [3, 3, 3, 3]
-    entry = again["north"].ledger.experiments[Proposal.of(config).fingerprint]
-    assert entry.rounds == (1, 2, 3, 4)
-    assert {release.steps for release in entry.ledger.releases} == {4}, "it drew no noise twice"
 
 
 @pytest.mark.parametrize("state", ["an old backup", "none"])

@@ -67,15 +67,9 @@ class Membership:
     def turns(self) -> Turns:
         """Return the site's rounds.
 
-        A site whose hello came too late, as an experiment went on, is told of no agreement then, and asked all the
-        same: it has the one that it kept.
-
         Raises:
             MessageError: there is no agreement yet.
-            SordinoError: what was kept is damaged, other data's, or older than its own answers.
         """
-        if self._turns is None:
-            self.resume()
         if self._turns is None:
             raise MessageError("there is no agreement yet; who takes part is told before the first round")
         return self._turns
