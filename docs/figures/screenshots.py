@@ -1,4 +1,4 @@
-"""Make the pictures of docs/images anew: `python docs/figures/screenshots.py`, in five minutes on two cores.
+"""Make the pictures of docs/images anew: `python docs/figures/screenshots.py`, in seven minutes on two cores.
 
 Runs the demo and the commands of docs/tutorial.md in a folder of its own, unless they are there already, and draws
 their pages with the Chromium that is installed, through Playwright (`make install`). `--only NAME` draws some alone.

@@ -35,7 +35,7 @@ def keep_freed() -> bool:
 def without_collection() -> Iterator[None]:
     """Import large packages without garbage collections, each of which would visit all that was made so far.
 
-    Nearly all of it stays. Of transformers' import, collections took a fifth of the time.
+    Nearly all of it stays. Of the 5.1 processor seconds that torch and transformers' CLIP took, collections were 0.9.
     """
     enabled = gc.isenabled()
     gc.disable()

@@ -47,6 +47,21 @@ def test_its_image_tower_waits_for_the_first_picture() -> None:
     assert {"image", "_pixels"} <= vars(loaded).keys()
 
 
+def test_gradients_flow_after_a_first_pass_without_any() -> None:
+    """What is made once, in the first pass, serves later ones, whichever kind the first was."""
+    encoder = BundledEncoder.load(CPU)
+    classes, picture = encoder.class_tokens(NAMES), encoder.transform(Image.new("RGB", (9, 9)))[None]
+    with torch.inference_mode():
+        encoder.text_features(encoder.embed("a photo of a"), classes)
+        encoder.image_features(picture)
+    context, pixels = encoder.embed("a photo of a").clone().requires_grad_(), picture.clone().requires_grad_()
+    encoder.text_features(context, classes)[:, 0].sum().backward()
+    encoder.image_features(pixels)[:, 0].sum().backward()
+    for leaf in (context, pixels):
+        assert leaf.grad is not None
+        assert leaf.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("template", ["a photo of a", ""])
 def test_words_as_context_give_the_plain_sentences_encoding(encoder: BundledEncoder, template: str) -> None:
     from transformers import BertModel, BertTokenizerFast

@@ -78,6 +78,21 @@ def test_hidden_states_are_transformers(folder: Path) -> None:
         torch.testing.assert_close(encoder.image_tower.hidden(pixels, layer), said[layer], rtol=0, atol=1e-12)
 
 
+def test_gradients_flow_after_a_first_pass_without_any(folder: Path) -> None:
+    """What is made once, in the first pass, serves later ones, whichever kind the first was."""
+    encoder = load(folder)
+    classes, pixels = encoder.class_tokens(("cat", "dog")), random(2, 3, 32, 32)
+    context = encoder.embed("cat").detach().clone()
+    with torch.inference_mode():
+        encoder.image_tower.hidden(pixels, 1)
+        encoder.text_features(context, classes)
+    for leaf in (pixels.requires_grad_(), context.requires_grad_()):
+        made = encoder.image_tower.hidden(leaf, 1) if leaf is pixels else encoder.text_features(leaf, classes)
+        (gradient,) = torch.autograd.grad(made[..., 0].sum(), leaf)
+        assert gradient.isfinite().all()
+        assert gradient.any()
+
+
 def test_no_tokens_and_adapters_of_scale_zero_change_nothing(folder: Path) -> None:
     encoder = load(folder)
     tower, x, depth = encoder.image_tower, states(encoder, 0, 2), encoder.image_layers

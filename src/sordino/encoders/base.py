@@ -44,6 +44,7 @@ class ByLength:
     ends: Tensor
 
     @classmethod
+    @torch.inference_mode(False)  # it is kept, and a later pass may want gradients
     def of(cls, lengths: Sequence[int], longest: int, device: torch.device) -> ByLength:
         """Sort classes of some lengths, padded to the longest, on the host; the result is on a device."""
         sizes = torch.tensor(lengths)

@@ -96,7 +96,8 @@ class BundledEncoder(DualEncoder):
     @cached_property
     def image(self) -> nn.Module:
         """Return the image tower, on the encoder's device and in its precision."""
-        with without_collection():
+        # It is kept, and a later pass may want gradients by the pixels.
+        with without_collection(), torch.inference_mode(False):
             return image_tower(self._image_weights).to(self.device, self.dtype)
 
     @cached_property

@@ -186,7 +186,8 @@ class ClipEncoder(DualEncoder):
     @cached_property
     def image_tower(self) -> ImageTower:
         """Return the image tower for prompts inside of it. It has its own weights, so it is created on first use."""
-        return ImageTower.of(self._vision, lambda pooled: self._unit(self._projection(pooled)))
+        with torch.inference_mode(False):  # it is kept, and a later pass may want gradients
+            return ImageTower.of(self._vision, lambda pooled: self._unit(self._projection(pooled)))
 
     def class_tokens(self, names: Sequence[str], compete: bool = True) -> ClassTokens:
         whole = [self._tokens_of(name) for name in names]

@@ -63,5 +63,5 @@ class HandWrittenHeadModel(ImageSideModel):
     @cached_property
     def _head(self) -> Tensor:
         """Compute the class features [C, D] of the hand-written prompt."""
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # it is kept, and a later pass may want gradients
             return self.text_features(self.encoder.embed(self.hand_written)[None])[0]
