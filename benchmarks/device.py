@@ -7,7 +7,8 @@ Encoders are the bundled one and randomly initialized ones of the sizes of CLIP 
 So400m, in float32 (TF32 is off) and bfloat16. Rounds are whole ones of the local runtime, with their messages: DP-FPL
 and PromptFL without a mechanism, and the release of class statistics. A round's name is its number of clients and of
 classes. `share_of_gemm` is the rate of the text tower's products, forward and backward, over the rate of a square
-product of the same type in the same run. Where backward computes activations anew, that work is not counted.
+product of the same type in the same run. Where backward computes activations anew, that work is not counted. `step` is
+the pass through the tower alone, forward and backward, for all clients in one stack, where they fit into one.
 
 The seconds that are left are divided among the encoders that are left. A round that would not fit by the rate of the
 product is left out, with the seconds that it would take, and so is one that runs out of memory or fails, with its
@@ -49,6 +50,7 @@ from sordino.encoders import load_encoder
 from sordino.encoders.base import DualEncoder
 from sordino.encoders.clip import ClipEncoder
 from sordino.encoders.encode import encode
+from sordino.encoders.frozen.replay import BEFORE, repeated
 from sordino.encoders.prompt_model import PromptModel
 from sordino.mpc.arithmetic.ring import low_bits
 from sordino.privacy.settings import PrivacySettings
@@ -59,7 +61,7 @@ CONTEXT_LENGTH, RANK, BATCH, EACH, SEED = 16, 8, 32, 64, 10
 BUDGET, QUICK_BUDGET = 210.0, 35.0  # seconds, of four minutes, and with --quick
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 LIKELY_SHARE = 0.3  # of the product's rate, by which a round's seconds are foreseen
-SECONDS_A_NUMBER = 2e-7  # of the host's noise, likewise
+SECONDS_A_NUMBER = 3e-7  # of the host's noise, likewise
 
 
 @dataclass(frozen=True)
@@ -214,13 +216,7 @@ def measure_round(bench: Bench, encoder: DualEncoder, dtype: str, case: tuple[st
             return {"left_out": f"2 rounds of {foreseen:.1f} s do not fit into {max(0.0, left):.1f} s"}
         bench.peak_gb()
         training = runtime.begun()
-        repeats, seconds = 4, []
-        for turn in range(1 + repeats):
-            took = bench.seconds(lambda: runtime.round(training))
-            if turn or until - time.perf_counter() < took:  # the first warms up, where there is time for another
-                seconds.append(took)
-            if until - time.perf_counter() < took:
-                break
+        seconds = timed(bench, lambda: runtime.round(training), until)
         rate = flops / statistics.median(seconds)
         entry |= {
             "round_seconds": statistics.median(seconds),
@@ -229,13 +225,43 @@ def measure_round(bench: Bench, encoder: DualEncoder, dtype: str, case: tuple[st
             "share_of_gemm": rate / bench.gemm[dtype],
             "peak_gb": bench.peak_gb(),
         }
+        prompts = torch.zeros(clients, CONTEXT_LENGTH, encoder.context_width, device=bench.device)
+        if time.perf_counter() < until and runtime.model.prompts_at_once(prompts, BATCH) >= clients:
+            step = statistics.median(timed(bench, step_of(runtime.model, prompts), until))
+            entry["step"] = {"seconds": step, "share_of_gemm": flops / step / bench.gemm[dtype]}
     return entry
+
+
+def timed(bench: Bench, work: Callable[[], object], until: float) -> list[float]:
+    """Return some seconds of repeated work, after it warmed up as far as there is time: passes are recorded then."""
+    seconds: list[float] = []
+    for _ in range(BEFORE + 1 + 5):
+        took = bench.seconds(work)
+        seconds.append(took)
+        if until - time.perf_counter() < took:
+            break
+    return seconds[min(BEFORE + 1, len(seconds) - 1) :]
+
+
+def step_of(model: PromptModel, prompts: Tensor) -> Callable[[], object]:
+    """A pass through the text tower, forward and backward, as a method's round has it."""
+    leaf = prompts.clone().requires_grad_()
+    generator = torch.Generator().manual_seed(SEED)
+    shape = len(prompts), len(model.classes), model.encoder.feature_width
+    cotangent = torch.randn(shape, generator=generator).to(prompts.device)
+
+    def step() -> object:
+        with repeated():
+            features = model.class_features(leaf)
+        return torch.autograd.grad(features, [leaf], cotangent)
+
+    return step
 
 
 def measure_release(bench: Bench, encoder: DualEncoder, clients: int, classes: int, until: float) -> Any:
     """Seconds of a release of class statistics with the system's noise, and of a round on what was released."""
     entry: dict[str, Any] = {}
-    numbers = clients * classes * encoder.feature_width
+    numbers = clients * encoder.feature_width * (classes + encoder.feature_width)  # means, and a scatter
     left = until - time.perf_counter()
     if numbers * SECONDS_A_NUMBER > left:
         return {
@@ -401,15 +427,16 @@ def measure_encoder(
         entry["max_abs_difference_to_cpu"] = difference(encoder, on_cpu)
     entry["images"] = measure_images(bench, encoder, dtype, side, until)
     entry["statistics"] = {}
-    for clients, classes in ((few[0], many[0]), (few[1], many[0]), (few[0], many[1]), (few[1], many[1])):
-        name = f"{clients}x{classes}"
+    sizes = ((few[0], many[0]), (20 if bench.quick else 1000, many[0]), (few[0], many[1]))
+    for clients, classes in (*sizes, (few[1], many[0]), (few[1], many[1])):
         for method in ("dp-fpl", "promptfl"):
+            if clients > few[1] and method != "dp-fpl":
+                continue
             case = (method, clients, classes)
-            entry["rounds"].setdefault(method, {})[name] = measure_round(bench, encoder, dtype, case, until)
-        entry["statistics"][name] = measure_release(bench, encoder, clients, classes, until)
-    thousand = ("dp-fpl", 20 if bench.quick else 1000, many[0])
-    name = f"{thousand[1]}x{thousand[2]}"
-    entry["rounds"]["dp-fpl"][name] = measure_round(bench, encoder, dtype, thousand, until)
+            cells = entry["rounds"].setdefault(method, {})
+            cells[f"{clients}x{classes}"] = measure_round(bench, encoder, dtype, case, until)
+    for clients, classes in ((few[0], many[0]), (few[1], many[0]), (few[0], many[1])):
+        entry["statistics"][f"{clients}x{classes}"] = measure_release(bench, encoder, clients, classes, until)
     for figure in ("round_seconds", "tflops", "share_of_gemm"):
         entry[figure] = {
             f"{method} {name}": cell.get(figure)
@@ -444,7 +471,7 @@ def main() -> None:
         else "no accelerator: small sizes on the CPU, figures of which mean nothing",
         "quick": quick,
         "torch": torch.__version__,
-        "not_measured": "torch.compile and CUDA graphs",
+        "not_measured": "torch.compile",
         "gemm_tflops": {name: rate / 1e12 for name, rate in bench.gemm.items()},
         "private_forward": private_forward(bench),
         "encoders": {},

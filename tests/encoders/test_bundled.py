@@ -18,6 +18,7 @@ from sordino.encoders.bundled import (
     image_tower,
     package_path,
 )
+from sordino.encoders.frozen.blocks import blocked
 from sordino.errors import EncoderError
 
 CPU = torch.device("cpu")
@@ -89,6 +90,14 @@ def test_gradients_match_finite_differences(exact: BundledEncoder) -> None:
         ahead, behind = (exact.text_features(context + sign * step * direction, classes) for sign in (1, -1))
         slope = (weights * (ahead - behind)).sum() / (2 * step)
     torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-5, atol=1e-9)
+
+
+def test_attention_in_blocks_gives_the_same_features(exact: BundledEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text tower in the form for accelerators."""
+    context, classes = torch.randn(2, 3, exact.context_width).double(), exact.class_tokens(NAMES)
+    expected = exact.text_features(context, classes)
+    monkeypatch.setattr("sordino.encoders.bert_tower.attention_for", blocked)
+    torch.testing.assert_close(exact.text_features(context, classes), expected, rtol=0, atol=1e-10)
 
 
 def test_a_stack_of_contexts_equals_one_at_a_time(encoder: BundledEncoder) -> None:

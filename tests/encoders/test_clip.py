@@ -21,6 +21,7 @@ from checkpoints import save_clip, save_siglip
 
 from sordino.encoders.base import Capability
 from sordino.encoders.clip import ClipEncoder
+from sordino.encoders.frozen.blocks import blocked
 from sordino.errors import EncoderError
 
 CPU = torch.device("cpu")
@@ -259,6 +260,36 @@ def test_patch_features_are_unit_and_follow_the_image_head(folder: Path) -> None
     assert patches.shape == (1, 16, encoder.feature_width)
     torch.testing.assert_close(patches, F.normalize(expected, dim=-1), rtol=0, atol=ROUNDING[torch.float32])
     assert Capability.PATCHES in encoder.capabilities
+
+
+def test_image_features_are_the_same_by_either_path(folder: Path) -> None:
+    """By transformers' own layers, and by those for gradients and for accelerators."""
+    encoder = load(folder, torch.float64)
+    pixels = encoder.transform(picture())[None].double()
+    with torch.no_grad():
+        expected = encoder.image_features(pixels)
+    found = encoder.image_features(pixels.requires_grad_())
+    torch.testing.assert_close(found.detach(), expected, rtol=0, atol=1e-10)
+
+
+def test_attention_in_blocks_gives_the_same_features_and_gradients(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text tower in the form for accelerators."""
+    encoder = load(folder, torch.float64)
+    classes = encoder.class_tokens(NAMES)
+    context = torch.randn(3, 4, encoder.context_width, generator=torch.Generator().manual_seed(1)).double()
+
+    def differentiated() -> list[Tensor]:
+        leaf = context.clone().requires_grad_()
+        features = encoder.text_features(leaf, classes)
+        weights = torch.arange(features.numel(), dtype=torch.float64).view_as(features).cos()
+        return [features, *torch.autograd.grad((features * weights).sum(), leaf)]
+
+    expected = differentiated()
+    monkeypatch.setattr("sordino.encoders.shared_prefix.attention_for", blocked)
+    for found, known in zip(differentiated(), expected, strict=True):
+        torch.testing.assert_close(found, known, rtol=1e-9, atol=1e-10)
 
 
 def test_image_features_are_differentiable_in_pixels(folder: Path) -> None:

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sordino.encoders.frozen.attention import GroupedAttention
+from sordino.encoders.frozen.blocks import blocked
 from sordino.encoders.frozen.pullback import Operation, apply, batched_gradients
 from sordino.encoders.linear import frozen_linear, frozen_linear_pullback
 from sordino.encoders.transformer import ACTIVATIONS, Layer, Linear, Norm
@@ -124,3 +126,25 @@ def test_a_linear_layers_pullback_is_the_product_with_its_weights(shape: tuple[i
     (by_rule,) = torch.autograd.grad(frozen_linear(x, weight), x, cotangent)
     tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(found, by_rule, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("groups", [((3, 2), (1, 4)), ((40, 3), (30, 5)), ((2, 130),), ((1, 1),)])
+@pytest.mark.parametrize(("prefix", "causal"), [(0, False), (0, True), (5, False), (5, True), (1, True)])
+def test_attention_in_blocks_is_the_grouped_one(groups: tuple[tuple[int, int], ...], prefix: int, causal: bool) -> None:
+    """In one block and several, with sentences that are longer than a block is at least, and many cotangents."""
+    grouped = GroupedAttention(HEADS, groups, prefix, causal, scale=0.7)
+    qkv = random(2, prefix + sum(sentences * length for sentences, length in groups), 3 * WIDTH).requires_grad_()
+    expected, found = grouped(qkv), blocked(grouped, qkv)(qkv)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    cotangents = random(2, *expected.shape, seed=20)
+    for cotangent in cotangents:
+        gradients = [torch.autograd.grad(each, qkv, cotangent, retain_graph=True)[0] for each in (found, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+    together = [batched_gradients(each, [qkv], cotangents)[0] for each in (found, expected)]
+    torch.testing.assert_close(*together, rtol=1e-10, atol=1e-10)
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
+        tangents = [
+            torch.func.jvp(each, (qkv.detach(),), (cotangents[0].repeat(1, 1, 3),))[1]
+            for each in (blocked(grouped, qkv), grouped)
+        ]
+    torch.testing.assert_close(*tangents, rtol=1e-10, atol=1e-10)

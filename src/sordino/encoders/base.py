@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sordino.encoders.cache import Kind
 from sordino.encoders.capabilities import CAPABILITIES, Capability, with_capability
+from sordino.encoders.frozen.replay import Replays
 from sordino.encoders.visual_prompts import ImageTower
 from sordino.errors import EncoderError
 
@@ -146,6 +147,11 @@ class DualEncoder(ABC):
         """
         self.require(Capability.PATCHES, "patch_features")
         raise AssertionError(f"{self.name} declares patches but does not compute them")
+
+    @cached_property
+    def replays(self) -> Replays:
+        """Return the recorded passes through the text tower; there are some on CUDA devices only."""
+        return Replays()
 
     @property
     def image_tower(self) -> ImageTower:

@@ -20,6 +20,7 @@ from sordino.encoders.bert_folder import (
     tower_names,
 )
 from sordino.encoders.frozen.attention import GroupedAttention
+from sordino.encoders.frozen.blocks import attention_for
 from sordino.encoders.names import check_names, warn_unknown
 from sordino.encoders.transformer import GELU, Layer, Linear, Norm
 from sordino.errors import EncoderError
@@ -164,7 +165,8 @@ class TextTower(Embedder):
             rows.append((sentences + self.positions[: sentences.shape[2]]).flatten(1, 2))
             groups.append((len(group), sentences.shape[2]))
         x = F.layer_norm(torch.cat(rows, 1), (self.width,), *self.norm, self.epsilon)  # [N, tokens, E]
-        attention = GroupedAttention(self.heads, tuple(groups), scale=(self.width // self.heads) ** -0.5)
+        grouped = GroupedAttention(self.heads, tuple(groups), scale=(self.width // self.heads) ** -0.5)
+        attention = attention_for(grouped, x)
         for weights in self.layers:
             layer = _as_layer(weights, self.epsilon)
             x = layer.finish(x, attention(layer.project(x)))

@@ -167,11 +167,11 @@ class ClipEncoder(DualEncoder):
         return image
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        # Go through layers that backward may recompute, so that many images fit into memory.
-        if pixels.requires_grad:
+        # Layers that backward may recompute, so that many images fit into memory. They have fewer kernels, but weights
+        # of their own: an accelerator's time is worth that memory.
+        if pixels.requires_grad or self.device.type != "cpu":
             tower = self.image_tower
-            embedded = tower.embed(pixels.to(self.device))
-            return tower.features(tower.forward(embedded[None], 0, self.image_layers))[0]
+            return tower.features(tower.hidden(pixels.to(self.device), self.image_layers)[None])[0]
         pooled = self._vision(pixel_values=pixels.to(self.device, self.dtype)).pooler_output
         return self._unit(self._projection(pooled))
 

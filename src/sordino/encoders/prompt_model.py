@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Self
 
 import torch
@@ -19,7 +20,8 @@ from sordino.encoders.cache import Kind
 # FLOPs. Large enough that the products run at full rate, small enough that activations stay well
 # below a gigabyte on a CPU.
 FLOPS_AT_ONCE = {"cpu": 1e11}
-FLOPS_AT_ONCE_ACCELERATED = 2e12
+# On an accelerator a pass may keep a quarter of its memory: a tower of width E keeps some KEPT / E numbers for each.
+KEPT, KEPT_SHARE, LEAST_MEMORY = 2.5, 0.25, 2**34
 # Numbers of a score that compares every image with every class in more than one product.
 NUMBERS_AT_ONCE = 1 << 26
 
@@ -148,11 +150,11 @@ class PromptModel:
         return self._by_classes(self.encoder.deep_text_features, contexts)
 
     def _by_classes(self, encode: Callable[[Tensor, ClassTokens], Tensor], context: Tensor) -> Tensor:
-        parts = math.ceil(
-            self.encoder.text_flops(1, context.shape[-2], self.classes) / self._budget,
-        )
+        flops = self.encoder.text_flops(1, context.shape[-2], self.classes)
+        parts = math.ceil(flops / self._budget)
         if parts == 1:
-            return encode(context, self.classes)
+            contexts = math.prod(context.shape[:-2])
+            return self.encoder.replays(encode, context, self.classes, contexts * flops / self._budget)
         per_part = math.ceil(len(self.classes) / parts)
         starts = range(0, len(self.classes), per_part)
         pieces = [self.classes.part(start, start + per_part) for start in starts]
@@ -185,4 +187,14 @@ class PromptModel:
 
     @property
     def _budget(self) -> float:
-        return FLOPS_AT_ONCE.get(self.encoder.device.type, FLOPS_AT_ONCE_ACCELERATED)
+        encoder = self.encoder
+        if encoder.device.type in FLOPS_AT_ONCE:
+            return FLOPS_AT_ONCE[encoder.device.type]
+        numbers = KEPT_SHARE * max(LEAST_MEMORY, device_memory(encoder.device)) / encoder.dtype.itemsize
+        return numbers * encoder.context_width / KEPT
+
+
+@cache
+def device_memory(device: torch.device) -> int:
+    """Return the bytes of an accelerator's memory; 0 where that is not told."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0

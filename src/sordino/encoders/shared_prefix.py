@@ -20,10 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 from sordino.encoders.base import ClassTokens
 from sordino.encoders.frozen.attention import GroupedAttention, attend
+from sordino.encoders.frozen.blocks import attention_for
 from sordino.encoders.transformer import Layer, Linear, Norm
 
-# With more rows than this in a full (SigLIP) pass, backward recomputes each layer instead of
-# keeping its activations.
+# With more rows than this in a full (SigLIP) pass on a CPU, backward recomputes each layer instead of
+# keeping its activations. An accelerator's memory bounds a pass otherwise, see `prompt_model`.
 RECOMPUTED_ROWS = 4096
 
 
@@ -93,13 +94,17 @@ def causal_features(tower: TextTower, contexts: Tensor, classes: ClassTokens) ->
     prefix = prefix + tower.positions[:prefix_length]
     suffixes, positions = classes.by_length, tower.positions[prefix_length:]
     names = classes.embeddings.to(positions) + positions[: classes.mask.shape[1]]
-    attention = GroupedAttention(tower.heads, suffixes.groups, prefix_length, causal=True)
     x = torch.cat([prefix, names.flatten(0, 1)[suffixes.rows].expand(count, -1, -1)], dim=1)
+    attention = attention_for(GroupedAttention(tower.heads, suffixes.groups, prefix_length, causal=True), x)
     for number, layer in enumerate(tower.layers[:-1]):
         x = _with_context(x, contexts, number, len(tower.start))
         x = layer.finish(x, attention(layer.project(x)))
     x = _with_context(x, contexts, len(tower.layers) - 1, len(tower.start))
-    layer, at_end = tower.layers[-1], x[:, prefix_length + suffixes.ends]
+    layer, ends = tower.layers[-1], prefix_length + suffixes.ends
+    at_end = x[:, ends]
+    if not isinstance(attention, GroupedAttention):  # queries of all rows cost less than kernels for each length
+        x = layer.finish(at_end, attention(layer.project(x))[:, ends])
+        return tower.head(tower.final_norm(x))[:, suffixes.rank]
     query_rows = layer.qkv.rows(slice(0, layer.width))
     pair_rows = layer.qkv.rows(slice(layer.width, None))
     queries = query_rows(layer.norm1(at_end))
@@ -192,7 +197,7 @@ def padded_features(tower: TextTower, contexts: Tensor, classes: ClassTokens) ->
             _joined(F.scaled_dot_product_attention(query, key, value, scale=1.0)),
         )
 
-    recompute = x.requires_grad and x.shape[0] * limit > RECOMPUTED_ROWS
+    recompute = x.requires_grad and not x.is_cuda and x.shape[0] * limit > RECOMPUTED_ROWS
     for number, layer in enumerate(tower.layers[:-1]):
         x = _with_context(x, contexts, number, len(tower.start))
         x = checkpoint(step, layer, x, use_reentrant=False) if recompute else step(layer, x)

@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sordino.encoders.base import DualEncoder
+from sordino.encoders.frozen.replay import repeated
 from sordino.encoders.prompt_model import PromptModel
 from sordino.privacy.clipping import clipped_sum, power_of_two
 from sordino.privacy.dp_sgd import sampled
@@ -93,7 +94,8 @@ class CotangentGradients:
             examples = finite_examples(examples)
             with torch.enable_grad():
                 prompt = prompt_of({**leaves, **rest})
-                features = self.model.class_features(prompt)
+                with repeated():
+                    features = self.model.class_features(prompt)
                 text, penalty = self.model.linear_part(features), self.model.penalty(features)
             with torch.no_grad():
                 logits = self.model.scores(features, prompt, examples.features)

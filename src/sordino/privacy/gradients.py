@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sordino.encoders.frozen.replay import repeated
 from sordino.encoders.prompt_model import Prompt, PromptModel, cross_entropies
 from sordino.privacy.sampling import Sampling
 
@@ -137,7 +138,8 @@ class ExactGradients:
         leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
         with torch.enable_grad():
             prompt = prompt_of({**leaves, **fixed})
-            features = self.model.class_features(prompt)
+            with repeated(not self.model.conditions_on_images):
+                features = self.model.class_features(prompt)
             losses = self.model.losses(features, prompt, batch.features, batch.labels)
             if self.finite_only and not bool((losses.isfinite() | ~batch.mask).all()):
                 return self._piece(prompt_of, parameters, fixed, excluding(batch, ~losses.isfinite()))

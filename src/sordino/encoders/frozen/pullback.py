@@ -21,13 +21,16 @@ class Operation(Protocol):
     """A differentiable function of tensors, with frozen weights."""
 
     @property
-    def forward(self) -> Callable[..., tuple[Tensor, tuple[Tensor, ...]]]:
-        """Map the inputs to the output and what `pullback` needs. Plain operations, so that forward mode works too."""
+    def forward(self) -> Callable[..., tuple[Any, tuple[Tensor, ...]]]:
+        """Map the inputs to the output, or a tuple of outputs, and what `pullback` needs.
+
+        Plain operations, so that forward mode works too.
+        """
         ...
 
     @property
     def pullback(self) -> Callable[..., tuple[Tensor, ...]]:
-        """Map a cotangent of the output, and what `forward` kept, to the cotangents of all inputs.
+        """Map a cotangent of each output, and what `forward` kept, to the cotangents of all inputs.
 
         Of n cotangents [n, ...] each result is [n, ...].
         """
@@ -35,11 +38,18 @@ class Operation(Protocol):
 
 
 def apply(operation: Operation, *inputs: Tensor) -> Tensor:
-    """Apply an operation; nothing is kept where no gradient is asked for."""
+    """Apply an operation with one output; nothing is kept where no gradient is asked for."""
+    (output,) = apply_all(operation, 1, *inputs)
+    return output
+
+
+def apply_all(operation: Operation, outputs: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Apply an operation with a number of outputs, each of which something depends on."""
     if torch.is_grad_enabled() and any(each.requires_grad for each in inputs):
-        output: Tensor = _Apply.apply(operation, *inputs)[0]
-        return output
-    return operation.forward(*inputs)[0]
+        found: tuple[Tensor, ...] = _Apply.apply(operation, outputs, *inputs)[:outputs]
+        return found
+    found, _ = operation.forward(*inputs)
+    return (found,) if isinstance(found, Tensor) else found
 
 
 def batched_gradients(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> tuple[Tensor, ...]:
@@ -56,25 +66,26 @@ class _Apply(torch.autograd.Function):
     """An operation; what it keeps is among its outputs, as it must be where `vmap` recomputes a forward pass."""
 
     @staticmethod
-    def forward(operation: Operation, *inputs: Tensor) -> tuple[Tensor, ...]:
-        output, kept = operation.forward(*inputs)
-        return output, *kept
+    def forward(operation: Operation, outputs: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+        found, kept = operation.forward(*inputs)
+        return (found, *kept) if outputs == 1 else (*found, *kept)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.operation, ctx.inputs = inputs[0], len(inputs) - 1
-        ctx.save_for_backward(*output[1:])
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.operation, ctx.outputs, ctx.inputs = inputs[0], inputs[1], len(inputs) - 2
+        ctx.save_for_backward(*output[ctx.outputs :])
+        ctx.mark_non_differentiable(*output[ctx.outputs :])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if cotangent is None:  # nothing depends on the output
-            return None, *[None] * ctx.inputs
-        return None, *_Pull.apply(ctx.operation, cotangent, *ctx.saved_tensors)
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = cotangents[: ctx.outputs]
+        if given[0] is None:  # nothing depends on the outputs
+            return None, None, *[None] * ctx.inputs
+        return None, None, *_Pull.apply(ctx.operation, ctx.outputs, *given, *ctx.saved_tensors)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, operation: Operation, *inputs: Tensor) -> Any:
+    def vmap(info: Any, in_dims: Any, operation: Operation, outputs: int, *inputs: Tensor) -> Any:
         raise NotImplementedError("a stack of inputs is one input with one more axis; vmap has no part in it")
 
 
@@ -82,8 +93,8 @@ class _Pull(torch.autograd.Function):
     """A pullback as a function of its own, so that `vmap` leaves its many cotangents to it. It has no derivative."""
 
     @staticmethod
-    def forward(operation: Operation, cotangent: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
-        return operation.pullback(cotangent, *kept)
+    def forward(operation: Operation, outputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return operation.pullback(*tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -91,11 +102,13 @@ class _Pull(torch.autograd.Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: Sequence[int | None], operation: Operation, cotangent: Tensor, *kept: Tensor
+        info: Any, in_dims: Sequence[int | None], operation: Operation, outputs: int, *tensors: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        if in_dims[1] is None or any(place is not None for place in in_dims[2:]):
+        places, kept = in_dims[2 : 2 + outputs], in_dims[2 + outputs :]
+        moved = [each.movedim(place, 0) for each, place in zip(tensors, places, strict=False) if place is not None]
+        if len(moved) < outputs or any(place is not None for place in kept):
             raise NotImplementedError("only the cotangents of one forward pass are taken at once")
-        pulled = operation.pullback(cotangent.movedim(in_dims[1], 0), *kept)
+        pulled = operation.pullback(*moved, *tensors[outputs:])
         return pulled, (0,) * len(pulled)
 
 
