@@ -5,10 +5,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sordino.encoders import shared_prefix
+from sordino.encoders.frozen import blocks
 from sordino.encoders.frozen.attention import GroupedAttention
-from sordino.encoders.frozen.blocks import blocked
+from sordino.encoders.frozen.blocks import blocked, many_cotangents
 from sordino.encoders.frozen.pullback import Operation, apply, batched_gradients
 from sordino.encoders.linear import frozen_linear, frozen_linear_pullback
+from sordino.encoders.prompt_model import PromptModel
 from sordino.encoders.transformer import ACTIVATIONS, Layer, Linear, Norm
 
 WIDTH, HEADS = 6, 2
@@ -148,3 +151,35 @@ def test_attention_in_blocks_is_the_grouped_one(groups: tuple[tuple[int, int], .
             for each in (blocked(grouped, qkv), grouped)
         ]
     torch.testing.assert_close(*tangents, rtol=1e-10, atol=1e-10)
+
+
+def test_passes_for_many_cotangents_are_grouped_also_where_backward_recomputes_them(
+    model: PromptModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recomputing has its own thread on an accelerator, and does not see what was asked for when the pass began."""
+    monkeypatch.setattr(blocks, "fuses", lambda x: True)
+    formed: list[str] = []
+    made = shared_prefix.attention_for
+
+    def noted(grouped: GroupedAttention, x: Tensor) -> object:
+        formed.append(type(attention := made(grouped, x)).__name__)
+        return attention
+
+    monkeypatch.setattr(shared_prefix, "attention_for", noted)
+    context = random(1, 2, model.encoder.context_width)
+    expected = blocked_gradient(model, context)
+    assert formed == ["BlockedAttention"]
+    monkeypatch.setattr(PromptModel, "_budget", model.encoder.text_flops(1, 2, model.classes) / 2)
+    formed.clear()
+    leaf = context.clone().requires_grad_()
+    with many_cotangents():
+        features = model.text_features(leaf)
+    (found,) = torch.autograd.grad(features.sum(), leaf)
+    assert formed == ["GroupedAttention"] * 4  # two parts, and both again
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+def blocked_gradient(model: PromptModel, context: Tensor) -> Tensor:
+    leaf = context.clone().requires_grad_()
+    (found,) = torch.autograd.grad(model.text_features(leaf).sum(), leaf)
+    return found

@@ -106,7 +106,7 @@ def test_a_model_replays_what_it_repeats(model: PromptModel, on_any_device: list
     for number, context in enumerate(contexts):
         expected = features(model, context, wanted=False)
         for found, known in zip(features(model, context), expected, strict=True):
-            torch.testing.assert_close(found, known, rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(found, known, rtol=1e-12, atol=1e-12)
         assert len(on_any_device) == (2 if number >= BEFORE else 0)  # forward and backward, once
 
 

@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from sordino.encoders.frozen.blocks import many_cotangents
 from sordino.encoders.frozen.pullback import batched_gradients
 from sordino.encoders.prompt_model import PromptModel
 
@@ -100,7 +101,7 @@ def _class_jacobian(model: PromptModel, context: Tensor, index: int) -> Tensor:
     """Return the derivative of one class's feature by the context: [D, M E]."""
     alone = PromptModel(model.encoder, model.classes.part(index, index + 1))
     leaf = context.detach().requires_grad_()
-    with torch.enable_grad():
+    with torch.enable_grad(), many_cotangents():
         feature = alone.text_features(leaf)[0]
     directions = torch.eye(len(feature), dtype=feature.dtype, device=feature.device)
     chunks = directions.split(alone.prompts_at_once(context[None], 1))

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sordino.encoders.base import ClassTokens, DualEncoder
 from sordino.encoders.cache import Kind
+from sordino.encoders.frozen.blocks import as_now
 
 # The largest piece of work that is kept for a backward pass at once, in forward matrix-product
 # FLOPs. Large enough that the products run at full rate, small enough that activations stay well
@@ -158,6 +159,7 @@ class PromptModel:
         per_part = math.ceil(len(self.classes) / parts)
         starts = range(0, len(self.classes), per_part)
         pieces = [self.classes.part(start, start + per_part) for start in starts]
+        encode = as_now(encode)  # backward recomputes in a thread of its own
         features = [checkpoint(encode, context, piece, use_reentrant=False) for piece in pieces]
         return torch.cat(features, dim=-2)
 

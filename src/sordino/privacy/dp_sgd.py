@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sordino.encoders.frozen.blocks import many_cotangents
 from sordino.encoders.frozen.pullback import batched_gradients
 from sordino.encoders.prompt_model import Prompt, PromptModel
 from sordino.errors import RunError
@@ -162,7 +163,7 @@ def _by_vectorized_backward(
     model: PromptModel, prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch
 ) -> ExampleGradients:
     leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-    with torch.enable_grad():
+    with torch.enable_grad(), many_cotangents():
         prompt = prompt_of({**leaves, **fixed})
         features = model.class_features(prompt)
         penalty = model.penalty(features)

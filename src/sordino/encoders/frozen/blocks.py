@@ -8,9 +8,12 @@ throws away are a few per cent of a layer's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +24,10 @@ from sordino.encoders.frozen.pullback import apply, apply_all
 
 LEAST_ROWS = 64  # of sentences in a block, where there are as many
 TILE = 128  # a block's size is a multiple of what fused kernels work on at once
+
+Encode = Callable[[Tensor, Any], Tensor]
+
+_many: ContextVar[bool] = ContextVar("many", default=False)
 
 
 @dataclass(frozen=True)
@@ -193,9 +200,35 @@ class BlockedAttention:
         return apply(Collect(self.sequences), mixed.transpose(1, 2).flatten(2))
 
 
+@contextmanager
+def many_cotangents(wanted: bool = True) -> Iterator[None]:
+    """Have passes of this block ready for `batched_gradients`, which fused kernels take one after the other."""
+    token = _many.set(wanted)
+    try:
+        yield
+    finally:
+        _many.reset(token)
+
+
+def as_now(encode: Encode) -> Encode:
+    """Return the same function, whose attention has the form that it would have now, wherever it is called."""
+    many = _many.get()
+
+    def encoded(context: Tensor, classes: Any) -> Tensor:
+        with many_cotangents(many):
+            return encode(context, classes)
+
+    return encoded
+
+
 def attention_for(grouped: GroupedAttention, x: Tensor) -> Callable[[Tensor], Tensor]:
     """Return the form of an attention that is fast where a tensor [N, R, E] is, for N sequences of its type."""
-    return blocked(grouped, x) if x.is_cuda else grouped
+    return blocked(grouped, x) if fuses(x) and not _many.get() else grouped
+
+
+def fuses(x: Tensor) -> bool:
+    """Tell whether few large kernels are faster than many small ones where a tensor is."""
+    return x.is_cuda
 
 
 def blocked(grouped: GroupedAttention, x: Tensor) -> BlockedAttention:
