@@ -12,7 +12,6 @@ from typing import Any, Literal
 import tomli_w
 
 from sordino.encoders import choose_device, load_encoder
-from sordino.encoders.base import DualEncoder
 from sordino.errors import RunError
 from sordino.experiments.config import Experiment
 from sordino.experiments.run_folder import Metrics
@@ -28,6 +27,7 @@ from sordino.runtime.envelope import Envelope
 from sordino.runtime.fleet import Answer, Ask, Fleet, Lost, Patience, ServerRuntime, drive
 from sordino.runtime.messages import MessageError
 from sordino.runtime.server import ServerEnd, ServerRecord, ServerTraining
+from sordino.sites.latecomers import Latecomers
 from sordino.sites.meeting import Begun, Meeting, Met
 from sordino.sites.membership import ACCURACY
 from sordino.sites.page import epsilon_by_site, write_page
@@ -80,14 +80,17 @@ def coordinate(
         before = _begun(out, proposal)
         own = config.encoder
         encoder = load_encoder(own.name, own.checkpoint, own.dtype, choose_device(config.device), own.generative)
-        met = Meeting(config, proposal, encoder, fleet, patience).meet(before)
+        meeting = Meeting(config, proposal, encoder, fleet, patience)
+        met = meeting.meet(before)
         if before is None:
             write_atomically(out / "config.toml", tomli_w.dumps(dict(proposal.tables)).encode())
             write_atomically(out / PROPOSAL, json.dumps(proposal.facts, indent=1).encode())
             write_atomically(out / AGREEMENT, json.dumps(met.agreement.facts, indent=1).encode())
         for site, reason in sorted(met.left_out.items()):
-            log.warning("%s takes no part: %s", site, reason)
-        return _Rounds(config, proposal, fleet, out, patience, watch, encoder, met).run()
+            so_far = " so far, and is asked again between rounds" if site in met.silent else ""
+            log.warning("%s takes no part%s: %s", site, so_far, reason)
+        late, answered = Latecomers(meeting, met), before.answered if before else {}
+        return _Rounds(config, proposal, fleet, out, patience, watch, late, answered).run()
 
 
 def _begun(out: Path, proposal: Proposal) -> Begun | None:
@@ -135,13 +138,17 @@ class _Rounds:
     out: Path
     patience: Patience
     watch: Callable[[dict[str, Any]], None]
-    encoder: DualEncoder
-    met: Met
+    late: Latecomers
+    answered: Mapping[str, int]  # what was known of each site when this process began
     _began: float = 0.0
     _written: tuple[float, float] = (0.0, 0.0)  # when the page was written, and how long that took
     _server: ServerRuntime | None = None
     _accuracy: dict[str, float | None] = field(default_factory=dict)
     _metrics: Metrics = field(init=False)
+
+    @property
+    def met(self) -> Met:
+        return self.late.met
 
     def run(self) -> Outcome:
         end = ServerEnd(self.met.federation)
@@ -159,7 +166,9 @@ class _Rounds:
             end, training, self.met.agreement.sites, self.proposal.fingerprint, self.patience, self._save
         )
         with tracked(self.config.tracking, self.out, self._metrics):
-            training = drive(server, self.fleet)
+            self._greet_late(needed=self.met.federation.mechanism.releases_statistics and not training.released)
+            training = drive(server, self.late)
+        self._greet_late(last=True)
         accuracy = self._end(training)
         self._write_outcome(training, accuracy)
         self._write_page(training, accuracy, finished=True)
@@ -192,7 +201,21 @@ class _Rounds:
             by_site = {"epsilon": self._write_page(training, self._accuracy)}
             self._written = now, time.monotonic() - now
         self.watch({**self._metrics.lines[-1], **by_site})
-        self._began = time.monotonic()
+        self._began = time.monotonic()  # the next round's seconds have the wait for late sites in them
+        if training.round < self.met.federation.rounds:
+            self._greet_late()
+
+    def _greet_late(self, needed: bool = False, last: bool = False) -> None:
+        """Ask those who did not answer in the meeting once more; see `Latecomers.again`."""
+        server, known = self._server, _answered(self.met.agreement, self._metrics.lines)
+        assert server is not None
+        # A line without its state is of a round that is run again, and was answered all the same.
+        answered = {site: max(known.get(site, 0), self.answered.get(site, 0)) for site in self.met.agreement.sites}
+        self.late.again(answered, needed, last)
+        ledger = server.training.ledger
+        if self.met.data.keys() - ledger.data.keys():  # of a site that was late in every process so far
+            ledger = replace(ledger, data={**self.met.data, **ledger.data})
+            server.training = replace(server.training, ledger=ledger)
 
     def _evaluated(self, training: ServerTraining) -> dict[str, Any]:
         """Ask the sites that tell it for their accuracy, and return it for the round's line."""
