@@ -56,7 +56,7 @@ def test_an_old_copy_of_a_site_takes_its_place_and_answers_nothing(engine: Flare
     """FLARE lets the later of two processes with one certificate in. Its state knows fewer rounds than the server."""
     trial = Trial.of(engine, "copied", rounds=40, seed=7)
     copy = engine.folder / "copy" / "north"
-    with trial.start(grace=engine.grace) as run:
+    with trial.start(grace=5.0) as run:
         until("the first round is over", lambda: len(trial.rounds()) >= 1)
         shutil.copytree(engine.kits["north"], copy)
         ledger = copy / "state" / "ledger" / f"{trial.proposal.fingerprint}.json"
