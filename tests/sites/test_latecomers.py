@@ -161,6 +161,57 @@ def test_an_old_copy_whose_answers_came_late_is_refused_and_draws_no_noise(
     assert sites_at(site_files)["north"].ledger.experiments[Proposal.of(config).fingerprint].rounds == (1, 2, 3, 4)
 
 
+@pytest.mark.parametrize("back", [True, False])
+def test_an_old_copy_that_takes_its_place_between_two_rounds_is_refused(
+    back: bool, site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    """Where a site that is started again is asked at once, no hello and no agreement come before a round."""
+    write_site(tmp_path / "north", "north", clip_folder, {"tells": ["sizes", "class_names", "accuracy"]})
+    config, out, state = (
+        experiment(clip_folder, privacy=NOISE, rounds=8),
+        tmp_path / "out",
+        tmp_path / "north" / "state",
+    )
+    ledgers: list[bytes] = []
+
+    class Swaps(LocalFleet):
+        def ask(self, ask: Ask) -> Iterator[Answer | Lost]:
+            ((kind, _),) = {(envelope.kind, ask.round): 0 for envelope in asked_for(ask).values()}
+            if kind == "round":
+                self._before(ask.round)
+            return super().ask(ask)
+
+        def _before(self, number: int) -> None:
+            if number == 2:
+                shutil.copytree(state, tmp_path / "copy")
+            elif number == 5:
+                shutil.move(state, tmp_path / "newest")
+                shutil.copytree(tmp_path / "copy", state)
+            elif number == 7:
+                ledgers.extend(path.read_bytes() for name in ("copy", "north/state") for path in ledger_of(name))
+                if back:
+                    shutil.rmtree(state)
+                    shutil.move(tmp_path / "newest", state)
+            if number in (5, 6, 7):  # the second process of the copy has what the first one was told
+                self._sites["north"] = sites_at(site_files)["north"].turn
+
+    def ledger_of(name: str) -> list[Path]:
+        return sorted((tmp_path / name / "ledger").glob("*.json"))
+
+    over = Swaps({name: site.turn for name, site in sites_at(site_files).items()})
+    outcome = goes_on(config, over, out)
+    lines = lines_of(out)
+    assert [line["participants"] for line in lines] == [3] * 4 + [2] * 2 + [3 if back else 2] * 2
+    for line in lines[4:6]:
+        assert "this site answered round 4, and its state ends with round 1" in line["lost"]["north"]
+        assert line["accuracy"]["local"] is None, "its prompts would be old ones"
+    assert len(ledgers) == 2
+    assert ledgers[0] == ledgers[1], "it drew no noise"
+    rounds = sites_at(site_files)["north"].ledger.experiments[Proposal.of(config).fingerprint].rounds
+    assert rounds == ((1, 2, 3, 4, 7, 8) if back else (1,))
+    assert bool(outcome.accuracy) == back
+
+
 def test_a_line_whose_state_was_not_written_counts_as_answered_by_a_late_site(
     site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
 ) -> None:

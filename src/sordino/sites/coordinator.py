@@ -29,7 +29,7 @@ from sordino.runtime.messages import MessageError
 from sordino.runtime.server import ServerEnd, ServerRecord, ServerTraining
 from sordino.sites.latecomers import Latecomers
 from sordino.sites.meeting import Begun, Meeting, Met
-from sordino.sites.membership import ACCURACY
+from sordino.sites.membership import ACCURACY, ANSWERED
 from sordino.sites.page import epsilon_by_site, write_page
 from sordino.sites.proposal import Proposal
 
@@ -166,6 +166,7 @@ class _Rounds:
             end, training, self.met.agreement.sites, self.proposal.fingerprint, self.patience, self._save
         )
         with tracked(self.config.tracking, self.out, self._metrics):
+            self._tell_answered()
             self._greet_late(needed=self.met.federation.mechanism.releases_statistics and not training.released)
             training = drive(server, self.late)
         self._greet_late(last=True)
@@ -190,6 +191,7 @@ class _Rounds:
             line |= {"lost_clients": {str(client): why for client, why in record.lost.items()}} if record.lost else {}
         line |= {"lost": dict(lost)} if lost else {}
         self._metrics.add(line)
+        self._tell_answered()
         checkpoint.save_server(self.out / "checkpoint", training)
         for site, reason in lost.items():
             log.warning("round %d goes on without %s: %s", line["round"], site, reason)
@@ -205,12 +207,21 @@ class _Rounds:
         if training.round < self.met.federation.rounds:
             self._greet_late()
 
+    def _tell_answered(self) -> None:
+        """Have every question say which round its site is known to have answered.
+
+        A coordinator that goes on asks for a round in the same bytes again, so lines without their states do not count.
+        """
+        assert self._server is not None
+        known = _answered(self.met.agreement, self._metrics.lines)
+        self._server.facts = {site: {ANSWERED: known.get(site, 0)} for site in self.met.agreement.sites}
+
     def _greet_late(self, needed: bool = False, last: bool = False) -> None:
         """Ask those who did not answer in the meeting once more; see `Latecomers.again`."""
-        server, known = self._server, _answered(self.met.agreement, self._metrics.lines)
+        server = self._server
         assert server is not None
         # A line without its state is of a round that is run again, and was answered all the same.
-        answered = {site: max(known.get(site, 0), self.answered.get(site, 0)) for site in self.met.agreement.sites}
+        answered = {site: max(known[ANSWERED], self.answered.get(site, 0)) for site, known in server.facts.items()}
         self.late.again(answered, needed, last)
         ledger = server.training.ledger
         if self.met.data.keys() - ledger.data.keys():  # of a site that was late in every process so far
@@ -274,9 +285,12 @@ class _Rounds:
     ) -> Iterator[tuple[str, Envelope]]:
         """Give sites the broadcasts after a round, and yield what each answers; a refusal where it does not."""
         end, experiment = ServerEnd(self.met.federation), self.proposal.fingerprint
+        assert self._server is not None
         for group in _groups({site: sorted(self.met.agreement.sites[site]) for site in sorted(sites)}):
             payloads = {
-                site: Envelope(kind, experiment, {}, end.last_broadcasts(training, clients)).encode()
+                site: Envelope(
+                    kind, experiment, self._server.facts.get(site, {}), end.last_broadcasts(training, clients)
+                ).encode()
                 for site, clients in group.items()
             }
             # What a slow site is asked for now is worth no more than its round.
