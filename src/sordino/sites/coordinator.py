@@ -125,7 +125,7 @@ def _answered(agreement: Agreement, lines: Sequence[Mapping[str, Any]]) -> dict[
         if line.get("participants", 0) + len(lost_clients) < len(agreement.sizes):
             continue
         for site, clients in agreement.sites.items():
-            if site not in lost and not any(str(client) in lost_clients for client in clients):
+            if site not in lost and not (lost_clients and any(str(client) in lost_clients for client in clients)):
                 answered[site] = line["round"]
     return answered
 
@@ -156,7 +156,7 @@ class _Rounds:
         if self.met.tells_accuracy:
             start = replace(start, ledger=replace(start.ledger, disclosures=(*start.ledger.disclosures, ACCURACY)))
         folder = self.out / "checkpoint"
-        training = checkpoint.load_server(folder, start) or start
+        training = self._with_data(checkpoint.load_server(folder, start) or start)
         first = 0 if self.met.federation.mechanism.releases_statistics else 1
         # A line without its state is of a round that is run again.
         last = training.round if training.round or training.released else first - 1
@@ -166,7 +166,7 @@ class _Rounds:
             end, training, self.met.agreement.sites, self.proposal.fingerprint, self.patience, self._save
         )
         with tracked(self.config.tracking, self.out, self._metrics):
-            self._tell_answered()
+            self._tell_answered(self._metrics.lines)
             self._greet_late(needed=self.met.federation.mechanism.releases_statistics and not training.released)
             training = drive(server, self.late)
         self._greet_late(last=True)
@@ -191,7 +191,7 @@ class _Rounds:
             line |= {"lost_clients": {str(client): why for client, why in record.lost.items()}} if record.lost else {}
         line |= {"lost": dict(lost)} if lost else {}
         self._metrics.add(line)
-        self._tell_answered()
+        self._tell_answered([line])
         checkpoint.save_server(self.out / "checkpoint", training)
         for site, reason in lost.items():
             log.warning("round %d goes on without %s: %s", line["round"], site, reason)
@@ -207,26 +207,32 @@ class _Rounds:
         if training.round < self.met.federation.rounds:
             self._greet_late()
 
-    def _tell_answered(self) -> None:
-        """Have every question say which round its site is known to have answered.
+    def _tell_answered(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Have every question say which round its site is known to have answered, with some more lines.
 
         A coordinator that goes on asks for a round in the same bytes again, so lines without their states do not count.
         """
         assert self._server is not None
-        known = _answered(self.met.agreement, self._metrics.lines)
-        self._server.facts = {site: {ANSWERED: known.get(site, 0)} for site in self.met.agreement.sites}
+        before = self._server.facts or {site: {ANSWERED: 0} for site in self.met.agreement.sites}
+        new = {site: {ANSWERED: number} for site, number in _answered(self.met.agreement, lines).items()}
+        self._server.facts = {**before, **new}
 
     def _greet_late(self, needed: bool = False, last: bool = False) -> None:
         """Ask those who did not answer in the meeting once more; see `Latecomers.again`."""
         server = self._server
-        assert server is not None
+        if server is None or not self.met.silent:
+            return
         # A line without its state is of a round that is run again, and was answered all the same.
         answered = {site: max(known[ANSWERED], self.answered.get(site, 0)) for site, known in server.facts.items()}
         self.late.again(answered, needed, last)
-        ledger = server.training.ledger
-        if self.met.data.keys() - ledger.data.keys():  # of a site that was late in every process so far
-            ledger = replace(ledger, data={**self.met.data, **ledger.data})
-            server.training = replace(server.training, ledger=ledger)
+        server.training = self._with_data(server.training)
+
+    def _with_data(self, training: ServerTraining) -> ServerTraining:
+        """Return a state whose ledger has the data of all sites that were met, also of one that was late so far."""
+        ledger = training.ledger
+        if self.met.data.keys() <= ledger.data.keys():
+            return training
+        return replace(training, ledger=replace(ledger, data={**self.met.data, **ledger.data}))
 
     def _evaluated(self, training: ServerTraining) -> dict[str, Any]:
         """Ask the sites that tell it for their accuracy, and return it for the round's line."""
