@@ -95,7 +95,7 @@ def test_it_has_the_bits_of_sites_in_one_process(
 
 def test_a_site_that_is_killed_comes_back_in_a_later_round(engine: Engine) -> None:
     trial = Trial.of(engine, "killed", rounds=30, seed=2)
-    with trial.start(grace=engine.grace) as run:
+    with trial.start(grace=2.0) as run:
         until("the first round is over", lambda: len(trial.rounds()) >= 1)
         engine.kill_site("north")
         engine.start_site("north")

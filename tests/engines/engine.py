@@ -22,8 +22,6 @@ class Engine(Protocol):
         homes: site to the folder of its `site.toml`, with its pictures in `pictures`.
         states: site to its state folder.
         faults: the folder in which a test says which faults sites have.
-        grace: of an experiment in which a site is killed: less than it takes to be back, and where others begin anew
-            with it, enough for its hello.
     """
 
     folder: Path
@@ -31,7 +29,6 @@ class Engine(Protocol):
     homes: Mapping[str, Path]
     states: Mapping[str, Path]
     faults: Path
-    grace: float
 
     def run(self, config: Path, out: Path, *overrides: str) -> subprocess.Popen[str]:
         """Start the command that runs an experiment to its end; it prints one JSON object, and tells on stderr."""

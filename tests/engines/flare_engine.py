@@ -37,7 +37,6 @@ class FlareEngine:
     clip: Path | None
     kits: dict[str, Path]
     parties: dict[str, Party]
-    grace: float = 15.0
 
     @property
     def homes(self) -> dict[str, Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -111,6 +111,8 @@ def test_a_job_that_is_paused_ends_between_two_rounds_and_not_in_one() -> None:
     list(fleet.ask(first))
     tasks.pause = True
     assert list(fleet.ask(first)) == [Answer("east", b"1")]
+    assert list(fleet.ask(replace(first, round=0))) == [Answer("east", b"1")], "a late site's hello, between two rounds"
+    assert list(fleet.ask(first)) == [Answer("east", b"1")], "the end, after the last round"
     tasks.started.clear()
     with pytest.raises(Paused, match="before round 3"):
         list(fleet.ask(Ask(3, {"east": b"east"}, 1, 1e6, 0.0)))

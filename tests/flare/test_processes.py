@@ -33,38 +33,64 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlareEngine]:
         yield started
 
 
+NOT_AGREED = "it has not agreed"
+
+
+def late_at_hello(engine: FlareEngine) -> None:
+    """Have the first hello of north's next process come after a round went on without it."""
+    (engine.faults / "north.json").write_text(json.dumps({"hello": "late"}))
+
+
+def once_it_was_late(engine: FlareEngine, trial: Trial) -> None:
+    """Let north's hello go when a round went on without it."""
+    until("north is late", lambda: any(NOT_AGREED in line.get("lost", {}).get("north", "") for line in trial.rounds()))
+    (engine.faults / "north.json").unlink()
+
+
 def test_a_site_whose_process_is_killed_is_asked_again_by_the_next_job(engine: FlareEngine) -> None:
-    """FLARE fails the whole job. The run goes on from its last round, and no round is charged or drawn twice."""
-    trial = Trial.of(engine, "killed", rounds=30)
-    with trial.start() as run:
+    """FLARE fails the whole job. The run goes on from its last round, and no round is charged or drawn twice.
+
+    The site's hello to the next job is later than the grace, so it is in no round at first.
+    """
+    trial = Trial.of(engine, "killed", rounds=40)
+    with trial.start(grace=2.0) as run:
         until("the first round is over", lambda: len(trial.rounds()) >= 1)
+        late_at_hello(engine)
         killed = engine.parties["north"].job_process()
         assert killed is not None
         os.kill(killed, signal.SIGKILL)
+        once_it_was_late(engine, trial)
         outcome, told = run.end()
     assert "try 1 of 5" in told
-    assert outcome["rounds"] == 30
+    assert outcome["rounds"] == 40
+    assert not outcome["left_out"]
     lines = trial.written()
-    assert [line["round"] for line in lines] == list(range(1, 31)), "none is run twice, none left out"
+    assert [line["round"] for line in lines] == list(range(1, 41)), "none is run twice, none left out"
     whole = [line["round"] for line in lines if line["participants"] == 3]
-    assert len(whole) >= 28
-    assert trial.charged("east") == trial.charged("west") == list(range(1, 31))
-    assert set(whole) <= set(trial.charged("north"))
+    late = [line["round"] for line in lines if NOT_AGREED in line.get("lost", {}).get("north", "")]
+    assert late[-1] < 38, "it took part again"
+    assert set(whole).isdisjoint(late)
+    assert trial.charged("east") == trial.charged("west") == list(range(1, 41))
+    charged = set(trial.charged("north"))
+    assert set(whole) <= charged
+    assert charged.isdisjoint(late), "it was asked for nothing before it agreed"
 
 
 def test_an_old_copy_of_a_site_takes_its_place_and_answers_nothing(engine: FlareEngine) -> None:
     """FLARE lets the later of two processes with one certificate in. Its state knows fewer rounds than the server."""
     trial = Trial.of(engine, "copied", rounds=40, seed=7)
     copy = engine.folder / "copy" / "north"
-    with trial.start(grace=engine.grace) as run:
+    with trial.start(grace=2.0) as run:
         until("the first round is over", lambda: len(trial.rounds()) >= 1)
         shutil.copytree(engine.kits["north"], copy)
         ledger = copy / "state" / "ledger" / f"{trial.proposal.fingerprint}.json"
         before, copied = ledger.read_bytes(), len(trial.rounds())
         until("more rounds are over", lambda: len(trial.rounds()) >= copied + 3)
         engine.kill_site("north")
+        late_at_hello(engine)  # so that only the agreement that comes later tells it that it is old
         party = engine.site(copy)
         try:
+            once_it_was_late(engine, trial)
             outcome, told = run.end()
         finally:
             party.end()

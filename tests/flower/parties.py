@@ -87,8 +87,6 @@ class FlowerEngine:
         clip: the encoder's.
     """
 
-    grace = 2.0
-
     def __init__(self, folder: Path, clip: Path) -> None:
         self.folder, self.clip = folder / "tests", clip
         self.folder.mkdir()

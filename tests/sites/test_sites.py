@@ -294,6 +294,7 @@ def test_a_coordinator_that_dies_as_it_writes_a_round_has_each_round_once(
     assert outcome.training.round == 4
     lines = (out / METRICS).read_text()
     assert [json.loads(line)["round"] for line in lines.splitlines()] == [1, 2, 3, 4]
+    assert '"lost"' not in lines, "it asked in the same bytes, so sites sent the answers that they had kept"
     assert lines.startswith("".join(text.splitlines(keepends=True)[:2])), "what had its state is as it was"
     for site in sites.values():
         assert site.ledger.experiments[Proposal.of(config).fingerprint].rounds == (1, 2, 3, 4)

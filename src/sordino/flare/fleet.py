@@ -69,7 +69,7 @@ class FlareFleet:
         """
         if ask.round > self._round and self._tasks.paused():
             raise Paused(f"the job ends before round {ask.round}")
-        self._round = ask.round
+        self._round = max(self._round, ask.round)  # a late site is asked for its hello between rounds
         heard: queue.SimpleQueue[tuple[str, bytes | str]] = queue.SimpleQueue()
         there, waiting = self.sites(), dict[str, Callable[[], None]]()
 

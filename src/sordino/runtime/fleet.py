@@ -191,6 +191,7 @@ class ServerRuntime:
     Attributes:
         training: the state after the last round.
         traffic: site to bytes that it was sent, and that it sent.
+        facts: site to what it is told with every question; changed between rounds only.
     """
 
     def __init__(
@@ -210,6 +211,7 @@ class ServerRuntime:
         self._heard = Heard()
         self._lost: dict[str, str] = {}  # in this round
         self.traffic = dict.fromkeys(self._sites, (0, 0))
+        self.facts: Mapping[str, Mapping[str, Any]] = {}
 
     def next(self) -> Ask | Done:
         """Return what to ask now, or that all rounds are over.
@@ -306,7 +308,10 @@ class ServerRuntime:
         grouped: dict[str, dict[int, bytes]] = {}
         for client, content in contents.items():
             grouped.setdefault(self._site_of[client], {})[client] = content
-        return {site: Envelope("round", self._experiment, {}, messages).encode() for site, messages in grouped.items()}
+        return {
+            site: Envelope("round", self._experiment, self.facts.get(site, {}), messages).encode()
+            for site, messages in grouped.items()
+        }
 
 
 def put(ask: Ask, server: ServerRuntime, fleet: Fleet) -> None:

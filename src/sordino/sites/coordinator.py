@@ -12,7 +12,6 @@ from typing import Any, Literal
 import tomli_w
 
 from sordino.encoders import choose_device, load_encoder
-from sordino.encoders.base import DualEncoder
 from sordino.errors import RunError
 from sordino.experiments.config import Experiment
 from sordino.experiments.run_folder import Metrics
@@ -28,8 +27,9 @@ from sordino.runtime.envelope import Envelope
 from sordino.runtime.fleet import Answer, Ask, Fleet, Lost, Patience, ServerRuntime, drive
 from sordino.runtime.messages import MessageError
 from sordino.runtime.server import ServerEnd, ServerRecord, ServerTraining
+from sordino.sites.latecomers import Latecomers
 from sordino.sites.meeting import Begun, Meeting, Met
-from sordino.sites.membership import ACCURACY
+from sordino.sites.membership import ACCURACY, ANSWERED
 from sordino.sites.page import epsilon_by_site, write_page
 from sordino.sites.proposal import Proposal
 
@@ -80,14 +80,17 @@ def coordinate(
         before = _begun(out, proposal)
         own = config.encoder
         encoder = load_encoder(own.name, own.checkpoint, own.dtype, choose_device(config.device), own.generative)
-        met = Meeting(config, proposal, encoder, fleet, patience).meet(before)
+        meeting = Meeting(config, proposal, encoder, fleet, patience)
+        met = meeting.meet(before)
         if before is None:
             write_atomically(out / "config.toml", tomli_w.dumps(dict(proposal.tables)).encode())
             write_atomically(out / PROPOSAL, json.dumps(proposal.facts, indent=1).encode())
             write_atomically(out / AGREEMENT, json.dumps(met.agreement.facts, indent=1).encode())
         for site, reason in sorted(met.left_out.items()):
-            log.warning("%s takes no part: %s", site, reason)
-        return _Rounds(config, proposal, fleet, out, patience, watch, encoder, met).run()
+            so_far = " so far, and is asked again between rounds" if site in met.silent else ""
+            log.warning("%s takes no part%s: %s", site, so_far, reason)
+        late, answered = Latecomers(meeting, met), before.answered if before else {}
+        return _Rounds(config, proposal, fleet, out, patience, watch, late, answered).run()
 
 
 def _begun(out: Path, proposal: Proposal) -> Begun | None:
@@ -122,7 +125,7 @@ def _answered(agreement: Agreement, lines: Sequence[Mapping[str, Any]]) -> dict[
         if line.get("participants", 0) + len(lost_clients) < len(agreement.sizes):
             continue
         for site, clients in agreement.sites.items():
-            if site not in lost and not any(str(client) in lost_clients for client in clients):
+            if site not in lost and not (lost_clients and any(str(client) in lost_clients for client in clients)):
                 answered[site] = line["round"]
     return answered
 
@@ -135,13 +138,17 @@ class _Rounds:
     out: Path
     patience: Patience
     watch: Callable[[dict[str, Any]], None]
-    encoder: DualEncoder
-    met: Met
+    late: Latecomers
+    answered: Mapping[str, int]  # what was known of each site when this process began
     _began: float = 0.0
     _written: tuple[float, float] = (0.0, 0.0)  # when the page was written, and how long that took
     _server: ServerRuntime | None = None
     _accuracy: dict[str, float | None] = field(default_factory=dict)
     _metrics: Metrics = field(init=False)
+
+    @property
+    def met(self) -> Met:
+        return self.late.met
 
     def run(self) -> Outcome:
         end = ServerEnd(self.met.federation)
@@ -149,7 +156,7 @@ class _Rounds:
         if self.met.tells_accuracy:
             start = replace(start, ledger=replace(start.ledger, disclosures=(*start.ledger.disclosures, ACCURACY)))
         folder = self.out / "checkpoint"
-        training = checkpoint.load_server(folder, start) or start
+        training = self._with_data(checkpoint.load_server(folder, start) or start)
         first = 0 if self.met.federation.mechanism.releases_statistics else 1
         # A line without its state is of a round that is run again.
         last = training.round if training.round or training.released else first - 1
@@ -159,7 +166,10 @@ class _Rounds:
             end, training, self.met.agreement.sites, self.proposal.fingerprint, self.patience, self._save
         )
         with tracked(self.config.tracking, self.out, self._metrics):
-            training = drive(server, self.fleet)
+            self._tell_answered(self._metrics.lines)
+            self._greet_late(needed=self.met.federation.mechanism.releases_statistics and not training.released)
+            training = drive(server, self.late)
+        self._greet_late(last=True)
         accuracy = self._end(training)
         self._write_outcome(training, accuracy)
         self._write_page(training, accuracy, finished=True)
@@ -181,6 +191,7 @@ class _Rounds:
             line |= {"lost_clients": {str(client): why for client, why in record.lost.items()}} if record.lost else {}
         line |= {"lost": dict(lost)} if lost else {}
         self._metrics.add(line)
+        self._tell_answered([line])
         checkpoint.save_server(self.out / "checkpoint", training)
         for site, reason in lost.items():
             log.warning("round %d goes on without %s: %s", line["round"], site, reason)
@@ -192,7 +203,36 @@ class _Rounds:
             by_site = {"epsilon": self._write_page(training, self._accuracy)}
             self._written = now, time.monotonic() - now
         self.watch({**self._metrics.lines[-1], **by_site})
-        self._began = time.monotonic()
+        self._began = time.monotonic()  # the next round's seconds have the wait for late sites in them
+        if training.round < self.met.federation.rounds:
+            self._greet_late()
+
+    def _tell_answered(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Have every question say which round its site is known to have answered, with some more lines.
+
+        A coordinator that goes on asks for a round in the same bytes again, so lines without their states do not count.
+        """
+        assert self._server is not None
+        before = self._server.facts or {site: {ANSWERED: 0} for site in self.met.agreement.sites}
+        new = {site: {ANSWERED: number} for site, number in _answered(self.met.agreement, lines).items()}
+        self._server.facts = {**before, **new}
+
+    def _greet_late(self, needed: bool = False, last: bool = False) -> None:
+        """Ask those who did not answer in the meeting once more; see `Latecomers.again`."""
+        server = self._server
+        if server is None or not self.met.silent:
+            return
+        # A line without its state is of a round that is run again, and was answered all the same.
+        answered = {site: max(known[ANSWERED], self.answered.get(site, 0)) for site, known in server.facts.items()}
+        self.late.again(answered, needed, last)
+        server.training = self._with_data(server.training)
+
+    def _with_data(self, training: ServerTraining) -> ServerTraining:
+        """Return a state whose ledger has the data of all sites that were met, also of one that was late so far."""
+        ledger = training.ledger
+        if self.met.data.keys() <= ledger.data.keys():
+            return training
+        return replace(training, ledger=replace(ledger, data={**self.met.data, **ledger.data}))
 
     def _evaluated(self, training: ServerTraining) -> dict[str, Any]:
         """Ask the sites that tell it for their accuracy, and return it for the round's line."""
@@ -251,9 +291,12 @@ class _Rounds:
     ) -> Iterator[tuple[str, Envelope]]:
         """Give sites the broadcasts after a round, and yield what each answers; a refusal where it does not."""
         end, experiment = ServerEnd(self.met.federation), self.proposal.fingerprint
+        assert self._server is not None
         for group in _groups({site: sorted(self.met.agreement.sites[site]) for site in sorted(sites)}):
             payloads = {
-                site: Envelope(kind, experiment, {}, end.last_broadcasts(training, clients)).encode()
+                site: Envelope(
+                    kind, experiment, self._server.facts.get(site, {}), end.last_broadcasts(training, clients)
+                ).encode()
                 for site, clients in group.items()
             }
             # What a slow site is asked for now is worth no more than its round.

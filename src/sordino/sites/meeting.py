@@ -1,10 +1,10 @@
-"""The meeting of a coordinator and its sites before the first round: hello, differences, and the agreement."""
+"""The meeting of a coordinator and its sites: hello, differences, and the agreement; again for those who were late."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -41,6 +41,8 @@ class Met:
         data: "client k" to a digest of its data, which only its site can make.
         left_out: site to the reason why it takes no part, or is not there.
         tells_accuracy: the sites that will tell their clients' accuracies, which have no noise.
+        silent: the agreement's sites that did not answer hello, or did not answer the agreement. Who refused is not
+            among them.
     """
 
     agreement: Agreement
@@ -50,6 +52,7 @@ class Met:
     data: Mapping[str, str]
     left_out: Mapping[str, str]
     tells_accuracy: frozenset[str] = frozenset()
+    silent: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,19 @@ class Begun:
     agreement: Agreement
     data: Mapping[str, str]
     answered: Mapping[str, int]
+
+
+@dataclass
+class _Absent:
+    """Who takes no part.
+
+    Attributes:
+        reasons: by site.
+        silent: those of them that did not answer. The others refused, or differ.
+    """
+
+    reasons: dict[str, str] = field(default_factory=dict)
+    silent: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -96,51 +112,92 @@ class Meeting:
         """
         agreed = begun.agreement if begun else None
         names = self._awaited() if agreed is None else sorted(agreed.sites)
-        experiment = self.proposal.fingerprint
-        # Whoever is late now takes no part at all, unless the experiment goes on: then rounds ask everybody again.
+        if not names:
+            raise RunError("no site is there; start them, and see that they reach the server")
+        # Whoever is late now takes no part at all, unless the experiment goes on: then it is asked again later.
         enough = len(names) if agreed is None else self.patience.of(len(names))
-        proposed = Envelope("hello", experiment, self.proposal.facts)
-        hellos, left_out = self._asked(dict.fromkeys(names, proposed), enough)
+        absent = _Absent()
+        here = self._greeted(names, replace(self._ask, quorum=enough), absent)
+        classes = self._classes(here)
+        self._compare(here, classes, begun, absent)
+        self._need(here, names, absent)
+        agreement = agreed or _agreement(here)
+        federation = self._federation(agreement, classes, next(iter(here.values())))
+        enough = len(here) if agreed is None else min(enough, len(here))
+        known = begun or Begun(agreement, {}, {})
+        rounds = self._agreed(here, known, federation, replace(self._ask, quorum=enough), absent)
+        self._need(rounds, names, absent)
+        data = {**known.data, **_data(agreement, here)}
+        silent = frozenset(absent.silent & agreement.sites.keys())
+        return Met(agreement, federation, classes, rounds, data, absent.reasons, _tell(here, rounds), silent)
+
+    def again(self, met: Met, answered: Mapping[str, int], seconds: float) -> Met:
+        """Say hello again to the sites that did not answer, and have them agree; return what holds then.
+
+        Args:
+            met: what held before.
+            answered: site to the last round that it is known to have answered by now. This is what an old copy of a
+                site's state is known by.
+            seconds: how long it waits for their hellos, and again for their answers to the agreement.
+        """
+        ask = replace(self._ask, quorum=len(met.silent), deadline=seconds, grace=seconds)
+        known, absent = Begun(met.agreement, met.data, answered), _Absent()
+        here = self._greeted(sorted(met.silent), ask, absent)
+        self._compare(here, met.class_names, known, absent)
+        rounds = self._agreed(here, known, met.federation, replace(ask, quorum=len(here)), absent)
+        before = {site: reason for site, reason in met.left_out.items() if site not in rounds}
+        return replace(
+            met,
+            rounds={**met.rounds, **rounds},
+            data={**met.data, **_data(met.agreement, {site: here[site] for site in rounds})},
+            left_out=before | absent.reasons,
+            tells_accuracy=met.tells_accuracy | _tell(here, rounds),
+            silent=frozenset(absent.silent),
+        )
+
+    @property
+    def _ask(self) -> Ask:
+        """Return a question without messages that waits as long as the coordinator's patience says."""
+        return Ask(BEFORE, {}, 0, self.patience.deadline, self.patience.grace)
+
+    def _greeted(self, names: Sequence[str], ask: Ask, absent: _Absent) -> dict[str, Hello]:
+        """Say hello to sites, and return what they tell."""
+        proposed = Envelope("hello", self.proposal.fingerprint, self.proposal.facts)
         here: dict[str, Hello] = {}
-        for site, envelope in sorted(hellos.items()):
+        for site, envelope in sorted(self._asked(dict.fromkeys(names, proposed), ask, absent).items()):
             try:
                 here[site] = Hello.read(envelope.facts, (sordino.__version__, PROTOCOL))
             except MessageError as error:
-                left_out[site] = str(error)
-        classes = self._classes(here)
+                absent.reasons[site] = str(error)
+        return here
+
+    def _compare(self, here: dict[str, Hello], classes: Sequence[str], begun: Begun | None, absent: _Absent) -> None:
+        """Leave out the sites that differ."""
         for site, hello in list(here.items()):
             difference = self._difference(hello, classes)
             if begun is not None and not difference:
                 difference = _changed(begun, site, hello)
             if difference:
-                left_out[site] = difference
+                absent.reasons[site] = difference
                 del here[site]
-        self._need(here, names, left_out)
-        agreement = agreed or _agreement(here)
-        federation = self._federation(agreement, classes, next(iter(here.values())))
-        enough = len(here) if agreed is None else min(enough, len(here))
-        answered = begun.answered if begun else {}
-        told_now = {
-            site: Envelope("agreement", experiment, agreement.facts | {ANSWERED: answered.get(site, 0)})
+
+    def _agreed(
+        self, here: Mapping[str, Hello], begun: Begun, federation: Federation, ask: Ask, absent: _Absent
+    ) -> dict[str, int]:
+        """Tell sites the agreement, and return the last round of each that computes the same from it."""
+        facts, experiment = begun.agreement.facts, self.proposal.fingerprint
+        told = {
+            site: Envelope("agreement", experiment, facts | {ANSWERED: begun.answered.get(site, 0)})
             for site in sorted(here)
         }
-        answers, lost = self._asked(told_now, enough)
-        left_out |= lost
         rounds: dict[str, int] = {}
-        for site, envelope in answers.items():
+        for site, envelope in self._asked(told, ask, absent).items():
             if envelope.facts.get("federation") != federation_digest(federation):
-                left_out[site] = "it computes another noise, or other messages, from what was agreed"
+                absent.reasons[site] = "it computes another noise, or other messages, from what was agreed"
             else:
-                told = envelope.facts.get("round")
-                rounds[site] = told if isinstance(told, int) else 0
-        self._need(rounds, names, left_out)
-        data = {
-            f"client {client}": digest
-            for site, hello in here.items()
-            for client, digest in zip(sorted(agreement.sites[site]), hello.data, strict=True)
-        }
-        tells = frozenset(site for site in rounds if here[site].accuracy)
-        return Met(agreement, federation, classes, rounds, data, left_out, tells)
+                last = envelope.facts.get("round")
+                rounds[site] = last if isinstance(last, int) else 0
+        return rounds
 
     def _awaited(self) -> list[str]:
         """Return the sites to ask: those expected, once they are there or the deadline is over; else those there."""
@@ -155,21 +212,19 @@ class Meeting:
             log.warning("%s is not there after %g s", site, seconds)
         return sorted(self.patience.sites)
 
-    def _asked(self, messages: Mapping[str, Envelope], enough: int) -> tuple[dict[str, Envelope], dict[str, str]]:
-        """Ask each site its own; their answers, and who did not answer or refused, with the reason of each.
+    def _asked(self, messages: Mapping[str, Envelope], ask: Ask, absent: _Absent) -> dict[str, Envelope]:
+        """Ask each site its own, and return the answers; note who did not answer or refused, with the reason of each.
 
-        Once `enough` have answered, the others have the grace time.
+        Once a quorum has answered, the others have the grace time.
         """
         answers: dict[str, Envelope] = {}
-        lost: dict[str, str] = {}
         if not messages:
-            raise RunError("no site is there; start them, and see that they reach the server")
+            return answers
         payloads = {site: message.encode() for site, message in messages.items()}
-        patience = self.patience
-        ask = Ask(BEFORE, payloads, enough, patience.deadline, patience.grace)
-        for event in self.fleet.ask(ask):
+        for event in self.fleet.ask(replace(ask, payloads=payloads)):
             if not isinstance(event, Answer):
-                lost[event.site] = event.reason
+                absent.reasons[event.site] = event.reason
+                absent.silent.add(event.site)
                 continue
             try:
                 envelope = Envelope.decode(event.content)
@@ -177,8 +232,8 @@ class Meeting:
                     raise MessageError(str(envelope.facts.get("reason", f"it answered with a {envelope.kind}")))
                 answers[event.site] = envelope
             except MessageError as error:
-                lost[event.site] = str(error)
-        return answers, lost
+                absent.reasons[event.site] = str(error)
+        return answers
 
     def _classes(self, here: Mapping[str, Hello]) -> tuple[str, ...]:
         """Return the classes: the experiment's, or those of the first site that tells its own."""
@@ -207,9 +262,9 @@ class Meeting:
         example = torch.zeros(hello.example, device=self.encoder.device)
         return agreement.federation(plan_of(self.config, model, None, example))
 
-    def _need(self, there: Collection[str], names: Sequence[str], left_out: Mapping[str, str]) -> None:
+    def _need(self, there: Collection[str], names: Sequence[str], absent: _Absent) -> None:
         if len(there) < self.patience.of(len(names)):
-            reasons = "; ".join(f"{site}: {reason}" for site, reason in sorted(left_out.items()))
+            reasons = "; ".join(f"{site}: {reason}" for site, reason in sorted(absent.reasons.items()))
             needed = self.patience.of(len(names))
             raise RunError(f"{len(there)} of {len(names)} sites take part, and {needed} are needed. {reasons}")
 
@@ -232,6 +287,20 @@ def _agreement(here: Mapping[str, Hello]) -> Agreement:
         raise RunError(f"client {missing[0]} is at no site that takes part")
     whole = all(hello.whole_persons for hello in here.values())
     return Agreement(sites, [sizes[client] for client in range(len(sizes))], whole)
+
+
+def _data(agreement: Agreement, here: Mapping[str, Hello]) -> dict[str, str]:
+    """Return the digests of the clients' data, as their sites tell them."""
+    return {
+        f"client {client}": digest
+        for site, hello in here.items()
+        for client, digest in zip(sorted(agreement.sites[site]), hello.data, strict=True)
+    }
+
+
+def _tell(here: Mapping[str, Hello], rounds: Collection[str]) -> frozenset[str]:
+    """Return those of the sites in rounds that tell accuracies."""
+    return frozenset(site for site in rounds if here[site].accuracy)
 
 
 def _changed(begun: Begun, site: str, hello: Hello) -> str:

@@ -54,6 +54,7 @@ class Membership:
         self.config = self._own_config()
         self._federation: Federation | None = None
         self._turns: Turns | None = None
+        self._answered = 0  # the last round that the coordinator is known to have an answer to
         self._affordable: tuple[Ledger, dict[str, tuple[int, ...]]] = Ledger(), {}
 
     @cached_property
@@ -68,10 +69,15 @@ class Membership:
         """Return the site's rounds.
 
         Raises:
-            MessageError: there is no agreement yet.
+            MessageError: there is no agreement yet, or this site's state is older than its own answers.
         """
         if self._turns is None:
             raise MessageError("there is no agreement yet; who takes part is told before the first round")
+        if (last := self._turns.round) < self._answered:
+            raise MessageError(
+                f"this site answered round {self._answered}, and its state ends with round {last}: it is an old "
+                "backup, or another copy's; put the newest state back, and see that no other copy of the site runs"
+            )
         return self._turns
 
     def hello(self) -> Hello:
@@ -125,9 +131,7 @@ class Membership:
             SordinoError: it is not what this site told, another one was made before, the budget does not suffice, or
                 this site's state is older than its own answers.
         """
-        agreement, answered = Agreement.read(facts), facts.get(ANSWERED, 0)
-        if type(answered) is not int:
-            raise MessageError("the agreement cannot be read: the last round that was answered is no number")
+        agreement, answered = Agreement.read(facts), _answered(facts)
         mine = agreement.sites.get(self._name)
         if mine is None:
             raise MessageError(f"the agreement leaves out this site, {self._name}")
@@ -137,20 +141,37 @@ class Membership:
         document = {"agreement": agreement.facts, "data": self.own.digests}
         answered = max(answered, self._check_unchanged(document))
         federation, turns = self._federation, self._turns
-        if federation is None or turns is None:
+        if federation is None or turns is None or turns.round < answered:  # the newest state may be back
             federation = agreement.federation(self.own.plan)
             self._check(federation, mine)
             turns = self._joined(federation, sorted(mine))
         # Written first, so that a process that starts later refuses, too.
-        write_atomically(self._folder / AGREED, json.dumps(document | {ANSWERED: answered}, indent=1).encode())
-        self._federation, self._turns = federation, turns if turns.round >= answered else None
-        if self._turns is None:
-            raise MessageError(
-                f"this site answered round {answered}, and its state ends with round {turns.round}: it is an old "
-                "backup, or another copy's; put the newest state back, and see that no other copy of the site runs"
-            )
-        reply = {"federation": federation_digest(federation), "round": turns.round}
+        self._keep(document, answered)
+        self._federation, self._turns = federation, turns
+        reply = {"federation": federation_digest(federation), "round": self.turns.round}
         return Envelope("agreement", self.proposal.fingerprint, reply).encode()
+
+    def newest_turns(self, facts: Mapping[str, Any]) -> Turns:
+        """Return the site's rounds, where its state is not older than its own answers.
+
+        An old copy of it may be put in its place at any time, and no agreement comes then. So every question about
+        rounds says which round this site is known to have answered.
+
+        Args:
+            facts: of the question.
+
+        Raises:
+            MessageError: the state is older, there is no agreement yet, or the facts are malformed.
+        """
+        answered = _answered(facts)
+        if answered > max(self._answered, self.turns.round):
+            self._keep(read_document(self._folder / AGREED), answered)
+        return self.turns
+
+    def _keep(self, document: Mapping[str, Any], answered: int) -> None:
+        """Keep the agreement, and the last round that this site is known to have answered."""
+        write_atomically(self._folder / AGREED, json.dumps({**document, ANSWERED: answered}, indent=1).encode())
+        self._answered = answered
 
     def _check_unchanged(self, document: dict[str, Any]) -> int:
         """Refuse what is not as it was when this site joined, in whichever process that was.
@@ -315,6 +336,18 @@ class Membership:
             self._ledger.charge(experiment, empty, number, releases)
 
         return Turns(make_end, self.proposal.fingerprint, self._folder, charge)
+
+
+def _answered(facts: Mapping[str, Any]) -> int:
+    """Return the last round that a site is known to have answered, from a message.
+
+    Raises:
+        MessageError: it is no number.
+    """
+    answered = facts.get(ANSWERED, 0)
+    if type(answered) is not int:
+        raise MessageError("the message cannot be read: the last round that was answered is no number")
+    return answered
 
 
 def read_document(file: Path) -> dict[str, Any]:

@@ -79,8 +79,9 @@ class Site:
             member = self._member(experiment)
             if envelope.kind == "agreement":
                 return member.agree(envelope.facts)
+            turns = member.newest_turns(envelope.facts)
             if envelope.kind == "round":
-                return member.turns.turn(request)
+                return turns.turn(request)
             if envelope.kind == "evaluate":
                 return member.evaluate(envelope)
             if envelope.kind == "end":

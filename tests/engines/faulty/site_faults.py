@@ -1,7 +1,8 @@
 """Faults that a test puts into a site's process, and noise that it can draw again; see `sitecustomize`.
 
-A file of the folder SORDINO_TEST_FAULTS says what happens: `north.json`, with the fault of a round by its number, and
-`noise`, which makes the noise of all sites a function of the round. No configuration, policy or message can do either.
+Files of the folder SORDINO_TEST_FAULTS say what happens: `north.json`, with the fault of a round by its number and that
+of a process's first hello as `hello`, and `noise`, which makes the noise of all sites a function of the round. No
+configuration, policy or message can do either.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ FOLDER = "SORDINO_TEST_FAULTS"  # a variable of the environment
 NOISE = "noise"
 SECRET = "patient Miller"
 SLOW_SECONDS = 10.0
+LATE_SECONDS = 120.0  # at most
 MANY = 10**6
 
 
@@ -48,21 +50,28 @@ def install() -> None:
         return (repeatable_noise if (folder / NOISE).exists() else noise)(self, number, clients)
 
     def faulty(self: Site, request: bytes) -> bytes:
-        fault = fault_of(folder / f"{self.settings.name}.json", request)
+        file = folder / f"{self.settings.name}.json"
+        fault = fault_of(file, request, bool(earlier))
         if fault:
             print(f"TEST FAULT {fault}", flush=True)
         answer = answered(lambda: turn(self, request), fault, earlier)
+        end = time.monotonic() + LATE_SECONDS
+        # The test decides when it is late enough, as the times of an engine depend on the machine.
+        while fault == "late" and file.exists() and time.monotonic() < end:
+            time.sleep(0.1)
         earlier.append(answer)
         return answer
 
     Turns._noise, Site.turn = chosen, faulty  # type: ignore[method-assign]
 
 
-def fault_of(file: Path, request: bytes) -> str:
-    """Return the fault of the round that a request opens; nothing if there is none."""
+def fault_of(file: Path, request: bytes, answered: bool) -> str:
+    """Return the fault of the round that a request opens, or of a hello before any answer; nothing if there is none."""
     if not file.exists():
         return ""
     envelope = Envelope.decode(request)
+    if envelope.kind == "hello" and not answered:
+        return str(json.loads(file.read_text()).get("hello", ""))
     if envelope.kind != "round":
         return ""
     number = messages.round_header(next(iter(envelope.contents.values()))).round
