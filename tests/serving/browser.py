@@ -69,6 +69,7 @@ def watched(
         permissions=["clipboard-read", "clipboard-write"],
     )
     page, faults, failed, under_way = context.new_page(), [], [], set()
+    left_behind: set[Request] = set()  # by a page that gave way to another, which is no failure
 
     def console(message: ConsoleMessage) -> None:
         expected = any(f"a status of {status} " in message.text for status in refused) or "ERR_FAILED" in message.text
@@ -76,6 +77,8 @@ def watched(
             faults.append(f"{message.type}: {message.text}")
 
     def request(sent: Request) -> None:
+        if sent.is_navigation_request():
+            left_behind.update(under_way)
         under_way.add(sent)
         if urlsplit(sent.url).scheme not in ("data", "blob") and not sent.url.startswith(base):
             faults.append(f"another host: {sent.url}")
@@ -85,7 +88,8 @@ def watched(
 
     def request_failed(sent: Request) -> None:
         under_way.discard(sent)
-        failed.append(f"{sent.url} {sent.failure}")
+        if sent not in left_behind:
+            failed.append(f"{sent.url} {sent.failure}")
 
     page.on("requestfailed", request_failed)
     page.on("requestfinished", lambda sent: under_way.discard(sent))  # a function, which Playwright can mark
