@@ -5,6 +5,7 @@ Most tests use a stand-in (`accelerator`), so they run everywhere. One counts re
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -18,6 +19,7 @@ from conftest import CLASS_NAMES
 from runtime.federations import NOISE, STATISTICS
 from sordino.algorithms import METHODS, algorithm, settings_for
 from sordino.algorithms.base import model_class, named_tensors
+from sordino.encoders import prompt_model
 from sordino.encoders.prompt_model import PromptModel
 from sordino.privacy.settings import PrivacySettings
 from sordino.runtime.local import LocalRuntime, Training
@@ -154,12 +156,25 @@ def test_numbers_are_moved_once_a_round_and_not_once_a_step(make_on: MakeOn) -> 
         two = crossings_of_a_round(make_on, stand_in, "dp-fpl", "none", DEVICE)
         five = crossings_of_a_round(make_on, stand_in, "dp-fpl", "none", DEVICE, local_steps=5)
 
-    def copies(crossings: Counter[Crossing]) -> Counter[tuple[str, str]]:
-        """But for the towers, which read lengths of names in every pass."""
-        return Counter({kind: n for kind, n in kinds(crossings).items() if "shared_prefix" not in kind[1]})
+    assert kinds(two) == kinds(five)
+    assert kinds(two)["to device", "randomness.Streams.normals"] == 1
 
-    assert copies(two) == copies(five)
-    assert copies(two)["to device", "randomness.Streams.normals"] == 1
+
+def test_a_pass_keeps_a_share_of_the_accelerators_memory(model: PromptModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small accelerator has small passes, however small it is; one that tells nothing has those of 16 GiB."""
+    encoder = copy.copy(model.encoder)
+    encoder.device = DEVICE
+    there = PromptModel(encoder, model.classes)
+
+    def contexts(memory: int) -> int:
+        monkeypatch.setattr(prompt_model, "device_memory", lambda device: memory)
+        return there.prompts_at_once(torch.zeros(1, 4, encoder.context_width), 1)
+
+    of_four, of_forty = contexts(4 * 2**30), contexts(40 * 2**30)
+    assert of_forty == pytest.approx(10 * of_four, rel=1e-2)
+    assert contexts(0) == contexts(16 * 2**30)
+    kept = of_four * encoder.text_flops(1, 4, model.classes) * prompt_model.KEPT / encoder.context_width
+    assert kept * encoder.dtype.itemsize == pytest.approx(2**30, rel=1e-2)  # a quarter
 
 
 def test_the_stand_in_counts_and_refuses_as_a_device_does() -> None:

@@ -21,8 +21,9 @@ from sordino.encoders.frozen.blocks import as_now
 # FLOPs. Large enough that the products run at full rate, small enough that activations stay well
 # below a gigabyte on a CPU.
 FLOPS_AT_ONCE = {"cpu": 1e11}
-# On an accelerator a pass may keep a quarter of its memory: a tower of width E keeps some KEPT / E numbers for each.
-KEPT, KEPT_SHARE, LEAST_MEMORY = 2.5, 0.25, 2**34
+# On an accelerator a pass may keep a quarter of its memory: a tower of width E keeps up to KEPT / E numbers for each (1.4
+# to 2.5 were seen). Where the memory is not told, 16 GiB are taken for it.
+KEPT, KEPT_SHARE, UNTOLD_MEMORY = 2.5, 0.25, 2**34
 # Numbers of a score that compares every image with every class in more than one product.
 NUMBERS_AT_ONCE = 1 << 26
 
@@ -192,7 +193,7 @@ class PromptModel:
         encoder = self.encoder
         if encoder.device.type in FLOPS_AT_ONCE:
             return FLOPS_AT_ONCE[encoder.device.type]
-        numbers = KEPT_SHARE * max(LEAST_MEMORY, device_memory(encoder.device)) / encoder.dtype.itemsize
+        numbers = KEPT_SHARE * (device_memory(encoder.device) or UNTOLD_MEMORY) / encoder.dtype.itemsize
         return numbers * encoder.context_width / KEPT
 
 
