@@ -21,8 +21,8 @@ from sordino.encoders.frozen.blocks import as_now
 # FLOPs. Large enough that the products run at full rate, small enough that activations stay well
 # below a gigabyte on a CPU.
 FLOPS_AT_ONCE = {"cpu": 1e11}
-# On an accelerator a pass may keep a quarter of its memory: a tower of width E keeps up to KEPT / E numbers for each (1.4
-# to 2.5 were seen). Where the memory is not told, 16 GiB are taken for it.
+# On an accelerator a pass may keep a quarter of its memory: a tower of width E keeps up to KEPT / E numbers for each
+# (1.4 to 2.5 were seen). Where the memory is not told, 16 GiB are taken for it.
 KEPT, KEPT_SHARE, UNTOLD_MEMORY = 2.5, 0.25, 2**34
 # Numbers of a score that compares every image with every class in more than one product.
 NUMBERS_AT_ONCE = 1 << 26
