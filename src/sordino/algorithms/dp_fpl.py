@@ -9,9 +9,10 @@ Ablations, as in the paper's section 5: `dplora` drops the residual, `full` lear
 
 Choices where the paper is silent. Every client's p_L starts at the same random context, as in the authors' code. (If
 clients started at contexts of their own, the shared prompt would learn to recognize them by these, and fit no other
-client's classes.) The power iteration is orthonormalized by QR. A client that takes several steps a round holds p_G
-fixed and sends the mean gradient. The server's optimizer is a setting, SGD by default. The factors take plain gradient
-steps: they are drawn anew each step, so an optimizer's memory would not apply to them.
+client's classes.) The power iteration is orthonormalized by QR. V has the lengths of the prompt along U, as in the
+paper; in the authors' code its rows have unit length, and the residual the rest. A client that takes several steps a
+round holds p_G fixed and sends the mean gradient. The server's optimizer is a setting, SGD by default. The factors take
+plain gradient steps: they are drawn anew each step, so an optimizer's memory would not apply to them.
 """
 
 from dataclasses import dataclass, replace

@@ -14,7 +14,8 @@ softmax), and no sum of queries and what they attend to; the feed-forward layer 
 numbers of which half gate the other half by GELU, and one back to E; M = 4; SGD of rate 0.003 with momentum 0.9, weight
 decay 0.00001 and a cosine schedule, on batches of 128. Choices where that does not fit here: initial weights are normal
 with the variance of torch's own; clients' optimizers start afresh each round; every client's context is generated of
-all candidates of the task, not of its own classes alone, because all methods here choose among them all.
+all candidates of the task, not of its own classes alone, because all methods here choose among them all; the generator
+reads names with the full stop that ends every sentence here, which the code's names lack.
 """
 
 import math
