@@ -32,7 +32,7 @@ from sordino.encoders.clip import ClipEncoder
 
 CLASS_NAMES = ("cat", "dog", "sunflower", "grand piano", "red-winged blackbird")
 TEXT_WIDTH, IMAGE_WIDTH, FEATURES, LAYERS, HEADS, SIZE, PATCH = 64, 128, 48, 3, 2, 32, 8
-HEADLESS = ("dassl", "Dassl", "flcore")  # training loops: imported by all, used by no loss
+HEADLESS = ("dassl", "Dassl", "flcore", "timm")  # training loops: imported by all, used by no loss
 
 
 @dataclass(frozen=True)

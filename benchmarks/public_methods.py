@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from public_code import CLASS_NAMES, FEATURES, IMAGE_WIDTH, SIZE, TEXT_WIDTH, Repository, Subject, settings
+from public_code import CLASS_NAMES, FEATURES, IMAGE_WIDTH, LAYERS, SIZE, TEXT_WIDTH, Repository, Subject, settings
 from torch import Tensor, nn
 
 from sordino.algorithms import algorithm, settings_for
 from sordino.algorithms.base import model_of
+from sordino.algorithms.pfedpt import frame_places
 from sordino.algorithms.prograd import aligned
 from sordino.encoders.encode import forward
 from sordino.encoders.prompt_model import PromptModel
@@ -424,6 +425,59 @@ def proda(clones: Path, subject: Subject) -> tuple[Step, Step]:
     return theirs(loss, leaves), own(subject, "proda", table, {"contexts": contexts})[-1]
 
 
+def fedperfix(clones: Path, subject: Subject) -> tuple[Step, Step]:
+    """The adapters of the image tower, in all its layers, and CoOp's context as the head."""
+    code, inner, scale = Repository(clones / "CoOp", subject), 8, 1.5
+    values = {
+        "context": subject.random("context", LENGTH, TEXT_WIDTH),
+        "down": subject.random("down", LAYERS, IMAGE_WIDTH, inner),
+        "down_bias": subject.random("down bias", LAYERS, inner),
+        "up": subject.random("up", LAYERS, inner, 2 * IMAGE_WIDTH),
+        "up_bias": subject.random("up bias", LAYERS, 2 * IMAGE_WIDTH),
+    }
+    public = Repository(clones / "FedPerfix" / "system", subject).module("flcore/trainmodel/prefix.py")
+    model = code.module("trainers/coop.py").CustomCLIP(coop_config(), CLASS_NAMES, code.clip())
+    leaves = learned(values)
+    model.prompt_learner.ctx = leaves["context"]
+    for number, block in enumerate(model.image_encoder.transformer.resblocks):
+        old = block.attn
+        parts = SimpleNamespace(
+            qkv=lambda x, old=old: F.linear(x, old.in_proj_weight, old.in_proj_bias),
+            num_heads=old.num_heads,
+            scale=(IMAGE_WIDTH // old.num_heads) ** -0.5,
+            attn_drop=nn.Identity(),
+            proj=old.out_proj,
+            proj_drop=nn.Identity(),
+        )
+        adapted = public.AdapterAttention(parts, IMAGE_WIDTH, mid_dim=inner, p_scale=scale)
+        for part in ("down", "up"):
+            weight, bias = leaves[part][number], leaves[f"{part}_bias"][number]
+            replace(adapted.adapter, **{part: lambda x, weight=weight, bias=bias: x @ weight + bias})
+        # The tower has positions before images, timm's attention has images first.
+        replace(block, attention=lambda x, adapted=adapted: adapted(x.transpose(0, 1)).transpose(0, 1))
+    loss = F.cross_entropy(model(subject.pixels), subject.labels)
+    table = {"bottleneck": inner, "scale": scale}
+    return theirs(loss, leaves), own(subject, "fedperfix", table, values)[-1]
+
+
+def pfedpt(clones: Path, subject: Subject) -> tuple[Step, Step]:
+    """The frame of pixels, and CoOp's context as the head."""
+    code, edge = Repository(clones / "CoOp", subject), SIZE // 16
+    places = frame_places((SIZE, SIZE), 1 / 16)
+    frame, context = subject.random("frame", 3, len(places)), subject.random("context", LENGTH, TEXT_WIDTH)
+    public = Repository(clones / "pFedPT" / "system", subject).module("flcore/trainmodel/models.py")
+    leaves = learned({"context": context, "frame": frame})
+    whole = torch.zeros(3, SIZE * SIZE).to(frame).index_copy(1, places, leaves["frame"]).view(1, 3, SIZE, SIZE)
+    prompter = public.PadPrompter(3, edge, SIZE, SimpleNamespace(device="cpu"))
+    middle = whole[:, :, edge:-edge]
+    replace(prompter, pad_up=whole[:, :, :edge], pad_down=whole[:, :, -edge:])
+    replace(prompter, pad_left=middle[..., :edge], pad_right=middle[..., -edge:])
+    model = code.module("trainers/coop.py").CustomCLIP(coop_config(), CLASS_NAMES, code.clip())
+    model.prompt_learner.ctx = leaves["context"]
+    loss = F.cross_entropy(model(prompter(subject.pixels)), subject.labels)
+    return theirs(loss, leaves), own(subject, "pfedpt", {}, {"context": context, "frame": frame})[-1]
+
+
 @dataclass(frozen=True)
 class Entry:
     """A method, and its public code.
@@ -464,5 +518,7 @@ METHODS = {
         "bb95c77",
         "the norm of the first tokens of images, and a mean over sentences (one is taken here)",
     ),
+    "fedperfix": Entry(fedperfix, "imguangyu/FedPerfix", "5acbd0c", "its transformer, which is trained whole"),
+    "pfedpt": Entry(pfedpt, "hkgdifyu/pFedPT", "cebec63", "its network, which is trained whole"),
     "proda": Entry(proda, "0-ml/flip", "ec3a848"),
 }
