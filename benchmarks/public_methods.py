@@ -324,17 +324,6 @@ def fedtpg(clones: Path, subject: Subject) -> tuple[Step, Step]:
     return Step(found.loss, gradient), own(subject, "fedtpg", {"heads": 2}, values)[-1]
 
 
-class KeptFromTokens(nn.Module):
-    """A norm of an image's own tokens, which leaves the prompt tokens behind them as they are."""
-
-    def __init__(self, norm: nn.Module, tokens: int) -> None:
-        super().__init__()
-        self.norm, self.tokens = norm, tokens
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.norm(x[:, : -self.tokens]), x[:, -self.tokens :]], dim=1)
-
-
 def maple(clones: Path, subject: Subject) -> tuple[Step, Step]:
     code, depth, length = Repository(clones / "multimodal-prompt-learning", subject), 3, 2
     values = {
@@ -346,7 +335,6 @@ def maple(clones: Path, subject: Subject) -> tuple[Step, Step]:
     details = {"trainer": "MaPLe", "maple_length": length, "vision_depth": 0, "language_depth": 0}
     towers = code.clip(**details, vision_ctx=0, language_ctx=0)
     model = code.module("trainers/maple.py").CustomCLIP(config, CLASS_NAMES, towers)
-    model.image_encoder.ln_pre = KeptFromTokens(model.image_encoder.ln_pre, length)
     leaves = learned(values)
     maps = [
         lambda x, weight=weight, bias=bias: F.linear(x, weight, bias)
@@ -377,7 +365,6 @@ def promptsrc(clones: Path, subject: Subject) -> tuple[Step, Step]:
         IMAGENET_TEMPLATES=[f"{SENTENCES[0]} {{}}."],
     )
     model = module.CustomCLIP(config, CLASS_NAMES, code.clip(**(plain | prompted)))
-    model.image_encoder.ln_pre = KeptFromTokens(model.image_encoder.ln_pre, length)
     leaves = learned(values)
     replace(model.prompt_learner, ctx=leaves["contexts"][0])
     replace(model.image_encoder, VPT=leaves["tokens"][0])
@@ -509,14 +496,12 @@ METHODS = {
     "fedtpg": Entry(
         fedtpg, "boschresearch/FedTPG", "f141c29", "class names without a full stop, which the generator reads"
     ),
-    "maple": Entry(
-        maple, "muzairkhattak/multimodal-prompt-learning", "69bce21", "the norm of the first tokens of images"
-    ),
+    "maple": Entry(maple, "muzairkhattak/multimodal-prompt-learning", "69bce21"),
     "promptsrc": Entry(
         promptsrc,
         "muzairkhattak/PromptSRC",
         "bb95c77",
-        "the norm of the first tokens of images, and a mean over sentences (one is taken here)",
+        "a mean over sentences (one is taken here)",
     ),
     "fedperfix": Entry(fedperfix, "imguangyu/FedPerfix", "5acbd0c", "its transformer, which is trained whole"),
     "pfedpt": Entry(pfedpt, "hkgdifyu/pFedPT", "cebec63", "its network, which is trained whole"),

@@ -52,7 +52,8 @@ def by_hand(model: PromptModel, contexts: Tensor, tokens: Tensor, images: Tensor
         for layer in range(encoder.image_layers):
             if layer < len(tokens):
                 first, behind = tower.class_tokens, tower.class_tokens + (tokens.shape[1] if layer else 0)
-                x = torch.cat([x[:, :, :first], tokens[layer][None, None], x[:, :, behind:]], dim=2)
+                joining = tokens[layer] if layer else encoder._vision.pre_layrnorm(tokens[layer])  # type: ignore[attr-defined]
+                x = torch.cat([x[:, :, :first], joining[None, None], x[:, :, behind:]], dim=2)
             x = tower.forward(x, layer, layer + 1)
         features.append(tower.features(x)[0, 0])
     return encoder.deep_text_features(contexts, model.classes), torch.stack(features)

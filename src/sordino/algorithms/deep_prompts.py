@@ -57,9 +57,13 @@ class DeepPromptModel(ImageSideModel):
         return self.deep_text_features(named_parts(prompt)["contexts"])
 
     def image_features(self, prompt: Prompt, images: Tensor) -> Tensor:
-        """Return unit-norm features [P, B, D] of images [P, B, T, W] with the prompt's tokens in the first layers."""
+        """Return unit-norm features [P, B, D] of images [P, B, T, W] with the prompt's tokens in the first layers.
+
+        As in the authors' code of both methods, tokens of the first layer pass the norm of CLIP's embeddings.
+        """
         tower = self.encoder.image_tower
         tokens = dict(enumerate(self.tokens(prompt).unbind(1)))
+        tokens[0] = tower.embedding_norm(tokens[0])
         return tower.features(tower.forward(images, 0, self.encoder.image_layers, tokens))
 
     def tokens(self, prompt: Prompt) -> Tensor:

@@ -11,9 +11,7 @@ meet the prompt inside the image tower, so every image passes it in every step.
 
 Authors' defaults: M = 2, J = 9 (or as many as the shorter tower has), SGD of rate 0.0035. Choices. The first text
 tokens start at random, as those of all methods here, and not at "a photo of a" (`initial_context` starts them at
-words). In the image tower of CLIP, tokens join behind the norm of its embeddings, as all visual prompts here; the
-authors' first ones pass it. Initial maps are normal with the variance of torch's own. The authors' batches of four are
-here 32.
+words). Initial maps are normal with the variance of torch's own. The authors' batches of four are here 32.
 """
 
 from typing import Any, Self

@@ -17,8 +17,7 @@ the last ones. That mean is made of averages that everybody has seen, so it disc
 Authors' defaults: M = 4, J = 9, weights 25, 10 and 1, 60 sentences, SGD of rate 0.0025; of 20 epochs the density's mean
 is the 15th and its deviation one, which are here shares of the rounds. Choices. The sentences are the first 60 of
 CLIP's that end with the class name, as a context stands before it here; the class features' mean has unit norm again,
-and each of them has it before, unlike in the code. Prompts start at random. Tokens of the image tower join behind the
-norm of CLIP's embeddings. Batches of four are here 32.
+and each of them has it before, unlike in the code. Prompts start at random. Batches of four are here 32.
 """
 
 from collections.abc import Mapping

@@ -1,10 +1,10 @@
 """Prompts inside a frozen vision transformer: tokens between its own, and adapters of its keys and values.
 
-Jia et al., Visual Prompt Tuning, ECCV 2022 (arXiv 2203.12119). Learned tokens stand behind the
-class token, either at the first layer only (*shallow*) or at several (*deep*). In the deep form a
-layer's tokens replace those of the layer before. CLIP normalizes its embeddings before the first
-layer; tokens join behind that norm. SigLIP has no class token. There learned tokens stand first,
-and its pooling head attends to the image's own tokens only, as it was trained to.
+Jia et al., Visual Prompt Tuning, ECCV 2022 (arXiv 2203.12119). Learned tokens stand behind the class token, either at
+the first layer only (*shallow*) or at several (*deep*). In the deep form a layer's tokens replace those of the layer
+before. CLIP normalizes its embeddings before the first layer; tokens join behind that norm, and a method whose own pass
+it applies `embedding_norm` to them. SigLIP has no such norm and no class token. There learned tokens stand first, and
+its pooling head attends to the image's own tokens only, as it was trained to.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ class ImageTower:
 
     Attributes:
         embed: pixels [N, 3, H, W] to the input of layer 0, [N, T, W].
+        embedding_norm: CLIP's norm of embeddings [..., W] before layer 0; the identity for SigLIP.
         layers: its L layers, of width W.
         heads: attention heads.
         class_tokens: 1 if the first token stands for the whole image, else 0.
@@ -80,6 +81,7 @@ class ImageTower:
     """
 
     embed: Callable[[Tensor], Tensor]
+    embedding_norm: Callable[[Tensor], Tensor]
     layers: tuple[Layer, ...]
     heads: int
     class_tokens: int
@@ -98,16 +100,19 @@ class ImageTower:
         is_clip = hasattr(vision, "pre_layrnorm")
         norm = Norm.of(vision.post_layernorm)
 
+        def embedding_norm(x: Tensor) -> Tensor:
+            normed: Tensor = vision.pre_layrnorm(x.to(norm.weight)) if is_clip else x
+            return normed
+
         def embed(pixels: Tensor) -> Tensor:
-            embedded: Tensor = vision.embeddings(pixels.to(norm.weight))
-            return vision.pre_layrnorm(embedded) if is_clip else embedded
+            return embedding_norm(vision.embeddings(pixels.to(norm.weight)))
 
         def head(x: Tensor) -> Tensor:
             return project(norm(x[:, 0]) if is_clip else vision.head(norm(x)))
 
         layers = tuple(Layer.of(layer, vision.config.hidden_act) for layer in vision.encoder.layers)
         patches, heads = vision.embeddings.num_patches, vision.config.num_attention_heads
-        return cls(embed, layers, heads, int(is_clip), patches, norm, head)
+        return cls(embed, embedding_norm, layers, heads, int(is_clip), patches, norm, head)
 
     @property
     def width(self) -> int:
