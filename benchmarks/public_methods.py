@@ -362,7 +362,7 @@ def promptsrc(clones: Path, subject: Subject) -> tuple[Step, Step]:
     module = code.module(
         "trainers/promptsrc.py",
         load_clip_to_cpu=lambda *_: code.clip(**plain),
-        IMAGENET_TEMPLATES=[f"{SENTENCES[0]} {{}}."],
+        IMAGENET_TEMPLATES=[f"{sentence} {{}}." for sentence in SENTENCES],
     )
     model = module.CustomCLIP(config, CLASS_NAMES, code.clip(**(plain | prompted)))
     leaves = learned(values)
@@ -375,7 +375,7 @@ def promptsrc(clones: Path, subject: Subject) -> tuple[Step, Step]:
     entropy, text, frozen_text, frozen, images, zero_shot, logits = model(subject.pixels, subject.labels)
     divergence = F.kl_div(logits.log_softmax(1), zero_shot.log_softmax(1), reduction="sum", log_target=True)
     loss = entropy + 25 * F.l1_loss(text, frozen_text) + 10 * F.l1_loss(images, frozen) + divergence / logits.numel()
-    table = {"context_length": length, "layers": depth, "sentences": 1}
+    table = {"context_length": length, "layers": depth, "sentences": len(SENTENCES)}
     return theirs(loss, leaves), own(subject, "promptsrc", table, values)[-1]
 
 
@@ -497,12 +497,7 @@ METHODS = {
         fedtpg, "boschresearch/FedTPG", "f141c29", "class names without a full stop, which the generator reads"
     ),
     "maple": Entry(maple, "muzairkhattak/multimodal-prompt-learning", "69bce21"),
-    "promptsrc": Entry(
-        promptsrc,
-        "muzairkhattak/PromptSRC",
-        "bb95c77",
-        "a mean over sentences (one is taken here)",
-    ),
+    "promptsrc": Entry(promptsrc, "muzairkhattak/PromptSRC", "bb95c77"),
     "fedperfix": Entry(fedperfix, "imguangyu/FedPerfix", "5acbd0c", "its transformer, which is trained whole"),
     "pfedpt": Entry(pfedpt, "hkgdifyu/pFedPT", "cebec63", "its network, which is trained whole"),
     "proda": Entry(proda, "0-ml/flip", "ec3a848"),

@@ -110,10 +110,16 @@ def test_promptsrcs_gradient_is_that_of_its_loss_by_hand(
     runtime = make_runtime("promptsrc", ROWS, TABLES | guidance)
     parts, batch, model = of_two(runtime.prompts(started_in_double(runtime))), some(read, table), runtime.model
     found, encoder = ExactGradients(model)(dict, parts, {}, batch), model.encoder
-    frozen_text = F.normalize(
-        torch.stack([encoder.text_features(encoder.embed(each), model.classes) for each in SENTENCES[:3]]).mean(0),
-        dim=-1,
-    )
+    before = [
+        encoder.deep_text_features(encoder.embed(each)[None], model.classes, unit=False) for each in SENTENCES[:3]
+    ]
+    for sentence, features in zip(SENTENCES, before, strict=False):
+        torch.testing.assert_close(
+            F.normalize(features, dim=-1), encoder.text_features(encoder.embed(sentence), model.classes)
+        )
+    lengths = torch.stack(before).norm(dim=-1)
+    assert lengths.max() > 1.01 * lengths.min(), "or the order of mean and norm would not matter"
+    frozen_text = F.normalize(torch.stack(before).mean(0), dim=-1)
     for client in range(2):
         leaves = {name: part[client].clone().requires_grad_() for name, part in parts.items()}
         text, images = by_hand(model, leaves["contexts"], leaves["tokens"], batch.features[client])

@@ -16,8 +16,8 @@ the last ones. That mean is made of averages that everybody has seen, so it disc
 
 Authors' defaults: M = 4, J = 9, weights 25, 10 and 1, 60 sentences, SGD of rate 0.0025; of 20 epochs the density's mean
 is the 15th and its deviation one, which are here shares of the rounds. Choices. The sentences are the first 60 of
-CLIP's that end with the class name, as a context stands before it here; the class features' mean has unit norm again,
-and each of them has it before, unlike in the code. Prompts start at random. Batches of four are here 32.
+CLIP's that end with the class name, as a context stands before it here. As in the code, their class features have unit
+norm after the mean, not before it. Prompts start at random. Batches of four are here 32.
 """
 
 from collections.abc import Mapping
@@ -88,9 +88,9 @@ class Model(DeepPromptModel):
     @cached_property
     def _frozen_classes(self) -> Tensor:
         """Return w' [C, D]."""
-        chosen = SENTENCES[: self.sentences]
+        contexts = [self.encoder.embed(sentence) for sentence in SENTENCES[: self.sentences]]
         with torch.no_grad():
-            each = [self.text_features(self.encoder.embed(sentence)[None])[0] for sentence in chosen]
+            each = [self.encoder.deep_text_features(context[None], self.classes, unit=False) for context in contexts]
         return F.normalize(torch.stack(each).sum(0), dim=-1)
 
 

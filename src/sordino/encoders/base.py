@@ -207,16 +207,17 @@ class DualEncoder(ABC):
         self.require(Capability.LIKELIHOODS, "image_state")
         raise AssertionError(f"{self.name} declares likelihoods but does not compute them")
 
-    def deep_text_features(self, contexts: Tensor, classes: ClassTokens) -> Tensor:
+    def deep_text_features(self, contexts: Tensor, classes: ClassTokens, unit: bool = True) -> Tensor:
         """Compute the features of C sentences whose context is another in each of the first layers.
 
         Args:
             contexts: [..., J, M, E] float32: the vectors that stand in the context's M places when layer j begins, for
                 the first J layers, in place of what the layer before made of them. Differentiable.
             classes: C classes.
+            unit: false leaves the features at the length that the tower gives them.
 
         Returns:
-            [..., C, D] unit-norm float32. One layer's are `text_features`.
+            [..., C, D] float32, of unit norm if asked for. One layer's are `text_features`.
 
         Raises:
             EncoderError: the encoder takes no deep prompts.

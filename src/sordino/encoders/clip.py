@@ -220,12 +220,13 @@ class ClipEncoder(DualEncoder):
         """
         return self.deep_text_features(context[..., None, :, :], classes)
 
-    def deep_text_features(self, contexts: Tensor, classes: ClassTokens) -> Tensor:
+    def deep_text_features(self, contexts: Tensor, classes: ClassTokens, unit: bool = True) -> Tensor:
         self._check_length(contexts.shape[-2], classes)
         flat_shape = (math.prod(contexts.shape[:-3]), *contexts.shape[-3:])
         flat = contexts.to(self.device, self.dtype).reshape(flat_shape)
         compute = causal_features if self.family == "clip" else padded_features
-        features = self._unit(compute(self._text, flat, classes))
+        features = compute(self._text, flat, classes)
+        features = self._unit(features) if unit else features.to(torch.promote_types(features.dtype, torch.float32))
         return features.view(*contexts.shape[:-3], *features.shape[1:])
 
     def text_flops(self, contexts: int, context_length: int, classes: ClassTokens) -> float:
