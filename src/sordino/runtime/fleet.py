@@ -296,8 +296,7 @@ class ServerRuntime:
         end, training = self._end, self.training
         if not self._released:
             return lambda link: (end.release(training, link), None)
-        quorum = self._patience.of(len(end.participants(training.round + 1)))
-        return lambda link: end.round(training, link, quorum)
+        return lambda link: end.round(training, link, self._patience.of)
 
     def _finish(self, finished: Questions[Any]) -> None:
         self._round = None

@@ -7,7 +7,7 @@ into the same process, a pipe, or a network.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -129,7 +129,7 @@ class ServerEnd:
         return replace(training, ledger=ledger, release=release.statistics.tensors, released=True)
 
     def round(
-        self, training: ServerTraining, link: Link, quorum: int | None = None
+        self, training: ServerTraining, link: Link, quorum: Callable[[int], int] | None = None
     ) -> tuple[ServerTraining, ServerRecord]:
         """Run the next round.
 
@@ -145,7 +145,9 @@ class ServerEnd:
         Args:
             training: the state before it.
             link: brings messages to clients, and returns the replies that came.
-            quorum: how many participants are enough; None needs all of them, and raises an error otherwise.
+            quorum: from the number of participants to how many are enough; None needs all of them, and raises an error
+                otherwise. Poisson sampling draws the participants here, once: a round that was judged by another draw
+                would be released for samples of some sizes only, and epsilon of a Poisson sample would not hold.
 
         Raises:
             Diverged: an upload, or the next state, is not finite.
@@ -163,10 +165,13 @@ class ServerEnd:
             # Each client's end keeps to the plan before it sends.
             raise error_of(number, client, error, training.ledger.add(federation.mechanism.round_releases(chosen)))
         unused = self._releases_of(uploads.lost, chosen)
-        if chosen and len(uploads.clients) < (quorum or 0):
-            reason = f"{len(uploads.clients)} of {len(chosen)} answered as was agreed, and {quorum} are needed"
-            # A server that died may have opened a secure sum, and forgotten it.
-            opened = [ALL_CLIENTS] if federation.mechanism.sums_securely else []
+        needed = quorum(len(chosen)) if quorum is not None and chosen else 0
+        if len(uploads.clients) < needed:
+            reason = f"{len(uploads.clients)} of {len(chosen)} answered as was agreed, and {needed} are needed"
+            # A server that died may have opened a secure sum, and forgotten it. A void round of sampled clients tells
+            # the size of the sample, and rounds that are not void are no Poisson samples by themselves.
+            mechanism = federation.mechanism
+            opened = [ALL_CLIENTS] if mechanism.sums_securely or mechanism.samples_clients else []
             releases = self._releases_of(chosen, chosen, opened)
             return self._void(training, uploads, training.ledger.add(releases), reason)
         came = uploads.clients

@@ -25,7 +25,7 @@ from sordino.runtime.facts import Federation, RandomnessOf
 from sordino.runtime.messages import MessageError
 from sordino.runtime.turns import Turns
 from sordino.sites.hello import EncoderFacts, Hello
-from sordino.sites.ledger import SiteLedger, epsilon_of
+from sordino.sites.ledger import SiteLedger, charged_on_joining, epsilon_of
 from sordino.sites.own_data import OwnData
 from sordino.sites.policy import fields_kept_back, over_budget
 from sordino.sites.proposal import Proposal
@@ -208,8 +208,7 @@ class Membership:
         prompt = self._prompt(envelope)
         federation, end = self._federation, self.turns.end
         assert federation is not None
-        ledger = self._ledger.entry(self.proposal.fingerprint, self._empty(federation, end.numbers)).ledger
-        privacy = as_summary(ledger, self.config.privacy.unit)
+        privacy = self._privacy_of_prompts(federation, end.numbers)
         folder = self._folder / "prompts"
         model, names = self.own.plan.model, self.own.class_names
         own = end.numbers if federation.algorithm.ABOUT.personal != "nothing" else None
@@ -218,6 +217,18 @@ class Membership:
         if "accuracy" in self._settings.policy.tells:
             facts["accuracy"] = self._told_accuracies(prompt)
         return Envelope("end", self.proposal.fingerprint, facts).encode()
+
+    def _privacy_of_prompts(self, federation: Federation, clients: Sequence[int]) -> dict[str, Any]:
+        """Return what is promised to everybody whose data the clients' prompts were learned from.
+
+        A prompt of which a part was averaged tells of all sites' data, and this site's ledger counts its own alone. Of
+        the others it knows the plan, which nobody exceeds.
+        """
+        empty, mechanism = self._empty(federation, clients), federation.mechanism
+        own = self._ledger.entry(self.proposal.fingerprint, empty).ledger
+        alone = federation.algorithm.ABOUT.server_uses == "nothing"
+        whole = own if alone else replace(own, releases=()).add(mechanism.planned())
+        return as_summary(whole, self.config.privacy.unit) | {"ledger_digest": own.digest()}
 
     def _prompt(self, envelope: Envelope) -> Prompt:
         """Return the clients' prompts, from their own state and the broadcasts to them."""
@@ -331,10 +342,13 @@ class Membership:
 
         def charge(number: int, releases: Sequence[Release]) -> None:
             empty, experiment = self._empty(federation, clients), self.proposal.fingerprint
-            if told := self._affords(self._ledger.entry(experiment, empty).with_round(number, releases).ledger):
+            if told := self._affords(self._ledger.entry(experiment, empty).with_rounds([number], releases).ledger):
                 raise MessageError(told)
-            self._ledger.charge(experiment, empty, number, releases)
+            self._ledger.charge(experiment, empty, [number], releases)
 
+        if joining := charged_on_joining(federation):
+            releases, empty = federation.mechanism.round_releases(clients), self._empty(federation, clients)
+            self._ledger.charge(self.proposal.fingerprint, empty, joining, releases)
         return Turns(make_end, self.proposal.fingerprint, self._folder, charge)
 
 

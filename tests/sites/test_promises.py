@@ -1,0 +1,94 @@
+"""What sites promise: their ledgers and prompts say no smaller epsilon than what the whole experiment spent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sites.owners import NAMES, NOISE, experiment, fleet, sites_at, write_pictures, write_site
+from sordino.privacy.accounting import spent
+from sordino.privacy.statement import statement
+from sordino.prompt_file import SavedPrompt
+from sordino.runtime.fleet import Patience
+from sordino.sites.coordinator import METRICS, coordinate
+from sordino.sites.proposal import Proposal
+from sordino.sites.site import Site
+
+BY_SERVER = {"noise_by": ["client", "server", "shares"]}
+SAMPLED = {"mechanism": "dp-fedavg", "noise_by": "server", "noise_multiplier": 1.0, "delta": 0.01}
+
+
+def statements(site: Site, fingerprint: str) -> set[str]:
+    """What a site's saved prompts say of their privacy."""
+    files = sorted((site.folder(fingerprint) / "prompts").iterdir())
+    return {SavedPrompt.load(file).privacy.statement for file in files}
+
+
+@pytest.mark.parametrize("method", ["promptfl", "dp-fpl"])
+def test_a_prompt_states_what_holds_for_everybody_whose_data_it_was_learned_from(
+    method: str, tmp_path: Path, clip_folder: Path
+) -> None:
+    """A small site's pictures are drawn more often. A large one's prompt tells of them as much as their own does."""
+    files = {}
+    for number, (name, each) in enumerate(zip(NAMES, (5, 10, 20), strict=True)):
+        write_pictures(tmp_path / name / "pictures", number, each)
+        files[name] = write_site(tmp_path / name, name, clip_folder)
+    config = experiment(clip_folder, method, privacy=NOISE | {"delta": 1e-3})
+    sites = sites_at(files)
+    outcome = coordinate(config, Proposal.of(config), fleet(sites), tmp_path / "out", Patience())
+    own = {name: site.ledger.spent("example", 1e-3) for name, site in sites.items()}
+    assert own["west"] < own["north"] < own["east"]
+    said = statement(outcome.training.ledger, "example")
+    assert f"epsilon = {own['east']:.4g}" in said
+    for site in sites.values():
+        assert statements(site, Proposal.of(config).fingerprint) == {said}
+
+
+def test_a_prompt_of_a_client_that_learns_alone_states_its_own(tmp_path: Path, clip_folder: Path) -> None:
+    files = {}
+    for number, (name, each) in enumerate((("east", 5), ("west", 20))):
+        write_pictures(tmp_path / name / "pictures", number, each)
+        files[name] = write_site(tmp_path / name, name, clip_folder)
+    config = experiment(clip_folder, "local", privacy=NOISE | {"delta": 1e-3})
+    sites = sites_at(files)
+    coordinate(config, Proposal.of(config), fleet(sites), tmp_path / "out", Patience())
+    for site in sites.values():
+        (said,) = statements(site, Proposal.of(config).fingerprint)
+        assert f"epsilon = {site.ledger.spent('example', 1e-3):.4g}" in said
+
+
+def test_a_site_that_is_sampled_spends_what_all_rounds_spend(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    """It is asked in a part of the rounds, which the sampling rate says already; and one draw decides on a round."""
+    for name in NAMES:
+        write_site(tmp_path / name, name, clip_folder, BY_SERVER)
+    runtime = {"participation": 0.4, "weighting": "uniform"}
+    config = experiment(clip_folder, privacy=SAMPLED, runtime=runtime, rounds=30)
+    sites, out = sites_at(site_files), tmp_path / "out"
+    outcome = coordinate(config, Proposal.of(config), fleet(sites), out, Patience())
+    lines = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+    assert not any(line.get("void") for line in lines), "all who were asked answered"
+    assert sum(line["participants"] for line in lines) < 60
+    ledger = outcome.training.ledger
+    epsilon = spent(ledger, "public", "client", 0.01).epsilon
+    for site in sites_at(site_files).values():
+        assert site.ledger.spent("client", 0.01) == pytest.approx(epsilon)
+        assert statements(site, Proposal.of(config).fingerprint) == {statement(ledger, "client")}
+
+
+def test_a_site_that_no_sample_draws_has_spent_all_the_same(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    """Else its experiments together would be those of luck, each at a rate that counts on none."""
+    for name in NAMES:
+        write_site(tmp_path / name, name, clip_folder, BY_SERVER)
+    runtime = {"participation": 1e-6, "weighting": "uniform"}
+    config = experiment(clip_folder, privacy=SAMPLED, runtime=runtime)
+    sites = sites_at(site_files)
+    coordinate(config, Proposal.of(config), fleet(sites), tmp_path / "out", Patience())
+    for site in sites.values():
+        (release,) = site.ledger.experiments[Proposal.of(config).fingerprint].ledger.releases
+        assert (release.steps, release.sampling_rate) == (3, 1e-6)
