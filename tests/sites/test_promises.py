@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+from torch import Tensor
 
 from sites.owners import NAMES, NOISE, experiment, fleet, sites_at, write_pictures, write_site
 from sordino.privacy.accounting import spent
+from sordino.privacy.ledger import Ledger
 from sordino.privacy.statement import statement
 from sordino.prompt_file import SavedPrompt
-from sordino.runtime.fleet import Patience
-from sordino.sites.coordinator import METRICS, coordinate
+from sordino.runtime.envelope import Envelope
+from sordino.runtime.fleet import Answer, Ask, LocalFleet, Lost, Patience
+from sordino.runtime.local import RoundError
+from sordino.sites.coordinator import LEDGER, METRICS, coordinate
 from sordino.sites.proposal import Proposal
 from sordino.sites.site import Site
 
@@ -92,3 +98,49 @@ def test_a_site_that_no_sample_draws_has_spent_all_the_same(
     for site in sites.values():
         (release,) = site.ledger.experiments[Proposal.of(config).fingerprint].ledger.releases
         assert (release.steps, release.sampling_rate) == (3, 1e-6)
+
+
+class Loses(LocalFleet):
+    """A fleet that loses a site in one question of the release, after the site has answered it.
+
+    Attributes:
+        told: what clients were told of the release, in every question.
+    """
+
+    def __init__(self, sites: dict[str, Site], at: int) -> None:
+        super().__init__({name: site.turn for name, site in sites.items()})
+        self._at, self.told = at, list[dict[str, Tensor]]()
+
+    def ask(self, ask: Ask) -> Iterator[Answer | Lost]:
+        asked = Envelope.decode(next(iter(ask.payloads.values())))
+        releasing = asked.kind == "round" and ask.round == 0
+        if releasing:
+            self.told.append(safetensors.torch.load(next(iter(asked.contents.values()))))
+        for event in super().ask(ask):
+            lost = releasing and len(self.told) == self._at and event.site == "west"
+            yield Lost("west", "it fell") if lost else event
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("noise_by", ["server", "client"])
+def test_a_release_that_is_begun_again_is_told_in_the_same_numbers(
+    at: int, noise_by: str, site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    """Fresh noise on sums that clients were told before would be a second release, which no ledger has."""
+    for name in NAMES:
+        write_site(tmp_path / name, name, clip_folder, BY_SERVER)
+    privacy = {"mechanism": "statistics", "noise_by": noise_by, "noise_multiplier": 1.0, "center_share": 0.1}
+    config, out = experiment(clip_folder, privacy=privacy), tmp_path / "out"
+    first = Loses(sites_at(site_files), at)
+    with pytest.raises(RoundError, match="client 2 did not release its statistics: it fell"):
+        coordinate(config, Proposal.of(config), first, out, Patience())
+    counted = Ledger.from_json((out / LEDGER).read_text())
+    assert {release.steps for release in counted.releases} == {1}, "it may have left"
+    again = Loses(sites_at(site_files), 0)
+    outcome = coordinate(config, Proposal.of(config), again, out, Patience())
+    assert outcome.training.round == 3
+    assert outcome.training.ledger.releases == counted.releases
+    assert "statistics.center" in again.told[1]
+    for before, after in zip(first.told, again.told, strict=False):
+        assert before.keys() == after.keys()
+        assert all(before[name].equal(after[name]) for name in before)

@@ -33,7 +33,7 @@ from sordino.runtime.aggregation import aggregated
 from sordino.runtime.facts import Federation, RandomnessOf, participants
 from sordino.runtime.messages import MessageError, RoundHeader
 from sordino.runtime.records import ProtocolRecord, protocol_record
-from sordino.runtime.release import RELEASE_ROUND, collect
+from sordino.runtime.release import RELEASE_ROUND, Keep, collect, drawn_anew
 from sordino.runtime.uploads import Diverged, RoundError, Uploads, error_of, read_uploads, stacked_upload
 from sordino.secure import Carrier, Refusal, SecureError
 
@@ -110,8 +110,13 @@ class ServerEnd:
         state = federation.algorithm.server_init(federation.settings, init)
         return ServerTraining(0, state, federation.mechanism.initial_state(), ledger)
 
-    def release(self, training: ServerTraining, link: Link) -> ServerTraining:
+    def release(self, training: ServerTraining, link: Link, keep: Keep = drawn_anew) -> ServerTraining:
         """Have the clients release their class statistics; it comes before the first round, where there is one.
+
+        Args:
+            training: the state before it.
+            link: brings messages to clients, and returns their replies.
+            keep: keeps what the server noised before it is told; see `collect`.
 
         Raises:
             RoundError: a client did not answer as was agreed, or the secure sum failed.
@@ -121,7 +126,7 @@ class ServerEnd:
         assert not training.released, "statistics are released once"
         randomness = self.randomness(RELEASE_ROUND, [0])
         try:
-            release = collect(mechanism, link, randomness, training.ledger.run, self.federation.device)
+            release = collect(mechanism, link, randomness, training.ledger.run, self.federation.device, keep)
         except (MessageError, SecureError) as error:
             ledger = training.ledger.add(mechanism.released(training.ledger.run))  # some may have left
             raise RoundError(f"before the first round: {error}", ledger) from None

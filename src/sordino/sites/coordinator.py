@@ -9,7 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import safetensors
+import safetensors.torch
 import tomli_w
+from torch import Tensor
 
 from sordino.encoders import choose_device, load_encoder
 from sordino.errors import RunError
@@ -27,6 +30,7 @@ from sordino.runtime.envelope import Envelope
 from sordino.runtime.fleet import Answer, Ask, Fleet, Lost, Patience, ServerRuntime, drive
 from sordino.runtime.messages import MessageError
 from sordino.runtime.server import ServerEnd, ServerRecord, ServerTraining
+from sordino.runtime.uploads import RoundError
 from sordino.sites.latecomers import Latecomers
 from sordino.sites.meeting import Begun, Meeting, Met
 from sordino.sites.membership import ACCURACY, ANSWERED
@@ -35,6 +39,7 @@ from sordino.sites.proposal import Proposal
 
 PROPOSAL, AGREEMENT, METRICS = "proposal.json", "agreement.json", "metrics.jsonl"
 LEDGER, OUTCOME = "ledger.json", "sites.json"
+NOISED = "noised"  # folder: sums of class statistics with the server's noise
 AT_ONCE = 10_000  # clients whose broadcasts after the last round are held at once
 WRITING = 10  # the page may take one part in so many of the time
 
@@ -163,12 +168,16 @@ class _Rounds:
         self._metrics = Metrics(self.out / METRICS, last, numbers=("seconds",), first=first)
         self._began = time.monotonic()
         self._server = server = ServerRuntime(
-            end, training, self.met.agreement.sites, self.proposal.fingerprint, self.patience, self._save
+            end, training, self.met.agreement.sites, self.proposal.fingerprint, self.patience, self._save, self._kept
         )
         with tracked(self.config.tracking, self.out, self._metrics):
             self._tell_answered(self._metrics.lines)
             self._greet_late(needed=self.met.federation.mechanism.releases_statistics and not training.released)
-            training = drive(server, self.late)
+            try:
+                training = drive(server, self.late)
+            except RoundError as error:  # what may have left all the same
+                write_atomically(self.out / LEDGER, error.ledger.to_json().encode())
+                raise
         self._greet_late(last=True)
         accuracy = self._end(training)
         self._write_outcome(training, accuracy)
@@ -206,6 +215,19 @@ class _Rounds:
         self._began = time.monotonic()  # the next round's seconds have the wait for late sites in them
         if training.round < self.met.federation.rounds:
             self._greet_late()
+
+    def _kept(self, part: str, draw: Callable[[], Tensor]) -> Tensor:
+        """Return a sum of class statistics with the server's noise, on the disk before sites are told of it.
+
+        A coordinator that begins the release again tells the same, and no second noise of the same sums.
+        """
+        file = self.out / NOISED / f"{part}.safetensors"
+        if not file.exists():
+            write_atomically(file, safetensors.torch.save({part: draw().cpu().contiguous()}))
+        try:
+            return safetensors.torch.load(file.read_bytes())[part]
+        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+            raise RunError(f"{file} is damaged ({error}); put it back, or start anew in another folder") from None
 
     def _tell_answered(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Have every question say which round its site is known to have answered, with some more lines.
