@@ -324,7 +324,7 @@ def test_below_the_quorum_a_round_changes_nothing_but_the_ledger(spec_of: Any, t
 
 
 def test_rounds_of_sampled_clients_count_also_if_they_are_void(spec_of: Any, tmp_path: Path) -> None:
-    """A quorum decides by the size of a sample. So the rounds that it lets pass are no Poisson samples by themselves."""
+    """A quorum decides by the size of a sample. The rounds that it lets pass are no Poisson samples."""
     spec = spec_of("dp-fpl, adaptive clip, noise by the server")
     privacy = spec.privacy | {"simulation": False, "nonce": None}
     runtime, saved = replace(spec, privacy=privacy, rounds=40).build(), Saved()

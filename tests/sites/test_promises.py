@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -144,3 +145,32 @@ def test_a_release_that_is_begun_again_is_told_in_the_same_numbers(
     for before, after in zip(first.told, again.told, strict=False):
         assert before.keys() == after.keys()
         assert all(before[name].equal(after[name]) for name in before)
+
+
+def test_an_accuracy_that_is_told_from_the_middle_of_an_experiment_on_is_in_all_ledgers(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    """A site's owner lets it tell accuracy where it did not before: no epsilon holds from then on, nor after."""
+
+    class Stops(LocalFleet):
+        def ask(self, ask: Ask) -> Iterator[Answer | Lost]:
+            if ask.round == 2:
+                raise KeyboardInterrupt
+            return super().ask(ask)
+
+    config, out = experiment(clip_folder, privacy=NOISE), tmp_path / "out"
+    fingerprint = Proposal.of(config).fingerprint
+    first = Stops({name: site.turn for name, site in sites_at(site_files).items()})
+    with pytest.raises(KeyboardInterrupt):
+        coordinate(config, Proposal.of(config), first, out, Patience())
+    assert math.isfinite(sites_at(site_files)["west"].ledger.spent("example", 1e-3))
+    write_site(tmp_path / "west", "west", clip_folder, {"tells": ["sizes", "class_names", "accuracy"]})
+    outcome = coordinate(config, Proposal.of(config), fleet(sites_at(site_files)), out, Patience())
+    assert outcome.accuracy
+    assert not outcome.training.ledger.private
+    assert not Ledger.from_json((out / LEDGER).read_text()).private
+    for policy in ({"tells": ["sizes", "class_names"]}, {"epsilon": 1e6}):  # it cannot be taken back
+        write_site(tmp_path / "west", "west", clip_folder, policy)
+        site = sites_at(site_files)["west"]
+        assert math.isinf(site.ledger.spent("example", 1e-3))
+        assert not site.ledger.experiments[fingerprint].ledger.private

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -150,8 +151,7 @@ def collect(
                 total, charged[part] = mechanism.summed_in_shares(part, sums)
                 totals[part] = total.to(device)
             elif not mechanism.by_client:
-                noised = keep(part, lambda part=part: mechanism.summed(part, each[part], randomness))  # type: ignore[misc]
-                totals[part] = noised.to(device)
+                totals[part] = keep(part, partial(mechanism.summed, part, each[part], randomness)).to(device)
             elif part != MATRIX and mechanism.joins:
                 totals[part] = each[part].sum(0)
         if (center := totals.get(CENTER)) is not None:

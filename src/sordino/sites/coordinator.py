@@ -158,10 +158,8 @@ class _Rounds:
     def run(self) -> Outcome:
         end = ServerEnd(self.met.federation)
         start = end.start(self.proposal.fingerprint, self.met.data)
-        if self.met.tells_accuracy:
-            start = replace(start, ledger=replace(start.ledger, disclosures=(*start.ledger.disclosures, ACCURACY)))
         folder = self.out / "checkpoint"
-        training = self._with_data(checkpoint.load_server(folder, start) or start)
+        training = self._as_met(checkpoint.load_server(folder, start) or start)
         first = 0 if self.met.federation.mechanism.releases_statistics else 1
         # A line without its state is of a round that is run again.
         last = training.round if training.round or training.released else first - 1
@@ -247,14 +245,17 @@ class _Rounds:
         # A line without its state is of a round that is run again, and was answered all the same.
         answered = {site: max(known[ANSWERED], self.answered.get(site, 0)) for site, known in server.facts.items()}
         self.late.again(answered, needed, last)
-        server.training = self._with_data(server.training)
+        server.training = self._as_met(server.training)
 
-    def _with_data(self, training: ServerTraining) -> ServerTraining:
-        """Return a state whose ledger has the data of all sites that were met, also of one that was late so far."""
-        ledger = training.ledger
-        if self.met.data.keys() <= ledger.data.keys():
-            return training
-        return replace(training, ledger=replace(ledger, data={**self.met.data, **ledger.data}))
+    def _as_met(self, training: ServerTraining) -> ServerTraining:
+        """Return a state whose ledger has what the sites that were met tell, also those that were late so far.
+
+        That is the digests of their data, and an accuracy, which a site may come to tell as an experiment goes on.
+        """
+        ledger, told = training.ledger, (ACCURACY,) if self.met.tells_accuracy else ()
+        data = {**ledger.data, **self.met.data, **ledger.data}  # as told at first
+        disclosures = tuple(dict.fromkeys((*ledger.disclosures, *told)))
+        return replace(training, ledger=replace(ledger, data=data, disclosures=disclosures))
 
     def _evaluated(self, training: ServerTraining) -> dict[str, Any]:
         """Ask the sites that tell it for their accuracy, and return it for the round's line."""

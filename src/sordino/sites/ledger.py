@@ -59,8 +59,14 @@ class SiteLedger:
         return dict(self._entries)
 
     def entry(self, experiment: str, empty: Ledger) -> Entry:
-        """Return what an experiment released so far; `empty` is its ledger before any release."""
-        return self._entries.get(experiment, Entry(replace(empty, run=experiment)))
+        """Return what an experiment released so far; `empty` is its ledger before any release.
+
+        A site may tell more from now on than it did as the experiment was entered, so what `empty` discloses is added.
+        """
+        if (entry := self._entries.get(experiment)) is None:
+            return Entry(replace(empty, run=experiment))
+        disclosures = tuple(dict.fromkeys((*entry.ledger.disclosures, *empty.disclosures)))
+        return replace(entry, ledger=replace(entry.ledger, disclosures=disclosures))
 
     def charge(self, experiment: str, empty: Ledger, numbers: Iterable[int], releases: Sequence[Release]) -> None:
         """Enter what each of some rounds releases, on the disk, before it leaves.
@@ -76,8 +82,8 @@ class SiteLedger:
         Raises:
             RunError: it cannot be written; nothing is entered.
         """
-        if experiment not in self._entries:
-            self._enter(experiment, self.entry(experiment, empty))
+        if (entry := self.entry(experiment, empty)) != self._entries.get(experiment):
+            self._enter(experiment, entry)
 
     def _enter(self, experiment: str, entry: Entry) -> None:
         document = {"rounds": list(entry.rounds), "ledger": json.loads(entry.ledger.to_json())}

@@ -36,6 +36,7 @@ PROTOCOL = 1  # of the messages between a coordinator and sites
 COPIES = (1, 4, 16, 64)  # of this site, as stand-ins for others that are not known yet
 ANSWERED = "answered"  # in an agreement: the last round that the coordinator knows an answer to
 AGREED = "agreement.json"  # in the folder of an experiment
+Others = dict[str, tuple[tuple[int, ...], tuple[Disclosure, ...]]]
 ACCURACY = Disclosure("each client's accuracy on its own test pictures, to the server as it trains", "upload")
 
 
@@ -55,7 +56,7 @@ class Membership:
         self._federation: Federation | None = None
         self._turns: Turns | None = None
         self._answered = 0  # the last round that the coordinator is known to have an answer to
-        self._affordable: tuple[Ledger, dict[str, tuple[int, ...]]] = Ledger(), {}
+        self._affordable: tuple[Ledger, Others] = Ledger(), {}
 
     @cached_property
     def own(self) -> OwnData:
@@ -305,7 +306,9 @@ class Membership:
         policy = self._settings.policy
         if kept := fields_kept_back(policy, federation):
             raise MessageError(f"upload's {kept[0]!r} may not leave; policy.fields = {policy.fields}")
-        planned = self._empty(federation, clients).add(_of(federation.mechanism.planned(), clients))
+        empty = self._empty(federation, clients)
+        told_before = self._ledger.entry(self.proposal.fingerprint, empty).ledger.disclosures
+        planned = replace(empty, disclosures=told_before).add(_of(federation.mechanism.planned(), clients))
         if told := over_budget(policy, self._ledger, self.proposal.fingerprint, planned):
             raise MessageError(told)
         self._affordable = planned, self._others()
@@ -319,14 +322,15 @@ class Membership:
         planned, others = self._affordable
         steps = {replace(release, steps=0): release.steps for release in planned.releases}
         part = all(release.steps <= steps.get(replace(release, steps=0), 0) for release in after.releases)
+        part = part and set(after.disclosures) <= set(planned.disclosures)
         if part and others == self._others():
             return ""
         return over_budget(self._settings.policy, self._ledger, self.proposal.fingerprint, after)
 
-    def _others(self) -> dict[str, tuple[int, ...]]:
-        """Return the rounds of all other experiments that this site's data is in."""
-        entries = self._ledger.experiments
-        return {name: entry.rounds for name, entry in entries.items() if name != self.proposal.fingerprint}
+    def _others(self) -> Others:
+        """Return the rounds of all other experiments that this site's data is in, and what they disclose."""
+        entries = {name: (entry.rounds, entry.ledger.disclosures) for name, entry in self._ledger.experiments.items()}
+        return {name: entry for name, entry in entries.items() if name != self.proposal.fingerprint}
 
     def _empty(self, federation: Federation, clients: Sequence[int]) -> Ledger:
         """Return the experiment's ledger before any release, with the digests of this site's data."""
