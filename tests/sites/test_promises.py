@@ -12,6 +12,7 @@ import safetensors.torch
 from torch import Tensor
 
 from sites.owners import NAMES, NOISE, experiment, fleet, sites_at, write_pictures, write_site
+from sordino.errors import PromptError
 from sordino.privacy.accounting import spent
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.statement import statement
@@ -19,6 +20,7 @@ from sordino.prompt_file import SavedPrompt
 from sordino.runtime.envelope import Envelope
 from sordino.runtime.fleet import Answer, Ask, LocalFleet, Lost, Patience
 from sordino.runtime.local import RoundError
+from sordino.serving.sources import from_file
 from sordino.sites.coordinator import LEDGER, METRICS, coordinate
 from sordino.sites.proposal import Proposal
 from sordino.sites.site import Site
@@ -49,8 +51,15 @@ def test_a_prompt_states_what_holds_for_everybody_whose_data_it_was_learned_from
     assert own["west"] < own["north"] < own["east"]
     said = statement(outcome.training.ledger, "example")
     assert f"epsilon = {own['east']:.4g}" in said
+    fingerprint = Proposal.of(config).fingerprint
     for site in sites.values():
-        assert statements(site, Proposal.of(config).fingerprint) == {said}
+        assert statements(site, fingerprint) == {said}
+        file = next((site.folder(fingerprint) / "prompts").iterdir())
+        published = from_file(file, site.folder(fingerprint) / "ledger.json").facts.privacy
+        assert published.epsilon == pytest.approx(own["east"])
+        assert published.statement == said
+        with pytest.raises(PromptError, match="under another ledger"):
+            from_file(file, site.state / "ledger" / f"{fingerprint}.json")
 
 
 def test_a_prompt_of_a_client_that_learns_alone_states_its_own(tmp_path: Path, clip_folder: Path) -> None:

@@ -36,6 +36,7 @@ PROTOCOL = 1  # of the messages between a coordinator and sites
 COPIES = (1, 4, 16, 64)  # of this site, as stand-ins for others that are not known yet
 ANSWERED = "answered"  # in an agreement: the last round that the coordinator knows an answer to
 AGREED = "agreement.json"  # in the folder of an experiment
+LEDGER = "ledger.json"  # there too: what was released of all sites' data, for the prompts
 Others = dict[str, tuple[tuple[int, ...], tuple[Disclosure, ...]]]
 ACCURACY = Disclosure("each client's accuracy on its own test pictures, to the server as it trains", "upload")
 
@@ -209,7 +210,9 @@ class Membership:
         prompt = self._prompt(envelope)
         federation, end = self._federation, self.turns.end
         assert federation is not None
-        privacy = self._privacy_of_prompts(federation, end.numbers)
+        ledger = self._ledger_of_prompts(federation, end.numbers)
+        write_atomically(self._folder / LEDGER, ledger.to_json().encode())
+        privacy = as_summary(ledger, self.config.privacy.unit)
         folder = self._folder / "prompts"
         model, names = self.own.plan.model, self.own.class_names
         own = end.numbers if federation.algorithm.ABOUT.personal != "nothing" else None
@@ -219,17 +222,17 @@ class Membership:
             facts["accuracy"] = self._told_accuracies(prompt)
         return Envelope("end", self.proposal.fingerprint, facts).encode()
 
-    def _privacy_of_prompts(self, federation: Federation, clients: Sequence[int]) -> dict[str, Any]:
-        """Return what is promised to everybody whose data the clients' prompts were learned from.
+    def _ledger_of_prompts(self, federation: Federation, clients: Sequence[int]) -> Ledger:
+        """Return what was released of everybody's data that the clients' prompts were learned from.
 
         A prompt of which a part was averaged tells of all sites' data, and this site's ledger counts its own alone. Of
         the others it knows the plan, which nobody exceeds.
         """
-        empty, mechanism = self._empty(federation, clients), federation.mechanism
+        empty, method = self._empty(federation, clients), federation.algorithm
         own = self._ledger.entry(self.proposal.fingerprint, empty).ledger
-        alone = federation.algorithm.ABOUT.server_uses == "nothing"
-        whole = own if alone else replace(own, releases=()).add(mechanism.planned())
-        return as_summary(whole, self.config.privacy.unit) | {"ledger_digest": own.digest()}
+        if method.ABOUT.server_uses == "nothing":
+            return own
+        return replace(own, releases=()).add(federation.mechanism.planned())
 
     def _prompt(self, envelope: Envelope) -> Prompt:
         """Return the clients' prompts, from their own state and the broadcasts to them."""
