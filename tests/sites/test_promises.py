@@ -183,3 +183,30 @@ def test_an_accuracy_that_is_told_from_the_middle_of_an_experiment_on_is_in_all_
         site = sites_at(site_files)["west"]
         assert math.isinf(site.ledger.spent("example", 1e-3))
         assert not site.ledger.experiments[fingerprint].ledger.private
+
+
+def test_that_nobody_is_at_two_sites_is_told_as_an_assumption(tmp_path: Path, clip_folder: Path) -> None:
+    """Here everybody is. No site can see it, each protects a part of a person, and the bound is one for a part."""
+    files = {}
+    for number, name in enumerate(NAMES[:2]):
+        pictures = write_pictures(tmp_path / name / "pictures", number, 6)
+        lines = [f"{file.relative_to(pictures)},person {file.stem}" for file in sorted(pictures.rglob("*.png"))]
+        (tmp_path / name / "persons.csv").write_text("\n".join(["file,person", *lines]))
+        data = {"source": "imagefolder:pictures", "test_fraction": 0.4, "persons": "persons.csv"}
+        files[name] = write_site(tmp_path / name, name, clip_folder, {"unit": "person"}, data=data)
+    assumed = "nobody has images at two sites"
+    runtime = {"weighting": "uniform"}
+    for privacy, told in (
+        (NOISE | {"unit": "person", "delta": 0.1}, True),
+        ({"mechanism": "dp-fedavg", "noise_multiplier": 1.0, "delta": 0.4}, True),
+        (NOISE | {"delta": 1e-3}, False),
+    ):
+        config, sites = experiment(clip_folder, privacy=privacy, runtime=runtime, rounds=1), sites_at(files)
+        fingerprint = Proposal.of(config).fingerprint
+        outcome = coordinate(config, Proposal.of(config), fleet(sites), tmp_path / fingerprint, Patience())
+        ledgers = [site.ledger.experiments[fingerprint].ledger for site in sites.values()]
+        for ledger in (outcome.training.ledger, *ledgers):
+            assert (assumed in ledger.assumptions) == told
+            assert math.isfinite(spent(ledger, "public", "person", 0.1).epsilon) == told
+        for site in sites.values():
+            assert {assumed in said for said in statements(site, fingerprint)} == {told}

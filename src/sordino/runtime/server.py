@@ -105,7 +105,7 @@ class ServerEnd:
             data: party to a digest of its data.
         """
         federation = self.federation
-        ledger = replace(federation.mechanism.empty_ledger(), run=run, data=dict(data or {}))
+        ledger = replace(federation.empty_ledger(), run=run, data=dict(data or {}))
         init = federation.init_context(range(federation.clients))
         state = federation.algorithm.server_init(federation.settings, init)
         return ServerTraining(0, state, federation.mechanism.initial_state(), ledger)

@@ -338,7 +338,7 @@ class Membership:
     def _empty(self, federation: Federation, clients: Sequence[int]) -> Ledger:
         """Return the experiment's ledger before any release, with the digests of this site's data."""
         data = {f"client {client}": digest for client, digest in zip(sorted(clients), self.own.digests, strict=True)}
-        empty = replace(federation.mechanism.empty_ledger(), run=self.proposal.fingerprint, data=data)
+        empty = replace(federation.empty_ledger(), run=self.proposal.fingerprint, data=data)
         if "accuracy" in self._settings.policy.tells:
             empty = replace(empty, disclosures=(*empty.disclosures, ACCURACY))
         return empty
