@@ -32,8 +32,8 @@ def _together(groups: Sequence[Group]) -> str:
     if len(spending) < 2:
         return ""
     return (
-        f"<p>Each ε is that of one run. There are {len(spending):,} here that spent any, and what runs on the same data "
-        "spend adds up: <code>sordino privacy ledger RUN RUN</code> says to how much.</p>\n"
+        f"<p>Each ε is that of one run. There are {len(spending):,} here that spent any, and what runs on the same "
+        "data spend adds up: <code>sordino privacy ledger RUN RUN</code> says to how much.</p>\n"
     )
 
 
