@@ -323,6 +323,30 @@ def test_below_the_quorum_a_round_changes_nothing_but_the_ledger(spec_of: Any, t
     assert {release.party for release in training.ledger.releases} == {f"client {client}" for client in range(6)}
 
 
+def test_a_sampled_client_is_told_nothing_of_who_else_is_in_the_sample(spec_of: Any, tmp_path: Path) -> None:
+    """A sampling rate is worth something against those who do not know the sample, and the others' loss is at it."""
+    spec = spec_of("dp-fpl, adaptive clip, noise by the server")
+    privacy = spec.privacy | {"simulation": False, "nonce": None}
+    runtime, saved = replace(spec, privacy=privacy, rounds=30).build(), Saved()
+    sites = sites_of(runtime, THIRDS, tmp_path)
+    told: dict[int, set[tuple[int, int]]] = {}
+
+    def listening(turn: Turn) -> Turn:
+        def answer(request: bytes) -> bytes:
+            for client, content in Envelope.decode(request).contents.items():
+                header = messages.round_header(content)
+                told.setdefault(client, set()).add((header.place, header.clients))
+            return turn(request)
+
+        return answer
+
+    fleet = LocalFleet({name: listening(site.turn) for name, site in sites.items()})
+    training = drive(server_of(runtime, THIRDS, saved), fleet)
+    assert len({record.participants for record in saved.records}) > 5
+    assert told == {client: {(client, 6)} for client in range(6)}
+    assert training.ledger.releases[0].sampling_rate == 0.5
+
+
 def test_rounds_of_sampled_clients_count_also_if_they_are_void(spec_of: Any, tmp_path: Path) -> None:
     """A quorum decides by the size of a sample. The rounds that it lets pass are no Poisson samples."""
     spec = spec_of("dp-fpl, adaptive clip, noise by the server")

@@ -294,7 +294,9 @@ class ServerEnd:
             client_broadcast: Broadcast = broadcast
             if isinstance(broadcast, PersonalBroadcast):
                 client_broadcast = take(broadcast, torch.tensor([client]))
-            header = RoundHeader(training.round + 1, place, len(chosen), session)
+            # Who else is in a sample of clients is what its rate keeps from them, so they are told nothing of it.
+            seat = (client, federation.clients) if federation.mechanism.samples_clients else (place, len(chosen))
+            header = RoundHeader(training.round + 1, *seat, session)
             message = federation.broadcast_message(client_broadcast, clip)
             contents[client] = messages.encode(message, header)
         return contents
