@@ -34,7 +34,7 @@ from sordino.runtime.facts import Federation, RandomnessOf, participants
 from sordino.runtime.messages import MessageError, RoundHeader
 from sordino.runtime.records import ProtocolRecord, protocol_record
 from sordino.runtime.release import RELEASE_ROUND, Keep, collect, drawn_anew
-from sordino.runtime.uploads import Diverged, RoundError, Uploads, error_of, read_uploads, stacked_upload
+from sordino.runtime.uploads import Diverged, RoundError, Uploads, error_of, means_alone, read_uploads, stacked_upload
 from sordino.secure import Carrier, Refusal, SecureError
 
 Link = Carrier  # carries messages to clients, by their numbers in the federation
@@ -237,12 +237,16 @@ class ServerEnd:
         """Return the method's next state, and the record of a protocol on shares, if there was one."""
         federation = self.federation
         server_exchange = getattr(federation.algorithm, "server_exchange", None)
-        # Participants of a protocol have their places, even if they are lost.
-        round_context = federation.round_context(training.round + 1, chosen if server_exchange else came)
+        mechanism = federation.mechanism
+        # Participants of a protocol have their places, even if they are lost; of a sample nothing is known.
+        there = range(federation.clients) if mechanism.samples_clients else chosen if server_exchange else came
+        round_context = federation.round_context(training.round + 1, there)
         began = time.monotonic()
         if server_exchange:
             method = (federation.settings, federation.model, training.state)
             uploads: Any = server_exchange(*method, upload, chosen, round_context, carrier)
+        elif mechanism.noised_by_server:
+            uploads = means_alone(federation, upload, mechanism_round.average)
         else:
             uploads = aggregated(federation.runtime, upload, mechanism_round.average)
         state: Server = federation.algorithm.server_round(federation.settings, training.state, uploads, round_context)
