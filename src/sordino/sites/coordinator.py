@@ -27,6 +27,7 @@ from sordino.progress import log
 from sordino.runtime import checkpoint
 from sordino.runtime.agreement import Agreement
 from sordino.runtime.envelope import Envelope
+from sordino.runtime.facts import participants
 from sordino.runtime.fleet import Answer, Ask, Fleet, Lost, Patience, ServerRuntime, drive
 from sordino.runtime.messages import MessageError
 from sordino.runtime.server import ServerEnd, ServerRecord, ServerTraining
@@ -82,7 +83,7 @@ def coordinate(
     """
     require_tracker(config.tracking)
     with held(out):
-        before = _begun(out, proposal)
+        before = _begun(config, out, proposal)
         own = config.encoder
         encoder = load_encoder(own.name, own.checkpoint, own.dtype, choose_device(config.device), own.generative)
         meeting = Meeting(config, proposal, encoder, fleet, patience)
@@ -98,7 +99,7 @@ def coordinate(
         return _Rounds(config, proposal, fleet, out, patience, watch, late, answered).run()
 
 
-def _begun(out: Path, proposal: Proposal) -> Begun | None:
+def _begun(config: Experiment, out: Path, proposal: Proposal) -> Begun | None:
     """Return what is known of the experiment in `out`; None if it is new.
 
     Raises:
@@ -111,7 +112,7 @@ def _begun(out: Path, proposal: Proposal) -> Begun | None:
         raise RunError(f"{out} holds another experiment, {there.fingerprint[:12]}; choose another --out")
     agreement = Agreement.read(json.loads((out / AGREEMENT).read_bytes()))
     data = Ledger.from_json((out / LEDGER).read_text(encoding="utf-8")).data if (out / LEDGER).exists() else {}
-    return Begun(agreement, data, _answered(agreement, _lines(out)))
+    return Begun(agreement, data, _answered(config, agreement, _lines(out)))
 
 
 def _lines(out: Path) -> list[dict[str, Any]]:
@@ -122,16 +123,24 @@ def _lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _answered(agreement: Agreement, lines: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Return the last round that each site is known to have answered, of those in which everybody was asked."""
+def _answered(config: Experiment, agreement: Agreement, lines: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Return the last round that each site is known to have answered.
+
+    Who is asked in a round follows from the seed. Where clients are sampled it does not, so of those rounds only such
+    count in which everybody was asked. A site draws no noise there.
+    """
+    count, participation = len(agreement.sizes), config.runtime.participation
+    sampled = participation < 1 and (config.privacy.mechanism, config.privacy.noise_by) == ("dp-fedavg", "server")
     answered: dict[str, int] = {}
     for line in lines:
-        lost, lost_clients = line.get("lost", {}), line.get("lost_clients", {})
-        if line.get("participants", 0) + len(lost_clients) < len(agreement.sizes):
+        number, lost, lost_clients = line["round"], line.get("lost", {}), line.get("lost_clients", {})
+        if not number or (sampled and line.get("participants", 0) + len(lost_clients) < count):
             continue
+        asked = range(count) if sampled else participants(config.seed, number, count, participation).tolist()
+        came = {client for client in asked if str(client) not in lost_clients}
         for site, clients in agreement.sites.items():
-            if site not in lost and not (lost_clients and any(str(client) in lost_clients for client in clients)):
-                answered[site] = line["round"]
+            if site not in lost and came.intersection(clients) and came.issuperset({*clients}.intersection(asked)):
+                answered[site] = number
     return answered
 
 
@@ -234,7 +243,7 @@ class _Rounds:
         """
         assert self._server is not None
         before = self._server.facts or {site: {ANSWERED: 0} for site in self.met.agreement.sites}
-        new = {site: {ANSWERED: number} for site, number in _answered(self.met.agreement, lines).items()}
+        new = {site: {ANSWERED: number} for site, number in _answered(self.config, self.met.agreement, lines).items()}
         self._server.facts = {**before, **new}
 
     def _greet_late(self, needed: bool = False, last: bool = False) -> None:
