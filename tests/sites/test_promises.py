@@ -17,6 +17,7 @@ from sordino.privacy.accounting import spent
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.statement import statement
 from sordino.prompt_file import SavedPrompt
+from sordino.results import rounded_up
 from sordino.runtime.envelope import Envelope
 from sordino.runtime.fleet import Answer, Ask, LocalFleet, Lost, Patience
 from sordino.runtime.local import RoundError
@@ -50,7 +51,7 @@ def test_a_prompt_states_what_holds_for_everybody_whose_data_it_was_learned_from
     own = {name: site.ledger.spent("example", 1e-3) for name, site in sites.items()}
     assert own["west"] < own["north"] < own["east"]
     said = statement(outcome.training.ledger, "example")
-    assert f"epsilon = {own['east']:.4g}" in said
+    assert f"epsilon = {rounded_up(own['east'], 4)} " in said
     fingerprint = Proposal.of(config).fingerprint
     for site in sites.values():
         assert statements(site, fingerprint) == {said}
@@ -72,7 +73,7 @@ def test_a_prompt_of_a_client_that_learns_alone_states_its_own(tmp_path: Path, c
     coordinate(config, Proposal.of(config), fleet(sites), tmp_path / "out", Patience())
     for site in sites.values():
         (said,) = statements(site, Proposal.of(config).fingerprint)
-        assert f"epsilon = {site.ledger.spent('example', 1e-3):.4g}" in said
+        assert f"epsilon = {rounded_up(site.ledger.spent('example', 1e-3), 4)} " in said
 
 
 def test_a_site_that_is_sampled_spends_what_all_rounds_spend(
