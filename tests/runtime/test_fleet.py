@@ -19,6 +19,7 @@ from runtime.site_process import EXPERIMENT, LEDGER, turns_of
 from runtime.test_two_processes import trained_locally
 from sordino.algorithms.base import named_tensors
 from sordino.errors import RunError
+from sordino.privacy.client_level import SAMPLE_SECRET
 from sordino.runtime import messages, turns
 from sordino.runtime.envelope import Envelope
 from sordino.runtime.fleet import Ask, LocalFleet, Patience, ServerRuntime, drive, put
@@ -345,6 +346,7 @@ def test_a_sampled_client_is_told_nothing_of_who_else_is_in_the_sample(spec_of: 
     assert len({record.participants for record in saved.records}) > 5
     assert told == {client: {(client, 6)} for client in range(6)}
     assert training.ledger.releases[0].sampling_rate == 0.5
+    assert SAMPLE_SECRET in training.ledger.assumptions
 
 
 def test_rounds_of_sampled_clients_count_also_if_they_are_void(spec_of: Any, tmp_path: Path) -> None:

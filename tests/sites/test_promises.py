@@ -186,6 +186,27 @@ def test_an_accuracy_that_is_told_from_the_middle_of_an_experiment_on_is_in_all_
         assert not site.ledger.experiments[fingerprint].ledger.private
 
 
+def test_an_accuracy_that_is_told_at_the_end_alone_is_in_the_coordinators_ledger(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    """The site is started again with another policy, and the coordinator is not: it meets nobody anew."""
+
+    class Allows(LocalFleet):
+        def ask(self, ask: Ask) -> Iterator[Answer | Lost]:
+            if Envelope.decode(next(iter(ask.payloads.values()))).kind == "end":
+                write_site(tmp_path / "west", "west", clip_folder, {"tells": ["sizes", "class_names", "accuracy"]})
+                self._sites["west"] = sites_at(site_files)["west"].turn
+            return super().ask(ask)
+
+    config, out = experiment(clip_folder, privacy=NOISE), tmp_path / "out"
+    over = Allows({name: site.turn for name, site in sites_at(site_files).items()})
+    outcome = coordinate(config, Proposal.of(config), over, out, Patience())
+    assert set(outcome.accuracy) == {"client 2"}
+    assert not outcome.training.ledger.private
+    assert not Ledger.from_json((out / LEDGER).read_text()).private
+    assert math.isinf(sites_at(site_files)["west"].ledger.spent("example", 1e-3))
+
+
 def test_that_nobody_is_at_two_sites_is_told_as_an_assumption(tmp_path: Path, clip_folder: Path) -> None:
     """Here everybody is. No site can see it, each protects a part of a person, and the bound is one for a part."""
     files = {}

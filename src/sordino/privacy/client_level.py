@@ -29,6 +29,7 @@ from sordino.randomness import Randomness
 
 CLIP = "clip"  # the mechanism's state: the current bound, a scalar
 COUNT = "count"  # the field of the secure sum of bits
+SAMPLE_SECRET = "no client knows which others take part in a round"
 COUNT_SHARE = 0.1  # of the budget, for the count of clipped uploads that an adaptive clip follows
 
 
@@ -70,6 +71,8 @@ class ClientMechanism(Mechanism):
             for words, applies in ((summed_securely, noise_by == "shares"), (_compressed, self.compresses))
             if applies
         )
+        if self.samples_clients:
+            assumptions = (*assumptions, SAMPLE_SECRET)
         stated = Ledger((), self._left_open(covered), trusted, assumptions, self.delta, self._randomness)
         return replace(stated, whole_persons=self.inputs.whole_persons)
 

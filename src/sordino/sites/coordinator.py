@@ -187,6 +187,8 @@ class _Rounds:
                 raise
         self._greet_late(last=True)
         accuracy = self._end(training)
+        training = self._as_met(training, told=bool(accuracy))
+        write_atomically(self.out / LEDGER, training.ledger.to_json().encode())
         self._write_outcome(training, accuracy)
         self._write_page(training, accuracy, finished=True)
         return Outcome(training, self.met, accuracy)
@@ -256,14 +258,15 @@ class _Rounds:
         self.late.again(answered, needed, last)
         server.training = self._as_met(server.training)
 
-    def _as_met(self, training: ServerTraining) -> ServerTraining:
+    def _as_met(self, training: ServerTraining, told: bool = False) -> ServerTraining:
         """Return a state whose ledger has what the sites that were met tell, also those that were late so far.
 
-        That is the digests of their data, and an accuracy, which a site may come to tell as an experiment goes on.
+        That is the digests of their data, and an accuracy, which a site may come to tell as an experiment goes on, or
+        at its end (`told`).
         """
-        ledger, told = training.ledger, (ACCURACY,) if self.met.tells_accuracy else ()
+        ledger, more = training.ledger, (ACCURACY,) if told or self.met.tells_accuracy else ()
         data = {**ledger.data, **self.met.data, **ledger.data}  # as told at first
-        disclosures = tuple(dict.fromkeys((*ledger.disclosures, *told)))
+        disclosures = tuple(dict.fromkeys((*ledger.disclosures, *more)))
         return replace(training, ledger=replace(ledger, data=data, disclosures=disclosures))
 
     def _evaluated(self, training: ServerTraining) -> dict[str, Any]:
