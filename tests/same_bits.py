@@ -70,6 +70,9 @@ def digests_of(out: Path) -> dict[str, str]:
     """Return the digests of a run directory, by part."""
     summary = json.loads((out / "summary.json").read_bytes())
     privacy = {key: value for key, value in summary["privacy"].items() if key != "ledger_digest"}
+    if privacy["epsilon"] is not None and privacy["delta"] is not None:  # which a statement rounds up by now
+        told = f"epsilon = {privacy['epsilon']:.4g} at delta = {privacy['delta']:.2g}"
+        privacy["statement"] = re.sub(r"epsilon = \S+ at delta = \S+", told, privacy["statement"])
     kept = {key: summary[key] for key in ("algorithm", "clients", "rounds", "accuracy", "per_client")}
     losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     prompts = _tensors(out / "prompts")

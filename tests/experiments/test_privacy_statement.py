@@ -166,6 +166,23 @@ def test_the_page_confirms_no_guess_of_the_data(runs: Callable[[str], Path], con
     assert content["digests"]["data.json"] in page
 
 
+@pytest.mark.parametrize("kind", ["private", "clients"])
+def test_the_page_does_not_say_who_holds_what(kind: str, runs: Callable[[str], Path], tmp_path: Path) -> None:
+    """It is for others, and epsilon bounds nothing of what it copies from the summary: classes by client, and sizes.
+
+    Where the client is the unit, a size is as private as all else.
+    """
+    whole = statement_of(runs(kind), judge)
+    shutil.copytree(runs(kind), tmp_path / "other")
+    summary = json.loads((tmp_path / "other" / "summary.json").read_bytes())
+    for result in summary["per_client"]:
+        result["classes"].reverse()
+        result["examples"] += 5 if kind == "clients" else 0
+    (tmp_path / "other" / "summary.json").write_text(json.dumps(summary))
+    assert statement_of(tmp_path / "other", judge, whole) == whole
+    assert ("training pictures" in whole["document"]["subtitle"]) == (kind == "private")
+
+
 @pytest.mark.parametrize(
     ("kind", "verdict", "banner"),
     [
@@ -462,7 +479,7 @@ def test_the_keys_command_makes_what_the_others_take(tmp_path: Path, capsys: pyt
     assert "never overwritten" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["private", "simulated", "bare"])
+@pytest.mark.parametrize("kind", ["private", "clients", "simulated", "bare"])
 def test_a_plan_has_the_statements_look_and_words(kind: str, config: Path, tmp_path: Path) -> None:
     chosen = plan(load_config(config, KINDS[kind]))
     write_page(chosen, tmp_path / "plan.html")
@@ -471,7 +488,9 @@ def test_a_plan_has_the_statements_look_and_words(kind: str, config: Path, tmp_p
     assert asset("document.css") in page
     assert ('data-figure="epsilon"' in page) == (kind != "bare")
     text = seen(page)
-    starts = {"private": "Planned: differentially private, ε = ", "simulated": "NOT PRIVATE: THIS IS A SIM"}
+    assert ("for training in all" in text) == (kind != "clients")
+    starts = {"simulated": "NOT PRIVATE: THIS IS A SIM"}
+    starts |= dict.fromkeys(("private", "clients"), "Planned: differentially private, ε = ")
     assert starts.get(kind, "NOT PRIVATE") in text
     assert "<i>odd & 'path'/pictures" in text
     if kind == "private":

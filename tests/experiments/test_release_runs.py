@@ -127,6 +127,11 @@ def test_a_release_that_failed_stays_counted(
         assert len({release.name for release in both.releases}) == 2
         assert summary.privacy.epsilon > spent(once, "server", "example").epsilon
         assert len(ReleaseFile.load(out / FILE).releases) == 2
+        # It is killed as it has the release on the disk, and before the ledger has it beside the failed one.
+        interrupt(config, tmp_path / "killed", monkeypatch)
+        (tmp_path / "killed" / "ledger.json").write_text(once.to_json())
+        run(config, tmp_path / "killed", resume=True)
+        assert len({release.name for release in ledger_of(tmp_path / "killed").releases}) == 2
 
 
 @pytest.mark.parametrize("space", ["subspace=8", "center_share=0.2"])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sordino.privacy.clipping import clip_jointly, clipped_sum
+from sordino.privacy.settings import LEAST_CLIP, MOST_CLIP
 
 EPSILON = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}
 KINDS = st.sampled_from(list(EPSILON))
@@ -49,6 +50,21 @@ def test_rows_of_any_size_keep_the_bound(kind: torch.dtype, powers: list[float],
         elif before >= clip * (1 + slack):
             assert not bool(below[row])
             assert after == pytest.approx(clip, rel=slack)
+
+
+@pytest.mark.parametrize("clip", [LEAST_CLIP, 1.0, MOST_CLIP])
+@pytest.mark.parametrize("share", [0.51, 1.0, 1.49])
+def test_every_clip_that_may_be_set_is_kept_by_rows_of_equal_entries(clip: float, share: float) -> None:
+    """Near the least float each entry would be rounded up, and the row be twice as long as the clip."""
+    width = 3072
+    row = {"row": torch.ones(1, width)}
+    for clipped in (clip_jointly(row, clip)[0], clipped_sum(row, clip)):
+        assert float(clipped["row"].double().norm()) <= clip * (1 + 1e-5)
+    least = 2.0**-149  # of float32
+    too_small = share * least * math.sqrt(width)
+    assert too_small < LEAST_CLIP
+    longest = float(clip_jointly(row, too_small)[0]["row"].double().norm())
+    assert (longest > 1.9 * too_small) == (share == 0.51)
 
 
 @given(KINDS, st.lists(st.floats(-300, 300), min_size=2, max_size=6), st.integers(0, 999), st.data())

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sordino.privacy.ledger import Disclosure, Ledger, Release
+from sordino.privacy.accounting import spent
+from sordino.privacy.ledger import Disclosure, Ledger, Observer, Release
+from sordino.privacy.statement import statement
 
 # Among them what the text itself is made of.
 WORDS = st.one_of(
@@ -77,3 +80,16 @@ def test_no_step_is_lost_where_a_kind_is_listed_twice(releases: list[Release], r
     twice = Ledger(releases=(*releases, release, release))
     before = sum(entry.steps for entry in twice.releases)
     assert sum(entry.steps for entry in twice.add([release]).releases) == before + release.steps
+
+
+@given(st.floats(0.3, 200), st.floats(1e-12, 0.4))
+def test_no_number_of_a_statement_is_smaller_than_the_ledgers(multiplier: float, delta: float) -> None:
+    """Rounded to the nearest, a delta of 0.0145 would be told as 0.014, at which epsilon is larger."""
+    seen: tuple[Observer, ...] = ("server", "clients", "public")
+    release = Release("sums", "client 0", "example", (multiplier,), 1.0, 1, "client", seen)
+    ledger = Ledger((release,), delta=delta)
+    said = re.findall(r"epsilon = (\S+) at delta = (\S+) for each example", statement(ledger, "example"))
+    ((epsilon, told),) = said
+    exact = spent(ledger, "server", "example").epsilon
+    assert exact <= float(epsilon) <= exact * 1.001 + 1e-12
+    assert delta <= float(told) <= delta * 1.001

@@ -30,7 +30,7 @@ from sordino.privacy.cotangent import (
 from sordino.privacy.dp_sgd import DpSgdGradients, Group, example_gradients
 from sordino.privacy.gradients import Batch, ExactGradients
 from sordino.privacy.sampling import PoissonSampler, Sampling
-from sordino.privacy.settings import PrivacySettings
+from sordino.privacy.settings import LEAST_CLIP, MOST_CLIP, PrivacySettings
 from sordino.randomness import Streams, SystemRandomness
 from sordino.runtime.local import LocalRuntime, Training
 
@@ -354,6 +354,31 @@ def test_a_client_moves_the_count_behind_an_adaptive_clip_by_a_half(
     assert clients.below_clip.tolist() == [share - 0.5] * 4  # a client who is absent counts as nothing, 0
     server = runtime.mechanism.server_end(streams, range(4), training.mechanism)
     assert float(server.finish(clients.below_clip)["clip"]) == pytest.approx(clip * math.exp(-0.2 * (share - 0.3)))
+
+
+@pytest.mark.parametrize("told", [0.0, -1.0, 8e-44, 1e-21, 1e21, 1e300])
+def test_a_clip_that_rounding_would_undo_is_neither_set_nor_taken_from_a_server(
+    told: float, make_runtime: MakeRuntime
+) -> None:
+    """Under a clip near the least float, a clipped upload may be twice as long, and its noise is lost."""
+    for key in ("clip", "personal_clip"):
+        with pytest.raises(ValueError, match=key):
+            PrivacySettings(**{"mechanism": "dp-sgd", "noise_multiplier": 1.0, key: told})
+    privacy = {"mechanism": "dp-fedavg", "noise_multiplier": 1.0, "clip_quantile": 0.5, "delta": 0.1}
+    runtime = make_runtime("promptfl", ROWS, TABLES, privacy=privacy, weighting="uniform")
+    with pytest.raises(RunError, match="the server tells a clip"):
+        runtime.mechanism.client_end(runtime.randomness(1, [0]), [0], torch.tensor(told, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("below", [-1e6, 1e6])
+def test_an_adaptive_clip_stays_where_clipping_holds(below: float, make_runtime: MakeRuntime) -> None:
+    privacy = {"mechanism": "dp-fedavg", "noise_multiplier": 1.0, "clip_quantile": 0.5, "delta": 0.1}
+    runtime = make_runtime("promptfl", ROWS, TABLES, privacy=privacy, weighting="uniform")
+    mechanism = runtime.mechanism
+    end = mechanism.server_end(runtime.randomness(1, range(4)), range(4), mechanism.initial_state())
+    clip = end.finish(torch.full((4,), below))["clip"]
+    mechanism.client_end(runtime.randomness(2, [0]), [0], clip)  # takes it
+    assert float(clip) == (MOST_CLIP if below < 0 else LEAST_CLIP)
 
 
 def test_no_two_steps_share_their_noise(make_runtime: MakeRuntime) -> None:

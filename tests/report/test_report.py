@@ -425,6 +425,11 @@ def test_privacy_is_said_in_words_and_never_understated(tmp_path: Path, write_ru
     ):
         assert part in said
     assert exposed["statement"] in said
+    private = summary(tmp_path / "c")["privacy"]["private"]
+    assert f"There are {3 if private else 2} here that spent any" in said
+    assert "on the same data spend adds up" in said
+    for alone in (["a"], ["a", "without noise"]):
+        assert "adds up" not in page_of(tmp_path, *(tmp_path / name for name in alone)).text["Privacy"]
 
 
 def test_infinite_epsilon_and_none_at_all(tmp_path: Path, write_run: WriteRun) -> None:

@@ -19,6 +19,7 @@ from runtime.site_process import EXPERIMENT, LEDGER, turns_of
 from runtime.test_two_processes import trained_locally
 from sordino.algorithms.base import named_tensors
 from sordino.errors import RunError
+from sordino.privacy.client_level import SAMPLE_SECRET
 from sordino.runtime import messages, turns
 from sordino.runtime.envelope import Envelope
 from sordino.runtime.fleet import Ask, LocalFleet, Patience, ServerRuntime, drive, put
@@ -321,6 +322,46 @@ def test_below_the_quorum_a_round_changes_nothing_but_the_ledger(spec_of: Any, t
     assert training.round == runtime.rounds
     assert all("2 of 6 answered" in record.void and record.participants == () for record in saved.records)
     assert {release.party for release in training.ledger.releases} == {f"client {client}" for client in range(6)}
+
+
+def test_a_sampled_client_is_told_nothing_of_who_else_is_in_the_sample(spec_of: Any, tmp_path: Path) -> None:
+    """A sampling rate is worth something against those who do not know the sample, and the others' loss is at it."""
+    spec = spec_of("dp-fpl, adaptive clip, noise by the server")
+    privacy = spec.privacy | {"simulation": False, "nonce": None}
+    runtime, saved = replace(spec, privacy=privacy, rounds=30).build(), Saved()
+    sites = sites_of(runtime, THIRDS, tmp_path)
+    told: dict[int, set[tuple[int, int]]] = {}
+
+    def listening(turn: Turn) -> Turn:
+        def answer(request: bytes) -> bytes:
+            for client, content in Envelope.decode(request).contents.items():
+                header = messages.round_header(content)
+                told.setdefault(client, set()).add((header.place, header.clients))
+            return turn(request)
+
+        return answer
+
+    fleet = LocalFleet({name: listening(site.turn) for name, site in sites.items()})
+    training = drive(server_of(runtime, THIRDS, saved), fleet)
+    assert len({record.participants for record in saved.records}) > 5
+    assert told == {client: {(client, 6)} for client in range(6)}
+    assert training.ledger.releases[0].sampling_rate == 0.5
+    assert SAMPLE_SECRET in training.ledger.assumptions
+
+
+def test_rounds_of_sampled_clients_count_also_if_they_are_void(spec_of: Any, tmp_path: Path) -> None:
+    """A quorum decides by the size of a sample. The rounds that it lets pass are no Poisson samples."""
+    spec = spec_of("dp-fpl, adaptive clip, noise by the server")
+    privacy = spec.privacy | {"simulation": False, "nonce": None}
+    runtime, saved = replace(spec, privacy=privacy, rounds=40).build(), Saved()
+    sites = sites_of(runtime, THIRDS, tmp_path)
+    there = LocalFleet({name: site.turn for name, site in sites.items() if name != "west"})
+    training = drive(server_of(runtime, THIRDS, saved, Patience(1.0)), there)
+    voids = [record for record in saved.records if record.void]
+    assert 0 < len(voids) < 40
+    assert all(record.lost.keys() & {4, 5} for record in voids), "who was drawn and is there answered"
+    (release,) = training.ledger.releases
+    assert (release.steps, release.sampling_rate) == (40, 0.5)
 
 
 def test_a_full_disk_at_a_site_loses_a_round_and_nothing_else(

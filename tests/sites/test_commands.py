@@ -16,6 +16,7 @@ from sites.owners import NOISE, experiment, fleet, sites_at, write_site
 from sordino.cli.app import app
 from sordino.cli.site_words import round_as_text
 from sordino.errors import ConfigError
+from sordino.results import rounded_up
 from sordino.runtime.fleet import Patience
 from sordino.sites.coordinator import coordinate
 from sordino.sites.fleet_config import FleetSettings, load_fleet_config
@@ -79,7 +80,7 @@ def test_an_owner_sees_what_an_experiment_means_and_allows_it(
     words = said("check", east, proposed, code=1)
     assert "east takes no part" in words
     planned = told["verdict"]["epsilon"]
-    assert f"It would spend epsilon = {planned:.4g}" in words
+    assert f"It would spend epsilon = {rounded_up(planned, 4)} at" in words
     write_site(tmp_path / "east", "east", clip_folder, {"experiments": [fingerprint], "epsilon": 1000.0})
     assert "east takes part." in said("check", east, proposed)
     config = load_fleet_config(proposed)
@@ -87,7 +88,7 @@ def test_an_owner_sees_what_an_experiment_means_and_allows_it(
     ledger = json.loads(said("ledger", east, "--json"))
     assert ledger["epsilon"] == pytest.approx(planned), "what was planned is what was spent"
     assert ledger["experiments"][fingerprint]["rounds"] == [1, 2, 3]
-    assert f"{fingerprint}: 3 rounds; epsilon {planned:.4g}" in said("ledger", east)
+    assert f"{fingerprint}: 3 rounds; epsilon {rounded_up(planned, 4)}" in said("ledger", east)
     write_site(tmp_path / "east", "east", clip_folder, {"experiments": [fingerprint], "epsilon": planned / 2})
     assert "policy.epsilon" in said("check", east, proposed, code=1)
 

@@ -15,6 +15,7 @@ from sites.owners import NAMES, NOISE, experiment, fleet, sites_at, write_site
 from sordino.errors import RunError
 from sordino.experiments.config import Experiment
 from sordino.runtime.envelope import Envelope
+from sordino.runtime.facts import participants
 from sordino.runtime.fleet import Answer, Ask, LocalFleet, Lost, Patience
 from sordino.sites import latecomers
 from sordino.sites.coordinator import METRICS, Outcome, coordinate
@@ -426,3 +427,36 @@ def test_rounds_do_not_wait_for_who_has_not_agreed() -> None:
     assert events == [Lost("north", f"it has not agreed: {SILENT}"), Answer("east", b"east"), Answer("west", b"west")]
     assert asks == [Ask(4, {"east": b"east", "west": b"west"}, 2, 9.0, 3.0)]
     assert late.sites() == {"east", "west"}
+
+
+def test_an_old_copy_is_refused_also_where_a_part_of_the_clients_takes_part(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    """Who is asked in a round follows from the seed, so the coordinator knows who has answered it."""
+    config = experiment(clip_folder, privacy=NOISE, rounds=8, runtime={"participation": 0.67})
+    asked = {number: participants(config.seed, number, 3, 0.67).tolist() for number in range(1, 9)}
+    mine = [number for number, clients in asked.items() if 1 in clients]  # north is the second by name
+    assert len(mine) >= 4
+    assert all(len(clients) == 2 for clients in asked.values())
+    state, copied, back = tmp_path / "north" / "state", mine[1], mine[3]
+
+    class Swaps(LocalFleet):
+        def ask(self, ask: Ask) -> Iterator[Answer | Lost]:
+            ((kind, _),) = {(envelope.kind, ask.round): 0 for envelope in asked_for(ask).values()}
+            if kind == "round" and ask.round == copied:
+                shutil.copytree(state, tmp_path / "copy")
+            if kind == "round" and ask.round == back:
+                shutil.rmtree(state)
+                shutil.copytree(tmp_path / "copy", state)
+                self._sites["north"] = sites_at(site_files)["north"].turn
+            return super().ask(ask)
+
+    over = Swaps({name: site.turn for name, site in sites_at(site_files).items()})
+    few = Patience(0.5)
+    coordinate(config, Proposal.of(config), over, tmp_path / "out", few)
+    lost = {line["round"]: line["lost"]["north"] for line in lines_of(tmp_path / "out") if "lost" in line}
+    assert list(lost) == mine[3:]
+    told = f"this site answered round {mine[2]}, and its state ends with round {mine[0]}"
+    assert all(told in reason for reason in lost.values())
+    entry = sites_at(site_files)["north"].ledger.experiments[Proposal.of(config).fingerprint]
+    assert entry.rounds == (mine[0],), "the copy drew no noise"

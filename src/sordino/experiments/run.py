@@ -240,6 +240,8 @@ def _resumed(runtime: LocalRuntime, start: Training, out: Path) -> Training:
     if runtime.privacy.simulation:
         return training
     ledger = Ledger.from_json((out / LEDGER).read_bytes()) if (out / LEDGER).exists() else training.ledger
+    # A process that died as soon as it had the release did not enter it beside one that had failed before.
+    ledger = ledger.add(release for release in start.ledger.releases if release.name)
     training = training.with_ledger(ledger)
     if training.round == runtime.rounds or not runtime.within_budget(training):
         return training  # nothing more is released

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from sordino.errors import RunError
 from sordino.privacy.clipping import clip_jointly
 from sordino.privacy.ledger import ALL_CLIENTS, OBSERVERS, Channel, Ledger, Observer, Release
 from sordino.privacy.mechanism import (
@@ -21,13 +22,14 @@ from sordino.privacy.mechanism import (
     once,
     summed_securely,
 )
-from sordino.privacy.settings import PrivacySettings
+from sordino.privacy.settings import LEAST_CLIP, MOST_CLIP, PrivacySettings
 from sordino.privacy.uploads.dithered import drawn_keys, quantized, restored
 from sordino.privacy.uploads.secure_mean import ServerSums, Summed, SumTerms, SumVectors
 from sordino.randomness import Randomness
 
 CLIP = "clip"  # the mechanism's state: the current bound, a scalar
 COUNT = "count"  # the field of the secure sum of bits
+SAMPLE_SECRET = "no client knows which others take part in a round"
 COUNT_SHARE = 0.1  # of the budget, for the count of clipped uploads that an adaptive clip follows
 
 
@@ -69,6 +71,8 @@ class ClientMechanism(Mechanism):
             for words, applies in ((summed_securely, noise_by == "shares"), (_compressed, self.compresses))
             if applies
         )
+        if self.samples_clients:
+            assumptions = (*assumptions, SAMPLE_SECRET)
         stated = Ledger((), self._left_open(covered), trusted, assumptions, self.delta, self._randomness)
         return replace(stated, whole_persons=self.inputs.whole_persons)
 
@@ -76,6 +80,11 @@ class ClientMechanism(Mechanism):
         self, randomness: Randomness, clients: Sequence[int], clip: Tensor | None = None
     ) -> ClientRoundMechanism:
         s, bound = self.settings, self.settings.clip if clip is None else float(clip)
+        if not LEAST_CLIP <= bound <= MOST_CLIP:  # a server may tell any number
+            raise RunError(
+                f"the server tells a clip of {bound:g}, where rounding would undo clipping and noise; uploads are "
+                f"clipped to a norm from {LEAST_CLIP:g} to {MOST_CLIP:g}"
+            )
         z_upload, z_count = self._multipliers
         client_share = 1.0 if s.noise_by == "client" else 0.0
 
@@ -142,7 +151,9 @@ class ClientMechanism(Mechanism):
             """Move the clip towards the quantile: smaller where more uploads than wanted are below it."""
             if s.clip_quantile is None:
                 return dict(state)
-            changed = clip * math.exp(-s.clip_learning_rate * (share_below(below_clip) - s.clip_quantile))
+            power = -s.clip_learning_rate * (share_below(below_clip) - s.clip_quantile)
+            changed = clip * math.exp(min(max(power, -700.0), 700.0))  # of which there are floats
+            changed = min(max(changed, LEAST_CLIP), MOST_CLIP)
             return {CLIP: torch.tensor(changed, dtype=torch.float64)}
 
         return ServerRoundMechanism(once(average), releases, finish)

@@ -173,6 +173,11 @@ class Mechanism:
         return False
 
     @property
+    def noised_by_server(self) -> bool:
+        """Tell whether a trusted server adds noise to the mean of a round's uploads, which is all that may be used."""
+        return self.settings.on and self.inputs.trains and self.settings.noise_by == "server"
+
+    @property
     def samples_examples(self) -> bool:
         """Tell whether batches are Poisson samples, of examples or of persons."""
         return False

@@ -23,6 +23,9 @@ BY_PERSON: tuple[Mechanism, ...] = (
 LEAST_EPSILON, MOST_EPSILON = 1e-9, 1e6
 EPSILONS = f"from {LEAST_EPSILON:g} to {MOST_EPSILON:g}, or inf for no noise"
 LEAST_MULTIPLIER, MOST_MULTIPLIER = 1e-30, 1e9
+# Clipped numbers far below the largest of float32 and far above the least: where floats lie as far apart as the clip is
+# long, rounding makes a clipped vector up to twice as long, and noise on it is lost.
+LEAST_CLIP, MOST_CLIP = 1e-20, 1e20
 MOST_BESIDE = 0.8  # of the budget may go to what is released beside class statistics
 MULTIPLIERS = f"from {LEAST_MULTIPLIER:g} to {MOST_MULTIPLIER:g}, or 0 for no noise"
 
@@ -58,14 +61,16 @@ class PrivacySettings(BaseModel):
     )
     clip: float = Field(
         default=1.0,
-        gt=0,
+        ge=LEAST_CLIP,
+        le=MOST_CLIP,
         allow_inf_nan=False,
         description="the largest norm of a contribution: an example's gradient (dp-sgd), its error p - y "
         "(cotangent), the sum of either over a person's images (unit = 'person'), a client's upload (dp-fedavg)",
     )
     personal_clip: float | None = Field(
         default=None,
-        gt=0,
+        ge=LEAST_CLIP,
+        le=MOST_CLIP,
         allow_inf_nan=False,
         description="dp-sgd: clip of personal parameters, if another",
     )

@@ -13,6 +13,7 @@ from sordino.errors import ConfigError, RunError
 from sordino.privacy import accounting
 from sordino.privacy.accounting import Spent
 from sordino.privacy.ledger import OBSERVERS, Ledger, Observer, Release, Unit
+from sordino.results import rounded_up
 
 WHO: dict[Observer, str] = {
     "server": "the server",
@@ -63,7 +64,8 @@ def statement(ledger: Ledger, unit: Unit) -> str:
     sentences = []
     if ledger.noised and math.isfinite(worst.epsilon):
         against = listed([WHO[observer] for observer in OBSERVERS if observer not in ledger.trusted])
-        claim = f"epsilon = {worst.epsilon:.4g} at delta = {worst.delta:.2g} for each {unit}, against {against}"
+        bound = f"epsilon = {rounded_up(worst.epsilon, 4)} at delta = {rounded_up(worst.delta, 4)}"
+        claim = f"{bound} for each {unit}, against {against}"
         sentences.append(
             f"Simulated, not private: with noise from the operating system it would have {claim}."
             if ledger.simulated

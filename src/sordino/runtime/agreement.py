@@ -19,6 +19,8 @@ from sordino.runtime.facts import Federation, Units, mechanism_inputs, schemas_o
 from sordino.runtime.messages import MessageError
 from sordino.runtime.settings import RuntimeSettings, participant_count
 
+PERSONS_APART = "nobody has images at two sites"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -97,10 +99,11 @@ class Agreement:
             check(plan.settings, plan.model, count)
         aggregation.check(plan.runtime, plan.privacy, plan.algorithm.ABOUT, count)
         schemas = schemas_of(*method, plan.model, len(self.sizes), rounds, plan.example)
-        device = plan.example.device
-        return Federation(
-            *(*method, plan.model, len(self.sizes), rounds, plan.runtime, plan.seed, mechanism, schemas, device)
-        )
+        # Each site sees its own persons. A bound for a person at two of them would be one for a part of the person.
+        bounded = self.whole_persons and plan.privacy.on and plan.privacy.unit != "example"
+        assumptions = (PERSONS_APART,) if bounded and len(self.sites) > 1 else ()
+        facts = (*method, plan.model, len(self.sizes), rounds, plan.runtime, plan.seed, mechanism, schemas)
+        return Federation(*facts, plan.example.device, assumptions)
 
 
 def federation_digest(federation: Federation) -> str:

@@ -31,7 +31,7 @@ from sordino.encoders.prompt_model import PromptModel
 from sordino.errors import ConfigError
 from sordino.privacy.forward.losses import without_a_model
 from sordino.privacy.gradients import Batch, Gradient, Parameters, PromptOf
-from sordino.privacy.ledger import Disclosure, joint_digest
+from sordino.privacy.ledger import Disclosure, Ledger, joint_digest
 from sordino.privacy.mechanism import WEIGHT, Mechanism, MechanismInputs
 from sordino.privacy.settings import PrivacySettings
 from sordino.privacy.statistics.estimates import ClassStatistics
@@ -69,6 +69,7 @@ class Federation:
         mechanism: the privacy mechanism, with its noise matched to the budget.
         schemas: the schemas of the method's messages.
         device: the device that computes with tensors.
+        assumptions: facts that no party can see by itself, beside those of the mechanism, in words.
     """
 
     algorithm: Algorithm
@@ -81,6 +82,12 @@ class Federation:
     mechanism: Mechanism
     schemas: Schemas
     device: torch.device
+    assumptions: tuple[str, ...] = ()
+
+    def empty_ledger(self) -> Ledger:
+        """Return the ledger before any release."""
+        empty = self.mechanism.empty_ledger()
+        return replace(empty, assumptions=(*empty.assumptions, *self.assumptions))
 
     def init_context(self, clients: Sequence[int]) -> InitContext:
         """Return the inputs of a method's first state, for a stack of clients."""

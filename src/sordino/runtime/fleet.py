@@ -16,7 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from sordino.errors import SordinoError
 from sordino.runtime.envelope import Envelope
 from sordino.runtime.messages import MessageError
-from sordino.runtime.release import RELEASE_ROUND
+from sordino.runtime.release import RELEASE_ROUND, Keep, drawn_anew
 from sordino.runtime.server import Link, ServerEnd, ServerRecord, ServerTraining
 from sordino.secure import Refusal
 
@@ -187,6 +187,7 @@ class ServerRuntime:
         patience: how long it waits, and for how many.
         save: is given every new state, the round's record (None for a release), and the sites that were lost in it,
             before anything else is asked.
+        keep: keeps what the server noised of class statistics, before it is told.
 
     Attributes:
         training: the state after the last round.
@@ -202,7 +203,9 @@ class ServerRuntime:
         experiment: str,
         patience: Patience,
         save: Callable[[ServerTraining, ServerRecord | None, Mapping[str, str]], None],
+        keep: Keep = drawn_anew,
     ) -> None:
+        self._keep = keep
         self.training, self._end, self._patience, self._save = training, end, patience, save
         self._sites = {site: sorted(clients) for site, clients in sites.items()}
         self._site_of = {client: site for site, clients in self._sites.items() for client in clients}
@@ -295,9 +298,8 @@ class ServerRuntime:
     def _started(self) -> Callable[[Link], Any]:
         end, training = self._end, self.training
         if not self._released:
-            return lambda link: (end.release(training, link), None)
-        quorum = self._patience.of(len(end.participants(training.round + 1)))
-        return lambda link: end.round(training, link, quorum)
+            return lambda link: (end.release(training, link, self._keep), None)
+        return lambda link: end.round(training, link, self._patience.of)
 
     def _finish(self, finished: Questions[Any]) -> None:
         self._round = None

@@ -41,8 +41,9 @@ class RoundHeader:
 
     Attributes:
         round: the round's number, from 1.
-        place: the client's place among the participants, from 0.
-        clients: the number of participants.
+        place: the client's place among the participants, from 0. Where these are a Poisson sample, its number.
+        clients: the number of participants. Where these are a Poisson sample, that of all clients: the size of the
+            sample would tell who else is in it.
         session: the session of the round's secure sums, in hexadecimal digits; empty if there are none.
     """
 

@@ -8,8 +8,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from sordino.randomness import Randomness, system_bytes
 from sordino.runtime import messages
 from sordino.runtime.messages import MessageError, RoundHeader, UploadHeader
 from sordino.secure import Carrier, Party, Refusal, answered
+
+# Returns a part's sum with the server's noise: the one that was kept before, or else what is drawn, once it is kept.
+Keep = Callable[[str, Callable[[], Tensor]], Tensor]
 
 RELEASE_ROUND = 0  # the number of the release among the rounds
 SESSION_BYTES = 16
@@ -98,12 +102,18 @@ class ServerRelease:
     releases: list[Release]
 
 
+def drawn_anew(part: str, draw: Callable[[], Tensor]) -> Tensor:
+    """Keep nothing: for a server that tells nobody anything before its state is saved."""
+    return draw()
+
+
 def collect(
     mechanism: StatisticsMechanism,
     link: Carrier,
     randomness: Randomness,
     name: str,
     device: torch.device,
+    keep: Keep = drawn_anew,
 ) -> ServerRelease:
     """Ask all clients for their statistics, add them up, and tell what they say together.
 
@@ -113,6 +123,8 @@ def collect(
         randomness: of the server's noise.
         name: of the release, for the ledger.
         device: that computes.
+        keep: holds what the server noised from the moment before it is told. Else a server that tries again would tell
+            the same sums with other noise, and nobody would count that.
 
     Raises:
         MessageError: a client did not answer, or its answer is not what was agreed.
@@ -139,7 +151,7 @@ def collect(
                 total, charged[part] = mechanism.summed_in_shares(part, sums)
                 totals[part] = total.to(device)
             elif not mechanism.by_client:
-                totals[part] = mechanism.summed(part, each[part], randomness)
+                totals[part] = keep(part, partial(mechanism.summed, part, each[part], randomness)).to(device)
             elif part != MATRIX and mechanism.joins:
                 totals[part] = each[part].sum(0)
         if (center := totals.get(CENTER)) is not None:

@@ -7,7 +7,7 @@ into the same process, a pipe, or a network.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,8 +33,8 @@ from sordino.runtime.aggregation import aggregated
 from sordino.runtime.facts import Federation, RandomnessOf, participants
 from sordino.runtime.messages import MessageError, RoundHeader
 from sordino.runtime.records import ProtocolRecord, protocol_record
-from sordino.runtime.release import RELEASE_ROUND, collect
-from sordino.runtime.uploads import Diverged, RoundError, Uploads, error_of, read_uploads, stacked_upload
+from sordino.runtime.release import RELEASE_ROUND, Keep, collect, drawn_anew
+from sordino.runtime.uploads import Diverged, RoundError, Uploads, error_of, means_alone, read_uploads, stacked_upload
 from sordino.secure import Carrier, Refusal, SecureError
 
 Link = Carrier  # carries messages to clients, by their numbers in the federation
@@ -105,13 +105,18 @@ class ServerEnd:
             data: party to a digest of its data.
         """
         federation = self.federation
-        ledger = replace(federation.mechanism.empty_ledger(), run=run, data=dict(data or {}))
+        ledger = replace(federation.empty_ledger(), run=run, data=dict(data or {}))
         init = federation.init_context(range(federation.clients))
         state = federation.algorithm.server_init(federation.settings, init)
         return ServerTraining(0, state, federation.mechanism.initial_state(), ledger)
 
-    def release(self, training: ServerTraining, link: Link) -> ServerTraining:
+    def release(self, training: ServerTraining, link: Link, keep: Keep = drawn_anew) -> ServerTraining:
         """Have the clients release their class statistics; it comes before the first round, where there is one.
+
+        Args:
+            training: the state before it.
+            link: brings messages to clients, and returns their replies.
+            keep: keeps what the server noised before it is told; see `collect`.
 
         Raises:
             RoundError: a client did not answer as was agreed, or the secure sum failed.
@@ -121,7 +126,7 @@ class ServerEnd:
         assert not training.released, "statistics are released once"
         randomness = self.randomness(RELEASE_ROUND, [0])
         try:
-            release = collect(mechanism, link, randomness, training.ledger.run, self.federation.device)
+            release = collect(mechanism, link, randomness, training.ledger.run, self.federation.device, keep)
         except (MessageError, SecureError) as error:
             ledger = training.ledger.add(mechanism.released(training.ledger.run))  # some may have left
             raise RoundError(f"before the first round: {error}", ledger) from None
@@ -129,7 +134,7 @@ class ServerEnd:
         return replace(training, ledger=ledger, release=release.statistics.tensors, released=True)
 
     def round(
-        self, training: ServerTraining, link: Link, quorum: int | None = None
+        self, training: ServerTraining, link: Link, quorum: Callable[[int], int] | None = None
     ) -> tuple[ServerTraining, ServerRecord]:
         """Run the next round.
 
@@ -145,7 +150,9 @@ class ServerEnd:
         Args:
             training: the state before it.
             link: brings messages to clients, and returns the replies that came.
-            quorum: how many participants are enough; None needs all of them, and raises an error otherwise.
+            quorum: from the number of participants to how many are enough; None needs all of them, and raises an error
+                otherwise. Poisson sampling draws the participants here, once: a round that was judged by another draw
+                would be released for samples of some sizes only, and epsilon of a Poisson sample would not hold.
 
         Raises:
             Diverged: an upload, or the next state, is not finite.
@@ -163,10 +170,13 @@ class ServerEnd:
             # Each client's end keeps to the plan before it sends.
             raise error_of(number, client, error, training.ledger.add(federation.mechanism.round_releases(chosen)))
         unused = self._releases_of(uploads.lost, chosen)
-        if chosen and len(uploads.clients) < (quorum or 0):
-            reason = f"{len(uploads.clients)} of {len(chosen)} answered as was agreed, and {quorum} are needed"
-            # A server that died may have opened a secure sum, and forgotten it.
-            opened = [ALL_CLIENTS] if federation.mechanism.sums_securely else []
+        needed = quorum(len(chosen)) if quorum is not None and chosen else 0
+        if len(uploads.clients) < needed:
+            reason = f"{len(uploads.clients)} of {len(chosen)} answered as was agreed, and {needed} are needed"
+            # A server that died may have opened a secure sum, and forgotten it. A void round of sampled clients tells
+            # the size of the sample, and rounds that are not void are no Poisson samples by themselves.
+            mechanism = federation.mechanism
+            opened = [ALL_CLIENTS] if mechanism.sums_securely or mechanism.samples_clients else []
             releases = self._releases_of(chosen, chosen, opened)
             return self._void(training, uploads, training.ledger.add(releases), reason)
         came = uploads.clients
@@ -227,12 +237,16 @@ class ServerEnd:
         """Return the method's next state, and the record of a protocol on shares, if there was one."""
         federation = self.federation
         server_exchange = getattr(federation.algorithm, "server_exchange", None)
-        # Participants of a protocol have their places, even if they are lost.
-        round_context = federation.round_context(training.round + 1, chosen if server_exchange else came)
+        mechanism = federation.mechanism
+        # Participants of a protocol have their places, even if they are lost; of a sample nothing is known.
+        there = range(federation.clients) if mechanism.samples_clients else chosen if server_exchange else came
+        round_context = federation.round_context(training.round + 1, there)
         began = time.monotonic()
         if server_exchange:
             method = (federation.settings, federation.model, training.state)
             uploads: Any = server_exchange(*method, upload, chosen, round_context, carrier)
+        elif mechanism.noised_by_server:
+            uploads = means_alone(federation, upload, mechanism_round.average)
         else:
             uploads = aggregated(federation.runtime, upload, mechanism_round.average)
         state: Server = federation.algorithm.server_round(federation.settings, training.state, uploads, round_context)
@@ -284,7 +298,9 @@ class ServerEnd:
             client_broadcast: Broadcast = broadcast
             if isinstance(broadcast, PersonalBroadcast):
                 client_broadcast = take(broadcast, torch.tensor([client]))
-            header = RoundHeader(training.round + 1, place, len(chosen), session)
+            # Who else is in a sample of clients is what its rate keeps from them, so they are told nothing of it.
+            seat = (client, federation.clients) if federation.mechanism.samples_clients else (place, len(chosen))
+            header = RoundHeader(training.round + 1, *seat, session)
             message = federation.broadcast_message(client_broadcast, clip)
             contents[client] = messages.encode(message, header)
         return contents

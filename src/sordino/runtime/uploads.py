@@ -9,9 +9,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sordino.algorithms.base import ClippedUpload, CompressedUpload, StatedWeight, Upload, map_tensors, named_tensors
+from sordino.algorithms import base
+from sordino.algorithms.base import (
+    AnyUpload,
+    ClippedUpload,
+    CompressedUpload,
+    StatedWeight,
+    Upload,
+    map_tensors,
+    named_tensors,
+)
 from sordino.errors import RunError
 from sordino.privacy.ledger import Ledger
+from sordino.privacy.mechanism import WEIGHT, Average
 from sordino.privacy.uploads.dithered import KEY_BYTES
 from sordino.runtime import messages
 from sordino.runtime.facts import Federation, stacked
@@ -128,6 +138,32 @@ def stacked_upload(federation: Federation, parts: Sequence[Mapping[str, Tensor]]
         return torch.full((count, *tensor.shape[1:]), math.nan, dtype=tensor.dtype, device=tensor.device)
 
     return map_tensors(schema, seen), below_clip
+
+
+def means_alone(federation: Federation, upload: AnyUpload, average: Average) -> base.Uploads[AnyUpload]:
+    """Return uploads of which a method gets means and nothing else, where a trusted server adds noise to these.
+
+    What it looked at besides would leave without noise. So all learned tensors are NaN. Where clients are sampled,
+    there is a row for each client of the federation, as the size of the sample has no noise either.
+
+    Args:
+        federation: what all parties agreed on.
+        upload: of the participants, each tensor [n, ...].
+        average: (field, values [n, ...], weights [n]) to the mean with noise.
+    """
+    received, sampled = named_tensors(upload), federation.mechanism.samples_clients
+
+    def shown(name: str, tensor: Tensor) -> Tensor:
+        rows = federation.clients if sampled else len(tensor)
+        if name == WEIGHT:
+            return tensor.new_ones(rows) if sampled else tensor
+        nothing = math.nan if tensor.is_floating_point() else -1
+        return tensor.new_full((1, *tensor.shape[1:]), nothing).expand(rows, *tensor.shape[1:])
+
+    def mean(name: str, values: Tensor, weights: Tensor) -> Tensor:
+        return average(name, received[name], received[WEIGHT])
+
+    return base.Uploads(map_tensors(upload, shown), mean)
 
 
 def _agreed(federation: Federation) -> Upload:

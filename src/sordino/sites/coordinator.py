@@ -9,7 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import safetensors
+import safetensors.torch
 import tomli_w
+from torch import Tensor
 
 from sordino.encoders import choose_device, load_encoder
 from sordino.errors import RunError
@@ -24,9 +27,11 @@ from sordino.progress import log
 from sordino.runtime import checkpoint
 from sordino.runtime.agreement import Agreement
 from sordino.runtime.envelope import Envelope
+from sordino.runtime.facts import participants
 from sordino.runtime.fleet import Answer, Ask, Fleet, Lost, Patience, ServerRuntime, drive
 from sordino.runtime.messages import MessageError
 from sordino.runtime.server import ServerEnd, ServerRecord, ServerTraining
+from sordino.runtime.uploads import RoundError
 from sordino.sites.latecomers import Latecomers
 from sordino.sites.meeting import Begun, Meeting, Met
 from sordino.sites.membership import ACCURACY, ANSWERED
@@ -35,6 +40,7 @@ from sordino.sites.proposal import Proposal
 
 PROPOSAL, AGREEMENT, METRICS = "proposal.json", "agreement.json", "metrics.jsonl"
 LEDGER, OUTCOME = "ledger.json", "sites.json"
+NOISED = "noised"  # folder: sums of class statistics with the server's noise
 AT_ONCE = 10_000  # clients whose broadcasts after the last round are held at once
 WRITING = 10  # the page may take one part in so many of the time
 
@@ -77,7 +83,7 @@ def coordinate(
     """
     require_tracker(config.tracking)
     with held(out):
-        before = _begun(out, proposal)
+        before = _begun(config, out, proposal)
         own = config.encoder
         encoder = load_encoder(own.name, own.checkpoint, own.dtype, choose_device(config.device), own.generative)
         meeting = Meeting(config, proposal, encoder, fleet, patience)
@@ -93,7 +99,7 @@ def coordinate(
         return _Rounds(config, proposal, fleet, out, patience, watch, late, answered).run()
 
 
-def _begun(out: Path, proposal: Proposal) -> Begun | None:
+def _begun(config: Experiment, out: Path, proposal: Proposal) -> Begun | None:
     """Return what is known of the experiment in `out`; None if it is new.
 
     Raises:
@@ -106,7 +112,7 @@ def _begun(out: Path, proposal: Proposal) -> Begun | None:
         raise RunError(f"{out} holds another experiment, {there.fingerprint[:12]}; choose another --out")
     agreement = Agreement.read(json.loads((out / AGREEMENT).read_bytes()))
     data = Ledger.from_json((out / LEDGER).read_text(encoding="utf-8")).data if (out / LEDGER).exists() else {}
-    return Begun(agreement, data, _answered(agreement, _lines(out)))
+    return Begun(agreement, data, _answered(config, agreement, _lines(out)))
 
 
 def _lines(out: Path) -> list[dict[str, Any]]:
@@ -117,16 +123,24 @@ def _lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _answered(agreement: Agreement, lines: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Return the last round that each site is known to have answered, of those in which everybody was asked."""
+def _answered(config: Experiment, agreement: Agreement, lines: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Return the last round that each site is known to have answered.
+
+    Who is asked in a round follows from the seed. Where clients are sampled it does not, so of those rounds only such
+    count in which everybody was asked. A site draws no noise there.
+    """
+    count, participation = len(agreement.sizes), config.runtime.participation
+    sampled = participation < 1 and (config.privacy.mechanism, config.privacy.noise_by) == ("dp-fedavg", "server")
     answered: dict[str, int] = {}
     for line in lines:
-        lost, lost_clients = line.get("lost", {}), line.get("lost_clients", {})
-        if line.get("participants", 0) + len(lost_clients) < len(agreement.sizes):
+        number, lost, lost_clients = line["round"], line.get("lost", {}), line.get("lost_clients", {})
+        if not number or (sampled and line.get("participants", 0) + len(lost_clients) < count):
             continue
+        asked = range(count) if sampled else participants(config.seed, number, count, participation).tolist()
+        came = {client for client in asked if str(client) not in lost_clients}
         for site, clients in agreement.sites.items():
-            if site not in lost and not (lost_clients and any(str(client) in lost_clients for client in clients)):
-                answered[site] = line["round"]
+            if site not in lost and came.intersection(clients) and came.issuperset({*clients}.intersection(asked)):
+                answered[site] = number
     return answered
 
 
@@ -153,24 +167,28 @@ class _Rounds:
     def run(self) -> Outcome:
         end = ServerEnd(self.met.federation)
         start = end.start(self.proposal.fingerprint, self.met.data)
-        if self.met.tells_accuracy:
-            start = replace(start, ledger=replace(start.ledger, disclosures=(*start.ledger.disclosures, ACCURACY)))
         folder = self.out / "checkpoint"
-        training = self._with_data(checkpoint.load_server(folder, start) or start)
+        training = self._as_met(checkpoint.load_server(folder, start) or start)
         first = 0 if self.met.federation.mechanism.releases_statistics else 1
         # A line without its state is of a round that is run again.
         last = training.round if training.round or training.released else first - 1
         self._metrics = Metrics(self.out / METRICS, last, numbers=("seconds",), first=first)
         self._began = time.monotonic()
         self._server = server = ServerRuntime(
-            end, training, self.met.agreement.sites, self.proposal.fingerprint, self.patience, self._save
+            end, training, self.met.agreement.sites, self.proposal.fingerprint, self.patience, self._save, self._kept
         )
         with tracked(self.config.tracking, self.out, self._metrics):
             self._tell_answered(self._metrics.lines)
             self._greet_late(needed=self.met.federation.mechanism.releases_statistics and not training.released)
-            training = drive(server, self.late)
+            try:
+                training = drive(server, self.late)
+            except RoundError as error:  # what may have left all the same
+                write_atomically(self.out / LEDGER, error.ledger.to_json().encode())
+                raise
         self._greet_late(last=True)
         accuracy = self._end(training)
+        training = self._as_met(training, told=bool(accuracy))
+        write_atomically(self.out / LEDGER, training.ledger.to_json().encode())
         self._write_outcome(training, accuracy)
         self._write_page(training, accuracy, finished=True)
         return Outcome(training, self.met, accuracy)
@@ -207,6 +225,19 @@ class _Rounds:
         if training.round < self.met.federation.rounds:
             self._greet_late()
 
+    def _kept(self, part: str, draw: Callable[[], Tensor]) -> Tensor:
+        """Return a sum of class statistics with the server's noise, on the disk before sites are told of it.
+
+        A coordinator that begins the release again tells the same, and no second noise of the same sums.
+        """
+        file = self.out / NOISED / f"{part}.safetensors"
+        if not file.exists():
+            write_atomically(file, safetensors.torch.save({part: draw().cpu().contiguous()}))
+        try:
+            return safetensors.torch.load(file.read_bytes())[part]
+        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+            raise RunError(f"{file} is damaged ({error}); put it back, or start anew in another folder") from None
+
     def _tell_answered(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Have every question say which round its site is known to have answered, with some more lines.
 
@@ -214,7 +245,7 @@ class _Rounds:
         """
         assert self._server is not None
         before = self._server.facts or {site: {ANSWERED: 0} for site in self.met.agreement.sites}
-        new = {site: {ANSWERED: number} for site, number in _answered(self.met.agreement, lines).items()}
+        new = {site: {ANSWERED: number} for site, number in _answered(self.config, self.met.agreement, lines).items()}
         self._server.facts = {**before, **new}
 
     def _greet_late(self, needed: bool = False, last: bool = False) -> None:
@@ -225,14 +256,18 @@ class _Rounds:
         # A line without its state is of a round that is run again, and was answered all the same.
         answered = {site: max(known[ANSWERED], self.answered.get(site, 0)) for site, known in server.facts.items()}
         self.late.again(answered, needed, last)
-        server.training = self._with_data(server.training)
+        server.training = self._as_met(server.training)
 
-    def _with_data(self, training: ServerTraining) -> ServerTraining:
-        """Return a state whose ledger has the data of all sites that were met, also of one that was late so far."""
-        ledger = training.ledger
-        if self.met.data.keys() <= ledger.data.keys():
-            return training
-        return replace(training, ledger=replace(ledger, data={**self.met.data, **ledger.data}))
+    def _as_met(self, training: ServerTraining, told: bool = False) -> ServerTraining:
+        """Return a state whose ledger has what the sites that were met tell, also those that were late so far.
+
+        That is the digests of their data, and an accuracy, which a site may come to tell as an experiment goes on, or
+        at its end (`told`).
+        """
+        ledger, more = training.ledger, (ACCURACY,) if told or self.met.tells_accuracy else ()
+        data = {**ledger.data, **self.met.data, **ledger.data}  # as told at first
+        disclosures = tuple(dict.fromkeys((*ledger.disclosures, *more)))
+        return replace(training, ledger=replace(ledger, data=data, disclosures=disclosures))
 
     def _evaluated(self, training: ServerTraining) -> dict[str, Any]:
         """Ask the sites that tell it for their accuracy, and return it for the round's line."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from sordino.errors import RunError
 from sordino.files import write_atomically
 from sordino.privacy.accounting import compose, spent
 from sordino.privacy.ledger import OBSERVERS, Ledger, Release, Unit
+from sordino.runtime.facts import Federation
 
 STAYS = ("prompt", "memory")  # channels that a site opens itself, by publishing, and no experiment does
 
@@ -28,11 +29,13 @@ class Entry:
     ledger: Ledger
     rounds: tuple[int, ...] = ()
 
-    def with_round(self, number: int, releases: Sequence[Release]) -> Entry:
-        """Return it with a round's releases; a round is entered once, however often it is asked for."""
-        if number in self.rounds:
+    def with_rounds(self, numbers: Iterable[int], releases: Sequence[Release]) -> Entry:
+        """Return it with the releases of each of some rounds; one is entered once, however often it is asked for."""
+        new = set(numbers) - set(self.rounds)
+        if not new:
             return self
-        return Entry(self.ledger.add(releases), tuple(sorted((*self.rounds, number))))
+        of_all = [replace(release, steps=release.steps * len(new)) for release in releases]
+        return Entry(self.ledger.add(of_all), tuple(sorted((*self.rounds, *new))))
 
 
 @dataclass
@@ -56,16 +59,22 @@ class SiteLedger:
         return dict(self._entries)
 
     def entry(self, experiment: str, empty: Ledger) -> Entry:
-        """Return what an experiment released so far; `empty` is its ledger before any release."""
-        return self._entries.get(experiment, Entry(replace(empty, run=experiment)))
+        """Return what an experiment released so far; `empty` is its ledger before any release.
 
-    def charge(self, experiment: str, empty: Ledger, number: int, releases: Sequence[Release]) -> None:
-        """Enter what a round releases, on the disk, before it leaves.
+        A site may tell more from now on than it did as the experiment was entered, so what `empty` discloses is added.
+        """
+        if (entry := self._entries.get(experiment)) is None:
+            return Entry(replace(empty, run=experiment))
+        disclosures = tuple(dict.fromkeys((*entry.ledger.disclosures, *empty.disclosures)))
+        return replace(entry, ledger=replace(entry.ledger, disclosures=disclosures))
+
+    def charge(self, experiment: str, empty: Ledger, numbers: Iterable[int], releases: Sequence[Release]) -> None:
+        """Enter what each of some rounds releases, on the disk, before it leaves.
 
         Raises:
             RunError: it cannot be written; nothing is entered.
         """
-        self._enter(experiment, self.entry(experiment, empty).with_round(number, releases))
+        self._enter(experiment, self.entry(experiment, empty).with_rounds(numbers, releases))
 
     def open(self, experiment: str, empty: Ledger) -> None:
         """Enter an experiment, on the disk, before anything leaves that is no round's; `empty` says what does.
@@ -73,8 +82,8 @@ class SiteLedger:
         Raises:
             RunError: it cannot be written; nothing is entered.
         """
-        if experiment not in self._entries:
-            self._enter(experiment, self.entry(experiment, empty))
+        if (entry := self.entry(experiment, empty)) != self._entries.get(experiment):
+            self._enter(experiment, entry)
 
     def _enter(self, experiment: str, entry: Entry) -> None:
         document = {"rounds": list(entry.rounds), "ledger": json.loads(entry.ledger.to_json())}
@@ -97,6 +106,16 @@ class SiteLedger:
         """
         ledgers = {name: entry.ledger for name, entry in self._entries.items()} | dict(more or {})
         return epsilon_of(list(ledgers.values()), unit, delta)
+
+
+def charged_on_joining(federation: Federation) -> Sequence[int]:
+    """Return the rounds that are entered in a site's ledger as it joins an experiment, before any is run.
+
+    Where the server samples clients, a site is asked in a part of the rounds only, and a sampling rate below 1 says
+    just that. To enter the rounds in which it was asked alone would take the same thing off twice. It does not see the
+    others, so all rounds are entered, of an experiment too in which it is never asked.
+    """
+    return range(1, federation.rounds + 1) if federation.mechanism.samples_clients else ()
 
 
 def epsilon_of(ledgers: Sequence[Ledger], unit: Unit, delta: float) -> float:

@@ -25,7 +25,7 @@ from sordino.runtime.facts import Federation, RandomnessOf
 from sordino.runtime.messages import MessageError
 from sordino.runtime.turns import Turns
 from sordino.sites.hello import EncoderFacts, Hello
-from sordino.sites.ledger import SiteLedger, epsilon_of
+from sordino.sites.ledger import SiteLedger, charged_on_joining, epsilon_of
 from sordino.sites.own_data import OwnData
 from sordino.sites.policy import fields_kept_back, over_budget
 from sordino.sites.proposal import Proposal
@@ -36,6 +36,8 @@ PROTOCOL = 1  # of the messages between a coordinator and sites
 COPIES = (1, 4, 16, 64)  # of this site, as stand-ins for others that are not known yet
 ANSWERED = "answered"  # in an agreement: the last round that the coordinator knows an answer to
 AGREED = "agreement.json"  # in the folder of an experiment
+LEDGER = "ledger.json"  # there too: what was released of all sites' data, for the prompts
+Others = dict[str, tuple[tuple[int, ...], tuple[Disclosure, ...]]]
 ACCURACY = Disclosure("each client's accuracy on its own test pictures, to the server as it trains", "upload")
 
 
@@ -55,7 +57,7 @@ class Membership:
         self._federation: Federation | None = None
         self._turns: Turns | None = None
         self._answered = 0  # the last round that the coordinator is known to have an answer to
-        self._affordable: tuple[Ledger, dict[str, tuple[int, ...]]] = Ledger(), {}
+        self._affordable: tuple[Ledger, Others] = Ledger(), {}
 
     @cached_property
     def own(self) -> OwnData:
@@ -208,7 +210,8 @@ class Membership:
         prompt = self._prompt(envelope)
         federation, end = self._federation, self.turns.end
         assert federation is not None
-        ledger = self._ledger.entry(self.proposal.fingerprint, self._empty(federation, end.numbers)).ledger
+        ledger = self._ledger_of_prompts(federation, end.numbers)
+        write_atomically(self._folder / LEDGER, ledger.to_json().encode())
         privacy = as_summary(ledger, self.config.privacy.unit)
         folder = self._folder / "prompts"
         model, names = self.own.plan.model, self.own.class_names
@@ -218,6 +221,18 @@ class Membership:
         if "accuracy" in self._settings.policy.tells:
             facts["accuracy"] = self._told_accuracies(prompt)
         return Envelope("end", self.proposal.fingerprint, facts).encode()
+
+    def _ledger_of_prompts(self, federation: Federation, clients: Sequence[int]) -> Ledger:
+        """Return what was released of everybody's data that the clients' prompts were learned from.
+
+        A prompt of which a part was averaged tells of all sites' data, and this site's ledger counts its own alone. Of
+        the others it knows the plan, which nobody exceeds.
+        """
+        empty, method = self._empty(federation, clients), federation.algorithm
+        own = self._ledger.entry(self.proposal.fingerprint, empty).ledger
+        if method.ABOUT.server_uses == "nothing":
+            return own
+        return replace(own, releases=()).add(federation.mechanism.planned())
 
     def _prompt(self, envelope: Envelope) -> Prompt:
         """Return the clients' prompts, from their own state and the broadcasts to them."""
@@ -294,7 +309,9 @@ class Membership:
         policy = self._settings.policy
         if kept := fields_kept_back(policy, federation):
             raise MessageError(f"upload's {kept[0]!r} may not leave; policy.fields = {policy.fields}")
-        planned = self._empty(federation, clients).add(_of(federation.mechanism.planned(), clients))
+        empty = self._empty(federation, clients)
+        told_before = self._ledger.entry(self.proposal.fingerprint, empty).ledger.disclosures
+        planned = replace(empty, disclosures=told_before).add(_of(federation.mechanism.planned(), clients))
         if told := over_budget(policy, self._ledger, self.proposal.fingerprint, planned):
             raise MessageError(told)
         self._affordable = planned, self._others()
@@ -308,19 +325,20 @@ class Membership:
         planned, others = self._affordable
         steps = {replace(release, steps=0): release.steps for release in planned.releases}
         part = all(release.steps <= steps.get(replace(release, steps=0), 0) for release in after.releases)
+        part = part and set(after.disclosures) <= set(planned.disclosures)
         if part and others == self._others():
             return ""
         return over_budget(self._settings.policy, self._ledger, self.proposal.fingerprint, after)
 
-    def _others(self) -> dict[str, tuple[int, ...]]:
-        """Return the rounds of all other experiments that this site's data is in."""
-        entries = self._ledger.experiments
-        return {name: entry.rounds for name, entry in entries.items() if name != self.proposal.fingerprint}
+    def _others(self) -> Others:
+        """Return the rounds of all other experiments that this site's data is in, and what they disclose."""
+        entries = {name: (entry.rounds, entry.ledger.disclosures) for name, entry in self._ledger.experiments.items()}
+        return {name: entry for name, entry in entries.items() if name != self.proposal.fingerprint}
 
     def _empty(self, federation: Federation, clients: Sequence[int]) -> Ledger:
         """Return the experiment's ledger before any release, with the digests of this site's data."""
         data = {f"client {client}": digest for client, digest in zip(sorted(clients), self.own.digests, strict=True)}
-        empty = replace(federation.mechanism.empty_ledger(), run=self.proposal.fingerprint, data=data)
+        empty = replace(federation.empty_ledger(), run=self.proposal.fingerprint, data=data)
         if "accuracy" in self._settings.policy.tells:
             empty = replace(empty, disclosures=(*empty.disclosures, ACCURACY))
         return empty
@@ -331,10 +349,13 @@ class Membership:
 
         def charge(number: int, releases: Sequence[Release]) -> None:
             empty, experiment = self._empty(federation, clients), self.proposal.fingerprint
-            if told := self._affords(self._ledger.entry(experiment, empty).with_round(number, releases).ledger):
+            if told := self._affords(self._ledger.entry(experiment, empty).with_rounds([number], releases).ledger):
                 raise MessageError(told)
-            self._ledger.charge(experiment, empty, number, releases)
+            self._ledger.charge(experiment, empty, [number], releases)
 
+        if joining := charged_on_joining(federation):
+            releases, empty = federation.mechanism.round_releases(clients), self._empty(federation, clients)
+            self._ledger.charge(self.proposal.fingerprint, empty, joining, releases)
         return Turns(make_end, self.proposal.fingerprint, self._folder, charge)
 
 

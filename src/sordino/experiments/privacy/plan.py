@@ -17,6 +17,7 @@ from sordino.privacy.mechanism import Mechanism
 from sordino.privacy.statement import NOISE_BY, WHO, seen_by, statement, views
 from sordino.privacy.statistics.mechanism import StatisticsMechanism
 from sordino.progress import log
+from sordino.results import rounded_up
 from sordino.runtime import aggregation
 from sordino.runtime.facts import Units, mechanism_inputs
 from sordino.runtime.settings import participant_count
@@ -197,7 +198,7 @@ def _worst(chosen: Plan, epsilons: tuple[float, ...]) -> float:
 
 
 def _words(epsilon: float) -> str:
-    return f"{epsilon:.4g}" if math.isfinite(epsilon) else "unbounded"
+    return rounded_up(epsilon, 4) if math.isfinite(epsilon) else "unbounded"
 
 
 def _finite(value: float) -> float | None:

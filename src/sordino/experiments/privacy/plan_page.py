@@ -44,10 +44,11 @@ def _document(chosen: Plan) -> Document:
         words.noise(ledger, config.privacy.mechanism),
     ]
     parties = "1 party" if len(inputs.sizes) == 1 else f"{len(inputs.sizes):,} clients"
+    # Where the client is the unit, how much clients hold is as private as all else.
+    parties += "" if unit == "client" else f" with {held:,} {noun}s for training in all"
     return {
         "title": f"Privacy plan: {config.algorithm} on {config.data.source}",
-        "subtitle": f"Before the run, from its configuration: {parties} with {held:,} {noun}s for training in all, "
-        f"{inputs.rounds:,} rounds.",
+        "subtitle": f"Before the run, from its configuration: {parties}, {inputs.rounds:,} rounds.",
         "banner": words.banner(ledger, unit, planned=True),
         "exposed": words.verdict(ledger, unit) != "private",
         "lead": words.lead(ledger, unit),

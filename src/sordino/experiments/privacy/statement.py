@@ -211,13 +211,16 @@ def _document(data: Mapping[str, Any], evidence: Evidence, unit: Unit, audit_blo
         _record(data),
     ]
     clients = "one party" if summary.clients == 1 else f"{summary.clients:,} clients"
+    # Sizes count as public where the example is the unit. Where it is larger, a number of pictures is as private as all
+    # else, and this page is for others.
+    held = f" with {examples:,} training pictures in all" if unit == "example" else ""
     lead = words.lead(ledger, unit)
     if refuted:
         lead = ["An attack shows more than what the run claims; see Audit. The claim below does not hold.", *lead]
     return {
         "title": f"Privacy statement: {summary.algorithm} on {summary.dataset}",
-        "subtitle": f"{clients} with {examples:,} training pictures in all, {summary.rounds:,} rounds, encoder "
-        f"{summary.encoder}. Written {data['written']}.",
+        "subtitle": f"{clients}{held}, {summary.rounds:,} rounds, encoder {summary.encoder}. "
+        f"Written {data['written']}.",
         "banner": "NOT PRIVATE: ITS OWN AUDIT CONTRADICTS THE CLAIM" if refuted else words.banner(ledger, unit),
         "exposed": data["verdict"] != "private",
         "lead": lead,
@@ -228,7 +231,8 @@ def _document(data: Mapping[str, Any], evidence: Evidence, unit: Unit, audit_blo
 
 def _not_covered(evidence: Evidence) -> list[str]:
     """Return everything that the bounds do not say, of this run and of any."""
-    names = list(dict.fromkeys(name for result in evidence.summary.per_client for name in result.classes))
+    # Somebody holds each class. In the clients' order, names would say who holds which.
+    names = sorted({name for result in evidence.summary.per_client for name in result.classes})
     shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED:,} more" if names[NAMED:] else "")
     audited = ["This page's figures of the audit are computed so, too."] if evidence.audit else []
     measured, *rest = words.LEFT_OPEN_BY_ANY_RUN

@@ -69,6 +69,10 @@ class StatisticsMechanism(Mechanism):
         return False  # in no round
 
     @property
+    def noised_by_server(self) -> bool:
+        return False  # in no round
+
+    @property
     def in_shares(self) -> bool:
         """Tell whether the release of the sum is a secure sum."""
         return self.settings.on and self.settings.noise_by == "shares"

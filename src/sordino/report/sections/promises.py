@@ -1,4 +1,4 @@
-"""The section on privacy: the statement of each group of runs, in full."""
+"""The section on privacy: the statement of each group of runs, in full, and that runs spend together."""
 
 from collections.abc import Sequence
 from html import escape
@@ -21,7 +21,20 @@ def promises(groups: Sequence[Group]) -> str:
             for statement, seeds in by_statement
         )
         items.append(f"<article><h3>{escape(group.label)}: {privacy_words(group)}</h3>{paragraphs}</article>\n")
-    return f'<section aria-labelledby="privacy"><h2 id="privacy">Privacy</h2>\n{"".join(items)}</section>\n'
+    head = f'<h2 id="privacy">Privacy</h2>\n{_together(groups)}'
+    return f'<section aria-labelledby="privacy">{head}{"".join(items)}</section>\n'
+
+
+def _together(groups: Sequence[Group]) -> str:
+    """Return what several private runs on a page come to; nothing for one."""
+    private = [run for group in groups for run in group.runs if run.summary.privacy.private]
+    spending = [run for run in private if run.summary.privacy.epsilon]
+    if len(spending) < 2:
+        return ""
+    return (
+        f"<p>Each ε is that of one run. There are {len(spending):,} here that spent any, and what runs on the same "
+        "data spend adds up: <code>sordino privacy ledger RUN RUN</code> says to how much.</p>\n"
+    )
 
 
 def privacy_words(group: Group) -> str:
