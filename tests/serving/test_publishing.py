@@ -22,6 +22,7 @@ from sordino.privacy.ledger import Ledger
 from sordino.privacy.signature import make_key, public_bytes
 from sordino.prompt_file import SavedPrompt
 from sordino.report.statement import check
+from sordino.results import rounded_up
 from sordino.serving.card import card
 from sordino.serving.folder import export, read_folder
 from sordino.serving.manifest import AUDIT, CARD, LEDGER, PROMPT, STATEMENT, Manifest
@@ -59,7 +60,7 @@ def test_a_private_run_says_its_privacy_by_the_ledger(private_run: Path, key: Ed
     assert facts.privacy.private
     assert facts.privacy.epsilon == pytest.approx(8.0, rel=1e-2)
     assert facts.privacy.unit == "example"
-    assert f"epsilon = {facts.privacy.epsilon:.4g}" in facts.promise
+    assert f"epsilon = {rounded_up(facts.privacy.epsilon, 4)}" in facts.promise
     summary = summary_of(private_run)
     assert facts.privacy.statement == summary["privacy"]["statement"]  # type: ignore[index]
 

@@ -58,7 +58,7 @@ def node(
     from sordino.flower.keys import load_key
     from sordino.sites.settings import load_site
 
-    settings = load_site(site.resolve())
+    settings = load_site(site)
     own = load_key(key)
     host, colon, port = server.rpartition(":")
     if not (colon and host and port.isdecimal()):

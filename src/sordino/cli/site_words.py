@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sordino.report.markup import counted
-from sordino.results import human_bytes
+from sordino.results import human_bytes, rounded_up
 
 
 def facts_as_text(facts: dict[str, Any]) -> str:
@@ -35,7 +35,7 @@ def verdict_as_text(verdict: dict[str, Any], facts: dict[str, Any]) -> str:
     lines = [f"Experiment {verdict['experiment']}"]
     if "epsilon" in verdict:
         policy, epsilon = facts["policy"], verdict["epsilon"]
-        spent = "unbounded epsilon" if epsilon is None else f"epsilon = {epsilon:.4g}"
+        spent = "unbounded epsilon" if epsilon is None else f"epsilon = {rounded_up(epsilon, 4)}"
         lines.append(f"It would spend {spent} at delta = {policy['delta']:g} for one {policy['unit']}.")
     if verdict["allowed"]:
         lines.append(f"{facts['name']} takes part.")
@@ -48,7 +48,7 @@ def ledger_as_text(ledger: dict[str, Any]) -> str:
     """Return what a site's data released."""
 
     def words(epsilon: float | None) -> str:
-        return "unbounded" if epsilon is None else f"{epsilon:.4g}"
+        return "unbounded" if epsilon is None else rounded_up(epsilon, 4)
 
     lines = []
     for experiment, entry in ledger["experiments"].items():
@@ -73,7 +73,7 @@ def round_as_text(line: dict[str, Any]) -> str:
     if epsilons := line.get("epsilon"):
         site = max(epsilons, key=lambda name: float("inf") if epsilons[name] is None else epsilons[name])
         spent = epsilons[site]
-        parts.append("epsilon unbounded" if spent is None else f"epsilon {spent:.3g} at {site}, the most")
+        parts.append("epsilon unbounded" if spent is None else f"epsilon {rounded_up(spent)} at {site}, the most")
     told = [f"void: {line['void']}"] if line.get("void") else []
     told += [f"without {site}: {reason}" for site, reason in line.get("lost", {}).items()]
     return "; ".join([f"round {line['round']}: {', '.join(parts)}", *told])

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from decimal import ROUND_CEILING, Context
 
 
-def rounded_up(value: float) -> str:
-    """Return three digits, never less than the value: a privacy loss must not look smaller than it is."""
+def rounded_up(value: float, digits: int = 3) -> str:
+    """Return the first digits, never less than the value: a privacy loss must not look smaller than it is."""
     if math.isinf(value) or math.isnan(value):
         return "∞"
-    rounded = float(Context(prec=3, rounding=ROUND_CEILING).create_decimal(repr(value)))
+    rounded = float(Context(prec=digits, rounding=ROUND_CEILING).create_decimal(repr(value)))
     return f"{rounded:g}".replace("e-0", "e-")
 
 

@@ -20,6 +20,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from sordino.errors import ConfigError, PromptError
 from sordino.files import Record
 from sordino.privacy.signature import fingerprint, public_bytes, sign, signed_by
+from sordino.results.wording import rounded_up
 
 FORMAT: Final = "sordino published prompt 1"
 PROMPT, LEDGER, STATEMENT, AUDIT, CARD = (
@@ -187,7 +188,7 @@ class Facts(_Part):
             return self.mark
         if not self.privacy.epsilon:
             return "private: nothing was released"
-        return f"epsilon = {self.privacy.epsilon:.4g} for each {self.privacy.unit}"
+        return f"epsilon = {rounded_up(self.privacy.epsilon, 4)} for each {self.privacy.unit}"
 
 
 class Manifest(Facts):

@@ -152,7 +152,7 @@ def _sites(
                 str(len(clients)),
                 f"{len(missed)}: {missed[-1]['lost'][site]}" if missed else "0",
                 f"{human_bytes(sent)} / {human_bytes(received)}",
-                f"{epsilons[site]:.4g}" if epsilons[site] < float("inf") else "unbounded",
+                rounded_up(epsilons[site], 4) if epsilons[site] < float("inf") else "unbounded",
                 f"{100 * sum(told) / len(told):.1f}" if told else "not told",
             ]
         )

@@ -10,6 +10,7 @@ from sordino.algorithms.base import named_tensors
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.mechanism import SLACK
 from sordino.privacy.signature import load_public_key
+from sordino.results.wording import rounded_up
 from sordino.runtime.facts import Federation
 from sordino.sites.ledger import SiteLedger
 from sordino.sites.proposal import Proposal
@@ -61,8 +62,8 @@ def over_budget(policy: PolicySettings, ledger: SiteLedger, experiment: str, aft
         return ""
     before = ledger.spent(policy.unit, policy.delta)
     return (
-        f"with it epsilon would be {total:.4g} for one {policy.unit} over all experiments, at delta = "
-        f"{policy.delta:g}; policy.epsilon = {policy.epsilon:g}, and {before:.4g} is spent"
+        f"with it epsilon would be {rounded_up(total, 4)} for one {policy.unit} over all experiments, at delta = "
+        f"{policy.delta:g}; policy.epsilon = {policy.epsilon:g}, and {rounded_up(before, 4)} is spent"
     )
 
 

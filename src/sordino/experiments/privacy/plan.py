@@ -17,6 +17,7 @@ from sordino.privacy.mechanism import Mechanism
 from sordino.privacy.statement import NOISE_BY, WHO, seen_by, statement, views
 from sordino.privacy.statistics.mechanism import StatisticsMechanism
 from sordino.progress import log
+from sordino.results.wording import rounded_up
 from sordino.runtime import aggregation
 from sordino.runtime.facts import Units, mechanism_inputs
 from sordino.runtime.settings import participant_count
@@ -165,7 +166,7 @@ def as_text(chosen: Plan) -> str:
         between = f"{rates[0]:.3g}" if len(rates) == 1 else f"{rates[0]:.3g} to {rates[-1]:.3g}"
         lines.append(
             f"Mechanism: {settings.mechanism}, noise multiplier {chosen.mechanism.noise_multiplier:.4g}, added by "
-            f"{NOISE_BY[settings.noise_by]}; sampling rate {between}; delta {chosen.mechanism.delta:.2g}."
+            f"{NOISE_BY[settings.noise_by]}; sampling rate {between}; delta {rounded_up(chosen.mechanism.delta, 2)}."
         )
     lines += ["", "Who learns what:"]
     for view in chosen.views:
@@ -179,7 +180,7 @@ def as_text(chosen: Plan) -> str:
         most = max(epsilon for _, epsilon in worst)
         lines += ["", "Epsilon by round, for whoever is not trusted:"]
         lines += [
-            f"  {number:>6,}  {epsilon:8.4g}  {'#' * max(1, round(40 * epsilon / (most or 1)))}"
+            f"  {number:>6,}  {rounded_up(epsilon, 4):>8}  {'#' * max(1, round(40 * epsilon / (most or 1)))}"
             for number, epsilon in worst
         ]
     lines += ["", statement(ledger, settings.unit)]
@@ -197,7 +198,7 @@ def _worst(chosen: Plan, epsilons: tuple[float, ...]) -> float:
 
 
 def _words(epsilon: float) -> str:
-    return f"{epsilon:.4g}" if math.isfinite(epsilon) else "unbounded"
+    return rounded_up(epsilon, 4) if math.isfinite(epsilon) else "unbounded"
 
 
 def _finite(value: float) -> float | None:
