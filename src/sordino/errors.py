@@ -120,8 +120,11 @@ def config_error(error: ValidationError, checked: Any, prefix: str = "") -> Conf
         known = list(_fields(checked, tables))
         listed = f"; choose from {', '.join(known)}" if known else ""
         allowed = f"no such key{nearest(str(wrong), known) or listed}"
+    elif first["type"] in _MISSING_KEY:  # its input is the whole table around it
+        return ConfigError(key, None, "is needed; give it a value")
     else:
-        allowed = first["msg"][0].lower() + first["msg"][1:]
+        message = first["msg"].removeprefix("Value error, ")
+        allowed = message[:1].lower() + message[1:]
     return ConfigError(key, first["input"], allowed)
 
 
@@ -173,3 +176,4 @@ def _is_text(value: str) -> bool:
 
 
 _UNKNOWN_KEY = {"extra_forbidden", "unexpected_keyword_argument"}
+_MISSING_KEY = {"missing", "missing_argument"}

@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 from sites.owners import NOISE, experiment, fleet, sites_at, write_site
 from sordino.cli.app import app
 from sordino.cli.site_words import ledger_as_text, round_as_text
+from sordino.cli.watching import print_outcome
 from sordino.errors import ConfigError
 from sordino.results import rounded_up
 from sordino.runtime.fleet import Patience
-from sordino.sites.coordinator import coordinate
+from sordino.sites.coordinator import OUTCOME, coordinate
 from sordino.sites.fleet_config import FleetSettings, load_fleet_config
 from sordino.sites.settings import PolicySettings, SiteSettings, load_site
 
@@ -157,6 +158,13 @@ def test_the_page_has_every_key_and_its_configuration_is_valid(tmp_path: Path) -
     config = load_fleet_config(tmp_path / "experiment.toml")
     assert config.patience == Patience(0.66, 600, 30, ("north", "south", "west"))
     assert set(tomllib.loads(block)["fleet"]) == set(FleetSettings.model_fields)
+
+
+def test_the_end_names_who_took_no_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = {"rounds": 2, "sites": {"east": [0]}, "left_out": {"west": "why"}, "privacy": {"statement": "Private."}}
+    (tmp_path / OUTCOME).write_text(json.dumps(outcome), encoding="utf-8")
+    print_outcome(tmp_path, as_json=False)
+    assert capsys.readouterr().out.splitlines()[:3] == ["2 rounds at east", "west took no part: why", "Private."]
 
 
 def test_a_round_in_a_line() -> None:

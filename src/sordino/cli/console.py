@@ -11,10 +11,13 @@ import os
 import shlex
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import TextIO
+
+from sordino.errors import SordinoWarning
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 PLAIN = {
@@ -73,6 +76,7 @@ def run_command(command: Callable[[], int]) -> int:
     """
     _prepare_streams()
     _State.how, _State.code = "nothing was written", None
+    shown, warnings.showwarning = warnings.showwarning, _Warnings(warnings.showwarning)
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) not in (signal.SIG_IGN, None):  # as under nohup
@@ -92,6 +96,7 @@ def run_command(command: Callable[[], int]) -> int:
             return _tell_interruption(_State.code)
         raise
     finally:
+        warnings.showwarning = shown
         _drop_unwritable(sys.stdout)
 
 
@@ -107,6 +112,23 @@ def fail(message: object) -> int:
     with contextlib.suppress(OSError):
         print(f"sordino: {' '.join(str(message).splitlines())}", file=sys.stderr, flush=True)
     return 2
+
+
+class _Warnings:
+    """Shows our own warnings in one line each, once, without the place in the program that Python puts before them."""
+
+    def __init__(self, others: Callable[..., None]) -> None:
+        self._others, self._told = others, set[str]()
+
+    def __call__(self, message: Warning | str, category: type[Warning], *place: object, **more: object) -> None:
+        if not issubclass(category, SordinoWarning):
+            self._others(message, category, *place, **more)
+            return
+        text = " ".join(str(message).splitlines())
+        if text not in self._told:
+            self._told.add(text)
+            with contextlib.suppress(OSError):
+                print(f"sordino: warning: {text}", file=sys.stderr, flush=True)
 
 
 def _interrupt(number: int, _: FrameType | None) -> None:

@@ -163,6 +163,9 @@ def parse_config(tables: Mapping[str, Any]) -> Experiment:
         raise ConfigError(
             "encoder.checkpoint", None, f"encoder {needs!r} needs a directory or a hub name of a checkpoint"
         )
+    if config.encoder.checkpoint is not None and needs not in WITH_CHECKPOINT:
+        remedy = f"encoder {needs!r} has none; set encoder.name to {' or '.join(WITH_CHECKPOINT)}, or remove it"
+        raise ConfigError("encoder.checkpoint", config.encoder.checkpoint, remedy)
     config = _with_dialog(config)
     if (config.data.public is not None) != (config.privacy.directions == "images"):
         raise ConfigError(

@@ -108,7 +108,7 @@ def load_site(path: Path) -> SiteSettings:
     Raises:
         ConfigError: it is missing or malformed, or a key or value is not allowed.
     """
-    site = read_model(path, SiteSettings)
+    site = read_model(path, SiteSettings, "SITE.toml")
     folder = path.resolve().parent
 
     def absolute(text: str, key: str) -> str:
