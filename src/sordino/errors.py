@@ -114,7 +114,9 @@ def config_error(error: ValidationError, checked: Any, prefix: str = "") -> Conf
     errors = error.errors()
     # A key that is misspelled is the cause where another one is missing.
     first = next((each for each in errors if each["type"] in _UNKNOWN_KEY), errors[0])
-    key = ".".join(str(part) for part in (prefix, *first["loc"]) if part != "")
+    # A value that may be of several types has the type's name in its place, such as `list[str]`.
+    place = (str(part) for part in (prefix, *first["loc"]))
+    key = ".".join(part for part in place if part and not part.endswith(("]", ")")))
     if first["type"] in _UNKNOWN_KEY:
         *tables, wrong = first["loc"]
         known = list(_fields(checked, tables))

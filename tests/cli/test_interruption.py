@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +17,6 @@ import pytest
 from private_tuning.small_task import write_private_config
 from sordino.cli import console
 from sordino.cli.console import run_command
-from sordino.errors import SordinoWarning
 
 pytestmark = pytest.mark.slow
 UNTIL = 120.0  # seconds within which a process must come to a certain point, on however busy a machine
@@ -176,19 +174,3 @@ def test_an_interruption_that_a_library_turned_into_its_own_error_is_told(capsys
             signal.signal(number, handler)
     assert capsys.readouterr().err == "sordino: interrupted; nothing was written\n" * 2
     console.at_work("nothing was written")
-
-
-def test_a_warning_is_one_line_once_without_its_place_in_the_program(capsys: pytest.CaptureFixture[str]) -> None:
-    def command() -> int:
-        for _ in range(2):
-            with warnings.catch_warnings():  # as libraries do, after which Python tells all anew
-                warnings.simplefilter("always")
-            warnings.warn("some words are\nunknown", SordinoWarning, stacklevel=1)
-        return 0
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        before = warnings.showwarning
-        assert run_command(command) == 0
-        assert warnings.showwarning is before
-    assert capsys.readouterr().err == "sordino: warning: some words are unknown\n"

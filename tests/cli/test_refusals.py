@@ -16,8 +16,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from sordino.algorithms import METHODS, algorithm, settings_type
 from sordino.cli.app import invoke
 from sordino.cli.demo import variants
-from sordino.errors import ConfigError, config_error, nearest
-from sordino.experiments.config import load_config
+from sordino.errors import ConfigError, SordinoWarning, config_error, nearest
+from sordino.experiments.config import check_places, load_config
 
 HEAVY = ("torch", "dp_accounting", "transformers", "datasets", "sklearn", "PIL", "cma", "numba")
 
@@ -98,8 +98,6 @@ REFUSED: dict[str, str] = {
     "tune-private p.toml --set task.source=imagefolder:pitcures": "pitcures'; did you mean 'pictures'?",
     "run c.toml --out c.toml": "c.toml cannot be written, as it is no folder; choose another --out",
     "audit x": "x holds no finished run (there is no such directory)",
-    # keys that go with another value
-    "run c.toml --set encoder.checkpoint=x": "encoder.checkpoint = 'x': encoder 'bundled' has none; set encoder.name ",
     "run c.toml --set data.source=x": "data.source = 'x': must be 'digits', 'textile', ",
 }
 STATISTICS = "run c.toml --set privacy.mechanism=statistics --set privacy.epsilon=8 "
@@ -171,6 +169,19 @@ def test_a_command_that_is_told_can_be_copied(tmp_path: Path, capsys: pytest.Cap
     assert invoke(["site", "init", str(file), "--name", "north", "--source", "digits"]) == 0
     *_, command = capsys.readouterr().out.strip().partition("sordino ")
     assert shlex.split(command) == ["site", "check", str(file)]
+
+
+def test_a_checkpoint_that_is_not_used_is_told(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(CONFIG)
+    config = load_config(tmp_path / "c.toml", {"encoder.checkpoint": "my-clip"})
+    with pytest.warns(SordinoWarning, match="'my-clip' is not used: encoder.name = 'bundled'; .* clip or generative"):
+        check_places(config)
+
+
+def test_a_key_is_told_without_the_types_that_its_value_may_have(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(CONFIG)
+    with pytest.raises(ConfigError, match=r"^data\.class_names = 'a': "):
+        load_config(tmp_path / "c.toml", {"data.class_names": "a"})
 
 
 def test_a_table_that_is_missing_is_named_without_all_that_is_there(tmp_path: Path) -> None:

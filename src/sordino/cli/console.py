@@ -76,7 +76,7 @@ def run_command(command: Callable[[], int]) -> int:
     """
     _prepare_streams()
     _State.how, _State.code = "nothing was written", None
-    shown, warnings.showwarning = warnings.showwarning, _Warnings(warnings.showwarning)
+    shown, warnings.formatwarning = warnings.formatwarning, _Warnings(warnings.formatwarning)
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) not in (signal.SIG_IGN, None):  # as under nohup
@@ -96,7 +96,7 @@ def run_command(command: Callable[[], int]) -> int:
             return _tell_interruption(_State.code)
         raise
     finally:
-        warnings.showwarning = shown
+        warnings.formatwarning = shown
         _drop_unwritable(sys.stdout)
 
 
@@ -115,20 +115,19 @@ def fail(message: object) -> int:
 
 
 class _Warnings:
-    """Shows our own warnings in one line each, once, without the place in the program that Python puts before them."""
+    """Puts our own warnings into one line each, once, without the place in the program that Python has before them."""
 
-    def __init__(self, others: Callable[..., None]) -> None:
+    def __init__(self, others: Callable[..., str]) -> None:
         self._others, self._told = others, set[str]()
 
-    def __call__(self, message: Warning | str, category: type[Warning], *place: object, **more: object) -> None:
+    def __call__(self, message: Warning | str, category: type[Warning], *place: object, **more: object) -> str:
         if not issubclass(category, SordinoWarning):
-            self._others(message, category, *place, **more)
-            return
+            return self._others(message, category, *place, **more)
         text = " ".join(str(message).splitlines())
-        if text not in self._told:
-            self._told.add(text)
-            with contextlib.suppress(OSError):
-                print(f"sordino: warning: {text}", file=sys.stderr, flush=True)
+        if text in self._told:
+            return ""
+        self._told.add(text)
+        return f"sordino: warning: {text}\n"
 
 
 def _interrupt(number: int, _: FrameType | None) -> None:

@@ -62,9 +62,13 @@ def over_budget(policy: PolicySettings, ledger: SiteLedger, experiment: str, aft
         return ""
     before = ledger.spent(policy.unit, policy.delta)
     return (
-        f"with it epsilon would be {rounded_up(total, 4)} for one {policy.unit} over all experiments, at delta = "
-        f"{policy.delta:g}; policy.epsilon = {policy.epsilon:g}, and {rounded_up(before, 4)} is spent"
+        f"with it epsilon would be {_words(total)} for one {policy.unit} over all experiments, at delta = "
+        f"{policy.delta:g}; policy.epsilon = {policy.epsilon:g}, and {_words(before)} is spent"
     )
+
+
+def _words(epsilon: float) -> str:
+    return "inf" if math.isinf(epsilon) else rounded_up(epsilon, 4)
 
 
 def _keys(policy: PolicySettings) -> list[bytes]:

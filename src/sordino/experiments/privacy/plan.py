@@ -164,9 +164,10 @@ def as_text(chosen: Plan) -> str:
     if ledger.releases:
         rates = sorted({release.sampling_rate for release in ledger.releases})
         between = f"{rates[0]:.3g}" if len(rates) == 1 else f"{rates[0]:.3g} to {rates[-1]:.3g}"
+        delta = rounded_up(chosen.mechanism.delta or 0.0, 2)
         lines.append(
             f"Mechanism: {settings.mechanism}, noise multiplier {chosen.mechanism.noise_multiplier:.4g}, added by "
-            f"{NOISE_BY[settings.noise_by]}; sampling rate {between}; delta {rounded_up(chosen.mechanism.delta, 2)}."
+            f"{NOISE_BY[settings.noise_by]}; sampling rate {between}; delta {delta}."
         )
     lines += ["", "Who learns what:"]
     for view in chosen.views:
