@@ -63,6 +63,8 @@ def audit(
     Raises:
         SordinoError: the run cannot be opened, or an attack cannot be made of what it has.
     """
+    if not attacks:  # an audit without any would count as one, on cards too
+        raise ConfigError("--attacks", "", f"name one at least; choose from {', '.join(ATTACKS)}")
     for attack in attacks:
         if attack not in ATTACKS:
             raise ConfigError("--attacks", attack, f"not an attack; choose from {', '.join(ATTACKS)}")
