@@ -37,10 +37,12 @@ from serving.uploads import PICTURES, huge_png, uploads
 from sordino.cli.app import invoke
 from sordino.errors import ConfigError, DataError, RunError
 from sordino.pictures.decoding import decode
+from sordino.prompt_file import SavedPrompt
 from sordino.serving.classifier import PromptClassifier
 from sordino.serving.folder import export
 from sordino.serving.manifest import CARD
 from sordino.serving.registry import Registry
+from sordino.serving.server import shelf
 from sordino.serving.server.app import build
 from sordino.serving.server.guard import HEADERS
 from sordino.serving.server.keys import Keys
@@ -410,6 +412,20 @@ def test_a_withdrawn_prompt_is_gone_at_once(start: Start) -> None:
         assert response.status_code == 410
     assert "a hospital left" in server.classify(PNG).json()["error"]
     assert server.client.get("/v1/prompts").json() == []
+
+
+def test_a_prompt_of_a_method_in_a_file_is_refused_with_what_a_server_can_do(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The general remedy is an option that `serve` does not have: it runs nobody's file."""
+    server = start()
+    monkeypatch.setattr(shelf, "METHODS", {})
+    at = server.registry.current("fabric", None)
+    with pytest.raises(shelf.Unusable) as refused:
+        Shelf(server.registry, server.service.shelf.trusted, 1, SavedPrompt.load_encoder).load(at)
+    assert "which is not here" in refused.value.why
+    assert "a server runs no file" in refused.value.why
+    assert "--method" not in refused.value.why
 
 
 def test_while_one_prompt_is_loaded_others_are_answered(
