@@ -134,9 +134,10 @@ def test_the_claim_is_that_of_the_worst_run(summary: Summary) -> None:
     assert not Results((simulated, exposed)).claim.bounded
 
 
-@given(st.floats(1e-6, 1e6))
-def test_epsilon_is_never_shown_too_small(epsilon: float) -> None:
-    assert epsilon <= float(rounded_up(epsilon)) <= epsilon * 1.011
+@given(st.floats(1e-6, 1e6), st.integers(2, 6))
+def test_epsilon_is_never_shown_too_small(epsilon: float, digits: int) -> None:
+    assert epsilon <= float(rounded_up(epsilon, digits)) <= epsilon * (1 + 1.1 * 10 ** (1 - digits))
+    assert rounded_up(epsilon) == rounded_up(epsilon, 3)
 
 
 def held_against(learned: list[float], given: list[float], seed: int = 0, **changes: Any) -> dict[str, Any]:

@@ -114,14 +114,19 @@ def config_error(error: ValidationError, checked: Any, prefix: str = "") -> Conf
     errors = error.errors()
     # A key that is misspelled is the cause where another one is missing.
     first = next((each for each in errors if each["type"] in _UNKNOWN_KEY), errors[0])
-    key = ".".join(str(part) for part in (prefix, *first["loc"]) if part != "")
+    # A value that may be of several types has the type's name in its place, such as `list[str]`.
+    place = (str(part) for part in (prefix, *first["loc"]))
+    key = ".".join(part for part in place if part and not part.endswith(("]", ")")))
     if first["type"] in _UNKNOWN_KEY:
         *tables, wrong = first["loc"]
         known = list(_fields(checked, tables))
         listed = f"; choose from {', '.join(known)}" if known else ""
         allowed = f"no such key{nearest(str(wrong), known) or listed}"
+    elif first["type"] in _MISSING_KEY:  # its input is the whole table around it
+        return ConfigError(key, None, "is needed; give it a value")
     else:
-        allowed = first["msg"][0].lower() + first["msg"][1:]
+        message = first["msg"].removeprefix("Value error, ")
+        allowed = message[:1].lower() + message[1:]
     return ConfigError(key, first["input"], allowed)
 
 
@@ -173,3 +178,4 @@ def _is_text(value: str) -> bool:
 
 
 _UNKNOWN_KEY = {"extra_forbidden", "unexpected_keyword_argument"}
+_MISSING_KEY = {"missing", "missing_argument"}

@@ -17,6 +17,11 @@ from sordino.errors import ConfigError, DataError, RunError, nearest
 # translate line ends.
 READING = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_BINARY", "O_CLOEXEC"))
 
+# Remedies where a file cannot be written.
+GO_ON = "free space or choose another --out; what was written before is intact, go on with --resume"
+ANOTHER_OUT = "free space or choose another --out"
+FREE_SPACE = "free space, or mend its permissions"
+
 DATA = "$SORDINO_DATA"  # in a path of a configuration: the folder that this variable of the environment names
 DATA_UNSET = "../shared/data"  # its value where it is not set
 
@@ -87,8 +92,13 @@ def replace_file(path: Path, content: bytes) -> None:
     _flush_folder(path.parent)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file of a run directory with `replace_file`.
+def write_atomically(path: Path, content: bytes, remedy: str = GO_ON) -> None:
+    """Write a file with `replace_file`.
+
+    Args:
+        path: of the file.
+        content: of it.
+        remedy: what to do if it cannot be written. The default is for run directories of a command with --resume.
 
     Raises:
         RunError: the disk is full, or the folder cannot be written.
@@ -96,10 +106,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     try:
         replace_file(path, content)
     except OSError as error:
-        raise RunError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another --out; "
-            "what was written before is intact, go on with --resume"
-        ) from None
+        raise RunError(f"cannot write {path}: {error.strerror or error}; {remedy}") from None
 
 
 def user_path(text: str, key: str) -> Path:

@@ -107,6 +107,8 @@ def test_what_cannot_be_attacked_is_told(config_file: Path, tmp_path: Path) -> N
         audit(tmp_path / "zero")
     keys = ["algorithm=promptfl", "privacy.mechanism=dp-fedavg", "privacy.noise_multiplier=1.0", "rounds=2"]
     run(load_config(config_file, [*keys, "runtime.weighting=uniform"]), tmp_path / "client")
+    with pytest.raises(ConfigError, match="--attacks = '': name one at least; choose from membership"):
+        audit(tmp_path / "client", [])
     with pytest.raises(ConfigError, match="'guessing': not an attack; choose from membership"):
         audit(tmp_path / "client", ["guessing"])
     with pytest.raises(ConfigError, match="example"):

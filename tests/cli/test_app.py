@@ -181,3 +181,19 @@ def test_doctor_finds_what_is_there() -> None:
     done = sordino("doctor")
     assert done.returncode == 0, done.stdout
     assert "bundled encoder's weights: installed" in done.stdout
+
+
+def test_a_warning_is_one_line_once_without_its_place_in_the_program() -> None:
+    code = """
+import sys, warnings
+from sordino.cli.console import run_command
+from sordino.errors import SordinoWarning
+def command():
+    for _ in range(2):
+        warnings.simplefilter("always")  # as libraries do, after which Python tells all anew
+        warnings.warn("some words are\\nunknown", SordinoWarning)
+    return 0
+sys.exit(run_command(command))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "sordino: warning: some words are unknown\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from sordino.algorithms import METHODS, algorithm, settings_type
 from sordino.cli.app import invoke
 from sordino.cli.demo import variants
-from sordino.errors import config_error, nearest
+from sordino.errors import ConfigError, SordinoWarning, config_error, nearest
+from sordino.experiments.config import check_places, load_config
 
 HEAVY = ("torch", "dp_accounting", "transformers", "datasets", "sklearn", "PIL", "cma", "numba")
 
@@ -94,7 +96,9 @@ REFUSED: dict[str, str] = {
     "privacy plan c.toml --set data.source=imagefolder:x": "there is no folder",
     "privacy plan c.toml --set data.source=table:x.csv": "x.csv: cannot be read: No such file or directory",
     "tune-private p.toml --set task.source=imagefolder:pitcures": "pitcures'; did you mean 'pictures'?",
+    "run c.toml --out c.toml": "c.toml cannot be written, as it is no folder; choose another --out",
     "audit x": "x holds no finished run (there is no such directory)",
+    "run c.toml --set data.source=x": "data.source = 'x': must be 'digits', 'textile', ",
 }
 STATISTICS = "run c.toml --set privacy.mechanism=statistics --set privacy.epsilon=8 "
 REFUSED |= {
@@ -130,6 +134,62 @@ def test_a_wrong_configuration_is_refused_without_heavy_imports(
     assert said.count("\n") == 1
     assert message in said
     assert imported == []
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("publish x.safetensors --ledger x.json --name a", "RUN = 'x.safetensors': no such file or directory; give a "),
+        ("site check none.toml", "SITE.toml = 'none.toml': no such file"),
+        ("flower up none.toml", "none.toml': no such file"),
+        ("flare provision none.toml --out kits", "PROJECT.toml = 'none.toml': no such file"),
+        ("flower node {site} --server fl.example.org:99999 --ca {site} --key {key}", "write host:port, e.g. "),
+        ("flower node {site} --server https://fl.example.org:8443 --ca {site} --key {key}", "write host:port, e.g. "),
+        ("flower node {site} --server fl.example.org:8443 --ca {site} --key {key}", "site.toml': holds no certificate"),
+        ("methods new mine --from promptfl", "NAME = 'mine': mine.py is here already"),
+    ],
+)
+def test_an_argument_is_named_as_the_command_has_it(
+    command: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").touch()
+    assert invoke(["site", "init", "site.toml", "--name", "north", "--source", "digits"]) == 0
+    assert invoke(["flower", "key", "node"]) == 0
+    assert invoke(command.format(site="site.toml", key="node").split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_command_that_is_told_can_be_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "my site.toml"
+    assert invoke(["site", "init", str(file), "--name", "north", "--source", "digits"]) == 0
+    *_, command = capsys.readouterr().out.strip().partition("sordino ")
+    assert shlex.split(command) == ["site", "check", str(file)]
+
+
+def test_a_checkpoint_that_is_not_used_is_told(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(CONFIG)
+    config = load_config(tmp_path / "c.toml", {"encoder.checkpoint": "my-clip"})
+    with pytest.warns(SordinoWarning, match="'my-clip' is not used: encoder.name = 'bundled'; .* clip or generative"):
+        check_places(config)
+
+
+def test_a_key_is_told_without_the_types_that_its_value_may_have(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(CONFIG)
+    with pytest.raises(ConfigError, match=r"^data\.class_names = 'a': "):
+        load_config(tmp_path / "c.toml", {"data.class_names": "a"})
+
+
+def test_a_table_that_is_missing_is_named_without_all_that_is_there(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text('algorithm = "promptfl"\n[data]\nsource = "digits"\n')
+    with pytest.raises(ConfigError, match=r"^partition = None: is needed; give it a value$"):
+        load_config(tmp_path / "c.toml")
+    with pytest.raises(ConfigError, match=r"^data\.source = None: is needed; give it a value$"):
+        load_config(tmp_path / "c.toml", {"data": {}, "partition": {"scheme": "iid", "clients": 2}})
 
 
 @pytest.mark.slow

@@ -115,6 +115,32 @@ def test_what_cannot_be_made_equal_is_refused_by_name(config_file: Path) -> None
         grid(config, ["promptfl", "bare"], equal_steps=True)
 
 
+@pytest.mark.parametrize(
+    ("algorithms", "vary", "seeds", "told"),
+    [
+        (["local"], {"seed": [1, 2]}, 2, "has the run of 'local seed=1' with seed 2 again; name each once"),
+        (["local", "zero-shot"], {"algorithm": ["local", "zero-shot"]}, 1, "again; name each once"),
+        (
+            ["local"],
+            {"settings.initial_context": ["a b", "a_b"]},
+            1,
+            "folder of .*compare the two apart",
+        ),
+        ([], {}, 1, "name one method at least"),
+    ],
+)
+def test_lines_that_share_a_run_or_its_folder_are_refused_before_any_is_trained(
+    algorithms: list[str], vary: dict[str, Any], seeds: int, told: str, config_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        compare(grid(load_config(config_file), algorithms, vary), seeds, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_method_that_is_named_twice_is_one_line(config_file: Path) -> None:
+    assert len(grid(load_config(config_file), ["local", "zero-shot", "local"])) == 2
+
+
 def test_steps_and_ignored_settings_are_told_in_a_line_each(config_file: Path) -> None:
     config = load_config(config_file, ["settings.rank=2", "settings.promptfl.local_steps=4"])
     assert fairness_notes(grid(config, ["promptfl", "dp-fpl", "local"])) == [

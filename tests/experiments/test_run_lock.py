@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ from sordino.experiments.config import load_config
 from sordino.experiments.run import run
 from sordino.experiments.run_lock import all_held, held, is_empty
 from sordino.experiments.variants import grid
+from sordino.files import ANOTHER_OUT
+from sordino.report.statement import write as write_statement
 
 HOLDER = """
 import sys
@@ -206,6 +209,23 @@ def test_a_path_that_cannot_be_is_told_in_one_short_line(name: str, tmp_path: Pa
         pass
     assert len(str(error.value)) < 1000
     assert "\n" not in str(error.value)
+
+
+def test_no_option_is_named_that_a_command_does_not_have(tmp_path: Path) -> None:
+    """`report`, `audit`, sites and servers write where they were told to, and have no --out for it."""
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="as it is no folder; mend that$"), held(tmp_path / "file", instead=False):
+        pass
+    with held(tmp_path / "run"), ThreadPoolExecutor(1) as pool:
+
+        def hold() -> None:
+            with held(tmp_path / "run", instead=False):
+                raise AssertionError
+
+        with pytest.raises(RunError, match="wait until it ends$"):
+            pool.submit(hold).result()
+    with pytest.raises(RunError, match=f"{ANOTHER_OUT}$"):
+        write_statement({}, tmp_path / "file" / "statement.json")
 
 
 @pytest.mark.slow

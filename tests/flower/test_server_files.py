@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 import stat
 import subprocess
 from pathlib import Path
 
 import pytest
+import tomli_w
 import typer
 import yaml
 from cryptography import x509
@@ -26,6 +28,7 @@ from sordino.flower.keys import load_key, load_public_key, make_key, public_byte
 from sordino.flower.names import CONFIG, FINGERPRINT, FLEET, PATIENCE, PROPOSAL
 from sordino.flower.project import Project, ServerEntry, ServerProject, SiteEntry
 from sordino.flower.proxy import configuration
+from sordino.flower.superlink import up
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,6 +80,24 @@ def test_certificates_are_of_the_projects_authority_which_stays(tmp_path: Path) 
     (tmp_path / "ca.crt").unlink()
     with pytest.raises(RunError, match="holds ca.key or ca.crt and not both; put the other back from a backup"):
         write_certificates(tmp_path, "eyes", "10.0.0.7", 30)
+
+
+@needs_nginx
+@pytest.mark.parametrize("key", ["port", "loopback"])
+def test_a_port_in_use_is_refused_before_sites_are_told_to_connect(key: str, tmp_path: Path) -> None:
+    """nginx tries for seconds to have its port, and the server went on as if it had it."""
+    make_key(tmp_path / "node")
+    with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as left:
+        ports = {key: taken.getsockname()[1], ("loopback" if key == "port" else "port"): left.getsockname()[1]}
+        left.close()
+        server = {"host": "localhost", "address": "127.0.0.1", **ports}
+        tables = {"name": "eyes", "server": server, "sites": [{"name": "east", "key": "node.pub"}]}
+        (tmp_path / "project.toml").write_text(tomli_w.dumps(tables))
+        told: list[str] = []
+        with pytest.raises(ConfigError, match=rf"server\.{key} = {ports[key]}: cannot be listened on at 127\.0\.0\.1"):
+            up(ServerProject(tmp_path / "project.toml"), told.append)
+    assert told == []
+    assert list((tmp_path / "state").iterdir()) == [], "nothing was started"
 
 
 @needs_nginx

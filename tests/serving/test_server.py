@@ -37,10 +37,12 @@ from serving.uploads import PICTURES, huge_png, uploads
 from sordino.cli.app import invoke
 from sordino.errors import ConfigError, DataError, RunError
 from sordino.pictures.decoding import decode
+from sordino.prompt_file import SavedPrompt
 from sordino.serving.classifier import PromptClassifier
 from sordino.serving.folder import export
 from sordino.serving.manifest import CARD
 from sordino.serving.registry import Registry
+from sordino.serving.server import shelf
 from sordino.serving.server.app import build
 from sordino.serving.server.guard import HEADERS
 from sordino.serving.server.keys import Keys
@@ -412,6 +414,20 @@ def test_a_withdrawn_prompt_is_gone_at_once(start: Start) -> None:
     assert server.client.get("/v1/prompts").json() == []
 
 
+def test_a_prompt_of_a_method_in_a_file_is_refused_with_what_a_server_can_do(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The general remedy is an option that `serve` does not have: it runs nobody's file."""
+    server = start()
+    monkeypatch.setattr(shelf, "METHODS", {})
+    at = server.registry.current("fabric", None)
+    with pytest.raises(shelf.Unusable) as refused:
+        Shelf(server.registry, server.service.shelf.trusted, 1, SavedPrompt.load_encoder).load(at)
+    assert "which is not here" in refused.value.why
+    assert "a server runs no file" in refused.value.why
+    assert "--method" not in refused.value.why
+
+
 def test_while_one_prompt_is_loaded_others_are_answered(
     start: Start, shared_run: Path, key: Ed25519PrivateKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -578,6 +594,36 @@ def test_an_address_that_others_reach_needs_keys_and_tls_or_words(
             Address("0.0.0.0", certificate=tmp_path / "absent", private_key=tmp_path / "absent").check(keys)
 
 
+def test_files_of_tls_that_cannot_serve_are_refused_by_name(
+    tmp_path: Path, key: Ed25519PrivateKey, published: Callable[[Path], str]
+) -> None:
+    for name, days in (("new", 1.0), ("other", 1.0), ("old", -1.0)):
+        (tmp_path / name).mkdir()
+        certificate(tmp_path / name, days)
+    (new, own), (_, foreign), (old, olds) = (
+        (tmp_path / name / "certificate.pem", tmp_path / name / "key.pem") for name in ("new", "other", "old")
+    )
+    locked = tmp_path / "locked.pem"
+    private = serialization.load_pem_private_key(own.read_bytes(), None)
+    secret = serialization.BestAvailableEncryption(b"secret")
+    locked.write_bytes(private.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, secret))
+    cases: dict[tuple[Path | None, Path | None], str] = {
+        (new, None): f"--tls-certificate = '{new}': give --tls-key too",
+        (None, own): f"--tls-key = '{own}': give --tls-certificate too",
+        (new, tmp_path / "no"): f"--tls-key = '{tmp_path / 'no'}': cannot be read .No such file or directory",
+        (tmp_path / "no", own): f"--tls-certificate = '{tmp_path / 'no'}': cannot be read .No such file",
+        (new, foreign): "cannot be used with its key .*belong together",
+        (new, locked): "cannot be used with its key .*the key unencrypted",
+        (own, own): "cannot be used with its key",
+        (old, olds): "expired on .*give a new one",
+    }
+    with Registry(published(tmp_path)) as registry:
+        for (shown, kept), told in cases.items():
+            with pytest.raises(ConfigError, match=told):
+                Address(certificate=shown, private_key=kept).check(Keys(registry.database))
+        Address(certificate=new, private_key=own).check(Keys(registry.database))
+
+
 def test_the_commands_of_keys(
     tmp_path: Path, published: Callable[[Path], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -601,13 +647,14 @@ def test_the_commands_of_keys(
     assert "no such prompt" in capsys.readouterr().err
 
 
-def certificate(folder: Path) -> tuple[Path, Path]:
-    """A certificate of this machine for itself, and its key."""
+def certificate(folder: Path, days: float = 1.0) -> tuple[Path, Path]:
+    """A certificate of this machine for itself, valid until some days from now, and its key."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
     now = datetime.now(UTC)
+    first, last = now - timedelta(days=2), now + timedelta(days=days)
     made = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(days=1))
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), first, last)
         .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
         .sign(key, hashes.SHA256())
     )

@@ -213,7 +213,7 @@ def test_runs_are_compared_as_the_report_compares_them(opened: Open, folder: Pat
     )
     assert (runs["zero-shot"]["zero_shot"], runs["promptfl"]["zero_shot"]) == (True, False)
     assert runs["promptfl"]["privacy"]["bounded"] is False
-    assert {run["folder"] for run in told["runs"]} == {"study"}
+    assert {run["folder"] for run in told["runs"]} == {"study", "study/zero"}, "its own, of one that is by itself"
     for word in (str(folder), seeds[0].dataset, *map(str, folder.parts[1:-1])):
         assert word not in answer.text
 
@@ -281,3 +281,4 @@ def test_a_run_that_was_repeated_stands_beside_itself(folder: Path, tmp_path: Pa
         shutil.copytree(folder / "study" / "seed-0", tmp_path / "study" / name)
     found = RunFolder(tmp_path).compared()["runs"]
     assert [run["seeds"] for run in found] == [[0], [0]]
+    assert [run["folder"] for run in found] == ["study/one", "study/two"], "else nobody could tell one from the other"

@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 
 from sites.owners import NOISE, experiment, fleet, sites_at, write_site
 from sordino.cli.app import app
-from sordino.cli.site_words import round_as_text
+from sordino.cli.site_words import ledger_as_text, round_as_text
+from sordino.cli.watching import print_outcome
 from sordino.errors import ConfigError
 from sordino.results import rounded_up
 from sordino.runtime.fleet import Patience
-from sordino.sites.coordinator import coordinate
+from sordino.sites.coordinator import OUTCOME, coordinate
 from sordino.sites.fleet_config import FleetSettings, load_fleet_config
 from sordino.sites.settings import PolicySettings, SiteSettings, load_site
 
@@ -135,6 +136,19 @@ def test_paths_are_from_the_files_own_folder(tmp_path: Path, monkeypatch: pytest
     assert site.state == f"{tmp_path.resolve()}/state"
 
 
+def test_a_link_to_a_sites_file_is_read_where_it_leads(tmp_path: Path) -> None:
+    """Else its owner's commands would look for the ledger beside the link, and tell that nothing was spent."""
+    real, kit = tmp_path / "real", tmp_path / "kit"
+    real.mkdir()
+    kit.mkdir()
+    tables = {"name": "north", "data": {"source": "imagefolder:photos"}, "policy": {"epsilon": 1.0}}
+    (real / "north.toml").write_text(tomli_w.dumps(tables), encoding="utf-8")
+    (kit / "site.toml").symlink_to(Path("..") / "real" / "north.toml")
+    assert load_site(kit / "site.toml") == load_site(real / "north.toml")
+    assert said("ledger", kit / "site.toml") == said("ledger", real / "north.toml")
+    assert [path.name for path in kit.iterdir()] == ["site.toml"], "no state beside the link"
+
+
 def test_the_page_has_every_key_and_its_configuration_is_valid(tmp_path: Path) -> None:
     text = PAGE.read_text(encoding="utf-8")
     keys = [*SiteSettings.model_fields, *(f"policy.{key}" for key in PolicySettings.model_fields)]
@@ -146,9 +160,21 @@ def test_the_page_has_every_key_and_its_configuration_is_valid(tmp_path: Path) -
     assert set(tomllib.loads(block)["fleet"]) == set(FleetSettings.model_fields)
 
 
+def test_the_end_names_who_took_no_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = {"rounds": 2, "sites": {"east": [0]}, "left_out": {"west": "why"}, "privacy": {"statement": "Private."}}
+    (tmp_path / OUTCOME).write_text(json.dumps(outcome), encoding="utf-8")
+    print_outcome(tmp_path, as_json=False)
+    assert capsys.readouterr().out.splitlines()[:3] == ["2 rounds at east", "west took no part: why", "Private."]
+
+
 def test_a_round_in_a_line() -> None:
     line = {"round": 7, "seconds": 1.24, "participants": 3, "broadcast_bytes": 1000, "upload_bytes": 500}
     assert round_as_text(line) == "round 7: 1.2 s, 3 clients, 3.0 kB down, 1.5 kB up"
+    spent = {"epsilon": {"north": 3.6249, "south": 3.6241}}
+    assert round_as_text(line | spent).endswith("epsilon 3.63 at north, the most"), "never less than was spent"
+    assert ledger_as_text(
+        {"experiments": {}, "budget": 8.0, "delta": 1e-5, "unit": "example", "site": "north", "epsilon": 3.62411}
+    ).startswith("north: epsilon 3.625 of 8 ")
     more = {"accuracy": {"local": 0.8321}, "epsilon": {"east": 0.5, "west": 2.0}, "lost": {"north": "no answer"}}
     assert round_as_text(line | more).endswith(
         "up, accuracy 83.2, epsilon 2 at west, the most; without north: no answer"

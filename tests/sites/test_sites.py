@@ -377,7 +377,7 @@ def test_the_budget_of_a_site_is_over_all_experiments_and_refused_with_the_numbe
     dearer = experiment(clip_folder, privacy=NOISE, seed=1)
     told = refusal(sites["east"], dearer)
     assert f"policy.epsilon = {round(1.2 * one, 3):g}" in told
-    assert f"{one:.4g} is spent" in told
+    assert f"{rounded_up(one, 4)} is spent" in told
     total = float(told.split("epsilon would be ")[1].split()[0])
     assert 1.2 * one < total <= 2 * one
     with pytest.raises(RunError, match=r"2 of 3 sites take part, and 3 are needed. east: with it epsilon would be"):

@@ -190,6 +190,8 @@ def test_persons_of_a_table_stay_whole(tmp_path: Path) -> None:
         ("file,label,patient\na.png,cat,\nb.png,dog,1\n", "column 'patient' must hold a word or a whole number"),
         ('file,label\n"a.png,cat\n', "labels.csv is not a table in UTF-8"),
         ("file,label\na.png,\xe9\n", "labels.csv is not a table in UTF-8"),
+        ("file;label\r\na.png;cat\r\n", "one column with ';' in it; a table that ends with .csv is separated by ','"),
+        ("file\tlabel\na.png\tcat\n", r"one column with '\\t' in it; a table that ends with .csv is separated by ','"),
     ],
 )
 def test_tables_that_are_refused(tmp_path: Path, content: str, expected: str) -> None:

@@ -23,7 +23,7 @@ from sordino.errors import ConfigError, DataError, RunError
 from sordino.experiments.features import EncodedDataset
 from sordino.experiments.run_folder import require_run
 from sordino.experiments.run_lock import held
-from sordino.files import write_atomically
+from sordino.files import FREE_SPACE, write_atomically
 from sordino.privacy.statement import as_summary
 from sordino.progress import Progress, silent
 from sordino.report import write_report
@@ -63,12 +63,14 @@ def audit(
     Raises:
         SordinoError: the run cannot be opened, or an attack cannot be made of what it has.
     """
+    if not attacks:  # an audit without any would count as one, on cards too
+        raise ConfigError("--attacks", "", f"name one at least; choose from {', '.join(ATTACKS)}")
     for attack in attacks:
         if attack not in ATTACKS:
             raise ConfigError("--attacks", attack, f"not an attack; choose from {', '.join(ATTACKS)}")
     folder = Path(folder)
     require_run(folder)
-    with held(folder):
+    with held(folder, instead=False):
         return _audit(folder, attacks, Effort(shadows, canaries, queries, jobs), seed, progress, dataset)
 
 
@@ -109,7 +111,7 @@ def _audit(
         "attacks": results,
     }
     text = json.dumps(result, indent=2) + "\n"
-    write_atomically(folder / FILE, text.encode())
+    write_atomically(folder / FILE, text.encode(), FREE_SPACE)
     title = f"Sordino: {subject.config.algorithm} on {subject.config.data.source}"
     write_report([folder], folder / "report.html", title)
     return dict(json.loads(text))

@@ -78,10 +78,11 @@ class Subject:
             SordinoError: the directory holds no finished run, or its data are gone or changed.
         """
         try:
+            # First, as a coordinator's directory has none; its configuration lacks the data, which others hold.
+            Summary.from_json((folder / FILE).read_bytes())
             tables = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
             _check_method(folder, tables)
             config = parse_config(tables)
-            Summary.from_json((folder / FILE).read_bytes())
             ledger = Ledger.from_json((folder / "ledger.json").read_bytes())
         except OSError as error:
             missing = Path(str(error.filename)).name

@@ -253,7 +253,7 @@ def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run dir
     if not runs:
         raise ConfigError("RUN", str(folder), "holds no finished run (no summary.json in it or below it)")
     at_work("repeat the command")
-    with held(folder):
+    with held(folder, instead=False):
         print(write_report(runs, folder / "report.html", f"Sordino: {folder.name}"))
 
 

@@ -11,10 +11,13 @@ import os
 import shlex
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import TextIO
+
+from sordino.errors import SordinoWarning
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 PLAIN = {
@@ -73,6 +76,7 @@ def run_command(command: Callable[[], int]) -> int:
     """
     _prepare_streams()
     _State.how, _State.code = "nothing was written", None
+    shown, warnings.formatwarning = warnings.formatwarning, _Warnings(warnings.formatwarning)
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) not in (signal.SIG_IGN, None):  # as under nohup
@@ -92,6 +96,7 @@ def run_command(command: Callable[[], int]) -> int:
             return _tell_interruption(_State.code)
         raise
     finally:
+        warnings.formatwarning = shown
         _drop_unwritable(sys.stdout)
 
 
@@ -107,6 +112,22 @@ def fail(message: object) -> int:
     with contextlib.suppress(OSError):
         print(f"sordino: {' '.join(str(message).splitlines())}", file=sys.stderr, flush=True)
     return 2
+
+
+class _Warnings:
+    """Puts our own warnings into one line each, once, without the place in the program that Python has before them."""
+
+    def __init__(self, others: Callable[..., str]) -> None:
+        self._others, self._told = others, set[str]()
+
+    def __call__(self, message: Warning | str, category: type[Warning], *place: object, **more: object) -> str:
+        if not issubclass(category, SordinoWarning):
+            return self._others(message, category, *place, **more)
+        text = " ".join(str(message).splitlines())
+        if text in self._told:
+            return ""
+        self._told.add(text)
+        return f"sordino: warning: {text}\n"
 
 
 def _interrupt(number: int, _: FrameType | None) -> None:

@@ -17,6 +17,8 @@ from sordino.errors import ConfigError, require_extra
 
 app = typer.Typer(help="Experiments across machines of several owners, over Flower.", no_args_is_help=True)
 
+LAST_PORT = 65535
+
 ProjectFile = Annotated[Path, typer.Argument(metavar="PROJECT.toml", help="the server, and the sites' public keys")]
 
 
@@ -58,13 +60,14 @@ def node(
     from sordino.flower.keys import load_key
     from sordino.sites.settings import load_site
 
-    settings = load_site(site.resolve())
+    settings = load_site(site)
     own = load_key(key)
     host, colon, port = server.rpartition(":")
-    if not (colon and host and port.isdecimal()):
+    if not (colon and host and "/" not in host and port.isdecimal() and 0 < int(port) <= LAST_PORT):
         raise ConfigError("--server", server, "write host:port, e.g. fl.example.org:8443")
     if not ca.is_file():
         raise ConfigError("--ca", str(ca), "there is no such file; ask the server's operator for ca.crt")
+    _require_certificate(ca)
     from sordino.flower.node import serve
     from sordino.sites.site import Site
 
@@ -112,6 +115,20 @@ def app_folder() -> None:
     from sordino.flower.control import APP
 
     print(APP)
+
+
+def _require_certificate(ca: Path) -> None:
+    """Check that a file holds a certificate, before anybody waits for a server.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    import ssl
+
+    try:
+        ssl.create_default_context(cafile=str(ca))
+    except OSError:  # also of `ssl`
+        raise ConfigError("--ca", str(ca), "holds no certificate; ask the server's operator for ca.crt") from None
 
 
 def _tell(line: str) -> None:

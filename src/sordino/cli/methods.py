@@ -81,6 +81,10 @@ def new(
             stream.write(text)
     except FileExistsError:
         raise ConfigError("NAME", name, f"{file} is here already; choose another name, or move the file away") from None
+    except OSError as error:
+        raise ConfigError(
+            "NAME", name, f"{file} cannot be written ({error.strerror}); change to another folder"
+        ) from None
     if as_json:
         print(json.dumps({"name": name, "parent": parent, "file": str(file)}))
         return

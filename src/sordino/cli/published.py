@@ -60,6 +60,10 @@ def publish(
     from sordino.serving.manifest import check_name
 
     check_name(name)
+    if not run.exists():
+        raise ConfigError(
+            "RUN", str(run), "no such file or directory; give a finished run directory, or a prompt's file"
+        )
     if run.is_file() and (ledger is None or client is not None):
         raise ConfigError("--ledger", ledger and str(ledger), "a prompt's file needs its ledger, and has no --client")
     if ledger is not None and not run.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +36,7 @@ def init(
     except ConfigError:
         file.unlink()
         raise
-    print(f"{file}: allow experiments under [policy], and look at it with: sordino site check {file}")
+    print(f"{file}: allow experiments under [policy], and look at it with: sordino site check {shlex.quote(str(file))}")
 
 
 @app.command("check")

@@ -73,7 +73,7 @@ def round_as_text(line: dict[str, Any]) -> str:
     if epsilons := line.get("epsilon"):
         site = max(epsilons, key=lambda name: float("inf") if epsilons[name] is None else epsilons[name])
         spent = epsilons[site]
-        parts.append("epsilon unbounded" if spent is None else f"epsilon {spent:.3g} at {site}, the most")
+        parts.append("epsilon unbounded" if spent is None else f"epsilon {rounded_up(spent)} at {site}, the most")
     told = [f"void: {line['void']}"] if line.get("void") else []
     told += [f"without {site}: {reason}" for site, reason in line.get("lost", {}).items()]
     return "; ".join([f"round {line['round']}: {', '.join(parts)}", *told])

@@ -64,5 +64,7 @@ def print_outcome(out: Path, as_json: bool) -> None:
         print(json.dumps(outcome))
     else:
         print(f"{outcome['rounds']} rounds at {', '.join(outcome['sites'])}")
+        for site, reason in sorted(outcome["left_out"].items()):
+            print(f"{site} took no part: {reason}")
         print(outcome["privacy"]["statement"])
         print(f"Run directory: {out}")

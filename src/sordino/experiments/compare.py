@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sordino.errors import ConfigError
-from sordino.experiments.config import Experiment
+from sordino.experiments.config import Experiment, resolved
 from sordino.experiments.data_digests import data_record
 from sordino.experiments.data_record import check
 from sordino.experiments.features import EncodedDataset
@@ -136,9 +136,10 @@ def compare(
 
     Raises:
         SordinoError: as `run`; before anything is trained if an algorithm's settings are bad.
-        ConfigError: a variant has `shadows`, and no `attack` is given.
+        ConfigError: a variant has `shadows`, and no `attack` is given; two have a run in common, or its folder.
     """
     planned = [_planned(variant, seeds, out) for variant in variants]
+    _require_distinct(variants, planned)
     if attack is None:
         for variant in variants:
             if variant.shadows:
@@ -233,6 +234,26 @@ def _planned(variant: Variant, seeds: int, out: Path) -> dict[Path, Experiment]:
     first = variant.config
     configs = [first.model_copy(update={"seed": first.seed + offset}) for offset in range(seeds)]
     return {out / variant.folder / f"seed-{config.seed}": config for config in configs}
+
+
+def _require_distinct(variants: Sequence[Variant], planned: Sequence[Mapping[Path, Experiment]]) -> None:
+    """Check, before anything is trained, that no run is there twice and none has the folder of another.
+
+    Raises:
+        ConfigError: two lines share one.
+    """
+    folders: dict[Path, Variant] = {}
+    runs: dict[str, Variant] = {}
+    for variant, own in zip(variants, planned, strict=True):
+        for folder, config in own.items():
+            same = runs.setdefault(repr(resolved(config)), variant)
+            if same is not variant:
+                remedy = f"has the run of {same.label!r} with seed {config.seed} again; name each once"
+                raise ConfigError("line", variant.label, remedy)
+            other = folders.setdefault(folder, variant)
+            if other is not variant:
+                remedy = f"would have the folder of {other.label!r}, {folder}; compare the two apart"
+                raise ConfigError("line", variant.label, remedy)
 
 
 def _check_finished(planned: Mapping[Path, Experiment], dataset: EncodedDataset, progress: Progress) -> None:

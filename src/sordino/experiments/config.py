@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ from sordino.algorithms import METHODS, add_method, settings_for
 from sordino.algorithms.method_file import MethodFile
 from sordino.encoders.checkpoint_place import checkpoint_folder
 from sordino.encoders.generative.settings import GenerativeSettings
-from sordino.errors import ConfigError, config_error
+from sordino.errors import ConfigError, SordinoWarning, config_error
 from sordino.experiments.toml_tables import check_values, read_tables
 from sordino.experiments.tracking import TrackingSettings
 from sordino.files import absolute_path, require_folder, user_path
@@ -174,12 +175,23 @@ def parse_config(tables: Mapping[str, Any]) -> Experiment:
 def check_places(config: Experiment) -> None:
     """Check that the folders and files that a configuration names are there, before what reads them is imported.
 
+    Warns:
+        SordinoWarning: the checkpoint is not used.
+
     Raises:
         SordinoError: one is missing.
     """
     check_data(config.data)
-    if config.encoder.checkpoint is not None and config.encoder.name in WITH_CHECKPOINT:
-        checkpoint_folder(config.encoder.checkpoint)
+    name, checkpoint = config.encoder.name, config.encoder.checkpoint
+    if checkpoint is not None and name in WITH_CHECKPOINT:
+        checkpoint_folder(checkpoint)
+    elif checkpoint is not None:  # where a command line overrides the name alone, it is left from the file
+        names = " or ".join(WITH_CHECKPOINT)
+        warnings.warn(
+            f"encoder.checkpoint = {checkpoint!r} is not used: encoder.name = {name!r}; for it, set {names}",
+            SordinoWarning,
+            stacklevel=2,
+        )
     if config.privacy.release is not None:
         folder = absolute_path(config.privacy.release, "privacy.release")
         require_folder(folder, "privacy.release", "; give the directory of a run with mechanism 'statistics'")

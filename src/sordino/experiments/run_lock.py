@@ -31,22 +31,26 @@ _guard = threading.Lock()
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, instead: bool = True) -> Iterator[None]:
     """Hold a run directory for as long as the block lasts; in one thread, blocks may be nested.
 
     The directory is made where it is missing, and removed again if nothing came to be in it.
 
+    Args:
+        folder: the directory.
+        instead: whether the command has an `--out` that can name another one; for messages.
+
     Raises:
         RunError: another process or thread holds it, or it cannot be written; the message is one line.
     """
-    place = writable(folder)
+    place = writable(folder, instead)
     with _guard:
         nested = _held.get(place) == threading.get_ident()
         if not nested:
             if place in _held:
-                raise _in_use(folder, f"another thread of this process ({os.getpid()})")
+                raise _in_use(folder, f"another thread of this process ({os.getpid()})", instead)
             made = _missing(folder)
-            descriptor = _locked(folder)
+            descriptor = _locked(folder, instead)
             _held[place] = threading.get_ident()
     try:
         yield
@@ -112,8 +116,8 @@ def require_unused(folder: Path) -> None:
         raise RunError(f"{folder} exists; go on with --resume, or choose another --out")
 
 
-def writable(folder: Path) -> Path:
-    """The absolute path of a directory that may be written, or made.
+def writable(folder: Path, instead: bool = True) -> Path:
+    """The absolute path of a directory that may be written, or made; `instead` is as for `held`.
 
     Raises:
         RunError: it may not.
@@ -122,13 +126,17 @@ def writable(folder: Path) -> Path:
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         if existing.is_dir() and os.access(existing, os.W_OK):
             return folder.resolve()
-        reason = f"as {existing} cannot"
+        if not existing.is_dir():
+            reason = f"as {'it' if existing == folder else existing} is no folder"
+        else:
+            reason = f"as {'its permissions' if existing == folder else f'the permissions of {existing}'} forbid it"
     except (OSError, ValueError) as error:  # too long a name, or a null byte in it
         reason = f"as the system says: {getattr(error, 'strerror', None) or error}"
-    raise RunError(f"{_short(folder)} cannot be written, {reason}; choose another --out")
+    remedy = "choose another --out" if instead else "mend that"
+    raise RunError(f"{_short(folder)} cannot be written, {reason}; {remedy}")
 
 
-def _locked(folder: Path) -> int | None:
+def _locked(folder: Path, instead: bool) -> int | None:
     """The open and locked file; None where there are no locks to be had."""
     while True:
         try:
@@ -137,7 +145,8 @@ def _locked(folder: Path) -> int | None:
         except FileNotFoundError:
             continue  # another process ended, and removed the directory, in between
         except OSError as error:
-            raise RunError(f"{_short(folder)} cannot be written: {error.strerror}; choose another --out") from None
+            remedy = "choose another --out" if instead else "mend that"
+            raise RunError(f"{_short(folder)} cannot be written: {error.strerror}; {remedy}") from None
         try:
             if not _lock(descriptor, folder):
                 os.close(descriptor)
@@ -149,7 +158,7 @@ def _locked(folder: Path) -> int | None:
         except BlockingIOError:
             owner = _owner(descriptor)
             os.close(descriptor)
-            raise _in_use(folder, owner) from None
+            raise _in_use(folder, owner, instead) from None
 
 
 def _lock(descriptor: int, folder: Path) -> bool:
@@ -211,8 +220,9 @@ def _missing(folder: Path) -> list[Path]:
     return [parent for parent in (folder, *folder.parents) if not parent.exists()]
 
 
-def _in_use(folder: Path, owner: str) -> RunError:
-    return RunError(f"{folder} is in use by {owner}; wait until it ends, or choose another --out")
+def _in_use(folder: Path, owner: str, instead: bool) -> RunError:
+    remedy = ", or choose another --out" if instead else ""
+    return RunError(f"{folder} is in use by {owner}; wait until it ends{remedy}")
 
 
 def _short(folder: Path) -> str:

@@ -19,12 +19,15 @@ LARGEST_INT, LARGEST = 2**63 - 1, 1e30  # of a configuration's numbers: tensors 
 LARGEST_COUNT = 1_000_000  # of a method's whole numbers: more tokens, steps or pictures at once fit no machine
 
 
-def read_tables(path: Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> dict[str, Any]:
+def read_tables(
+    path: Path, overrides: Sequence[str] | Mapping[str, Any] = (), argument: str = "CONFIG"
+) -> dict[str, Any]:
     """Read the tables of a TOML file and apply overrides; what keys mean is not checked.
 
     Args:
         path: of the file.
         overrides: `key=value` texts, or values by dotted key.
+        argument: of the command line that names the file, for messages.
 
     Raises:
         ConfigError: the file is missing or malformed, or an override is.
@@ -32,9 +35,9 @@ def read_tables(path: Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors write a mark
     except FileNotFoundError:
-        raise ConfigError("CONFIG", str(path), "no such file") from None
+        raise ConfigError(argument, str(path), "no such file") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError("CONFIG", str(path), f"not a readable TOML file: {error}") from None
+        raise ConfigError(argument, str(path), f"not a readable TOML file: {error}") from None
     if isinstance(overrides, Mapping):
         for key, value in overrides.items():
             set_key(tables, key, value)
@@ -63,14 +66,19 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
     return None
 
 
-def read_model(path: Path, model: type[Checked]) -> Checked:
+def read_model(path: Path, model: type[Checked], argument: str) -> Checked:
     """Read a TOML file that is one pydantic model.
+
+    Args:
+        path: of the file.
+        model: its type.
+        argument: of the command line that names the file, for messages.
 
     Raises:
         ConfigError: the file is missing or malformed, or a key or value is not allowed.
     """
     try:
-        return model.model_validate(read_tables(path))
+        return model.model_validate(read_tables(path, argument=argument))
     except ValidationError as error:
         raise config_error(error, model) from None
 

@@ -73,9 +73,11 @@ def grid(
     Raises:
         ConfigError: an algorithm, key or value is not allowed, or steps cannot be made equal.
     """
+    if not algorithms:
+        raise ConfigError("--algorithms", "", "name one method at least; 'sordino methods' lists them")
     keys = list(vary or {})
     variants: list[Variant] = []
-    for name in algorithms:
+    for name in dict.fromkeys(algorithms):
         seen: list[dict[str, Any]] = []
         for values in itertools.product(*(vary[key] for key in keys) if vary else ()):
             tables = config.model_dump(exclude_none=True) | {"algorithm": name}

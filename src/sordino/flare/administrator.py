@@ -42,7 +42,9 @@ class Administrator:
             self._user = str(admin["username"])
         except (OSError, ValueError, KeyError, TypeError):
             raise ConfigError(
-                "--kit", str(kit), "is no administrator's startup kit of 'sordino flare provision'"
+                "--kit",
+                str(kit),
+                "is no administrator's startup kit; give the folder that 'sordino flare kit' or 'provision' made",
             ) from None
 
     @property

@@ -70,8 +70,7 @@ def opened(file: Path, certified: str) -> Site:
     Raises:
         SordinoError: the file is missing or malformed, or of a site with another name.
     """
-    # Relative paths are from where the file really is, so that a kit may hold a link to it.
-    settings = load_site(file.resolve())
+    settings = load_site(file)
     if settings.name != certified:
         raise ConfigError("name", settings.name, f"this site's certificate says {certified!r}; write the same here")
     return Site(settings)

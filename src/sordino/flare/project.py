@@ -130,7 +130,7 @@ def load_project(file: Path) -> Project:
     Raises:
         ConfigError: it is missing or malformed, or a key or value is not allowed.
     """
-    project = read_model(file, Project)
+    project = read_model(file, Project, "PROJECT.toml")
     names = [SERVER, *(site.name for site in project.sites), *(admin.name for admin in project.admins)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         key = "admins" if "@" in twice[0] else "sites"

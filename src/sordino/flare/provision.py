@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from nvflare.lighter.spec import Builder
 
 from sordino.errors import ConfigError, RunError
 from sordino.experiments.run_lock import is_empty
-from sordino.files import write_atomically
+from sordino.files import ANOTHER_OUT, write_atomically
 from sordino.flare.names import CONTROLLER, EXECUTOR, KIT_FILE, SITE_FILE
 from sordino.flare.project import Party, Project, parties_of
 from sordino.sites.server_settings import COORDINATOR_FILE
@@ -105,8 +106,13 @@ def build(name: str, parties: Sequence[Party], certificates: Sequence[Builder], 
         StaticFileBuilder(config_folder="config", require_signed_jobs=True),
         *certificates,
     ]
-    with contextlib.redirect_stdout(sys.stderr):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
         context = Provisioner(str(out), builders).provision(made)
+    # It names a folder for results, from where the kits are moved on.
+    told = [line for line in said.getvalue().splitlines() if line.strip() and "Generated results" not in line]
+    for line in told:
+        print(line, file=sys.stderr)
     if context.get_errors() or "current_prod_dir" not in context:
         raise RunError(f"FLARE could not make the kits: {'; '.join(context.get_errors()) or 'it does not say why'}")
     return Path(context["current_prod_dir"])
@@ -128,9 +134,9 @@ def _close_server(local: Path, store: str) -> None:
     resources["servers"][0]["heart_beat_timeout"] = HEARTBEAT_SECONDS
     # FLARE's own places are below /tmp, which is emptied, and which others may read.
     text = json.dumps(resources, indent=1).replace("/tmp/nvflare/", f"{store.rstrip('/')}/")
-    write_atomically(local / "resources.json", text.encode())
+    write_atomically(local / "resources.json", text.encode(), ANOTHER_OUT)
     _close(local, PERMISSIONS)
-    write_atomically(local / COORDINATOR_FILE, COORDINATOR.encode())
+    write_atomically(local / COORDINATOR_FILE, COORDINATOR.encode(), ANOTHER_OUT)
 
 
 def _close_site(local: Path, name: str) -> None:
@@ -139,7 +145,7 @@ def _close_site(local: Path, name: str) -> None:
     resources["allow_log_streaming"] = False
     _write(local / "resources.json", resources)
     _close(local, AT_A_SITE)
-    write_atomically(local / f"{SITE_FILE}.example", SITE.format(name=name).encode())
+    write_atomically(local / f"{SITE_FILE}.example", SITE.format(name=name).encode(), ANOTHER_OUT)
 
 
 def _close(local: Path, permissions: dict[str, dict[str, str]]) -> None:
@@ -154,7 +160,7 @@ def _default(local: Path, name: str) -> dict[str, Any]:
 
 
 def _write(file: Path, document: dict[str, Any]) -> None:
-    write_atomically(file, json.dumps(document, indent=1).encode())
+    write_atomically(file, json.dumps(document, indent=1).encode(), ANOTHER_OUT)
 
 
 COORDINATOR = """\

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from sordino.errors import RunError
-from sordino.files import write_atomically
+from sordino.files import FREE_SPACE, write_atomically
 
 YEARS = 10  # that the authority is valid: sites are given its certificate once
 BEFORE = datetime.timedelta(hours=1)  # clocks differ
@@ -111,7 +111,7 @@ def _write(state: Path, name: str, key: ec.EllipticCurvePrivateKey, certificate:
     file.unlink(missing_ok=True)
     with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened:
         opened.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    write_atomically(state / f"{name}.crt", certificate.public_bytes(Encoding.PEM))
+    write_atomically(state / f"{name}.crt", certificate.public_bytes(Encoding.PEM), FREE_SPACE)
 
 
 def _now() -> datetime.datetime:

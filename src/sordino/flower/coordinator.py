@@ -11,7 +11,7 @@ from typing import Any
 
 from sordino.errors import RunError, SordinoError
 from sordino.experiments.run_lock import wait_until_free
-from sordino.files import write_atomically
+from sordino.files import FREE_SPACE, write_atomically
 from sordino.flower.fleet import FlowerFleet, Grid, Stopped
 from sordino.flower.names import CONFIG, FINGERPRINT, LINES, PATIENCE, PROCESS, PROJECT_VARIABLE, PROPOSAL
 from sordino.flower.project import ServerProject
@@ -46,8 +46,8 @@ def run(grid: Grid, run_number: int, run_config: Mapping[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     wait_until_free(out, LOCK_SECONDS)
     (out / FAILED).unlink(missing_ok=True)
-    write_atomically(out / LINES, b"")
-    write_atomically(out / PROCESS, json.dumps({"run": run_number, "process": os.getpid()}).encode())
+    write_atomically(out / LINES, b"", FREE_SPACE)
+    write_atomically(out / PROCESS, json.dumps({"run": run_number, "process": os.getpid()}).encode(), FREE_SPACE)
 
     def watch(line: dict[str, Any]) -> None:
         with (out / LINES).open("a", encoding="utf-8") as file:

@@ -14,7 +14,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from sordino.experiments.run_lock import held
-from sordino.files import write_atomically
+from sordino.files import FREE_SPACE, write_atomically
 from sordino.flower.answering import answered
 from sordino.flower.connection import Connection, Dropped, Unreachable
 from sordino.progress import log
@@ -47,7 +47,7 @@ def serve(
     """
     folder = site.state / FOLDER
     told = ""
-    with held(folder):
+    with held(folder, instead=False):
         while True:
             try:
                 connection = Connection(
@@ -58,7 +58,7 @@ def serve(
                     tell(told := now)
                 time.sleep(AGAIN)
                 continue
-            write_atomically(folder / NUMBER, json.dumps({server: connection.number}).encode())
+            write_atomically(folder / NUMBER, json.dumps({server: connection.number}).encode(), FREE_SPACE)
             tell(f"{site.settings.name} is connected to {server}")
             told = ""
             try:

@@ -68,7 +68,7 @@ class ServerProject:
 
     def __init__(self, file: Path) -> None:
         self.file = file.resolve()
-        self.settings = read_model(self.file, Project)
+        self.settings = read_model(self.file, Project, "PROJECT.toml")
         names = [site.name for site in self.settings.sites]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError("sites", twice[0], "is there twice; give each site a name of its own")

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from sordino.errors import ConfigError, RunError
 from sordino.experiments.run_lock import held
-from sordino.files import write_atomically
+from sordino.files import FREE_SPACE, write_atomically
 from sordino.flower.certificates import write_certificates
 from sordino.flower.control import connected
 from sordino.flower.names import PROJECT_VARIABLE, QUIET
@@ -77,7 +78,10 @@ def up(project: ServerProject, tell: Callable[[str], None] = log.info) -> None:
     if nginx is None:
         raise ConfigError("server.nginx", server.nginx, "is not installed; on Debian: apt-get install nginx")
     state.mkdir(parents=True, exist_ok=True)
-    with held(state):
+    with held(state, instead=False):
+        # nginx tells of a port in use after seconds of trying, which would be after sites were told to connect.
+        _require_free(server.address, server.port, "server.port")
+        _require_free("127.0.0.1", server.loopback, "server.loopback")
         write_certificates(state, project.settings.name, server.host, server.days)
         chain, key = project.own_certificate or (state / "server.crt", state / "server.key")
         write_atomically(
@@ -85,6 +89,7 @@ def up(project: ServerProject, tell: Callable[[str], None] = log.info) -> None:
             configuration(
                 state, server.address, server.port, server.loopback, chain, key, project.ca, server.most_bytes
             ).encode(),
+            FREE_SPACE,
         )
         superlink = _Process("the SuperLink", _superlink_command(project), environment(project))
         proxy = _Process("the proxy", [nginx, "-c", str(state / "nginx.conf"), "-e", "stderr"], os.environ)
@@ -109,6 +114,24 @@ def up(project: ServerProject, tell: Callable[[str], None] = log.info) -> None:
         finally:
             for process in reversed(processes):
                 process.end()
+
+
+def _require_free(address: str, port: int, key: str) -> None:
+    """Check that a port can be listened on.
+
+    Raises:
+        ConfigError: another program listens there, or this one may not.
+    """
+    six = ":" in address
+    try:
+        with socket.socket(socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_STREAM) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just left is free
+            if six:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # as nginx does
+            listener.bind((address, port))
+    except OSError as error:
+        remedy = f"cannot be listened on at {address} ({error.strerror}); end what has it, or choose another"
+        raise ConfigError(key, port, remedy) from None
 
 
 def environment(project: ServerProject) -> dict[str, str]:

@@ -13,7 +13,7 @@ from sordino.errors import ConfigError, RunError
 from sordino.privacy import accounting
 from sordino.privacy.accounting import Spent
 from sordino.privacy.ledger import OBSERVERS, Ledger, Observer, Release, Unit
-from sordino.results import rounded_up
+from sordino.results.wording import rounded_up
 
 WHO: dict[Observer, str] = {
     "server": "the server",
@@ -64,8 +64,8 @@ def statement(ledger: Ledger, unit: Unit) -> str:
     sentences = []
     if ledger.noised and math.isfinite(worst.epsilon):
         against = listed([WHO[observer] for observer in OBSERVERS if observer not in ledger.trusted])
-        bound = f"epsilon = {rounded_up(worst.epsilon, 4)} at delta = {rounded_up(worst.delta, 4)}"
-        claim = f"{bound} for each {unit}, against {against}"
+        loss = f"epsilon = {rounded_up(worst.epsilon, 4)} at delta = {rounded_up(worst.delta, 2)}"
+        claim = f"{loss} for each {unit}, against {against}"
         sentences.append(
             f"Simulated, not private: with noise from the operating system it would have {claim}."
             if ledger.simulated
@@ -185,11 +185,11 @@ def as_text(ledger: Ledger) -> str:
         f"  {disclosure.content} (seen by {listed(disclosure.observers)})" for disclosure in ledger.disclosures
     ] or ["  nothing"]
     content = spending(ledger)
-    lines += [
-        f"What each observer learned (delta {ledger.delta:.2g}):" if ledger.delta else "What each observer learned:"
-    ]
+    at = f" (delta {rounded_up(ledger.delta, 2)})" if ledger.delta else ""
+    lines.append(f"What each observer learned{at}:")
     for view in content["spent"]:
-        pld, rdp = ("unbounded" if view[name] is None else f"{view[name]:.6g}" for name in ("epsilon", "epsilon_rdp"))
+        losses = (view["epsilon"], view["epsilon_rdp"])
+        pld, rdp = ("unbounded" if loss is None else rounded_up(loss, 6) for loss in losses)
         observer = WHO[view["observer"]] + (" (trusted)" if view["trusted"] else "")
         about = f", most about {view['party']}" if view["party"] else ""
         lines.append(f"  {observer}: epsilon {pld} for each {view['unit']}{about} (by RDP {rdp})")

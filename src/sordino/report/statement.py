@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import sordino
 from sordino.errors import DataError, StatementError
-from sordino.files import read_regular, write_atomically
+from sordino.files import ANOTHER_OUT, read_regular, write_atomically
 from sordino.privacy.signature import fingerprint, public_bytes, sign, signed_by
 from sordino.report.document import Block, Document, Section, document_page
 
@@ -104,7 +104,7 @@ def write(envelope: Mapping[str, Any], out: Path) -> None:
         RunError: it cannot be written.
     """
     text = json.dumps(envelope, indent=2) + "\n" if out.suffix.lower() == ".json" else as_page(envelope)
-    write_atomically(out, _bytes(text))
+    write_atomically(out, _bytes(text), ANOTHER_OUT)
 
 
 def check(file: Path, public_key: bytes | None = None) -> Checked:

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 
 from sordino.errors import RunError
-from sordino.files import write_atomically
+from sordino.files import FREE_SPACE, write_atomically
 from sordino.privacy.ledger import ALL_CLIENTS, Release
 from sordino.privacy.statistics.mechanism import StatisticsMechanism
 from sordino.randomness import KeyedRandomness, Randomness, system_bytes
@@ -182,7 +182,7 @@ class Turns:
             "key": journal.key.hex(),
             "answers": list(journal.answers),
         }
-        write_atomically(self.folder / FILE, messages.with_head(tensors, head))
+        write_atomically(self.folder / FILE, messages.with_head(tensors, head), FREE_SPACE)
 
     def _load(self) -> None:
         try:

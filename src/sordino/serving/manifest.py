@@ -20,7 +20,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from sordino.errors import ConfigError, PromptError
 from sordino.files import Record
 from sordino.privacy.signature import fingerprint, public_bytes, sign, signed_by
-from sordino.results import rounded_up
+from sordino.results.wording import rounded_up
 
 FORMAT: Final = "sordino published prompt 1"
 PROMPT, LEDGER, STATEMENT, AUDIT, CARD = (

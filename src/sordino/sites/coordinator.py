@@ -20,7 +20,7 @@ from sordino.experiments.config import Experiment
 from sordino.experiments.run_folder import Metrics
 from sordino.experiments.run_lock import held
 from sordino.experiments.tracking import require_tracker, tracked
-from sordino.files import write_atomically
+from sordino.files import FREE_SPACE, write_atomically
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.statement import as_summary
 from sordino.progress import log
@@ -82,16 +82,16 @@ def coordinate(
         SordinoError: too few sites take part, the folder is another experiment's, or training diverged.
     """
     require_tracker(config.tracking)
-    with held(out):
+    with held(out, instead=False):
         before = _begun(config, out, proposal)
         own = config.encoder
         encoder = load_encoder(own.name, own.checkpoint, own.dtype, choose_device(config.device), own.generative)
         meeting = Meeting(config, proposal, encoder, fleet, patience)
         met = meeting.meet(before)
         if before is None:
-            write_atomically(out / "config.toml", tomli_w.dumps(dict(proposal.tables)).encode())
-            write_atomically(out / PROPOSAL, json.dumps(proposal.facts, indent=1).encode())
-            write_atomically(out / AGREEMENT, json.dumps(met.agreement.facts, indent=1).encode())
+            write_atomically(out / "config.toml", tomli_w.dumps(dict(proposal.tables)).encode(), FREE_SPACE)
+            write_atomically(out / PROPOSAL, json.dumps(proposal.facts, indent=1).encode(), FREE_SPACE)
+            write_atomically(out / AGREEMENT, json.dumps(met.agreement.facts, indent=1).encode(), FREE_SPACE)
         for site, reason in sorted(met.left_out.items()):
             so_far = " so far, and is asked again between rounds" if site in met.silent else ""
             log.warning("%s takes no part%s: %s", site, so_far, reason)
@@ -195,7 +195,7 @@ class _Rounds:
 
     def _save(self, training: ServerTraining, record: ServerRecord | None, lost: Mapping[str, str]) -> None:
         """Write what a round made, before anything else is asked: the ledger, a line, the state."""
-        write_atomically(self.out / LEDGER, training.ledger.to_json().encode())
+        write_atomically(self.out / LEDGER, training.ledger.to_json().encode(), FREE_SPACE)
         now = time.monotonic()
         line: dict[str, Any] = {"round": training.round if record else 0, "seconds": round(now - self._began, 3)}
         self._began = now
@@ -350,7 +350,7 @@ class _Rounds:
             "accuracy": dict(accuracy),
             "privacy": privacy,
         }
-        write_atomically(self.out / OUTCOME, json.dumps(document, indent=1).encode())
+        write_atomically(self.out / OUTCOME, json.dumps(document, indent=1).encode(), FREE_SPACE)
 
 
 def _groups(sites: Mapping[str, Sequence[int]]) -> Iterator[dict[str, Sequence[int]]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sordino.errors import RunError
-from sordino.files import write_atomically
+from sordino.files import FREE_SPACE, write_atomically
 from sordino.privacy.accounting import compose, spent
 from sordino.privacy.ledger import OBSERVERS, Ledger, Release, Unit
 from sordino.runtime.facts import Federation
@@ -87,7 +87,7 @@ class SiteLedger:
 
     def _enter(self, experiment: str, entry: Entry) -> None:
         document = {"rounds": list(entry.rounds), "ledger": json.loads(entry.ledger.to_json())}
-        write_atomically(self.folder / f"{experiment}.json", json.dumps(document, indent=1).encode())
+        write_atomically(self.folder / f"{experiment}.json", json.dumps(document, indent=1).encode(), FREE_SPACE)
         self._entries[experiment] = entry
 
     def spent_in(self, experiment: str, unit: Unit, delta: float) -> float:

@@ -15,7 +15,7 @@ from sordino.encoders.prompt_model import Prompt
 from sordino.errors import ConfigError, RunError
 from sordino.experiments.config import Experiment
 from sordino.experiments.saved_prompts import save_prompts
-from sordino.files import write_atomically
+from sordino.files import FREE_SPACE, write_atomically
 from sordino.privacy.ledger import Disclosure, Ledger, Release
 from sordino.privacy.statement import as_summary
 from sordino.runtime.agreement import Agreement, federation_digest
@@ -172,7 +172,9 @@ class Membership:
 
     def _keep(self, document: Mapping[str, Any], answered: int) -> None:
         """Keep the agreement, and the last round that this site is known to have answered."""
-        write_atomically(self._folder / AGREED, json.dumps({**document, ANSWERED: answered}, indent=1).encode())
+        write_atomically(
+            self._folder / AGREED, json.dumps({**document, ANSWERED: answered}, indent=1).encode(), FREE_SPACE
+        )
         self._answered = answered
 
     def _check_unchanged(self, document: dict[str, Any]) -> int:

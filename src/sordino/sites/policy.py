@@ -10,6 +10,7 @@ from sordino.algorithms.base import named_tensors
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.mechanism import SLACK
 from sordino.privacy.signature import load_public_key
+from sordino.results.wording import rounded_up
 from sordino.runtime.facts import Federation
 from sordino.sites.ledger import SiteLedger
 from sordino.sites.proposal import Proposal
@@ -61,9 +62,13 @@ def over_budget(policy: PolicySettings, ledger: SiteLedger, experiment: str, aft
         return ""
     before = ledger.spent(policy.unit, policy.delta)
     return (
-        f"with it epsilon would be {total:.4g} for one {policy.unit} over all experiments, at delta = "
-        f"{policy.delta:g}; policy.epsilon = {policy.epsilon:g}, and {before:.4g} is spent"
+        f"with it epsilon would be {_words(total)} for one {policy.unit} over all experiments, at delta = "
+        f"{policy.delta:g}; policy.epsilon = {policy.epsilon:g}, and {_words(before)} is spent"
     )
+
+
+def _words(epsilon: float) -> str:
+    return "inf" if math.isinf(epsilon) else rounded_up(epsilon, 4)
 
 
 def _keys(policy: PolicySettings) -> list[bytes]:

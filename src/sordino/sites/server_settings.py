@@ -64,7 +64,9 @@ def load_coordinator(file: Path, runs: str = "../runs") -> CoordinatorSettings:
         ConfigError: it is malformed, or a key or value is not allowed.
     """
     file = file.resolve()
-    settings = read_model(file, CoordinatorSettings) if file.exists() else CoordinatorSettings(runs=runs)
+    settings = (
+        read_model(file, CoordinatorSettings, COORDINATOR_FILE) if file.exists() else CoordinatorSettings(runs=runs)
+    )
     kept = str(file.parent / user_path(settings.runs, "runs"))
     checkpoints = {
         name: str(path) if (path := file.parent / user_path(value, f"checkpoints.{name}")).exists() else value

@@ -101,13 +101,15 @@ class SiteSettings(BaseModel):
 
 
 def load_site(path: Path) -> SiteSettings:
-    """Read a site's file. Relative paths in it are from its own folder.
+    """Read a site's file. Relative paths in it are from the folder where it really is, if `path` is a link to it.
+
+    Every program that opens the file, whether it answers a server or tells its owner what was spent, finds one state.
 
     Raises:
         ConfigError: it is missing or malformed, or a key or value is not allowed.
     """
-    site = read_model(path, SiteSettings)
-    folder = path.parent.resolve()
+    site = read_model(path, SiteSettings, "SITE.toml")
+    folder = path.resolve().parent
 
     def absolute(text: str, key: str) -> str:
         return str(folder / user_path(text, key))

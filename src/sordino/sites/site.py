@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sordino.errors import ConfigError, RunError, SordinoError
 from sordino.experiments.run_lock import held
-from sordino.files import write_atomically
+from sordino.files import FREE_SPACE, write_atomically
 from sordino.progress import log
 from sordino.randomness import system_bytes
 from sordino.runtime.envelope import Envelope
@@ -41,7 +41,7 @@ class Site:
         The same request gets the same answer, however often it comes, and to whichever process of this site.
         """
         try:
-            with held(self.state):
+            with held(self.state, instead=False):
                 self._take_over()
                 return self._answer(request)
         except SordinoError as error:
@@ -54,7 +54,7 @@ class Site:
             return
         self._members.clear()
         self.ledger = SiteLedger(self.state / "ledger")
-        write_atomically(file, self._name.encode())
+        write_atomically(file, self._name.encode(), FREE_SPACE)
 
     def _refusal(self, experiment: str, error: SordinoError) -> bytes:
         """Return a refusal. An error of data may name files or persons, so its text stays in the site's own log."""
@@ -105,7 +105,9 @@ class Site:
         if member is None:
             member = self.membership(proposal)
         facts = member.hello().facts
-        write_atomically(self.folder(proposal.fingerprint) / PROPOSED, json.dumps(proposal.facts, indent=1).encode())
+        write_atomically(
+            self.folder(proposal.fingerprint) / PROPOSED, json.dumps(proposal.facts, indent=1).encode(), FREE_SPACE
+        )
         self._members[proposal.fingerprint] = member
         return Envelope("hello", proposal.fingerprint, facts).encode()
 

@@ -35,6 +35,7 @@ SPLIT_COLUMN = "split"
 TRAIN, TEST = ("train", "training"), ("test", "testing", "val", "valid", "validation")
 METADATA = "metadata.csv"
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
+OTHERS = (";", "\t", "|", ",")  # what else programs separate columns by; a semicolon where the comma is for decimals
 MOST_BYTES = 2**30  # of a table
 
 Table = Mapping[str, Sequence[Any]]  # by name, each with a value a row; None where there is none
@@ -133,6 +134,11 @@ def _separated(path: Path, separator: str, source: str) -> dict[str, list[Any]]:
         text = read_regular(path, MOST_BYTES).decode("utf-8-sig")
         lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
         header = [name.strip() for name in next(lines, [])]
+        if len(header) == 1 and (other := next((mark for mark in OTHERS if mark in header[0]), None)):
+            raise DataError(
+                f"{source}: the first line of {path.name} is one column with {other!r} in it; a table that ends with "
+                f"{path.suffix.lower()} is separated by {separator!r}: save it so"
+            )
         twice = next((name for name in header if header.count(name) > 1), None)
         if twice is not None:
             raise DataError(f"{source}: {path.name} has two columns {twice!r}; rename one")

@@ -17,7 +17,7 @@ from sordino.privacy.mechanism import Mechanism
 from sordino.privacy.statement import NOISE_BY, WHO, seen_by, statement, views
 from sordino.privacy.statistics.mechanism import StatisticsMechanism
 from sordino.progress import log
-from sordino.results import rounded_up
+from sordino.results.wording import rounded_up
 from sordino.runtime import aggregation
 from sordino.runtime.facts import Units, mechanism_inputs
 from sordino.runtime.settings import participant_count
@@ -164,9 +164,10 @@ def as_text(chosen: Plan) -> str:
     if ledger.releases:
         rates = sorted({release.sampling_rate for release in ledger.releases})
         between = f"{rates[0]:.3g}" if len(rates) == 1 else f"{rates[0]:.3g} to {rates[-1]:.3g}"
+        delta = rounded_up(chosen.mechanism.delta or 0.0, 2)
         lines.append(
             f"Mechanism: {settings.mechanism}, noise multiplier {chosen.mechanism.noise_multiplier:.4g}, added by "
-            f"{NOISE_BY[settings.noise_by]}; sampling rate {between}; delta {chosen.mechanism.delta:.2g}."
+            f"{NOISE_BY[settings.noise_by]}; sampling rate {between}; delta {delta}."
         )
     lines += ["", "Who learns what:"]
     for view in chosen.views:
@@ -180,7 +181,7 @@ def as_text(chosen: Plan) -> str:
         most = max(epsilon for _, epsilon in worst)
         lines += ["", "Epsilon by round, for whoever is not trusted:"]
         lines += [
-            f"  {number:>6,}  {epsilon:8.4g}  {'#' * max(1, round(40 * epsilon / (most or 1)))}"
+            f"  {number:>6,}  {rounded_up(epsilon, 4):>8}  {'#' * max(1, round(40 * epsilon / (most or 1)))}"
             for number, epsilon in worst
         ]
     lines += ["", statement(ledger, settings.unit)]

@@ -9,7 +9,7 @@ from typing import Any
 import sordino
 from sordino.experiments.privacy import words
 from sordino.experiments.privacy.plan import Plan
-from sordino.files import write_atomically
+from sordino.files import ANOTHER_OUT, write_atomically
 from sordino.privacy.statement import WHO
 from sordino.report.document import Block, Document, Section, document_page
 from sordino.report.figures import color
@@ -22,7 +22,7 @@ def write_page(chosen: Plan, path: Path) -> None:
     Raises:
         RunError: it cannot be written.
     """
-    write_atomically(path, document_page(_document(chosen)).encode("utf-8", "replace"))
+    write_atomically(path, document_page(_document(chosen)).encode("utf-8", "replace"), ANOTHER_OUT)
 
 
 def _document(chosen: Plan) -> Document:

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from sordino.errors import ConfigError, RunError
-from sordino.files import write_atomically
+from sordino.files import ANOTHER_OUT, write_atomically
 from sordino.progress import log
 
 SERVERS = ("server-0", "server-1")
@@ -179,12 +179,14 @@ def make_certificates(folder: Path, days: int = 365) -> list[Path]:
         key = generate_private_key(SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, role)])
         secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        write_atomically(party_folder / KEY, secret)
+        write_atomically(party_folder / KEY, secret, ANOTHER_OUT)
         (party_folder / KEY).chmod(0o600)
         write_atomically(
-            party_folder / CERTIFICATE, _certificate(subject, issuer, key, authority, days).public_bytes(Encoding.PEM)
+            party_folder / CERTIFICATE,
+            _certificate(subject, issuer, key, authority, days).public_bytes(Encoding.PEM),
+            ANOTHER_OUT,
         )
-        write_atomically(party_folder / AUTHORITY, authority_certificate)
+        write_atomically(party_folder / AUTHORITY, authority_certificate, ANOTHER_OUT)
     return folders
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from sordino.encoders.bert_folder import EMBEDDINGS, bert_weights
 from sordino.encoders.bundled import TEXT_MODEL, Embedder, TextTower, package_path
 from sordino.errors import ConfigError, EncoderError, RunError
-from sordino.files import write_atomically
+from sordino.files import ANOTHER_OUT, write_atomically
 from sordino.mpc.tower.public_text import (
     HELD_OUT,
     SOFT_NOISE,
@@ -139,7 +139,7 @@ def distill_to(
     recipe = {"steps": steps, "batch": batch, "features": features, "seed": seed}
     about = {"teacher": fingerprint(teacher), "recipe": json.dumps(recipe)}
     about["agreement"] = json.dumps([asdict(agreement) for agreement in agreements])
-    write_atomically(file, tower.to_bytes(about))
+    write_atomically(file, tower.to_bytes(about), ANOTHER_OUT)
     return agreements[-1]
 
 
@@ -184,8 +184,8 @@ def write_embeddings(model: Path, folder: Path) -> None:
     """
     teacher_of(model)  # raises the errors of a folder that is no checkpoint
     named = bert_weights(model, EMBEDDINGS)
-    write_atomically(folder / "model.safetensors", safetensors.torch.save(named))
-    write_atomically(folder / "tokenizer.json", (model / "tokenizer.json").read_bytes())
+    write_atomically(folder / "model.safetensors", safetensors.torch.save(named), ANOTHER_OUT)
+    write_atomically(folder / "tokenizer.json", (model / "tokenizer.json").read_bytes(), ANOTHER_OUT)
 
 
 def pooled(states: Tensor, mask: Tensor) -> Tensor:

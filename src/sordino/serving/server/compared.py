@@ -38,6 +38,7 @@ class _Found:
     """Run directories with the comparison that they are of, and whether some were left out for their number."""
 
     runs: list[tuple[Path, Path]] = field(default_factory=list)
+    alone: set[Path] = field(default_factory=set)  # those of no comparison
     cut: bool = False
 
 
@@ -84,7 +85,9 @@ class RunFolder:
             self._read[path] = stamp, run
             together.setdefault(_kind(comparison, run), []).append(run)
         entries = [
-            _entry(group, self._name(Path(kind[0]))) for kind, runs in together.items() for group in _groups(runs)
+            _entry(group, self._name(_place(group, Path(kind[0]), found.alone)))
+            for kind, runs in together.items()
+            for group in _groups(runs)
         ]
         look = {"palette": list(PALETTE), "symbols": list(SYMBOLS)}
         return {"runs": entries, "left_out": left_out, "cut": found.cut, **look}
@@ -100,6 +103,8 @@ class RunFolder:
                 comparison, inside = folder, True
             if FILE in names:
                 found.runs.append((folder, comparison if inside else folder.parent))
+                if not inside:
+                    found.alone.add(folder)
             elif depth < DEEPEST:
                 ahead += [(each, comparison, depth + 1, inside) for each in folders]
             if len(found.runs) == MOST_RUNS or seen == MOST_FOLDERS:
@@ -153,6 +158,12 @@ def _kind(comparison: Path, run: Run) -> tuple[str, ...]:
     """Return what runs have in common that are told apart by their settings alone; no label names a place then."""
     encoder, data = (json.dumps(run.config.get(name), sort_keys=True, default=str) for name in ("encoder", "data"))
     return str(comparison), run.summary.dataset, run.summary.encoder, encoder, data
+
+
+def _place(group: Group, comparison: Path, alone: set[Path]) -> Path:
+    """Return the folder that an entry is known by: of a run by itself its own, for others may lie beside it."""
+    own = group.runs[0].directory
+    return own if len(group.runs) == 1 and own in alone else comparison
 
 
 def _groups(runs: Sequence[Run]) -> list[Group]:

@@ -7,9 +7,11 @@ import socket
 import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import uvicorn
+from cryptography import x509
 from fastapi import FastAPI
 
 from sordino.errors import ConfigError
@@ -65,15 +67,7 @@ class Address:
         Raises:
             ConfigError: it is not, and nobody said in words that this is meant.
         """
-        if (self.certificate is None) != (self.private_key is None):
-            raise ConfigError("--tls-certificate", str(self.certificate), "give --tls-key too, or neither")
-        if self.certificate is not None and self.private_key is not None:
-            try:
-                ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(self.certificate, self.private_key)
-            except (OSError, ssl.SSLError) as error:
-                reason = getattr(error, "strerror", None) or error
-                remedy = f"cannot be used with its key ({reason}); give PEM files that belong together"
-                raise ConfigError("--tls-certificate", str(self.certificate), remedy) from None
+        _check_tls(self.certificate, self.private_key)
         holds = any(key.revoked is None for key in keys.listed())
         if self.local:
             return holds and not self.open_to_all
@@ -84,6 +78,35 @@ class Address:
             remedy = "others reach this address, and keys and pictures would be readable on the way; give "
             raise ConfigError("--host", self.host, f"{remedy}--tls-certificate and --tls-key, or say --without-tls")
         return not self.open_to_all
+
+
+def _check_tls(certificate: Path | None, key: Path | None) -> None:
+    """Check that TLS can be had with these files; with neither there is none.
+
+    Raises:
+        ConfigError: one is missing, cannot be read or is not the other's, or the certificate has expired.
+    """
+    if certificate is None and key is None:
+        return
+    if certificate is None:
+        raise ConfigError("--tls-key", str(key), "give --tls-certificate too, or neither")
+    if key is None:
+        raise ConfigError("--tls-certificate", str(certificate), "give --tls-key too, or neither")
+    for option, file in (("--tls-certificate", certificate), ("--tls-key", key)):
+        try:
+            file.read_bytes()
+        except OSError as error:
+            raise ConfigError(option, str(file), f"cannot be read ({error.strerror}); give a PEM file") from None
+    try:
+        # With a passphrase that is given, OpenSSL does not wait at the terminal for one.
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key, password="")
+        expires = x509.load_pem_x509_certificates(certificate.read_bytes())[0].not_valid_after_utc
+    except (OSError, ValueError) as error:
+        remedy = f"cannot be used with its key ({error}); give PEM files that belong together, the key unencrypted"
+        raise ConfigError("--tls-certificate", str(certificate), remedy) from None
+    if expires < datetime.now(UTC):
+        told = f"expired on {expires:%Y-%m-%d}, so that nobody would connect; give a new one"
+        raise ConfigError("--tls-certificate", str(certificate), told)
 
 
 def serve(

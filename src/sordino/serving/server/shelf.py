@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 from PIL import Image
 
+from sordino.algorithms import METHODS
 from sordino.encoders.base import DualEncoder
 from sordino.errors import ConfigError, PromptError, SordinoError
 from sordino.prompt_file import SavedPrompt
@@ -102,6 +103,12 @@ class Shelf:
                 saved = described(found)
                 if saved.task != "images":
                     raise Refusal(409, "this prompt sorts no pictures")
+                if saved.method not in METHODS:
+                    raise Unusable(
+                        f"{found.place} was learned by method {saved.method!r}, which is not here; install its "
+                        "package, or if it is in a file, answer in Python with sordino.add_method and "
+                        "PromptClassifier: a server runs no file"
+                    )
                 known = saved.encoder.fingerprint
                 is_new = known not in self._encoders
                 if is_new:

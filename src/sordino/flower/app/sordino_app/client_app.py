@@ -20,7 +20,7 @@ app = ClientApp()
 @app.train()  # type: ignore[untyped-decorator]
 def train(message: Message, context: Context) -> Message:
     """Answer one question."""
-    site = Site(load_site(Path(os.environ[SITE_VARIABLE]).resolve()))
+    site = Site(load_site(Path(os.environ[SITE_VARIABLE])))
     reply = answered(site, message)
     if reply is None:
         raise ValueError("this is no question of Sordino's")
