@@ -183,12 +183,12 @@ class _Rounds:
             try:
                 training = drive(server, self.late)
             except RoundError as error:  # what may have left all the same
-                write_atomically(self.out / LEDGER, error.ledger.to_json().encode())
+                write_atomically(self.out / LEDGER, error.ledger.to_json().encode(), FREE_SPACE)
                 raise
         self._greet_late(last=True)
         accuracy = self._end(training)
         training = self._as_met(training, told=bool(accuracy))
-        write_atomically(self.out / LEDGER, training.ledger.to_json().encode())
+        write_atomically(self.out / LEDGER, training.ledger.to_json().encode(), FREE_SPACE)
         self._write_outcome(training, accuracy)
         self._write_page(training, accuracy, finished=True)
         return Outcome(training, self.met, accuracy)
@@ -232,7 +232,7 @@ class _Rounds:
         """
         file = self.out / NOISED / f"{part}.safetensors"
         if not file.exists():
-            write_atomically(file, safetensors.torch.save({part: draw().cpu().contiguous()}))
+            write_atomically(file, safetensors.torch.save({part: draw().cpu().contiguous()}), FREE_SPACE)
         try:
             return safetensors.torch.load(file.read_bytes())[part]
         except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:

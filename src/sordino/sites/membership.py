@@ -213,7 +213,7 @@ class Membership:
         federation, end = self._federation, self.turns.end
         assert federation is not None
         ledger = self._ledger_of_prompts(federation, end.numbers)
-        write_atomically(self._folder / LEDGER, ledger.to_json().encode())
+        write_atomically(self._folder / LEDGER, ledger.to_json().encode(), FREE_SPACE)
         privacy = as_summary(ledger, self.config.privacy.unit)
         folder = self._folder / "prompts"
         model, names = self.own.plan.model, self.own.class_names
