@@ -92,4 +92,4 @@ def test_no_number_of_a_statement_is_smaller_than_the_ledgers(multiplier: float,
     ((epsilon, told),) = said
     exact = spent(ledger, "server", "example").epsilon
     assert exact <= float(epsilon) <= exact * 1.001 + 1e-12
-    assert delta <= float(told) <= delta * 1.001
+    assert delta <= float(told) <= delta * 1.1  # of which two digits are told

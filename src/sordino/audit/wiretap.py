@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,25 +33,6 @@ class Message:
     upload: Mapping[str, Tensor]
 
 
-class _Wiretap:
-    """A method whose server records the uploads."""
-
-    def __init__(self, algorithm: Any) -> None:
-        self._algorithm, self.messages = algorithm, list[Message]()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._algorithm, name)
-
-    def server_round(self, settings: Any, server: Any, uploads: Any, round_context: Any) -> Any:
-        upload = {
-            name: tensor.detach().clone() for name, tensor in named_tensors(uploads.each).items() if name != WEIGHT
-        }
-        participants = len(next(iter(upload.values())))
-        clients = tuple(round_context.streams.clients)[:participants]
-        self.messages.append(Message(round_context.round, clients, self._algorithm.broadcast(server), upload))
-        return self._algorithm.server_round(settings, server, uploads, round_context)
-
-
 def repeated(subject: Subject) -> tuple[Training, list[Message]]:
     """Repeat the run, and return it with everything that its server saw.
 
@@ -59,14 +40,19 @@ def repeated(subject: Subject) -> tuple[Training, list[Message]]:
     statistics that it released are used again, not released anew. No round after them has noise, so all are the same.
     """
     again = copy.copy(subject.runtime)  # the very same run, so that a simulation draws the same noise
-    wiretap = _Wiretap(again.algorithm)
-    again.algorithm = wiretap
+    messages: list[Message] = []
+
+    def observe(number: int, clients: Sequence[int], server: Any, upload: Any) -> None:
+        seen = {name: part.detach().clone() for name, part in named_tensors(upload).items() if name != WEIGHT}
+        messages.append(Message(number, tuple(clients), again.algorithm.broadcast(server), seen))
+
+    again.observe = observe
     # From the run's own start, whose precision is the run's.
     training = subject.begun()
     while training.round < subject.training.round:
         training, _ = again.round(training)
         subject.progress("repeat the run", training.round, subject.training.round)
-    return training, wiretap.messages
+    return training, messages
 
 
 def same_end(one: Training, other: Training) -> bool:

@@ -33,7 +33,7 @@ from sordino.runtime.facts import (
     schemas_of,
 )
 from sordino.runtime.records import RoundRecord
-from sordino.runtime.server import ServerEnd, ServerTraining, finite
+from sordino.runtime.server import Observe, ServerEnd, ServerTraining, finite
 from sordino.runtime.settings import RuntimeSettings, participant_count
 from sordino.runtime.uploads import Diverged, RoundError
 from sordino.secure import Refusal
@@ -125,6 +125,7 @@ class LocalRuntime:
         public: Tensor | None = None,
     ) -> None:
         self.algorithm, self.settings, self.model = algorithm, settings, model
+        self.observe: Observe | None = None  # what the server receives, for attacks on a run
         self.rounds = rounds if algorithm.ABOUT.trains else 0
         self.runtime, self.seed = runtime, seed
         if digests is None:
@@ -193,7 +194,7 @@ class LocalRuntime:
     @property
     def server(self) -> ServerEnd:
         """Return the server."""
-        return ServerEnd(self.federation, self.randomness)
+        return ServerEnd(self.federation, self.randomness, self.observe)
 
     @cached_property
     def clients(self) -> ClientEnd:

@@ -38,6 +38,7 @@ from sordino.runtime.uploads import Diverged, RoundError, Uploads, error_of, mea
 from sordino.secure import Carrier, Refusal, SecureError
 
 Link = Carrier  # carries messages to clients, by their numbers in the federation
+Observe = Callable[[int, Sequence[int], Server, Upload], None]  # a round, who answered, the state before it, uploads
 SESSION_BYTES = 16
 
 
@@ -89,13 +90,16 @@ class ServerEnd:
         federation: what all parties agreed on.
         randomness: the source of noise and of the choice of clients; by default the operating system. Only a
             simulation, which plays all parties, gives another.
+        observe: for attacks on a run, is given what the server receives in each round.
 
     Raises:
         ConfigError: the run is a simulation, and no randomness is given.
     """
 
-    def __init__(self, federation: Federation, randomness: RandomnessOf | None = None) -> None:
-        self.federation, self.randomness = federation, federation.randomness(randomness)
+    def __init__(
+        self, federation: Federation, randomness: RandomnessOf | None = None, observe: Observe | None = None
+    ) -> None:
+        self.federation, self.randomness, self._observe = federation, federation.randomness(randomness), observe
 
     def start(self, run: str = "", data: Mapping[str, str] | None = None) -> ServerTraining:
         """Return the state before the first round.
@@ -190,6 +194,8 @@ class ServerEnd:
         except RunError as error:  # a client's end broke the plan without reporting it
             raise RoundError(str(error), training.ledger.add([*mechanism_round.releases, *unused])) from None
         upload, below_clip = stacked_upload(federation, uploads.parts)
+        if self._observe:
+            self._observe(number, came, training.state, upload)
         try:
             state, protocol = self._next_state(training, upload, chosen, came, mechanism_round, carrier)
             finished = mechanism_round.finish(below_clip)
