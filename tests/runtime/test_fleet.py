@@ -330,10 +330,10 @@ def test_a_full_disk_at_a_site_loses_a_round_and_nothing_else(
     sites = sites_of(runtime, THIRDS, tmp_path)
     real, full = turns.write_atomically, []
 
-    def write(path: Path, content: bytes) -> None:
+    def write(path: Path, content: bytes, remedy: str) -> None:
         if full and path.parent.name == "north":
             raise RunError(f"cannot write {path}: {OSError(errno.ENOSPC, 'No space left on device').strerror}")
-        real(path, content)
+        real(path, content, remedy)
 
     monkeypatch.setattr(turns, "write_atomically", write)
     server = server_of(runtime, THIRDS, saved, Patience(0.6))

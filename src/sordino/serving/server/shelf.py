@@ -106,8 +106,8 @@ class Shelf:
                 if saved.method not in METHODS:
                     raise Unusable(
                         f"{found.place} was learned by method {saved.method!r}, which is not here; install its "
-                        "package, or if it is in a file, answer in Python with sordino.add_method and PromptClassifier: a "
-                        "server runs no file"
+                        "package, or if it is in a file, answer in Python with sordino.add_method and "
+                        "PromptClassifier: a server runs no file"
                     )
                 known = saved.encoder.fingerprint
                 is_new = known not in self._encoders
