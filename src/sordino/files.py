@@ -70,11 +70,16 @@ def _require_regular(status: os.stat_result) -> None:
         raise DataError("not a regular file")
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes, private: bool = False) -> None:
     """Write or replace a file, all or nothing; create the folders above it.
 
     The content goes to a hidden temporary file beside it, is flushed to the disk, and is renamed.
     Any number of processes may write at once.
+
+    Args:
+        path: of the file.
+        content: of it.
+        private: only its owner may read it, at no moment anybody else; else as the process's umask says.
 
     Raises:
         OSError: it cannot be written; an older file is untouched, and no temporary file remains.
@@ -82,7 +87,7 @@ def replace_file(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{uuid4().hex}.tmp")
     try:
-        with temporary.open("xb") as file:
+        with open(temporary, "xb", opener=_open_private if private else None) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -92,19 +97,24 @@ def replace_file(path: Path, content: bytes) -> None:
     _flush_folder(path.parent)
 
 
-def write_atomically(path: Path, content: bytes, remedy: str = GO_ON) -> None:
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def write_atomically(path: Path, content: bytes, remedy: str = GO_ON, private: bool = False) -> None:
     """Write a file with `replace_file`.
 
     Args:
         path: of the file.
         content: of it.
         remedy: what to do if it cannot be written. The default is for run directories of a command with --resume.
+        private: as for `replace_file`.
 
     Raises:
         RunError: the disk is full, or the folder cannot be written.
     """
     try:
-        replace_file(path, content)
+        replace_file(path, content, private)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}; {remedy}") from None
 

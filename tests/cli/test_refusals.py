@@ -77,6 +77,7 @@ REFUSED: dict[str, str] = {
     "run c.toml --set tracking.to=wandb": "tracking.to = 'wandb': input should be 'tensorboard' or 'mlflow'",
     "compare c.toml --algorithms local,promptlf": "not a method; choose from zero-shot",
     "compare c.toml --algorithms local --vary rounds=1,0": "rounds = 0: input should be greater than or equal to 1",
+    "compare c.toml --algorithms local --set privacy.mechanism=dp-sgd --vary privacy.epsilon=-1,8": "epsilon = -1: ",
     "privacy plan c.toml --set partition.clients=0": "partition.clients = 0: ",
     "tune-private p.toml --set search.population=1": "search.population = 1: ",
     # folders and files

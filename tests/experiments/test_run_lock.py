@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -23,7 +24,7 @@ from sordino.experiments.config import load_config
 from sordino.experiments.run import run
 from sordino.experiments.run_lock import all_held, held, is_empty
 from sordino.experiments.variants import grid
-from sordino.files import ANOTHER_OUT
+from sordino.files import ANOTHER_OUT, replace_file
 from sordino.report.statement import write as write_statement
 
 HOLDER = """
@@ -252,3 +253,28 @@ while taken < 60:
     said = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], said
     assert list(tmp_path.rglob("*")) in ([], [tmp_path / "run"])  # empty, where its maker left before another did
+
+
+def test_a_secret_is_at_no_moment_readable_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[int] = []
+    rename = Path.replace
+
+    def watched(self: Path, target: Path) -> Path:
+        modes.append(stat.S_IMODE(self.stat().st_mode))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    before = os.umask(0)
+    try:
+        for private in (True, False):
+            replace_file(tmp_path / "file", b"secret", private)
+            modes.append(stat.S_IMODE((tmp_path / "file").stat().st_mode))
+    finally:
+        os.umask(before)
+    assert modes == [0o600, 0o600, 0o666, 0o666]
+
+
+def test_a_file_in_the_place_of_a_folder_is_something(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert is_empty(tmp_path / "none")
+    assert not is_empty(tmp_path / "file")

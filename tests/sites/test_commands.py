@@ -126,6 +126,14 @@ def test_a_wrong_site_file_is_refused(change: dict[str, Any], told: str, tmp_pat
         load_site(file)
 
 
+def test_any_experiment_may_be_allowed_in_either_way_of_writing(tmp_path: Path) -> None:
+    for written in ("any", ["any"]):
+        policy = {"epsilon": 1.0, "experiments": written}
+        tables = {"name": "north", "data": {"source": "digits"}, "policy": policy}
+        (tmp_path / "site.toml").write_text(tomli_w.dumps(tables), encoding="utf-8")
+        assert load_site(tmp_path / "site.toml").policy.experiments == ["any"]
+
+
 def test_paths_are_from_the_files_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")
     file = tmp_path / "site.toml"

@@ -17,6 +17,7 @@ from encoders.checkpoints import save_clip
 from experiments.test_tracking import of_tensorboard, same
 from sites.owners import NAMES, NOISE, experiment, fleet, sites_at, write_pictures, write_site
 from sordino.algorithms.base import named_tensors
+from sordino.cli.app import invoke
 from sordino.errors import ConfigError, RunError
 from sordino.experiments.config import Experiment
 from sordino.experiments.run import run
@@ -298,6 +299,28 @@ def test_a_coordinator_that_dies_as_it_writes_a_round_has_each_round_once(
     assert lines.startswith("".join(text.splitlines(keepends=True)[:2])), "what had its state is as it was"
     for site in sites.values():
         assert site.ledger.experiments[Proposal.of(config).fingerprint].rounds == (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("ledger", ["is missing", "lacks round 2, which was answered"])
+def test_a_ledger_without_a_round_that_was_answered_is_an_error(
+    ledger: str, site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    """What is left of it would say that less was spent, and budgets would allow as much again."""
+    config, other = experiment(clip_folder, privacy=NOISE, rounds=2), experiment(clip_folder, privacy=NOISE, rounds=1)
+    for each in (other, config):
+        run_over(each, sites_at(site_files), tmp_path / Proposal.of(each).fingerprint)
+    file = tmp_path / "east" / "state" / "ledger" / f"{Proposal.of(config).fingerprint}.json"
+    newest = file.read_bytes()
+    if ledger == "is missing":
+        file.unlink()
+    else:
+        old = json.loads(newest)
+        file.write_text(json.dumps(old | {"rounds": [1]}), encoding="utf-8")
+    with pytest.raises(RunError, match=rf"{file.name} {ledger}; .*put the newest backup back"):
+        sites_at(site_files)
+    assert invoke(["site", "ledger", str(site_files["east"])]) == 2
+    file.write_bytes(newest)
+    assert sites_at(site_files)["east"].ledger.experiments[file.stem].rounds == (1, 2)
 
 
 @pytest.mark.parametrize("state", ["an old backup", "none"])

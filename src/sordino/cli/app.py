@@ -160,14 +160,16 @@ def compare(
     from sordino.experiments.variants import at_equal_steps, grid
 
     values: dict[str, list[Any]] = {}
+    firsts = []  # a configuration may need a key that is varied, as `privacy.epsilon`
     for variation in vary or []:
         key, equals, texts = variation.partition("=")
         if not (equals and key and texts):
             raise ConfigError("--vary", variation, "write key=value,value,..., e.g. privacy.epsilon=inf,8,2")
         values[key.strip()] = [toml_value(text.strip()) for text in texts.split(",")]
+        firsts.append(f"{key.strip()}={texts.split(',')[0].strip()}")
     names = [name.strip() for name in algorithms.split(",") if name.strip()]
     names += [name for file in method or [] if (name := add_file(file)) not in names]
-    variants = grid(chosen_experiment(config, overrides or [], resume), names, values)
+    variants = grid(chosen_experiment(config, [*(overrides or []), *firsts], resume), names, values)
     label = f"compare-{config.stem}"
     folder = chosen_folder(out, resume, label)
     if equal_steps:

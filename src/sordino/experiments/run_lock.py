@@ -101,8 +101,13 @@ def all_held(folders: Sequence[Path]) -> Iterator[None]:
 
 
 def is_empty(folder: Path) -> bool:
-    """Return whether a directory holds nothing or does not exist; its lock, in use or left behind, does not count."""
-    return not folder.exists() or all(path.name == FILE for path in folder.iterdir())
+    """Return whether a directory holds nothing or does not exist; its lock, in use or left behind, does not count.
+
+    A file in its place is something.
+    """
+    if not folder.is_dir():
+        return not folder.exists()
+    return all(path.name == FILE for path in folder.iterdir())
 
 
 def require_unused(folder: Path) -> None:

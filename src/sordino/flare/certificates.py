@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sordino.errors import ConfigError, RunError
 from sordino.experiments.run_lock import is_empty
-from sordino.files import FREE_SPACE, write_atomically
+from sordino.files import ANOTHER_OUT, FREE_SPACE, write_atomically
 from sordino.flare.project import ORGANIZATION, Kind, Party, Project, parties_of
 from sordino.flare.provision import build, close
 
@@ -113,7 +113,7 @@ def approve(project: Project, file: Path, authority: Path, out: Path) -> tuple[P
         certificate = Path(signed["signed_cert"]).read_text(encoding="ascii")
     approval = Approval(project=project.name, party=party, certificate=certificate, root=root)
     made = out / f"{name}.approved.json"
-    write_atomically(made, approval.model_dump_json(indent=1).encode(), FREE_SPACE)
+    write_atomically(made, approval.model_dump_json(indent=1).encode(), ANOTHER_OUT)
     return made, fingerprint_of_key(asked)
 
 
@@ -236,8 +236,7 @@ def _authority(project: Project, folder: Path) -> tuple[str, str]:
         root = generate_cert(owner, owner, key, public, valid_days=project.days, ca=True)
         state = {"root_cert": serialize_cert(root).decode(), "root_pri_key": serialize_pri_key(key).decode()}
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_atomically(folder / STATE, json.dumps(state).encode(), FREE_SPACE)
-        (folder / STATE).chmod(0o600)
+        write_atomically(folder / STATE, json.dumps(state).encode(), FREE_SPACE, private=True)
     try:
         state = json.loads((folder / STATE).read_bytes())
         return str(state["root_pri_key"]), str(state["root_cert"])

@@ -12,6 +12,7 @@ from sordino.errors import RunError
 from sordino.files import FREE_SPACE, write_atomically
 from sordino.privacy.accounting import compose, spent
 from sordino.privacy.ledger import OBSERVERS, Ledger, Release, Unit
+from sordino.runtime import messages, turns
 from sordino.runtime.facts import Federation
 
 STAYS = ("prompt", "memory")  # channels that a site opens itself, by publishing, and no experiment does
@@ -38,6 +39,9 @@ class Entry:
         return Entry(self.ledger.add(of_all), tuple(sorted((*self.rounds, *new))))
 
 
+EXPERIMENTS = "experiments"  # the folder of a site's state with a folder for each: its answers
+
+
 @dataclass
 class SiteLedger:
     """The ledgers of all experiments that a site took part in; each is a file.
@@ -52,6 +56,30 @@ class SiteLedger:
     def __post_init__(self) -> None:
         for file in sorted(self.folder.glob("*.json")):
             self._entries[file.stem] = _read(file)
+
+    @classmethod
+    def of_state(cls, state: Path) -> SiteLedger:
+        """Read the ledgers in a site's state, and check that none lacks a round that this site answered.
+
+        A round is entered before its answer is kept. So where there is an answer and no entry, a file was lost, or
+        an old one was put back, and what is left would say that less was spent.
+
+        Raises:
+            RunError: a ledger is damaged, missing or too old.
+        """
+        ledger = cls(state / "ledger")
+        for file in sorted((state / EXPERIMENTS).glob(f"*/{turns.FILE}")):
+            experiment = file.parent.name
+            with file.open("rb") as opened:
+                number = messages.head_of(opened.read(8 + messages.HEADER_BYTES)).get("number")
+            entry = ledger._entries.get(experiment)
+            if entry is None or (number is not None and number not in entry.rounds):
+                lacks = "is missing" if entry is None else f"lacks round {number}, which was answered"
+                raise RunError(
+                    f"{ledger.folder / f'{experiment}.json'} {lacks}; without it nobody knows what was spent, so put "
+                    "the newest backup back"
+                )
+        return ledger
 
     @property
     def experiments(self) -> Mapping[str, Entry]:

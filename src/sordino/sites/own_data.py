@@ -151,8 +151,7 @@ def _keyed(state: Path, digest: str) -> str:
     file = state / KEY
     try:
         if not file.exists():
-            replace_file(file, system_bytes(32))
-            file.chmod(0o600)
+            replace_file(file, system_bytes(32), private=True)
         key = file.read_bytes()
     except OSError as error:
         raise RunError(f"{file}: {error.strerror or error}; choose another state folder in the site's file") from None

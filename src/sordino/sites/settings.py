@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -55,6 +55,11 @@ class PolicySettings(BaseModel):
         description="names of an upload's tensors that may leave; '*': all that the method declares",
     )
     most_bytes: int = Field(default=2**28, ge=1, description="the longest request that is read")
+
+    @field_validator("experiments", mode="before")
+    @classmethod
+    def _any_alone(cls, value: Any) -> Any:
+        return ["any"] if value == "any" else value
 
     @field_validator("experiments")
     @classmethod

@@ -12,7 +12,7 @@ from sordino.progress import log
 from sordino.randomness import system_bytes
 from sordino.runtime.envelope import Envelope
 from sordino.runtime.messages import MessageError
-from sordino.sites.ledger import SiteLedger
+from sordino.sites.ledger import EXPERIMENTS, SiteLedger
 from sordino.sites.membership import Membership, read_document
 from sordino.sites.policy import objections
 from sordino.sites.proposal import OWN, Proposal
@@ -31,7 +31,7 @@ class Site:
 
     def __init__(self, settings: SiteSettings) -> None:
         self.settings, self.state = settings, Path(settings.state)
-        self.ledger = SiteLedger(self.state / "ledger")
+        self.ledger = SiteLedger.of_state(self.state)
         self._members: dict[str, Membership] = {}
         self._name = system_bytes(16).hex()  # of this process
 
@@ -53,7 +53,7 @@ class Site:
         if file.exists() and file.read_text() == self._name:
             return
         self._members.clear()
-        self.ledger = SiteLedger(self.state / "ledger")
+        self.ledger = SiteLedger.of_state(self.state)
         write_atomically(file, self._name.encode(), FREE_SPACE)
 
     def _refusal(self, experiment: str, error: SordinoError) -> bytes:
@@ -133,7 +133,7 @@ class Site:
         """Return where the state of an experiment is."""
         if not experiment.isalnum():  # it comes from a message, and names a folder
             raise MessageError("an experiment's fingerprint is hexadecimal")
-        return self.state / "experiments" / experiment
+        return self.state / EXPERIMENTS / experiment
 
 
 def refusal(reason: str) -> bytes:

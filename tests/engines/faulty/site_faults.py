@@ -97,7 +97,7 @@ def answered(turn: Callable[[], bytes], fault: str, earlier: Sequence[bytes]) ->
 def on_a_full_disk(turn: Callable[[], bytes]) -> bytes:
     real = sordino.files.replace_file
 
-    def full(path: Path, content: bytes) -> None:
+    def full(path: Path, content: bytes, private: bool = False) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     sordino.files.replace_file = full

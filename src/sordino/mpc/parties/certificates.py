@@ -179,8 +179,7 @@ def make_certificates(folder: Path, days: int = 365) -> list[Path]:
         key = generate_private_key(SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, role)])
         secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        write_atomically(party_folder / KEY, secret, ANOTHER_OUT)
-        (party_folder / KEY).chmod(0o600)
+        write_atomically(party_folder / KEY, secret, ANOTHER_OUT, private=True)
         write_atomically(
             party_folder / CERTIFICATE,
             _certificate(subject, issuer, key, authority, days).public_bytes(Encoding.PEM),

@@ -71,8 +71,7 @@ def kept_model(
     model = KeptModel(system_bytes(8).hex(), calibration, FixedPointPlan.of(tower, calibration))
     stored = {"digest": digest, "name": model.name, "calibration": calibration.to_json(), "plan": model.plan.to_json()}
     try:
-        replace_file(file, json.dumps(stored).encode())
-        file.chmod(0o600)
+        replace_file(file, json.dumps(stored).encode(), private=True)
     except OSError as error:
         log.warning("%s cannot be written (%s); to provide again will take as long", file, error.strerror or error)
     return model

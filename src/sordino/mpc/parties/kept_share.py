@@ -91,8 +91,7 @@ class KeptShare:
             for number, start in enumerate(starts)
         ]
         try:
-            replace_file(self.file, b"".join([line, *pieces]))
-            self.file.chmod(0o600)
+            replace_file(self.file, b"".join([line, *pieces]), private=True)
         except OSError as error:
             raise RunError(f"the share cannot be kept: {self.file}: {error.strerror or error}") from None
 
