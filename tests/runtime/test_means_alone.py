@@ -53,6 +53,8 @@ def test_a_method_sees_no_upload_and_no_size_of_a_sample(
             assert len(tensor) == 6
             assert bool((tensor == 1).all()) if key == "weight" and privacy is CLIENTS else True
             assert key == "weight" or bool(tensor.isnan().all())
+            with pytest.raises(AssertionError, match="as they were uploaded"):  # of other numbers there is no mean
+                uploads.average(key, 2 * tensor, tensor)
 
 
 @pytest.mark.parametrize("name", ["promptfl", "feddtpt-votes"])

@@ -53,7 +53,7 @@ class ClientMechanism(Mechanism):
 
     @property
     def samples_clients(self) -> bool:
-        return self.settings.noise_by == "server" and self.inputs.participation < 1
+        return self.settings.samples_clients(self.inputs.participation)
 
     @property
     def broadcasts_clip(self) -> bool:

@@ -166,6 +166,10 @@ class PrivacySettings(BaseModel):
         description="simulation: 32 hexadecimal digits that tell this run's noise from all others'; drawn if absent",
     )
 
+    def samples_clients(self, participation: float) -> bool:
+        """Tell whether a round's clients are a Poisson sample: where noise is for a sum of clients at the server."""
+        return self.mechanism == "dp-fedavg" and self.noise_by == "server" and participation < 1
+
     @property
     def on(self) -> bool:
         """True if contributions are clipped and noised."""

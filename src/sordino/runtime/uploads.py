@@ -160,10 +160,14 @@ def means_alone(federation: Federation, upload: AnyUpload, average: Average) -> 
         nothing = math.nan if tensor.is_floating_point() else -1
         return tensor.new_full((1, *tensor.shape[1:]), nothing).expand(rows, *tensor.shape[1:])
 
+    each = map_tensors(upload, shown)
+    there = named_tensors(each)
+
     def mean(name: str, values: Tensor, weights: Tensor) -> Tensor:
+        assert values is there[name], f"{name}: a method gets means of fields as they were uploaded"
         return average(name, received[name], received[WEIGHT])
 
-    return base.Uploads(map_tensors(upload, shown), mean)
+    return base.Uploads(each, mean)
 
 
 def _agreed(federation: Federation) -> Upload:

@@ -130,7 +130,7 @@ def _answered(config: Experiment, agreement: Agreement, lines: Sequence[Mapping[
     count in which everybody was asked. A site draws no noise there.
     """
     count, participation = len(agreement.sizes), config.runtime.participation
-    sampled = participation < 1 and (config.privacy.mechanism, config.privacy.noise_by) == ("dp-fedavg", "server")
+    sampled = config.privacy.samples_clients(participation)
     answered: dict[str, int] = {}
     for line in lines:
         number, lost, lost_clients = line["round"], line.get("lost", {}), line.get("lost_clients", {})
