@@ -6,6 +6,7 @@ requests a second, and the 50th, 95th and 99th percentile of latency in millisec
 
 - batched, one_by_one: the server as it is, and one that encodes one picture after the other.
 - tower: pictures a second of the image tower alone, in full batches of 32 that are ready as pixels, by itself.
+- tower_speedup: the same over one picture after the other, in turn with them: the most that batches can give there.
 - speedup: batched over one_by_one; share: batched over tower; both at the most clients.
 - rss_mb: of the server, after a tenth and after all of `--memory` requests at the most clients.
 - failed: requests that were not answered with 200.
@@ -152,19 +153,23 @@ def memory(process: BaseProcess) -> int:
     return round(int(found.group(1)) / 1024) if found else 0
 
 
-def tower_rate(seconds: float) -> float:
-    """Pictures a second of the image tower, in full batches."""
+def tower_rates(seconds: float) -> dict[int, float]:
+    """Pictures a second of the image tower in full batches, and one after the other; in turn, for `seconds` each."""
     encoder = load_encoder("bundled", None, "float32", torch.device("cpu"))
-    picture = Image.open(io.BytesIO(pictures(1)[0]))
-    pixels = torch.stack([encoder.transform(picture)] * FULL)
-    count, began = -1, 0.0
+    picture = encoder.transform(Image.open(io.BytesIO(pictures(1)[0])))
+    batches = {size: torch.stack([picture] * size) for size in (FULL, 1)}
+    counts, spent = dict.fromkeys(batches, 0), dict.fromkeys(batches, 0.0)
     with torch.inference_mode():
-        while count < 1 or time.perf_counter() - began < seconds:
-            if count == 0:  # after one to warm up
-                began = time.perf_counter()
+        for pixels in batches.values():  # once to warm up
             encoder.image_features(pixels)
-            count += 1
-    return FULL * count / (time.perf_counter() - began)
+        while min(spent.values()) < seconds:
+            for size, pixels in batches.items():
+                began = time.perf_counter()
+                for _ in range(FULL // size):
+                    encoder.image_features(pixels)
+                counts[size] += FULL
+                spent[size] += time.perf_counter() - began
+    return {size: counts[size] / spent[size] for size in batches}
 
 
 def main() -> None:
@@ -177,7 +182,9 @@ def main() -> None:
     requests, more = (150, 300) if arguments.quick else (arguments.requests, arguments.memory)
     numbers = [int(number) for number in arguments.clients.split(",")]
     context = multiprocessing.get_context("spawn")
-    results: dict[str, Any] = {"quick": arguments.quick, "requests": requests, "tower": round(tower_rate(5.0), 1)}
+    tower = tower_rates(5.0)
+    results: dict[str, Any] = {"quick": arguments.quick, "requests": requests, "tower": round(tower[FULL], 1)}
+    results["tower_speedup"] = round(tower[FULL] / tower[1], 2)
     rates, failures = {}, 0
     with tempfile.TemporaryDirectory() as made:
         url, trusted = published(Path(made))

@@ -255,11 +255,11 @@ def test_directions_of_images_need_more_images_than_directions(make_runtime: Mak
 
 
 def chi_square_accepts(noise: Tensor, deviation: float) -> bool:
-    """Whether a sample may have this standard deviation and mean zero, each at one in a million."""
+    """Whether a sample may have this standard deviation and mean zero, each at one in a hundred million."""
     values = noise.double().flatten().numpy()
     statistic = float((values**2).sum()) / deviation**2
-    low, high = stats.chi2.ppf([5e-7, 1 - 5e-7], len(values))
-    return bool(low < statistic < high and abs(values.mean()) < 5 * deviation / math.sqrt(len(values)))
+    low, high = stats.chi2.ppf([5e-9, 1 - 5e-9], len(values))
+    return bool(low < statistic < high and abs(values.mean()) < 6 * deviation / math.sqrt(len(values)))
 
 
 @pytest.mark.parametrize("simulated", [False, True])
@@ -276,12 +276,12 @@ def test_noise_has_the_stated_deviation(simulated: bool, model: PromptModel, tab
     found = noised(factored, by, {}, batch).values
     assert chi_square_accepts(torch.cat([found["u"].flatten(), found["v"].flatten()]), z * clip / expected)
     assert chi_square_accepts(found["shared"], 2 * z * clip / expected)
-    assert not chi_square_accepts(found["shared"], 1.1 * 2 * z * clip / expected)  # the test can tell
+    assert not chi_square_accepts(found["shared"], 1.2 * 2 * z * clip / expected)  # the test can tell
     alike = torch.cat([found["u"].flatten(1), found["v"].flatten(1), found["shared"].flatten(1) / 2], 1)
     correlation = np.corrcoef(alike.numpy()) - np.eye(clients)
     size, pairs = alike.shape[1], clients * (clients - 1) // 2
-    # Of independent noise, r^2 of a pair has this beta distribution; any pair is above the bound at one in a million.
-    bound = math.sqrt(stats.beta.isf(1e-6 / pairs, 1 / 2, (size - 2) / 2))
+    # Of independent noise, r^2 of a pair has this beta distribution; any pair is above the bound at one in a hundred million.
+    bound = math.sqrt(stats.beta.isf(1e-8 / pairs, 1 / 2, (size - 2) / 2))
     assert np.abs(correlation).max() < bound < 0.6  # no two clients share their noise
 
 
@@ -304,7 +304,7 @@ def test_the_mean_of_uploads_has_the_noise_that_the_ledger_says(noise_by: str, m
     more = {"client": clients, "server": 1, "shares": clients / (clients - 1)}[noise_by]
     expected = z * clip / clients * math.sqrt(more)
     assert chi_square_accepts(torch.stack(moves), expected)
-    assert not chi_square_accepts(torch.stack(moves), 1.1 * expected)
+    assert not chi_square_accepts(torch.stack(moves), 1.2 * expected)
 
 
 @pytest.mark.slow
@@ -331,7 +331,7 @@ def test_noise_on_the_mean_gradient_covers_the_client_that_counts_most(
     # What one example moves is clipped to be invisible beside the noise, but not nothing: allow one percent for it.
     values = torch.stack(moves).double()
     more = {"server": 1, "shares": 2}[noise_by]  # of two shares, one colluder knows its own
-    assert float(values.std()) == pytest.approx(z_shared * moved * math.sqrt(more), rel=0.03)
+    assert float(values.std()) == pytest.approx(z_shared * moved * math.sqrt(more), rel=0.06)  # six deviations
     seen_by_others = [each for each in after.ledger.releases if "public" in each.observers]
     assert len(seen_by_others) == 2
     # A secure sum's noise is rounded up to whole steps of its quantization, and charged as it is.
