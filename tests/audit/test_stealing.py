@@ -24,8 +24,9 @@ ROWS = [list(range(0, 12)), list(range(12, 24)), list(range(24, 32))]
 TEST = np.arange(32, 40)
 TABLES = {"context_length": 4, "rank": 2, "batch_size": 4, "optimizer": {"learning_rate": 0.3}}
 TABLES |= {"local_learning_rate": 0.3}
-NOISE = {"mechanism": "dp-sgd", "clip": 0.1, "noise_multiplier": 1.0, "simulation": True, "nonce": "0a" * 16}
-COTANGENT = {"mechanism": "cotangent", "clip": 1.0, "noise_multiplier": 1.0, "subspace": 8, "simulation": True, "nonce": "0a" * 16}
+REPEATED = {"simulation": True, "nonce": "0a" * 16}
+NOISE = {"mechanism": "dp-sgd", "clip": 0.1, "noise_multiplier": 1.0} | REPEATED
+COTANGENT = {"mechanism": "cotangent", "clip": 1.0, "noise_multiplier": 1.0, "subspace": 8} | REPEATED
 
 
 @pytest.fixture
@@ -159,7 +160,8 @@ def test_the_repeated_run_is_the_run(make_subject: MakeSubject, options: dict[st
 
 
 def test_with_noise_from_the_system_the_repeated_run_is_another(make_subject: MakeSubject) -> None:
-    found = steal(make_subject("dp-fpl-full", rounds=2, privacy=COTANGENT | {"simulation": False, "nonce": None}), seed=1)
+    system = {"simulation": False, "nonce": None}
+    found = steal(make_subject("dp-fpl-full", rounds=2, privacy=COTANGENT | system), seed=1)
     assert not found.same_run
     assert min(victim.by_server.cosine for victim in found.victims) > 1 - 1e-9
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import tomli_w
 
-from flare.parties import Party, environment, free_port, until
+from flare.parties import Party, environment, until
+from ports import free_port
 from sites.owners import NAMES, write_pictures, write_site
 from sordino.flare.certificates import approve, fingerprint_of_authority, make_kit, request
 from sordino.flare.project import Project, load_project

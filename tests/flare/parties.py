@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,12 +18,6 @@ def environment(**more: str) -> dict[str, str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     modules = os.pathsep.join([*filter(None, [more.pop("PYTHONPATH", "")]), str(ROOT / "src")])
     return os.environ | {"PATH": path, "PYTHONPATH": modules, "OMP_NUM_THREADS": "1"} | more
-
-
-def free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])
 
 
 def processes_of(kit: Path) -> dict[int, list[str]]:

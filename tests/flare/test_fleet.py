@@ -11,7 +11,7 @@ import pytest
 from sordino.flare.fleet import Aborted, FlareFleet, Paused, Told
 from sordino.runtime.fleet import Answer, Ask, Lost
 
-QUICK = 0.3  # seconds that a test really waits
+QUICK = 1.5  # seconds that a test really waits
 
 
 @dataclass
@@ -49,7 +49,7 @@ def ask(*sites: str, quorum: int = 3, deadline: float = QUICK, grace: float = 0.
 
 def test_each_site_is_given_its_own_bytes_and_answers_once() -> None:
     tasks = Tasks({"east": b"1", "west": b"2"})
-    events = list(FlareFleet(tasks).ask(ask("east", "west", quorum=2)))
+    events = list(FlareFleet(tasks).ask(ask("east", "west", quorum=2, deadline=1e6)))
     assert tasks.started == {"east": b"east", "west": b"west"}
     assert sorted(events, key=lambda event: event.site) == [Answer("east", b"1"), Answer("west", b"2")]
     assert tasks.withdrawn == []

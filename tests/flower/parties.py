@@ -14,7 +14,8 @@ import pytest
 import tomli_w
 
 from engines.processes import FAULTY
-from flare.parties import end_all, environment, free_port, until
+from flare.parties import end_all, environment, until
+from ports import free_port
 from sites.owners import NAMES, write_pictures, write_site
 from sordino.flower.keys import make_key
 from sordino.sites.proposal import Proposal

@@ -18,7 +18,7 @@ from sordino.flower.fleet import FlowerFleet, Stopped
 from sordino.flower.messages import answer, read_question
 from sordino.runtime.fleet import Answer, Ask, Lost
 
-QUICK = 0.5  # seconds that a test really waits
+QUICK = 1.5  # seconds that a test really waits
 SITES = ("east", "north", "west")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from pages.blocks import blocks, lines
+from ports import free_port
 
 SHORT = ["--quick", "--set", "rounds=1", "--set", "data.train_per_class=8", "--set", "data.test_per_class=4"]
 
@@ -39,9 +39,7 @@ def test_three_commands_lead_from_a_clone_to_an_answer(tmp_path: Path, monkeypat
     picture = Image.new("L", (160, 200))
     ImageDraw.Draw(picture).ellipse((40, 30, 120, 170), outline=255, width=22)
     picture.save(tmp_path / "my-digit.png")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "sordino", *serve[1:], "--port", str(port)]
     server = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:

@@ -43,7 +43,8 @@ def test_the_error_is_gaussian_whatever_is_sent(scale: float) -> None:
     errors = (restored(codes, 0.5, keys, "change") - values.double()).flatten()
     assert stats.kstest(errors.numpy() / 0.5, "norm").pvalue > 1e-9
     if scale:
-        assert abs(float(torch.corrcoef(torch.stack([errors, values.flatten().double()]))[0, 1])) < 7 / math.sqrt(60_000)
+        correlation = float(torch.corrcoef(torch.stack([errors, values.flatten().double()]))[0, 1])
+        assert abs(correlation) < 7 / math.sqrt(60_000)
     # A second tensor, and another client, have dithers of their own.
     others = restored(codes, 0.5, keys, "other") - restored(codes, 0.5, keys, "change")
     assert others.abs().min() > 0

@@ -280,7 +280,7 @@ def test_noise_has_the_stated_deviation(simulated: bool, model: PromptModel, tab
     alike = torch.cat([found["u"].flatten(1), found["v"].flatten(1), found["shared"].flatten(1) / 2], 1)
     correlation = np.corrcoef(alike.numpy()) - np.eye(clients)
     size, pairs = alike.shape[1], clients * (clients - 1) // 2
-    # Of independent noise, r^2 of a pair has this beta distribution; any pair is above the bound at one in a hundred million.
+    # Of independent noise, r^2 of a pair has this beta distribution; any pair is above the bound at 1e-8.
     bound = math.sqrt(stats.beta.isf(1e-8 / pairs, 1 / 2, (size - 2) / 2))
     assert np.abs(correlation).max() < bound < 0.6  # no two clients share their noise
 

@@ -7,18 +7,17 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from ports import free_port
 from sordino.cli.app import app
 from sordino.errors import ConfigError, RunError
 from sordino.mpc.parties.certificates import ROLES
@@ -107,14 +106,6 @@ def test_the_owners_tower_is_provided(tmp_path: Path) -> None:
     assert trial_of(file, settings, [], True, Path("t"), None).provide == ("--tower", "t")
 
 
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
 @pytest.mark.slow
 def test_the_recipe_runs_as_it_is_printed(tmp_path: Path) -> None:
     """With this machine's name filled in, at ports that are free: every command, in its order."""
@@ -123,7 +114,7 @@ def test_the_recipe_runs_as_it_is_printed(tmp_path: Path) -> None:
     for host in HOSTS.values():
         assert host in text
         text = text.replace(host, "127.0.0.1")
-    for port, free in zip((7000, 7001, 7002), free_ports(3), strict=True):
+    for port, free in zip((7000, 7001, 7002), [free_port() for _ in range(3)], strict=True):
         text = text.replace(f":{port}", f":{free}")
     lines = [shlex.split(line) for line in text.splitlines() if not line.startswith("#")]
     assert [line[:3] for line in lines if line[1] == "mpc"][1:4] == [

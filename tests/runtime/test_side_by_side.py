@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -91,10 +90,14 @@ def test_where_one_fails_the_others_end_and_no_further_one_begins() -> None:
 
 
 def test_an_interruption_ends_all() -> None:
-    ended, waiting = threading.Event(), threading.main_thread().ident or 0
+    begun, ended, waiting = threading.Event(), threading.Event(), threading.main_thread().ident or 0
+
+    def waits(check: Check) -> None:
+        begun.set()
+        until_stopped(check)
 
     def interrupts(check: Check) -> None:
-        time.sleep(0.5)  # until both are begun
+        assert begun.wait(60)
         signal.pthread_kill(waiting, signal.SIGINT)
         try:
             until_stopped(check)
@@ -102,5 +105,5 @@ def test_an_interruption_ends_all() -> None:
             ended.set()
 
     with pytest.raises(KeyboardInterrupt):
-        side_by_side([interrupts, until_stopped], 2)
+        side_by_side([interrupts, waits], 2)
     assert ended.is_set()

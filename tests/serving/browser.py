@@ -12,7 +12,9 @@ from urllib.parse import urlsplit
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
+
+expect.set_options(timeout=60_000)  # milliseconds; what is expected comes when a busy machine gets to it
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = [

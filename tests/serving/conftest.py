@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from PIL import Image
 
+from ports import free_port
 from sordino.experiments.config import load_config
 from sordino.experiments.run import run
 from sordino.privacy.signature import public_bytes
@@ -109,10 +109,7 @@ def postgres() -> Iterator[Server]:
     folder = Path(tempfile.mkdtemp(prefix="sordino-postgres-"))  # pytest's own folders are closed to other users
     if os.geteuid() == 0:
         shutil.chown(folder, "postgres")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = Server(programs[-1], folder, port)
+    server = Server(programs[-1], folder, free_port())
     data = str(folder / "data")
     server.call("initdb", "-D", data, "-U", "sordino", "--auth=trust", "--no-sync", "-E", "UTF8", "--no-locale")
     server.start()

@@ -353,7 +353,7 @@ def test_a_database_server_that_dies_while_it_writes_loses_nothing(postgres: Ser
     assert process.returncode != 0
     assert "RunError" in errors
     postgres.start()
-    for _ in range(50):  # it goes through its journal first
+    for _ in range(600):  # it goes through its journal first
         try:
             Registry(url).close()
             break

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from numba.core.dispatcher import Dispatcher
 
 from sordino.mpc.arithmetic import kernels
 
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 PROGRAM = """
 import resource, sys
 import torch
@@ -40,6 +42,8 @@ def faults(*arguments: str) -> int:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
 def test_a_process_that_keeps_what_it_frees_has_no_page_cleared_twice() -> None:
     assert faults("keep") < 100
+    if HUGE.is_file() and "[always]" in HUGE.read_text():
+        pytest.skip("this system clears pages of 2 MB, however a process frees memory")
     assert faults() > 10_000  # 5 tensors of 64 MB, in pages of 4 kB
 
 

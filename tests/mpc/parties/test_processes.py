@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from typer.testing import CliRunner
 
 import sordino
 from mpc.small import agree, batches, groups, small_tower
+from ports import free_port
 from sordino.cli.app import app
 from sordino.encoders.bundled import TEXT_MODEL, package_path
 from sordino.errors import ConfigError
@@ -111,11 +111,7 @@ def command(*words: str) -> list[str]:
 
 
 def free_addresses(count: int) -> list[str]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
+    return [f"127.0.0.1:{free_port()}" for _ in range(count)]
 
 
 @pytest.fixture(scope="module")
