@@ -23,6 +23,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import sordino
+from flare.parties import until
 from mpc.small import agree, batches, groups, small_tower
 from ports import free_port
 from sordino.cli.app import app
@@ -39,7 +40,7 @@ from sordino.private_tuning.search import SearchState, tune
 from sordino.private_tuning.search_settings import Search
 
 pytestmark = pytest.mark.slow
-TIMEOUT = 5.0
+TIMEOUT = 12.0
 
 
 class Processes:
@@ -131,14 +132,15 @@ def test_they_compute_and_write_nothing(processes: Processes) -> None:
     """No share and no mask in a file or a log: what is there is certificates and a few words."""
     with processes.session():
         assert agree(processes.current.forward(groups()), groups())
-    time.sleep(1)
+    logs = [processes.folder / f"{role}.log" for role in SERVERS]
+    until("both servers said that it ended", lambda: all(log.read_text().endswith(" ends\n") for log in logs))
     for role, process in processes.running.items():
         process.terminate()
-        assert process.wait(timeout=10) == 0, role
+        assert process.wait(timeout=60) == 0, role
     files = {file.name for file in processes.folder.rglob("*") if file.is_file()}
     assert files == {"key.pem", "certificate.pem", "authority.pem", "dealer.log", "server-0.log", "server-1.log"}
-    for role in SERVERS:
-        lines = (processes.folder / f"{role}.log").read_text().splitlines()
+    for log in logs:
+        lines = log.read_text().splitlines()
         kinds = [line.split()[0] + " " + line.split()[-1] for line in lines]
         assert [line for line in lines if len(line) > 60] == []
         assert kinds == ["model layers", "session begins", "session ends", "stopped stopped"]
