@@ -95,7 +95,9 @@ class WeakCipher(EncryptingCipher):
 def test_a_client_with_a_weak_key_is_named_and_the_others_go_on() -> None:
     points = np.random.default_rng(0).uniform(-1, 1, (N, WIDTH))
     ciphers = [EncryptingCipher() for _ in range(N - 1)] + [WeakCipher()]
-    clients = [Client(number, point, cipher=cipher) for number, (point, cipher) in enumerate(zip(points, ciphers))]
+    clients = [
+        Client(number, point, cipher=cipher) for number, (point, cipher) in enumerate(zip(points, ciphers, strict=True))
+    ]
     outcome = run(clients, Server(plan(clients=N, width=WIDTH, largest=1.0)), [0, 1])
     assert outcome.result.clients == tuple(range(N - 1))
     assert [(each.client, each.reason) for each in outcome.rejected] == [

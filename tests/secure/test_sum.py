@@ -559,7 +559,7 @@ def meddled(
         (Advertisement, lambda m: replace(m, sealing_key=np.zeros(32, np.uint8)), "a public key that is not one"),
         (
             Advertisement,
-            lambda m: replace(m, mask_key=np.eye(1, 32, dtype=np.uint8)[0]),
+            lambda m: replace(m, mask_key=np.zeros(32, np.uint8)),
             "a public key that is not one",
         ),
         (MaskedInput, lambda m: DEEP, "malformed: not a message"),
