@@ -26,7 +26,7 @@ from sordino.mpc.errors import PartyLost
 from sordino.mpc.parties import certificates, transport, versions
 from sordino.mpc.parties.certificates import DATA_OWNER, DEALER, MODEL_OWNER, ROLES, SERVERS, Identity
 from sordino.mpc.parties.dealer_service import RemoteDealer, start_dealer
-from sordino.mpc.parties.server import ServerService, start_server
+from sordino.mpc.parties.server import ServerService, _say, start_server
 from sordino.mpc.parties.session import connect, provide
 from sordino.mpc.parties.transport import SERVICE, ClientConnection, Stream, listen, packed, unpacked
 from sordino.mpc.tower.calibration import Calibration
@@ -228,6 +228,13 @@ def test_another_partys_error_is_shown_as_one_plain_line(told: object) -> None:
         stream.receive()
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) <= transport.LONGEST_ERROR
+
+
+def test_a_server_logs_others_names_as_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
+    _say("session \x1b[2J\n begins")
+    logged = capsys.readouterr().err
+    assert logged.count("\n") == 1
+    assert logged.strip().isprintable()
 
 
 @pytest.mark.parametrize("before", [[], [packed(b"x", versions=versions.own_versions())]], ids=["first", "later"])
