@@ -292,6 +292,31 @@ def test_ratios_and_centers_run_too(make_runtime: MakeRuntime) -> None:
             assert record.clusters == [0, 0, 0, 1, 1, 1]
 
 
+@pytest.mark.parametrize("changes", [{"reveal": "distances", "factor_bits": 0}, {"columns": 500}, {"bits": 3}])
+def test_a_server_that_names_other_numbers_learns_nothing(
+    make_runtime: MakeRuntime,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    changes: dict[str, Any],
+) -> None:
+    """Above all exact distances where clients agreed on ratios: they compute the numbers themselves."""
+    runtime = make_runtime("secfpp", TWO_KINDS, TABLES | {"secfpp": TABLES["secfpp"] | {"reveal": "ratios"}})
+    training = trained(runtime, 1)
+
+    def server_exchange(*given: Any) -> secure.SharedExchange:
+        settings, model, server, _, clients, context, carrier = given
+        setup = secfpp.agreed(settings, model, len(clients), server.start.numel(), context.round)
+        return secure.SharedExchange(replace(setup, **changes), clients, carrier)
+
+    monkeypatch.setattr(secfpp, "server_exchange", server_exchange)
+    with caplog.at_level(logging.WARNING):
+        after, record = runtime.round(training)
+    assert "answers are needed and 0 came" in caplog.text
+    assert record.protocol is not None
+    assert not record.protocol.opened
+    assert not after.server.opened.any()  # type: ignore[attr-defined]
+
+
 def test_a_run_keeps_what_the_server_saw(config_file: Path, tmp_path: Path) -> None:
     overrides = ["algorithm=secfpp", "partition.clients=4", "settings.local_steps=2", "settings.secfpp.cluster_every=2"]
     out = tmp_path / "run"

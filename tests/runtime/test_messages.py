@@ -212,7 +212,7 @@ def test_a_sum_that_was_opened_counts_though_the_next_one_fails(make_runtime: Ma
     def link(contents: Any) -> Any:
         nonlocal exchanges
         exchanges += 1
-        return clients.handle(contents) if exchanges <= 5 else []  # the broadcast, and four of the first sum
+        return clients.handle(contents) if exchanges <= 6 else []  # the broadcast, and five of the first sum
 
     with pytest.raises(RoundError, match="answers are needed") as caught:
         runtime.server.round(training.at_server, link)

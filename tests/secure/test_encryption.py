@@ -56,9 +56,11 @@ def test_keys_that_are_none_or_that_change_are_refused() -> None:
     with pytest.raises(SecureError, match="no public key of client 5"):
         one.seal(5, b"", b"")
     weak = EncryptingCipher()
-    weak.meet({1: bytes(32)})  # a point of small order, with which everybody has the same secret
-    with pytest.raises(SecureError, match="client 1 is not one"):
-        weak.seal(1, b"", b"")
+    with pytest.raises(SecureError, match="client 1 is not one"):  # of small order: everybody has the same secret
+        weak.meet({2: other.public_key, 1: bytes(32)})
+    with pytest.raises(SecureError, match="no public key of client 2"):  # all keys are taken, or none
+        weak.seal(2, b"", b"")
+    weak.meet({1: other.public_key})
 
 
 def test_a_round_with_sealed_shares_finds_what_one_without_finds() -> None:

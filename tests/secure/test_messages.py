@@ -119,3 +119,21 @@ def test_sets_are_packed_and_unpacked(clients: int, data: st.DataObject) -> None
     assert [frozenset(np.flatnonzero(row).tolist()) for row in bits] == sets
     with pytest.raises(SecureError, match="malformed"):
         unpack(np.zeros((1, -(-clients // 8) + 1), np.uint8), clients)
+
+
+@pytest.mark.parametrize("where", ["header", "outside"])
+def test_a_header_nested_deeper_than_a_parser_goes_is_malformed(where: str) -> None:
+    """One such message would otherwise end the server's round for everybody."""
+    deep = b"[" * 200_000
+    content = len(deep).to_bytes(8, "little") + deep
+    if where == "header":
+        content = safetensors.numpy.save({"header": np.frombuffer(deep, np.uint8)})
+    assert kind_of(content) == "malformed"
+    with pytest.raises(SecureError, match="malformed"):
+        read(content)
+
+
+def test_a_kind_that_there_is_not_is_not_repeated() -> None:
+    """Bytes are counted by kind, so another party's words would be in the counts."""
+    content = safetensors.numpy.save({"header": np.frombuffer(json.dumps({"kind": "x" * 999}).encode(), np.uint8)})
+    assert kind_of(content) == "malformed"

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,8 @@ from sordino.secure.sums.local import STAGES, Stage, local_sum, noised_sum
 from sordino.secure.sums.masks import from_limbs, keystream, pair_mask, self_mask, to_limbs
 from sordino.secure.sums.messages import (
     Advertisement,
+    Confirmation,
+    Confirmations,
     Invitation,
     MaskedInput,
     Roster,
@@ -35,6 +38,7 @@ from sordino.secure.sums.server import SecureSum, SumServer
 from sordino.secure.sums.setup import SumSetup
 
 SESSION, OTHER = "5e" * 16, "0c" * 16
+IN_THE_SUM = ("confirm", "unmask")  # stages before which a client's vector has come
 Letters = dict[int, bytes]
 Replies = list[tuple[int, bytes]]
 
@@ -86,7 +90,7 @@ def questions(
 def at_stage(
     setup: SumSetup, stage: int, gone: Mapping[int, int] | None = None
 ) -> tuple[list[SumClient], list[Letters]]:
-    """Clients who have answered `stage` exchanges, and what the server sends in all four."""
+    """Clients who have answered `stage` exchanges, and what the server sends in these and the next."""
     clients, recorded = clients_of(setup), []
     exchange = SumServer(setup).sum()
     messages = next(exchange)
@@ -128,7 +132,7 @@ def test_the_sum_is_exactly_that_of_the_survivors(plan: tuple[SumSetup, dict[Sta
     found, traffic = local_sum(
         setup, vectors, dropped=dropped, bits=[seeded(seed, client) for client in range(setup.clients)]
     )
-    absent = {client for stage, clients in dropped.items() if stage != "unmask" for client in clients}
+    absent = {client for stage, clients in dropped.items() if stage not in IN_THE_SUM for client in clients}
     who = [client for client in range(setup.clients) if client not in absent]
     assert found.survivors == tuple(who)
     total = expected(setup, vectors, who, {client: seeded(seed, client) for client in who})
@@ -144,7 +148,7 @@ def test_as_many_as_tolerated_may_drop_out_at_any_stage_and_no_more(stage: Stage
     vectors = vectors_of(7, 4)
     if count <= setup.tolerated:
         found, _ = local_sum(setup, vectors, dropped={stage: range(count)})
-        who = range(0 if stage == "unmask" else count, 7)
+        who = range(0 if stage in IN_THE_SUM else count, 7)
         assert (found.total == expected(setup, vectors, who)).all()
     else:
         with pytest.raises(TooFewAnswers, match="5 answers are needed and 4 came; nothing is opened"):
@@ -225,15 +229,15 @@ def test_living_and_dead_must_not_overlap_and_a_refusal_costs_nothing() -> None:
     ):
         with pytest.raises(SecureError, match=match):
             clients[0].handle(changed(good, living=np.array(living, np.int64), dead=np.array(dead, np.int64)))
-    assert isinstance(read(clients[0].handle(good)), Unmasking)
+    assert isinstance(read(clients[0].handle(good)), Confirmation)
 
 
 def test_a_client_gives_one_kind_of_share_about_each_and_answers_once() -> None:
     """A second question, however it is put, gets no answer: not the same, and not with another client named dead."""
     setup = a_setup(7, 3, 5)
-    clients, messages = at_stage(setup, 3, {6: 3})
+    clients, messages = at_stage(setup, 4, {6: 3})
     good = messages[3][0]
-    answer = read(clients[0].handle(good))
+    answer = read(clients[0].handle(messages[4][0]))
     assert isinstance(answer, Unmasking)
     held = clients[0]._held
     assert (answer.shares == np.stack([held[client][1 if client == 6 else 0] for client in range(7)])).all()
@@ -245,10 +249,10 @@ def test_a_client_gives_one_kind_of_share_about_each_and_answers_once() -> None:
 
 def test_messages_are_taken_in_their_order_each_once() -> None:
     setup = a_setup(5, 3)
-    _, messages = at_stage(setup, 3)
-    for stage in range(4):
+    _, messages = at_stage(setup, 4)
+    for stage in range(5):
         clients, own = at_stage(setup, stage)
-        for number in range(4):
+        for number in range(5):
             if number != stage:
                 content = own[number][0] if number < len(own) else messages[number][0]
                 with pytest.raises(SecureError, match="out of turn"):
@@ -267,7 +271,7 @@ def test_messages_are_taken_in_their_order_each_once() -> None:
         ({"largest": 2.0}, "foreign"),
     ],
 )
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", range(5))
 def test_messages_of_another_session_round_or_setup_are_refused(stage: int, other: dict[str, Any], match: str) -> None:
     """By clients at every stage, and by the server."""
     setup, elsewhere = a_setup(5, 3, 4), replace(a_setup(5, 3, 4), **other)
@@ -396,7 +400,107 @@ def test_a_client_without_a_vector_says_so() -> None:
     clients[0].handle(messages[2][0])
 
 
+def test_a_refused_roster_leaves_no_key_behind() -> None:
+    """A bad key of one peer is refused, and then the right one is taken."""
+    setup = a_setup(5, 3)
+    clients, messages = at_stage(setup, 1)
+    roster = read(messages[1][0])
+    assert isinstance(roster, Roster)
+    keys = roster.sealing_keys.copy()
+    keys[2] = 0
+    with pytest.raises(SecureError, match="the public key of client 2 is not one"):
+        clients[0].handle(replace(roster, sealing_keys=keys).to_bytes())
+    assert isinstance(read(clients[0].handle(messages[1][0])), SumShares)
+
+
+# What a server that lies gets
+
+
+def lying_requests(setup: SumSetup, dead: Sequence[int]) -> dict[int, UnmaskRequest]:
+    """Requests in each of which t clients are living, and yet t clients are asked for the key of each of `dead`."""
+    most = setup.clients - setup.threshold
+    named: dict[int, list[int]] = {client: [] for client in range(setup.clients)}
+    for victim in dead:
+        asked = sorted((client for client in named if client != victim), key=lambda client: len(named[client]))
+        for client in asked[: setup.threshold]:
+            named[client].append(victim)
+    assert max(map(len, named.values())) <= most
+    requests = {}
+    for client, victims in named.items():
+        living = [other for other in range(setup.clients) if other not in victims]
+        requests[client] = UnmaskRequest(*head(setup), np.array(living), np.array(sorted(victims), np.int64))
+    return requests
+
+
+@pytest.mark.parametrize(("n", "t", "colluders", "left"), [(11, 6, 0, 2), (10, 7, 1, 6), (8, 5, 1, 4)])
+def test_a_server_that_tells_each_client_of_other_dead_opens_nothing(n: int, t: int, colluders: int, left: int) -> None:
+    """It would have t shares of everything that it needs for the sum of `left` clients, fewer than t.
+
+    It may show a client any confirmations that there are. None is of the same request, so no share leaves.
+    """
+    setup = a_setup(n, 3, t, 1.0, colluders=colluders)
+    clients, _ = at_stage(setup, 3)
+    requests = lying_requests(setup, range(n - left))
+    asked = {kind: [0] * n for kind in ("living", "dead")}
+    for request in requests.values():
+        for kind in asked:
+            for client in getattr(request, kind).tolist():
+                asked[kind][client] += 1
+    assert min(asked["dead"][: n - left]) >= t
+    assert min(asked["living"][n - left :]) >= t
+    words = {client: read(clients[client].handle(requests[client].to_bytes())) for client in range(n)}
+    for client, request in requests.items():
+        living = request.living.tolist()
+        members, tags = [], []
+        for other in living:
+            seen = requests[other].living.tolist()
+            if other != client and client in seen:
+                word = words[other]
+                assert isinstance(word, Confirmation)
+                members.append(other)
+                tags.append(word.tags[[each for each in seen if each != other].index(client)])
+        shown = Confirmations(*head(setup), np.array(members), np.stack(tags))
+        alike = sum(requests[each].to_bytes() == request.to_bytes() for each in living)
+        assert alike < t
+        with pytest.raises(SecureError, match=f"{alike} clients confirm who is living and dead where at least {t}"):
+            clients[client].handle(shown.to_bytes())
+
+
+def test_one_clients_bad_confirmations_keep_nobody_from_the_sum() -> None:
+    setup = a_setup(7, 3, 5)
+    server = meddled(setup, {2: (Confirmation, lambda m: replace(m, tags=m.tags ^ np.uint8(1)))})
+    assert not server.rejected
+
+
+def test_confirmations_are_of_the_living_once_each_and_for_their_receiver() -> None:
+    setup = a_setup(7, 3, 5)
+    clients, messages = at_stage(setup, 4, {6: 3})
+    good = read(messages[4][0])
+    assert isinstance(good, Confirmations)
+    assert good.members.tolist() == [1, 2, 3, 4, 5]
+    twice = good.members.copy()
+    twice[1] = 1
+    for changes, match in (
+        ({"members": twice}, "once each, in order"),
+        ({"members": good.members[::-1]}, "once each, in order"),
+        ({"members": np.array([0, 2, 3, 4, 5])}, "of living clients"),
+        ({"members": np.array([1, 2, 3, 4, 6])}, "of living clients"),
+        ({"tags": good.tags[1:]}, "malformed"),
+        ({"tags": good.tags[:, :15]}, "1 clients confirm"),
+        ({"members": good.members[:3], "tags": good.tags[:3]}, "4 clients confirm .* at least 5 are due"),
+        ({"tags": good.tags[[1, 0, 2, 4, 3]]}, "2 clients confirm"),
+        ({"tags": read(messages[4][1]).tags}, "1 clients confirm"),  # type: ignore[attr-defined]
+    ):
+        with pytest.raises(SecureError, match=match):
+            clients[0].handle(replace(good, **changes).to_bytes())
+    assert isinstance(read(clients[0].handle(messages[4][0])), Unmasking)
+
+
 # What the server refuses
+
+
+# A header that is nested deeper than a parser goes.
+DEEP = safetensors.numpy.save({"header": np.frombuffer(b"[" * 2500, np.uint8)})
 
 
 class Meddler(SumClient):
@@ -452,6 +556,14 @@ def meddled(
         (MaskedInput, lambda m: Invitation(m.round, m.setup), "out of turn: Invitation where MaskedInput was due"),
         (MaskedInput, lambda m: m.to_bytes() + bytes(10**5), "malformed: .* bytes where at most"),
         (MaskedInput, lambda m: b"", "malformed"),
+        (Advertisement, lambda m: replace(m, sealing_key=np.zeros(32, np.uint8)), "a public key that is not one"),
+        (
+            Advertisement,
+            lambda m: replace(m, mask_key=np.zeros(32, np.uint8)),
+            "a public key that is not one",
+        ),
+        (MaskedInput, lambda m: DEEP, "malformed: not a message"),
+        (Confirmation, lambda m: replace(m, tags=m.tags[1:]), "malformed: tags of"),
         (Unmasking, lambda m: replace(m, shares=m.shares[1:]), "malformed: shares of shape"),
         (Unmasking, lambda m: replace(m, shares=m.shares + np.uint64(2**61)), "out of range"),
         (Unmasking, lambda m: replace(m, shares=m.shares ^ np.uint64(1)), "contradict"),
@@ -528,7 +640,7 @@ def test_garbage_is_malformed_for_clients_and_server(content: bytes) -> None:
 GARBAGE = a_setup(5, 3)
 
 
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", range(5))
 def test_any_changed_byte_is_refused_or_changes_nothing_but_what_it_says(stage: int) -> None:
     """No byte of a question makes a client fail otherwise than by a refusal; so too with replies and the server."""
     setup = a_setup(5, 3, 4)
@@ -568,7 +680,8 @@ def test_bytes_per_client_grow_by_the_vector_and_by_the_clients_and_not_by_their
 
     assert traffic(5, 5000) - traffic(5, 1000) == pytest.approx(4 * 4000, abs=16)  # lengths in headers have digits
     per_peer = (traffic(45, 8) - traffic(5, 8)) / 40
-    assert 2 * 96 + 64 < per_peer < 2 * 96 + 64 + 100
+    due = 2 * 96 + 64 + 2 * 16  # payloads, keys and confirmations, without numbers and shares
+    assert due < per_peer < due + 100
 
 
 # Masks
@@ -624,7 +737,7 @@ def test_messages_come_back_as_they_were() -> None:
     fresh = clients_of(setup)
     exchange = SumServer(setup).sum()
     messages = next(exchange)
-    for _ in range(4):
+    for _ in range(5):
         replies = [(number, fresh[number].handle(content)) for number, content in messages.items()]
         contents.append(replies[0][1])
         try:

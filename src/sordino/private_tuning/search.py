@@ -45,7 +45,10 @@ class SearchState:
             self.best, self.least = [float(value) for value in z], loss
 
     def to_json(self) -> str:
-        """Serialize the state for a file. It holds no prompt but the best z, which is useless without A."""
+        """Serialize the state for a file.
+
+        It is as secret as the prompt: A follows from the seed, and so does each candidate with the losses before it.
+        """
         return json.dumps({"losses": self.losses, "best": self.best})
 
     @classmethod

@@ -3,8 +3,8 @@ would expose a client.
 
 For any request of the server, an honest client answers
 
-- each round once, and each question once. Masks are never used twice, and no more distances are
-  opened than agreed;
+- each round once, and only with the numbers that it computes itself, if it is told how (`agreed`);
+- each question once. Masks are never used twice, and no more distances are opened than agreed;
 - one partition of vectors, and one of distances, for each sharing. Two sums that differ by a client
   would give its vector;
 - no set with fewer members than the minimum, nor with a member who dealt nothing;
@@ -13,6 +13,10 @@ For any request of the server, an honest client answers
 """
 
 from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import fields
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -61,6 +65,8 @@ class Client:
         minimum: the smallest set whose sum it allows to be opened. A round's own minimum may be
             higher. By default, and at least, `fewest_members(privacy)`.
         privacy: the fewest colluding clients that a round must protect against.
+        agreed: the numbers that a round must have, by how many take part. By default, the client takes what the
+            server says of all that `minimum` and `privacy` leave open: `reveal` and `columns` too.
         entropy: the source of random bytes; the operating system, except in tests.
     """
 
@@ -74,6 +80,7 @@ class Client:
         clip: bool = False,
         minimum: int | None = None,
         privacy: int = 1,
+        agreed: Callable[[int], Setup] | None = None,
         entropy: Entropy = system_bytes,
     ) -> None:
         least = fewest_members(privacy)
@@ -86,6 +93,7 @@ class Client:
         self.number, self.point, self.vector = number, np.asarray(point, np.float64), vector
         self.cipher = PlainCipher() if cipher is None else cipher
         self.clip, self.minimum, self.privacy, self.entropy = clip, minimum, privacy, entropy
+        self._agreed = agreed
         self.refused: list[tuple[int, str]] = []  # whose payloads were not in order, and why
         self._setup: Setup | None = None
         self._joined: tuple[int, ...] = ()
@@ -125,6 +133,7 @@ class Client:
         1. Check its numbers; forget the round before.
         2. Send a public key.
         """
+        self._check_agreed(setup)
         setup.check()
         before = self._setup
         if before is not None and setup.round <= before.round:
@@ -140,8 +149,19 @@ class Client:
                 f"{setup.clients} clients with points of {setup.width}"
             )
         self._setup, self._joined, self._next_step, self._next_mask = setup, (), 0, 0
+        self._digest = hashlib.sha256(setup.to_bytes()).hexdigest()
         self._held, self._dealt, self._summed, self.refused = {}, set(), set(), []
         return Join(setup.round, self.number, np.frombuffer(self.cipher.public_key, np.uint8))
+
+    def _check_agreed(self, setup: Setup) -> None:
+        """Refuse a round with other numbers than this client computes: they decide on what is opened."""
+        if self._agreed is None:
+            return
+        expected = self._agreed(setup.clients)
+        for name in (item.name for item in fields(Setup)):
+            due, offered = getattr(expected, name), getattr(setup, name)
+            if due != offered:
+                raise SecureError(f"client {self.number} agreed on {name} = {due!r}, and the round offers {offered!r}")
 
     def _deal(self, request: Deal) -> Message:
         """Share the point or the vector, as requested.
@@ -163,17 +183,20 @@ class Client:
             joined,
         ):
             raise SecureError(f"client {self.number} was asked to deal to clients who did not join")
+        keys = {peer: key.tobytes() for peer, key in zip(joined, request.keys, strict=True)}
+        if keys[self.number] != self.cipher.public_key:
+            raise SecureError(f"the request to deal has another key of client {self.number} than it joined with")
+        if any(keys.values()) and len({*keys.values()}) < len(keys):
+            raise SecureError("the request to deal has one key twice; two clients must not share one")
+        self.cipher.meet(keys)
         payload = self._point_shares() if request.purpose == "point" else self._vector_shares()
-        self._dealt.add(request.purpose)
-        self._joined = joined
-        self.cipher.meet(
-            {peer: key.tobytes() for peer, key in zip(joined, request.keys, strict=True)},
-        )
         sealed = []
         for peer in joined:
             context = self._context(request.purpose, self.number, peer)
             sealed.append(self.cipher.seal(peer, payload[peer].tobytes(), context))
         payloads = np.frombuffer(b"".join(sealed), np.uint8).reshape(len(joined), -1)
+        self._dealt.add(request.purpose)  # from here on it will not deal again; a refusal above changes nothing
+        self._joined = joined
         return Shares(setup.round, self.number, request.purpose, payloads)
 
     def _receive(self, delivery: Delivery) -> Message:
@@ -302,7 +325,8 @@ class Client:
         return self._held[purpose]
 
     def _context(self, purpose: Purpose, dealer: int, recipient: int) -> bytes:
-        return f"sordino secpc {self._current.round} {purpose} {dealer} {recipient}".encode()
+        """Return what a payload is bound to: all numbers of the round, so that nobody opens it in another one."""
+        return f"sordino secpc {self._digest} {purpose} {dealer} {recipient}".encode()
 
     @property
     def _current(self) -> Setup:

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from sordino.secure.errors import SecureError
 
 TAG = 16  # bytes by which a sealed payload is longer
+ANYBODY = X25519PrivateKey.from_private_bytes(bytes([8]) * 32)  # tries keys; protects nothing
 
 
 class EncryptingCipher:
@@ -46,17 +47,24 @@ class EncryptingCipher:
         return self._private.public_key().public_bytes_raw()
 
     def meet(self, keys: Mapping[int, bytes]) -> None:
-        """Take the public keys of all clients of the round.
+        """Take the public keys of all clients of the round: all of them, or none if one is refused.
 
         Raises:
             SecureError: a key is malformed, or a peer's key changed within the round.
         """
+        secrets: dict[int, bytes] = {}
         for peer, key in keys.items():
             if len(key) != len(self.public_key):
                 raise SecureError(f"client {peer} sent a public key of {len(key)} bytes where 32 are due")
             if self._peers.get(peer, key) != key:
                 raise SecureError(f"the public key of client {peer} changed within a round")
+            try:
+                known = self._secrets.get(peer)
+                secrets[peer] = known or self._private.exchange(X25519PublicKey.from_public_bytes(key))
+            except ValueError:  # of small order
+                raise SecureError(f"the public key of client {peer} is not one") from None
         self._peers.update(keys)
+        self._secrets.update(secrets)
 
     def seal(self, recipient: int, content: bytes, context: bytes) -> bytes:
         """Seal a payload for a peer; it is 16 bytes longer than the content."""
@@ -83,18 +91,21 @@ class EncryptingCipher:
             keys = public_key + peer_key if sending else peer_key + public_key  # the sender's first
             info = self._protocol + keys
             derivation = HKDF(algorithm=SHA256(), length=32, salt=None, info=info)
-            key = derivation.derive(self._secret(peer))
-            self._ciphers[peer, sending] = ChaCha20Poly1305(key)
+            self._ciphers[peer, sending] = ChaCha20Poly1305(derivation.derive(self._secrets[peer]))
         return self._ciphers[peer, sending]
 
-    def _secret(self, peer: int) -> bytes:
-        if peer not in self._secrets:
-            try:
-                peer_key = X25519PublicKey.from_public_bytes(self._peers[peer])
-                self._secrets[peer] = self._private.exchange(peer_key)
-            except ValueError:
-                raise SecureError(f"the public key of client {peer} is not one") from None
-        return self._secrets[peer]
+
+def is_key(key: bytes) -> bool:
+    """Return true if 32 bytes are a public key of X25519 with which a secret can be agreed on.
+
+    A point of small order gives everybody the same secret. No client seals to it, so a server that passed it on would
+    have all of them refuse.
+    """
+    try:
+        ANYBODY.exchange(X25519PublicKey.from_public_bytes(key))
+    except ValueError:
+        return False
+    return True
 
 
 def _nonce(context: bytes) -> bytes:

@@ -222,6 +222,7 @@ def read(content: bytes, most: int | None = None) -> Message:
         TypeError,
         AttributeError,
         OverflowError,
+        RecursionError,
     ) as error:
         raise SecureError(f"malformed: not a message of a secure protocol ({type(error).__name__}: {error})") from None
 
@@ -239,13 +240,14 @@ def expect(content: bytes, kind: type[AnyMessage], most: int | None = None) -> A
 
 
 def kind_of(content: bytes) -> str:
-    """Return the kind of a message from its header alone, "malformed" if it has none; its arrays are not read."""
+    """Return the kind of a message from its header alone, "malformed" if it has no known one; arrays are not read."""
     try:
         start = 8 + int.from_bytes(content[:8], "little")
         begin, end = json.loads(content[8:start])["header"]["data_offsets"]
-        return str(json.loads(content[start + begin : start + end])["kind"])
-    except (ValueError, KeyError, TypeError):
+        kind = str(json.loads(content[start + begin : start + end])["kind"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         return "malformed"
+    return kind if kind in Message.KINDS else "malformed"
 
 
 def pack(sets: Sequence[Iterable[int]], clients: int) -> OctetRows:

@@ -71,6 +71,7 @@ from numpy.typing import NDArray
 
 from sordino.secure.clustering import Clusters
 from sordino.secure.distances import Exchange, Integers, RevealedDistances, Set
+from sordino.secure.encryption import is_key
 from sordino.secure.errors import SecureError, TooFewAnswers
 from sordino.secure.field import Elements
 from sordino.secure.mailbox import Mailbox, Rejection
@@ -91,6 +92,8 @@ from sordino.secure.search import Start, search
 from sordino.secure.setup import Setup
 
 __all__ = ["Averages", "RevealedDistances", "Server"]
+
+KEY_BYTES = 32  # of X25519; other ciphers' keys are not looked at
 
 
 @dataclass(frozen=True)
@@ -260,7 +263,12 @@ class Server:
         return self._accepted(dealers.tolist(), receipts)
 
     def _join(self) -> Exchange[None]:
-        joins = yield from self._mailbox.ask(self.setup, Join, "joining")
+        def wrong(join: Join) -> str | None:
+            # A key of small order, passed on, would have every client refuse.
+            weak = len(join.key) == KEY_BYTES and not is_key(join.key.tobytes())
+            return "malformed: a public key that is not one" if weak else None
+
+        joins = yield from self._mailbox.ask(self.setup, Join, "joining", wrong)
         self._mailbox.keep_common(joins, "joining", lambda join: len(join.key))
         if len(joins) < self.setup.needed:
             raise TooFewAnswers("joining", self.setup.needed, len(joins))

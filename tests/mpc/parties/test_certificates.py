@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from sordino.cli.app import app
 from sordino.errors import ConfigError
+from sordino.mpc.parties import certificates
 from sordino.mpc.parties.certificates import AUTHORITY, CERTIFICATE, KEY, ROLES, Identity, make_certificates
 
 
@@ -64,6 +66,19 @@ def test_another_role_and_no_role(tmp_path: Path, key: str) -> None:
     with pytest.raises(ConfigError, match="no party's folder") as damaged:
         Identity.load(tmp_path / "dealer", "dealer", key=key)
     assert {each.value.key for each in (other, nobody, damaged)} == {key}
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o400, 0o640, 0o604])
+def test_a_key_that_others_may_read_is_told(tmp_path: Path, mode: int, caplog: pytest.LogCaptureFixture) -> None:
+    """As after a copy that kept no modes."""
+    make_certificates(tmp_path)
+    key = tmp_path / "dealer" / KEY
+    key.chmod(mode)
+    certificates._warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        Identity.load(tmp_path / "dealer", "dealer")
+    told = f"others on this machine may read {key} (mode {mode:o})"
+    assert (told in caplog.text) == bool(mode & 0o077)
 
 
 def test_commands_name_their_option(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from sordino.mpc.errors import PartyLost
 from sordino.mpc.parties import certificates, transport, versions
 from sordino.mpc.parties.certificates import DATA_OWNER, DEALER, MODEL_OWNER, ROLES, SERVERS, Identity
 from sordino.mpc.parties.dealer_service import RemoteDealer, start_dealer
-from sordino.mpc.parties.server import ServerService, start_server
+from sordino.mpc.parties.server import ServerService, _say, start_server
 from sordino.mpc.parties.session import connect, provide
 from sordino.mpc.parties.transport import SERVICE, ClientConnection, Stream, listen, packed, unpacked
 from sordino.mpc.tower.calibration import Calibration
@@ -54,6 +54,7 @@ def make_parties(folder: Path, seconds: dict[str, float]) -> dict[str, Identity]
             (certificates.AUTHORITY, root),
         ):
             (folder / role / name).write_bytes(content)
+        (folder / role / certificates.KEY).chmod(0o600)
         identities[role] = Identity(role, secret, own.public_bytes(Encoding.PEM), root)
     return identities
 
@@ -216,6 +217,35 @@ def test_another_partys_version_is_shown_as_one_line() -> None:
     assert told
     assert "\n" not in told
     assert len(told) < 600
+
+
+@pytest.mark.parametrize("told", ["\x1b[2Jgone", "two\nlines", "x" * 10**6, ["a", 1], "a\u202eb"])
+def test_another_partys_error_is_shown_as_one_plain_line(told: object) -> None:
+    """It goes to a terminal and to logs: no escapes, no second line, no end of it."""
+    stream = Stream("server-0", TIMEOUT)
+    stream.pump(iter([packed(error=told, versions=versions.own_versions())]))
+    with pytest.raises(PartyLost, match="server-0: ") as caught:
+        stream.receive()
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) <= transport.LONGEST_ERROR
+
+
+def test_a_server_logs_others_names_as_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
+    _say("session \x1b[2J\n begins")
+    logged = capsys.readouterr().err
+    assert logged.count("\n") == 1
+    assert logged.strip().isprintable()
+
+
+@pytest.mark.parametrize("before", [[], [packed(b"x", versions=versions.own_versions())]], ids=["first", "later"])
+def test_a_header_nested_deeper_than_a_parser_goes_is_garbage_at_once(before: list[bytes]) -> None:
+    deep = b"[" * 200_000
+    stream = Stream("server-0", TIMEOUT)
+    stream.pump(iter([*before, len(deep).to_bytes(4, "big") + deep]))
+    for _ in before:
+        stream.receive()
+    with pytest.raises(PartyLost, match="server-0 sent garbage: its header is nested too deeply"):
+        stream.receive()
 
 
 # Whose certificate an address shows.

@@ -7,6 +7,8 @@ later. So certificates are renewed for all parties at once.
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -86,6 +88,7 @@ class Identity:
         if problem:
             raise ConfigError(key, str(folder), problem)
         warn_of_expiry(identity.chain, f"the certificate of {role}")
+        _warn_of_readers(folder / KEY)
         return identity
 
     @cached_property
@@ -139,6 +142,16 @@ def warn_of_expiry(certificates: Sequence[x509.Certificate], whose: str) -> None
     left = (ends - datetime.now(UTC)).days
     if left < WARNED_DAYS:
         _warn_once(f"{whose} expires in {left} day{'' if left == 1 else 's'}, on {ends:%Y-%m-%d}; {RENEWAL}")
+
+
+def _warn_of_readers(key: Path) -> None:
+    """Log a warning if others on this machine can read a key: they could act as its party.
+
+    It is no error, as secrets that a container mounts may have such a mode.
+    """
+    mode = stat.S_IMODE(key.stat().st_mode)
+    if os.name == "posix" and mode & 0o077:
+        _warn_once(f"others on this machine may read {key} (mode {mode:o}) and act as its party; run 'chmod 600 {key}'")
 
 
 @lru_cache(maxsize=64)

@@ -316,4 +316,5 @@ def _news(costs: Costs) -> Header:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    """Print a line. Names in it come from other parties."""
+    print(text if text.isprintable() else ascii(text), file=sys.stderr, flush=True)

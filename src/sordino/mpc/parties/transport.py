@@ -21,7 +21,7 @@ from typing import Any
 import grpc
 from cryptography import x509
 
-from sordino.errors import ConfigError
+from sordino.errors import ConfigError, shortened
 from sordino.mpc.arithmetic.packing import Octets
 from sordino.mpc.errors import PartyLost
 from sordino.mpc.parties.certificates import Identity, warn_of_expiry
@@ -32,6 +32,7 @@ SERVICE = "sordino.mpc"
 PATIENCE = 10  # timeouts after which a party that is alive, but sends no message, counts as lost
 PIECE = 2**20  # bytes sent at a time, so that the pieces of a long message are signs of life
 LARGEST = 2**33  # most bytes of a message: far more than any of ours
+LONGEST_ERROR = 2000  # characters of another party's error that are repeated
 ALIVE, ERROR, PART = "alive", "error", "part"  # headers
 OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0)]
 Header = dict[str, Any]
@@ -54,7 +55,10 @@ def unpacked(message: bytes) -> tuple[Header, Octets]:
     (length,) = struct.unpack(">I", message[:4])
     if len(message) < 4 + length:
         raise ValueError("its header is cut off")
-    header = json.loads(message[4 : 4 + length])
+    try:
+        header = json.loads(message[4 : 4 + length])
+    except RecursionError:
+        raise ValueError("its header is nested too deeply") from None
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
     return header, memoryview(message)[4 + length :]
@@ -168,7 +172,8 @@ class Stream:
         except grpc.RpcError as error:
             if isinstance(error, grpc.Call):  # only the end that connected gets details
                 end = PartyLost(f"{self.party} {_complaint(error)}")
-        self._inbox.put(end)
+        finally:  # whatever happens, nobody waits for a thread that is gone
+            self._inbox.put(end)
 
     def _greeted(self, message: bytes) -> bool:
         """Compare the versions in the other end's first message with this end's; false for a sign of life before it.
@@ -199,7 +204,7 @@ class Stream:
         except ValueError as error:
             raise PartyLost(f"{self.party} sent garbage: {error}") from None
         if ERROR in header:
-            raise PartyLost(f"{self.party}: {header[ERROR]}")
+            raise PartyLost(f"{self.party}: {_one_line(header[ERROR])}")
         return header, payload
 
 
@@ -315,6 +320,12 @@ def _served(serve: Serve, stream: Stream) -> None:
         stream.fail(str(error) if known else f"failed with {type(error).__name__}")
     finally:
         stream.close()
+
+
+def _one_line(told: Any) -> str:
+    """Return another party's words as they are if they are one line of text; else quoted and cut, for a terminal."""
+    text = " ".join(str(told).splitlines())
+    return text if text.isprintable() and len(text) <= LONGEST_ERROR else shortened(text)
 
 
 def _complaint(error: grpc.Call) -> str:

@@ -3,15 +3,21 @@
 Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine Learning, CCS 2017. For
 any request of the server, an honest client answers
 
-- the four messages of one round in their order, each once, and for its own setup only;
+- the five messages of one round in their order, each once, and for its own setup only;
 - with shares for t members or more, and with a masked vector only once t members dealt theirs;
 - one request to unmask. In it, living and dead are disjoint and are all who dealt, and at least t
-  are living, itself among them. So it never gives both kinds of share about one client.
+  are living, itself among them. So it never gives both kinds of share about one client;
+- with shares only once t living clients, itself among them, have confirmed to each other that they
+  were sent that request and that roster. As 2 t > n + T, no two requests can have so many. So a
+  server that names other clients dead to each client opens nothing (Bonawitz et al., section 6.2,
+  with seals in the place of signatures).
 
 A request that it refuses changes nothing: it still answers one that is in order.
 """
 
 from __future__ import annotations
+
+import hashlib
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -19,7 +25,7 @@ from numpy.typing import ArrayLike
 
 from sordino.errors import DataError
 from sordino.randomness import system_bytes
-from sordino.secure.encryption import EncryptingCipher
+from sordino.secure.encryption import TAG, EncryptingCipher
 from sordino.secure.errors import SecureError
 from sordino.secure.field import Elements, Entropy
 from sordino.secure.messages import Numbers, Octets, read
@@ -27,6 +33,8 @@ from sordino.secure.sums.discrete_gaussian import Bits, discrete_gaussian, syste
 from sordino.secure.sums.masks import pair_mask, self_mask, to_limbs
 from sordino.secure.sums.messages import (
     Advertisement,
+    Confirmation,
+    Confirmations,
     Invitation,
     MaskedInput,
     Roster,
@@ -38,7 +46,7 @@ from sordino.secure.sums.messages import (
 )
 from sordino.secure.sums.setup import LIMBS, SEALED, SECRET, SumSetup
 
-ORDER: tuple[type[SumMessage], ...] = (Invitation, Roster, SumDelivery, UnmaskRequest)
+ORDER: tuple[type[SumMessage], ...] = (Invitation, Roster, SumDelivery, UnmaskRequest, Confirmations)
 
 
 class SumClient:
@@ -81,6 +89,8 @@ class SumClient:
             int,
             Elements,
         ] = {}  # [2, 5]: a share of each dealer's seed, and of its key
+        self._roster = b""
+        self._request: UnmaskRequest | None = None
         self._stage = 0
 
     def handle(self, content: bytes) -> bytes:
@@ -109,6 +119,8 @@ class SumClient:
             case SumDelivery():
                 reply = self._mask(message)
             case UnmaskRequest():
+                reply = self._confirm(message)
+            case Confirmations():
                 reply = self._unmask(message)
         self._stage += 1
         return reply.to_bytes()
@@ -157,7 +169,7 @@ class SumClient:
             if member != number
         ]
         self._held = {number: shares[number].reshape(2, LIMBS)}
-        self._mask_keys = mask_keys
+        self._mask_keys, self._roster = mask_keys, hashlib.sha256(roster.to_bytes()).digest()
         payloads = np.frombuffer(b"".join(sealed), np.uint8).reshape(count - 1, SEALED)
         return SumShares(*self._head, number, payloads)
 
@@ -199,8 +211,8 @@ class SumClient:
             held[dealer] = shares
         return held
 
-    def _unmask(self, request: UnmaskRequest) -> SumMessage:
-        """Give one share about each client who dealt: of a living client's seed, or of a dead one's key."""
+    def _confirm(self, request: UnmaskRequest) -> SumMessage:
+        """Check who is named living and dead, and tell each other living client of it."""
         number = self.number
         living, dead = request.living.tolist(), request.dead.tolist()
         both = {*living} & {*dead}
@@ -214,9 +226,44 @@ class SumClient:
             raise SecureError(
                 f"{len(named)} clients are named living or dead where exactly the {len(self._held)} who dealt are due"
             )
-        dropped = {*dead}
-        shares = np.stack([self._held[client][1 if client in dropped else 0] for client in named])
+        self._request = request
+        tags = [self._cipher.seal(peer, b"", self._confirmed(number, peer)) for peer in living if peer != number]
+        return Confirmation(*self._head, number, np.frombuffer(b"".join(tags), np.uint8).reshape(-1, TAG))
+
+    def _unmask(self, confirmations: Confirmations) -> SumMessage:
+        """Give one share about each client who dealt: of a living client's seed, or of a dead one's key.
+
+        It does so if t living clients, itself among them, confirmed the same request. Words that are not in order do
+        not count: one client's bad word keeps nobody from answering.
+        """
+        assert self._request is not None
+        number, living, dead = self.number, self._request.living.tolist(), {*self._request.dead.tolist()}
+        members = confirmations.members.tolist()
+        if members != sorted({*members} & ({*living} - {number})) or len(confirmations.tags) != len(members):
+            raise SecureError("malformed: confirmations are due of living clients, once each, in order")
+        confirmed = 1 + sum(
+            self._has_confirmed(member, tag.tobytes()) for member, tag in zip(members, confirmations.tags, strict=True)
+        )
+        if confirmed < self.setup.threshold:
+            raise SecureError(
+                f"{confirmed} clients confirm who is living and dead where at least {self.setup.threshold} are due; "
+                "the server may have told others otherwise"
+            )
+        shares = np.stack([self._held[client][1 if client in dead else 0] for client in sorted(self._held)])
         return Unmasking(*self._head, number, shares)
+
+    def _has_confirmed(self, member: int, tag: bytes) -> bool:
+        try:
+            return self._cipher.unseal(member, tag, self._confirmed(member, self.number)) == b""
+        except SecureError:
+            return False
+
+    def _confirmed(self, sender: int, recipient: int) -> bytes:
+        """Return the context of a confirmation: roster and request, and whose word it is."""
+        assert self._request is not None
+        request = hashlib.sha256(self._request.to_bytes()).digest()
+        ends = sender.to_bytes(4, "big") + recipient.to_bytes(4, "big")
+        return b"confirmed" + self.setup.digest + self._roster + request + ends
 
     def _members(self, numbers: Numbers, what: str) -> list[int]:
         """Check clients' numbers: ascending, of this sum, at least t."""

@@ -18,8 +18,8 @@ from sordino.secure.sums.discrete_gaussian import Bits
 from sordino.secure.sums.server import SecureSum, SumServer
 from sordino.secure.sums.setup import SumSetup
 
-Stage = Literal["advertise", "share", "mask", "unmask"]
-STAGES: tuple[Stage, ...] = ("advertise", "share", "mask", "unmask")
+Stage = Literal["advertise", "share", "mask", "confirm", "unmask"]
+STAGES: tuple[Stage, ...] = ("advertise", "share", "mask", "confirm", "unmask")
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def local_sum(
     Args:
         setup: the sum's numbers.
         vectors: [n, d], each client's, in their units.
-        dropped: the clients who vanish before they answer a stage: "advertise", "share", "mask" or "unmask". Clients
-            who vanish before "unmask" are in the sum.
+        dropped: the clients who vanish before they answer a stage: "advertise", "share", "mask", "confirm" or
+            "unmask". Clients who vanish before the last two are in the sum.
         bits: for simulations, each client's source of uniform 64-bit integers for its noise, [n]. By default it is the
             operating system.
 

@@ -5,7 +5,8 @@
 | 1 | `Invitation`: which sum it is | `Advertisement`: two public keys |
 | 2 | `Roster`: who takes part, and their keys | `SumShares`: one sealed payload for each other |
 | 3 | `SumDelivery`: the payloads for it | `MaskedInput`: its vector, noised and masked |
-| 4 | `UnmaskRequest`: who is in the sum, who dropped out | `Unmasking`: a share of one secret of each |
+| 4 | `UnmaskRequest`: who is in the sum, who dropped out | `Confirmation`: it was asked this, sealed to each other |
+| 5 | `Confirmations`: those of the others, for it | `Unmasking`: a share of one secret of each |
 
 Every message carries the digest of the setup, and so of the session, the round, and all other
 numbers.
@@ -117,7 +118,7 @@ class MaskedInput(SumMessage):
 
 @dataclass(frozen=True, eq=False)
 class UnmaskRequest(SumMessage):
-    """A request for shares, once.
+    """The request for shares that follows, once.
 
     Attributes:
         living: the clients whose vectors are in the sum, ascending; shares of their self masks'
@@ -128,6 +129,32 @@ class UnmaskRequest(SumMessage):
 
     living: Numbers
     dead: Numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Confirmation(SumMessage):
+    """A client's word, to each other living client, on which request it was sent.
+
+    Attributes:
+        sender: its number.
+        tags: [living - 1, 16], an empty payload sealed to each, in ascending order. The request is in its context.
+    """
+
+    sender: int
+    tags: OctetRows
+
+
+@dataclass(frozen=True, eq=False)
+class Confirmations(SumMessage):
+    """The confirmations that others sealed to a client.
+
+    Attributes:
+        members: their numbers, ascending, without the client's own, [members].
+        tags: [members, 16].
+    """
+
+    members: Numbers
+    tags: OctetRows
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,13 +15,20 @@ unknown, or the key of a pairwise mask with a client outside the coalition.
 2. Each deals Shamir shares of its mask key and of the seed of a self mask, sealed to each other
    client.
 3. Each sends its vector + noise + self mask + sum of signed pairwise masks, modulo 2^32 or 2^64.
-4. Each gives a share of the seed of every client whose vector came (living), and of the key of
-   every other client who dealt (dead). From t shares the server computes the self masks of the
-   living, and the masks that the dead left in the sum.
+4. Each is told whose vectors came (living), and who dealt and sent none (dead). It seals a
+   confirmation of that to every other living client.
+5. Each who has t confirmations of the same gives a share of the seed of every living client, and of
+   the key of every dead one. From t shares the server computes the self masks of the living, and
+   the masks that the dead left in the sum.
 
 **Late vectors.** A vector that arrives after the server named its sender dead stays hidden by the
 self mask. This is the reason for two masks, and for clients' refusal to give both kinds of share
 about one client.
+
+**Two stories.** Without step 4 a server could name every client dead to t others and living to the
+rest, each of whom sees t living: of 11 clients with t = 6, it would open the sum of two. Such a
+server does not follow the protocol. Clients refuse it all the same, as long as it passes on the
+keys unchanged.
 """
 
 from __future__ import annotations
@@ -34,6 +41,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import NDArray
 
 from sordino.secure.distances import Exchange
+from sordino.secure.encryption import TAG, is_key
 from sordino.secure.errors import SecureError, TooFewAnswers
 from sordino.secure.field import Elements
 from sordino.secure.mailbox import Mailbox, Rejection
@@ -41,6 +49,8 @@ from sordino.secure.messages import AnyMessage, Message, Octets
 from sordino.secure.sums.masks import Ring, from_limbs, pair_mask, self_mask
 from sordino.secure.sums.messages import (
     Advertisement,
+    Confirmation,
+    Confirmations,
     Invitation,
     MaskedInput,
     Roster,
@@ -100,7 +110,8 @@ class SumServer:
         roster = yield from self._advertised()
         dealers, deliveries = yield from self._dealt(roster)
         living, total = yield from self._masked(deliveries)
-        shares = yield from self._unmasked(dealers, living)
+        confirmations = yield from self._confirmed(dealers, living)
+        shares = yield from self._unmasked(dealers, confirmations)
         for number, client in enumerate(dealers):
             secret = from_limbs(shares[number])
             if client in living:
@@ -115,9 +126,12 @@ class SumServer:
 
         def wrong(message: Advertisement) -> str | None:
             shapes = message.sealing_key.shape, message.mask_key.shape
-            if shapes == ((SECRET,), (SECRET,)):
-                return None
-            return f"malformed: keys of {shapes} bytes where 32 are due"
+            if shapes != ((SECRET,), (SECRET,)):
+                return f"malformed: keys of {shapes} bytes where 32 are due"
+            # A key of small order, passed on, would have every client refuse.
+            if not (is_key(message.sealing_key.tobytes()) and is_key(message.mask_key.tobytes())):
+                return "malformed: a public key that is not one"
+            return None
 
         answers = yield from self._ask(Invitation(*self._head), Advertisement, "advertising", wrong)
         self._refuse_shared_keys(answers)
@@ -172,10 +186,31 @@ class SumServer:
             total += answers[client].values.view(setup.word)
         return living, total
 
-    def _unmasked(self, dealers: list[int], living: list[int]) -> Exchange[Elements]:
-        """Run step 4: return the limbs of one secret of each dealer, [dealers, 5]."""
-        code = self.setup.code
+    def _confirmed(self, dealers: list[int], living: list[int]) -> Exchange[dict[int, Message]]:
+        """Run step 4: return the others' confirmations for each client who confirmed."""
         dead = sorted({*dealers} - {*living})
+
+        def wrong(message: Confirmation) -> str | None:
+            due = (len(living) - 1, TAG)
+            return None if message.tags.shape == due else f"malformed: tags of {message.tags.shape} where {due} is due"
+
+        request = UnmaskRequest(*self._head, np.array(living, np.int64), np.array(dead, np.int64))
+        questions: dict[int, Message] = dict.fromkeys(living, request)
+        answers = yield from self._ask(questions, Confirmation, "confirming", wrong)
+        clients = self._enough(answers, "confirming")
+        place = {client: number for number, client in enumerate(living)}
+        confirmations: dict[int, Message] = {}
+        for client in clients:
+            others = [other for other in clients if other != client]
+            # As with payloads, a client's tags are in order without its own.
+            tags = [answers[other].tags[place[client] - (other < client)] for other in others]
+            numbers = np.array(others, np.int64)
+            confirmations[client] = Confirmations(*self._head, numbers, np.reshape(tags, (-1, TAG)).astype(np.uint8))
+        return confirmations
+
+    def _unmasked(self, dealers: list[int], confirmations: dict[int, Message]) -> Exchange[Elements]:
+        """Run step 5: return the limbs of one secret of each dealer, [dealers, 5]."""
+        code = self.setup.code
 
         def wrong(message: Unmasking) -> str | None:
             if message.shares.shape != (len(dealers), LIMBS):
@@ -184,9 +219,7 @@ class SumServer:
                 return "out of range: numbers that are not in the field"
             return None
 
-        request = UnmaskRequest(*self._head, np.array(living, np.int64), np.array(dead, np.int64))
-        questions: dict[int, Message] = dict.fromkeys(living, request)
-        answers = yield from self._ask(questions, Unmasking, "unmasking", wrong)
+        answers = yield from self._ask(confirmations, Unmasking, "unmasking", wrong)
         clients = self._enough(answers, "unmasking")
         shares = np.stack([answers[client].shares for client in clients])
         decoded = code.decode(shares, clients, self.setup.threshold - 1, "unmasking")
