@@ -11,11 +11,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import safetensors
 import safetensors.torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
 from torch import Tensor
 
 from sordino.algorithms import METHODS, algorithm, settings_for
@@ -85,7 +85,7 @@ class _Header(Record):
     method: str
     settings: dict[str, Any]
     task: Literal["images", "text"]
-    classes: tuple[str, ...]
+    classes: Annotated[tuple[str, ...], FailFast()]  # of a hostile file not one error for each of millions
     encoder: EncoderRecord
     privacy: PrivacyRecord
     gray_range: tuple[float, float] | None

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from sordino.runtime.messages import MessageError
 
@@ -50,10 +50,10 @@ class Hello(BaseModel):
     protocol: int
     encoder: EncoderFacts
     classes: str
-    class_names: list[str] | None = None
-    sizes: list[Size] = Field(min_length=1, max_length=MOST_CLIENTS)
-    data: list[str]
-    numbers: list[Number] | None = None
+    class_names: Annotated[list[str], FailFast()] | None = None
+    sizes: Annotated[list[Size], FailFast()] = Field(min_length=1, max_length=MOST_CLIENTS)
+    data: Annotated[list[str], FailFast()]
+    numbers: Annotated[list[Number], FailFast()] | None = None
     whole_persons: bool
     example: list[Size] = Field(max_length=8)
     public: str = ""

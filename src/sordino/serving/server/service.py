@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -30,12 +31,16 @@ from sordino.serving.server.settings import ServerSettings
 from sordino.serving.server.shelf import Shelf
 from sordino.serving.server.uploads import read_picture
 
+log = logging.getLogger("sordino.serving")
+
 T = TypeVar("T")
 DECODERS = 2  # pictures that are unpacked at once, which bounds memory
 
 
 class Log:
     """Who asked what model when, a line of JSON each; never a picture, its name or an answer.
+
+    Where the disk is full, lines are kept, and nobody who has to be in the log is answered until they are written.
 
     Args:
         file: it is appended to, and its owner's alone where it is new; None: nothing is kept.
@@ -46,6 +51,7 @@ class Log:
 
     def __init__(self, file: Path | None) -> None:
         self._lock, self._descriptor = threading.Lock(), None
+        self._unwritten = bytearray()
         if file is not None:
             try:
                 self._descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -58,7 +64,32 @@ class Log:
             at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
             line = json.dumps({"at": at, **entry}) + "\n"
             with self._lock:
-                os.write(self._descriptor, line.encode())
+                fresh = not self._unwritten
+                self._unwritten += line.encode()
+                self._flush(tell=fresh)
+
+    def check(self) -> None:
+        """See that the log has all that happened.
+
+        Raises:
+            Refusal: it cannot be written.
+        """
+        with self._lock:
+            if self._unwritten and not self._flush():
+                reason = "the server cannot keep its log now; ask its operator"
+                raise Refusal(503, reason, {"Retry-After": "5"})
+
+    def _flush(self, tell: bool = False) -> bool:
+        """Write all lines that are not written; whether that went well. Of a piece of a line the rest follows."""
+        assert self._descriptor is not None
+        try:
+            while self._unwritten:
+                del self._unwritten[: os.write(self._descriptor, self._unwritten)]
+        except OSError as error:
+            if tell:
+                log.error("the log cannot be written (%s); nobody is answered until it can", error.strerror or error)
+            return False
+        return True
 
 
 class Metrics:
@@ -156,6 +187,7 @@ class Service:
         return self._counted(key)
 
     def _counted(self, key: ApiKey) -> ApiKey:
+        self.log.check()
         rate = RateLimitItemPerMinute(key.per_minute or self.settings.per_minute)
         if not self._limiter.hit(rate, key.name):
             raise Refusal(429, f"more than {rate.amount} requests a minute", {"Retry-After": "60"})
@@ -163,6 +195,8 @@ class Service:
 
     async def _who(self, request: Request) -> ApiKey:
         if not self.needs_key:
+            if _from_another_site(request):
+                raise Refusal(403, "a page of another site asks in your name; open this server's own page")
             return ApiKey(ANYBODY, USUAL)
         scheme, _, secret = request.headers.get("authorization", "").partition(" ")
         key = await self.apart(self.keys.find, secret.strip()) if scheme.lower() == "bearer" else None
@@ -233,3 +267,12 @@ class Service:
     def _pixels(self, classifier: PromptClassifier, content: bytes) -> Tensor:
         with self._decoding:
             return classifier.pixels(read_picture(content, self.settings, classifier.saved.gray_range))
+
+
+def _from_another_site(request: Request) -> bool:
+    """Tell whether a browser asks for a page from elsewhere: it could not read the answer, but spend the budget."""
+    site = request.headers.get("sec-fetch-site")
+    if site is not None:
+        return site not in ("same-origin", "none")
+    origin = request.headers.get("origin")  # of browsers that do not say more, and where a page came without TLS
+    return origin is not None and origin.partition("://")[2] != request.headers.get("host")
