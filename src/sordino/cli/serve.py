@@ -47,8 +47,12 @@ def serve(
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="the most classes that an answer has")] = 5,
     digits: Annotated[int, typer.Option(min=1, max=6, help="decimals of probabilities")] = 2,
-    per_minute: Annotated[int, typer.Option(min=1, max=MOST, help="requests of a key without a limit of its own")] = 600,
-    per_day: Annotated[int, typer.Option(min=1, max=MOST, help="pictures of a key without a limit of its own")] = 10_000,
+    per_minute: Annotated[
+        int, typer.Option(min=1, max=MOST, help="requests of a key without a limit of its own")
+    ] = 600,
+    per_day: Annotated[
+        int, typer.Option(min=1, max=MOST, help="pictures of a key without a limit of its own")
+    ] = 10_000,
 ) -> None:
     """Answer to pictures with the prompts of a registry, over HTTP and on a web page."""
     require_extra("serve", "'sordino serve'")
@@ -69,7 +73,9 @@ def serve(
 def create(
     name: Annotated[str, typer.Option("--name", help="whose key it is")],
     scopes: Annotated[str, typer.Option(help="of read, classify and publish")] = "read,classify",
-    per_minute: Annotated[int | None, typer.Option(min=1, max=MOST, help="requests; default: the server's limit")] = None,
+    per_minute: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="requests; default: the server's limit")
+    ] = None,
     per_day: Annotated[int | None, typer.Option(min=1, max=MOST, help="pictures; default: the server's limit")] = None,
     registry: RegistryUrl = None,
 ) -> None:

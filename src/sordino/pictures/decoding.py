@@ -8,7 +8,6 @@ unpacked. HEIC needs the package `pillow-heif`, DICOM the package `pydicom`.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 
@@ -56,9 +55,7 @@ def remedy(suffix: str) -> str | None:
     return f"pip install 'sordino[{extra}]'"
 
 
-def decode(
-    content: bytes, gray_range: GrayRange | None = None, formats: Sequence[str] | None = None
-) -> Image.Image:
+def decode(content: bytes, gray_range: GrayRange | None = None, formats: tuple[str, ...] | None = None) -> Image.Image:
     """Decode a file's content to a loaded picture: upright, opaque, 8 bits a channel, mode 'RGB' or 'L'.
 
     Transparent parts become white. Of an animation, the first frame is used.
