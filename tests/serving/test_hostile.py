@@ -10,6 +10,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -46,17 +47,23 @@ from sordino.serving.sources import check_claim, from_run
 from sordino.serving.trust import Trusted
 
 PNG = PICTURES["PNG"]
+SETTINGS = ServerSettings()
 CLASSIFY = "/v1/prompts/fabric/classify"
 
 
 @contextmanager
 def asked(
-    url: str, trusted: Trusted, log: Path | None = None, hosts: list[str] | None = None, **more: Any
+    url: str,
+    trusted: Trusted,
+    log: Path | None = None,
+    hosts: list[str] | None = None,
+    needs_key: bool = False,
+    settings: ServerSettings = SETTINGS,
 ) -> Iterator[TestClient]:
     """A server in this process."""
     with Registry(url) as registry:
         shelf = Shelf(registry, trusted, 4, lambda saved: saved.load_encoder())
-        inside = Service(shelf, ServerSettings(), more.pop("needs_key", False), Log(log))
+        inside = Service(shelf, settings, needs_key, Log(log))
         with TestClient(build(inside, hosts), base_url="http://127.0.0.1:8000") as client:
             yield client
 
@@ -270,6 +277,44 @@ def test_who_asks_nothing_holds_no_connection(monkeypatch: pytest.MonkeyPatch) -
             time.sleep(0.05)
         for each in (*held, patient, reader):
             each.close()
+
+
+def test_one_customers_pictures_keep_no_other_customer_waiting(
+    published: str, trusted: Trusted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture of 25 million pixels has 46 bytes as WebP, takes most of a second, and 16 fit into a request."""
+    read, going, blocked, most = threading.Event(), threading.Event(), [0], [0]
+
+    def slowly(content: bytes, *more: Any) -> Image.Image:
+        blocked[0] += 1
+        most[0] = max(most[0], blocked[0])
+        going.set()
+        assert read.wait(60)
+        blocked[0] -= 1
+        return read_picture(content, *more)
+
+    with asked(published, trusted, needs_key=True) as client, Registry(published) as registry:
+        keys = Keys(registry.database)
+        hostile, honest = ({"Authorization": f"Bearer {keys.create(name)}"} for name in ("kim", "lee"))
+        assert classified(client, **honest).status_code == 200  # the prompt is in memory
+        monkeypatch.setattr(service, "read_picture", slowly)
+        with ThreadPoolExecutor(13) as pool:
+            sent = [pool.submit(classified, client, **hostile) for _ in range(12)]
+            assert going.wait(60)
+            time.sleep(0.5)  # for all twelve to arrive
+            try:
+                listed = pool.submit(client.get, "/v1/prompts", headers=honest).result(20)
+            finally:
+                read.set()
+            assert listed.status_code == 200
+            assert {each.result().status_code for each in sent} == {200}
+        assert most[0] <= service.DECODERS
+
+
+def test_a_full_queue_spends_no_budget(published: str, trusted: Trusted) -> None:
+    with asked(published, trusted, settings=ServerSettings(queue=0)) as client, Registry(published) as registry:
+        assert classified(client).status_code == 503
+        assert Keys(registry.database).used("anybody") == 0
 
 
 # Who asked

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -35,6 +36,7 @@ log = logging.getLogger("sordino.serving")
 
 T = TypeVar("T")
 DECODERS = 2  # pictures that are unpacked at once, which bounds memory
+TURNS = 4  # requests of one key whose pictures are unpacked, or wait for that in a thread
 
 
 class Log:
@@ -129,7 +131,10 @@ class Service:
         self._limiter = MovingWindowRateLimiter(Window())
         self._decoding = threading.Semaphore(DECODERS)
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._alone = ThreadPoolExecutor(1, thread_name_prefix="alone")
         self._others = ThreadPoolExecutor(8, thread_name_prefix="request")
+        self._readers = ThreadPoolExecutor(2 * TURNS, thread_name_prefix="pictures")
+        self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(TURNS))
         self._batcher = Batcher(
             settings.batch,
             settings.wait,
@@ -146,12 +151,19 @@ class Service:
     async def stop(self) -> None:
         """End the work."""
         await self._batcher.stop()
-        for pool in (self._loader, self._others):
+        for pool in (self._loader, self._alone, self._others, self._readers):
             pool.shutdown(wait=False, cancel_futures=True)
 
     async def apart(self, call: Callable[..., T], *arguments: Any) -> T:
         """Call what waits for the database or takes time, while others are answered."""
         return await asyncio.get_running_loop().run_in_executor(self._others, functools.partial(call, *arguments))
+
+    async def alone(self, call: Callable[..., T], *arguments: Any) -> T:
+        """Call what may take long, after all that was to be called so: one thread is enough for it.
+
+        A lock would not do: who gives up lets it go, and the thread goes on.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._alone, functools.partial(call, *arguments))
 
     async def take(self, name: str, version: str | None) -> PromptClassifier:
         """Return the classifier of a version; one that must be loaded keeps nobody waiting who asks another.
@@ -216,11 +228,12 @@ class Service:
         told |= {"prompt": name[:100], "pictures": len(contents)}
         if not 1 <= len(contents) <= self.settings.most_pictures:
             raise Refusal(422, f"give 1 to {self.settings.most_pictures} pictures")
+        self._batcher.require_room(len(contents))  # before they are counted
         with self._batcher.announced():
-            ready = await self.apart(self._ready, told, key, name, version, contents)
+            ready = await self._in_turn(told, key, name, version, contents)
         if ready is None:
             await self.take(name, version)
-            ready = await self.apart(self._ready, told, key, name, version, contents)
+            ready = await self._in_turn(told, key, name, version, contents)
         if ready is None:
             raise Refusal(503, "more prompts are asked for at once than are held", {"Retry-After": "1"})
         classifier, pixels = ready
@@ -240,8 +253,26 @@ class Service:
             raise Refusal(422, f"top must be 1 to {most}")
         return most if asked is None else asked
 
+    async def _in_turn(
+        self, told: dict[str, Any], key: ApiKey, *asked: Any
+    ) -> tuple[PromptClassifier, list[Tensor]] | None:
+        """Call `_ready`, for some requests of a key at once: no customer's pictures take all threads from others."""
+        gone = threading.Event()
+        async with self._turns[key.name]:
+            try:
+                call = functools.partial(self._ready, gone, told, key, *asked)
+                return await asyncio.get_running_loop().run_in_executor(self._readers, call)
+            finally:
+                gone.set()  # a thread is not interrupted: it looks whether somebody still waits
+
     def _ready(
-        self, told: dict[str, Any], key: ApiKey, name: str, version: str | None, contents: Sequence[bytes]
+        self,
+        gone: threading.Event,
+        told: dict[str, Any],
+        key: ApiKey,
+        name: str,
+        version: str | None,
+        contents: Sequence[bytes],
     ) -> tuple[PromptClassifier, list[Tensor]] | None:
         """Find the prompt, unpack the pictures, and count them, in one visit to a thread: each visit costs.
 
@@ -256,7 +287,11 @@ class Service:
             return None
         assert classifier.manifest is not None
         told["version"] = classifier.manifest.version
-        pixels = [self._pixels(classifier, content) for content in contents]
+        pixels = []
+        for content in contents:
+            if gone.is_set():
+                raise Refusal(503, "nobody waits for this any more")
+            pixels.append(self._pixels(classifier, content))
         # Pictures that could not be read are not counted: they tell nothing of the prompt.
         most = key.per_day or self.settings.per_day
         if not self.keys.spend(key.name, len(contents), most):
