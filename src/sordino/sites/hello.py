@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sordino.runtime.messages import MessageError
 
@@ -50,10 +50,10 @@ class Hello(BaseModel):
     protocol: int
     encoder: EncoderFacts
     classes: str
-    class_names: Annotated[list[str], FailFast()] | None = None
-    sizes: Annotated[list[Size], FailFast()] = Field(min_length=1, max_length=MOST_CLIENTS)
-    data: Annotated[list[str], FailFast()]
-    numbers: Annotated[list[Number], FailFast()] | None = None
+    class_names: list[str] | None = Field(default=None, fail_fast=True)
+    sizes: list[Size] = Field(min_length=1, max_length=MOST_CLIENTS, fail_fast=True)
+    data: list[str] = Field(fail_fast=True)
+    numbers: list[Number] | None = Field(default=None, fail_fast=True)
     whole_persons: bool
     example: list[Size] = Field(max_length=8)
     public: str = ""
