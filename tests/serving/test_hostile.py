@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import socket
@@ -441,6 +442,35 @@ def test_a_version_from_elsewhere_is_held_against_its_ledger(
         response = client.post("/v1/prompts", files=parts, headers={"Authorization": f"Bearer {secret}"})
         assert response.status_code == 422
         assert "claims more privacy" in response.json()["error"]
+
+
+def test_a_mark_is_in_every_answer(published: str, trusted: Trusted) -> None:
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(PNG).decode()]}
+    with asked(published, trusted) as client:
+        answers = [
+            client.get("/v1/prompts").json()[0],
+            client.get("/v1/prompts/fabric").json(),
+            classified(client).json(),
+            client.get("/v2/models/fabric").json()["parameters"],
+            client.post("/v2/models/fabric/infer", json={"inputs": [tensor]}).json()["parameters"],
+        ]
+    assert {answer["mark"] for answer in answers} == {"NOT PRIVATE"}
+
+
+def test_nothing_is_added_to_an_exported_folder(published: str, trusted: Trusted, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with Registry(published) as registry:
+        export(registry.load("fabric", trusted=trusted), out)
+    (out / ".gitattributes").write_text("* text")
+    read_folder(out, trusted)
+    for name in ("prompt.pkl", "modeling.py", "prompt.safetensors "):
+        (out / name).write_text("import os")
+        with pytest.raises(PromptError, match="nobody signed it"):
+            read_folder(out, trusted)
+        (out / name).unlink()
+    (out / "prompts").mkdir()
+    with pytest.raises(PromptError, match="nobody signed it"):
+        read_folder(out, trusted)
 
 
 @pytest.mark.parametrize(

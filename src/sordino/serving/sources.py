@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from sordino.audit.findings.strength import judge
 from sordino.audit.findings.words import ATTACKS, result_words
-from sordino.errors import ConfigError, DataError, PromptError, RunError
+from sordino.errors import ConfigError, DataError, PromptError, RunError, SordinoError
 from sordino.experiments.privacy.statement import statement_of
 from sordino.files import read_regular
 from sordino.privacy.ledger import UNITS, Ledger, Unit
@@ -132,7 +132,7 @@ def check_claim(found: Published) -> None:
         if unit not in UNITS:
             raise RunError(f"no ledger counts by {unit}")
         counted = as_summary(Ledger.from_json(found.files[LEDGER]), unit)
-    except RunError as error:
+    except (SordinoError, ValueError, TypeError, ArithmeticError) as error:
         raise PromptError(
             f"{found.place}: {LEDGER} cannot be counted ({error}); ask its publisher for another"
         ) from None

@@ -75,6 +75,7 @@ def routes(service: Service) -> APIRouter:
         assert classifier.manifest is not None
         return {
             "name": name,
+            **_marked(classifier.manifest.mark),
             "versions": [str(classifier.manifest.version)],
             "platform": "sordino",
             "inputs": [{"name": INPUT, "datatype": "BYTES", "shape": [-1]}],
@@ -118,6 +119,7 @@ def routes(service: Service) -> APIRouter:
             "model_name": name,
             "model_version": str(classifier.manifest.version),
             **({} if body.id is None else {"id": body.id}),
+            **_marked(classifier.manifest.mark),
             "outputs": [
                 {"name": CLASSES, "datatype": "BYTES", "shape": shape, "data": names},
                 {"name": PROBABILITIES, "datatype": "FP32", "shape": shape, "data": values},
@@ -125,6 +127,11 @@ def routes(service: Service) -> APIRouter:
         }
 
     return router
+
+
+def _marked(mark: str) -> dict[str, Any]:
+    """Return the mark of a prompt that is not private, where the protocol has a place for it."""
+    return {"parameters": {"mark": mark}} if mark else {}
 
 
 def _pictures(body: InferenceRequest) -> list[bytes]:
