@@ -255,6 +255,41 @@ def test_other_tensors_than_it_names_are_refused(saved: SavedPrompt, tmp_path: P
         SavedPrompt.load(file)
 
 
+def rewritten(saved: SavedPrompt, tensors: dict[str, torch.Tensor] | None = None, **changes: object) -> bytes:
+    """A file with another document or other tensors, as a hostile program may write it."""
+    content = saved.to_bytes()
+    size = int.from_bytes(content[:8], "little")
+    document = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["sordino"]) | changes
+    return safetensors.torch.save(tensors or named_parts(saved.prompt), metadata={"sordino": json.dumps(document)})
+
+
+@pytest.mark.parametrize("kind", ["bool", "uint8", "complex64", "float8_e4m3fn"])
+def test_numbers_of_a_kind_that_no_prompt_has_are_refused(kind: str, saved: SavedPrompt) -> None:
+    context = named_parts(saved.prompt)["context"].to(getattr(torch, kind))
+    with pytest.raises(PromptError, match=f"the tensor 'context' is of {kind}"):
+        SavedPrompt.from_bytes(rewritten(saved, {"context": context}))
+
+
+def test_a_prompt_without_classes_is_refused(saved: SavedPrompt) -> None:
+    with pytest.raises(PromptError, match="it names no class"):
+        SavedPrompt.from_bytes(rewritten(saved, classes=[]))
+
+
+def test_numbers_that_make_no_finite_answer_are_refused_before_one(saved: SavedPrompt, encoder: DualEncoder) -> None:
+    """They are finite themselves; answers would be NaN, and look like probabilities."""
+    context = torch.full_like(named_parts(saved.prompt)["context"], 1e38)
+    with pytest.raises(PromptError, match="logits that are not finite"):
+        replace(saved, prompt=context).model(encoder)
+
+
+def test_a_million_wrong_classes_cost_one_error(saved: SavedPrompt, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    monkeypatch.setattr("sordino.prompt_file.config_error", lambda error, _: told.append(error.error_count()) or "")
+    with pytest.raises(PromptError, match="is damaged"):
+        SavedPrompt.from_bytes(rewritten(saved, classes=[1] * 1000))
+    assert told == [1]
+
+
 def test_pictures_that_cannot_be_read_are_named(saved: SavedPrompt, encoder: DualEncoder, tmp_path: Path) -> None:
     good, bad = tmp_path / "good.png", tmp_path / "bad.png"
     Image.new("RGB", (30, 30), "red").save(good)

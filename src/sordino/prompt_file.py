@@ -11,11 +11,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import safetensors
 import safetensors.torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+import torch
+from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
 from torch import Tensor
 
 from sordino.algorithms import METHODS, algorithm, settings_for
@@ -31,6 +32,7 @@ from sordino.files import Record, read_regular, write_atomically
 ENTRY: Final = "sordino"  # of the metadata
 FORMAT: Final = "sordino prompt 1"
 MAX_BYTES = 1 << 32  # of a file
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64)
 KNOWN_FEATURES = "class_features"  # the tensor of prompts whose text tower is not here
 REMEDY = "take the file from its run directory again"
 
@@ -85,7 +87,7 @@ class _Header(Record):
     method: str
     settings: dict[str, Any]
     task: Literal["images", "text"]
-    classes: tuple[str, ...]
+    classes: Annotated[tuple[str, ...], FailFast()]  # of a hostile file not one error for each of millions
     encoder: EncoderRecord
     privacy: PrivacyRecord
     gray_range: tuple[float, float] | None
@@ -187,7 +189,12 @@ class SavedPrompt:
         shapes = {name: tuple(part.shape) for name, part in tensors.items()}
         if shapes != header.shapes or (header.bare_context and set(shapes) != {"context"}):
             raise PromptError(f"{path} is damaged: its tensors are not those that it names; {REMEDY}")
+        if not header.classes:
+            raise PromptError(f"{path} is damaged: it names no class; {REMEDY}")
         for name, part in tensors.items():
+            if part.dtype not in DTYPES:
+                kind = str(part.dtype).removeprefix("torch.")
+                raise PromptError(f"{path} is damaged: the tensor {name!r} is of {kind}; {REMEDY}")
             if not part.isfinite().all():
                 raise PromptError(f"{path}: the tensor {name!r} is not finite, so training diverged; train it again")
         return cls(

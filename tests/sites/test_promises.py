@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from sites.owners import NAMES, NOISE, experiment, fleet, sites_at, write_pictures, write_site
@@ -23,6 +24,7 @@ from sordino.runtime.fleet import Answer, Ask, LocalFleet, Lost, Patience
 from sordino.runtime.local import RoundError
 from sordino.serving.sources import from_file
 from sordino.sites.coordinator import LEDGER, METRICS, coordinate
+from sordino.sites.hello import Hello
 from sordino.sites.proposal import Proposal
 from sordino.sites.site import Site
 
@@ -232,3 +234,16 @@ def test_that_nobody_is_at_two_sites_is_told_as_an_assumption(tmp_path: Path, cl
             assert math.isfinite(spent(ledger, "public", "person", 0.1).epsilon) == told
         for site in sites.values():
             assert {assumed in said for said in statements(site, fingerprint)} == {told}
+
+
+@pytest.mark.parametrize("name", ["class_names", "sizes", "data", "numbers"])
+def test_a_hello_of_many_wrong_elements_costs_one_error(name: str) -> None:
+    """A message has room for millions, and pydantic lists each that is wrong."""
+    facts = {
+        **{"version": "1", "protocol": 1, "encoder": {"name": "clip", "fingerprint": "a", "dtype": "float32"}},
+        **{"classes": "a", "sizes": [1], "data": ["a"], "whole_persons": False, "example": [1]},
+    }
+    Hello.model_validate(facts)
+    with pytest.raises(ValidationError) as error:
+        Hello.model_validate(facts | {name: [None] * 500})
+    assert error.value.error_count() == 1

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sordino.cli.console import at_work, fail, run_command
+from sordino.cli.console import at_work, fail, run_command, say
 from sordino.cli.flare import app as flare
 from sordino.cli.flower import app as flower
 from sordino.cli.machine import doctor, encoders
@@ -205,14 +205,14 @@ def predict(
         with live_progress() as progress:
             said = answer_freely(prompt, images, encoder, question, most_tokens, progress)
         _print_skipped(said.skipped)
-        print(json.dumps(said.as_dict()) if as_json else said.as_text())
+        say(json.dumps(said.as_dict()) if as_json else said.as_text())
         return
     from sordino.experiments.use.predict import predict as predict_classes
 
     with live_progress() as progress:
         result = predict_classes(prompt, images, encoder, progress)
     _print_skipped(result.skipped)
-    print(json.dumps(result.as_dict(top)) if as_json else result.as_text(top))
+    say(json.dumps(result.as_dict(top)) if as_json else result.as_text(top))
 
 
 @app.command()
@@ -237,12 +237,12 @@ def transfer(
 
     with live_progress() as progress:
         result = transferred(prompts, to, per_class, seed, encoder, progress)
-    print(json.dumps(result.as_dict()) if as_json else result.as_text())
+    say(json.dumps(result.as_dict()) if as_json else result.as_text())
 
 
 def _print_skipped(skipped: Sequence[Skipped]) -> None:
     for picture in skipped:
-        print(f"skipped {picture.name}: {picture.reason}", file=sys.stderr)
+        say(f"skipped {picture.name}: {picture.reason}", sys.stderr)
 
 
 @app.command()

@@ -11,6 +11,7 @@ import os
 import shlex
 import signal
 import sys
+import unicodedata
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import TextIO
 
 from sordino.errors import SordinoWarning
 
+OBEYED = ("Cc", "Cf", "Zl", "Zp")  # categories of Unicode: controls, formats, separators of lines
+KEPT = "\n\t\u200c\u200d"  # with the joiners of Persian and of emoji
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 PLAIN = {
     "±": "+-",
@@ -110,8 +113,23 @@ def end_with_terminal() -> None:
 def fail(message: object) -> int:
     """Print one line on standard error; the exit code of bad input."""
     with contextlib.suppress(OSError):
-        print(f"sordino: {' '.join(str(message).splitlines())}", file=sys.stderr, flush=True)
+        say(f"sordino: {' '.join(str(message).splitlines())}", sys.stderr)
     return 2
+
+
+def say(text: object, file: TextIO | None = None) -> None:
+    """Print text that may repeat what others wrote; see `harmless`. It is flushed at once."""
+    print(harmless(str(text)), file=file or sys.stdout, flush=True)
+
+
+def harmless(text: str) -> str:
+    """Return text without what a terminal obeys: names and cards of others could recolor, hide or erase lines.
+
+    Controls, but line ends and tabs, and signs that turn the direction of writing are shown as Python writes them.
+    """
+    return "".join(
+        repr(sign)[1:-1] if unicodedata.category(sign) in OBEYED and sign not in KEPT else sign for sign in text
+    )
 
 
 class _Warnings:
@@ -123,7 +141,7 @@ class _Warnings:
     def __call__(self, message: Warning | str, category: type[Warning], *place: object, **more: object) -> str:
         if not issubclass(category, SordinoWarning):
             return self._others(message, category, *place, **more)
-        text = " ".join(str(message).splitlines())
+        text = harmless(" ".join(str(message).splitlines()))
         if text in self._told:
             return ""
         self._told.add(text)

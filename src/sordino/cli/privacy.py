@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from sordino.cli.console import say
 from sordino.cli.methods import with_method
 from sordino.cli.options import AsJson, ConfigFile, MethodFile, Overrides, chosen_experiment
 from sordino.errors import ConfigError, StatementError
@@ -76,7 +77,7 @@ def privacy_statement(
         return
     statement = envelope["statement"]
     signer = statement["signer"]
-    print(statement["document"]["banner"])
+    say(statement["document"]["banner"])
     print("Not signed; sign with --key" if signer is None else f"Signed by the key {signer['fingerprint']}")
     print(f"Page: {out}")
 
@@ -109,7 +110,7 @@ def privacy_verify(
     if as_json:
         print(json.dumps(checked.as_dict() | {"same_run": None if run is None else True, "made_again": made_again}))
         return
-    print(checked.as_text(file))
+    say(checked.as_text(file))
     if run is not None:
         rest = "all of it follows from the run" if made_again else "the rest was made by other versions, not again"
         print(f"Of the run {run}: the digests are the same, and {rest}.")

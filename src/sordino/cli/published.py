@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sordino.cli.console import at_work
+from sordino.cli.console import at_work, say
 from sordino.cli.options import AsJson
 from sordino.cli.terminal import print_items
 from sordino.errors import ConfigError, PromptError, require_extra
@@ -80,7 +80,7 @@ def publish(
     if as_json:
         print(json.dumps(manifest.model_dump(mode="json") | {"mark": manifest.mark, "registry": prompts.label}))
         return
-    print(f"Published {manifest.label} in {prompts.label}: {manifest.promise}")
+    say(f"Published {manifest.label} in {prompts.label}: {manifest.promise}")
     print(f"Signed by the key {manifest.publisher}")
     if public_file is not None:
         print(f"This key is your own; give its public half to whoever uses your prompts: {public_file}")
@@ -100,7 +100,7 @@ def list_prompts(registry: RegistryUrl = None, trust: Trust = None, as_json: AsJ
     if versions:
         print_items([_row(each) for each in versions])
     else:
-        print(f"No prompt is published in {prompts.label}")
+        say(f"No prompt is published in {prompts.label}")
 
 
 @app.command("show")
@@ -108,17 +108,17 @@ def show(label: Label, registry: RegistryUrl = None, trust: Trust = None, as_jso
     """Print the card of a version, checked, even of one that is withdrawn or that nobody trusted signed."""
     require_extra("serve", "'sordino prompts'")
     found, trusted = _inspect(label, registry, trust)
-    from sordino.serving.manifest import CARD
-
     signer = found.sealed.public_key in trusted
     if as_json:
         print(json.dumps(_about(found, signer)))
         return
     if found.withdrawn is not None:
-        print(f"WITHDRAWN since {found.withdrawn.at}: {found.withdrawn.reason}")
+        say(f"WITHDRAWN since {found.withdrawn.at}: {found.withdrawn.reason}")
     if not signer:
         print("SIGNED BY A KEY THAT IS NOT TRUSTED HERE: anybody can have written this")
-    print(found.files[CARD].decode(), end="")
+    if found.manifest.mark:  # the card is the publisher's text
+        print(f"MARKED {found.manifest.mark}")
+    say(found.card.removesuffix("\n"))
 
 
 @app.command("verify")
@@ -142,7 +142,7 @@ def verify(
             found = read_folder(Path(what), trusted)
         else:
             found, _ = _inspect(what, registry, trust, must_be_trusted=True)
-        print(json.dumps(_about(found, True)) if as_json else _verified(found))
+        say(json.dumps(_about(found, True)) if as_json else _verified(found))
         return
     answers: list[dict[str, Any]] = []
     with Registry(registry) as prompts:
@@ -157,7 +157,7 @@ def verify(
         print(json.dumps({"registry": prompts.label, "prompts": answers}))
     else:
         for answer in answers:
-            print(answer["fault"] or f"{answer['name']}:{answer['version']}: every byte is as it was signed")
+            say(answer["fault"] or f"{answer['name']}:{answer['version']}: every byte is as it was signed")
     if any(answer["fault"] for answer in answers):
         raise typer.Exit(1)
 
@@ -219,7 +219,7 @@ def withdraw(
         raise ConfigError("NAME:VERSION", label, f"say which version, as {name}:1")
     with Registry(registry) as prompts:
         made = prompts.withdraw(name, version, reason)
-    print(f"Withdrawn {name}:{version} at {made.at}: {made.reason}")
+    say(f"Withdrawn {name}:{version} at {made.at}: {made.reason}")
 
 
 def _trusted(places: list[Path] | None) -> Trusted:

@@ -8,11 +8,13 @@ from typing import Annotated
 
 import typer
 
-from sordino.cli.console import at_work
+from sordino.cli.console import at_work, say
 from sordino.cli.options import AsJson
 from sordino.cli.published import RegistryUrl, Trust
 from sordino.cli.terminal import print_items
 from sordino.errors import require_extra
+
+MOST = 2**31 - 1  # of a count that both databases can hold
 
 keys = typer.Typer(help="Keys of the server of prompts.", no_args_is_help=True)
 
@@ -45,8 +47,12 @@ def serve(
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="the most classes that an answer has")] = 5,
     digits: Annotated[int, typer.Option(min=1, max=6, help="decimals of probabilities")] = 2,
-    per_minute: Annotated[int, typer.Option(min=1, help="requests of a key without a limit of its own")] = 600,
-    per_day: Annotated[int, typer.Option(min=1, help="pictures of a key without a limit of its own")] = 10_000,
+    per_minute: Annotated[
+        int, typer.Option(min=1, max=MOST, help="requests of a key without a limit of its own")
+    ] = 600,
+    per_day: Annotated[
+        int, typer.Option(min=1, max=MOST, help="pictures of a key without a limit of its own")
+    ] = 10_000,
 ) -> None:
     """Answer to pictures with the prompts of a registry, over HTTP and on a web page."""
     require_extra("serve", "'sordino serve'")
@@ -67,8 +73,10 @@ def serve(
 def create(
     name: Annotated[str, typer.Option("--name", help="whose key it is")],
     scopes: Annotated[str, typer.Option(help="of read, classify and publish")] = "read,classify",
-    per_minute: Annotated[int | None, typer.Option(min=1, help="requests; default: the server's limit")] = None,
-    per_day: Annotated[int | None, typer.Option(min=1, help="pictures; default: the server's limit")] = None,
+    per_minute: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="requests; default: the server's limit")
+    ] = None,
+    per_day: Annotated[int | None, typer.Option(min=1, max=MOST, help="pictures; default: the server's limit")] = None,
     registry: RegistryUrl = None,
 ) -> None:
     """Make a key, and print it; only its hash is kept."""
@@ -110,7 +118,7 @@ def revoke(
 
     with Registry(registry) as opened:
         Keys(opened.database).revoke(name)
-    print(f"Revoked: {name}")
+    say(f"Revoked: {name}")
 
 
 def _tell(address: str) -> None:

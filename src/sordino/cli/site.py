@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from sordino.cli.console import say
 from sordino.cli.options import AsJson, Overrides
 from sordino.errors import ConfigError
 
@@ -63,7 +64,7 @@ def check(
     if as_json:
         print(json.dumps(told | ({} if answer is None else {"verdict": answer})))
     else:
-        print(facts_as_text(told) + ("" if answer is None else "\n" + verdict_as_text(answer, told)))
+        say(facts_as_text(told) + ("" if answer is None else "\n" + verdict_as_text(answer, told)))
     if answer is not None and not answer["allowed"]:
         raise typer.Exit(1)
 

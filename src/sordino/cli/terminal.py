@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from sordino.cli.console import harmless
 
 if TYPE_CHECKING:
     from sordino.experiments.compare import Row
@@ -31,11 +34,11 @@ def live_progress() -> Iterator[Progress]:
     logger = logging.getLogger("sordino")
     logger.handlers, logger.level, logger.propagate = [handler], logging.INFO, False
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Bars(*columns, console=ERRORS, disable=not ERRORS.is_terminal) as bars:
         tasks: dict[str, Any] = {}
@@ -75,7 +78,7 @@ def print_table(rows: list[Row]) -> None:
         cells += [human_bytes(row.upload_bytes), human_bytes(row.broadcast_bytes)] if bytes_shown else []
         cells += [human_seconds(row.seconds), _privacy(row)]
         cells += ["-" if row.attack is None else f"{row.attack:.2f}"] if audited else []
-        table.add_row(row.label, *cells)
+        table.add_row(_text(row.label), *cells)
     console = Console()
     console.print(table)
     sent = " Sent up and down: by one client in one round." if bytes_shown else ""
@@ -111,7 +114,7 @@ def _print_worth(rows: list[Row], console: Console) -> None:
         learned = row.accuracy[measure]
         cells = [row.hand_written[measure], row.before[measure], learned.mean if learned else None]
         table.add_row(
-            row.label,
+            _text(row.label),
             *map(shown, cells),
             *([str(row.best or "-")] if best else []),
             shown(row.gradient_steps, lambda value: f"{value:,.0f}"),
@@ -148,16 +151,21 @@ def print_items(items: Sequence[Mapping[str, str]]) -> None:
         for key in items[0]:
             table.add_column(key, no_wrap=key == "name", overflow="fold")
         for item in items:
-            table.add_row(*item.values())
+            table.add_row(*(_text(value) for value in item.values()))
         console.print(table)
         return
     for item in items:
-        console.print(item["name"], style="bold", markup=False)
+        console.print(_text(item["name"]), style="bold")
         lines = Table.grid(padding=(0, 2), pad_edge=True)
         for key, value in item.items():
             if key != "name":
-                lines.add_row(f"  {key}", value)
+                lines.add_row(f"  {key}", _text(value))
         console.print(lines)
+
+
+def _text(value: str) -> Text:
+    """Return a cell of a table: no markup of rich's, and nothing that a terminal obeys."""
+    return Text(harmless(value))
 
 
 def print_method(card: Card) -> None:
@@ -166,16 +174,16 @@ def print_method(card: Card) -> None:
     console.print(re.sub(r"(?<=\S)\n(?=[^\s*-])", " ", card.text), markup=False)  # lines of a paragraph joined
     about = Table.grid(padding=(0, 2))
     for key in ("personal", "shared", "privacy", "needs"):
-        about.add_row(key, getattr(card.about, key))
+        about.add_row(key, _text(getattr(card.about, key)))
     if card.parent is not None:
         about.add_row("descends", f"from {card.parent}, so [settings.{card.parent}] also applies here")
     for content in card.discloses:
-        about.add_row("leaves", content)
+        about.add_row("leaves", _text(content))
     table = Table(box=None, pad_edge=False)
     for heading in ("setting", "default", "meaning"):
         table.add_column(heading, no_wrap=heading == "setting")
     for setting in card.settings:
-        table.add_row(setting.name, setting.default, setting.meaning)
+        table.add_row(*(_text(part) for part in (setting.name, setting.default, setting.meaning)))
     for part in ("", about, "", table):
         console.print(part, markup=False)
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sordino.cli.console import say
 from sordino.cli.site_words import round_as_text
 from sordino.cli.terminal import live_progress
 from sordino.experiments.tracking import Heard, TrackingSettings, require_tracker, tracked
@@ -50,7 +51,7 @@ def watching(tracking: TrackingSettings | None, out: Path) -> Iterator[Callable[
     heard = Heard()
 
     def watch(line: dict[str, Any]) -> None:
-        print(round_as_text(line), file=sys.stderr, flush=True)
+        say(round_as_text(line), sys.stderr)
         heard.add(line)
 
     with live_progress(), tracked(tracking, out, heard):
@@ -63,8 +64,8 @@ def print_outcome(out: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(outcome))
     else:
-        print(f"{outcome['rounds']} rounds at {', '.join(outcome['sites'])}")
+        say(f"{outcome['rounds']} rounds at {', '.join(outcome['sites'])}")
         for site, reason in sorted(outcome["left_out"].items()):
-            print(f"{site} took no part: {reason}")
+            say(f"{site} took no part: {reason}")
         print(outcome["privacy"]["statement"])
         print(f"Run directory: {out}")

@@ -137,7 +137,7 @@ class Classifier:
 
         Raises:
             EncoderError: the encoder lacks what the method needs.
-            ValueError: the prompt lacks a tensor of the method, or one has another shape.
+            ValueError: the prompt lacks a tensor of the method, or one has another shape, or its numbers are too large.
         """
         plain = self.encoder.transform(Image.new("RGB", (32, 32), (128, 128, 128)))
         try:
@@ -148,6 +148,8 @@ class Classifier:
             raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
         if logits.shape != (len(self.class_names),):
             raise ValueError(f"it gives logits of shape {tuple(logits.shape)} for {len(self.class_names)} classes")
+        if not logits.isfinite().all():
+            raise ValueError("it gives logits that are not finite")
 
     def _prediction(self, name: str, probabilities: NDArray[Any]) -> Prediction:
         order = np.argsort(-probabilities, kind="stable")

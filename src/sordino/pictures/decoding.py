@@ -55,7 +55,7 @@ def remedy(suffix: str) -> str | None:
     return f"pip install 'sordino[{extra}]'"
 
 
-def decode(content: bytes, gray_range: GrayRange | None = None) -> Image.Image:
+def decode(content: bytes, gray_range: GrayRange | None = None, formats: tuple[str, ...] | None = None) -> Image.Image:
     """Decode a file's content to a loaded picture: upright, opaque, 8 bits a channel, mode 'RGB' or 'L'.
 
     Transparent parts become white. Of an animation, the first frame is used.
@@ -64,6 +64,8 @@ def decode(content: bytes, gray_range: GrayRange | None = None) -> Image.Image:
         content: the file's content.
         gray_range: the values that are black and white in gray pictures of more than 8 bits; None
             takes the file's.
+        formats: those of `FORMATS` that are read; None: all, and DICOM. One file may be of two
+            formats at once, so whoever admits some only must say so here.
 
     Raises:
         DataError: the content is not a whole picture, or its brightness is unknown. The message is
@@ -71,10 +73,10 @@ def decode(content: bytes, gray_range: GrayRange | None = None) -> Image.Image:
     """
     if not content:
         raise DataError("the file is empty")
-    if is_dicom(content):
+    if formats is None and is_dicom(content):
         return draw_dicom(content, gray_range, MAX_PIXELS)
     try:
-        with Image.open(io.BytesIO(content), formats=_formats()) as picture:
+        with Image.open(io.BytesIO(content), formats=_formats() if formats is None else formats) as picture:
             width, height = picture.size
             if width * height == 0:
                 raise DataError("the picture has no pixels")

@@ -10,6 +10,7 @@ from typing import Any
 from sordino.serving.manifest import Accuracies, Manifest
 
 CLASSES_NAMED = 200
+JOINERS = "\u200c\u200d"  # of Persian and of emoji
 
 
 def card(manifest: Manifest, others: Sequence[str]) -> str:
@@ -120,7 +121,8 @@ def _use(manifest: Manifest) -> list[str]:
 
 def _plain(text: str) -> str:
     """Return text that Markdown shows as it is, in one line, whatever is in it."""
-    line = html.escape(" ".join(text.split()), quote=False)
+    line = " ".join("".join(sign if sign.isprintable() or sign in JOINERS else " " for sign in text).split())
+    line = html.escape(line, quote=False)
     return "".join(f"\\{sign}" if sign in "\\`*_[]|!~" else sign for sign in line)
 
 

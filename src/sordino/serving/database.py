@@ -45,7 +45,7 @@ class Database:
 
     def __init__(self, url: str | None = None, create: bool = False) -> None:
         self.url = _parsed(url or default_url())
-        self.label = self.url.render_as_string(hide_password=True)
+        self.label = _told(self.url)
         self.sqlite = self.url.get_backend_name() == "sqlite"
         if self.sqlite:
             self._prepare_file(create)
@@ -140,6 +140,12 @@ def _parsed(url: str) -> URL:
     if parsed.drivername != "sqlite":
         raise ConfigError("--registry", parsed.drivername, remedy)
     return parsed
+
+
+def _told(url: URL) -> str:
+    """Return a URL for messages, without a password, wherever it stands: PostgreSQL takes one in the query, too."""
+    hidden = {name: "***" if "password" in name.lower() else value for name, value in url.query.items()}
+    return url.set(query=hidden).render_as_string(hide_password=True)
 
 
 def _engine(url: URL) -> Engine:

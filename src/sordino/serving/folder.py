@@ -59,6 +59,7 @@ def read_folder(folder: Path, trusted: Trusted | None = None) -> Published:
     Raises:
         PromptError: a file is missing or was changed, or somebody signed it who is not trusted.
     """
+    _require_no_other(folder)
     content = {name: _read(folder / name, MAX_BYTES) for name in FILES if _is_there(folder / name)}
     content[MANIFEST] = _read(folder / MANIFEST, MAX_MANIFEST)
     content[SIGNATURE] = _read(folder / SIGNATURE, 1 << 16)
@@ -101,6 +102,21 @@ def _signature(sealed: Sealed) -> bytes:
         "signature": sealed.signature,
     }
     return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _require_no_other(folder: Path) -> None:
+    """Check that nothing lies in a folder that nobody signed; hidden files are left to Git and hubs, which add some.
+
+    Raises:
+        PromptError: something does.
+    """
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError:
+        return  # the first file that is read tells why
+    for name in names:
+        if name not in (*FILES, MANIFEST, SIGNATURE) and not name.startswith("."):
+            raise PromptError(f"{folder}: {name!r} is not of this version, and nobody signed it; remove it")
 
 
 def _is_there(file: Path) -> bool:

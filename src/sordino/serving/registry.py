@@ -68,6 +68,11 @@ class Published:
     withdrawn: Withdrawal | None
     place: str
 
+    @property
+    def card(self) -> str:
+        """The card's text, which is the publisher's: it may say anything, and need not even be UTF-8."""
+        return self.files[CARD].decode("utf-8", "replace")
+
 
 @dataclass(frozen=True)
 class Listed:

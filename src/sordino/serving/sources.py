@@ -18,17 +18,19 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from sordino.audit.findings.strength import judge
 from sordino.audit.findings.words import ATTACKS, result_words
-from sordino.errors import ConfigError, DataError, PromptError, RunError
+from sordino.errors import ConfigError, DataError, PromptError, RunError, SordinoError
 from sordino.experiments.privacy.statement import statement_of
 from sordino.files import read_regular
-from sordino.privacy.ledger import Ledger, Unit
+from sordino.privacy.ledger import UNITS, Ledger, Unit
 from sordino.privacy.statement import as_summary
 from sordino.prompt_file import SavedPrompt
 from sordino.report.statement import sealed
 from sordino.results import FILE as SUMMARY
 from sordino.results import Summary
 from sordino.serving.manifest import AUDIT, LEDGER, PROMPT, STATEMENT, Facts, facts_of
+from sordino.serving.registry import Published
 
+TOLERANCE = 1e-4  # of an epsilon that another machine counted
 LARGEST = 1 << 28  # bytes of a file
 MEASURES = ("local", "neighbor", "overall")
 ENDING = ".safetensors"
@@ -77,7 +79,7 @@ def from_run(folder: Path, key: Ed25519PrivateKey, client: int | None = None) ->
         raise PromptError(f"{file}: is not of the run whose {LEDGER} and {SUMMARY} lie above it; put its own there")
     privacy = _privacy(ledger, unit, saved)
     if privacy["epsilon"] is not None and not math.isclose(
-        privacy["epsilon"], summary.privacy.epsilon or 0.0, rel_tol=1e-4
+        privacy["epsilon"], summary.privacy.epsilon or 0.0, rel_tol=TOLERANCE
     ):
         raise RunError(f"{folder}: {SUMMARY} states another epsilon than {LEDGER} comes to; run the experiment again")
     files = {PROMPT: content, LEDGER: _public(ledger)}
@@ -116,6 +118,30 @@ def from_file(file: Path, ledger_file: Path) -> Material:
     units = [release.unit for release in ledger.releases]
     privacy = _privacy(ledger, units[0] if units else "example", saved)
     return Material(_facts(saved, privacy, None, None), {PROMPT: content, LEDGER: _public(ledger)})
+
+
+def check_claim(found: Published) -> None:
+    """Check that a version that was signed elsewhere claims no more privacy than its ledger comes to, counted anew.
+
+    Raises:
+        PromptError: it claims more, or its ledger is none.
+    """
+    said = found.manifest.privacy
+    try:
+        unit = said.unit or "example"
+        if unit not in UNITS:
+            raise RunError(f"no ledger counts by {unit}")
+        counted = as_summary(Ledger.from_json(found.files[LEDGER]), unit)
+    except (SordinoError, ValueError, TypeError, ArithmeticError) as error:
+        raise PromptError(
+            f"{found.place}: {LEDGER} cannot be counted ({error}); ask its publisher for another"
+        ) from None
+    more = (said.private and not counted["private"]) or (counted["simulated"] and not said.simulated)
+    for claim, holds in ((said.epsilon, counted["epsilon"]), (said.delta, counted["delta"])):
+        if claim is not None:
+            more |= holds is None or claim < holds * (1 - TOLERANCE)
+    if more:
+        raise PromptError(f"{found.place}: claims more privacy than {LEDGER} comes to; ask its publisher for another")
 
 
 def _prompt_file(folder: Path, client: int | None) -> Path:

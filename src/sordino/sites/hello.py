@@ -50,10 +50,10 @@ class Hello(BaseModel):
     protocol: int
     encoder: EncoderFacts
     classes: str
-    class_names: list[str] | None = None
-    sizes: list[Size] = Field(min_length=1, max_length=MOST_CLIENTS)
-    data: list[str]
-    numbers: list[Number] | None = None
+    class_names: list[str] | None = Field(default=None, fail_fast=True)
+    sizes: list[Size] = Field(min_length=1, max_length=MOST_CLIENTS, fail_fast=True)
+    data: list[str] = Field(fail_fast=True)
+    numbers: list[Number] | None = Field(default=None, fail_fast=True)
     whole_persons: bool
     example: list[Size] = Field(max_length=8)
     public: str = ""

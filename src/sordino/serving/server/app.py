@@ -7,19 +7,18 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Query, Request
+from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 import sordino
 from sordino.errors import RunError
 from sordino.serving.folder import MANIFEST, SIGNATURE
-from sordino.serving.manifest import CARD, FILES, Manifest
+from sordino.serving.manifest import FILES, Manifest
 from sordino.serving.server import inference, web
 from sordino.serving.server.compared import RunFolder
 from sordino.serving.server.guard import Guard
@@ -85,8 +84,15 @@ def build(
         yield
         await service.stop()
 
-    # The usual page of documentation would load scripts from elsewhere.
-    app = FastAPI(title="Sordino", version=sordino.__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="Sordino",
+        version=sordino.__version__,
+        docs_url=None,  # the usual page of documentation would load scripts from elsewhere
+        redoc_url=None,
+        lifespan=lifespan,
+        dependencies=[Depends(known_query)],
+        redirect_slashes=False,  # behind a proxy with TLS it would send a key to the same address without
+    )
 
     @app.get("/health/live")
     async def live() -> dict[str, str]:
@@ -128,7 +134,7 @@ def build(
             **about(found.manifest),
             "manifest": found.manifest.model_dump(mode="json"),
             "signature": found.sealed.signature,
-            "card": found.files[CARD].decode(),
+            "card": found.card,
         }
 
     @app.post("/v1/prompts/{name}/classify", openapi_extra=UPLOAD)
@@ -177,10 +183,21 @@ def build(
     app.include_router(inference.routes(service))
     app.include_router(web.routes(service, samples or Samples(None, service.settings), runs))
     _tell_in_one_line(app)
-    if hosts is not None:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
-    app.add_middleware(Guard, service=service)
+    app.add_middleware(Guard, service=service, hosts=hosts)
     return app
+
+
+async def known_query(request: Request) -> None:
+    """Refuse a query that an address does not take: a `zero-shot` that is ignored looks like an answer without one."""
+    route = request.scope["route"]
+    if not route.path.startswith(("/v1/", "/v2/")):
+        return
+    known = sorted(parameter.alias for parameter in route.dependant.query_params)
+    given = [name for name, _ in request.query_params.multi_items()]
+    if not set(given) <= set(known):
+        raise Refusal(422, f"the query has a parameter that is not known here; there is {', '.join(known) or 'none'}")
+    if len(set(given)) < len(given):
+        raise Refusal(422, "the query has a parameter twice")
 
 
 def about(manifest: Manifest) -> dict[str, Any]:

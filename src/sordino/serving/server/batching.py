@@ -76,14 +76,22 @@ class Batcher:
         finally:
             self._announced -= 1
 
+    def require_room(self, pictures: int) -> None:
+        """See that so many pictures may wait now.
+
+        Raises:
+            Refusal: too many wait already.
+        """
+        if self._queue.qsize() + pictures > self._longest:
+            raise Refusal(503, "too many pictures wait; ask again later", {"Retry-After": "1"})
+
     async def ask(self, classifier: PromptClassifier, pictures: list[Tensor], zero_shot: bool = False) -> list[Answer]:
         """Answer to pictures [3, H, W], with all classes.
 
         Raises:
             Refusal: too many wait already.
         """
-        if self._queue.qsize() + len(pictures) > self._longest:
-            raise Refusal(503, "too many pictures wait; ask again later", {"Retry-After": "1"})
+        self.require_room(len(pictures))
         loop = asyncio.get_running_loop()
         waiting = [_Waiting(classifier, pixels, zero_shot, loop.create_future()) for pixels in pictures]
         for each in waiting:

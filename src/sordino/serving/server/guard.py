@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import time
+from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -14,6 +16,7 @@ from sordino.serving.server.service import Service
 
 log = logging.getLogger("sordino.serving")
 
+PORT = re.compile(r":[0-9]+\Z")  # of a host; an address of IPv6 has brackets
 HEADERS = (
     (b"cache-control", b"no-store"),
     (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
@@ -31,10 +34,11 @@ class Guard:
     Args:
         app: the other one.
         service: the server's inside.
+        hosts: names that it may be asked by; None: any.
     """
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app, self._service = app, service
+    def __init__(self, app: ASGIApp, service: Service, hosts: Sequence[str] | None = None) -> None:
+        self._app, self._service, self._hosts = app, service, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer to one request."""
@@ -45,6 +49,8 @@ class Guard:
         self._service.metrics.open.inc()
         try:
             request.check_length()
+            if self._hosts is not None:
+                request.check_host(self._hosts)
             async with asyncio.timeout(self._service.settings.seconds):
                 await self._app(scope, request.receive, request.send)
         except Refusal as refusal:
@@ -81,6 +87,12 @@ class _Request:
         for name, value in self._scope["headers"]:
             if name == b"content-length" and not (value.isdigit() and len(value) < 16 and int(value) <= self._most):
                 raise self._too_large()
+
+    def check_host(self, known: Sequence[str]) -> None:
+        """Refuse who asks by a name that is not this server's: a page in a browser, under a name of its own."""
+        hosts = [value.decode("latin-1").lower() for name, value in self._scope["headers"] if name == b"host"]
+        if len(hosts) != 1 or PORT.sub("", hosts[0]) not in known:
+            raise Refusal(400, f"this server is asked by the name {known[0]} alone")
 
     async def receive(self) -> Message:
         """Count the bytes of the body as they come: what is announced may be a lie, or nothing."""

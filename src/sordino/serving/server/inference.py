@@ -11,7 +11,7 @@ import binascii
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, FailFast, Field, ValidationError
 
 import sordino
 from sordino.serving.server.refusal import Refusal
@@ -20,20 +20,24 @@ from sordino.serving.server.service import Service
 INPUT, CLASSES, PROBABILITIES = "image", "classes", "probabilities"
 
 
+MOST_ELEMENTS = 1024  # of a list; how many pictures a request may have, is a limit of the server besides
+
+
 class InputTensor(BaseModel):
     """Pictures, one element each."""
 
     name: str
-    shape: list[int]
+    # At the first error, as each one of millions would take a kilobyte.
+    shape: Annotated[list[int], Field(max_length=MOST_ELEMENTS), FailFast()]
     datatype: str
-    data: list[str]
+    data: Annotated[list[str], Field(max_length=MOST_ELEMENTS), FailFast()]
 
 
 class InferenceRequest(BaseModel):
     """A request of the protocol; `parameters.top` is how many classes are told."""
 
     id: Annotated[str, Field(max_length=200)] | None = None
-    inputs: list[InputTensor]
+    inputs: Annotated[list[InputTensor], Field(max_length=MOST_ELEMENTS), FailFast()]
     parameters: dict[str, Any] = {}
 
 
@@ -71,6 +75,7 @@ def routes(service: Service) -> APIRouter:
         assert classifier.manifest is not None
         return {
             "name": name,
+            **_marked(classifier.manifest.mark),
             "versions": [str(classifier.manifest.version)],
             "platform": "sordino",
             "inputs": [{"name": INPUT, "datatype": "BYTES", "shape": [-1]}],
@@ -114,6 +119,7 @@ def routes(service: Service) -> APIRouter:
             "model_name": name,
             "model_version": str(classifier.manifest.version),
             **({} if body.id is None else {"id": body.id}),
+            **_marked(classifier.manifest.mark),
             "outputs": [
                 {"name": CLASSES, "datatype": "BYTES", "shape": shape, "data": names},
                 {"name": PROBABILITIES, "datatype": "FP32", "shape": shape, "data": values},
@@ -121,6 +127,11 @@ def routes(service: Service) -> APIRouter:
         }
 
     return router
+
+
+def _marked(mark: str) -> dict[str, Any]:
+    """Return the mark of a prompt that is not private, where the protocol has a place for it."""
+    return {"parameters": {"mark": mark}} if mark else {}
 
 
 def _pictures(body: InferenceRequest) -> list[bytes]:

@@ -71,8 +71,10 @@ class Keys:
         Raises:
             ConfigError: a scope is unknown, or the name is taken, also by a key that was revoked.
         """
-        if not (name.strip() and name.isprintable() and len(name) <= LONGEST and name != ANYBODY):
-            raise ConfigError("--name", name, f"say whose key it is, in at most {LONGEST} characters")
+        if not (name and name == name.strip() and name.isprintable() and len(name) <= LONGEST and name != ANYBODY):
+            raise ConfigError(
+                "--name", name, f"say whose key it is, in at most {LONGEST} signs, none of them a space at an end"
+            )
         for scope in scopes:
             if scope not in SCOPES:
                 raise ConfigError("--scopes", scope, f"no such scope; choose from {', '.join(SCOPES)}")

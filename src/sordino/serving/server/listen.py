@@ -18,6 +18,7 @@ from sordino.errors import ConfigError
 from sordino.serving.registry import Registry
 from sordino.serving.server.app import build
 from sordino.serving.server.compared import RunFolder
+from sordino.serving.server.connections import Connection
 from sordino.serving.server.keys import Keys
 from sordino.serving.server.refusal import Refusal
 from sordino.serving.server.samples import Samples
@@ -68,9 +69,10 @@ class Address:
             ConfigError: it is not, and nobody said in words that this is meant.
         """
         _check_tls(self.certificate, self.private_key)
-        holds = any(key.revoked is None for key in keys.listed())
-        if self.local:
-            return holds and not self.open_to_all
+        known = keys.listed()
+        holds = any(key.revoked is None for key in known)
+        if self.local:  # even where all keys are revoked: that must not open what they opened
+            return bool(known) and not self.open_to_all
         if not holds and not self.open_to_all:
             remedy = "others reach this address, and there is no key; make one with 'sordino keys create', or say "
             raise ConfigError("--host", self.host, f"{remedy}--open-to-all to answer to whoever asks")
@@ -177,7 +179,8 @@ def configured(app: FastAPI, address: Address) -> uvicorn.Config:
         timeout_graceful_shutdown=10,
         limit_concurrency=CONNECTIONS,
         h11_max_incomplete_event_size=16384,
-        http="h11",
+        proxy_headers=False,  # whoever asks could write them
+        http=Connection,
         ws="none",
         ssl_certfile=None if address.certificate is None else str(address.certificate),
         ssl_keyfile=None if address.private_key is None else str(address.private_key),

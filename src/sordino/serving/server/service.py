@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import logging
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -30,12 +32,17 @@ from sordino.serving.server.settings import ServerSettings
 from sordino.serving.server.shelf import Shelf
 from sordino.serving.server.uploads import read_picture
 
+log = logging.getLogger("sordino.serving")
+
 T = TypeVar("T")
 DECODERS = 2  # pictures that are unpacked at once, which bounds memory
+TURNS = 4  # requests of one key whose pictures are unpacked, or wait for that in a thread
 
 
 class Log:
     """Who asked what model when, a line of JSON each; never a picture, its name or an answer.
+
+    Where the disk is full, lines are kept, and nobody who has to be in the log is answered until they are written.
 
     Args:
         file: it is appended to, and its owner's alone where it is new; None: nothing is kept.
@@ -46,6 +53,7 @@ class Log:
 
     def __init__(self, file: Path | None) -> None:
         self._lock, self._descriptor = threading.Lock(), None
+        self._unwritten = bytearray()
         if file is not None:
             try:
                 self._descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -58,7 +66,32 @@ class Log:
             at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
             line = json.dumps({"at": at, **entry}) + "\n"
             with self._lock:
-                os.write(self._descriptor, line.encode())
+                fresh = not self._unwritten
+                self._unwritten += line.encode()
+                self._flush(tell=fresh)
+
+    def check(self) -> None:
+        """See that the log has all that happened.
+
+        Raises:
+            Refusal: it cannot be written.
+        """
+        with self._lock:
+            if self._unwritten and not self._flush():
+                reason = "the server cannot keep its log now; ask its operator"
+                raise Refusal(503, reason, {"Retry-After": "5"})
+
+    def _flush(self, tell: bool = False) -> bool:
+        """Write all lines that are not written; whether that went well. Of a piece of a line the rest follows."""
+        assert self._descriptor is not None
+        try:
+            while self._unwritten:
+                del self._unwritten[: os.write(self._descriptor, self._unwritten)]
+        except OSError as error:
+            if tell:
+                log.error("the log cannot be written (%s); nobody is answered until it can", error.strerror or error)
+            return False
+        return True
 
 
 class Metrics:
@@ -98,7 +131,10 @@ class Service:
         self._limiter = MovingWindowRateLimiter(Window())
         self._decoding = threading.Semaphore(DECODERS)
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._alone = ThreadPoolExecutor(1, thread_name_prefix="alone")
         self._others = ThreadPoolExecutor(8, thread_name_prefix="request")
+        self._readers = ThreadPoolExecutor(2 * TURNS, thread_name_prefix="pictures")
+        self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(TURNS))
         self._batcher = Batcher(
             settings.batch,
             settings.wait,
@@ -115,12 +151,19 @@ class Service:
     async def stop(self) -> None:
         """End the work."""
         await self._batcher.stop()
-        for pool in (self._loader, self._others):
+        for pool in (self._loader, self._alone, self._others, self._readers):
             pool.shutdown(wait=False, cancel_futures=True)
 
     async def apart(self, call: Callable[..., T], *arguments: Any) -> T:
         """Call what waits for the database or takes time, while others are answered."""
         return await asyncio.get_running_loop().run_in_executor(self._others, functools.partial(call, *arguments))
+
+    async def alone(self, call: Callable[..., T], *arguments: Any) -> T:
+        """Call what may take long, after all that was to be called so: one thread is enough for it.
+
+        A lock would not do: who gives up lets it go, and the thread goes on.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._alone, functools.partial(call, *arguments))
 
     async def take(self, name: str, version: str | None) -> PromptClassifier:
         """Return the classifier of a version; one that must be loaded keeps nobody waiting who asks another.
@@ -156,6 +199,7 @@ class Service:
         return self._counted(key)
 
     def _counted(self, key: ApiKey) -> ApiKey:
+        self.log.check()
         rate = RateLimitItemPerMinute(key.per_minute or self.settings.per_minute)
         if not self._limiter.hit(rate, key.name):
             raise Refusal(429, f"more than {rate.amount} requests a minute", {"Retry-After": "60"})
@@ -163,6 +207,8 @@ class Service:
 
     async def _who(self, request: Request) -> ApiKey:
         if not self.needs_key:
+            if _from_another_site(request):
+                raise Refusal(403, "a page of another site asks in your name; open this server's own page")
             return ApiKey(ANYBODY, USUAL)
         scheme, _, secret = request.headers.get("authorization", "").partition(" ")
         key = await self.apart(self.keys.find, secret.strip()) if scheme.lower() == "bearer" else None
@@ -182,11 +228,12 @@ class Service:
         told |= {"prompt": name[:100], "pictures": len(contents)}
         if not 1 <= len(contents) <= self.settings.most_pictures:
             raise Refusal(422, f"give 1 to {self.settings.most_pictures} pictures")
+        self._batcher.require_room(len(contents))  # before they are counted
         with self._batcher.announced():
-            ready = await self.apart(self._ready, told, key, name, version, contents)
+            ready = await self._in_turn(told, key, name, version, contents)
         if ready is None:
             await self.take(name, version)
-            ready = await self.apart(self._ready, told, key, name, version, contents)
+            ready = await self._in_turn(told, key, name, version, contents)
         if ready is None:
             raise Refusal(503, "more prompts are asked for at once than are held", {"Retry-After": "1"})
         classifier, pixels = ready
@@ -206,8 +253,26 @@ class Service:
             raise Refusal(422, f"top must be 1 to {most}")
         return most if asked is None else asked
 
+    async def _in_turn(
+        self, told: dict[str, Any], key: ApiKey, *asked: Any
+    ) -> tuple[PromptClassifier, list[Tensor]] | None:
+        """Call `_ready`, for some requests of a key at once: no customer's pictures take all threads from others."""
+        gone = threading.Event()
+        async with self._turns[key.name]:
+            try:
+                call = functools.partial(self._ready, gone, told, key, *asked)
+                return await asyncio.get_running_loop().run_in_executor(self._readers, call)
+            finally:
+                gone.set()  # a thread is not interrupted: it looks whether somebody still waits
+
     def _ready(
-        self, told: dict[str, Any], key: ApiKey, name: str, version: str | None, contents: Sequence[bytes]
+        self,
+        gone: threading.Event,
+        told: dict[str, Any],
+        key: ApiKey,
+        name: str,
+        version: str | None,
+        contents: Sequence[bytes],
     ) -> tuple[PromptClassifier, list[Tensor]] | None:
         """Find the prompt, unpack the pictures, and count them, in one visit to a thread: each visit costs.
 
@@ -222,7 +287,11 @@ class Service:
             return None
         assert classifier.manifest is not None
         told["version"] = classifier.manifest.version
-        pixels = [self._pixels(classifier, content) for content in contents]
+        pixels = []
+        for content in contents:
+            if gone.is_set():
+                raise Refusal(503, "nobody waits for this any more")
+            pixels.append(self._pixels(classifier, content))
         # Pictures that could not be read are not counted: they tell nothing of the prompt.
         most = key.per_day or self.settings.per_day
         if not self.keys.spend(key.name, len(contents), most):
@@ -233,3 +302,12 @@ class Service:
     def _pixels(self, classifier: PromptClassifier, content: bytes) -> Tensor:
         with self._decoding:
             return classifier.pixels(read_picture(content, self.settings, classifier.saved.gray_range))
+
+
+def _from_another_site(request: Request) -> bool:
+    """Tell whether a browser asks for a page from elsewhere: it could not read the answer, but spend the budget."""
+    site = request.headers.get("sec-fetch-site")
+    if site is not None:
+        return site not in ("same-origin", "none")
+    origin = request.headers.get("origin")  # of browsers that do not say more, and where a page came without TLS
+    return origin is not None and origin.partition("://")[2] != request.headers.get("host")

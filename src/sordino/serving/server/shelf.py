@@ -17,6 +17,7 @@ from sordino.serving.folder import MANIFEST, SIGNATURE, read_files
 from sordino.serving.manifest import Manifest, parse_label
 from sordino.serving.registry import Published, Registry
 from sordino.serving.server.refusal import Refusal
+from sordino.serving.sources import check_claim
 from sordino.serving.trust import Trusted
 
 At = tuple[str, int, str]  # name, version and signature
@@ -128,13 +129,15 @@ class Shelf:
         """Store a version that a client sends: the files of an exported folder.
 
         Raises:
-            Refusal: they are not whole, nobody trusted signed them, or the version is not the next one.
+            Refusal: they are not whole, nobody trusted signed them, they claim more privacy than their ledger
+                has, or the version is not the next one.
         """
         try:
             if not {MANIFEST, SIGNATURE} <= content.keys():
                 raise Refusal(422, f"send {MANIFEST} and {SIGNATURE} of an exported folder, and its files")
             found = read_files(content, "the upload", self.trusted)
             described(found)
+            check_claim(found)
         except PromptError as error:
             raise Refusal(422, " ".join(str(error).split())) from None
         try:

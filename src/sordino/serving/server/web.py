@@ -6,7 +6,6 @@ policy that is sent with them lets a browser run nothing else, and forbids scrip
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from functools import partial
 from importlib.resources import files
@@ -106,14 +105,12 @@ def routes(service: Service, samples: Samples, runs: RunFolder | None) -> APIRou
         return Response(pictures[number].content, media_type="application/octet-stream")
 
     if runs is not None:
-        reading = asyncio.Lock()  # one at a time, so that files to read take no more than one thread
 
         @router.get("/v1/runs")
         async def compared(request: Request) -> dict[str, Any]:
             """Compare the runs in the operator's folder."""
             await service.admit(request, "read")
-            async with reading:
-                return await service.apart(runs.compared)
+            return await service.alone(runs.compared)
 
     return router
 
