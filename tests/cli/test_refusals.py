@@ -73,6 +73,10 @@ REFUSED: dict[str, str] = {
     "run c.toml --set algorithm=dpfpl": "did you mean 'dp-fpl'?",
     "run c.toml --set settings.dp-fpl.rank=17": "rank = 17: must be at most context_length = 16",
     "run c.toml --set algorithm=secfpp --set settings.smallest_cluster=2": "= 2: must be 0, or 3 or more",
+    # A budget is asked for, and nothing would keep it.
+    "run c.toml --set privacy.epsilon=8": "privacy.epsilon = 8.0: needs privacy.mechanism, such as 'statistics'; ",
+    "compare c.toml --algorithms local --vary privacy.epsilon=8,2": "privacy.epsilon = 8.0: needs privacy.mechanism",
+    "run c.toml --set privacy.noise_multiplier=1": "privacy.noise_multiplier = 1.0: needs privacy.mechanism",
     "run c.toml --set privacy.mechanism=dp-sgd": "privacy.epsilon = None: mechanism 'dp-sgd' needs epsilon",
     "run c.toml --set tracking.to=wandb": "tracking.to = 'wandb': input should be 'tensorboard' or 'mlflow'",
     "compare c.toml --algorithms local,promptlf": "not a method; choose from zero-shot",

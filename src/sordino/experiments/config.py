@@ -73,7 +73,9 @@ class Experiment(BaseModel):
 
     algorithm: str = Field(default="dp-fpl", description="the method that `sordino run` runs")
     rounds: int = Field(default=50, ge=1, le=100_000, description="rounds of training")
-    seed: int = Field(default=0, ge=0, description="decides splits, partition, initial prompts, batches and noise")
+    seed: int = Field(
+        default=0, ge=0, description="decides splits, partition, initial prompts and, without a mechanism, batches"
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where tensors live")
     data: DataSettings
     partition: PartitionSettings
