@@ -342,7 +342,9 @@ def test_too_long_a_sentence_is_refused_with_the_longest_name(folder: Path) -> N
     ):
         encoder.text_features(contexts(encoder, most + 1).float(), classes)
     # No context makes room for a name that fills the sentence alone.
-    with pytest.raises(EncoderError, match=rf"class name, 'cat .*\.\.\..*', the sentence .* takes {limit}: shorten it$"):
+    with pytest.raises(
+        EncoderError, match=rf"class name, 'cat .*\.\.\..*', the sentence .* takes {limit}: shorten it$"
+    ):
         encoder.text_features(contexts(encoder, 1).float(), encoder.class_tokens(["dog", " ".join(["cat"] * 100)]))
 
 
