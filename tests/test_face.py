@@ -79,6 +79,24 @@ def test_a_configuration_is_the_same_from_python_and_from_a_file(config_file: Pa
     assert sordino.Experiment.of(**read.model_dump()) == read
 
 
+def test_a_configuration_means_the_same_folders_from_anywhere(
+    clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of a run directory is run again from elsewhere; a name on the hub stays one."""
+    (tmp_path / "here" / "earlier").mkdir(parents=True)
+    (tmp_path / "here" / "clip").symlink_to(clip_folder)
+    monkeypatch.chdir(tmp_path / "here")
+    private = {"mechanism": "statistics", "release": "earlier"}
+    tables = {"data": {"source": "digits"}, "partition": FEDERATION, "privacy": private}
+    local = sordino.Experiment.of(encoder={"name": "clip", "checkpoint": "clip"}, **tables)
+    monkeypatch.chdir(tmp_path)
+    assert sordino.Experiment.of(**local.model_dump()) == local
+    assert Path(local.encoder.checkpoint or "") == clip_folder.resolve()
+    assert Path(local.privacy.release or "") == (tmp_path / "here" / "earlier").resolve()
+    hub = sordino.Experiment.of(encoder={"name": "clip", "checkpoint": "owner/model"}, **tables)
+    assert hub.encoder.checkpoint == "owner/model"
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({}, "data"),
     ({"ruonds": 3}, "ruonds"),
