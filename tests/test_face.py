@@ -79,6 +79,24 @@ def test_a_configuration_is_the_same_from_python_and_from_a_file(config_file: Pa
     assert sordino.Experiment.of(**read.model_dump()) == read
 
 
+def test_a_configuration_means_the_same_folders_from_anywhere(
+    clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of a run directory is run again from elsewhere; a name on the hub stays one."""
+    (tmp_path / "here" / "earlier").mkdir(parents=True)
+    (tmp_path / "here" / "clip").symlink_to(clip_folder)
+    monkeypatch.chdir(tmp_path / "here")
+    private = {"mechanism": "statistics", "release": "earlier"}
+    tables = {"data": {"source": "digits"}, "partition": FEDERATION, "privacy": private}
+    local = sordino.Experiment.of(encoder={"name": "clip", "checkpoint": "clip"}, **tables)
+    monkeypatch.chdir(tmp_path)
+    assert sordino.Experiment.of(**local.model_dump()) == local
+    assert Path(local.encoder.checkpoint or "") == clip_folder.resolve()
+    assert Path(local.privacy.release or "") == (tmp_path / "here" / "earlier").resolve()
+    hub = sordino.Experiment.of(encoder={"name": "clip", "checkpoint": "owner/model"}, **tables)
+    assert hub.encoder.checkpoint == "owner/model"
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({}, "data"),
     ({"ruonds": 3}, "ruonds"),
@@ -140,6 +158,49 @@ def test_a_comparison_of_nothing_is_refused(config_file: Path, tmp_path: Path) -
             sordino.compare(config, arguments[0], tmp_path / "none", seeds=arguments[1])
         assert caught.value.key == key
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"config": {"rounds": 1}}, r"config = \{'rounds': 1\}: must come from sordino.load_config"),
+        ({"config": "my.toml"}, "config = 'my.toml': must come from sordino.load_config"),
+        ({"seeds": [0, 1]}, r"seeds = \[0, 1\]: must be how many"),
+        ({"jobs": 0}, "jobs = 0: at least one is needed"),
+        ({"vary": {"rounds": 2}}, "rounds = 2: give a list of the values"),
+        ({"vary": {"algorithm": "local"}}, "algorithm = 'local': give a list of the values"),
+    ],
+)
+def test_what_is_of_another_type_is_named(
+    changed: dict[str, Any], told: str, config_file: Path, tmp_path: Path
+) -> None:
+    given = {"config": sordino.load_config(config_file, {"rounds": 1}), "algorithms": ["local"]} | changed
+    with pytest.raises(sordino.ConfigError, match=told):
+        sordino.compare(out=tmp_path / "out", **given)
+    if "config" in changed:
+        with pytest.raises(sordino.ConfigError, match=told):
+            sordino.run(given["config"], tmp_path / "out")
+        with pytest.raises(sordino.ConfigError, match=told):
+            sordino.privacy_plan(given["config"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_text_is_no_list_of_texts(config_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(sordino.ConfigError, match=r"overrides = 'rounds=3': must be a table, or a list of texts"):
+        sordino.load_config(config_file, "rounds=3")
+    with pytest.raises(sordino.ConfigError, match=r"attacks = 'inversion': must be a list of names"):
+        sordino.audit(tmp_path, attacks="inversion")
+
+
+def test_a_classifier_takes_any_collection_and_names_what_is_no_picture(config_file: Path, tmp_path: Path) -> None:
+    sordino.run(sordino.load_config(config_file, {"algorithm": "promptfl", "rounds": 1}), tmp_path / "run")
+    classifier = sordino.load_prompt(tmp_path / "run" / "prompts" / "shared.safetensors").model()
+    pictures = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    assert classifier.classify(each for each in pictures) == classifier.classify(pictures)
+    array = np.zeros((8, 8, 3), np.uint8)
+    for wrong, kind in ((array, "ndarray"), ([pictures[0], array], "ndarray"), (None, "NoneType"), ([3], "int")):
+        with pytest.raises(sordino.DataError, match=f"is of type {kind}; give a file's path or a picture of Pillow"):
+            classifier.classify(wrong)
 
 
 def test_a_frame_without_pandas_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

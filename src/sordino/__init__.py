@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,6 +144,7 @@ def run(config: Experiment, out: Path | str, *, resume: bool = False, progress: 
     Raises:
         SordinoError: before anything is trained where input is bad; later where the disk is full or training diverges.
     """
+    _require_experiment(config)
     from sordino.experiments.run import run
     from sordino.progress import silent
 
@@ -185,11 +187,16 @@ def compare(
     from sordino.experiments.variants import grid
     from sordino.progress import silent
 
+    _require_experiment(config)
     if isinstance(algorithms, str):
         raise ConfigError("algorithms", algorithms, f"must be a list of names, such as [{algorithms!r}]")
-    if not (algorithms and seeds > 0 and jobs > 0):
-        key, value = ("algorithms", algorithms) if not algorithms else ("seeds", seeds) if seeds < 1 else ("jobs", jobs)
-        raise ConfigError(key, value, "at least one is needed")
+    if not algorithms:
+        raise ConfigError("algorithms", algorithms, "at least one is needed")
+    for key, number in (("seeds", seeds), ("jobs", jobs)):
+        if not isinstance(number, Integral):
+            raise ConfigError(key, number, "must be how many; seeds are counted from the configuration's")
+        if number < 1:
+            raise ConfigError(key, number, "at least one is needed")
     folder = Path(out)
     variants = grid(config, algorithms, vary, equal_steps)
     title = f"Sordino: {folder.name}"
@@ -204,9 +211,22 @@ def privacy_plan(config: Experiment) -> Plan:
     Raises:
         SordinoError: the configuration cannot be run.
     """
+    _require_experiment(config)
     from sordino.experiments.privacy.plan import plan
 
     return plan(config)
+
+
+def _require_experiment(config: Experiment) -> None:
+    """Check that a configuration is one.
+
+    Raises:
+        ConfigError: it is a path or a table, for example.
+    """
+    from sordino.experiments.config import Experiment
+
+    if not isinstance(config, Experiment):
+        raise ConfigError("config", config, "must come from sordino.load_config(PATH) or sordino.Experiment.of(...)")
 
 
 def load_prompt(file: Path | str) -> SavedPrompt:

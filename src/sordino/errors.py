@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, get_args, get_origin
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -114,26 +115,64 @@ def config_error(error: ValidationError, checked: Any, prefix: str = "") -> Conf
     errors = error.errors()
     # A key that is misspelled is the cause where another one is missing.
     first = next((each for each in errors if each["type"] in _UNKNOWN_KEY), errors[0])
-    # A value that may be of several types has the type's name in its place, such as `list[str]`.
-    place = (str(part) for part in (prefix, *first["loc"]))
-    key = ".".join(part for part in place if part and not part.endswith(("]", ")")))
+    path, choice = _without_choice(checked, first["loc"])
+    if choice is not None:  # a value of any of several types has an error for each; the one that got furthest is meant
+        of_value = [each for each in errors if each["loc"][:choice] == first["loc"][:choice]]
+        first = max(of_value, key=lambda each: len(each["loc"]))
+        path, _ = _without_choice(checked, first["loc"])
+        alternatives = [_plain(each["msg"]) for each in of_value if len(each["loc"]) == len(first["loc"])]
+    else:
+        alternatives = [_plain(first["msg"])]
+    if path[-1:] == ("[key]",) and path[-2:-1] == (first["input"],):  # the name in a table, not its value, is refused
+        path = path[:-1]
+    key = ".".join(str(part) for part in (prefix, *path) if part != "")
     if first["type"] in _UNKNOWN_KEY:
-        *tables, wrong = first["loc"]
+        *tables, wrong = path
         known = list(_fields(checked, tables))
         listed = f"; choose from {', '.join(known)}" if known else ""
         allowed = f"no such key{nearest(str(wrong), known) or listed}"
     elif first["type"] in _MISSING_KEY:  # its input is the whole table around it
         return ConfigError(key, None, "is needed; give it a value")
     else:
-        message = first["msg"].removeprefix("Value error, ")
-        allowed = message[:1].lower() + message[1:]
+        others = (other.removeprefix("input should be ") for other in alternatives[1:])
+        allowed = " or ".join(dict.fromkeys((alternatives[0], *others)))
     return ConfigError(key, first["input"], allowed)
 
 
+def _plain(message: str) -> str:
+    """Return pydantic's message in the words of a TOML file, and as the end of a line."""
+    message = message.removeprefix("Value error, ")
+    for theirs, ours in _WORDS.items():
+        message = message.replace(theirs, ours)
+    return message[:1].lower() + message[1:]
+
+
+def _without_choice(checked: Any, place: tuple[int | str, ...]) -> tuple[tuple[int | str, ...], int | None]:
+    """Return an error's place without what is no key of it, and where that stands; None if all are keys.
+
+    Of a value that may be of several types, pydantic puts the type's name in the place, such as `list[str]`. A user's
+    own key may look alike, so the types say which it is.
+    """
+    for at in range(1, len(place)):
+        *tables, last = place[:at]
+        field = _fields(checked, tables).get(str(last))
+        if field is not None and len(_types(field.annotation)) > 1:
+            return (*place[:at], *place[at + 1 :]), at
+    return place, None
+
+
+def _types(annotation: Any) -> list[Any]:
+    """Return the types of a union but None; of any other annotation itself."""
+    if get_origin(annotation) in (Union, UnionType):
+        return [kind for kind in get_args(annotation) if kind is not NoneType]
+    return [annotation]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'NAME'?" with the known name that is most like a wrong one, or "" if none is like it."""
-    found = get_close_matches(name, list(known), n=1, cutoff=0.7)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    """Return "; did you mean 'NAME'?" with the known name that is most like a wrong one in any case, or ""."""
+    by_lower = {each.lower(): each for each in known}
+    found = get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.7)
+    return f"; did you mean {by_lower[found[0]]!r}?" if found else ""
 
 
 def _fields(table: Any, path: Iterable[str | int]) -> Mapping[str, FieldInfo]:
@@ -179,3 +218,4 @@ def _is_text(value: str) -> bool:
 
 _UNKNOWN_KEY = {"extra_forbidden", "unexpected_keyword_argument"}
 _MISSING_KEY = {"missing", "missing_argument"}
+_WORDS = {"valid dictionary or instance of MethodSource": "valid path or table", "valid dictionary": "valid table"}

@@ -16,8 +16,10 @@ from sordino.cli.app import app
 from sordino.errors import ConfigError, RunError
 from sordino.experiments.compare import compare
 from sordino.experiments.config import load_config
+from sordino.experiments.features import EncodedDataset
 from sordino.experiments.run import run
 from sordino.experiments.variants import grid
+from sordino.progress import silent
 
 DP = ["privacy.mechanism=cotangent", "privacy.epsilon=4.0", "privacy.delta=0.01", "privacy.subspace=4", "rounds=3"]
 
@@ -73,11 +75,23 @@ def test_an_audit_of_a_run_stands_beside_its_claim(config_file: Path, tmp_path: 
 def test_attacks_made_before_are_kept(config_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(load_config(config_file, ["algorithm=promptfl", "rounds=2"]), folder)
-    first = audit(folder, ["membership"], shadows=4)
-    second = audit(folder, ["stealing"])
+    first = audit(folder, ["membership"], shadows=4, seed=5)
+    second = audit(folder, ["stealing"], seed=6)
+    assert second["seeds"] == {"membership": 5, "stealing": 6}  # each its own
     assert second["attacks"]["membership"] == first["attacks"]["membership"]
     assert second["attacks"]["stealing"]["reason"]  # PromptFL keeps nothing personal that could be stolen
     assert second["claimed"] == {"epsilon": None, "delta": None, "unit": None, "simulated": False}
+
+
+def test_an_audit_without_the_attack_of_a_comparison_is_added_to(config_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = load_config(config_file, ["algorithm=promptfl", "rounds=1"])
+    run(config, folder)
+    audit(folder, ["stealing"])
+    found = membership_auc(folder, 4, True, silent, EncodedDataset.open(config))
+    attacks = json.loads((folder / "audit.json").read_bytes())["attacks"]
+    assert found == attacks["membership"]["lira"]["auc"]
+    assert "stealing" in attacks
 
 
 def test_a_claim_that_is_false_is_called_so(config_file: Path, tmp_path: Path) -> None:
@@ -102,6 +116,10 @@ def test_a_claim_that_is_false_is_called_so(config_file: Path, tmp_path: Path) -
 def test_what_cannot_be_attacked_is_told(config_file: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"holds no finished run \(there is no"):
         audit(tmp_path / "nothing")
+    compare(grid(load_config(config_file, ["rounds=1"]), ["zero-shot"]), 1, tmp_path / "compared")
+    one = re.escape(str(tmp_path / "compared" / "zero-shot" / "seed-0"))
+    with pytest.raises(RunError, match=f"holds a comparison; give one of its runs, such as {one}$"):
+        audit(tmp_path / "compared")
     run(load_config(config_file, ["algorithm=zero-shot"]), tmp_path / "zero")
     with pytest.raises(RunError, match="learned nothing"):
         audit(tmp_path / "zero")

@@ -73,6 +73,10 @@ REFUSED: dict[str, str] = {
     "run c.toml --set algorithm=dpfpl": "did you mean 'dp-fpl'?",
     "run c.toml --set settings.dp-fpl.rank=17": "rank = 17: must be at most context_length = 16",
     "run c.toml --set algorithm=secfpp --set settings.smallest_cluster=2": "= 2: must be 0, or 3 or more",
+    # A budget is asked for, and nothing would keep it.
+    "run c.toml --set privacy.epsilon=8": "privacy.epsilon = 8.0: needs privacy.mechanism, such as 'statistics'; ",
+    "compare c.toml --algorithms local --vary privacy.epsilon=8,2": "privacy.epsilon = 8.0: needs privacy.mechanism",
+    "run c.toml --set privacy.noise_multiplier=1": "privacy.noise_multiplier = 1.0: needs privacy.mechanism",
     "run c.toml --set privacy.mechanism=dp-sgd": "privacy.epsilon = None: mechanism 'dp-sgd' needs epsilon",
     "run c.toml --set tracking.to=wandb": "tracking.to = 'wandb': input should be 'tensorboard' or 'mlflow'",
     "compare c.toml --algorithms local,promptlf": "not a method; choose from zero-shot",
@@ -243,6 +247,7 @@ def test_settings_of_all_methods_are_imported_without_torch() -> None:
 def test_the_nearest_name_is_one_that_is_known() -> None:
     assert nearest("rnak", ["clip", "rank", "rate"]) == "; did you mean 'rank'?"
     assert nearest("rank", []) == ""
+    assert nearest("FedOTP", ["fedotp", "promptfl"]) == "; did you mean 'fedotp'?"
     assert nearest("xyz", ["clip", "rank", "rate"]) == ""
 
 
@@ -267,6 +272,34 @@ def test_a_wrong_key_is_compared_with_the_keys_of_its_own_table() -> None:
     assert str(config_error(raised.value, Outer, "table")) == (
         "table.inner.widthh = 1: no such key; did you mean 'width'?"
     )
+
+
+class Named(BaseModel, extra="forbid", strict=True):
+    """A value of two types, and a table under names of the user's own."""
+
+    names: list[str] | dict[str, str] | None = None
+    inner: dict[str, Inner] = {}
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [
+        # The type that the value comes nearest to is meant, and its name is no part of the key.
+        ({"names": {"cat": 3}}, "table.names.cat = 3: input should be a valid string"),
+        ({"names": ["cat", 3]}, "table.names.1 = 3: input should be a valid string"),
+        ({"names": 3}, "table.names = 3: input should be a valid list or a valid table"),
+        ({"names": {"a[1]": 3}}, "table.names.a[1] = 3: input should be a valid string"),
+        ({"names": {4: "x"}}, "table.names.4 = 4: input should be a valid string"),
+        # A user's key that looks like such a name is told.
+        ({"inner": {"a]": {"widthh": 1}}}, "table.inner.a].widthh = 1: no such key; did you mean 'width'?"),
+        ({"inner": {"list[str]": {"width": []}}}, "table.inner.list[str].width = []: input should be a valid integer"),
+        ({"wrong)": 1}, "table.wrong) = 1: no such key; choose from names, inner"),
+    ],
+)
+def test_the_key_of_an_error_is_the_whole_key_and_nothing_else(tables: dict[str, object], said: str) -> None:
+    with pytest.raises(ValidationError) as raised:
+        TypeAdapter(Named).validate_python(tables)
+    assert str(config_error(raised.value, Named, "table")) == said
 
 
 def test_version(capsys) -> None:

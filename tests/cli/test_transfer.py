@@ -110,6 +110,9 @@ def test_what_cannot_be_evaluated_is_told_in_one_line(
     code, _, said = sordino(tmp_path, "--to", source)
     assert code == 2
     assert "has no prompts/ of a finished run" in said
+    code, _, said = sordino(finished, "--to", shades)
+    assert code == 2
+    assert said.startswith(f"sordino: --to = '{shades}': must be 'digits', 'textile', 'imagefolder:PATH', ")
     code, _, said = sordino(finished, "--to", f"imagefolder:{tmp_path / 'nothing'}")
     assert code == 2
     assert "nothing" in said

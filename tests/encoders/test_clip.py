@@ -341,6 +341,11 @@ def test_too_long_a_sentence_is_refused_with_the_longest_name(folder: Path) -> N
         EncoderError, match=rf"context_length = {most + 1}: .*blackbird.* takes {limit}: .* most {most}"
     ):
         encoder.text_features(contexts(encoder, most + 1).float(), classes)
+    # No context makes room for a name that fills the sentence alone.
+    with pytest.raises(
+        EncoderError, match=rf"class name, 'cat .*\.\.\..*', the sentence .* takes {limit}: shorten it$"
+    ):
+        encoder.text_features(contexts(encoder, 1).float(), encoder.class_tokens(["dog", " ".join(["cat"] * 100)]))
 
 
 def damage(folder: Path, how: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from sordino.errors import ConfigError
 from sordino.experiments.compare import compare
 from sordino.experiments.config import load_config
 from sordino.experiments.run import run
+from sordino.experiments.toml_tables import separated
 from sordino.experiments.variants import fairness_notes, grid, planned_steps
 from sordino.experiments.yardsticks import effort
 from sordino.report import finished_runs
@@ -139,6 +141,33 @@ def test_lines_that_share_a_run_or_its_folder_are_refused_before_any_is_trained(
 
 def test_a_method_that_is_named_twice_is_one_line(config_file: Path) -> None:
     assert len(grid(load_config(config_file), ["local", "zero-shot", "local"])) == 2
+
+
+def test_a_budget_that_no_mechanism_keeps_makes_no_line_of_its_own(config_file: Path) -> None:
+    """Two lines of different epsilon, trained without noise, would look private."""
+    config = load_config(config_file, ["privacy.mechanism=none"])
+    (line,) = grid(config, ["local"], {"privacy.epsilon": [8.0, 2.0]})
+    assert line.label == "local"
+    both = grid(config, ["local"], {"privacy.mechanism": ["none", "dp-sgd"], "privacy.epsilon": [8.0, 2.0]})
+    assert [(each.config.privacy.mechanism, each.config.privacy.epsilon) for each in both][1:] == [
+        ("dp-sgd", 8.0),
+        ("dp-sgd", 2.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("inf,8,2", [math.inf, 8, 2]),
+        ("photo, art_painting", ["photo", "art_painting"]),
+        ('["a","b"],["c", "d"]', [["a", "b"], ["c", "d"]]),
+        ('{name="sgd", learning_rate=0.1},x', [{"name": "sgd", "learning_rate": 0.1}, "x"]),
+        ('"a, photo",a', ["a, photo", "a"]),
+        ("[1,2", ["[1", 2]),
+    ],
+)
+def test_varied_values_may_be_lists_and_tables(text: str, values: list[Any]) -> None:
+    assert [value for _, value in separated(text)] == values
 
 
 def test_steps_and_ignored_settings_are_told_in_a_line_each(config_file: Path) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, replace
+from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sordino.errors import RunError
 from sordino.privacy.accounting import spent
 from sordino.privacy.ledger import Disclosure, Ledger, Observer, Release
-from sordino.privacy.statement import statement
+from sordino.privacy.statement import read_ledgers, statement
 
 # Among them what the text itself is made of.
 WORDS = st.one_of(
@@ -49,6 +52,13 @@ def test_the_text_is_plain_json_of_the_entries(ledger: Ledger) -> None:
     expected = {"private": ledger.private, "simulated": ledger.simulated, **content}
     assert ledger.to_json() == json.dumps(expected, indent=2) + "\n"
     assert Ledger.from_json(ledger.to_json()) == ledger
+
+
+def test_a_damaged_ledger_is_named(tmp_path: Path) -> None:
+    """Several are read at once, so the message says which one it is."""
+    (tmp_path / "ledger.json").write_text('{"releases": [')
+    with pytest.raises(RunError, match=f"^{re.escape(str(tmp_path / 'ledger.json'))}: not a ledger of this version"):
+        read_ledgers([tmp_path])
 
 
 @given(st.lists(RELEASES, max_size=8))

@@ -44,7 +44,7 @@ def audit(
 ) -> dict[str, Any]:
     """Attack a finished run, and write `audit.json` and its report.
 
-    Attacks that were made before and are not asked for again keep their results.
+    Attacks that were made before and are not asked for again keep their results, and their seeds.
 
     Args:
         folder: the run directory.
@@ -63,6 +63,8 @@ def audit(
     Raises:
         SordinoError: the run cannot be opened, or an attack cannot be made of what it has.
     """
+    if isinstance(attacks, str):
+        raise ConfigError("attacks", attacks, f"must be a list of names, such as [{attacks!r}]")
     if not attacks:  # an audit without any would count as one, on cards too
         raise ConfigError("--attacks", "", f"name one at least; choose from {', '.join(ATTACKS)}")
     for attack in attacks:
@@ -96,7 +98,10 @@ def _audit(
     subject = Subject.open(folder, progress, dataset)
     if not (subject.runtime.rounds or subject.runtime.releases_statistics):
         raise RunError(f"{folder}: {subject.config.algorithm} learned nothing, so there is nothing to attack")
-    results: dict[str, Any] = read_audit(folder)["attacks"] if (folder / FILE).exists() else {}
+    before = read_audit(folder) if (folder / FILE).exists() else {"attacks": {}}
+    results: dict[str, Any] = before["attacks"]
+    # Attacks may have been made at several times. Audits of earlier versions tell the seed of the last time.
+    seeds = before.get("seeds", dict.fromkeys(results, before.get("seed")))
     for name in (attack for attack in ATTACKS if attack in attacks):
         try:
             results[name] = _attack(name, subject, effort, seed)
@@ -104,10 +109,11 @@ def _audit(
             if tuple(attacks) != ATTACKS:  # asked for by name
                 raise
             results[name] = {"reason": str(error)}
+        seeds[name] = seed
     claimed = as_summary(subject.ledger, subject.config.privacy.unit)
     result = {
         "claimed": {key: claimed[key] for key in ("epsilon", "delta", "unit", "simulated")},
-        "seed": seed,
+        "seeds": seeds,
         "attacks": results,
     }
     text = json.dumps(result, indent=2) + "\n"
@@ -148,11 +154,12 @@ def membership_auc(
     Raises:
         SordinoError: see `audit`.
     """
-    if resume and (folder / FILE).exists():
-        result = read_audit(folder)
-    else:
-        result = audit(folder, ["membership"], shadows, progress=progress, dataset=dataset, jobs=jobs)
-    return float(result["attacks"]["membership"]["lira"]["auc"])
+    earlier = read_audit(folder)["attacks"] if resume and (folder / FILE).exists() else {}
+    found = earlier.get("membership", {})
+    if "lira" not in found:  # only other attacks were made, or this one was not possible
+        found = audit(folder, ["membership"], shadows, progress=progress, dataset=dataset, jobs=jobs)["attacks"]
+        found = found["membership"]
+    return float(found["lira"]["auc"])
 
 
 def _attack(name: str, subject: Subject, effort: Effort, seed: int) -> dict[str, Any]:

@@ -83,12 +83,12 @@ class Subject:
             tables = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
             _check_method(folder, tables)
             config = parse_config(tables)
-            ledger = Ledger.from_json((folder / "ledger.json").read_bytes())
+            ledger = Ledger.from_json((folder / "ledger.json").read_bytes(), folder / "ledger.json")
         except OSError as error:
             missing = Path(str(error.filename)).name
             raise RunError(f"{folder} holds no finished run ({missing}: {error.strerror})") from None
         except (ValueError, RecursionError) as error:
-            raise RunError(f"{folder} is damaged: {error}") from None
+            raise RunError(f"{folder} is damaged ({error}); go on with --resume, or start a new run") from None
         dataset = dataset or EncodedDataset.open(config)
         task, _ = dataset.task(config, progress)
         check(folder, data_record(dataset, task, dataset.public(config, task)))

@@ -156,7 +156,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Run several methods with several seeds, and settings, over shared features; a table, a CSV and a report."""
-    from sordino.experiments.toml_tables import toml_value
+    from sordino.experiments.toml_tables import separated
     from sordino.experiments.variants import at_equal_steps, grid
 
     values: dict[str, list[Any]] = {}
@@ -165,8 +165,8 @@ def compare(
         key, equals, texts = variation.partition("=")
         if not (equals and key and texts):
             raise ConfigError("--vary", variation, "write key=value,value,..., e.g. privacy.epsilon=inf,8,2")
-        values[key.strip()] = [toml_value(text.strip()) for text in texts.split(",")]
-        firsts.append(f"{key.strip()}={texts.split(',')[0].strip()}")
+        values[key.strip()] = [value for _, value in separated(texts)]
+        firsts.append(f"{key.strip()}={separated(texts)[0][0]}")
     names = [name.strip() for name in algorithms.split(",") if name.strip()]
     names += [name for file in method or [] if (name := add_file(file)) not in names]
     variants = grid(chosen_experiment(config, [*(overrides or []), *firsts], resume), names, values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ class Classifier:
         """Return the softmax of `logits`, [..., C]."""
         return self.logits(features).softmax(-1)
 
-    def classify(self, pictures: Picture | Sequence[Picture]) -> list[Prediction]:
+    def classify(self, pictures: Picture | Iterable[Picture]) -> list[Prediction]:
         """Rank the classes of pictures, in their order.
 
         Args:
@@ -103,7 +103,8 @@ class Classifier:
                 they are, so they must be upright and opaque, with 8 bits a channel.
 
         Raises:
-            DataError: a picture cannot be read; the message names it. `ranked` leaves such pictures out.
+            DataError: a picture cannot be read; the message names it. `ranked` leaves such pictures out. Or something
+                is no picture, such as an array.
             EncoderError: see `ranked`.
         """
         predictions, skipped = self.ranked(pictures)
@@ -111,16 +112,16 @@ class Classifier:
             raise DataError(f"{skipped[0].name}: {skipped[0].reason}; leave it out, or give a picture that can be read")
         return predictions
 
-    def ranked(self, pictures: Picture | Sequence[Picture]) -> tuple[list[Prediction], list[Skipped]]:
+    def ranked(self, pictures: Picture | Iterable[Picture]) -> tuple[list[Prediction], list[Skipped]]:
         """Rank the classes of the pictures that can be read, and name those that cannot, each in their order.
 
         Nothing of the pictures is kept on disk. See `classify` for what is taken.
 
         Raises:
+            DataError: something is neither a file nor a picture of Pillow.
             EncoderError: the encoder lacks what the method reads, or gives features that are not finite.
         """
-        given = [pictures] if isinstance(pictures, Path | str | Image.Image) else pictures
-        images = _Pictures(given, self.gray_range)
+        images = _Pictures(_listed(pictures), self.gray_range)
         # A pass is filled up to its size, so few pictures need a small one.
         size = min(PICTURES_AT_ONCE, max(1, len(images)))
         encoded = encode(images, self.encoder, None, size, self.model.reads)
@@ -166,6 +167,27 @@ def told(probabilities: Tensor, top: int, digits: int) -> list[tuple[int, float]
     """
     order = probabilities.argsort(descending=True, stable=True)[:top].tolist()
     return [(index, round(float(probabilities[index]), digits)) for index in order]
+
+
+def _listed(pictures: Picture | Iterable[Picture]) -> list[Picture]:
+    """Return one picture, or several, as a list.
+
+    Raises:
+        DataError: something is neither a file nor a picture of Pillow.
+    """
+    given: list[Any]
+    if isinstance(pictures, Path | str | Image.Image) or hasattr(pictures, "__array__"):
+        given = [pictures]
+    else:
+        given = list(pictures) if isinstance(pictures, Iterable) else [pictures]
+    for at, item in enumerate(given):
+        if not isinstance(item, Picture):
+            kind = type(item).__name__
+            raise DataError(
+                f"picture {at} is of type {kind}; give a file's path or a picture of Pillow, such as "
+                "Image.fromarray(array), or call the classifier with pixels [B, 3, H, W]"
+            )
+    return given
 
 
 def _rank(kind: Kind) -> int:

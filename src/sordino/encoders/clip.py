@@ -43,7 +43,7 @@ from sordino.encoders.shared_prefix import (
     padded_flops,
 )
 from sordino.encoders.visual_prompts import ImageTower
-from sordino.errors import EncoderError
+from sordino.errors import EncoderError, shortened
 
 CARRIER = "a"  # a word that stands for the context when the tokens of a class name are determined
 
@@ -288,8 +288,9 @@ class ClipEncoder(DualEncoder):
         length = start + context_length + longest
         if length > limit:
             name = classes.names[classes.lengths.index(max(classes.lengths))]
+            most = limit - start - longest
+            remedy = f"use a context_length of at most {most}, or shorter names" if most > 0 else "shorten it"
             raise EncoderError(
-                f"context_length = {context_length}: with the longest class name, {name!r}, the sentence has "
-                f"{length} tokens and {self.label!r} takes {limit}: use a context_length of at most "
-                f"{limit - start - longest}, or shorter names"
+                f"context_length = {context_length}: with the longest class name, {shortened(name)}, the sentence has "
+                f"{length} tokens and {self.label!r} takes {limit}: {remedy}"
             )

@@ -73,7 +73,9 @@ class Experiment(BaseModel):
 
     algorithm: str = Field(default="dp-fpl", description="the method that `sordino run` runs")
     rounds: int = Field(default=50, ge=1, le=100_000, description="rounds of training")
-    seed: int = Field(default=0, ge=0, description="decides splits, partition, initial prompts, batches and noise")
+    seed: int = Field(
+        default=0, ge=0, description="decides splits, partition, initial prompts and, without a mechanism, batches"
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where tensors live")
     data: DataSettings
     partition: PartitionSettings
@@ -169,7 +171,7 @@ def parse_config(tables: Mapping[str, Any]) -> Experiment:
         raise ConfigError(
             "data.public", config.data.public, "goes together with privacy.directions = 'images'; set both or none"
         )
-    return config.model_copy(update={"data": _absolute(config.data)})
+    return _placed(config).model_copy(update={"data": _absolute(config.data)})
 
 
 def check_places(config: Experiment) -> None:
@@ -235,6 +237,20 @@ def _with_dialog(config: Experiment) -> Experiment:
         )
     encoder = config.encoder.model_copy(update={"generative": given or GenerativeSettings()})
     return config.model_copy(update={"encoder": encoder})
+
+
+def _placed(config: Experiment) -> Experiment:
+    """The same checkpoint and release from anywhere, as `config.toml` of a run directory may be run again elsewhere."""
+    checkpoint, release = config.encoder.checkpoint, config.privacy.release
+    if checkpoint is not None and user_path(checkpoint, "encoder.checkpoint").is_dir():  # else it is a name on the hub
+        place = str(absolute_path(checkpoint, "encoder.checkpoint"))
+        check_values(place, "encoder.checkpoint")
+        config = config.model_copy(update={"encoder": config.encoder.model_copy(update={"checkpoint": place})})
+    if release is not None:
+        place = str(absolute_path(release, "privacy.release"))
+        check_values(place, "privacy.release")
+        config = config.model_copy(update={"privacy": config.privacy.model_copy(update={"release": place})})
+    return config
 
 
 def _absolute(data: DataSettings) -> DataSettings:

@@ -212,7 +212,7 @@ def _released(runtime: LocalRuntime, out: Path, earlier: ReleaseFile | None) -> 
     # A release that failed may have left some clients: it stays counted.
     before = start.ledger
     if (out / LEDGER).exists():
-        before = replace(Ledger.from_json((out / LEDGER).read_bytes()), run=start.ledger.run)
+        before = replace(Ledger.from_json((out / LEDGER).read_bytes(), out / LEDGER), run=start.ledger.run)
     if not runtime.pays_for_release(start.with_ledger(before)):
         raise RunError(
             f"{out}: class statistics that were released before, of which nothing was kept, have spent the budget; "
@@ -239,7 +239,7 @@ def _resumed(runtime: LocalRuntime, start: Training, out: Path) -> Training:
     training = checkpoint.load(out / "checkpoint", start) or start
     if runtime.privacy.simulation:
         return training
-    ledger = Ledger.from_json((out / LEDGER).read_bytes()) if (out / LEDGER).exists() else training.ledger
+    ledger = Ledger.from_json((out / LEDGER).read_bytes(), out / LEDGER) if (out / LEDGER).exists() else training.ledger
     # A process that died as soon as it had the release did not enter it beside one that had failed before.
     ledger = ledger.add(release for release in start.ledger.releases if release.name)
     training = training.with_ledger(ledger)

@@ -74,6 +74,9 @@ def require_run(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise RunError(f"{folder} holds no finished run (there is no such directory)")
+    if (folder / "comparison.json").exists() and not (folder / FILE).exists():
+        below = next((file.parent for file in sorted(folder.rglob(FILE))), folder / "METHOD" / "seed-0")
+        raise RunError(f"{folder} holds a comparison; give one of its runs, such as {below}")
 
 
 def start(out: Path, tables: Mapping[str, Any], methods: Mapping[str, bytes]) -> None:

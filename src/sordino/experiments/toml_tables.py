@@ -38,6 +38,8 @@ def read_tables(
         raise ConfigError(argument, str(path), "no such file") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(argument, str(path), f"not a readable TOML file: {error}") from None
+    if isinstance(overrides, str):
+        raise ConfigError("overrides", overrides, f"must be a table, or a list of texts, such as [{overrides!r}]")
     if isinstance(overrides, Mapping):
         for key, value in overrides.items():
             set_key(tables, key, value)
@@ -97,6 +99,20 @@ def toml_value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
         return text
+
+
+def separated(text: str) -> list[tuple[str, Any]]:
+    """Return the texts between commas, each with its value. A list, a table, or text in quotes may hold commas."""
+    parts: list[str] = []
+    open_part = ""
+    for piece in text.split(","):
+        open_part = f"{open_part},{piece}" if open_part else piece
+        whole = not open_part.lstrip().startswith(("[", "{", '"', "'")) or toml_value(open_part) != open_part
+        if whole:
+            parts.append(open_part)
+            open_part = ""
+    parts += open_part.split(",") if open_part else []
+    return [(part.strip(), toml_value(part.strip())) for part in parts]
 
 
 def set_key(tables: dict[str, Any], key: str, value: Any) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
@@ -75,16 +75,22 @@ def grid(
     """
     if not algorithms:
         raise ConfigError("--algorithms", "", "name one method at least; 'sordino methods' lists them")
-    keys = list(vary or {})
+    vary = vary or {}
+    keys = list(vary)
+    for key, given in vary.items():
+        if isinstance(given, str | Mapping) or not isinstance(given, Iterable):
+            raise ConfigError(key, given, "give a list of the values that it is varied over")
     variants: list[Variant] = []
     for name in dict.fromkeys(algorithms):
         seen: list[dict[str, Any]] = []
-        for values in itertools.product(*(vary[key] for key in keys) if vary else ()):
+        for values in itertools.product(*vary.values()):
             tables = config.model_dump(exclude_none=True) | {"algorithm": name}
             for key, value in zip(keys, values, strict=True):
                 set_key(tables, key, value)
             varied = parse_config(tables)
             settings = resolved(varied)
+            if not varied.privacy.on:  # without a mechanism, nothing else in the table matters
+                settings["privacy"] = {}
             if settings not in seen:
                 seen.append(settings)
                 words = ", ".join(f"{key}={value}" for key, value in zip(keys, values, strict=True))

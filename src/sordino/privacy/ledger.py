@@ -180,8 +180,12 @@ class Ledger:
         return text
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Ledger:
+    def from_json(cls, text: str | bytes, source: object = None) -> Ledger:
         """Return the ledger that `to_json` wrote.
+
+        Args:
+            text: the content of `ledger.json`.
+            source: where it was read, for messages.
 
         Raises:
             RunError: the text is not a ledger.
@@ -205,7 +209,9 @@ class Ledger:
                 whole_persons=content.get("whole_persons") is True,
             )
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise RunError(f"not a ledger of this version of Sordino ({error!r}); run the experiment again") from None
+            place = "" if source is None else f"{source}: "
+            remedy = "put it back, or run the experiment again"
+            raise RunError(f"{place}not a ledger of this version of Sordino ({error!r}); {remedy}") from None
 
     def digest_of(self, party: str) -> str:
         """Return the digest of a party's data; "" if it is unknown. ALL_CLIENTS has that of all parties together."""

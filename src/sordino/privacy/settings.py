@@ -192,6 +192,7 @@ class PrivacySettings(BaseModel):
         if self.release is not None and self.mechanism != "statistics":
             raise ConfigError("privacy.release", self.release, "needs privacy.mechanism = 'statistics'")
         if not self.on:
+            self._check_meant()
             return self
         self._check_unit()
         if self.sampling_rate != 1 and self.mechanism != "statistics":
@@ -242,6 +243,19 @@ class PrivacySettings(BaseModel):
         if self.noise_multiplier == 0 or self.epsilon == math.inf:
             needs = "without noise there is no error to round by; give a finite epsilon, or leave it out"
             raise ConfigError("privacy.compress", True, needs)
+
+    def _check_meant(self) -> None:
+        """Refuse a budget, or noise, of a mechanism that nobody named: such a run would not be private at all.
+
+        Raises:
+            ConfigError: the table has one, and no mechanism.
+        """
+        if "mechanism" in self.model_fields_set:
+            return
+        for key in ("epsilon", "noise_multiplier"):
+            if (value := getattr(self, key)) is not None:
+                remedy = "needs privacy.mechanism, such as 'statistics'; 'none' adds no noise and keeps no budget"
+                raise ConfigError(f"privacy.{key}", value, remedy)
 
     def _check_unit(self) -> None:
         """Refuse a unit that the mechanism does not protect.

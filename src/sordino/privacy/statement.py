@@ -124,7 +124,7 @@ def read_ledgers(folders: Sequence[Path], delta: float | None = None) -> Ledger:
     ledgers: list[Ledger] = []
     for folder in folders:
         try:
-            ledgers.append(Ledger.from_json((folder / "ledger.json").read_bytes()))
+            ledgers.append(Ledger.from_json((folder / "ledger.json").read_bytes(), folder / "ledger.json"))
         except OSError as error:
             raise RunError(f"{folder}: no ledger.json to read ({error.strerror}); give a run directory") from None
         latest = ledgers[-1].run

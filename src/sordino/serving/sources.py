@@ -70,7 +70,7 @@ def from_run(folder: Path, key: Ed25519PrivateKey, client: int | None = None) ->
         raise RunError(f"{folder / SUMMARY} is damaged ({error}); finish the run with --resume") from None
     content = _read(file)
     saved = SavedPrompt.from_bytes(content, str(file))
-    ledger = Ledger.from_json(texts[LEDGER])
+    ledger = Ledger.from_json(texts[LEDGER], folder / LEDGER)
     unit = cast(Unit, summary.privacy.unit or "example")
     told = {name: getattr(summary.privacy, name) for name in ("private", "simulated", "statement")}
     if saved.privacy.ledger_sha256 != hashlib.sha256(texts[LEDGER]).hexdigest() or told != {
@@ -112,7 +112,7 @@ def from_file(file: Path, ledger_file: Path) -> Material:
         raise RunError(f"{ledger_file} is no ledger; give the ledger.json of the run, or the site's own") from None
     if isinstance(document, dict) and isinstance(document.get("ledger"), dict):  # a site's has its rounds beside it
         text = json.dumps(document["ledger"]).encode()
-    ledger = Ledger.from_json(text)
+    ledger = Ledger.from_json(text, ledger_file)
     if saved.privacy.ledger_sha256 != ledger.digest():
         raise PromptError(f"{file}: was learned under another ledger than {ledger_file}; give its own")
     units = [release.unit for release in ledger.releases]

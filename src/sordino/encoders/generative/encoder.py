@@ -35,7 +35,7 @@ from sordino.encoders.generative.layout import Dialog, Layout
 from sordino.encoders.generative.settings import GenerativeSettings
 from sordino.encoders.linear import freeze
 from sordino.encoders.names import check_names, warn_unknown
-from sordino.errors import EncoderError, SordinoWarning
+from sordino.errors import EncoderError, SordinoWarning, shortened
 
 LARGEST_STATE = 32_000_000  # bytes of one picture's keys and values without a warning
 PICTURES_AT_ONCE = 16  # in one pass of the image tower and of the language model
@@ -371,10 +371,11 @@ class GenerativeEncoder(DualEncoder):
         rest = len(layout.start) + len(layout.middle) + len(layout.end) + self.image_length + longest
         if rest + context_length > self._limit:
             name = answers.names[int(answers.mask.sum(dim=1).argmax())]
+            most = self._limit - rest
+            remedy = f"use a context_length of at most {most}, or shorter names" if most > 0 else "shorten it"
             raise EncoderError(
-                f"context_length = {context_length}: with the longest class name, {name!r}, the dialog has "
-                f"{rest + context_length} tokens and {self.label!r} takes {self._limit}: use a context_length of at "
-                f"most {self._limit - rest}, or shorter names"
+                f"context_length = {context_length}: with the longest class name, {shortened(name)}, the dialog has "
+                f"{rest + context_length} tokens and {self.label!r} takes {self._limit}: {remedy}"
             )
 
     def _check_positions(self, positions: Tensor) -> None:

@@ -76,7 +76,7 @@ class Evidence:
         texts = {name: _bytes(folder, name) for name in (LEDGER, CONFIG, DATA, SUMMARY)}
         if (folder / AUDIT).exists():
             texts[AUDIT] = _bytes(folder, AUDIT)
-        ledger = Ledger.from_json(texts[LEDGER])
+        ledger = Ledger.from_json(texts[LEDGER], folder / LEDGER)
         summary = _parsed(folder, SUMMARY, lambda: Summary.from_json(texts[SUMMARY]))
         tables = _parsed(folder, CONFIG, lambda: tomllib.loads(texts[CONFIG].decode()))
         record = _parsed(folder, DATA, lambda: _object(texts[DATA]))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from sordino.encoders.base import DualEncoder
@@ -20,7 +21,7 @@ from sordino.encoders.cache import FeatureCache, Kind
 from sordino.encoders.encode import encode, tell_skipped
 from sordino.encoders.generative.model import context_model
 from sordino.encoders.prompt_model import Prompt, PromptModel, map_prompt
-from sordino.errors import ConfigError, DataError, PromptError
+from sordino.errors import ConfigError, DataError, PromptError, config_error
 from sordino.progress import Progress, silent
 from sordino.prompt_file import SavedPrompt
 from sordino.results import Interval, crossed, paired
@@ -132,7 +133,10 @@ def transfer(
             raise PromptError(
                 f"{one.source} is of another method or encoder than {saved[0].source}; give those of one run at a time"
             )
-    images = load_images(DataSettings(source=source))
+    try:
+        images = load_images(DataSettings(source=source))
+    except ValidationError as error:
+        raise ConfigError("--to", source, config_error(error, DataSettings).allowed) from None
     images = images.subset(_chosen(images, per_class, seed))
     encoder = saved[0].load_encoder(checkpoint)
     classifiers = [one.model(encoder, images.class_names) for one in saved]
