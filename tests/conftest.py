@@ -22,10 +22,13 @@ from sordino.encoders.cache import Kind
 from sordino.encoders.clip import ClipEncoder
 from sordino.encoders.encode import forward
 from sordino.encoders.prompt_model import PromptModel
+from sordino.memory import collect_seldom
 from sordino.privacy.gradients import ExactGradients
 from sordino.privacy.settings import PrivacySettings
 from sordino.runtime.local import LocalRuntime
 from sordino.runtime.settings import RuntimeSettings
+
+collect_seldom()
 
 # A shell has its background commands ignore interruptions, and so would the commands that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

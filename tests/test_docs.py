@@ -15,6 +15,7 @@ import pytest
 import typer
 from PIL import Image
 
+from commands import here
 from pages.blocks import blocks, commands
 from sordino.algorithms import METHODS, Method, algorithm
 from sordino.algorithms.base import model_class
@@ -219,9 +220,8 @@ def test_the_commands_of_the_overview_run(tmp_path: Path) -> None:
     runs = [arguments for arguments in commands("docs/overview.md") if arguments[0] in ("run", "compare")]
     assert len(runs) == 2
     for number, arguments in enumerate(runs):
-        command = [sys.executable, "-m", "sordino", *arguments, "--set", "rounds=1", "--out", str(number), "--json"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        done = here(tmp_path, *arguments, "--set", "rounds=1", "--out", str(number), "--json")
+        assert done.exit_code == 0, done.output
         assert json.loads(done.stdout)
         assert (tmp_path / str(number) / "report.html").exists()
 
@@ -243,9 +243,8 @@ def test_the_commands_of_the_tutorial_run(tmp_path: Path) -> None:
     assert (tmp_path / "fabric" / "labels.csv").read_text(encoding="utf-8").startswith(table.text)
     for arguments in commands("docs/tutorial.md"):
         short = ["--set", "rounds=1"] if arguments[0] in ("run", "compare") else []
-        command = [sys.executable, "-m", "sordino", *arguments, *short]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        done = here(tmp_path, *arguments, *short)
+        assert done.exit_code == 0, done.output
         printed[" ".join(arguments[:2])] = done.stdout
     assert (tmp_path / "runs" / "compared" / "report.html").exists()
     assert (tmp_path / "runs" / "private" / "report.html").exists()

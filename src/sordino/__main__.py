@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from sordino.cli.console import run_command
-from sordino.memory import keep_freed
+from sordino.memory import collect_seldom, keep_freed
 
 
 def main() -> None:
@@ -16,6 +16,7 @@ def main() -> None:
 
         return invoke()
 
+    collect_seldom()
     keep_freed()  # before a library starts threads, whose memory the settings would not reach
     sys.exit(run_command(command))
 

@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from private_tuning.small_task import write_private_config
 from sordino.cli import console
+from sordino.cli.app import app
 from sordino.cli.console import run_command
 
 pytestmark = pytest.mark.slow
@@ -84,7 +86,13 @@ SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 @pytest.mark.parametrize(("number", "code"), SIGNALS, ids=["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_run_says_how_to_go_on_and_does(
-    moment: str, number: int, code: int, config_file: Path, tmp_path: Path, started: list[Command]
+    moment: str,
+    number: int,
+    code: int,
+    config_file: Path,
+    tmp_path: Path,
+    started: list[Command],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without --out the name of the folder is known from what is printed alone."""
     command = Command("run", config_file, cwd=tmp_path, first=MOMENTS[moment])
@@ -97,8 +105,8 @@ def test_a_run_says_how_to_go_on_and_does(
     assert folder.startswith("runs/")
     assert last == f"sordino: interrupted; go on with --resume --out {folder}"
     assert not (tmp_path / folder / ".lock").exists()
-    again = [sys.executable, "-m", "sordino", "run", str(config_file), *last.partition("with ")[2].split()]
-    done = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, check=True)
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["run", str(config_file), *last.partition("with ")[2].split()])
     assert "Report: " in done.stdout
     assert json.loads((tmp_path / folder / "summary.json").read_bytes())["rounds"] == 6
 

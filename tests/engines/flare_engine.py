@@ -75,7 +75,8 @@ class FlareEngine:
 
     def site(self, kit: Path) -> Party:
         """Start a site from a kit."""
-        return Party(kit, PYTHONPATH=str(FAULTY), SORDINO_TEST_FAULTS=str(self.faults))
+        own = {"SORDINO_TEST_FAULTS": str(self.faults), "SORDINO_CACHE": str(self.folder / "cache")}
+        return Party(kit, PYTHONPATH=str(FAULTY), **own)
 
     def kill_server(self) -> None:
         self.parties.pop("server").end()

@@ -15,9 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from private_tuning.small_task import write_private_config
-from sordino.errors import RunError
+from sordino.cli.app import app
+from sordino.errors import RunError, SordinoError
 from sordino.experiments import run_lock
 from sordino.experiments.compare import compare
 from sordino.experiments.config import load_config
@@ -58,12 +60,10 @@ def hold(folder: Path, holders: list[subprocess.Popen[str]]) -> subprocess.Popen
 
 
 def refusal(*arguments: object) -> str:
-    """What the command line says, in one line and with exit code 2."""
-    command = [sys.executable, "-m", "sordino", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr.strip().splitlines()[-1]
+    """What a command of this process says; it is told in one line and with exit code 2, as all such errors are."""
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert isinstance(done.exception, SordinoError), done.output
+    return str(done.exception)
 
 
 @pytest.mark.slow

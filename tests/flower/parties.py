@@ -165,8 +165,8 @@ class FlowerEngine:
         home = self.homes[name]
         words = ["flower", "node", str(home / "site.toml"), "--server", f"127.0.0.1:{self.port}"]
         words += ["--ca", str(self.ca), "--key", str(home / "node")]
-        faults = {"PYTHONPATH": str(FAULTY), "SORDINO_TEST_FAULTS": str(self.faults)}
-        self.sites[name] = Party(self._home, name, *words, **faults)
+        own = {"SORDINO_TEST_FAULTS": str(self.faults), "SORDINO_CACHE": str(self._home / "cache")}
+        self.sites[name] = Party(self._home, name, *words, PYTHONPATH=str(FAULTY), **own)
 
     def _await(self, name: str) -> None:
         until(f"{name} is connected", lambda: self.sites[name].says(f"{name} is connected"), 240)

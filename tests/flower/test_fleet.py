@@ -17,6 +17,7 @@ from sordino.flower import fleet as module
 from sordino.flower.fleet import FlowerFleet, Stopped
 from sordino.flower.messages import answer, read_question
 from sordino.runtime.fleet import Answer, Ask, Lost
+from sordino.sites.rhythm import SHARE
 
 QUICK = 1.5  # seconds that a test really waits
 SITES = ("east", "north", "west")
@@ -166,6 +167,39 @@ def test_an_answer_that_hangs_holds_nobody_up() -> None:
     finally:
         rest.set()
     assert events == {"east": Answer("east", b"1"), "west": Lost("west", f"no answer after {QUICK} s")}
+
+
+class Hands:
+    """A clock that goes on as far as somebody waits, and nobody calls the waiting off."""
+
+    def __init__(self) -> None:
+        self.now, self.rests = 0.0, list[float]()
+
+    def wait(self, seconds: float) -> bool:
+        self.now += seconds
+        self.rests.append(seconds)
+        return False
+
+
+def test_the_first_look_is_after_most_of_the_time_that_answers_took_and_the_next_ones_soon() -> None:
+    hands, grid = Hands(), Grid({})
+    over = FlowerFleet(grid, {b"east": "east"}, lambda: hands.now)
+    asking, token, looks = module._Asking(Ask(1, {"east": b""}, 1, 10.0, 0.0)), b"t" * 16, []
+    asking.over = hands  # type: ignore[assignment]
+    pull = grid.pull_messages
+    for took in (1.0, 1.0, 2.0, 1.0):
+        (number,) = grid.push_messages([module.question(7000, module.Question("east", token, b""), 1, 10.0)])
+        assert number is not None
+        there = hands.now + took
+        grid.pull_messages = lambda n, there=there: pull(n) if hands.now >= there else []  # type: ignore[method-assign]
+        grid.says, hands.rests = {"east": b"yes"}, []
+        over._look(asking, "east", number, token)
+        assert asking.heard.get_nowait() == ("east", b"yes")
+        assert there <= hands.now <= there + 1.5 * module.POLL
+        looks.append(hands.rests)
+    assert {rest for rests in looks[:3] for rest in rests} == {module.POLL}, "three answers are not known yet"
+    assert looks[3][0] == pytest.approx(SHARE * 1.0, abs=2 * module.POLL), "of the shortest"
+    assert set(looks[3][1:]) == {module.POLL}
 
 
 def test_an_answer_without_the_questions_token_is_none() -> None:

@@ -182,29 +182,6 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason=
 
 @pytest.mark.slow
 @needs_proc
-def test_one_command_starts_and_stops_all_parties(tmp_path: Path, out: Path) -> None:
-    file = text_task(tmp_path, 2, width=2, population=4, generations=1)
-    done = subprocess.run(command(file, out, "--json"), capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
-    summary = json.loads(done.stdout)
-    assert summary["clear"] is False
-    assert summary["costs"]["rounds"] > 1000
-    assert re.fullmatch("[0-9a-f]{16}", summary["model"])
-    assert parties_of(out) == []
-    assert sorted(path.name for path in (out / "parties").iterdir()) == sorted(ROLES)
-    assert {path.stem for path in (out / "logs").iterdir()} == set(LISTENING)
-    page = (out / "run" / "report.html").read_text(encoding="utf-8")
-    for text in ("Was it worth it", "Hand-written prompt", "DEALER_HOST:7000", "sordino mpc provide"):
-        assert text in page
-    assert "<script" not in page
-    assert "http" not in page.replace("http-equiv", "")
-    again = subprocess.run(command(file, out, "--json"), capture_output=True, text=True, timeout=100)
-    assert again.returncode == 2
-    assert f"{out} exists; go on with --resume, or choose another --out" in again.stderr
-
-
-@pytest.mark.slow
-@needs_proc
 @pytest.mark.parametrize("end", [signal.SIGHUP, signal.SIGKILL])  # test_interruption sends the others
 def test_nobody_is_left_when_it_is_stopped(tmp_path: Path, out: Path, end: signal.Signals) -> None:
     """By a terminal that closes, and even where it cannot do anything itself."""
@@ -223,7 +200,7 @@ def test_nobody_is_left_when_it_is_stopped(tmp_path: Path, out: Path, end: signa
 
 @pytest.mark.slow
 @needs_proc
-def test_a_party_that_fails_ends_all_and_is_named_and_the_rest_goes_on_later(tmp_path: Path, out: Path) -> None:
+def test_one_command_starts_and_stops_all_parties_and_goes_on_after_one_failed(tmp_path: Path, out: Path) -> None:
     """Server 0 is killed in the search; the trial goes on with its model, and measures nothing again."""
     file = text_task(tmp_path, 1, width=2, population=4, generations=4)
     process = subprocess.Popen(command(file, out), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -235,10 +212,24 @@ def test_a_party_that_fails_ends_all_and_is_named_and_the_rest_goes_on_later(tmp
     assert "sordino: server-0 ended with code -9" in told.strip().splitlines()[-1]
     assert told.strip().endswith("go on with --resume")
     assert parties_of(out) == []
-    done = subprocess.run(command(file, out, "--resume"), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command(file, out, "--resume", "--json"), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert "with the ranges measured before" in done.stderr
     assert "calibrate" not in done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["clear"] is False
+    assert summary["costs"]["rounds"] > 1000
+    assert re.fullmatch("[0-9a-f]{16}", summary["model"])
+    assert parties_of(out) == []
+    assert sorted(path.name for path in (out / "parties").iterdir()) == sorted(ROLES)
+    assert {path.stem for path in (out / "logs").iterdir()} == set(LISTENING)
+    page = (out / "run" / "report.html").read_text(encoding="utf-8")
+    for text in ("Was it worth it", "Hand-written prompt", "DEALER_HOST:7000", "sordino mpc provide"):
+        assert text in page
+    assert "<script" not in page
+    assert "http" not in page.replace("http-equiv", "")
+    again = CliRunner().invoke(app, command(file, out, "--json")[3:])
+    assert f"{out} exists; go on with --resume, or choose another --out" in str(again.exception)
 
 
 @pytest.mark.slow

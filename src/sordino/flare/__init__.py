@@ -6,5 +6,7 @@ and `administrator` import FLARE, and no other does.
 """
 
 from sordino.errors import require_extra
+from sordino.memory import collect_seldom
 
 require_extra("flare", "an experiment over NVIDIA FLARE")
+collect_seldom()  # an engine starts processes that import this first

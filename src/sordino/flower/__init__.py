@@ -6,5 +6,7 @@ a message chooses nothing but which question is answered. The modules `connectio
 """
 
 from sordino.errors import require_extra
+from sordino.memory import collect_seldom
 
 require_extra("flower", "an experiment over Flower")
+collect_seldom()  # an engine starts processes that import this first

@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from sordino.progress import log
 from sordino.randomness import system_bytes
 from sordino.runtime.fleet import Answer, Ask, Lost
 from sordino.runtime.waiting import Wait, hear
+from sordino.sites.rhythm import Rhythm
 
 POLL = 0.2  # seconds between two looks for an answer
 LOOK = 2.0  # seconds between two looks at whether a node was started again
@@ -85,6 +86,7 @@ class FlowerFleet:
 
     def __init__(self, grid: Grid, names: Mapping[bytes, str], clock: Callable[[], float] = time.monotonic) -> None:
         self._grid, self._names, self._clock = grid, names, clock
+        self._rhythms: defaultdict[str, Rhythm] = defaultdict(lambda: Rhythm(POLL, POLL, clock))
 
     def sites(self) -> frozenset[str]:
         return frozenset(self._nodes())
@@ -127,8 +129,15 @@ class FlowerFleet:
         threading.Thread(target=self._look, args=[asking, site, number, token], daemon=True).start()
 
     def _look(self, asking: _Asking, site: str, number: str, token: bytes) -> None:
-        """Look for the answer to a message until it is there, or nobody waits for it."""
-        while not asking.over.wait(POLL):
+        """Look for the answer to a message until it is there, or nobody waits for it.
+
+        The first look is after most of the time that the site's answers took lately: each costs the SuperLink more than
+        a small message does.
+        """
+        rhythm = self._rhythms[site]
+        rest = max(rhythm.answered(), POLL)
+        while not asking.over.wait(rest):
+            rest = POLL
             try:
                 replies = list(self._grid.pull_messages([number]))
                 content = read_answer(replies[0], token) if replies else None
@@ -139,6 +148,7 @@ class FlowerFleet:
                 log.warning("an answer of %s cannot be read", site, exc_info=True)
                 content = "its answer cannot be read"
             if content is not None:
+                rhythm.asked()
                 asking.heard.put((site, content))
                 return
 

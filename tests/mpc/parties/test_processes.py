@@ -23,12 +23,13 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import sordino
+from commands import here
 from flare.parties import until
 from mpc.small import agree, batches, groups, small_tower
 from ports import free_port
 from sordino.cli.app import app
 from sordino.encoders.bundled import TEXT_MODEL, package_path
-from sordino.errors import ConfigError
+from sordino.errors import ConfigError, SordinoError
 from sordino.mpc.dealing.costs import Cost
 from sordino.mpc.errors import PartyLost
 from sordino.mpc.parties.certificates import DATA_OWNER, MODEL_OWNER, ROLES, SERVERS, Identity
@@ -267,16 +268,16 @@ def test_processes_with_swapped_addresses_are_told_so(processes: Processes) -> N
     servers = list(reversed(processes.servers))
     own = processes.folder / "parties" / DATA_OWNER
     words = [f"session.servers={json.dumps(servers)}", f"session.certificates={own}"]
-    line = [sys.executable, "-m", "sordino", "tune-private", "task.toml", "--out", "run"]
-    line += [word for side in words for word in ("--set", side)]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=120, cwd=folder)
-    assert done.returncode == 2
-    assert f"sordino: {servers[0]} shows server-1's certificate; it should be that of server-0: " in done.stderr
+    sides = [word for side in words for word in ("--set", side)]
+    done = here(folder, "tune-private", "task.toml", "--out", "run", *sides)
+    assert isinstance(done.exception, SordinoError)
+    told = str(done.exception)
+    assert told.startswith(f"{servers[0]} shows server-1's certificate; it should be that of server-0: ")
     owner = ["--servers", ",".join(servers), *model_owner(processes)[2:], "--sentences", "300"]
-    done = subprocess.run(command("provide", *owner), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert f"sordino: {servers[0]} shows server-1's certificate" in done.stderr
-    assert "server-0 comes first in --servers" in done.stderr
+    done = here(folder, "mpc", "provide", *owner)
+    assert isinstance(done.exception, SordinoError)
+    assert str(done.exception).startswith(f"{servers[0]} shows server-1's certificate")
+    assert "server-0 comes first in --servers" in str(done.exception)
 
 
 def test_certificates_that_expire_soon_are_told_by_every_command(tmp_path: Path) -> None:
@@ -337,11 +338,14 @@ def test_arguments_that_do_not_fit(processes: Processes) -> None:
 
 def test_the_commands_tune_a_prompt_as_in_the_clear(processes: Processes) -> None:
     """`provide` with the package's tower, and `tune-private` on shares and with --clear, as a user would: for
-    sentences, and for pictures.
+    sentences, where the data owner is a process, too, and for pictures.
     """
     folder = task_folder(processes.folder / "task")
     mpc(folder, "provide", *model_owner(processes), "--sentences", "300")
-    private = tuned(folder, "private", *data_owner(processes))
+    line = [sys.executable, "-m", "sordino", *tuning("private", *data_owner(processes))]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    private = json.loads(done.stdout)
     clear = tuned(folder, "clear", "--clear")
     assert private["train_loss"]["before"] == pytest.approx(clear["train_loss"]["before"], abs=0.05)
     first = [json.loads((folder / run / "search.json").read_text())["losses"][0] for run in ("private", "clear")]
@@ -425,14 +429,17 @@ def bert_folder(folder: Path) -> Path:
 
 
 def mpc(folder: Path, *words: str) -> None:
-    done = subprocess.run(command(*words), capture_output=True, text=True, timeout=300, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    done = here(folder, "mpc", *words)
+    assert done.exit_code == 0, done.output
+
+
+def tuning(out: str, *words: str) -> list[str]:
+    return ["tune-private", "task.toml", "--json", "--out", out, *words]
 
 
 def tuned(folder: Path, out: str, *words: str) -> dict[str, Any]:
-    line = [sys.executable, "-m", "sordino", "tune-private", "task.toml", "--json", "--out", out, *words]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    done = here(folder, *tuning(out, *words))
+    assert done.exit_code == 0, done.output
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
