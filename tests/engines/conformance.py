@@ -38,12 +38,7 @@ BITS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Each engine's module says in `METHODS` which of `BITS` it runs."""
-    if "method" in metafunc.fixturenames:
-        metafunc.parametrize("method", metafunc.module.METHODS)
-
-
+@pytest.mark.parametrize("method", BITS)
 def test_it_has_the_bits_of_sites_in_one_process(
     method: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
@@ -81,7 +76,7 @@ def test_it_has_the_bits_of_sites_in_one_process(
 
 def test_a_site_that_is_killed_comes_back_in_a_later_round(engine: Engine) -> None:
     trial = Trial.of(engine, "killed", rounds=30, seed=2)
-    with trial.start(grace=2.0) as run:
+    with trial.start(grace=4.0) as run:
         until("the first round is over", lambda: len(trial.rounds()) >= 1)
         engine.kill_site("north")
         engine.start_site("north")
@@ -134,7 +129,7 @@ def test_each_fault_of_a_site_is_named_and_loses_one_round(engine: Engine) -> No
     trial = Trial.of(engine, "faults", rounds=rounds, seed=4)
     faults = {2 * number: fault for number, fault in enumerate(FAULTS, 1)}
     (engine.faults / "north.json").write_text(json.dumps(faults))
-    with trial.start(deadline=30.0, grace=8.0) as run:
+    with trial.start(deadline=60.0, grace=20.0) as run:
         _, told = run.end()
     (engine.faults / "north.json").unlink()
     lines = trial.written()

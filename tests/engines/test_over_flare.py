@@ -11,8 +11,6 @@ from engines.engine import Engine
 from engines.flare_engine import flare
 
 pytestmark = pytest.mark.slow
-# Their messages are of every kind, and a job here starts four processes; Flower's module runs all methods.
-METHODS = ("dp-fpl, a secure sum", "secfpp")
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 
 from engines.conformance import *  # noqa: F403
-from engines.conformance import BITS
 from engines.engine import Engine
 from flower.parties import flower
 
 pytestmark = pytest.mark.slow
-METHODS = tuple(BITS)
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from sordino.sites.site import Site
 FOLDER = "SORDINO_TEST_FAULTS"  # a variable of the environment
 NOISE = "noise"
 SECRET = "patient Miller"
-SLOW_SECONDS = 10.0
+SLOW_SECONDS = 25.0
 LATE_SECONDS = 120.0  # at most
 MANY = 10**6
 
