@@ -79,6 +79,8 @@ def test_a_site_that_is_killed_comes_back_in_a_later_round(engine: Engine) -> No
     with trial.start(grace=4.0) as run:
         until("the first round is over", lambda: len(trial.rounds()) >= 1)
         engine.kill_site("north")
+        # A site that is back within the grace is never missed.
+        until("a round is over without it", lambda: any("north" in line.get("lost", {}) for line in trial.rounds()))
         engine.start_site("north")
         outcome, _ = run.end()
     assert outcome["rounds"] == 30
