@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sordino.encoders import shared_prefix
-from sordino.encoders.frozen import blocks
+from sordino.encoders.frozen import blocks, pullback
 from sordino.encoders.frozen.attention import GroupedAttention
 from sordino.encoders.frozen.blocks import blocked, many_cotangents
 from sordino.encoders.frozen.pullback import Operation, apply, batched_gradients
@@ -68,8 +68,10 @@ def test_pullbacks_are_the_derivatives(name: str, count: int) -> None:
     assert torch.autograd.gradcheck(lambda *inputs: apply(operation, *inputs), inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("small", [0, pullback.SMALL])
 @pytest.mark.parametrize("name", cases())
-def test_many_cotangents_at_once_are_each_alone(name: str) -> None:
+def test_many_cotangents_at_once_are_each_alone(name: str, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pullback, "SMALL", small)
     operation, shapes = cases()[name]
     inputs = [random(2, *shape, seed=7 + number).requires_grad_() for number, shape in enumerate(shapes)]
     output = apply(operation, *inputs)

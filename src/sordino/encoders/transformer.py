@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sordino.encoders.frozen.pullback import apply
+from sordino.encoders.frozen.pullback import apply, for_each
 from sordino.encoders.linear import frozen_linear, frozen_linear_pullback
 from sordino.errors import EncoderError
 
@@ -37,7 +37,7 @@ class Norm:
 
     def pullback(self, cotangent: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor]:
         if cotangent.ndim > x.ndim:
-            return (torch.stack([self.pullback(each, x, mean, inverse)[0] for each in cotangent]),)
+            return for_each(self.pullback, cotangent, (x, mean, inverse), (0, 0, 0))
         wanted = [True, False, False]
         pulled: Tensor = torch.ops.aten.native_layer_norm_backward(
             cotangent, x, self.weight.shape, mean, inverse, self.weight, self.bias, wanted

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from sordino.encoders.frozen.pullback import apply
+from sordino.encoders.frozen.pullback import apply, for_each
 
 Heads = Sequence[Tensor]  # queries, keys and values, each [N heads, T, d]
 
@@ -53,7 +53,7 @@ class GroupedAttention:
 
     def pullback(self, cotangent: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
         if cotangent.ndim == 4:
-            return (torch.stack([self.pullback(each, *kept)[0] for each in cotangent]),)
+            return for_each(self.pullback, cotangent, kept, [1, 0] * len(self._blocks))
         count, _, width = cotangent.shape
         result = cotangent.new_empty(*cotangent.shape[:2], 3 * width)
         heads, weights = kept[::2], kept[1::2]

@@ -3,8 +3,8 @@
 Weights that never train need no gradient, so a backward pass needs less than automatic differentiation keeps: an
 operation says what it keeps, and how a cotangent of its output becomes the cotangents of its inputs. A vectorized
 backward pass (`batched_gradients`) hands it all cotangents at once, and it takes them through the one forward pass that
-was kept: products with weights run over all of them together, attention and norms one after the other, and nothing that
-was kept is copied for each.
+was kept. Products with weights run over all of them together; attention and norms one after the other, so that nothing
+that was kept is copied for each, or over all of them where they are so small that calls would take longer than copies.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+
+SMALL = 1 << 14  # numbers of a cotangent; at twice as many, copies take as long as calls
 
 
 class Operation(Protocol):
@@ -60,6 +63,23 @@ def batched_gradients(output: Tensor, inputs: Sequence[Tensor], cotangents: Tens
 
     found: tuple[Tensor, ...] = torch.func.vmap(gradients)(cotangents)
     return found
+
+
+def for_each(
+    pullback: Callable[..., tuple[Tensor, ...]], cotangents: Tensor, kept: Sequence[Tensor], axes: Sequence[int]
+) -> tuple[Tensor]:
+    """Take many cotangents of one output through the pullback of one.
+
+    Args:
+        pullback: of a cotangent [N, ...] and what was kept of N sequences, to the cotangent of the one input.
+        cotangents: [n, N, ...].
+        kept: of the N sequences.
+        axes: of each of `kept`, along which the sequences are.
+    """
+    if cotangents[0].numel() > SMALL:
+        return (torch.stack([pullback(each, *kept)[0] for each in cotangents]),)
+    copies = [torch.cat([tensor] * len(cotangents), axis) for tensor, axis in zip(kept, axes, strict=True)]
+    return (pullback(cotangents.flatten(0, 1), *copies)[0].unflatten(0, cotangents.shape[:2]),)
 
 
 class _Apply(torch.autograd.Function):
