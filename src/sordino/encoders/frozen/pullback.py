@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-
 SMALL = 1 << 14  # numbers of a cotangent; at twice as many, copies take as long as calls
 
 
