@@ -118,6 +118,16 @@ def test_the_database_itself_refuses_changes(url: str, key: Ed25519PrivateKey, c
         connection.execute(text(change))
 
 
+def test_a_write_waits_for_the_disk_unless_it_may_be_forgotten(url: str) -> None:
+    """Also on a connection whose write before did not."""
+    with Registry(url, create=True) as registry:
+        database = registry.database
+        asked, on, off = ("PRAGMA synchronous", 2, 1) if database.sqlite else ("SHOW synchronous_commit", "on", "off")
+        for soon in (False, True, False):
+            with database.writing(soon) as connection:
+                assert connection.execute(text(asked)).scalar() == (off if soon else on)
+
+
 def test_the_database_itself_refuses_a_second_row_of_a_version(url: str, key: Ed25519PrivateKey) -> None:
     with Registry(url, create=True) as registry:
         publish(registry, key)

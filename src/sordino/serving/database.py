@@ -23,7 +23,7 @@ VARIABLE, DEFAULT = "SORDINO_REGISTRY", "sqlite:///prompts.db"
 MIGRATIONS = Path(__file__).parent / "migrations"
 WAIT_SECONDS = 30  # for another writer
 LOCK = 0x50726F6D707473  # any number that no other program on the same server uses
-WRITE = "sordino_write"
+WRITE, SOON = "sordino_write", "sordino_write_soon"
 
 
 def default_url() -> str:
@@ -64,14 +64,19 @@ class Database:
             yield connection
 
     @contextmanager
-    def writing(self) -> Iterator[Connection]:
+    def writing(self, soon: bool = False) -> Iterator[Connection]:
         """Give a connection whose changes are all made at the end, on the disk, or none.
 
         IntegrityError is left to the caller, who knows what it means.
+
+        Args:
+            soon: they reach the disk some moments later. They outlast the process, but perhaps no failure of power.
         """
         with self.told(), self.engine.connect() as plain:
-            connection = plain.execution_options(**{WRITE: True})
+            connection = plain.execution_options(**{WRITE: True, SOON: soon})
             with connection.begin():
+                if soon and not self.sqlite:
+                    connection.execute(text("SET LOCAL synchronous_commit = off"))
                 yield connection
 
     @contextmanager
@@ -162,7 +167,9 @@ def _engine(url: URL) -> Engine:
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
         # A writer takes its lock at once: one that first reads would fail where another wrote in between.
-        writes = connection.get_execution_options().get(WRITE, False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+        options = connection.get_execution_options()
+        if options.get(WRITE, False):  # of this transaction; the last one of the connection may have been another kind
+            connection.exec_driver_sql(f"PRAGMA synchronous = {'NORMAL' if options.get(SOON, False) else 'FULL'}")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get(WRITE, False) else "BEGIN")
 
     return engine

@@ -1,19 +1,21 @@
 """The API's keys: made by command, hashed at rest, with scopes and limits; and the pictures that each had today.
 
 A key is 256 random bits, so a plain SHA-256 of it cannot be inverted by guessing. The count of a day's pictures is kept
-in the database: it is the budget against copying a prompt by its answers, and outlives a restart.
+in the database: it is the budget against copying a prompt by its answers, and outlives a restart. No answer waits
+for the disk: where the power fails, the pictures of the last moments may be forgotten.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import Row, select
+from sqlalchemy import Row, bindparam, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
@@ -62,6 +64,16 @@ class Keys:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        dialect = sqlite if database.sqlite else postgresql
+        entry = dialect.insert(asked).values(name=bindparam("who"), day=bindparam("today"), pictures=bindparam("more"))
+        total = asked.c.pictures + bindparam("more")
+        # One statement, so that requests at the same time cannot both take what is left; made once, as that takes longer
+        # than carrying it out.
+        counted = entry.on_conflict_do_update(
+            index_elements=["name", "day"], set_={"pictures": total}, where=total <= bindparam("most")
+        )
+        self._count = counted.returning(asked.c.pictures)
+        self._counting = threading.Lock()  # SQLite has writers sleep, and look again
 
     def create(
         self, name: str, scopes: Sequence[str] = USUAL, per_minute: int | None = None, per_day: int | None = None
@@ -134,15 +146,9 @@ class Keys:
         """
         if pictures > most:
             return False
-        dialect = sqlite if self._database.sqlite else postgresql
-        entry = dialect.insert(asked).values(name=name, day=_today(), pictures=pictures)
-        total = asked.c.pictures + pictures
-        # One statement, so that requests at the same time cannot both take what is left.
-        counted = entry.on_conflict_do_update(
-            index_elements=["name", "day"], set_={"pictures": total}, where=total <= most
-        )
-        with self._database.writing() as connection:
-            return connection.execute(counted.returning(asked.c.pictures)).first() is not None
+        values = {"who": name, "today": _today(), "more": pictures, "most": most}
+        with self._counting, self._database.writing(soon=True) as connection:
+            return connection.execute(self._count, values).first() is not None
 
     def used(self, name: str) -> int:
         """Return how many pictures a key, or anybody, asked about today, UTC."""
