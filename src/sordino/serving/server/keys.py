@@ -67,8 +67,8 @@ class Keys:
         dialect = sqlite if database.sqlite else postgresql
         entry = dialect.insert(asked).values(name=bindparam("who"), day=bindparam("today"), pictures=bindparam("more"))
         total = asked.c.pictures + bindparam("more")
-        # One statement, so that requests at the same time cannot both take what is left; made once, as that takes longer
-        # than carrying it out.
+        # One statement, so that requests at the same time cannot both take what is left; made once, as that takes
+        # longer than carrying it out.
         counted = entry.on_conflict_do_update(
             index_elements=["name", "day"], set_={"pictures": total}, where=total <= bindparam("most")
         )
