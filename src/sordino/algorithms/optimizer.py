@@ -110,9 +110,11 @@ class Optimizer:
                 maximize=False,
             )
             return {"momentum_buffer": [buffer for buffer in buffers if buffer is not None]} if self.momentum else {}
-        averages = [before.get("exp_avg", torch.zeros_like(part)) for before, part in zip(state, slices, strict=True)]
-        squares = [before.get("exp_avg_sq", torch.zeros_like(part)) for before, part in zip(state, slices, strict=True)]
-        steps = [before.get("step", torch.zeros((), dtype=torch.float32)) for before in state]
+        averages, squares, steps = [], [], []
+        for part, before in zip(slices, state, strict=True):
+            averages.append(before["exp_avg"] if before else torch.zeros_like(part))
+            squares.append(before["exp_avg_sq"] if before else torch.zeros_like(part))
+            steps.append(before["step"] if before else torch.zeros(()))
         adam(
             slices,
             gradients,
