@@ -25,7 +25,7 @@ from sordino.sites.coordinator import METRICS
 from sordino.sites.proposal import Proposal
 
 FAULTY = Path(__file__).with_name("faulty")
-SECONDS = 1.5  # of a round that is paced
+SECONDS = 1.0  # of a round that is paced
 HELD = 1000.0  # seconds of a round that waits for the test
 
 
