@@ -26,10 +26,12 @@ import sordino  # noqa: F401  settles how threads wait, so it comes before torch
 import argparse
 import json
 import multiprocessing
+import os
 import re
 import socket
 import statistics
 import struct
+import subprocess
 import sys
 import tempfile
 import threading
@@ -240,7 +242,7 @@ def measured(engine: Engine, port: int, memory: Memory, file: Path, out: Path) -
     """The rounds over an engine, and what they cost."""
     began, wire = time.monotonic(), Wire(port)
     first, before, crossed, used, watching = 0.0, 0, 0, dict[str, int](), set[int]()
-    with Running(engine.run(file, out)) as running:
+    with Running(engine.run(file, out, subprocess.PIPE), Path(os.devnull)) as running:
         assert running.process.stderr is not None
         for line in running.process.stderr:
             if line.startswith("round "):

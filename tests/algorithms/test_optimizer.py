@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -84,3 +86,28 @@ def test_bounds_each_clients_gradient_as_torch_does(name: str) -> None:
 def test_a_bound_is_positive(bad: float) -> None:
     with pytest.raises(ValueError, match="max_norm"):
         Optimizer("sgd", 0.1, max_norm=bad)
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 7, 100])
+def test_the_cosine_schedule_is_torchs_to_the_bit(rounds: int) -> None:
+    ours = Optimizer("sgd", 0.3, schedule="cosine")
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=rounds)
+    for number in range(1, rounds + 1):
+        assert ours.rate(round_context(number, rounds)) == scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+
+
+def test_a_step_imports_no_compiler() -> None:
+    """It takes seconds to import, in every process of a site."""
+    code = f"""
+import sys
+from math import inf
+import torch
+from sordino.algorithms.optimizer import Optimizer
+for ours in {[ours for ours, _ in CASES]!r}:
+    ours.step(torch.ones(2, 3), torch.ones(2, 3), ours.initial_state(torch.ones(2, 3)), 0.1)
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 from sordino.sites.proposal import Proposal
 
@@ -22,6 +22,8 @@ class Engine(Protocol):
         homes: site to the folder of its `site.toml`, with its pictures in `pictures`.
         states: site to its state folder.
         faults: the folder in which a test says which faults sites have.
+        rejoined: what the command tells when it found that a site is back; empty where it does not look for that,
+            as the run that goes on asks the site again.
     """
 
     folder: Path
@@ -29,9 +31,10 @@ class Engine(Protocol):
     homes: Mapping[str, Path]
     states: Mapping[str, Path]
     faults: Path
+    rejoined: str
 
-    def run(self, config: Path, out: Path, *overrides: str) -> subprocess.Popen[str]:
-        """Start the command that runs an experiment to its end; it prints one JSON object, and tells on stderr."""
+    def run(self, config: Path, out: Path, told: IO[str] | int, *overrides: str) -> subprocess.Popen[str]:
+        """Start the command that runs an experiment to its end; it prints one JSON object, and its stderr is `told`."""
         ...
 
     def lines(self, proposal: Proposal, out: Path) -> Path:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import tomli_w
 
@@ -38,6 +39,7 @@ class FlareEngine:
     clip: Path | None
     kits: dict[str, Path]
     parties: dict[str, Party]
+    rejoined: str = "is back; another job goes on with it"
 
     @property
     def homes(self) -> dict[str, Path]:
@@ -51,11 +53,11 @@ class FlareEngine:
     def faults(self) -> Path:
         return self.folder / "faults"
 
-    def run(self, config: Path, out: Path, *overrides: str) -> subprocess.Popen[str]:
+    def run(self, config: Path, out: Path, told: IO[str] | int, *overrides: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "sordino", "flare", "run", str(config), "--kit", str(self.kits[LEAD])]
         command += ["--out", str(out), "--json", *(part for each in overrides for part in ("--set", each))]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, env=environment(), stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+        pipe, own = subprocess.PIPE, environment()
+        return subprocess.Popen(command, env=own, stdout=pipe, stderr=told, text=True, start_new_session=True)
 
     def lines(self, proposal: Proposal, out: Path) -> Path:
         return self.kits["server"] / "runs" / proposal.fingerprint / METRICS

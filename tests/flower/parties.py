@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pytest
 import tomli_w
@@ -88,6 +89,8 @@ class FlowerEngine:
         clip: the encoder's.
     """
 
+    rejoined = ""
+
     def __init__(self, folder: Path, clip: Path) -> None:
         self.folder, self.clip = folder / "tests", clip
         self.folder.mkdir()
@@ -124,7 +127,7 @@ class FlowerEngine:
         for party in (*self.sites.values(), *([self.server] if self.server else [])):
             party.end()
 
-    def run(self, config: Path, out: Path, *overrides: str) -> subprocess.Popen[str]:
+    def run(self, config: Path, out: Path, told: IO[str] | int, *overrides: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "sordino", "flower", "run", str(config), "--project", str(self.project)]
         command += ["--out", str(out), "--json"]
         for override in overrides:
@@ -133,7 +136,7 @@ class FlowerEngine:
             command,
             env=environment(),
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=told,
             text=True,
             start_new_session=True,
         )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import NonNegativeFloat, PositiveFloat
 from pydantic.dataclasses import dataclass
@@ -20,12 +20,13 @@ from pydantic.dataclasses import dataclass
 from sordino.algorithms.settings import STRICT
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from sordino.algorithms.base import RoundContext
 
     OptimizerState = Mapping[str, Tensor]  # each [K, ...]; empty before the first step
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam, as in torch
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -78,23 +79,59 @@ class Optimizer:
         import torch
 
         slices = [part.detach().clone() for part in parameters]
-        optimizer = self._make(slices, rate)
-        for index, (part, gradient) in enumerate(zip(slices, self.bounded(gradients), strict=True)):
-            part.grad = gradient
-            if state:
-                optimizer.state[part] = {name: value[index].clone() for name, value in state.items()}
-        optimizer.step()
-        kept = {name for name, value in optimizer.state[slices[0]].items() if isinstance(value, torch.Tensor)}
-        new_state = {name: torch.stack([optimizer.state[part][name] for part in slices]) for name in sorted(kept)}
-        return torch.stack(slices), new_state
+        old = [{name: value[index].clone() for name, value in state.items()} for index in range(len(slices))]
+        with torch.no_grad():
+            new = self._stepped(slices, list(self.bounded(gradients)), old, rate)
+        return torch.stack(slices), {name: torch.stack(values) for name, values in new.items()}
 
-    def _make(self, slices: list[Tensor], rate: float) -> torch.optim.Optimizer:
+    def _stepped(
+        self, slices: list[Tensor], gradients: list[Tensor], state: list[dict[str, Tensor]], rate: float
+    ) -> dict[str, list[Tensor]]:
+        """Step each client's parameters in place, and return its new state.
+
+        With torch's functions rather than its classes: these import torch's compiler, which takes longer than torch
+        itself does, in every process of a site or a server.
+        """
         import torch
+        from torch.optim.adam import adam
+        from torch.optim.sgd import sgd
 
-        options: dict[str, Any] = {"lr": rate, "weight_decay": self.weight_decay}
         if self.name == "sgd":
-            return torch.optim.SGD(slices, momentum=self.momentum, **options)
-        return (torch.optim.Adam if self.name == "adam" else torch.optim.AdamW)(slices, **options)
+            buffers = [before.get("momentum_buffer") for before in state]
+            sgd(
+                slices,
+                gradients,
+                buffers,
+                weight_decay=self.weight_decay,
+                momentum=self.momentum,
+                lr=rate,
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+            )
+            return {"momentum_buffer": [buffer for buffer in buffers if buffer is not None]} if self.momentum else {}
+        averages, squares, steps = [], [], []
+        for part, before in zip(slices, state, strict=True):
+            averages.append(before["exp_avg"] if before else torch.zeros_like(part))
+            squares.append(before["exp_avg_sq"] if before else torch.zeros_like(part))
+            steps.append(before["step"] if before else torch.zeros(()))
+        adam(
+            slices,
+            gradients,
+            averages,
+            squares,
+            [],
+            steps,
+            decoupled_weight_decay=self.name == "adamw",
+            amsgrad=False,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            lr=rate,
+            weight_decay=self.weight_decay,
+            eps=EPSILON,
+            maximize=False,
+        )
+        return {"exp_avg": averages, "exp_avg_sq": squares, "step": steps}
 
     def initial_state(self, parameters: Tensor) -> dict[str, Tensor]:
         """Return the state before the first step, with all its tensors present, so that stacks can be sliced."""
@@ -106,15 +143,12 @@ class Optimizer:
 
 @lru_cache
 def _rates(schedule: str, learning_rate: float, rounds: int) -> tuple[float, ...]:
-    import torch
-
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=learning_rate)
-    if schedule == "constant":
-        return (learning_rate,) * rounds
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=rounds)
-    rates = []
-    for _ in range(rounds):
-        rates.append(float(scheduler.get_last_lr()[0]))
-        optimizer.step()
-        scheduler.step()
+    """Return every round's learning rate, as of torch's CosineAnnealingLR: each is made from the one before it."""
+    rates = [learning_rate]
+    for number in range(1, rounds):
+        if schedule == "cosine":
+            before, now = (1 + math.cos(math.pi * step / rounds) for step in (number - 1, number))
+            rates.append(now / before * rates[-1])
+        else:
+            rates.append(learning_rate)
     return tuple(rates)

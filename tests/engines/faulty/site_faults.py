@@ -1,8 +1,8 @@
 """Faults that a test puts into a site's process, and noise that it can draw again; see `sitecustomize`.
 
-Files of the folder SORDINO_TEST_FAULTS say what happens: `north.json`, with the fault of a round by its number and that
-of a process's first hello as `hello`, and `noise`, which makes the noise of all sites a function of the round. No
-configuration, policy or message can do either.
+Files of the folder SORDINO_TEST_FAULTS say what happens: `north.json`, with the fault of a round by its number, that of
+a process's first hello as `hello`, and as `pace` the least seconds of each round's answer while the file says so; and
+`noise`, which makes the noise of all sites a function of the round. No configuration, policy or message can do either.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -30,7 +31,8 @@ FOLDER = "SORDINO_TEST_FAULTS"  # a variable of the environment
 NOISE = "noise"
 SECRET = "patient Miller"
 SLOW_SECONDS = 25.0
-LATE_SECONDS = 120.0  # at most
+LATE_SECONDS = 300.0  # at most
+PACE = "pace"
 MANY = 10**6
 
 
@@ -54,11 +56,13 @@ def install() -> None:
         fault = fault_of(file, request, bool(earlier))
         if fault:
             print(f"TEST FAULT {fault}", flush=True)
+        start = time.monotonic()
         answer = answered(lambda: turn(self, request), fault, earlier)
         end = time.monotonic() + LATE_SECONDS
         # The test decides when it is late enough, as the times of an engine depend on the machine.
         while fault == "late" and file.exists() and time.monotonic() < end:
             time.sleep(0.1)
+        keep_pace(file, request, start)
         earlier.append(answer)
         return answer
 
@@ -67,15 +71,32 @@ def install() -> None:
 
 def fault_of(file: Path, request: bytes, answered: bool) -> str:
     """Return the fault of the round that a request opens, or of a hello before any answer; nothing if there is none."""
-    if not file.exists():
+    faults = asked_for(file)
+    if not faults:
         return ""
     envelope = Envelope.decode(request)
     if envelope.kind == "hello" and not answered:
-        return str(json.loads(file.read_text()).get("hello", ""))
+        return str(faults.get("hello", ""))
     if envelope.kind != "round":
         return ""
     number = messages.round_header(next(iter(envelope.contents.values()))).round
-    return str(json.loads(file.read_text()).get(str(number), ""))
+    return str(faults.get(str(number), ""))
+
+
+def keep_pace(file: Path, request: bytes, start: float) -> None:
+    """Wait with a round's answer for as long as a site's file says, which may say less meanwhile."""
+    if asked_for(file).get(PACE) and Envelope.decode(request).kind == "round":
+        while time.monotonic() < start + min(float(asked_for(file).get(PACE, 0.0)), LATE_SECONDS):
+            time.sleep(0.1)
+
+
+def asked_for(file: Path) -> dict[str, Any]:
+    """Return what a site's file says; nothing where there is none."""
+    try:
+        told: dict[str, Any] = json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    return told
 
 
 def answered(turn: Callable[[], bytes], fault: str, earlier: Sequence[bytes]) -> bytes:
