@@ -144,11 +144,10 @@ class Optimizer:
 @lru_cache
 def _rates(schedule: str, learning_rate: float, rounds: int) -> tuple[float, ...]:
     """Return every round's learning rate, as of torch's CosineAnnealingLR: each is made from the one before it."""
+    if schedule == "constant":
+        return (learning_rate,) * rounds
     rates = [learning_rate]
     for number in range(1, rounds):
-        if schedule == "cosine":
-            before, now = (1 + math.cos(math.pi * step / rounds) for step in (number - 1, number))
-            rates.append(now / before * rates[-1])
-        else:
-            rates.append(learning_rate)
+        before, now = (1 + math.cos(math.pi * step / rounds) for step in (number - 1, number))
+        rates.append(now / before * rates[-1])
     return tuple(rates)
