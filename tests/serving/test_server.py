@@ -404,6 +404,21 @@ def test_a_budget_is_not_overdrawn_by_requests_at_once(url: str, key: Ed25519Pri
         assert not keys.spend("max", 51, 50)
 
 
+def test_a_budget_outlives_a_kill(url: str) -> None:
+    Registry(url, create=True).close()
+    code = f"""
+import os, signal
+from sordino.serving.registry import Registry
+from sordino.serving.server.keys import Keys
+assert Keys(Registry({url!r}).database).spend("kim", 3, 50)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", code], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    with Registry(url) as registry:
+        assert Keys(registry.database).used("kim") == 3
+
+
 def test_a_withdrawn_prompt_is_gone_at_once(start: Start) -> None:
     server = start()
     assert server.classify(PNG).status_code == 200

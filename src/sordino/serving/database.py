@@ -168,8 +168,11 @@ def _engine(url: URL) -> Engine:
     def begin(connection: Connection) -> None:
         # A writer takes its lock at once: one that first reads would fail where another wrote in between.
         options = connection.get_execution_options()
-        if options.get(WRITE, False):  # of this transaction; the last one of the connection may have been another kind
-            connection.exec_driver_sql(f"PRAGMA synchronous = {'NORMAL' if options.get(SOON, False) else 'FULL'}")
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get(WRITE, False) else "BEGIN")
+        if not options.get(WRITE):
+            connection.exec_driver_sql("BEGIN")
+            return
+        # Each time, as the connection's last transaction may have been of the other kind.
+        connection.exec_driver_sql(f"PRAGMA synchronous = {'NORMAL' if options.get(SOON) else 'FULL'}")
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine

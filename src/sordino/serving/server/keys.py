@@ -11,6 +11,7 @@ import base64
 import hashlib
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -73,7 +74,8 @@ class Keys:
             index_elements=["name", "day"], set_={"pictures": total}, where=total <= bindparam("most")
         )
         self._count = counted.returning(asked.c.pictures)
-        self._counting = threading.Lock()  # SQLite has writers sleep, and look again
+        # SQLite has a writer that finds another one sleep, and look again; PostgreSQL keeps keys apart itself.
+        self._counting: AbstractContextManager[Any] = threading.Lock() if database.sqlite else nullcontext()
 
     def create(
         self, name: str, scopes: Sequence[str] = USUAL, per_minute: int | None = None, per_day: int | None = None
