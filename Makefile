@@ -53,12 +53,13 @@ $(INSTALLED): requirements.lock $(RUNNABLE)
 	@touch $@
 
 # Needs uv. The lock files name no package index, so pip and uv install them from whichever one they are set up with.
-# The smaller one takes its versions from the larger.
+# The smaller ones take their versions from the larger.
 LOCK := uv pip compile pyproject.toml --group build --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-annotate --custom-compile-command "make lock" --quiet
 lock:
 	$(LOCK) --extra dev -o requirements.lock
 	$(LOCK) --extra serve --constraint requirements.lock -o requirements-demo.lock
+	$(LOCK) $(foreach extra,flare flower heif hub medical tracking,--extra $(extra)) --constraint requirements.lock -o requirements-deploy.lock
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache docs/_build

@@ -33,7 +33,8 @@ PROJECT: dict[str, Any] = PYPROJECT["project"]
 # Names of files of the source distribution, at its top; whatever else lies beside them stays out.
 DISTRIBUTED = {
     *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "pyproject.toml"),
-    *("requirements-demo.lock", "requirements.lock", "benchmarks", "deploy", "docs", "examples", "src", "tests"),
+    *("requirements-demo.lock", "requirements-deploy.lock", "requirements.lock"),
+    *("benchmarks", "deploy", "docs", "examples", "src", "tests"),
     *(".gitignore", "PKG-INFO"),  # hatchling's own additions
 }
 
@@ -107,11 +108,29 @@ def locked(file: str) -> dict[str, set[str]]:
     return pins
 
 
-def test_the_demo_is_locked_to_what_the_tests_run_with() -> None:
-    """The same versions with the same hashes, so that `make test` adds packages and changes none."""
-    demo, whole = locked("requirements-demo.lock"), locked("requirements.lock")
-    assert demo.keys() < whole.keys()
-    assert {name: pins for name, pins in demo.items() if pins != whole[name]} == {}
+@pytest.mark.parametrize("file", ["requirements-demo.lock", "requirements-deploy.lock"])
+def test_a_part_is_locked_to_what_the_tests_run_with(file: str) -> None:
+    """The same versions with the same hashes, so that `make test` adds packages to the demo and changes none."""
+    part, whole = locked(file), locked("requirements.lock")
+    assert part.keys() < whole.keys()
+    assert {name: pins for name, pins in part.items() if pins != whole[name]} == {}
+
+
+def test_images_have_both_engines_and_what_reads_sites_data_and_no_tools_of_development() -> None:
+    images = locked("requirements-deploy.lock").keys()
+    optional = PROJECT["optional-dependencies"]
+    extras = ("flare", "flower", "heif", "hub", "medical", "tracking")
+    wanted = distributions(
+        [
+            *PROJECT["dependencies"],
+            *PYPROJECT["dependency-groups"]["build"],
+            *(line for extra in extras for line in optional[extra]),
+        ]
+    )
+    assert wanted <= images
+    tools = {canonicalize_name(name) for name in ("mypy", "playwright", "pytest", "ruff", "sphinx", "hypothesis")}
+    assert tools <= distributions(optional["dev"])
+    assert not tools & images
 
 
 def test_the_demo_installs_the_package_with_what_serves_its_prompts_and_builds_it() -> None:

@@ -204,6 +204,17 @@ def check_model_signing(arguments: list[str]) -> None:
     assert {word for word in arguments if word.startswith("--")} <= known
 
 
+def check_docker(arguments: list[str]) -> None:
+    """A party's compose file has the service, and what is run in it is understood."""
+    assert arguments[0] == "compose"
+    words = [word for word in arguments[2:] if word not in ("--rm", "--detach")]
+    assert arguments[1] in ("up", "run", "exec")
+    assert (words == []) == (arguments[1] == "up"), "a party's file has one service"
+    if words:
+        assert list((ROOT / "deploy").glob(f"*/{words[0]}/compose.yaml"))
+        check_line(words[1:])
+
+
 CHECKS: dict[str, Callable[[list[str]], None]] = {
     "sordino": check_sordino,
     "make": check_make,
@@ -211,6 +222,8 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "curl": check_curl,
     "flwr": check_flwr,
     "model_signing": check_model_signing,
+    "docker": check_docker,
+    "chown": lambda arguments: None,  # tests/engines/test_containers.py compares the user with the image's
     "export": lambda arguments: None,
     "cd": lambda arguments: check_after(arguments[1:]),
 }
@@ -262,6 +275,8 @@ def test_services_of_a_page_start_what_there_is(page: str) -> None:
         service = configparser.ConfigParser(interpolation=None)
         service.optionxform = str  # type: ignore[assignment,method-assign]
         service.read_string(block.text)
+        assert service["Install"]["WantedBy"] == "multi-user.target", "else it cannot be enabled"
+        assert service["Service"]["ReadWritePaths"] in service["Service"]["WorkingDirectory"], "the rest is read only"
         words = shlex.split(service["Service"]["ExecStart"])
         if Path(words[0]).name == "sordino":
             check_sordino(words[1:])
