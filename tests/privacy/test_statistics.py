@@ -380,6 +380,30 @@ def test_a_center_without_noise_is_the_mean_and_with_much_it_is_nowhere(norm: fl
     assert float(mean.norm(dim=1).mean()) < 0.5 * float(told.norm(dim=1).clamp(max=1).mean()) + 0.2
 
 
+def test_a_known_number_of_examples_takes_the_place_of_its_noisy_count() -> None:
+    """Features near their mean vary little around it, so an error of the count would make another spread of them."""
+    features = point(WIDTH, 5.0) + torch.randn(400, WIDTH, generator=generator(3))
+    exact = center_sum(torch.nn.functional.normalize(features.double(), dim=-1))[None]
+    wrong = exact.clone()
+    wrong[:, 0] *= 1.1
+    noise, expected = 16.0, torch.tensor([400.0])
+    mean, trust = center_of(exact, noise, CENTER_COUNTS, expected)
+    for with_wrong, right in zip(center_of(wrong, noise, CENTER_COUNTS, expected), (mean, trust), strict=True):
+        assert torch.equal(with_wrong, right)
+    shorter, _ = center_of(wrong, noise, CENTER_COUNTS)
+    assert float(shorter.norm()) == pytest.approx(float(center_of(exact, noise, CENTER_COUNTS)[0].norm()) / 1.1)
+
+    def counted(rate: float, noise: float) -> float:
+        """Return the count that was used, by the length of the mean without its shrinkage."""
+        found, trusted = center_of(wrong, noise, CENTER_COUNTS, expected, rate)
+        return float(exact[0, 1:].norm() / (1 - CENTER_COUNTS) ** 0.5 / (found / trusted[:, None]).norm())
+
+    # A sample's number is as uncertain as sampling makes it: 400 with a variance of 200, beside 440 with one of 160.
+    assert counted(0.5, 16.0) == pytest.approx((400 / 200 + 440 / 160) / (1 / 200 + 1 / 160), rel=1e-5)
+    assert counted(0.5, 1e-9) == pytest.approx(440, rel=1e-5)
+    assert counted(1.0, 1e-9) == pytest.approx(400, rel=1e-5)
+
+
 def test_features_of_norm_one_alone_do_not_exceed_the_sphere() -> None:
     same = torch.nn.functional.normalize(torch.ones(10, WIDTH).double(), dim=-1)
     mean, trust = center_of(center_sum(same)[None], 0.0, CENTER_COUNTS)

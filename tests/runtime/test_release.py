@@ -352,10 +352,10 @@ def test_a_second_method_sees_features_from_where_they_were_released(
     after = two.with_release(two.start(), training.at_clients.release, training.ledger.releases)
     assert isinstance(one.mechanism, StatisticsMechanism)
     assert isinstance(two.mechanism, StatisticsMechanism)
-    centers = one.mechanism.centers(released, 4)
+    centers = one.mechanism.centers(released, range(4))
     assert centers is not None
     assert centers.norm(dim=1).min() > 0
-    again = two.mechanism.centers(Released.of(after.at_clients.release), 4)
+    again = two.mechanism.centers(Released.of(after.at_clients.release), range(4))
     assert again is not None
     assert torch.equal(again, centers)
     assert bool((centers == centers[0]).all()) == (first != "local")

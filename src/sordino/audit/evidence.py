@@ -94,7 +94,7 @@ class Evidence:
         if noise.own is not None and known.own is not None:
             for client, matrix in enumerate(known.own):
                 add(MATRIX, matrix, noise.own, client)
-        centers = mechanism.centers(known, len(mechanism.inputs.sizes))
+        centers = mechanism.centers(known, range(len(mechanism.inputs.sizes)))
         if noise.total is not None and known.pooled is not None:
             rate, share = mechanism.rate, mechanism.count_share
             shorter = 1.0 if centers is None else float((1 - centers[0].pow(2).sum()).sqrt())

@@ -186,7 +186,7 @@ def reconstruct(subject: Subject, seed: int) -> Reconstruction:
         seed: chooses images of clients, and draws the noise.
     """
     mechanism, known = statistics_mechanism(subject.runtime), Released.of(subject.training.at_clients.release)
-    centers = mechanism.centers(known, 1 if known.own_center is None else len(known.own_center))
+    centers = mechanism.centers(known, range(1 if known.own_center is None else len(known.own_center)))
     center = None if centers is None else centers[0]
     used = torch.from_numpy(subject.task.used)
     gallery = F.normalize(subject.features[used.to(subject.features.device)].cpu().double(), dim=-1)

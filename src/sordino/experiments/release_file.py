@@ -28,7 +28,8 @@ from sordino.runtime.local import LocalRuntime, Training
 
 FILE = "release.safetensors"
 ENTRY = "sordino"
-FORMAT = 1
+FORMAT = 2  # 1 is of a time when features were seen from a center that was found with a noisy count
+ANEW = "release anew in another directory"
 # Keys that a run with an earlier release takes from it.
 GIVEN = (
     *("noise_multiplier", "epsilon", "delta", "noise_by", "shared_budget", "subspace", "directions"),
@@ -124,7 +125,10 @@ class ReleaseFile:
             length = int.from_bytes(content[:8], "little")
             document = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][ENTRY])
             tensors = safetensors.torch.load(content)
-            if document["format"] != FORMAT or document.pop("sha256") != _digest(tensors, document):
+            if document["format"] == 1 and {"center", "own_center"} & tensors.keys():
+                older = "was written by an earlier version, which saw features from another center"
+                raise RunError(f"{path} {older}; {ANEW}")
+            if document["format"] not in (1, FORMAT) or document.pop("sha256") != _digest(tensors, document):
                 raise ValueError("its content is not what was written")
             releases = [
                 Release(**entry | {name: tuple(entry[name]) for name in ("noise_multipliers", "observers")})
@@ -146,7 +150,7 @@ class ReleaseFile:
             reason = f"no {FILE} to read ({error.strerror}); give the directory of a run with mechanism 'statistics'"
             raise RunError(f"{path.parent}: {reason}") from None
         except (ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
-            raise RunError(f"{path} is damaged or was changed ({error}); release anew in another directory") from None
+            raise RunError(f"{path} is damaged or was changed ({error}); {ANEW}") from None
 
     def check(self, runtime: LocalRuntime) -> None:
         """See that the release is of this run's data, classes and encoder.

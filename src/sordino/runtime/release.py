@@ -230,7 +230,7 @@ class ClientsRelease:
     def _upload(self, session: str, everyone: int) -> list[tuple[int, bytes | Refusal]]:
         mechanism, parts = self._mechanism, self._mechanism.stages[self._stage]
         self._stage += 1
-        centers = mechanism.centers(self._known, len(self._numbers))
+        centers = mechanism.centers(self._known, self._numbers)
         exact = {part: mechanism.exact(part, *self._table, self._rows, self._persons, centers) for part in parts}
         own = {part: mechanism.with_own_noise(part, sums, self._randomness) for part, sums in exact.items()}
         if mechanism.in_shares:

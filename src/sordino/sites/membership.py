@@ -32,7 +32,7 @@ from sordino.sites.proposal import Proposal
 from sordino.sites.settings import SiteSettings
 from sordino.tasks.settings import PartitionSettings
 
-PROTOCOL = 1  # of the messages between a coordinator and sites
+PROTOCOL = 2  # of the messages between a coordinator and sites, and of what they compute from them
 COPIES = (1, 4, 16, 64)  # of this site, as stand-ins for others that are not known yet
 ANSWERED = "answered"  # in an agreement: the last round that the coordinator knows an answer to
 AGREED = "agreement.json"  # in the folder of an experiment

@@ -140,6 +140,7 @@ class Estimator:
         text: [C, D], the hand-written prompt's text features.
         only_averaged: whether all that clients learn is averaged over them.
         everybody: whether the clients' sums are joined; if not, a client knows its own only.
+        counted: whether sizes are numbers of examples. What a person counts in sums depends on that person's images.
     """
 
     noise: Noise
@@ -150,27 +151,29 @@ class Estimator:
     text: Tensor
     only_averaged: bool
     everybody: bool
+    counted: bool = True
 
     @property
     def noises(self) -> int:
         """Return how many noises are in the sum of all clients' center or scatter: one each, or the sum's."""
         return len(self.sizes) if self.noise.total is None else 1
 
-    def centers(self, released: Released, clients: int) -> tuple[Tensor, Tensor] | None:
+    def centers(self, released: Released, clients: Sequence[int]) -> tuple[Tensor, Tensor] | None:
         """Return the points [K, D] from which features are seen, and how far each is trusted [K]; None for the origin.
 
         Args:
             released: what K clients keep of the release.
-            clients: K.
+            clients: [K], their numbers.
         """
         if released.own_center is not None:
-            noisy, noises = released.own_center, 1
+            noisy, noises, sizes = released.own_center, 1, [self.sizes[client] for client in clients]
         elif released.center is not None:
-            noisy, noises = released.center.expand(clients, -1), self.noises
+            noisy, noises, sizes = released.center.expand(len(clients), -1), self.noises, [sum(self.sizes)]
         else:
             return None
         assert self.noise.center is not None
-        return center_of(noisy, noises * self.noise.center**2, CENTER_COUNTS)
+        expected = self.rate * torch.tensor(sizes, dtype=torch.float64) if self.counted else None
+        return center_of(noisy, noises * self.noise.center**2, CENTER_COUNTS, expected, self.rate)
 
     def pooled(self, released: Released, total: Tensor | None) -> Observed:
         """Return the statistics of all clients together, from what the server has.
@@ -231,7 +234,7 @@ class Estimator:
 
     def _views(self, released: Released, clients: Sequence[int]) -> list[Viewpoint]:
         """Return from where clients see features; where their centers differ, they are compared from the mean."""
-        if (centers := self.centers(released, len(clients))) is None:
+        if (centers := self.centers(released, clients)) is None:
             nothing = torch.zeros(self.text.shape[1]).to(self.text)
             return [Viewpoint(nothing, nothing, nothing[0])] * len(clients)
         points, trust = (part.to(self.text) for part in centers)

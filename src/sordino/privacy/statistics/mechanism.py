@@ -215,6 +215,7 @@ class StatisticsMechanism(Mechanism):
             text,
             not self.inputs.personal and self.inputs.server_uses == "mean",
             self.joins,
+            not self.settings.by_person,
         )
 
     def sampled(self, rows: Sequence[Tensor], randomness: Randomness, persons: Tensor | None = None) -> list[Tensor]:
@@ -313,12 +314,12 @@ class StatisticsMechanism(Mechanism):
         assert multiplier is not None
         return multiplier
 
-    def centers(self, released: Released, clients: int) -> Tensor | None:
+    def centers(self, released: Released, clients: Sequence[int]) -> Tensor | None:
         """Return the points [K, D] from which K clients see features, or None for the origin.
 
         Args:
             released: what they keep of the release.
-            clients: K.
+            clients: [K], their numbers.
         """
         centers = self.estimator.centers(released, clients)
         return None if centers is None else centers[0]

@@ -199,20 +199,32 @@ def within(seen: Observed, means: ClassMeans, squares: Tensor | float = 1.0) -> 
     return float((squares - norm).clamp(0, float(squares)) / width)
 
 
-def center_of(noisy: Tensor, variance: float, count_share: float) -> tuple[Tensor, Tensor]:
+def center_of(
+    noisy: Tensor, variance: float, count_share: float, expected: Tensor | None = None, rate: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Infer the mean feature from a noisy count and sum of features.
 
-    It is shrunk towards 0 as noise grows (James and Stein, 1961), and kept inside the sphere of unit norm.
+    It is shrunk towards 0 as noise grows (James and Stein, 1961), and kept inside the sphere of unit norm. An error of
+    the count is an error of the mean's norm, and features that all lie near their mean then seem to vary by another
+    amount. So what is known of the count is used beside its noisy value, each as precise as it is.
 
     Args:
         noisy: [K, 1 + D], counts times a, and sums times b.
         variance: of the noise on each number.
         count_share: a^2.
+        expected: [K], how many examples are expected in the sums, where that is known to all; None if it is not.
+        rate: the probability with which each example is in the sums, if their number is known.
 
     Returns:
         The means [K, D], and how far each is trusted [K]: 1 without noise, 0 where noise is all there is.
     """
-    counts = (noisy[:, 0] / count_share**0.5).clamp(min=1)
+    counts = noisy[:, 0] / count_share**0.5
+    if expected is not None:
+        expected = expected.to(counts)
+        of_noise, of_sampling = variance / count_share, expected * (1 - rate)
+        known = torch.where(of_sampling > 0, of_noise / (of_noise + of_sampling), 1.0)
+        counts = torch.lerp(counts, expected, known)
+    counts = counts.clamp(min=1)
     means = noisy[:, 1:] / (1 - count_share) ** 0.5 / counts[:, None]
     doubt = variance / (1 - count_share) / counts**2
     trust = (1 - means.shape[1] * doubt / means.pow(2).sum(1).clamp(min=1e-12)).clamp(0, 1)
