@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,9 +25,9 @@ import sordino
 from commands import here
 from flare.parties import until
 from mpc.small import agree, batches, groups, small_tower
+from mpc.small_bert import distilled
 from ports import free_port
 from sordino.cli.app import app
-from sordino.encoders.bundled import TEXT_MODEL, package_path
 from sordino.errors import ConfigError, SordinoError
 from sordino.mpc.dealing.costs import Cost
 from sordino.mpc.errors import PartyLost
@@ -368,12 +367,9 @@ def test_the_commands_tune_a_prompt_as_in_the_clear(processes: Processes) -> Non
 
 def test_a_checkpoint_from_a_folder_is_tuned_as_in_the_clear(processes: Processes) -> None:
     """One that is narrower than the bundled tower: distilled, provided, and known to the data owner by embeddings."""
-    folder = task_folder(processes.folder / "checkpoint-task")
-    model = bert_folder(folder / "model")
-    mpc(folder, "distill", "--model", str(model), "--out", "tower.safetensors", "--steps", "2", "--features", "16")
-    own = ["--model", str(model), "--tower", "tower.safetensors", "--sentences", "300"]
+    folder = distilled(task_folder(processes.folder / "checkpoint-task"))
+    own = ["--model", "model", "--tower", "tower.safetensors", "--sentences", "300"]
     mpc(folder, "provide", *model_owner(processes), *own)
-    mpc(folder, "embeddings", "--model", str(model), "--out", "owner")
     embeddings = ["--set", "model.embeddings=owner"]
     private = tuned(folder, "private", *data_owner(processes), *embeddings)
     clear = tuned(folder, "clear", "--clear", "--set", "model.tower=tower.safetensors", *embeddings)
@@ -408,24 +404,6 @@ def pictures_of(folder: Path) -> None:
         (folder / name).mkdir(parents=True)
         for number in range(4):
             Image.new("RGB", (32, 32), name).save(folder / name / f"{number}.png")
-
-
-def bert_folder(folder: Path) -> Path:
-    """A small BERT with weights that are random but for the words', in a folder as such checkpoints come."""
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=96,
-        max_position_embeddings=64,
-        initializer_range=0.15,
-    )
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
-    shutil.copy(package_path(*TEXT_MODEL) / "tokenizer.json", folder)
-    return folder
 
 
 def mpc(folder: Path, *words: str) -> None:
