@@ -122,6 +122,11 @@ def shared_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proce
     found.stop()
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return distilled(tmp_path_factory.mktemp("checkpoint"))
+
+
 @pytest.fixture
 def processes(shared_processes: Processes) -> Processes:
     shared_processes.heal()
@@ -220,10 +225,10 @@ def test_a_server_that_keeps_its_share_needs_nothing_after_a_restart(processes: 
         file.unlink()
 
 
-def test_one_command_of_the_model_owner_is_enough_after_a_restart(processes: Processes) -> None:
+def test_one_command_of_the_model_owner_is_enough_after_a_restart(processes: Processes, checkpoint: Path) -> None:
     """The second time it measures nothing, and the model keeps its name."""
     folder = processes.folder / "parties" / MODEL_OWNER
-    words = command("provide", *model_owner(processes), "--sentences", "300")
+    words = command("provide", *model_owner(processes), *tower_of(checkpoint), "--sentences", "300")
     said = []
     for role in (None, SERVERS[0], SERVERS[1]):
         if role:
@@ -365,14 +370,13 @@ def test_the_commands_tune_a_prompt_as_in_the_clear(processes: Processes) -> Non
     processes.provide_small()  # for the other tests
 
 
-def test_a_checkpoint_from_a_folder_is_tuned_as_in_the_clear(processes: Processes) -> None:
+def test_a_checkpoint_from_a_folder_is_tuned_as_in_the_clear(processes: Processes, checkpoint: Path) -> None:
     """One that is narrower than the bundled tower: distilled, provided, and known to the data owner by embeddings."""
-    folder = distilled(task_folder(processes.folder / "checkpoint-task"))
-    own = ["--model", "model", "--tower", "tower.safetensors", "--sentences", "300"]
-    mpc(folder, "provide", *model_owner(processes), *own)
-    embeddings = ["--set", "model.embeddings=owner"]
+    folder = task_folder(processes.folder / "checkpoint-task")
+    mpc(folder, "provide", *model_owner(processes), *tower_of(checkpoint), "--sentences", "300")
+    embeddings = ["--set", f"model.embeddings={checkpoint / 'owner'}"]
     private = tuned(folder, "private", *data_owner(processes), *embeddings)
-    clear = tuned(folder, "clear", "--clear", "--set", "model.tower=tower.safetensors", *embeddings)
+    clear = tuned(folder, "clear", "--clear", "--set", f"model.tower={checkpoint / 'tower.safetensors'}", *embeddings)
     first = [json.loads((folder / run / "search.json").read_text())["losses"][0] for run in ("private", "clear")]
     assert first[0] == pytest.approx(first[1], abs=0.1)
     assert private["train_loss"]["before"] == pytest.approx(clear["train_loss"]["before"], abs=0.1)
@@ -392,7 +396,7 @@ def task_folder(folder: Path) -> Path:
     (folder / "task.toml").write_text(
         '[task]\nkind = "text"\ntrain = "train.tsv"\ntest = "test.tsv"\nlabel_names = ["bad", "good"]\n'
         'descriptions = ["a bad film", "a good film"]\nshots = 2\n[prompt]\nlength = 1\ninitial = "film"\n'
-        "[search]\nwidth = 4\npopulation = 4\ngenerations = 2\nkeep_norms = true\n",
+        "[search]\nwidth = 4\npopulation = 4\ngenerations = 1\nkeep_norms = true\n",
         encoding="utf-8",
     )
     return folder
@@ -420,6 +424,11 @@ def tuned(folder: Path, out: str, *words: str) -> dict[str, Any]:
     assert done.exit_code == 0, done.output
     found: dict[str, Any] = json.loads(done.stdout)
     return found
+
+
+def tower_of(checkpoint: Path) -> list[str]:
+    """A small tower's options for its owner."""
+    return ["--model", str(checkpoint / "model"), "--tower", str(checkpoint / "tower.safetensors")]
 
 
 def model_owner(processes: Processes) -> list[str]:
