@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from sordino.algorithms.base import ClientData, named_tensors
 from sordino.encoders import prompt_model
+from sordino.encoders.clip import ClipEncoder
 from sordino.encoders.prompt_model import Prompt, PromptModel
 from sordino.errors import ConfigError, RunError
 from sordino.privacy.clipping import clip_jointly, clipped_sum
@@ -232,6 +234,17 @@ def test_public_directions_are_orthonormal_nested_and_need_no_image(model: Promp
     torch.testing.assert_close(eight.T @ eight, torch.eye(8), rtol=0, atol=1e-5)
     torch.testing.assert_close(eight[:, :3], three)
     assert public_directions(model.encoder, 10_000).shape == (model.encoder.feature_width,) * 2
+
+
+def test_public_directions_are_kept(clip_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For encoders of the same weights and precision, which read the names once, to the bit."""
+    encoders = [ClipEncoder.load(str(clip_folder), torch.device("cpu"), dtype) for dtype in (torch.float32,) * 2]
+    once = public_directions(encoders[0], 8)
+    monkeypatch.setattr(ClipEncoder, "text_features", None)
+    assert torch.equal(public_directions(encoders[1], 8), once)
+    other = ClipEncoder.load(str(clip_folder), torch.device("cpu"), torch.bfloat16)
+    with pytest.raises(TypeError):  # of this precision they would have to be computed
+        public_directions(other, 8)
 
 
 def test_directions_of_images_are_orthonormal_and_span_the_images() -> None:

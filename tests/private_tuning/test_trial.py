@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from mpc.small_bert import distilled
 from ports import free_port
 from sordino.cli.app import app
 from sordino.errors import ConfigError, RunError
@@ -141,8 +142,16 @@ def test_the_recipe_runs_as_it_is_printed(tmp_path: Path) -> None:
             process.wait()
 
 
-def command(file: Path, out: Path, *words: str) -> list[str]:
-    return [sys.executable, "-m", "sordino", "mpc", "try", str(file), "--out", str(out), "--sentences", "300", *words]
+@pytest.fixture(scope="module")
+def owner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model owner whose tower is small, so that trials that are to end early begin early."""
+    return distilled(tmp_path_factory.mktemp("owner"))
+
+
+def command(owner: Path, file: Path, out: Path, *words: str) -> list[str]:
+    model = ["--model", str(owner / "model"), "--tower", str(owner / "tower.safetensors")]
+    model += ["--set", f"model.embeddings={owner / 'owner'}", "--sentences", "300"]
+    return [sys.executable, "-m", "sordino", "mpc", "try", str(file), "--out", str(out), *model, *words]
 
 
 def parties_of(out: Path) -> list[int]:
@@ -183,10 +192,11 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason=
 @pytest.mark.slow
 @needs_proc
 @pytest.mark.parametrize("end", [signal.SIGHUP, signal.SIGKILL])  # test_interruption sends the others
-def test_nobody_is_left_when_it_is_stopped(tmp_path: Path, out: Path, end: signal.Signals) -> None:
+def test_nobody_is_left_when_it_is_stopped(owner: Path, tmp_path: Path, out: Path, end: signal.Signals) -> None:
     """By a terminal that closes, and even where it cannot do anything itself."""
     file = text_task(tmp_path, 4, width=2, population=4, generations=50)
-    process = subprocess.Popen(command(file, out, "--whole"), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    words = command(owner, file, out, "--whole")
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     until(lambda: len(parties_of(out)) >= 4)  # three that listen, and the model owner
     process.send_signal(end)
     _, told = process.communicate(timeout=60)
@@ -200,10 +210,13 @@ def test_nobody_is_left_when_it_is_stopped(tmp_path: Path, out: Path, end: signa
 
 @pytest.mark.slow
 @needs_proc
-def test_one_command_starts_and_stops_all_parties_and_goes_on_after_one_failed(tmp_path: Path, out: Path) -> None:
+def test_one_command_starts_and_stops_all_parties_and_goes_on_after_one_failed(
+    owner: Path, tmp_path: Path, out: Path
+) -> None:
     """Server 0 is killed in the search; the trial goes on with its model, and measures nothing again."""
-    file = text_task(tmp_path, 1, width=2, population=4, generations=4)
-    process = subprocess.Popen(command(file, out), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    file = text_task(tmp_path, 1, width=2, population=4, generations=12)
+    words = command(owner, file, out)
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     until(lambda: (out / "run" / "search.json").exists(), 300)
     server = [each for each in parties_of(out) if b"parties/server-0" in Path(f"/proc/{each}/cmdline").read_bytes()]
     os.kill(server[0], signal.SIGKILL)
@@ -212,7 +225,7 @@ def test_one_command_starts_and_stops_all_parties_and_goes_on_after_one_failed(t
     assert "sordino: server-0 ended with code -9" in told.strip().splitlines()[-1]
     assert told.strip().endswith("go on with --resume")
     assert parties_of(out) == []
-    done = subprocess.run(command(file, out, "--resume", "--json"), capture_output=True, text=True, timeout=400)
+    done = subprocess.run([*words, "--resume", "--json"], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert "with the ranges measured before" in done.stderr
     assert "calibrate" not in done.stderr
@@ -228,7 +241,7 @@ def test_one_command_starts_and_stops_all_parties_and_goes_on_after_one_failed(t
         assert text in page
     assert "<script" not in page
     assert "http" not in page.replace("http-equiv", "")
-    again = CliRunner().invoke(app, command(file, out, "--json")[3:])
+    again = CliRunner().invoke(app, [*words, "--json"][3:])
     assert f"{out} exists; go on with --resume, or choose another --out" in str(again.exception)
 
 

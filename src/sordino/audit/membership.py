@@ -17,16 +17,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.special import logsumexp
-from scipy.stats import norm
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from sordino.audit import rmia
@@ -36,6 +32,9 @@ from sordino.encoders.prompt_model import Prompt, PromptModel, map_prompt, promp
 from sordino.errors import ConfigError, DataError
 from sordino.randomness import derive_key, generator
 from sordino.runtime.side_by_side import Check, side_by_side
+
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -310,6 +309,10 @@ def shadow_attack(target: Floats, shadows: Floats, included: Flags, labels: Indi
 
 
 def _classifier(signals: Floats, included: Flags) -> Pipeline:
+    from sklearn.linear_model import LogisticRegression  # slow to import, and few commands attack
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000))
     return model.fit(signals.reshape(-1, signals.shape[-1]), included.reshape(-1))
 
@@ -351,4 +354,6 @@ def _log_likelihood_of_zero(values: Floats, chosen: Flags, separate: Flags) -> F
     squares = np.where(chosen, (values - mean) ** 2, 0).sum(0)
     pooled = squares.sum() / (counts - 1).sum()
     variance = np.where(separate, squares / np.maximum(counts - 1, 1), pooled)
+    from scipy.stats import norm  # slow to import
+
     return np.asarray(norm.logpdf(0.0, mean, np.maximum(np.sqrt(variance), ROUNDING)))

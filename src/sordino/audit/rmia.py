@@ -21,7 +21,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, logsumexp
-from scipy.stats import rankdata
 
 from sordino.audit.statistics import roc
 
@@ -43,6 +42,8 @@ def rmia(log_ratios: Floats, group: Indices) -> Floats:
         log_ratios: [n], log(p / P); see `online` and `offline`.
         group: [n], the prompt of each candidate.
     """
+    from scipy.stats import rankdata  # slow to import
+
     scores = np.empty(len(log_ratios))
     rounded = np.round(log_ratios / ROUNDING) * ROUNDING
     for prompt in np.unique(group):

@@ -4,6 +4,9 @@
 (arXiv 2305.08846), Theorem 5.2 and Appendix D. Its premise is the caller's duty. Each of the m canaries was included
 with probability 1/2, independently of all others. The scores were computed from releases, without access to the
 inclusions.
+
+scipy.stats and sklearn are imported by the functions that use them: both take half a second, and most commands that
+import this module attack nothing.
 """
 
 from __future__ import annotations
@@ -17,9 +20,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 from scipy.special import betaincinv, expit, logit
-from scipy.stats import beta, binom, norm
-from sklearn.metrics import auc as area_under
-from sklearn.metrics import roc_curve
 
 MOST_CANARIES = 10**8  # in the search for how many an audit needs
 
@@ -70,11 +70,13 @@ def roc(scores: ArrayLike, members: ArrayLike) -> Roc:
     Raises:
         ValueError: the shapes differ, a score is not finite, or members or non-members are missing.
     """
+    from sklearn.metrics import auc, roc_curve
+
     scores, members = _checked(scores, members)
     count = int(members.sum())
     _require(0 < count < len(members), f"{count} of {len(members)} are members: a ROC curve needs both kinds")
     false_positive_rate, true_positive_rate, _ = roc_curve(members, scores, drop_intermediate=False)
-    area = float(area_under(false_positive_rate, true_positive_rate))
+    area = float(auc(false_positive_rate, true_positive_rate))
     return Roc(false_positive_rate, true_positive_rate, area, count, len(members) - count)
 
 
@@ -90,6 +92,8 @@ def auc_interval(scores: ArrayLike, members: ArrayLike, confidence: float = 0.95
     """
     _require(0 < confidence < 1, f"confidence = {confidence}: it lies strictly between 0 and 1")
     curve = roc(scores, members)
+    from scipy.stats import norm
+
     z = float(norm.isf((1 - confidence) / 2))
     return (
         _lower_limit(curve.auc, curve.members, curve.non_members, z),
@@ -105,6 +109,8 @@ def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> tu
     """
     _require(0 <= successes <= trials > 0, f"{successes} successes of {trials} trials: give 0 <= successes <= trials")
     _require(0 < confidence < 1, f"confidence = {confidence}: it lies strictly between 0 and 1")
+    from scipy.stats import beta
+
     tail = (1 - confidence) / 2
     low = float(beta.ppf(tail, successes, trials - successes + 1)) if successes > 0 else 0.0
     high = float(beta.isf(tail, successes + 1, trials - successes)) if successes < trials else 1.0
@@ -288,6 +294,8 @@ def _p_value(wrong: int, guesses: int, canaries: int, epsilon: float, delta: flo
     probabilities over the i values above w. These rise to the mode and fall after it. So the mean rises until it meets
     the next probability, and falls after it. The best i is therefore found by bisection, not by a sum over all i.
     """
+    from scipy.stats import binom
+
     rate = float(expit(-epsilon))
     tail = float(binom.cdf(wrong, guesses, rate))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,9 +25,9 @@ import sordino
 from commands import here
 from flare.parties import until
 from mpc.small import agree, batches, groups, small_tower
+from mpc.small_bert import distilled
 from ports import free_port
 from sordino.cli.app import app
-from sordino.encoders.bundled import TEXT_MODEL, package_path
 from sordino.errors import ConfigError, SordinoError
 from sordino.mpc.dealing.costs import Cost
 from sordino.mpc.errors import PartyLost
@@ -121,6 +120,11 @@ def shared_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proce
     found = Processes(tmp_path_factory.mktemp("processes"))
     yield found
     found.stop()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return distilled(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture
@@ -221,10 +225,10 @@ def test_a_server_that_keeps_its_share_needs_nothing_after_a_restart(processes: 
         file.unlink()
 
 
-def test_one_command_of_the_model_owner_is_enough_after_a_restart(processes: Processes) -> None:
+def test_one_command_of_the_model_owner_is_enough_after_a_restart(processes: Processes, checkpoint: Path) -> None:
     """The second time it measures nothing, and the model keeps its name."""
     folder = processes.folder / "parties" / MODEL_OWNER
-    words = command("provide", *model_owner(processes), "--sentences", "300")
+    words = command("provide", *model_owner(processes), *tower_of(checkpoint), "--sentences", "300")
     said = []
     for role in (None, SERVERS[0], SERVERS[1]):
         if role:
@@ -366,17 +370,13 @@ def test_the_commands_tune_a_prompt_as_in_the_clear(processes: Processes) -> Non
     processes.provide_small()  # for the other tests
 
 
-def test_a_checkpoint_from_a_folder_is_tuned_as_in_the_clear(processes: Processes) -> None:
+def test_a_checkpoint_from_a_folder_is_tuned_as_in_the_clear(processes: Processes, checkpoint: Path) -> None:
     """One that is narrower than the bundled tower: distilled, provided, and known to the data owner by embeddings."""
     folder = task_folder(processes.folder / "checkpoint-task")
-    model = bert_folder(folder / "model")
-    mpc(folder, "distill", "--model", str(model), "--out", "tower.safetensors", "--steps", "2", "--features", "16")
-    own = ["--model", str(model), "--tower", "tower.safetensors", "--sentences", "300"]
-    mpc(folder, "provide", *model_owner(processes), *own)
-    mpc(folder, "embeddings", "--model", str(model), "--out", "owner")
-    embeddings = ["--set", "model.embeddings=owner"]
+    mpc(folder, "provide", *model_owner(processes), *tower_of(checkpoint), "--sentences", "300")
+    embeddings = ["--set", f"model.embeddings={checkpoint / 'owner'}"]
     private = tuned(folder, "private", *data_owner(processes), *embeddings)
-    clear = tuned(folder, "clear", "--clear", "--set", "model.tower=tower.safetensors", *embeddings)
+    clear = tuned(folder, "clear", "--clear", "--set", f"model.tower={checkpoint / 'tower.safetensors'}", *embeddings)
     first = [json.loads((folder / run / "search.json").read_text())["losses"][0] for run in ("private", "clear")]
     assert first[0] == pytest.approx(first[1], abs=0.1)
     assert private["train_loss"]["before"] == pytest.approx(clear["train_loss"]["before"], abs=0.1)
@@ -396,7 +396,7 @@ def task_folder(folder: Path) -> Path:
     (folder / "task.toml").write_text(
         '[task]\nkind = "text"\ntrain = "train.tsv"\ntest = "test.tsv"\nlabel_names = ["bad", "good"]\n'
         'descriptions = ["a bad film", "a good film"]\nshots = 2\n[prompt]\nlength = 1\ninitial = "film"\n'
-        "[search]\nwidth = 4\npopulation = 4\ngenerations = 2\nkeep_norms = true\n",
+        "[search]\nwidth = 4\npopulation = 4\ngenerations = 1\nkeep_norms = true\n",
         encoding="utf-8",
     )
     return folder
@@ -408,24 +408,6 @@ def pictures_of(folder: Path) -> None:
         (folder / name).mkdir(parents=True)
         for number in range(4):
             Image.new("RGB", (32, 32), name).save(folder / name / f"{number}.png")
-
-
-def bert_folder(folder: Path) -> Path:
-    """A small BERT with weights that are random but for the words', in a folder as such checkpoints come."""
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=96,
-        max_position_embeddings=64,
-        initializer_range=0.15,
-    )
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
-    shutil.copy(package_path(*TEXT_MODEL) / "tokenizer.json", folder)
-    return folder
 
 
 def mpc(folder: Path, *words: str) -> None:
@@ -442,6 +424,11 @@ def tuned(folder: Path, out: str, *words: str) -> dict[str, Any]:
     assert done.exit_code == 0, done.output
     found: dict[str, Any] = json.loads(done.stdout)
     return found
+
+
+def tower_of(checkpoint: Path) -> list[str]:
+    """A small tower's options for its owner."""
+    return ["--model", str(checkpoint / "model"), "--tower", str(checkpoint / "tower.safetensors")]
 
 
 def model_owner(processes: Processes) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import combinations, pairwise
 from typing import Any, Self, TypeVar, cast
@@ -145,8 +145,8 @@ def _measured(tower: PrivateTower, embeddings: Tensor, mask: Tensor) -> Calibrat
     norm = _norm_ranges(embeddings, x, is_token)
     layers = []
     for layer in tower.layers:
-        query, key, value = _projected(x, layer, tower.heads)
-        attended, weights = tower.attend(x, layer, mask)
+        query, key, value = tower.projected(x, layer)
+        attended, weights = tower.attend_to(query, key, value, layer, mask)
         out = F.linear(attended, layer["out.weight"], layer["out.bias"])
         middle = F.layer_norm(x + out, (width,), layer["norm1.weight"], layer["norm1.bias"], tower.epsilon)
         inner = F.linear(middle, layer["inner.weight"], layer["inner.bias"])
@@ -169,12 +169,6 @@ def _measured(tower: PrivateTower, embeddings: Tensor, mask: Tensor) -> Calibrat
         )
         x = state
     return Calibration(norm, tuple(layers), 1.0)
-
-
-def _projected(x: Tensor, layer: Mapping[str, Tensor], heads: int) -> tuple[Tensor, ...]:
-    """Compute queries, keys and values, [B, H, T, d] each."""
-    qkv = F.linear(x, layer["qkv.weight"], layer["qkv.bias"])
-    return tuple(heads_of(part, heads) for part in qkv.chunk(3, -1))
 
 
 def _norm_ranges(x: Tensor, result: Tensor, is_token: Tensor) -> NormRanges:

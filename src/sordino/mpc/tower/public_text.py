@@ -6,7 +6,8 @@ soft contexts, since tuning will put soft contexts there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -77,11 +78,17 @@ def calibration_batches(tower: Embedder, sentences: int, seed: int) -> Iterator[
     if positions < FEWEST:
         raise OutOfRange(f"a tower of {positions} positions: the sentences that ranges are measured on need {FEWEST}")
     generator = torch.Generator().manual_seed(seed)
-    rows = [tower.tokenizer.encode(text).ids for text in split_definitions()[1]]
+    texts = split_definitions()[1]
+
+    @cache
+    def tokens(index: int) -> list[int]:  # few of the texts are drawn
+        ids: list[int] = tower.tokenizer.encode(texts[index]).ids
+        return ids
+
     sizes = {longest: min(BATCH, TOKENS // longest) for longest in LENGTHS if longest <= positions}
     for _ in range(max(1, round(sentences / 2 / sum(sizes.values())))):
         for longest, size in sizes.items():
-            yield embedded(tower, [_joined(rows, longest, generator) for _ in range(size)])
+            yield embedded(tower, [_joined(tokens, len(texts), longest, generator) for _ in range(size)])
     name_rows = name_tokens(tower)
     for number in range(max(len(NOISES), round(sentences / 2 / SOFT_BATCH))):
         yield behind_soft_context(tower, name_rows, SOFT_BATCH, NOISES[number % len(NOISES)], generator)
@@ -160,12 +167,19 @@ def behind_soft_context(
     return embeddings, mask
 
 
-def _joined(rows: list[list[int]], longest: int, generator: torch.Generator) -> list[int]:
-    """Join random definitions between one [CLS] and one [SEP], until they have more than half of `longest` tokens."""
+def _joined(tokens: Callable[[int], list[int]], count: int, longest: int, generator: torch.Generator) -> list[int]:
+    """Join random definitions between one [CLS] and one [SEP], until they have more than half of `longest` tokens.
+
+    Args:
+        tokens: of a definition, by its number.
+        count: of definitions.
+        longest: most tokens that are returned.
+        generator: of the numbers.
+    """
     least = longest // 2 + 1
     row: list[int] = []
     while len(row) < least:
-        following = rows[int(torch.randint(len(rows), (), generator=generator))]
+        following = tokens(int(torch.randint(count, (), generator=generator)))
         row = [*row[:-1], *following[1:]] if row else following
     return _cut(row, longest)
 

@@ -100,8 +100,18 @@ class PrivateTower:
 
     def attend(self, x: Tensor, layer: Mapping[str, Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
         """Compute a layer's attention [B, T, E] before its projection, and its mean weights [B, H, T]."""
+        return self.attend_to(*self.projected(x, layer), layer, mask)
+
+    def projected(self, x: Tensor, layer: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute queries, keys and values of a layer, [B, H, T, d] each."""
         qkv = F.linear(x, layer["qkv.weight"], layer["qkv.bias"])
         q, k, v = (part.view(*part.shape[:2], self.heads, -1).transpose(1, 2) for part in qkv.chunk(3, -1))
+        return q, k, v
+
+    def attend_to(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: Mapping[str, Tensor], mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Compute what `attend` does, of what `projected` computes."""
         phi_q, phi_k = (_phi(F.normalize(part, dim=-1), layer[FEATURES]) for part in (q, k))
         phi_k = phi_k * mask[:, None, :, None]
         sums = phi_q @ (phi_k.mT @ v)  # [B, H, T, d]
@@ -176,10 +186,10 @@ class SoftmaxTower(PrivateTower):
         """Take a tower's weights."""
         return cls(tower.heads, tower.epsilon, tower.norm, tuple(tower.layers))
 
-    def attend(self, x: Tensor, layer: Mapping[str, Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
+    def attend_to(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: Mapping[str, Tensor], mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """See `PrivateTower`. The sum that softmax divides by cannot vanish, so mean weights are set to 1."""
-        qkv = F.linear(x, layer["qkv.weight"], layer["qkv.bias"])
-        q, k, v = (part.view(*part.shape[:2], self.heads, -1).transpose(1, 2) for part in qkv.chunk(3, -1))
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :] > 0)
         return mixed.transpose(1, 2).flatten(2), torch.ones_like(q[..., 0])
 
