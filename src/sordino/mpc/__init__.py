@@ -15,52 +15,44 @@ Modules are in rooms, and a room imports only from rooms before it: `arithmetic`
 
     result = run(program)                                   # both servers in this process
     reconstruct(result.results), result.costs.table()
-
-Importing this imports nothing heavy: torch and numba come with the first name, and not with certificates.
 """
-
-from __future__ import annotations
-
-import importlib
-from typing import TYPE_CHECKING, Any
 
 from sordino.errors import require_extra
 
-require_extra("mpc", "computation on secret shares (sordino mpc, sordino tune-private)")  # its modules need it
+require_extra("mpc", "computation on secret shares (sordino mpc, sordino tune-private)")  # imports below need it
 
-if TYPE_CHECKING:
-    from sordino.mpc.arithmetic.ring import decode, encode, share
-    from sordino.mpc.dealing.correlations import Correlation
-    from sordino.mpc.dealing.costs import Cost, Costs, protocol
-    from sordino.mpc.dealing.dealer import Dealer
-    from sordino.mpc.dealing.supply import CorrelatedRandomness, DealerLink
-    from sordino.mpc.errors import MaskReused, MpcError, OutOfRange, PartyLost
-    from sordino.mpc.protocols.attention import random_feature_attention
-    from sordino.mpc.protocols.fourier import (
-        Series,
-        angle_of,
-        cosine_and_sine,
-        evaluate,
-        fit,
-        gelu,
-        gelu_series,
-        open_angle,
-    )
-    from sordino.mpc.protocols.linear import (
-        concatenated,
-        mask_and_open,
-        multiply,
-        product,
-        reveal,
-        triple_product,
-        truncate,
-        truncate_masked,
-    )
-    from sordino.mpc.protocols.party import Channel, Masked, Party, RunResult, Shared, reconstruct, run
-    from sordino.mpc.protocols.roots import Norm, Root, calibrate, inverse_root, layer_norm, unit_norm, variance_root
-    from sordino.mpc.tower.calibration import Calibration
-    from sordino.mpc.tower.encoder import Encoder, encode_sentences, shared_weights
-    from sordino.mpc.tower.fixed_point_plan import FixedPointPlan
+from sordino.mpc.arithmetic.ring import decode, encode, share
+from sordino.mpc.dealing.correlations import Correlation
+from sordino.mpc.dealing.costs import Cost, Costs, protocol
+from sordino.mpc.dealing.dealer import Dealer
+from sordino.mpc.dealing.supply import CorrelatedRandomness, DealerLink
+from sordino.mpc.errors import MaskReused, MpcError, OutOfRange, PartyLost
+from sordino.mpc.protocols.attention import random_feature_attention
+from sordino.mpc.protocols.fourier import (
+    Series,
+    angle_of,
+    cosine_and_sine,
+    evaluate,
+    fit,
+    gelu,
+    gelu_series,
+    open_angle,
+)
+from sordino.mpc.protocols.linear import (
+    concatenated,
+    mask_and_open,
+    multiply,
+    product,
+    reveal,
+    triple_product,
+    truncate,
+    truncate_masked,
+)
+from sordino.mpc.protocols.party import Channel, Masked, Party, RunResult, Shared, reconstruct, run
+from sordino.mpc.protocols.roots import Norm, Root, calibrate, inverse_root, layer_norm, unit_norm, variance_root
+from sordino.mpc.tower.calibration import Calibration
+from sordino.mpc.tower.encoder import Encoder, encode_sentences, shared_weights
+from sordino.mpc.tower.fixed_point_plan import FixedPointPlan
 
 __all__ = [
     "Calibration",
@@ -114,68 +106,3 @@ __all__ = [
     "unit_norm",
     "variance_root",
 ]
-
-_LAZY = {
-    "Calibration": "sordino.mpc.tower.calibration",
-    "Channel": "sordino.mpc.protocols.party",
-    "CorrelatedRandomness": "sordino.mpc.dealing.supply",
-    "Correlation": "sordino.mpc.dealing.correlations",
-    "Cost": "sordino.mpc.dealing.costs",
-    "Costs": "sordino.mpc.dealing.costs",
-    "Dealer": "sordino.mpc.dealing.dealer",
-    "DealerLink": "sordino.mpc.dealing.supply",
-    "Encoder": "sordino.mpc.tower.encoder",
-    "FixedPointPlan": "sordino.mpc.tower.fixed_point_plan",
-    "MaskReused": "sordino.mpc.errors",
-    "Masked": "sordino.mpc.protocols.party",
-    "MpcError": "sordino.mpc.errors",
-    "Norm": "sordino.mpc.protocols.roots",
-    "OutOfRange": "sordino.mpc.errors",
-    "Party": "sordino.mpc.protocols.party",
-    "PartyLost": "sordino.mpc.errors",
-    "Root": "sordino.mpc.protocols.roots",
-    "RunResult": "sordino.mpc.protocols.party",
-    "Series": "sordino.mpc.protocols.fourier",
-    "Shared": "sordino.mpc.protocols.party",
-    "angle_of": "sordino.mpc.protocols.fourier",
-    "calibrate": "sordino.mpc.protocols.roots",
-    "concatenated": "sordino.mpc.protocols.linear",
-    "cosine_and_sine": "sordino.mpc.protocols.fourier",
-    "decode": "sordino.mpc.arithmetic.ring",
-    "encode": "sordino.mpc.arithmetic.ring",
-    "encode_sentences": "sordino.mpc.tower.encoder",
-    "evaluate": "sordino.mpc.protocols.fourier",
-    "fit": "sordino.mpc.protocols.fourier",
-    "gelu": "sordino.mpc.protocols.fourier",
-    "gelu_series": "sordino.mpc.protocols.fourier",
-    "inverse_root": "sordino.mpc.protocols.roots",
-    "layer_norm": "sordino.mpc.protocols.roots",
-    "mask_and_open": "sordino.mpc.protocols.linear",
-    "multiply": "sordino.mpc.protocols.linear",
-    "open_angle": "sordino.mpc.protocols.fourier",
-    "product": "sordino.mpc.protocols.linear",
-    "protocol": "sordino.mpc.dealing.costs",
-    "random_feature_attention": "sordino.mpc.protocols.attention",
-    "reconstruct": "sordino.mpc.protocols.party",
-    "reveal": "sordino.mpc.protocols.linear",
-    "run": "sordino.mpc.protocols.party",
-    "share": "sordino.mpc.arithmetic.ring",
-    "shared_weights": "sordino.mpc.tower.encoder",
-    "triple_product": "sordino.mpc.protocols.linear",
-    "truncate": "sordino.mpc.protocols.linear",
-    "truncate_masked": "sordino.mpc.protocols.linear",
-    "unit_norm": "sordino.mpc.protocols.roots",
-    "variance_root": "sordino.mpc.protocols.roots",
-}
-
-
-if not TYPE_CHECKING:  # or type checkers would take any name for one of the module's
-
-    def __getattr__(name: str) -> Any:
-        if name not in _LAZY:
-            raise AttributeError(f"module 'sordino.mpc' has no attribute {name!r}")
-        return getattr(importlib.import_module(_LAZY[name]), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
