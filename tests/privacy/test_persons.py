@@ -26,6 +26,8 @@ from sordino.privacy.persons import person_products, person_sums
 from sordino.privacy.sampling import PoissonSampler, Sampling
 from sordino.privacy.settings import PrivacySettings
 from sordino.privacy.statement import as_summary, as_text, statement
+from sordino.privacy.statistics.estimates import Released
+from sordino.privacy.statistics.mechanism import StatisticsMechanism
 from sordino.randomness import Streams
 from sordino.runtime.client import ClientEnd
 from sordino.runtime.facts import client_data
@@ -308,8 +310,10 @@ def test_the_unit_without_a_setting_is_that_of_the_mechanism() -> None:
     assert units == {"none": "example", "dp-sgd": "example", "dp-fedavg": "client"}
 
 
-def make(make_runtime: Any, rows: list[list[int]], owners: list[int] | None, **more: Any) -> LocalRuntime:
-    plain = make_runtime("dp-fpl", rows, {"context_length": 3, "rank": 2, "batch_size": 2, "local_steps": 1})
+def make(
+    make_runtime: Any, rows: list[list[int]], owners: list[int] | None, name: str = "dp-fpl", **more: Any
+) -> LocalRuntime:
+    plain = make_runtime(name, rows, {"context_length": 3, "batch_size": 2, "local_steps": 1, "dp-fpl": {"rank": 2}})
     privacy = PrivacySettings(**{"mechanism": "cotangent", "epsilon": 4.0, "unit": "person", "delta": 0.01} | more)
     return LocalRuntime(
         plain.algorithm,
@@ -328,6 +332,25 @@ def make(make_runtime: Any, rows: list[list[int]], owners: list[int] | None, **m
 
 ROWS = [list(range(24)), list(range(24, 40))]
 OWNERS = [row // 4 for row in range(40)]  # six persons, and four
+
+
+@pytest.mark.parametrize("algorithm", ["dp-fpl", "local"])
+def test_the_center_rests_on_the_number_of_examples_but_not_of_persons(algorithm: str, make_runtime: Any) -> None:
+    """How much a person counts in the center's sums depends on that person's images and the clip."""
+    release = {"mechanism": "statistics", "epsilon": None, "noise_multiplier": 0.2, "center_share": 0.5}
+    for unit in ("example", "person"):
+        runtime = make(make_runtime, ROWS, OWNERS, algorithm, **release, unit=unit)
+        mechanism = runtime.mechanism
+        assert isinstance(mechanism, StatisticsMechanism)
+        released = Released.of(runtime.release(runtime.start())[0].at_clients.release)
+        name = "center" if released.own_center is None else "own_center"
+        more = getattr(released, name).clone()
+        more[..., 0] += 5
+        centers, others = (mechanism.centers(each, range(2)) for each in (released, replace(released, **{name: more})))
+        assert centers is not None
+        assert others is not None
+        assert centers.norm(dim=1).min() > 0
+        assert torch.equal(centers, others) == (unit == "example")
 
 
 def test_persons_must_be_known_and_whole(make_runtime: Any) -> None:

@@ -151,7 +151,7 @@ class Estimator:
     text: Tensor
     only_averaged: bool
     everybody: bool
-    counted: bool = True
+    counted: bool
 
     @property
     def noises(self) -> int:
