@@ -5,7 +5,7 @@ from __future__ import annotations
 import selectors
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -14,6 +14,7 @@ from runtime.client_process import Spec
 from runtime.forked import code_of, started
 from runtime.site_process import main, receive, send
 from sordino.runtime.fleet import Answer, Ask, Lost
+from sordino.runtime.waiting import hear
 
 
 @dataclass
@@ -87,7 +88,34 @@ class ProcessFleet:
                         yield Answer(name, content)
                     else:
                         yield Lost(name, "it closed the connection")
-                if came >= ask.quorum:
+                if came >= ask.quorum and not ask.short():
                     end = min(end, time.monotonic() + ask.grace)
         for name in waiting:
             yield Lost(name, f"no answer after {ask.deadline:g} s")
+
+
+class TimedFleet:
+    """Sites in this process that take some seconds each, by a clock of the fleet's own; it waits as an engine does.
+
+    Args:
+        sites: name to its seconds and its turn.
+    """
+
+    def __init__(self, sites: Mapping[str, tuple[float, Callable[[bytes], bytes]]]) -> None:
+        self._sites, self._now = dict(sites), 0.0
+
+    def sites(self) -> frozenset[str]:
+        return frozenset(self._sites)
+
+    def ask(self, ask: Ask) -> Iterator[Answer | Lost]:
+        begun = self._now
+        coming = sorted((begun + self._sites[site][0], site) for site in ask.payloads)
+
+        def wait(seconds: float) -> list[tuple[str, bytes | str]]:
+            if not coming or coming[0][0] > self._now + seconds:
+                self._now += seconds
+                return []
+            self._now, site = coming.pop(0)
+            return [(site, self._sites[site][1](ask.payloads[site]))]
+
+        yield from hear(ask, list(ask.payloads), wait, lambda: self._now)

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from runtime.federations import FEDERATIONS
-from runtime.fleets import ProcessFleet
+from runtime.fleets import ProcessFleet, TimedFleet
 from runtime.site_process import EXPERIMENT, LEDGER, turns_of
 from runtime.test_two_processes import trained_locally
 from sordino.algorithms.base import named_tensors
@@ -254,6 +254,24 @@ def test_who_answers_otherwise_than_agreed_is_named_and_left_out(kind: str, spec
     assert set(second.participants) | set(second.lost) == set(range(6))
     # What was lost may have left: it stays counted.
     assert {release.steps for release in training.ledger.releases} == {2 * runtime.rounds}
+
+
+@pytest.mark.parametrize("kind", [*FAULTS, "refusal"])
+def test_who_answers_otherwise_takes_no_time_from_the_others(kind: str, spec_of: Any, tmp_path: Path) -> None:
+    """It answers at once, and is no part of the quorum after which those who are slow have the grace only."""
+    runtime, saved = spec_of("dp-fpl, dp-sgd").build(), Saved()
+    sites = sites_of(runtime, THIRDS, tmp_path)
+    refusal = Envelope("refusal", EXPERIMENT, {"reason": "it may not"}).encode()
+    west = (lambda _: refusal) if kind == "refusal" else broken(kind)(sites["west"].turn)
+    fleet = TimedFleet({"west": (0.0, west), "east": (1.0, sites["east"].turn), "north": (50.0, sites["north"].turn)})
+    training = drive(server_of(runtime, THIRDS, saved, Patience(0.6, deadline=100.0, grace=10.0)), fleet)
+    assert training.round == runtime.rounds
+    for number, record in enumerate(saved.records, 1):
+        assert set(record.participants) >= {0, 1}, (number, record)
+        alone = set(record.lost) | {client for site in saved.lost[number - 1] for client in THIRDS[site]}
+        # In a round without a fault the slow site is the one that is lost: two others have answered.
+        faulty = kind == "refusal" or number == 2
+        assert alone <= {4, 5} if faulty else alone == {2, 3}, (number, record, saved.lost)
 
 
 def test_a_round_without_some_is_that_of_the_others(spec_of: Any, tmp_path: Path) -> None:

@@ -18,9 +18,14 @@ from sordino.runtime.envelope import Envelope
 from sordino.runtime.messages import MessageError
 from sordino.runtime.release import RELEASE_ROUND, Keep, drawn_anew
 from sordino.runtime.server import Link, ServerEnd, ServerRecord, ServerTraining
+from sordino.runtime.uploads import read_uploads
 from sordino.secure import Refusal
 
 Result = TypeVar("Result")
+
+
+def _no() -> bool:
+    return False
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class Ask:
         quorum: answers that are enough.
         deadline: seconds after which nobody is waited for.
         grace: seconds that the others have once a quorum has answered.
+        short: tells whether what came is too little all the same, as whoever hears it knows after each answer. A site
+            that refuses at once, or answers otherwise than agreed, would else take the others' time.
     """
 
     round: int
@@ -40,6 +47,7 @@ class Ask:
     quorum: int
     deadline: float
     grace: float
+    short: Callable[[], bool] = field(default=_no, compare=False)
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,10 @@ class Questions(Generic[Result]):
     """A function that asks through a link, turned round: its questions come out, and replies go in.
 
     The function runs in a thread of its own, which only ever runs while the caller waits for its next question.
+
+    Attributes:
+        pending: the question; None: the function has returned.
+        first: it is the function's first.
     """
 
     def __init__(self, function: Callable[[Link], Result]) -> None:
@@ -129,12 +141,12 @@ class Questions(Generic[Result]):
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=[function], daemon=True)
         self._thread.start()
-        self.pending = self._asked.get()
+        self.pending, self.first = self._asked.get(), True
 
     def reply(self, replies: Sequence[tuple[int, bytes | Refusal]]) -> None:
         """Give the replies to the pending question; then the next one is pending, or None."""
         self._replies.put(list(replies))
-        self.pending = self._asked.get()
+        self.pending, self.first = self._asked.get(), False
 
     def result(self) -> Result:
         """Return what the function returned, or raise what it raised."""
@@ -171,9 +183,11 @@ class Heard:
 
     Attributes:
         replies: by client.
+        useful: site to its clients whose replies can be used.
     """
 
     replies: dict[int, bytes | Refusal] = field(default_factory=dict)
+    useful: dict[str, int] = field(default_factory=dict)
 
 
 class ServerRuntime:
@@ -235,7 +249,7 @@ class ServerRuntime:
             self._count(site, len(payload), 0)
         number = self.training.round + 1 if self._released else RELEASE_ROUND
         quorum = self._patience.of(len(payloads)) if self._released else len(payloads)
-        return Ask(number, payloads, quorum, self._patience.deadline, self._patience.grace)
+        return Ask(number, payloads, quorum, self._patience.deadline, self._patience.grace, self._short)
 
     def take(self, site: str, answer: bytes) -> None:
         """Hear a site's answer. One that is not what was agreed makes the site lost in this round."""
@@ -255,6 +269,8 @@ class ServerRuntime:
         if not asked & self._heard.replies.keys():  # a second answer is not taken
             self._heard.replies |= envelope.contents
             self._heard.replies |= {client: Refusal(reason) for client, reason in envelope.refused.items()}
+            if useful := self._useful(envelope.contents):
+                self._heard.useful[site] = useful
 
     def lost(self, site: str, reason: str) -> None:
         """Hear that a site does not answer."""
@@ -305,6 +321,22 @@ class ServerRuntime:
         self._round = None
         self.training, record = finished.result()
         self._save(self.training, record, dict(self._lost))
+
+    def _useful(self, contents: Mapping[int, bytes]) -> int:
+        """Return how many of some clients' replies can be used.
+
+        Uploads are read twice for it, so they are only where fewer than all are enough.
+        """
+        if self._patience.quorum == 1 or not self._released or self._round is None or not self._round.first:
+            return len(contents)
+        number = self.training.round + 1
+        return len(read_uploads(self._end.federation, number, sorted(contents), contents).clients)
+
+    def _short(self) -> bool:
+        """Return whether replies that can be used came of too few sites, or clients, for the round."""
+        clients, useful = len(self._pending), self._heard.useful
+        sites = len({self._site_of[client] for client in self._pending})
+        return len(useful) < self._patience.of(sites) or sum(useful.values()) < self._patience.of(clients)
 
     def _by_site(self, contents: Mapping[int, bytes]) -> dict[str, bytes]:
         grouped: dict[str, dict[int, bytes]] = {}

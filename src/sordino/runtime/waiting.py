@@ -22,7 +22,7 @@ def hear(
         wait: returns what came within at most so many seconds. Second words of a site are not heard.
         clock: seconds that only grow.
     """
-    waiting = dict.fromkeys(asked)
+    waiting, enough = dict.fromkeys(asked), False
     end, answered, reason = clock() + ask.deadline, 0, f"no answer after {ask.deadline:g} s"
     while waiting and (left := end - clock()) > 0:
         for site, content in wait(left):
@@ -33,7 +33,10 @@ def hear(
                 yield Lost(site, content)
                 continue
             answered += 1
-            if answered == ask.quorum and (soon := clock() + ask.grace) < end:
-                end, reason = soon, f"no answer {ask.grace:g} s after {answered} of {len(ask.payloads)} had answered"
             yield Answer(site, content)
+            if enough or answered < ask.quorum or ask.short():
+                continue
+            enough = True
+            if (soon := clock() + ask.grace) < end:
+                end, reason = soon, f"no answer {ask.grace:g} s after {answered} of {len(ask.payloads)} had answered"
     yield from [Lost(site, reason) for site in waiting]

@@ -221,7 +221,7 @@ class Meeting:
         if not messages:
             return answers
         payloads = {site: message.encode() for site, message in messages.items()}
-        for event in self.fleet.ask(replace(ask, payloads=payloads)):
+        for event in self.fleet.ask(replace(ask, payloads=payloads, short=lambda: len(answers) < ask.quorum)):
             if not isinstance(event, Answer):
                 absent.reasons[event.site] = event.reason
                 absent.silent.add(event.site)
