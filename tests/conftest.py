@@ -160,6 +160,8 @@ def make_runtime(
         rounds: int = 6,
         seed: int = 0,
         privacy: dict[str, object] | None = None,
+        boosts: dict[int, float] | None = None,
+        public: torch.Tensor | None = None,
         **runtime: object,
     ) -> LocalRuntime:
         method, settings = algorithm(name), settings_for(name, tables or {})
@@ -175,6 +177,8 @@ def make_runtime(
             RuntimeSettings(**runtime),  # type: ignore[arg-type]
             seed,
             PrivacySettings(**(privacy or {})),  # type: ignore[arg-type]
+            boosts,
+            public=public,
         )
 
     return make

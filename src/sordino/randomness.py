@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # functions import torch and scipy, as what needs bytes alone
 Words = Callable[[int], NDArray[np.uint64]]  # returns as many uniform integers as it is asked for
 
 NONCE_BYTES = 16
+GRID_BITS = 20  # a number with noise is a multiple of this power of two below the noise's deviation
 KEY_BYTES = 16  # Philox takes a key of 128 bits
 
 
@@ -124,14 +125,18 @@ def system_bytes(count: int) -> bytes:
 
 
 class Randomness(Protocol):
-    """Numbers for the K clients of a stack, each client's own, and numbers of the server's."""
+    """Numbers for the K clients of a stack, each client's own, and numbers of the server's.
+
+    Normal numbers have all their bits, float64, and are added by `noised`. They are on the CPU where the device has no
+    such numbers.
+    """
 
     def normal(self, purpose: str, *shape: int) -> Tensor:
-        """Standard normal numbers [K, *shape], float32."""
+        """Standard normal numbers [K, *shape], float64."""
         ...
 
     def common_normal(self, purpose: str, *shape: int) -> Tensor:
-        """Standard normal numbers of the given shape, float32."""
+        """Standard normal numbers of the given shape, float64."""
         ...
 
     def uniform(self, purpose: str, counts: Sequence[int]) -> list[Tensor]:
@@ -147,9 +152,8 @@ class Randomness(Protocol):
 class SystemRandomness:
     """Numbers from the operating system's entropy; `purpose` does not matter.
 
-    Each normal number is half the sum of four, so that rounding errors of the one addition that releases it do not
-    give away what was below the noise (Holohan and Braghin, Secure Random Sampling in Differential Privacy, ESORICS
-    2021, the remedy that Opacus uses too, against the attack of Mironov, CCS 2012).
+    Each normal number is half the sum of four, so that all floating-point numbers near it can come (Holohan and
+    Braghin, Secure Random Sampling in Differential Privacy, ESORICS 2021); see `noised`.
 
     Attributes:
         clients: K.
@@ -163,7 +167,7 @@ class SystemRandomness:
         return self.common_normal(purpose, self.clients, *shape)
 
     def common_normal(self, purpose: str, *shape: int) -> Tensor:
-        return _four_normal(system_words, shape).to(self.device)
+        return _put(_four_normal(system_words, shape), self.device)
 
     def uniform(self, purpose: str, counts: Sequence[int]) -> list[Tensor]:
         import torch
@@ -198,10 +202,10 @@ class KeyedRandomness:
         import torch
 
         drawn = [_four_normal(self._stream(f"client {client}", purpose), shape) for client in self.clients]
-        return torch.stack(drawn).to(self.device)
+        return _put(torch.stack(drawn), self.device)
 
     def common_normal(self, purpose: str, *shape: int) -> Tensor:
-        return _four_normal(self._stream("all", purpose), shape).to(self.device)
+        return _put(_four_normal(self._stream("all", purpose), shape), self.device)
 
     def uniform(self, purpose: str, counts: Sequence[int]) -> list[Tensor]:
         import torch
@@ -238,7 +242,55 @@ def simulated(nonce: str, run: str, round: int, clients: Sequence[int], device: 
         run: a digest of all that the run is made of, its seed included.
         round, clients, device: as of `Streams`.
     """
-    return Streams(derive_key("simulated noise", nonce, run), round, clients, device)
+    return _SimulatedNoise(derive_key("simulated noise", nonce, run), round, clients, device)
+
+
+class _SimulatedNoise(Streams):
+    """Streams whose normal numbers have all their bits, as noise must."""
+
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        import torch
+
+        drawn = [torch.from_numpy(np.asarray(each.standard_normal(shape))) for each in self.generators(purpose)]
+        return _put(torch.stack(drawn), self.device)
+
+    def common_normal(self, purpose: str, *shape: int) -> Tensor:
+        import torch
+
+        return _put(torch.from_numpy(np.asarray(self._generator("all", purpose).standard_normal(shape))), self.device)
+
+
+def noised(exact: Tensor, deviation: float | Tensor, normal: Tensor) -> Tensor:
+    """Add noise, so that the bits of the result tell nothing that the noise hides.
+
+    A float32 noise times a deviation takes few of the values near it, and other ones from another exact value: most
+    rows of results would be possible with one data set alone, at any epsilon (Mironov, On Significance of the Least
+    Significant Bits for Differential Privacy, CCS 2012). So the sum is computed in float64, where about 2^32 values of
+    the noise lie between two numbers of a grid, and is then rounded to that grid. It is as fine as 2^-`GRID_BITS` of
+    the deviation and depends on nothing else. All later rounding is post-processing. This holds while exact values are
+    below 2^30 deviations.
+
+    Args:
+        exact: [K, ...], or of any shape where the deviation is one number.
+        deviation: of the noise, public: one number, or one for each client [K]; where it is 0, nothing is changed.
+        normal: standard normal numbers of a `Randomness`, in the shape of `exact`.
+
+    Returns:
+        a tensor as `exact`.
+    """
+    import torch
+
+    normal = normal.double()
+    scale = torch.as_tensor(deviation, dtype=normal.dtype, device=normal.device)
+    if scale.ndim:
+        scale = scale.view(-1, *[1] * (exact.ndim - 1))
+    grid = torch.exp2(torch.log2(scale).floor() - GRID_BITS)
+    total = exact.to(normal) + scale * normal
+    return torch.where(scale > 0, (total / grid).round() * grid, exact.to(normal)).to(exact)
+
+
+def _put(noise: Tensor, device: torch.device) -> Tensor:
+    return noise if device.type == "mps" else noise.to(device)  # which has no float64
 
 
 def system_words(count: int) -> NDArray[np.uint64]:
@@ -253,9 +305,9 @@ def _integers(words: Words, *shape: int) -> np.ndarray[tuple[int, ...], np.dtype
 
 
 def _four_normal(words: Words, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers, float32, each half the sum of four."""
+    """Standard normal numbers, float64, each half the sum of four."""
     import torch
     from scipy.special import ndtri
 
     four = ndtri((_integers(words, 4, *shape) + 0.5) * 2.0**-53)
-    return torch.from_numpy(np.asarray(four.sum(0) / 2)).float()
+    return torch.from_numpy(np.asarray(four.sum(0) / 2))

@@ -643,3 +643,16 @@ def test_estimates_of_means_have_a_shape_whatever_is_held() -> None:
     means = shrunk(nobody, text())
     assert isinstance(means, ClassMeans)
     assert means.means.isfinite().all()
+
+
+@pytest.mark.parametrize("mechanism", ["statistics", "cotangent"])
+def test_directions_of_public_images_go_with_an_epsilon(
+    mechanism: str, make_runtime: MakeRuntime, model: PromptModel
+) -> None:
+    public = torch.randn(30, model.encoder.feature_width, generator=torch.Generator().manual_seed(0)).double()
+    privacy = {"mechanism": mechanism, "epsilon": 4.0, "delta": 1e-3, "directions": "images", "subspace": 3}
+    rows = [list(range(20)), list(range(20, 40))]
+    runtime = make_runtime("promptfl", rows, {"context_length": 4}, privacy=privacy, public=public)
+    assert runtime.mechanism.noise_multiplier > 0
+    if mechanism == "statistics":
+        assert runtime.mechanism.directions.shape == (model.encoder.feature_width, 3)

@@ -361,3 +361,20 @@ def test_the_trim_that_a_message_names_cuts_somebody(clients: int) -> None:
     named = re.search(r"give (\S+) or more", str(caught.value))
     assert named is not None
     check(float(named[1]))
+
+
+@pytest.mark.parametrize("noise_by", ["client", "server", "shares"])
+def test_a_boost_does_not_undo_the_clip_of_examples(noise_by: str, make_runtime: MakeRuntime) -> None:
+    """Where a sum is noised, it would multiply what one example of the attacker's moves it by."""
+    tables = {"context_length": 3, "rank": 2, "batch_size": 0, "local_steps": 1}
+    privacy = {"mechanism": "dp-sgd", "noise_multiplier": 1.0, "noise_by": noise_by}
+
+    def build(boost: float) -> None:
+        make_runtime("dp-fpl", ROWS, tables, privacy=privacy, boosts={0: boost})
+
+    build(1.0)
+    if noise_by == "client":
+        build(50.0)
+    else:
+        with pytest.raises(ConfigError, match="poisoning.boost"):
+            build(50.0)

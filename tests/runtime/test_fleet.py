@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +18,16 @@ from runtime.federations import FEDERATIONS
 from runtime.fleets import ProcessFleet, TimedFleet
 from runtime.site_process import EXPERIMENT, LEDGER, turns_of
 from runtime.test_two_processes import trained_locally
-from sordino.algorithms.base import named_tensors
+from sordino.algorithms.base import Broadcast, named_tensors
 from sordino.errors import RunError
 from sordino.privacy.client_level import SAMPLE_SECRET
 from sordino.runtime import messages, turns
 from sordino.runtime.envelope import Envelope
 from sordino.runtime.fleet import Ask, LocalFleet, Patience, ServerRuntime, drive, put
 from sordino.runtime.local import LocalRuntime
-from sordino.runtime.messages import MessageError
+from sordino.runtime.messages import MessageError, RoundHeader
 from sordino.runtime.server import ServerEnd, ServerRecord, ServerTraining
+from sordino.secure import Refusal, SecureError, SumServer, Traffic, carry_exchange
 
 HALVES = {"north": [0, 1, 2], "south": [3, 4, 5]}
 THIRDS = {"east": [0, 1], "north": [2, 3], "west": [4, 5]}
@@ -408,6 +410,44 @@ def test_a_full_disk_at_a_site_loses_a_round_and_nothing_else(
         server.close_round()
     assert "No space left on device" in saved.lost[1]["north"]
     assert [set(record.lost) for record in saved.records] == [set(), {2, 3}, set(), set()]
+
+
+@pytest.mark.parametrize("how", ["another round is asked for", "nothing is asked", "all sites are started again"])
+def test_a_release_is_summed_once(how: str, make_runtime: Any, tmp_path: Path) -> None:
+    """Two secure sums of one vector, with its noise, would show the difference: one client's, with its noise alone."""
+    privacy = {"mechanism": "statistics", "noise_multiplier": 20.0, "noise_by": "shares", "dropouts": 1}
+    rows = [[4 * place + label for place in range(k, 10, 5) for label in range(4)] for k in range(5)]
+    whole = privacy | {"center_share": 0.0, "scatter_share": 0.0, "colluders": 1}
+    runtime = make_runtime("promptfl", rows, {"context_length": 4, "batch_size": 4}, privacy=whole)
+    sites = [turns_of(runtime, [client], tmp_path / str(client)) for client in range(5)]
+    session, salt = "ab" * 16, 0
+
+    def ask(contents: Mapping[int, bytes]) -> list[tuple[int, bytes | Refusal]]:
+        came: list[tuple[int, bytes | Refusal]] = []
+        for client, content in contents.items():
+            # Other facts: a server that wants another answer than the one that was kept.
+            request = Envelope("round", EXPERIMENT, {"answered": 0, "salt": salt}, {client: content})
+            answer = Envelope.decode(sites[client].turn(request.encode()))
+            came += answer.contents.items()
+            came += [(asked, Refusal(reason)) for asked, reason in answer.refused.items()]
+        return came
+
+    def opening(number: int) -> dict[int, bytes]:
+        return {k: messages.encode(Broadcast(), RoundHeader(number, k, 5, session)) for k in range(5)}
+
+    ask(opening(0))
+    mechanism = runtime.mechanism
+    dimension = math.prod(mechanism.part_shape("matrix"))
+    setup = mechanism.terms("matrix").setup(mechanism.settings, session, 5, dimension)
+    assert carry_exchange(SumServer(setup).sum(), ask, Traffic()).survivors == tuple(range(5))
+    salt = 1
+    if how == "all sites are started again":
+        sites = [turns_of(runtime, [client], tmp_path / str(client)) for client in range(5)]
+    elif how == "another round is asked for":
+        with pytest.raises(MessageError):
+            ask(opening(7))
+    with pytest.raises(SecureError):
+        carry_exchange(SumServer(setup).sum(), ask, Traffic())
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -28,7 +28,9 @@ from sordino.runtime.local import LocalRuntime, Training
 
 FILE = "release.safetensors"
 ENTRY = "sordino"
-FORMAT = 2  # 1 is of a time when features were seen from a center that was found with a noisy count
+# 1 is of a time when features were seen from a center that was found with a noisy count, 2 of one when noise had so few
+# bits that numbers told which data they came from.
+FORMAT = 3
 ANEW = "release anew in another directory"
 # Keys that a run with an earlier release takes from it.
 GIVEN = (
@@ -125,10 +127,10 @@ class ReleaseFile:
             length = int.from_bytes(content[:8], "little")
             document = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][ENTRY])
             tensors = safetensors.torch.load(content)
-            if document["format"] == 1 and {"center", "own_center"} & tensors.keys():
-                older = "was written by an earlier version, which saw features from another center"
+            if document["format"] in range(1, FORMAT):
+                older = "was written by an earlier version, whose noise had too few bits: its epsilon does not hold"
                 raise RunError(f"{path} {older}; {ANEW}")
-            if document["format"] not in (1, FORMAT) or document.pop("sha256") != _digest(tensors, document):
+            if document["format"] != FORMAT or document.pop("sha256") != _digest(tensors, document):
                 raise ValueError("its content is not what was written")
             releases = [
                 Release(**entry | {name: tuple(entry[name]) for name in ("noise_multipliers", "observers")})

@@ -56,7 +56,7 @@ def mechanism_for(
         return kind(settings, inputs, model, delta, settings.noise_multiplier, public)
     assert settings.epsilon is not None
     # The plan does not depend on the noise multiplier, so any one shows the schedules that the budget must cover.
-    draft = kind(settings, inputs, model, delta, 1.0)
+    draft = kind(settings, inputs, model, delta, 1.0, public)
     trusted = set(draft.empty_ledger().trusted)
     seen = [release for release in draft.planned() if set(release.observers) - trusted]
     schedules = {(release.sampling_rate, release.steps) for release in seen if release.steps}

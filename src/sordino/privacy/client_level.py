@@ -25,7 +25,7 @@ from sordino.privacy.mechanism import (
 from sordino.privacy.settings import LEAST_CLIP, MOST_CLIP, PrivacySettings
 from sordino.privacy.uploads.dithered import drawn_keys, quantized, restored
 from sordino.privacy.uploads.secure_mean import ServerSums, Summed, SumTerms, SumVectors
-from sordino.randomness import Randomness
+from sordino.randomness import Randomness, noised
 
 CLIP = "clip"  # the mechanism's state: the current bound, a scalar
 COUNT = "count"  # the field of the secure sum of bits
@@ -98,11 +98,10 @@ class ClientMechanism(Mechanism):
                 codes = {name: quantized(part, self._part, keys, name) for name, part in clipped.items()}
                 return tensors | codes
             for name, tensor in clipped.items():
-                noise = randomness.normal(f"noise on {name}", *tensor.shape[1:]).to(tensor)
-                clipped[name] = tensor + client_share * z_upload * bound * noise
+                noise = randomness.normal(f"noise on {name}", *tensor.shape[1:])
+                clipped[name] = noised(tensor, client_share * z_upload * bound, noise)
             if s.clip_quantile is not None:
-                noise = randomness.normal("noise on a bit").to(below.device)
-                bits = below.float() - 0.5 + client_share * z_count / 2 * noise
+                bits = noised(below.float() - 0.5, client_share * z_count / 2, randomness.normal("noise on a bit"))
                 mechanism_round.below_clip = bits
                 if self.sums_securely:
                     mechanism_round.summed.append(SumVectors(self._count_terms, {COUNT: bits[:, None]}))
@@ -131,11 +130,11 @@ class ClientMechanism(Mechanism):
                     opened.append(sums.of(self._upload_terms(clip), sums.fields))
                     charge(releases, 0, opened[0].noise_multiplier)
                 return opened[0].fields[name].to(values) / len(opened[0].survivors)
-            noise = randomness.common_normal(f"noise on the sum of {name}", *values.shape[1:]).to(values)
+            noise = randomness.common_normal(f"noise on the sum of {name}", *values.shape[1:])
             deviation = server_share * z_upload * clip
             if self.compresses:  # the sum has the noise of those who came
                 deviation = self._part * math.sqrt(len(self.inputs.sizes) - len(clients))
-            mean: Tensor = (values.sum(0) + deviation * noise) / divisor
+            mean: Tensor = noised(values.sum(0), deviation, noise) / divisor
             return mean
 
         def share_below(bits: Tensor | None) -> float:
@@ -145,7 +144,7 @@ class ClientMechanism(Mechanism):
                 return float(summed.fields[COUNT]) / len(summed.survivors) + 0.5
             assert bits is not None
             noise = randomness.common_normal("noise on the count")
-            return (float(bits.sum()) + float(server_share * z_count / 2 * noise)) / divisor + 0.5
+            return float(noised(bits.double().sum(), server_share * z_count / 2, noise)) / divisor + 0.5
 
         def finish(below_clip: Tensor | None) -> dict[str, Tensor]:
             """Move the clip towards the quantile: smaller where more uploads than wanted are below it."""

@@ -56,7 +56,7 @@ from sordino.privacy.gradients import (
     mean_losses,
 )
 from sordino.privacy.persons import person_products, together
-from sordino.randomness import Randomness
+from sordino.randomness import Randomness, noised
 
 CONTEXT = "a photo of a"  # before public names
 
@@ -86,8 +86,7 @@ class CotangentGradients:
             prompt = prompt_of({**parameters, **fixed})
         expected = sampled(batch).expected.to(batch.labels.device)
         classes, rank = len(self.model.classes), self.directions.shape[1]
-        drawn = self.randomness.normal(f"noise on the cotangent, {self.call}", classes, rank)
-        noise = self.clip * self.noise_multiplier * drawn
+        noise = self.randomness.normal(f"noise on the cotangent, {self.call}", classes, rank)
         pieces: dict[str, list[Tensor]] = {name: [] for name in parameters}
         losses = []
         clients, at_once = len(batch.labels), self.model.prompts_at_once(prompt, batch.labels.shape[1])
@@ -105,7 +104,7 @@ class CotangentGradients:
             with torch.no_grad():
                 logits = self.model.scores(features, prompt, examples.features)
             sums = summed_cotangents(logits, examples, self.directions, self.clip)  # [k, C, r]
-            released = sums + noise[chunk].to(text)
+            released = noised(sums, self.clip * self.noise_multiplier, noise[chunk.to(noise.device)])
             # From here on, nothing but `released` depends on the data.
             cotangent = (released @ self.directions.T.to(text)) * self.model.encoder.logit_scale
             cotangent = cotangent / expected[chunk].to(text)[:, None, None]

@@ -38,7 +38,7 @@ from sordino.privacy.gradients import (
 )
 from sordino.privacy.persons import person_sums, together
 from sordino.privacy.sampling import Sampling
-from sordino.randomness import Randomness
+from sordino.randomness import Randomness, noised
 
 # Examples in one vectorized backward pass even if a forward pass is too large to be kept: such a pass is recomputed for
 # each backward pass, and a backward pass needs little more than one layer's memory for an example.
@@ -101,8 +101,8 @@ class DpSgdGradients:
         for names, group in self._groups(parameters):
             for name in names:
                 shape = sums[name].shape[1:]
-                noise = self.randomness.normal(f"noise on {name}, {self.call}", *shape).to(sums[name])
-                sums[name] += noise * _over_clients(group.deviation, noise)
+                noise = self.randomness.normal(f"noise on {name}, {self.call}", *shape)
+                sums[name] = noised(sums[name], group.deviation, noise)
         means = {name: value / _over_clients(sampling.expected, value) for name, value in sums.items()}
         # The penalty depends on no image, so it needs no clip and no noise.
         for client, penalty in enumerate(penalties):

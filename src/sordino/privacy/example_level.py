@@ -30,7 +30,7 @@ from sordino.privacy.mechanism import (
     unchanged,
 )
 from sordino.privacy.uploads.secure_mean import ServerSums, SumTerms, SumVectors
-from sordino.randomness import Randomness
+from sordino.randomness import Randomness, noised
 
 SUBSPACE = 16  # public directions of `cotangent` by default
 SIZES_KNOWN = "how many examples each client holds is known to all"
@@ -210,7 +210,7 @@ class ExampleMechanism(Mechanism):
             if name not in self._noised_fields:
                 return plain
             noise = randomness.common_normal(f"noise on the mean of {name}", *plain.shape)
-            return plain + z_shared * self._sensitivity / float(weights.sum()) * noise.to(plain)
+            return noised(plain, z_shared * self._sensitivity / float(weights.sum()), noise)
 
         def in_shares(name: str, values: Tensor, weights: Tensor) -> Tensor:
             if name not in self._noised_fields:

@@ -207,6 +207,10 @@ class ClientReleaseRound:
             self.training = self._end.released(self.training, self._release.released.tensors)
         return replies
 
+    def leave_sums(self) -> None:
+        """Take no part in a secure sum that was asked for so far; see `ClientsRelease.leave_sums`."""
+        self._release.leave_sums()
+
 
 class ClientRound:
     """A round of a stack of clients.

@@ -15,6 +15,7 @@ from torch import Tensor
 import sordino
 from sordino.algorithms.base import Algorithm, ClientState, RoundContext, Server
 from sordino.encoders.prompt_model import Prompt, PromptModel
+from sordino.errors import ConfigError
 from sordino.privacy.choice import mechanism_for
 from sordino.privacy.ledger import Ledger, Release, joint_digest
 from sordino.privacy.settings import PrivacySettings
@@ -148,6 +149,7 @@ class LocalRuntime:
             check(settings, model, participants)
         aggregation.check(runtime, self.privacy, algorithm.ABOUT, participants)
         self.boosts = dict(boosts or {})
+        _check_boosts(self.boosts, self.privacy)
         self.nonce = self.privacy.nonce or new_nonce()
 
     @cached_property
@@ -348,6 +350,18 @@ class LocalRuntime:
         if self.privacy.simulation:
             return hashlib.sha256(f"{self.nonce} {self.identity}".encode()).hexdigest()[:32]
         return new_nonce()
+
+
+def _check_boosts(boosts: Mapping[int, float], privacy: PrivacySettings) -> None:
+    """Refuse boosts of gradients that are clipped by example, but noised as a sum: they would undo the clip."""
+    clipped_before = privacy.on and privacy.unit != "client" and privacy.mechanism != "statistics"
+    if clipped_before and privacy.noise_by != "client" and any(boost != 1 for boost in boosts.values()):
+        raise ConfigError(
+            "poisoning.boost",
+            max(boosts.values()),
+            f"with privacy.noise_by = {privacy.noise_by!r} it would multiply what the noise is to hide; set it to 1, "
+            "or privacy.noise_by to 'client'",
+        )
 
 
 def _mean(losses: Sequence[Tensor]) -> float:

@@ -227,6 +227,14 @@ class ClientsRelease:
             self._known = replace(self._known, center=news[CENTER])
         return self._upload(headers[0].session, everyone)
 
+    def leave_sums(self) -> None:
+        """Take no part in a secure sum that was asked for so far.
+
+        Its messages may have left already. Parties that are made again have the same vector, with the same noise, and
+        other keys: a server that opens one sum with all of them, and one without a client, has that client's alone.
+        """
+        self._parties = {}
+
     def _upload(self, session: str, everyone: int) -> list[tuple[int, bytes | Refusal]]:
         mechanism, parts = self._mechanism, self._mechanism.stages[self._stage]
         self._stage += 1

@@ -107,6 +107,9 @@ class Turns:
         before = self._journal, self.training, self._open
         try:
             return self._answered(request, envelope)
+        except MessageError:  # it was refused before anything changed
+            self._journal, self.training, self._open = before
+            raise
         except BaseException:  # nothing left, so the site is where it was
             self._journal, self.training, self._open = before
             if isinstance(self._open, ClientReleaseRound):
@@ -202,7 +205,12 @@ class Turns:
             self._replay()
 
     def _replay(self) -> None:
-        """Bring a release that was interrupted back to where it was; its noise is drawn from the key again."""
+        """Bring a release that was interrupted back to where it was; its noise is drawn from the key again.
+
+        Its secure sums are not: their keys died.
+        """
         self._open = self._fresh()
         for request in self._journal.requests:
             self._open.handle(Envelope.decode(request).contents)
+        if isinstance(self._open, ClientReleaseRound):
+            self._open.leave_sums()

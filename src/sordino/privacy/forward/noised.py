@@ -31,7 +31,7 @@ from sordino.privacy.dp_sgd import sampled
 from sordino.privacy.forward.losses import Answer, Question, answer, measured
 from sordino.privacy.gradients import Batch, Parameters
 from sordino.privacy.persons import person_sums, together
-from sordino.randomness import Randomness
+from sordino.randomness import Randomness, noised
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class NoisedLosses:
             for piece in pieces:
                 sums[client] += clipped_sum(piece, self.clip)["losses"]
             losses.append(measures.loss[client].sum() / measures.counted[client].sum().clamp(min=1))
-        noise = self.randomness.normal(f"noise on losses, {self.call}", *sums.shape[1:]).to(sums)
-        noised = sums + self.clip * self.noise_multiplier * noise
-        means = noised / sampling.expected.to(noised)[:, None, None]
+        noise = self.randomness.normal(f"noise on losses, {self.call}", *sums.shape[1:])
+        released = noised(sums, self.clip * self.noise_multiplier, noise)
+        means = released / sampling.expected.to(released)[:, None, None]
         return answer(self.model, question, means, torch.stack(losses))

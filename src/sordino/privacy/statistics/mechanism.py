@@ -26,7 +26,7 @@ from sordino.privacy.statistics.release import (
     scatter_sum,
 )
 from sordino.privacy.uploads.secure_mean import ServerSums, SumTerms
-from sordino.randomness import Randomness
+from sordino.randomness import Randomness, noised
 
 CONTENT = "class counts and class sums of features, once"
 CENTER, MATRIX, SCATTER = "center", "matrix", "scatter"  # the parts of a release
@@ -282,8 +282,8 @@ class StatisticsMechanism(Mechanism):
         multiplier = self.multipliers.own if part == MATRIX else self.multipliers.parts[part]
         if multiplier is None or not (part == MATRIX or self.by_client):
             return None
-        noise = randomness.normal(f"noise on {PARTS[part]}", *exact.shape[1:]).to(exact)
-        return (exact + multiplier * self.clip * noise).float()
+        noise = randomness.normal(f"noise on {PARTS[part]}", *exact.shape[1:])
+        return noised(exact, multiplier * self.clip, noise).float()
 
     def summed(self, part: str, exact: Tensor, randomness: Randomness) -> Tensor:
         """Return the sum of all clients' part [...] with the server's noise, float32.
@@ -294,8 +294,7 @@ class StatisticsMechanism(Mechanism):
             randomness: of the server.
         """
         noise = randomness.common_normal(f"noise on the sum of {PARTS[part]}", *exact.shape[1:])
-        total: Tensor = exact.double().sum(0) + self._of_sum(part) * self.clip * noise.to(exact.device).double()
-        return total.float()
+        return noised(exact.double().sum(0), self._of_sum(part) * self.clip, noise).float()
 
     def summed_in_shares(self, part: str, sums: ServerSums) -> tuple[Tensor, float]:
         """Return the secure sum of a part, float32, and the noise multiplier that its survivors left."""
