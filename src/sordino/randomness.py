@@ -242,10 +242,10 @@ def simulated(nonce: str, run: str, round: int, clients: Sequence[int], device: 
         run: a digest of all that the run is made of, its seed included.
         round, clients, device: as of `Streams`.
     """
-    return _SimulatedNoise(derive_key("simulated noise", nonce, run), round, clients, device)
+    return SimulatedNoise(derive_key("simulated noise", nonce, run), round, clients, device)
 
 
-class _SimulatedNoise(Streams):
+class SimulatedNoise(Streams):
     """Streams whose normal numbers have all their bits, as noise must."""
 
     def normal(self, purpose: str, *shape: int) -> Tensor:

@@ -33,7 +33,7 @@ from sordino.privacy.dp_sgd import DpSgdGradients, Group, example_gradients
 from sordino.privacy.gradients import Batch, ExactGradients
 from sordino.privacy.sampling import PoissonSampler, Sampling
 from sordino.privacy.settings import LEAST_CLIP, MOST_CLIP, PrivacySettings
-from sordino.randomness import Streams, SystemRandomness
+from sordino.randomness import SimulatedNoise, Streams, SystemRandomness
 from sordino.runtime.local import LocalRuntime, Training
 
 MakeRuntime = Callable[..., LocalRuntime]
@@ -398,16 +398,16 @@ def test_no_two_steps_share_their_noise(make_runtime: MakeRuntime) -> None:
     privacy = {"mechanism": "dp-sgd", "noise_multiplier": 1.0, "simulation": True}
     runtime = make_runtime("local", ROWS, TABLES | {"local_steps": 2}, privacy=privacy)
     drawn: list[Tensor] = []
-    original = Streams.normal
+    original = SimulatedNoise.normal
 
-    def spy(self: Streams, purpose: str, *shape: int) -> Tensor:
+    def spy(self: SimulatedNoise, purpose: str, *shape: int) -> Tensor:
         noise = original(self, purpose, *shape)
         if purpose.startswith("noise"):
             drawn.append(noise)
         return noise
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Streams, "normal", spy)
+        patch.setattr(SimulatedNoise, "normal", spy)
         training, _ = runtime.round(runtime.start())
         runtime.round(training)
     assert len(drawn) == 4
