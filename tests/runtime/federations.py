@@ -36,4 +36,6 @@ FEDERATIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]
     },
     "secfpp": ("secfpp", QUICK | {"batch_size": 0, "secfpp": {"cluster_every": 2, "clusters": 2}}, {}, {}),
     "pfedpg": ("pfedpg", QUICK, {}, {"participation": 0.67}),
+    "pfedmoap": ("pfedmoap", QUICK | {"experts": 3}, {}, {"participation": 0.67}),
+    "pfedmoap, dp-sgd": ("pfedmoap", QUICK | {"experts": 3}, NOISE | {"mechanism": "dp-sgd"}, {}),
 }

@@ -1,26 +1,37 @@
 """pFedMoAP: a client downloads other clients' prompts as experts, and a gate of its own mixes their class features.
 
 Luo, Chen, Zhou, Hu, Li, Mixture of Experts Made Personalized: Federated Prompt Learning for Vision-Language Models,
-ICLR 2025 (arXiv 2410.10114), section 3. Every client has a context of its own and sends it. The server keeps all of
-them and gives each client the S contexts nearest to its own (Euclidean distance) of those that were trained. Per class,
-let f_0 be the feature of the client's own context and f_1 to f_S those of these experts, which stay as they are. A gate
-of multi-head attention, in which the image's feature queries the S + 1 class features, makes a class feature g(x) for
-this image, and the logit is
+ICLR 2025 (arXiv 2410.10114), section 3. All clients start at one context, and each sends what its training made of it.
+The server keeps every client's last context, and the mean of the last round's, weighted by size. A participant trains
+from the mean. It is given the S contexts nearest to its own last one (Euclidean distance) of those that were trained.
+Per class, let f_0 be the feature of the context that the client trains and f_1 to f_S those of these experts, which
+stay as they are. A gate of multi-head attention, in which the image's feature queries the S + 1 class features, makes a
+class feature g(x) for this image, and the logit is
 
     lambda x . f_0 / tau + p(x) . g(x) / tau,
 
 where p takes every (D / w)-th number of a feature, and the gate works on w of them. Context and gate are trained at
-once. The gate never leaves the client.
+once. In a client's first round there are no experts: it trains the context alone, and its gate rests. The gate never
+leaves the client. A client is evaluated with the context that it trained last, or with the mean if it never trained,
+and with gate and experts once it has trained the gate. Without experts the mean is PromptFL's context.
 
-Disclosure. Averages hide a client among others; here each client's context as it is reaches the server *and other
-clients*. Under DP-SGD a client's noise protects both. Who looks at each upload cannot be protected as a client of many,
-so `dp-fedavg` is refused. The cotangent mechanism is refused too, as class features depend on the image.
+Disclosure. The mean hides a client among others, but each client's context as it is reaches the server *and other
+clients*. Under DP-SGD a client's noise protects both, and the mean too, which is made of them. Who looks at each upload
+cannot be protected as a client of many, so `dp-fedavg` is refused, and so is every robust aggregation. The cotangent
+mechanism is refused too, as class features depend on the image.
 
-Defaults are those of public copies of the authors' code: 10 experts with the own one, nearest first, 8 heads on w = 128
-numbers, attention scaled by 10, lambda = 0.5, M = 16. Before any other client has trained, a client's logits are those
-of its own context alone. Choices. There is no bias of the keys, because it cancels in the softmax. The rate of the
-gate's optimizer, which the code has in a file that could not be read, is 0.01. Features narrower than w are taken
-whole. The change of a context is sent, not the context: the server knows the rest.
+The rounds are those of the authors' code (github.com/ljaiverson/pFedMoAP, commit a481de3, federated_main.py). Defaults
+are its own: 10 experts with the own one, 8 heads on w = 128 numbers, attention scaled by 10, lambda = 0.5, M = 16, and
+rate 0.01 of the gate's optimizer (OPTIMGATING in configs/trainers/PFEDMOAP/rn50.yaml and vit_b16.yaml).
+
+What differs from that code. Its experts are the first S trained clients in an order drawn once: the option "nearest" is
+never passed to `sparse_selection`, whose default is "random". Here they are the nearest, as in the paper and in the
+code's own option; with at most S + 1 clients both take all others. Its clients train one after another in one model. So
+experts may be of the same round, and a gate's first round, or a newcomer's experts, are those that the client before
+left there. Here experts are of the rounds before, newcomers have none, and every gate starts at the same numbers. It
+evaluates participants with the experts that they trained with; here all have those of the round's end. There is no bias
+of the keys, because it cancels in the softmax. Features narrower than w are taken whole. The change of a context is
+sent, not the context: the server knows the rest.
 """
 
 from collections.abc import Mapping
@@ -51,12 +62,13 @@ from sordino.prompts.contexts import initial_context
 
 ABOUT = MethodInfo(
     paper="Luo et al., pFedMoAP, ICLR 2025 (arXiv 2410.10114)",
-    personal="a context, and a gate that mixes class features by image",
-    shared="its context, as it is, with the server and with the clients nearest to it",
+    personal="its context as it trained it last, and a gate that mixes class features by image",
+    shared="a mean context with all; each client's, as it is, with the server and the clients nearest to it",
     privacy="images stay; the server and other clients see each client's context by itself",
     needs="text tower, image features",
     discloses=(
-        Disclosure("each client's change of its own context, to the server every round", "upload"),
+        Disclosure("each client's change of the mean context, to the server every round", "upload"),
+        Disclosure("the mean of the participants' contexts, to all", "mean"),
         Disclosure("each client's context, to the clients that have it as an expert", "prompt"),
         Disclosure("each client's context and gate, with its experts, where its prompt is published", "prompt"),
     ),
@@ -142,28 +154,33 @@ def check(settings: Settings, model: PromptModel, clients: int) -> None:
 
 @dataclass(frozen=True)
 class Server(base.Server):
-    """All N clients' contexts, and who is whose expert."""
+    """The mean, all N clients' contexts, and who is whose expert."""
 
-    contexts: Tensor  # [N, M, E]
+    context: Tensor  # [M, E], the mean of the last round's participants, from which the next ones train
+    contexts: Tensor  # [N, M, E], as each client sent it last, or as all start
     trained: Tensor  # [N], 1 if the client has sent its context
     nearest: Tensor  # [N, S], the numbers of a client's experts, the nearest first
 
 
 @dataclass(frozen=True)
 class Broadcast(PersonalBroadcast):
-    context: Tensor  # [K, M, E], the client's own
-    experts: Tensor  # [K, S, M, E], zeros where there is none yet
-    known: Tensor  # [K, S], 1 where there is one
+    context: Tensor  # [K, M, E], the mean, the same for all
+    experts: Tensor  # [K, S, M, E], zeros where there is none
+    known: Tensor  # [K, S], 1 where there is one; none for a client that never sent its context
 
 
 @dataclass(frozen=True)
 class ClientState(base.ClientState):
+    context: Tensor  # [K, M, E], as the client trained it last
+    trained: Tensor  # [K], 1 if it has trained it
     gate: Mapping[str, Tensor]  # each [K, ...]
+    gated: Tensor  # [K], 1 if it has trained its gate
 
 
 @dataclass(frozen=True)
 class Upload(base.Upload):
-    change: Tensor  # [K, M, E], of each client's context by its local steps
+    change: Tensor  # [K, M, E], of the mean context by the client's local steps
+    weight: Tensor  # [K], the client's weight in the mean
 
 
 def schedule(settings: Settings) -> Schedule:
@@ -171,11 +188,17 @@ def schedule(settings: Settings) -> Schedule:
 
 
 def server_init(settings: Settings, init: InitContext) -> Server:
-    noise = init.streams.normal("context", settings.context_length, init.context_width)
-    contexts = initial_context(settings.initial_context, init.embed, noise)
-    trained = torch.zeros_like(contexts[:, 0, 0])
-    experts = min(settings.experts, len(contexts)) - 1
-    return Server(contexts, trained, torch.zeros(len(contexts), experts, dtype=torch.int64, device=contexts.device))
+    context = _start(settings, init)
+    clients = len(init.streams.clients)
+    experts = min(settings.experts, clients) - 1
+    nobody = torch.zeros(clients, experts, dtype=torch.int64, device=context.device)
+    return Server(context, context.repeat(clients, 1, 1), context.new_zeros(clients), nobody)
+
+
+def _start(settings: Settings, init: InitContext) -> Tensor:
+    """Return the context [M, E] that everyone starts from."""
+    noise = init.streams.common_normal("context", settings.context_length, init.context_width)
+    return initial_context(settings.initial_context, init.embed, noise)
 
 
 def client_init(settings: Settings, init: InitContext, data: ClientData) -> ClientState:
@@ -185,15 +208,17 @@ def client_init(settings: Settings, init: InitContext, data: ClientData) -> Clie
         gate[name] = linear_weight(init, f"gate {name}", width, width).expand(clients, -1, -1).clone()
         if name != "key":
             gate[f"{name}_bias"] = torch.zeros_like(gate[name][:, 0])
-    return ClientState(gate)
+    contexts = _start(settings, init).repeat(clients, 1, 1)
+    never = contexts.new_zeros(clients)
+    return ClientState(contexts, never, gate, never.clone())
 
 
 def broadcast(server: Server) -> Broadcast:
-    known = server.trained[server.nearest]  # [N, S]
+    known = server.trained[server.nearest] * server.trained[:, None]  # [N, S]; newcomers have no experts
     own = torch.arange(len(known), device=known.device)[:, None]
     known = torch.where(server.nearest == own, 0.0, known)  # who has too few others to choose from is listed itself
     experts = server.contexts[server.nearest] * known[..., None, None]
-    return Broadcast(server.contexts, experts, known)
+    return Broadcast(server.context.expand_as(server.contexts), experts, known)
 
 
 def client_round(
@@ -214,14 +239,28 @@ def client_round(
             rate = optimizers[name].rate(round_context)
             trained[name], kept[name] = optimizers[name].step(trained[name], gradient, kept[name], rate)
     context = trained.pop("context")
-    return Upload(context - broadcast.context), ClientState({**state.gate, **trained})
+    mixes = (broadcast.known > 0).any(1)  # [K]
+    after = ClientState(
+        context,
+        torch.ones_like(state.trained),
+        # Noise, or an optimizer's decay, would move a gate that has no gradient.
+        {name: _where(mixes, trained.get(name, old), old) for name, old in state.gate.items()},
+        torch.where(mixes, 1.0, state.gated),
+    )
+    return Upload(context - broadcast.context, data.weights), after
+
+
+def _where(clients: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Return one tensor [K, ...] for those of K clients for whom a condition [K] holds, the other for the rest."""
+    return torch.where(clients.view(-1, *[1] * (one.ndim - 1)), one, other)
 
 
 def server_round(settings: Settings, server: Server, uploads: Uploads[Upload], round_context: RoundContext) -> Server:
     clients = torch.as_tensor(round_context.streams.clients, device=server.contexts.device)
-    contexts = server.contexts.index_add(0, clients, uploads.each.change)
+    contexts = server.contexts.index_copy(0, clients, server.context + uploads.each.change)
     trained = server.trained.index_fill(0, clients, 1.0)
-    return Server(contexts, trained, nearest(contexts, trained, server.nearest.shape[1]))
+    experts = nearest(contexts, trained, server.nearest.shape[1])
+    return Server(server.context + uploads.mean("change"), contexts, trained, experts)
 
 
 def nearest(contexts: Tensor, trained: Tensor, count: int) -> Tensor:
@@ -238,4 +277,7 @@ def nearest(contexts: Tensor, trained: Tensor, count: int) -> Tensor:
 
 
 def prompt(broadcast: Broadcast, state: ClientState) -> Prompt:
-    return {"context": broadcast.context, "experts": broadcast.experts, "known": broadcast.known, **state.gate}
+    context = _where(state.trained > 0, state.context, broadcast.context)
+    known = broadcast.known * (state.gated > 0)[:, None]
+    experts = broadcast.experts * known[..., None, None]  # no prompt shows an expert that it does not use
+    return {"context": context, "experts": experts, "known": known, **state.gate}

@@ -20,7 +20,7 @@ class Settings:
         batch_size: examples a step and client; 0 takes all of them.
         optimizer: of a client's context.
         gate_optimizer: of a client's gate.
-        experts: the most contexts that a client mixes, its own among them; 1 leaves training alone.
+        experts: the most contexts that a client mixes, its own among them; with 1 the mean is PromptFL's context.
         local_weight: lambda, the weight of the logits of the client's own context.
         heads: of the gate's attention; they share the gate's width.
         scaling: of the products that the gate's softmax is taken of.
