@@ -108,7 +108,12 @@ def test_gradients_that_are_zero_have_no_coefficients() -> None:
 
 @pytest.mark.parametrize(
     ("name", "privacy"),
-    [("promptfl", None), ("dp-fpl-full", None), ("promptfl", NOISE | {"epsilon": None, "noise_multiplier": 0.0})],
+    [
+        ("promptfl", None),
+        ("dp-fpl-full", None),
+        ("fedtpg", None),
+        ("promptfl", NOISE | {"epsilon": None, "noise_multiplier": 0.0}),
+    ],
 )
 def test_an_upload_is_the_sum_of_the_gradients_that_the_server_computes(
     model: PromptModel, name: str, privacy: dict[str, Any] | None
@@ -187,7 +192,13 @@ def test_a_trusted_server_refutes_nothing(model: PromptModel) -> None:
     assert not found.attack.refuted
 
 
-@pytest.mark.parametrize("name", ["fedpgp", "fedprompt", "pfedprompt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("fedpgp", "fedprompt", "pfedprompt", "fedtpg", "pfedmoap", "proda", "promptfolio"),
+        *("kgcoop", "prograd", "cocoop", "feddpg"),
+    ],
+)
 def test_it_reads_what_other_methods_upload(model: PromptModel, name: str) -> None:
     found = infer_from_rounds(make_subject(model, name, {"context_length": 4}, rounds=2), 1)
     assert 0 <= found.attack.auc <= 1

@@ -208,10 +208,12 @@ def _gradients(subject: Subject, message: Message, states: ClientState, client: 
     one = torch.tensor([client], device=subject.features.device)
     state = take(states, one)
     broadcast = message.broadcast
-    if isinstance(broadcast, PersonalBroadcast):
+    personal = isinstance(broadcast, PersonalBroadcast)
+    if personal:
         broadcast = take(broadcast, one)
     point = named_tensors(broadcast)
-    parameters = {name: point[name][None] for name in _uploaded(message.upload, point)}
+    names = _uploaded(subject.config.algorithm, message.upload, point, personal)
+    parameters = {name: point[name][None] for name in names}
 
     def prompt_of(values: Parameters) -> Prompt:
         return _prompt(runtime, broadcast, state, {name: value[0] for name, value in values.items()})
@@ -228,12 +230,36 @@ def _gradients(subject: Subject, message: Message, states: ClientState, client: 
     return gradients
 
 
-def _uploaded(upload: Mapping[str, Tensor], broadcast: Mapping[str, Tensor]) -> list[str]:
-    """Return the broadcast's fields that an upload's fields are of: those of the same name, or the only one."""
-    if all(name in broadcast for name in upload):
-        return list(upload)
-    assert len(upload) == len(broadcast) == 1
-    return list(broadcast)
+def _uploaded(method: str, upload: Mapping[str, Tensor], broadcast: Mapping[str, Tensor], personal: bool) -> list[str]:
+    """Return the broadcast's fields that an upload's fields are of, in the upload's order.
+
+    They are those of the same name, as "gradient"; or of the same name within a mapping, as "shared.key" is to
+    "change.key"; or the only ones of the same shape.
+
+    Args:
+        method: its name.
+        upload: field to tensor [K, ...].
+        broadcast: field to tensor, [1, ...] where `personal`.
+        personal: whether each client is sent a broadcast of its own.
+
+    Raises:
+        ConfigError: there is no such field, or more than one.
+    """
+    names = []
+    for name, tensor in upload.items():
+        within = name.partition(".")[2]
+        same = [name] if name in broadcast else [own for own in broadcast if within and own.partition(".")[2] == within]
+        alike = [own for own, sent in broadcast.items() if sent.shape[int(personal) :] == tensor.shape[1:]]
+        found = same or alike
+        if len(found) != 1:
+            raise ConfigError(
+                "algorithm",
+                method,
+                f"nothing says what the uploaded {name!r} is a change of, so the attack over rounds has no gradients "
+                "to compare it with",
+            )
+        names += found
+    return names
 
 
 def _prompt(runtime: LocalRuntime, broadcast: Broadcast, state: ClientState, values: Mapping[str, Tensor]) -> Prompt:
