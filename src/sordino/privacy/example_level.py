@@ -204,6 +204,7 @@ class ExampleMechanism(Mechanism):
     def _averaging(self, randomness: Randomness, releases: list[Release], sums: ServerSums | None) -> Average:
         """Return means with noise where the server, or all clients together, add it."""
         z_shared = self._multipliers[1]
+        least: list[float] = []  # each field is summed on its own, with survivors of its own
 
         def by_server(name: str, values: Tensor, weights: Tensor) -> Tensor:
             plain = plain_mean(name, values, weights)
@@ -220,7 +221,8 @@ class ExampleMechanism(Mechanism):
                 )
             assert sums is not None
             summed = sums.of(self._sum_terms(name), {name: values})
-            charge(releases, -1, summed.noise_multiplier)
+            least.append(summed.noise_multiplier)
+            charge(releases, -1, min(least))
             return summed.fields[name] / weights.to(values)[summed.survivors].sum()
 
         return {"client": plain_mean, "server": once(by_server), "shares": once(in_shares)}[self.settings.noise_by]
