@@ -37,7 +37,7 @@ COPIES = (1, 4, 16, 64)  # of this site, as stand-ins for others that are not kn
 ANSWERED = "answered"  # in an agreement: the last round that the coordinator knows an answer to
 AGREED = "agreement.json"  # in the folder of an experiment
 LEDGER = "ledger.json"  # there too: what was released of all sites' data, for the prompts
-Others = dict[str, tuple[tuple[int, ...], tuple[Disclosure, ...]]]
+Others = dict[str, Ledger]  # of all other experiments, by fingerprint
 ACCURACY = Disclosure("each client's accuracy on its own test pictures, to the server as it trains", "upload")
 
 
@@ -333,9 +333,9 @@ class Membership:
         return over_budget(self._settings.policy, self._ledger, self.proposal.fingerprint, after)
 
     def _others(self) -> Others:
-        """Return the rounds of all other experiments that this site's data is in, and what they disclose."""
-        entries = {name: (entry.rounds, entry.ledger.disclosures) for name, entry in self._ledger.experiments.items()}
-        return {name: entry for name, entry in entries.items() if name != self.proposal.fingerprint}
+        """Return what all other experiments that this site's data is in released and disclosed."""
+        ledgers = {name: entry.ledger for name, entry in self._ledger.experiments.items()}
+        return {name: ledger for name, ledger in ledgers.items() if name != self.proposal.fingerprint}
 
     def _empty(self, federation: Federation, clients: Sequence[int]) -> Ledger:
         """Return the experiment's ledger before any release, with the digests of this site's data."""
