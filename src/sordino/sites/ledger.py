@@ -198,21 +198,21 @@ def charged_on_joining(federation: Federation) -> Sequence[int]:
 
 def epsilon_of(ledgers: Sequence[Ledger], unit: Unit, delta: float) -> float:
     """Return epsilon of several experiments together; see `SiteLedger.spent`."""
-    left = [_left(ledger) for ledger in ledgers]
-    if not left:
+    seen = [left(ledger) for ledger in ledgers]
+    if not seen:
         return 0.0
-    whole = compose(left)
+    whole = compose(seen)
     # An observer is trusted only where each experiment trusts it.
-    trusted = set.intersection(*(set(ledger.trusted) for ledger in left))
+    trusted = set.intersection(*(set(ledger.trusted) for ledger in seen))
     epsilons = [spent(whole, observer, unit, delta).epsilon for observer in OBSERVERS if observer not in trusted]
-    return math.inf if any(ledger.simulated for ledger in left) else max(epsilons, default=0.0)
+    return math.inf if any(ledger.simulated for ledger in seen) else max(epsilons, default=0.0)
 
 
-def _left(ledger: Ledger) -> Ledger:
+def left(ledger: Ledger) -> Ledger:
     """Return a ledger without what only trusted observers see, and what stays until the site's owner publishes it."""
     trusted = set(ledger.trusted)
-    left = (part for part in ledger.disclosures if part.channel not in STAYS and set(part.observers) - trusted)
-    return replace(ledger, disclosures=tuple(left))
+    told = (part for part in ledger.disclosures if part.channel not in STAYS and set(part.observers) - trusted)
+    return replace(ledger, disclosures=tuple(told))
 
 
 def _read(file: Path) -> Entry:

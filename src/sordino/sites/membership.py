@@ -16,7 +16,7 @@ from sordino.errors import ConfigError, RunError
 from sordino.experiments.config import Experiment
 from sordino.experiments.saved_prompts import save_prompts
 from sordino.files import FREE_SPACE, write_atomically
-from sordino.privacy.ledger import Disclosure, Ledger, Release
+from sordino.privacy.ledger import Ledger, Release
 from sordino.privacy.statement import as_summary
 from sordino.runtime.agreement import Agreement, federation_digest
 from sordino.runtime.client import ClientEnd
@@ -27,7 +27,7 @@ from sordino.runtime.turns import Turns
 from sordino.sites.hello import EncoderFacts, Hello
 from sordino.sites.ledger import SiteLedger, charged_on_joining, epsilon_of
 from sordino.sites.own_data import OwnData
-from sordino.sites.policy import fields_kept_back, over_budget
+from sordino.sites.policy import ACCURACY, fields_kept_back, over_budget, unnoised
 from sordino.sites.proposal import Proposal
 from sordino.sites.settings import SiteSettings
 from sordino.tasks.settings import PartitionSettings
@@ -38,7 +38,6 @@ ANSWERED = "answered"  # in an agreement: the last round that the coordinator kn
 AGREED = "agreement.json"  # in the folder of an experiment
 LEDGER = "ledger.json"  # there too: what was released of all sites' data, for the prompts
 Others = dict[str, Ledger]  # of all other experiments, by fingerprint
-ACCURACY = Disclosure("each client's accuracy on its own test pictures, to the server as it trains", "upload")
 
 
 class Membership:
@@ -314,6 +313,8 @@ class Membership:
         empty = self._empty(federation, clients)
         told_before = self._ledger.entry(self.proposal.fingerprint, empty).ledger.disclosures
         planned = replace(empty, disclosures=told_before).add(_of(federation.mechanism.planned(), clients))
+        if told := unnoised(policy, planned):
+            raise MessageError(told)
         if told := over_budget(policy, self._ledger, self.proposal.fingerprint, planned):
             raise MessageError(told)
         self._affordable = planned, self._others()
