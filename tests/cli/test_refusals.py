@@ -94,6 +94,12 @@ REFUSED: dict[str, str] = {
     "run c.toml --set data.source=hf:./x": "there is no such file or folder",
     "run c.toml --set data.persons=x.csv": "x.csv' cannot be read: No such file or directory",
     "run c.toml --set encoder.name=clip --set encoder.checkpoint=./x": "checkpoint './x': no such folder; give ",
+    "run c.toml --set encoder.checkpoint=./x": "encoder.checkpoint = './x': encoder.name = 'bundled' has none; set it",
+    "demo --set encoder.checkpoint=./x": "encoder.checkpoint = './x': encoder.name = 'bundled' has none; set it",
+    # options that would do nothing
+    "predict p.safetensors pictures --most-tokens 3": "--most-tokens = 3: goes with --generate",
+    "predict p.safetensors pictures --generate --top 3": "--top = 3: is for classes",
+    "transfer p.safetensors --to digits --seed 3": "--seed = 3: goes with --per-class",
     "run c.toml --out used": "used exists; go on with --resume, or choose another --out",
     "compare c.toml --algorithms local --out used": "used exists; go on with --resume, or choose another --out",
     "compare c.toml --algorithms local,dp-fpl --equal-steps --out used": "used exists; go on with --resume, or choose ",

@@ -116,3 +116,12 @@ def test_what_cannot_be_evaluated_is_told_in_one_line(
     code, _, said = sordino(finished, "--to", f"imagefolder:{tmp_path / 'nothing'}")
     assert code == 2
     assert "nothing" in said
+
+
+def test_a_prompt_that_is_given_twice_is_refused(finished: Path, sordino: Command) -> None:
+    """It would be half of the mean, and of its interval, twice."""
+    one = sorted((finished / "prompts").glob("*.safetensors"))[0]
+    for given in ([one, one], [finished, one], [one, finished / "prompts" / ".." / "prompts" / one.name]):
+        code, _, said = sordino(*given, "--to", "digits")
+        assert code == 2
+        assert f"PROMPT = '{given[1]}': is there twice" in said or f"PROMPT = '{one}': is there twice" in said

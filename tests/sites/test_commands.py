@@ -94,6 +94,14 @@ def test_an_owner_sees_what_an_experiment_means_and_allows_it(
     assert "policy.epsilon" in said("check", east, proposed, code=1)
 
 
+def test_a_site_without_a_budget_says_so_in_words(site_files: dict[str, Path]) -> None:
+    """The sites of these tests have none: epsilon is inf."""
+    words = said("check", site_files["east"])
+    assert "It sets no bound on epsilon, which is counted at delta = 1e-05 for one example, in all exp" in words
+    assert "spends" not in words
+    assert said("ledger", site_files["east"]) == "east: epsilon 0 at delta = 1e-05 for one example; no budget is set\n"
+
+
 def test_the_fingerprint_is_of_all_that_parties_agree_on_and_of_nothing_else(tmp_path: Path, clip_folder: Path) -> None:
     from sordino.sites.proposal import Proposal
 

@@ -143,7 +143,10 @@ def compare(
     seeds: Annotated[int, typer.Option(min=1, help="how many seeds, from the configuration's on")] = 3,
     vary: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=V1,V2", help="every value of a key, e.g. privacy.epsilon=inf,8,2; may be repeated"),
+        typer.Option(
+            metavar="KEY=V1,V2",
+            help="every value of a key, e.g. privacy.epsilon=inf,8,2; repeated: more keys, or values",
+        ),
     ] = None,
     method: Annotated[
         list[Path] | None, typer.Option(metavar="FILE.py", help="one more method, in a file; may be repeated")
@@ -165,8 +168,9 @@ def compare(
         key, equals, texts = variation.partition("=")
         if not (equals and key and texts):
             raise ConfigError("--vary", variation, "write key=value,value,..., e.g. privacy.epsilon=inf,8,2")
-        values[key.strip()] = [value for _, value in separated(texts)]
-        firsts.append(f"{key.strip()}={separated(texts)[0][0]}")
+        if key.strip() not in values:
+            firsts.append(f"{key.strip()}={separated(texts)[0][0]}")
+        values.setdefault(key.strip(), []).extend(value for _, value in separated(texts))
     names = [name.strip() for name in algorithms.split(",") if name.strip()]
     names += [name for file in method or [] if (name := add_file(file)) not in names]
     variants = grid(chosen_experiment(config, [*(overrides or []), *firsts], resume), names, values)
@@ -181,7 +185,9 @@ def compare(
 def predict(
     prompt: Annotated[Path, typer.Argument(metavar="PROMPT", help="a file from prompts/ of a run directory")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="pictures, or folders of them")],
-    top: Annotated[int, typer.Option(min=1, metavar="K", help="how many classes to print for each picture")] = 5,
+    top: Annotated[
+        int | None, typer.Option(min=1, metavar="K", help="how many classes to print for each picture; default: 5")
+    ] = None,
     encoder: Annotated[
         str | None, typer.Option(metavar="CHECKPOINT", help="folder or hub name where the prompt's encoder is now")
     ] = None,
@@ -189,7 +195,9 @@ def predict(
         bool, typer.Option("--generate", help="answer in free text; for prompts of encoder 'generative'")
     ] = False,
     question: Annotated[str | None, typer.Option(help="of --generate; by default that of the training")] = None,
-    most_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="of an answer of --generate")] = 64,
+    most_tokens: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="of an answer of --generate; default: 64")
+    ] = None,
     method: MethodFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -197,13 +205,17 @@ def predict(
     at_work("nothing was written; repeat the command")
     if question is not None and not generate:
         raise ConfigError("--question", question, "goes with --generate, which asks it; classes answer the training's")
+    if most_tokens is not None and not generate:
+        raise ConfigError("--most-tokens", most_tokens, "goes with --generate, whose answers it bounds; leave it out")
+    if top is not None and generate:
+        raise ConfigError("--top", top, "is for classes, and --generate answers in free text; leave one of them out")
     if method is not None:
         add_file(method)
     if generate:
         from sordino.experiments.use.free_answers import answer_freely
 
         with live_progress() as progress:
-            said = answer_freely(prompt, images, encoder, question, most_tokens, progress)
+            said = answer_freely(prompt, images, encoder, question, most_tokens or 64, progress)
         _print_skipped(said.skipped)
         say(json.dumps(said.as_dict()) if as_json else said.as_text())
         return
@@ -212,7 +224,7 @@ def predict(
     with live_progress() as progress:
         result = predict_classes(prompt, images, encoder, progress)
     _print_skipped(result.skipped)
-    say(json.dumps(result.as_dict(top)) if as_json else result.as_text(top))
+    say(json.dumps(result.as_dict(top or 5)) if as_json else result.as_text(top or 5))
 
 
 @app.command()
@@ -222,7 +234,7 @@ def transfer(
     ],
     to: Annotated[str, typer.Option(metavar="SOURCE", help="the other data set, as data.source")],
     per_class: Annotated[int | None, typer.Option(min=1, metavar="N", help="most pictures of a class")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="of the choice of --per-class")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="of the choice of --per-class; default: 0")] = None,
     encoder: Annotated[
         str | None, typer.Option(metavar="CHECKPOINT", help="folder or hub name where the prompts' encoder is now")
     ] = None,
@@ -231,12 +243,14 @@ def transfer(
 ) -> None:
     """Evaluate saved prompts on another data set than they were learned on, with its class names."""
     at_work("nothing was written; repeat the command")
+    if seed is not None and per_class is None:
+        raise ConfigError("--seed", seed, "goes with --per-class, whose pictures it draws; leave it out")
     if method is not None:
         add_file(method)
     from sordino.experiments.use.transfer import transfer as transferred
 
     with live_progress() as progress:
-        result = transferred(prompts, to, per_class, seed, encoder, progress)
+        result = transferred(prompts, to, per_class, seed or 0, encoder, progress)
     say(json.dumps(result.as_dict()) if as_json else result.as_text())
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from sordino.experiments.config import load_config
+from sordino.cli.options import loaded_experiment
 from sordino.experiments.variants import Variant, grid
 
 ALGORITHMS = ("zero-shot", "local", "promptfl", "dp-fpl")
@@ -28,7 +28,9 @@ def variants(quick: bool, overrides: Sequence[str]) -> list[Variant]:
         ConfigError: an override is not allowed.
     """
     here, changes = Path(__file__).parent, [*(QUICK if quick else ()), *overrides]
-    plain = grid(load_config(here / "demo.toml", changes), ALGORITHMS)
+    plain = grid(loaded_experiment(here / "demo.toml", changes), ALGORITHMS)
     # Only DP-FPL without privacy is attacked: a shadow costs a run.
     plain[-1] = replace(plain[-1], shadows=SHADOWS)
-    return plain + grid(load_config(here / "demo_private.toml", changes), ["dp-fpl"], {"privacy.epsilon": EPSILONS})
+    return plain + grid(
+        loaded_experiment(here / "demo_private.toml", changes), ["dp-fpl"], {"privacy.epsilon": EPSILONS}
+    )

@@ -37,7 +37,9 @@ def request(
     name: Annotated[str, typer.Argument(help="as in the project's file; 'server' for the server")],
     organization: Annotated[str, typer.Option(metavar="NAME", help="as in the project's file")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="a new folder, which keeps the private key")],
-    role: Annotated[str, typer.Option(help="of an administrator: lead, org_admin or member")] = "lead",
+    role: Annotated[
+        str | None, typer.Option(help="of an administrator: lead (the default), org_admin or member")
+    ] = None,
 ) -> None:
     """Make a private key, which stays here, and a request for a certificate to send to the project's owner."""
     require_extra("flare", "'sordino flare'")

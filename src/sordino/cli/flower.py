@@ -71,7 +71,7 @@ def node(
     from sordino.flower.node import serve
     from sordino.sites.site import Site
 
-    at_work("a round that was at work is not charged unless its answer was kept; start it again")
+    at_work("a round that was at work may be charged though its answer was not kept, but only once; start it again")
     _quiet()
     with live_progress():
         serve(Site(settings), server, ca, own, _tell)

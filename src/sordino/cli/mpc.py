@@ -30,7 +30,7 @@ Threads = Annotated[int | None, typer.Option(min=1, help="that compute; by defau
 @app.command("certificates")
 def certificates(
     out: Annotated[Path, typer.Option(help="the folder to make, with one folder a party")],
-    days: Annotated[int, typer.Option(min=1, help="until they expire")] = 365,
+    days: Annotated[int, typer.Option(min=1, help="until they expire; at most 3650")] = 365,
 ) -> None:
     """Make keys and certificates for all parties; hand each its folder, by a way that nobody else reads."""
     from sordino.mpc.parties.certificates import make_certificates

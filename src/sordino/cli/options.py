@@ -12,6 +12,8 @@ from sordino.cli.console import in_run_folder
 from sordino.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sordino.experiments.config import Experiment
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="the experiment")]
@@ -37,11 +39,24 @@ AsJson = Annotated[
 
 def chosen_experiment(config: Path, overrides: list[str], resume: bool = False) -> Experiment:
     """The configuration, refused before torch is imported where it is wrong or names what is not there."""
-    from sordino.experiments.config import check_places, load_config
+    from sordino.experiments.config import check_places
 
-    experiment = load_config(config, overrides)
+    experiment = loaded_experiment(config, overrides)
     if not resume:  # a finished run needs no data any more
         check_places(experiment)
+    return experiment
+
+
+def loaded_experiment(config: Path, overrides: Sequence[str]) -> Experiment:
+    """The configuration, refused where an override is of a checkpoint that its encoder does not read."""
+    from sordino.experiments.config import WITH_CHECKPOINT, load_config
+
+    experiment = load_config(config, overrides)
+    name, checkpoint = experiment.encoder.name, experiment.encoder.checkpoint
+    overridden = {override.partition("=")[0].strip() for override in overrides}
+    if checkpoint and name not in WITH_CHECKPOINT and "encoder.checkpoint" in overridden:
+        remedy = f"encoder.name = {name!r} has none; set it to {' or '.join(WITH_CHECKPOINT)}, or leave this out"
+        raise ConfigError("encoder.checkpoint", checkpoint, remedy)
     return experiment
 
 

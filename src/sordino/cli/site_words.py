@@ -15,7 +15,12 @@ def facts_as_text(facts: dict[str, Any]) -> str:
     clients = ", ".join(f"{client} ({count:,})" for client, count in facts["clients"].items())
     counted = f"{len(facts['clients'])} clients that train on: {clients}"
     held = counted if len(facts["clients"]) > 1 else f"it trains on {sum(facts['clients'].values()):,}"
-    budget = "no bound" if policy["epsilon"] is None else f"epsilon = {policy['epsilon']:g}"
+    at = f"at delta = {policy['delta']:g} for one {policy['unit']}, in all experiments."
+    budget = (
+        f"It sets no bound on epsilon, which is counted {at}"
+        if policy["epsilon"] is None
+        else f"It spends at most epsilon = {policy['epsilon']:g} {at}"
+    )
     allowed = [*policy["experiments"], *(f"signed by {file}" for file in policy["signers"])]
     return "\n".join(
         [
@@ -23,7 +28,7 @@ def facts_as_text(facts: dict[str, Any]) -> str:
             f"It knows whose each picture is: {'yes' if facts['persons'] else 'no'}.",
             f"It allows: {', '.join(allowed) or 'no experiment yet'}; mechanisms "
             f"{', '.join(policy['mechanisms'])}; noise by {', '.join(policy['noise_by'])}.",
-            f"It spends at most {budget} at delta = {policy['delta']:g} for one {policy['unit']}, in all experiments.",
+            budget,
             f"It tells: {', '.join(policy['tells']) or 'nothing'}; uploads' tensors: {', '.join(policy['fields'])}.",
             f"State: {facts['state']}",
         ]
@@ -56,8 +61,8 @@ def ledger_as_text(ledger: dict[str, Any]) -> str:
         parts = [f"{len(rounds)} rounds"] if rounds else []
         parts += ["a release of statistics"] if 0 in entry["rounds"] else []
         lines.append(f"{experiment}: {' and '.join(parts) or 'nothing'}; epsilon {words(entry['epsilon'])}")
-    budget = "no budget" if ledger["budget"] is None else f"of {ledger['budget']:g}"
-    bound = f"{budget} at delta = {ledger['delta']:g} for one {ledger['unit']}"
+    at = f"at delta = {ledger['delta']:g} for one {ledger['unit']}"
+    bound = f"{at}; no budget is set" if ledger["budget"] is None else f"of {ledger['budget']:g} {at}"
     total = f"{ledger['site']}: epsilon {words(ledger['epsilon'])} {bound}"
     return "\n".join([*lines, total])
 

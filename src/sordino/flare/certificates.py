@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sordino.errors import ConfigError, RunError
 from sordino.experiments.run_lock import is_empty
 from sordino.files import ANOTHER_OUT, FREE_SPACE, write_atomically
-from sordino.flare.project import ORGANIZATION, Kind, Party, Project, parties_of
+from sordino.flare.project import ORGANIZATION, REQUESTED, Kind, Party, Project, parties_of
 from sordino.flare.provision import build, close
 
 STATE = "cert.json"  # where FLARE's provisioning keeps the owner's key and certificate, too
@@ -63,7 +63,7 @@ def request(name: str, organization: str, kind: Kind, folder: Path) -> tuple[Pat
         RunError: it could not be made.
     """
     if kind not in VALID_CERT_TYPES:
-        raise ConfigError("--role", kind, f"FLARE signs no such request; choose from {', '.join(VALID_CERT_TYPES)}")
+        raise ConfigError("--role", kind, f"FLARE signs no such request; choose from {', '.join(REQUESTED)}")
     if not is_empty(folder):
         raise ConfigError("--out", str(folder), "holds something; choose another folder, so that no key is lost")
     with _errors("make the request"):

@@ -18,6 +18,7 @@ ADMINISTRATOR = r"^[A-Za-z0-9._+-]+@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+$"
 
 Role = Literal["lead", "project_admin", "org_admin", "member"]
 ROLES: tuple[Role, ...] = get_args(Role)
+REQUESTED: tuple[Role, ...] = ("lead", "org_admin", "member")  # those whose requests FLARE signs
 Kind = Role | Literal["server", "client"]  # FLARE's words
 
 
@@ -85,18 +86,23 @@ class Party(BaseModel):
     sites: list[str] = Field(default_factory=list)
 
 
-def kind_of(name: str, role: str) -> Kind:
-    """Return what a party is by its name.
+def kind_of(name: str, role: str | None = None) -> Kind:
+    """Return what a party that requests a certificate is by its name, and by its role if it is an administrator.
 
     Raises:
-        ConfigError: it is an administrator of an unknown role.
+        ConfigError: it is an administrator of a role that nobody can request; or it is none, and a role is given.
     """
     if "@" not in name:
+        if role is not None:
+            raise ConfigError(
+                "--role", role, f"is for administrators, whose names are e-mail addresses; {name!r} is none"
+            )
         return "server" if name == SERVER else "client"
-    roles: dict[str, Kind] = {role: role for role in ROLES}
-    if role not in roles:
-        raise ConfigError("--role", role, f"choose from {', '.join(ROLES)}")
-    return roles[role]
+    roles: dict[str, Kind] = {each: each for each in REQUESTED}
+    if role is not None and role not in roles:
+        made = "; the project's owner makes that kit with 'provision'" if role in ROLES else ""
+        raise ConfigError("--role", role, f"choose from {', '.join(REQUESTED)}{made}")
+    return roles[role or "lead"]
 
 
 def check_name(name: str, organization: str, kind: Kind) -> None:

@@ -72,8 +72,8 @@ class Agreement:
             MessageError: it is malformed.
         """
         try:
-            sites = {str(site): [int(client) for client in clients] for site, clients in facts["sites"].items()}
-            found = cls(sites, [int(size) for size in facts["sizes"]], facts["whole_persons"] is True)
+            sites = {str(site): list(map(_number, clients)) for site, clients in facts["sites"].items()}
+            found = cls(sites, list(map(_number, facts["sizes"])), facts["whole_persons"] is True)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise MessageError(f"the agreement cannot be read: {error}") from None
         numbers = sorted(client for clients in sites.values() for client in clients)
@@ -104,6 +104,12 @@ class Agreement:
         assumptions = (PERSONS_APART,) if bounded and len(self.sites) > 1 else ()
         facts = (*method, plan.model, len(self.sizes), rounds, plan.runtime, plan.seed, mechanism, schemas)
         return Federation(*facts, plan.example.device, assumptions)
+
+
+def _number(value: object) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is no number of a client, or of what one holds")
+    return value
 
 
 def federation_digest(federation: Federation) -> str:

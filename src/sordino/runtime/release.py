@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sordino.algorithms.base import Broadcast, Upload
+from sordino.algorithms.base import Broadcast, Upload, named_tensors
 from sordino.privacy.ledger import Release
 from sordino.privacy.statistics.estimates import Released
 from sordino.privacy.statistics.mechanism import CENTER, MATRIX, SCATTER, StatisticsMechanism
@@ -87,6 +87,14 @@ def sums_like(mechanism: StatisticsMechanism, stage: int, device: torch.device) 
     kind = torch.float64 if mechanism.uploads_exact else torch.float32
     shapes = {part: (1, *mechanism.part_shape(part)) for part in mechanism.stages[stage]}
     return Sums({part: torch.zeros(shape, dtype=kind, device=device) for part, shape in shapes.items()})
+
+
+def sums_fields(mechanism: StatisticsMechanism) -> list[str]:
+    """Return the names of the tensors in which a client's sums leave it, over all stages; in a secure sum masked."""
+    if not mechanism.joins:
+        return []
+    parts = [part for stage in mechanism.stages for part in stage]
+    return list(named_tensors(Sums({part: torch.zeros(0) for part in parts})))
 
 
 @dataclass(frozen=True)

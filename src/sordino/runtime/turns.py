@@ -33,7 +33,8 @@ FILE = "turn.safetensors"
 KEY_BYTES = 32
 NO_ROUND = -1
 
-# Enters what a round releases in the site's ledger, before it leaves: (round, releases).
+# Enters what a round releases in the site's ledger, before it leaves: (round, releases). What is entered stays where
+# the answer is then not kept, and is entered once when the round is asked for again.
 Charge = Callable[[int, Sequence[Release]], None]
 
 
@@ -94,7 +95,8 @@ class Turns:
 
         Raises:
             MessageError: the request is not what was agreed, or asks for a round again in other words.
-            RunError: the answer could not be written; it did not leave, and was not charged twice.
+            RunError: the answer could not be written; it did not leave. It may be charged already, and is charged once
+                for each client, whichever of them the next request for this round asks.
         """
         name = digest(request)
         if name in self._journal.answers:

@@ -34,8 +34,9 @@ from sordino.runtime.server import ServerEnd, ServerRecord, ServerTraining
 from sordino.runtime.uploads import RoundError
 from sordino.sites.latecomers import Latecomers
 from sordino.sites.meeting import Begun, Meeting, Met
-from sordino.sites.membership import ACCURACY, ANSWERED
+from sordino.sites.membership import ANSWERED
 from sordino.sites.page import epsilon_by_site, write_page
+from sordino.sites.policy import ACCURACY
 from sordino.sites.proposal import Proposal
 
 PROPOSAL, AGREEMENT, METRICS = "proposal.json", "agreement.json", "metrics.jsonl"

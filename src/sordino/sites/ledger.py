@@ -22,21 +22,72 @@ STAYS = ("prompt", "memory")  # channels that a site opens itself, by publishing
 class Entry:
     """The releases of one experiment.
 
+    A round may be asked for twice, of other clients, where the first answer was entered and never left. So what was
+    entered is known by round and release, which names its party.
+
     Attributes:
         ledger: of the experiment.
-        rounds: those that are in it, ascending; 0 is the release of statistics.
+        rounds: those in which something is entered of some client, ascending; 0 is the release of statistics.
+        entered: kind of release, which has no steps, to the rounds in which it is entered. Kinds that a file of an
+            earlier version has are absent.
     """
 
     ledger: Ledger
     rounds: tuple[int, ...] = ()
+    entered: Mapping[Release, frozenset[int]] = field(default_factory=dict)
 
     def with_rounds(self, numbers: Iterable[int], releases: Sequence[Release]) -> Entry:
         """Return it with the releases of each of some rounds; one is entered once, however often it is asked for."""
-        new = set(numbers) - set(self.rounds)
-        if not new:
-            return self
-        of_all = [replace(release, steps=release.steps * len(new)) for release in releases]
-        return Entry(self.ledger.add(of_all), tuple(sorted((*self.rounds, *new))))
+        asked, entered = frozenset(numbers), dict(self.entered)
+        added = []
+        for release in Ledger().add(releases).releases:  # equal kinds are one, with their steps added
+            before = self._rounds_with(release)
+            entered[_kind(release)] = before | asked
+            if new := asked - before:
+                added.append(replace(release, steps=release.steps * len(new)))
+        return Entry(self.ledger.add(added), tuple(sorted({*self.rounds, *asked})), entered)
+
+    def _rounds_with(self, release: Release) -> frozenset[int]:
+        """Return the rounds in which a release is entered.
+
+        A file of an earlier version does not say. If its steps are those of all rounds, it is in all. Else it may be
+        in any, and counts as in none: nothing is entered too little.
+        """
+        kind = _kind(release)
+        if kind in self.entered:
+            return self.entered[kind]
+        steps = sum(each.steps for each in self.ledger.releases if _kind(each) == kind)
+        return frozenset(self.rounds) if steps == release.steps * len(self.rounds) else frozenset()
+
+    def to_json(self) -> str:
+        """Return the content of its file. For each release it has the rounds; null: all, none: unknown."""
+        every, entered = frozenset(self.rounds), [self.entered.get(_kind(each), ()) for each in self.ledger.releases]
+        document = {
+            "rounds": list(self.rounds),
+            "entered": [None if every == rounds else sorted(rounds) for rounds in entered],
+            "ledger": json.loads(self.ledger.to_json()),
+        }
+        return json.dumps(document, indent=1)
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Entry:
+        """Return the entry that `to_json` wrote, in this version or an earlier one.
+
+        Raises:
+            RunError, ValueError, KeyError, TypeError: the text is no such file's.
+        """
+        document = json.loads(text)
+        ledger = Ledger.from_json(json.dumps(document["ledger"]).encode())
+        rounds = tuple(int(number) for number in document["rounds"])
+        found = document.get("entered", [[]] * len(ledger.releases))
+        pairs = zip(ledger.releases, found, strict=True)
+        entered = {_kind(each): frozenset(rounds if some is None else map(int, some)) for each, some in pairs}
+        return cls(ledger, rounds, {kind: some for kind, some in entered.items() if some})
+
+
+def _kind(release: Release) -> Release:
+    """Return a release without its steps, as the ledger tells kinds apart."""
+    return replace(release, steps=0)
 
 
 EXPERIMENTS = "experiments"  # the folder of a site's state with a folder for each: its answers
@@ -114,8 +165,7 @@ class SiteLedger:
             self._enter(experiment, entry)
 
     def _enter(self, experiment: str, entry: Entry) -> None:
-        document = {"rounds": list(entry.rounds), "ledger": json.loads(entry.ledger.to_json())}
-        write_atomically(self.folder / f"{experiment}.json", json.dumps(document, indent=1).encode(), FREE_SPACE)
+        write_atomically(self.folder / f"{experiment}.json", entry.to_json().encode(), FREE_SPACE)
         self._entries[experiment] = entry
 
     def spent_in(self, experiment: str, unit: Unit, delta: float) -> float:
@@ -148,28 +198,26 @@ def charged_on_joining(federation: Federation) -> Sequence[int]:
 
 def epsilon_of(ledgers: Sequence[Ledger], unit: Unit, delta: float) -> float:
     """Return epsilon of several experiments together; see `SiteLedger.spent`."""
-    left = [_left(ledger) for ledger in ledgers]
-    if not left:
+    seen = [left(ledger) for ledger in ledgers]
+    if not seen:
         return 0.0
-    whole = compose(left)
+    whole = compose(seen)
     # An observer is trusted only where each experiment trusts it.
-    trusted = set.intersection(*(set(ledger.trusted) for ledger in left))
+    trusted = set.intersection(*(set(ledger.trusted) for ledger in seen))
     epsilons = [spent(whole, observer, unit, delta).epsilon for observer in OBSERVERS if observer not in trusted]
-    return math.inf if any(ledger.simulated for ledger in left) else max(epsilons, default=0.0)
+    return math.inf if any(ledger.simulated for ledger in seen) else max(epsilons, default=0.0)
 
 
-def _left(ledger: Ledger) -> Ledger:
+def left(ledger: Ledger) -> Ledger:
     """Return a ledger without what only trusted observers see, and what stays until the site's owner publishes it."""
     trusted = set(ledger.trusted)
-    left = (part for part in ledger.disclosures if part.channel not in STAYS and set(part.observers) - trusted)
-    return replace(ledger, disclosures=tuple(left))
+    told = (part for part in ledger.disclosures if part.channel not in STAYS and set(part.observers) - trusted)
+    return replace(ledger, disclosures=tuple(told))
 
 
 def _read(file: Path) -> Entry:
     try:
-        document = json.loads(file.read_bytes())
-        ledger = Ledger.from_json(json.dumps(document["ledger"]).encode())
-        return Entry(ledger, tuple(int(number) for number in document["rounds"]))
+        return Entry.from_json(file.read_bytes())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{file} is damaged ({error}); without it nobody knows what was spent, so put a backup back"

@@ -16,7 +16,7 @@ from sordino.errors import ConfigError, RunError
 from sordino.experiments.config import Experiment
 from sordino.experiments.saved_prompts import save_prompts
 from sordino.files import FREE_SPACE, write_atomically
-from sordino.privacy.ledger import Disclosure, Ledger, Release
+from sordino.privacy.ledger import Ledger, Release
 from sordino.privacy.statement import as_summary
 from sordino.runtime.agreement import Agreement, federation_digest
 from sordino.runtime.client import ClientEnd
@@ -27,7 +27,7 @@ from sordino.runtime.turns import Turns
 from sordino.sites.hello import EncoderFacts, Hello
 from sordino.sites.ledger import SiteLedger, charged_on_joining, epsilon_of
 from sordino.sites.own_data import OwnData
-from sordino.sites.policy import fields_kept_back, over_budget
+from sordino.sites.policy import ACCURACY, fields_kept_back, over_budget, unnoised
 from sordino.sites.proposal import Proposal
 from sordino.sites.settings import SiteSettings
 from sordino.tasks.settings import PartitionSettings
@@ -37,8 +37,7 @@ COPIES = (1, 4, 16, 64)  # of this site, as stand-ins for others that are not kn
 ANSWERED = "answered"  # in an agreement: the last round that the coordinator knows an answer to
 AGREED = "agreement.json"  # in the folder of an experiment
 LEDGER = "ledger.json"  # there too: what was released of all sites' data, for the prompts
-Others = dict[str, tuple[tuple[int, ...], tuple[Disclosure, ...]]]
-ACCURACY = Disclosure("each client's accuracy on its own test pictures, to the server as it trains", "upload")
+Others = dict[str, Ledger]  # of all other experiments, by fingerprint
 
 
 class Membership:
@@ -314,6 +313,8 @@ class Membership:
         empty = self._empty(federation, clients)
         told_before = self._ledger.entry(self.proposal.fingerprint, empty).ledger.disclosures
         planned = replace(empty, disclosures=told_before).add(_of(federation.mechanism.planned(), clients))
+        if told := unnoised(policy, planned):
+            raise MessageError(told)
         if told := over_budget(policy, self._ledger, self.proposal.fingerprint, planned):
             raise MessageError(told)
         self._affordable = planned, self._others()
@@ -333,9 +334,9 @@ class Membership:
         return over_budget(self._settings.policy, self._ledger, self.proposal.fingerprint, after)
 
     def _others(self) -> Others:
-        """Return the rounds of all other experiments that this site's data is in, and what they disclose."""
-        entries = {name: (entry.rounds, entry.ledger.disclosures) for name, entry in self._ledger.experiments.items()}
-        return {name: entry for name, entry in entries.items() if name != self.proposal.fingerprint}
+        """Return what all other experiments that this site's data is in released and disclosed."""
+        ledgers = {name: entry.ledger for name, entry in self._ledger.experiments.items()}
+        return {name: ledger for name, ledger in ledgers.items() if name != self.proposal.fingerprint}
 
     def _empty(self, federation: Federation, clients: Sequence[int]) -> Ledger:
         """Return the experiment's ledger before any release, with the digests of this site's data."""

@@ -19,6 +19,11 @@ Fact = Literal["sizes", "accuracy", "class_names"]
 FINGERPRINT = 64  # hexadecimal digits of an experiment's fingerprint
 
 
+def is_fingerprint(text: str) -> bool:
+    """Tell whether a text may be the fingerprint of an experiment."""
+    return len(text) == FINGERPRINT and set(text) <= set("0123456789abcdef")
+
+
 class PolicySettings(BaseModel):
     """The `[policy]` table: which experiments a site takes part in, and what may leave it."""
 
@@ -34,7 +39,8 @@ class PolicySettings(BaseModel):
     )
     mechanisms: list[Mechanism] = Field(
         default=["statistics", "dp-sgd", "cotangent", "dp-fedavg"],
-        description="allowed privacy mechanisms; 'none' allows experiments that add no noise",
+        description="allowed privacy mechanisms; 'none' allows experiments that add no noise, also of a mechanism "
+        "whose noise is 0",
     )
     noise_by: list[NoiseBy] = Field(
         default=["client", "shares"],
@@ -52,7 +58,8 @@ class PolicySettings(BaseModel):
     )
     fields: list[str] = Field(
         default=["*"],
-        description="names of an upload's tensors that may leave; '*': all that the method declares",
+        description="names of tensors that may leave, of uploads and of a release of statistics; '*': all that the "
+        "method declares",
     )
     most_bytes: int = Field(default=2**28, ge=1, description="the longest request that is read")
 
@@ -65,7 +72,7 @@ class PolicySettings(BaseModel):
     @classmethod
     def _fingerprints(cls, names: list[str]) -> list[str]:
         for name in names:
-            if name != "any" and not (len(name) == FINGERPRINT and set(name) <= set("0123456789abcdef")):
+            if name != "any" and not is_fingerprint(name):
                 raise ValueError(f"{name!r} is neither 'any' nor {FINGERPRINT} hexadecimal digits")
         return names
 

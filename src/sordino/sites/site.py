@@ -16,10 +16,12 @@ from sordino.sites.ledger import EXPERIMENTS, SiteLedger
 from sordino.sites.membership import Membership, read_document
 from sordino.sites.policy import objections
 from sordino.sites.proposal import OWN, Proposal
-from sordino.sites.settings import SiteSettings
+from sordino.sites.settings import FINGERPRINT, SiteSettings, is_fingerprint
 
 PROPOSED = "proposal.json"  # in the folder of an experiment
 LAST = "process"  # in the state folder: which process answered last
+OWNER = "site"  # there too: the name of the site whose state it is
+FAULT = "something went wrong here"  # told where no refusal says what
 
 
 class Site:
@@ -27,16 +29,20 @@ class Site:
 
     Args:
         settings: of the site's file.
+
+    Raises:
+        RunError: its state folder is another site's, or damaged.
     """
 
     def __init__(self, settings: SiteSettings) -> None:
         self.settings, self.state = settings, Path(settings.state)
+        self._check_owner()
         self.ledger = SiteLedger.of_state(self.state)
         self._members: dict[str, Membership] = {}
         self._name = system_bytes(16).hex()  # of this process
 
     def turn(self, request: bytes) -> bytes:
-        """Return the answer to a request. A refusal says why; nothing raises.
+        """Return the answer to a request, whatever its bytes are. A refusal says why; no error is raised.
 
         The same request gets the same answer, however often it comes, and to whichever process of this site.
         """
@@ -46,15 +52,39 @@ class Site:
                 return self._answer(request)
         except SordinoError as error:
             return self._refusal("", error)
+        except Exception as error:  # a fault of this program's, or a file that cannot be opened; nothing left
+            log.exception("no answer to a request")
+            told = {"reason": f"{FAULT} ({type(error).__name__}); its log says more", "site": self.settings.name}
+            return Envelope("refusal", "", told).encode()
 
     def _take_over(self) -> None:
         """Read the state again if another process of this site has answered since this one did."""
         file = self.state / LAST
         if file.exists() and file.read_text() == self._name:
             return
+        if not self._check_owner():
+            write_atomically(self.state / OWNER, self.settings.name.encode(), FREE_SPACE)
         self._members.clear()
         self.ledger = SiteLedger.of_state(self.state)
         write_atomically(file, self._name.encode(), FREE_SPACE)
+
+    def _check_owner(self) -> bool:
+        """Return whether the state folder is known to be this site's. One without a name is that of who answers first.
+
+        Raises:
+            RunError: it is another site's, whose answers and ledger would be taken for this one's.
+        """
+        file = self.state / OWNER
+        try:
+            owner = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+        except OSError as error:
+            raise RunError(f"{file}: {error.strerror or error}; let this process read it") from None
+        if owner and owner != self.settings.name:
+            raise RunError(
+                f"the state folder in the file of site {self.settings.name!r} is that of site {owner!r}, with its "
+                "answers and ledger; set another `state` there, or give the site its old name back"
+            )
+        return bool(owner)
 
     def _refusal(self, experiment: str, error: SordinoError) -> bytes:
         """Return a refusal. An error of data may name files or persons, so its text stays in the site's own log."""
@@ -73,6 +103,8 @@ class Site:
                 most = self.settings.policy.most_bytes
                 raise MessageError(f"a request of {len(request):,} bytes, and policy.most_bytes = {most:,}")
             envelope = Envelope.decode(request)
+            if not is_fingerprint(envelope.experiment):  # it comes from a message, and names a folder
+                raise MessageError(f"an experiment's fingerprint has {FINGERPRINT} hexadecimal digits")
             experiment = envelope.experiment
             if envelope.kind == "hello":
                 return self.hello(envelope)
@@ -131,8 +163,6 @@ class Site:
 
     def folder(self, experiment: str) -> Path:
         """Return where the state of an experiment is."""
-        if not experiment.isalnum():  # it comes from a message, and names a folder
-            raise MessageError("an experiment's fingerprint is hexadecimal")
         return self.state / EXPERIMENTS / experiment
 
 

@@ -119,3 +119,11 @@ def test_each_server_is_told_what_a_peer_is(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             CliRunner().invoke(app, [*words, *given], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("days", [0, -1, 3651, 100_000, 999_999_999])
+def test_certificates_are_valid_for_a_bounded_time(days: int, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"--days = {days}: certificates are valid for 1 to 3650 days"):
+        make_certificates(tmp_path / "parties", days)
+    assert not (tmp_path / "parties").exists()
+    assert len(make_certificates(tmp_path / "parties", 3650)) == len(ROLES)

@@ -125,9 +125,14 @@ def transfer(
 
     Raises:
         PromptError, EncoderError: see `SavedPrompt`; or prompts of several methods or encoders are given.
-        ConfigError, DataError: the source is not there, or none of its pictures can be read.
+        ConfigError: a prompt is given twice; or as DataError.
+        DataError: the source is not there, or none of its pictures can be read.
     """
-    saved = [SavedPrompt.load(file) for given in prompts for file in prompt_files(given)]
+    files = [file for given in prompts for file in prompt_files(given)]
+    places = [file.resolve() for file in files]
+    if twice := [file for at, file in enumerate(files) if places[at] in places[:at]]:
+        raise ConfigError("PROMPT", str(twice[0]), "is there twice, and would count twice in the mean; give it once")
+    saved = [SavedPrompt.load(file) for file in files]
     for one in saved[1:]:
         if (one.method, one.encoder.fingerprint) != (saved[0].method, saved[0].encoder.fingerprint):
             raise PromptError(

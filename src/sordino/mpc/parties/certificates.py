@@ -36,6 +36,7 @@ SERVERS = ("server-0", "server-1")
 DEALER, MODEL_OWNER, DATA_OWNER = "dealer", "model-owner", "data-owner"
 ROLES = (*SERVERS, DEALER, MODEL_OWNER, DATA_OWNER)
 KEY, CERTIFICATE, AUTHORITY = "key.pem", "certificate.pem", "authority.pem"  # files of a party's folder
+MOST_DAYS = 3650  # for which a certificate may be valid
 WARNED_DAYS = 30  # before a certificate expires
 RENEWAL = (
     "renew all certificates with 'sordino mpc certificates --out NEW_FOLDER', hand each party its folder, and restart "
@@ -168,15 +169,18 @@ def make_certificates(folder: Path, days: int = 365) -> list[Path]:
 
     Args:
         folder: parent of the new folders; must not contain any of them.
-        days: until the certificates expire.
+        days: until the certificates expire, from 1 to MOST_DAYS.
 
     Returns:
         The folders.
 
     Raises:
-        ConfigError: a role's folder exists already.
+        ConfigError: a role's folder exists already, or certificates would be valid for too long.
         RunError: a folder cannot be written.
     """
+    if not 1 <= days <= MOST_DAYS:
+        allowed = f"certificates are valid for 1 to {MOST_DAYS} days; make new ones before they expire"
+        raise ConfigError("--days", days, allowed)
     folders = [folder / role for role in ROLES]
     for party_folder in folders:
         if party_folder.exists():
