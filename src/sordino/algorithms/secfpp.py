@@ -192,6 +192,32 @@ def check(settings: Settings, model: PromptModel, clients: int) -> None:
         raise ConfigError("settings.secfpp", f"{clients} clients a round", f"no protocol for them: {error}") from None
 
 
+def unused(settings: Settings, rounds: int, poisson: bool) -> list[str]:
+    """Return in words that there is no clustering, or that batches are not balanced; nothing if all is used."""
+    lines = []
+    if rounds < settings.cluster_every:
+        lines.append(
+            f"settings.secfpp.cluster_every = {settings.cluster_every}: in {rounds} rounds there is no clustering, so "
+            f"every client learns alone; set it to {rounds} or less, or take more rounds"
+        )
+    if settings.balanced and poisson:
+        lines.append(
+            "settings.secfpp.balanced = true: ignored under Poisson sampling, so clusters may be of class mixtures; "
+            "set it to false"
+        )
+    return lines
+
+
+def discloses(settings: Settings, rounds: int) -> tuple[Disclosure, ...]:
+    return disclosed(ABOUT, settings, rounds)
+
+
+def disclosed(about: MethodInfo, settings: Settings, rounds: int) -> tuple[Disclosure, ...]:
+    """Return the disclosures of a run: with no clustering there are no clusters, so neither distances nor means."""
+    clustered = rounds >= settings.cluster_every
+    return tuple(part for part in about.discloses if clustered or part.channel not in ("shares", "mean"))
+
+
 def client_exchange(
     settings: Settings,
     model: PromptModel,
