@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain, islice
 from typing import Any
 
 import pytest
@@ -283,12 +284,40 @@ def test_proda_of_one_context_is_promptfl(make_runtime: MakeRuntime) -> None:
 
 def test_every_context_of_proda_is_trained_once_in_a_pass() -> None:
     streams = Streams(0, 1, range(3), torch.device("cpu"))
-    batches = proda.context_batches(7, 3, streams)
+    batches = proda.context_batches(7, 3, 0, streams)
     passes = [torch.cat([next(batches) for _ in range(3)], dim=1) for _ in range(2)]
     for order in passes:
         assert torch.equal(order.sort(1).values, torch.arange(7).expand(3, -1))
     assert not torch.equal(passes[0], passes[1])
     assert not torch.equal(passes[0][0], passes[0][1])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_a_pass_of_proda_over_its_contexts_goes_on_over_rounds(steps: int) -> None:
+    """The steps of rounds after each other are those of one long round."""
+
+    def batches(taken: int, number: int) -> Iterator[Tensor]:
+        return proda.context_batches(7, 3, taken, Streams(0, number, range(3), torch.device("cpu")))
+
+    whole = list(islice(batches(0, 1), 4 * steps))
+    rounds = [list(islice(batches(steps * (number - 1), number), steps)) for number in range(1, 5)]
+    for one, other in zip(whole, chain(*rounds), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_one_step_of_proda_a_round_trains_every_context_once_in_a_pass(make_runtime: MakeRuntime) -> None:
+    """Those that a client did not train enter the average as no change."""
+    tables = TABLES | {"local_steps": 1, "contexts": 6, "contexts_at_once": 2}
+    runtime = make_runtime("proda", ROWS[:1], tables, rounds=6)
+    training, moved = started_in_double(runtime), []
+    for _ in range(6):
+        before = training.server.shared["contexts"]  # type: ignore[attr-defined]
+        training, _ = runtime.round(training)
+        after = training.server.shared["contexts"]  # type: ignore[attr-defined]
+        moved.append((after - before).flatten(1).any(1).nonzero().flatten().tolist())
+    assert sorted(chain(*moved[:3])) == list(range(6))
+    assert sorted(chain(*moved[3:])) == list(range(6))
+    assert moved[:3] != moved[3:]
 
 
 def test_proda_trains_the_contexts_of_a_step_and_no_other(make_runtime: MakeRuntime) -> None:

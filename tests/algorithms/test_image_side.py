@@ -466,7 +466,7 @@ def test_the_generator_attends_to_the_base_prompts_by_descriptor(make, vectors: 
 
 def test_the_server_steps_by_the_vector_jacobian_product(make) -> None:
     """Finite differences of minus the product of prompts and changes; and plain SGD takes that step."""
-    steps = {"server_optimizer": {"learning_rate": 0.1}}
+    steps = {"server_optimizer": {"name": "sgd", "learning_rate": 0.1}}
     runtime, start = make("pfedpg", pfedpg=steps)
     server, clients = start.server, [2, 0]
     change = 0.1 * random(2, 10, runtime.model.encoder.image_width)

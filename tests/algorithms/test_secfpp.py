@@ -24,6 +24,8 @@ from sordino.experiments.config import load_config
 from sordino.experiments.run import run
 from sordino.privacy.sampling import PoissonSampler
 from sordino.randomness import Streams
+from sordino.runtime import checkpoint
+from sordino.runtime.facts import participants
 from sordino.runtime.local import LocalRuntime, Training
 
 MakeRuntime = Callable[..., LocalRuntime]
@@ -127,6 +129,43 @@ def test_a_cluster_below_the_minimum_is_not_opened(make_runtime: MakeRuntime) ->
     assert after.server.opened.tolist() == [0, 1, 1, 1, 1, 1]  # type: ignore[attr-defined]
     whole = after.clients.domain + after.clients.personal  # type: ignore[attr-defined]
     torch.testing.assert_close(runtime.prompts(after)[0], whole[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["secfpp", "secfpp-plain"])
+def test_an_absent_client_keeps_its_clusters_mean(make_runtime: MakeRuntime, name: str, tmp_path: Path) -> None:
+    """Half of twelve clients take part in a round, and the run is loaded again after each.
+
+    An absent client has what it had, or its cluster's new mean. A participant of a cluster that is not opened has its
+    own part.
+    """
+    runtime = make_runtime(name, TWO_KINDS + TWO_KINDS, TABLES, rounds=8, participation=0.5)
+    training, kept, returned = runtime.start(), 0, 0
+    for number in range(1, 9):
+        came = participants(runtime.seed, number, 12, 0.5).tolist()
+        before, prompts = training.server, runtime.prompts(training)
+        checkpoint.save(tmp_path, runtime.round(training)[0])
+        loaded = checkpoint.load(tmp_path, training)
+        assert loaded is not None
+        training = loaded
+        after, now = training.server, runtime.prompts(training)
+        labels = after.labels.tolist()  # type: ignore[attr-defined]
+        present = [labels[client] for client in came]
+        fresh = {label for label in present if label != secure.NOBODY and present.count(label) >= 3}
+        for client in range(12):
+            opened = after.opened[client] > 0  # type: ignore[attr-defined]
+            if labels[client] in fresh:
+                assert opened
+            elif client in came:
+                assert not opened
+                own = training.clients.domain[client] + training.clients.personal[client]  # type: ignore[attr-defined]
+                assert torch.equal(now[client], own)
+                returned += int(before.opened[client])  # type: ignore[attr-defined]
+            else:
+                assert torch.equal(now[client], prompts[client])
+                assert opened == before.opened[client]  # type: ignore[attr-defined]
+                kept += int(opened)
+    assert kept > 0
+    assert returned > 0
 
 
 @pytest.mark.parametrize("name", ["secfpp", "secfpp-plain"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -193,6 +194,19 @@ def test_rounds_across_machines_are_tracked(site_files: dict[str, Path], tmp_pat
 
 ONE_STEP = {"context_length": 2, "batch_size": 0, "local_steps": 1, "dp-fpl": {"rank": 1}}
 BY_SHARES = {"mechanism": "dp-fedavg", "noise_by": "shares", "noise_multiplier": 1.0}
+
+
+def test_a_coordinator_warns_of_a_part_that_does_nothing(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also of a clustering that three rounds never reach; nothing is claimed of distances then."""
+    tables = {"settings": ONE_STEP, "runtime": {"weighting": "uniform"}}
+    write_site(tmp_path / "east", "east", clip_folder, {"unit": "client", "delta": 1e-3})
+    with caplog.at_level(logging.WARNING):
+        outcome = run_over(experiment(clip_folder, "secfpp", **tables), sites_at(site_files), tmp_path / "out")
+    (line,) = [text for text in caplog.messages if text.startswith("settings.")]
+    assert line.startswith("settings.secfpp.cluster_every = 10: in 3 rounds there is no clustering")
+    assert {part.channel for part in outcome.training.ledger.disclosures} == {"prompt"}
 
 
 @pytest.mark.parametrize("method", ["dp-fpl", "secfpp"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,7 +197,9 @@ def settings_for(name: str, tables: Mapping[str, Any]) -> Any:
     """A method's settings from a configuration's `[settings]`.
 
     A key straight under `[settings]` goes to every method that knows it; `[settings.NAME]` goes to one method, and to
-    those that descend from it and know the key.
+    those that descend from it and know the key. Of a table such as `optimizer`, keys that are not given keep the
+    method's own default. If it names another optimizer than that default, they take the defaults of `Optimizer`, as
+    a momentum of SGD means nothing to Adam.
 
     Raises:
         ConfigError: a key that no method knows, or a value out of range.
@@ -219,6 +221,7 @@ def settings_for(name: str, tables: Mapping[str, Any]) -> Any:
             raise ConfigError(f"settings.{ancestor}", method_table, "must be a table of this method's settings")
         foreign = _known(ancestor).keys() - known.keys()  # of a descendant with settings of its own
         merged = _merge(merged, {key: value for key, value in method_table.items() if key not in foreign})
+    merged = _completed(own_type, merged)
     try:
         # By way of JSON, as pydantic's strict mode takes a table for a dataclass only there.
         return TypeAdapter(own_type).validate_json(json.dumps(merged, default=str))
@@ -226,6 +229,21 @@ def settings_for(name: str, tables: Mapping[str, Any]) -> Any:
         raise config_error(error, own_type, f"settings.{name}") from None
     except ConfigError as error:
         raise ConfigError(f"settings.{name}.{error.key}", error.value, error.allowed) from None
+
+
+def _completed(own_type: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the given settings with each of their tables laid over the default of its field."""
+    completed = dict(given)
+    for setting in fields(own_type):
+        table, default = given.get(setting.name), setting.default
+        if setting.default_factory is not MISSING:
+            default = setting.default_factory()
+        if not isinstance(table, Mapping) or not is_dataclass(default) or isinstance(default, type):
+            continue
+        kind = getattr(default, "name", None)
+        if table.get("name", kind) == kind:
+            completed[setting.name] = _merge(asdict(default), table)
+    return completed
 
 
 def _known(name: str) -> dict[str, None]:

@@ -18,6 +18,8 @@ class method `of(settings, encoder, classes)`. A method may also have
 
     PARENT                                             the name of the method whose settings table applies to it too
     check(settings, model, clients)                    refuses a federation that it cannot serve
+    unused(settings, rounds, poisson) -> [str, ...]    the parts of it that do nothing in such a run, for warnings
+    discloses(settings, rounds) -> (Disclosure, ...)   what it discloses in such a run, if less than in its ABOUT
     server_exchange(settings, model, server, upload, clients, round_context, carrier)
                                                        the server's end of a protocol; server_round gets its result
                                                        in place of `Uploads`

@@ -81,3 +81,21 @@ def descend(
 def first_steps(steps: int, share: float) -> int:
     """Return the number of a round's steps that train the first part: a share of them, rounded down."""
     return math.floor(share * steps + ROUNDING)
+
+
+def untrained(steps: int, share: float, table: str, key: str, part: str) -> list[str]:
+    """Return in words that the first part of a round has no step, though it has a share of them; nothing otherwise.
+
+    Args:
+        steps, share: as for `first_steps`.
+        table: of the method's settings, with dots.
+        key: of the share.
+        part: the first part, in words.
+    """
+    if not 0 < share < 1 or first_steps(steps, share):
+        return []
+    enough = math.ceil((1 - ROUNDING) / share)
+    return [
+        f"{table}.local_steps = {steps}: {part} never trained, as {key} = {share:g} of {steps} is no whole step; "
+        f"set local_steps to {enough} or more, or {key} to 0 or 1"
+    ]

@@ -12,7 +12,8 @@ clients started at contexts of their own, the shared prompt would learn to recog
 client's classes.) The power iteration is orthonormalized by QR. V has the lengths of the prompt along U, as in the
 paper; in the authors' code its rows have unit length, and the residual the rest. A client that takes several steps a
 round holds p_G fixed and sends the mean gradient. The server's optimizer is a setting, SGD by default. The factors take
-plain gradient steps: they are drawn anew each step, so an optimizer's memory would not apply to them.
+plain gradient steps: they are drawn anew each step, so an optimizer's memory would not apply to them. Clients weigh by
+their numbers of examples by default. In the authors' code they weigh alike, as with `runtime.weighting = "uniform"`.
 """
 
 from dataclasses import dataclass, replace

@@ -7,10 +7,11 @@ contrastive loss draws z_G to z_C and away from z_i: minus the logarithm of exp(
 exp(cos(z_G, z_i) / t), averaged over classes and weighed with mu. All three parts are trained at once; p_G is averaged,
 U_i and V_i stay.
 
-Defaults are the authors' code's: M = 16, b = 4, t = 0.5, mu = 1, all parts random with deviation 0.02, U and V alike
-for all clients at first. Choices where the paper is silent, or the code differs from it. The hand-written prompt is "a
-photo of a", as in the paper (the code takes a sentence of placeholders). Clients' optimizers start afresh each round.
-The contrastive term depends on no image, so mechanisms add no noise to it.
+Defaults are the authors' code's: M = 16, b = 4, t = 0.5, mu = 1, SGD of rate 0.001, all parts random with deviation
+0.02, U and V alike for all clients at first. Its optimizer has momentum 0.9 and weight decay 0.0005 (of Dassl) beside
+that rate; here it has neither. Choices where the paper is silent, or the code differs from it. The hand-written prompt
+is "a photo of a", as in the paper (the code takes a sentence of placeholders). Clients' optimizers start afresh each
+round. The contrastive term depends on no image, so mechanisms add no noise to it.
 """
 
 from dataclasses import dataclass

@@ -15,7 +15,9 @@ numbers of which half gate the other half by GELU, and one back to E; M = 4; SGD
 decay 0.00001 and a cosine schedule, on batches of 128. Choices where that does not fit here: initial weights are normal
 with the variance of torch's own; clients' optimizers start afresh each round; every client's context is generated of
 all candidates of the task, not of its own classes alone, because all methods here choose among them all; the generator
-reads names with the full stop that ends every sentence here, which the code's names lack.
+reads names with the full stop that ends every sentence here, which the code's names lack; clients weigh by their
+numbers of examples by default, where the code takes the plain mean of those selected, as `runtime.weighting =
+"uniform"` does.
 """
 
 import math

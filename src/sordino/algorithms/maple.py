@@ -9,9 +9,11 @@ places of the text tower, and their images under a linear map,
 stand as prompt tokens in the same layer of the image tower. A layer's tokens replace those of the layer before. Images
 meet the prompt inside the image tower, so every image passes it in every step.
 
-Authors' defaults: M = 2, J = 9 (or as many as the shorter tower has), SGD of rate 0.0035. Choices. The first text
-tokens start at random, as those of all methods here, and not at "a photo of a" (`initial_context` starts them at
-words). Initial maps are normal with the variance of torch's own. The authors' batches of four are here 32.
+Authors' defaults: M = 2, J = 9 (or as many as the shorter tower has), SGD of rate 0.0035. Choices. The optimizer has
+no momentum, no weight decay and a constant rate; in the authors' code it has 0.9, 0.0005 (both of Dassl) and a cosine
+schedule after one of five epochs of warm-up. The first text tokens start at random, as those of all methods here, and
+not at "a photo of a" (`initial_context` starts them at words). Initial maps are normal with the variance of torch's
+own. The authors' batches of four are here 32.
 """
 
 from typing import Any, Self

@@ -33,6 +33,9 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam, as in torch
 class Optimizer:
     """One of torch's optimizers and its schedule over rounds.
 
+    Momentum, weight decay and schedule are plain by default. They are not those of code that is built on Dassl, as that
+    of CoOp: momentum 0.9, weight decay 0.0005, and often a cosine schedule after an epoch of warm-up.
+
     Attributes:
         name: torch.optim.SGD, Adam or AdamW.
         learning_rate: before the schedule.

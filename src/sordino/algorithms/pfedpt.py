@@ -12,7 +12,7 @@ a client keeps, for as many steps as the shared part. The rate of 1 is its scrip
 
 Choices where the paper is silent, as its model has no text. The context's optimizer is PromptFL's, afresh each round. A
 round's `local_steps` are divided between the parts, so that a method with two parts does not take more gradients. With
-a single step only the context trains.
+a single step only the context trains, and a run says so.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sordino.algorithms import base
 from sordino.algorithms.base import ClientData, InitContext, MethodInfo, RoundContext, Schedule, Uploads
-from sordino.algorithms.descent import descend, first_steps
+from sordino.algorithms.descent import descend, first_steps, untrained
 from sordino.algorithms.settings.pfedpt import Settings
 from sordino.encoders.base import Capability, ClassTokens, DualEncoder
 from sordino.encoders.cache import Kind
@@ -119,6 +119,11 @@ class Upload(base.Upload):
 
 def schedule(settings: Settings) -> Schedule:
     return Schedule(settings.local_steps, settings.batch_size or None)
+
+
+def unused(settings: Settings, rounds: int, poisson: bool) -> list[str]:
+    """Return in words that the frame is never trained, if it is not."""
+    return untrained(settings.local_steps, settings.frame_share, "settings.pfedpt", "frame_share", "the frame is")
 
 
 def server_init(settings: Settings, init: InitContext) -> Server:

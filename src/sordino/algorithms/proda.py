@@ -13,13 +13,18 @@ they do not become alike. Predictions use the mean features mu_c, which are not 
 
 Authors' defaults: N = 32, batches of 4 contexts a step, M = 16, lambda = 0.1. Mean and covariance in training are those
 of the step's contexts. The code of the method, as others carry it on, divides the covariance by one more than their
-number, as here. Each client goes through the contexts in a random order of its own, anew after each pass. The rest of
-the contexts rest in a step but for an optimizer's momentum, and mechanisms noise the step's contexts only. Choice: all
-contexts stand before the class name; the paper has half of them around it or behind it.
+number, as here. Each client goes through the contexts in a random order of its own, anew after each pass. A pass goes
+on over rounds: step t of round r is step (r - 1) local_steps + t of the run, also for a client that was absent before.
+The rest of the contexts rest in a step but for an optimizer's momentum, and mechanisms noise the step's contexts only.
+A context that a client did not train in a round enters the average as no change: where each client trains 4 of 8 a
+round, a context moves by about half of the mean change of those who trained it. Choice: all contexts stand before the
+class name; the paper has half of them around it or behind it.
 """
 
+import itertools
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
@@ -153,7 +158,8 @@ def client_round(
     optimizer, rate = settings.optimizer, settings.optimizer.rate(round_context)
     contexts = at_clients(broadcast.shared, len(data))["contexts"]  # [K, N, M, E]
     kept = optimizer.initial_state(contexts)
-    chosen = context_batches(settings.contexts, settings.contexts_at_once, round_context.streams)
+    taken = (round_context.round - 1) * settings.local_steps
+    chosen = context_batches(settings.contexts, settings.contexts_at_once, taken, round_context.streams)
     for batch in data.batches(settings.local_steps, settings.batch_size or None, round_context.streams):
         places = next(chosen)[:, :, None, None].expand(-1, -1, *contexts.shape[2:])
         part = gradients(dict, {"contexts": contexts.gather(1, places)}, {}, batch).values["contexts"]
@@ -162,9 +168,19 @@ def client_round(
     return changes({"contexts": contexts}, broadcast, data), state
 
 
-def context_batches(number: int, at_once: int, streams: Streams) -> Iterator[Tensor]:
-    """Yield for every step the numbers [K, n] of the contexts that each client trains; all come once in a pass."""
-    generators = streams.generators("contexts")
-    while True:
+def context_batches(number: int, at_once: int, taken: int, streams: Streams) -> Iterator[Tensor]:
+    """Yield for every step the numbers [K, n] of the contexts that each client trains; all come once in a pass.
+
+    Args:
+        number: of contexts.
+        at_once: how many of them a step trains; the last step of a pass may train fewer.
+        taken: steps of the run before this round, with which a pass may have begun.
+        streams: the K clients' randomness.
+    """
+    whole = replace(streams, round=0)  # an order is that of a pass, in whichever round a step of it is
+    done, begun = divmod(taken, math.ceil(number / at_once))
+    for number_of_pass in itertools.count(done):
+        generators = whole.generators(f"contexts in pass {number_of_pass}")
         orders = torch.stack([torch.from_numpy(generator.permutation(number)) for generator in generators])
-        yield from orders.to(streams.device).split(at_once, dim=1)
+        yield from orders.to(streams.device).split(at_once, dim=1)[begun:]
+        begun = 0

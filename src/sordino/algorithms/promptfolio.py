@@ -9,8 +9,9 @@ norm, a class has the feature
 which is not given unit norm again. Both contexts are trained at once; the shared one is averaged, the personal one
 stays. With theta = 0 the method is PromptFL, and with theta = 1 every client learns alone.
 
-The default theta, 0.2, was not checked against the paper; an example in its code has 0.4. As in FedOTP, both contexts
-start anywhere, all clients at the same two, and clients' optimizers start afresh each round.
+The default theta is 0.2, and was not checked against the paper. In the authors' code it is 0.4 (`--frac_p`), which is
+`personal = 0.4` here. As in FedOTP, both contexts start anywhere, all clients at the same two, and clients' optimizers
+start afresh each round.
 """
 
 from dataclasses import dataclass, replace

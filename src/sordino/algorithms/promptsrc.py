@@ -15,9 +15,11 @@ of those of all rounds so far, with the weights of a normal density around a rou
 the last ones. That mean is made of averages that everybody has seen, so it discloses nothing more.
 
 Authors' defaults: M = 4, J = 9, weights 25, 10 and 1, 60 sentences, SGD of rate 0.0025; of 20 epochs the density's mean
-is the 15th and its deviation one, which are here shares of the rounds. Choices. The sentences are the first 60 of
-CLIP's that end with the class name, as a context stands before it here. As in the code, their class features have unit
-norm after the mean, not before it. Prompts start at random. Batches of four are here 32.
+is the 15th and its deviation one, which are here shares of the rounds. Choices. The optimizer has no momentum, no
+weight decay and a constant rate; in the authors' code it has 0.9, 0.0005 (both of Dassl) and a cosine schedule after an
+epoch of warm-up. The sentences are the first 60 of CLIP's that end with the class name, as a context stands before it
+here. As in the code, their class features have unit norm after the mean, not before it. Prompts start at random.
+Batches of four are here 32.
 """
 
 from collections.abc import Mapping

@@ -13,7 +13,8 @@ averages take from the one, the other keeps. A client is clustered by its whole 
 says. The search opens the distances between all clients (`Pairs`) or only those that k-means needs (`Adaptive`). A
 cluster below the minimum size is not opened, and its clients keep their own domain-level parts. The reason is that its
 mean goes to its members: T of a cluster of T + 1 would compute the last one's part from it. If too few clients answer,
-the last clusters stay. Cluster means are not weighed by sizes.
+the last clusters stay. A client that takes no part in a round keeps the mean that it had, until its cluster has a new
+one. Cluster means are not weighed by sizes.
 """
 
 from collections.abc import Sequence
@@ -191,6 +192,32 @@ def check(settings: Settings, model: PromptModel, clients: int) -> None:
         raise ConfigError("settings.secfpp", f"{clients} clients a round", f"no protocol for them: {error}") from None
 
 
+def unused(settings: Settings, rounds: int, poisson: bool) -> list[str]:
+    """Return in words that there is no clustering, or that batches are not balanced; nothing if all is used."""
+    lines = []
+    if rounds < settings.cluster_every:
+        lines.append(
+            f"settings.secfpp.cluster_every = {settings.cluster_every}: in {rounds} rounds there is no clustering, so "
+            f"every client learns alone; set it to {rounds} or less, or take more rounds"
+        )
+    if settings.balanced and poisson:
+        lines.append(
+            "settings.secfpp.balanced = true: ignored under Poisson sampling, so clusters may be of class mixtures; "
+            "set it to false"
+        )
+    return lines
+
+
+def discloses(settings: Settings, rounds: int) -> tuple[Disclosure, ...]:
+    return disclosed(ABOUT, settings, rounds)
+
+
+def disclosed(about: MethodInfo, settings: Settings, rounds: int) -> tuple[Disclosure, ...]:
+    """Return the disclosures of a run: with no clustering there are no clusters, so neither distances nor means."""
+    clustered = rounds >= settings.cluster_every
+    return tuple(part for part in about.discloses if clustered or part.channel not in ("shares", "mean"))
+
+
 def client_exchange(
     settings: Settings,
     model: PromptModel,
@@ -290,7 +317,10 @@ def server_round(settings: Settings, server: Server, uploads: Exchanged, round_c
             labels = secure.renamed(labels, participants[list(clusters.clients)], clusters.labels)
         except secure.SecureError as error:
             log.warning("round %d keeps the last clusters: %s", round_context.round, error)
-    contexts, opened = torch.zeros_like(server.contexts), torch.zeros_like(server.opened)
+    # An absent client keeps its mean. A participant trained from it, so its own part is newer.
+    contexts, opened = server.contexts.clone(), server.opened.clone()
+    trained = torch.from_numpy(participants).to(contexts.device)
+    contexts[trained], opened[trained] = 0, 0
     numbers = sorted({*labels[participants].tolist()} - {secure.NOBODY})
     if numbers:
         sets = [frozenset(np.flatnonzero(labels[participants] == number).tolist()) for number in numbers]

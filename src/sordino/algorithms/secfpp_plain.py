@@ -26,6 +26,7 @@ from sordino.algorithms.secfpp import (
     schedule,
     server_init,
     server_round,
+    unused,
 )
 from sordino.algorithms.settings.secfpp import Settings
 from sordino.encoders.prompt_model import PromptModel
@@ -42,11 +43,13 @@ __all__ = [
     "check",
     "client_init",
     "client_round",
+    "discloses",
     "prompt",
     "schedule",
     "server_exchange",
     "server_init",
     "server_round",
+    "unused",
 ]
 
 ABOUT = replace(
@@ -86,6 +89,10 @@ class PlaintextExchange:
             changes[sorted(members)].mean(0) if enough else None for members, enough in zip(sets, large, strict=True)
         ]
         return secure.Averages(tuple(means), tuple(sets))
+
+
+def discloses(settings: Settings, rounds: int) -> tuple[Disclosure, ...]:
+    return secfpp.disclosed(ABOUT, settings, rounds)
 
 
 def server_exchange(

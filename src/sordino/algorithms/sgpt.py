@@ -33,7 +33,7 @@ from torch import Tensor
 
 from sordino.algorithms import base
 from sordino.algorithms.base import ClientData, InitContext, MethodInfo, RoundContext, Schedule, Uploads
-from sordino.algorithms.descent import descend, first_steps
+from sordino.algorithms.descent import descend, first_steps, untrained
 from sordino.algorithms.settings.sgpt import Settings
 from sordino.encoders.base import Capability, ClassTokens, DualEncoder
 from sordino.encoders.prompt_model import Prompt, named_parts
@@ -141,6 +141,12 @@ class Upload(base.Upload):
 
 def schedule(settings: Settings) -> Schedule:
     return Schedule(settings.local_steps, settings.batch_size or None)
+
+
+def unused(settings: Settings, rounds: int, poisson: bool) -> list[str]:
+    """Return in words that the shared prompts are never trained, if they are not."""
+    part = "the shared prompts are"
+    return untrained(settings.local_steps, settings.shared_share, "settings.sgpt", "shared_share", part)
 
 
 def server_init(settings: Settings, init: InitContext) -> Server:

@@ -8,7 +8,8 @@ from sordino.algorithms import FUNCTIONS, METHODS, algorithm
 from sordino.algorithms.method_file import is_name
 from sordino.errors import ConfigError
 
-OPTIONAL = ("Model", "check", "client_exchange", "server_exchange")  # see `sordino.algorithms.base`
+# See `sordino.algorithms.base`.
+OPTIONAL = ("Model", "check", "client_exchange", "discloses", "server_exchange", "unused")
 STATES = ("Broadcast", "ClientState", "Server", "Settings", "Upload")
 
 ROUND = '''

@@ -48,6 +48,7 @@ from sordino.results import (
 )
 from sordino.runtime import checkpoint
 from sordino.runtime.evaluate import Evaluation, Scores
+from sordino.runtime.facts import warn_of_unused
 from sordino.runtime.local import LocalRuntime, RoundError, Training
 from sordino.runtime.records import RoundRecord
 from sordino.tasks.splits import Task
@@ -105,6 +106,7 @@ def _run(
     task, encoding = dataset.task(config, progress)
     started = time.monotonic()
     runtime, evaluation = assemble(config, dataset, task)
+    warn_of_unused(runtime.algorithm, runtime.settings, runtime.mechanism)
     yardstick = Yardstick.of(config, dataset, task, progress)
     # Before config.toml, so that where there is one there is the other.
     pin(out, data_record(dataset, task, dataset.public(config, task)))

@@ -35,6 +35,7 @@ from sordino.privacy.ledger import Disclosure, Ledger, joint_digest
 from sordino.privacy.mechanism import WEIGHT, Mechanism, MechanismInputs
 from sordino.privacy.settings import PrivacySettings
 from sordino.privacy.statistics.estimates import ClassStatistics
+from sordino.progress import log
 from sordino.randomness import Randomness, Streams, SystemRandomness, generator
 from sordino.runtime.settings import RuntimeSettings, participant_count
 
@@ -282,6 +283,8 @@ def mechanism_inputs(
     tells_sizes = runtime.weighting == "examples" and has_weight
     sizes = units.sizes
     sizes_disclosure = Disclosure(f"how many {units.noun} each client holds, to the server every round", "sizes")
+    of_run = getattr(algorithm, "discloses", None)
+    disclosures = of_run(settings, rounds) if of_run else about.discloses
     participated = [0] * len(sizes)
     for number in range(1, rounds + 1):
         for client in participants(seed, number, len(sizes), runtime.participation).tolist():
@@ -301,7 +304,7 @@ def mechanism_inputs(
         shared=about.averages,
         personal=about.personal != "nothing",
         server_uses=about.server_uses,
-        discloses=(*about.discloses, *([sizes_disclosure] if tells_sizes else [])),
+        discloses=(*disclosures, *([sizes_disclosure] if tells_sizes else [])),
         classes=classes,
         statistics=about.statistics,
         counts_only=about.counts_only,
@@ -309,6 +312,13 @@ def mechanism_inputs(
         whole_persons=units.whole_persons,
         forward_only=about.forward_only,
     )
+
+
+def warn_of_unused(algorithm: Algorithm, settings: Any, mechanism: Mechanism) -> None:
+    """Log a warning for each part of a method that does nothing in a run, with the key and the remedy."""
+    of_run = getattr(algorithm, "unused", None)
+    for line in of_run(settings, mechanism.inputs.rounds, mechanism.samples_examples) if of_run else ():
+        log.warning("%s", line)
 
 
 def client_data(

@@ -27,7 +27,7 @@ from sordino.progress import log
 from sordino.runtime import checkpoint
 from sordino.runtime.agreement import Agreement
 from sordino.runtime.envelope import Envelope
-from sordino.runtime.facts import participants
+from sordino.runtime.facts import participants, warn_of_unused
 from sordino.runtime.fleet import Answer, Ask, Fleet, Lost, Patience, ServerRuntime, drive
 from sordino.runtime.messages import MessageError
 from sordino.runtime.server import ServerEnd, ServerRecord, ServerTraining
@@ -96,6 +96,7 @@ def coordinate(
         for site, reason in sorted(met.left_out.items()):
             so_far = " so far, and is asked again between rounds" if site in met.silent else ""
             log.warning("%s takes no part%s: %s", site, so_far, reason)
+        warn_of_unused(met.federation.algorithm, met.federation.settings, met.federation.mechanism)
         late, answered = Latecomers(meeting, met), before.answered if before else {}
         return _Rounds(config, proposal, fleet, out, patience, watch, late, answered).run()
 
