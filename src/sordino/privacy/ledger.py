@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -35,6 +35,10 @@ SEEN_BY: dict[Channel, tuple[Observer, ...]] = {
     "sizes": ("server",),
 }
 ALL_CLIENTS = "all clients"  # the party of a release that every client's data enter
+
+# One release with less noise has a larger epsilon already, at any delta below its sampling rate: where it is above half
+# of what one unit adds, that unit was in it, up to a probability of e^-316.
+LEAST_PRIVATE_NOISE = 0.02
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,7 @@ class Release:
     @property
     def noise_multiplier(self) -> float:
         """Return that of one Gaussian release as revealing as all vectors together: (sum of z^-2)^(-1/2)."""
-        least = min(self.noise_multipliers)
-        if least == 0 or math.isinf(least):
-            return least
-        # Relative to the least, so that squares of very large or small multipliers neither vanish nor overflow.
-        return least * float(sum((z / least) ** -2 for z in self.noise_multipliers) ** -0.5)
+        return combined_multiplier(self.noise_multipliers)
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,12 @@ class Ledger:
 
     @property
     def private(self) -> bool:
-        """True if everything learned from images reached untrusted observers with noise on it, or not at all."""
-        return self.noised and not self.simulated
+        """True if everything learned from images reached untrusted observers with noise on it, or not at all.
+
+        Noise that bounds nothing is none: where the ledger has no delta, or one release is under `LEAST_PRIVATE_NOISE`.
+        Epsilon of all releases together is not computed here; see `statement.is_private`.
+        """
+        return self.noised and not self.simulated and not self._unbounded
 
     @property
     def noised(self) -> bool:
@@ -161,6 +165,20 @@ class Ledger:
         kinds = {(min(release.noise_multipliers), release.observers) for release in self.releases}
         noiseless = any(least == 0 and set(observers) - trusted for least, observers in kinds)
         return not informed and not noiseless
+
+    @property
+    def _unbounded(self) -> bool:
+        """True if a single release to an untrusted observer has an epsilon that is infinite, or too large to count."""
+        trusted, delta = set(self.trusted), self.delta or 0.0
+        seen = {
+            (release.noise_multipliers, release.sampling_rate)
+            for release in self.releases
+            if release.steps and set(release.observers) - trusted
+        }
+        return any(
+            rate > delta and (delta <= 0 or combined_multiplier(multipliers) < LEAST_PRIVATE_NOISE)
+            for multipliers, rate in seen
+        )
 
     def to_json(self) -> str:
         """Return the content of `ledger.json`; equal ledgers give equal text."""
@@ -222,6 +240,15 @@ class Ledger:
     def digest(self) -> str:
         """Return SHA-256 of the ledger's text, in hex; saved prompts carry it."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def combined_multiplier(multipliers: Sequence[float]) -> float:
+    """Return (sum of z^-2)^(-1/2) over noise multipliers z."""
+    least = min(multipliers)
+    if least == 0 or math.isinf(least):
+        return least
+    # Relative to the least, so that squares of very large or small multipliers neither vanish nor overflow.
+    return least * float(sum((z / least) ** -2 for z in multipliers) ** -0.5)
 
 
 def _texts(releases: Iterable[Release]) -> Iterator[str]:

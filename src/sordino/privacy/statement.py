@@ -13,6 +13,7 @@ from sordino.errors import ConfigError, RunError
 from sordino.privacy import accounting
 from sordino.privacy.accounting import Spent
 from sordino.privacy.ledger import OBSERVERS, Ledger, Observer, Release, Unit
+from sordino.results.summary import MOST_PRIVATE_EPSILON
 from sordino.results.wording import rounded_up
 
 WHO: dict[Observer, str] = {
@@ -53,6 +54,16 @@ def headline(ledger: Ledger, unit: Unit) -> Spent | None:
     return max(untrusted, key=lambda view: view.epsilon)
 
 
+def is_private(ledger: Ledger, unit: Unit) -> bool:
+    """Return true if a run may be called private: all is noised, and epsilon is one that says something."""
+    return ledger.private and bounds(headline(ledger, unit))
+
+
+def bounds(worst: Spent | None) -> bool:
+    """Return true if the largest privacy loss is none, or at most `MOST_PRIVATE_EPSILON`."""
+    return worst is None or worst.epsilon <= MOST_PRIVATE_EPSILON
+
+
 def statement(ledger: Ledger, unit: Unit) -> str:
     """Return the guarantee in words: the protected unit and its epsilon, and everything left unprotected."""
     leaks = "; ".join(disclosure.content for disclosure in ledger.disclosures)
@@ -62,7 +73,7 @@ def statement(ledger: Ledger, unit: Unit) -> str:
             return "Private: nothing that was learned from images was sent or published."
         return f"Not private: {leaks}. No noise was added and no epsilon holds."
     sentences = []
-    if ledger.noised and math.isfinite(worst.epsilon):
+    if ledger.noised and bounds(worst):
         against = listed([WHO[observer] for observer in OBSERVERS if observer not in ledger.trusted])
         loss = f"epsilon = {rounded_up(worst.epsilon, 4)} at delta = {rounded_up(worst.delta, 2)}"
         claim = f"{loss} for each {unit}, against {against}"
@@ -71,7 +82,12 @@ def statement(ledger: Ledger, unit: Unit) -> str:
             if ledger.simulated
             else f"Differentially private: {claim}."
         )
-    elif ledger.noised or not leaks:
+    elif ledger.noised and math.isfinite(worst.epsilon):
+        least = f"epsilon is {worst.epsilon:.3g} for each {unit}, and nothing above {MOST_PRIVATE_EPSILON:g} is a bound"
+        sentences.append(f"Not private: the noise is too small, as {least}.")
+    elif ledger.noised:
+        sentences.append(f"Not private: the noise that was added bounds nothing about each {unit}.")
+    elif not leaks:
         sentences.append("Not private: contributions were clipped and sampled, but no noise was added.")
     else:
         sentences.append(f"Not private: {leaks}, without noise.")
@@ -92,7 +108,7 @@ def as_summary(ledger: Ledger, unit: Unit) -> dict[str, Any]:
     worst = headline(ledger, unit)
     released = bool(ledger.releases)
     return {
-        "private": ledger.private,
+        "private": ledger.private and bounds(worst),
         "simulated": ledger.simulated,
         "epsilon": _finite(worst.epsilon) if worst else 0.0 if ledger.private else None,
         "delta": ledger.delta,
@@ -145,6 +161,7 @@ def spending(ledger: Ledger) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(ledger.to_json())
     del content["data"]  # digests would confirm a guess of somebody's data to whoever reads this
     return content | {
+        "private": all(is_private(ledger, unit) for unit in units),
         "spent": [
             {
                 "unit": unit,

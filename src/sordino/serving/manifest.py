@@ -20,6 +20,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from sordino.errors import ConfigError, PromptError
 from sordino.files import Record
 from sordino.privacy.signature import fingerprint, public_bytes, sign, signed_by
+from sordino.results.summary import MOST_PRIVATE_EPSILON
 from sordino.results.wording import rounded_up
 
 FORMAT: Final = "sordino published prompt 1"
@@ -97,6 +98,11 @@ class Privacy(_Part):
     unit: Word | None
     statement: str
     ledger_sha256: Digest | None
+
+    @property
+    def bounded(self) -> bool:
+        """True if there is an epsilon, and one that says something."""
+        return self.epsilon is not None and self.epsilon <= MOST_PRIVATE_EPSILON
 
 
 class Attack(_Part):
@@ -177,7 +183,7 @@ class Facts(_Part):
         """Return what must be told wherever the prompt shows; "" for a private one that no attack contradicts."""
         if self.privacy.simulated:
             return "SIMULATED, NOT PRIVATE"
-        if not self.privacy.private:
+        if not self.privacy.private or not self.privacy.bounded:
             return "NOT PRIVATE"
         return "CLAIM CONTRADICTED" if self.audit is not None and self.audit.refuted else ""
 
@@ -186,7 +192,8 @@ class Facts(_Part):
         """The privacy in a few words: the mark, or epsilon."""
         if self.mark:
             return self.mark
-        if not self.privacy.epsilon:
+        assert self.privacy.epsilon is not None  # or it would be marked
+        if self.privacy.epsilon == 0:
             return "private: nothing was released"
         return f"epsilon = {rounded_up(self.privacy.epsilon, 4)} for each {self.privacy.unit}"
 

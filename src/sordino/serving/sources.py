@@ -78,9 +78,7 @@ def from_run(folder: Path, key: Ed25519PrivateKey, client: int | None = None) ->
     }:
         raise PromptError(f"{file}: is not of the run whose {LEDGER} and {SUMMARY} lie above it; put its own there")
     privacy = _privacy(ledger, unit, saved)
-    if privacy["epsilon"] is not None and not math.isclose(
-        privacy["epsilon"], summary.privacy.epsilon or 0.0, rel_tol=TOLERANCE
-    ):
+    if not _same(privacy["epsilon"], summary.privacy.epsilon):
         raise RunError(f"{folder}: {SUMMARY} states another epsilon than {LEDGER} comes to; run the experiment again")
     files = {PROMPT: content, LEDGER: _public(ledger)}
     audit = None
@@ -137,6 +135,7 @@ def check_claim(found: Published) -> None:
             f"{found.place}: {LEDGER} cannot be counted ({error}); ask its publisher for another"
         ) from None
     more = (said.private and not counted["private"]) or (counted["simulated"] and not said.simulated)
+    more |= said.private and said.epsilon is None  # which is no bound, and so not private
     for claim, holds in ((said.epsilon, counted["epsilon"]), (said.delta, counted["delta"])):
         if claim is not None:
             more |= holds is None or claim < holds * (1 - TOLERANCE)
@@ -192,6 +191,13 @@ def _privacy(ledger: Ledger, unit: Unit, saved: SavedPrompt) -> dict[str, Any]:
         "statement": saved.privacy.statement,
         "ledger_sha256": saved.privacy.ledger_sha256,
     }
+
+
+def _same(counted: float | None, said: float | None) -> bool:
+    """Return true if two counts of one epsilon agree; None is no bound."""
+    if counted is None or said is None:
+        return counted is said
+    return math.isclose(counted, said, rel_tol=TOLERANCE)
 
 
 def _public(ledger: Ledger) -> bytes:
