@@ -13,9 +13,11 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from sordino.errors import RunError
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+
+from sordino.errors import RunError, config_error
 
 Unit = Literal["example", "person", "client"]
 UNITS: tuple[Unit, ...] = get_args(Unit)  # from small to large: each is made of units before it
@@ -23,6 +25,15 @@ Observer = Literal["server", "clients", "public"]
 OBSERVERS: tuple[Observer, ...] = get_args(Observer)
 Source = Literal["system", "simulation"]
 Channel = Literal["upload", "shares", "mean", "prompt", "memory", "images", "sizes"]
+NoiseSource = Literal["client", "server", "shares"]
+
+# Of a file: no other type is taken for a text or a number, and no number that no release can have.
+Text = Annotated[str, Strict()]
+Multipliers = Annotated[tuple[Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)], ...], Field(min_length=1)]
+Rate = Annotated[float, Strict(), Field(gt=0, le=1)]
+Steps = Annotated[int, Strict(), Field(ge=1, le=10**9)]  # more than any run has, and than can be counted
+Observers = Annotated[tuple[Observer, ...], Field(min_length=1)]
+Delta = Annotated[float, Strict(), Field(gt=0, lt=1)]
 
 # Observers of each channel. The mean reaches all clients, and everybody who is given a prompt.
 SEEN_BY: dict[Channel, tuple[Observer, ...]] = {
@@ -58,15 +69,17 @@ class Release:
         name: of the one release that this is, which other runs may use again; empty if it is this run's alone.
     """
 
-    content: str
-    party: str
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    content: Text
+    party: Text
     unit: Unit
-    noise_multipliers: tuple[float, ...]
-    sampling_rate: float
-    steps: int
-    noise_by: str
-    observers: tuple[Observer, ...]
-    name: str = ""
+    noise_multipliers: Multipliers
+    sampling_rate: Rate
+    steps: Steps
+    noise_by: NoiseSource
+    observers: Observers
+    name: Text = ""
 
     @property
     def noise_multiplier(self) -> float:
@@ -85,7 +98,9 @@ class Disclosure:
             it; as "images" that are handed over; as the "sizes" of the clients' data.
     """
 
-    content: str
+    __pydantic_config__: ClassVar = ConfigDict(extra="ignore")  # its observers follow from its channel
+
+    content: Text
     channel: Channel
 
     @property
@@ -206,30 +221,21 @@ class Ledger:
             source: where it was read, for messages.
 
         Raises:
-            RunError: the text is not a ledger.
+            RunError: the text is not a ledger, or holds a value that no ledger has; the message names both.
         """
+        place = "" if source is None else f"{source}: "
+        remedy = "put it back as it was, or run the experiment again"
         try:
-            content: dict[str, Any] = json.loads(text)
-            releases = [
-                Release(**entry | {name: tuple(entry[name]) for name in ("noise_multipliers", "observers")})
-                for entry in content["releases"]
-            ]
-            disclosures = [Disclosure(entry["content"], entry["channel"]) for entry in content["disclosures"]]
-            return cls(
-                tuple(releases),
-                tuple(disclosures),
-                tuple(content["trusted"]),
-                tuple(content["assumptions"]),
-                content["delta"],
-                content["randomness"],
-                str(content["run"]),
-                {str(party): str(digest) for party, digest in content["data"].items()},
-                whole_persons=content.get("whole_persons") is True,
-            )
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            place = "" if source is None else f"{source}: "
-            remedy = "put it back, or run the experiment again"
+            content = json.loads(text)
+            if not isinstance(content, dict):
+                raise ValueError("it is no JSON object")
+            read = _File.model_validate(content)
+        except ValidationError as error:
+            wrong = config_error(error, _File)
+            raise RunError(f"{place}not a ledger of this version of Sordino: {wrong}; {remedy}") from None
+        except (ValueError, RecursionError) as error:
             raise RunError(f"{place}not a ledger of this version of Sordino ({error!r}); {remedy}") from None
+        return cls(**vars(read))
 
     def digest_of(self, party: str) -> str:
         """Return the digest of a party's data; "" if it is unknown. ALL_CLIENTS has that of all parties together."""
@@ -240,6 +246,22 @@ class Ledger:
     def digest(self) -> str:
         """Return SHA-256 of the ledger's text, in hex; saved prompts carry it."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+class _File(BaseModel):
+    """The part of `ledger.json` that is read; the rest follows from it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    releases: tuple[Release, ...]
+    disclosures: tuple[Disclosure, ...]
+    trusted: tuple[Observer, ...]
+    assumptions: tuple[Text, ...]
+    delta: Delta | None
+    randomness: Source
+    run: Text
+    data: dict[Text, Text]
+    whole_persons: Annotated[bool, Strict()] = False
 
 
 def combined_multiplier(multipliers: Sequence[float]) -> float:

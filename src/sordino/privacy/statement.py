@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from sordino.errors import ConfigError, RunError
 from sordino.privacy import accounting
 from sordino.privacy.accounting import Spent
 from sordino.privacy.ledger import OBSERVERS, Ledger, Observer, Release, Unit
+from sordino.results.summary import FILE as SUMMARY
 from sordino.results.summary import MOST_PRIVATE_EPSILON
 from sordino.results.wording import rounded_up
 
@@ -134,15 +136,22 @@ def read_ledgers(folders: Sequence[Path], delta: float | None = None) -> Ledger:
     """Read the ledgers of run directories, and compose them if there are several.
 
     Raises:
-        RunError: a directory has no ledger, or a damaged one; a run is given twice.
+        RunError: a directory has no ledger, or a damaged one, or another than its summary names; a run is given twice.
         ConfigError: delta is not a probability.
     """
     ledgers: list[Ledger] = []
     for folder in folders:
         try:
-            ledgers.append(Ledger.from_json((folder / "ledger.json").read_bytes(), folder / "ledger.json"))
+            text = (folder / "ledger.json").read_bytes()
         except OSError as error:
             raise RunError(f"{folder}: no ledger.json to read ({error.strerror}); give a run directory") from None
+        ledgers.append(Ledger.from_json(text, folder / "ledger.json"))
+        named = _named_digest(folder / SUMMARY)
+        if named and named != hashlib.sha256(text).hexdigest():
+            raise RunError(
+                f"{folder}: ledger.json is not the one that {SUMMARY} was written with, so nobody knows what was "
+                "spent; put it back, or finish the run with --resume"
+            )
         latest = ledgers[-1].run
         twice = next((place for place, earlier in enumerate(ledgers[:-1]) if earlier.run == latest), None)
         if twice is not None:
@@ -153,6 +162,20 @@ def read_ledgers(folders: Sequence[Path], delta: float | None = None) -> Ledger:
     if not 0 < delta < 1:
         raise ConfigError("--delta", delta, "must be between 0 and 1, and below one over the number of units")
     return replace(ledger, delta=delta)
+
+
+def _named_digest(summary: Path) -> str:
+    """Return the digest of the ledger that a summary was written with; "" if a run has none yet, or is unfinished.
+
+    Raises:
+        RunError: the summary is damaged.
+    """
+    if not summary.exists():
+        return ""
+    try:
+        return str(json.loads(summary.read_bytes())["privacy"].get("ledger_digest", ""))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RunError(f"{summary} is damaged ({error!r}); put it back, or finish the run with --resume") from None
 
 
 def spending(ledger: Ledger) -> dict[str, Any]:

@@ -143,7 +143,9 @@ def _privacy(groups: Sequence[Group]) -> str:
     simulated = [group for group in learned if group.results.claim.bounded and group.results.claim.simulated]
     open_ones = [group for group in learned if not group.results.claim.bounded]
     if not promised and not simulated:
-        return "Nothing here is private: what was learned from the images left the clients without noise that bounds it."
+        return (
+            "Nothing here is private: what was learned from the images left the clients with no noise that bounds it."
+        )
     clauses = []
     if promised:
         clauses.append(f"{_promise(promised, len(learned) == 1)}{_trust(promised)}")
