@@ -273,6 +273,21 @@ class Sealed:
         return manifest
 
 
+def check_mark(facts: Facts, accepted: bool) -> None:
+    """Check that a prompt has no mark, or that its mark was accepted.
+
+    Raises:
+        ConfigError: it was not.
+    """
+    if facts.mark and not accepted:
+        raise ConfigError(
+            "--accept-not-private",
+            False,
+            f"this prompt is marked {facts.mark} and stays so wherever it shows ({facts.privacy.statement}); give "
+            "this option if that is meant",
+        )
+
+
 def record(content: bytes) -> FileRecord:
     """Return the record of a file's content."""
     return FileRecord(sha256=hashlib.sha256(content).hexdigest(), size=len(content))

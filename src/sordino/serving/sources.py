@@ -43,18 +43,31 @@ class Material:
     Attributes:
         facts: what the prompt is.
         files: by name, their content.
+        statement: of privacy, which is signed before it is a file too; None without a run.
     """
 
     facts: Facts
     files: Mapping[str, bytes]
+    statement: Mapping[str, Any] | None = None
+
+    def signed(self, key: Ed25519PrivateKey) -> Material:
+        """Return it with the statement among the files, signed."""
+        if self.statement is None:
+            return self
+        envelope = json.dumps(sealed(self.statement, key), indent=1) + "\n"
+        return Material(self.facts, {**self.files, STATEMENT: envelope.encode()})
 
 
 def from_run(folder: Path, key: Ed25519PrivateKey, client: int | None = None) -> Material:
-    """Read a prompt of a finished run directory.
+    """Read a prompt of a finished run directory as `read_run` does, and sign its statement."""
+    return read_run(folder, client).signed(key)
+
+
+def read_run(folder: Path, client: int | None = None) -> Material:
+    """Read a prompt of a finished run directory; its statement is not signed yet.
 
     Args:
         folder: the run directory.
-        key: signs the privacy statement.
         client: whose prompt; None for the one that all share, or that is alone.
 
     Raises:
@@ -85,9 +98,8 @@ def from_run(folder: Path, key: Ed25519PrivateKey, client: int | None = None) ->
     if (folder / AUDIT).exists():
         files[AUDIT] = _read(folder / AUDIT)
         audit = _audit(folder / AUDIT, files[AUDIT], ledger, unit, summary)
-    statement = sealed(statement_of(folder, judge), key)
-    files[STATEMENT] = (json.dumps(statement, indent=1) + "\n").encode()
-    return Material(_facts(saved, privacy, audit, _training(summary, saved.client)), files)
+    facts = _facts(saved, privacy, audit, _training(summary, saved.client))
+    return Material(facts, files, statement_of(folder, judge))
 
 
 def from_file(file: Path, ledger_file: Path) -> Material:
