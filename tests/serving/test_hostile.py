@@ -29,7 +29,7 @@ from starlette.responses import Response
 from serving.conftest import some_facts, some_files
 from serving.uploads import PICTURES, huge_png
 from sordino.cli.app import invoke
-from sordino.errors import PromptError, RunError
+from sordino.errors import ConfigError, PromptError, RunError
 from sordino.prompt_file import SavedPrompt
 from sordino.serving.folder import export, read_folder
 from sordino.serving.manifest import CARD, LEDGER, Manifest, Sealed, record
@@ -38,7 +38,7 @@ from sordino.serving.server import connections, service
 from sordino.serving.server.app import build
 from sordino.serving.server.inference import InferenceRequest
 from sordino.serving.server.keys import Keys
-from sordino.serving.server.listen import Address, configured
+from sordino.serving.server.listen import Address, configured, serve
 from sordino.serving.server.refusal import Refusal
 from sordino.serving.server.service import Log, Service
 from sordino.serving.server.settings import ServerSettings
@@ -213,6 +213,42 @@ def test_a_server_of_this_machine_is_asked_by_its_own_names_alone(published: str
         for host in ("evil.example", "127.0.0.1.evil.example:80", "[::1", "", "localhost:80:80", "127.0.0.1@evil"):
             response = client.get("/v1/prompts", headers={"Host": host})
             assert (response.status_code, set(response.json())) == (400, {"error"}), host
+
+
+@pytest.mark.parametrize(
+    ("address", "by", "status"),
+    [
+        (Address("127.0.0.2"), "127.0.0.2:8000", 200),
+        (Address("127.0.0.2"), "localhost:8000", 200),
+        (Address("0:0::1"), "[::1]:8000", 200),
+        (Address("0:0::1"), "[0:0::1]:8000", 200),
+        (Address("LocalHost"), "localhost", 200),
+        (Address("127.0.0.2"), "127.0.0.3:8000", 400),
+        (Address("127.0.0.2"), "evil.example", 400),
+        (Address("127.0.0.1", open_to_all=True), "prompts.example", 200),  # a proxy that keeps the name
+        (Address("0.0.0.0", open_to_all=True, without_tls=True), "prompts.example", 200),
+    ],
+)
+def test_the_address_that_a_server_listens_on_is_a_name_of_it(
+    address: Address, by: str, status: int, published: str, trusted: Trusted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = []
+
+    def answer(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        with TestClient(server.config.app, base_url="http://127.0.0.1:8000") as client:  # type: ignore[arg-type]
+            answers.append(client.get("/v1/prompts", headers={"Host": by}).status_code)
+
+    monkeypatch.setattr(uvicorn.Server, "run", answer)
+    with Registry(published) as registry:
+        serve(registry, trusted, replace(address, port=0), SETTINGS, None, [], None, lambda _: None)
+    assert answers == [status]
+
+
+@pytest.mark.parametrize("host", ["é..b", "a" * 70 + ".b", "a\0b"])
+def test_a_host_that_cannot_be_one_is_refused(host: str, published: str, trusted: Trusted) -> None:
+    address = Address(host, 0, open_to_all=True, without_tls=True)
+    with Registry(published) as registry, pytest.raises(ConfigError, match=r"--host|--port"):
+        serve(registry, trusted, address, SETTINGS, None, [], None, lambda _: None)
 
 
 @contextmanager
