@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import socket
@@ -17,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import uvicorn
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -30,6 +32,7 @@ from serving.conftest import some_facts, some_files
 from serving.uploads import PICTURES, huge_png
 from sordino.cli.app import invoke
 from sordino.errors import ConfigError, PromptError, RunError
+from sordino.privacy.signature import sign
 from sordino.prompt_file import SavedPrompt
 from sordino.serving.folder import export, read_folder
 from sordino.serving.manifest import CARD, LEDGER, Manifest, Sealed, record
@@ -124,6 +127,35 @@ def test_small_pictures_that_take_minutes_are_refused_before_they_are_read(monke
     for content in hostile:
         with pytest.raises(Refusal, match="too many parts"):
             read_picture(content, settings, None)
+
+
+def test_a_whole_picture_is_not_called_damaged() -> None:
+    """A dark one of 16 bits is refused for what it lacks."""
+    dark, light = (np.full((32, 32), value, np.uint16) for value in (900, 60_000))
+    files = []
+    for pixels in (dark, light):
+        out = io.BytesIO()
+        Image.fromarray(pixels).save(out, "PNG")
+        files.append(out.getvalue())
+    assert read_picture(files[1], SETTINGS, None).size == (32, 32)
+    assert read_picture(files[0], SETTINGS, (0, 1000)).size == (32, 32)
+    with pytest.raises(Refusal, match="more than 8 bits a pixel, and is too dark.*save it with 8 bits"):
+        read_picture(files[0], SETTINGS, None)
+    with pytest.raises(Refusal, match="the picture is damaged"):
+        read_picture(files[1][:60], SETTINGS, None)
+
+
+@pytest.mark.parametrize("created", ["9999-99-99T99:99:99Z", "2026-02-30T00:00:00Z", "2026-01-31T24:00:00Z"])
+def test_a_version_is_of_a_day_that_there_is(
+    created: str, published: str, key: Ed25519PrivateKey, trusted: Trusted
+) -> None:
+    with Registry(published) as registry:
+        found = registry.inspect("fabric", 1)
+        text = found.sealed.text.replace(found.manifest.created.encode(), created.encode())
+    signature = sign(key, b"sordino published prompt " + hashlib.sha256(text).hexdigest().encode())
+    sealed = replace(found.sealed, text=text, signature=signature)
+    with pytest.raises(PromptError, match="malformed"):
+        sealed.open("the upload")
 
 
 def dicom_in_jpeg(width: int, height: int) -> bytes:

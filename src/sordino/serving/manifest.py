@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -35,6 +36,7 @@ FILES = (PROMPT, LEDGER, STATEMENT, AUDIT, CARD)
 MAX_MANIFEST = 1 << 24  # bytes
 NAME = re.compile(r"[a-z0-9]+([._-][a-z0-9]+)*")
 LONGEST_NAME = 64
+MOMENT: Final = "%Y-%m-%dT%H:%M:%SZ"  # UTC
 CHANGED = "it was changed after it was signed; do not use it, and ask its publisher for it"
 
 
@@ -54,6 +56,12 @@ def _file(name: str) -> str:
     if name not in FILES:
         raise ValueError(f"must be of {', '.join(FILES)}")
     return name
+
+
+def _moment(text: str) -> str:
+    if datetime.strptime(text, MOMENT).strftime(MOMENT) != text:
+        raise ValueError(f"must be written as {MOMENT}")
+    return text
 
 
 Word = Annotated[str, Field(max_length=200), AfterValidator(_printable)]  # a column of the database
@@ -211,7 +219,7 @@ class Manifest(Facts):
     format: Literal["sordino published prompt 1"] = FORMAT
     name: Annotated[str, AfterValidator(_name)]
     version: Annotated[int, Field(ge=1)]
-    created: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+    created: Annotated[str, Field(pattern=r"^[0-9]{4}(-[0-9]{2}){2}T[0-9]{2}(:[0-9]{2}){2}Z$"), AfterValidator(_moment)]
     publisher: Word
     files: dict[Annotated[str, AfterValidator(_file)], FileRecord]
 

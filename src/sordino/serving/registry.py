@@ -26,6 +26,7 @@ from sordino.serving.manifest import (
     CARD,
     CHANGED,
     MAX_MANIFEST,
+    MOMENT,
     Facts,
     Manifest,
     Sealed,
@@ -390,4 +391,4 @@ def _withdrawal(row: Row[Any]) -> Withdrawal | None:
 
 
 def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.now(UTC).strftime(MOMENT)
