@@ -70,6 +70,18 @@ class Shelf:
                 self._held.move_to_end(at)
             return at, self._held.get(at)
 
+    def versions(self, name: str) -> list[int]:
+        """Return the versions of a prompt that may be asked for, ascending.
+
+        Raises:
+            RunError: the registry cannot be read.
+        """
+        return [
+            each.version
+            for each in self.registry.listed(self.trusted, name)
+            if each.manifest is not None and each.trusted and each.withdrawn is None
+        ]
+
     def describe(self, name: str, version: str | None) -> Published:
         """Return a version that may be used now, with everything checked, whatever is in memory.
 
