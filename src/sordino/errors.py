@@ -218,4 +218,8 @@ def _is_text(value: str) -> bool:
 
 _UNKNOWN_KEY = {"extra_forbidden", "unexpected_keyword_argument"}
 _MISSING_KEY = {"missing", "missing_argument"}
-_WORDS = {"valid dictionary or instance of MethodSource": "valid path or table", "valid dictionary": "valid table"}
+_WORDS = {
+    "valid dictionary or instance of MethodSource": "valid path or table",
+    "valid dictionary": "valid table",
+    "valid tuple": "valid list",
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -59,6 +60,78 @@ def test_a_damaged_ledger_is_named(tmp_path: Path) -> None:
     (tmp_path / "ledger.json").write_text('{"releases": [')
     with pytest.raises(RunError, match=f"^{re.escape(str(tmp_path / 'ledger.json'))}: not a ledger of this version"):
         read_ledgers([tmp_path])
+
+
+RELEASE = Release("sums", "client 0", "example", (1.0, 2.0), 0.5, 3, "client", ("server", "public"))
+WHOLE = Ledger(
+    (RELEASE,), (Disclosure("prompts", "prompt"),), ("server",), ("it is so",), 1e-5, data={"client 0": "ab"}
+)
+
+DAMAGES: dict[str, object] = {
+    **{"releases": {}, "disclosures": None, "trusted": "server", "assumptions": {}, "delta": "1e-5", "data": []},
+    **{"randomness": "dice", "run": 7, "whole_persons": 1},
+    **{"releases.0.steps": -3, "releases.0.sampling_rate": 2, "releases.0.observers": [], "releases.0.party": ["me"]},
+    **{"releases.0.noise_multipliers": [], "releases.0.noise_multipliers.0": math.nan, "releases.0.unit": "galaxy"},
+    **{"releases.0.noise_by": None, "releases.0.name": [], "releases.0.content": 5, "releases.0.more": 1},
+    **{"disclosures.0.channel": "pigeon", "disclosures.0.content": None, "trusted.0": "me", "data.client 0": 5},
+}
+
+
+@pytest.mark.parametrize("key", [*DAMAGES, "releases.0"])
+def test_a_damaged_value_is_named_with_its_file_and_key(key: str) -> None:
+    """And never read as an empty ledger, or as one of less."""
+    content = json.loads(WHOLE.to_json())
+    assert Ledger.from_json(json.dumps(content)) == WHOLE
+    *way, last = (int(part) if part.isdigit() else part for part in key.split("."))
+    place = content
+    for part in way:
+        place = place[part]
+    place[last] = DAMAGES.get(key, 5)
+    with pytest.raises(RunError) as told:
+        Ledger.from_json(json.dumps(content), "runs/a/ledger.json")
+    assert str(told.value).startswith("runs/a/ledger.json: not a ledger of this version of Sordino: ")
+    assert f" {key} = {DAMAGES.get(key, 5)!r}: " in str(told.value)
+    assert str(told.value).endswith("put it back as it was, or run the experiment again")
+
+
+@pytest.mark.parametrize("value", [0, 1.0, True, "3", math.inf, 10**30])
+def test_steps_are_a_whole_number_from_one(value: object) -> None:
+    content = json.loads(WHOLE.to_json())
+    content["releases"][0]["steps"] = value
+    with pytest.raises(RunError, match=r"releases\.0\.steps"):
+        Ledger.from_json(json.dumps(content))
+
+
+@pytest.mark.parametrize("key", list(json.loads(WHOLE.to_json()).keys() - {"private", "simulated", "parts"}))
+def test_no_part_may_be_missing(key: str) -> None:
+    content = json.loads(WHOLE.to_json())
+    del content[key]
+    if key == "whole_persons":  # of earlier versions, which knew no persons
+        assert Ledger.from_json(json.dumps(content)) == WHOLE
+        return
+    with pytest.raises(RunError, match=key):
+        Ledger.from_json(json.dumps(content))
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "{}", "null", "[" * 100_000, b"\xff"])
+def test_what_is_no_ledger_at_all_is_refused(text: str | bytes) -> None:
+    with pytest.raises(RunError, match="not a ledger of this version"):
+        Ledger.from_json(text)
+
+
+def test_a_ledger_is_held_against_the_summary_that_names_it(tmp_path: Path) -> None:
+    """As by the report, the statement and `publish`; an unfinished run has no summary yet."""
+    (tmp_path / "ledger.json").write_text(WHOLE.to_json())
+    assert read_ledgers([tmp_path]) == WHOLE
+    (tmp_path / "summary.json").write_text(json.dumps({"privacy": {"ledger_digest": WHOLE.digest()}}))
+    assert read_ledgers([tmp_path]) == WHOLE
+    (tmp_path / "ledger.json").write_text(WHOLE.to_json().replace('"steps": 3', '"steps": 1'))
+    with pytest.raises(RunError, match=r"not the one that summary\.json was written with"):
+        read_ledgers([tmp_path])
+    for damaged in ("{", "[]", '{"privacy": 5}'):
+        (tmp_path / "summary.json").write_text(damaged)
+        with pytest.raises(RunError, match=r"summary\.json is damaged"):
+            read_ledgers([tmp_path])
 
 
 @given(st.lists(RELEASES, max_size=8))

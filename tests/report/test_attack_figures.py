@@ -17,6 +17,7 @@ from scipy.stats import norm
 
 from report.test_report import Page, page_of
 from sordino.audit.scores import CURVE_POINTS, Attack
+from sordino.errors import RunError
 from sordino.report.runs import read_run
 from sordino.report.sections.evidence import Bound, evidence
 from sordino.report.sections.roc import of_replaced, privacy_bound
@@ -123,3 +124,25 @@ def test_a_bound_above_its_claim_stands_out(audited: Path, tmp_path: Path) -> No
     cells = page.column("Shown ε, at least", "Claimed and shown epsilon by attack")
     assert "99, which refutes the claim" in cells.values()
     assert "An attack refutes the claim" in page.text["In short"]
+
+
+@pytest.mark.parametrize(
+    "attacks",
+    [
+        *([1], "x", None, {"membership": "x", "canaries": 5}, {"canaries": {"epsilon": 1.0}}),
+        {"canaries": {"epsilon": "1", "claimed_epsilon": 1.0, "delta": 1e-5, "refuted": False}},
+        {"membership": {"lira": {"auc": 0.5, "auc_interval": [0.4], "found": []}}},
+        {"membership": {"lira": {"auc": None, "auc_interval": [0.4, 0.6], "found": []}}},
+        {"membership": {"lira": {"auc": 0.5, "auc_interval": [0.4, 0.6], "found": [5]}}},
+        {"membership": {"lira": {"auc": 0.5, "auc_interval": [0.4, 0.6], "found": []}, "claimed_epsilon": "8"}},
+        {"inversion": {"attacks": [{"size": 1}]}},
+        {"stealing": {"victims": 5}},
+        {"stealing": {"reason": 5}},
+    ],
+)
+def test_a_damaged_audit_is_named(attacks: object, audited: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(audited, folder)
+    (folder / "audit.json").write_text(json.dumps({"claimed": {"epsilon": 8.0}, "attacks": attacks}))
+    with pytest.raises(RunError, match="run: audit.json is damaged.*repeat 'sordino audit'"):
+        page_of(tmp_path, folder)

@@ -432,12 +432,15 @@ def test_privacy_is_said_in_words_and_never_understated(tmp_path: Path, write_ru
         assert "adds up" not in page_of(tmp_path, *(tmp_path / name for name in alone)).text["Privacy"]
 
 
-def test_infinite_epsilon_and_none_at_all(tmp_path: Path, write_run: WriteRun) -> None:
+def test_an_epsilon_that_bounds_nothing_is_not_private(tmp_path: Path, write_run: WriteRun) -> None:
+    """Whatever the run says of itself: none, an infinite one, and one that nobody could tell from it."""
     spent = {"private": True, "delta": None, "unit": None, "statement": "…"}
     write_run(tmp_path / "a", "a", privacy={**spent, "epsilon": math.inf})
     write_run(tmp_path / "b", "b", privacy={**spent, "epsilon": None})
-    page = page_of(tmp_path, tmp_path / "a", tmp_path / "b")
-    assert page.column("Privacy") == {"a": "private: ε = ∞", "b": "private, no ε stated"}
+    write_run(tmp_path / "c", "c", privacy={**spent, "epsilon": 5e39})
+    write_run(tmp_path / "d", "d", privacy={**spent, "epsilon": 64.0})
+    page = page_of(tmp_path, *(tmp_path / name for name in "abcd"))
+    assert page.column("Privacy") == dict.fromkeys("abc", "not private") | {"d": "private: ε = 64"}
 
 
 def test_nulls_everywhere(tmp_path: Path, write_run: WriteRun) -> None:

@@ -148,7 +148,7 @@ def test_a_manifest_that_describes_another_prompt_is_refused(
     """Also where a trusted publisher signed it: what shows must be what answers."""
     material = from_run(shared_run, key)
     facts = material.facts.model_dump()
-    facts["privacy"]["private"] = True
+    facts["privacy"] |= {"private": True, "epsilon": 1.0, "delta": 1e-5, "unit": "example"}
     with Registry(f"sqlite:///{tmp_path}/prompts.db", create=True) as registry:
         registry.publish("fabric", facts_of(**facts), material.files, key)
         with pytest.raises(PromptError, match=rf"{PROMPT} is another one than the manifest describes"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import socket
@@ -17,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import uvicorn
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -29,7 +31,8 @@ from starlette.responses import Response
 from serving.conftest import some_facts, some_files
 from serving.uploads import PICTURES, huge_png
 from sordino.cli.app import invoke
-from sordino.errors import PromptError, RunError
+from sordino.errors import ConfigError, PromptError, RunError
+from sordino.privacy.signature import sign
 from sordino.prompt_file import SavedPrompt
 from sordino.serving.folder import export, read_folder
 from sordino.serving.manifest import CARD, LEDGER, Manifest, Sealed, record
@@ -38,7 +41,7 @@ from sordino.serving.server import connections, service
 from sordino.serving.server.app import build
 from sordino.serving.server.inference import InferenceRequest
 from sordino.serving.server.keys import Keys
-from sordino.serving.server.listen import Address, configured
+from sordino.serving.server.listen import Address, configured, serve
 from sordino.serving.server.refusal import Refusal
 from sordino.serving.server.service import Log, Service
 from sordino.serving.server.settings import ServerSettings
@@ -124,6 +127,35 @@ def test_small_pictures_that_take_minutes_are_refused_before_they_are_read(monke
     for content in hostile:
         with pytest.raises(Refusal, match="too many parts"):
             read_picture(content, settings, None)
+
+
+def test_a_whole_picture_is_not_called_damaged() -> None:
+    """A dark one of 16 bits is refused for what it lacks."""
+    dark, light = (np.full((32, 32), value, np.uint16) for value in (900, 60_000))
+    files = []
+    for pixels in (dark, light):
+        out = io.BytesIO()
+        Image.fromarray(pixels).save(out, "PNG")
+        files.append(out.getvalue())
+    assert read_picture(files[1], SETTINGS, None).size == (32, 32)
+    assert read_picture(files[0], SETTINGS, (0, 1000)).size == (32, 32)
+    with pytest.raises(Refusal, match="more than 8 bits a pixel, and is too dark.*save it with 8 bits"):
+        read_picture(files[0], SETTINGS, None)
+    with pytest.raises(Refusal, match="the picture is damaged"):
+        read_picture(files[1][:60], SETTINGS, None)
+
+
+@pytest.mark.parametrize("created", ["9999-99-99T99:99:99Z", "2026-02-30T00:00:00Z", "2026-01-31T24:00:00Z"])
+def test_a_version_is_of_a_day_that_there_is(
+    created: str, published: str, key: Ed25519PrivateKey, trusted: Trusted
+) -> None:
+    with Registry(published) as registry:
+        found = registry.inspect("fabric", 1)
+        text = found.sealed.text.replace(found.manifest.created.encode(), created.encode())
+    signature = sign(key, b"sordino published prompt " + hashlib.sha256(text).hexdigest().encode())
+    sealed = replace(found.sealed, text=text, signature=signature)
+    with pytest.raises(PromptError, match="malformed"):
+        sealed.open("the upload")
 
 
 def dicom_in_jpeg(width: int, height: int) -> bytes:
@@ -213,6 +245,42 @@ def test_a_server_of_this_machine_is_asked_by_its_own_names_alone(published: str
         for host in ("evil.example", "127.0.0.1.evil.example:80", "[::1", "", "localhost:80:80", "127.0.0.1@evil"):
             response = client.get("/v1/prompts", headers={"Host": host})
             assert (response.status_code, set(response.json())) == (400, {"error"}), host
+
+
+@pytest.mark.parametrize(
+    ("address", "by", "status"),
+    [
+        (Address("127.0.0.2"), "127.0.0.2:8000", 200),
+        (Address("127.0.0.2"), "localhost:8000", 200),
+        (Address("0:0::1"), "[::1]:8000", 200),
+        (Address("0:0::1"), "[0:0::1]:8000", 200),
+        (Address("LocalHost"), "localhost", 200),
+        (Address("127.0.0.2"), "127.0.0.3:8000", 400),
+        (Address("127.0.0.2"), "evil.example", 400),
+        (Address("127.0.0.1", open_to_all=True), "prompts.example", 200),  # a proxy that keeps the name
+        (Address("0.0.0.0", open_to_all=True, without_tls=True), "prompts.example", 200),
+    ],
+)
+def test_the_address_that_a_server_listens_on_is_a_name_of_it(
+    address: Address, by: str, status: int, published: str, trusted: Trusted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = []
+
+    def answer(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        with TestClient(server.config.app, base_url="http://127.0.0.1:8000") as client:  # type: ignore[arg-type]
+            answers.append(client.get("/v1/prompts", headers={"Host": by}).status_code)
+
+    monkeypatch.setattr(uvicorn.Server, "run", answer)
+    with Registry(published) as registry:
+        serve(registry, trusted, replace(address, port=0), SETTINGS, None, [], None, lambda _: None)
+    assert answers == [status]
+
+
+@pytest.mark.parametrize("host", ["é..b", "a" * 70 + ".b", "a\0b"])
+def test_a_host_that_cannot_be_one_is_refused(host: str, published: str, trusted: Trusted) -> None:
+    address = Address(host, 0, open_to_all=True, without_tls=True)
+    with Registry(published) as registry, pytest.raises(ConfigError, match=r"--host|--port"):
+        serve(registry, trusted, address, SETTINGS, None, [], None, lambda _: None)
 
 
 @contextmanager

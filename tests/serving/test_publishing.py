@@ -293,6 +293,7 @@ def test_the_commands_from_publishing_to_withdrawal(
     assert "there is no registry" in capsys.readouterr().err
     assert call("publish", run, "--name", "fabric") == 2
     assert "--accept-not-private" in capsys.readouterr().err
+    assert (list(tmp_path.iterdir()), list(own_config.iterdir())) == ([], [])  # nothing is made for it
     assert call("publish", run, "--name", "fabric", "--accept-not-private") == 0
     told = capsys.readouterr().out
     assert "Published fabric:1 in sqlite:///prompts.db: NOT PRIVATE" in told
@@ -319,7 +320,33 @@ def test_the_commands_from_publishing_to_withdrawal(
     assert "a test" in capsys.readouterr().err
     assert call("prompts", "export", "fabric", "--out", "folder") == 0
     assert "NOT PRIVATE" in capsys.readouterr().out
-    assert call("prompts", "verify", "folder") == 0
+    assert call("prompts", "verify", "folder/") == 0
+
+
+def test_a_folder_is_never_taken_for_the_version_of_its_name(
+    shared_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder knows nothing of a withdrawal, and whoever fills the working folder may have put it there."""
+    monkeypatch.chdir(tmp_path)
+    assert call("publish", str(shared_run), "--name", "fabric", "--accept-not-private") == 0
+    assert call("prompts", "export", "fabric", "--out", "fabric") == 0
+    assert call("prompts", "withdraw", "fabric:1", "--reason", "a test") == 0
+    capsys.readouterr()
+    assert call("prompts", "verify", "fabric", "--registry", "sqlite:///prompts.db") == 0
+    assert "Withdrawn since" in capsys.readouterr().out
+    assert call("prompts", "verify", "fabric") == 2
+    told = capsys.readouterr().err
+    assert "fabric/" in told
+    assert "--registry" in told
+    assert call("prompts", "verify", "fabric:1") == 0  # no folder has this name
+    assert "Withdrawn since" in capsys.readouterr().out
+    for folder in ("fabric/", "./fabric", str(tmp_path / "fabric")):
+        assert call("prompts", "verify", folder) == 0
+        assert "Withdrawn" not in capsys.readouterr().out
+        assert call("prompts", "verify", folder, "--registry", "sqlite:///prompts.db") == 2
+        assert "leave --registry out" in capsys.readouterr().err
+    assert call("prompts", "verify", "./absent") == 2
+    assert "manifest.json is missing" in capsys.readouterr().err
 
 
 def test_a_stranger_trusts_by_a_key_that_is_given(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -259,6 +261,10 @@ def test_names_are_those_that_addresses_and_files_can_have(name: str, tmp_path: 
         ("sqlite:///{}/garbage.db", "cannot be used"),
         ("sqlite:///{}/empty.db", "is no registry yet"),
         ("postgresql://somebody:secret@127.0.0.1:1/x", "cannot be used"),
+        ("postgresql://somebody@127.0.0.1:1/x?nonsense=abc", "cannot be used"),
+        ("sqlite:///{}/empty.db?timeout=abc", "timeout.*takes no options"),
+        ("sqlite:///{}/empty.db?foo=bar&mode=ro", "foo, mode.*takes no options"),
+        ("sqlite:///{}/\udcff.db", "sqlite:///FILE or postgresql"),
     ],
 )
 def test_what_is_no_registry_is_told_in_one_line(url: str, told: str, tmp_path: Path) -> None:
@@ -268,6 +274,60 @@ def test_what_is_no_registry_is_told_in_one_line(url: str, told: str, tmp_path: 
         Registry(url.format(tmp_path))
     assert "secret" not in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def others() -> Iterator[Path]:
+    """A folder that everybody may read; for root, who may write anywhere, the test goes on as nobody."""
+    folder = Path(tempfile.mkdtemp(prefix="sordino-read-only-"))
+    folder.chmod(0o755)
+    yield folder
+    os.seteuid(os.getuid())
+    for place in (folder, *folder.rglob("*")):
+        place.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(("folder", "file"), [(0o555, 0o444), (0o555, 0o644), (0o777, 0o444)])
+def test_a_registry_that_can_only_be_read_is_read(
+    folder: int, file: int, others: Path, key: Ed25519PrivateKey, trusted: Trusted
+) -> None:
+    place = others / "kept"
+    place.mkdir()
+    url = f"sqlite:///{place}/prompts.db"
+    with Registry(url, create=True) as registry:
+        publish(registry, key)
+    (place / "prompts.db").chmod(file)
+    place.chmod(folder)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    with Registry(url) as registry:
+        assert [each.fault for each in registry.listed(trusted)] == [""]
+        assert registry.load("fabric", trusted=trusted).manifest.version == 1
+        assert Keys(registry.database).listed() == []
+        with pytest.raises(RunError, match="cannot be used"):
+            publish(registry, key)
+        with pytest.raises(RunError, match="cannot be used"):
+            registry.withdraw("fabric", 1, "a test")
+
+
+def test_a_registry_whose_newest_part_cannot_be_read_is_refused(others: Path, key: Ed25519PrivateKey) -> None:
+    """In a copy without all its files an older state would show, without a withdrawal."""
+    (others / "own").mkdir()
+    (others / "kept").mkdir()
+    url = f"sqlite:///{others}/own/prompts.db"
+    with Registry(url, create=True) as registry:
+        publish(registry, key)
+    with Registry(url) as registry:
+        registry.withdraw("fabric", 1, "a test")
+        for name in ("prompts.db", "prompts.db-wal"):
+            shutil.copy(others / "own" / name, others / "kept")
+            (others / "kept" / name).chmod(0o444)
+    (others / "kept").chmod(0o555)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    with pytest.raises(RunError, match="cannot be used"):
+        Registry(url.replace("/own/", "/kept/"))
 
 
 def test_a_registry_of_a_newer_version_is_refused(url: str, key: Ed25519PrivateKey) -> None:

@@ -422,10 +422,11 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_withdrawn_prompt_is_gone_at_once(start: Start) -> None:
     server = start()
     assert server.classify(PNG).status_code == 200
-    server.registry.withdraw("fabric", 1, "a hospital left")
+    reason = "a hospital left (two; it is withdrawn); take no other"
+    made = server.registry.withdraw("fabric", 1, reason)
     for response in (server.classify(PNG), infer(server, PNG), server.client.get("/v1/prompts/fabric")):
         assert response.status_code == 410
-    assert "a hospital left" in server.classify(PNG).json()["error"]
+        assert response.json()["error"] == f"this version is withdrawn since {made.at} ({reason})"
     assert server.client.get("/v1/prompts").json() == []
 
 

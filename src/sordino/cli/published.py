@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,7 +58,7 @@ def publish(
 ) -> None:
     """Publish a prompt of a finished run as the next version of a name: signed, and never changed after."""
     require_extra("serve", "'sordino publish'")
-    from sordino.serving.manifest import check_name
+    from sordino.serving.manifest import check_mark, check_name
 
     check_name(name)
     if not run.exists():
@@ -70,13 +71,15 @@ def publish(
         raise ConfigError("--ledger", str(ledger), "a run directory has its own; leave it out")
     at_work("nothing was published; repeat the command")
     from sordino.serving.registry import Registry
-    from sordino.serving.sources import from_file, from_run
+    from sordino.serving.sources import from_file, read_run
     from sordino.serving.trust import publisher_key
 
+    material = read_run(run, client) if ledger is None else from_file(run, ledger)
+    check_mark(material.facts, accept_not_private)  # before a key or a registry is made for what is refused
     private_key, public_file = publisher_key(key)
-    material = from_run(run, private_key, client) if ledger is None else from_file(run, ledger)
+    files = material.signed(private_key).files
     with Registry(registry, create=True) as prompts:
-        manifest = prompts.publish(name, material.facts, material.files, private_key, accept_not_private)
+        manifest = prompts.publish(name, material.facts, files, private_key, accept_not_private)
     if as_json:
         print(json.dumps(manifest.model_dump(mode="json") | {"mark": manifest.mark, "registry": prompts.label}))
         return
@@ -125,7 +128,7 @@ def show(label: Label, registry: RegistryUrl = None, trust: Trust = None, as_jso
 def verify(
     what: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME[:VERSION]|DIR]", help="a version, or an exported folder; default: all"),
+        typer.Argument(metavar="[NAME[:VERSION]|DIR/]", help="a version, or an exported folder; default: all"),
     ] = None,
     registry: RegistryUrl = None,
     trust: Trust = None,
@@ -138,7 +141,7 @@ def verify(
 
     trusted = _trusted(trust)
     if what is not None:
-        if Path(what).is_dir():
+        if _is_folder(what, registry):
             found = read_folder(Path(what), trusted)
         else:
             found, _ = _inspect(what, registry, trust, must_be_trusted=True)
@@ -220,6 +223,25 @@ def withdraw(
     with Registry(registry) as prompts:
         made = prompts.withdraw(name, version, reason)
     say(f"Withdrawn {name}:{version} at {made.at}: {made.reason}")
+
+
+def _is_folder(what: str, registry: str | None) -> bool:
+    """Tell an exported folder from the name of a version, by how it is written and not by what lies here.
+
+    A folder can be of a version that its registry has withdrawn since, so it is never taken for the version.
+
+    Raises:
+        ConfigError: it may be either, or a folder is given with a registry.
+    """
+    if what.startswith(".") or any(sign in what for sign in {"/", os.sep}):
+        if registry is not None:
+            raise ConfigError("DIR", what, "a folder is of no registry; leave --registry out, or give NAME:VERSION")
+        return True
+    if registry is None and Path(what).is_dir():
+        folder = f"{what}/ for the folder of this name that is here"
+        remedy = f"write {folder}, or give --registry for the published version"
+        raise ConfigError("NAME", what, f"may be either; {remedy}")
+    return False
 
 
 def _trusted(places: list[Path] | None) -> Trusted:

@@ -36,6 +36,10 @@ CODESTREAM = b"\xff\x4f\xff\x51"  # the start of a JPEG 2000 codestream
 REMEDY = "set gray_range to the values of black and white"
 
 
+class UnknownRange(DataError):
+    """A whole picture of more than 8 bits, of which nobody says what values are black and white."""
+
+
 @dataclass(frozen=True)
 class Depth:
     """The interpretation of samples.
@@ -111,9 +115,9 @@ def _container(values: NDArray[np.generic], depth: Depth) -> GrayRange:
     kind = {"f": "floating-point", "u": "unsigned", "i": "signed"}[values.dtype.kind]
     finding = f"{depth.bits}-bit {kind} gray from {values.min():g} to {values.max():g} that states no range of its own"
     if depth.low is None or depth.high is None or values.min() < depth.low or values.max() > depth.high:
-        raise DataError(f"{finding}: {REMEDY}, e.g. {range_hint(values)}")
+        raise UnknownRange(f"{finding}: {REMEDY}, e.g. {range_hint(values)}")
     if not uses_upper_half(values, depth.low, depth.high):
-        raise DataError(
+        raise UnknownRange(
             f"{finding}, with nothing in the upper half of {depth.low:g} to {depth.high:g}: {REMEDY}, "
             f"e.g. {range_hint(values)}"
         )
@@ -145,7 +149,7 @@ def _color(picture: Image.Image, depth: Depth, given: GrayRange | None) -> Image
     colors = np.asarray(picture)[..., :3]
     whole = given is not None and given[0] == 0 and given[1] * depth.unit == (1 << depth.bits) - 1
     if not (depth.stated or whole or colors.max() > 127):
-        raise DataError(
+        raise UnknownRange(
             f"{depth.bits}-bit colors with nothing in the upper half of 0 to {(1 << depth.bits) - 1}: convert it to "
             f"8 bits a color, or, if it is as dark as that, set gray_range to [0, {(1 << depth.bits) - 1}]"
         )

@@ -172,7 +172,7 @@ def _exposed(ledger: Ledger, observer: Observer, unit: Unit) -> dict[str, Kinds]
     ]
     # A disclosure counts as one release of everybody's data without noise.
     seen += [
-        Release(disclosure.content, ALL_CLIENTS, unit, (0.0,), 1.0, 1, "nobody", disclosure.observers)
+        Release(disclosure.content, ALL_CLIENTS, unit, (0.0,), 1.0, 1, "client", disclosure.observers)
         for disclosure in ledger.disclosures
         if observer in disclosure.observers
     ]

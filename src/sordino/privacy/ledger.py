@@ -10,12 +10,14 @@ import hashlib
 import json
 import math
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from sordino.errors import RunError
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+
+from sordino.errors import RunError, config_error
 
 Unit = Literal["example", "person", "client"]
 UNITS: tuple[Unit, ...] = get_args(Unit)  # from small to large: each is made of units before it
@@ -23,6 +25,15 @@ Observer = Literal["server", "clients", "public"]
 OBSERVERS: tuple[Observer, ...] = get_args(Observer)
 Source = Literal["system", "simulation"]
 Channel = Literal["upload", "shares", "mean", "prompt", "memory", "images", "sizes"]
+NoiseSource = Literal["client", "server", "shares"]
+
+# Of a file: no other type is taken for a text or a number, and no number that no release can have.
+Text = Annotated[str, Strict()]
+Multipliers = Annotated[tuple[Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)], ...], Field(min_length=1)]
+Rate = Annotated[float, Strict(), Field(gt=0, le=1)]
+Steps = Annotated[int, Strict(), Field(ge=1, le=10**9)]  # more than any run has, and than can be counted
+Observers = Annotated[tuple[Observer, ...], Field(min_length=1)]
+Delta = Annotated[float, Strict(), Field(gt=0, lt=1)]
 
 # Observers of each channel. The mean reaches all clients, and everybody who is given a prompt.
 SEEN_BY: dict[Channel, tuple[Observer, ...]] = {
@@ -35,6 +46,10 @@ SEEN_BY: dict[Channel, tuple[Observer, ...]] = {
     "sizes": ("server",),
 }
 ALL_CLIENTS = "all clients"  # the party of a release that every client's data enter
+
+# One release with less noise has a larger epsilon already, at any delta below its sampling rate: where it is above half
+# of what one unit adds, that unit was in it, up to a probability of e^-316.
+LEAST_PRIVATE_NOISE = 0.02
 
 
 @dataclass(frozen=True)
@@ -54,24 +69,22 @@ class Release:
         name: of the one release that this is, which other runs may use again; empty if it is this run's alone.
     """
 
-    content: str
-    party: str
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    content: Text
+    party: Text
     unit: Unit
-    noise_multipliers: tuple[float, ...]
-    sampling_rate: float
-    steps: int
-    noise_by: str
-    observers: tuple[Observer, ...]
-    name: str = ""
+    noise_multipliers: Multipliers
+    sampling_rate: Rate
+    steps: Steps
+    noise_by: NoiseSource
+    observers: Observers
+    name: Text = ""
 
     @property
     def noise_multiplier(self) -> float:
         """Return that of one Gaussian release as revealing as all vectors together: (sum of z^-2)^(-1/2)."""
-        least = min(self.noise_multipliers)
-        if least == 0 or math.isinf(least):
-            return least
-        # Relative to the least, so that squares of very large or small multipliers neither vanish nor overflow.
-        return least * float(sum((z / least) ** -2 for z in self.noise_multipliers) ** -0.5)
+        return combined_multiplier(self.noise_multipliers)
 
 
 @dataclass(frozen=True)
@@ -85,7 +98,9 @@ class Disclosure:
             it; as "images" that are handed over; as the "sizes" of the clients' data.
     """
 
-    content: str
+    __pydantic_config__: ClassVar = ConfigDict(extra="ignore")  # its observers follow from its channel
+
+    content: Text
     channel: Channel
 
     @property
@@ -150,8 +165,12 @@ class Ledger:
 
     @property
     def private(self) -> bool:
-        """True if everything learned from images reached untrusted observers with noise on it, or not at all."""
-        return self.noised and not self.simulated
+        """True if everything learned from images reached untrusted observers with noise on it, or not at all.
+
+        Noise that bounds nothing is none: where the ledger has no delta, or one release is under `LEAST_PRIVATE_NOISE`.
+        Epsilon of all releases together is not computed here; see `statement.is_private`.
+        """
+        return self.noised and not self.simulated and not self._unbounded
 
     @property
     def noised(self) -> bool:
@@ -161,6 +180,20 @@ class Ledger:
         kinds = {(min(release.noise_multipliers), release.observers) for release in self.releases}
         noiseless = any(least == 0 and set(observers) - trusted for least, observers in kinds)
         return not informed and not noiseless
+
+    @property
+    def _unbounded(self) -> bool:
+        """True if a single release to an untrusted observer has an epsilon that is infinite, or too large to count."""
+        trusted, delta = set(self.trusted), self.delta or 0.0
+        seen = {
+            (release.noise_multipliers, release.sampling_rate)
+            for release in self.releases
+            if release.steps and set(release.observers) - trusted
+        }
+        return any(
+            rate > delta and (delta <= 0 or combined_multiplier(multipliers) < LEAST_PRIVATE_NOISE)
+            for multipliers, rate in seen
+        )
 
     def to_json(self) -> str:
         """Return the content of `ledger.json`; equal ledgers give equal text."""
@@ -188,30 +221,21 @@ class Ledger:
             source: where it was read, for messages.
 
         Raises:
-            RunError: the text is not a ledger.
+            RunError: the text is not a ledger, or holds a value that no ledger has; the message names both.
         """
+        place = "" if source is None else f"{source}: "
+        remedy = "put it back as it was, or run the experiment again"
         try:
-            content: dict[str, Any] = json.loads(text)
-            releases = [
-                Release(**entry | {name: tuple(entry[name]) for name in ("noise_multipliers", "observers")})
-                for entry in content["releases"]
-            ]
-            disclosures = [Disclosure(entry["content"], entry["channel"]) for entry in content["disclosures"]]
-            return cls(
-                tuple(releases),
-                tuple(disclosures),
-                tuple(content["trusted"]),
-                tuple(content["assumptions"]),
-                content["delta"],
-                content["randomness"],
-                str(content["run"]),
-                {str(party): str(digest) for party, digest in content["data"].items()},
-                whole_persons=content.get("whole_persons") is True,
-            )
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            place = "" if source is None else f"{source}: "
-            remedy = "put it back, or run the experiment again"
+            content = json.loads(text)
+            if not isinstance(content, dict):
+                raise ValueError("it is no JSON object")
+            read = _File.model_validate(content)
+        except ValidationError as error:
+            wrong = config_error(error, _File)
+            raise RunError(f"{place}not a ledger of this version of Sordino: {wrong}; {remedy}") from None
+        except (ValueError, RecursionError) as error:
             raise RunError(f"{place}not a ledger of this version of Sordino ({error!r}); {remedy}") from None
+        return cls(**vars(read))
 
     def digest_of(self, party: str) -> str:
         """Return the digest of a party's data; "" if it is unknown. ALL_CLIENTS has that of all parties together."""
@@ -222,6 +246,31 @@ class Ledger:
     def digest(self) -> str:
         """Return SHA-256 of the ledger's text, in hex; saved prompts carry it."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+class _File(BaseModel):
+    """The part of `ledger.json` that is read; the rest follows from it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    releases: tuple[Release, ...]
+    disclosures: tuple[Disclosure, ...]
+    trusted: tuple[Observer, ...]
+    assumptions: tuple[Text, ...]
+    delta: Delta | None
+    randomness: Source
+    run: Text
+    data: dict[Text, Text]
+    whole_persons: Annotated[bool, Strict()] = False
+
+
+def combined_multiplier(multipliers: Sequence[float]) -> float:
+    """Return (sum of z^-2)^(-1/2) over noise multipliers z."""
+    least = min(multipliers)
+    if least == 0 or math.isinf(least):
+        return least
+    # Relative to the least, so that squares of very large or small multipliers neither vanish nor overflow.
+    return least * float(sum((z / least) ** -2 for z in multipliers) ** -0.5)
 
 
 def _texts(releases: Iterable[Release]) -> Iterator[str]:

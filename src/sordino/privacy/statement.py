@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from sordino.errors import ConfigError, RunError
 from sordino.privacy import accounting
 from sordino.privacy.accounting import Spent
 from sordino.privacy.ledger import OBSERVERS, Ledger, Observer, Release, Unit
+from sordino.results.summary import FILE as SUMMARY
+from sordino.results.summary import MOST_PRIVATE_EPSILON
 from sordino.results.wording import rounded_up
 
 WHO: dict[Observer, str] = {
@@ -53,6 +56,16 @@ def headline(ledger: Ledger, unit: Unit) -> Spent | None:
     return max(untrusted, key=lambda view: view.epsilon)
 
 
+def is_private(ledger: Ledger, unit: Unit) -> bool:
+    """Return true if a run may be called private: all is noised, and epsilon is one that says something."""
+    return ledger.private and bounds(headline(ledger, unit))
+
+
+def bounds(worst: Spent | None) -> bool:
+    """Return true if the largest privacy loss is none, or at most `MOST_PRIVATE_EPSILON`."""
+    return worst is None or worst.epsilon <= MOST_PRIVATE_EPSILON
+
+
 def statement(ledger: Ledger, unit: Unit) -> str:
     """Return the guarantee in words: the protected unit and its epsilon, and everything left unprotected."""
     leaks = "; ".join(disclosure.content for disclosure in ledger.disclosures)
@@ -62,7 +75,7 @@ def statement(ledger: Ledger, unit: Unit) -> str:
             return "Private: nothing that was learned from images was sent or published."
         return f"Not private: {leaks}. No noise was added and no epsilon holds."
     sentences = []
-    if ledger.noised and math.isfinite(worst.epsilon):
+    if ledger.noised and bounds(worst):
         against = listed([WHO[observer] for observer in OBSERVERS if observer not in ledger.trusted])
         loss = f"epsilon = {rounded_up(worst.epsilon, 4)} at delta = {rounded_up(worst.delta, 2)}"
         claim = f"{loss} for each {unit}, against {against}"
@@ -71,7 +84,12 @@ def statement(ledger: Ledger, unit: Unit) -> str:
             if ledger.simulated
             else f"Differentially private: {claim}."
         )
-    elif ledger.noised or not leaks:
+    elif ledger.noised and math.isfinite(worst.epsilon):
+        least = f"epsilon is {worst.epsilon:.3g} for each {unit}, and nothing above {MOST_PRIVATE_EPSILON:g} is a bound"
+        sentences.append(f"Not private: the noise is too small, as {least}.")
+    elif ledger.noised:
+        sentences.append(f"Not private: the noise that was added bounds nothing about each {unit}.")
+    elif not leaks:
         sentences.append("Not private: contributions were clipped and sampled, but no noise was added.")
     else:
         sentences.append(f"Not private: {leaks}, without noise.")
@@ -92,7 +110,7 @@ def as_summary(ledger: Ledger, unit: Unit) -> dict[str, Any]:
     worst = headline(ledger, unit)
     released = bool(ledger.releases)
     return {
-        "private": ledger.private,
+        "private": ledger.private and bounds(worst),
         "simulated": ledger.simulated,
         "epsilon": _finite(worst.epsilon) if worst else 0.0 if ledger.private else None,
         "delta": ledger.delta,
@@ -118,15 +136,22 @@ def read_ledgers(folders: Sequence[Path], delta: float | None = None) -> Ledger:
     """Read the ledgers of run directories, and compose them if there are several.
 
     Raises:
-        RunError: a directory has no ledger, or a damaged one; a run is given twice.
+        RunError: a directory has no ledger, or a damaged one, or another than its summary names; a run is given twice.
         ConfigError: delta is not a probability.
     """
     ledgers: list[Ledger] = []
     for folder in folders:
         try:
-            ledgers.append(Ledger.from_json((folder / "ledger.json").read_bytes(), folder / "ledger.json"))
+            text = (folder / "ledger.json").read_bytes()
         except OSError as error:
             raise RunError(f"{folder}: no ledger.json to read ({error.strerror}); give a run directory") from None
+        ledgers.append(Ledger.from_json(text, folder / "ledger.json"))
+        named = _named_digest(folder / SUMMARY)
+        if named and named != hashlib.sha256(text).hexdigest():
+            raise RunError(
+                f"{folder}: ledger.json is not the one that {SUMMARY} was written with, so nobody knows what was "
+                "spent; put it back, or finish the run with --resume"
+            )
         latest = ledgers[-1].run
         twice = next((place for place, earlier in enumerate(ledgers[:-1]) if earlier.run == latest), None)
         if twice is not None:
@@ -139,12 +164,27 @@ def read_ledgers(folders: Sequence[Path], delta: float | None = None) -> Ledger:
     return replace(ledger, delta=delta)
 
 
+def _named_digest(summary: Path) -> str:
+    """Return the digest of the ledger that a summary was written with; "" if a run has none yet, or is unfinished.
+
+    Raises:
+        RunError: the summary is damaged.
+    """
+    if not summary.exists():
+        return ""
+    try:
+        return str(json.loads(summary.read_bytes())["privacy"].get("ledger_digest", ""))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RunError(f"{summary} is damaged ({error!r}); put it back, or finish the run with --resume") from None
+
+
 def spending(ledger: Ledger) -> dict[str, Any]:
     """Return a ledger's content with its privacy losses by unit and observer; an infinite value is null."""
     units = list(dict.fromkeys(release.unit for release in ledger.releases)) or ["example"]
     content: dict[str, Any] = json.loads(ledger.to_json())
     del content["data"]  # digests would confirm a guess of somebody's data to whoever reads this
     return content | {
+        "private": all(is_private(ledger, unit) for unit in units),
         "spent": [
             {
                 "unit": unit,

@@ -58,9 +58,9 @@ class Claim:
     """The strongest statement of privacy that holds for every one of several runs.
 
     Attributes:
-        private: every run is private.
+        private: every run is private, with an epsilon of at most `MOST_PRIVATE_EPSILON`.
         simulated: the noise of some run can be drawn again.
-        bounded: every run is private, or simulates noise of a known epsilon.
+        bounded: every run is private so, or simulates noise of such an epsilon.
         epsilon: the largest over runs, of a simulation that of the noise it simulates; None if a run has none.
         delta: the largest over runs; None if no run has one.
         units: the units of privacy, each once.
@@ -225,9 +225,9 @@ class Results:
         spent = [summary.privacy for summary in self.summaries]
         epsilons = [run.epsilon for run in spent if run.epsilon is not None]
         return Claim(
-            private=all(run.private for run in spent),
+            private=all(run.private and run.bounded for run in spent),
             simulated=any(run.simulated for run in spent),
-            bounded=all(run.private or (run.simulated and run.epsilon is not None) for run in spent),
+            bounded=all((run.private or run.simulated) and run.bounded for run in spent),
             epsilon=max(epsilons) if len(epsilons) == len(spent) else None,
             delta=max((run.delta for run in spent if run.delta is not None), default=None),
             units=tuple(dict.fromkeys(run.unit for run in spent if run.unit)),

@@ -155,6 +155,11 @@ class ObserverEpsilon(_Part):
     epsilon_rdp: float | None = None
 
 
+# Nothing with a larger epsilon is called private: e^100 is above 10^43, so no number of observations could ever tell
+# that such a bound holds from that there is none.
+MOST_PRIVATE_EPSILON = 100.0
+
+
 class Privacy(_Part):
     """The privacy that was spent, and the statement in words that belongs to it.
 
@@ -186,6 +191,11 @@ class Privacy(_Part):
     statement: Text
     ledger_digest: Text = ""
     rounds_unpaid: Count = 0
+
+    @property
+    def bounded(self) -> bool:
+        """True if there is an epsilon, and it is small enough to say something."""
+        return self.epsilon is not None and self.epsilon <= MOST_PRIVATE_EPSILON
 
 
 class Communication(_Part):

@@ -21,7 +21,7 @@ def card(manifest: Manifest, others: Sequence[str]) -> str:
         others: names of the files beside the card.
     """
     tags = ["sordino", "prompt-learning", "federated-learning", manifest.method]
-    tags += ["differential-privacy"] if manifest.privacy.private and manifest.privacy.epsilon else []
+    tags += ["differential-privacy"] if manifest.privacy.epsilon and not manifest.mark else []
     tags += [manifest.mark.lower().replace(", ", "-").replace(" ", "-")] if manifest.mark else []
     front: dict[str, Any] = {
         "library_name": "sordino",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from alembic import command
 from alembic.config import Config
@@ -136,6 +136,7 @@ class Database:
 def _parsed(url: str) -> URL:
     remedy = "must be sqlite:///FILE or postgresql://USER@HOST/NAME"
     try:
+        url.encode()  # the argument of a command may hold bytes that are no text
         parsed = make_url(url)
         backend = parsed.get_backend_name()
     except (ArgumentError, NoSuchModuleError, ValueError):
@@ -144,6 +145,9 @@ def _parsed(url: str) -> URL:
         return parsed.set(drivername="postgresql+psycopg")
     if parsed.drivername != "sqlite":
         raise ConfigError("--registry", parsed.drivername, remedy)
+    if parsed.query:
+        names = ", ".join(sorted(parsed.query))
+        raise ConfigError("--registry", names, "a SQLite registry takes no options after its file; leave them out")
     return parsed
 
 
@@ -156,13 +160,9 @@ def _told(url: URL) -> str:
 def _engine(url: URL) -> Engine:
     if url.get_backend_name() != "sqlite":
         return create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": WAIT_SECONDS})
-    engine = create_engine(url, connect_args={"timeout": WAIT_SECONDS})
-
-    @event.listens_for(engine, "connect")
-    def prepare(connection: Any, _: Any) -> None:
-        connection.isolation_level = None  # Python's driver would begin transactions late, and end them at a new table
-        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
-            connection.execute(f"PRAGMA {pragma}")
+    assert url.database is not None
+    file = Path(url.database).absolute()
+    engine = create_engine(url, creator=lambda: _connected(file))
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
@@ -176,3 +176,53 @@ def _engine(url: URL) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine
+
+
+def _connected(file: Path) -> sqlite3.Connection:
+    """Open a SQLite file: to read and write, or to read alone, where this user or the medium allows no more."""
+    try:
+        connection = _opened(str(file))
+        try:
+            for pragma in ("journal_mode = WAL", "synchronous = FULL"):
+                connection.execute(f"PRAGMA {pragma}")
+            return connection
+        except sqlite3.OperationalError:
+            connection.close()
+            raise
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
+            raise
+    return _opened_to_read(file)
+
+
+def _opened_to_read(file: Path) -> sqlite3.Connection:
+    """Open a SQLite file that cannot be written.
+
+    Beside a registry that is open elsewhere lie two more files, for those who read and write at once. Where these are
+    neither there nor can be made, nobody writes, and the file alone is the whole registry.
+    """
+    name = f"{file.as_uri()}?mode=ro"
+    connection = _opened(name, uri=True)
+    try:
+        connection.execute("SELECT 1 FROM sqlite_master").fetchone()
+        return connection
+    except sqlite3.OperationalError as error:
+        connection.close()
+        log = file.with_name(f"{file.name}-wal")
+        if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN) or _holds(log):
+            raise  # part of the registry is in the log, which cannot be read without the other file
+    return _opened(f"{name}&immutable=1", uri=True)
+
+
+def _holds(file: Path) -> bool:
+    try:
+        return file.stat().st_size > 0
+    except FileNotFoundError:
+        return False
+
+
+def _opened(name: str, uri: bool = False) -> sqlite3.Connection:
+    # Without an isolation level, as Python's driver would begin transactions late, and end them at a new table.
+    connection = sqlite3.connect(name, WAIT_SECONDS, isolation_level=None, check_same_thread=False, uri=uri)
+    connection.execute("PRAGMA foreign_keys = ON")
+    return connection

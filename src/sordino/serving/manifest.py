@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -20,6 +21,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from sordino.errors import ConfigError, PromptError
 from sordino.files import Record
 from sordino.privacy.signature import fingerprint, public_bytes, sign, signed_by
+from sordino.results.summary import MOST_PRIVATE_EPSILON
 from sordino.results.wording import rounded_up
 
 FORMAT: Final = "sordino published prompt 1"
@@ -34,6 +36,7 @@ FILES = (PROMPT, LEDGER, STATEMENT, AUDIT, CARD)
 MAX_MANIFEST = 1 << 24  # bytes
 NAME = re.compile(r"[a-z0-9]+([._-][a-z0-9]+)*")
 LONGEST_NAME = 64
+MOMENT: Final = "%Y-%m-%dT%H:%M:%SZ"  # UTC
 CHANGED = "it was changed after it was signed; do not use it, and ask its publisher for it"
 
 
@@ -53,6 +56,12 @@ def _file(name: str) -> str:
     if name not in FILES:
         raise ValueError(f"must be of {', '.join(FILES)}")
     return name
+
+
+def _moment(text: str) -> str:
+    if datetime.strptime(text, MOMENT).strftime(MOMENT) != text:
+        raise ValueError(f"must be written as {MOMENT}")
+    return text
 
 
 Word = Annotated[str, Field(max_length=200), AfterValidator(_printable)]  # a column of the database
@@ -97,6 +106,11 @@ class Privacy(_Part):
     unit: Word | None
     statement: str
     ledger_sha256: Digest | None
+
+    @property
+    def bounded(self) -> bool:
+        """True if there is an epsilon, and one that says something."""
+        return self.epsilon is not None and self.epsilon <= MOST_PRIVATE_EPSILON
 
 
 class Attack(_Part):
@@ -177,7 +191,7 @@ class Facts(_Part):
         """Return what must be told wherever the prompt shows; "" for a private one that no attack contradicts."""
         if self.privacy.simulated:
             return "SIMULATED, NOT PRIVATE"
-        if not self.privacy.private:
+        if not self.privacy.private or not self.privacy.bounded:
             return "NOT PRIVATE"
         return "CLAIM CONTRADICTED" if self.audit is not None and self.audit.refuted else ""
 
@@ -186,7 +200,8 @@ class Facts(_Part):
         """The privacy in a few words: the mark, or epsilon."""
         if self.mark:
             return self.mark
-        if not self.privacy.epsilon:
+        assert self.privacy.epsilon is not None  # or it would be marked
+        if self.privacy.epsilon == 0:
             return "private: nothing was released"
         return f"epsilon = {rounded_up(self.privacy.epsilon, 4)} for each {self.privacy.unit}"
 
@@ -204,7 +219,7 @@ class Manifest(Facts):
     format: Literal["sordino published prompt 1"] = FORMAT
     name: Annotated[str, AfterValidator(_name)]
     version: Annotated[int, Field(ge=1)]
-    created: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+    created: Annotated[str, Field(pattern=r"^[0-9]{4}(-[0-9]{2}){2}T[0-9]{2}(:[0-9]{2}){2}Z$"), AfterValidator(_moment)]
     publisher: Word
     files: dict[Annotated[str, AfterValidator(_file)], FileRecord]
 
@@ -264,6 +279,21 @@ class Sealed:
         if not {PROMPT, LEDGER, CARD} <= manifest.files.keys():
             raise PromptError(f"{place}: its manifest lacks the prompt, the ledger or the card; ask its publisher")
         return manifest
+
+
+def check_mark(facts: Facts, accepted: bool) -> None:
+    """Check that a prompt has no mark, or that its mark was accepted.
+
+    Raises:
+        ConfigError: it was not.
+    """
+    if facts.mark and not accepted:
+        raise ConfigError(
+            "--accept-not-private",
+            False,
+            f"this prompt is marked {facts.mark} and stays so wherever it shows ({facts.privacy.statement}); give "
+            "this option if that is meant",
+        )
 
 
 def record(content: bytes) -> FileRecord:

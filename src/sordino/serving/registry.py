@@ -26,10 +26,12 @@ from sordino.serving.manifest import (
     CARD,
     CHANGED,
     MAX_MANIFEST,
+    MOMENT,
     Facts,
     Manifest,
     Sealed,
     check_files,
+    check_mark,
     check_name,
     record,
 )
@@ -39,7 +41,6 @@ from sordino.serving.trust import Trusted
 ATTEMPTS: Final = 200  # to get a version's number, where others publish under the same name
 MAX_BYTES: Final = 1 << 28  # of all files of a version
 LONGEST_REASON: Final = 500
-RETIRED = "is withdrawn"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ class Withdrawal:
 
     at: str
     reason: str
+
+
+class WithdrawnError(PromptError):
+    """A version that was withdrawn, and when and why."""
+
+    def __init__(self, place: str, withdrawal: Withdrawal) -> None:
+        self.withdrawal = withdrawal
+        super().__init__(f"{place}: is withdrawn since {withdrawal.at} ({withdrawal.reason}); take another version")
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,13 +168,7 @@ class Registry:
             RunError: it cannot be written.
         """
         check_name(name)
-        if facts.mark and not accept_not_private:
-            raise ConfigError(
-                "--accept-not-private",
-                False,
-                f"this prompt is marked {facts.mark} and stays so wherever it shows ({facts.privacy.statement}); give "
-                "this option if that is meant",
-            )
+        check_mark(facts, accept_not_private)
         if sum(map(len, content.values())) > MAX_BYTES:
             raise PromptError(f"{name}: its files have more than the {MAX_BYTES:,} bytes that a version may have")
         for _ in range(ATTEMPTS):
@@ -203,13 +206,12 @@ class Registry:
 
         Raises:
             ConfigError: there is no such prompt or version.
-            PromptError: it is withdrawn, was changed, or somebody signed it who is not trusted.
+            WithdrawnError: it is withdrawn.
+            PromptError: it was changed, or somebody signed it who is not trusted.
         """
         found = self.inspect(name, version, Trusted.of() if trusted is None else trusted)
         if found.withdrawn is not None:
-            raise PromptError(
-                f"{found.place}: {RETIRED} since {found.withdrawn.at} ({found.withdrawn.reason}); take another version"
-            )
+            raise WithdrawnError(found.place, found.withdrawn)
         return found
 
     def ping(self) -> None:
@@ -225,15 +227,13 @@ class Registry:
         """Return name, version and signature of a version that is not withdrawn, without reading its files.
 
         Raises:
-            ConfigError, PromptError: there is none, or it is withdrawn; see `load`.
+            ConfigError, WithdrawnError: there is none, or it is withdrawn; see `load`.
         """
         with self.database.reading() as connection:
             row = self._row(connection, name, version)
         withdrawn = _withdrawal(row)
         if withdrawn is not None:
-            raise PromptError(
-                f"{self._place(row)}: {RETIRED} since {withdrawn.at} ({withdrawn.reason}); take another version"
-            )
+            raise WithdrawnError(self._place(row), withdrawn)
         return row.name, row.version, row.signature
 
     def inspect(self, name: str, version: int | None = None, trusted: Trusted | None = None) -> Published:
@@ -391,4 +391,4 @@ def _withdrawal(row: Row[Any]) -> Withdrawal | None:
 
 
 def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.now(UTC).strftime(MOMENT)

@@ -43,18 +43,31 @@ class Material:
     Attributes:
         facts: what the prompt is.
         files: by name, their content.
+        statement: of privacy, which is signed before it is a file too; None without a run.
     """
 
     facts: Facts
     files: Mapping[str, bytes]
+    statement: Mapping[str, Any] | None = None
+
+    def signed(self, key: Ed25519PrivateKey) -> Material:
+        """Return it with the statement among the files, signed."""
+        if self.statement is None:
+            return self
+        envelope = json.dumps(sealed(self.statement, key), indent=1) + "\n"
+        return Material(self.facts, {**self.files, STATEMENT: envelope.encode()})
 
 
 def from_run(folder: Path, key: Ed25519PrivateKey, client: int | None = None) -> Material:
-    """Read a prompt of a finished run directory.
+    """Read a prompt of a finished run directory as `read_run` does, and sign its statement."""
+    return read_run(folder, client).signed(key)
+
+
+def read_run(folder: Path, client: int | None = None) -> Material:
+    """Read a prompt of a finished run directory; its statement is not signed yet.
 
     Args:
         folder: the run directory.
-        key: signs the privacy statement.
         client: whose prompt; None for the one that all share, or that is alone.
 
     Raises:
@@ -78,18 +91,15 @@ def from_run(folder: Path, key: Ed25519PrivateKey, client: int | None = None) ->
     }:
         raise PromptError(f"{file}: is not of the run whose {LEDGER} and {SUMMARY} lie above it; put its own there")
     privacy = _privacy(ledger, unit, saved)
-    if privacy["epsilon"] is not None and not math.isclose(
-        privacy["epsilon"], summary.privacy.epsilon or 0.0, rel_tol=TOLERANCE
-    ):
+    if not _same(privacy["epsilon"], summary.privacy.epsilon):
         raise RunError(f"{folder}: {SUMMARY} states another epsilon than {LEDGER} comes to; run the experiment again")
     files = {PROMPT: content, LEDGER: _public(ledger)}
     audit = None
     if (folder / AUDIT).exists():
         files[AUDIT] = _read(folder / AUDIT)
         audit = _audit(folder / AUDIT, files[AUDIT], ledger, unit, summary)
-    statement = sealed(statement_of(folder, judge), key)
-    files[STATEMENT] = (json.dumps(statement, indent=1) + "\n").encode()
-    return Material(_facts(saved, privacy, audit, _training(summary, saved.client)), files)
+    facts = _facts(saved, privacy, audit, _training(summary, saved.client))
+    return Material(facts, files, statement_of(folder, judge))
 
 
 def from_file(file: Path, ledger_file: Path) -> Material:
@@ -137,6 +147,7 @@ def check_claim(found: Published) -> None:
             f"{found.place}: {LEDGER} cannot be counted ({error}); ask its publisher for another"
         ) from None
     more = (said.private and not counted["private"]) or (counted["simulated"] and not said.simulated)
+    more |= said.private and said.epsilon is None  # which is no bound, and so not private
     for claim, holds in ((said.epsilon, counted["epsilon"]), (said.delta, counted["delta"])):
         if claim is not None:
             more |= holds is None or claim < holds * (1 - TOLERANCE)
@@ -192,6 +203,13 @@ def _privacy(ledger: Ledger, unit: Unit, saved: SavedPrompt) -> dict[str, Any]:
         "statement": saved.privacy.statement,
         "ledger_sha256": saved.privacy.ledger_sha256,
     }
+
+
+def _same(counted: float | None, said: float | None) -> bool:
+    """Return true if two counts of one epsilon agree; None is no bound."""
+    if counted is None or said is None:
+        return counted is said
+    return math.isclose(counted, said, rel_tol=TOLERANCE)
 
 
 def _public(ledger: Ledger) -> bytes:

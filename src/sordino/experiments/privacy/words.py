@@ -12,7 +12,7 @@ from typing import Any, Literal
 from sordino.privacy import accounting
 from sordino.privacy.ledger import OBSERVERS, UNITS, Ledger, Observer, Unit
 from sordino.privacy.meaning import group_epsilon, percent_up, right_at_most, rounded_down
-from sordino.privacy.statement import NOISE_BY, WHO, headline, listed, seen_by, views
+from sordino.privacy.statement import NOISE_BY, WHO, bounds, headline, is_private, listed, seen_by, views
 from sordino.report.document import Block, Section
 from sordino.results import rounded_up
 
@@ -43,9 +43,7 @@ def verdict(ledger: Ledger, unit: Unit) -> Verdict:
     """Return what may be said of a ledger in a word."""
     if ledger.simulated:
         return "simulated"
-    worst = headline(ledger, unit)
-    bounded = worst is None or math.isfinite(worst.epsilon)
-    return "private" if ledger.private and bounded else "not private"
+    return "private" if is_private(ledger, unit) else "not private"
 
 
 def banner(ledger: Ledger, unit: Unit, planned: bool = False) -> str:
@@ -70,7 +68,7 @@ def lead(ledger: Ledger, unit: Unit) -> list[str]:
         return [f"This holds against {_untrusted(ledger)}, whatever else they know or learn. {_trusted(ledger)}"]
     if said == "simulated":
         claim = "no epsilon would hold either"
-        if ledger.noised and worst is not None and math.isfinite(worst.epsilon):
+        if ledger.noised and worst is not None and bounds(worst):
             claim = (
                 f"it would have {_claim(worst.epsilon, worst.delta)} for {A_UNIT[unit]}, against {_untrusted(ledger)}"
             )
@@ -146,7 +144,7 @@ def meaning(ledger: Ledger, unit: Unit, units: int | None, simulated: bool) -> S
         simulated: whether the noise protects nobody.
     """
     worst = headline(ledger, unit)
-    if worst is None or not math.isfinite(worst.epsilon) or not ledger.noised:
+    if worst is None or not bounds(worst) or not ledger.noised:
         return None
     right, odds = right_at_most(worst.epsilon, worst.delta), math.exp(min(worst.epsilon, 700))
     epsilon, delta = rounded_up(worst.epsilon), rounded_up(worst.delta)

@@ -7,7 +7,7 @@ from typing import Any
 from sordino.report.groups import Group
 from sordino.report.markup import NONE, html_table
 from sordino.report.sections.bounds import claimed_and_shown
-from sordino.report.sections.evidence import attacks_of, copied, membership_attacks, of_one_image, stolen
+from sordino.report.sections.evidence import copied, membership_attacks, of_audit, of_one_image, stolen
 from sordino.report.sections.roc import curves
 from sordino.results import Privacy, rounded_up
 
@@ -22,21 +22,11 @@ def audits(groups: Sequence[Group]) -> str:
         return ""
     rows, guesses = [], []
     for _, group, run in audited:
-        attacks = attacks_of(run)
         seed = f" <small>(seed {run.summary.seed})</small>" if group.over_seeds else ""
         name = escape(group.label) + seed
-        rows.append(
-            [
-                name,
-                _claim(run.summary.privacy),
-                _bound(attacks.get("canaries", {})),
-                _inversion(attacks),
-                _stealing(attacks),
-                _copied(attacks),
-                _distances(attacks.get("distances", {})),
-            ]
-        )
-        guesses += [[name, title, *_guessed(attack)] for title, attack, _ in membership_attacks(attacks)]
+        row, guessed = of_audit(run, _told)
+        rows.append([name, _claim(run.summary.privacy), *row])
+        guesses += [[name, *cells] for cells in guessed]
     head = [
         "Run",
         "Claimed ε",
@@ -59,6 +49,18 @@ def audits(groups: Sequence[Group]) -> str:
         "that it clusters by and the help of the other clients, beside what the cluster's mean shows it anyway."
         f"</p>\n{claimed_and_shown(audited)}{_guesses(guesses)}{curves(audited)}</section>\n"
     )
+
+
+def _told(attacks: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return the cells of an audit's row, and those of each attack on membership."""
+    row = [
+        _bound(attacks.get("canaries", {})),
+        _inversion(attacks),
+        _stealing(attacks),
+        _copied(attacks),
+        _distances(attacks.get("distances", {})),
+    ]
+    return row, [[title, *_guessed(attack)] for title, attack, _ in membership_attacks(attacks)]
 
 
 def _guesses(rows: Sequence[Sequence[str]]) -> str:

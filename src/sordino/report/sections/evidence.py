@@ -1,10 +1,14 @@
 """The findings of attacks on a run: `audit.json` brought to one form, for the verdict, the tables and the figures."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+from sordino.errors import RunError, shortened
 from sordino.report.runs import Run
+
+T = TypeVar("T")
 
 _TITLES = {"lira": "LiRA", "rmia": "RMIA", "rmia_offline": "RMIA, offline", "shadow_attack": "shadow models"}
 _ANSWERS = {"gap": "answers, best class", "augmented": "answers, nine variants", "answers": "answers, top five"}
@@ -78,31 +82,58 @@ class Evidence:
         return max((bound.shown for bound in self.bounds), default=0.0)
 
 
-def attacks_of(run: Run) -> dict[str, Any]:
-    """Return the results of a run's audit by attack; empty if it was not attacked."""
-    found = (run.audit or {}).get("attacks", {})
-    return found if isinstance(found, dict) else {}
+def of_audit(run: Run, read: Callable[[dict[str, Any]], T]) -> T:
+    """Read the results of a run's audit by attack; there are none if it was not attacked.
+
+    Raises:
+        RunError: the audit is damaged: one lacks a value, or has one of another type.
+    """
+    try:
+        attacks = {} if run.audit is None else run.audit["attacks"]
+        if not all(isinstance(each, dict) for each in (attacks, *attacks.values())):
+            raise TypeError("an attack's result is no JSON object")
+        return read(attacks)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        remedy = "repeat 'sordino audit', or remove the file"
+        raise RunError(f"{run.directory}: audit.json is damaged ({error!r}); {remedy}") from None
 
 
 def evidence(run: Run) -> Evidence:
-    """Return what attacks found against a run."""
-    attacks = attacks_of(run)
+    """Return what attacks found against a run.
+
+    Raises:
+        RunError: its audit is damaged.
+    """
+    return of_audit(run, _evidence)
+
+
+def _evidence(attacks: dict[str, Any]) -> Evidence:
     guesses, bounds = [], []
     for title, attack, part in membership_attacks(attacks):
         if "reason" in attack:
             continue
-        claimed, delta = part.get("claimed_epsilon"), float(part.get("delta") or 0.0)
-        low, high = attack["auc_interval"]
-        curve = tuple((float(x), float(y)) for x, y in attack.get("curve", ()))
-        guesses.append(Guess(title, attack["auc"], low, high, curve, claimed, delta))
+        claimed, delta = _claim(part.get("claimed_epsilon")), _number(part.get("delta") or 0.0)
+        low, high = map(_number, attack["auc_interval"])
+        curve = tuple((_number(x), _number(y)) for x, y in attack.get("curve", ()))
+        guesses.append(Guess(title, _number(attack["auc"]), low, high, curve, claimed, delta))
         if attack.get("epsilon") is not None:
-            bounds.append(Bound(title, attack["epsilon"], claimed, delta, bool(attack.get("refuted"))))
+            bounds.append(Bound(title, _number(attack["epsilon"]), claimed, delta, bool(attack.get("refuted"))))
     canaries = attacks.get("canaries", {})
     if "epsilon" in canaries:
-        claimed, delta = canaries["claimed_epsilon"], canaries["delta"]
-        bounds.append(Bound("canaries", canaries["epsilon"], claimed, delta, bool(canaries["refuted"])))
+        claimed, delta = _claim(canaries["claimed_epsilon"]), _number(canaries["delta"])
+        bounds.append(Bound("canaries", _number(canaries["epsilon"]), claimed, delta, bool(canaries["refuted"])))
     tried = any(not attack.get("reason") for attack in attacks.values())
     return Evidence(tried, tuple(guesses), tuple(bounds), tuple(_others(attacks)))
+
+
+def _claim(epsilon: Any) -> float | None:
+    return None if epsilon is None else _number(epsilon)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise TypeError(f"{shortened(value)} is no number")
+    return float(value)
 
 
 def membership_attacks(attacks: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:

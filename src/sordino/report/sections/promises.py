@@ -40,10 +40,8 @@ def _together(groups: Sequence[Group]) -> str:
 def privacy_words(group: Group) -> str:
     """Return the privacy that holds for all runs of a group, as HTML."""
     claim = group.results.claim
-    if not claim.bounded:
+    if not claim.bounded or claim.epsilon is None:
         return '<strong class="exposed">not private</strong>'
-    if claim.epsilon is None:
-        return "private, no ε stated"
     words = f"{'simulated, not private' if claim.simulated else 'private'}: ε = {rounded_up(claim.epsilon)}"
     words += "" if claim.delta is None else f", δ = {rounded_up(claim.delta)}"
     return escape(words + (f" for each {listed(claim.units)}" if claim.units else ""))

@@ -143,7 +143,9 @@ def _privacy(groups: Sequence[Group]) -> str:
     simulated = [group for group in learned if group.results.claim.bounded and group.results.claim.simulated]
     open_ones = [group for group in learned if not group.results.claim.bounded]
     if not promised and not simulated:
-        return "Nothing here is private: what was learned from the images left the clients without noise."
+        return (
+            "Nothing here is private: what was learned from the images left the clients with no noise that bounds it."
+        )
     clauses = []
     if promised:
         clauses.append(f"{_promise(promised, len(learned) == 1)}{_trust(promised)}")
@@ -170,8 +172,6 @@ def _promise(promised: Sequence[Group], alone: bool) -> str:
 def _epsilons(groups: Sequence[Group]) -> str:
     claims = [group.results.claim for group in groups]
     known = sorted({claim.epsilon for claim in claims if claim.epsilon is not None})
-    if not known:
-        return "privacy, with no ε stated"
     low, high = rounded_up(known[0]), rounded_up(known[-1])
     deltas = sorted({claim.delta for claim in claims if claim.delta})
     at = f" at δ = {rounded_up(deltas[-1])}" + (" or less" if len(deltas) > 1 else "") if deltas else ""

@@ -21,6 +21,7 @@ from sordino.serving.folder import MANIFEST, SIGNATURE
 from sordino.serving.manifest import FILES, Manifest
 from sordino.serving.server import inference, web
 from sordino.serving.server.compared import RunFolder
+from sordino.serving.server.described import ANY, KEYED, LOADED, NAMED, SENT, content, key_needed, refusals
 from sordino.serving.server.guard import Guard
 from sordino.serving.server.refusal import Refusal
 from sordino.serving.server.samples import Samples
@@ -91,6 +92,7 @@ def build(
         redoc_url=None,
         lifespan=lifespan,
         dependencies=[Depends(known_query)],
+        responses=refusals(*ANY),
         redirect_slashes=False,  # behind a proxy with TLS it would send a key to the same address without
     )
 
@@ -105,13 +107,16 @@ def build(
         await service.apart(service.shelf.registry.ping)
         return {"status": "ready"}
 
-    @app.get("/metrics")
+    with_key = key_needed(service.needs_key)
+    scrape = content("text/plain") | refusals(401, 403, 429)
+
+    @app.get("/metrics", response_class=Response, dependencies=with_key, responses=scrape)
     async def metrics(request: Request) -> Response:
         """Counters for Prometheus."""
         await service.admit(request, "read")
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/v1/prompts")
+    @app.get("/v1/prompts", dependencies=with_key, responses=refusals(*KEYED))
     async def prompts(request: Request) -> list[dict[str, Any]]:
         """List the versions that may be used."""
         await service.admit(request, "read")
@@ -122,7 +127,7 @@ def build(
             if each.manifest is not None and each.trusted and each.withdrawn is None
         ]
 
-    @app.get("/v1/prompts/{name}")
+    @app.get("/v1/prompts/{name}", dependencies=with_key, responses=refusals(*NAMED))
     async def prompt(
         request: Request, name: str, version: Annotated[str | None, Query(max_length=20)] = None
     ) -> dict[str, Any]:
@@ -137,7 +142,9 @@ def build(
             "card": found.card,
         }
 
-    @app.post("/v1/prompts/{name}/classify", openapi_extra=UPLOAD)
+    asked = refusals(*LOADED, *SENT, 415)
+
+    @app.post("/v1/prompts/{name}/classify", openapi_extra=UPLOAD, dependencies=with_key, responses=asked)
     async def classify(
         request: Request,
         name: str,
@@ -168,15 +175,17 @@ def build(
             ],
         )
 
-    @app.post("/v1/prompts", status_code=201, openapi_extra=FOLDER)
+    sent = refusals(*KEYED, *SENT, 409, 415)
+
+    @app.post("/v1/prompts", status_code=201, openapi_extra=FOLDER, dependencies=with_key, responses=sent)
     async def publish(request: Request) -> dict[str, Any]:
         """Publish a version that was signed elsewhere: the files of an exported folder, in fields of their names."""
         await service.admit(request, "publish")
         parts = await uploaded(request, len(FILES) + 2, service.settings.most_bytes)
-        content = dict(parts)
-        if len(content) != len(parts):
+        files = dict(parts)
+        if len(files) != len(parts):
             raise Refusal(422, "a file stands twice in the form")
-        manifest = await service.apart(service.shelf.put, content)
+        manifest = await service.apart(service.shelf.put, files)
         request.state.told |= {"prompt": manifest.name, "version": manifest.version}
         return about(manifest)
 

@@ -92,7 +92,7 @@ class _Request:
         """Refuse who asks by a name that is not this server's: a page in a browser, under a name of its own."""
         hosts = [value.decode("latin-1").lower() for name, value in self._scope["headers"] if name == b"host"]
         if len(hosts) != 1 or PORT.sub("", hosts[0]) not in known:
-            raise Refusal(400, f"this server is asked by the name {known[0]} alone")
+            raise Refusal(400, f"this server is asked by one of these names alone: {', '.join(known)}")
 
     async def receive(self) -> Message:
         """Count the bytes of the body as they come: what is announced may be a lie, or nothing."""

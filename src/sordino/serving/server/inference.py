@@ -14,6 +14,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, FailFast, Field, ValidationError
 
 import sordino
+from sordino.serving.server.described import LOADED, SENT, key_needed, refusals, whole
 from sordino.serving.server.refusal import Refusal
 from sordino.serving.server.service import Service
 
@@ -33,22 +34,35 @@ class InputTensor(BaseModel):
     data: Annotated[list[str], Field(max_length=MOST_ELEMENTS), FailFast()]
 
 
+class OutputTensor(BaseModel):
+    """An output that is asked for."""
+
+    name: str
+
+
 class InferenceRequest(BaseModel):
-    """A request of the protocol; `parameters.top` is how many classes are told."""
+    """A request of the protocol; `parameters.top` is how many classes are told.
+
+    Without `outputs`, or with none in it, all are answered.
+    """
 
     id: Annotated[str, Field(max_length=200)] | None = None
     inputs: Annotated[list[InputTensor], Field(max_length=MOST_ELEMENTS), FailFast()]
+    outputs: Annotated[list[OutputTensor], Field(max_length=MOST_ELEMENTS), FailFast()] = []
     parameters: dict[str, Any] = {}
 
 
 BODY: dict[str, Any] = {
-    "requestBody": {"required": True, "content": {"application/json": {"schema": InferenceRequest.model_json_schema()}}}
+    "requestBody": {"required": True, "content": {"application/json": {"schema": whole(InferenceRequest)}}}
 }
 
 
 def routes(service: Service) -> APIRouter:
     """Make the protocol's addresses."""
-    router = APIRouter(prefix="/v2")
+    router = APIRouter(prefix="/v2", responses=refusals(422))
+    with_key = key_needed(service.needs_key)
+    named: dict[str, Any] = {"dependencies": with_key, "responses": refusals(*LOADED)}
+    sent: dict[str, Any] = {"dependencies": with_key, "responses": refusals(*LOADED, *SENT, 415), "openapi_extra": BODY}
 
     @router.get("")
     async def server() -> dict[str, Any]:
@@ -66,17 +80,18 @@ def routes(service: Service) -> APIRouter:
         await service.apart(service.shelf.registry.ping)
         return {"ready": True}
 
-    @router.get("/models/{name}")
-    @router.get("/models/{name}/versions/{version}")
+    @router.get("/models/{name}", **named)
+    @router.get("/models/{name}/versions/{version}", **named)
     async def model(request: Request, name: str, version: str | None = None) -> dict[str, Any]:
         """Describe a prompt as a model."""
         await service.admit(request, "read")
         classifier = await service.take(name, version)
         assert classifier.manifest is not None
+        versions = await service.apart(service.shelf.versions, name)
         return {
             "name": name,
             **_marked(classifier.manifest.mark),
-            "versions": [str(classifier.manifest.version)],
+            "versions": [str(each) for each in versions],
             "platform": "sordino",
             "inputs": [{"name": INPUT, "datatype": "BYTES", "shape": [-1]}],
             "outputs": [
@@ -85,16 +100,16 @@ def routes(service: Service) -> APIRouter:
             ],
         }
 
-    @router.get("/models/{name}/ready")
-    @router.get("/models/{name}/versions/{version}/ready")
+    @router.get("/models/{name}/ready", **named)
+    @router.get("/models/{name}/versions/{version}/ready", **named)
     async def model_ready(request: Request, name: str, version: str | None = None) -> dict[str, Any]:
         """Tell that a prompt can be asked."""
         await service.admit(request, "read")
         await service.take(name, version)
         return {"name": name, "ready": True}
 
-    @router.post("/models/{name}/infer", openapi_extra=BODY)
-    @router.post("/models/{name}/versions/{version}/infer", openapi_extra=BODY)
+    @router.post("/models/{name}/infer", **sent)
+    @router.post("/models/{name}/versions/{version}/infer", **sent)
     async def infer(request: Request, name: str, version: str | None = None) -> dict[str, Any]:
         """Classify pictures."""
         key = await service.admit(request, "classify")
@@ -104,6 +119,9 @@ def routes(service: Service) -> APIRouter:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "the body"
             raise Refusal(422, f"{place[:100]}: {first['msg'][:100]}") from None
+        if not body.parameters.keys() <= {"top"}:
+            raise Refusal(422, "parameters has one that is not known here; there is top")
+        told = _asked(body)
         asked = body.parameters.get("top")
         if asked is not None and type(asked) is not int:
             raise Refusal(422, "parameters.top must be a whole number")
@@ -115,18 +133,31 @@ def routes(service: Service) -> APIRouter:
         names = [class_name for row in rows for class_name, _ in row]
         values = [value for row in rows for _, value in row]
         assert classifier.manifest is not None
+        outputs = {
+            CLASSES: {"name": CLASSES, "datatype": "BYTES", "shape": shape, "data": names},
+            PROBABILITIES: {"name": PROBABILITIES, "datatype": "FP32", "shape": shape, "data": values},
+        }
         return {
             "model_name": name,
             "model_version": str(classifier.manifest.version),
             **({} if body.id is None else {"id": body.id}),
             **_marked(classifier.manifest.mark),
-            "outputs": [
-                {"name": CLASSES, "datatype": "BYTES", "shape": shape, "data": names},
-                {"name": PROBABILITIES, "datatype": "FP32", "shape": shape, "data": values},
-            ],
+            "outputs": [outputs[each] for each in told],
         }
 
     return router
+
+
+def _asked(body: InferenceRequest) -> list[str]:
+    """Return the names of the outputs that are asked for, in this order.
+
+    Raises:
+        Refusal: there is no such output, or it is asked for twice.
+    """
+    asked = [output.name for output in body.outputs] or [CLASSES, PROBABILITIES]
+    if not set(asked) <= {CLASSES, PROBABILITIES} or len(set(asked)) < len(asked):
+        raise Refusal(422, f"outputs are {CLASSES!r} and {PROBABILITIES!r}, each once")
+    return asked
 
 
 def _marked(mark: str) -> dict[str, Any]:

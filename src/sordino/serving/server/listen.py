@@ -52,12 +52,27 @@ class Address:
     @property
     def local(self) -> bool:
         """Return True if only this machine reaches it."""
-        if self.host == "localhost":
+        if self.host.lower() == "localhost":
             return True
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+    def names(self, needs_key: bool) -> list[str] | None:
+        """Return the names that a server may be asked by, as a browser writes them; None: any.
+
+        Without a key, one of this machine's own goes by its own names, or a page in a browser could reach it under a
+        name of its own. With `open_to_all`, whoever asks is meant, also by the name of a proxy before it.
+        """
+        if needs_key or self.open_to_all or not self.local:
+            return None
+        host = self.host.lower()
+        own = [host]
+        if host != "localhost":
+            address = ipaddress.ip_address(host)
+            own = [host, str(address)] if address.version == 4 else [f"[{host}]", f"[{address}]"]
+        return list(dict.fromkeys([*LOCAL_NAMES, *own]))
 
     def check(self, keys: Keys) -> bool:
         """Check that the address is safe to listen on.
@@ -147,6 +162,8 @@ def serve(
     try:
         family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
         bound = socket.create_server((address.host, address.port), family=family, backlog=128)
+    except (TypeError, ValueError):  # of a name that cannot be one, before it is looked up
+        raise ConfigError("--host", address.host, "is no name or address of this machine; give another") from None
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError("--port", address.port, f"cannot listen on {address.host} ({reason}); take another") from None
@@ -159,8 +176,7 @@ def serve(
             except Refusal as refusal:
                 raise ConfigError("PROMPT", label, getattr(refusal, "why", refusal.reason)) from None
         service = Service(shelf, settings, needs_key, Log(log))
-        hosts = LOCAL_NAMES if address.local and not needs_key else None
-        app = build(service, hosts, offered, compared)
+        app = build(service, address.names(needs_key), offered, compared)
         server = uvicorn.Server(configured(app, address))
         scheme = "http" if address.certificate is None else "https"
         host = f"[{address.host}]" if ":" in address.host else address.host

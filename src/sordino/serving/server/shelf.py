@@ -15,7 +15,7 @@ from sordino.prompt_file import SavedPrompt
 from sordino.serving.classifier import PromptClassifier, described
 from sordino.serving.folder import MANIFEST, SIGNATURE, read_files
 from sordino.serving.manifest import Manifest, parse_label
-from sordino.serving.registry import Published, Registry
+from sordino.serving.registry import Published, Registry, Withdrawal, WithdrawnError
 from sordino.serving.server.refusal import Refusal
 from sordino.serving.sources import check_claim
 from sordino.serving.trust import Trusted
@@ -61,14 +61,26 @@ class Shelf:
             number = parse_label(name if version is None else f"{name}:{version}")[1]
             # Even of a prompt in memory: it may be withdrawn since, or its row changed.
             at = self.registry.current(name, number)
-        except PromptError as error:
-            raise Refusal(410, _public(error)) from None
+        except WithdrawnError as error:
+            raise Refusal(410, _public(error.withdrawal)) from None
         except ConfigError:
             raise Refusal(404, "there is no such prompt") from None
         with self._lock:
             if at in self._held:
                 self._held.move_to_end(at)
             return at, self._held.get(at)
+
+    def versions(self, name: str) -> list[int]:
+        """Return the versions of a prompt that may be asked for, ascending.
+
+        Raises:
+            RunError: the registry cannot be read.
+        """
+        return [
+            each.version
+            for each in self.registry.listed(self.trusted, name)
+            if each.manifest is not None and each.trusted and each.withdrawn is None
+        ]
 
     def describe(self, name: str, version: str | None) -> Published:
         """Return a version that may be used now, with everything checked, whatever is in memory.
@@ -82,8 +94,8 @@ class Shelf:
             self.registry.current(name, number)
         except ConfigError:
             raise Refusal(404, "there is no such prompt") from None
-        except PromptError as error:
-            raise Refusal(410, _public(error)) from None
+        except WithdrawnError as error:
+            raise Refusal(410, _public(error.withdrawal)) from None
         try:
             return self.registry.load(name, number, self.trusted)
         except PromptError as error:
@@ -159,5 +171,5 @@ class Unusable(Refusal):
         self.why = why
 
 
-def _public(error: PromptError) -> str:
-    return f"this version is withdrawn{str(error).rpartition('is withdrawn')[2].rpartition(';')[0]}"
+def _public(withdrawal: Withdrawal) -> str:
+    return f"this version is withdrawn since {withdrawal.at} ({withdrawal.reason})"

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sordino.errors import DataError
 from sordino.pictures.decoding import decode
-from sordino.pictures.depths import GrayRange
+from sordino.pictures.depths import GrayRange, UnknownRange
 from sordino.serving.server.refusal import Refusal
 from sordino.serving.server.settings import ACCEPTED, ServerSettings
 
@@ -53,6 +53,9 @@ def read_picture(content: bytes, settings: ServerSettings, gray_range: GrayRange
         raise Refusal(422, f"one side of the picture is more than {settings.most_aspect:g} times the other")
     try:
         return decode(content, gray_range, FORMATS)
+    except UnknownRange:
+        told = "the picture has more than 8 bits a pixel, and is too dark to tell its black and white"
+        raise Refusal(422, f"{told}; save it with 8 bits") from None
     except DataError:
         raise Refusal(422, "the picture is damaged") from None
 

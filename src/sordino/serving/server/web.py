@@ -18,6 +18,7 @@ import sordino
 from sordino.report.frame import asset
 from sordino.serving.registry import Published
 from sordino.serving.server.compared import RunFolder
+from sordino.serving.server.described import KEYED, NAMED, content, key_needed, refusals
 from sordino.serving.server.refusal import Refusal
 from sordino.serving.server.samples import Samples
 from sordino.serving.server.service import Service
@@ -50,7 +51,9 @@ def routes(service: Service, samples: Samples, runs: RunFolder | None) -> APIRou
         router.get(f"/assets/{name}", include_in_schema=False)(_file(name, _own(name)))
     router.get(f"/assets/{HOUSE}", include_in_schema=False)(_file(HOUSE, asset("page.css")))
 
-    @router.get("/v1/server")
+    with_key = key_needed(service.needs_key)
+
+    @router.get("/v1/server", responses=refusals(422))
     async def server() -> dict[str, Any]:
         """Describe the server: whether it asks for a key, and its limits. Everybody may ask."""
         limits = service.settings
@@ -65,7 +68,7 @@ def routes(service: Service, samples: Samples, runs: RunFolder | None) -> APIRou
             "digits": limits.digits,
         }
 
-    @router.get("/v1/key")
+    @router.get("/v1/key", dependencies=with_key, responses=refusals(*KEYED))
     async def key(request: Request) -> dict[str, Any]:
         """Describe the key that asks: what it may do, and what is left of today's pictures."""
         found = await service.identify(request)
@@ -84,7 +87,7 @@ def routes(service: Service, samples: Samples, runs: RunFolder | None) -> APIRou
         request.state.told["prompt"] = name[:100]
         return await service.apart(service.shelf.describe, name, version)
 
-    @router.get("/v1/prompts/{name}/samples")
+    @router.get("/v1/prompts/{name}/samples", dependencies=with_key, responses=refusals(*NAMED))
     async def listed(
         request: Request, name: str, version: Annotated[str | None, Query(max_length=20)] = None
     ) -> dict[str, Any]:
@@ -93,7 +96,9 @@ def routes(service: Service, samples: Samples, runs: RunFolder | None) -> APIRou
         origin, pictures = await service.apart(samples.of, found.manifest)
         return {"origin": origin, "samples": [each.as_dict() for each in pictures]}
 
-    @router.get("/v1/prompts/{name}/samples/{number}")
+    file = content("application/octet-stream") | refusals(*NAMED)
+
+    @router.get("/v1/prompts/{name}/samples/{number}", response_class=Response, dependencies=with_key, responses=file)
     async def sample(
         request: Request, name: str, number: int, version: Annotated[str | None, Query(max_length=20)] = None
     ) -> Response:
@@ -106,7 +111,7 @@ def routes(service: Service, samples: Samples, runs: RunFolder | None) -> APIRou
 
     if runs is not None:
 
-        @router.get("/v1/runs")
+        @router.get("/v1/runs", dependencies=with_key, responses=refusals(*KEYED))
         async def compared(request: Request) -> dict[str, Any]:
             """Compare the runs in the operator's folder."""
             await service.admit(request, "read")

@@ -254,10 +254,10 @@ function card(found, mark) {
 const part = (title, ...content) => h("section", { class: "part" }, h("h3", {}, title), ...content);
 
 function guarantee({ private: kept, epsilon, delta, unit, simulated }, mark) {
-  if (!kept && !simulated) return h("p", { class: "figure exposed" }, "No guarantee");
-  if (epsilon === null || epsilon === 0) {
-    return h("p", { class: `figure${mark ? " exposed" : ""}` }, kept ? "Nothing was released" : "No guarantee");
+  if (epsilon === null || mark === "NOT PRIVATE" || (!kept && !simulated)) {
+    return h("p", { class: "figure exposed" }, "No guarantee");
   }
+  if (epsilon === 0) return h("p", { class: `figure${mark ? " exposed" : ""}` }, "Nothing was released");
   return h("div", {},
     h("p", { class: `figure${mark ? " exposed" : ""}` }, `ε = ${roundedUp(epsilon)}`, simulated && h("small", {}, " of the simulated noise")),
     h("p", { class: "under" }, `${delta === null ? "" : `δ = ${roundedUp(delta)}, `}for each ${unit ?? "example"}`));

@@ -208,7 +208,7 @@ function quietKey(points) {
 
 function privacyWords({ privacy, zero_shot: untrained }) {
   if (!privacy.bounded) return "not private";
-  if (privacy.epsilon === null || privacy.epsilon === 0) return untrained ? "nothing is learned" : "private, no ε stated";
+  if (privacy.epsilon === null || privacy.epsilon === 0) return untrained ? "nothing is learned" : "private: nothing was released";
   const kind = privacy.simulated ? "simulated, not private" : "private";
   return `${kind}: ε = ${privacy.epsilon_words}` + (privacy.delta_words ? `, δ = ${privacy.delta_words}` : "") +
     (privacy.units.length ? ` for each ${privacy.units.join(" or ")}` : "");
