@@ -821,6 +821,11 @@ def test_a_damaged_ledger_is_never_taken_for_an_empty_one(
 ) -> None:
     run_over(experiment(clip_folder, privacy=NOISE), sites_at(site_files), tmp_path / "out")
     (file,) = (tmp_path / "east" / "state" / "ledger").glob("*.json")
+    whole = json.loads(file.read_text())
     file.write_text(file.read_text()[:-20])
     with pytest.raises(RunError, match="damaged .* without it nobody knows what was spent"):
         sites_at(site_files)
+    for changed in ({"releases": {}}, {"data": []}, {"trusted": ["nobody"]}):
+        file.write_text(json.dumps(whole | {"ledger": whole["ledger"] | changed}))
+        with pytest.raises(RunError, match=rf"{file.name}: .*{next(iter(changed))}.* without it nobody knows"):
+            sites_at(site_files)

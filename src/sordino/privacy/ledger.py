@@ -45,6 +45,7 @@ SEEN_BY: dict[Channel, tuple[Observer, ...]] = {
     "images": ("server",),
     "sizes": ("server",),
 }
+REMEDY = "put it back as it was, or run the experiment again"
 ALL_CLIENTS = "all clients"  # the party of a release that every client's data enter
 
 # One release with less noise has a larger epsilon already, at any delta below its sampling rate: where it is above half
@@ -213,18 +214,18 @@ class Ledger:
         return text
 
     @classmethod
-    def from_json(cls, text: str | bytes, source: object = None) -> Ledger:
+    def from_json(cls, text: str | bytes, source: object = None, remedy: str = REMEDY) -> Ledger:
         """Return the ledger that `to_json` wrote.
 
         Args:
             text: the content of `ledger.json`.
             source: where it was read, for messages.
+            remedy: what is told to do where it is damaged.
 
         Raises:
             RunError: the text is not a ledger, or holds a value that no ledger has; the message names both.
         """
         place = "" if source is None else f"{source}: "
-        remedy = "put it back as it was, or run the experiment again"
         try:
             content = json.loads(text)
             if not isinstance(content, dict):

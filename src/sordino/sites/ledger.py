@@ -70,14 +70,14 @@ class Entry:
         return json.dumps(document, indent=1)
 
     @classmethod
-    def from_json(cls, text: bytes) -> Entry:
+    def from_json(cls, text: bytes, source: Path | None = None) -> Entry:
         """Return the entry that `to_json` wrote, in this version or an earlier one.
 
         Raises:
             RunError, ValueError, KeyError, TypeError: the text is no such file's.
         """
         document = json.loads(text)
-        ledger = Ledger.from_json(json.dumps(document["ledger"]).encode())
+        ledger = Ledger.from_json(json.dumps(document["ledger"]).encode(), source, BACKUP)
         rounds = tuple(int(number) for number in document["rounds"])
         found = document.get("entered", [[]] * len(ledger.releases))
         pairs = zip(ledger.releases, found, strict=True)
@@ -90,6 +90,7 @@ def _kind(release: Release) -> Release:
     return replace(release, steps=0)
 
 
+BACKUP = "without it nobody knows what was spent, so put a backup back"
 EXPERIMENTS = "experiments"  # the folder of a site's state with a folder for each: its answers
 
 
@@ -217,8 +218,6 @@ def left(ledger: Ledger) -> Ledger:
 
 def _read(file: Path) -> Entry:
     try:
-        return Entry.from_json(file.read_bytes())
+        return Entry.from_json(file.read_bytes(), file)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"{file} is damaged ({error}); without it nobody knows what was spent, so put a backup back"
-        ) from None
+        raise RunError(f"{file} is damaged ({error}); {BACKUP}") from None
