@@ -198,6 +198,12 @@ def _printable(key: str) -> str:
     return key if key.isprintable() else shortened(key)
 
 
+def cause(error: BaseException) -> str:
+    """Return an error's kind and message on one line; the `repr` of one that could not decode has all of its bytes."""
+    message = _printable(" ".join(str(error).split()))
+    return f"{type(error).__name__}: {message[:LONGEST]}"
+
+
 def shortened(value: object) -> str:
     """Quote a value for a message of one line, without its middle if it would fill a screen."""
     try:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
-from sordino.errors import RunError, config_error
+from sordino.errors import RunError, cause, config_error
 
 Unit = Literal["example", "person", "client"]
 UNITS: tuple[Unit, ...] = get_args(Unit)  # from small to large: each is made of units before it
@@ -235,7 +235,7 @@ class Ledger:
             wrong = config_error(error, _File)
             raise RunError(f"{place}not a ledger of this version of Sordino: {wrong}; {remedy}") from None
         except (ValueError, RecursionError) as error:
-            raise RunError(f"{place}not a ledger of this version of Sordino ({error!r}); {remedy}") from None
+            raise RunError(f"{place}not a ledger of this version of Sordino ({cause(error)}); {remedy}") from None
         return cls(**vars(read))
 
     def digest_of(self, party: str) -> str:

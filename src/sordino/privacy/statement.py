@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sordino.errors import ConfigError, RunError
+from sordino.errors import ConfigError, RunError, cause
 from sordino.privacy import accounting
 from sordino.privacy.accounting import Spent
 from sordino.privacy.ledger import OBSERVERS, Ledger, Observer, Release, Unit
@@ -175,7 +175,7 @@ def _named_digest(summary: Path) -> str:
     try:
         return str(json.loads(summary.read_bytes())["privacy"].get("ledger_digest", ""))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RunError(f"{summary} is damaged ({error!r}); put it back, or finish the run with --resume") from None
+        raise RunError(f"{summary} is damaged ({cause(error)}); put it back, or finish the run with --resume") from None
 
 
 def spending(ledger: Ledger) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from sordino.audit.findings.strength import judge
 from sordino.audit.findings.words import ATTACKS, result_words
-from sordino.errors import ConfigError, DataError, PromptError, RunError, SordinoError
+from sordino.errors import ConfigError, DataError, PromptError, RunError, SordinoError, cause
 from sordino.experiments.privacy.statement import statement_of
 from sordino.files import read_regular
 from sordino.privacy.ledger import UNITS, Ledger, Unit
@@ -232,7 +232,7 @@ def _audit(file: Path, content: bytes, ledger: Ledger, unit: Unit, summary: Summ
             for name, result in made.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RunError(f"{file} is damaged ({error!r}); repeat 'sordino audit'") from None
+        raise RunError(f"{file} is damaged ({cause(error)}); repeat 'sordino audit'") from None
     if claimed != summary.privacy.epsilon:
         raise RunError(f"{file} is of a run with another claim; repeat 'sordino audit', or remove it")
     return {"attacks": words, "refuted": judge(found, ledger, unit)[2]}

@@ -14,7 +14,7 @@ from sordino.audit.findings.words import ATTACKS, result_words
 from sordino.audit.one_run import CONFIDENCE
 from sordino.audit.scores import DELTA, claimed
 from sordino.audit.statistics import canaries_to_contradict, most_shown
-from sordino.errors import RunError
+from sordino.errors import RunError, cause
 from sordino.privacy.ledger import Ledger, Unit
 from sordino.report.document import Block
 from sordino.results import rounded_up
@@ -52,7 +52,9 @@ def judge(audit: Mapping[str, Any] | None, ledger: Ledger, unit: Unit) -> tuple[
     try:
         return _judged(audit, ledger, unit)
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise RunError(f"audit.json is damaged, or of another version ({error!r}); repeat 'sordino audit'") from None
+        raise RunError(
+            f"audit.json is damaged, or of another version ({cause(error)}); repeat 'sordino audit'"
+        ) from None
 
 
 def _judged(audit: Mapping[str, Any] | None, ledger: Ledger, unit: Unit) -> tuple[dict[str, Any], list[Block], bool]:

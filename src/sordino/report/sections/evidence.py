@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sordino.errors import RunError, shortened
+from sordino.errors import RunError, cause, shortened
 from sordino.report.runs import Run
 
 T = TypeVar("T")
@@ -95,7 +95,7 @@ def of_audit(run: Run, read: Callable[[dict[str, Any]], T]) -> T:
         return read(attacks)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         remedy = "repeat 'sordino audit', or remove the file"
-        raise RunError(f"{run.directory}: audit.json is damaged ({error!r}); {remedy}") from None
+        raise RunError(f"{run.directory}: audit.json is damaged ({cause(error)}); {remedy}") from None
 
 
 def evidence(run: Run) -> Evidence:
