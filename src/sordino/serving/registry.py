@@ -206,8 +206,7 @@ class Registry:
 
         Raises:
             ConfigError: there is no such prompt or version.
-            WithdrawnError: it is withdrawn.
-            PromptError: it was changed, or somebody signed it who is not trusted.
+            PromptError: it is withdrawn or was changed, or somebody signed it who is not trusted.
         """
         found = self.inspect(name, version, Trusted.of() if trusted is None else trusted)
         if found.withdrawn is not None:
@@ -227,7 +226,7 @@ class Registry:
         """Return name, version and signature of a version that is not withdrawn, without reading its files.
 
         Raises:
-            ConfigError, WithdrawnError: there is none, or it is withdrawn; see `load`.
+            ConfigError, PromptError: there is none, or it is withdrawn; see `load`.
         """
         with self.database.reading() as connection:
             row = self._row(connection, name, version)
