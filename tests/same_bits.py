@@ -178,7 +178,8 @@ def main() -> int:
                 differing += bool(parts)
                 print(f"{name}: {'differs in ' + ', '.join(parts) if parts else 'the same'}", flush=True)
     if chosen.write:
-        KEPT.write_text(json.dumps(kept | {processor(): found}, indent=1, sort_keys=True) + "\n")
+        kept[processor()] = kept.get(processor(), {}) | found  # the digests of other methods stay
+        KEPT.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
     return 1 if differing else 0
 
 
