@@ -32,6 +32,7 @@ from sordino.secure import Refusal, SecureError, SumServer, Traffic, carry_excha
 HALVES = {"north": [0, 1, 2], "south": [3, 4, 5]}
 THIRDS = {"east": [0, 1], "north": [2, 3], "west": [4, 5]}
 Turn = Callable[[bytes], bytes]
+ROWS_OF_FIVE = [[4 * place + label for place in range(k, 10, 5) for label in range(4)] for k in range(5)]
 
 
 class Saved:
@@ -416,9 +417,8 @@ def test_a_full_disk_at_a_site_loses_a_round_and_nothing_else(
 def test_a_release_is_summed_once(how: str, make_runtime: Any, tmp_path: Path) -> None:
     """Two secure sums of one vector, with its noise, would show the difference: one client's, with its noise alone."""
     privacy = {"mechanism": "statistics", "noise_multiplier": 20.0, "noise_by": "shares", "dropouts": 1}
-    rows = [[4 * place + label for place in range(k, 10, 5) for label in range(4)] for k in range(5)]
     whole = privacy | {"center_share": 0.0, "scatter_share": 0.0, "colluders": 1}
-    runtime = make_runtime("promptfl", rows, {"context_length": 4, "batch_size": 4}, privacy=whole)
+    runtime = make_runtime("promptfl", ROWS_OF_FIVE, {"context_length": 4, "batch_size": 4}, privacy=whole)
     sites = [turns_of(runtime, [client], tmp_path / str(client)) for client in range(5)]
     session, salt = "ab" * 16, 0
 
@@ -448,6 +448,31 @@ def test_a_release_is_summed_once(how: str, make_runtime: Any, tmp_path: Path) -
             ask(opening(7))
     with pytest.raises(SecureError):
         carry_exchange(SumServer(setup).sum(), ask, Traffic())
+
+
+def test_a_release_that_is_refused_by_the_budget_takes_part_in_no_sum(make_runtime: Any, tmp_path: Path) -> None:
+    """Nothing is charged, so nothing may leave: neither the answer nor a message of the sum that it opens."""
+    privacy = {"mechanism": "statistics", "noise_multiplier": 20.0, "noise_by": "shares", "center_share": 0.0}
+    runtime = make_runtime("promptfl", ROWS_OF_FIVE, {"context_length": 4}, privacy=privacy | {"scatter_share": 0.0})
+    site = turns_of(runtime, [0], tmp_path)
+    refused, charge = MessageError("it has no budget"), site._charge
+
+    def refuse(number: int, releases: Any) -> None:
+        raise refused
+
+    opening = {0: messages.encode(Broadcast(), RoundHeader(0, 0, 5, "ab" * 16))}
+    request = Envelope("round", EXPERIMENT, {}, opening).encode()
+    site._charge = refuse
+    with pytest.raises(MessageError, match="no budget"):
+        site.turn(request)
+    mechanism = runtime.mechanism
+    dimension = math.prod(mechanism.part_shape("matrix"))
+    exchange = SumServer(mechanism.terms("matrix").setup(mechanism.settings, "ab" * 16, 5, dimension)).sum()
+    asked = next(exchange)
+    answer = Envelope.decode(site.turn(Envelope("round", EXPERIMENT, {}, {0: asked[0]}).encode()))
+    assert (set(answer.contents), set(answer.refused)) == (set(), {0})
+    site._charge = charge
+    assert set(Envelope.decode(site.turn(request)).contents) == {0}, "with a budget it answers"
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -109,9 +109,6 @@ class Turns:
         before = self._journal, self.training, self._open
         try:
             return self._answered(request, envelope)
-        except MessageError:  # it was refused before anything changed
-            self._journal, self.training, self._open = before
-            raise
         except BaseException:  # nothing left, so the site is where it was
             self._journal, self.training, self._open = before
             if isinstance(self._open, ClientReleaseRound):
