@@ -26,6 +26,7 @@ from sordino.runtime.envelope import Envelope
 from sordino.runtime.fleet import Ask, LocalFleet, Patience, ServerRuntime, drive, put
 from sordino.runtime.local import LocalRuntime
 from sordino.runtime.messages import MessageError, RoundHeader
+from sordino.runtime.release import Told
 from sordino.runtime.server import ServerEnd, ServerRecord, ServerTraining
 from sordino.secure import Refusal, SecureError, SumServer, Traffic, carry_exchange
 
@@ -450,29 +451,37 @@ def test_a_release_is_summed_once(how: str, make_runtime: Any, tmp_path: Path) -
         carry_exchange(SumServer(setup).sum(), ask, Traffic())
 
 
-def test_a_release_that_is_refused_by_the_budget_takes_part_in_no_sum(make_runtime: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_release_that_is_refused_by_the_budget_takes_part_in_no_sum(
+    stage: int, make_runtime: Any, tmp_path: Path
+) -> None:
     """Nothing is charged, so nothing may leave: neither the answer nor a message of the sum that it opens."""
-    privacy = {"mechanism": "statistics", "noise_multiplier": 20.0, "noise_by": "shares", "center_share": 0.0}
-    runtime = make_runtime("promptfl", ROWS_OF_FIVE, {"context_length": 4}, privacy=privacy | {"scatter_share": 0.0})
-    site = turns_of(runtime, [0], tmp_path)
-    refused, charge = MessageError("it has no budget"), site._charge
+    privacy = {"mechanism": "statistics", "noise_multiplier": 20.0, "noise_by": "shares", "scatter_share": 0.0}
+    privacy |= {"center_share": 0.1 if stage == 2 else 0.0}
+    runtime = make_runtime("promptfl", ROWS_OF_FIVE, {"context_length": 4}, privacy=privacy)
+    site, mechanism = turns_of(runtime, [0], tmp_path), runtime.mechanism
+    charge, header = site._charge, RoundHeader(0, 0, 5, "ab" * 16)
+
+    def sent(content: bytes) -> Envelope:
+        return Envelope.decode(site.turn(Envelope("round", EXPERIMENT, {}, {0: content}).encode()))
 
     def refuse(number: int, releases: Any) -> None:
-        raise refused
+        raise MessageError("it has no budget")
 
-    opening = {0: messages.encode(Broadcast(), RoundHeader(0, 0, 5, "ab" * 16))}
-    request = Envelope("round", EXPERIMENT, {}, opening).encode()
+    assert len(mechanism.stages) == stage
+    opening = messages.encode(Broadcast(), header)
+    if stage == 2:
+        sent(opening)
+        opening = messages.encode(Told({"center": torch.zeros(mechanism.part_shape("center"))}), header)
     site._charge = refuse
     with pytest.raises(MessageError, match="no budget"):
-        site.turn(request)
-    mechanism = runtime.mechanism
-    dimension = math.prod(mechanism.part_shape("matrix"))
-    exchange = SumServer(mechanism.terms("matrix").setup(mechanism.settings, "ab" * 16, 5, dimension)).sum()
-    asked = next(exchange)
-    answer = Envelope.decode(site.turn(Envelope("round", EXPERIMENT, {}, {0: asked[0]}).encode()))
+        sent(opening)
+    setup = mechanism.terms("matrix").setup(mechanism.settings, "ab" * 16, 5, math.prod(mechanism.part_shape("matrix")))
+    asked = next(SumServer(setup).sum())
+    answer = sent(asked[0])
     assert (set(answer.contents), set(answer.refused)) == (set(), {0})
     site._charge = charge
-    assert set(Envelope.decode(site.turn(request)).contents) == {0}, "with a budget it answers"
+    assert set(sent(opening).contents) == {0}, "with a budget it answers"
 
 
 @pytest.mark.parametrize("stage", [1, 2])
