@@ -288,6 +288,35 @@ def test_a_cache_that_cannot_be_written_costs_no_result(tmp_path):
     assert result.encoded == 3
 
 
+class PassingEncoder(TinyEncoder):
+    """It notes how many pictures are in a pass, and its features depend on that as little as rounding does."""
+
+    def __init__(self):
+        super().__init__()
+        self.passes = []
+
+    def image_features(self, pixels):
+        self.passes.append(len(pixels))
+        return super().image_features(pixels) + 1e-6 * len(pixels)
+
+
+@pytest.mark.parametrize("size", [3, 5, 64])
+def test_every_pass_on_a_cpu_has_one_shape_and_fits_its_caches(size):
+    made = contents(21)
+    whole, encoder = run(Pictures(made), None, PassingEncoder(), batch_size=size)
+    assert set(encoder.passes) == {min(size, encode_module.TOGETHER)}
+    first, _ = run(Pictures(made[:8]), None, PassingEncoder(), batch_size=size)
+    rest, _ = run(Pictures(made[8:]), None, PassingEncoder(), batch_size=size)
+    assert torch.equal(torch.cat([first.features, rest.features]), whole.features)
+
+
+def test_a_large_batch_of_pixels_is_passed_in_pieces():
+    encoder, pixels = PassingEncoder(), torch.rand(20, 3, 2, 2)
+    features = encode_module.forward(encoder, "image", pixels)
+    assert encoder.passes == [8, 8, 4]
+    torch.testing.assert_close(features, TinyEncoder().image_features(pixels), rtol=0, atol=1e-5)
+
+
 def test_a_full_disk_is_told_once_and_leaves_nothing_behind(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -29,6 +29,7 @@ from sordino.progress import log
 SHARD_IMAGES, SHARD_BYTES, SHARD_SECONDS = 1000, 1 << 26, 30.0
 CHEAP = ("pixels", layer_kind(0))  # made of a picture in less time than they are worth on the disk
 WORKERS = min(8, os.cpu_count() or 1)  # threads that read and decode pictures
+TOGETHER = 8  # pictures in one pass on a CPU: what a layer makes of more does not fit into its caches
 NOT_FINITE = "the encoder gives features of it that are not finite"
 SKIPPED_SHOWN = 20  # unreadable pictures that are named in the log; the summary names all
 # Errors of a picture that cannot be read.
@@ -94,7 +95,7 @@ def encode(
         images: N pictures.
         encoder: the frozen encoder.
         cache: the feature cache; None keeps nothing.
-        batch_size: pictures in one forward pass.
+        batch_size: pictures that are read at once, and on an accelerator also in one forward pass.
         kind: "image" for `image_features`, "patch" for `patch_features`, "layer 3" for the hidden
             states that enter that layer of the image tower, "pixels" for the pixels themselves.
             Pixels and the input of the first layer are not kept on disk. "image-tokens" and "keys-values" are of
@@ -241,10 +242,11 @@ def _pixels(
 def _forward(encoder: DualEncoder, kind: Kind, pixels: list[Tensor], size: int) -> Features:
     """Compute features [B, ...] of B pictures.
 
-    The batch is filled up to `size` pictures, as kernels of different shapes differ in the last
+    The last pass is filled up with the first picture, as kernels of different shapes differ in the last
     bit. So a feature does not depend on the point at which an earlier encoding was interrupted.
     """
-    filled = pixels + [pixels[0]] * (size - len(pixels))
+    passes = min(size, TOGETHER) if encoder.device.type == "cpu" else size
+    filled = pixels + [pixels[0]] * (-len(pixels) % passes)
     batch = torch.stack(filled).to(encoder.device)
     rows: Features = forward(encoder, kind, batch)[: len(pixels)].float().cpu().numpy()
     return rows
@@ -271,9 +273,16 @@ def tell_skipped(skipped: Sequence[Skipped]) -> None:
 
 
 def forward(encoder: DualEncoder, kind: Kind, pixels: Tensor) -> Tensor:
-    """Return features [B, ...] of a kind, of pixels [B, 3, H, W]."""
+    """Return features [B, ...] of a kind, of pixels [B, 3, H, W]; on a CPU in passes of `TOGETHER`."""
     if kind == "pixels":
         return pixels
+    if pixels.device.type == "cpu" and len(pixels) > TOGETHER:
+        return torch.cat([_pass(encoder, kind, piece) for piece in pixels.split(TOGETHER)])
+    return _pass(encoder, kind, pixels)
+
+
+def _pass(encoder: DualEncoder, kind: Kind, pixels: Tensor) -> Tensor:
+    """Return features [B, ...] of a kind, in one pass."""
     if (layer := layer_of(kind)) is not None:
         return encoder.image_tower.hidden(pixels, layer)
     if kind in STATES:
