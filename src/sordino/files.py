@@ -12,6 +12,7 @@ from uuid import uuid4
 from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
 
 from sordino.errors import ConfigError, DataError, RunError, nearest
+from sordino.progress import log
 
 # Flags that neither wait for a writer of a pipe, nor make a terminal the process's own, nor
 # translate line ends.
@@ -97,6 +98,25 @@ def replace_file(path: Path, content: bytes, private: bool = False) -> None:
     _flush_folder(path.parent)
 
 
+def require_private(folder: Path, remedy: str) -> None:
+    """Make a folder that only its owner may enter, or warn if one is there that others may.
+
+    Args:
+        folder: its path.
+        remedy: what to do about one that others may enter, for the warning.
+
+    Raises:
+        RunError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        mode = stat.S_IMODE(folder.stat().st_mode)
+    except OSError as error:
+        raise RunError(f"cannot write {folder}: {error.strerror or error}; {FREE_SPACE}") from None
+    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
+        log.warning("%s may be entered by others than its owner (mode %o); %s", folder, mode, remedy)
+
+
 def _open_private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
@@ -117,6 +137,11 @@ def write_atomically(path: Path, content: bytes, remedy: str = GO_ON, private: b
         replace_file(path, content, private)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}; {remedy}") from None
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Write a file of a party's state, which only its owner may read; as `write_atomically`."""
+    write_atomically(path, content, FREE_SPACE, private=True)
 
 
 def user_path(text: str, key: str) -> Path:

@@ -131,13 +131,17 @@ class SavedPrompt:
     words: str | None = None
     source: str = "the prompt"
 
-    def save(self, file: Path | str) -> None:
+    def save(self, file: Path | str, private: bool = False) -> None:
         """Write the file, all or nothing; an older one is replaced.
+
+        Args:
+            file: its path.
+            private: only its owner may read it; else as the process's umask says.
 
         Raises:
             RunError: it cannot be written.
         """
-        write_atomically(Path(file), self.to_bytes())
+        write_atomically(Path(file), self.to_bytes(), private=private)
 
     def to_bytes(self) -> bytes:
         """Return the content of the file."""

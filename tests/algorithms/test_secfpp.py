@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,8 @@ def trained(runtime: LocalRuntime, rounds: int | None = None) -> Training:
 
 
 def clock_of(runtime: LocalRuntime, number: int) -> RoundContext:
-    return RoundContext(number, runtime.rounds, Streams(0, number, range(len(runtime.data)), torch.device("cpu")))
+    streams = Streams(0, number, range(len(runtime.data)), torch.device("cpu"))
+    return RoundContext(number, runtime.rounds, streams, len(runtime.data))
 
 
 def test_on_shares_as_in_the_clear(make_runtime: MakeRuntime) -> None:
@@ -351,6 +352,39 @@ def test_a_server_that_names_other_numbers_learns_nothing(
     with caplog.at_level(logging.WARNING):
         after, record = runtime.round(training)
     assert "answers are needed and 0 came" in caplog.text
+    assert record.protocol is not None
+    assert not record.protocol.opened
+    assert not after.server.opened.any()  # type: ignore[attr-defined]
+
+
+def test_a_server_that_plays_clients_of_its_own_is_dealt_nothing(
+    make_runtime: MakeRuntime, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nine of 15 shares would be enough to decode everybody's point, where 6 clients take part."""
+    runtime = make_runtime("secfpp", TWO_KINDS, TABLES)
+    training, phantoms = trained(runtime, 1), dict.fromkeys(range(6, 15), 0)
+
+    def server_exchange(*given: Any) -> secure.SharedExchange:
+        settings, model, server, _, clients, context, carrier = given
+        setup = secfpp.agreed(settings, model, 15, server.start.numel(), context.round)
+        ends = {
+            place: secure.Client(place, np.zeros(setup.width), np.zeros(setup.length), cipher=secure.EncryptingCipher())
+            for place in phantoms
+        }
+
+        def carry(messages: Mapping[int, bytes]) -> Iterator[tuple[int, bytes | secure.Refusal]]:
+            yield from carrier({place: content for place, content in messages.items() if place < 6})
+            for place, end in ends.items():
+                if place in messages:
+                    phantoms[place] += isinstance(reply := secure.answered(end, messages[place]), bytes)
+                    yield place, reply
+
+        return secure.SharedExchange(setup, [*clients, *([clients[0]] * 9)], carry)
+
+    monkeypatch.setattr(secfpp, "server_exchange", server_exchange)
+    with caplog.at_level(logging.WARNING):
+        after, record = runtime.round(training)
+    assert all(phantoms.values())
     assert record.protocol is not None
     assert not record.protocol.opened
     assert not after.server.opened.any()  # type: ignore[attr-defined]

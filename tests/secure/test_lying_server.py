@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,13 +14,16 @@ from sordino.secure.messages import Deal, Delivery, Join, Receipt, Shares, read
 N, WIDTH = 8, 4
 
 
-def agreed(clients: int) -> Setup:
+def agreed(clients: int = N) -> Setup:
     return plan(
         clients=clients, width=WIDTH, largest=1.0, reveal="ratios", columns=20, privacy=2, length=6, tolerance=0
     )
 
 
-def client_of(number: int = 0, agree: Callable[[int], Setup] | None = agreed) -> Client:
+AGREED = agreed()
+
+
+def client_of(number: int = 0, agree: Setup | None = AGREED) -> Client:
     return Client(number, np.zeros(WIDTH), np.zeros(6), cipher=EncryptingCipher(), privacy=2, agreed=agree)
 
 
@@ -36,6 +38,7 @@ def client_of(number: int = 0, agree: Callable[[int], Setup] | None = agreed) ->
         {"minimum": 5},
         {"privacy": 1, "minimum": 3},
         {"round": 2},
+        {"clients": N + 9},
         {"largest": 0.5},
         {"vector_bits": 3},
         {"vector_largest": 2.0},

@@ -27,7 +27,7 @@ RUNS = {
     "dp-sgd": {"privacy": NOISE, "rounds": 1},
     "statistics": {"privacy": {"mechanism": "statistics", "epsilon": 8.0}, "rounds": 1},
     "sums": {
-        "privacy": {"mechanism": "dp-fedavg", "noise_multiplier": 1.0, "noise_by": "shares", "colluders": 0},
+        "privacy": {"mechanism": "dp-fedavg", "noise_multiplier": 1.0, "noise_by": "shares", "colluders": 1},
         "runtime": {"weighting": "uniform"},
         "rounds": 1,
     },

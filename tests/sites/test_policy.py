@@ -47,7 +47,7 @@ def test_the_tensors_of_a_release_of_statistics_leave_only_if_the_policy_names_t
     more: dict[str, float], parts: list[str], shares: bool, pictures: Path
 ) -> None:
     upload = ["change", "weight"]
-    privacy = STATISTICS | more | ({"noise_by": "shares", "colluders": 0} if shares else {})
+    privacy = STATISTICS | more | ({"noise_by": "shares", "colluders": 1} if shares else {})
     if not more:
         privacy |= {"center_share": 0.0, "scatter_share": 0.0}
     for part in parts:

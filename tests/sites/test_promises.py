@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,12 +15,14 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from sites.owners import NAMES, NOISE, experiment, fleet, sites_at, write_pictures, write_site
-from sordino.errors import PromptError
+from sordino.errors import ConfigError, PromptError
+from sordino.experiments.run_lock import FILE as LOCK
 from sordino.privacy.accounting import spent
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.statement import statement
 from sordino.prompt_file import SavedPrompt
 from sordino.results import rounded_up
+from sordino.runtime.agreement import Agreement
 from sordino.runtime.envelope import Envelope
 from sordino.runtime.fleet import Answer, Ask, LocalFleet, Lost, Patience
 from sordino.runtime.local import RoundError
@@ -247,3 +251,67 @@ def test_a_hello_of_many_wrong_elements_costs_one_error(name: str) -> None:
     with pytest.raises(ValidationError) as error:
         Hello.model_validate(facts | {name: [None] * 500})
     assert error.value.error_count() == 1
+
+
+@pytest.mark.parametrize("method", ["promptfl", "secfpp"])
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_site_with_more_clients_than_may_pool_what_they_know_is_in_no_protocol_on_shares(
+    method: str, most: int, tmp_path: Path, clip_folder: Path
+) -> None:
+    """It could take off its clients' shares of the noise, or put their shares of a prompt together."""
+    files, alone = {}, {"noise_multiplier": 1.0, "delta": 1e-3, "noise_by": "shares", "colluders": most}
+    for number, (name, clients) in enumerate((("east", [0, 1]), ("west", [2]), ("north", [3]))):
+        write_pictures(tmp_path / name / "pictures", number, 16)
+        tables = {"partition": {"scheme": "iid", "clients": 4}, "clients": clients}
+        files[name] = write_site(tmp_path / name, name, clip_folder, {"unit": "client", "delta": 1e-3}, **tables)
+    privacy = {"mechanism": "dp-fedavg", **alone} if method == "promptfl" else {}
+    settings = {"context_length": 2, "batch_size": 0, "local_steps": 1, "secfpp": {"colluders": most}}
+    tables = {"settings": settings, "privacy": privacy, "runtime": {"weighting": "uniform"}, "rounds": 1}
+    config, sites = experiment(clip_folder, method, **tables), sites_at(files)
+    proposal = Proposal.of(config)
+    if most == 2:
+        if method == "secfpp":  # four clients are too few for it; it is not refused for the site
+            with pytest.raises(ConfigError, match="4 clients of whom 25% may drop out cannot have privacy 2"):
+                coordinate(config, proposal, fleet(sites), tmp_path / "out", Patience())
+            return
+        assert coordinate(config, proposal, fleet(sites), tmp_path / "out", Patience()).training.round == 1
+        return
+    with pytest.raises(
+        ConfigError, match=r"colluders = 1: site east holds 2 clients, .* set it to that, or have fewer"
+    ):
+        coordinate(config, proposal, fleet(sites), tmp_path / "out", Patience())
+    # A coordinator that does not mind: west refuses by itself.
+    assert Envelope.decode(sites["west"].turn(Envelope("hello", proposal.fingerprint, proposal.facts).encode())).facts
+    agreement = Agreement({"east": [0, 1], "west": [2], "north": [3]}, [1] * 4, False)
+    answer = Envelope.decode(sites["west"].turn(Envelope("agreement", proposal.fingerprint, agreement.facts).encode()))
+    assert "site east holds 2 clients" in answer.facts["reason"]
+
+
+def test_what_a_site_keeps_is_its_owners_alone(
+    tmp_path: Path, clip_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Prompts, answers and agreement: with the answer of a round and its noise's key, one could take off the noise."""
+    before, files = os.umask(0o022), {}
+    try:
+        for number, name in enumerate(NAMES):
+            write_pictures(tmp_path / name / "pictures", number, 8)
+            files[name] = write_site(tmp_path / name, name, clip_folder)
+        (tmp_path / "west" / "state").mkdir(mode=0o755)  # as an earlier version made it
+        config = experiment(clip_folder, privacy=NOISE | {"delta": 1e-3}, rounds=1)
+        sites = sites_at(files)
+        with caplog.at_level(logging.WARNING):
+            coordinate(config, Proposal.of(config), fleet(sites), tmp_path / "out", Patience())
+    finally:
+        os.umask(before)
+    for name in ("east", "north"):
+        state = tmp_path / name / "state"
+        assert state.stat().st_mode & 0o077 == 0
+        kept = [file for file in state.rglob("*") if file.is_file() and file.name != LOCK]
+        assert {"agreement.json", "turn.safetensors", "ledger.json", "shared.safetensors"} <= {
+            file.name for file in kept
+        }
+        assert [file.name for file in kept if file.stat().st_mode & 0o077] == []
+    told = [text for text in caplog.messages if "may be entered by others" in text]
+    assert len(told) == 1
+    assert "west" in told[0]
+    assert "chmod 700" in told[0]

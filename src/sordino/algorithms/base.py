@@ -271,11 +271,16 @@ class Schedule:
 
 @dataclass(frozen=True)
 class RoundContext:
-    """Round `round` of `rounds`, counted from 1, with that round's randomness."""
+    """Round `round` of `rounds`, counted from 1, with that round's randomness.
+
+    Attributes:
+        participants: the number of clients that take part in it, as everybody computes it; 0 where nobody may know.
+    """
 
     round: int
     rounds: int
     streams: Streams
+    participants: int = 0
 
 
 @dataclass(frozen=True)

@@ -228,11 +228,7 @@ def client_exchange(
 ) -> list[secure.Client]:
     """Return the clients' ends of the protocol; see `base` for its arguments."""
     points, changes = reduced(settings, model, broadcast.start[0], upload, round_context)
-    length = broadcast.start[0].numel()
-
-    def expected(clients: int) -> secure.Setup:
-        return agreed(settings, model, clients, length, round_context.round)
-
+    setup = agreed(settings, model, round_context.participants, broadcast.start[0].numel(), round_context.round)
     return [
         secure.Client(
             place,
@@ -242,7 +238,7 @@ def client_exchange(
             clip=True,
             minimum=settings.minimum,
             privacy=settings.colluders,
-            agreed=expected,
+            agreed=setup,
         )
         for place, point, change in zip(places, points, changes, strict=True)
     ]

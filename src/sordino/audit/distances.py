@@ -115,7 +115,8 @@ def expose(subject: Subject, seed: int, victims: int = 3) -> Exposure:
     if not number:
         return Exposure("the run ended before its first clustering")
     clients = range(len(runtime.data))
-    round_context = RoundContext(number, runtime.rounds, Streams(seed, number, clients, server.start.device))
+    streams = Streams(seed, number, clients, server.start.device)
+    round_context = RoundContext(number, runtime.rounds, streams, len(clients))
     mechanism_round = runtime.mechanism.client_end(round_context.streams, list(clients))
     broadcast = secfpp.broadcast(server)
     data = runtime.clients.training_data(training.at_clients)

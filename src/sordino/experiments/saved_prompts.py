@@ -27,6 +27,7 @@ def save_prompts(
     privacy: Mapping[str, Any],
     clients: Sequence[int] | None = None,
     words: Sequence[str] = (),
+    private: bool = False,
 ) -> None:
     """Write one file a client, or one for all where they share a prompt; each says what it belongs to.
 
@@ -39,6 +40,7 @@ def save_prompts(
         privacy: of the run, as its summary says it.
         clients: [K], the numbers of those whose own prompts these are; by default from 0, if there are several.
         words: the prompts as text, one for each, if they are words.
+        private: only their owner may read the files; else as the process's umask says.
 
     Raises:
         RunError: one cannot be written.
@@ -77,7 +79,7 @@ def save_prompts(
             client=client,
             words=words[place] if words else None,
         )
-        saved.save(folder / f"{name}.safetensors")
+        saved.save(folder / f"{name}.safetensors", private)
 
 
 def _from_anywhere(checkpoint: str | None) -> str | None:

@@ -148,9 +148,9 @@ class PrivacySettings(BaseModel):
     )
     colluders: int = Field(
         default=1,
-        ge=0,
-        description="noise_by = 'shares', or compress: clients that may pool what they know; noise is enough without "
-        "their shares",
+        ge=1,  # each client knows its own share, and is an observer of the others
+        description="noise_by = 'shares', or compress: clients that may pool what they know, those of one site at "
+        "least; noise is enough without their shares",
     )
     dropouts: int = Field(
         default=0, ge=0, description="noise_by = 'shares': clients that may drop out of a sum; likewise"

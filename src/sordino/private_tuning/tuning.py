@@ -189,7 +189,7 @@ class _Record:
         if self._costs is not None:
             stored["costs"] = self._costs.taken()
             self._costs.add_taken(stored["costs"])
-        write_atomically(self._out / STATE, json.dumps(stored).encode())
+        write_atomically(self._out / STATE, json.dumps(stored).encode(), private=True)
 
     def add(self, generation: int, losses: list[float], least: float | None = None) -> None:
         """Append a line of metrics. Generation 0 is the initial prompt."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sordino.algorithms.base import Algorithm, named_tensors
 from sordino.encoders.prompt_model import PromptModel
+from sordino.errors import ConfigError
 from sordino.privacy.choice import mechanism_for
 from sordino.privacy.settings import PrivacySettings
 from sordino.runtime import aggregation
@@ -85,7 +86,8 @@ class Agreement:
         """Return the federation, the same at every party.
 
         Raises:
-            ConfigError: the mechanism or the aggregation does not fit the method or the clients.
+            ConfigError: the mechanism or the aggregation does not fit the method or the clients, or a site holds more
+                clients than may pool what they know.
         """
         rounds = plan.rounds if plan.algorithm.ABOUT.trains else 0
         noun = "persons" if plan.privacy.by_person else "examples"
@@ -98,12 +100,34 @@ class Agreement:
         if check := getattr(plan.algorithm, "check", None):
             check(plan.settings, plan.model, count)
         aggregation.check(plan.runtime, plan.privacy, plan.algorithm.ABOUT, count)
+        self._check_pooled(plan, bool(mechanism.noise_multiplier))
         schemas = schemas_of(*method, plan.model, len(self.sizes), rounds, plan.example)
         # Each site sees its own persons. A bound for a person at two of them would be one for a part of the person.
         bounded = self.whole_persons and plan.privacy.on and plan.privacy.unit != "example"
         assumptions = (PERSONS_APART,) if bounded and len(self.sites) > 1 else ()
         facts = (*method, plan.model, len(self.sizes), rounds, plan.runtime, plan.seed, mechanism, schemas)
         return Federation(*facts, plan.example.device, assumptions)
+
+    def _check_pooled(self, plan: Plan, noised: bool) -> None:
+        """Refuse a site with more clients than may pool what they know, as it holds what they all hold.
+
+        Raises:
+            ConfigError: there is one, and shares of noise or of prompts are spread over clients.
+        """
+        allowed: dict[str, int] = {}
+        if noised and (plan.privacy.noise_by == "shares" or plan.privacy.compress):
+            allowed["privacy.colluders"] = plan.privacy.colluders
+        if hasattr(plan.algorithm, "client_exchange") and hasattr(plan.settings, "colluders"):
+            allowed["settings.colluders"] = plan.settings.colluders
+        site, clients = max(self.sites.items(), key=lambda item: len(item[1]))
+        for key, most in allowed.items():
+            if len(self.sites) > 1 and len(clients) > most:
+                raise ConfigError(
+                    key,
+                    most,
+                    f"site {site} holds {len(clients)} clients, and so what they all know; set it to that, or have "
+                    "fewer clients at a site",
+                )
 
 
 def _number(value: object) -> int:

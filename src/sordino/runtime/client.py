@@ -255,8 +255,7 @@ class ClientRound:
         clients = sorted(contents)
         headers = [messages.round_header(contents[client]) for client in clients]
         number = self._number(headers)
-        self._check_places(clients, headers)
-        self._check_turn(number, clients)
+        self._check_places(number, clients, headers)
         broadcast, clip = end.read_broadcast([contents[client] for client in clients])
         stacked = {client: at for at, client in enumerate(end.numbers)}
         stack = torch.tensor([stacked[client] for client in clients], device=federation.device)
@@ -302,28 +301,16 @@ class ClientRound:
             raise MessageError(f"a broadcast of round {number} after round {self.training.round}")
         return number
 
-    def _check_places(self, clients: Sequence[int], headers: Sequence[RoundHeader]) -> None:
-        """Refuse a round of clients who are not here, or of others than a secure sum's noise was divided among."""
-        absent = sorted(set(clients) - set(self._end.numbers))
-        if absent:
-            raise MessageError(f"a broadcast for client {absent[0]}, who is not one of these")
-        if not self._end.federation.mechanism.sums_securely:
-            return
-        everyone = self._end.federation.clients
-        for client, header in zip(clients, headers, strict=True):
-            # A client adds its share of the noise; among more clients than there are, the shares would be too small.
-            if (header.place, header.clients) != (client, everyone):
-                raise MessageError(
-                    f"a secure sum with client {client} at place {header.place} of {header.clients}, where all "
-                    f"{everyone} take part"
-                )
-
-    def _check_turn(self, number: int, clients: Sequence[int]) -> None:
+    def _check_places(self, number: int, clients: Sequence[int], headers: Sequence[RoundHeader]) -> None:
         """Refuse a round that is not in the plan, whose epsilon counts rounds and who takes part in each.
 
+        A protocol on shares is among those who take part and nobody else: among more clients than there are, shares of
+        noise would be too small, and whoever played the others would hold too many shares of everybody's numbers.
         Under Poisson sampling of clients the server draws who takes part, and nobody can check it.
         """
         federation = self._end.federation
+        if absent := sorted(set(clients) - set(self._end.numbers)):
+            raise MessageError(f"a broadcast for client {absent[0]}, who is not one of these")
         if federation.rounds and number > federation.rounds:  # rounds of a method that does not train tell nothing
             raise MessageError(f"a broadcast of round {number}, and {federation.rounds} were agreed")
         if federation.mechanism.samples_clients:
@@ -331,6 +318,15 @@ class ClientRound:
         chosen = participants(federation.seed, number, federation.clients, federation.runtime.participation)
         if strangers := sorted(set(clients) - set(chosen.tolist())):
             raise MessageError(f"a broadcast of round {number} for client {strangers[0]}, who takes no part in it")
+        if not (federation.mechanism.sums_securely or hasattr(federation.algorithm, "client_exchange")):
+            return
+        places = {client: place for place, client in enumerate(chosen.tolist())}
+        for client, header in zip(clients, headers, strict=True):
+            if (header.place, header.clients) != (places[client], len(places)):
+                raise MessageError(
+                    f"a protocol on shares with client {client} at place {header.place} of {header.clients}, where it "
+                    f"has place {places[client]} of the {len(places)} that take part"
+                )
 
     def _sent(
         self, upload: AnyUpload, mechanism_round: ClientRoundMechanism, clients: Sequence[int], number: int

@@ -97,7 +97,8 @@ class Federation:
     def round_context(self, number: int, clients: Sequence[int]) -> RoundContext:
         """Return a round's number and randomness for a stack of clients; an empty stack draws as client 0."""
         streams = Streams(self.seed, number, list(clients) or [0], self.device)
-        return RoundContext(number, self.rounds, streams)
+        count = participant_count(self.clients, self.runtime.participation)
+        return RoundContext(number, self.rounds, streams, 0 if self.mechanism.samples_clients else count)
 
     def randomness(self, given: RandomnessOf | None) -> RandomnessOf:
         """Return the source of noise and samples: the one given, or else the operating system.

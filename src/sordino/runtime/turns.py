@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 
 from sordino.errors import RunError
-from sordino.files import FREE_SPACE, write_atomically
+from sordino.files import write_private
 from sordino.privacy.ledger import ALL_CLIENTS, Release
 from sordino.privacy.statistics.mechanism import StatisticsMechanism
 from sordino.randomness import KeyedRandomness, Randomness, system_bytes
@@ -44,8 +44,8 @@ class Journal:
 
     Attributes:
         round: its number; NO_ROUND before any, RELEASE_ROUND for the release of statistics.
-        key: of its noise.
-        requests: as they came, in order.
+        key: of its noise; empty once its answer is on the disk, but for a release of several stages.
+        requests: as they came, in order; empty where the key is.
         answers: by the request's digest.
     """
 
@@ -172,19 +172,24 @@ class Turns:
         return [release for release in mechanism.released(self.experiment) if release.party in parties]
 
     def _write(self, journal: Journal) -> None:
-        """Write state, answers and requests, all or nothing."""
+        """Write state and answers, all or nothing; of a release that has not ended also requests and key.
+
+        Who has the key can draw the noise again, and take it off the answer. So no other round's is written.
+        """
         tensors = tensors_of(self.training)
-        contents = [*journal.requests, *journal.answers.values()]
+        goes_on = isinstance(self._open, ClientReleaseRound) and not self.training.release
+        requests, key = (journal.requests, journal.key) if goes_on else ([], b"")
+        contents = [*requests, *journal.answers.values()]
         for number, content in enumerate(contents):
             tensors[f"journal.{number:04d}"] = torch.from_numpy(np.frombuffer(content, dtype=np.uint8).copy())
         head = {
             "experiment": self.experiment,
             "trained": self.training.round,
             "number": journal.round,
-            "key": journal.key.hex(),
+            "key": key.hex(),
             "answers": list(journal.answers),
         }
-        write_atomically(self.folder / FILE, messages.with_head(tensors, head), FREE_SPACE)
+        write_private(self.folder / FILE, messages.with_head(tensors, head))
 
     def _load(self) -> None:
         try:

@@ -15,7 +15,6 @@ For any request of the server, an honest client answers
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import fields
 
 import numpy as np
@@ -65,8 +64,8 @@ class Client:
         minimum: the smallest set whose sum it allows to be opened. A round's own minimum may be
             higher. By default, and at least, `fewest_members(privacy)`.
         privacy: the fewest colluding clients that a round must protect against.
-        agreed: the numbers that a round must have, by how many take part. By default, the client takes what the
-            server says of all that `minimum` and `privacy` leave open: `reveal` and `columns` too.
+        agreed: the numbers that a round must have. By default, the client takes what the server says of all that
+            `minimum` and `privacy` leave open: how many take part, `reveal` and `columns` too.
         entropy: the source of random bytes; the operating system, except in tests.
     """
 
@@ -80,7 +79,7 @@ class Client:
         clip: bool = False,
         minimum: int | None = None,
         privacy: int = 1,
-        agreed: Callable[[int], Setup] | None = None,
+        agreed: Setup | None = None,
         entropy: Entropy = system_bytes,
     ) -> None:
         least = fewest_members(privacy)
@@ -157,9 +156,8 @@ class Client:
         """Refuse a round with other numbers than this client computes: they decide on what is opened."""
         if self._agreed is None:
             return
-        expected = self._agreed(setup.clients)
         for name in (item.name for item in fields(Setup)):
-            due, offered = getattr(expected, name), getattr(setup, name)
+            due, offered = getattr(self._agreed, name), getattr(setup, name)
             if due != offered:
                 raise SecureError(f"client {self.number} agreed on {name} = {due!r}, and the round offers {offered!r}")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sordino.errors import RunError
-from sordino.files import FREE_SPACE, write_atomically
+from sordino.files import write_private
 from sordino.privacy.accounting import compose, spent
 from sordino.privacy.ledger import OBSERVERS, Ledger, Release, Unit
 from sordino.runtime import messages, turns
@@ -166,7 +166,7 @@ class SiteLedger:
             self._enter(experiment, entry)
 
     def _enter(self, experiment: str, entry: Entry) -> None:
-        write_atomically(self.folder / f"{experiment}.json", entry.to_json().encode(), FREE_SPACE)
+        write_private(self.folder / f"{experiment}.json", entry.to_json().encode())
         self._entries[experiment] = entry
 
     def spent_in(self, experiment: str, unit: Unit, delta: float) -> float:

@@ -15,7 +15,7 @@ from sordino.encoders.prompt_model import Prompt
 from sordino.errors import ConfigError, RunError
 from sordino.experiments.config import Experiment
 from sordino.experiments.saved_prompts import save_prompts
-from sordino.files import FREE_SPACE, write_atomically
+from sordino.files import write_private
 from sordino.privacy.ledger import Ledger, Release
 from sordino.privacy.statement import as_summary
 from sordino.runtime.agreement import Agreement, federation_digest
@@ -171,9 +171,7 @@ class Membership:
 
     def _keep(self, document: Mapping[str, Any], answered: int) -> None:
         """Keep the agreement, and the last round that this site is known to have answered."""
-        write_atomically(
-            self._folder / AGREED, json.dumps({**document, ANSWERED: answered}, indent=1).encode(), FREE_SPACE
-        )
+        write_private(self._folder / AGREED, json.dumps({**document, ANSWERED: answered}, indent=1).encode())
         self._answered = answered
 
     def _check_unchanged(self, document: dict[str, Any]) -> int:
@@ -212,12 +210,12 @@ class Membership:
         federation, end = self._federation, self.turns.end
         assert federation is not None
         ledger = self._ledger_of_prompts(federation, end.numbers)
-        write_atomically(self._folder / LEDGER, ledger.to_json().encode(), FREE_SPACE)
+        write_private(self._folder / LEDGER, ledger.to_json().encode())
         privacy = as_summary(ledger, self.config.privacy.unit)
         folder = self._folder / "prompts"
         model, names = self.own.plan.model, self.own.class_names
         own = end.numbers if federation.algorithm.ABOUT.personal != "nothing" else None
-        save_prompts(folder, self.config, model.encoder, names, prompt, privacy, own, model.text(prompt))
+        save_prompts(folder, self.config, model.encoder, names, prompt, privacy, own, model.text(prompt), private=True)
         facts: dict[str, Any] = {"round": self.turns.round}
         if "accuracy" in self._settings.policy.tells:
             facts["accuracy"] = self._told_accuracies(prompt)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sordino.errors import ConfigError, RunError, SordinoError
 from sordino.experiments.run_lock import held
-from sordino.files import FREE_SPACE, write_atomically
+from sordino.files import require_private, write_private
 from sordino.progress import log
 from sordino.randomness import system_bytes
 from sordino.runtime.envelope import Envelope
@@ -40,6 +40,7 @@ class Site:
         self.ledger = SiteLedger.of_state(self.state)
         self._members: dict[str, Membership] = {}
         self._name = system_bytes(16).hex()  # of this process
+        self._looked_at_state = False
 
     def turn(self, request: bytes) -> bytes:
         """Return the answer to a request, whatever its bytes are. A refusal says why; no error is raised.
@@ -47,6 +48,7 @@ class Site:
         The same request gets the same answer, however often it comes, and to whichever process of this site.
         """
         try:
+            self._make_private()
             with held(self.state, instead=False):
                 self._take_over()
                 return self._answer(request)
@@ -57,16 +59,22 @@ class Site:
             told = {"reason": f"{FAULT} ({type(error).__name__}); its log says more", "site": self.settings.name}
             return Envelope("refusal", "", told).encode()
 
+    def _make_private(self) -> None:
+        """Have a state folder that is the owner's alone, or warn once: it holds prompts, and answers without noise."""
+        if not self._looked_at_state:
+            require_private(self.state, "let its owner alone enter it (chmod 700), in backups too")
+            self._looked_at_state = True
+
     def _take_over(self) -> None:
         """Read the state again if another process of this site has answered since this one did."""
         file = self.state / LAST
         if file.exists() and file.read_text() == self._name:
             return
         if not self._check_owner():
-            write_atomically(self.state / OWNER, self.settings.name.encode(), FREE_SPACE)
+            write_private(self.state / OWNER, self.settings.name.encode())
         self._members.clear()
         self.ledger = SiteLedger.of_state(self.state)
-        write_atomically(file, self._name.encode(), FREE_SPACE)
+        write_private(file, self._name.encode())
 
     def _check_owner(self) -> bool:
         """Return whether the state folder is known to be this site's. One without a name is that of who answers first.
@@ -137,9 +145,8 @@ class Site:
         if member is None:
             member = self.membership(proposal)
         facts = member.hello().facts
-        write_atomically(
-            self.folder(proposal.fingerprint) / PROPOSED, json.dumps(proposal.facts, indent=1).encode(), FREE_SPACE
-        )
+        file = self.folder(proposal.fingerprint) / PROPOSED
+        write_private(file, json.dumps(proposal.facts, indent=1).encode())
         self._members[proposal.fingerprint] = member
         return Envelope("hello", proposal.fingerprint, facts).encode()
 
