@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
+from sordino import randomness
 from sordino.algorithms.base import ClientData, named_tensors
 from sordino.encoders import prompt_model
 from sordino.encoders.clip import ClipEncoder
 from sordino.encoders.prompt_model import Prompt, PromptModel
 from sordino.errors import ConfigError, RunError
+from sordino.privacy import client_level, cotangent, dp_sgd, example_level
 from sordino.privacy.clipping import clip_jointly, clipped_sum
 from sordino.privacy.cotangent import (
     CotangentGradients,
@@ -30,6 +32,7 @@ from sordino.privacy.cotangent import (
     summed_cotangents,
 )
 from sordino.privacy.dp_sgd import DpSgdGradients, Group, example_gradients
+from sordino.privacy.forward import noised as forward_noised
 from sordino.privacy.gradients import Batch, ExactGradients
 from sordino.privacy.sampling import PoissonSampler, Sampling
 from sordino.privacy.settings import LEAST_CLIP, MOST_CLIP, PrivacySettings
@@ -130,6 +133,51 @@ def test_no_example_moves_the_cotangent_by_more_than_the_clip(
     assert moved <= clip * (1 + 1e-9)
     error = (logits.softmax(-1) - torch.nn.functional.one_hot(labels, classes))[0, 0].norm()
     assert moved == pytest.approx(min(clip, float(error)), rel=1e-6, abs=1e-12)
+
+
+def test_nor_by_rounding_where_a_hundred_thousand_are_alike() -> None:
+    """A sum in float32 has steps of 1/128 there: one more example moved it by up to 1.0005 clips."""
+    generator, count = torch.Generator().manual_seed(0), 100_000
+    directions = torch.linalg.qr(torch.randn(16, 8, generator=generator)).Q
+    one = torch.randn(16, generator=generator) + 0.02 * torch.randn(1, count, 16, generator=generator)
+    logits = torch.tensor([0.0, 3.0]) + 0.1 * torch.randn(1, count, 2, generator=generator)  # all wrong
+    labels = torch.zeros(1, count, dtype=torch.int64)
+    batch = batch_of(one, labels, torch.ones(1, count, dtype=torch.bool))
+    whole = summed_cotangents(logits, batch, directions, 1.0)
+    moved = [float((whole - summed_cotangents(logits, without(batch, 0, i), directions, 1.0)).norm()) for i in range(4)]
+    assert max(moved) <= 1 + 1e-6
+    assert min(moved) >= 1 - 1e-6
+
+
+@pytest.mark.parametrize("mechanism", ["dp-sgd", "cotangent", "losses", "dp-fedavg", "server"])
+def test_what_noise_is_added_to_is_summed_in_double_precision(
+    mechanism: str, make_runtime: MakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.dtype] = []
+
+    def noised(exact: Tensor, *given: Any) -> Tensor:
+        seen.append(exact.dtype)
+        return randomness.noised(exact, *given)
+
+    for module in (dp_sgd, cotangent, forward_noised, client_level, example_level):
+        monkeypatch.setattr(module, "noised", noised)
+    rows = [list(range(k, 40, 3)) for k in range(3)]
+    privacy: dict[str, Any] = {"mechanism": mechanism, "noise_multiplier": 1.0, "delta": 1e-3}
+    if mechanism == "losses":
+        privacy["mechanism"] = "dp-sgd"
+    if mechanism in ("dp-fedavg", "server"):
+        privacy |= {"mechanism": "dp-fedavg" if mechanism == "dp-fedavg" else "dp-sgd", "noise_by": "server"}
+    tables = {"context_length": 2, "batch_size": 0, "local_steps": 1}
+    method = {"losses": "fedbpt", "server": "dp-fpl"}.get(mechanism, "promptfl")
+    tables |= {"rank": 2} if mechanism == "server" else {}
+    runtime = make_runtime(method, rows, tables, privacy=privacy, weighting="uniform")
+    after, _ = runtime.round(runtime.start())
+    # A client's own upload is no sum, and a server's sum comes last.
+    assert set(seen[-1:] if mechanism == "dp-fedavg" else seen) == {torch.float64}
+    parts = [*named_tensors(after.server).values(), *named_tensors(after.clients).values()]
+    assert {part.dtype for part in parts if part.is_floating_point()} <= {torch.float32, torch.float64}
+    if mechanism in ("dp-sgd", "cotangent", "dp-fedavg"):
+        assert after.server.context.dtype == torch.float32
 
 
 @given(st.integers(1, 6), st.floats(1e-3, 1e3), st.floats(1e-6, 1e6), st.integers(0, 2**32 - 1))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sordino.errors import RunError
-from sordino.privacy.clipping import clip_jointly
+from sordino.privacy.clipping import clip_jointly, wide
 from sordino.privacy.ledger import ALL_CLIENTS, OBSERVERS, Channel, Ledger, Observer, Release
 from sordino.privacy.mechanism import (
     WEIGHT,
@@ -134,7 +134,7 @@ class ClientMechanism(Mechanism):
             deviation = server_share * z_upload * clip
             if self.compresses:  # the sum has the noise of those who came
                 deviation = self._part * math.sqrt(len(self.inputs.sizes) - len(clients))
-            mean: Tensor = noised(values.sum(0), deviation, noise) / divisor
+            mean: Tensor = noised(wide(values).sum(0), deviation, noise).to(values) / divisor
             return mean
 
         def share_below(bits: Tensor | None) -> float:

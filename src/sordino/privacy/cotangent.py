@@ -43,7 +43,7 @@ from sordino.encoders.base import DualEncoder
 from sordino.encoders.cache import FeatureCache
 from sordino.encoders.frozen.replay import repeated
 from sordino.encoders.prompt_model import PromptModel
-from sordino.privacy.clipping import clipped_sum, power_of_two
+from sordino.privacy.clipping import clipped_sum, power_of_two, wide
 from sordino.privacy.dp_sgd import sampled
 from sordino.privacy.gradients import (
     Batch,
@@ -104,7 +104,7 @@ class CotangentGradients:
             with torch.no_grad():
                 logits = self.model.scores(features, prompt, examples.features)
             sums = summed_cotangents(logits, examples, self.directions, self.clip)  # [k, C, r]
-            released = noised(sums, self.clip * self.noise_multiplier, noise[chunk.to(noise.device)])
+            released = noised(sums, self.clip * self.noise_multiplier, noise[chunk.to(noise.device)]).to(text)
             # From here on, nothing but `released` depends on the data.
             cotangent = (released @ self.directions.T.to(text)) * self.model.encoder.logit_scale
             cotangent = cotangent / expected[chunk].to(text)[:, None, None]
@@ -131,15 +131,15 @@ def summed_cotangents(logits: Tensor, batch: Batch, directions: Tensor, clip: fl
         clip: c.
 
     Returns:
-        [K, C, r]. One example, or one person, more or less changes a client's matrix by at most c in Frobenius norm.
-        The difference depends on that unit alone. An example whose features or logits are not finite adds zero.
+        [K, C, r], in float64. One example, or one person, more or less changes a client's matrix by at most c in
+        Frobenius norm. The difference depends on that unit alone. An example whose features or logits are not finite adds zero.
     """
     batch = finite_examples(excluding(batch, ~logits.isfinite().all(-1)))
     errors = logits.softmax(-1) - F.one_hot(batch.labels, logits.shape[-1])
     if batch.persons is None:
         errors = errors * (clip / errors.norm(dim=-1, keepdim=True).clamp(min=clip))
-    errors = torch.where(batch.mask[..., None], errors, 0.0)
-    projected = project(batch.features, directions)
+    errors = wide(torch.where(batch.mask[..., None], errors, 0.0))
+    projected = wide(project(batch.features, directions))
     if batch.persons is None:
         return errors.mT @ projected
     sums = errors.new_zeros(len(errors), errors.shape[-1], projected.shape[-1])

@@ -26,7 +26,7 @@ from sordino.encoders.frozen.blocks import many_cotangents
 from sordino.encoders.frozen.pullback import batched_gradients
 from sordino.encoders.prompt_model import Prompt, PromptModel
 from sordino.errors import RunError
-from sordino.privacy.clipping import clipped_sum
+from sordino.privacy.clipping import clipped_sum, wide
 from sordino.privacy.gradients import (
     Batch,
     ExactGradients,
@@ -79,7 +79,7 @@ class DpSgdGradients:
 
     def __call__(self, prompt_of: PromptOf, parameters: Parameters, fixed: Parameters, batch: Batch) -> Gradient:
         sampling = sampled(batch)
-        sums = {name: torch.zeros_like(value) for name, value in parameters.items()}
+        sums = {name: wide(torch.zeros_like(value)) for name, value in parameters.items()}
         losses, penalties = [], []
         for client in range(len(batch.labels)):
             slot = slice(client, client + 1)
@@ -102,7 +102,7 @@ class DpSgdGradients:
             for name in names:
                 shape = sums[name].shape[1:]
                 noise = self.randomness.normal(f"noise on {name}, {self.call}", *shape)
-                sums[name] = noised(sums[name], group.deviation, noise)
+                sums[name] = noised(sums[name], group.deviation, noise).to(parameters[name])
         means = {name: value / _over_clients(sampling.expected, value) for name, value in sums.items()}
         # The penalty depends on no image, so it needs no clip and no noise.
         for client, penalty in enumerate(penalties):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sordino.errors import RunError
+from sordino.privacy.clipping import wide
 from sordino.privacy.cotangent import CotangentGradients, image_directions, public_directions
 from sordino.privacy.dp_sgd import DpSgdGradients, Group, sampled
 from sordino.privacy.forward.losses import Answer, Losses, Question
@@ -207,11 +208,11 @@ class ExampleMechanism(Mechanism):
         least: list[float] = []  # each field is summed on its own, with survivors of its own
 
         def by_server(name: str, values: Tensor, weights: Tensor) -> Tensor:
-            plain = plain_mean(name, values, weights)
             if name not in self._noised_fields:
-                return plain
+                return plain_mean(name, values, weights)
+            plain = plain_mean(name, wide(values), weights)
             noise = randomness.common_normal(f"noise on the mean of {name}", *plain.shape)
-            return noised(plain, z_shared * self._sensitivity / float(weights.sum()), noise)
+            return noised(plain, z_shared * self._sensitivity / float(weights.sum()), noise).to(values)
 
         def in_shares(name: str, values: Tensor, weights: Tensor) -> Tensor:
             if name not in self._noised_fields:

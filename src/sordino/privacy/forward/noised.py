@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 
 from sordino.encoders.prompt_model import PromptModel
-from sordino.privacy.clipping import clipped_sum
+from sordino.privacy.clipping import clipped_sum, wide
 from sordino.privacy.dp_sgd import sampled
 from sordino.privacy.forward.losses import Answer, Question, answer, measured
 from sordino.privacy.gradients import Batch, Parameters
@@ -55,7 +55,7 @@ class NoisedLosses:
     def __call__(self, question: Question, candidates: Parameters, fixed: Parameters, batch: Batch) -> Answer:
         sampling = sampled(batch)
         measures = measured(self.model, question, candidates, fixed, batch)
-        each, losses = measures.each, []
+        each, losses = wide(measures.each), []
         sums = each.new_zeros(len(each), *each.shape[2:])
         for client in range(len(each)):
             chosen = batch.mask[client].nonzero().flatten()
@@ -67,6 +67,6 @@ class NoisedLosses:
                 sums[client] += clipped_sum(piece, self.clip)["losses"]
             losses.append(measures.loss[client].sum() / measures.counted[client].sum().clamp(min=1))
         noise = self.randomness.normal(f"noise on losses, {self.call}", *sums.shape[1:])
-        released = noised(sums, self.clip * self.noise_multiplier, noise)
+        released = noised(sums, self.clip * self.noise_multiplier, noise).to(measures.each)
         means = released / sampling.expected.to(released)[:, None, None]
         return answer(self.model, question, means, torch.stack(losses))
