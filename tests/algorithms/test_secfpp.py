@@ -311,7 +311,7 @@ def test_noise_covers_all_that_the_exchange_tells(make_runtime: MakeRuntime) -> 
     """What is computed of noised gradients, on shares or not, is covered; without noise, all of it is disclosed."""
     open_ = make_runtime("secfpp", TWO_KINDS, TABLES)
     ways = {each.channel for each in open_.start().ledger.disclosures}
-    assert ways == {"shares", "mean", "prompt"}
+    assert ways == {"shares", "clusters", "mean", "prompt"}
     noised = make_runtime("secfpp", TWO_KINDS, TABLES, privacy={"mechanism": "dp-sgd", "noise_multiplier": 1.0})
     training = trained(noised, 4)
     assert training.ledger.private

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from sordino.cli.app import app
-from sordino.errors import RunError
+from sordino.errors import ConfigError, RunError
 from sordino.experiments.config import load_config
 from sordino.experiments.run import run
 from sordino.privacy.accounting import compose, epsilon, spent
-from sordino.privacy.ledger import ALL_CLIENTS, OBSERVERS, Ledger, Release, joint_digest
+from sordino.privacy.ledger import ALL_CLIENTS, OBSERVERS, Disclosure, Ledger, Release, joint_digest
+from sordino.privacy.statement import is_private, statement
 from sordino.runtime.local import LocalRuntime
 
 MakeRuntime = Callable[..., LocalRuntime]
@@ -51,6 +52,30 @@ def close(value: float) -> object:
 def of_parties(*parts: tuple[Ledger, str]) -> float:
     """Epsilon of one example that is with a given party in each run."""
     return epsilon([each for ledger, party in parts for each in ledger.releases if each.party == party], DELTA)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_several_runs_are_private_only_if_each_is(told: bool) -> None:
+    """One tells an untrusted server an accuracy; another one trusts the server, which is no matter of the first."""
+    accuracy = (Disclosure("each client's accuracy", "upload"),) if told else ()
+    bare = Disclosure("each client's gradient", "upload")
+    noisy = replace(ledger({"client 0": 5.0}, {"client 0": "d"}, "a"), disclosures=accuracy)
+    trusting = replace(ledger({"client 0": 5.0}, {"client 0": "d"}, "b"), disclosures=(bare,), trusted=("server",))
+    seen = tuple(replace(entry, observers=("clients", "public")) for entry in trusting.releases)
+    trusting = replace(trusting, releases=seen)
+    both = compose([noisy, trusting])
+    assert trusting.private
+    assert both.private == noisy.private == (not told)
+    assert is_private(both, "example") == (not told)
+    assert both.trusted == ()
+    said = statement(both, "example")
+    assert "In 1 of the 2 runs the server is trusted: there it sees each client's gradient." in said
+    assert said.startswith("Not private" if told else "Differentially private")
+    for observer in OBSERVERS:  # more runs never tell less, but for one whom the second run trusts with all
+        alone, together = (spent(each, observer, "example").epsilon for each in (noisy, both))
+        assert together >= alone
+        assert (together > alone) == (observer != "server" and not (told and observer == "server"))
+    assert compose([trusting, replace(trusting, run="c")]).trusted == ("server",)
 
 
 def test_examples_that_change_client_are_followed(make_runtime: MakeRuntime) -> None:
@@ -143,11 +168,17 @@ def test_the_command_refuses_a_run_that_is_given_twice(config_file: Path, tmp_pa
     run(load_config(config_file, keys), tmp_path / "two")
     runner = CliRunner()
 
-    def composed(*names: str) -> object:
-        return runner.invoke(app, ["privacy", "ledger", *(str(tmp_path / name) for name in names), "--json"])
+    def composed(*words: str) -> object:
+        names = [word if word.startswith("-") or word[0].isdigit() else str(tmp_path / word) for word in words]
+        return runner.invoke(app, ["privacy", "ledger", *names, "--json"])
 
     with pytest.raises(RunError, match=r"one is the same run as .*one; its releases happened once, so give it once"):
         raise composed("one", "two", "one").exception  # type: ignore[attr-defined]
     both = json.loads(composed("one", "two").stdout)  # type: ignore[attr-defined]
     alone = json.loads(composed("one").stdout)  # type: ignore[attr-defined]
+    names = [json.loads((tmp_path / name / "ledger.json").read_bytes())["run"] for name in ("one", "two")]
+    printed = json.dumps(both) + json.dumps(alone) + composed("one", "two").stdout  # type: ignore[attr-defined]
+    assert not any(name in printed for name in names), "a run's name is the salt of digests that are published"
+    with pytest.raises(ConfigError, match=r"--delta = 0\.9: must be below 1/16, at most"):
+        raise composed("one", "--delta", "0.9").exception  # type: ignore[attr-defined]
     assert 1.2 * alone["spent"][0]["epsilon"] < both["spent"][0]["epsilon"] < 2 * alone["spent"][0]["epsilon"]

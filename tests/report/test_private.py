@@ -41,5 +41,5 @@ def test_what_was_secret_and_what_it_cost_follow_the_way_it_ran() -> None:
     assert clear["Cost"] == "Search and both accuracies took 42.0 s."
     costs = {"rounds": 1234, "online_bytes_per_server": 5 << 20}
     shared = dict(verdict_sentences(summary(clear=False, costs=costs)))
-    assert "no two of servers and dealer" in shared["Secrecy"]
+    assert "servers and dealer keep to the protocol and no two of the three" in shared["Secrecy"]
     assert "1,234 rounds between the servers" in shared["Cost"]

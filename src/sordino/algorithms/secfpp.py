@@ -49,6 +49,7 @@ ABOUT = MethodInfo(
     needs="text tower",
     discloses=(
         Disclosure("squared distances between clients' reduced prompts, so their clusters, to the server", "shares"),
+        Disclosure("which clients are in a cluster with which, to all of them", "clusters"),
         Disclosure("the mean domain-level context of each cluster, to its clients and the server", "mean"),
         Disclosure("each client's prompt, where it is published", "prompt"),
     ),
@@ -215,7 +216,7 @@ def discloses(settings: Settings, rounds: int) -> tuple[Disclosure, ...]:
 def disclosed(about: MethodInfo, settings: Settings, rounds: int) -> tuple[Disclosure, ...]:
     """Return the disclosures of a run: with no clustering there are no clusters, so neither distances nor means."""
     clustered = rounds >= settings.cluster_every
-    return tuple(part for part in about.discloses if clustered or part.channel not in ("shares", "mean"))
+    return tuple(part for part in about.discloses if clustered or part.channel not in ("shares", "clusters", "mean"))
 
 
 def client_exchange(

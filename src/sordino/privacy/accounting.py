@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from sordino.errors import RunError
 from sordino.privacy.accountants import Accountant, Kinds, composed, kinds_epsilon, largest, merged, quick_epsilon
 from sordino.privacy.calibration import check_delta, default_delta, noise_multiplier
-from sordino.privacy.ledger import ALL_CLIENTS, UNITS, Ledger, Observer, Release, Unit
+from sordino.privacy.ledger import ALL_CLIENTS, OBSERVERS, UNITS, Ledger, Observer, Release, Unit
 
 if TYPE_CHECKING:
     import dp_accounting
@@ -125,7 +125,8 @@ def quick_bound(ledger: Ledger, observer: Observer, unit: Unit, delta: float) ->
 def compose(ledgers: Sequence[Ledger]) -> Ledger:
     """Join the ledgers of several runs, on the same data or on others.
 
-    Delta is the smallest of theirs. Randomness is "system" only if it was in all of them.
+    Delta is the smallest of theirs. Randomness is "system" only if it was in all of them. An observer is trusted only
+    if all of them trust it.
 
     Raises:
         RunError: one run is given twice.
@@ -143,7 +144,7 @@ def compose(ledgers: Sequence[Ledger]) -> Ledger:
         total,
         whole_persons=bool(ledgers) and all(ledger.whole_persons for ledger in ledgers),
         disclosures=tuple(dict.fromkeys(entry for ledger in ledgers for entry in ledger.disclosures)),
-        trusted=tuple(dict.fromkeys(entry for ledger in ledgers for entry in ledger.trusted)),
+        trusted=tuple(who for who in OBSERVERS if ledgers and all(who in ledger.trusted for ledger in ledgers)),
         assumptions=tuple(dict.fromkeys(entry for ledger in ledgers for entry in ledger.assumptions)),
         delta=min(deltas, default=None),
         randomness="simulation" if simulated else "system",
@@ -163,7 +164,9 @@ def formula_epsilon(noise_multiplier: float, rounds: int, delta: float) -> float
 def _exposed(ledger: Ledger, observer: Observer, unit: Unit) -> dict[str, Kinds]:
     """Return the releases that an observer saw, by party, or by each choice of parties that may hold one unit."""
     if ledger.parts:
-        parts = _without_repetitions(ledger.parts)
+        # What a run lets an observer see whom it trusts is no loss of it, unless all runs trust that observer.
+        untrusting = [part for part in ledger.parts if observer not in part.trusted]
+        parts = _without_repetitions(untrusting or ledger.parts)
         return _over_data([(part, _exposed(part, observer, unit)) for part in parts])
     seen = [
         _for_unit(release, unit, ledger.whole_persons)

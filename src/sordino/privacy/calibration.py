@@ -51,18 +51,23 @@ def default_delta(units: int) -> float:
     return _two_digits_down(min(1e-3, units**-1.1))
 
 
-def check_delta(delta: float, units: int) -> None:
+def check_delta(delta: float, units: int, key: str = "privacy.delta") -> None:
     """Check that delta promises something about each of so many examples or clients.
+
+    Args:
+        delta: of the promise.
+        units: how many examples, persons or clients there are.
+        key: of the delta, for the error.
 
     Raises:
         ConfigError: delta is not above 0 and below 1/units.
     """
     if not delta > 0:
-        raise ConfigError("privacy.delta", delta, f"must be above 0 and below 1/{units}")
+        raise ConfigError(key, delta, f"must be above 0 and below 1/{units}")
     if delta >= 1 / units:
         most = _two_digits_down(math.nextafter(1 / units, 0))
         promise = f"a mechanism that publishes one of {units} in the clear would satisfy it"
-        raise ConfigError("privacy.delta", delta, f"must be below 1/{units}, at most {most:g}: {promise}")
+        raise ConfigError(key, delta, f"must be below 1/{units}, at most {most:g}: {promise}")
 
 
 @lru_cache(maxsize=1024)

@@ -14,6 +14,7 @@ from sordino.errors import RunError
 from sordino.privacy.clipping import clip_jointly, wide
 from sordino.privacy.ledger import ALL_CLIENTS, OBSERVERS, Channel, Ledger, Observer, Release
 from sordino.privacy.mechanism import (
+    CLASSES_KNOWN,
     WEIGHT,
     ClientRoundMechanism,
     Mechanism,
@@ -29,6 +30,7 @@ from sordino.randomness import Randomness, noised
 
 CLIP = "clip"  # the mechanism's state: the current bound, a scalar
 COUNT = "count"  # the field of the secure sum of bits
+CLIENTS_KNOWN = "who the clients are is known to all, and what one sends is compared with zeros in its place"
 SAMPLE_SECRET = "no client knows which others take part in a round"
 COUNT_SHARE = 0.1  # of the budget, for the count of clipped uploads that an adaptive clip follows
 
@@ -71,6 +73,7 @@ class ClientMechanism(Mechanism):
             for words, applies in ((summed_securely, noise_by == "shares"), (_compressed, self.compresses))
             if applies
         )
+        assumptions = (CLIENTS_KNOWN, CLASSES_KNOWN, *assumptions)
         if self.samples_clients:
             assumptions = (*assumptions, SAMPLE_SECRET)
         stated = Ledger((), self._left_open(covered), trusted, assumptions, self.delta, self._randomness)

@@ -132,7 +132,8 @@ def summed_cotangents(logits: Tensor, batch: Batch, directions: Tensor, clip: fl
 
     Returns:
         [K, C, r], in float64. One example, or one person, more or less changes a client's matrix by at most c in
-        Frobenius norm. The difference depends on that unit alone. An example whose features or logits are not finite adds zero.
+        Frobenius norm. The difference depends on that unit alone. An example whose features or logits are not finite
+        adds zero.
     """
     batch = finite_examples(excluding(batch, ~logits.isfinite().all(-1)))
     errors = logits.softmax(-1) - F.one_hot(batch.labels, logits.shape[-1])

@@ -19,6 +19,7 @@ from sordino.privacy.forward.noised import NoisedLosses
 from sordino.privacy.gradients import Batch, Gradient, Gradients, Parameters, PromptOf
 from sordino.privacy.ledger import OBSERVERS, Channel, Ledger, Observer, Release
 from sordino.privacy.mechanism import (
+    CLASSES_KNOWN,
     WEIGHT,
     Average,
     ClientRoundMechanism,
@@ -129,10 +130,10 @@ class ExampleMechanism(Mechanism):
             "mean",
             "prompt",
             "sizes",
-            *(() if noise_by == "server" else ("upload", "shares")),
+            *(() if noise_by == "server" else ("upload", "shares", "clusters")),
         )
         trusted: tuple[Observer, ...] = ("server",) if noise_by == "server" or self.inputs.pools_data else ()
-        assumptions = [PERSONS_KNOWN if self.settings.by_person else SIZES_KNOWN]
+        assumptions = [PERSONS_KNOWN if self.settings.by_person else SIZES_KNOWN, CLASSES_KNOWN]
         if noise_by == "shares":
             assumptions.append(summed_securely(self.settings))
         if self.settings.directions == "images":

@@ -24,7 +24,7 @@ UNITS: tuple[Unit, ...] = get_args(Unit)  # from small to large: each is made of
 Observer = Literal["server", "clients", "public"]
 OBSERVERS: tuple[Observer, ...] = get_args(Observer)
 Source = Literal["system", "simulation"]
-Channel = Literal["upload", "shares", "mean", "prompt", "memory", "images", "sizes"]
+Channel = Literal["upload", "shares", "clusters", "mean", "prompt", "memory", "images", "sizes"]
 NoiseSource = Literal["client", "server", "shares"]
 
 # Of a file: no other type is taken for a text or a number, and no number that no release can have.
@@ -39,6 +39,7 @@ Delta = Annotated[float, Strict(), Field(gt=0, lt=1)]
 SEEN_BY: dict[Channel, tuple[Observer, ...]] = {
     "upload": ("server",),
     "shares": ("server",),
+    "clusters": ("server", "clients"),
     "mean": OBSERVERS,
     "prompt": OBSERVERS,
     "memory": ("public",),
@@ -123,7 +124,8 @@ class Ledger:
         randomness: "system": noise and samples are from the operating system; "simulation": they can be drawn again.
         run: a name of the run that no other has, in hex.
         data: by party, a digest of its data; equal digests are equal data.
-        parts: the ledgers of several runs, if this one composes them; all other fields are then their union.
+        parts: the ledgers of several runs, if this one composes them; all other fields are then their union, but for
+            `trusted`, whom all of them trust.
         whole_persons: whether all images of a person are known to be with one party. A person-level release requires
             it; a client-level one bounds something about a person only then.
     """
@@ -168,19 +170,28 @@ class Ledger:
     def private(self) -> bool:
         """True if everything learned from images reached untrusted observers with noise on it, or not at all.
 
+        Of several runs each must be private by itself, with the observers that it trusts.
         Noise that bounds nothing is none: where the ledger has no delta, or one release is under `LEAST_PRIVATE_NOISE`.
         Epsilon of all releases together is not computed here; see `statement.is_private`.
         """
+        if self.parts:
+            return all(part.private for part in self.parts)
         return self.noised and not self.simulated and not self._unbounded
 
     @property
     def noised(self) -> bool:
         """True if the run would be private with noise from the operating system, which it has unless simulated."""
+        if self.parts:
+            return all(part.noised for part in self.parts)
         trusted = set(self.trusted)
-        informed = {observer for disclosure in self.disclosures for observer in disclosure.observers} - trusted
         kinds = {(min(release.noise_multipliers), release.observers) for release in self.releases}
         noiseless = any(least == 0 and set(observers) - trusted for least, observers in kinds)
-        return not informed and not noiseless
+        return not self.told and not noiseless
+
+    @property
+    def told(self) -> list[Disclosure]:
+        """Return what leaves without noise to observers that are not trusted."""
+        return [disclosure for disclosure in self.disclosures if set(disclosure.observers) - set(self.trusted)]
 
     @property
     def _unbounded(self) -> bool:

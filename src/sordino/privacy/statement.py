@@ -68,7 +68,8 @@ def bounds(worst: Spent | None) -> bool:
 
 def statement(ledger: Ledger, unit: Unit) -> str:
     """Return the guarantee in words: the protected unit and its epsilon, and everything left unprotected."""
-    leaks = "; ".join(disclosure.content for disclosure in ledger.disclosures)
+    told = [each.content for part in ledger.parts or (ledger,) for each in part.told]
+    leaks = "; ".join(dict.fromkeys(told or [each.content for each in ledger.disclosures]))
     worst = headline(ledger, unit)
     if worst is None:
         if ledger.private:
@@ -96,6 +97,11 @@ def statement(ledger: Ledger, unit: Unit) -> str:
     if ledger.trusted:
         seen = "; ".join(disclosure.content for disclosure in ledger.disclosures if "server" in disclosure.observers)
         sentences.append("The server is trusted" + (f": it sees {seen}." if seen else "."))
+    elif trusting := [part for part in ledger.parts if part.trusted]:
+        shown = [each.content for part in trusting for each in part.disclosures if "server" in each.observers]
+        seen = "; ".join(dict.fromkeys(shown))
+        where = f"In {len(trusting)} of the {len(ledger.parts)} runs the server is trusted"
+        sentences.append(where + (f": there it sees {seen}." if seen else "."))
     if ledger.assumptions:
         sentences.append(f"Assumes that {listed(list(ledger.assumptions))}.")
     if ledger.simulated:
@@ -161,7 +167,17 @@ def read_ledgers(folders: Sequence[Path], delta: float | None = None) -> Ledger:
         return ledger
     if not 0 < delta < 1:
         raise ConfigError("--delta", delta, "must be between 0 and 1, and below one over the number of units")
+    accounting.check_delta(delta, max((_units(folder / SUMMARY, ledger) for folder in folders), default=1), "--delta")
     return replace(ledger, delta=delta)
+
+
+def _units(summary: Path, ledger: Ledger) -> int:
+    """Return how many of a ledger's units a finished run had, as far as its summary tells it; else 1."""
+    if not summary.exists():
+        return 1
+    clients, units = json.loads(summary.read_bytes())["per_client"], {release.unit for release in ledger.releases}
+    examples = sum(client.get("examples") or 0 for client in clients)
+    return max(1, len(clients) if "client" in units else 0, examples if "example" in units else 0)
 
 
 def _named_digest(summary: Path) -> str:
@@ -182,7 +198,10 @@ def spending(ledger: Ledger) -> dict[str, Any]:
     """Return a ledger's content with its privacy losses by unit and observer; an infinite value is null."""
     units = list(dict.fromkeys(release.unit for release in ledger.releases)) or ["example"]
     content: dict[str, Any] = json.loads(ledger.to_json())
-    del content["data"]  # digests would confirm a guess of somebody's data to whoever reads this
+    # Digests would confirm a guess of somebody's data to whoever reads this, and so would the run's name, which is the
+    # salt of the digests on pages and in prompts.
+    for secret in ("data", "run", "parts"):
+        del content[secret]
     return content | {
         "private": all(is_private(ledger, unit) for unit in units),
         "spent": [

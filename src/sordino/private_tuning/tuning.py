@@ -248,8 +248,8 @@ def _saved_prompt(
 
 _IN_THE_CLEAR = "Tuned on the data owner's machine, with the text tower in the clear: nothing left the machine."
 _ON_SHARES = (
-    "Tuned on secret shares: the two servers learned no sentence, image, label, loss or prompt, as long as they do not "
-    "collude."
+    "Tuned on secret shares: the two servers learned no sentence, image, label, loss or prompt, as long as servers and "
+    "dealer keep to the protocol and no two of the three combine what they know."
 )
 _PUBLISHED = "Not private if published: the prompt is a function of the training examples, without noise."
 

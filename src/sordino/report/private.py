@@ -103,8 +103,8 @@ def verdict_sentences(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         secrecy = "Nothing left this machine, and nothing was kept secret from it: the tower was in the clear."
     else:
         secrecy = (
-            "No server saw a picture, sentence, label, loss, prompt or weight, as long as no two of servers and dealer "
-            "combine their knowledge; a prompt that is published is not private."
+            "No server saw a picture, sentence, label, loss, prompt or weight, as long as servers and dealer keep to "
+            "the protocol and no two of the three combine what they know; a prompt that is published is not private."
         )
     cost = f"Search and both accuracies took {seconds} s"
     if costs:

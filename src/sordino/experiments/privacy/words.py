@@ -26,6 +26,16 @@ A_UNIT: dict[Unit, str] = {
     "person": "one person with all their pictures",
     "client": "one client with all its data",
 }
+IS_ASKED: dict[Unit, str] = {
+    "example": "whether one example was used",
+    "person": "whether one person was used",
+    "client": "whether one client sent what it learned, or zeros",
+}
+QUESTION: dict[Unit, str] = {
+    "example": "whether one particular picture was used for training",
+    "person": "whether one particular person's pictures were used for training",
+    "client": "whether one particular client sent what it learned, or zeros in its place",
+}
 SIMULATED_BANNER = "NOT PRIVATE: THIS IS A SIMULATION"
 BARE_BANNER = "NOT PRIVATE"
 # What the bounds of no run cover, whatever its mechanism is.
@@ -127,7 +137,7 @@ def who_learns_what(observers: list[dict[str, Any]], unit: Unit, simulated: bool
     named = f"ε for each {unit}" + (", had the noise been real" if simulated else "")
     caption = (
         "All that each one sees. Right at most: how often one is right who must tell, of two equally likely answers, "
-        f"whether one {unit} was used; guessing is 50%."
+        f"{IS_ASKED[unit]}; guessing is 50%."
     )
     table: Block = {"table": {"caption": caption, "head": ["Who", "Sees", named, "Right at most"], "rows": []}}
     table["table"]["rows"] = [["\n".join(who), *cells] for cells, who in rows.items()]
@@ -148,10 +158,8 @@ def meaning(ledger: Ledger, unit: Unit, units: int | None, simulated: bool) -> S
         return None
     right, odds = right_at_most(worst.epsilon, worst.delta), math.exp(min(worst.epsilon, 700))
     epsilon, delta = rounded_up(worst.epsilon), rounded_up(worst.delta)
-    whose = {"example": "one particular picture was", "person": "one particular person's pictures were"}
-    question = whose.get(unit, "one particular client's data were")
     texts = [
-        f"An example: an attacker thinks it 50:50 whether {question} used for training. The attacker knows the method "
+        f"An example: an attacker thinks it 50:50 {QUESTION[unit]}. The attacker knows the method "
         "and everything about all others, and then sees all that one of the parties which are not trusted sees. Even "
         f"then the attacker is right at most {percent_up(right)} of the time: (e^ε + δ) / (1 + e^ε), for ε = {epsilon} "
         f"and δ = {delta}. By guessing it is 50%. But for δ, the odds change by a factor of at most {rounded_up(odds)}."
@@ -205,7 +213,10 @@ def units_section(entries: list[dict[str, Any]], ledger: Ledger, unit: Unit, sim
         "privacy.unit = 'person' it would be.",
         "person": "The promise is for a person with all their pictures, however many, if the list of whose pictures "
         "are whose is true. One picture more or less is bounded too, by another rule.",
-        "client": "The promise is for a client with all its data. "
+        "client": "The promise is for a client with all its data: what it sends is compared with zeros in its place. "
+        "That it takes part is known. Two answers of one client, from other data or from one picture more or less, may "
+        "be twice as far apart, and no sampling hides which client it is: so the bound for one picture, which is also "
+        "that for other data of the same client, is the larger one. "
         + (
             "All pictures of a person are known to be at one client, so a person is bounded too, by another rule."
             if ledger.whole_persons
@@ -215,6 +226,11 @@ def units_section(entries: list[dict[str, Any]], ledger: Ledger, unit: Unit, sim
     }
     had = ", had the noise been real" if simulated else ""
     caption = f"Bounds at δ = {rounded_up(ledger.delta or 0.0)}, against whoever is not trusted and learns most{had}."
+    if unit == "client":
+        caption += (
+            " For examples and persons this δ says something only if it is below one over their number; sordino "
+            "privacy ledger --delta states another."
+        )
     table: Block = {"table": {"caption": caption, "head": ["Whose data", "ε", "Right at most"], "rows": rows}}
     return {"title": "The unit, and somebody with several pictures", "blocks": [{"text": texts[unit]}, table]}
 

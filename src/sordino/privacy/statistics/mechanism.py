@@ -13,7 +13,7 @@ from torch import Tensor
 from sordino.privacy.cotangent import image_directions, public_directions
 from sordino.privacy.example_level import IMAGES_PUBLIC, PERSONS_KNOWN, SIZES_KNOWN
 from sordino.privacy.ledger import OBSERVERS, Channel, Disclosure, Ledger, Observer, Release
-from sordino.privacy.mechanism import Mechanism, summed_securely
+from sordino.privacy.mechanism import CLASSES_KNOWN, Mechanism, summed_securely
 from sordino.privacy.statistics.estimates import Estimator, Noise, Released
 from sordino.privacy.statistics.posterior import Observed
 from sordino.privacy.statistics.release import (
@@ -33,7 +33,7 @@ CENTER, MATRIX, SCATTER = "center", "matrix", "scatter"  # the parts of a releas
 PARTS = {CENTER: "sums for the center", MATRIX: "class statistics", SCATTER: "sums of squares and products"}
 BESIDE = {CENTER: "their sum over all classes", SCATTER: "sums of their products"}  # for the ledger
 # What leaves in rounds is made of the release; images that are handed over before it are not.
-MADE_OF_IT: tuple[Channel, ...] = ("upload", "shares", "mean", "prompt", "memory", "sizes")
+MADE_OF_IT: tuple[Channel, ...] = ("upload", "shares", "clusters", "mean", "prompt", "memory", "sizes")
 COUNTS_ONLY = 0.9999  # of the squared norm goes to the counts, for a method that uses nothing else
 
 
@@ -333,7 +333,7 @@ class StatisticsMechanism(Mechanism):
         noise_by = self.settings.noise_by
         bare = Disclosure(f"each client's {self._content}; to the server", "upload")
         trusted: tuple[Observer, ...] = ("server",) if noise_by == "server" or self.inputs.pools_data else ()
-        assumptions = [PERSONS_KNOWN if self.settings.by_person else SIZES_KNOWN]
+        assumptions = [PERSONS_KNOWN if self.settings.by_person else SIZES_KNOWN, CLASSES_KNOWN]
         if noise_by == "shares":
             assumptions.append(summed_securely(self.settings))
         if self.settings.directions == "images":
