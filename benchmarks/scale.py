@@ -198,6 +198,7 @@ def server_alone(scale: Scale, clients: int, results: Connection) -> None:
     tables = {"context_length": 8, "batch_size": 0, "local_steps": 1, "dp-fpl": {"rank": 4}}
     budget = {name: value for name, value in PRIVACY[scale.privacy].items() if name != "noise_multiplier"}
     budget |= {"epsilon": 8.0, "delta": 1e-8} if budget else {}
+    budget |= {"colluders": clients // SITES} if scale.privacy == "shares" else {}  # a site knows what its clients know
     plan = Plan(
         *(algorithm(scale.method), settings_for(scale.method, tables)),
         PromptModel(encoder, encoder.class_tokens(NAMES)),

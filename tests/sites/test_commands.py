@@ -73,6 +73,10 @@ def test_an_owner_sees_what_an_experiment_means_and_allows_it(
     told = json.loads(said("check", east, proposed, "--json", code=1))
     assert told["classes"] == {"blue sky": 5, "green leaf": 5, "red apple": 5}
     assert told["clients"] == {"0": 9}
+    for delta, empty in ((0.2, True), (0.1, False)):  # of nine examples
+        write_site(tmp_path / "east", "east", clip_folder, {"delta": delta})
+        assert ("Set policy.delta below 1/9" in said("check", east)) == empty
+    write_site(tmp_path / "east", "east", clip_folder, {"experiments": [], "epsilon": 1000.0})
     fingerprint = told["verdict"]["experiment"]
     assert fingerprint == load_fleet_config(proposed).proposal().fingerprint
     assert told["verdict"]["reasons"] == [

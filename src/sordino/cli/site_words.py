@@ -21,6 +21,12 @@ def facts_as_text(facts: dict[str, Any]) -> str:
         if policy["epsilon"] is None
         else f"It spends at most epsilon = {policy['epsilon']:g} {at}"
     )
+    units = {"example": sum(facts["clients"].values()), "client": len(facts["clients"])}.get(policy["unit"], 1)
+    if units > 1 and policy["delta"] * units >= 1:
+        budget += (
+            f" That says nothing: who publishes one of {units:,} in the clear keeps to it. Set policy.delta below "
+            f"1/{units}."
+        )
     allowed = [*policy["experiments"], *(f"signed by {file}" for file in policy["signers"])]
     return "\n".join(
         [
