@@ -35,7 +35,7 @@ INSTEAD_OF_A_MEAN: dict[ServerUses, str] = {
     "nothing": "sends nothing to be averaged",
 }
 WEIGHT = "weight"  # the field of an upload by which it is averaged: known to all, not learned, so never clipped
-CLASSES_KNOWN = "the names of the classes are known to all, and every image is of one of them"
+CLASSES_KNOWN = "the names of the classes are known to all"
 SLACK = 1e-6  # by which a budget may seem to be passed where rounding says so
 
 
