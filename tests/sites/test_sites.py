@@ -8,6 +8,7 @@ import math
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ import pytest
 import sordino
 from encoders.checkpoints import save_clip
 from experiments.test_tracking import of_tensorboard, same
+from runtime.fleets import TimedFleet
 from sites.owners import NAMES, NOISE, experiment, fleet, sites_at, write_pictures, write_site
 from sordino.algorithms.base import named_tensors
 from sordino.cli.app import invoke
@@ -37,6 +39,7 @@ from sordino.sites.page import epsilon_by_site
 from sordino.sites.proposal import Proposal
 from sordino.sites.settings import load_site
 from sordino.sites.site import Site
+from sordino.sites.site import refusal as refusal_of
 
 ALL = Patience()
 
@@ -620,6 +623,31 @@ def test_a_site_that_comes_late_is_waited_for_and_one_that_does_not_is_named(
         outcome = coordinate(config, Proposal.of(config), there, tmp_path / f"without {seed}", patience)
         assert outcome.met.left_out == {"west": "it is not there"}
         assert set(outcome.met.agreement.sites) == {"east", "north"}
+
+
+def test_a_refusal_to_tell_accuracy_makes_nobody_wait_less(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    """Two of three refuse at once, and the third is slow: as a quorum they would leave it five seconds of its fifty."""
+    for name in NAMES:
+        write_site(tmp_path / name, name, clip_folder, {"tells": ["sizes", "class_names", "accuracy"]})
+    sites = sites_at(site_files)
+
+    def refusing(request: bytes, site: Site) -> bytes:
+        asked = Envelope.decode(request)
+        return refusal_of("not now") if asked.kind == "evaluate" else site.turn(request)
+
+    class Slow(TimedFleet):
+        def ask(self, ask: Ask) -> Any:
+            kind = Envelope.decode(next(iter(ask.payloads.values()))).kind
+            self._sites["west"] = (50.0 if kind == "evaluate" else 0.0, sites["west"].turn)
+            yield from super().ask(ask)
+
+    slow = Slow({name: (0.0, partial(refusing, site=site)) for name, site in sites.items()})
+    config = experiment(clip_folder, runtime={"evaluate_every": 1}, rounds=1)
+    coordinate(config, Proposal.of(config), slow, tmp_path / "out", Patience(0.6, deadline=100.0, grace=5.0))
+    (line,) = [json.loads(line) for line in (tmp_path / "out" / METRICS).read_text().splitlines()]
+    assert line["accuracy_by_client"].keys() == {"2"}
 
 
 def test_two_processes_of_a_site_answer_as_one(site_files: dict[str, Path], tmp_path: Path, clip_folder: Path) -> None:

@@ -338,9 +338,12 @@ class _Rounds:
             }
             # What a slow site is asked for now is worth no more than its round.
             quorum = len(payloads) if kind == "end" else self.patience.of(len(payloads))
-            ask = Ask(training.round, payloads, quorum, self.patience.deadline, self.patience.grace)
-            for event in self.fleet.ask(ask):
-                yield event.site, _read(event, kind, experiment)
+            told: list[str] = []  # by whom; a refusal is no answer
+            waiting = self.patience.deadline, self.patience.grace, lambda told=told, least=quorum: len(told) < least
+            for event in self.fleet.ask(Ask(training.round, payloads, quorum, *waiting)):
+                envelope = _read(event, kind, experiment)
+                told += [event.site] if envelope.kind == kind else []
+                yield event.site, envelope
 
     def _write_outcome(self, training: ServerTraining, accuracy: Mapping[str, float | None]) -> None:
         privacy = as_summary(training.ledger, self.config.privacy.unit)
