@@ -20,6 +20,7 @@ from sordino.experiments.config import Experiment
 from sordino.experiments.run_folder import Metrics
 from sordino.experiments.run_lock import held
 from sordino.experiments.tracking import require_tracker, tracked
+from sordino.experiments.unread_keys import warn_of_unread
 from sordino.files import FREE_SPACE, write_atomically
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.statement import as_summary
@@ -96,6 +97,7 @@ def coordinate(
         for site, reason in sorted(met.left_out.items()):
             so_far = " so far, and is asked again between rounds" if site in met.silent else ""
             log.warning("%s takes no part%s: %s", site, so_far, reason)
+        warn_of_unread(config)
         warn_of_unused(met.federation.algorithm, met.federation.settings, met.federation.mechanism)
         late, answered = Latecomers(meeting, met), before.answered if before else {}
         return _Rounds(config, proposal, fleet, out, patience, watch, late, answered).run()
