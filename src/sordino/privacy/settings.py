@@ -263,8 +263,8 @@ class PrivacySettings(BaseModel):
         for key, field in type(self).model_fields.items():
             default = field.get_default(call_default_factory=True, validated_data={"mechanism": self.mechanism})
             if (value := getattr(self, key)) != default:
-                remedy = "needs privacy.mechanism, such as 'statistics'; 'none' clips nothing, adds no noise and keeps no budget"
-                raise ConfigError(f"privacy.{key}", value, remedy)
+                off = "'none' clips nothing, adds no noise and keeps no budget"
+                raise ConfigError(f"privacy.{key}", value, f"needs privacy.mechanism, such as 'statistics'; {off}")
 
     def _check_unit(self) -> None:
         """Refuse a unit that the mechanism does not protect.
