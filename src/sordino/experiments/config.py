@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -114,7 +115,35 @@ def load_config(path: Path | str, overrides: Sequence[str] | Mapping[str, Any] =
     Raises:
         ConfigError: the file is missing or malformed, or a key or value is not allowed.
     """
-    return parse_config(with_methods(read_tables(Path(path), overrides), Path(path).parent))
+    tables = read_tables(Path(path), overrides)
+    check_overrides(tables, overrides)
+    return parse_config(with_methods(tables, Path(path).parent))
+
+
+def check_overrides(tables: Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any]) -> None:
+    """Refuse an override that promises what the file turns off, as the `config.toml` of a run without privacy does.
+
+    What a file turns off itself may stay in it. An override was meant.
+
+    Args:
+        tables: of the configuration, with the overrides.
+        overrides: `key=value` texts, or dotted keys to values.
+
+    Raises:
+        ConfigError: a value of a mechanism or of an aggregation, and no override names one.
+    """
+    keys = {str(override).partition("=")[0].strip() for override in overrides}
+    switches: tuple[tuple[str, str, type[BaseModel]], ...] = (
+        ("privacy", "mechanism", PrivacySettings),
+        ("runtime", "aggregation", RuntimeSettings),
+    )
+    for table, switch, model in switches:
+        own = {key.removeprefix(f"{table}.") for key in keys if key.startswith(f"{table}.")}
+        inside = tables.get(table)
+        if own and isinstance(inside, Mapping) and inside.get(switch) == model.model_fields[switch].default:
+            # Without a switch among them; any other fault is told by who reads the whole table.
+            with suppress(ValidationError):
+                model.model_validate({key: inside[key] for key in own if key in inside})
 
 
 def with_methods(tables: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from sordino.errors import ConfigError, RunError
 from sordino.experiments.config import Experiment
 from sordino.files import absolute_path, write_atomically
 from sordino.privacy.ledger import Release
-from sordino.privacy.settings import PrivacySettings
+from sordino.privacy.settings import OF_A_RELEASE, PrivacySettings
 from sordino.privacy.statistics.estimates import Noise
 from sordino.privacy.statistics.mechanism import StatisticsMechanism
 from sordino.runtime.local import LocalRuntime, Training
@@ -32,12 +32,6 @@ ENTRY = "sordino"
 # bits that numbers told which data they came from.
 FORMAT = 3
 ANEW = "release anew in another directory"
-# Keys that a run with an earlier release takes from it.
-GIVEN = (
-    *("noise_multiplier", "epsilon", "delta", "noise_by", "shared_budget", "subspace", "directions"),
-    *("count_share", "center_share", "scatter_share", "sampling_rate"),
-    *("unit", "person_images", "clip", "colluders", "dropouts", "simulation", "nonce"),
-)
 
 
 @dataclass(frozen=True)
@@ -196,14 +190,14 @@ def with_release(config: Experiment) -> tuple[Experiment, ReleaseFile | None]:
     folder = absolute_path(config.privacy.release, "privacy.release")
     earlier = ReleaseFile.load(folder / FILE)
     here = config.privacy.model_dump()
-    for key in sorted(config.privacy.model_fields_set & set(GIVEN)):
+    for key in sorted(config.privacy.model_fields_set & set(OF_A_RELEASE)):
         if key in earlier.privacy and here[key] != earlier.privacy[key]:
             raise ConfigError(
                 f"privacy.{key}",
                 here[key],
                 f"the release of {folder} was made with {earlier.privacy[key]!r}; leave the key out, or release anew",
             )
-    given = {key: value for key, value in earlier.privacy.items() if key in GIVEN} | {"release": str(folder)}
+    given = {key: value for key, value in earlier.privacy.items() if key in OF_A_RELEASE} | {"release": str(folder)}
     return config.model_copy(update={"privacy": PrivacySettings(**here | given)}), earlier
 
 

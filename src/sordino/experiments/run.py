@@ -27,6 +27,7 @@ from sordino.experiments.run_lock import held
 from sordino.experiments.saved_prompts import save_prompts
 from sordino.experiments.tracking import TABLE as TRACKING
 from sordino.experiments.tracking import require_tracker, tracked
+from sordino.experiments.unread_keys import warn_of_unread
 from sordino.experiments.yardsticks import Yardstick, accuracy_before, best_round, effort, evaluation_of
 from sordino.files import write_atomically
 from sordino.privacy.ledger import Ledger
@@ -86,7 +87,7 @@ def run(
         tables = resolved(config)
         summary = finished(out, Summary.from_json) if was_started(out, tables, resume, (TRACKING,)) else None
         if summary is None:
-            summary = _run(config, tables, out, resume, progress, dataset or EncodedDataset.open(config))
+            summary = _run(config, tables, out, resume, progress, dataset)
         if not (out / "report.html").exists():
             write_report([out], out / "report.html", f"Sordino: {config.algorithm} on {config.data.source}")
     return summary
@@ -101,11 +102,19 @@ def _with_nonce(config: Experiment, out: Path) -> Experiment:
 
 
 def _run(
-    config: Experiment, tables: dict[str, Any], out: Path, resume: bool, progress: Progress, dataset: EncodedDataset
+    config: Experiment,
+    tables: dict[str, Any],
+    out: Path,
+    resume: bool,
+    progress: Progress,
+    shared: EncodedDataset | None,
 ) -> Summary:
+    dataset = shared or EncodedDataset.open(config)
     task, encoding = dataset.task(config, progress)
     started = time.monotonic()
     runtime, evaluation = assemble(config, dataset, task)
+    if shared is None:  # of several runs, who starts them says it once
+        warn_of_unread(config)
     warn_of_unused(runtime.algorithm, runtime.settings, runtime.mechanism)
     yardstick = Yardstick.of(config, dataset, task, progress)
     # Before config.toml, so that where there is one there is the other.

@@ -17,6 +17,7 @@ from sordino.algorithms import METHODS, algorithm, settings_for, settings_type
 from sordino.errors import ConfigError
 from sordino.experiments.config import Experiment, parse_config, resolved
 from sordino.experiments.toml_tables import set_key
+from sordino.experiments.unread_keys import unread_notes
 from sordino.results import listed, unequal_steps
 from sordino.runtime.settings import participant_count
 
@@ -185,11 +186,12 @@ def ignored_words(ignored: Mapping[str, Sequence[str]]) -> str | None:
 
 
 def fairness_notes(variants: Sequence[Variant]) -> list[str]:
-    """Return what to know of a comparison before it is trained, a line each: unequal steps, and ignored settings."""
+    """Return what to know of a comparison before it is trained, a line each: unequal steps, and what is ignored."""
     steps = {variant.label: planned_steps(variant.config) for variant in variants}
     unequal = unequal_steps({name: (a_round, float(whole)) for name, (a_round, whole) in steps.items()})
     ignored: dict[str, tuple[str, ...]] = {}
     for variant in variants:
         name = variant.config.algorithm
         ignored[name] = tuple(dict.fromkeys((*ignored.get(name, ()), *ignored_settings(variant.config))))
-    return [line for line in (unequal, ignored_words(ignored)) if line]
+    unread = unread_notes([variant.config for variant in variants])
+    return [line for line in (unequal, ignored_words(ignored), *unread) if line]

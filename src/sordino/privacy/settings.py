@@ -27,6 +27,12 @@ LEAST_MULTIPLIER, MOST_MULTIPLIER = 1e-30, 1e9
 # long, rounding makes a clipped vector up to twice as long, and noise on it is lost.
 LEAST_CLIP, MOST_CLIP = 1e-20, 1e20
 MOST_BESIDE = 0.8  # of the budget may go to what is released beside class statistics
+# Keys that a run with an earlier release of statistics takes from it.
+OF_A_RELEASE = (
+    *("noise_multiplier", "epsilon", "delta", "noise_by", "shared_budget", "subspace", "directions"),
+    *("count_share", "center_share", "scatter_share", "sampling_rate"),
+    *("unit", "person_images", "clip", "colluders", "dropouts", "simulation", "nonce"),
+)
 MULTIPLIERS = f"from {LEAST_MULTIPLIER:g} to {MOST_MULTIPLIER:g}, or 0 for no noise"
 
 
@@ -245,17 +251,20 @@ class PrivacySettings(BaseModel):
             raise ConfigError("privacy.compress", True, needs)
 
     def _check_meant(self) -> None:
-        """Refuse a budget, or noise, of a mechanism that nobody named: such a run would not be private at all.
+        """Refuse a value, such as a budget, of a mechanism that nobody named: such a run would not be private at all.
+
+        Where mechanism = 'none' was chosen, it turns off what the rest of the table says.
 
         Raises:
             ConfigError: the table has one, and no mechanism.
         """
         if "mechanism" in self.model_fields_set:
             return
-        for key in ("epsilon", "noise_multiplier"):
-            if (value := getattr(self, key)) is not None:
-                remedy = "needs privacy.mechanism, such as 'statistics'; 'none' adds no noise and keeps no budget"
-                raise ConfigError(f"privacy.{key}", value, remedy)
+        for key, field in type(self).model_fields.items():
+            default = field.get_default(call_default_factory=True, validated_data={"mechanism": self.mechanism})
+            if (value := getattr(self, key)) != default:
+                off = "'none' clips nothing, adds no noise and keeps no budget"
+                raise ConfigError(f"privacy.{key}", value, f"needs privacy.mechanism, such as 'statistics'; {off}")
 
     def _check_unit(self) -> None:
         """Refuse a unit that the mechanism does not protect.

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from sordino.errors import ConfigError
+
+READ_BY = {"trim": "trimmed-mean", "norm_bound": "norm-bound"}  # the aggregation that reads a key
 
 
 class RuntimeSettings(BaseModel):
@@ -32,6 +36,16 @@ class RuntimeSettings(BaseModel):
     )
     evaluate_every: int = Field(default=1, ge=1, description="rounds between evaluations; the last is always evaluated")
     checkpoint_every: int = Field(default=5, ge=1, description="rounds between checkpoints")
+
+    @model_validator(mode="after")
+    def _check_meant(self) -> RuntimeSettings:
+        """Refuse a bound on attackers where no aggregation is named: the plain mean keeps none."""
+        if "aggregation" not in self.model_fields_set:
+            for key, kind in READ_BY.items():
+                if (value := getattr(self, key)) != type(self).model_fields[key].default:
+                    remedy = f"needs runtime.aggregation = {kind!r}; the plain mean of uploads ignores it"
+                    raise ConfigError(f"runtime.{key}", value, remedy)
+        return self
 
 
 def participant_count(clients: int, participation: float) -> int:

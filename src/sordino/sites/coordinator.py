@@ -20,6 +20,7 @@ from sordino.experiments.config import Experiment
 from sordino.experiments.run_folder import Metrics
 from sordino.experiments.run_lock import held
 from sordino.experiments.tracking import require_tracker, tracked
+from sordino.experiments.unread_keys import warn_of_unread
 from sordino.files import FREE_SPACE, write_atomically
 from sordino.privacy.ledger import Ledger
 from sordino.privacy.statement import as_summary
@@ -96,6 +97,7 @@ def coordinate(
         for site, reason in sorted(met.left_out.items()):
             so_far = " so far, and is asked again between rounds" if site in met.silent else ""
             log.warning("%s takes no part%s: %s", site, so_far, reason)
+        warn_of_unread(config)
         warn_of_unused(met.federation.algorithm, met.federation.settings, met.federation.mechanism)
         late, answered = Latecomers(meeting, met), before.answered if before else {}
         return _Rounds(config, proposal, fleet, out, patience, watch, late, answered).run()
@@ -341,9 +343,8 @@ class _Rounds:
             told: list[str] = []  # by whom; a refusal is no answer
             waiting = self.patience.deadline, self.patience.grace, lambda told=told, least=quorum: len(told) < least
             for event in self.fleet.ask(Ask(training.round, payloads, quorum, *waiting)):
-                envelope = _read(event, kind, experiment)
+                yield event.site, (envelope := _read(event, kind, experiment))
                 told += [event.site] if envelope.kind == kind else []
-                yield event.site, envelope
 
     def _write_outcome(self, training: ServerTraining, accuracy: Mapping[str, float | None]) -> None:
         privacy = as_summary(training.ledger, self.config.privacy.unit)

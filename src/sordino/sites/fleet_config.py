@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sordino.errors import config_error
-from sordino.experiments.config import Experiment, parse_config
+from sordino.experiments.config import Experiment, check_overrides, parse_config
 from sordino.experiments.toml_tables import read_tables
 from sordino.runtime.fleet import Patience
 from sordino.sites.proposal import Proposal
@@ -66,6 +66,7 @@ def load_fleet_config(path: Path, overrides: Sequence[str] = ()) -> FleetConfig:
         ConfigError: the file is missing or malformed, or a key or value is not allowed.
     """
     tables = read_tables(path, overrides)
+    check_overrides(tables, overrides)
     fleet = tables.pop("fleet", {})
     try:
         settings = FleetSettings.model_validate(fleet)

@@ -10,6 +10,7 @@ from sordino.algorithms import algorithm, settings_for
 from sordino.algorithms.base import model_kind
 from sordino.experiments.config import Experiment
 from sordino.experiments.release_file import with_release
+from sordino.experiments.unread_keys import warn_of_unread
 from sordino.privacy.accounting import Spent, formula_epsilon
 from sordino.privacy.choice import mechanism_for
 from sordino.privacy.ledger import Ledger, Observer
@@ -140,6 +141,7 @@ def plan(config: Experiment) -> Plan:
     """
     config, _ = with_release(config)
     (chosen, said), unit = _planned(config), config.privacy.unit
+    warn_of_unread(config)
     rounds = chosen.inputs.rounds
     numbers = sorted({max(1, round(rounds * step / POINTS)) for step in range(1, POINTS + 1)}) if rounds else []
     by_round = [
