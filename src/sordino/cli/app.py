@@ -282,14 +282,27 @@ def audit(
             help="of membership, release, rounds, canaries, inversion, stealing, distances, extraction, label-only"
         ),
     ] = "membership,release,rounds,canaries,inversion,stealing,distances,extraction,label-only",
-    shadows: Annotated[int, typer.Option(min=4, help="shadow federations; each costs as much as the run")] = 64,
-    canaries: Annotated[int, typer.Option(min=8, help="planted examples; each costs a gradient every round")] = 128,
-    queries: Annotated[int, typer.Option(min=10, help="most questions of a copy made of a service's answers")] = 10_000,
+    shadows: Annotated[
+        int | None,
+        typer.Option(min=4, help="of membership: shadow federations; each costs as much as the run; default: 64"),
+    ] = None,
+    canaries: Annotated[
+        int | None,
+        typer.Option(min=8, help="of canaries: planted examples; each costs a gradient every round; default: 128"),
+    ] = None,
+    queries: Annotated[
+        int | None,
+        typer.Option(min=10, help="of extraction: most questions of a copy made of answers; default: 10000"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="of the attacker's randomness")] = 1,
     method: MethodFile = None,
     jobs: Annotated[
-        int, typer.Option(min=1, metavar="N", help="shadow federations at once, with a share of the cores each")
-    ] = 1,
+        int | None,
+        typer.Option(min=1, metavar="N", help="of membership: shadow federations at once, which share the cores"),
+    ] = None,
+    encoder: Annotated[
+        str | None, typer.Option(metavar="CHECKPOINT", help="folder or hub name where the run's encoder is now")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Attack a finished run, and set what it claims beside what the attacks found."""
@@ -304,7 +317,7 @@ def audit(
         add_file(method)
     at_work("nothing was changed, as an audit is written at its end; repeat the command")
     with live_progress() as progress:
-        result = attack(folder, names, shadows, canaries, seed, progress, queries=queries, jobs=jobs)
+        result = attack(folder, names, shadows, canaries, seed, progress, None, queries, jobs, encoder)
     print(json.dumps(result) if as_json else as_text(result))
     if not as_json:
         print(f"Report: {folder / 'report.html'}")
