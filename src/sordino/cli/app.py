@@ -100,7 +100,9 @@ def demo(
     from sordino.cli.demo import variants
 
     lines = variants(quick, overrides or [])
-    folder = chosen_folder(out, resume, "demo")
+    from sordino.experiments.started import COMPARISON
+
+    folder = chosen_folder(out, resume, "demo", COMPARISON)
     if jobs is None:
         import torch
 
@@ -119,9 +121,13 @@ def run(
 ) -> None:
     """Run one method as a configuration says, and write a run directory."""
     experiment = chosen_experiment(config, with_method(overrides, method), resume)
-    folder = chosen_folder(out, resume, f"{config.stem}-{experiment.algorithm}")
+    from sordino.experiments.started import RUN
+
+    folder = chosen_folder(out, resume, f"{config.stem}-{experiment.algorithm}", RUN)
     from sordino.experiments.run import run as run_experiment
 
+    report = folder / "report.html"
+    before = _identity(report)
     with live_progress() as progress:
         summary = run_experiment(experiment, folder, resume, progress)
     if as_json:
@@ -133,7 +139,9 @@ def run(
     for prompt in summary.words:
         print(f"Prompt: {prompt} CLASS")
     print(summary.privacy.statement)
-    print(f"Run directory: {folder}\nReport: {folder / 'report.html'}")
+    print(f"Run directory: {folder}")
+    if _identity(report) != before:  # a run that was finished keeps its own
+        print(f"Report: {report}")
 
 
 @app.command()
@@ -159,6 +167,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Run several methods with several seeds, and settings, over shared features; a table, a CSV and a report."""
+    from sordino.experiments.started import COMPARISON
     from sordino.experiments.toml_tables import separated
     from sordino.experiments.variants import at_equal_steps, grid
 
@@ -175,7 +184,7 @@ def compare(
     names += [name for file in method or [] if (name := add_file(file)) not in names]
     variants = grid(chosen_experiment(config, [*(overrides or []), *firsts], resume), names, values)
     label = f"compare-{config.stem}"
-    folder = chosen_folder(out, resume, label)
+    folder = chosen_folder(out, resume, label, COMPARISON)
     if equal_steps:
         variants = at_equal_steps(variants)
     _compare(variants, seeds, folder, resume, as_json, label, jobs)
@@ -347,6 +356,12 @@ def _compare(
         return
     print_table(rows)
     print(f"Run directory: {folder}\nReport: {folder / 'report.html'}")
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    """Return what a file that was written anew has anew, as a file is written beside its place and put there."""
+    status = file.stat() if file.exists() else None
+    return status and (status.st_ino, status.st_mtime_ns)
 
 
 def invoke(arguments: list[str] | None = None) -> int:
