@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 from uuid import uuid4
@@ -22,6 +24,8 @@ READING = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_N
 GO_ON = "free space or choose another --out; what was written before is intact, go on with --resume"
 ANOTHER_OUT = "free space or choose another --out"
 FREE_SPACE = "free space, or mend its permissions"
+
+NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems that have no hard links
 
 DATA = "$SORDINO_DATA"  # in a path of a configuration: the folder that this variable of the environment names
 DATA_UNSET = "../shared/data"  # its value where it is not set
@@ -96,6 +100,84 @@ def replace_file(path: Path, content: bytes, private: bool = False) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _flush_folder(path.parent)
+
+
+@dataclass(frozen=True)
+class NewFile:
+    """A file to be made by `create_files`.
+
+    Attributes:
+        path: of the file.
+        content: of it.
+        private: only its owner may read it, at no moment anybody else; else as the process's umask says.
+        derived: it follows from another file, as a public key does, so that one with this content is as good as made:
+            another process may have completed a pair.
+    """
+
+    path: Path
+    content: bytes
+    private: bool = False
+    derived: bool = False
+
+
+def create_files(*files: NewFile) -> None:
+    """Make new files, all of them or none; create the folders above them. No file is ever overwritten.
+
+    Each goes to a hidden temporary file beside its place, is flushed to the disk, and is linked to its place.
+
+    Raises:
+        FileExistsError: a file is there, which its `filename` names; no other one was made.
+        OSError: one cannot be written; none was made, and no temporary file remains.
+    """
+    staged: list[tuple[Path, NewFile]] = []
+    made: list[Path] = []
+    try:
+        for file in files:
+            file.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.path.with_name(f".{uuid4().hex}.tmp")
+            staged.append((temporary, file))
+            _write_new(temporary, file)
+        for temporary, file in staged:
+            if _linked(temporary, file):
+                made.append(file.path)
+        for folder in {file.path.parent for file in files}:
+            _flush_folder(folder)
+    except BaseException:
+        for path in made:
+            path.unlink(missing_ok=True)
+        raise
+    finally:
+        for temporary, _ in staged:
+            temporary.unlink(missing_ok=True)
+
+
+def _write_new(path: Path, file: NewFile) -> None:
+    """Write a file's content to a path at which there is nothing, and flush it."""
+    with open(path, "xb", opener=_open_private if file.private else None) as opened:
+        opened.write(file.content)
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def _linked(temporary: Path, file: NewFile) -> bool:
+    """Put a temporary file to its place; false if a derived one is there already."""
+    try:
+        os.link(temporary, file.path)
+    except FileExistsError:
+        if file.derived and file.path.is_file() and file.path.read_bytes() == file.content:
+            return False
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(file.path)) from None
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        try:
+            _write_new(file.path, file)
+        except FileExistsError:
+            raise
+        except BaseException:
+            file.path.unlink(missing_ok=True)
+            raise
+    return True
 
 
 def require_private(folder: Path, remedy: str) -> None:

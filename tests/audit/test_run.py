@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,16 +13,60 @@ from typer.testing import CliRunner
 
 from sordino.audit.findings.words import as_text
 from sordino.audit.run import audit, membership_auc
-from sordino.cli.app import app
+from sordino.cli.app import app, invoke
 from sordino.errors import ConfigError, RunError
 from sordino.experiments.compare import compare
-from sordino.experiments.config import load_config
+from sordino.experiments.config import Experiment, load_config
 from sordino.experiments.features import EncodedDataset
 from sordino.experiments.run import run
 from sordino.experiments.variants import grid
 from sordino.progress import silent
 
 DP = ["privacy.mechanism=cotangent", "privacy.epsilon=4.0", "privacy.delta=0.01", "privacy.subspace=4", "rounds=3"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--shadows", "16"], "--shadows = 16: goes with the attack 'membership', which is not among --attacks"),
+        (["--canaries", "64"], "--canaries = 64: goes with the attack 'canaries', which is not among --attacks"),
+        (["--queries", "100"], "--queries = 100: goes with the attack 'extraction', which is not among --attacks"),
+        (["--jobs", "2"], "--jobs = 2: goes with the attack 'membership', which is not among --attacks"),
+    ],
+)
+def test_an_option_that_no_chosen_attack_reads_is_refused(
+    options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the run is opened: this one has nothing."""
+    assert invoke(["audit", str(tmp_path), "--attacks", "release,label-only", *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_run_whose_checkpoint_moved_is_audited_where_it_is_now(
+    config_file: Path, clip_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, now, folder = tmp_path / "before", tmp_path / "now", tmp_path / "run"
+    shutil.copytree(clip_folder, before)
+    run(load_config(config_file, ["rounds=1", f"encoder.checkpoint={before}"]), folder)
+    before.rename(now)
+    command = ["audit", str(folder), "--attacks", "inversion"]
+    assert invoke(command) == 2
+    said = capsys.readouterr().err
+    assert f"encoder.checkpoint = '{before}': there is no such folder now; put it back there or link it" in said
+    assert "--encoder" in said
+    assert invoke([*command, "--encoder", str(now), "--json"]) == 0
+    moved = json.loads(capsys.readouterr().out)
+    before.symlink_to(now)
+    assert invoke([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == moved
+
+
+def test_an_encoder_without_a_checkpoint_is_nowhere_else(config_file: Path, tmp_path: Path) -> None:
+    digits = ["rounds=1", "data.source=digits", "data.train_per_class=2"]
+    tables = load_config(config_file, digits).model_dump(exclude_none=True) | {"encoder": {"name": "bundled"}}
+    run(Experiment.of(**tables), tmp_path / "run")
+    with pytest.raises(ConfigError, match="^--encoder = 'elsewhere': the run's encoder is 'bundled', which has none"):
+        audit(tmp_path / "run", ["inversion"], encoder="elsewhere")
 
 
 @pytest.mark.slow

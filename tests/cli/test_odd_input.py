@@ -32,6 +32,7 @@ from sordino.encoders import cache
 from sordino.errors import SordinoWarning
 from sordino.experiments.config import EncoderSettings, Experiment, load_config
 from sordino.experiments.run import run
+from sordino.experiments.started import Line, begin_lines
 from sordino.privacy.settings import PrivacySettings
 from sordino.private_tuning import settings as private
 from sordino.runtime.settings import RuntimeSettings
@@ -201,6 +202,8 @@ def test_a_damaged_file_of_a_run_costs_no_traceback_and_no_other_file(
             shutil.rmtree(folder, ignore_errors=True)
             place = folder / "promptfl" / "seed-0" if command == "compare" else folder
             shutil.copytree(finished / "run", place)
+            if command == "compare":
+                begin_lines(folder, [Line("promptfl", "promptfl", (0,))])
             file = place / name
             content = file.read_bytes() if file.exists() else b""
             file.unlink(missing_ok=True)

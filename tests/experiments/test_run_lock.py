@@ -179,6 +179,7 @@ def test_several_are_held_or_none(tmp_path: Path, holders: list[subprocess.Popen
 
 def test_a_comparison_holds_its_runs(config_file: Path, tmp_path: Path, holders: list[subprocess.Popen[str]]) -> None:
     variants = grid(load_config(config_file, ["rounds=1"]), ["zero-shot", "local"])
+    compare(variants, 1, tmp_path / "all")
     holder = hold(tmp_path / "all" / "local" / "seed-1", holders)
     with pytest.raises(RunError, match=r"all exists; go on with --resume"):
         compare(variants, 2, tmp_path / "all")

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from engines.test_containers import service_of
 from flower.parties import needs_nginx
+from full_disk import full_disk
 from sordino.cli.app import app
 from sordino.cli.flower import app as flower
 from sordino.errors import ConfigError, RunError
@@ -44,6 +45,29 @@ def test_a_key_is_its_owners_alone_and_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="exists; a node keeps its key"):
         make_key(tmp_path / "node")
     assert (tmp_path / "node").read_bytes() == before
+
+
+def test_a_full_disk_leaves_no_half_of_a_pair(tmp_path: Path) -> None:
+    with full_disk(), pytest.raises(RunError, match="node cannot be written: .*free space, or choose another file"):
+        make_key(tmp_path / "node")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "node.pub").write_text("of a key that is elsewhere")
+    with pytest.raises(RunError, match=r"node\.pub exists; a node keeps its key"):
+        make_key(tmp_path / "node")
+    assert not (tmp_path / "node").exists()
+    assert (tmp_path / "node.pub").read_text() == "of a key that is elsewhere"
+
+
+def test_a_full_disk_leaves_no_authority_that_blocks_the_next_start(tmp_path: Path) -> None:
+    with full_disk(), pytest.raises(RunError, match=r"cannot write .*ca\.key: .*free space"):
+        write_certificates(tmp_path, "eyes", "fl.example.org", 30)
+    assert list(tmp_path.iterdir()) == []
+    write_certificates(tmp_path, "eyes", "fl.example.org", 30)
+    (tmp_path / "ca.key").unlink()
+    authority = (tmp_path / "ca.crt").read_bytes()
+    with pytest.raises(RunError, match=r"ca\.crt is there, and ca\.key is not; put that back from a backup"):
+        write_certificates(tmp_path, "eyes", "fl.example.org", 30)
+    assert (tmp_path / "ca.crt").read_bytes() == authority, "sites have it"
 
 
 def test_other_keys_are_refused(tmp_path: Path) -> None:

@@ -294,7 +294,7 @@ def test_a_sample_of_persons_needs_persons(table: tuple[Tensor, Tensor]) -> None
 @pytest.mark.parametrize(
     ("mechanism", "unit", "expected"),
     [
-        ("dp-fedavg", "person", "use 'dp-sgd' or 'cotangent'"),
+        ("dp-fedavg", "person", "use 'statistics', 'dp-sgd' or 'cotangent'"),
         ("dp-fedavg", "example", "unit of mechanism 'dp-fedavg' is 'client'"),
         ("dp-sgd", "client", "is 'example' or 'person'"),
         ("cotangent", "client", "is 'example' or 'person'"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,10 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
 )
 
-from sordino.errors import ConfigError
+from full_disk import full_disk
+from sordino import files
+from sordino.errors import ConfigError, RunError
+from sordino.files import NewFile, create_files
 from sordino.privacy.signature import (
     fingerprint,
     load_private_key,
@@ -85,6 +90,48 @@ def test_a_pair_of_keys_is_made_once_and_for_its_owner(tmp_path: Path) -> None:
         make_key(secret)
     assert not secret.exists()
     assert public.read_bytes() == before[1]
+
+
+def test_a_full_disk_leaves_no_half_of_a_pair_that_blocks_the_next_try(tmp_path: Path) -> None:
+    with (
+        full_disk(),
+        pytest.raises(RunError, match=r"cannot write .*officer\.pem: .*free space, or choose another --out"),
+    ):
+        make_key(tmp_path / "officer.pem")
+    assert list(tmp_path.iterdir()) == []
+    make_key(tmp_path / "officer.pem")
+    assert {path.name for path in tmp_path.iterdir()} == {"officer.pem", "officer.pub.pem"}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_new_files_are_all_made_or_none(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a file system has no hard links."""
+    if not links:
+
+        def refuse(*_: object) -> None:
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+        monkeypatch.setattr(files.os, "link", refuse)
+    new = [NewFile(tmp_path / "key", b"key", private=True), NewFile(tmp_path / "other", b"other")]
+    (tmp_path / "other").write_bytes(b"another's")
+    with pytest.raises(FileExistsError) as error:
+        create_files(*new)
+    assert Path(error.value.filename) == tmp_path / "other"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"other": b"another's"}
+    (tmp_path / "other").unlink()
+    create_files(*new)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"key": b"key", "other": b"other"}
+    assert stat.S_IMODE((tmp_path / "key").stat().st_mode) == 0o600
+    with pytest.raises(FileExistsError):
+        create_files(new[0])
+
+
+def test_a_pair_that_another_process_completes_is_whole(tmp_path: Path) -> None:
+    """Who finds the private key alone writes the public one, which follows from it."""
+    pair = [NewFile(tmp_path / "key", b"key", private=True), NewFile(tmp_path / "public", b"public", derived=True)]
+    (tmp_path / "public").write_bytes(b"public")
+    create_files(*pair)
+    assert (tmp_path / "key").read_bytes() == b"key"
 
 
 def test_a_link_is_not_followed_to_another_file(tmp_path: Path) -> None:

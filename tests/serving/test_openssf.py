@@ -15,8 +15,9 @@ from cryptography.hazmat.primitives.asymmetric.ec import (
 )
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from full_disk import full_disk
 from sordino.cli.app import invoke
-from sordino.errors import ConfigError
+from sordino.errors import ConfigError, RunError
 from sordino.privacy.signature import keep_key, make_key
 from sordino.serving.folder import read_folder
 from sordino.serving.openssf import openssf_key
@@ -99,6 +100,23 @@ def test_the_own_key_is_made_once(own_config: Path) -> None:
     assert openssf_key().read_bytes() == content
     first.write_text("no key")
     with pytest.raises(ConfigError, match="holds no such key"):
+        openssf_key()
+
+
+def test_half_of_the_own_pair_is_completed_or_told(own_config: Path) -> None:
+    with (
+        full_disk(),
+        pytest.raises(RunError, match=r"openssf\.pem: .*free space, or set SORDINO_CONFIG .* --openssf-key$"),
+    ):
+        openssf_key()
+    assert list(own_config.iterdir()) == []
+    public = openssf_key().with_name("openssf.pub.pem")
+    content = public.read_bytes()
+    public.unlink()
+    openssf_key()
+    assert public.read_bytes() == content
+    (own_config / "openssf.pem").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"openssf\.pem in it holds no such key, .* or move the file away"):
         openssf_key()
 
 

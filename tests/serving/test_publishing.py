@@ -15,6 +15,7 @@ import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from huggingface_hub import ModelCard
 
+from full_disk import full_disk
 from serving.conftest import some_facts
 from sordino.cli.app import invoke
 from sordino.errors import ConfigError, PromptError, RunError
@@ -386,3 +387,30 @@ def test_keys_in_the_users_own_folder_are_trusted(own_config: Path, tmp_path: Pa
     assert len(Trusted.of().keys) == 2
     with pytest.raises(ConfigError, match="--trust"):
         Trusted.of([tmp_path / "empty"])
+
+
+def test_a_full_disk_leaves_no_key_that_blocks_the_next_publish(own_config: Path) -> None:
+    with full_disk(), pytest.raises(RunError, match=r"publisher\.pem: .*free space, or set SORDINO_CONFIG .* --key$"):
+        publisher_key()
+    assert list(own_config.iterdir()) == []
+    publisher_key()
+    assert {file.name for file in own_config.iterdir()} == {"publisher.pem", "publisher.pub.pem"}
+
+
+def test_half_of_the_own_pair_is_completed_or_told(own_config: Path) -> None:
+    """A process may be killed between the two files; and an earlier version left the beginning of a key."""
+    key, public = publisher_key()
+    assert public is not None
+    content = public.read_bytes()
+    public.unlink()
+    again, public = publisher_key()
+    assert public is not None
+    assert public.read_bytes() == content
+    assert again.private_bytes_raw() == key.private_bytes_raw()
+    (own_config / "publisher.pem").unlink()
+    with pytest.raises(ConfigError, match=r"SORDINO_CONFIG .*pub\.pem is there already.* or give a key with --key$"):
+        publisher_key()
+    assert {file.name for file in own_config.iterdir()} == {"publisher.pub.pem"}
+    (own_config / "publisher.pem").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"publisher\.pem in it holds no such key, .* or move the file away"):
+        publisher_key()

@@ -98,6 +98,13 @@ def test_an_owner_sees_what_an_experiment_means_and_allows_it(
     assert "policy.epsilon" in said("check", east, proposed, code=1)
 
 
+def test_an_override_without_an_experiment_is_refused(site_files: dict[str, Path]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^--set = 'rounds=9': goes with an experiment's file.*give CONFIG\.toml too"
+    ):
+        said("check", site_files["east"], "--set", "rounds=9")
+
+
 def test_a_site_without_a_budget_says_so_in_words(site_files: dict[str, Path]) -> None:
     """The sites of these tests have none: epsilon is inf."""
     words = said("check", site_files["east"])

@@ -92,7 +92,7 @@ def test_a_site_whose_answer_was_not_kept_counts_whom_the_next_question_asks(
                 asked.add(number)
                 of_one = Envelope("round", envelope.experiment, envelope.facts, one).encode()
                 with monkeypatch.context() as patched:
-                    patched.setattr(turns, "write_atomically", fails)
+                    patched.setattr(turns, "write_private", fails)
                     if fault == "full disk":
                         assert Envelope.decode(sites[-1].turn(of_one)).kind == "refusal"
                     else:

@@ -29,18 +29,21 @@ from sordino.progress import Progress, silent
 from sordino.report import write_report
 
 FILE = "audit.json"
+# The attack that reads each part of `Effort`.
+READ_BY = {"shadows": "membership", "canaries": "canaries", "queries": "extraction", "jobs": "membership"}
 
 
 def audit(
     folder: Path | str,
     attacks: Sequence[str] = ATTACKS,
-    shadows: int = 64,
-    canaries: int = 128,
+    shadows: int | None = None,
+    canaries: int | None = None,
     seed: int = 1,
     progress: Progress = silent,
     dataset: EncodedDataset | None = None,
-    queries: int = QUERIES[-1],
-    jobs: int = 1,
+    queries: int | None = None,
+    jobs: int | None = None,
+    encoder: str | None = None,
 ) -> dict[str, Any]:
     """Attack a finished run, and write `audit.json` and its report.
 
@@ -49,18 +52,21 @@ def audit(
     Args:
         folder: the run directory.
         attacks: of ATTACKS.
-        shadows: shadow federations of the membership attacks; each costs as much as the run.
-        canaries: of the one-run audit, which costs about as much as the run.
+        shadows: shadow federations of the membership attacks; each costs as much as the run. By default 64.
+        canaries: of the one-run audit, which costs about as much as the run. By default 128.
         seed: of the attacker's randomness.
         progress: is called as the attacks advance.
         dataset: data and encoder, if they are open already.
-        queries: questions of the copies made of answers, at most; each is a picture that passes the encoder.
-        jobs: shadow federations that are trained at once, each with its share of the cores.
+        queries: questions of the copies made of answers, at most; each is a picture that passes the encoder. By default
+            10,000.
+        jobs: shadow federations that are trained at once, each with its share of the cores. By default 1.
+        encoder: folder or hub name where the run's encoder is now; None: where it was in training.
 
     Returns:
         The content of `audit.json`.
 
     Raises:
+        ConfigError: an attack is unknown, or a value is given that none of the attacks reads.
         SordinoError: the run cannot be opened, or an attack cannot be made of what it has.
     """
     if isinstance(attacks, str):
@@ -70,20 +76,26 @@ def audit(
     for attack in attacks:
         if attack not in ATTACKS:
             raise ConfigError("--attacks", attack, f"not an attack; choose from {', '.join(ATTACKS)}")
+    given = {"shadows": shadows, "canaries": canaries, "queries": queries, "jobs": jobs}
+    chosen = {key: value for key, value in given.items() if value is not None}
+    for key, value in chosen.items():
+        if READ_BY[key] not in attacks:
+            remedy = f"goes with the attack {READ_BY[key]!r}, which is not among --attacks; add it, or leave this out"
+            raise ConfigError(f"--{key}", value, remedy)
     folder = Path(folder)
     require_run(folder)
     with held(folder, instead=False):
-        return _audit(folder, attacks, Effort(shadows, canaries, queries, jobs), seed, progress, dataset)
+        return _audit(folder, attacks, Effort(**chosen), seed, progress, dataset, encoder)
 
 
 @dataclass(frozen=True)
 class Effort:
     """The size of attacks: shadow federations, planted examples, questions to a service; and shadows at once."""
 
-    shadows: int
-    canaries: int
-    queries: int
-    jobs: int
+    shadows: int = 64
+    canaries: int = 128
+    queries: int = QUERIES[-1]
+    jobs: int = 1
 
 
 def _audit(
@@ -93,9 +105,10 @@ def _audit(
     seed: int,
     progress: Progress,
     dataset: EncodedDataset | None,
+    encoder: str | None,
 ) -> dict[str, Any]:
     """Do the work of `audit`, with the run directory locked."""
-    subject = Subject.open(folder, progress, dataset)
+    subject = Subject.open(folder, progress, dataset, encoder)
     if not (subject.runtime.rounds or subject.runtime.releases_statistics):
         raise RunError(f"{folder}: {subject.config.algorithm} learned nothing, so there is nothing to attack")
     before = read_audit(folder) if (folder / FILE).exists() else {"attacks": {}}

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from sordino.algorithms import METHODS
+from sordino.encoders.checkpoint_place import checkpoint_folder
 from sordino.encoders.prompt_model import Prompt, PromptModel
-from sordino.errors import ConfigError, RunError
-from sordino.experiments.config import Experiment, method_sources, parse_config
+from sordino.errors import ConfigError, EncoderError, RunError
+from sordino.experiments.config import WITH_CHECKPOINT, Experiment, method_sources, parse_config
 from sordino.experiments.data_digests import data_record
 from sordino.experiments.data_record import check
 from sordino.experiments.features import EncodedDataset
@@ -71,11 +72,23 @@ class Subject:
         return self.dataset
 
     @classmethod
-    def open(cls, folder: Path, progress: Progress = silent, dataset: EncodedDataset | None = None) -> Subject:
+    def open(
+        cls,
+        folder: Path,
+        progress: Progress = silent,
+        dataset: EncodedDataset | None = None,
+        encoder: str | None = None,
+    ) -> Subject:
         """Read a run directory and encode its images again, from the cache if they are still there.
 
+        Args:
+            folder: the run directory.
+            progress: is called as images are encoded, and as an attack advances.
+            dataset: data and encoder, if they are open already.
+            encoder: folder or hub name of the encoder's checkpoint; None: where it was in training.
+
         Raises:
-            SordinoError: the directory holds no finished run, or its data are gone or changed.
+            SordinoError: the directory holds no finished run, its data or encoder are gone or changed.
         """
         try:
             # First, as a coordinator's directory has none; its configuration lacks the data, which others hold.
@@ -89,7 +102,7 @@ class Subject:
             raise RunError(f"{folder} holds no finished run ({missing}: {error.strerror})") from None
         except (ValueError, RecursionError) as error:
             raise RunError(f"{folder} is damaged ({error}); go on with --resume, or start a new run") from None
-        dataset = dataset or EncodedDataset.open(config)
+        dataset = dataset or EncodedDataset.open(_with_encoder(config, encoder))
         task, _ = dataset.task(config, progress)
         check(folder, data_record(dataset, task, dataset.public(config, task)))
         runtime, _ = assemble(config, dataset, task)
@@ -127,6 +140,29 @@ class Subject:
             privacy: keys of the `[privacy]` table to change.
         """
         return vary(self.runtime, features, labels, rows, seed, **privacy)
+
+
+def _with_encoder(config: Experiment, encoder: str | None) -> Experiment:
+    """Return the configuration with its encoder's checkpoint where it is now.
+
+    Raises:
+        ConfigError: it is not there, or the encoder has none.
+    """
+    own = config.encoder
+    if own.name not in WITH_CHECKPOINT:
+        if encoder is not None:
+            raise ConfigError(
+                "--encoder", encoder, f"the run's encoder is {own.name!r}, which has none; leave this out"
+            )
+        return config
+    if encoder is not None:
+        return config.model_copy(update={"encoder": own.model_copy(update={"checkpoint": encoder})})
+    try:
+        checkpoint_folder(str(own.checkpoint))
+    except EncoderError:
+        remedy = "there is no such folder now; put it back there or link it, or say where it is with --encoder"
+        raise ConfigError("encoder.checkpoint", own.checkpoint, remedy) from None
+    return config
 
 
 def _check_method(folder: Path, tables: dict[str, Any]) -> None:

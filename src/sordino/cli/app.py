@@ -100,7 +100,9 @@ def demo(
     from sordino.cli.demo import variants
 
     lines = variants(quick, overrides or [])
-    folder = chosen_folder(out, resume, "demo")
+    from sordino.experiments.started import COMPARISON
+
+    folder = chosen_folder(out, resume, "demo", COMPARISON)
     if jobs is None:
         import torch
 
@@ -119,9 +121,13 @@ def run(
 ) -> None:
     """Run one method as a configuration says, and write a run directory."""
     experiment = chosen_experiment(config, with_method(overrides, method), resume)
-    folder = chosen_folder(out, resume, f"{config.stem}-{experiment.algorithm}")
+    from sordino.experiments.started import RUN
+
+    folder = chosen_folder(out, resume, f"{config.stem}-{experiment.algorithm}", RUN)
     from sordino.experiments.run import run as run_experiment
 
+    report = folder / "report.html"
+    before = _identity(report)
     with live_progress() as progress:
         summary = run_experiment(experiment, folder, resume, progress)
     if as_json:
@@ -133,7 +139,9 @@ def run(
     for prompt in summary.words:
         print(f"Prompt: {prompt} CLASS")
     print(summary.privacy.statement)
-    print(f"Run directory: {folder}\nReport: {folder / 'report.html'}")
+    print(f"Run directory: {folder}")
+    if _identity(report) != before:  # a run that was finished keeps its own
+        print(f"Report: {report}")
 
 
 @app.command()
@@ -159,6 +167,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Run several methods with several seeds, and settings, over shared features; a table, a CSV and a report."""
+    from sordino.experiments.started import COMPARISON
     from sordino.experiments.toml_tables import separated
     from sordino.experiments.variants import at_equal_steps, grid
 
@@ -175,7 +184,7 @@ def compare(
     names += [name for file in method or [] if (name := add_file(file)) not in names]
     variants = grid(chosen_experiment(config, [*(overrides or []), *firsts], resume), names, values)
     label = f"compare-{config.stem}"
-    folder = chosen_folder(out, resume, label)
+    folder = chosen_folder(out, resume, label, COMPARISON)
     if equal_steps:
         variants = at_equal_steps(variants)
     _compare(variants, seeds, folder, resume, as_json, label, jobs)
@@ -282,14 +291,27 @@ def audit(
             help="of membership, release, rounds, canaries, inversion, stealing, distances, extraction, label-only"
         ),
     ] = "membership,release,rounds,canaries,inversion,stealing,distances,extraction,label-only",
-    shadows: Annotated[int, typer.Option(min=4, help="shadow federations; each costs as much as the run")] = 64,
-    canaries: Annotated[int, typer.Option(min=8, help="planted examples; each costs a gradient every round")] = 128,
-    queries: Annotated[int, typer.Option(min=10, help="most questions of a copy made of a service's answers")] = 10_000,
+    shadows: Annotated[
+        int | None,
+        typer.Option(min=4, help="of membership: shadow federations; each costs as much as the run; default: 64"),
+    ] = None,
+    canaries: Annotated[
+        int | None,
+        typer.Option(min=8, help="of canaries: planted examples; each costs a gradient every round; default: 128"),
+    ] = None,
+    queries: Annotated[
+        int | None,
+        typer.Option(min=10, help="of extraction: most questions of a copy made of answers; default: 10000"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="of the attacker's randomness")] = 1,
     method: MethodFile = None,
     jobs: Annotated[
-        int, typer.Option(min=1, metavar="N", help="shadow federations at once, with a share of the cores each")
-    ] = 1,
+        int | None,
+        typer.Option(min=1, metavar="N", help="of membership: shadow federations at once, which share the cores"),
+    ] = None,
+    encoder: Annotated[
+        str | None, typer.Option(metavar="CHECKPOINT", help="folder or hub name where the run's encoder is now")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Attack a finished run, and set what it claims beside what the attacks found."""
@@ -304,7 +326,7 @@ def audit(
         add_file(method)
     at_work("nothing was changed, as an audit is written at its end; repeat the command")
     with live_progress() as progress:
-        result = attack(folder, names, shadows, canaries, seed, progress, queries=queries, jobs=jobs)
+        result = attack(folder, names, shadows, canaries, seed, progress, None, queries, jobs, encoder)
     print(json.dumps(result) if as_json else as_text(result))
     if not as_json:
         print(f"Report: {folder / 'report.html'}")
@@ -334,6 +356,12 @@ def _compare(
         return
     print_table(rows)
     print(f"Run directory: {folder}\nReport: {folder / 'report.html'}")
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    """Return what a file that was written anew has anew, as a file is written beside its place and put there."""
+    status = file.stat() if file.exists() else None
+    return status and (status.st_ino, status.st_mtime_ns)
 
 
 def invoke(arguments: list[str] | None = None) -> int:

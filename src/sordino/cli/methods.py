@@ -74,16 +74,18 @@ def new(
 ) -> None:
     """Write a variation of a method into NAME.py: it runs at once, and one function is yours to change."""
     from sordino.algorithms.variation import variation
+    from sordino.files import NewFile, create_files
 
     text, file = variation(name, parent), Path(f"{name}.py")
     try:
-        with file.open("x", encoding="utf-8") as stream:
-            stream.write(text)
+        create_files(NewFile(file, text.encode()))
     except FileExistsError:
         raise ConfigError("NAME", name, f"{file} is here already; choose another name, or move the file away") from None
     except OSError as error:
         raise ConfigError(
-            "NAME", name, f"{file} cannot be written ({error.strerror}); change to another folder"
+            "NAME",
+            name,
+            f"{file} cannot be written ({error.strerror or error}); free space, or change to another folder",
         ) from None
     if as_json:
         print(json.dumps({"name": name, "parent": parent, "file": str(file)}))

@@ -152,13 +152,14 @@ def try_here(
     ] = None,
 ) -> None:
     """Run all five parties on this machine, as real processes, and print the commands for several machines."""
+    from sordino.experiments.started import TRIAL
     from sordino.private_tuning.settings import load_private_config
 
     settings = load_private_config(config, overrides or [])
     from sordino.private_tuning.trial import recipe, run_trial, trial_of
     from sordino.report.private import write_private_report
 
-    folder = chosen_folder(out, resume, f"{config.stem}-try")
+    folder = chosen_folder(out, resume, f"{config.stem}-try", TRIAL)
     end_with_terminal()
     trial = trial_of(config, settings, overrides or [], whole, tower, model, sentences)
     for cut in trial.cuts:

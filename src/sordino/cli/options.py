@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sordino.cli.console import in_run_folder
+from sordino.cli.console import in_run_folder, say
 from sordino.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sordino.experiments.config import Experiment
+    from sordino.experiments.started import Kind
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="the experiment")]
 Overrides = Annotated[
@@ -60,14 +62,27 @@ def loaded_experiment(config: Path, overrides: Sequence[str]) -> Experiment:
     return experiment
 
 
-def chosen_folder(out: Path | None, resume: bool, label: str) -> Path:
-    """The run directory: the one asked for, or a new one under runs/; it is named on standard error."""
+def chosen_folder(out: Path | None, resume: bool, label: str, kind: Kind) -> Path:
+    """The run directory: the one asked for, or a new one under runs/; it is named on standard error.
+
+    Args:
+        out: the one asked for.
+        resume: go on in it. Where there is nothing to go on with, a line says that all starts anew.
+        label: of a new one's name.
+        kind: of the command.
+
+    Raises:
+        RunError: it holds something else than what the command goes on with.
+    """
     if out is None and resume:
         raise ConfigError("--resume", True, "say which run with --out DIR")
     from sordino.experiments.run_lock import require_unused
+    from sordino.experiments.started import was_begun
 
     folder = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{label}" if out is None else out
     if not resume:
         require_unused(folder)
+    elif not was_begun(folder, kind):
+        say(f"Nothing was started in {folder} before, so there is nothing to go on with: this starts anew", sys.stderr)
     in_run_folder(folder)
     return folder

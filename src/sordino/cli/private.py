@@ -30,7 +30,9 @@ def tune_private(
     settings = load_private_config(config, overrides or [])
     if not resume:  # a finished run needs no data any more
         check_places(settings)
-    folder, table = chosen_folder(out, resume, f"{config.stem}-private"), ""
+    from sordino.experiments.started import TUNING
+
+    folder, table = chosen_folder(out, resume, f"{config.stem}-private", TUNING), ""
     from sordino.private_tuning.tuning import as_text, finished_before
     from sordino.report.private import write_private_report
 

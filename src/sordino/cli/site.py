@@ -50,6 +50,9 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Say what a site's file means, and whether the site takes part in an experiment, at what epsilon."""
+    if overrides and config is None:
+        remedy = "goes with an experiment's file, whose keys it overrides; give CONFIG.toml too, or leave it out"
+        raise ConfigError("--set", overrides[0], remedy)
     from sordino.cli.site_words import facts_as_text, verdict_as_text
     from sordino.sites.check import facts_of, verdict
     from sordino.sites.fleet_config import load_fleet_config

@@ -16,8 +16,9 @@ from sordino.experiments.data_digests import data_record
 from sordino.experiments.data_record import check
 from sordino.experiments.features import EncodedDataset
 from sordino.experiments.privacy.plan import planned_mechanism
-from sordino.experiments.run import run
+from sordino.experiments.run import require_same, run
 from sordino.experiments.run_lock import all_held, held, lent, require_unused
+from sordino.experiments.started import COMPARISON, LINES, Line, begin_lines, require_lines, was_begun
 from sordino.experiments.variants import Variant, fairness_notes, grid, ignored_settings, label
 from sordino.files import write_atomically
 from sordino.progress import Progress, log, silent
@@ -121,8 +122,8 @@ def compare(
 ) -> list[Row]:
     """Run every variant with `seeds` seeds, counted from its configuration's.
 
-    `out` gets a run directory for each, at `ALGORITHM/VARIATION/seed-N`, and `comparison.csv`, `comparison.json`,
-    `report.html`.
+    `out` gets a run directory for each, at `ALGORITHM/VARIATION/seed-N`, and `lines.json`, `comparison.csv`,
+    `comparison.json`, `report.html`.
 
     Args:
         variants: at least one; their data and encoder are the first one's.
@@ -136,6 +137,7 @@ def compare(
 
     Raises:
         SordinoError: as `run`; before anything is trained if an algorithm's settings are bad.
+        RunError: a line or seed that was started is missing, or `out` holds something else.
         ConfigError: a variant has `shadows`, and no `attack` is given; two have a run in common, or its folder.
     """
     planned = [_planned(variant, seeds, out) for variant in variants]
@@ -144,24 +146,33 @@ def compare(
         for variant in variants:
             if variant.shadows:
                 raise ConfigError("shadows", variant.shadows, "needs compare(..., attack=membership_auc)")
+    lines = [
+        Line(variant.label, variant.folder.as_posix(), tuple(config.seed for config in runs.values()))
+        for variant, runs in zip(variants, planned, strict=True)
+    ]
+    folders = [folder for runs in planned for folder in runs]
+    if resume:  # before the lock is written
+        was_begun(out, COMPARISON)
     with held(out):
-        if not resume:
+        if resume:
+            require_lines(out, lines)
+        else:
             require_unused(out)
-        with all_held([folder for runs in planned for folder in runs]):
-            return _compare(variants, planned, out, resume, progress, title, attack, jobs)
+        # What is refused up to here leaves no folder behind.
+        dataset = _opened(variants, planned, resume, progress)
+        new = begin_lines(out, lines)
+        try:
+            with all_held(folders):
+                return _compare(variants, planned, out, resume, progress, title, attack, jobs, dataset)
+        finally:
+            if new and not any(folder.exists() for folder in folders):  # the first run was refused
+                (out / LINES).unlink()
 
 
-def _compare(
-    variants: Sequence[Variant],
-    planned: Sequence[Mapping[Path, Experiment]],
-    out: Path,
-    resume: bool,
-    progress: Progress,
-    title: str,
-    attack: Attack | None,
-    jobs: int,
-) -> list[Row]:
-    """Compare with all directories held."""
+def _opened(
+    variants: Sequence[Variant], planned: Sequence[Mapping[Path, Experiment]], resume: bool, progress: Progress
+) -> EncodedDataset:
+    """Return the data set and encoder of all lines, which are checked before anything is written."""
     own = variants[0].config.encoder
     for variant in variants:
         if variant.config.encoder != own:
@@ -174,7 +185,25 @@ def _compare(
     for variant in variants:  # settings that do not fit are refused before anything is trained
         planned_mechanism(variant.config)
     if resume:
-        _check_finished({folder: config for runs in planned for folder, config in runs.items()}, dataset, progress)
+        runs = {folder: config for own_runs in planned for folder, config in own_runs.items()}
+        for folder, config in runs.items():
+            require_same(config, folder)
+        _check_finished(runs, dataset, progress)
+    return dataset
+
+
+def _compare(
+    variants: Sequence[Variant],
+    planned: Sequence[Mapping[Path, Experiment]],
+    out: Path,
+    resume: bool,
+    progress: Progress,
+    title: str,
+    attack: Attack | None,
+    jobs: int,
+    dataset: EncodedDataset,
+) -> list[Row]:
+    """Compare with all directories held."""
     notes = fairness_notes(variants)
     for note in notes:
         log.warning("%s", note)

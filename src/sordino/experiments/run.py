@@ -21,10 +21,11 @@ from sordino.experiments.data_record import pin
 from sordino.experiments.features import EncodedDataset
 from sordino.experiments.release_file import FILE as RELEASE
 from sordino.experiments.release_file import ReleaseFile, with_release
-from sordino.experiments.run_folder import Metrics, finished, started_with, was_started
+from sordino.experiments.run_folder import Metrics, finished, was_started
 from sordino.experiments.run_folder import start as start_folder
 from sordino.experiments.run_lock import held
 from sordino.experiments.saved_prompts import save_prompts
+from sordino.experiments.started import RUN, started_with, was_begun
 from sordino.experiments.tracking import TABLE as TRACKING
 from sordino.experiments.tracking import require_tracker, tracked
 from sordino.experiments.unread_keys import warn_of_unread
@@ -82,15 +83,32 @@ def run(
         SordinoError: before anything is trained where input is bad; later where the disk is full or training diverges.
     """
     require_tracker(config.tracking)
+    if resume:  # before the lock is written
+        was_begun(out, RUN)
     with held(out):
-        config = _with_nonce(with_release(config)[0], out)
-        tables = resolved(config)
-        summary = finished(out, Summary.from_json) if was_started(out, tables, resume, (TRACKING,)) else None
+        config, started = _checked(config, out, resume)
+        summary = finished(out, Summary.from_json) if started else None
+        trained = summary is None
         if summary is None:
-            summary = _run(config, tables, out, resume, progress, dataset)
-        if not (out / "report.html").exists():
+            summary = _run(config, resolved(config), out, resume, progress, dataset)
+        if trained or not (out / "report.html").exists():
             write_report([out], out / "report.html", f"Sordino: {config.algorithm} on {config.data.source}")
     return summary
+
+
+def require_same(config: Experiment, out: Path) -> None:
+    """Check that a run may be started in a directory, or go on there.
+
+    Raises:
+        RunError: it was started with another configuration, or holds something else.
+    """
+    _checked(config, out, resume=True)
+
+
+def _checked(config: Experiment, out: Path, resume: bool) -> tuple[Experiment, bool]:
+    """Return the configuration with everything that the directory adds to it, and whether it was started with that."""
+    config = _with_nonce(with_release(config)[0], out)
+    return config, was_started(out, resolved(config), resume, (TRACKING,))
 
 
 def _with_nonce(config: Experiment, out: Path) -> Experiment:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sordino.errors import RunError
-from sordino.experiments.run_lock import require_unused, writable
+from sordino.experiments.run_lock import require_unused
+from sordino.experiments.started import RUN, Kind, is_comparison, started_with, was_begun
 from sordino.experiments.toml_tables import first_difference, to_toml
 from sordino.files import write_atomically
 from sordino.progress import log
@@ -21,7 +21,9 @@ T = TypeVar("T")
 SUMMARY_KEYS = ("accuracy", "seconds", "version")  # of every command's summary
 
 
-def prepare(out: Path, tables: Mapping[str, Any], resume: bool, free: Sequence[str] = ()) -> dict[str, Any] | None:
+def prepare(
+    out: Path, tables: Mapping[str, Any], resume: bool, free: Sequence[str] = (), kind: Kind = RUN
+) -> dict[str, Any] | None:
     """Check that `out` may be written, and return the summary of a run that is finished already.
 
     Args:
@@ -29,14 +31,15 @@ def prepare(out: Path, tables: Mapping[str, Any], resume: bool, free: Sequence[s
         tables: the configuration, resolved.
         resume: whether it is to go on.
         free: tables that may differ from those that it was started with.
+        kind: of the command.
 
     Raises:
         RunError: it may not; the message says what to do.
     """
-    return finished(out, _any_summary) if was_started(out, tables, resume, free) else None
+    return finished(out, _any_summary) if was_started(out, tables, resume, free, kind) else None
 
 
-def was_started(out: Path, tables: Mapping[str, Any], resume: bool, free: Sequence[str] = ()) -> bool:
+def was_started(out: Path, tables: Mapping[str, Any], resume: bool, free: Sequence[str] = (), kind: Kind = RUN) -> bool:
     """Check that `out` may be written, and return whether it was started before with this configuration.
 
     Raises:
@@ -45,9 +48,8 @@ def was_started(out: Path, tables: Mapping[str, Any], resume: bool, free: Sequen
     if not resume:
         require_unused(out)
         return False
-    writable(out)
-    old = started_with(out)
-    if not old:
+    old = started_with(out) if was_begun(out, kind) else {}
+    if not old:  # nothing, or stopped before its configuration was written
         return False
     before, after = ({key: value for key, value in part.items() if key not in free} for part in (old, tables))
     difference = first_difference(before, after)
@@ -74,7 +76,7 @@ def require_run(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise RunError(f"{folder} holds no finished run (there is no such directory)")
-    if (folder / "comparison.json").exists() and not (folder / FILE).exists():
+    if is_comparison(folder):
         below = next((file.parent for file in sorted(folder.rglob(FILE))), folder / "METHOD" / "seed-0")
         raise RunError(f"{folder} holds a comparison; give one of its runs, such as {below}")
 
@@ -125,21 +127,6 @@ def _any_summary(content: bytes) -> dict[str, Any]:
     if not (isinstance(summary, dict) and set(SUMMARY_KEYS) <= set(summary)):
         raise ValueError("it lacks what every summary has")
     return summary
-
-
-def started_with(out: Path) -> dict[str, Any]:
-    """The configuration that a run was started with; empty where there is none.
-
-    Raises:
-        RunError: it cannot be read.
-    """
-    config_file = out / "config.toml"
-    try:
-        return tomllib.loads(config_file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{config_file} cannot be read ({error}); choose another --out") from None
 
 
 class Metrics:

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sordino.errors import ConfigError, RunError
 from sordino.experiments.run_lock import is_empty
-from sordino.files import ANOTHER_OUT, FREE_SPACE, write_atomically
+from sordino.files import ANOTHER_OUT, FREE_SPACE, NewFile, create_files, write_atomically
 from sordino.flare.project import ORGANIZATION, REQUESTED, Kind, Party, Project, parties_of
 from sordino.flare.provision import build, close
 
@@ -236,7 +236,11 @@ def _authority(project: Project, folder: Path) -> tuple[str, str]:
         root = generate_cert(owner, owner, key, public, valid_days=project.days, ca=True)
         state = {"root_cert": serialize_cert(root).decode(), "root_pri_key": serialize_pri_key(key).decode()}
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_atomically(folder / STATE, json.dumps(state).encode(), FREE_SPACE, private=True)
+        try:
+            with contextlib.suppress(FileExistsError):  # another process made it since
+                create_files(NewFile(folder / STATE, json.dumps(state).encode(), private=True))
+        except OSError as error:
+            raise RunError(f"cannot write {folder / STATE}: {error.strerror or error}; {FREE_SPACE}") from None
     try:
         state = json.loads((folder / STATE).read_bytes())
         return str(state["root_pri_key"]), str(state["root_cert"])

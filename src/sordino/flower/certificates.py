@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
-import os
 from pathlib import Path
 
 from cryptography import x509
@@ -19,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from sordino.errors import RunError
-from sordino.files import FREE_SPACE, write_atomically
+from sordino.files import FREE_SPACE, NewFile, create_files, write_atomically
 
 YEARS = 10  # that the authority is valid: sites are given its certificate once
 BEFORE = datetime.timedelta(hours=1)  # clocks differ
@@ -45,7 +44,10 @@ def write_certificates(state: Path, project: str, host: str, days: int) -> None:
         authority = x509.load_pem_x509_certificate((state / "ca.crt").read_bytes())
         key = load_pem_private_key((state / "ca.key").read_bytes(), None)
     except (OSError, ValueError):
-        raise RunError(f"{state} holds ca.key or ca.crt and not both; put the other back from a backup") from None
+        raise RunError(
+            f"{state} holds ca.key or ca.crt and not both; put the other back from a backup, or "
+            "remove it where no site was given a certificate yet"
+        ) from None
     if authority.not_valid_after_utc < _now():
         raise RunError(f"{state / 'ca.crt'} has expired; move it and ca.key away, and give sites the new ca.crt")
     assert isinstance(key, ec.EllipticCurvePrivateKey)
@@ -80,7 +82,17 @@ def _make_authority(state: Path, project: str) -> None:
         .add_extension(x509.KeyUsage(key_cert_sign=True, crl_sign=True, **usage), critical=True)
         .sign(key, hashes.SHA256())
     )
-    _write(state, "ca", key, certificate)
+    secret = NewFile(state / "ca.key", _private_pem(key), private=True)
+    try:
+        create_files(secret, NewFile(state / "ca.crt", certificate.public_bytes(Encoding.PEM)))
+    except FileExistsError as error:
+        there, lost = Path(error.filename), secret.path
+        raise RunError(
+            f"{there} is there, and {lost.name} is not; put that back from a backup, or move {there.name} away and "
+            "give sites the new one"
+        ) from None
+    except OSError as error:
+        raise RunError(f"cannot write {secret.path}: {error.strerror or error}; {FREE_SPACE}") from None
 
 
 def _certificate(
@@ -106,12 +118,13 @@ def _name(host: str) -> x509.GeneralName:
 
 
 def _write(state: Path, name: str, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
-    """Write a key that nobody else may read, and then its certificate."""
-    file = state / f"{name}.key"
-    file.unlink(missing_ok=True)
-    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened:
-        opened.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    """Write or replace a key that nobody else may read, and then its certificate."""
+    write_atomically(state / f"{name}.key", _private_pem(key), FREE_SPACE, private=True)
     write_atomically(state / f"{name}.crt", certificate.public_bytes(Encoding.PEM), FREE_SPACE)
+
+
+def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
 def _now() -> datetime.datetime:

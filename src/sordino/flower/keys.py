@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -17,25 +16,26 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from sordino.errors import ConfigError, RunError
+from sordino.files import NewFile, create_files
 
 
 def make_key(file: Path) -> str:
     """Write a new private key to a file that nobody else may read, and the public one beside it; return that.
 
     Raises:
-        RunError: the file exists, or cannot be written.
+        RunError: one of the files exists, or cannot be written.
     """
     key = ec.generate_private_key(ec.SECP384R1())
     private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
     try:
-        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened:
-            opened.write(private)
-        public_file(file).write_text(f"{public}\n", encoding="utf-8")
-    except FileExistsError:
-        raise RunError(f"{file} exists; a node keeps its key, so choose another file for a new one") from None
+        create_files(NewFile(file, private, private=True), NewFile(public_file(file), f"{public}\n".encode()))
+    except FileExistsError as error:
+        raise RunError(f"{error.filename} exists; a node keeps its key, so choose another file for a new one") from None
     except OSError as error:
-        raise RunError(f"{file} cannot be written: {error.strerror}; choose another file") from None
+        raise RunError(
+            f"{file} cannot be written: {error.strerror or error}; free space, or choose another file"
+        ) from None
     return public
 
 

@@ -273,11 +273,12 @@ class PrivacySettings(BaseModel):
             ConfigError: it protects another one.
         """
         if self.unit == "person" and self.mechanism not in BY_PERSON:
+            *others, last = map(repr, BY_PERSON)
             raise ConfigError(
                 "privacy.unit",
                 "person",
-                f"the mechanism {self.mechanism!r} does not bound what a person's images contribute; use 'dp-sgd' or "
-                "'cotangent', or leave privacy.unit out",
+                f"the mechanism {self.mechanism!r} does not bound what a person's images contribute; use "
+                f"{', '.join(others)} or {last}, or leave privacy.unit out",
             )
         if (self.unit == "client") != (self.mechanism in BY_CLIENT):
             units = "'client'" if self.mechanism in BY_CLIENT else "'example' or 'person'"

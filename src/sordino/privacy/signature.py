@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -24,7 +23,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from sordino.errors import ConfigError, DataError, RunError
-from sordino.files import read_regular
+from sordino.files import NewFile, create_files, read_regular
+from sordino.progress import log
 
 _LARGEST = 16384  # bytes of a file with a key
 
@@ -43,33 +43,51 @@ def make_key(out: Path) -> tuple[Path, str]:
     return keep_key(key, out), fingerprint(public_bytes(key))
 
 
-def keep_key(key: Ed25519PrivateKey | EllipticCurvePrivateKey, out: Path) -> Path:
-    """Write a new pair of keys as `make_key` does; the public key's file.
+def keep_key(
+    key: Ed25519PrivateKey | EllipticCurvePrivateKey,
+    out: Path,
+    option: str = "--out",
+    instead: str = "choose another --out",
+) -> Path:
+    """Write a new pair of keys as `make_key` does, both files or none; the public key's file.
+
+    Args:
+        key: the private one.
+        out: its file.
+        option: of the caller, which names the place, for messages.
+        instead: what the caller can do where a file is there already or cannot be written.
 
     Raises:
         ConfigError, RunError: see `make_key`.
     """
     public_file = out.with_name(f"{out.stem}.pub.pem")
-    for file in (out, public_file):
-        if file.exists() or file.is_symlink():
-            raise ConfigError("--out", str(out), f"{file.name} is there already, and keys are never overwritten")
-    _write_new(out, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
-    pem = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    _write_new(public_file, pem, 0o644)
+    secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    try:
+        create_files(NewFile(out, secret, private=True), NewFile(public_file, _public_pem(key), derived=True))
+    except FileExistsError as error:
+        name = Path(error.filename).name
+        raise ConfigError(
+            option, str(out), f"{name} is there already, and keys are never overwritten; {instead}"
+        ) from None
+    except OSError as error:
+        raise RunError(f"cannot write {out}: {error.strerror or error}; free space, or {instead}") from None
     return public_file
 
 
-def _write_new(file: Path, content: bytes, mode: int) -> None:
+def complete_pair(key: Ed25519PrivateKey | EllipticCurvePrivateKey, file: Path) -> Path | None:
+    """Write the public key beside a private one where it is missing; its file, or None if it cannot be written."""
+    public_file = file.with_name(f"{file.stem}.pub.pem")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # With its final mode from the first moment on, and never over a file that came in between.
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with os.fdopen(descriptor, "wb") as opened:
-            opened.write(content)
-            opened.flush()
-            os.fsync(opened.fileno())
+        if not public_file.exists():
+            create_files(NewFile(public_file, _public_pem(key), derived=True))
     except OSError as error:
-        raise RunError(f"cannot write {file}: {error.strerror or error}; choose another --out") from None
+        log.warning("the public key that belongs to %s cannot be written: %s", file, error.strerror or error)
+        return None
+    return public_file
+
+
+def _public_pem(key: Ed25519PrivateKey | EllipticCurvePrivateKey) -> bytes:
+    return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 def load_private_key(file: Path, option: str = "--key") -> Ed25519PrivateKey:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -23,8 +24,17 @@ from typing import IO
 import numpy as np
 
 from sordino.errors import RunError
-from sordino.experiments.run_lock import held, is_empty
-from sordino.mpc.parties.certificates import DATA_OWNER, DEALER, MODEL_OWNER, ROLES, SERVERS, make_certificates
+from sordino.experiments.run_lock import held, require_unused
+from sordino.experiments.started import TRIAL, was_begun
+from sordino.mpc.parties.certificates import (
+    AUTHORITY,
+    DATA_OWNER,
+    DEALER,
+    MODEL_OWNER,
+    ROLES,
+    SERVERS,
+    make_certificates,
+)
 from sordino.mpc.tower.public_text import SENTENCES as WHOLE_CALIBRATION
 from sordino.private_tuning.open_task import split_images
 from sordino.private_tuning.settings import PrivateTuning
@@ -156,11 +166,14 @@ def run_trial(
     Raises:
         RunError: the folder is in use or not empty, or a party failed; the message names it and its log.
     """
+    if resume:  # before the lock is written
+        was_begun(folder, TRIAL)
     with held(folder):
-        if not resume and not is_empty(folder):
-            raise RunError(f"{folder} exists; go on with --resume, or choose another --out")
+        if not resume:
+            require_unused(folder)
         parties, run = folder / "parties", folder / "run"
-        if not all((parties / role).exists() for role in ROLES):
+        if not (parties / ROLES[-1] / AUTHORITY).exists():  # the last file of theirs
+            shutil.rmtree(parties, ignore_errors=True)  # of a trial that was stopped while it made them
             make_certificates(parties)
         with Parties(parties, folder / "logs") as running:
             say(f"dealer and servers are at {', '.join(running.addresses[role] for role in PORTS)}")

@@ -20,6 +20,7 @@ from sordino.errors import ConfigError, RunError
 from sordino.experiments.data_record import pin
 from sordino.experiments.run_folder import Metrics, prepare
 from sordino.experiments.run_lock import held
+from sordino.experiments.started import TUNING, was_begun
 from sordino.experiments.toml_tables import to_toml
 from sordino.files import user_path, write_atomically
 from sordino.mpc.dealing.costs import Cost, Costs
@@ -70,6 +71,8 @@ def tune_private(
     Raises:
         RunError: `out` may not be written or resumed, or a loss is not finite.
     """
+    if resume:  # before the lock is written
+        was_begun(out, TUNING)
     with held(out):
         finished = finished_before(config, out, resume)
         return finished or _tuned(config, out, task, forward, clear, costs, progress, model)
@@ -140,7 +143,7 @@ def finished_before(config: PrivateTuning, out: Path, resume: bool) -> dict[str,
     Raises:
         RunError: `out` may not be written or resumed.
     """
-    return prepare(out, config.model_dump(exclude_none=True), resume, free=(SESSION,))
+    return prepare(out, config.model_dump(exclude_none=True), resume, (SESSION,), TUNING)
 
 
 def tower_of(config: PrivateTuning) -> PrivateTower:

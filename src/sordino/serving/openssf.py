@@ -14,8 +14,8 @@ from model_signing.signing import Config
 
 from sordino.errors import ConfigError, DataError, RunError
 from sordino.files import read_regular
-from sordino.privacy.signature import keep_key
-from sordino.serving.trust import config_folder
+from sordino.privacy.signature import complete_pair
+from sordino.serving.trust import own_key_file
 
 KEY = "openssf.pem"
 ENDING = ".sig"
@@ -27,17 +27,10 @@ def openssf_key(file: Path | None = None) -> Path:
     """Return the file of the key that signs: `file`, or the user's own (P-256), which is made where there is none.
 
     Raises:
-        ConfigError: `file` holds no such key.
+        ConfigError: `file` holds no such key, or the folder of keys holds one half of a pair.
         RunError: a new one cannot be written.
     """
-    own = config_folder() / KEY
-    if file is None and not own.exists():
-        try:
-            keep_key(generate_private_key(SECP256R1()), own)
-        except ConfigError:  # another process made it since
-            if not own.exists():
-                raise
-    found = own if file is None else file
+    found = file or own_key_file(KEY, "--openssf-key", lambda: generate_private_key(SECP256R1()))
     try:
         key: object = load_pem_private_key(read_regular(found, MAX_BYTES), None)
     except (OSError, DataError, ValueError, TypeError):
@@ -45,6 +38,8 @@ def openssf_key(file: Path | None = None) -> Path:
     if not (isinstance(key, EllipticCurvePrivateKey) and key.curve.name in CURVES):
         remedy = "holds no such key; give a private key on the curve P-256, P-384 or P-521, unencrypted, in a PEM file"
         raise ConfigError("--openssf-key", str(found), remedy)
+    if file is None:
+        complete_pair(key, found)
     return found
 
 

@@ -7,15 +7,18 @@ in the folder `trusted` of the user's configuration, and in files named by `--tr
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from sordino.errors import ConfigError, PromptError
-from sordino.privacy.signature import fingerprint, load_private_key, load_public_key, make_key
+from sordino.errors import ConfigError, DataError, PromptError
+from sordino.files import read_regular
+from sordino.privacy.signature import complete_pair, fingerprint, keep_key, load_private_key, load_public_key
 
+FOLDER = "SORDINO_CONFIG"  # in the environment: the folder of keys
 KEY, PUBLIC_KEY, TRUSTED = "publisher.pem", "publisher.pub.pem", "trusted"
 ENDING = "*.pub.pem"
 
@@ -28,37 +31,64 @@ def config_folder() -> Path:
     Raises:
         ConfigError: the user has no home.
     """
-    if own := os.environ.get("SORDINO_CONFIG"):
+    if own := os.environ.get(FOLDER):
         return Path(own)
     if above := os.environ.get("XDG_CONFIG_HOME"):
         return Path(above) / "sordino"
     try:
         return Path.home() / ".config" / "sordino"
     except RuntimeError:
-        remedy = "this user has no home directory; set SORDINO_CONFIG to a folder for keys"
-        raise ConfigError("SORDINO_CONFIG", None, remedy) from None
+        raise ConfigError(FOLDER, None, "this user has no home directory; set it to a folder for keys") from None
 
 
 def publisher_key(file: Path | None = None) -> tuple[Ed25519PrivateKey, Path | None]:
     """Return the key that signs: from `file`, or the user's own, which is made where there is none.
 
     Returns:
-        The key, and the file of its public half if it is the user's own.
+        The key, and the file of its public half if it is the user's own and could be written.
 
     Raises:
-        ConfigError: `file` holds no such key.
+        ConfigError: `file` holds no such key, or the folder of keys holds one half of a pair.
         RunError: a new one cannot be written.
     """
     if file is not None:
         return load_private_key(file), None
-    own = config_folder() / KEY
+    own = own_key_file(KEY, "--key", Ed25519PrivateKey.generate)
+    key = load_private_key(own, "--key")
+    return key, complete_pair(key, own)
+
+
+def own_key_file(name: str, option: str, generate: Callable[[], Ed25519PrivateKey | EllipticCurvePrivateKey]) -> Path:
+    """Return the file of a private key in the user's folder of keys, which is made where there is none.
+
+    Args:
+        name: of the file.
+        option: that gives another key, for messages.
+        generate: makes the key.
+
+    Raises:
+        ConfigError: its public half is there and it is not, or its file was cut.
+        RunError: it cannot be written.
+    """
+    own = config_folder() / name
+    if _is_cut(own):
+        remedy = "put the key back, or move the file away so that a new one is made"
+        raise ConfigError(FOLDER, str(own.parent), f"{name} in it holds no such key, as a full disk left it; {remedy}")
     if not own.exists():
         try:
-            make_key(own)
-        except ConfigError:  # another process made it since
-            if not own.exists():
+            keep_key(generate(), own, FOLDER, f"set {FOLDER} to another folder, or give a key with {option}")
+        except ConfigError:
+            if not own.exists():  # else another process made it since
                 raise
-    return load_private_key(own, "--key"), own.with_name(PUBLIC_KEY)
+    return own
+
+
+def _is_cut(file: Path) -> bool:
+    """Return whether a key's file lacks its end, as of a version that did not write it whole or not at all."""
+    try:
+        return b"-----END " not in read_regular(file, 1 << 14)
+    except (OSError, DataError):
+        return False
 
 
 @dataclass(frozen=True)

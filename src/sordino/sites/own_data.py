@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from sordino.errors import RunError
 from sordino.experiments.config import Experiment
 from sordino.experiments.data_digests import party_digests
 from sordino.experiments.features import EncodedDataset
-from sordino.files import replace_file
+from sordino.files import NewFile, create_files
 from sordino.progress import silent
 from sordino.randomness import system_bytes
 from sordino.runtime.agreement import Plan
@@ -151,7 +152,8 @@ def _keyed(state: Path, digest: str) -> str:
     file = state / KEY
     try:
         if not file.exists():
-            replace_file(file, system_bytes(32), private=True)
+            with contextlib.suppress(FileExistsError):  # another process made it since
+                create_files(NewFile(file, system_bytes(32), private=True))
         key = file.read_bytes()
     except OSError as error:
         raise RunError(f"{file}: {error.strerror or error}; choose another state folder in the site's file") from None

@@ -10,8 +10,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from typer.testing import CliRunner
 
+from full_disk import full_disk
 from sordino.cli.app import app
-from sordino.errors import ConfigError
+from sordino.errors import ConfigError, RunError
 from sordino.mpc.parties import certificates
 from sordino.mpc.parties.certificates import AUTHORITY, CERTIFICATE, KEY, ROLES, Identity, make_certificates
 
@@ -52,6 +53,15 @@ def test_what_is_there_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--out = .*server-0 is there already; choose another folder"):
         make_certificates(tmp_path)
     assert (tmp_path / "dealer" / KEY).read_bytes() == before
+
+
+@pytest.mark.parametrize("room", [8, 300])
+def test_a_full_disk_leaves_no_party_that_blocks_the_next_try(room: int, tmp_path: Path) -> None:
+    """Where keys have room, and certificates have none, too."""
+    with full_disk(room), pytest.raises(RunError, match=r"cannot write to .*; free space or choose another --out"):
+        make_certificates(tmp_path / "parties")
+    assert not any((tmp_path / "parties").iterdir())
+    make_certificates(tmp_path / "parties")
 
 
 @pytest.mark.parametrize("key", ["--certificates", "session.certificates"])

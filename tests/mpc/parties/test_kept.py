@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from full_disk import full_disk
 from mpc.small import batches, small_tower
 from sordino.encoders.bundled import Embedder
 from sordino.errors import ConfigError, RunError
@@ -166,6 +167,14 @@ def test_a_missing_key_file_is_made_once(tmp_path: Path, model: Model) -> None:
     with pytest.raises(ConfigError, match="--key-file = .*No such file.*give the file that .*share is under"):
         KeptShare.of(tmp_path / "share", key, {})
     assert not key.exists()
+
+
+def test_a_full_disk_leaves_no_key_file_that_blocks_the_next_start(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    with full_disk(), pytest.raises(ConfigError, match="--key-file = .*cannot be made: .*free space"):
+        KeptShare.of(tmp_path / "share", key, {})
+    assert list(tmp_path.iterdir()) == []
+    assert len(KeptShare.of(tmp_path / "share", key, {}).secret) == 32
 
 
 # The model owner's side.

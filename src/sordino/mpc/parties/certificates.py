@@ -8,6 +8,7 @@ later. So certificates are renewed for all parties at once.
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from sordino.errors import ConfigError, RunError
-from sordino.files import ANOTHER_OUT, write_atomically
+from sordino.files import ANOTHER_OUT, NewFile, create_files
 from sordino.progress import log
 
 SERVERS = ("server-0", "server-1")
@@ -188,21 +189,29 @@ def make_certificates(folder: Path, days: int = 365) -> list[Path]:
     authority = generate_private_key(SECP256R1())
     issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "sordino mpc")])
     authority_certificate = _certificate(issuer, issuer, authority, authority, days).public_bytes(Encoding.PEM)
-    for role, party_folder in zip(ROLES, folders, strict=True):
-        try:
+    made: list[Path] = []
+    try:
+        for role, party_folder in zip(ROLES, folders, strict=True):
             party_folder.mkdir(mode=0o700, parents=True)
-        except OSError as error:
-            raise RunError(f"cannot make {party_folder}: {error.strerror or error}; choose another --out") from None
-        key = generate_private_key(SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, role)])
-        secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        write_atomically(party_folder / KEY, secret, ANOTHER_OUT, private=True)
-        write_atomically(
-            party_folder / CERTIFICATE,
-            _certificate(subject, issuer, key, authority, days).public_bytes(Encoding.PEM),
-            ANOTHER_OUT,
-        )
-        write_atomically(party_folder / AUTHORITY, authority_certificate, ANOTHER_OUT)
+            made.append(party_folder)
+            key = generate_private_key(SECP256R1())
+            subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, role)])
+            certificate = _certificate(subject, issuer, key, authority, days).public_bytes(Encoding.PEM)
+            create_files(
+                NewFile(
+                    party_folder / KEY,
+                    key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
+                    private=True,
+                ),
+                NewFile(party_folder / CERTIFICATE, certificate),
+                NewFile(party_folder / AUTHORITY, authority_certificate),
+            )
+    except BaseException as error:
+        for party_folder in made:  # or the next try would be refused for half of the parties
+            shutil.rmtree(party_folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise RunError(f"cannot write to {folder}: {error.strerror or error}; {ANOTHER_OUT}") from None
+        raise
     return folders
 
 

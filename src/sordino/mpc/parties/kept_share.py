@@ -9,6 +9,7 @@ Vizar, Online Authenticated-Encryption and its Nonce-Reuse Misuse-Resistance, CR
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
@@ -24,7 +25,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from sordino.errors import ConfigError, RunError
-from sordino.files import replace_file
+from sordino.files import FREE_SPACE, NewFile, create_files, replace_file
 from sordino.mpc.parties.model_share import Model
 from sordino.mpc.parties.transport import packed, unpacked
 from sordino.mpc.parties.versions import own_versions
@@ -148,10 +149,14 @@ class KeptShare:
 def _key_of(key_file: Path, file: Path) -> bytes:
     """Read or make a key file."""
     name = str(key_file)
+    if not key_file.exists() and not file.exists():
+        try:
+            with contextlib.suppress(FileExistsError):  # another process made it since
+                create_files(NewFile(key_file, system_bytes(KEY_BYTES), private=True))
+        except OSError as error:
+            remedy = f"{FREE_SPACE}, or name another file"
+            raise ConfigError("--key-file", name, f"cannot be made: {error.strerror or error}; {remedy}") from None
     try:
-        if not key_file.exists() and not file.exists():
-            with os.fdopen(os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
-                stream.write(system_bytes(KEY_BYTES))
         mode = stat.S_IMODE(key_file.stat().st_mode)
         if os.name == "posix" and mode & 0o077:
             raise ConfigError("--key-file", name, f"others may read it (mode {mode:o}); run 'chmod 600 {name}'")
