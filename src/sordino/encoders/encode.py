@@ -29,7 +29,7 @@ from sordino.progress import log
 SHARD_IMAGES, SHARD_BYTES, SHARD_SECONDS = 1000, 1 << 26, 30.0
 CHEAP = ("pixels", layer_kind(0))  # made of a picture in less time than they are worth on the disk
 WORKERS = min(8, os.cpu_count() or 1)  # threads that read and decode pictures
-TOGETHER = 8  # pictures in one pass on a CPU: what a layer makes of more does not fit into its caches
+TOGETHER = 16  # pictures in one pass on a CPU: more are no faster, and slower beside other work on its memory
 NOT_FINITE = "the encoder gives features of it that are not finite"
 SKIPPED_SHOWN = 20  # unreadable pictures that are named in the log; the summary names all
 # Errors of a picture that cannot be read.
