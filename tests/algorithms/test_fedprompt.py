@@ -28,7 +28,7 @@ REPEATED_NOISE = LOCAL_NOISE | {"simulation": True, "nonce": "a5" * 16}
 FEDERATIONS = [
     {},
     {"weighting": "uniform", "privacy": REPEATED_NOISE},
-    {"participation": 0.7, "aggregation": "norm-bound"},
+    {"participation": 0.7, "aggregation": "norm-bound", "norm_bound": 0.1},
 ]
 
 
@@ -40,7 +40,7 @@ def test_from_the_same_prompt_it_is_promptfl(
     """With PromptFL's default server, which takes the mean change as it is."""
     tables = {"context_length": 4, "batch_size": 5, "local_steps": 3, "optimizer": optimizer}
     ours, theirs = (
-        make_runtime(name, ROWS, tables, norm_bound=0.1, **federation) for name in ("fedprompt", "promptfl")
+        make_runtime(name, ROWS, tables, **federation) for name in ("fedprompt", "promptfl")
     )
     ours.identity = theirs.identity  # of two methods, so that both draw the same noise
     reference = started_in_double(theirs)

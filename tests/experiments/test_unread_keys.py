@@ -44,7 +44,7 @@ BASES: list[dict[str, Any]] = [
     {"mechanism": "dp-fedavg", "noise_multiplier": 1.0, "delta": 0.01, "noise_by": "server", "compress": True},
     {"mechanism": "statistics", "noise_multiplier": 1.0, "delta": 0.01, "subspace": 8},
 ]
-WITH_ALL = ("dp-fpl", "promptfl", "tofa")  # methods that are run with each of these; others with a mechanism each
+WITH_ALL = ("dp-fpl",)  # methods that are run with each of these; others with a mechanism each
 METHODS = ("dp-fpl", "promptfl", "local", "fed-bbpt", "class-prior", "tofa")
 VALUES: dict[str, Any] = {
     **{"unit": "person", "person_images": 1, "epsilon": 0.5, "delta": 0.02, "noise_multiplier": 2.0, "clip": 20.0},

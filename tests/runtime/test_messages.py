@@ -189,7 +189,7 @@ def test_a_client_joins_no_sum_of_more_clients_than_there_are(header: RoundHeade
     clip = training.mechanism["clip"]
     message = runtime.federation.broadcast_message(runtime.algorithm.broadcast(training.server), clip)
     clients = runtime.clients.round(training.at_clients)
-    with pytest.raises(MessageError, match="where all 3 take part"):
+    with pytest.raises(MessageError, match="it has place 0 of the 3 that take part"):
         clients.handle({0: encode(message, header)})
     assert clients.handle({0: encode(message, replace(header, place=0, clients=3))})
 
