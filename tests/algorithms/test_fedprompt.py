@@ -39,9 +39,7 @@ def test_from_the_same_prompt_it_is_promptfl(
 ) -> None:
     """With PromptFL's default server, which takes the mean change as it is."""
     tables = {"context_length": 4, "batch_size": 5, "local_steps": 3, "optimizer": optimizer}
-    ours, theirs = (
-        make_runtime(name, ROWS, tables, **federation) for name in ("fedprompt", "promptfl")
-    )
+    ours, theirs = (make_runtime(name, ROWS, tables, **federation) for name in ("fedprompt", "promptfl"))
     ours.identity = theirs.identity  # of two methods, so that both draw the same noise
     reference = started_in_double(theirs)
     training: Training = with_states(started_in_double(ours), server=Server(reference.server.context))  # type: ignore[attr-defined]
