@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from sordino.cli.app import app
 from sordino.errors import ConfigError, RunError
 from sordino.experiments.config import Experiment, load_config
 from sordino.experiments.privacy.plan import plan
-from sordino.experiments.release_file import ENTRY, FILE, ReleaseFile
+from sordino.experiments.release_file import ENTRY, FILE, ReleaseFile, with_release
 from sordino.experiments.run import run
 from sordino.privacy.accounting import compose, spent
 from sordino.privacy.ledger import OBSERVERS, Ledger
@@ -319,6 +320,15 @@ def test_a_configuration_that_contradicts_the_release_is_refused(
         with pytest.raises(ConfigError, match=rf"privacy\.{key} = .*the release of .* was made with"):
             attempt()
     assert not (tmp_path / "run" / "config.toml").exists()
+
+
+def test_a_release_without_colluders_of_an_earlier_version_is_refused(
+    released: Path, configured: Callable[..., Experiment]
+) -> None:
+    earlier = ReleaseFile.load(released / FILE)
+    replace(earlier, privacy={**earlier.privacy, "noise_by": "shares", "colluders": 0}).save()
+    with pytest.raises(RunError, match=r"made with what is refused by now \(privacy.colluders = 0.*; release anew"):
+        with_release(configured("privacy.mechanism=statistics", f"privacy.release={released}"))
 
 
 def test_the_same_keys_as_the_release_are_allowed(

@@ -15,9 +15,10 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from sordino.errors import ConfigError, RunError
+from sordino.errors import ConfigError, RunError, config_error
 from sordino.experiments.config import Experiment
 from sordino.files import absolute_path, write_atomically
 from sordino.privacy.ledger import Release
@@ -182,7 +183,7 @@ def with_release(config: Experiment) -> tuple[Experiment, ReleaseFile | None]:
     """Return the configuration with the noise of an earlier release, and the release, if it names one.
 
     Raises:
-        RunError: the release cannot be read.
+        RunError: the release cannot be read, or was made with settings that are refused by now.
         ConfigError: the configuration says something else than the release.
     """
     if config.privacy.release is None:
@@ -198,7 +199,11 @@ def with_release(config: Experiment) -> tuple[Experiment, ReleaseFile | None]:
                 f"the release of {folder} was made with {earlier.privacy[key]!r}; leave the key out, or release anew",
             )
     given = {key: value for key, value in earlier.privacy.items() if key in OF_A_RELEASE} | {"release": str(folder)}
-    return config.model_copy(update={"privacy": PrivacySettings(**here | given)}), earlier
+    try:
+        return config.model_copy(update={"privacy": PrivacySettings(**here | given)}), earlier
+    except ValidationError as error:  # an earlier version allowed it
+        wrong = config_error(error, PrivacySettings, "privacy")
+        raise RunError(f"{folder}: its release was made with what is refused by now ({wrong}); {ANEW}") from None
 
 
 def _digest(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> str:

@@ -175,7 +175,7 @@ def _units(summary: Path, ledger: Ledger) -> int:
     """Return how many of a ledger's units a finished run had, as far as its summary tells it; else 1."""
     if not summary.exists():
         return 1
-    clients, units = json.loads(summary.read_bytes())["per_client"], {release.unit for release in ledger.releases}
+    clients, units = json.loads(summary.read_bytes()).get("per_client", ()), {each.unit for each in ledger.releases}
     examples = sum(client.get("examples") or 0 for client in clients)
     return max(1, len(clients) if "client" in units else 0, examples if "example" in units else 0)
 

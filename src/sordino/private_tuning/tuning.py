@@ -34,6 +34,7 @@ from sordino.private_tuning.tasks import Task
 from sordino.private_tuning.worth import HandWritten, as_lines, by_class, summarized
 from sordino.progress import Progress, silent
 from sordino.prompt_file import EncoderRecord, PrivacyRecord, SavedPrompt
+from sordino.results.wording import ON_SHARES
 
 METHOD = "secp-tuning"  # as a saved prompt names it
 STATE = "search.json"
@@ -251,8 +252,8 @@ def _saved_prompt(
 
 _IN_THE_CLEAR = "Tuned on the data owner's machine, with the text tower in the clear: nothing left the machine."
 _ON_SHARES = (
-    "Tuned on secret shares: the two servers learned no sentence, image, label, loss or prompt, as long as servers and "
-    "dealer keep to the protocol and no two of the three combine what they know."
+    "Tuned on secret shares: the two servers learned no sentence, image, label, loss or prompt, as long as "
+    f"{ON_SHARES}."
 )
 _PUBLISHED = "Not private if published: the prompt is a function of the training examples, without noise."
 

@@ -12,6 +12,7 @@ from sordino.files import replace_file
 from sordino.report.frame import frame
 from sordino.report.markup import counted, html_table
 from sordino.results import Interval, human_bytes, human_seconds
+from sordino.results.wording import ON_SHARES
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 220, 56, 28  # of the plot of losses, in pixels
 TICKS = 4
@@ -103,8 +104,8 @@ def verdict_sentences(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         secrecy = "Nothing left this machine, and nothing was kept secret from it: the tower was in the clear."
     else:
         secrecy = (
-            "No server saw a picture, sentence, label, loss, prompt or weight, as long as servers and dealer keep to "
-            "the protocol and no two of the three combine what they know; a prompt that is published is not private."
+            f"No server saw a picture, sentence, label, loss, prompt or weight, as long as {ON_SHARES}; a prompt that "
+            "is published is not private."
         )
     cost = f"Search and both accuracies took {seconds} s"
     if costs:

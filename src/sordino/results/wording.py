@@ -6,6 +6,9 @@ import math
 from collections.abc import Iterable
 from decimal import ROUND_CEILING, Context
 
+# Whom the secrecy of private tuning trusts, after "as long as".
+ON_SHARES = "servers and dealer keep to the protocol and no two of the three combine what they know"
+
 
 def rounded_up(value: float, digits: int = 3) -> str:
     """Return three digits, or more, never less than the value: a privacy loss must not look smaller than it is."""

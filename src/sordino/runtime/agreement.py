@@ -119,15 +119,13 @@ class Agreement:
             allowed["privacy.colluders"] = plan.privacy.colluders
         if hasattr(plan.algorithm, "client_exchange") and hasattr(plan.settings, "colluders"):
             allowed["settings.colluders"] = plan.settings.colluders
-        site, clients = max(self.sites.items(), key=lambda item: len(item[1]))
+        if len(self.sites) < 2:  # nobody else's numbers are among the shares
+            return
+        site, held = max(((site, len(clients)) for site, clients in self.sites.items()), key=lambda entry: entry[1])
         for key, most in allowed.items():
-            if len(self.sites) > 1 and len(clients) > most:
-                raise ConfigError(
-                    key,
-                    most,
-                    f"site {site} holds {len(clients)} clients, and so what they all know; set it to that, or have "
-                    "fewer clients at a site",
-                )
+            if held > most:
+                remedy = "set it to that, or have fewer clients at a site"
+                raise ConfigError(key, most, f"site {site} holds {held} clients, and so what they all know; {remedy}")
 
 
 def _number(value: object) -> int:
