@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -214,7 +214,7 @@ def _same(counted: float | None, said: float | None) -> bool:
 
 def _public(ledger: Ledger) -> bytes:
     """Return a ledger without what would let others confirm pictures; see the module."""
-    return replace(ledger, run="", data={}).to_json().encode()
+    return ledger.for_others().to_json().encode()
 
 
 def _audit(file: Path, content: bytes, ledger: Ledger, unit: Unit, summary: Summary) -> dict[str, Any]:
