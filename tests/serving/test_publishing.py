@@ -73,7 +73,11 @@ RUNS = {
     "dp-sgd": ("privacy.mechanism=dp-sgd", "privacy.epsilon=8.0"),
     "dp-fedavg": ("privacy.mechanism=dp-fedavg", "privacy.epsilon=8.0", "runtime.weighting=uniform"),
     **{
-        f"statistics, noise by {who}": ("privacy.mechanism=statistics", "privacy.epsilon=8.0", f"privacy.noise_by={who}")
+        f"statistics, noise by {who}": (
+            "privacy.mechanism=statistics",
+            "privacy.epsilon=8.0",
+            f"privacy.noise_by={who}",
+        )
         for who in ("client", "server", "shares")
     },
 }
@@ -110,7 +114,9 @@ def test_what_identifies_data_stays_at_home(
             **{"statement": out.read_bytes(), "report": (each / "report.html").read_bytes()},
             **{str(path): path.read_bytes() for path in each.rglob("prompts/*")},
         }
-        assert not [(name, secret) for name, content in shown.items() for secret in secrets if secret.encode() in content]
+        assert not [
+            (name, secret) for name, content in shown.items() for secret in secrets if secret.encode() in content
+        ]
         assert material.facts.training is not None
         assert material.facts.training.dataset.startswith("imagefolder:photos")
 
