@@ -29,10 +29,11 @@ from sordino.runtime import checkpoint
 from sordino.runtime.agreement import Agreement
 from sordino.runtime.envelope import Envelope
 from sordino.runtime.facts import participants, warn_of_unused
-from sordino.runtime.fleet import Answer, Ask, Fleet, Lost, Patience, ServerRuntime, drive
+from sordino.runtime.fleet import Ask, Fleet, Patience, ServerRuntime, drive
 from sordino.runtime.messages import MessageError
 from sordino.runtime.server import ServerEnd, ServerRecord, ServerTraining
 from sordino.runtime.uploads import RoundError
+from sordino.sites.answers import BusyAskedAgain, accuracy_of, answer_of
 from sordino.sites.latecomers import Latecomers
 from sordino.sites.meeting import Begun, Meeting, Met
 from sordino.sites.membership import ANSWERED
@@ -84,6 +85,7 @@ def coordinate(
         SordinoError: too few sites take part, the folder is another experiment's, or training diverged.
     """
     require_tracker(config.tracking)
+    fleet = BusyAskedAgain(fleet)
     with held(out, instead=False):
         before = _begun(config, out, proposal)
         own = config.encoder
@@ -279,7 +281,7 @@ class _Rounds:
         found: dict[str, float | None] = {}
         for site, envelope in self._told("evaluate", training, self.met.tells_accuracy):
             try:
-                found |= _accuracy(envelope, self.met.agreement.sites[site])
+                found |= accuracy_of(envelope, self.met.agreement.sites[site])
             except MessageError as error:
                 log.warning("%s tells no accuracy: %s", site, error)
         self._accuracy |= found
@@ -320,7 +322,7 @@ class _Rounds:
         accuracy: dict[str, float | None] = {}
         for site, told in self._told("end", training, self.met.agreement.sites):
             try:
-                accuracy |= _accuracy(told, self.met.agreement.sites[site])
+                accuracy |= accuracy_of(told, self.met.agreement.sites[site])
             except MessageError as error:
                 log.warning("%s did not keep its prompts: %s; run the experiment again for them", site, error)
         return accuracy
@@ -343,7 +345,7 @@ class _Rounds:
             told: list[str] = []  # by whom; a refusal is no answer
             waiting = self.patience.deadline, self.patience.grace, lambda told=told, least=quorum: len(told) < least
             for event in self.fleet.ask(Ask(training.round, payloads, quorum, *waiting)):
-                yield event.site, (envelope := _read(event, kind, experiment))
+                yield event.site, (envelope := answer_of(event, kind, experiment))
                 told += [event.site] if envelope.kind == kind else []
 
     def _write_outcome(self, training: ServerTraining, accuracy: Mapping[str, float | None]) -> None:
@@ -369,32 +371,3 @@ def _groups(sites: Mapping[str, Sequence[int]]) -> Iterator[dict[str, Sequence[i
             group = {}
     if group:
         yield group
-
-
-def _read(event: Answer | Lost, kind: str, experiment: str) -> Envelope:
-    """Return a site's answer of a kind; a refusal where it has none."""
-    try:
-        if isinstance(event, Lost):
-            raise MessageError(event.reason)
-        answer = Envelope.decode(event.content)
-        if answer.kind not in (kind, "refusal"):
-            raise MessageError(f"it answered with a {answer.kind}")
-    except MessageError as error:
-        return Envelope("refusal", experiment, {"reason": str(error)})
-    return answer
-
-
-def _accuracy(answer: Envelope, clients: Sequence[int]) -> dict[str, float | None]:
-    """Return the accuracies that a site tells of its own clients.
-
-    Raises:
-        MessageError: it refused, or tells something else.
-    """
-    if answer.kind == "refusal":
-        raise MessageError(str(answer.facts.get("reason", "it refused")))
-    told = answer.facts.get("accuracy", {})
-    if not isinstance(told, dict) or set(told) - set(map(str, clients)):
-        raise MessageError("it tells accuracies of clients that are not its own")
-    if any(not (value is None or (isinstance(value, float | int) and 0 <= value <= 1)) for value in told.values()):
-        raise MessageError("it tells accuracies that are none")
-    return {f"client {client}": value for client, value in told.items()}

@@ -119,11 +119,14 @@ class SiteLedger:
         Raises:
             RunError: a ledger is damaged, missing or too old.
         """
-        ledger = cls(state / "ledger")
+        # Another process may answer meanwhile. Answers are looked at first: what they lack is in no later ledger, either.
+        answered = {}
         for file in sorted((state / EXPERIMENTS).glob(f"*/{turns.FILE}")):
-            experiment = file.parent.name
             with file.open("rb") as opened:
-                number = messages.head_of(opened.read(8 + messages.HEADER_BYTES)).get("number")
+                head = messages.head_of(opened.read(8 + messages.HEADER_BYTES))
+            answered[file.parent.name] = head.get("number")
+        ledger = cls(state / "ledger")
+        for experiment, number in answered.items():
             entry = ledger._entries.get(experiment)
             if entry is None or (number is not None and number not in entry.rounds):
                 lacks = "is missing" if entry is None else f"lacks round {number}, which was answered"
@@ -132,6 +135,14 @@ class SiteLedger:
                     "the newest backup back"
                 )
         return ledger
+
+    def renew(self) -> None:
+        """Read the ledgers again, as another process of the site may have entered more.
+
+        Raises:
+            RunError: a ledger is damaged, missing or too old; what was read before stays.
+        """
+        self._entries = SiteLedger.of_state(self.folder.parent)._entries
 
     @property
     def experiments(self) -> Mapping[str, Entry]:
