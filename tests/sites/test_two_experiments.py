@@ -122,8 +122,14 @@ def check_both(configs: list[Experiment], outcomes: list[Outcome], lines: list[d
 
 @pytest.mark.parametrize(
     ("kinds", "seed"),
-    [(("sums", "sums"), 0), (("sums", "sums"), 1), (("sums", "examples"), 2), (("examples", "examples"), 3)]
-    + [(("statistics", "sums"), 4), (("statistics", "examples"), 5)],
+    [
+        (("sums", "sums"), 0),
+        (("sums", "sums"), 1),
+        (("sums", "examples"), 2),
+        (("examples", "examples"), 3),
+        (("statistics", "sums"), 4),
+        (("statistics", "examples"), 5),
+    ],
 )
 def test_two_experiments_at_once_end_as_if_each_were_alone(
     kinds: tuple[str, str], seed: int, site_files: dict[str, Path], tmp_path: Path, clip_folder: Path

@@ -91,7 +91,13 @@ def coordinate(
         own = config.encoder
         encoder = load_encoder(own.name, own.checkpoint, own.dtype, choose_device(config.device), own.generative)
         meeting = Meeting(config, proposal, encoder, fleet, patience)
-        met = meeting.meet(before)
+        try:
+            met = meeting.meet(before)
+        except RunError:
+            if before is None or any((out / name).exists() for name in (LEDGER, NOISED)):
+                raise
+            # Nobody was asked for a round of what was agreed, or nobody's answer was kept: whoever is there now agrees.
+            before, met = None, meeting.meet()
         if before is None:
             write_atomically(out / "config.toml", tomli_w.dumps(dict(proposal.tables)).encode(), FREE_SPACE)
             write_atomically(out / PROPOSAL, json.dumps(proposal.facts, indent=1).encode(), FREE_SPACE)

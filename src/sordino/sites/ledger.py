@@ -220,6 +220,12 @@ def epsilon_of(ledgers: Sequence[Ledger], unit: Unit, delta: float) -> float:
     return math.inf if any(ledger.simulated for ledger in seen) else max(epsilons, default=0.0)
 
 
+def releases_of(releases: Sequence[Release], clients: Sequence[int]) -> list[Release]:
+    """Return the releases of some clients, and those of all together."""
+    parties = {f"client {client}" for client in clients}
+    return [release for release in releases if release.party in parties or not release.party.startswith("client ")]
+
+
 def left(ledger: Ledger) -> Ledger:
     """Return a ledger without what only trusted observers see, and what stays until the site's owner publishes it."""
     trusted = set(ledger.trusted)
