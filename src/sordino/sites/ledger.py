@@ -119,7 +119,7 @@ class SiteLedger:
         Raises:
             RunError: a ledger is damaged, missing or too old.
         """
-        # Another process may answer meanwhile. Answers are looked at first: what they lack is in no later ledger, either.
+        # Another process may answer meanwhile: what is answered by now is in every ledger that is read from now on.
         answered = {}
         for file in sorted((state / EXPERIMENTS).glob(f"*/{turns.FILE}")):
             with file.open("rb") as opened:
