@@ -84,6 +84,17 @@ def test_a_file_of_another_site_or_none_is_refused_in_words(local: Path, clip_fo
     assert "no such file" in answer.facts["reason"]
 
 
+def test_a_state_that_cannot_be_read_is_told_without_its_place(local: Path, clip_folder: Path) -> None:
+    ledger = local / "state" / "ledger"
+    ledger.mkdir(parents=True)
+    (ledger / f"{'0' * 64}.json").write_text("{")
+    answer = Envelope.decode(asked(local, "east", hello(clip_folder))[CONTENT])
+    assert answer.kind == "refusal"
+    assert "state/ledger" in answer.facts["reason"]
+    assert "is damaged" in answer.facts["reason"]
+    assert str(local) not in answer.facts["reason"]
+
+
 def test_a_failure_at_a_site_does_not_tell_of_its_data(
     local: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

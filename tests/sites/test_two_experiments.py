@@ -163,6 +163,20 @@ def test_who_comes_while_a_site_answers_waits(
     check_both(configs, outcomes, lines, site_files)
 
 
+def test_a_process_that_starts_while_another_answers_finds_no_round_missing(
+    site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
+) -> None:
+    """It reads ledgers and answers one after another, and a round may come in between."""
+    config, found = experiment(clip_folder, privacy=NOISE, rounds=20), 0
+    east = {"east": site_files["east"]}
+    with ThreadPoolExecutor() as threads:
+        outcome = threads.submit(ran, config, Parallel(sites_at(east)), tmp_path / "out", [])
+        while not outcome.done():
+            found = max(found, *(len(entry.rounds) for entry in sites_at(east)["east"].ledger.experiments.values()), 0)
+    assert outcome.result().training.round == 20
+    assert found > 1
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_budget_that_pays_for_less_than_two_experiments_is_kept(
     seed: int, site_files: dict[str, Path], tmp_path: Path, clip_folder: Path
