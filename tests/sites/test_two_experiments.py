@@ -76,18 +76,15 @@ class Ordered(LocalFleet):
         return asked
 
 
-class Parallel:
+class Parallel(LocalFleet):
     """Asks all sites at once, as engines do."""
 
     def __init__(self, sites: dict[str, Site]) -> None:
-        self._sites = sites
-
-    def sites(self) -> frozenset[str]:
-        return frozenset(self._sites)
+        super().__init__({name: site.turn for name, site in sites.items()})
 
     def ask(self, ask: Ask) -> Iterator[Answer | Lost]:
         with ThreadPoolExecutor() as threads:
-            turns = [(site, threads.submit(self._sites[site].turn, asked)) for site, asked in ask.payloads.items()]
+            turns = [(site, threads.submit(self._sites[site], asked)) for site, asked in ask.payloads.items()]
             yield from (Answer(site, turn.result()) for site, turn in turns)
 
 
