@@ -28,7 +28,7 @@ from sordino.serving.card import card
 from sordino.serving.folder import export, read_folder
 from sordino.serving.manifest import AUDIT, CARD, LEDGER, PROMPT, STATEMENT, Manifest
 from sordino.serving.registry import Registry
-from sordino.serving.sources import dataset_name, from_file, from_run
+from sordino.serving.sources import from_file, from_run
 from sordino.serving.trust import Trusted, publisher_key
 
 
@@ -80,15 +80,6 @@ def test_what_identifies_data_stays_at_home(private_run: Path, key: Ed25519Priva
         assert secret.encode() not in everything
     assert material.facts.training is not None
     assert material.facts.training.dataset.startswith("imagefolder:photos")
-
-
-@pytest.mark.parametrize(
-    ("source", "name"),
-    [("digits", "digits"), ("imagefolder:/home/kim/photos/", "imagefolder:photos"), ("hf:a/b", "hf:a/b"),
-     ("csv:C:\\data\\x.csv", "csv:x.csv")],
-)  # fmt: skip
-def test_a_data_set_is_named_without_its_place(source: str, name: str) -> None:
-    assert dataset_name(source) == name
 
 
 def test_the_prompt_is_published_to_the_byte_with_its_own_accuracy(personal_run: Path, key: Ed25519PrivateKey) -> None:
