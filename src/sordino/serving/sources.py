@@ -26,7 +26,7 @@ from sordino.privacy.statement import as_summary
 from sordino.prompt_file import SavedPrompt
 from sordino.report.statement import sealed
 from sordino.results import FILE as SUMMARY
-from sordino.results import Summary
+from sordino.results import Summary, dataset_name
 from sordino.serving.manifest import AUDIT, LEDGER, PROMPT, STATEMENT, Facts, facts_of
 from sordino.serving.registry import Published
 
@@ -267,14 +267,6 @@ def _training(summary: Summary, client: int | None) -> dict[str, Any]:
 
 def _measures(result: Any) -> dict[str, float | None]:
     return {name: getattr(result, name) for name in MEASURES}
-
-
-def dataset_name(source: str) -> str:
-    """Return a data set's name, without a place on a disk: `imagefolder:photos` of `imagefolder:/home/kim/photos`."""
-    scheme, colon, place = source.partition(":")
-    local = colon and scheme != "hf"
-    name = f"{scheme}:{Path(place.replace(chr(92), '/')).name}" if local else source
-    return "".join(sign if sign.isprintable() else "?" for sign in name)[:200]
 
 
 def _read(file: Path) -> bytes:
