@@ -13,7 +13,7 @@ from sordino.tasks.folders import every_picture, image_folder, labeled_folders
 from sordino.tasks.images import ImageSet, with_gray_range
 from sordino.tasks.persons import persons_of_table
 from sordino.tasks.settings import DataSettings
-from sordino.tasks.tables import described_by, has_labels, listed_in_folder, metadata_of, table_of_pictures
+from sordino.tasks.tables import METADATA, described_by, has_labels, listed_in_folder, metadata_of, table_of_pictures
 
 __all__ = ["ImageSet", "load_images", "public_images"]
 
@@ -73,8 +73,9 @@ def _in_folders(root: Path, settings: DataSettings) -> ImageSet:
     table = metadata_of(root, settings)
     if table is not None and has_labels(table, settings):
         return listed_in_folder(root, table, settings)
-    images = image_folder(root, settings.source, settings.person_level)
-    return images if table is None else described_by(images, root, table, settings)
+    read_too = () if table is None else (METADATA,)
+    images = image_folder(root, settings.source, settings.person_level, read_too)
+    return images if table is None else described_by(images, table, settings)
 
 
 def _digits() -> ImageSet:
