@@ -225,6 +225,14 @@ def test_a_column_that_may_say_whose_pictures_are_is_told(
         assert caplog.text == ""
 
 
+@pytest.mark.parametrize("name", ["train/metadata.csv", "metadata.jsonl"])
+def test_a_list_that_is_not_read_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    source = write(tmp_path, [*below(("train", "test")), name])
+    with caplog.at_level(logging.WARNING, logger="sordino"):
+        load(source)
+    assert f"{name} is not read; what it says of labels, persons and splits must be in metadata.csv" in caplog.text
+
+
 def pictures(count: int) -> list[Image.Image]:
     return [Image.new("RGB", (4, 4), (shade, 0, 0)) for shade in range(count)]
 
