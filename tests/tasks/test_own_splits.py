@@ -197,6 +197,39 @@ def test_a_list_must_agree_with_the_folders_splits(tmp_path: Path) -> None:
         load(f"imagefolder:{tmp_path}")
 
 
+def test_folders_are_the_split_where_a_list_has_labels_and_no_split(tmp_path: Path) -> None:
+    names = [f"{folder}/{number}.png" for folder in ("train", "val", "test") for number in range(4)]
+    write(tmp_path, names)
+    rows = [(name, CLASSES[row % 2]) for row, name in enumerate(names)]
+    write_table(tmp_path / "metadata.csv", "file_name,label", rows)
+    trained, tested = trained_and_tested(load(f"imagefolder:{tmp_path}"))
+    assert trained == set(names[:4])
+    assert tested == set(names[8:])
+    (tmp_path / "val").rename(tmp_path / "holdout")
+    rows = [(name.replace("val/", "holdout/"), label) for name, label in rows]
+    write_table(tmp_path / "metadata.csv", "file_name,label", rows)
+    with pytest.raises(DataError, match="named like a split of the data, and 'holdout' beside it like none"):
+        load(f"imagefolder:{tmp_path}")
+
+
+@pytest.mark.parametrize("above", ["", "pictures/", "/no/such/"])
+def test_a_table_whose_files_lie_in_folders_of_splits_is_doubted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, above: str
+) -> None:
+    names = [f"{above}{folder}/{number}.png" for folder in ("train", "test", "other") for number in range(4)]
+    names.append("here.png")
+    write(tmp_path, [name for name in names if not name.startswith("/")])
+    rows = [(name, CLASSES[row % 2]) for row, name in enumerate(names)]
+    with caplog.at_level(logging.WARNING, logger="sordino"):
+        load(write_table(tmp_path / "t.csv", "file,label", rows))
+        assert "files lie in folders 'train' and 'test', and no column 'split' says the split" in caplog.text
+        caplog.clear()
+        splits = ["train" if "train" in name else "test" for name in names]
+        with_split = [(*row, split) for row, split in zip(rows, splits, strict=True)]
+        load(write_table(tmp_path / "t.csv", "file,label,split", with_split))
+        assert caplog.text == ""
+
+
 def test_a_persons_folder_counts_where_a_list_has_the_labels(tmp_path: Path) -> None:
     names = [f"scans/p{number // 4}/{number}.png" for number in range(16)]
     write(tmp_path, names)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from sordino.errors import DataError, shortened
+from sordino.progress import log
 from sordino.tasks.columns import listed
 from sordino.tasks.images import Flags, ImageSet
 from sordino.tasks.passed_over import PassedOver
@@ -134,6 +135,38 @@ def rows_of_splits(values: Sequence[Any], column: str, source: str) -> tuple[lis
     unused = Counter(split for split in words if split != test and not says_train(split))
     others = [PassedOver(of_split(split), ".", rows) for split, rows in sorted(unused.items())]
     return used, np.asarray([words[row] == test for row in used], dtype=np.bool_), others
+
+
+def folders_of_splits(names: Sequence[str], source: str) -> list[str] | None:
+    """Return the upper folder of each file [N] if these folders are a split, else None.
+
+    Raises:
+        DataError: as `split_of_folders`.
+    """
+    tops = [name.partition("/")[0] for name in names]
+    if not all("/" in name for name in names) or split_of_folders(sorted(set(tops)), source) is None:
+        return None
+    return tops
+
+
+def warn_of_folders(names: Sequence[str], source: str) -> None:
+    """Warn of files in folders of training and of test pictures, where nothing says that these mean a split."""
+    at_depth: dict[int, set[str]] = {}
+    for name in names:
+        for depth, folder in enumerate(name.split("/")[:-1]):
+            at_depth.setdefault(depth, set()).add(folder)
+    for folders in map(sorted, at_depth.values()):
+        train, test = next((name for name in folders if says_train(name)), None), test_of(folders)
+        if train is not None and test is not None:
+            log.warning(
+                "%s: files lie in folders %r and %r, and no column %r says the split, so pictures of both train and "
+                "test; add one if the folders are the data's own split",
+                source,
+                train,
+                test,
+                SPLIT_COLUMN,
+            )
+            return
 
 
 def with_splits(images: ImageSet, values: Sequence[Any], column: str, where: str) -> ImageSet:

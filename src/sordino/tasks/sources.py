@@ -83,7 +83,7 @@ def _in_folders(root: Path, settings: DataSettings) -> ImageSet:
 
 
 def _tell_unread_lists(root: Path, read: Collection[str], settings: DataSettings) -> None:
-    """Warn of a list in another place or form than `metadata.csv` in the folder itself: it may say persons or splits."""
+    """Warn of a list that is not `metadata.csv` in the folder itself: it may say persons or splits."""
     beside = [*root.glob("metadata.*"), *root.glob("*/metadata.*")]
     lists = sorted(path.relative_to(root).as_posix() for path in beside if path.suffix in LISTS)
     unread = next((name for name in lists if name not in read), None)

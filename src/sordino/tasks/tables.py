@@ -23,7 +23,14 @@ from sordino.tasks.columns import (
     warn_of_persons,
 )
 from sordino.tasks.images import Flags, ImageSet
-from sordino.tasks.own_splits import rows_of_splits, split_column, with_splits
+from sordino.tasks.own_splits import (
+    SPLIT_COLUMN,
+    folders_of_splits,
+    rows_of_splits,
+    split_column,
+    warn_of_folders,
+    with_splits,
+)
 from sordino.tasks.passed_over import PassedOver, files_passed_over
 from sordino.tasks.persons import persons_of_folders, with_persons
 from sordino.tasks.places import require_table
@@ -52,7 +59,10 @@ def table_of_pictures(path: Path, settings: DataSettings) -> ImageSet:
     """
     require_table(path, settings.source)
     table = read_table(path, settings.source)
-    return _pictures(path.parent, table, settings, _file_column(table, settings), path.name)
+    images = _pictures(path.parent, table, settings, _file_column(table, settings), path.name)
+    if images.is_test is None:
+        warn_of_folders(images.names, settings.source)
+    return images
 
 
 def metadata_of(root: Path, settings: DataSettings) -> Table | None:
@@ -83,12 +93,17 @@ def has_labels(table: Table, settings: DataSettings) -> bool:
 
 
 def listed_in_folder(root: Path, table: Table, settings: DataSettings) -> ImageSet:
-    """List the pictures of an image folder by its table, which has labels: the folders below it mean nothing.
+    """List the pictures of an image folder by its table, which has labels: the folders below it mean no classes.
+
+    If no column says the split, folders 'train' and 'test' do.
 
     Raises:
-        As `table_of_pictures`.
+        As `table_of_pictures`; and DataError if it is unclear which folders train and which test.
     """
     file = _file_column(table, settings)
+    if split_column(list(table), settings.source) is None:
+        folders = folders_of_splits(_files(table, file, settings), settings.source)
+        table = table if folders is None else {**table, SPLIT_COLUMN: folders}
     images = _pictures(root, table, settings, file, METADATA)
     if settings.person_level is not None:
         images = persons_of_folders(images, settings.person_level)
