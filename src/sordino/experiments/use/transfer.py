@@ -28,6 +28,7 @@ from sordino.results import Interval, crossed, paired
 from sordino.runtime.evaluate import EvaluationSet
 from sordino.runtime.paired import paired_variance
 from sordino.tasks.images import ImageSet, Indices
+from sordino.tasks.overview import tell_passed_over
 from sordino.tasks.settings import DataSettings
 from sordino.tasks.sources import load_images
 
@@ -142,6 +143,7 @@ def transfer(
         images = load_images(DataSettings(source=source))
     except ValidationError as error:
         raise ConfigError("--to", source, config_error(error, DataSettings).allowed) from None
+    tell_passed_over(images)
     images = images.subset(_chosen(images, per_class, seed))
     encoder = saved[0].load_encoder(checkpoint)
     classifiers = [one.model(encoder, images.class_names) for one in saved]
