@@ -191,12 +191,35 @@ def require_private(folder: Path, remedy: str) -> None:
         RunError: it cannot be made.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        mode = stat.S_IMODE(folder.stat().st_mode)
+        make_private(folder)
+        entered = entered_by_others(folder)
     except OSError as error:
         raise RunError(f"cannot write {folder}: {error.strerror or error}; {FREE_SPACE}") from None
-    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
-        log.warning("%s may be entered by others than its owner (mode %o); %s", folder, mode, remedy)
+    if entered:
+        log.warning("%s %s; %s", folder, entered, remedy)
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder that only its owner may enter; one that is there stays as it is.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
+def entered_by_others(folder: Path) -> str:
+    """Return in words that others than its owner may enter a folder; "" if they may not, or it is not there.
+
+    Raises:
+        OSError: its mode cannot be read.
+    """
+    try:
+        mode = stat.S_IMODE(folder.stat().st_mode)
+    except FileNotFoundError:
+        return ""
+    closed = os.name != "posix" or not mode & (stat.S_IRWXG | stat.S_IRWXO)
+    return "" if closed else f"may be entered by others than its owner (mode {mode:o})"
 
 
 def _open_private(path: str, flags: int) -> int:

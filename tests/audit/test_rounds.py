@@ -159,9 +159,9 @@ def test_scores_do_not_depend_on_which_is_the_member(model: PromptModel, monkeyp
         chosen = choose(subject, rng)
         return replace(chosen, member=~chosen.member)
 
-    def attack(scores: Any, member: Any) -> Any:
+    def attack(scores: Any, member: Any, persons: Any) -> Any:
         seen.append(scores)
-        return judge(scores, member)
+        return judge(scores, member, persons)
 
     judge = rounds.Attack.of
     monkeypatch.setattr(rounds.Attack, "of", attack)

@@ -139,6 +139,27 @@ def test_an_audit_without_the_attack_of_a_comparison_is_added_to(config_file: Pa
     assert "stealing" in attacks
 
 
+def test_a_comparison_reads_an_audit_of_its_own_shadows_and_seed_alone(config_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = load_config(config_file, ["algorithm=promptfl", "rounds=1"])
+    run(config, folder)
+    dataset = EncodedDataset.open(config)
+
+    def made(shadows: int) -> tuple[float, int, int]:
+        auc = membership_auc(folder, shadows, True, silent, dataset)
+        found = json.loads((folder / "audit.json").read_bytes())
+        assert auc == found["attacks"]["membership"]["lira"]["auc"]
+        return auc, found["attacks"]["membership"]["shadows"], found["seeds"]["membership"]
+
+    audit(folder, ["membership"], shadows=4, seed=5)
+    assert made(4)[1:] == (4, 1)
+    assert made(6)[1:] == (6, 1)
+    kept = json.loads((folder / "audit.json").read_bytes())
+    kept["attacks"]["membership"]["lira"]["auc"] = 0.125
+    (folder / "audit.json").write_text(json.dumps(kept))
+    assert made(6) == (0.125, 6, 1)
+
+
 def test_a_claim_that_is_false_is_called_so(config_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(load_config(config_file, DP), folder)

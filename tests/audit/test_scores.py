@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -48,11 +49,11 @@ def test_an_epsilon_that_holds_is_rarely_contradicted() -> None:
 def test_a_claim_below_the_bound_is_refuted(claim: float | None, refuted: bool) -> None:
     scores = np.concatenate([CERTAIN, np.zeros(100)])
     attack = Attack.of(scores, np.arange(200) < 100)
-    judged = Claim(claim, 1e-5, exchangeable=True).judge(attack, scores, 1)
+    judged = Claim(claim, 1e-5).judge(attack, scores, 1)
     assert judged.epsilon is not None
     assert judged.epsilon > 0.5
     assert judged.refuted == refuted
-    several = Claim(claim, 1e-5, exchangeable=True).judge(attack, scores, 1, attacks=4)
+    several = Claim(claim, 1e-5).judge(attack, scores, 1, attacks=4)
     assert several.epsilon is not None
     assert several.epsilon < judged.epsilon  # whoever looks at four bounds pays for it
 
@@ -60,7 +61,23 @@ def test_a_claim_below_the_bound_is_refuted(claim: float | None, refuted: bool) 
 def test_without_a_random_split_nothing_is_bounded() -> None:
     scores = np.concatenate([CERTAIN, np.zeros(100)])
     attack = Attack.of(scores, np.arange(200) < 100)
-    judged = Claim(0.1, 1e-5, exchangeable=False).judge(attack, scores, 1)
-    assert judged == attack
+    judged = Claim(0.1, 1e-5, "nobody drew").judge(attack, scores, 1)
+    assert judged == replace(attack, no_bound="nobody drew")
     assert judged.epsilon is None
     assert not judged.refuted
+
+
+def test_intervals_of_persons_are_those_of_one_picture_each() -> None:
+    """As many pictures of each person, all scored alike, tell nothing more than one."""
+    rng = np.random.default_rng(0)
+    scores, member = rng.normal(size=60) + (np.arange(60) < 30), np.arange(60) < 30
+    once = Attack.of(scores, member)
+    again = Attack.of(np.repeat(scores, 9), np.repeat(member, 9), np.repeat(np.arange(60), 9))
+    assert again.auc_interval == pytest.approx(once.auc_interval)
+    assert [(point.low, point.high) for point in again.found] == [
+        pytest.approx((point.low, point.high)) for point in once.found
+    ]
+    unknown = Attack.of(np.repeat(scores, 9), np.repeat(member, 9))
+    assert unknown.auc_interval[0] > once.auc_interval[0]
+    alone = Attack.of(scores, member, np.arange(60))
+    assert alone.auc_interval == once.auc_interval

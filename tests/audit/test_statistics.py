@@ -14,6 +14,7 @@ from sordino.audit.statistics import (
     auc_interval,
     best_guesses,
     clopper_pearson,
+    independent_number,
     numbers_of_guesses,
     one_run_epsilon,
     roc,
@@ -127,6 +128,28 @@ def test_the_auc_interval_covers(distance: float, share: float) -> None:
         low, high = auc_interval(generator.normal(size=110) + distance * moved, members)
         missed += not low <= truth <= high
     assert missed <= most_failures(trials)
+
+
+@pytest.mark.parametrize("likeness", [0.3, 1.0])
+def test_the_auc_interval_of_groups_covers(likeness: float) -> None:
+    """Groups have 1 to 12 scores, which share a part of their variance."""
+    generator, trials, groups = np.random.default_rng(4), 400, np.repeat(np.arange(60), np.arange(60) % 12 + 1)
+    members = groups < 30
+    truth, missed, naively = norm.cdf(1 / math.sqrt(2)), 0, 0
+    for _ in range(trials):
+        common, own = generator.normal(size=60)[groups], generator.normal(size=len(groups))
+        scores = math.sqrt(likeness) * common + math.sqrt(1 - likeness) * own + members
+        low, high = auc_interval(scores, members, groups=groups)
+        missed += not low <= truth <= high
+        low, high = auc_interval(scores, members)
+        naively += not low <= truth <= high
+    assert missed <= most_failures(trials) < naively
+
+
+def test_groups_are_worth_their_number_if_they_are_of_one_size() -> None:
+    assert independent_number([4, 4, 7, 7, 1, 1]) == 3
+    assert independent_number(range(9)) == 9
+    assert independent_number([0] * 8 + [1] * 2) == pytest.approx(100 / 68)
 
 
 def test_the_auc_interval_of_a_perfect_attack_shrinks_with_the_sample_but_has_a_length() -> None:

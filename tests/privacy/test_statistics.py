@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -557,13 +557,46 @@ def exactly(features: Tensor) -> Observed:
     """The statistics without noise of features [..., C, n, D]."""
     counts = torch.full(features.shape[:-2], float(features.shape[-2]), dtype=torch.float64)
     none = torch.zeros_like(counts)
-    return Observed(features.sum(-2), counts, none, none, counts, torch.ones_like(counts), torch.ones_like(counts))
+    ones = torch.ones_like(counts)
+    return Observed(features.sum(-2), counts, none, none, counts, counts.clone(), ones, ones.clone())
 
 
-def test_without_noise_pooled_means_are_those_of_all_examples() -> None:
-    parties = torch.stack([unit_features(6, seed) for seed in range(3)])
-    everybody = parties.transpose(0, 1).flatten(1, 2)
-    torch.testing.assert_close(shrunk(pooled(exactly(parties)), text()).means, everybody.mean(1))
+def side_by_side(parties: Sequence[Observed]) -> Observed:
+    return Observed(*(torch.stack([getattr(each, entry.name) for each in parties]) for entry in fields(Observed)))
+
+
+@pytest.mark.parametrize("sizes", [(6, 6, 6), (1, 9), (30, 1, 2), (0, 5)])
+def test_without_noise_pooled_means_are_those_of_all_examples(sizes: tuple[int, ...]) -> None:
+    parties = [unit_features(max(size, 1), seed)[:, :size] for seed, size in enumerate(sizes)]
+    everybody, whole = torch.cat(parties, 1), pooled(side_by_side([exactly(each) for each in parties]))
+    torch.testing.assert_close(shrunk(whole, text()).means, everybody.mean(1))
+    assert whole.examples.tolist() == pytest.approx([sum(sizes)] * CLASSES)
+    of_everybody = exactly(everybody)
+    assert within(whole, shrunk(whole, text())) == pytest.approx(within(of_everybody, shrunk(of_everybody, text())))
+
+
+def test_pooled_means_are_the_best_linear_ones() -> None:
+    """Weights are by inverse variances: of the noise, and of 1 / r for each image around the mean."""
+    sizes, deviations = torch.tensor([2.0, 11.0, 40.0]).double(), torch.tensor([3.0, 0.5, 2.0]).double()
+    seen = side_by_side([exactly(unit_features(int(size), seed)) for seed, size in enumerate(sizes)])
+    seen = replace(seen, sum_variance=(deviations**2)[:, None].expand(-1, CLASSES))
+    whole, precision = pooled(seen), 1 / ((1 / WIDTH) / sizes + (deviations / sizes) ** 2)
+    means = seen.sums / sizes[:, None, None]
+    best = (precision[:, None, None] * means).sum(0) / precision.sum()
+    torch.testing.assert_close(whole.sums / whole.expected[:, None], best)
+    assert (whole.sum_variance / whole.expected**2).tolist() == pytest.approx(
+        [float((precision**2 * (deviations / sizes) ** 2).sum() / precision.sum() ** 2)] * CLASSES
+    )
+    assert whole.examples.tolist() == pytest.approx([53.0] * CLASSES)
+
+
+def test_a_class_that_nobody_holds_adds_little_noise() -> None:
+    seen = exactly(torch.stack([unit_features(4, seed) for seed in range(3)]))
+    nobody = seen.expected.clone()
+    nobody[:, 0] = 1e-9
+    whole = pooled(replace(seen, expected=nobody, sum_variance=torch.full_like(nobody, 4.0)))
+    assert float(whole.sum_variance[0]) < 1e-9
+    assert float(whole.sum_variance[1]) > 1
 
 
 def test_the_variance_within_classes_is_that_of_the_images() -> None:

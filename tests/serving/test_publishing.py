@@ -19,8 +19,9 @@ from full_disk import full_disk
 from serving.conftest import some_facts
 from sordino.cli.app import invoke
 from sordino.errors import ConfigError, PromptError, RunError
-from sordino.privacy.ledger import Ledger
+from sordino.privacy.ledger import Ledger, Release
 from sordino.privacy.signature import make_key, public_bytes
+from sordino.privacy.statement import spending
 from sordino.prompt_file import SavedPrompt
 from sordino.report.statement import check
 from sordino.results import rounded_up
@@ -28,7 +29,7 @@ from sordino.serving.card import card
 from sordino.serving.folder import export, read_folder
 from sordino.serving.manifest import AUDIT, CARD, LEDGER, PROMPT, STATEMENT, Manifest
 from sordino.serving.registry import Registry
-from sordino.serving.sources import dataset_name, from_file, from_run
+from sordino.serving.sources import from_file, from_run
 from sordino.serving.trust import Trusted, publisher_key
 
 
@@ -66,29 +67,69 @@ def test_a_private_run_says_its_privacy_by_the_ledger(private_run: Path, key: Ed
     assert facts.privacy.statement == summary["privacy"]["statement"]  # type: ignore[index]
 
 
-def test_what_identifies_data_stays_at_home(private_run: Path, key: Ed25519PrivateKey) -> None:
-    """Neither digests of pictures nor the run's name, which salts them in the statement, nor a place on this disk."""
-    material = from_run(private_run, key)
-    own = Ledger.from_json((private_run / "ledger.json").read_bytes())
-    assert own.run
-    assert own.data
-    public = Ledger.from_json(material.files[LEDGER])
-    assert public.releases == own.releases
-    everything = b"".join(content for name, content in material.files.items() if name != PROMPT)
-    everything += material.facts.model_dump_json().encode()
-    for secret in (own.run, *own.data.values()):
-        assert secret.encode() not in everything
-    assert material.facts.training is not None
-    assert material.facts.training.dataset.startswith("imagefolder:photos")
+RUNS = {
+    "without": ("privacy.mechanism=none",),
+    "cotangent": ("privacy.mechanism=cotangent", "privacy.epsilon=8.0"),
+    "dp-sgd": ("privacy.mechanism=dp-sgd", "privacy.epsilon=8.0"),
+    "dp-fedavg": ("privacy.mechanism=dp-fedavg", "privacy.epsilon=8.0", "runtime.weighting=uniform"),
+    **{
+        f"statistics, noise by {who}": (
+            "privacy.mechanism=statistics",
+            "privacy.epsilon=8.0",
+            f"privacy.noise_by={who}",
+        )
+        for who in ("client", "server", "shares")
+    },
+}
 
 
-@pytest.mark.parametrize(
-    ("source", "name"),
-    [("digits", "digits"), ("imagefolder:/home/kim/photos/", "imagefolder:photos"), ("hf:a/b", "hf:a/b"),
-     ("csv:C:\\data\\x.csv", "csv:x.csv")],
-)  # fmt: skip
-def test_a_data_set_is_named_without_its_place(source: str, name: str) -> None:
-    assert dataset_name(source) == name
+@pytest.mark.parametrize("mechanism", RUNS)
+def test_what_identifies_data_stays_at_home(
+    mechanism: str,
+    make_run: Callable[..., Path],
+    key: Ed25519PrivateKey,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Neither digests of pictures nor a run's name, which salts published digests, nor a place on this disk."""
+    folder = make_run("settings.batch_size=0", "privacy.delta=0.01", *RUNS[mechanism])
+    runs = [folder]
+    if mechanism.startswith("statistics"):  # one that uses the release again has the first one's name to keep, too
+        runs.append(make_run("settings.batch_size=0", "privacy.mechanism=statistics", f"privacy.release={folder}"))
+    own = [Ledger.from_json((each / "ledger.json").read_bytes()) for each in runs]
+    secrets = [secret for ledger in own for secret in (ledger.run, *ledger.data.values())]
+    assert all(len(secret) >= 32 for secret in secrets)
+    for number, (each, ledger) in enumerate(zip(runs, own, strict=True)):
+        material = from_run(each, key)
+        public = Ledger.from_json(material.files[LEDGER])
+        assert [replace(release, name="") for release in public.releases] == [
+            replace(release, name="") for release in ledger.releases
+        ]
+        out = tmp_path / f"{number}.html"
+        assert invoke(["privacy", "statement", str(each), "--out", str(out)]) == 0
+        assert invoke(["privacy", "ledger", str(each), "--json"]) == 0
+        shown = {
+            **{name: content for name, content in material.files.items() if name != PROMPT},
+            **{"facts": material.facts.model_dump_json().encode(), "printed": capsys.readouterr().out.encode()},
+            **{"statement": out.read_bytes(), "report": (each / "report.html").read_bytes()},
+            **{str(path): path.read_bytes() for path in each.rglob("prompts/*")},
+        }
+        assert not [
+            (name, secret) for name, content in shown.items() for secret in secrets if secret.encode() in content
+        ]
+        assert material.facts.training is not None
+        assert material.facts.training.dataset.startswith("imagefolder:photos")
+
+
+def test_a_ledger_of_an_earlier_version_is_shown_without_the_run_that_names_its_releases(tmp_path: Path) -> None:
+    """In those a release had the name of its run."""
+    run = "ab" * 16
+    release = Release("means", "client 0", "example", (2.0,), 1.0, 1, "client", ("server", "public"), run)
+    ledger = Ledger((release,), delta=1e-3, run=run, data={"client 0": "cd" * 32})
+    told = ledger.for_others()
+    assert run not in told.to_json() + json.dumps(spending(ledger))
+    again = replace(ledger, run="ef" * 16).for_others()
+    assert again.releases == told.releases, "a release that two runs use is one for readers too"
 
 
 def test_the_prompt_is_published_to_the_byte_with_its_own_accuracy(personal_run: Path, key: Ed25519PrivateKey) -> None:

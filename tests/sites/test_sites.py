@@ -73,6 +73,9 @@ def test_three_sites_learn_together(
     assert set(outcome.accuracy) == {"client 2"}, "of those alone who tell it"
     lines = [json.loads(line) for line in (tmp_path / "out" / METRICS).read_text().splitlines()]
     assert [line["round"] for line in lines] == [1, 2, 3]
+    private = [tmp_path / "out" / LEDGER, *(tmp_path / "out" / "checkpoint").iterdir()]
+    assert (tmp_path / "out").stat().st_mode & 0o077 == 0
+    assert [file.name for file in private if file.stat().st_mode & 0o077] == [], "in an opened folder, too"
     assert all(line["participants"] == 3 for line in lines)
     for name in NAMES:
         folder = sites[name].folder(Proposal.of(config).fingerprint) / "prompts"

@@ -1,4 +1,4 @@
-"""Mechanisms with defects, to show that the audit detects them.
+"""Mechanisms with defects, to show which of them the audit detects.
 
 Those of `dp-sgd` are defects of public code; those of `statistics` are ones that such a release invites. No
 configuration selects them; `with_defect` puts them into a runtime. All enter in the ledger what the mechanism without
@@ -25,8 +25,8 @@ from sordino.privacy.statistics.mechanism import MATRIX, StatisticsMechanism
 from sordino.randomness import Randomness, Words
 from sordino.runtime.local import LocalRuntime
 
-Defect = Literal["batch clipped", "noise skipped", "noise repeated"]
-StatisticsDefect = Literal["noise left out", "noise divided", "exact counts", "released anew"]
+Defect = Literal["batch clipped", "noise skipped", "noise repeated", "noise a third"]
+StatisticsDefect = Literal["noise left out", "noise divided", "exact counts", "released anew", "third of the noise"]
 RELEASES = 100  # of `ReleasedAnewMechanism`, such as one in every round
 
 
@@ -87,10 +87,24 @@ class RepeatedNoiseMechanism(ExampleMechanism):
         return replace(honest, randomness=RepeatedRandomness(randomness, tuple(clients), self.drawn))
 
 
+@dataclass(frozen=True)
+class NoiseAThirdMechanism(ExampleMechanism):
+    """Examples are clipped as they should be, and the noise has a third of the deviation that the ledger says.
+
+    The noise multiplier that holds is z / 3. At a claimed epsilon of 1 this is too small a defect for the audit.
+    """
+
+    def _gradients(self, randomness: Randomness, clients: Sequence[int], call: int) -> Gradients:
+        honest = super()._gradients(randomness, clients, call)
+        assert isinstance(honest, DpSgdGradients)
+        return replace(honest, randomness=AlteredRandomness(randomness, scale=1 / 3))
+
+
 DEFECTS: dict[Defect, type[ExampleMechanism]] = {
     "batch clipped": BatchClippedMechanism,
     "noise skipped": SkippedNoiseMechanism,
     "noise repeated": RepeatedNoiseMechanism,
+    "noise a third": NoiseAThirdMechanism,
 }
 
 
@@ -171,11 +185,20 @@ class ReleasedAnewMechanism(AlteredNoiseMechanism):
         return AlteredRandomness(randomness, draws=RELEASES)
 
 
+@dataclass(frozen=True)
+class ThirdOfNoiseMechanism(AlteredNoiseMechanism):
+    """The noise has a third of the deviation that the ledger says: the defect of `NoiseAThirdMechanism`."""
+
+    def altered(self, randomness: Randomness, examples: float) -> AlteredRandomness:
+        return AlteredRandomness(randomness, scale=1 / 3)
+
+
 STATISTICS_DEFECTS: dict[StatisticsDefect, type[StatisticsMechanism]] = {
     "noise left out": NoiseLeftOutMechanism,
     "noise divided": NoiseDividedMechanism,
     "exact counts": ExactCountsMechanism,
     "released anew": ReleasedAnewMechanism,
+    "third of the noise": ThirdOfNoiseMechanism,
 }
 
 

@@ -143,7 +143,7 @@ def infer_membership(subject: Subject, shadows: int, seed: int = 1, jobs: int = 
     }
     claim = Claim.of(subject, subject.ledger)
     return Membership(
-        **claim.judge_all(scores, chosen.member, seed),
+        **claim.judge_all(scores, chosen.member, seed, subject.persons_of(chosen.rows)),
         correction=correction,
         members=int(chosen.member.sum()),
         non_members=int((~chosen.member).sum()),

@@ -32,7 +32,7 @@ from sordino.audit.canaries import Canaries
 from sordino.audit.evidence import Evidence, Examples, added, along_sums, statistics_mechanism
 from sordino.audit.membership import candidates
 from sordino.audit.scores import Attack, Claim
-from sordino.audit.subject import Subject
+from sordino.audit.subject import Subject, refuse_persons
 from sordino.errors import ConfigError
 from sordino.privacy.statistics.estimates import Released
 from sordino.privacy.statistics.mechanism import MATRIX, SCATTER, StatisticsMechanism
@@ -115,7 +115,7 @@ def attack_release(subject: Subject, seed: int) -> ReleaseAttack:
     scores = {"product": products(evidence, unknown).numpy(), "regression": regressed(evidence, unknown, rest).numpy()}
     claim = Claim.of(subject, subject.ledger)
     return ReleaseAttack(
-        **claim.judge_all(scores, chosen.member, seed),
+        **claim.judge_all(scores, chosen.member, seed, subject.persons_of(chosen.rows)),
         reconstruction=reconstruct(subject, seed),
         members=int(chosen.member.sum()),
         non_members=int((~chosen.member).sum()),
@@ -250,6 +250,4 @@ def _check(runtime: LocalRuntime) -> None:
     if not runtime.releases_statistics:
         remedy = "nothing is released of class statistics; attack a run with 'statistics', or by other attacks"
         raise ConfigError("privacy.mechanism", runtime.privacy.mechanism, remedy)
-    if runtime.privacy.by_person:
-        remedy = "the attack guesses single examples, not persons; audit a run with privacy.unit = 'example'"
-        raise ConfigError("privacy.unit", "person", remedy)
+    refuse_persons(runtime)

@@ -37,7 +37,7 @@ from sordino.algorithms.base import (
 from sordino.audit import stealing
 from sordino.audit.membership import Candidates, candidates
 from sordino.audit.scores import Attack, Claim
-from sordino.audit.subject import Subject, replaces_images
+from sordino.audit.subject import Subject, refuse_persons, replaces_images
 from sordino.audit.wiretap import Message, no_data, repeated, same_end
 from sordino.encoders.prompt_model import Prompt
 from sordino.errors import ConfigError
@@ -94,7 +94,8 @@ def infer_from_rounds(subject: Subject, seed: int) -> Rounds:
         seed: decides the candidates, and the server's draws in place of the clients' own.
 
     Raises:
-        ConfigError: the server sees no upload of a single client, or there is only one client.
+        ConfigError: the server sees no upload of a single client, there is only one client, or the person is the unit
+            of privacy.
         DataError: no client has both training and test images of a class.
     """
     _check(subject)
@@ -113,7 +114,7 @@ def infer_from_rounds(subject: Subject, seed: int) -> Rounds:
     scores /= np.maximum(counts, 1)
     claim = Claim.of(subject, training.ledger, observer_is_server=True)
     return Rounds(
-        claim.judge(Attack.of(scores, chosen.member), scores, seed),
+        claim.judge(Attack.of(scores, chosen.member, subject.persons_of(chosen.rows)), scores, seed),
         int(chosen.member.sum()),
         int((~chosen.member).sum()),
         len(attacked),
@@ -124,8 +125,9 @@ def infer_from_rounds(subject: Subject, seed: int) -> Rounds:
 
 
 def _check(subject: Subject) -> None:
-    """Refuse a run whose server sees no client's upload, or none that is a sum of gradients."""
+    """Refuse a run of persons, and one whose server sees no client's upload, or none that is a sum of gradients."""
     runtime = subject.runtime
+    refuse_persons(runtime)
     about, method = runtime.algorithm.ABOUT, subject.config.algorithm
     if replaces_images(runtime):
         remedy = (

@@ -29,6 +29,7 @@ from sordino.progress import Progress, silent
 from sordino.report import write_report
 
 FILE = "audit.json"
+SEED = 1  # of attackers, unless another is asked for
 # The attack that reads each part of `Effort`.
 READ_BY = {"shadows": "membership", "canaries": "canaries", "queries": "extraction", "jobs": "membership"}
 
@@ -38,7 +39,7 @@ def audit(
     attacks: Sequence[str] = ATTACKS,
     shadows: int | None = None,
     canaries: int | None = None,
-    seed: int = 1,
+    seed: int = SEED,
     progress: Progress = silent,
     dataset: EncodedDataset | None = None,
     queries: int | None = None,
@@ -113,8 +114,7 @@ def _audit(
         raise RunError(f"{folder}: {subject.config.algorithm} learned nothing, so there is nothing to attack")
     before = read_audit(folder) if (folder / FILE).exists() else {"attacks": {}}
     results: dict[str, Any] = before["attacks"]
-    # Attacks may have been made at several times. Audits of earlier versions tell the seed of the last time.
-    seeds = before.get("seeds", dict.fromkeys(results, before.get("seed")))
+    seeds = _seeds(before)
     for name in (attack for attack in ATTACKS if attack in attacks):
         try:
             results[name] = _attack(name, subject, effort, seed)
@@ -130,7 +130,7 @@ def _audit(
         "attacks": results,
     }
     text = json.dumps(result, indent=2) + "\n"
-    write_atomically(folder / FILE, text.encode(), FREE_SPACE)
+    write_atomically(folder / FILE, text.encode(), FREE_SPACE, private=True)
     title = f"Sordino: {subject.config.algorithm} on {subject.config.data.source}"
     write_report([folder], folder / "report.html", title)
     return dict(json.loads(text))
@@ -159,7 +159,7 @@ def membership_auc(
     Args:
         folder: the run directory.
         shadows: shadow federations.
-        resume: read the result of an earlier audit if there is one.
+        resume: read the result of an earlier audit if there is one of as many shadows, by the same seed.
         progress: is called as the attack advances.
         dataset: data and encoder of the run.
         jobs: shadow federations that are trained at once.
@@ -167,12 +167,22 @@ def membership_auc(
     Raises:
         SordinoError: see `audit`.
     """
-    earlier = read_audit(folder)["attacks"] if resume and (folder / FILE).exists() else {}
-    found = earlier.get("membership", {})
-    if "lira" not in found:  # only other attacks were made, or this one was not possible
-        found = audit(folder, ["membership"], shadows, progress=progress, dataset=dataset, jobs=jobs)["attacks"]
-        found = found["membership"]
+    earlier = read_audit(folder) if resume and (folder / FILE).exists() else {"attacks": {}}
+    found = earlier["attacks"].get("membership", {})
+    # Only other attacks may have been made, this one may not have been possible, or it may have been another's.
+    asked = "lira" in found and (found.get("shadows"), _seeds(earlier).get("membership")) == (shadows, SEED)
+    if not asked:
+        made = audit(folder, ["membership"], shadows, seed=SEED, progress=progress, dataset=dataset, jobs=jobs)
+        found = made["attacks"]["membership"]
     return float(found["lira"]["auc"])
+
+
+def _seeds(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the seed of each attack, which may have been made at several times.
+
+    Audits of earlier versions tell the seed of the last time.
+    """
+    return dict(found.get("seeds", dict.fromkeys(found["attacks"], found.get("seed"))))
 
 
 def _attack(name: str, subject: Subject, effort: Effort, seed: int) -> dict[str, Any]:

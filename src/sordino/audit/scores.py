@@ -5,6 +5,10 @@ one client and class: which of the two was trained on, and which one tests. If t
 were split at random, all these coins are fair and independent. Two data sets that differ in one coin differ in one
 example that is replaced. So Steinke, Nasr, Jagielski (NeurIPS 2023), Theorem 5.2, holds for pairs in place of canaries:
 see `pair_epsilon`.
+
+Where whole persons train or test, one toss decides over all pictures of a person. These coins are not independent. An
+honest release of many pictures of a person tells that the person is in it, and so each coin, far better than epsilon
+allows for one. Then nothing is bounded, and intervals count persons.
 """
 
 from __future__ import annotations
@@ -16,7 +20,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from sordino.audit.statistics import Roc, auc_interval, numbers_of_guesses, one_run_epsilon, roc
+from sordino.audit.statistics import (
+    Roc,
+    auc_interval,
+    independent_number,
+    numbers_of_guesses,
+    one_run_epsilon,
+    roc,
+)
 from sordino.audit.subject import Subject
 from sordino.privacy import accounting
 from sordino.privacy.ledger import OBSERVERS, Ledger
@@ -24,6 +35,7 @@ from sordino.randomness import derive_key, generator
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
+Indices = NDArray[np.int64]
 
 CONFIDENCE = 0.95  # of all bounds of one audit's attack together
 # Claim and bound are stated at this delta, or at the run's if that is smaller. Pairs give delta away as canaries do.
@@ -48,12 +60,14 @@ class Attack:
 
     Attributes:
         auc: area under the ROC curve; a half is guessing.
-        auc_interval: its 95% interval, for candidates that are independent given the prompts.
+        auc_interval: its 95% interval, for candidates, or persons if these are known, that are independent given the
+            prompts.
         found: shares of members found at the false positive rates of 0.1% and 1%. With fewer non-members than the
             rate's reciprocal, these are the members that outscore every non-member.
         curve: (false positive rate, true positive rate), at most 200 points of the ROC curve, ends included.
         epsilon: lower bound on an example's epsilon, 0 if nothing is shown; None if its premise does not hold.
         refuted: true if the bound is above the run's claim.
+        no_bound: why there is no bound; None if there is one.
     """
 
     auc: float
@@ -62,13 +76,23 @@ class Attack:
     curve: tuple[tuple[float, float], ...]
     epsilon: float | None = None
     refuted: bool = False
+    no_bound: str | None = None
 
     @classmethod
-    def of(cls, scores: Floats, member: Flags) -> Attack:
-        """Return the result of scores [n], higher if the attack says "member", given the truth [n]."""
+    def of(cls, scores: Floats, member: Flags, persons: Indices | None = None) -> Attack:
+        """Return the result of scores, without a bound.
+
+        Args:
+            scores: [n], higher if the attack says "member".
+            member: [n], the truth.
+            persons: [n], whose each candidate is; None if unknown.
+        """
         curve = roc(scores, member)
-        points = tuple(Point(rate, curve.at(rate), *curve.interval_at(rate)) for rate in FALSE_POSITIVE_RATES)
-        return cls(curve.auc, auc_interval(scores, member), points, _thinned(curve))
+        worth = None if persons is None else independent_number(persons[member])
+        points = tuple(
+            Point(rate, curve.at(rate), *curve.interval_at(rate, independent=worth)) for rate in FALSE_POSITIVE_RATES
+        )
+        return cls(curve.auc, auc_interval(scores, member, groups=persons), points, _thinned(curve))
 
 
 @dataclass(frozen=True)
@@ -78,28 +102,31 @@ class Claim:
     Attributes:
         epsilon: the claim against the observer who attacks; None if it is infinite, or if the observer is trusted.
         delta: at which the claim is made, no more than the run's.
-        exchangeable: true if members and non-members of a client and class were split at random.
+        not_exchangeable: why pairs can contradict nothing; None if they can. See `Subject`.
     """
 
     epsilon: float | None
     delta: float
-    exchangeable: bool
+    not_exchangeable: str | None = None
 
     @classmethod
     def of(cls, subject: Subject, ledger: Ledger, observer_is_server: bool = False) -> Claim:
         """Return the claim of a ledger, for the server's own observations or for those of the prompts."""
         covered = not (observer_is_server and "server" in ledger.trusted)
         delta = DELTA if ledger.delta is None else min(ledger.delta, DELTA)
-        return cls(claimed(ledger, delta) if covered else None, delta, subject.exchangeable)
+        return cls(claimed(ledger, delta) if covered else None, delta, subject.not_exchangeable)
 
-    def judge_all(self, scores: Mapping[str, Floats], member: Flags, seed: int) -> dict[str, Attack]:
+    def judge_all(
+        self, scores: Mapping[str, Floats], member: Flags, seed: int, persons: Indices | None = None
+    ) -> dict[str, Attack]:
         """Return the attacks of some scores by name, with bounds that hold together; see `judge`."""
         return {
-            name: self.judge(Attack.of(values, member), values, seed, len(scores)) for name, values in scores.items()
+            name: self.judge(Attack.of(values, member, persons), values, seed, len(scores))
+            for name, values in scores.items()
         }
 
     def judge(self, attack: Attack, scores: Floats, seed: int, attacks: int = 1) -> Attack:
-        """Return the attack with its bound on epsilon, and if that refutes the claim.
+        """Return the attack with its bound on epsilon, and if that refutes the claim; or with the reason for no bound.
 
         Args:
             attack: the result of the scores.
@@ -108,8 +135,10 @@ class Claim:
             seed: orders ties.
             attacks: the number of attacks whose best bound is looked at.
         """
-        if not self.exchangeable or len(scores) < 4:
-            return attack
+        if self.not_exchangeable is not None:
+            return replace(attack, no_bound=self.not_exchangeable)
+        if len(scores) < 4:
+            return replace(attack, no_bound="there is only one pair")
         members, others = np.split(scores, 2)
         epsilon = pair_epsilon(members - others, self.delta, 1 - (1 - CONFIDENCE) / attacks, seed)
         return replace(attack, epsilon=epsilon, refuted=self.epsilon is not None and epsilon > self.epsilon)

@@ -54,14 +54,23 @@ class Roc:
         last = np.searchsorted(self.false_positive_rate, false_positive_rate, side="right") - 1
         return float(self.true_positive_rate[last])
 
-    def interval_at(self, false_positive_rate: float, confidence: float = 0.95) -> tuple[float, float]:
+    def interval_at(
+        self, false_positive_rate: float, confidence: float = 0.95, independent: float | None = None
+    ) -> tuple[float, float]:
         """Return the Clopper-Pearson interval of `at`, for the threshold that the scored non-members set.
 
         It holds for that threshold's true positive rate. It does not include the uncertainty of the threshold's own
         false positive rate: the non-members are a sample too.
+
+        Args:
+            false_positive_rate: as in `at`.
+            confidence: of the interval.
+            independent: the number of independent values that the members are worth; absent: their number.
         """
-        members_found = round(self.at(false_positive_rate) * self.members)
-        return clopper_pearson(members_found, self.members, confidence)
+        found = round(self.at(false_positive_rate) * self.members)
+        if independent is None:
+            return clopper_pearson(found, self.members, confidence)
+        return clopper_pearson(independent * (found / self.members), independent, confidence)
 
 
 def roc(scores: ArrayLike, members: ArrayLike) -> Roc:
@@ -80,12 +89,22 @@ def roc(scores: ArrayLike, members: ArrayLike) -> Roc:
     return Roc(false_positive_rate, true_positive_rate, area, count, len(members) - count)
 
 
-def auc_interval(scores: ArrayLike, members: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
+def auc_interval(
+    scores: ArrayLike, members: ArrayLike, confidence: float = 0.95, groups: ArrayLike | None = None
+) -> tuple[float, float]:
     """Compute the two-sided confidence interval of the area under the ROC curve.
 
     The variance is that of Hanley & McNeil, Radiology 143 (1982), with both sample sizes replaced by their mean. It is
     computed at the interval's limit, not at the estimate: Newcombe, Statistics in Medicine 25 (2006) 559-573, method 5.
     So an attack that separates the sample perfectly gets an interval too, where DeLong's has length zero.
+
+    Scores of one group, such as a person's, may go together. Then members and non-members count as the numbers of
+    independent values that they are worth at least (`independent_number`).
+
+    Args:
+        scores, members: as in `roc`.
+        confidence: of the interval.
+        groups: [N], the group of each score; absent: all scores are independent.
 
     Raises:
         ValueError: as `roc`, or the confidence is outside (0, 1).
@@ -95,14 +114,31 @@ def auc_interval(scores: ArrayLike, members: ArrayLike, confidence: float = 0.95
     from scipy.stats import norm
 
     z = float(norm.isf((1 - confidence) / 2))
-    return (
-        _lower_limit(curve.auc, curve.members, curve.non_members, z),
-        1 - _lower_limit(1 - curve.auc, curve.members, curve.non_members, z),
-    )
+    sizes: tuple[float, float] = curve.members, curve.non_members
+    if groups is not None:
+        inside, group_of = np.asarray(members).astype(np.bool_), np.asarray(groups)
+        sizes = independent_number(group_of[inside]), independent_number(group_of[~inside])
+    return _lower_limit(curve.auc, *sizes, z), 1 - _lower_limit(1 - curve.auc, *sizes, z)
 
 
-def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+def independent_number(groups: ArrayLike) -> float:
+    """Return the number of independent values that values in groups are worth at least: (sum k)^2 / sum k^2.
+
+    The groups have k values each. The number is exact for a mean of values that are equal within each group, and too
+    small otherwise: Kish, Survey Sampling, 1965. Of single values it is their number; of groups of one size, theirs.
+
+    Args:
+        groups: [n], the group of each value.
+    """
+    sizes = np.unique(np.asarray(groups), return_counts=True)[1]
+    return float(sizes.sum() ** 2 / (sizes**2).sum())
+
+
+def clopper_pearson(successes: float, trials: float, confidence: float = 0.95) -> tuple[float, float]:
     """Compute the exact two-sided interval of a binomial probability: Clopper & Pearson, Biometrika 26 (1934).
+
+    Numbers of trials that are worth fewer independent ones need not be whole: Korn & Graubard, Survey Methodology 24
+    (1998) 193-201.
 
     Raises:
         ValueError: not 0 <= successes <= trials, no trial, or the confidence is outside (0, 1).
@@ -308,7 +344,7 @@ def _p_value(wrong: int, guesses: int, canaries: int, epsilon: float, delta: flo
     return tail + 2 * canaries * delta * mean(best)
 
 
-def _lower_limit(auc: float, members: int, non_members: int, z: float) -> float:
+def _lower_limit(auc: float, members: float, non_members: float, z: float) -> float:
     """Return the area below `auc` that lies z of its own standard errors from it."""
     weight = (members + non_members) / 2 - 1
 

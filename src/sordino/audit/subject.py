@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +30,14 @@ from sordino.progress import Progress, silent
 from sordino.results import FILE, Summary
 from sordino.runtime import checkpoint
 from sordino.runtime.local import LocalRuntime, Training
+from sordino.tasks.images import Indices
 from sordino.tasks.splits import Task
+
+# Reasons why pairs bound no epsilon.
+OWN_SPLIT = "the source has a test split of its own, which nobody says was drawn at random"
+WHOLE_PERSONS = (
+    "whole persons train or test, so one draw decides over all pictures of a person; intervals count persons"
+)
 
 
 @dataclass(frozen=True)
@@ -44,9 +52,10 @@ class Subject:
         task: each client's training images, and the test images.
         features, labels: [N, ...] and [N], of all images of the data set that the task uses.
         progress: is called as an attack advances.
-        exchangeable: true if training and test images of a client and class were split at random. A source's own test
-            split is of others' making. With domains the split is random within each, and a client may hold several.
+        not_exchangeable: why a member and a non-member of one client and class are not exchangeable one by one; None if
+            they are, so that a fair coin of its own decided over each pair. See `_not_exchangeable`.
         dataset: the pictures, for attacks that ask with them.
+        persons: [N], whose each image is; None if unknown.
     """
 
     config: Experiment
@@ -57,8 +66,9 @@ class Subject:
     features: Tensor
     labels: Tensor
     progress: Progress = silent
-    exchangeable: bool = True
+    not_exchangeable: str | None = None
     dataset: EncodedDataset | None = None
+    persons: Indices | None = None
 
     @property
     def encoded_data(self) -> EncodedDataset:
@@ -70,6 +80,10 @@ class Subject:
         if self.dataset is None:
             raise ConfigError("data", "features alone", "the attack asks with pictures; audit a run directory")
         return self.dataset
+
+    def persons_of(self, rows: Indices) -> Indices | None:
+        """Return whose each of some images is; None if unknown."""
+        return None if self.persons is None else self.persons[rows]
 
     @classmethod
     def open(
@@ -117,9 +131,8 @@ class Subject:
         device = dataset.encoder.device
         features = dataset.tables[runtime.model.reads].features.to(device)
         labels = torch.from_numpy(task.labels).to(device)
-        one_domain = all(len(domains) <= 1 for domains in task.client_domains)
-        exchangeable = dataset.images.is_test is None and one_domain
-        return cls(config, runtime, training, ledger, task, features, labels, progress, exchangeable, dataset)
+        reason, persons = _not_exchangeable(dataset), dataset.images.persons
+        return cls(config, runtime, training, ledger, task, features, labels, progress, reason, dataset, persons)
 
     def begun(self) -> Training:
         """Return the state from which the run's first round started: after its own release of statistics, if any."""
@@ -140,6 +153,25 @@ class Subject:
             privacy: keys of the `[privacy]` table to change.
         """
         return vary(self.runtime, features, labels, rows, seed, **privacy)
+
+
+def _not_exchangeable(dataset: EncodedDataset) -> str | None:
+    """Return why the images of a class did not each train or test by a draw of their own; None if they did.
+
+    `sordino.tasks.splits` draws every cell's images at random, by the rule alone: with counts or a fraction, with novel
+    classes, a held-out domain or attackers, whatever the partition. A cell is a class of one domain if clients are
+    divided by domain, and else a class of all domains, whose images are then divided at random too. Copies of an image
+    are drawn one by one as others are. Exceptions are a source's own test split, which is of others' making, and
+    persons, who are drawn whole. If every person has one image, that is a draw of images.
+    """
+    images = dataset.images
+    if images.is_test is not None:
+        return OWN_SPLIT
+    if images.persons is None:
+        return None
+    originals = min(dataset.triggers.values(), default=len(images))  # copies with a trigger are no more images
+    persons = images.persons[:originals]
+    return WHOLE_PERSONS if len(np.unique(persons)) < len(persons) else None
 
 
 def _with_encoder(config: Experiment, encoder: str | None) -> Experiment:
@@ -181,6 +213,17 @@ def _check_method(folder: Path, tables: dict[str, Any]) -> None:
             )
         if method.file.sha256 != source.sha256:
             raise RunError(f"{method.file.path} is not the method that trained {folder}; give the copy in {kept}")
+
+
+def refuse_persons(runtime: LocalRuntime) -> None:
+    """Refuse a run that promises something to persons to an attack on examples.
+
+    Raises:
+        ConfigError: the person is the unit of privacy.
+    """
+    if runtime.privacy.by_person:
+        remedy = "the attack guesses single examples, not persons; audit a run with privacy.unit = 'example'"
+        raise ConfigError("privacy.unit", "person", remedy)
 
 
 def vary(

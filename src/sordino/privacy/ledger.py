@@ -249,6 +249,15 @@ class Ledger:
             raise RunError(f"{place}not a ledger of this version of Sordino ({cause(error)}); {remedy}") from None
         return cls(**vars(read))
 
+    def for_others(self) -> Ledger:
+        """Return it without what would let others confirm a guess of somebody's data.
+
+        That are the digests of data, and the run's name, by which published digests are salted. Releases get names that
+        nothing follows from, as those of earlier versions had the run's; equal ones stay equal.
+        """
+        releases = tuple(replace(each, name=release_name(each.name)) for each in self.releases)
+        return replace(self, releases=releases, run="", data={}, parts=())
+
     def digest_of(self, party: str) -> str:
         """Return the digest of a party's data; "" if it is unknown. ALL_CLIENTS has that of all parties together."""
         if party == ALL_CLIENTS and ALL_CLIENTS not in self.data:
@@ -274,6 +283,11 @@ class _File(BaseModel):
     run: Text
     data: dict[Text, Text]
     whole_persons: Annotated[bool, Strict()] = False
+
+
+def release_name(run: str) -> str:
+    """Return the name of a run's one release, from which the run's own does not follow; that is "" if the run's is."""
+    return hashlib.sha256(f"release of {run}".encode()).hexdigest()[:32] if run else ""
 
 
 def combined_multiplier(multipliers: Sequence[float]) -> float:

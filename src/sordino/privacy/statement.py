@@ -208,11 +208,9 @@ def _named_digest(summary: Path) -> str:
 def spending(ledger: Ledger) -> dict[str, Any]:
     """Return a ledger's content with its privacy losses by unit and observer; an infinite value is null."""
     units = list(dict.fromkeys(release.unit for release in ledger.releases)) or ["example"]
-    content: dict[str, Any] = json.loads(ledger.to_json())
-    # Digests would confirm a guess of somebody's data to whoever reads this, and so would the run's name, which is the
-    # salt of the digests on pages and in prompts.
-    for secret in ("data", "run", "parts"):
-        del content[secret]
+    content: dict[str, Any] = json.loads(ledger.for_others().to_json())
+    for empty in ("data", "run", "parts"):
+        del content[empty]
     return content | {
         "private": all(is_private(ledger, unit) for unit in units),
         "spent": [

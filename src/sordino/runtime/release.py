@@ -119,7 +119,7 @@ def collect(
     mechanism: StatisticsMechanism,
     link: Carrier,
     randomness: Randomness,
-    name: str,
+    run: str,
     device: torch.device,
     keep: Keep = drawn_anew,
 ) -> ServerRelease:
@@ -129,7 +129,7 @@ def collect(
         mechanism: of the run.
         link: carries messages to clients, by number.
         randomness: of the server's noise.
-        name: of the release, for the ledger.
+        run: the run's name, for the ledger.
         device: that computes.
         keep: holds what the server noised from the moment before it is told. Else a server that tries again would tell
             the same sums with other noise, and nobody would count that.
@@ -168,7 +168,7 @@ def collect(
             pooled = mechanism.pooled(replace(known, own=each[MATRIX]), totals[MATRIX])
             known = replace(known, pooled=pooled, scatter=totals.get(SCATTER))
     ask(told({name: tensor for name, tensor in known.tensors.items() if name != CENTER}))
-    return ServerRelease(known, mechanism.released(name, charged))
+    return ServerRelease(known, mechanism.released(run, charged))
 
 
 class ClientsRelease:

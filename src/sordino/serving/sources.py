@@ -26,7 +26,7 @@ from sordino.privacy.ledger import Ledger
 from sordino.prompt_file import SavedPrompt
 from sordino.report.statement import sealed
 from sordino.results import FILE as SUMMARY
-from sordino.results import Summary
+from sordino.results import Summary, dataset_name
 from sordino.serving.card import card
 from sordino.serving.claims import FIELDS, Spending, check_prompt, check_summary
 from sordino.serving.manifest import AUDIT, CARD, LEDGER, PROMPT, STATEMENT, Audit, Facts, facts_of
@@ -226,7 +226,7 @@ def _facts(saved: SavedPrompt, spent: Spending, audit: dict[str, Any] | None, tr
 
 def _public(ledger: Ledger) -> bytes:
     """Return a ledger without what would let others confirm pictures; see the module."""
-    return replace(ledger, run="", data={}).to_json().encode()
+    return ledger.for_others().to_json().encode()
 
 
 def _audit(file: str, content: bytes, ledger: Ledger, spent: Spending) -> dict[str, Any]:
@@ -279,14 +279,6 @@ def _training(summary: Summary, client: int | None) -> dict[str, Any]:
 
 def _measures(result: Any) -> dict[str, float | None]:
     return {name: getattr(result, name) for name in MEASURES}
-
-
-def dataset_name(source: str) -> str:
-    """Return a data set's name, without a place on a disk: `imagefolder:photos` of `imagefolder:/home/kim/photos`."""
-    scheme, colon, place = source.partition(":")
-    local = colon and scheme != "hf"
-    name = f"{scheme}:{Path(place.replace(chr(92), '/')).name}" if local else source
-    return "".join(sign if sign.isprintable() else "?" for sign in name)[:200]
 
 
 def _read(file: Path) -> bytes:

@@ -187,19 +187,19 @@ class _Rounds:
             try:
                 training = drive(server, self.late)
             except RoundError as error:  # what may have left all the same
-                write_atomically(self.out / LEDGER, error.ledger.to_json().encode(), FREE_SPACE)
+                write_atomically(self.out / LEDGER, error.ledger.to_json().encode(), FREE_SPACE, private=True)
                 raise
         self._greet_late(last=True)
         accuracy = self._end(training)
         training = self._as_met(training, told=bool(accuracy))
-        write_atomically(self.out / LEDGER, training.ledger.to_json().encode(), FREE_SPACE)
+        write_atomically(self.out / LEDGER, training.ledger.to_json().encode(), FREE_SPACE, private=True)
         self._write_outcome(training, accuracy)
         self._write_page(training, accuracy, finished=True)
         return Outcome(training, self.met, accuracy)
 
     def _save(self, training: ServerTraining, record: ServerRecord | None, lost: Mapping[str, str]) -> None:
         """Write what a round made, before anything else is asked: the ledger, a line, the state."""
-        write_atomically(self.out / LEDGER, training.ledger.to_json().encode(), FREE_SPACE)
+        write_atomically(self.out / LEDGER, training.ledger.to_json().encode(), FREE_SPACE, private=True)
         now = time.monotonic()
         line: dict[str, Any] = {"round": training.round if record else 0, "seconds": round(now - self._began, 3)}
         self._began = now

@@ -26,10 +26,9 @@ from torch import Tensor
 from sordino.audit.extraction.pictures import VARIANTS, by_variant, encoded, varied
 from sordino.audit.membership import Candidates, candidates, confidences
 from sordino.audit.scores import Attack, Claim
-from sordino.audit.subject import Subject
+from sordino.audit.subject import Subject, refuse_persons
 from sordino.encoders.classifier import told
 from sordino.encoders.generative.model import context_model
-from sordino.errors import ConfigError
 from sordino.randomness import generator
 
 Floats = NDArray[np.float64]
@@ -76,9 +75,7 @@ def infer_by_asking(subject: Subject, seed: int = 1) -> LabelOnly:
         DataError: no client has both training and test images of a class.
     """
     runtime, model = subject.runtime, subject.runtime.model
-    if runtime.privacy.by_person:
-        remedy = "the attack guesses single examples, not persons; audit a run with privacy.unit = 'example'"
-        raise ConfigError("privacy.unit", "person", remedy)
+    refuse_persons(runtime)
     chosen = _some(candidates(subject, generator(seed, "candidates")), seed)
     labels = subject.labels.cpu().numpy()[chosen.rows]
     pictures = varied(subject.encoded_data.images, chosen.rows.tolist())
@@ -100,7 +97,7 @@ def infer_by_asking(subject: Subject, seed: int = 1) -> LabelOnly:
     }
     claim = Claim.of(subject, subject.ledger)
     return LabelOnly(
-        **claim.judge_all(scores, chosen.member, seed),
+        **claim.judge_all(scores, chosen.member, seed, subject.persons_of(chosen.rows)),
         members=int(chosen.member.sum()),
         non_members=int((~chosen.member).sum()),
         questions=len(labels) * len(VARIANTS),

@@ -31,7 +31,7 @@ def _membership_words(result: dict[str, Any]) -> list[str]:
     # An audit of an earlier version has not all of them.
     made = {name: title for name, title in titles.items() if name in result}
     words = [f"{title}, {result['shadows']} shadows: {_success(result[name])}" for name, title in made.items()]
-    return words + _contradiction([result[name] for name in made])
+    return words + _judgement([result[name] for name in made])
 
 
 def _release_words(result: dict[str, Any]) -> list[str]:
@@ -41,12 +41,12 @@ def _release_words(result: dict[str, Any]) -> list[str]:
         f"feature of an image alone in its class: cosine {alone['cosine']:.2f} ({alone['cosine_chance']:.2f} by "
         f"chance), {100 * alone['reidentified']:.0f}% of {alone['images']} recognized among {alone['gallery']}"
     )
-    return words + _contradiction([result["product"], result["regression"]])
+    return words + _judgement([result["product"], result["regression"]])
 
 
 def _rounds_words(result: dict[str, Any]) -> list[str]:
     counted = f"{result['rounds']} round{'s' if result['rounds'] > 1 else ''}"
-    return [f"uploads of {counted}: {_success(result['attack'])}", *_contradiction([result["attack"]])]
+    return [f"uploads of {counted}: {_success(result['attack'])}", *_judgement([result["attack"]])]
 
 
 def _success(attack: dict[str, Any]) -> str:
@@ -60,9 +60,14 @@ def _success(attack: dict[str, Any]) -> str:
     return f"AUC {attack['auc']:.3f} ({low:.3f} to {high:.3f}); {rates}{shown}"
 
 
-def _contradiction(attacks: Sequence[dict[str, Any]]) -> list[str]:
+def _judgement(attacks: Sequence[dict[str, Any]]) -> list[str]:
+    """Say why there is no bound, if there is none, and if a bound refutes the claim."""
+    reasons = dict.fromkeys(reason for attack in attacks if (reason := attack.get("no_bound")))
     refuted = any(attack.get("refuted") for attack in attacks)
-    return ["THE CLAIM IS FALSE: the bound is above it"] if refuted else []
+    return [
+        *(f"no bound on epsilon: {reason}" for reason in reasons),
+        *(["THE CLAIM IS FALSE: the bound is above it"] if refuted else []),
+    ]
 
 
 def _canaries_words(result: dict[str, Any]) -> list[str]:
@@ -70,7 +75,7 @@ def _canaries_words(result: dict[str, Any]) -> list[str]:
         f"epsilon is at least {result['epsilon']:.4g} at 95% confidence ({result['correct']} of {result['guesses']} "
         f"guesses right, {result['canaries']} canaries, {result['observer']})"
     ]
-    return words + _contradiction([result])
+    return words + _judgement([result])
 
 
 def _inversion_words(result: dict[str, Any]) -> list[str]:
@@ -142,7 +147,7 @@ def _extraction_words(result: dict[str, Any]) -> list[str]:
 def _label_only_words(result: dict[str, Any]) -> list[str]:
     titles = {"gap": "best class", "augmented": "best classes of nine variants", "answers": "top 5 in two decimals"}
     words = [f"{title}: {_success(result[name])}" for name, title in titles.items()]
-    return words + _contradiction([result[name] for name in titles])
+    return words + _judgement([result[name] for name in titles])
 
 
 _WORDS = {

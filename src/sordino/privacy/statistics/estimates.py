@@ -101,6 +101,8 @@ class Released:
     def of(cls, tensors: Mapping[str, Tensor]) -> Released:
         """Return them from tensors by name, as of `tensors`."""
         joined = {entry.name: tensors[entry.name] for entry in fields(Observed) if entry.name in tensors}
+        if joined and "examples" not in joined:  # a file of an earlier version
+            joined["examples"] = joined["expected"]
         own, own_center, center, scatter = (tensors.get(name) for name in ("own", "own_center", "center", "scatter"))
         return cls(own, own_center, center, Observed(**joined) if joined else None, scatter)
 
@@ -217,7 +219,7 @@ class Estimator:
         most = self._principal(released.scatter, everybody, shared, views[0], float(spreads.mean()))
         added = 0.0 if most is None else float(most.pow(2).sum()) / self._rank
         return ClassStatistics(
-            torch.stack([seen.expected for seen, _, _ in parts]),
+            torch.stack([seen.examples for seen, _, _ in parts]),
             torch.stack([seen.count_variance.mean().sqrt() for seen, _, _ in parts]),
             torch.stack([seen.probability for seen, _, _ in parts]),
             torch.stack([self._back(means.means, view) for (_, means, _), view in zip(parts, views, strict=True)]),
@@ -225,7 +227,7 @@ class Estimator:
             spreads - added,
             None if shared is None else self._back(shared.means, views[0]),
             most if most is None or self.directions is None else most @ self.directions.T,
-            None if everybody is None else everybody.expected,
+            None if everybody is None else everybody.examples,
         )
 
     @property
@@ -254,7 +256,7 @@ class Estimator:
 
     def _prior(self, view: Viewpoint, seen: Observed) -> Tensor:
         """Return the text features [C, r] as seen from their mean, as far as the center is that of the images."""
-        weights = seen.expected / seen.expected.sum().clamp(min=1e-12)
+        weights = seen.examples / seen.examples.sum().clamp(min=1e-12)
         prior = self.text - view.trust * (weights.to(self.text) @ self.text)
         return prior if self.directions is None else prior @ self.directions
 
@@ -296,7 +298,7 @@ class Estimator:
         assert self.noise.scatter is not None
         squares, total = float(self._squares(view)), unpacked(scatter.double())
         examples = max(1.0, float(total.trace()))  # each u has unit norm
-        weights = everybody.expected.double() / everybody.expected.double().sum().clamp(min=1e-12)
+        weights = everybody.examples.double() / everybody.examples.double().sum().clamp(min=1e-12)
         means = shared.means.double()
         noise = squares * self.noise.scatter * math.sqrt(self.noises / 2) / examples
         noise = math.hypot(noise, width / math.sqrt(examples))  # of a finite number of examples

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sordino.privacy.cotangent import image_directions, public_directions
 from sordino.privacy.example_level import IMAGES_PUBLIC, PERSONS_KNOWN, SIZES_KNOWN
-from sordino.privacy.ledger import OBSERVERS, Channel, Disclosure, Ledger, Observer, Release
+from sordino.privacy.ledger import OBSERVERS, Channel, Disclosure, Ledger, Observer, Release, release_name
 from sordino.privacy.mechanism import CLASSES_KNOWN, Mechanism, summed_securely
 from sordino.privacy.statistics.estimates import Estimator, Noise, Released
 from sordino.privacy.statistics.posterior import Observed
@@ -342,14 +342,15 @@ class StatisticsMechanism(Mechanism):
         stated = Ledger((), disclosures, trusted, tuple(assumptions), self.delta, self._randomness)
         return replace(stated, whole_persons=self.inputs.whole_persons)
 
-    def released(self, name: str, charged: Mapping[str, float] | None = None) -> list[Release]:
+    def released(self, run: str, charged: Mapping[str, float] | None = None) -> list[Release]:
         """Return the ledger's entries of the release.
 
         Args:
-            name: of the release, which no other has.
+            run: the run's name, which no other has; the release gets one that it does not follow from.
             charged: the noise multipliers that secure sums' survivors left, by part, if there were any.
         """
         sums = {"total" if part == MATRIX else part: multiplier for part, multiplier in (charged or {}).items()}
+        name = release_name(run)
         return [replace(release, name=name) for release in self._entries(replace(self.multipliers, **sums))]
 
     def planned(self, rounds: int | None = None) -> list[Release]:

@@ -33,7 +33,8 @@ class Observed:
         counts: [..., C], of examples.
         sum_variance: [..., C], of the noise on each number of `sums`.
         count_variance: [..., C], of the noise on `counts`.
-        expected: [..., C], of the counts, given the noisy ones; not negative.
+        expected: [..., C], of the counts, given the noisy ones; not negative. Sums over it are means.
+        examples: [..., C], the expected number of examples: `expected`, but where parties were weighted.
         probability: [..., C], that there are any examples.
         holders: [..., C], the expected number of parties that hold any.
     """
@@ -43,6 +44,7 @@ class Observed:
     sum_variance: Tensor
     count_variance: Tensor
     expected: Tensor
+    examples: Tensor
     probability: Tensor
     holders: Tensor
 
@@ -82,23 +84,33 @@ def held(counts: Tensor, variance: Tensor, total: float) -> tuple[Tensor, Tensor
 def observed(sums: Tensor, counts: Tensor, sum_variance: Tensor, count_variance: Tensor, total: float) -> Observed:
     """Return one party's statistics, [C, r] and [C], with what its counts tell."""
     probability, expected = held(counts, count_variance, total)
-    probability = probability.to(sums)
-    return Observed(sums, counts, sum_variance, count_variance, expected.to(sums), probability, probability.clone())
+    probability, expected = probability.to(sums), expected.to(sums)
+    return Observed(
+        *(sums, counts, sum_variance, count_variance),
+        *(expected, expected.clone(), probability, probability.clone()),
+    )
 
 
 def pooled(parties: Observed) -> Observed:
     """Join the statistics of several parties, [K, C, ...], into one.
 
-    The sum of a party that likely holds few images of a class is mostly noise. So each is weighted by the expected
-    count, which is the best linear weight if the parties' class means are alike and the counts are known.
+    The sum of a party that likely holds few images of a class is mostly noise. So a sum of n images has the weight
+    n / (n s^2 + v), with the variance v of its noise and s^2 of the images around their class's mean. It is the best
+    linear weight if the parties' class means are alike and the counts are known. Without noise all weights are equal,
+    and the means are those of all images; with much, weights go by counts. As features have norms of at most 1, s^2 is
+    taken to be 1 / r.
     """
-    weights = parties.expected / parties.expected.amax(0).clamp(min=LEAST_COUNT)
+    noise, within_class = parties.sum_variance, 1 / parties.sums.shape[-1]
+    weights = parties.expected / (parties.expected * within_class + noise).clamp(min=1e-12)
+    least = LEAST_COUNT / (LEAST_COUNT * within_class + noise.amin(0))  # a class that nobody holds keeps little noise
+    weights = weights / torch.maximum(weights.amax(0), least)
     return Observed(
         (weights[..., None] * parties.sums).sum(0),
         (weights * parties.counts).sum(0),
         (weights**2 * parties.sum_variance).sum(0),
         (weights**2 * parties.count_variance).sum(0),
         (weights * parties.expected).sum(0),
+        parties.examples.sum(0),
         1 - (1 - parties.probability).prod(0),
         parties.holders.sum(0),
     )

@@ -20,13 +20,14 @@ def audits(groups: Sequence[Group]) -> str:
     audited = [(index, group, run) for index, group in enumerate(groups) for run in group.runs if run.audit]
     if not audited:
         return ""
-    rows, guesses = [], []
+    rows, guesses, unbounded = [], [], list[str]()
     for _, group, run in audited:
         seed = f" <small>(seed {run.summary.seed})</small>" if group.over_seeds else ""
         name = escape(group.label) + seed
-        row, guessed = of_audit(run, _told)
+        row, guessed, reasons = of_audit(run, _told)
         rows.append([name, _claim(run.summary.privacy), *row])
         guesses += [[name, *cells] for cells in guessed]
+        unbounded += [f"{name}: {escape(reason)}." for reason in reasons]
     head = [
         "Run",
         "Claimed ε",
@@ -47,12 +48,12 @@ def audits(groups: Sequence[Group]) -> str:
         "own. <em>Copy from answers</em>: one that fits what a service tells by default, beside the owners' own. "
         "<em>Prompt from opened distances</em>: how near the server comes to a client's prompt with the distances "
         "that it clusters by and the help of the other clients, beside what the cluster's mean shows it anyway."
-        f"</p>\n{claimed_and_shown(audited)}{_guesses(guesses)}{curves(audited)}</section>\n"
+        f"</p>\n{claimed_and_shown(audited)}{_guesses(guesses, unbounded)}{curves(audited)}</section>\n"
     )
 
 
-def _told(attacks: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return the cells of an audit's row, and those of each attack on membership."""
+def _told(attacks: dict[str, Any]) -> tuple[list[str], list[list[str]], list[str]]:
+    """Return the cells of an audit's row, those of each attack on membership, and reasons why these bound nothing."""
     row = [
         _bound(attacks.get("canaries", {})),
         _inversion(attacks),
@@ -60,11 +61,18 @@ def _told(attacks: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         _copied(attacks),
         _distances(attacks.get("distances", {})),
     ]
-    return row, [[title, *_guessed(attack)] for title, attack, _ in membership_attacks(attacks)]
+    made = list(membership_attacks(attacks))
+    reasons = dict.fromkeys(str(attack["no_bound"]) for _, attack, _ in made if attack.get("no_bound"))
+    return row, [[title, *_guessed(attack)] for title, attack, _ in made], list(reasons)
 
 
-def _guesses(rows: Sequence[Sequence[str]]) -> str:
-    """Return the table of membership inference, a row an attack; nothing if there was none."""
+def _guesses(rows: Sequence[Sequence[str]], unbounded: Sequence[str]) -> str:
+    """Return the table of membership inference, a row an attack; nothing if there was none.
+
+    Args:
+        rows: cells.
+        unbounded: markup that says of a run why pairs bound nothing.
+    """
     if not rows:
         return ""
     head = [
@@ -83,7 +91,7 @@ def _guesses(rows: Sequence[Sequence[str]]) -> str:
         "<em>Statistics</em>: the images' products with the class statistics that were released, and their "
         "coefficients in them. "
         "<em>Shown ε</em>: a lower bound at 95% confidence, by pairs of a member and a non-member; n/a where they were "
-        "not split at random.</p>\n"
+        f"not drawn at random, one by one.{''.join(f' {words}' for words in unbounded)}</p>\n"
     )
 
 

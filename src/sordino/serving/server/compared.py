@@ -17,10 +17,9 @@ from typing import Any
 
 from sordino.errors import ConfigError, RunError
 from sordino.report.figures import PALETTE, SYMBOLS
-from sordino.report.groups import Group, group_runs
+from sordino.report.groups import Group, group_runs, settings_of
 from sordino.report.runs import Run, read_run
-from sordino.results import FILE, MEASURES, Spread, rounded_up
-from sordino.serving.sources import dataset_name
+from sordino.results import FILE, MEASURES, Spread, dataset_name, rounded_up, without_places
 
 MOST_RUNS = 200
 MOST_FOLDERS = 5_000
@@ -182,11 +181,12 @@ def _entry(group: Group, folder: str) -> dict[str, Any]:
     claim = results.claim
     spreads = {measure: results.accuracy(measure) for measure in MEASURES}
     by_client = {measure: results.client_accuracy(measure) for measure in MEASURES}
+    label, line = (without_places(text, settings_of(group.runs[0]).values()) for text in (group.label, group.line))
     itself = first.hand_written is not None and first.hand_written.itself
     return {
         "folder": folder,
-        "label": _shown(group.label),
-        "line": _shown(group.line or group.label),
+        "label": _shown(label),
+        "line": _shown(line or label),
         "method": _shown(first.algorithm),
         "dataset": _shown(dataset_name(first.dataset)),
         "encoder": _shown(first.encoder),
