@@ -243,11 +243,13 @@ def test_an_audit_of_another_claim_is_refused(copy: Path, key: Ed25519PrivateKey
 
 def test_a_site_publishes_a_prompt_with_its_own_ledger(shared_run: Path, tmp_path: Path) -> None:
     """A site has no run directory: its ledger is a file with the rounds beside it."""
-    prompt = shared_run / "prompts" / "shared.safetensors"
-    ledger = json.loads((shared_run / "ledger.json").read_bytes())
+    (tmp_path / "prompts").mkdir()
+    prompt = Path(shutil.copy(shared_run / "prompts" / "shared.safetensors", tmp_path / "prompts"))
+    shutil.copy(shared_run / "ledger.json", tmp_path)
+    ledger = json.loads((tmp_path / "ledger.json").read_bytes())
     (tmp_path / "site.json").write_text(json.dumps({"rounds": [1], "ledger": ledger}))
     material = from_file(prompt, tmp_path / "site.json")
-    assert material == from_file(prompt, shared_run / "ledger.json")
+    assert material == from_file(prompt, tmp_path / "ledger.json")
     assert (material.facts.mark, material.facts.training) == ("NOT PRIVATE", None)
     other = ledger | {"run": "00"}
     (tmp_path / "other.json").write_text(json.dumps(other))

@@ -39,6 +39,11 @@ Trust = Annotated[
     ),
 ]
 
+ATTACKS = {
+    **{"unknown": "not known: without its run", "none": "none tried"},
+    **{"tried": "tried", "contradicting": "contradict it"},
+}
+
 
 def publish(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run directory, or a prompt's file")],
@@ -266,12 +271,14 @@ def _row(listed: Listed) -> dict[str, str]:
     row = {"name": f"{listed.name}:{listed.version}"}
     manifest = listed.manifest
     if manifest is None:
-        return row | {"method": "", "encoder": "", "classes": "", "privacy": "", "state": "DAMAGED", "signer": ""}
+        unknown = dict.fromkeys(("method", "encoder", "classes", "privacy", "attacks"), "")
+        return row | unknown | {"state": "DAMAGED", "signer": ""}
     return row | {
         "method": manifest.method,
         "encoder": manifest.encoder.name,
         "classes": str(len(manifest.class_names)),
         "privacy": manifest.promise,
+        "attacks": ATTACKS[manifest.attacks],
         "state": f"withdrawn: {listed.withdrawn.reason}" if listed.withdrawn else "",
         "signer": "trusted" if listed.trusted else "NOT TRUSTED",
     }

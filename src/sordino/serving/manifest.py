@@ -37,6 +37,8 @@ MAX_MANIFEST = 1 << 24  # bytes
 NAME = re.compile(r"[a-z0-9]+([._-][a-z0-9]+)*")
 LONGEST_NAME = 64
 MOMENT: Final = "%Y-%m-%dT%H:%M:%SZ"  # UTC
+WITHOUT_RUN = "Published without its run; whether it was attacked is not known here."
+NOT_ATTACKED = "No attack on the run was tried."
 CHANGED = "it was changed after it was signed; do not use it, and ask its publisher for it"
 
 
@@ -169,7 +171,7 @@ class Facts(_Part):
         client: whose own it is; None where all share it.
         class_names: in order.
         encoder, privacy: see there.
-        audit: None if the run was not attacked.
+        audit: None if the run was not attacked, or is not known; see `attacks`.
         training: None if the prompt comes without its run.
         words: the prompt as text, which stands before a class name; None if it is vectors.
     """
@@ -194,6 +196,13 @@ class Facts(_Part):
         if not self.privacy.private or not self.privacy.bounded:
             return "NOT PRIVATE"
         return "CLAIM CONTRADICTED" if self.audit is not None and self.audit.refuted else ""
+
+    @property
+    def attacks(self) -> Literal["unknown", "none", "tried", "contradicting"]:
+        """The attacks on the run in a word. Only of a run that was read it is known that there were none."""
+        if self.audit is None:
+            return "unknown" if self.training is None else "none"
+        return "contradicting" if self.audit.refuted else "tried"
 
     @property
     def promise(self) -> str:

@@ -219,6 +219,7 @@ def about(manifest: Manifest) -> dict[str, Any]:
         "class_names": list(manifest.class_names),
         "privacy": manifest.promise,
         "mark": manifest.mark,
+        "attacks": manifest.attacks,
         "created": manifest.created,
     }
 
