@@ -25,7 +25,6 @@ from sordino.serving.database import Database
 from sordino.serving.manifest import (
     CARD,
     CHANGED,
-    MAX_MANIFEST,
     MOMENT,
     Facts,
     Manifest,
@@ -33,6 +32,7 @@ from sordino.serving.manifest import (
     check_files,
     check_mark,
     check_name,
+    is_too_large,
     record,
 )
 from sordino.serving.tables import files, prompts, withdrawals
@@ -241,9 +241,7 @@ class Registry:
             row = self._row(connection, name, version)
             content = connection.execute(select(files.c.name, files.c.content).where(files.c.prompt == row.id)).all()
         place = self._place(row)
-        sealed, manifest = _opened(row, place)
-        if trusted is not None:
-            trusted.require(sealed.public_key, place)
+        sealed, manifest = _opened(row, place, trusted)
         found = {each.name: bytes(each.content) for each in content}
         check_files(manifest, found, place)
         return Published(manifest, sealed, found, _withdrawal(row), place)
@@ -323,7 +321,7 @@ def _insert(
     all_files[CARD] = card(Manifest(**about, files={}), sorted(content)).encode()
     manifest = Manifest(**about, files={each: record(part) for each, part in all_files.items()})
     sealed = Sealed.of(manifest, key)
-    if len(sealed.text) > MAX_MANIFEST:
+    if is_too_large(sealed.text):
         raise PromptError(f"{name}: has too many classes to be published")
     _write(connection, manifest, sealed, all_files)
     return manifest
@@ -362,8 +360,13 @@ def _columns(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _opened(row: Row[Any], place: str) -> tuple[Sealed, Manifest]:
+def _opened(row: Row[Any], place: str, trusted: Trusted | None = None) -> tuple[Sealed, Manifest]:
     """Read a row's manifest, and check its signature and that the columns say the same.
+
+    Args:
+        row: of the version.
+        place: for messages.
+        trusted: publishers; None: whoever signed.
 
     Raises:
         PromptError: one is not so.
@@ -372,7 +375,7 @@ def _opened(row: Row[Any], place: str) -> tuple[Sealed, Manifest]:
         sealed = Sealed(bytes(row.manifest), str(row.signature), bytes.fromhex(row.public_key))
     except (TypeError, ValueError):
         raise PromptError(f"{place}: its row is damaged: {CHANGED}") from None
-    manifest = sealed.open(place)
+    manifest = sealed.open(place, trusted)
     for column, value in _columns(manifest).items():
         if getattr(row, column) != value:
             raise PromptError(f"{place}: the column {column!r} of its row is not what its manifest says: {CHANGED}")
