@@ -31,7 +31,7 @@ class Shelf:
         registry: holds the prompts.
         trusted: publishers.
         most: classifiers in memory.
-        load_encoder: loads a prompt's encoder; prompts of one encoder share it.
+        load_encoder: loads a prompt's encoder; prompts of one encoder and precision share it.
     """
 
     def __init__(self, registry: Registry, trusted: Trusted, most: int, load_encoder: Loader) -> None:
@@ -39,7 +39,7 @@ class Shelf:
         self._most, self._load_encoder = most, load_encoder
         self._lock, self._loading = threading.Lock(), threading.Lock()
         self._held: OrderedDict[At, PromptClassifier] = OrderedDict()
-        self._encoders: dict[str, DualEncoder] = {}
+        self._encoders: dict[str, DualEncoder] = {}  # by `EncoderRecord.identity`
 
     def take(self, name: str, version: str | None) -> PromptClassifier:
         """Return the classifier of a version that may be used now; see `look` and `load`."""
@@ -122,7 +122,7 @@ class Shelf:
                         "package, or if it is in a file, answer in Python with sordino.add_method and "
                         "PromptClassifier: a server runs no file"
                     )
-                known = saved.encoder.fingerprint
+                known = saved.encoder.identity
                 is_new = known not in self._encoders
                 if is_new:
                     self._encoders[known] = self._load_encoder(saved)
