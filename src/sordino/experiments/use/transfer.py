@@ -136,8 +136,8 @@ def transfer(
     for one in saved[1:]:
         if (one.method, one.encoder.identity) != (saved[0].method, saved[0].encoder.identity):
             raise PromptError(
-                f"{one.source} is of another method, encoder or precision than {saved[0].source}; give those of one run "
-                "at a time"
+                f"{one.source} is of another method, encoder or precision than {saved[0].source}; "
+                "give those of one run at a time"
             )
     try:
         images = load_images(DataSettings(source=source))

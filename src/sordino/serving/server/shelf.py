@@ -15,7 +15,8 @@ from sordino.prompt_file import SavedPrompt
 from sordino.serving.classifier import PromptClassifier, described
 from sordino.serving.folder import MANIFEST, SIGNATURE, read_files
 from sordino.serving.manifest import Manifest, parse_label
-from sordino.serving.registry import Published, Registry, Withdrawal, WithdrawnError
+from sordino.serving.registry import Published, Registry, WithdrawnError
+from sordino.serving.rows import Withdrawal
 from sordino.serving.server.refusal import Refusal
 from sordino.serving.sources import check_claim
 from sordino.serving.trust import Trusted
