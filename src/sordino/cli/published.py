@@ -155,9 +155,10 @@ def verify(
     answers: list[dict[str, Any]] = []
     with Registry(registry) as prompts:
         for each in prompts.listed(trusted):
-            fault = None
+            fault = f"{each.name}:{each.version} in {prompts.label}: {each.fault}" if each.fault else None
             try:
-                prompts.inspect(each.name, each.version, trusted)
+                if fault is None:  # else its row may not even have the name that it is found by
+                    prompts.inspect(each.name, each.version, trusted)
             except PromptError as error:
                 fault = str(error)
             answers.append({"name": each.name, "version": each.version, "fault": fault})

@@ -125,7 +125,7 @@ def transfer(
         progress: is told how far encoding is.
 
     Raises:
-        PromptError, EncoderError: see `SavedPrompt`; or prompts of several methods or encoders are given.
+        PromptError, EncoderError: see `SavedPrompt`; or prompts of several methods, encoders or precisions are given.
         ConfigError: a prompt is given twice; or as DataError.
         DataError: the source is not there, or none of its pictures can be read.
     """
@@ -135,9 +135,10 @@ def transfer(
         raise ConfigError("PROMPT", str(twice[0]), "is there twice, and would count twice in the mean; give it once")
     saved = [SavedPrompt.load(file) for file in files]
     for one in saved[1:]:
-        if (one.method, one.encoder.fingerprint) != (saved[0].method, saved[0].encoder.fingerprint):
+        if (one.method, one.encoder.identity) != (saved[0].method, saved[0].encoder.identity):
             raise PromptError(
-                f"{one.source} is of another method or encoder than {saved[0].source}; give those of one run at a time"
+                f"{one.source} is of another method, encoder or precision than {saved[0].source}; "
+                "give those of one run at a time"
             )
     try:
         images = load_images(DataSettings(source=source))
