@@ -58,7 +58,7 @@ def test_each_site_is_given_its_own_bytes_and_answers_once() -> None:
 def test_who_is_not_connected_is_lost_at_once_and_a_failure_is_told() -> None:
     tasks = Tasks({"east": b"1", "west": "it failed: EXECUTION_EXCEPTION"})
     events = list(FlareFleet(tasks).ask(ask("east", "north", "west", deadline=1e6)))
-    assert Lost("north", "it is not connected") in events
+    assert Lost("north", "it is not connected", asked=False) in events
     assert Lost("west", "it failed: EXECUTION_EXCEPTION") in events
     assert Answer("east", b"1") in events
     assert len(events) == 3
