@@ -247,7 +247,7 @@ class ServerRuntime:
         if self._reached_nobody and not self._by_turns:
             reasons = ", ".join(f"{site}: {reason}" for site, reason in sorted(self._lost.items()))
             self.stop()
-            self.missed.append(f"the question of round {self.number} reached nobody ({reasons})")
+            self.missed.append(f"the question of {self.name} reached nobody ({reasons})")
             return
         sampled = self._end.federation.mechanism.samples_clients
         unsent = self._reached_nobody and not sampled and self.number > self._first
@@ -298,6 +298,11 @@ class ServerRuntime:
     def number(self) -> int:
         """Return the number of the round that is asked next, or now."""
         return self.training.round + 1 if self._released else RELEASE_ROUND
+
+    @property
+    def name(self) -> str:
+        """Return the same in words."""
+        return f"round {self.number}" if self._released else "the release before the first round"
 
     @property
     def _by_turns(self) -> bool:

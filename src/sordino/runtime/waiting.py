@@ -50,7 +50,7 @@ def drive(
         while True:
             if away := _awaited(server, fleet, waits, clock, sleep):
                 without = f"too few of its sites are connected, without {' and '.join(away)}"
-                server.missed.append(f"round {server.number} was not asked: {without}")
+                server.missed.append(f"{server.name} was not asked: {without}")
             else:
                 ask = server.next()
                 if not isinstance(ask, Ask):
