@@ -119,6 +119,19 @@ def test_a_job_that_is_paused_ends_between_two_rounds_and_not_in_one() -> None:
     assert not tasks.started
 
 
+def test_waiting_for_sites_ends_with_the_job() -> None:
+    """No round is open then, so nothing is given up."""
+    tasks = Tasks({"east": b"1"}, frozenset())
+    fleet = FlareFleet(tasks)
+    assert fleet.may_return()
+    tasks.pause = True
+    with pytest.raises(Paused, match="while it waits for sites"):
+        fleet.may_return()
+    tasks.stop = True
+    with pytest.raises(Aborted):
+        fleet.may_return()
+
+
 def test_who_stops_listening_leaves_no_task() -> None:
     tasks = Tasks({"east": b"1", "west": None})
     events = FlareFleet(tasks).ask(ask("east", "west", deadline=1e6))

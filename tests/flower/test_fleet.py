@@ -246,6 +246,17 @@ def test_a_stopped_run_ends_the_question() -> None:
         asked(Grid({}, stopped=True), "east", deadline=1e6)
 
 
+def test_a_run_that_is_stopped_waits_for_no_sites() -> None:
+    grid = Grid({})
+
+    def stopped() -> Iterable[Any]:
+        raise RunNotRunningException
+
+    grid.get_nodes = stopped  # type: ignore[method-assign]
+    with pytest.raises(Stopped):
+        FlowerFleet(grid, {}).sites()
+
+
 def test_a_question_ends_with_its_deadline_at_the_server_too() -> None:
     grid = Grid({"east": b"1"})
     asked(grid, "east", deadline=40.0)
