@@ -1,4 +1,4 @@
-"""A coordinator whose sites go away for a time, over each engine's fleet: rounds are neither lost nor charged for it."""
+"""A coordinator whose sites go away for a time, over each engine's fleet: no round is lost or charged for it."""
 
 from __future__ import annotations
 
@@ -155,9 +155,9 @@ def failing(sites: Mapping[str, Site], rounds: int) -> LocalFleet:
 
     class Silent(LocalFleet):
         def ask(self, ask: Ask) -> Iterator[Answer | Lost]:
-            if {Envelope.decode(payload).kind for payload in ask.payloads.values()} == {"round"}:
-                if ask.round <= rounds:
-                    return iter([Lost(site, "no answer after 600 s") for site in ask.payloads])
+            kinds = {Envelope.decode(payload).kind for payload in ask.payloads.values()}
+            if kinds == {"round"} and ask.round <= rounds:
+                return iter([Lost(site, "no answer after 600 s") for site in ask.payloads])
             return super().ask(ask)
 
     return Silent({name: site.turn for name, site in sites.items()})
