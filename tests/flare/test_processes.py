@@ -1,4 +1,4 @@
-"""What is FLARE's own, beside the suite over all engines: certificates, code in jobs, and processes of a job."""
+"""What is FLARE's own, beside the suite over all engines: certificates, code in jobs, processes of a job, requests."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from engines.flare_engine import LEAD, FlareEngine, flare
+from engines.flare_engine import FAULTY, LEAD, FlareEngine, flare
 from engines.processes import HELD, SECONDS, Trial, paced
-from flare.parties import Party, environment, until
+from flare.parties import Party, environment, processes_of, until
 from sites.owners import NAMES
+from sordino.flare.gate import REQUESTS
 from sordino.flare.job import write_job
 from sordino.flower.certificates import write_certificates
 from sordino.runtime.fleet import Patience
@@ -29,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlareEngine]:
-    with flare(tmp_path_factory.mktemp("flare")) as started:
+    with flare(tmp_path_factory.mktemp("flare"), hostile=True) as started:
         yield started
 
 
@@ -179,3 +181,42 @@ def test_code_in_a_job_is_refused_at_every_site(engine: FlareEngine) -> None:
     refused = {line.partition(":")[0] for line in told["refused"] if "BYOC not permitted" in line}
     assert refused == set(NAMES), "the server let it through, and no site did"
     assert not marker.exists()
+
+
+SECRET = "patient Miller: melanoma"
+
+
+def asked_by(engine: FlareEngine, party: str, target: str, file: Path) -> list[dict[str, Any]]:
+    """What a party answers to everything that another one sends."""
+    if party == LEAD:
+        script = str(Path(__file__).with_name("ask_as_lead.py"))
+        command = [sys.executable, script, str(engine.kits[LEAD]), target, str(file)]
+        own = environment(PYTHONPATH=str(FAULTY))
+        done = subprocess.run(command, env=own, capture_output=True, text=True, check=True, timeout=180)
+        return list(json.loads(done.stdout.splitlines()[-1]))
+    answers = engine.faults / f"{party}.answers"
+    answers.unlink(missing_ok=True)
+    (engine.faults / "ask").write_text(json.dumps([target, str(file)]))
+    (engine.faults / "ask").rename(engine.faults / f"{party}.ask")
+    until(f"{party} was answered", answers.exists)
+    return list(json.loads(answers.read_text()))
+
+
+def test_no_party_reads_or_ends_anything_at_a_site_or_the_server(engine: FlareEngine) -> None:
+    """Every topic of FLARE's, from the server's own process, another site's and a lead's, asking for rights or not."""
+    file = engine.kits["east"] / "local" / "patients.csv"
+    file.write_text(SECRET)
+    living = {name: set(processes_of(engine.kits[name])) for name in ("server", "east")}
+    state = engine.kits["east"] / "state"
+    state.mkdir(exist_ok=True)
+    for party, target in (("server", "east"), ("north", "east"), (LEAD, "east"), ("north", "server"), (LEAD, "server")):
+        answers = asked_by(engine, party, target, file)
+        assert len(answers) > 90
+        assert not [each for each in answers if SECRET in each["text"]], (party, target)
+        heard = [each for each in answers if each["code"] == "ok" and not each["refused"]]
+        allowed = {"request": set(REQUESTS), "authorized": {True}} if party == "server" else {}
+        assert all(each.get(key) in allowed.get(key, ()) for each in heard for key in ("request", "authorized")), heard
+    assert state.is_dir(), "a site's ledger is beside the folders of jobs"
+    assert living == {name: set(processes_of(engine.kits[name])) for name in ("server", "east")}
+    assert not (engine.kits["east"] / "restart.fl").exists()
+    file.unlink()

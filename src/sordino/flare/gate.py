@@ -21,6 +21,7 @@ from nvflare.apis.fl_constant import AdminCommandNames, ReservedTopic, ServerCom
 from nvflare.fuel.f3.cellnet.core_cell import CoreCell
 from nvflare.fuel.f3.cellnet.defs import CellChannel, CellChannelTopic, MessageHeaderKey, MessagePropKey, ReturnCode
 from nvflare.fuel.f3.cellnet.utils import make_reply
+from nvflare.fuel.f3.streaming.download_service import OBJ_DOWNLOADER_CHANNEL, OBJ_DOWNLOADER_TOPIC
 from nvflare.fuel.f3.streaming.stream_const import (
     STREAM_ACK_TOPIC,
     STREAM_CHANNEL,
@@ -77,6 +78,7 @@ AT_THE_SERVER: Rules = {
     (CellChannel.AUX_COMMUNICATION, ReservedTopic.TASK_CHECK): _from(SITE),
     (CellChannel.AUX_COMMUNICATION, TOPIC_STREAM_REQUEST): _from(ADMINISTRATOR),
     (CellChannel.AUX_COMMUNICATION, TOPIC_STREAM_ABORT): _from(ADMINISTRATOR),
+    (OBJ_DOWNLOADER_CHANNEL, OBJ_DOWNLOADER_TOPIC): _from(ADMINISTRATOR),  # by an id of what the server offers
     (CellChannel.HCI, None): _from(ADMINISTRATOR),
     (CellChannel.CELLNET, CellChannelTopic.Bye): _from(SITE, ADMINISTRATOR),
     (CellChannel.RETURN_ONLY, None): _from(SITE, ADMINISTRATOR),
@@ -191,9 +193,7 @@ def hears(message: Any, own: Any) -> str:
         source, rules = OWN if origin == own.root else SERVER, AT_SITES
     if message.get_header(MessageHeaderKey.DESTINATION) != own.fqcn:
         return ""  # the process that it is for judges
-    channel, topic = (message.get_header(key) for key in (MessageHeaderKey.CHANNEL, MessageHeaderKey.TOPIC))
-    if (channel, topic) == (STREAM_CHANNEL, STREAM_DATA_TOPIC):
-        channel, topic = message.get_header(StreamHeaderKey.CHANNEL), message.get_header(StreamHeaderKey.TOPIC)
+    channel, topic = _subject(message)
     allowed = rules.get((channel, topic)) or rules.get((channel, None)) or frozenset()
     return "" if source in allowed else "nothing needs it"
 
@@ -244,14 +244,23 @@ def intercept(message: Any, own: Any) -> Any:
     """Return what FLARE answers a request that is not heard, or None. It asks before it decodes or passes on."""
     if not (reason := hears(message, own)):
         return None
-    keys = (MessageHeaderKey.CHANNEL, MessageHeaderKey.TOPIC, MessageHeaderKey.ORIGIN)
-    what = ", ".join(repr(str(message.get_header(key)))[:80] for key in keys)
+    told = (*_subject(message), message.get_header(MessageHeaderKey.ORIGIN))
+    what = ", ".join(repr(str(each))[:80] for each in told)
     get_module_logger(__name__, "gate").warning(f"refused {what}: {reason}")
     return make_reply(ReturnCode.INVALID_REQUEST, error=reason)
 
 
 def _root(name: Any) -> str:
     return str(name or "").partition(".")[0]
+
+
+def _subject(message: Any) -> tuple[Any, Any]:
+    """Return a message's channel and topic; of a part of a stream, those of the stream."""
+    keys = (MessageHeaderKey.CHANNEL, MessageHeaderKey.TOPIC)
+    if tuple(map(message.get_header, keys)) == (STREAM_CHANNEL, STREAM_DATA_TOPIC):
+        keys = (StreamHeaderKey.CHANNEL, StreamHeaderKey.TOPIC)
+    channel, topic = map(message.get_header, keys)
+    return channel, topic
 
 
 def _is_job(job: Any) -> bool:
