@@ -89,18 +89,16 @@ def build(name: str, parties: Sequence[Party], certificates: Sequence[Builder], 
         out: the folder of FLARE's workspace.
 
     Raises:
+        ConfigError: FLARE takes no such party.
         RunError: FLARE could not make the kits.
     """
     made = FlareProject(name, "prompts learned with Sordino")
     for party in parties:
-        if party.kind == "server":
-            ports = {"fed_learn_port": party.server.port, "admin_port": party.server.port}
-            hosts = {"host_names": [party.server.host], "default_host": party.server.host}
-            made.set_server(party.name, party.organization, ports | hosts)
-        elif party.kind == "client":
-            made.add_client(party.name, party.organization, {"allow_log_streaming": False})
-        else:
-            made.add_admin(party.name, party.organization, {"role": party.kind})
+        try:
+            _add(made, party)
+        except ValueError as error:
+            key = {"server": "server", "client": "sites"}.get(party.kind, "admins")
+            raise ConfigError(key, party.name, f"FLARE takes no such party: {error}") from None
     builders = [
         WorkspaceBuilder(template_file=["master_template.yml"]),
         StaticFileBuilder(config_folder="config", require_signed_jobs=True),
@@ -116,6 +114,17 @@ def build(name: str, parties: Sequence[Party], certificates: Sequence[Builder], 
     if context.get_errors() or "current_prod_dir" not in context:
         raise RunError(f"FLARE could not make the kits: {'; '.join(context.get_errors()) or 'it does not say why'}")
     return Path(context["current_prod_dir"])
+
+
+def _add(made: FlareProject, party: Party) -> None:
+    if party.kind == "server":
+        ports = {"fed_learn_port": party.server.port, "admin_port": party.server.port}
+        hosts = {"host_names": [party.server.host], "default_host": party.server.host}
+        made.set_server(party.name, party.organization, ports | hosts)
+    elif party.kind == "client":
+        made.add_client(party.name, party.organization, {"allow_log_streaming": False})
+    else:
+        made.add_admin(party.name, party.organization, {"role": party.kind})
 
 
 def close(kit: Path, party: Party) -> None:
