@@ -1,4 +1,4 @@
-"""Send a party everything from an administrator's cell, and print the answers."""
+"""Send parties everything from an administrator's cell, and print the answers."""
 
 import json
 import sys
@@ -10,4 +10,5 @@ from sordino.flare.administrator import Administrator
 
 with Administrator(Path(sys.argv[1])) as server:
     server.sites()
-    print(json.dumps(ask_everything(server._session.api.cell, *sys.argv[2:])))
+    targets, file = json.loads(sys.argv[2])
+    print(json.dumps({target: ask_everything(server._session.api.cell, target, file) for target in targets}))

@@ -1,7 +1,7 @@
 """A hostile party: a process of FLARE's that sends others every message that FLARE has for them; see `sitecustomize`.
 
-Where the folder SORDINO_TEST_HOSTILE gets a file `north.ask`, with the name of a party and of a file of its, the process
-of north sends, and writes what it was answered to `north.answers`.
+Where the folder SORDINO_TEST_HOSTILE gets a file `north.ask`, with the names of parties and of a file, the process of
+north sends, and writes what each answered to `north.answers`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from nvflare.private.defs import RequestHeader
 FOLDER = "SORDINO_TEST_HOSTILE"  # a variable of the environment
 NET = "_net_manager"
 SECONDS = 5.0
+NO_JOB = "00000000-0000-4000-8000-000000000000"
 
 
 def topics_of(*holders: type) -> list[str]:
@@ -35,7 +36,7 @@ REQUESTS = topics_of(defs.TrainingTopic, defs.SysCommandTopic, defs.InfoCollecto
 DIAGNOSIS = [value for name, value in vars(net_agent).items() if name.startswith("_TOPIC_")]
 OTHERS = [
     *((CellChannel.CLIENT_COMMAND, topic) for topic in ("abort", "show_errors", "configure_job_log", "shutdown")),
-    *((CellChannel.AUX_COMMUNICATION, topic) for topic in ("fed.event", "__do_task__", "__end_run__")),
+    *((CellChannel.AUX_COMMUNICATION, topic) for topic in ("fed.event", "__do_task__")),
     *((CellChannel.SERVER_COMMAND, topic) for topic in ("get_task", "submit_update", "configure_job_log")),
     (CellChannel.SERVER_PARENT_LISTENER, "update_run_status"),
     (CellChannel.CELLNET, "bulk"),
@@ -47,10 +48,10 @@ def requests(file: str) -> Iterator[tuple[str, bool, Message]]:
     for topic in REQUESTS:
         for authorized in (False, True):
             request = Message(topic, f"cat {file}")
-            request.set_header(RequestHeader.JOB_ID, "state")  # the folder beside a job's
+            request.set_header(RequestHeader.JOB_ID, NO_JOB if authorized else "state")  # the folder beside a job's
             if authorized:
                 request.set_header(RequestHeader.REQUIRE_AUTHZ, "true")
-                request.set_header(RequestHeader.ADMIN_COMMAND, "cat")
+                request.set_header(RequestHeader.ADMIN_COMMAND, "check_status")
                 request.set_header(RequestHeader.USER_NAME, "lead@example.org")
                 request.set_header(RequestHeader.USER_ROLE, "project_admin")
             yield "admin", authorized, request
@@ -83,10 +84,10 @@ def answer_to(folder: Path, name: str, cell: Any) -> None:
     """Send whenever a file says so."""
     while True:
         if (asked := folder / f"{name}.ask").exists():
-            target, file = json.loads(asked.read_text())
+            targets, file = json.loads(asked.read_text())
             asked.unlink()
             partial = folder / f"{name}.partial"
-            partial.write_text(json.dumps(ask_everything(cell, target, file)))
+            partial.write_text(json.dumps({target: ask_everything(cell, target, file) for target in targets}))
             partial.rename(folder / f"{name}.answers")
         time.sleep(0.2)
 
