@@ -141,6 +141,7 @@ def test_without_a_file_of_rights_nothing_is_answered(monkeypatch: pytest.Monkey
 
 
 SHUT = """
+from types import SimpleNamespace
 from sordino.flare import gate
 from nvflare.private.fed.client.client_req_processors import ClientRequestProcessors as every
 from nvflare.private.fed.client.admin_commands import AdminCommands
@@ -151,12 +152,22 @@ print(sorted(topic for each in every.request_processors for topic in each.get_to
 print(all(isinstance(each, gate.Checked) for each in every.request_processors))
 print([each.get_command_name() for each in AdminCommands.commands] == ["abort"])
 print(cell.message_interceptor is gate.intercept and gate.is_shut())
+agent = SimpleNamespace(processors={topic: each for each in every.request_processors for topic in each.get_topics()})
+engine = SimpleNamespace(get_cell=lambda: SimpleNamespace(core_cell=cell), admin_agent=agent)
+print(gate.left_open(engine) == "")
+agent.processors["sys.shell"] = object()
+print(gate.left_open(engine) == "it answers sys.shell")
+cell.message_interceptor = None
+print(gate.left_open(engine) == "a cell hears everything")
+gate.Gate().handle_event("_system_start", SimpleNamespace(get_engine=lambda: None))
+print("it goes on")
 """
 
 
 def test_a_process_is_shut_before_it_listens() -> None:
-    done = subprocess.run([sys.executable, "-c", SHUT], env=environment(), capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True"] * 4, done.stdout
+    done = subprocess.run([sys.executable, "-c", SHUT], env=environment(), capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["True"] * 7, done.stdout + done.stderr
+    assert (done.returncode, "is not shut: AttributeError" in done.stderr) == (1, True), "it does not know, and ends"
 
 
 def test_another_version_of_flare_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:

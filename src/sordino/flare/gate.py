@@ -53,12 +53,14 @@ def _from(*origins: str) -> frozenset[str]:
     return frozenset(origins)
 
 
-# What a site and its jobs hear. `admin` is the topic of all requests to a site; REQUESTS names what is in them.
+# What a site and its jobs hear, and an administrator's command. `admin` is the topic of all requests to a site; what is
+# in them is in REQUESTS.
 AT_SITES: Rules = {
     (CellChannel.CLIENT_MAIN, "admin"): _from(SERVER),
     (CellChannel.CLIENT_MAIN, TrainingTopic.NOTIFY_JOB_STATUS): _from(OWN),
     (CellChannel.CLIENT_COMMAND, AdminCommandNames.ABORT): _from(OWN),
     (CellChannel.AUX_COMMUNICATION, ReservedTopic.END_RUN): _from(SERVER),
+    (CellChannel.HCI, "SESSION_EXPIRED"): _from(SERVER),
     (CellChannel.CELLNET, CellChannelTopic.Bye): _from(SERVER, OWN),
     (CellChannel.RETURN_ONLY, None): _from(SERVER, OWN),
     (STREAM_CHANNEL, STREAM_ACK_TOPIC): _from(SERVER, OWN),
@@ -116,8 +118,14 @@ class Gate(FLComponent):  # type: ignore[misc]
 
     def handle_event(self, event_type: str, fl_ctx: Any) -> None:
         """End the process once FLARE is ready, if anything is open still: FLARE goes on after exceptions of events."""
-        if event_type == EventType.SYSTEM_START and (open_still := _open(fl_ctx.get_engine())):
-            print(f"error: FLARE {nvflare.__version__} is not shut: {open_still}", file=sys.stderr, flush=True)
+        if event_type != EventType.SYSTEM_START:
+            return
+        try:
+            left = left_open(fl_ctx.get_engine())
+        except Exception as error:
+            left = f"{type(error).__name__}: {error}"
+        if left:
+            print(f"error: FLARE {nvflare.__version__} is not shut: {left}", file=sys.stderr, flush=True)
             os._exit(1)
 
 
@@ -213,10 +221,22 @@ def shut() -> None:
     if {topic for each in processors for topic in each.get_topics()} != set(REQUESTS):
         raise RunError(f"nvflare = {nvflare.__version__}: requests that a job needs are missing")
     commands[:] = [each for each in commands if each.get_command_name() == AdminCommandNames.ABORT]
-    if not commands or CoreCell.ALL_CELLS:
+    if not commands or (CoreCell.ALL_CELLS and not is_shut()):
         raise RunError(f"nvflare = {nvflare.__version__}: it has other commands, or listens too early")
     if not is_shut():
         CoreCell.__init__ = _guarded(CoreCell.__init__)
+
+
+def left_open(engine: Any) -> str:
+    """Return what is open still, when FLARE is ready."""
+    cells = [engine.get_cell().core_cell, *CoreCell.ALL_CELLS.values()]
+    if not all(cell.message_interceptor is intercept for cell in cells):
+        return "a cell hears everything"
+    if any(cell.my_info.is_on_server for cell in cells):
+        return ""
+    processors = engine.admin_agent.processors
+    other = [topic for topic, each in processors.items() if not isinstance(each, Checked) or topic not in REQUESTS]
+    return f"it answers {', '.join(other)}" if other else ""
 
 
 def is_shut() -> bool:
@@ -265,15 +285,3 @@ def _subject(message: Any) -> tuple[Any, Any]:
 
 def _is_job(job: Any) -> bool:
     return isinstance(job, str) and JOB_ID.fullmatch(job) is not None
-
-
-def _open(engine: Any) -> str:
-    """Return what is open still, when FLARE is ready."""
-    cells = [engine.get_cell().core_cell, *CoreCell.ALL_CELLS.values()]
-    if not all(cell.message_interceptor is intercept for cell in cells):
-        return "a cell hears everything"
-    if any(cell.my_info.is_on_server for cell in cells):
-        return ""
-    processors = engine.admin_agent.processors
-    other = [topic for topic, processor in processors.items() if not isinstance(processor, Checked)]
-    return f"it answers {', '.join(other)}" if other or processors.keys() - REQUESTS else ""
