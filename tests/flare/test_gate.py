@@ -55,6 +55,13 @@ def test_what_a_job_needs_is_heard(own: str, by: str, subject: tuple[str, str]) 
     assert gate.hears(message(own, by, subject), FqcnInfo(own)) == ""
 
 
+def test_the_servers_job_is_asked_for_tasks() -> None:
+    """By way of the server, which passes the question on."""
+    for own, by in (("server", f"east.{JOB}"), (f"server.{JOB}", "server")):
+        asked = message(own, by, ("server_command", "get_task"), f"east.{JOB}", f"server.{JOB}")
+        assert gate.hears(asked, FqcnInfo(own)) == ""
+
+
 @pytest.mark.parametrize(
     ("own", "by", "subject", "more"),
     [
@@ -77,6 +84,9 @@ def test_what_a_job_needs_is_heard(own: str, by: str, subject: tuple[str, str]) 
         ("server", "north", ("hci_channel", "any"), {}),
         ("server", "north", ("server_parent_listener", "update_run_status"), {}),
         ("server", LEAD, ("server_command", "configure_job_log"), {}),
+        (f"server.{JOB}", "server", ("server_command", "configure_job_log"), {"origin": f"north.{JOB}"}),
+        (f"server.{JOB}", "server", ("server_command", "app_command"), {"origin": LEAD}),
+        (f"server.{JOB}", "server", ("_net_manager", "stop"), {"origin": "north"}),
     ],
 )
 def test_all_else_is_refused(own: str, by: str, subject: tuple[str, str], more: dict[str, str]) -> None:

@@ -186,12 +186,12 @@ def hears(message: Any, own: Any) -> str:
     # The name of the one that is connected, which its certificate vouches for; the message may say another origin.
     neighbour = _root(endpoint.name if endpoint else "")
     if own.is_on_server:
-        if neighbour == SERVER:
-            return ""
-        if origin != neighbour:
+        if neighbour not in (origin, SERVER):
             return f"it comes from {neighbour!r}"
-        if target != SERVER:
+        if SERVER not in (neighbour, target):
             return "parties of the project say nothing to each other"
+        if origin == SERVER:
+            return ""
         source, rules = ADMINISTRATOR if is_valid_admin_client_name(origin) else SITE, AT_THE_SERVER
     else:
         if origin not in (own.root, SERVER) or neighbour not in (own.root, SERVER):
