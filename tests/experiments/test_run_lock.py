@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +25,7 @@ from sordino.experiments import run_lock
 from sordino.experiments.compare import compare
 from sordino.experiments.config import load_config
 from sordino.experiments.run import run
-from sordino.experiments.run_lock import all_held, held, is_empty
+from sordino.experiments.run_lock import InUse, all_held, held, held_in_turn, is_empty
 from sordino.experiments.variants import grid
 from sordino.files import ANOTHER_OUT, replace_file
 from sordino.report.statement import write as write_statement
@@ -280,3 +281,34 @@ def test_a_file_in_the_place_of_a_folder_is_something(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert is_empty(tmp_path / "none")
     assert not is_empty(tmp_path / "file")
+
+
+def test_who_waits_for_a_directory_is_next(tmp_path: Path) -> None:
+    """Whoever had it may not have it again before: with short gaps between, it would have it always."""
+    order: list[str] = []
+
+    def wait() -> None:
+        with held_in_turn(tmp_path, 60):
+            order.append("who waited")
+
+    other = threading.Thread(target=wait)
+    with held_in_turn(tmp_path, 60):
+        other.start()
+        while not (tmp_path / run_lock.DOOR / run_lock.FILE).exists():
+            time.sleep(0.001)
+    with held_in_turn(tmp_path, 60):
+        order.append("who had it")
+    other.join()
+    assert order == ["who waited", "who had it"]
+
+
+@pytest.mark.slow
+def test_a_directory_is_waited_for_until_time_is_up(tmp_path: Path, holders: list[subprocess.Popen[str]]) -> None:
+    """Another process holds it; what its waiter left behind is no obstacle, either."""
+    process = hold(tmp_path / "run", holders)
+    for _ in range(2):
+        with pytest.raises(InUse, match="in use by"), held_in_turn(tmp_path / "run", 0.05):
+            raise AssertionError
+    process.communicate("")
+    with held_in_turn(tmp_path / "run", 60):
+        assert (tmp_path / "run" / ".lock").read_text() == str(os.getpid())

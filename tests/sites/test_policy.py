@@ -16,6 +16,7 @@ from sordino.runtime.envelope import Envelope
 from sordino.runtime.fleet import LocalFleet, Patience
 from sordino.sites.check import verdict
 from sordino.sites.coordinator import coordinate
+from sordino.sites.hello import names_digest
 from sordino.sites.policy import ACCURACY, unnoised
 from sordino.sites.proposal import Proposal
 from sordino.sites.settings import PolicySettings, load_site
@@ -122,3 +123,30 @@ def test_whatever_leaves_without_noise_needs_none_to_be_allowed() -> None:
         assert not unnoised(open_, planned)
     own = (ACCURACY, Disclosure("how many", "sizes"), Disclosure("a prompt", "prompt"))
     assert not unnoised(strict, Ledger(release(1.0).releases, own))
+
+
+def test_who_guesses_classes_learns_no_more_than_whether_a_list_has_all(pictures: Path) -> None:
+    """Where class names may not be told: answers to two guesses are the same words, whichever class is amiss."""
+    site = Site(load_site(write_site(pictures.parent, "east", None, {"tells": ["sizes"]})))
+
+    def told(*names: str) -> dict[str, Any]:
+        proposal = Proposal.of(experiment(None, privacy=NOISE), names)
+        answer = Envelope.decode(site.turn(Envelope("hello", proposal.fingerprint, proposal.facts).encode()))
+        facts = {**answer.facts, "kind": answer.kind}
+        if answer.kind == "hello":
+            assert facts.pop("classes") == names_digest(names), "those of the proposal, not its own"
+        return facts
+
+    lacks = [
+        told("red apple", "blue sky"),
+        told("red apple", "green leaf"),
+        told("red apple", "green leaf", "gray stone"),
+        told("gray stone", "white cloud"),
+    ]
+    assert all(facts == lacks[0] for facts in lacks)
+    assert lacks[0]["kind"] == "refusal"
+    assert not any(name in str(lacks[0]) for name in ("apple", "sky", "leaf", "stone", "cloud"))
+    every = ("red apple", "blue sky", "green leaf")
+    has = [told(*every, "gray stone"), told(*every, "white cloud")]
+    assert has[0] == has[1]
+    assert has[0]["kind"] == "hello"

@@ -26,9 +26,15 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 FILE = ".lock"
+DOOR = "next"  # a folder inside one that is waited for: whoever holds it is the next to have that one
+POLL = 0.02  # seconds between two tries to have a directory that is waited for
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of file systems that have none
 _held: dict[Path, int] = {}  # directories that this process holds, and the thread that does
 _guard = threading.Lock()
+
+
+class InUse(RunError):
+    """Another process or thread holds a directory."""
 
 
 @contextmanager
@@ -43,7 +49,8 @@ def held(folder: Path, instead: bool = True) -> Iterator[None]:
         instead: whether the command has an `--out` that can name another one; for messages.
 
     Raises:
-        RunError: another process or thread holds it, or it cannot be written; the message is one line.
+        InUse: another process or thread holds it; the message is one line.
+        RunError: it cannot be written.
     """
     place = writable(folder, instead)
     with _guard:
@@ -61,6 +68,47 @@ def held(folder: Path, instead: bool = True) -> Iterator[None]:
             with _guard:
                 del _held[place]
                 _release(folder, descriptor, made)
+
+
+@contextmanager
+def held_in_turn(folder: Path, seconds: float) -> Iterator[None]:
+    """Hold a directory that others hold for short times, as `held` does, once it is free.
+
+    Of several who wait, one stands at the door. So whoever just had the directory has it again after that one only.
+
+    Args:
+        folder: the directory.
+        seconds: how long to wait.
+
+    Raises:
+        InUse: others still hold it.
+        RunError: it cannot be written.
+    """
+    end = time.monotonic() + seconds
+    with contextlib.suppress(OSError):  # `held` says why it cannot be made
+        (folder / DOOR).mkdir(parents=True, exist_ok=True)  # and it stays, as it would else vanish under who comes
+    with contextlib.ExitStack() as held_here:
+        with contextlib.ExitStack() as at_door:
+            _wait_for(folder / DOOR, end, at_door)
+            _wait_for(folder, end, held_here)
+        yield
+
+
+def _wait_for(folder: Path, end: float, stack: contextlib.ExitStack) -> None:
+    """Hold a directory until a stack ends.
+
+    Raises:
+        InUse: others still hold it at a time.
+        RunError: it cannot be written.
+    """
+    while True:
+        try:
+            stack.enter_context(held(folder, instead=False))
+            return
+        except InUse:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(POLL)
 
 
 def wait_until_free(folder: Path, seconds: float) -> None:
@@ -227,9 +275,9 @@ def _missing(folder: Path) -> list[Path]:
     return [parent for parent in (folder, *folder.parents) if not parent.exists()]
 
 
-def _in_use(folder: Path, owner: str, instead: bool) -> RunError:
+def _in_use(folder: Path, owner: str, instead: bool) -> InUse:
     remedy = ", or choose another --out" if instead else ""
-    return RunError(f"{folder} is in use by {owner}; wait until it ends{remedy}")
+    return InUse(f"{folder} is in use by {owner}; wait until it ends{remedy}")
 
 
 def _short(folder: Path) -> str:

@@ -47,7 +47,7 @@ class SiteExecutor(Executor):  # type: ignore[misc]
             reply[CONTENT] = self._answer(bytes(shareable[CONTENT]), fl_ctx)
         except SordinoError as error:  # of opening the site; a turn raises none
             self.log_error(fl_ctx, f"the site cannot be opened: {error}", fire_event=False)
-            reply[CONTENT] = refusal(str(error))
+            reply[CONTENT] = refusal(str(error), _folder(fl_ctx))
         except Exception as error:
             # A failure of the program fails this one task. Its text may tell of data, so it stays in the site's log.
             self.log_exception(fl_ctx, "the site failed", fire_event=False)
@@ -58,9 +58,13 @@ class SiteExecutor(Executor):  # type: ignore[misc]
         if not is_shut():
             raise RunError(f"this site {OLD_KIT}")
         if self._site is None:
-            workspace = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT)
-            self._site = opened(Path(workspace.get_site_config_dir()) / SITE_FILE, fl_ctx.get_identity_name())
+            self._site = opened(_folder(fl_ctx) / SITE_FILE, fl_ctx.get_identity_name())
         return self._site.turn(request)
+
+
+def _folder(fl_ctx: Any) -> Path:
+    """Return the folder of the site's file."""
+    return Path(fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT).get_site_config_dir())
 
 
 def opened(file: Path, certified: str) -> Site:

@@ -21,7 +21,7 @@ MAGIC = b"sordino1"
 HEAD_BYTES = 2**24  # the longest head that is read; a thousand clients' numbers and lengths take 2^14
 EXPANDED_BYTES = 2**31  # the most that all contents together have where they share their end
 LEAST_SHARED = 64  # bytes; less is not worth an entry
-Kind = Literal["hello", "agreement", "round", "evaluate", "end", "refusal"]
+Kind = Literal["hello", "agreement", "round", "evaluate", "end", "refusal", "busy"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Envelope:
     """A request of the server's to a site, or its answer.
 
     Attributes:
-        kind: of the request, and of its answer; "refusal" answers any.
+        kind: of the request, and of its answer; "refusal" answers any, and so does "busy": ask again.
         experiment: its fingerprint, in hex.
         facts: JSON values by name.
         contents: message by client, by their numbers in the federation.

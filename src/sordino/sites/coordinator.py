@@ -35,6 +35,11 @@ from sordino.runtime.server import ServerEnd, ServerRecord, ServerTraining
 from sordino.runtime.uploads import RoundError
 from sordino.runtime.waiting import Stalled, drive
 from sordino.sites.answers import accuracy_of, groups, read_answer
+from sordino.runtime.fleet import Ask, Fleet, Patience, ServerRuntime, drive
+from sordino.runtime.messages import MessageError
+from sordino.runtime.server import ServerEnd, ServerRecord, ServerTraining
+from sordino.runtime.uploads import RoundError
+from sordino.sites.answers import BusyAskedAgain, accuracy_of, answer_of
 from sordino.sites.latecomers import Latecomers
 from sordino.sites.meeting import Begun, Meeting, Met
 from sordino.sites.membership import ANSWERED
@@ -86,12 +91,19 @@ def coordinate(
             void or could not be asked: several in a row, from which a new call goes on, or all.
     """
     require_tracker(config.tracking)
+    fleet = BusyAskedAgain(fleet)
     with held(out, instead=False):
         before = _begun(config, out, proposal)
         own = config.encoder
         encoder = load_encoder(own.name, own.checkpoint, own.dtype, choose_device(config.device), own.generative)
         meeting = Meeting(config, proposal, encoder, fleet, patience)
-        met = meeting.meet(before)
+        try:
+            met = meeting.meet(before)
+        except RunError:
+            if before is None or any((out / name).exists() for name in (LEDGER, NOISED)):
+                raise
+            # Nobody was asked for a round of what was agreed, or nobody's answer was kept: whoever is there now agrees.
+            before, met = None, meeting.meet()
         if before is None:
             write_atomically(out / "config.toml", tomli_w.dumps(dict(proposal.tables)).encode(), FREE_SPACE)
             write_atomically(out / PROPOSAL, json.dumps(proposal.facts, indent=1).encode(), FREE_SPACE)
@@ -379,6 +391,7 @@ class _Rounds:
             waiting = self.patience.deadline, self.patience.grace, lambda told=told, least=quorum: len(told) < least
             for event in self.fleet.ask(Ask(training.round, payloads, quorum, *waiting)):
                 yield event.site, (envelope := read_answer(event, kind, experiment))
+                yield event.site, (envelope := answer_of(event, kind, experiment))
                 told += [event.site] if envelope.kind == kind else []
 
     def _write_outcome(self, training: ServerTraining, accuracy: Mapping[str, float | None]) -> None:
@@ -393,3 +406,15 @@ class _Rounds:
             "privacy": privacy,
         }
         write_atomically(self.out / OUTCOME, json.dumps(document, indent=1).encode(), FREE_SPACE)
+
+
+def _groups(sites: Mapping[str, Sequence[int]]) -> Iterator[dict[str, Sequence[int]]]:
+    """Yield groups of sites that together have not many more than `AT_ONCE` clients."""
+    group: dict[str, Sequence[int]] = {}
+    for site, clients in sites.items():
+        group[site] = clients
+        if sum(map(len, group.values())) >= AT_ONCE:
+            yield group
+            group = {}
+    if group:
+        yield group

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -96,3 +98,8 @@ class Hello(BaseModel):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "its facts"
             raise MessageError(f"its hello cannot be read: {where}: {first['msg']}") from None
+
+
+def names_digest(names: Sequence[str]) -> str:
+    """Return a digest of the classes, in order."""
+    return hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()

@@ -119,11 +119,14 @@ class SiteLedger:
         Raises:
             RunError: a ledger is damaged, missing or too old.
         """
-        ledger = cls(state / "ledger")
+        # Another process may answer meanwhile: what is answered by now is in every ledger that is read from now on.
+        answered = {}
         for file in sorted((state / EXPERIMENTS).glob(f"*/{turns.FILE}")):
-            experiment = file.parent.name
             with file.open("rb") as opened:
-                number = messages.head_of(opened.read(8 + messages.HEADER_BYTES)).get("number")
+                head = messages.head_of(opened.read(8 + messages.HEADER_BYTES))
+            answered[file.parent.name] = head.get("number")
+        ledger = cls(state / "ledger")
+        for experiment, number in answered.items():
             entry = ledger._entries.get(experiment)
             if entry is None or (number is not None and number not in entry.rounds):
                 lacks = "is missing" if entry is None else f"lacks round {number}, which was answered"
@@ -132,6 +135,14 @@ class SiteLedger:
                     "the newest backup back"
                 )
         return ledger
+
+    def renew(self) -> None:
+        """Read the ledgers again, as another process of the site may have entered more.
+
+        Raises:
+            RunError: a ledger is damaged, missing or too old; what was read before stays.
+        """
+        self._entries = SiteLedger.of_state(self.folder.parent)._entries
 
     @property
     def experiments(self) -> Mapping[str, Entry]:
@@ -207,6 +218,12 @@ def epsilon_of(ledgers: Sequence[Ledger], unit: Unit, delta: float) -> float:
     trusted = set.intersection(*(set(ledger.trusted) for ledger in seen))
     epsilons = [spent(whole, observer, unit, delta).epsilon for observer in OBSERVERS if observer not in trusted]
     return math.inf if any(ledger.simulated for ledger in seen) else max(epsilons, default=0.0)
+
+
+def releases_of(releases: Sequence[Release], clients: Sequence[int]) -> list[Release]:
+    """Return the releases of some clients, and those of all together."""
+    parties = {f"client {client}" for client in clients}
+    return [release for release in releases if release.party in parties or not release.party.startswith("client ")]
 
 
 def left(ledger: Ledger) -> Ledger:

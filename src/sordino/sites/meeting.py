@@ -20,8 +20,8 @@ from sordino.runtime.envelope import Envelope
 from sordino.runtime.facts import Federation
 from sordino.runtime.fleet import Answer, Ask, Fleet, Patience
 from sordino.runtime.messages import MessageError
-from sordino.sites.hello import Hello
-from sordino.sites.membership import ANSWERED, PROTOCOL, names_digest
+from sordino.sites.hello import Hello, names_digest
+from sordino.sites.membership import ANSWERED, PROTOCOL
 from sordino.sites.own_data import plan_of
 from sordino.sites.proposal import Proposal
 

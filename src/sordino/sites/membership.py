@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,9 +22,9 @@ from sordino.runtime.client import ClientEnd
 from sordino.runtime.envelope import Envelope
 from sordino.runtime.facts import Federation, RandomnessOf
 from sordino.runtime.messages import MessageError
-from sordino.runtime.turns import Turns
-from sordino.sites.hello import EncoderFacts, Hello
-from sordino.sites.ledger import SiteLedger, charged_on_joining, epsilon_of
+from sordino.runtime.turns import FILE, Turns
+from sordino.sites.hello import EncoderFacts, Hello, names_digest
+from sordino.sites.ledger import SiteLedger, charged_on_joining, epsilon_of, releases_of
 from sordino.sites.own_data import OwnData
 from sordino.sites.policy import ACCURACY, fields_kept_back, over_budget, unnoised
 from sordino.sites.proposal import Proposal
@@ -53,6 +52,7 @@ class Membership:
     def __init__(self, settings: SiteSettings, ledger: SiteLedger, folder: Path, proposal: Proposal) -> None:
         self._settings, self._ledger, self._folder, self.proposal = settings, ledger, folder, proposal
         self.config = self._own_config()
+        self._agreement: Agreement | None = None
         self._federation: Federation | None = None
         self._turns: Turns | None = None
         self._answered = 0  # the last round that the coordinator is known to have an answer to
@@ -109,7 +109,7 @@ class Membership:
         """Return epsilon of the whole experiment alone, if this site were the only one."""
         federation, policy = self._alone(), self._settings.policy
         clients = range(len(self.own.numbers))
-        planned = self._empty(federation, clients).add(_of(federation.mechanism.planned(), clients))
+        planned = self._empty(federation, clients).add(releases_of(federation.mechanism.planned(), clients))
         return epsilon_of([planned], policy.unit, policy.delta)
 
     def resume(self) -> None:
@@ -129,7 +129,7 @@ class Membership:
             facts: of the agreement, with the last round that the coordinator knows an answer of this site to.
 
         Raises:
-            SordinoError: it is not what this site told, another one was made before, the budget does not suffice, or
+            SordinoError: it is not what this site told, another one began before, the budget does not suffice, or
                 this site's state is older than its own answers.
         """
         agreement, answered = Agreement.read(facts), _answered(facts)
@@ -140,15 +140,16 @@ class Membership:
         if told != self._sizes():
             raise MessageError(f"the agreement says that {self._name} holds {told}, and it told {self._sizes()}")
         document = {"agreement": agreement.facts, "data": self.own.digests}
-        answered = max(answered, self._check_unchanged(document))
+        answered = max(answered, self._check_unchanged(document, answered))
         federation, turns = self._federation, self._turns
-        if federation is None or turns is None or turns.round < answered:  # the newest state may be back
+        # The newest state may be back.
+        if federation is None or turns is None or turns.round < answered or agreement != self._agreement:
             federation = agreement.federation(self.own.plan)
             self._check(federation, mine)
             turns = self._joined(federation, sorted(mine))
         # Written first, so that a process that starts later refuses, too.
         self._keep(document, answered)
-        self._federation, self._turns = federation, turns
+        self._agreement, self._federation, self._turns = agreement, federation, turns
         reply = {"federation": federation_digest(federation), "round": self.turns.round}
         return Envelope("agreement", self.proposal.fingerprint, reply).encode()
 
@@ -174,8 +175,10 @@ class Membership:
         write_private(self._folder / AGREED, json.dumps({**document, ANSWERED: answered}, indent=1).encode())
         self._answered = answered
 
-    def _check_unchanged(self, document: dict[str, Any]) -> int:
+    def _check_unchanged(self, document: dict[str, Any], answered: int) -> int:
         """Refuse what is not as it was when this site joined, in whichever process that was.
+
+        Another agreement may replace one of which nothing was answered or entered: nothing was released for it.
 
         Returns:
             the last round that this site was told it answered.
@@ -188,10 +191,20 @@ class Membership:
         before = read_document(self._folder / AGREED)
         if before.get("data") != document["data"]:
             raise MessageError("this site's data changed since it joined; put it back, or propose a new experiment")
-        if before.get("agreement") != document["agreement"]:
-            raise MessageError("another agreement was made before; who takes part does not change within an experiment")
-        answered = before.get(ANSWERED, 0)
-        return answered if isinstance(answered, int) else 0
+        known = before.get(ANSWERED, 0)
+        known = known if isinstance(known, int) else 0
+        begun = answered or known or (self._folder / FILE).exists()
+        if before.get("agreement") != document["agreement"] and (begun or self._is_entered):
+            raise MessageError(
+                "another agreement was made before, and this site's part in it began; have the same sites take part, "
+                "or propose the experiment with another seed"
+            )
+        return known
+
+    @property
+    def _is_entered(self) -> bool:
+        """Return whether this site's ledger has anything of the experiment."""
+        return self.proposal.fingerprint in self._ledger.experiments
 
     def evaluate(self, envelope: Envelope) -> bytes:
         """Tell the clients' accuracy with the broadcasts in it, and change nothing.
@@ -310,7 +323,7 @@ class Membership:
             raise MessageError(f"upload's {kept[0]!r} may not leave; policy.fields = {policy.fields}")
         empty = self._empty(federation, clients)
         told_before = self._ledger.entry(self.proposal.fingerprint, empty).ledger.disclosures
-        planned = replace(empty, disclosures=told_before).add(_of(federation.mechanism.planned(), clients))
+        planned = replace(empty, disclosures=told_before).add(releases_of(federation.mechanism.planned(), clients))
         if told := unnoised(policy, planned):
             raise MessageError(told)
         if told := over_budget(policy, self._ledger, self.proposal.fingerprint, planned):
@@ -383,14 +396,3 @@ def read_document(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RunError(f"{file} cannot be read ({error}); put a backup back, or say hello to it again") from None
     return document if isinstance(document, dict) else {}
-
-
-def _of(releases: Sequence[Release], clients: Sequence[int]) -> list[Release]:
-    """Return the releases of some clients, and those of all together."""
-    parties = {f"client {client}" for client in clients}
-    return [release for release in releases if release.party in parties or not release.party.startswith("client ")]
-
-
-def names_digest(names: Sequence[str]) -> str:
-    """Return a digest of the classes, in order."""
-    return hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()

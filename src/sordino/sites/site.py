@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 
 from sordino.errors import ConfigError, RunError, SordinoError
-from sordino.experiments.run_lock import held
+from sordino.experiments.run_lock import InUse, held_in_turn
 from sordino.files import require_private, write_private
 from sordino.progress import log
 from sordino.randomness import system_bytes
@@ -19,9 +21,12 @@ from sordino.sites.proposal import OWN, Proposal
 from sordino.sites.settings import FINGERPRINT, SiteSettings, is_fingerprint
 
 PROPOSED = "proposal.json"  # in the folder of an experiment
-LAST = "process"  # in the state folder: which process answered last
+LAST = "process"  # in the state folder, and in that of each experiment: which process answered last
 OWNER = "site"  # there too: the name of the site whose state it is
 FAULT = "something went wrong here"  # told where no refusal says what
+WAIT = 60.0  # seconds that a request waits while this site answers another one; a tenth of a round's usual deadline
+BUSY = "this site answers another request; ask again"
+PATH = re.compile(r"(?<![\w.:/])(/|[A-Za-z]:[\\/])[^\s/\\]")  # the start of an absolute one
 
 
 class Site:
@@ -29,13 +34,14 @@ class Site:
 
     Args:
         settings: of the site's file.
+        wait: seconds that a request waits while another process of this site answers one.
 
     Raises:
         RunError: its state folder is another site's, or damaged.
     """
 
-    def __init__(self, settings: SiteSettings) -> None:
-        self.settings, self.state = settings, Path(settings.state)
+    def __init__(self, settings: SiteSettings, wait: float = WAIT) -> None:
+        self.settings, self.state, self._wait = settings, Path(settings.state), wait
         self._check_owner()
         self.ledger = SiteLedger.of_state(self.state)
         self._members: dict[str, Membership] = {}
@@ -45,13 +51,17 @@ class Site:
     def turn(self, request: bytes) -> bytes:
         """Return the answer to a request, whatever its bytes are. A refusal says why; no error is raised.
 
-        The same request gets the same answer, however often it comes, and to whichever process of this site.
+        The same request gets the same answer, however often it comes, and to whichever process of this site. Several of
+        them answer one after another. Who waits in vain says so: that is no refusal, and nothing happened.
         """
         try:
             self._make_private()
-            with held(self.state, instead=False):
+            with held_in_turn(self.state, self._wait):
                 self._take_over()
                 return self._answer(request)
+        except InUse:
+            log.info("a request is to come again, as another one took more than %g s", self._wait)
+            return Envelope("busy", "", {"reason": BUSY}).encode()
         except SordinoError as error:
             return self._refusal("", error)
         except Exception as error:  # a fault of this program's, or a file that cannot be opened; nothing left
@@ -66,15 +76,18 @@ class Site:
             self._looked_at_state = True
 
     def _take_over(self) -> None:
-        """Read the state again if another process of this site has answered since this one did."""
+        """Read the ledger again if another process of this site has answered since this one did."""
         file = self.state / LAST
-        if file.exists() and file.read_text() == self._name:
+        if self._answered_last(file):
             return
         if not self._check_owner():
             write_private(self.state / OWNER, self.settings.name.encode())
-        self._members.clear()
-        self.ledger = SiteLedger.of_state(self.state)
+        self.ledger.renew()
         write_private(file, self._name.encode())
+
+    def _answered_last(self, file: Path) -> bool:
+        """Return whether this process is the one that a file says answered last."""
+        return file.exists() and file.read_text() == self._name
 
     def _check_owner(self) -> bool:
         """Return whether the state folder is known to be this site's. One without a name is that of who answers first.
@@ -96,10 +109,12 @@ class Site:
 
     def _refusal(self, experiment: str, error: SordinoError) -> bytes:
         """Return a refusal. An error of data may name files or persons, so its text stays in the site's own log."""
-        reason = str(error)
+        reason, places = str(error), (str(self.state), str(self.state.resolve()))
         # What was proposed may be told; what is in the site's own tables may not.
         proposed = isinstance(error, ConfigError) and error.key.partition(".")[0] not in (*OWN, "encoder", "policy")
-        if not (proposed or isinstance(error, MessageError | RunError)):
+        for place in places:
+            reason = reason.replace(place, "state")
+        if not (proposed or (isinstance(error, MessageError | RunError) and not PATH.search(reason))):
             log.error("refused: %s", error)
             reason = f"its own data or file is not as it should be ({type(error).__name__}); its log says more"
         return Envelope("refusal", experiment, {"reason": reason, "site": self.settings.name}).encode()
@@ -114,6 +129,8 @@ class Site:
             if not is_fingerprint(envelope.experiment):  # it comes from a message, and names a folder
                 raise MessageError(f"an experiment's fingerprint has {FINGERPRINT} hexadecimal digits")
             experiment = envelope.experiment
+            if not self._answered_last(self.folder(experiment) / LAST):
+                self._members.pop(experiment, None)  # a secure sum of another experiment goes on
             if envelope.kind == "hello":
                 return self.hello(envelope)
             member = self._member(experiment)
@@ -147,7 +164,7 @@ class Site:
         facts = member.hello().facts
         file = self.folder(proposal.fingerprint) / PROPOSED
         write_private(file, json.dumps(proposal.facts, indent=1).encode())
-        self._members[proposal.fingerprint] = member
+        self._keep(proposal.fingerprint, member)
         return Envelope("hello", proposal.fingerprint, facts).encode()
 
     def _member(self, experiment: str) -> Membership:
@@ -161,8 +178,15 @@ class Site:
                 raise MessageError("; ".join(found))
             member = self.membership(proposal)
             member.resume()
-            self._members[experiment] = member
+            self._keep(experiment, member)
         return self._members[experiment]
+
+    def _keep(self, experiment: str, member: Membership) -> None:
+        """Remember what this site is in an experiment, for as long as no other process of it answers there."""
+        file = self.folder(experiment) / LAST
+        if not self._answered_last(file):
+            write_private(file, self._name.encode())
+        self._members[experiment] = member
 
     def membership(self, proposal: Proposal) -> Membership:
         """Return what this site would be in an experiment; nothing is kept of it."""
@@ -173,6 +197,13 @@ class Site:
         return self.state / EXPERIMENTS / experiment
 
 
-def refusal(reason: str) -> bytes:
-    """Return the answer of a site that cannot even read a request."""
-    return Envelope("refusal", "", {"reason": reason}).encode()
+def refusal(reason: str, folder: Path | None = None) -> bytes:
+    """Return the answer of a site that cannot even read a request. A reason that names a path stays at the site.
+
+    Args:
+        reason: in words.
+        folder: of the site's file, whose name alone is told.
+    """
+    told = reason if folder is None else reason.replace(f"{folder}{os.sep}", "")
+    told = f"{FAULT}; its log says more" if PATH.search(told) else told
+    return Envelope("refusal", "", {"reason": told}).encode()
