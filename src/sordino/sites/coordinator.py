@@ -34,12 +34,7 @@ from sordino.runtime.messages import MessageError
 from sordino.runtime.server import ServerEnd, ServerRecord, ServerTraining
 from sordino.runtime.uploads import RoundError
 from sordino.runtime.waiting import Stalled, drive
-from sordino.sites.answers import accuracy_of, groups, read_answer
-from sordino.runtime.fleet import Ask, Fleet, Patience, ServerRuntime, drive
-from sordino.runtime.messages import MessageError
-from sordino.runtime.server import ServerEnd, ServerRecord, ServerTraining
-from sordino.runtime.uploads import RoundError
-from sordino.sites.answers import BusyAskedAgain, accuracy_of, answer_of
+from sordino.sites.answers import BusyAskedAgain, accuracy_of, answer_of, groups
 from sordino.sites.latecomers import Latecomers
 from sordino.sites.meeting import Begun, Meeting, Met
 from sordino.sites.membership import ANSWERED
@@ -263,11 +258,7 @@ class _Rounds:
         return sum(bool(line.get("void")) for line in self._metrics.lines)
 
     def _need_a_round(self) -> None:
-        """Check that something was learned.
-
-        Raises:
-            Stalled: all rounds were void.
-        """
+        """Raise `Stalled` if all rounds were void, so that nothing was learned."""
         rounds = sum(line["round"] > 0 for line in self._metrics.lines)
         if rounds and self._voids() == rounds:
             raise Stalled(
@@ -390,7 +381,6 @@ class _Rounds:
             told: list[str] = []  # by whom; a refusal is no answer
             waiting = self.patience.deadline, self.patience.grace, lambda told=told, least=quorum: len(told) < least
             for event in self.fleet.ask(Ask(training.round, payloads, quorum, *waiting)):
-                yield event.site, (envelope := read_answer(event, kind, experiment))
                 yield event.site, (envelope := answer_of(event, kind, experiment))
                 told += [event.site] if envelope.kind == kind else []
 
@@ -406,15 +396,3 @@ class _Rounds:
             "privacy": privacy,
         }
         write_atomically(self.out / OUTCOME, json.dumps(document, indent=1).encode(), FREE_SPACE)
-
-
-def _groups(sites: Mapping[str, Sequence[int]]) -> Iterator[dict[str, Sequence[int]]]:
-    """Yield groups of sites that together have not many more than `AT_ONCE` clients."""
-    group: dict[str, Sequence[int]] = {}
-    for site, clients in sites.items():
-        group[site] = clients
-        if sum(map(len, group.values())) >= AT_ONCE:
-            yield group
-            group = {}
-    if group:
-        yield group
