@@ -174,6 +174,9 @@ class Pipes:
     def sites(self) -> frozenset[str]:
         return frozenset(self._pipes)
 
+    def may_return(self) -> bool:
+        return False
+
     def ask(self, ask: Ask) -> Iterator[Answer | Lost]:
         for name, payload in ask.payloads.items():
             self._pipes[name].send_bytes(payload)

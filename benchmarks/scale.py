@@ -46,11 +46,12 @@ from sordino.randomness import Randomness
 from sordino.runtime import checkpoint
 from sordino.runtime.agreement import Agreement, Plan
 from sordino.runtime.client import ClientEnd
-from sordino.runtime.fleet import Answer, Ask, Lost, Patience, Questions, ServerRuntime, drive
+from sordino.runtime.fleet import Answer, Ask, Lost, Patience, ServerRuntime
 from sordino.runtime.local import LocalRuntime
-from sordino.runtime.server import ServerEnd, ServerTraining
+from sordino.runtime.server import Questions, ServerEnd, ServerTraining
 from sordino.runtime.settings import RuntimeSettings
 from sordino.runtime.turns import FILE, Turns
+from sordino.runtime.waiting import drive
 
 EXPERIMENT = "ab" * 32
 EACH, SITES = 8, 2
@@ -125,6 +126,9 @@ class Pipes:
 
     def sites(self) -> frozenset[str]:
         return frozenset(self.pipes)
+
+    def may_return(self) -> bool:
+        return False
 
     def ask(self, ask: Ask) -> Iterator[Answer | Lost]:
         for name, payload in ask.payloads.items():

@@ -184,6 +184,14 @@ def make_runtime(
     return make
 
 
+@pytest.fixture(scope="session", autouse=True)
+def common_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fixtures that several tests share do not read or fill the user's feature cache either."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SORDINO_CACHE", str(tmp_path_factory.mktemp("common-cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or fills the user's feature cache."""

@@ -46,6 +46,14 @@ class Record(BaseModel):
         return {key: value for key, value in content.items() if value is not None or key not in self.LATER}
 
 
+def json_pieces(text: bytes) -> int:
+    """Return a number that a JSON text has no more values than, without parsing it.
+
+    A value stands at the beginning or behind one of these signs. Those inside strings count too; Base64 has none.
+    """
+    return 1 + sum(text.count(sign) for sign in (b"[", b"{", b",", b":"))
+
+
 def read_regular(path: Path, limit: int) -> bytes:
     """Read a regular file, or the one that a link leads to.
 
@@ -191,12 +199,35 @@ def require_private(folder: Path, remedy: str) -> None:
         RunError: it cannot be made.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        mode = stat.S_IMODE(folder.stat().st_mode)
+        make_private(folder)
+        entered = entered_by_others(folder)
     except OSError as error:
         raise RunError(f"cannot write {folder}: {error.strerror or error}; {FREE_SPACE}") from None
-    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
-        log.warning("%s may be entered by others than its owner (mode %o); %s", folder, mode, remedy)
+    if entered:
+        log.warning("%s %s; %s", folder, entered, remedy)
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder that only its owner may enter; one that is there stays as it is.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
+def entered_by_others(folder: Path) -> str:
+    """Return in words that others than its owner may enter a folder; "" if they may not, or it is not there.
+
+    Raises:
+        OSError: its mode cannot be read.
+    """
+    try:
+        mode = stat.S_IMODE(folder.stat().st_mode)
+    except FileNotFoundError:
+        return ""
+    closed = os.name != "posix" or not mode & (stat.S_IRWXG | stat.S_IRWXO)
+    return "" if closed else f"may be entered by others than its owner (mode {mode:o})"
 
 
 def _open_private(path: str, flags: int) -> int:

@@ -58,6 +58,11 @@ class EncoderRecord(Record):
 
     LATER: ClassVar = ("generative",)
 
+    @property
+    def identity(self) -> str:
+        """All that features depend on, as text: encoders with the same one answer alike, wherever they lie."""
+        return self.model_dump_json(exclude={"checkpoint"})
+
 
 class PrivacyRecord(BaseModel):
     """The privacy of a prompt.

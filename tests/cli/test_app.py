@@ -12,6 +12,7 @@ import pytest
 
 from sordino.cli import app as cli
 from sordino.errors import SordinoError
+from sordino.experiments.doctor import examine
 
 CONFIG = """
 rounds = 2
@@ -181,6 +182,16 @@ def test_doctor_finds_what_is_there() -> None:
     done = sordino("doctor")
     assert done.returncode == 0, done.stdout
     assert "bundled encoder's weights: installed" in done.stdout
+
+
+def test_doctor_finds_a_folder_of_features_that_others_may_enter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SORDINO_CACHE", str(tmp_path))
+    (tmp_path / "features").mkdir()
+    (tmp_path / "features").chmod(0o750)
+    (found,) = (check.finding for check in examine() if check.name == "feature cache")
+    assert found.endswith(f"others than its owner (mode 750): run 'chmod 700 {tmp_path / 'features'}'")
 
 
 def test_a_warning_is_one_line_once_without_its_place_in_the_program() -> None:

@@ -104,9 +104,11 @@ def test_what_cannot_be_evaluated_is_told_in_one_line(
 ) -> None:
     source = f"imagefolder:{shades}"
     run(load_config(config_file, ["algorithm=promptfl", "rounds=1"]), tmp_path / "other")
-    code, out, said = sordino(finished, tmp_path / "other", "--to", source)
-    assert (code, out) == (2, "")
-    assert "of another method or encoder" in said
+    run(load_config(config_file, ["encoder.dtype=bfloat16", "rounds=1"]), tmp_path / "half")
+    for other in ("other", "half"):
+        code, out, said = sordino(finished, tmp_path / other, "--to", source)
+        assert (code, out) == (2, "")
+        assert "of another method, encoder or precision" in said
     code, _, said = sordino(tmp_path, "--to", source)
     assert code == 2
     assert "has no prompts/ of a finished run" in said

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -393,6 +394,28 @@ def test_processes_may_write_at_once_and_be_killed(tmp_path):
     result, encoder = run(images, tmp_path)  # a damaged shard would be a warning, which is an error in these tests
     assert (result.encoded, encoder.decoded) == (0, 0)
     assert torch.equal(result.features, run(images, None)[0].features)
+
+
+def test_no_other_user_reads_a_feature_or_which_pictures_there_are(tmp_path):
+    before = os.umask(0)
+    try:
+        run(Pictures(contents(3)), tmp_path / "cache")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "cache" / "features").stat().st_mode) == 0o700
+    assert [stat.S_IMODE(shard.stat().st_mode) for shard in shards(tmp_path)] == [0o600]
+
+
+def test_a_folder_of_features_that_others_may_enter_is_warned_of_once_and_used(tmp_path):
+    folder = tmp_path / "features"
+    folder.mkdir()
+    folder.chmod(0o755)  # of an earlier version, or shared on purpose
+    with pytest.warns(SordinoWarning, match=f"others than its owner .mode 755.*run 'chmod 700 {folder}'") as warned:
+        found = [run(Pictures(contents(3)), tmp_path)[0] for _ in range(2)]
+    assert len(warned) == 1
+    assert [(result.encoded, result.cached) for result in found] == [(3, 0), (0, 3)]
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+    assert [stat.S_IMODE(shard.stat().st_mode) for shard in shards(tmp_path)] == [0o600]
 
 
 def test_default_directory(monkeypatch):

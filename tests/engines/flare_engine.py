@@ -33,6 +33,8 @@ class FlareEngine:
     Attributes:
         kits: by name; nobody has started that of `south`.
         parties: by name.
+        rejoined: what the command says of a site that is back.
+        hostile: whether server and sites can be told to send each other everything; see `faulty.hostile`.
     """
 
     folder: Path
@@ -40,6 +42,7 @@ class FlareEngine:
     kits: dict[str, Path]
     parties: dict[str, Party]
     rejoined: str = "is back; another job goes on with it"
+    hostile: bool = False
 
     @property
     def homes(self) -> dict[str, Path]:
@@ -78,13 +81,16 @@ class FlareEngine:
     def site(self, kit: Path) -> Party:
         """Start a site from a kit."""
         own = {"SORDINO_TEST_FAULTS": str(self.faults), "SORDINO_CACHE": str(self.folder / "cache")}
-        return Party(kit, PYTHONPATH=str(FAULTY), **own)
+        return Party(kit, PYTHONPATH=str(FAULTY), **own, **self._hostile())
 
     def kill_server(self) -> None:
         self.parties.pop("server").end()
 
     def start_server(self) -> None:
-        self.parties["server"] = Party(self.kits["server"])
+        self.parties["server"] = Party(self.kits["server"], PYTHONPATH=str(FAULTY), **self._hostile())
+
+    def _hostile(self) -> dict[str, str]:
+        return {"SORDINO_TEST_HOSTILE": str(self.faults)} if self.hostile else {}
 
     @staticmethod
     def _registered(name: str) -> str:
@@ -103,7 +109,7 @@ def made_kits(project: Project, folder: Path) -> dict[str, Path]:
 
 
 @contextmanager
-def flare(folder: Path, clip: Path | None = None) -> Iterator[FlareEngine]:
+def flare(folder: Path, clip: Path | None = None, hostile: bool = False) -> Iterator[FlareEngine]:
     """Make a project, start its server and sites, and end all their processes.
 
     Every job starts four processes. With the bundled encoder they do not import transformers, which takes longer than
@@ -128,7 +134,7 @@ def flare(folder: Path, clip: Path | None = None) -> Iterator[FlareEngine]:
     permissions = json.loads(authorization.read_text())
     permissions["permissions"]["lead"]["byoc"] = "any"
     authorization.write_text(json.dumps(permissions))
-    engine = FlareEngine(folder, clip, kits, {})
+    engine = FlareEngine(folder, clip, kits, {}, hostile=hostile)
     engine.faults.mkdir()
     try:
         engine.start_server()

@@ -77,16 +77,17 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Path:
-    root = tmp_path_factory.mktemp("statements") / "<i>odd & 'path'"
+    root = tmp_path_factory.mktemp("statements")
+    pictures = root / "<i>odd & 'pictures'"
     generator = np.random.default_rng(0)
     for name in (*ODD[:2], "end", ODD[3]):  # no folder's name has a slash
-        folder = root / "pictures" / name
+        folder = pictures / name
         folder.mkdir(parents=True)
         for number in range(8):
             noise = generator.integers(0, 255, (24, 24, 3)).astype(np.uint8)
             Image.fromarray(noise).save(folder / f"{number}.png")
     file = root / "config.toml"
-    file.write_text(CONFIG.format(algorithm="dp-fpl", pictures=root / "pictures", checkpoint=clip_folder))
+    file.write_text(CONFIG.format(algorithm="dp-fpl", pictures=pictures, checkpoint=clip_folder))
     return file
 
 
@@ -249,7 +250,7 @@ def test_odd_names_are_shown_and_never_markup(runs: Callable[[str], Path], conte
     assert page.count("<script") == page.count("</script>") == 1  # its data, which no browser runs
     assert "script-src" not in page
     text = seen(page)
-    assert "<i>odd & 'path'/pictures" in text
+    assert "imagefolder:<i>odd & 'pictures'" in text
     for name in (*ODD[:2], ODD[3]):
         assert name.replace("_", " ") in text
 
@@ -497,7 +498,7 @@ def test_a_plan_has_the_statements_look_and_words(kind: str, config: Path, tmp_p
     starts = {"simulated": "NOT PRIVATE: THIS IS A SIM"}
     starts |= dict.fromkeys(("private", "clients"), "Planned: differentially private, ε = ")
     assert starts.get(kind, "NOT PRIVATE") in text
-    assert "<i>odd & 'path'/pictures" in text
+    assert "imagefolder:<i>odd & 'pictures'" in text
     if kind == "private":
         worst = max(view.epsilon for view in chosen.views)
         assert f"ε = {rounded_up(worst)} at δ = 0.01" in text

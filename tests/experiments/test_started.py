@@ -15,7 +15,8 @@ from sordino.errors import RunError
 from sordino.experiments.compare import compare
 from sordino.experiments.config import load_config
 from sordino.experiments.run import run
-from sordino.experiments.started import LINES, PARTIES, TRIAL, TUNING, was_begun
+from sordino.experiments.started import PARTIES, TRIAL, TUNING, was_begun
+from sordino.experiments.tracking import LINES
 from sordino.experiments.variants import grid
 from sordino.mpc.parties.certificates import ROLES, make_certificates
 

@@ -39,6 +39,12 @@ class Context(FLContext):  # type: ignore[misc]
         return self._certified
 
 
+@pytest.fixture(autouse=True)
+def shut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is none of FLARE's, and stays as it is."""
+    monkeypatch.setattr("sordino.flare.executor.is_shut", lambda: True)
+
+
 @pytest.fixture
 def local(tmp_path: Path, clip_folder: Path) -> Path:
     write_pictures(tmp_path / "local" / "pictures", 0, 5)
@@ -105,6 +111,14 @@ def test_a_failure_at_a_site_does_not_tell_of_its_data(
     content = asked(local, "east", hello(clip_folder))[CONTENT]
     assert "ValueError" in Envelope.decode(content).facts["reason"]
     assert b"alice" not in content
+
+
+def test_a_site_with_a_kit_that_leaves_flare_open_answers_nothing(
+    local: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sordino.flare.executor.is_shut", lambda: False)
+    answer = Envelope.decode(asked(local, "east", hello(clip_folder))[CONTENT])
+    assert (answer.kind, "make all kits anew, with new keys" in answer.facts["reason"]) == ("refusal", True)
 
 
 def test_a_site_rests_once_its_answer_is_sent(local: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ def test_each_site_is_given_its_own_bytes_and_answers_once() -> None:
 def test_who_is_not_connected_is_lost_at_once_and_a_failure_is_told() -> None:
     tasks = Tasks({"east": b"1", "west": "it failed: EXECUTION_EXCEPTION"})
     events = list(FlareFleet(tasks).ask(ask("east", "north", "west", deadline=1e6)))
-    assert Lost("north", "it is not connected") in events
+    assert Lost("north", "it is not connected", asked=False) in events
     assert Lost("west", "it failed: EXECUTION_EXCEPTION") in events
     assert Answer("east", b"1") in events
     assert len(events) == 3
@@ -117,6 +117,19 @@ def test_a_job_that_is_paused_ends_between_two_rounds_and_not_in_one() -> None:
     with pytest.raises(Paused, match="before round 3"):
         list(fleet.ask(Ask(3, {"east": b"east"}, 1, 1e6, 0.0)))
     assert not tasks.started
+
+
+def test_waiting_for_sites_ends_with_the_job() -> None:
+    """No round is open then, so nothing is given up."""
+    tasks = Tasks({"east": b"1"}, frozenset())
+    fleet = FlareFleet(tasks)
+    assert fleet.may_return()
+    tasks.pause = True
+    with pytest.raises(Paused, match="while it waits for sites"):
+        fleet.may_return()
+    tasks.stop = True
+    with pytest.raises(Aborted):
+        fleet.may_return()
 
 
 def test_who_stops_listening_leaves_no_task() -> None:

@@ -1,4 +1,4 @@
-"""What is FLARE's own, beside the suite over all engines: certificates, code in jobs, and processes of a job."""
+"""What is FLARE's own, beside the suite over all engines: certificates, code in jobs, processes of a job, requests."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from engines.flare_engine import LEAD, FlareEngine, flare
+from engines.flare_engine import FAULTY, LEAD, FlareEngine, flare
 from engines.processes import HELD, SECONDS, Trial, paced
-from flare.parties import Party, environment, until
+from flare.parties import Party, environment, processes_of, until
 from sites.owners import NAMES
+from sordino.flare.gate import REQUESTS
 from sordino.flare.job import write_job
 from sordino.flower.certificates import write_certificates
 from sordino.runtime.fleet import Patience
@@ -29,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlareEngine]:
-    with flare(tmp_path_factory.mktemp("flare")) as started:
+    with flare(tmp_path_factory.mktemp("flare"), hostile=True) as started:
         yield started
 
 
@@ -179,3 +181,51 @@ def test_code_in_a_job_is_refused_at_every_site(engine: FlareEngine) -> None:
     refused = {line.partition(":")[0] for line in told["refused"] if "BYOC not permitted" in line}
     assert refused == set(NAMES), "the server let it through, and no site did"
     assert not marker.exists()
+
+
+SECRET = "patient Miller: melanoma"
+
+
+def asked_by(engine: FlareEngine, party: str, targets: list[str], file: Path) -> dict[str, list[dict[str, Any]]]:
+    """What parties answer to everything that another one sends."""
+    asked = json.dumps([targets, str(file)])
+    if party == LEAD:
+        command = [sys.executable, str(Path(__file__).with_name("ask_as_lead.py")), str(engine.kits[LEAD]), asked]
+        own = environment(PYTHONPATH=str(FAULTY))
+        done = subprocess.run(command, env=own, capture_output=True, text=True, check=True, timeout=180)
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+    (engine.faults / "ask").write_text(asked)
+    (engine.faults / "ask").rename(engine.faults / f"{party}.ask")
+    answers = engine.faults / f"{party}.answers"
+    until(f"{party} was answered", answers.exists)
+    return dict(json.loads(answers.read_text()))
+
+
+def is_heard(answer: dict[str, Any]) -> bool:
+    return answer["code"] == "ok" and not answer["refused"]
+
+
+def test_no_party_reads_or_ends_anything_at_a_site_or_the_server(engine: FlareEngine) -> None:
+    """Every topic of FLARE's, from the server's own process, another site's and a lead's, asking for rights or not."""
+    file = engine.kits["east"] / "local" / "patients.csv"
+    file.write_text(SECRET)
+
+    def living() -> set[int]:
+        found = processes_of(engine.kits["server"]) | processes_of(engine.kits["east"])
+        return {number for number, arguments in found.items() if any("_train" in each for each in arguments)}
+
+    before = living()
+    assert len(before) == 2
+    state = engine.kits["east"] / "state"
+    state.mkdir(exist_ok=True)
+    for party, targets in (("server", ["east"]), ("north", ["east", "server"]), (LEAD, ["east", "server"])):
+        for target, answers in asked_by(engine, party, targets, file).items():
+            assert len(answers) > 80
+            assert not [each for each in answers if SECRET in each["text"]], (party, target)
+            heard = {tuple(map(each.get, ("channel", "request", "authorized"))) for each in answers if is_heard(each)}
+            allowed = {("admin", request, True) for request in REQUESTS} if party == "server" else set()
+            assert heard <= allowed, (party, target)
+    assert state.is_dir(), "a site's ledger is beside the folders of jobs"
+    assert living() == before
+    assert not (engine.kits["east"] / "restart.fl").exists()
+    file.unlink()

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import tomli_w
 from cryptography import x509
 from nvflare.app_common.widgets.component_path_authorizer import ComponentPathAuthorizer
 from nvflare.fuel.sec.authz import AuthzContext, Person
@@ -16,8 +17,8 @@ from typer.testing import CliRunner
 from sordino.cli.app import app
 from sordino.errors import ConfigError
 from sordino.flare.names import CONTROLLER, EXECUTOR, KIT_FILE, SITE_FILE
-from sordino.flare.project import AdminEntry, Project, ServerEntry, load_project
-from sordino.flare.provision import provision
+from sordino.flare.project import AdminEntry, Party, Project, ServerEntry, load_project
+from sordino.flare.provision import build, provision
 from sordino.sites.server_settings import COORDINATOR_FILE, CoordinatorSettings, load_coordinator
 
 PROJECT = """
@@ -118,6 +119,11 @@ def test_a_site_that_joins_later_leaves_the_others_their_certificates(tmp_path: 
         ('"lead@example.org"', '"lead"', "admins.0.name = 'lead': string should match pattern"),
         ('store = "/some', 'store = "some', "server.store = 'somewhere/store': string should match pattern"),
         ('"project_admin"', '"king"', "admins.1.role = 'king': input should be"),
+        ('"east"', '"north.hospital"', "sites.0.name = 'north.hospital': string should match pattern"),
+        ('"lead@example.org"', '"lead@example.c1"', "admins.0.name = 'lead@example.c1': string should match pattern"),
+        ('"lead@', f'"{"a" * 60}@', "admins.0.name = 'a{60}@example.org': string should have at most 64"),
+        ('"127.0.0.1"', '"::1"', "server.host = '::1': string should match pattern"),
+        ('"127.0.0.1"', '"host-"', "server.host = 'host-': string should match pattern"),
     ],
 )
 def test_bad_projects_are_refused_in_one_line(old: str, new: str, message: str, tmp_path: Path) -> None:
@@ -125,6 +131,24 @@ def test_bad_projects_are_refused_in_one_line(old: str, new: str, message: str, 
     file.write_text(PROJECT.replace(old, new, 1))
     with pytest.raises(ConfigError, match=f"^{message}"):
         load_project(file)
+
+
+def test_every_name_that_a_project_may_have_gets_a_kit(tmp_path: Path) -> None:
+    sites = ["7", "a-", "A_b-9", "Z" * 63]
+    admins = ["a@b.cd", "A.b+c_d-e@x-y.example.org", f"{'a' * 52}@example.org"]
+    tables = [{"name": name, "organization": "Z" * 63} for name in sites]
+    people = [{"name": name, "organization": "9_"} for name in admins]
+    project = {"name": "P" * 63, "server": {"host": "a-b.c9.example"}, "sites": tables, "admins": people}
+    (tmp_path / "project.toml").write_text(tomli_w.dumps(project))
+    kits = provision(load_project(tmp_path / "project.toml"), tmp_path / "out")
+    assert {kit.name for kit in kits} == {"server", *sites, *admins}
+
+
+def test_a_party_that_flare_takes_not_is_named(tmp_path: Path) -> None:
+    server = ServerEntry(host="127.0.0.1")
+    party = Party(name="north.hospital", organization="north", kind="client", server=server)
+    with pytest.raises(ConfigError, match=r"sites = 'north.hospital': FLARE takes no such party: name=north.hospital"):
+        build("trial", [party], [], tmp_path)
 
 
 def test_the_page_on_deployment_names_every_key_and_its_project_is_valid(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_nodes_with_keys_that_nobody_lists_are_not_there() -> None:
 def test_who_is_not_connected_is_lost_at_once() -> None:
     grid = Grid({"east": b"1"}, {"east": "morning"})
     events = by_site(asked(grid, "east", "north", deadline=1e6))
-    assert events == {"east": Answer("east", b"1"), "north": Lost("north", "it is not connected")}
+    assert events == {"east": Answer("east", b"1"), "north": Lost("north", "it is not connected", asked=False)}
 
 
 @pytest.mark.parametrize(
@@ -237,12 +237,24 @@ def test_a_node_that_was_started_again_is_asked_again() -> None:
 
 
 def test_a_message_that_the_server_does_not_take_loses_the_site() -> None:
-    assert asked(Grid({"east": b"1"}, takes=False), "east") == [Lost("east", "the server takes no message for it")]
+    lost = Lost("east", "the server takes no message for it", asked=False)
+    assert asked(Grid({"east": b"1"}, takes=False), "east") == [lost]
 
 
 def test_a_stopped_run_ends_the_question() -> None:
     with pytest.raises(Stopped):
         asked(Grid({}, stopped=True), "east", deadline=1e6)
+
+
+def test_a_run_that_is_stopped_waits_for_no_sites() -> None:
+    grid = Grid({})
+
+    def stopped() -> Iterable[Any]:
+        raise RunNotRunningException
+
+    grid.get_nodes = stopped  # type: ignore[method-assign]
+    with pytest.raises(Stopped):
+        FlowerFleet(grid, {}).sites()
 
 
 def test_a_question_ends_with_its_deadline_at_the_server_too() -> None:

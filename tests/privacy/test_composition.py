@@ -19,7 +19,7 @@ from sordino.experiments.config import load_config
 from sordino.experiments.run import run
 from sordino.privacy.accounting import compose, epsilon, spent
 from sordino.privacy.ledger import ALL_CLIENTS, OBSERVERS, Disclosure, Ledger, Release, joint_digest
-from sordino.privacy.statement import is_private, statement
+from sordino.privacy.statement import is_private, read_ledgers, statement
 from sordino.runtime.local import LocalRuntime
 
 MakeRuntime = Callable[..., LocalRuntime]
@@ -160,6 +160,31 @@ def test_a_run_is_composed_once() -> None:
     one = ledger({"client 0": 1.0}, {}, "one")
     with pytest.raises(RunError, match="run one is given 2 times"):
         compose([one, replace(one, delta=0.1)])
+
+
+def written(folder: Path, *ledgers: Ledger) -> list[Path]:
+    """A folder for each ledger."""
+    folders = [folder / str(number) for number, _ in enumerate(ledgers)]
+    for place, each in zip(folders, ledgers, strict=True):
+        place.mkdir(parents=True)
+        (place / "ledger.json").write_text(each.to_json())
+    return folders
+
+
+@pytest.mark.parametrize("name", ["", "abc"])
+def test_published_ledgers_of_unknown_runs_add_up(name: str, tmp_path: Path) -> None:
+    """Nobody can say that they are one run, or of the same clients, or of one release: so the worst clients add up."""
+    published = ledger({"client 0": 1.0, "client 1": 3.0}, {}, "")
+    published = replace(published, releases=tuple(replace(each, name=name) for each in published.releases))
+    own = ledger({"client 0": 2.0}, {"client 0": "d"}, "own")
+    own = replace(own, releases=tuple(replace(each, name=name) for each in own.releases))
+    folders = written(tmp_path, published, own, published)
+    worst = [release("", z) for z in (1.0, 2.0, 1.0)]
+    assert spent(read_ledgers(folders), "public", "example").epsilon == close(epsilon(worst, DELTA))
+    assert read_ledgers(folders[:1]) == published, "nothing is composed"
+    for again in (folders[0], tmp_path / "1" / ".." / "0"):
+        with pytest.raises(RunError, match=r"0 is the same run as .*0; its releases happened once"):
+            read_ledgers([*folders, again])
 
 
 def test_the_command_refuses_a_run_that_is_given_twice(config_file: Path, tmp_path: Path) -> None:

@@ -65,7 +65,16 @@ def test_overrides_win(tmp_path: Path) -> None:
         (tables({**TEXT, "descriptions": ["bad"]}), r"task\.descriptions = \['bad'\]: must be as many .*: 2"),
         (tables({**TEXT, "descriptions": ["bad", " "]}), r"task\.descriptions = .*must not be empty"),
         (tables({**TEXT, "label_names": ["", "a"]}), r"task\.label_names = .*must not be empty"),
-        (tables({**TEXT, "gray_range": [0.0, 1.0]}), r"task\.gray_range = .*goes with kind 'images'"),
+        (tables({**TEXT, "gray_range": [0.0, 1.0]}), r"task\.gray_range = .*does not apply to kind 'text'"),
+        (tables({**TEXT, "person_level": 1}), r"task\.person_level = 1: does not apply to kind 'text'; remove it"),
+        (
+            tables({**IMAGES, "persons": "p.csv", "person_column": "who"}),
+            r"task\.person_column = 'who': person_column and persons both say whose a picture is",
+        ),
+        (
+            tables({**IMAGES, "source": "table:x.csv", "person_level": 1}),
+            r"task\.person_level = 1: person_level applies to a source 'imagefolder:PATH' only",
+        ),
         (tables({**IMAGES, "gray_range": [1.0, 1.0]}), r"task\.gray_range = .*two different"),
         (tables({**TEXT, "longest": 6}), r"task\.longest = 6: must be at least 7 with a prompt of 4 tokens"),
         (tables({**TEXT, "shots": 0}), r"task\.shots = 0: "),

@@ -16,17 +16,20 @@ from torch import Tensor
 from sordino.errors import ConfigError, DataError, EncoderError, SordinoWarning
 from sordino.mpc.tower.sentences import Forward, Sentences, encoded, in_the_clear
 from sordino.mpc.tower.tower import PrivateTower, bundled_tower
-from sordino.private_tuning.open_task import open_task
+from sordino.private_tuning.open_task import open_task, pictures_of, split_images
 from sordino.private_tuning.settings import PrivateTuning, parse_private_config
 from sordino.private_tuning.tasks import (
     TEXT_SCALE,
     ImageTask,
+    Part,
     TextTask,
     cross_entropies,
     drawn,
     initial_prompt,
     read_sentences,
 )
+from sordino.tasks import DataSettings
+from sordino.tasks.sources import load_images
 
 GOOD = ["a fine film", "a delight from start to end", "moving", "the best of the year , and by far the funniest"]
 BAD = ["a dull film", "it drags and drags , and then it drags some more", "awful", "not worth the price of popcorn"]
@@ -202,6 +205,70 @@ def test_settings_are_chosen_on_neither_shots_nor_tests(
         assert len(validation.test_labels) == 8
         everything = torch.cat([pictures.features, validation.test_features, tests.test_features])
         assert len(everything.unique(dim=0)) == 8 + 8 + 16  # no picture twice
+
+
+@pytest.fixture
+def pictures_of_patients(tmp_path: Path) -> Path:
+    """Sixty files of twenty patients, each with pictures of both classes; nobody reads them to list them."""
+    root, rows = tmp_path / "patients", ["file_name,patient"]
+    for number in range(60):
+        name = f"{('benign', 'malign')[number // 3 % 2]}/{number}.png"
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+        rows.append(f"{name},p{number % 20}")
+    (root / "metadata.csv").write_text("\n".join(rows), encoding="utf-8")
+    return root
+
+
+@pytest.mark.parametrize("own_split", [False, True])
+@pytest.mark.parametrize("part", ["test", "validation"])
+def test_shots_and_pictures_to_test_on_share_no_person(
+    pictures_of_patients: Path, image_config: Callable[..., PrivateTuning], part: Part, own_split: bool
+) -> None:
+    if own_split:  # in which two patients are in both
+        table = (pictures_of_patients / "metadata.csv").read_text(encoding="utf-8").splitlines()
+        tests = [number % 20 >= 12 and number not in (12, 33) for number in range(60)]
+        rows = [f"{row},{'test' if test else 'train'}" for row, test in zip(table[1:], tests, strict=True)]
+        text = "\n".join([table[0] + ",split", *rows])
+        (pictures_of_patients / "metadata.csv").write_text(text, encoding="utf-8")
+    tested = set()
+    for seed in range(8):
+        config = image_config(seed, source=f"imagefolder:{pictures_of_patients}", shots=3)
+        images = pictures_of(config)
+        assert images.persons is not None
+        shots, tests = split_images(images, np.ones(len(images), dtype=np.bool_), config, part)
+        assert len(shots) == 2 * 3
+        assert len(tests)
+        assert set(images.persons[shots].tolist()).isdisjoint(images.persons[tests].tolist())
+        if images.is_test is not None:
+            assert not images.is_test[shots].any()
+            assert images.is_test[tests].all() == (part == "test")
+        tested.add(tuple(tests.tolist()))
+    if part == "test":
+        assert len(tested) == 1  # the same for all seeds
+
+
+def test_pictures_are_those_that_other_commands_read(
+    pictures_of_patients: Path, image_config: Callable[..., PrivateTuning]
+) -> None:
+    """Persons by each way that `[data]` has, and labels of a list or a table."""
+    root, keys = pictures_of_patients, {}
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.png"))
+    lines = [f"{name},{'ab'[row % 2]},q{row % 7}" for row, name in enumerate(names)]
+    (root / "list.csv").write_text("\n".join(["file,finding,person", *lines]), encoding="utf-8")
+    keys["table"] = {"source": f"table:{root}/list.csv", "label_column": "finding", "class_names": ["no", "yes"]}
+    keys["list"] = {"source": f"imagefolder:{root}", "persons": f"{root}/list.csv"}
+    for task in keys.values():
+        expected = load_images(DataSettings(**task))  # type: ignore[arg-type]
+        images = pictures_of(image_config(**task))
+        assert images.class_names == expected.class_names
+        assert (images.person_names, list(images.names)) == (expected.person_names, list(expected.names))
+        assert images.person_names == tuple(f"q{number}" for number in range(7))
+    (root / "list.csv").write_text("file,person\nx.png,y\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"task\.persons: .* has no line for"):
+        pictures_of(image_config(**keys["list"]))
+    with pytest.raises(ConfigError, match=r"task\.person_column = 'who': there is no such column"):
+        pictures_of(image_config(source=f"imagefolder:{root}", person_column="who"))
 
 
 def test_a_picture_that_cannot_be_read_is_passed_over(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -117,6 +118,19 @@ def test_a_run_directory_is_complete(file: Path, tower: PrivateTower, tmp_path: 
     losses = json.loads((out / "search.json").read_text(encoding="utf-8"))["losses"]
     assert last["least_loss"] == min(map(min, losses))
     assert last["mean_loss"] == pytest.approx(sum(losses[-1]) / POPULATION)
+
+
+def test_no_other_user_reads_what_a_search_tells_of_its_data(file: Path, tower: PrivateTower, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    before = os.umask(0)
+    try:
+        tuned(file, out, in_the_clear(tower))
+    finally:
+        os.umask(before)
+    assert out.stat().st_mode & 0o777 == 0o700
+    shown = {path.name for path in out.rglob("*") if path.is_file() and path.stat().st_mode & 0o077}
+    assert shown == {"config.toml", "metrics.jsonl", "summary.json"}
+    assert (out / "data.json").exists()
 
 
 def test_the_stored_prompt_is_the_one_that_was_tested(file: Path, tower: PrivateTower, tmp_path: Path) -> None:

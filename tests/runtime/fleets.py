@@ -66,11 +66,14 @@ class ProcessFleet:
     def sites(self) -> frozenset[str]:
         return frozenset(self._sites)
 
+    def may_return(self) -> bool:
+        return False
+
     def ask(self, ask: Ask) -> Iterator[Answer | Lost]:
         waiting: dict[str, Site] = {}
         for site, payload in ask.payloads.items():
             if site not in self._sites:
-                yield Lost(site, "it is not there")
+                yield Lost(site, "it is not there", asked=False)
                 continue
             waiting[site] = self._sites[site]
             send(waiting[site].connection, payload)
@@ -106,6 +109,9 @@ class TimedFleet:
 
     def sites(self) -> frozenset[str]:
         return frozenset(self._sites)
+
+    def may_return(self) -> bool:
+        return False
 
     def ask(self, ask: Ask) -> Iterator[Answer | Lost]:
         begun = self._now

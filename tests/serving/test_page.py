@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -82,7 +83,7 @@ PIPES: dict[str, Any] = {"capture_output": True, "text": True, "check": False}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """The demo's runs, two of them published: one private in two versions, and one not private."""
+    """The demo's runs, two of them published: one private in two versions, and one not private; and a simulated one."""
     place = Place(tmp_path_factory.mktemp("place"))
     place.command("demo", "--quick", *SMALL, "--out", "runs/demo")
     for _ in range(2):
@@ -91,6 +92,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     config = str(files("sordino.cli") / "demo_private.toml")
     place.command("run", config, *SMALL, *SIMULATED, "--out", "simulated")
     place.command("publish", "simulated", "--client", "0", "--name", "simulated", "--accept-not-private")
+    for file in ("prompts/client-0000.safetensors", "ledger.json"):
+        shutil.copy(place.folder / "simulated" / file, place.folder)
+    alone = ["client-0000.safetensors", "--ledger", "ledger.json"]
+    place.command("publish", *alone, "--name", "alone", "--accept-not-private")
     return place
 
 
@@ -284,6 +289,14 @@ def test_simulated_noise_is_no_guarantee(browser: Browser, base: str, shots: Pat
         expect(card.locator(".banner")).to_have_text("SIMULATED, NOT PRIVATE")
         expect(card.locator(".figure.exposed")).to_contain_text("of the simulated noise")
         page.screenshot(path=shots / "prompt-simulated.png")
+
+
+def test_a_prompt_without_its_run_is_not_said_to_be_attacked_by_nobody(browser: Browser, base: str) -> None:
+    with watched(browser, base) as page:
+        card = entered(page, "alone:1").locator("#card-body")
+        expect(card).to_contain_text("Published without its run; whether it was attacked is not known here.")
+        expect(card).not_to_contain_text("No attack on the run was tried")
+        assert page.locator("#version").inner_text() == "1, latest, SIMULATED, NOT PRIVATE, attacks not known"
 
 
 BROKEN = {

@@ -29,7 +29,7 @@ from sordino.serving.card import card
 from sordino.serving.folder import export, read_folder
 from sordino.serving.manifest import AUDIT, CARD, LEDGER, PROMPT, STATEMENT, Manifest
 from sordino.serving.registry import Registry
-from sordino.serving.sources import dataset_name, from_file, from_run
+from sordino.serving.sources import from_file, from_run
 from sordino.serving.trust import Trusted, publisher_key
 
 
@@ -130,15 +130,6 @@ def test_a_ledger_of_an_earlier_version_is_shown_without_the_run_that_names_its_
     assert run not in told.to_json() + json.dumps(spending(ledger))
     again = replace(ledger, run="ef" * 16).for_others()
     assert again.releases == told.releases, "a release that two runs use is one for readers too"
-
-
-@pytest.mark.parametrize(
-    ("source", "name"),
-    [("digits", "digits"), ("imagefolder:/home/kim/photos/", "imagefolder:photos"), ("hf:a/b", "hf:a/b"),
-     ("csv:C:\\data\\x.csv", "csv:x.csv")],
-)  # fmt: skip
-def test_a_data_set_is_named_without_its_place(source: str, name: str) -> None:
-    assert dataset_name(source) == name
 
 
 def test_the_prompt_is_published_to_the_byte_with_its_own_accuracy(personal_run: Path, key: Ed25519PrivateKey) -> None:
@@ -252,11 +243,13 @@ def test_an_audit_of_another_claim_is_refused(copy: Path, key: Ed25519PrivateKey
 
 def test_a_site_publishes_a_prompt_with_its_own_ledger(shared_run: Path, tmp_path: Path) -> None:
     """A site has no run directory: its ledger is a file with the rounds beside it."""
-    prompt = shared_run / "prompts" / "shared.safetensors"
-    ledger = json.loads((shared_run / "ledger.json").read_bytes())
+    (tmp_path / "prompts").mkdir()
+    prompt = Path(shutil.copy(shared_run / "prompts" / "shared.safetensors", tmp_path / "prompts"))
+    shutil.copy(shared_run / "ledger.json", tmp_path)
+    ledger = json.loads((tmp_path / "ledger.json").read_bytes())
     (tmp_path / "site.json").write_text(json.dumps({"rounds": [1], "ledger": ledger}))
     material = from_file(prompt, tmp_path / "site.json")
-    assert material == from_file(prompt, shared_run / "ledger.json")
+    assert material == from_file(prompt, tmp_path / "ledger.json")
     assert (material.facts.mark, material.facts.training) == ("NOT PRIVATE", None)
     other = ledger | {"run": "00"}
     (tmp_path / "other.json").write_text(json.dumps(other))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import json
 import os
 import re
 import shutil
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from sklearn.datasets import load_digits
 from serving.conftest import some_facts, some_files
 from serving.uploads import PICTURES, huge_png
 from sordino.errors import ConfigError
+from sordino.report.groups import Group, group_runs, settings_of
+from sordino.report.runs import Run
 from sordino.results import FILE, Summary
 from sordino.serving.registry import Registry
 from sordino.serving.server import compared
@@ -252,6 +256,89 @@ def test_what_cannot_be_read_is_left_out_with_its_reason(why: str, folder: Path,
     assert left["folder"] == "study/seed-1"
     assert why in left["why"]
     assert str(tmp_path) not in left["why"]
+
+
+def places(content: Any, before: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where the values of a document stand."""
+    inside = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, each in inside:
+        yield (*before, key)
+        yield from places(each, (*before, key))
+
+
+def with_value(content: Any, place: tuple[Any, ...], value: Any) -> Any:
+    changed = copy.deepcopy(content)
+    inside = changed
+    for key in place[:-1]:
+        inside = inside[key]
+    inside[place[-1]] = value
+    return changed
+
+
+ODD = (float("nan"), float("inf"), -1, 10**400, "\ud800", [], {"a": float("-inf")})
+
+
+def required_json(found: dict[str, Any]) -> None:
+    json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
+
+
+def test_no_value_in_a_summary_takes_other_runs_from_the_page(folder: Path, tmp_path: Path) -> None:
+    """Each value of each kind; the damaged run has the settings of a good one, but for the seed."""
+    shutil.copytree(folder, tmp_path / "copy")
+    file = tmp_path / "copy" / "study" / "seed-1" / FILE
+    content = json.loads(file.read_bytes())
+    runs = RunFolder(tmp_path / "copy")
+    for place in places(content):
+        for value in ODD:
+            file.write_text(json.dumps(with_value(content, place, value)))
+            found = runs.compared()
+            required_json(found)
+            told = (place, value)
+            assert "zero-shot" in [run["method"] for run in found["runs"]], told
+            assert 0 in [seed for run in found["runs"] if run["method"] == "promptfl" for seed in run["seeds"]], told
+            assert all(left["folder"] == "study/seed-1" and left["why"] for left in found["left_out"]), told
+            assert str(tmp_path) not in str(found["left_out"])
+    file.write_text(json.dumps(with_value(content, ("seconds", "train"), float("inf"))))
+    assert "not finite" in runs.compared()["left_out"][0]["why"]
+
+
+CONFIGS = {
+    "dots": "a." * 20_000 + "b = 1",
+    "dots in a table": "x = {y = 0, " + "a." * 20_000 + "b = 1}",
+    "dots in a name": "[" + "a." * 20_000 + "b]",
+    "tables": "a." * 50 + "b = 1",
+    "settings": "\n".join(f"x{number} = 1" for number in range(50_000)),
+    "lists": "x = " + "[" * 300 + "]" * 300,
+    "one long list": "x = [" + "[]," * 100_000 + "]",
+    "much": "#" + " " * (2 << 20),
+    "bytes": "x = '\ud800'",
+    "infinity": "x = inf",
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_no_configuration_takes_other_runs_from_the_page(
+    kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    file = tmp_path / "copy" / "study" / "seed-1" / "config.toml"
+    before = file.read_text()
+    start, end = ("", before) if kind != "dots in a name" else (before, "")
+    file.write_bytes("\n".join([start, CONFIGS[kind], end]).encode("utf-8", "surrogatepass"))
+    most = 0
+
+    def seen(runs: Sequence[Run]) -> list[Group]:
+        nonlocal most
+        most = max(most, *(len(settings_of(run)) for run in runs))
+        return group_runs(runs)
+
+    monkeypatch.setattr(compared, "group_runs", seen)
+    found = RunFolder(tmp_path / "copy").compared()
+    required_json(found)
+    assert {run["method"] for run in found["runs"]} == {"promptfl", "zero-shot"}
+    assert 0 in [seed for run in found["runs"] for seed in run["seeds"]]
+    assert [left["folder"] for left in found["left_out"]] in ([], ["study/seed-1"])
+    assert most < 3_000  # each name is compared with each
 
 
 def test_runs_and_folders_are_bounded(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,13 @@ import pytest
 from sites.owners import NAMES, NOISE, experiment, fleet, sites_at, write_site
 from sordino.errors import RunError
 from sordino.experiments.config import Experiment
+from sordino.privacy.ledger import Ledger
 from sordino.runtime.envelope import Envelope
 from sordino.runtime.facts import participants
 from sordino.runtime.fleet import Answer, Ask, LocalFleet, Lost, Patience
+from sordino.runtime.waiting import Stalled
 from sordino.sites import latecomers
-from sordino.sites.coordinator import METRICS, Outcome, coordinate
+from sordino.sites.coordinator import LEDGER, METRICS, Outcome, coordinate
 from sordino.sites.latecomers import LEAST, SHARE, Latecomers
 from sordino.sites.meeting import Meeting, Met
 from sordino.sites.page import epsilon_by_site
@@ -314,7 +316,7 @@ def test_a_release_that_needs_all_waits_for_a_late_site(
     outcome = goes_on(config, late, out)
     assert outcome.training.released
     assert waits[6:8] == [("hello", TWO_OF_THREE.deadline), ("agreement", TWO_OF_THREE.deadline)]
-    with pytest.raises(RunError, match="before the first round: .* it has not agreed"):
+    with pytest.raises(RunError, match="the release before the first round was not asked: .* without north"):
         goes_on(
             experiment(clip_folder, privacy=statistics, seed=1),
             Quiet(sites_at(site_files), "north", {"agreement": 9}),
@@ -351,8 +353,10 @@ def test_a_site_that_was_late_in_every_process_has_its_data_in_the_ledger(
     config, out = experiment(clip_folder, privacy=NOISE), tmp_path / "out"
     begun(config, sites_at(site_files), out, number=1)
     outcome = goes_on(config, Quiet(sites_at(site_files), "north", {"hello": 2}), out)
-    alone = coordinate(config, Proposal.of(config), fleet(sites_at(site_files)), tmp_path / "other", Patience())
-    assert dict(outcome.training.ledger.data) == dict(alone.training.ledger.data)
+    with pytest.raises(Stalled, match="all 3 rounds were void"):  # the sites have answered them
+        coordinate(config, Proposal.of(config), fleet(sites_at(site_files)), tmp_path / "other", Patience())
+    alone = Ledger.from_json((tmp_path / "other" / LEDGER).read_text())
+    assert dict(outcome.training.ledger.data) == dict(alone.data)
     assert len(set(outcome.training.ledger.data.values())) == 3
 
 
@@ -424,7 +428,8 @@ def test_rounds_do_not_wait_for_who_has_not_agreed() -> None:
     meeting = Repeated(Patience(0.6), fleet=Notes(dict.fromkeys(NAMES, lambda request: request)))
     late = Latecomers(cast(Meeting, meeting), AWAY)
     events = list(late.ask(Ask(4, {name: name.encode() for name in NAMES}, 2, 9.0, 3.0)))
-    assert events == [Lost("north", f"it has not agreed: {SILENT}"), Answer("east", b"east"), Answer("west", b"west")]
+    lost = Lost("north", f"it has not agreed: {SILENT}", asked=False)
+    assert events == [lost, Answer("east", b"east"), Answer("west", b"west")]
     assert asks == [Ask(4, {"east": b"east", "west": b"west"}, 2, 9.0, 3.0)]
     assert late.sites() == {"east", "west"}
 

@@ -30,7 +30,7 @@ from sordino.results import rounded_up
 from sordino.runtime import checkpoint
 from sordino.runtime.envelope import Envelope
 from sordino.runtime.fleet import Answer, Ask, LocalFleet, Lost, Patience
-from sordino.sites import coordinator
+from sordino.sites import answers
 from sordino.sites.coordinator import AGREEMENT, LEDGER, METRICS, Outcome, coordinate
 from sordino.sites.ledger import SiteLedger
 from sordino.sites.page import epsilon_by_site
@@ -71,6 +71,9 @@ def test_three_sites_learn_together(
     assert set(outcome.accuracy) == {"client 2"}, "of those alone who tell it"
     lines = [json.loads(line) for line in (tmp_path / "out" / METRICS).read_text().splitlines()]
     assert [line["round"] for line in lines] == [1, 2, 3]
+    private = [tmp_path / "out" / LEDGER, *(tmp_path / "out" / "checkpoint").iterdir()]
+    assert (tmp_path / "out").stat().st_mode & 0o077 == 0
+    assert [file.name for file in private if file.stat().st_mode & 0o077] == [], "in an opened folder, too"
     assert all(line["participants"] == 3 for line in lines)
     for name in NAMES:
         folder = sites[name].folder(Proposal.of(config).fingerprint) / "prompts"
@@ -117,7 +120,7 @@ def test_at_the_end_many_clients_are_told_in_groups(
             return super().ask(ask)
 
     notes = Notes({name: site.turn for name, site in sites.items()})
-    monkeypatch.setattr(coordinator, "AT_ONCE", 2)
+    monkeypatch.setattr(answers, "AT_ONCE", 2)
     coordinate(config, Proposal.of(config), notes, tmp_path / "out", ALL)
     assert [names for kind, names in asked if kind == "end"] == [{"east", "north"}, {"west"}]
     for site in sites.values():
@@ -430,7 +433,8 @@ def test_a_plan_that_was_paid_for_is_computed_once_and_others_are_seen(
     configs = [experiment(clip_folder, privacy=NOISE, seed=seed, rounds=6) for seed in (0, 1)]
     run_over(configs[0], sites_at(site_files), tmp_path / "alone")
     one = sites_at(site_files)["east"].ledger.spent("example", 1e-3)
-    shutil.rmtree(tmp_path / "east" / "state")
+    for name in NAMES:
+        shutil.rmtree(tmp_path / name / "state")
     write_site(tmp_path / "east", "east", clip_folder, {"epsilon": round(1.3 * one, 3), "delta": 1e-3})
     sites = sites_at(site_files)
     counted: list[float] = []

@@ -102,12 +102,15 @@ class Server:
         return self.deaf < 0
 
     def results(self, job: str, folder: Path) -> Path | None:
-        (folder / OUTCOME).write_text(json.dumps({"job": job}))
+        found = folder / "results"
+        found.mkdir()
+        found.chmod(0o755)  # as an engine unpacks them
+        (found / OUTCOME).write_text(json.dumps({"job": job}))
         if self.reason:
-            (folder / FAILED).write_text(self.reason)
+            (found / FAILED).write_text(self.reason)
         if job in self.paused:
-            (folder / PAUSED).touch()
-        return folder
+            (found / PAUSED).touch()
+        return found
 
 
 @pytest.fixture
@@ -126,6 +129,17 @@ def test_a_job_that_failed_is_followed_by_another(submission: Callable[..., Subm
     assert len(server.submitted) == 3
     assert len({meta["name"] for meta in server.submitted}) == 1
     assert json.loads((tmp_path / "out" / OUTCOME).read_text()) == {"job": "job-3"}
+
+
+def test_results_are_copied_into_a_folder_of_the_owners_alone(
+    submission: Callable[..., Submission], tmp_path: Path
+) -> None:
+    """However open they were unpacked. A folder that is there stays as open as it is."""
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o755)
+    for name, mode in {"out": 0o700, "shared": 0o755}.items():
+        submission(Server([COMPLETED])).run(tmp_path / name)
+        assert (tmp_path / name).stat().st_mode & 0o777 == mode
 
 
 def test_there_is_a_limit_of_tries(submission: Callable[..., Submission], tmp_path: Path) -> None:

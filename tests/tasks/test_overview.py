@@ -36,8 +36,9 @@ def test_classes_and_clients_by_name_with_sizes() -> None:
     images = images_of(["dog", "elephant", "horse"], [40, 40, 40], ("north", "south"))
     task = task_of(images, scheme="domain", clients=2)
     sizes = [len(rows) for rows in task.train]
-    expected = f"3 classes: dog, elephant, horse; clients: north ({sizes[0]}), south ({sizes[1]})"
-    assert overview(task) == expected
+    clients = f"clients: north ({sizes[0]}), south ({sizes[1]})"
+    expected = f"3 classes: dog, elephant, horse; 2 domains: north, south; {clients}"
+    assert overview(images, task) == expected
     assert [line["name"] for line in task.summary()] == ["north", "south"]
 
 
@@ -56,7 +57,8 @@ def test_clients_whose_pictures_are_of_several_domains_have_numbers() -> None:
 
 def test_a_long_list_is_cut_and_counted() -> None:
     names = [f"kind of thing {letter}" for letter in "abcdefghijklmno"]
-    said = overview(task_of(images_of(names, [20] * 15), scheme="iid", clients=12))
+    images = images_of(names, [20] * 15)
+    said = overview(images, task_of(images, scheme="iid", clients=12))
     assert re.search(
         r"15 classes: kind of thing a, .*, kind of thing j, and 5 more; clients: 0 \(\d+\), .*, and 2 more$", said
     )
@@ -96,7 +98,8 @@ def test_a_doubt_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
 def test_data_is_announced_as_on_the_page() -> None:
     first, second = shown("docs/own-pictures.md")
     names = ["dog", "elephant", "horse"]
-    text = "Data: " + overview(task_of(images_of(names, [40] * 3, ("north", "south")), scheme="domain", clients=2))
+    images = images_of(names, [40] * 3, ("north", "south"))
+    text = "Data: " + overview(images, task_of(images, scheme="domain", clients=2))
     assert re.sub(r"\d+", "N", text) + "." == re.sub(r"\d+", "N", first)
     people = [f"patient {number:03}" for number in range(1, 71)]
     assert doubts(images_of(people, [1, 4] * 35)) == second

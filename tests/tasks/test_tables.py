@@ -108,7 +108,7 @@ def test_columns_by_name(tmp_path: Path) -> None:
 
 def test_a_tables_own_split(tmp_path: Path) -> None:
     pictures(tmp_path, [row[0] for row in ROWS])
-    splits = ["train", "Test", "train", "unused"] * 4
+    splits = ["train", "Test", "train", "val"] * 4
     rows = [(*row, split) for row, split in zip(ROWS, splits, strict=True)]
     images = load(written(tmp_path / "labels.csv", (*HEADER, "split"), rows))
     assert images.is_test is not None

@@ -130,7 +130,7 @@ def _audit(
         "attacks": results,
     }
     text = json.dumps(result, indent=2) + "\n"
-    write_atomically(folder / FILE, text.encode(), FREE_SPACE)
+    write_atomically(folder / FILE, text.encode(), FREE_SPACE, private=True)
     title = f"Sordino: {subject.config.algorithm} on {subject.config.data.source}"
     write_report([folder], folder / "report.html", title)
     return dict(json.loads(text))

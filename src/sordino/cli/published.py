@@ -39,6 +39,11 @@ Trust = Annotated[
     ),
 ]
 
+ATTACKS = {
+    **{"unknown": "not known: without its run", "none": "none tried"},
+    **{"tried": "tried", "contradicting": "contradict it"},
+}
+
 
 def publish(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run directory, or a prompt's file")],
@@ -150,9 +155,10 @@ def verify(
     answers: list[dict[str, Any]] = []
     with Registry(registry) as prompts:
         for each in prompts.listed(trusted):
-            fault = None
+            fault = f"{each.name}:{each.version} in {prompts.label}: {each.fault}" if each.fault else None
             try:
-                prompts.inspect(each.name, each.version, trusted)
+                if fault is None:  # else its row may not even have the name that it is found by
+                    prompts.inspect(each.name, each.version, trusted)
             except PromptError as error:
                 fault = str(error)
             answers.append({"name": each.name, "version": each.version, "fault": fault})
@@ -266,12 +272,14 @@ def _row(listed: Listed) -> dict[str, str]:
     row = {"name": f"{listed.name}:{listed.version}"}
     manifest = listed.manifest
     if manifest is None:
-        return row | {"method": "", "encoder": "", "classes": "", "privacy": "", "state": "DAMAGED", "signer": ""}
+        unknown = dict.fromkeys(("method", "encoder", "classes", "privacy", "attacks"), "")
+        return row | unknown | {"state": "DAMAGED", "signer": ""}
     return row | {
         "method": manifest.method,
         "encoder": manifest.encoder.name,
         "classes": str(len(manifest.class_names)),
         "privacy": manifest.promise,
+        "attacks": ATTACKS[manifest.attacks],
         "state": f"withdrawn: {listed.withdrawn.reason}" if listed.withdrawn else "",
         "signer": "trusted" if listed.trusted else "NOT TRUSTED",
     }

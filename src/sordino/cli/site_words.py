@@ -74,7 +74,10 @@ def ledger_as_text(ledger: dict[str, Any]) -> str:
 
 
 def round_as_text(line: dict[str, Any]) -> str:
-    """Return a round of an experiment across machines in a line."""
+    """Return a round of an experiment across machines in a line, or whom it waits for."""
+    if line.get("waits"):
+        sites = "; ".join(f"{site}: {reason}" for site, reason in line["lost"].items())
+        return f"round {line['round']} waits: {sites}"
     parts = [f"{line['seconds']:.1f} s"]
     if (clients := line.get("participants")) is not None:
         down, up = (human_bytes(clients * line[key]) for key in ("broadcast_bytes", "upload_bytes"))

@@ -52,7 +52,8 @@ def watching(tracking: TrackingSettings | None, out: Path) -> Iterator[Callable[
 
     def watch(line: dict[str, Any]) -> None:
         say(round_as_text(line), sys.stderr)
-        heard.add(line)
+        if not line.get("waits"):
+            heard.add(line)
 
     with live_progress(), tracked(tracking, out, heard):
         yield watch
@@ -64,7 +65,8 @@ def print_outcome(out: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(outcome))
     else:
-        say(f"{outcome['rounds']} rounds at {', '.join(outcome['sites'])}")
+        void = f", {outcome['void_rounds']} of them void," if outcome.get("void_rounds") else ""
+        say(f"{outcome['rounds']} rounds{void} at {', '.join(outcome['sites'])}")
         for site, reason in sorted(outcome["left_out"].items()):
             say(f"{site} took no part: {reason}")
         print(outcome["privacy"]["statement"])

@@ -5,6 +5,9 @@ data set. Features lie in *shards*: files of up to about a thousand features tha
 and never changed. A shard's name is the digest of its content, so a damaged one is recognized. It
 is created by a rename, so a reader sees a whole shard or none, and any number of processes may
 write at once.
+
+A shard tells which pictures were encoded, by their digests, and their exact features, to which no
+noise was added. So only their owner enters the folder of features, and reads a shard.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
 from sordino.errors import SordinoWarning
-from sordino.files import replace_file
+from sordino.files import entered_by_others, make_private, replace_file
 
 Kind = str  # "image", "patch", "pixels", as `layer_kind` says, or one of `STATES`
 Features = NDArray[np.float32]
@@ -34,6 +37,7 @@ IMAGE_TOKENS, KEYS_VALUES = "image-tokens", "keys-values"
 STATES = (IMAGE_TOKENS, KEYS_VALUES)
 
 LAYOUT = "2"  # part of every key: raise it when shards or the decoding of pictures change
+FOLDER = "features"  # in the cache's directory
 STALE_SECONDS = 24 * 3600.0  # a temporary file this old was left by a process that was killed
 
 
@@ -64,6 +68,9 @@ class FeatureCache:
         self._writable = self.directory is not None
         if self.directory is None:
             _warn_homeless()
+        else:
+            with contextlib.suppress(OSError):  # what cannot be looked at is told where it is read or written
+                _warn_open(self.directory / FOLDER)
 
     def find(self, fingerprint: str, kind: Kind, digests: Sequence[bytes]) -> dict[bytes, Features]:
         """Return the cached features, by digest."""
@@ -94,9 +101,10 @@ class FeatureCache:
         )
         folder = self._folder(fingerprint, kind)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_private(folder.parent)
+            folder.mkdir(exist_ok=True)
             _remove_stale(folder)
-            replace_file(folder / f"{hashlib.sha256(content).hexdigest()}.safetensors", content)
+            replace_file(folder / f"{hashlib.sha256(content).hexdigest()}.safetensors", content, private=True)
         except OSError as error:
             self._writable = False
             reason = error.strerror or str(error)
@@ -105,7 +113,7 @@ class FeatureCache:
     def _folder(self, fingerprint: str, kind: Kind) -> Path:
         key = hashlib.sha256("\n".join((LAYOUT, fingerprint, kind)).encode()).hexdigest()
         assert self.directory is not None
-        return self.directory / "features" / key[:32]
+        return self.directory / FOLDER / key[:32]
 
     def _shards(self, fingerprint: str, kind: Kind) -> list[Path]:
         folder = self._folder(fingerprint, kind)
@@ -132,7 +140,7 @@ class FeatureCache:
                 raise SafetensorError("its content does not match its checksum")
             features = load(content)["features"]
         except FileNotFoundError:
-            return {}  # another process found it damaged and removed it
+            return {}  # another process found it damaged and removed it, or it is another user's alone
         except OSError as error:
             self._warn(
                 f"has a file that cannot be read, {shard.name} ({error.strerror}); its pictures are encoded again"
@@ -173,6 +181,19 @@ def _warn_homeless() -> None:
         SordinoWarning,
         stacklevel=3,
     )
+
+
+@cache
+def _warn_open(folder: Path) -> None:
+    """Warn once of a folder of features that others may enter: earlier versions let everybody read the files in it."""
+    entered = entered_by_others(folder)
+    if entered:
+        warnings.warn(
+            f"feature cache {str(folder)!r} {entered}, and its files tell which pictures were encoded, with their "
+            f"features; run 'chmod 700 {folder}'",
+            SordinoWarning,
+            stacklevel=3,
+        )
 
 
 def _remove_stale(folder: Path) -> None:

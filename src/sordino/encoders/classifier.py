@@ -160,13 +160,16 @@ class Classifier:
 def told(probabilities: Tensor, top: int, digits: int) -> list[tuple[int, float]]:
     """Return what a service tells of one picture: the most probable classes, with rounded probabilities.
 
+    All of it depends on the rounded values alone: the order of exact ones would tell what rounding hides.
+
     Args:
         probabilities: [C].
-        top: how many classes. Equal ones, and those that rounding makes equal, come as they stand.
+        top: how many classes. Of those that rounding makes equal, the first ones in the prompt's order.
         digits: decimals of a probability.
     """
-    order = probabilities.argsort(descending=True, stable=True)[:top].tolist()
-    return [(index, round(float(probabilities[index]), digits)) for index in order]
+    rounded = [round(value, digits) for value in probabilities.tolist()]
+    order = sorted(range(len(rounded)), key=lambda index: -rounded[index])  # stable
+    return [(index, rounded[index]) for index in order[:top]]
 
 
 def _listed(pictures: Picture | Iterable[Picture]) -> list[Picture]:

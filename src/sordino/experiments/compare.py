@@ -18,7 +18,8 @@ from sordino.experiments.features import EncodedDataset
 from sordino.experiments.privacy.plan import planned_mechanism
 from sordino.experiments.run import require_same, run
 from sordino.experiments.run_lock import all_held, held, lent, require_unused
-from sordino.experiments.started import COMPARISON, LINES, Line, begin_lines, require_lines, was_begun
+from sordino.experiments.started import COMPARISON, Line, begin_lines, require_lines, was_begun
+from sordino.experiments.tracking import LINES
 from sordino.experiments.variants import Variant, fairness_notes, grid, ignored_settings, label
 from sordino.files import write_atomically
 from sordino.progress import Progress, log, silent

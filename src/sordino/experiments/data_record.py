@@ -60,7 +60,7 @@ def pin(folder: Path, record: Mapping[str, Any]) -> None:
     if (folder / FILE).exists() or (folder / "config.toml").exists():
         check(folder, record)
     else:
-        write_atomically(folder / FILE, (json.dumps(record, indent=2) + "\n").encode())
+        write_atomically(folder / FILE, (json.dumps(record, indent=2) + "\n").encode(), private=True)
 
 
 def check(folder: Path, record: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from sordino.encoders import EncoderInfo, missing_packages
 from sordino.encoders.capabilities import CAPABILITIES
 from sordino.errors import EXTRAS, missing_modules
+from sordino.files import entered_by_others
 
 NEEDED_GIGABYTES = 1.0  # for feature caches and run directories of ordinary size
 
@@ -119,7 +120,7 @@ def _device() -> Check:
 
 
 def _cache() -> Check:
-    from sordino.encoders.cache import default_directory
+    from sordino.encoders.cache import FOLDER, default_directory
 
     folder = default_directory()
     if folder is None:
@@ -129,4 +130,7 @@ def _cache() -> Check:
         return Check("feature cache", False, f"{folder} cannot be written; set SORDINO_CACHE to a folder that can")
     free = shutil.disk_usage(existing).free / 1e9
     enough = free >= NEEDED_GIGABYTES
-    return Check("feature cache", enough, f"{folder}, {free:.1f} GB free{'' if enough else '; free some space'}")
+    finding = f"{folder}, {free:.1f} GB free{'' if enough else '; free some space'}"
+    if entered := entered_by_others(folder / FOLDER):  # on purpose, perhaps
+        finding += f"; {folder / FOLDER} {entered}: run 'chmod 700 {folder / FOLDER}'"
+    return Check("feature cache", enough, finding)

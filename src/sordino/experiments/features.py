@@ -23,8 +23,7 @@ from sordino.experiments.config import Experiment
 from sordino.progress import Progress, log, silent
 from sordino.tasks.copies import Copies, find_copies
 from sordino.tasks.images import Flags, ImageSet, Indices
-from sordino.tasks.overview import announce
-from sordino.tasks.passed_over import told
+from sordino.tasks.overview import announce, tell_passed_over
 from sordino.tasks.poisoning import poisoned, with_triggers
 from sordino.tasks.sources import load_images, public_images
 from sordino.tasks.splits import Task, build_task
@@ -124,8 +123,7 @@ class EncodedDataset:
         """
         device = choose_device(config.device)
         images = load_images(config.data)
-        if images.passed_over:
-            log.warning("%s", told(images.passed_over))
+        tell_passed_over(images)
         task = build_task(images, config.data, config.partition, config.seed)
         announce(images, task)
         if config.poisoning is not None:

@@ -108,7 +108,7 @@ class ReleaseFile:
         }
         document["sha256"] = _digest(self.tensors, document)
         content = safetensors.torch.save(dict(self.tensors), metadata={ENTRY: json.dumps(document)})
-        write_atomically(self.path, content)
+        write_atomically(self.path, content, private=True)
 
     @classmethod
     def load(cls, path: Path) -> ReleaseFile:

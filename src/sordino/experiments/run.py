@@ -144,7 +144,7 @@ def _run(
     with tracked(config.tracking, out, metrics):
         training, scores = _train(config, runtime, evaluation, training, metrics, out, progress, released)
     ledger = training.ledger
-    write_atomically(out / LEDGER, ledger.to_json().encode())
+    write_atomically(out / LEDGER, ledger.to_json().encode(), private=True)
     privacy = as_summary(ledger, config.privacy.unit)
     prompts = runtime.prompts(training)
     words = tuple(runtime.model.text(prompts))
@@ -250,12 +250,12 @@ def _released(runtime: LocalRuntime, out: Path, earlier: ReleaseFile | None) -> 
     try:
         start, sent = runtime.release(start)
     except RoundError as error:
-        write_atomically(out / LEDGER, before.add(error.ledger.releases).to_json().encode())
+        write_atomically(out / LEDGER, before.add(error.ledger.releases).to_json().encode(), private=True)
         raise
     if start.ledger.releases:  # without noise there is nothing that must not happen twice
         ReleaseFile.of(runtime, start, file).save()
         start = start.with_ledger(before.add(start.ledger.releases))
-        write_atomically(out / LEDGER, start.ledger.to_json().encode())
+        write_atomically(out / LEDGER, start.ledger.to_json().encode(), private=True)
     return start, sent
 
 
@@ -301,13 +301,13 @@ def _train(
         try:
             training, record = runtime.round(training)
         except RoundError as error:  # its round is lost, and what it released is not
-            write_atomically(out / LEDGER, error.ledger.to_json().encode())
+            write_atomically(out / LEDGER, error.ledger.to_json().encode(), private=True)
             raise
         if training.ledger.releases:  # before anything else of this round is written, so that nothing goes uncounted
-            write_atomically(out / LEDGER, training.ledger.to_json().encode())
+            write_atomically(out / LEDGER, training.ledger.to_json().encode(), private=True)
         if record.protocol and record.protocol.opened:
             content = json.dumps(record.protocol.distances()).encode()
-            write_atomically(out / DISTANCES / f"round-{training.round:06d}.json", content)
+            write_atomically(out / DISTANCES / f"round-{training.round:06d}.json", content, private=True)
         last = training.round == runtime.rounds
         due = last or training.round % config.runtime.evaluate_every == 0
         scores = _record(metrics, record, time.monotonic() - started, runtime, evaluation if due else None, training)

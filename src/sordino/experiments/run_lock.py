@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sordino.errors import RunError
+from sordino.files import make_private
 from sordino.progress import log
 
 try:
@@ -40,7 +41,8 @@ class InUse(RunError):
 def held(folder: Path, instead: bool = True) -> Iterator[None]:
     """Hold a run directory for as long as the block lasts; in one thread, blocks may be nested.
 
-    The directory is made where it is missing, and removed again if nothing came to be in it.
+    The directory is made where it is missing, for its owner alone to enter, and removed again if nothing came to be in
+    it.
 
     Args:
         folder: the directory.
@@ -193,7 +195,7 @@ def _locked(folder: Path, instead: bool) -> int | None:
     """The open and locked file; None where there are no locks to be had."""
     while True:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_private(folder)
             descriptor = os.open(folder / FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except FileNotFoundError:
             continue  # another process ended, and removed the directory, in between

@@ -27,9 +27,10 @@ def save_prompts(
     privacy: Mapping[str, Any],
     clients: Sequence[int] | None = None,
     words: Sequence[str] = (),
-    private: bool = False,
 ) -> None:
     """Write one file a client, or one for all where they share a prompt; each says what it belongs to.
+
+    Only their owner may read the files: a prompt to which no noise was added tells of its client's pictures.
 
     Args:
         folder: of the files.
@@ -40,7 +41,6 @@ def save_prompts(
         privacy: of the run, as its summary says it.
         clients: [K], the numbers of those whose own prompts these are; by default from 0, if there are several.
         words: the prompts as text, one for each, if they are words.
-        private: only their owner may read the files; else as the process's umask says.
 
     Raises:
         RunError: one cannot be written.
@@ -79,7 +79,7 @@ def save_prompts(
             client=client,
             words=words[place] if words else None,
         )
-        saved.save(folder / f"{name}.safetensors", private)
+        saved.save(folder / f"{name}.safetensors", private=True)
 
 
 def _from_anywhere(checkpoint: str | None) -> str | None:

@@ -19,9 +19,9 @@ from sordino.experiments.config import KEPT_METHODS
 from sordino.experiments.data_record import FILE as DATA
 from sordino.experiments.run_lock import FILE as LOCK
 from sordino.experiments.run_lock import writable
+from sordino.experiments.tracking import LINES
 from sordino.files import write_atomically
 
-LINES = "lines.json"
 COMPARISON_FILE = "comparison.json"
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")  # what a process that was killed leaves of a file; see `replace_file`
 PARTIES = {"server-0", "server-1", "dealer", "model-owner", "data-owner"}  # folders in a trial's folder `parties`

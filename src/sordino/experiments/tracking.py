@@ -6,6 +6,7 @@ tracker that fails while a run trains is left out with a warning.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 import time
@@ -22,6 +23,7 @@ from sordino.files import absolute_path
 from sordino.progress import log
 
 TABLE = "tracking"
+LINES = "lines.json"  # in the folder of a comparison
 MLFLOW_EXPERIMENT = "sordino"
 MLFLOW_DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",  # or it reports its use to its makers
@@ -150,9 +152,17 @@ def numbers(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def run_name(out: Path) -> str:
-    """Return the name of a run: the path of its directory from the working directory, or from the root."""
+    """Return the name of a run: the path of its directory from the working directory.
+
+    Of a directory elsewhere it is the last name, or in a comparison the path from there, with some digits that tell it
+    from another one of this name. Others read the name, and the folders above are no affair of theirs.
+    """
     path, here = out.resolve(), Path.cwd().resolve()
-    return (path.relative_to(here) if path.is_relative_to(here) else path.relative_to(path.anchor)).as_posix()
+    if path.is_relative_to(here):
+        return path.relative_to(here).as_posix()
+    top = next((folder for folder in path.parents if (folder / LINES).exists()), path)
+    digits = hashlib.sha256(os.fsencode(top)).hexdigest()[:8]
+    return (Path(f"{top.name}-{digits}") / path.relative_to(top)).as_posix()
 
 
 def _tensorboard(settings: TrackingSettings, out: Path) -> Tracker:

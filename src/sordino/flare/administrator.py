@@ -15,6 +15,7 @@ from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 from nvflare.fuel.hci.proto import MetaKey, MetaStatusValue
 
 from sordino.errors import ConfigError, RunError
+from sordino.flare.gate import shut
 from sordino.flare.names import KIT_FILE, PAUSE, PROGRESS, RESULTS
 from sordino.sites.submission import JobStatus, Unreachable
 
@@ -148,6 +149,7 @@ class Administrator:
         with contextlib.redirect_stdout(sys.stderr):  # FLARE prints
             try:
                 if self._session is None:
+                    shut()
                     self._session = new_secure_session(self._user, str(self._kit), timeout=self._seconds)
                 yield self._session
             except GONE as error:

@@ -17,7 +17,9 @@ from nvflare.apis.shareable import Shareable
 from sordino.errors import RunError, SordinoError
 from sordino.experiments.run_lock import FILE as LOCK
 from sordino.experiments.run_lock import wait_until_free
+from sordino.files import make_private
 from sordino.flare.fleet import Aborted, FlareFleet, Paused, Told
+from sordino.flare.gate import OLD_KIT, is_shut
 from sordino.flare.names import CONTENT, PAUSE, PROGRESS, RESULTS, TASK
 from sordino.runtime.fleet import Patience
 from sordino.sites.coordinator import coordinate
@@ -64,8 +66,10 @@ class Coordinator(Controller):  # type: ignore[misc]
         """Run the experiment to its end; a failure of the experiment ends the job, with the reason in its results."""
         workspace = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT)
         results = Path(workspace.get_run_dir(fl_ctx.get_job_id())) / RESULTS
-        results.mkdir(parents=True, exist_ok=True)
+        make_private(results)
         try:
+            if not is_shut():
+                raise RunError(f"the server {OLD_KIT}")
             settings = load_coordinator(Path(workspace.get_site_config_dir()) / COORDINATOR_FILE)
             proposal = read_proposal(self._proposal, self._fingerprint)
             out = settings.folder(proposal)

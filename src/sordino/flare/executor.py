@@ -11,7 +11,8 @@ from nvflare.apis.executor import Executor
 from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.shareable import make_reply
 
-from sordino.errors import ConfigError, SordinoError
+from sordino.errors import ConfigError, RunError, SordinoError
+from sordino.flare.gate import OLD_KIT, is_shut
 from sordino.flare.names import CONTENT, POLL, SITE_FILE, TASK
 from sordino.sites.rhythm import Rhythm
 from sordino.sites.settings import load_site
@@ -54,6 +55,8 @@ class SiteExecutor(Executor):  # type: ignore[misc]
         return reply
 
     def _answer(self, request: bytes, fl_ctx: Any) -> bytes:
+        if not is_shut():
+            raise RunError(f"this site {OLD_KIT}")
         if self._site is None:
             self._site = opened(_folder(fl_ctx) / SITE_FILE, fl_ctx.get_identity_name())
         return self._site.turn(request)

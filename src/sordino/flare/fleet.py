@@ -60,6 +60,19 @@ class FlareFleet:
     def sites(self) -> frozenset[str]:
         return self._tasks.sites()
 
+    def may_return(self) -> bool:
+        """See `Fleet.may_return`.
+
+        Raises:
+            Aborted: the job is to end.
+            Paused: the job is to end between two rounds.
+        """
+        if self._tasks.aborted():
+            raise Aborted("the job was aborted")
+        if self._tasks.paused():
+            raise Paused("the job ends while it waits for sites")
+        return True
+
     def ask(self, ask: Ask) -> Iterator[Answer | Lost]:
         """See `Fleet.ask`; tasks that were not answered are withdrawn, also where the caller stops listening.
 
@@ -87,7 +100,7 @@ class FlareFleet:
             for site, content in ask.payloads.items():
                 if site in there:
                     waiting[site] = self._tasks.start(site, content, _teller(heard, site))
-            yield from (Lost(site, "it is not connected") for site in ask.payloads if site not in there)
+            yield from (Lost(site, "it is not connected", asked=False) for site in ask.payloads if site not in there)
             yield from hear(ask, list(waiting), wait, self._clock)
         finally:
             for withdraw in waiting.values():

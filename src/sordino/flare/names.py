@@ -16,3 +16,4 @@ RESULTS = "sordino"  # the folder of a job's results with a copy of the run dire
 
 EXECUTOR = "sordino.flare.executor.SiteExecutor"
 CONTROLLER = "sordino.flare.controller.Coordinator"
+GATE = "sordino.flare.gate.Gate"  # which FLARE makes from `local/resources.json`, at sites and at the server

@@ -12,9 +12,12 @@ from sordino.errors import ConfigError
 from sordino.experiments.toml_tables import read_model
 
 SERVER = "server"  # its name in certificates; where it is, is in the kits
-NAME = "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+# FLARE takes no others. A dot in a site's name would make it a part of another site.
+NAME = "^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$"
 ORGANIZATION = "^[A-Za-z0-9][A-Za-z0-9_]{0,62}$"
-ADMINISTRATOR = r"^[A-Za-z0-9._+-]+@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+$"
+ADMINISTRATOR = r"^[A-Za-z0-9._+-]+@([A-Za-z0-9-]+\.)+[A-Za-z]{2,}$"
+HOST = r"^([A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?\.)*[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?$"
+LONGEST = 64  # characters of a name in a certificate
 
 Role = Literal["lead", "project_admin", "org_admin", "member"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -27,7 +30,7 @@ class ServerEntry(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    host: str = Field(pattern="^[A-Za-z0-9][A-Za-z0-9.:-]*$", description="name or address at which sites reach it")
+    host: str = Field(pattern=HOST, max_length=253, description="name or address at which sites reach it")
     port: int = Field(default=8002, ge=1, le=65535, description="the one port that it listens at")
     organization: str = Field(default="coordinator", pattern=ORGANIZATION, description="who operates it")
     store: str = Field(
@@ -49,7 +52,7 @@ class AdminEntry(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    name: str = Field(pattern=ADMINISTRATOR, description="an e-mail address")
+    name: str = Field(pattern=ADMINISTRATOR, max_length=LONGEST, description="an e-mail address")
     organization: str = Field(pattern=ORGANIZATION, description="where this person works")
     role: Role = Field(default="lead", description="lead: submits experiments, and ends their own; member: looks on")
 
@@ -111,8 +114,10 @@ def check_name(name: str, organization: str, kind: Kind) -> None:
     Raises:
         ConfigError: no project could name such a party.
     """
-    if not re.fullmatch(NAME if kind in ("server", "client") else ADMINISTRATOR, name):
-        raise ConfigError("NAME", name, "is no name of a site, nor an administrator's e-mail address")
+    if kind in ("server", "client") and not re.fullmatch(NAME, name):
+        raise ConfigError("NAME", name, "is no name of a site: use letters, digits, - and _, at most 63")
+    if kind not in ("server", "client") and not (re.fullmatch(ADMINISTRATOR, name) and len(name) <= LONGEST):
+        raise ConfigError("NAME", name, f"is no e-mail address of an administrator, of at most {LONGEST} characters")
     if not re.fullmatch(ORGANIZATION, organization):
         raise ConfigError("--organization", organization, "use letters, digits and _")
 

@@ -1,4 +1,4 @@
-"""Startup kits by FLARE's own provisioning, closed further: no code from jobs, and one class that they may name."""
+"""Startup kits by FLARE's own provisioning, closed further: no code from jobs, one class that they may name, a gate."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nvflare.lighter.spec import Builder
 from sordino.errors import ConfigError, RunError
 from sordino.experiments.run_lock import is_empty
 from sordino.files import ANOTHER_OUT, write_atomically
-from sordino.flare.names import CONTROLLER, EXECUTOR, KIT_FILE, SITE_FILE
+from sordino.flare.names import CONTROLLER, EXECUTOR, GATE, KIT_FILE, SITE_FILE
 from sordino.flare.project import Party, Project, parties_of
 from sordino.sites.server_settings import COORDINATOR_FILE
 
@@ -89,18 +89,16 @@ def build(name: str, parties: Sequence[Party], certificates: Sequence[Builder], 
         out: the folder of FLARE's workspace.
 
     Raises:
+        ConfigError: FLARE takes no such party.
         RunError: FLARE could not make the kits.
     """
     made = FlareProject(name, "prompts learned with Sordino")
     for party in parties:
-        if party.kind == "server":
-            ports = {"fed_learn_port": party.server.port, "admin_port": party.server.port}
-            hosts = {"host_names": [party.server.host], "default_host": party.server.host}
-            made.set_server(party.name, party.organization, ports | hosts)
-        elif party.kind == "client":
-            made.add_client(party.name, party.organization, {"allow_log_streaming": False})
-        else:
-            made.add_admin(party.name, party.organization, {"role": party.kind})
+        try:
+            _add(made, party)
+        except ValueError as error:
+            key = {"server": "server", "client": "sites"}.get(party.kind, "admins")
+            raise ConfigError(key, party.name, f"FLARE takes no such party: {error}") from None
     builders = [
         WorkspaceBuilder(template_file=["master_template.yml"]),
         StaticFileBuilder(config_folder="config", require_signed_jobs=True),
@@ -118,6 +116,17 @@ def build(name: str, parties: Sequence[Party], certificates: Sequence[Builder], 
     return Path(context["current_prod_dir"])
 
 
+def _add(made: FlareProject, party: Party) -> None:
+    if party.kind == "server":
+        ports = {"fed_learn_port": party.server.port, "admin_port": party.server.port}
+        hosts = {"host_names": [party.server.host], "default_host": party.server.host}
+        made.set_server(party.name, party.organization, ports | hosts)
+    elif party.kind == "client":
+        made.add_client(party.name, party.organization, {"allow_log_streaming": False})
+    else:
+        made.add_admin(party.name, party.organization, {"role": party.kind})
+
+
 def close(kit: Path, party: Party) -> None:
     """Write a kit's own files: what jobs and people may do there, which is less than FLARE lets them."""
     if party.kind == "server":
@@ -129,7 +138,7 @@ def close(kit: Path, party: Party) -> None:
 
 
 def _close_server(local: Path, store: str) -> None:
-    resources = _default(local, "resources")
+    resources = _resources(local)
     resources["class_allow_list"] = [CONTROLLER]
     resources["servers"][0]["heart_beat_timeout"] = HEARTBEAT_SECONDS
     # FLARE's own places are below /tmp, which is emptied, and which others may read.
@@ -140,7 +149,7 @@ def _close_server(local: Path, store: str) -> None:
 
 
 def _close_site(local: Path, name: str) -> None:
-    resources = _default(local, "resources")
+    resources = _resources(local)
     resources["class_allow_list"] = [EXECUTOR]
     resources["allow_log_streaming"] = False
     _write(local / "resources.json", resources)
@@ -154,8 +163,10 @@ def _close(local: Path, permissions: dict[str, dict[str, str]]) -> None:
     (local / "privacy.json.sample").unlink(missing_ok=True)
 
 
-def _default(local: Path, name: str) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads((local / f"{name}.json.default").read_text(encoding="utf-8"))
+def _resources(local: Path) -> dict[str, Any]:
+    """Return FLARE's own, with the gate before its other components."""
+    document: dict[str, Any] = json.loads((local / "resources.json.default").read_text(encoding="utf-8"))
+    document["components"].insert(0, {"id": "sordino_gate", "path": GATE, "args": {}})
     return document
 
 

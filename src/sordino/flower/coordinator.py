@@ -11,7 +11,7 @@ from typing import Any
 
 from sordino.errors import RunError, SordinoError
 from sordino.experiments.run_lock import wait_until_free
-from sordino.files import FREE_SPACE, write_atomically
+from sordino.files import FREE_SPACE, make_private, write_atomically
 from sordino.flower.fleet import FlowerFleet, Grid, Stopped
 from sordino.flower.names import CONFIG, FINGERPRINT, LINES, PATIENCE, PROCESS, PROJECT_VARIABLE, PROPOSAL
 from sordino.flower.project import ServerProject
@@ -43,7 +43,7 @@ def run(grid: Grid, run_number: int, run_config: Mapping[str, Any]) -> None:
     proposal, patience = asked_for(run_config)
     settings = coordinator_settings(project)
     out = settings.folder(proposal)
-    out.mkdir(parents=True, exist_ok=True)
+    make_private(out)
     wait_until_free(out, LOCK_SECONDS)
     (out / FAILED).unlink(missing_ok=True)
     write_atomically(out / LINES, b"", FREE_SPACE)

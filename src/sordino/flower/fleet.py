@@ -27,6 +27,7 @@ from sordino.sites.rhythm import Rhythm
 
 POLL = 0.2  # seconds between two looks for an answer
 LOOK = 2.0  # seconds between two looks at whether a node was started again
+NOT_TAKEN = "the server takes no message for it"
 SPARE = 5.0  # seconds after the deadline for which Flower keeps a message
 
 
@@ -91,6 +92,9 @@ class FlowerFleet:
     def sites(self) -> frozenset[str]:
         return frozenset(self._nodes())
 
+    def may_return(self) -> bool:
+        return True
+
     def ask(self, ask: Ask) -> Iterator[Answer | Lost]:
         """See `Fleet.ask`. A node that was started again in between is asked again: its answer is the same.
 
@@ -99,34 +103,42 @@ class FlowerFleet:
         """
         asking, there = _Asking(ask), self._nodes()
         try:
-            yield from (Lost(site, "it is not connected") for site in ask.payloads if site not in there)
-            asked = [site for site in ask.payloads if site in there]
-            for site in asked:
-                self._send(asking, site, there[site])
+            yield from (Lost(site, "it is not connected", asked=False) for site in ask.payloads if site not in there)
+            here = [site for site in ask.payloads if site in there]
+            asked = [site for site in here if self._send(asking, site, there[site])]
+            yield from (Lost(site, NOT_TAKEN, asked=False) for site in here if site not in asked)
             yield from hear(ask, asked, self._waiting(asking), self._clock)
         finally:
             asking.over.set()
 
     def _nodes(self) -> dict[str, _Node]:
-        """Return the connected sites. The server has checked each node's key."""
+        """Return the connected sites. The server has checked each node's key.
+
+        Raises:
+            Stopped: the run is over.
+        """
+        try:
+            nodes = list(self._grid.get_nodes())
+        except RunNotRunningException:
+            raise Stopped("the run was stopped") from None
         return {
             self._names[bytes(node.public_key)]: _Node(int(node.node_id), str(node.last_activated_at))
-            for node in self._grid.get_nodes()
+            for node in nodes
             if bytes(node.public_key) in self._names
         }
 
-    def _send(self, asking: _Asking, site: str, node: _Node) -> None:
-        """Send a site its question, and have a thread look for the answer."""
+    def _send(self, asking: _Asking, site: str, node: _Node) -> bool:
+        """Send a site its question, and have a thread look for the answer; return whether the server took it."""
         ask, token = asking.ask, system_bytes(16)
         message = question(node.number, Question(site, token, ask.payloads[site]), ask.round, ask.deadline + SPARE)
         (number,) = self._grid.push_messages([message]) or [None]
         asking.nodes[site] = node
         if number is None:
-            asking.heard.put((site, "the server takes no message for it"))
-            return
+            return False
         asking.sent[site] += 1
         # The message's own number tells whose answer it is: errors come from the server, under its number.
         threading.Thread(target=self._look, args=[asking, site, number, token], daemon=True).start()
+        return True
 
     def _look(self, asking: _Asking, site: str, number: str, token: bytes) -> None:
         """Look for the answer to a message until it is there, or nobody waits for it.
@@ -180,4 +192,5 @@ class FlowerFleet:
         for site, node in list(asking.nodes.items()):
             if site in there and there[site].since != node.since:
                 log.info("%s was started again, and is asked again", site)
-                self._send(asking, site, there[site])
+                if not self._send(asking, site, there[site]):
+                    asking.heard.put((site, NOT_TAKEN))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from sordino.errors import ConfigError, RunError
 from sordino.experiments.run_lock import held
-from sordino.files import FREE_SPACE, write_atomically
+from sordino.files import FREE_SPACE, make_private, write_atomically
 from sordino.flower.certificates import write_certificates
 from sordino.flower.control import connected
 from sordino.flower.names import PROJECT_VARIABLE, QUIET
@@ -77,7 +77,7 @@ def up(project: ServerProject, tell: Callable[[str], None] = log.info) -> None:
     nginx = shutil.which(server.nginx)
     if nginx is None:
         raise ConfigError("server.nginx", server.nginx, "is not installed; on Debian: apt-get install nginx")
-    state.mkdir(parents=True, exist_ok=True)
+    make_private(state)
     with held(state, instead=False):
         # nginx tells of a port in use after seconds of trying, which would be after sites were told to connect.
         _require_free(server.address, server.port, "server.port")

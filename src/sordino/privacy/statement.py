@@ -141,6 +141,10 @@ def as_summary(ledger: Ledger, unit: Unit) -> dict[str, Any]:
 def read_ledgers(folders: Sequence[Path], delta: float | None = None) -> Ledger:
     """Read the ledgers of run directories, and compose them if there are several.
 
+    A published ledger has no run's name and no digests of data. So it counts as a run of its own, and each of its
+    clients may hold the data of any client of another run: the worst clients add up. If two of them are one run after
+    all, the sum is too large, never too small.
+
     Raises:
         RunError: a directory has no ledger, or a damaged one, or another than its summary names; a run is given twice.
         ConfigError: delta is not a probability.
@@ -158,17 +162,24 @@ def read_ledgers(folders: Sequence[Path], delta: float | None = None) -> Ledger:
                 f"{folder}: ledger.json is not the one that {SUMMARY} was written with, so nobody knows what was "
                 "spent; put it back, or finish the run with --resume"
             )
-        latest = ledgers[-1].run
-        twice = next((place for place, earlier in enumerate(ledgers[:-1]) if earlier.run == latest), None)
-        if twice is not None:
-            raise RunError(f"{folder} is the same run as {folders[twice]}; its releases happened once, so give it once")
-    ledger = ledgers[0] if len(ledgers) == 1 else accounting.compose(ledgers)
+        here, latest = folder.resolve(), ledgers[-1].run
+        for place, earlier in zip(folders, ledgers[:-1], strict=False):
+            if place.resolve() == here or (latest and earlier.run == latest):
+                raise RunError(f"{folder} is the same run as {place}; its releases happened once, so give it once")
+    ledger = ledgers[0] if len(ledgers) == 1 else accounting.compose([_by_itself(each) for each in ledgers])
     if delta is None:
         return ledger
     if not 0 < delta < 1:
         raise ConfigError("--delta", delta, "must be between 0 and 1, and below one over the number of units")
     accounting.check_delta(delta, max((_units(folder / SUMMARY, ledger) for folder in folders), default=1), "--delta")
     return replace(ledger, delta=delta)
+
+
+def _by_itself(ledger: Ledger) -> Ledger:
+    """Return a ledger of an unknown run without the names of its releases, by which another run could share them."""
+    if ledger.run:
+        return ledger
+    return replace(ledger, releases=tuple(replace(release, name="") for release in ledger.releases))
 
 
 def _units(summary: Path, ledger: Ledger) -> int:

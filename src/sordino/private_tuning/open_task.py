@@ -2,12 +2,10 @@
 
 Shots depend on the seed alone. Test examples are the same for all seeds: a text task's test file, and for pictures the
 source's own test split, or else a fixed half of every class. So settings can be chosen on "validation", the remaining
-training examples, while test examples stay unseen.
+training examples, while test examples stay unseen. If it is known whose pictures are, nobody both trains and tests.
 """
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,14 +14,17 @@ from sordino.encoders.bundled import BundledEncoder
 from sordino.encoders.cache import FeatureCache
 from sordino.encoders.encode import encode, tell_skipped
 from sordino.private_tuning.search import projection
-from sordino.private_tuning.settings import PrivateTuning
+from sordino.private_tuning.settings import PrivateTuning, data_of, in_task_keys, task_keys_named
 from sordino.private_tuning.tasks import TEST_SEED, ImageTask, Part, TextTask, drawn, text_task
 from sordino.progress import Progress, log, silent
-from sordino.tasks.folders import image_folder
-from sordino.tasks.images import Flags, ImageSet, Indices, with_gray_range
-from sordino.tasks.passed_over import told
+from sordino.tasks.images import Flags, ImageSet, Indices
+from sordino.tasks.overview import doubts, tell_passed_over
+from sordino.tasks.person_splits import testing_persons
+from sordino.tasks.settings import DataSettings
+from sordino.tasks.sources import load_images
 
 HALVES_STREAM = 4  # purpose of a generator that is derived from the seed
+HALF = DataSettings(source="digits", test_fraction=0.5)  # of pictures test; the source is not read
 
 
 def open_task(config: PrivateTuning, part: Part = "test", progress: Progress = silent) -> TextTask | ImageTask:
@@ -48,13 +49,21 @@ def open_task(config: PrivateTuning, part: Part = "test", progress: Progress = s
     return task
 
 
+def pictures_of(config: PrivateTuning) -> ImageSet:
+    """List the pictures of a configuration, as other commands read them.
+
+    Raises:
+        ConfigError, DataError: as `load_images`.
+    """
+    with task_keys_named():
+        return load_images(data_of(config.task))
+
+
 def _image_task(config: PrivateTuning, part: Part, progress: Progress) -> ImageTask:
-    source = str(config.task.source)
-    images = image_folder(Path(source.partition(":")[2]), source)
-    if images.passed_over:
-        log.warning("%s", told(images.passed_over))
-    if config.task.gray_range is not None:
-        images = with_gray_range(images, (config.task.gray_range[0], config.task.gray_range[1]))
+    images = pictures_of(config)
+    tell_passed_over(images)
+    if doubt := doubts(images):
+        log.warning("%s", in_task_keys(doubt))
     encoder = BundledEncoder.load(torch.device("cpu"))
     encoder.class_tokens(images.class_names)  # raises on names with equal tokens, before the encoding
     readable = np.ones(len(images), dtype=np.bool_)
@@ -95,6 +104,9 @@ def _image_task(config: PrivateTuning, part: Part, progress: Progress) -> ImageT
 def split_images(images: ImageSet, readable: Flags, config: PrivateTuning, part: Part) -> tuple[Indices, Indices]:
     """Draw shots, and pictures to test on; see `Part`.
 
+    If it is known whose the pictures are, shots and pictures to test on share no person. A person with training
+    pictures in the source's own split does not test, as in a run.
+
     Args:
         images: N pictures.
         readable: [N], false for pictures that could not be read. They do not change the draw of the others.
@@ -104,14 +116,24 @@ def split_images(images: ImageSet, readable: Flags, config: PrivateTuning, part:
     Raises:
         DataError: a class has too few pictures.
     """
-    tested = images.is_test if images.is_test is not None else _fixed_halves(images.labels)
-    shots = drawn(images.labels, readable & ~tested, config.task.shots, config.seed, images.source)
-    among = tested if part == "test" else ~tested & ~np.isin(np.arange(len(images)), shots)
-    return shots, drawn(images.labels, readable & among, config.task.test_limit, TEST_SEED, images.source)
+    tested = images.is_test if images.is_test is not None else _fixed_halves(images)
+    trainable, testable, what = ~tested, tested, images.source
+    if images.persons is not None:
+        testable = tested & ~np.isin(images.persons, images.persons[trainable])
+        what += ", where each person either trains or tests,"
+    shots = drawn(images.labels, readable & trainable, config.task.shots, config.seed, what)
+    if part == "validation":
+        testable = trainable & ~np.isin(np.arange(len(images)), shots)
+        if images.persons is not None:
+            testable &= ~np.isin(images.persons, images.persons[shots])
+    return shots, drawn(images.labels, readable & testable, config.task.test_limit, TEST_SEED, what)
 
 
-def _fixed_halves(labels: Indices) -> Flags:
-    """Mark a half of each class, [N], the same in every run."""
+def _fixed_halves(images: ImageSet) -> Flags:
+    """Mark a half of each class, [N], the same in every run; of whole persons if it is known whose pictures are."""
+    labels = images.labels
+    if images.persons is not None:
+        return testing_persons(images.persons, labels, HALF, TEST_SEED)
     tested = np.zeros(len(labels), dtype=np.bool_)
     for label in np.unique(labels).tolist():
         generator = np.random.default_rng([TEST_SEED, HALVES_STREAM, label])

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sordino.errors import ConfigError, config_error
+from sordino.errors import ConfigError, DataError, config_error
 from sordino.experiments.toml_tables import check_values, read_tables
 from sordino.files import absolute_path
 from sordino.private_tuning.search_settings import Search
-from sordino.tasks.places import require_image_folder
+from sordino.tasks import places
 from sordino.tasks.published import how_to_get
+from sordino.tasks.settings import DataSettings
 
 LONGEST = 64  # default of task.longest: tokens of a sentence
 TEXT_NEEDS = ("train", "test", "label_names", "descriptions")
+# Keys of a task of images that `[data]` has too, beside its source.
+OF_DATA = ("image_column", "label_column", "person_column", "persons", "person_level", "class_names", "gray_range")
 
 
 class TaskSettings(BaseModel):
@@ -42,8 +46,24 @@ class TaskSettings(BaseModel):
     )
     source: str | None = Field(
         default=None,
-        pattern="^imagefolder:.+",
-        description="images: 'imagefolder:PATH', class folders or domain folders of class folders",
+        pattern="^(imagefolder|table):.+",
+        description="images: 'imagefolder:PATH' (class folders, or domain folders of class folders) or 'table:PATH' (a "
+        "CSV, TSV or Parquet file with a row a picture)",
+    )
+    image_column: str | None = Field(default=None, description="images: as data.image_column")
+    label_column: str | None = Field(default=None, description="images: as data.label_column")
+    person_column: str | None = Field(
+        default=None,
+        description="images: column that says whose each picture is; absent: 'person' or 'patient' where there is one",
+    )
+    persons: str | None = Field(
+        default=None, description="images: CSV file with the columns file and person, which says whose each picture is"
+    )
+    person_level: int | None = Field(
+        default=None, ge=1, description="images: level of the folders that are persons, 1 directly above the pictures"
+    )
+    class_names: list[str] | dict[str, str] | None = Field(
+        default=None, description="images: names for labels that are numbers or codes, as data.class_names"
     )
     gray_range: list[float] | None = Field(
         default=None,
@@ -155,11 +175,11 @@ def parse_private_config(tables: Mapping[str, Any]) -> PrivateTuning:
     except ValidationError as error:
         raise config_error(error, PrivateTuning) from None
     _check(config)
-    given = {key: value for key in ("train", "test") if (value := getattr(config.task, key)) is not None}
+    given = {key: value for key in ("train", "test", "persons") if (value := getattr(config.task, key)) is not None}
     task = {key: str(absolute_path(value, f"task.{key}")) for key, value in given.items()}
     if config.task.source is not None:
-        folder = config.task.source.partition(":")[2]
-        task["source"] = f"imagefolder:{absolute_path(folder, 'task.source')}"
+        kind, _, place = config.task.source.partition(":")
+        task["source"] = f"{kind}:{absolute_path(place, 'task.source')}"
     check_values({"task": task})
     return config.model_copy(update={"task": config.task.model_copy(update=task)})
 
@@ -175,7 +195,42 @@ def check_places(config: PrivateTuning) -> None:
         if file is not None and not Path(file).exists():
             raise ConfigError(f"task.{key}", file, no_sentences(Path(file)))
     if config.task.source is not None:
-        require_image_folder(Path(config.task.source.partition(":")[2]), config.task.source)
+        with task_keys_named():
+            places.check_places(data_of(config.task))
+
+
+def data_of(task: TaskSettings) -> DataSettings:
+    """Return the settings of a task of images by which all commands read pictures.
+
+    Raises:
+        ConfigError: they do not fit each other.
+    """
+    values = {key: getattr(task, key) for key in OF_DATA}
+    try:
+        return DataSettings(source=str(task.source), **values)
+    except ValidationError as error:
+        raised = config_error(error, DataSettings, "task")
+        if raised.key != "task":
+            raise raised from None
+        # Keys that do not fit each other; the message begins with the first of them.
+        key = next((key for key in OF_DATA if raised.allowed.startswith(key)), "source")
+        raise ConfigError(f"task.{key}", getattr(task, key), raised.allowed) from None
+
+
+@contextmanager
+def task_keys_named() -> Iterator[None]:
+    """Let errors in reading pictures name keys of `[task]` in place of those of `[data]`."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(in_task_keys(error.key), error.value, in_task_keys(error.allowed)) from error
+    except DataError as error:
+        raise DataError(in_task_keys(str(error))) from error
+
+
+def in_task_keys(text: str) -> str:
+    """Return a message about a key of `[data]` as one about the same key of `[task]`."""
+    return re.sub(rf"\bdata\.(source|{'|'.join(OF_DATA)})\b", r"task.\1", text)
 
 
 def no_sentences(file: Path) -> str:
@@ -187,15 +242,15 @@ def _check(config: PrivateTuning) -> None:
     """Check constraints between keys."""
     task = config.task
     needed = TEXT_NEEDS if task.kind == "text" else ("source",)
-    for key in (*TEXT_NEEDS, "longest", "source"):
+    of_images = ("source", *OF_DATA)
+    for key in (*TEXT_NEEDS, "longest", *of_images):
         value = getattr(task, key)
-        if value is not None and (key == "source") == (task.kind == "text"):
+        if value is not None and (key in of_images) == (task.kind == "text"):
             raise ConfigError(f"task.{key}", value, f"does not apply to kind {task.kind!r}; remove it")
         if value is None and key in needed:
             raise ConfigError(f"task.{key}", None, f"is needed with kind {task.kind!r}")
-    ends = task.gray_range
-    if ends is not None and (task.kind == "text" or not all(map(math.isfinite, ends)) or ends[0] == ends[1]):
-        raise ConfigError("task.gray_range", ends, "must be two different finite numbers, and goes with kind 'images'")
+    if task.kind == "images":
+        data_of(task)
     if task.kind == "images" and config.model.embeddings is not None:
         raise ConfigError("model.embeddings", config.model.embeddings, "images go with the bundled ones; remove it")
     if task.kind == "text":

@@ -36,10 +36,9 @@ from sordino.mpc.parties.certificates import (
     make_certificates,
 )
 from sordino.mpc.tower.public_text import SENTENCES as WHOLE_CALIBRATION
-from sordino.private_tuning.open_task import split_images
+from sordino.private_tuning.open_task import pictures_of, split_images
 from sordino.private_tuning.settings import PrivateTuning
 from sordino.private_tuning.tasks import read_sentences
-from sordino.tasks.folders import image_folder
 
 LOCAL = "127.0.0.1:0"
 SENTENCES = 600  # of all candidates of a trial's search: one to two minutes on two cores
@@ -135,8 +134,7 @@ def _cut(settings: PrivateTuning) -> dict[str, int]:
         shots = min(shots, SHOTS)
         candidate = classes * (shots + 1)  # sentences: the examples and the classes' descriptions
     else:
-        source = str(task.source)
-        images = image_folder(Path(source.partition(":")[2]), source)
+        images = pictures_of(settings)
         all_tests = settings.model_copy(update={"task": task.model_copy(update={"test_limit": None})})
         _, tests = split_images(images, np.ones(len(images), dtype=np.bool_), all_tests, "test")
         labels, candidate = images.labels[tests], len(images.class_names)

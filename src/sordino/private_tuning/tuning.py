@@ -109,7 +109,7 @@ def _tuned(
     hand_written = HandWritten.of(task)
     given = hand_written.correct(task, forward, start, at_start)
     saved = _saved_prompt(config, task, {"context": prompt, **beside}, state, clear)
-    saved.save(out / "prompts" / "private.safetensors")
+    saved.save(out / "prompts" / "private.safetensors", private=True)
     before = record.metrics.lines[0]["mean_loss"]
     summary = {
         "task": task.kind,

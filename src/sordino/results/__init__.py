@@ -35,7 +35,7 @@ from sordino.results.summary import (
     Summary,
     complaint,
 )
-from sordino.results.wording import human_bytes, human_seconds, listed, rounded_up
+from sordino.results.wording import dataset_name, human_bytes, human_seconds, listed, rounded_up, without_places
 from sordino.results.worth import BEST_NOT_OFFERED, BEST_TOO_HIGH, gain_words, unequal_steps, verdict
 
 __all__ = [
@@ -67,6 +67,7 @@ __all__ = [
     "Summary",
     "complaint",
     "crossed",
+    "dataset_name",
     "gain_words",
     "human_bytes",
     "human_seconds",
@@ -76,4 +77,5 @@ __all__ = [
     "rounded_up",
     "unequal_steps",
     "verdict",
+    "without_places",
 ]

@@ -120,13 +120,13 @@ def _write(
     for party, tensors in parts.items():
         content = safetensors.torch.save(tensors) if tensors else b""
         name = f"round-{number:06d}.{party}.safetensors"
-        write_atomically(folder / name, content)
+        write_atomically(folder / name, content, private=True)
         files[party] = {"file": name, "sha256": hashlib.sha256(content).hexdigest()}
     latest: dict[str, Any] = {"round": number, **files}
     if server is not None:
         latest["ledger"] = server.ledger.to_json()
         latest["released"] = server.released
-    write_atomically(folder / LATEST, json.dumps(latest).encode())
+    write_atomically(folder / LATEST, json.dumps(latest).encode(), private=True)
     for party in parts:
         for old in sorted(folder.glob(f"round-*.{party}.safetensors"))[:-KEPT]:
             old.unlink(missing_ok=True)

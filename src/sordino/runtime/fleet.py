@@ -1,4 +1,4 @@
-"""The seam between rounds and engines: what a server asks, who answers, and the one loop that joins the two.
+"""The seam between rounds and engines: what a server asks, and who answers; `waiting.drive` joins the two.
 
 An engine is a `Fleet`: it brings bytes to sites and their answers back. A server without I/O says what it asks next and
 takes what comes. So the same two ends of a round run in one process, over processes, and over every engine.
@@ -7,21 +7,17 @@ takes what comes. So the same two ends of a round run in one process, over proce
 from __future__ import annotations
 
 import math
-import queue
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 from sordino.errors import SordinoError
 from sordino.runtime.envelope import Envelope
 from sordino.runtime.messages import MessageError
 from sordino.runtime.release import RELEASE_ROUND, Keep, drawn_anew
-from sordino.runtime.server import Link, ServerEnd, ServerRecord, ServerTraining
+from sordino.runtime.server import Link, Questions, ServerEnd, ServerRecord, ServerTraining
 from sordino.runtime.uploads import read_uploads
 from sordino.secure import Refusal
-
-Result = TypeVar("Result")
 
 
 def _no() -> bool:
@@ -81,10 +77,12 @@ class Lost:
     Attributes:
         site: its name.
         reason: in words.
+        asked: the question may have reached it. Where it surely did not, nothing can have left the site.
     """
 
     site: str
     reason: str
+    asked: bool = True
 
 
 class Fleet(Protocol):
@@ -92,6 +90,13 @@ class Fleet(Protocol):
 
     def sites(self) -> frozenset[str]:
         """Return the names of the sites that are there now."""
+        ...
+
+    def may_return(self) -> bool:
+        """Tell whether sites that are not there may come back, so that a server waits for them between rounds.
+
+        An engine raises an error here if its job is to end.
+        """
         ...
 
     def ask(self, ask: Ask) -> Iterator[Answer | Lost]:
@@ -124,59 +129,6 @@ class Patience:
         return max(1, math.ceil(self.quorum * count - 1e-9))
 
 
-class Questions(Generic[Result]):
-    """A function that asks through a link, turned round: its questions come out, and replies go in.
-
-    The function runs in a thread of its own, which only ever runs while the caller waits for its next question.
-
-    Attributes:
-        pending: the question; None: the function has returned.
-        first: it is the function's first.
-    """
-
-    def __init__(self, function: Callable[[Link], Result]) -> None:
-        self._asked: queue.Queue[Mapping[int, bytes] | None] = queue.Queue()
-        self._replies: queue.Queue[list[tuple[int, bytes | Refusal]] | None] = queue.Queue()
-        self._outcome: list[Result] = []
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=[function], daemon=True)
-        self._thread.start()
-        self.pending, self.first = self._asked.get(), True
-
-    def reply(self, replies: Sequence[tuple[int, bytes | Refusal]]) -> None:
-        """Give the replies to the pending question; then the next one is pending, or None."""
-        self._replies.put(list(replies))
-        self.pending, self.first = self._asked.get(), False
-
-    def result(self) -> Result:
-        """Return what the function returned, or raise what it raised."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._outcome[0]
-
-    def drop(self) -> None:
-        """Give up: the function sees an error where it asks."""
-        if self.pending is not None:
-            self._replies.put(None)
-            self._thread.join()
-
-    def _run(self, function: Callable[[Link], Result]) -> None:
-        try:
-            self._outcome.append(function(self._link))
-        except BaseException as error:
-            self._error = error
-        finally:
-            self._asked.put(None)
-
-    def _link(self, contents: Mapping[int, bytes]) -> list[tuple[int, bytes | Refusal]]:
-        self._asked.put(contents)
-        replies = self._replies.get()
-        if replies is None:
-            raise MessageError("the round was given up")
-        return replies
-
-
 @dataclass
 class Heard:
     """The replies to one question.
@@ -205,8 +157,10 @@ class ServerRuntime:
 
     Attributes:
         training: the state after the last round.
+        patience: as given.
         traffic: site to bytes that it was sent, and that it sent.
         facts: site to what it is told with every question; changed between rounds only.
+        missed: why rounds were void or could not be asked, of those in a row up to the last one.
     """
 
     def __init__(
@@ -220,13 +174,17 @@ class ServerRuntime:
         keep: Keep = drawn_anew,
     ) -> None:
         self._keep = keep
-        self.training, self._end, self._patience, self._save = training, end, patience, save
+        self.training, self._end, self.patience, self._save = training, end, patience, save
         self._sites = {site: sorted(clients) for site, clients in sites.items()}
         self._site_of = {client: site for site, clients in self._sites.items() for client in clients}
         self._experiment = experiment
         self._round: Questions[Any] | None = None
         self._heard = Heard()
         self._lost: dict[str, str] = {}  # in this round
+        self._unasked: set[str] = set()  # those that the pending question surely did not reach
+        self.missed: list[str] = []
+        # An earlier process may have asked for this one already, and sites may have answered it.
+        self._first = training.round + 1
         self.traffic = dict.fromkeys(self._sites, (0, 0))
         self.facts: Mapping[str, Mapping[str, Any]] = {}
 
@@ -239,17 +197,16 @@ class ServerRuntime:
         while self._round is None or self._round.pending is None:
             if self._round is not None:
                 self._finish(self._round)
-            if self.training.round >= self._end.federation.rounds or not self._affordable():
+            if not self.goes_on():
                 return Done(self.training)
             self._lost = {}
             self._round = Questions(self._started())
-        self._heard = Heard()
+        self._heard, self._unasked = Heard(), set()
         payloads = self._by_site(self._round.pending)
         for site, payload in payloads.items():
             self._count(site, len(payload), 0)
-        number = self.training.round + 1 if self._released else RELEASE_ROUND
-        quorum = self._patience.of(len(payloads)) if self._released else len(payloads)
-        return Ask(number, payloads, quorum, self._patience.deadline, self._patience.grace, self._short)
+        quorum = self.patience.of(len(payloads)) if self._released else len(payloads)
+        return Ask(self.number, payloads, quorum, self.patience.deadline, self.patience.grace, self._short)
 
     def take(self, site: str, answer: bytes) -> None:
         """Hear a site's answer. One that is not what was agreed makes the site lost in this round."""
@@ -272,23 +229,60 @@ class ServerRuntime:
             if useful := self._useful(envelope.contents):
                 self._heard.useful[site] = useful
 
-    def lost(self, site: str, reason: str) -> None:
-        """Hear that a site does not answer."""
+    def lost(self, site: str, reason: str, asked: bool = True) -> None:
+        """Hear that a site does not answer; `asked` as in `Lost`."""
         self._lost[site] = reason
+        self._unasked |= set() if asked else {site}
         for client in self._pending:
             if self._site_of[client] == site and client not in self._heard.replies:
                 self._heard.replies[client] = Refusal(reason)
 
     def close_round(self) -> None:
-        """Go on with the answers that came.
+        """Go on with the answers that came. A round whose question reached nobody is as if it had not begun.
 
         Raises:
             RoundError: the release failed, or training diverged.
         """
         assert self._round is not None, "next() comes first"
+        if self._reached_nobody and not self._by_turns:
+            reasons = ", ".join(f"{site}: {reason}" for site, reason in sorted(self._lost.items()))
+            self.stop()
+            self.missed.append(f"the question of {self.name} reached nobody ({reasons})")
+            return
+        sampled = self._end.federation.mechanism.samples_clients
+        unsent = self._reached_nobody and not sampled and self.number > self._first
         self._round.reply(sorted(self._heard.replies.items(), key=lambda reply: reply[0]))
         if self._round.pending is None:
-            self._finish(self._round)
+            self._finish(self._round, unsent)
+
+    def awaits(self, there: Collection[str]) -> list[str]:
+        """Return the sites that the next round waits for; none if enough of its clients' sites are there.
+
+        Sampled clients are drawn after it, and all are counted here. Else rounds would begin for some samples only, and
+        how long one takes would tell who is in it.
+        """
+        if self._round is not None:
+            return []
+        sampled = self._end.federation.mechanism.samples_clients
+        everyone = sampled or not self._released
+        clients = sorted(self._site_of) if everyone else self._end.participants(self.number)
+        needed = self.patience.of(len(clients)) if self._released else len(clients)
+        if sum(self._site_of[client] in there for client in clients) >= min(needed, len(clients)):
+            return []
+        return sorted({self._site_of[client] for client in clients} - set(there)) if self.goes_on() else []
+
+    def goes_on(self) -> bool:
+        """Return whether there is another round, and a budget for it."""
+        if self.training.round >= self._end.federation.rounds:
+            return False
+        return not self._released or self._end.within_budget(self.training)
+
+    def goes_without(self, there: Collection[str]) -> bool:
+        """Tell whether the next round is asked though too few of its sites are there, so that it will be void.
+
+        Where others take part in the next one, a site that stays away must not stop all of them.
+        """
+        return self._by_turns and not self._sites.keys().isdisjoint(there)
 
     def _count(self, site: str, sent: int, received: int) -> None:
         before = self.traffic.get(site, (0, 0))
@@ -301,6 +295,29 @@ class ServerRuntime:
             self._round = None
 
     @property
+    def number(self) -> int:
+        """Return the number of the round that is asked next, or now."""
+        return self.training.round + 1 if self._released else RELEASE_ROUND
+
+    @property
+    def name(self) -> str:
+        """Return the same in words."""
+        return f"round {self.number}" if self._released else "the release before the first round"
+
+    @property
+    def _by_turns(self) -> bool:
+        """Return whether rounds differ in who takes part."""
+        end = self._end
+        sampled = end.federation.mechanism.samples_clients
+        return self._released and (sampled or len(end.participants(self.number)) < end.federation.clients)
+
+    @property
+    def _reached_nobody(self) -> bool:
+        """Return whether the round's first question surely reached none of its sites."""
+        asked = {self._site_of[client] for client in self._pending}
+        return self._round is not None and self._round.first and asked <= self._unasked
+
+    @property
     def _released(self) -> bool:
         return self.training.released or not self._end.federation.mechanism.releases_statistics
 
@@ -308,26 +325,28 @@ class ServerRuntime:
     def _pending(self) -> Mapping[int, bytes]:
         return (self._round.pending if self._round else None) or {}
 
-    def _affordable(self) -> bool:
-        return not self._released or self._end.within_budget(self.training)
-
     def _started(self) -> Callable[[Link], Any]:
         end, training = self._end, self.training
         if not self._released:
             return lambda link: (end.release(training, link, self._keep), None)
-        return lambda link: end.round(training, link, self._patience.of)
+        return lambda link: end.round(training, link, self.patience.of)
 
-    def _finish(self, finished: Questions[Any]) -> None:
-        self._round = None
+    def _finish(self, finished: Questions[Any], unsent: bool = False) -> None:
+        """Save what a round made; one that was sent to nobody (`unsent`) is void, and charges nothing."""
+        ledger, self._round = self.training.ledger, None
         self.training, record = finished.result()
+        if unsent:
+            self.training = replace(self.training, ledger=ledger)
         self._save(self.training, record, dict(self._lost))
+        if record is not None:
+            self.missed = [*self.missed, f"round {self.training.round} was void: {record.void}"] if record.void else []
 
     def _useful(self, contents: Mapping[int, bytes]) -> int:
         """Return how many of some clients' replies can be used.
 
         Uploads are read twice for it, so they are only where fewer than all are enough.
         """
-        if self._patience.quorum == 1 or not self._released or self._round is None or not self._round.first:
+        if self.patience.quorum == 1 or not self._released or self._round is None or not self._round.first:
             return len(contents)
         number = self.training.round + 1
         return len(read_uploads(self._end.federation, number, sorted(contents), contents).clients)
@@ -336,7 +355,7 @@ class ServerRuntime:
         """Return whether replies that can be used came of too few sites, or clients, for the round."""
         clients, useful = len(self._pending), self._heard.useful
         sites = len({self._site_of[client] for client in self._pending})
-        return len(useful) < self._patience.of(sites) or sum(useful.values()) < self._patience.of(clients)
+        return len(useful) < self.patience.of(sites) or sum(useful.values()) < self.patience.of(clients)
 
     def _by_site(self, contents: Mapping[int, bytes]) -> dict[str, bytes]:
         grouped: dict[str, dict[int, bytes]] = {}
@@ -346,30 +365,6 @@ class ServerRuntime:
             site: Envelope("round", self._experiment, self.facts.get(site, {}), messages).encode()
             for site, messages in grouped.items()
         }
-
-
-def put(ask: Ask, server: ServerRuntime, fleet: Fleet) -> None:
-    """Put a server's question to a fleet, and have the server hear what comes."""
-    for event in fleet.ask(ask):
-        if isinstance(event, Answer):
-            server.take(event.site, event.content)
-        else:
-            server.lost(event.site, event.reason)
-
-
-def drive(server: ServerRuntime, fleet: Fleet) -> ServerTraining:
-    """Run all rounds of a server over a fleet, and return its last state.
-
-    Raises:
-        RoundError: the release of statistics failed, or training diverged.
-    """
-    try:
-        while isinstance(ask := server.next(), Ask):
-            put(ask, server, fleet)
-            server.close_round()
-    finally:
-        server.stop()
-    return ask.training
 
 
 class LocalFleet:
@@ -385,10 +380,13 @@ class LocalFleet:
     def sites(self) -> frozenset[str]:
         return frozenset(self._sites)
 
+    def may_return(self) -> bool:
+        return False
+
     def ask(self, ask: Ask) -> Iterator[Answer | Lost]:
         for site, payload in ask.payloads.items():
             if site not in self._sites:
-                yield Lost(site, "it is not there")
+                yield Lost(site, "it is not there", asked=False)
                 continue
             try:
                 answer = self._sites[site](payload)

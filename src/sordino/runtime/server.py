@@ -6,10 +6,12 @@ into the same process, a pipe, or a network.
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +39,7 @@ from sordino.runtime.release import RELEASE_ROUND, Keep, collect, drawn_anew
 from sordino.runtime.uploads import Diverged, RoundError, Uploads, error_of, means_alone, read_uploads, stacked_upload
 from sordino.secure import Carrier, Refusal, SecureError
 
+Result = TypeVar("Result")
 Link = Carrier  # carries messages to clients, by their numbers in the federation
 Observe = Callable[[int, Sequence[int], Server, Upload], None]  # a round, who answered, the state before it, uploads
 SESSION_BYTES = 16
@@ -310,6 +313,59 @@ class ServerEnd:
             message = federation.broadcast_message(client_broadcast, clip)
             contents[client] = messages.encode(message, header)
         return contents
+
+
+class Questions(Generic[Result]):
+    """A function that asks through a link, turned round: its questions come out, and replies go in.
+
+    The function runs in a thread of its own, which only ever runs while the caller waits for its next question.
+
+    Attributes:
+        pending: the question; None: the function has returned.
+        first: it is the function's first.
+    """
+
+    def __init__(self, function: Callable[[Link], Result]) -> None:
+        self._asked: queue.Queue[Mapping[int, bytes] | None] = queue.Queue()
+        self._replies: queue.Queue[list[tuple[int, bytes | Refusal]] | None] = queue.Queue()
+        self._outcome: list[Result] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=[function], daemon=True)
+        self._thread.start()
+        self.pending, self.first = self._asked.get(), True
+
+    def reply(self, replies: Sequence[tuple[int, bytes | Refusal]]) -> None:
+        """Give the replies to the pending question; then the next one is pending, or None."""
+        self._replies.put(list(replies))
+        self.pending, self.first = self._asked.get(), False
+
+    def result(self) -> Result:
+        """Return what the function returned, or raise what it raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._outcome[0]
+
+    def drop(self) -> None:
+        """Give up: the function sees an error where it asks."""
+        if self.pending is not None:
+            self._replies.put(None)
+            self._thread.join()
+
+    def _run(self, function: Callable[[Link], Result]) -> None:
+        try:
+            self._outcome.append(function(self._link))
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._asked.put(None)
+
+    def _link(self, contents: Mapping[int, bytes]) -> list[tuple[int, bytes | Refusal]]:
+        self._asked.put(contents)
+        replies = self._replies.get()
+        if replies is None:
+            raise MessageError("the round was given up")
+        return replies
 
 
 def finite(state: Any) -> bool:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from sordino.serving.manifest import Accuracies, Manifest
+from sordino.serving.manifest import NOT_ATTACKED, WITHOUT_RUN, Accuracies, Manifest
 
 CLASSES_NAMED = 200
 JOINERS = "\u200c\u200d"  # of Persian and of emoji
@@ -66,7 +66,7 @@ def card(manifest: Manifest, others: Sequence[str]) -> str:
 
 def _audit(manifest: Manifest) -> list[str]:
     if manifest.audit is None:
-        return ["No attack on the run was tried.", ""]
+        return [WITHOUT_RUN if manifest.attacks == "unknown" else NOT_ATTACKED, ""]
     lines = ["| attack | found | epsilon is at least |", "|---|---|---|"]
     for name, attack in manifest.audit.attacks.items():
         bound = "" if attack.epsilon is None else f"{attack.epsilon:.3g}"

@@ -40,7 +40,8 @@ class Answer:
     """The classes of one picture.
 
     Attributes:
-        classes: the most probable ones with their rounded probabilities, the first one first.
+        classes: the most probable ones with their rounded probabilities, the first one first; of those that rounding
+            makes equal, the first in the prompt's order.
         zero_shot: the same of the hand-written prompt; None if it was not asked for.
     """
 
@@ -192,7 +193,7 @@ class PromptClassifier:
 
         Args:
             pixels: of B pictures, see `pixels`.
-            top: how many classes of each; of equals the first in the prompt's order.
+            top: how many classes of each; of those that are equal once rounded, the first in the prompt's order.
             digits: of probabilities behind the point; fewer tell less of the prompt.
             zero_shot: also what the hand-written prompt says.
 

@@ -225,4 +225,10 @@ def _opened(name: str, uri: bool = False) -> sqlite3.Connection:
     # Without an isolation level, as Python's driver would begin transactions late, and end them at a new table.
     connection = sqlite3.connect(name, WAIT_SECONDS, isolation_level=None, check_same_thread=False, uri=uri)
     connection.execute("PRAGMA foreign_keys = ON")
+    connection.text_factory = _text
     return connection
+
+
+def _text(content: bytes) -> str:
+    """Return text that need not be UTF-8 in a file: one such value would keep all others from being read."""
+    return content.decode("utf-8", "replace")

@@ -22,6 +22,7 @@ from sordino.serving.registry import MAX_BYTES, Published
 from sordino.serving.trust import Trusted
 
 MANIFEST, SIGNATURE = "manifest.json", "signature.json"
+MAX_SIGNATURE = 1 << 10  # bytes; it has less than half of them
 
 
 def export(published: Published, out: Path) -> None:
@@ -62,12 +63,14 @@ def read_folder(folder: Path, trusted: Trusted | None = None) -> Published:
     _require_no_other(folder)
     content = {name: _read(folder / name, MAX_BYTES) for name in FILES if _is_there(folder / name)}
     content[MANIFEST] = _read(folder / MANIFEST, MAX_MANIFEST)
-    content[SIGNATURE] = _read(folder / SIGNATURE, 1 << 16)
+    content[SIGNATURE] = _read(folder / SIGNATURE, MAX_SIGNATURE)
     return read_files(content, str(folder), trusted)
 
 
 def read_files(content: Mapping[str, bytes], place: str, trusted: Trusted | None = None) -> Published:
     """Check the files that a folder of `export` has.
+
+    Nothing but `signature.json` is parsed before it is known that somebody trusted signed it.
 
     Args:
         content: by name; `manifest.json` and `signature.json` are there.
@@ -79,6 +82,8 @@ def read_files(content: Mapping[str, bytes], place: str, trusted: Trusted | None
     """
     files = dict(content)
     text, manifest_text = files.pop(SIGNATURE), files.pop(MANIFEST)
+    if len(text) > MAX_SIGNATURE:
+        raise PromptError(f"{place}: {SIGNATURE} is too large: {CHANGED}")
     try:
         told: Any = json.loads(text)
         sealed = Sealed(manifest_text, str(told["signature"]), bytes.fromhex(told["public_key"]))
@@ -86,9 +91,7 @@ def read_files(content: Mapping[str, bytes], place: str, trusted: Trusted | None
         raise PromptError(f"{place}: {SIGNATURE} is damaged: {CHANGED}") from None
     if text != _signature(sealed):
         raise PromptError(f"{place}: {SIGNATURE} is not as it was written: {CHANGED}")
-    manifest: Manifest = sealed.open(place)
-    if trusted is not None:
-        trusted.require(sealed.public_key, place)
+    manifest: Manifest = sealed.open(place, trusted)
     check_files(manifest, files, place)
     return Published(manifest, sealed, files, None, place)
 

@@ -19,10 +19,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 
 from sordino.errors import ConfigError, PromptError
-from sordino.files import Record
+from sordino.files import Record, json_pieces
 from sordino.privacy.signature import fingerprint, public_bytes, sign, signed_by
 from sordino.results.summary import MOST_PRIVATE_EPSILON
 from sordino.results.wording import rounded_up
+from sordino.serving.trust import Trusted
 
 FORMAT: Final = "sordino published prompt 1"
 PROMPT, LEDGER, STATEMENT, AUDIT, CARD = (
@@ -34,9 +35,12 @@ PROMPT, LEDGER, STATEMENT, AUDIT, CARD = (
 )
 FILES = (PROMPT, LEDGER, STATEMENT, AUDIT, CARD)
 MAX_MANIFEST = 1 << 24  # bytes
+MOST_PIECES = 1 << 18  # of its JSON, see `json_pieces`: a class takes one
 NAME = re.compile(r"[a-z0-9]+([._-][a-z0-9]+)*")
 LONGEST_NAME = 64
 MOMENT: Final = "%Y-%m-%dT%H:%M:%SZ"  # UTC
+WITHOUT_RUN = "Published without its run; whether it was attacked is not known here."
+NOT_ATTACKED = "No attack on the run was tried."
 CHANGED = "it was changed after it was signed; do not use it, and ask its publisher for it"
 
 
@@ -169,7 +173,7 @@ class Facts(_Part):
         client: whose own it is; None where all share it.
         class_names: in order.
         encoder, privacy: see there.
-        audit: None if the run was not attacked.
+        audit: None if the run was not attacked, or is not known; see `attacks`.
         training: None if the prompt comes without its run.
         words: the prompt as text, which stands before a class name; None if it is vectors.
     """
@@ -194,6 +198,13 @@ class Facts(_Part):
         if not self.privacy.private or not self.privacy.bounded:
             return "NOT PRIVATE"
         return "CLAIM CONTRADICTED" if self.audit is not None and self.audit.refuted else ""
+
+    @property
+    def attacks(self) -> Literal["unknown", "none", "tried", "contradicting"]:
+        """The attacks on the run in a word. Only of a run that was read it is known that there were none."""
+        if self.audit is None:
+            return "unknown" if self.training is None else "none"
+        return "contradicting" if self.audit.refuted else "tried"
 
     @property
     def promise(self) -> str:
@@ -248,19 +259,23 @@ class Sealed:
         text = manifest.to_bytes()
         return cls(text, sign(key, _signed(text)), public_bytes(key))
 
-    def open(self, place: str) -> Manifest:
-        """Check the signature, and read the manifest. Whether the key is trusted is another question.
+    def open(self, place: str, trusted: Trusted | None = None) -> Manifest:
+        """Check the signature, and read the manifest.
 
         Args:
             place: the beginning of a message.
+            trusted: publishers, whose manifests alone are parsed; None: whoever signed.
 
         Raises:
-            PromptError: the text is not what the key signed, or is no manifest of this version.
+            PromptError: the text is not what the key signed, the key is not trusted, or it is no manifest of this
+                version.
         """
         if not signed_by(self.public_key, self.signature, _signed(self.text)):
             raise PromptError(f"{place}: the signature is not that of its manifest: {CHANGED}")
+        if trusted is not None:
+            trusted.require(self.public_key, place)
         try:
-            found = json.loads(self.text)["format"] if len(self.text) <= MAX_MANIFEST else "too large"
+            found = "too large" if is_too_large(self.text) else json.loads(self.text)["format"]
             if found != FORMAT:
                 raise PromptError(
                     f"{place}: its format is {found!r}, and this version reads {FORMAT!r}; update Sordino"
@@ -279,6 +294,11 @@ class Sealed:
         if not {PROMPT, LEDGER, CARD} <= manifest.files.keys():
             raise PromptError(f"{place}: its manifest lacks the prompt, the ledger or the card; ask its publisher")
         return manifest
+
+
+def is_too_large(text: bytes) -> bool:
+    """Tell whether a manifest has more bytes or values than one may have, without parsing it."""
+    return len(text) > MAX_MANIFEST or json_pieces(text) > MOST_PIECES
 
 
 def check_mark(facts: Facts, accepted: bool) -> None:

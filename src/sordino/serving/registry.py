@@ -24,8 +24,6 @@ from sordino.serving.card import card
 from sordino.serving.database import Database
 from sordino.serving.manifest import (
     CARD,
-    CHANGED,
-    MAX_MANIFEST,
     MOMENT,
     Facts,
     Manifest,
@@ -33,22 +31,17 @@ from sordino.serving.manifest import (
     check_files,
     check_mark,
     check_name,
+    is_too_large,
     record,
 )
+from sordino.serving.rows import Withdrawal, all_rows, columns_of, content_of, files_of, label, opened, withdrawal
 from sordino.serving.tables import files, prompts, withdrawals
 from sordino.serving.trust import Trusted
 
 ATTEMPTS: Final = 200  # to get a version's number, where others publish under the same name
 MAX_BYTES: Final = 1 << 28  # of all files of a version
 LONGEST_REASON: Final = 500
-
-
-@dataclass(frozen=True)
-class Withdrawal:
-    """Why and when (UTC) a version was withdrawn."""
-
-    at: str
-    reason: str
+NO_NUMBER: Final = (1 << 31) - 1  # no version has it
 
 
 class WithdrawnError(PromptError):
@@ -88,7 +81,7 @@ class Listed:
     """A version as a list shows it: manifest and row are checked, but not its files.
 
     Attributes:
-        name, version: as its row says.
+        name, version: as its row says; 0 for a version that is no number.
         manifest: None where it is damaged.
         fault: in words, what is wrong with it; "" if nothing is.
         trusted: whether a trusted key signed it.
@@ -230,7 +223,7 @@ class Registry:
         """
         with self.database.reading() as connection:
             row = self._row(connection, name, version)
-        withdrawn = _withdrawal(row)
+        withdrawn = withdrawal(row)
         if withdrawn is not None:
             raise WithdrawnError(self._place(row), withdrawn)
         return row.name, row.version, row.signature
@@ -239,14 +232,12 @@ class Registry:
         """Read a version as `load` does, even one that is withdrawn; without `trusted` by whomever it is signed."""
         with self.database.reading() as connection:
             row = self._row(connection, name, version)
-            content = connection.execute(select(files.c.name, files.c.content).where(files.c.prompt == row.id)).all()
+            content = files_of(connection, row)
         place = self._place(row)
-        sealed, manifest = _opened(row, place)
-        if trusted is not None:
-            trusted.require(sealed.public_key, place)
-        found = {each.name: bytes(each.content) for each in content}
+        sealed, manifest = opened(row, place, trusted)
+        found = content_of(content, place)
         check_files(manifest, found, place)
-        return Published(manifest, sealed, found, _withdrawal(row), place)
+        return Published(manifest, sealed, found, withdrawal(row), place)
 
     def listed(self, trusted: Trusted | None = None, name: str | None = None) -> list[Listed]:
         """Return all versions, by name and version, whatever is wrong with them.
@@ -256,18 +247,18 @@ class Registry:
             name: of one prompt; None: of all.
         """
         known = Trusted.of() if trusted is None else trusted
-        query = _rows().order_by(prompts.c.name, prompts.c.version)
+        query = all_rows().order_by(prompts.c.name, prompts.c.version)
         with self.database.reading() as connection:
             rows = connection.execute(query if name is None else query.where(prompts.c.name == name)).all()
         answer = []
         for row in rows:
             manifest, fault, trust = None, "", False
             try:
-                sealed, manifest = _opened(row, self._place(row))
+                sealed, manifest = opened(row, self._place(row))
                 trust = sealed.public_key in known
             except PromptError as error:
                 fault = str(error).removeprefix(f"{self._place(row)}: ")
-            answer.append(Listed(row.name, row.version, manifest, fault, trust, _withdrawal(row)))
+            answer.append(Listed(*label(row), manifest, fault, trust, withdrawal(row)))
         return answer
 
     def withdraw(self, name: str, version: int, reason: str) -> Withdrawal:
@@ -290,7 +281,9 @@ class Registry:
 
     def _row(self, connection: Connection, name: str, version: int | None) -> Row[Any]:
         """Return a version's row; None is the latest one that is not withdrawn, or of those that are."""
-        query = _rows().where(prompts.c.name == name).order_by(withdrawals.c.at.is_not(None), prompts.c.version.desc())
+        query = (
+            all_rows().where(prompts.c.name == name).order_by(withdrawals.c.at.is_not(None), prompts.c.version.desc())
+        )
         if version is not None:
             query = query.where(prompts.c.version == version)
         row = connection.execute(query.limit(1)).first()
@@ -301,7 +294,8 @@ class Registry:
         return row
 
     def _place(self, row: Row[Any]) -> str:
-        return f"{row.name}:{row.version} in {self.label}"
+        name, version = label(row)
+        return f"{name}:{version} in {self.label}"
 
 
 def _insert(
@@ -323,7 +317,7 @@ def _insert(
     all_files[CARD] = card(Manifest(**about, files={}), sorted(content)).encode()
     manifest = Manifest(**about, files={each: record(part) for each, part in all_files.items()})
     sealed = Sealed.of(manifest, key)
-    if len(sealed.text) > MAX_MANIFEST:
+    if is_too_large(sealed.text):
         raise PromptError(f"{name}: has too many classes to be published")
     _write(connection, manifest, sealed, all_files)
     return manifest
@@ -331,12 +325,14 @@ def _insert(
 
 def _following(connection: Connection, name: str) -> int:
     """Return the number of the next version of a name; those of withdrawn versions count."""
-    latest = connection.execute(select(func.max(prompts.c.version)).where(prompts.c.name == name)).scalar()
+    # Of numbers alone: SQLite takes any value, and counts text as more than any of them.
+    is_number = prompts.c.version < NO_NUMBER
+    latest = connection.execute(select(func.max(prompts.c.version)).where(prompts.c.name == name, is_number)).scalar()
     return int(latest or 0) + 1
 
 
 def _write(connection: Connection, manifest: Manifest, sealed: Sealed, content: Mapping[str, bytes]) -> None:
-    values = _columns(manifest) | {
+    values = columns_of(manifest) | {
         "manifest": sealed.text,
         "signature": sealed.signature,
         "public_key": sealed.public_key.hex(),
@@ -344,49 +340,6 @@ def _write(connection: Connection, manifest: Manifest, sealed: Sealed, content: 
     row = connection.execute(prompts.insert().values(values).returning(prompts.c.id)).scalar_one()
     entries = [{"prompt": row, "name": each, "content": part} for each, part in content.items()]
     connection.execute(files.insert(), entries)
-
-
-def _columns(manifest: Manifest) -> dict[str, Any]:
-    """Return what a row repeats of its manifest."""
-    return {
-        "name": manifest.name,
-        "version": manifest.version,
-        "created": manifest.created,
-        "method": manifest.method,
-        "task": manifest.task,
-        "encoder": manifest.encoder.name,
-        "fingerprint": manifest.encoder.fingerprint,
-        "private": manifest.privacy.private,
-        "simulated": manifest.privacy.simulated,
-        "epsilon": manifest.privacy.epsilon,
-    }
-
-
-def _opened(row: Row[Any], place: str) -> tuple[Sealed, Manifest]:
-    """Read a row's manifest, and check its signature and that the columns say the same.
-
-    Raises:
-        PromptError: one is not so.
-    """
-    try:
-        sealed = Sealed(bytes(row.manifest), str(row.signature), bytes.fromhex(row.public_key))
-    except (TypeError, ValueError):
-        raise PromptError(f"{place}: its row is damaged: {CHANGED}") from None
-    manifest = sealed.open(place)
-    for column, value in _columns(manifest).items():
-        if getattr(row, column) != value:
-            raise PromptError(f"{place}: the column {column!r} of its row is not what its manifest says: {CHANGED}")
-    return sealed, manifest
-
-
-def _rows() -> Any:
-    """Return the query of all rows with their withdrawals."""
-    joined = prompts.outerjoin(withdrawals, withdrawals.c.prompt == prompts.c.id)
-    return select(prompts, withdrawals.c.at, withdrawals.c.reason).select_from(joined)
-
-
-def _withdrawal(row: Row[Any]) -> Withdrawal | None:
-    return None if row.at is None else Withdrawal(row.at, row.reason)
 
 
 def _now() -> str:

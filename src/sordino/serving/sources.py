@@ -1,5 +1,6 @@
 """The material of a published version: prompt, ledger, statement and audit of a run, held against each other.
 
+The privacy that is told is the ledger's, counted anew, and its statement is written anew.
 Two things of a ledger stay at home: the run's random name, and the digests of the parties' data. With these, whoever
 knows all pictures of a party but one could confirm that one, whatever epsilon says.
 """
@@ -10,9 +11,9 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -21,16 +22,16 @@ from sordino.audit.findings.words import ATTACKS, result_words
 from sordino.errors import ConfigError, DataError, PromptError, RunError, SordinoError, cause
 from sordino.experiments.privacy.statement import statement_of
 from sordino.files import read_regular
-from sordino.privacy.ledger import UNITS, Ledger, Unit
-from sordino.privacy.statement import as_summary
+from sordino.privacy.ledger import Ledger
 from sordino.prompt_file import SavedPrompt
 from sordino.report.statement import sealed
 from sordino.results import FILE as SUMMARY
-from sordino.results import Summary
-from sordino.serving.manifest import AUDIT, LEDGER, PROMPT, STATEMENT, Facts, facts_of
+from sordino.results import Summary, dataset_name
+from sordino.serving.card import card
+from sordino.serving.claims import FIELDS, Spending, check_prompt, check_summary
+from sordino.serving.manifest import AUDIT, CARD, LEDGER, PROMPT, STATEMENT, Audit, Facts, facts_of
 from sordino.serving.registry import Published
 
-TOLERANCE = 1e-4  # of an epsilon that another machine counted
 LARGEST = 1 << 28  # bytes of a file
 MEASURES = ("local", "neighbor", "overall")
 ENDING = ".safetensors"
@@ -84,21 +85,20 @@ def read_run(folder: Path, client: int | None = None) -> Material:
     content = _read(file)
     saved = SavedPrompt.from_bytes(content, str(file))
     ledger = Ledger.from_json(texts[LEDGER], folder / LEDGER)
-    unit = cast(Unit, summary.privacy.unit or "example")
     told = {name: getattr(summary.privacy, name) for name in ("private", "simulated", "statement")}
     if saved.privacy.ledger_sha256 != hashlib.sha256(texts[LEDGER]).hexdigest() or told != {
         name: getattr(saved.privacy, name) for name in told
     }:
         raise PromptError(f"{file}: is not of the run whose {LEDGER} and {SUMMARY} lie above it; put its own there")
-    privacy = _privacy(ledger, unit, saved)
-    if not _same(privacy["epsilon"], summary.privacy.epsilon):
-        raise RunError(f"{folder}: {SUMMARY} states another epsilon than {LEDGER} comes to; run the experiment again")
-    files = {PROMPT: content, LEDGER: _public(ledger)}
+    spent = Spending.of(ledger)
+    check_prompt(saved.privacy, spent, str(file))
+    check_summary(summary.privacy, spent, str(folder / SUMMARY))
+    files = {PROMPT: _told_anew(saved, spent, content), LEDGER: _public(ledger)}
     audit = None
     if (folder / AUDIT).exists():
         files[AUDIT] = _read(folder / AUDIT)
-        audit = _audit(folder / AUDIT, files[AUDIT], ledger, unit, summary)
-    facts = _facts(saved, privacy, audit, _training(summary, saved.client))
+        audit = _audit(str(folder / AUDIT), files[AUDIT], ledger, spent)
+    facts = _facts(saved, spent, audit, _training(summary, saved.client))
     return Material(facts, files, statement_of(folder, judge))
 
 
@@ -110,9 +110,11 @@ def from_file(file: Path, ledger_file: Path) -> Material:
         ledger_file: `ledger.json`, or a site's own file of what an experiment released.
 
     Raises:
-        PromptError: the prompt is damaged, or the ledger is another one's.
+        ConfigError: one of them lies in a run directory, which says more of the prompt.
+        PromptError: the prompt is damaged, or says another privacy than the ledger, or the ledger is another one's.
         RunError: the ledger is damaged.
     """
+    _require_no_run(file, ledger_file)
     content = _read(file)
     saved = SavedPrompt.from_bytes(content, str(file))
     text = _read(ledger_file)
@@ -123,36 +125,48 @@ def from_file(file: Path, ledger_file: Path) -> Material:
     if isinstance(document, dict) and isinstance(document.get("ledger"), dict):  # a site's has its rounds beside it
         text = json.dumps(document["ledger"]).encode()
     ledger = Ledger.from_json(text, ledger_file)
+    if saved.privacy.ledger_sha256 is None:
+        raise PromptError(f"{file}: was learned without a ledger, as private tuning does; nothing bounds what it tells")
     if saved.privacy.ledger_sha256 != ledger.digest():
         raise PromptError(f"{file}: was learned under another ledger than {ledger_file}; give its own")
-    units = [release.unit for release in ledger.releases]
-    privacy = _privacy(ledger, units[0] if units else "example", saved)
-    return Material(_facts(saved, privacy, None, None), {PROMPT: content, LEDGER: _public(ledger)})
+    spent = Spending.of(ledger)
+    check_prompt(saved.privacy, spent, str(file))
+    return Material(
+        _facts(saved, spent, None, None), {PROMPT: _told_anew(saved, spent, content), LEDGER: _public(ledger)}
+    )
 
 
 def check_claim(found: Published) -> None:
-    """Check that a version that was signed elsewhere claims no more privacy than its ledger comes to, counted anew.
+    """Check that a version that was signed elsewhere says what its ledger comes to, counted anew, and its audit shows.
+
+    Its card must be the one that `card` writes of its manifest, so that it says nothing else.
 
     Raises:
-        PromptError: it claims more, or its ledger is none.
+        PromptError: it says something else, or its ledger is none.
     """
-    said = found.manifest.privacy
+    manifest, said = found.manifest, found.manifest.privacy
+    remedy = "ask its publisher for another"
     try:
-        unit = said.unit or "example"
-        if unit not in UNITS:
-            raise RunError(f"no ledger counts by {unit}")
-        counted = as_summary(Ledger.from_json(found.files[LEDGER]), unit)
+        ledger = Ledger.from_json(found.files[LEDGER])
+        spent = Spending.of(ledger)
     except (SordinoError, ValueError, TypeError, ArithmeticError) as error:
-        raise PromptError(
-            f"{found.place}: {LEDGER} cannot be counted ({error}); ask its publisher for another"
-        ) from None
-    more = (said.private and not counted["private"]) or (counted["simulated"] and not said.simulated)
-    more |= said.private and said.epsilon is None  # which is no bound, and so not private
-    for claim, holds in ((said.epsilon, counted["epsilon"]), (said.delta, counted["delta"])):
-        if claim is not None:
-            more |= holds is None or claim < holds * (1 - TOLERANCE)
-    if more:
-        raise PromptError(f"{found.place}: claims more privacy than {LEDGER} comes to; ask its publisher for another")
+        raise PromptError(f"{found.place}: {LEDGER} cannot be counted ({error}); {remedy}") from None
+    wrong = spent.difference({name: getattr(said, name) for name in FIELDS})
+    wrong = wrong or spent.difference_in_words(said.statement)
+    if wrong:
+        raise PromptError(f"{found.place}: claims another privacy than {LEDGER}: {wrong}; {remedy}")
+    remedy = "ask its publisher to publish it again, with the version of Sordino that is here"
+    if said.statement != spent.as_said(said.epsilon):
+        raise PromptError(f"{found.place}: its statement of privacy is not in the words of {LEDGER}; {remedy}")
+    try:
+        audit = _audit(AUDIT, found.files[AUDIT], ledger, spent) if AUDIT in found.files else None
+    except RunError as error:
+        raise PromptError(f"{found.place}: {error}") from None
+    if manifest.audit != (None if audit is None else Audit.model_validate(audit)):
+        raise PromptError(f"{found.place}: tells of other attacks than {AUDIT}; {remedy}")
+    others = sorted(name for name in found.files if name != CARD)
+    if found.files[CARD] != card(manifest.model_copy(update={"files": {}}), others).encode():
+        raise PromptError(f"{found.place}: {CARD} is not the card of its manifest; {remedy}")
 
 
 def _prompt_file(folder: Path, client: int | None) -> Path:
@@ -173,43 +187,41 @@ def _prompt_file(folder: Path, client: int | None) -> Path:
     return chosen
 
 
-def _facts(
-    saved: SavedPrompt, privacy: dict[str, Any], audit: dict[str, Any] | None, training: dict[str, Any] | None
-) -> Facts:
+def _require_no_run(*files: Path) -> None:
+    """Check that files lie in no run directory, nor in a folder of one: a run's prompt goes with its audit.
+
+    Raises:
+        ConfigError: one does, or a link leads there.
+    """
+    for file in files:
+        for place in (file.absolute(), file.resolve()):
+            runs = [
+                folder for folder in place.parents[:2] if any((folder / name).exists() for name in (SUMMARY, AUDIT))
+            ]
+            if runs:
+                told = f"lies in the run directory {runs[0]}, whose audit and accuracy belong to it; give that instead"
+                raise ConfigError("RUN", str(file), told)
+
+
+def _told_anew(saved: SavedPrompt, spent: Spending, content: bytes) -> bytes:
+    """Return the content of a prompt's file with the statement of its ledger; most files have it."""
+    if saved.privacy.statement == spent.statement:
+        return content
+    return replace(saved, privacy=saved.privacy.model_copy(update={"statement": spent.statement})).to_bytes()
+
+
+def _facts(saved: SavedPrompt, spent: Spending, audit: dict[str, Any] | None, training: dict[str, Any] | None) -> Facts:
     return facts_of(
         method=saved.method,
         task=saved.task,
         client=saved.client,
         class_names=saved.class_names,
         encoder={"name": saved.encoder.name, "fingerprint": saved.encoder.fingerprint},
-        privacy=privacy,
+        privacy=asdict(spent) | {"ledger_sha256": saved.privacy.ledger_sha256},
         audit=audit,
         training=training,
         words=saved.words,
     )
-
-
-def _privacy(ledger: Ledger, unit: Unit, saved: SavedPrompt) -> dict[str, Any]:
-    """Return the privacy that a ledger comes to, counted anew; the prompt must say the same.
-
-    Raises:
-        PromptError: it does not.
-    """
-    counted = as_summary(ledger, unit)
-    if (counted["private"], counted["simulated"]) != (saved.privacy.private, saved.privacy.simulated):
-        raise PromptError(f"{saved.source}: says another privacy than its ledger; take both from the run again")
-    return {
-        **{name: counted[name] for name in ("private", "simulated", "epsilon", "delta", "unit")},
-        "statement": saved.privacy.statement,
-        "ledger_sha256": saved.privacy.ledger_sha256,
-    }
-
-
-def _same(counted: float | None, said: float | None) -> bool:
-    """Return true if two counts of one epsilon agree; None is no bound."""
-    if counted is None or said is None:
-        return counted is said
-    return math.isclose(counted, said, rel_tol=TOLERANCE)
 
 
 def _public(ledger: Ledger) -> bytes:
@@ -217,7 +229,7 @@ def _public(ledger: Ledger) -> bytes:
     return ledger.for_others().to_json().encode()
 
 
-def _audit(file: Path, content: bytes, ledger: Ledger, unit: Unit, summary: Summary) -> dict[str, Any]:
+def _audit(file: str, content: bytes, ledger: Ledger, spent: Spending) -> dict[str, Any]:
     """Return what attacks found.
 
     Raises:
@@ -233,9 +245,9 @@ def _audit(file: Path, content: bytes, ledger: Ledger, unit: Unit, summary: Summ
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunError(f"{file} is damaged ({cause(error)}); repeat 'sordino audit'") from None
-    if claimed != summary.privacy.epsilon:
+    if spent.difference({"epsilon": claimed}):
         raise RunError(f"{file} is of a run with another claim; repeat 'sordino audit', or remove it")
-    return {"attacks": words, "refuted": judge(found, ledger, unit)[2]}
+    return {"attacks": words, "refuted": judge(found, ledger, spent.unit or "example")[2]}
 
 
 def _bound(result: Any) -> float | None:
@@ -267,14 +279,6 @@ def _training(summary: Summary, client: int | None) -> dict[str, Any]:
 
 def _measures(result: Any) -> dict[str, float | None]:
     return {name: getattr(result, name) for name in MEASURES}
-
-
-def dataset_name(source: str) -> str:
-    """Return a data set's name, without a place on a disk: `imagefolder:photos` of `imagefolder:/home/kim/photos`."""
-    scheme, colon, place = source.partition(":")
-    local = colon and scheme != "hf"
-    name = f"{scheme}:{Path(place.replace(chr(92), '/')).name}" if local else source
-    return "".join(sign if sign.isprintable() else "?" for sign in name)[:200]
 
 
 def _read(file: Path) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from sordino.runtime.envelope import Envelope
@@ -11,6 +11,7 @@ from sordino.runtime.fleet import Answer, Ask, Fleet, Lost
 from sordino.runtime.messages import MessageError
 
 AGAIN = 1.0  # seconds until a busy site is asked again; it has waited much longer itself
+AT_ONCE = 10_000  # clients whose broadcasts after the last round are held at once
 LONGEST = 2**12  # bytes of an answer that says no more than that a site is busy
 
 
@@ -32,6 +33,9 @@ class BusyAskedAgain:
 
     def sites(self) -> frozenset[str]:
         return self._fleet.sites()
+
+    def may_return(self) -> bool:
+        return self._fleet.may_return()
 
     def ask(self, ask: Ask) -> Iterator[Answer | Lost]:
         """See `Fleet.ask`. Those who are busy are asked again once all others answered, or are lost."""
@@ -63,6 +67,18 @@ def _is_busy(content: bytes) -> bool:
         return Envelope.decode(content).kind == "busy"
     except MessageError:
         return False
+
+
+def groups(sites: Mapping[str, Sequence[int]]) -> Iterator[dict[str, Sequence[int]]]:
+    """Yield groups of sites that together have not many more than `AT_ONCE` clients."""
+    group: dict[str, Sequence[int]] = {}
+    for site, clients in sites.items():
+        group[site] = clients
+        if sum(map(len, group.values())) >= AT_ONCE:
+            yield group
+            group = {}
+    if group:
+        yield group
 
 
 def answer_of(event: Answer | Lost, kind: str, experiment: str) -> Envelope:

@@ -16,6 +16,7 @@ from sordino.sites.policy import objections
 from sordino.sites.proposal import Proposal
 from sordino.sites.settings import SiteSettings
 from sordino.sites.site import Site
+from sordino.tasks.overview import tell_passed_over
 from sordino.tasks.settings import PartitionSettings
 from sordino.tasks.sources import load_images
 from sordino.tasks.splits import build_task
@@ -63,6 +64,7 @@ def facts_of(settings: SiteSettings) -> dict[str, Any]:
         SordinoError: the data is not what the file says.
     """
     images = load_images(settings.data)
+    tell_passed_over(images)
     partition = settings.partition or PartitionSettings(scheme="iid", clients=1)
     task = build_task(images, settings.data, partition, 0)
     chosen = settings.clients or range(task.clients)

@@ -29,22 +29,22 @@ from sordino.runtime import checkpoint
 from sordino.runtime.agreement import Agreement
 from sordino.runtime.envelope import Envelope
 from sordino.runtime.facts import participants, warn_of_unused
-from sordino.runtime.fleet import Ask, Fleet, Patience, ServerRuntime, drive
+from sordino.runtime.fleet import Ask, Fleet, Patience, ServerRuntime
 from sordino.runtime.messages import MessageError
 from sordino.runtime.server import ServerEnd, ServerRecord, ServerTraining
 from sordino.runtime.uploads import RoundError
-from sordino.sites.answers import BusyAskedAgain, accuracy_of, answer_of
+from sordino.runtime.waiting import Stalled, drive
+from sordino.sites.answers import BusyAskedAgain, accuracy_of, answer_of, groups
 from sordino.sites.latecomers import Latecomers
 from sordino.sites.meeting import Begun, Meeting, Met
 from sordino.sites.membership import ANSWERED
-from sordino.sites.page import epsilon_by_site, write_page
+from sordino.sites.page import State, epsilon_by_site, write_page
 from sordino.sites.policy import ACCURACY
 from sordino.sites.proposal import Proposal
 
 PROPOSAL, AGREEMENT, METRICS = "proposal.json", "agreement.json", "metrics.jsonl"
 LEDGER, OUTCOME = "ledger.json", "sites.json"
 NOISED = "noised"  # folder: sums of class statistics with the server's noise
-AT_ONCE = 10_000  # clients whose broadcasts after the last round are held at once
 WRITING = 10  # the page may take one part in so many of the time
 
 
@@ -82,7 +82,8 @@ def coordinate(
         watch: is given a round's line, and now and then `epsilon` by site with it (None: unbounded).
 
     Raises:
-        SordinoError: too few sites take part, the folder is another experiment's, or training diverged.
+        SordinoError: too few sites take part, the folder is another experiment's, training diverged, or rounds were
+            void or could not be asked: several in a row, from which a new call goes on, or all.
     """
     require_tracker(config.tracking)
     fleet = BusyAskedAgain(fleet)
@@ -168,6 +169,7 @@ class _Rounds:
     answered: Mapping[str, int]  # what was known of each site when this process began
     _began: float = 0.0
     _written: tuple[float, float] = (0.0, 0.0)  # when the page was written, and how long that took
+    _awaited: tuple[int, tuple[str, ...]] = (0, ())  # a round, and the sites it was last said to wait for
     _server: ServerRuntime | None = None
     _accuracy: dict[str, float | None] = field(default_factory=dict)
     _metrics: Metrics = field(init=False)
@@ -193,21 +195,25 @@ class _Rounds:
             self._tell_answered(self._metrics.lines)
             self._greet_late(needed=self.met.federation.mechanism.releases_statistics and not training.released)
             try:
-                training = drive(server, self.late)
+                training = drive(server, self.late, self._waits)
+                self._need_a_round()
             except RoundError as error:  # what may have left all the same
-                write_atomically(self.out / LEDGER, error.ledger.to_json().encode(), FREE_SPACE)
+                write_atomically(self.out / LEDGER, error.ledger.to_json().encode(), FREE_SPACE, private=True)
+                raise
+            except Stalled:
+                self._write_page(server.training, self._accuracy, state="stopped")
                 raise
         self._greet_late(last=True)
         accuracy = self._end(training)
         training = self._as_met(training, told=bool(accuracy))
-        write_atomically(self.out / LEDGER, training.ledger.to_json().encode(), FREE_SPACE)
+        write_atomically(self.out / LEDGER, training.ledger.to_json().encode(), FREE_SPACE, private=True)
         self._write_outcome(training, accuracy)
-        self._write_page(training, accuracy, finished=True)
+        self._write_page(training, accuracy, state="finished")
         return Outcome(training, self.met, accuracy)
 
     def _save(self, training: ServerTraining, record: ServerRecord | None, lost: Mapping[str, str]) -> None:
         """Write what a round made, before anything else is asked: the ledger, a line, the state."""
-        write_atomically(self.out / LEDGER, training.ledger.to_json().encode(), FREE_SPACE)
+        write_atomically(self.out / LEDGER, training.ledger.to_json().encode(), FREE_SPACE, private=True)
         now = time.monotonic()
         line: dict[str, Any] = {"round": training.round if record else 0, "seconds": round(now - self._began, 3)}
         self._began = now
@@ -236,6 +242,30 @@ class _Rounds:
         self._began = time.monotonic()  # the next round's seconds have the wait for late sites in them
         if training.round < self.met.federation.rounds:
             self._greet_late()
+
+    def _waits(self, away: Sequence[str]) -> None:
+        """Say whom the next round waits for, when that changes; meanwhile ask those who are late."""
+        assert self._server is not None
+        self._greet_late()
+        if self._awaited != (waiting := (self._server.number, tuple(away))):
+            self._awaited = waiting
+            lost = {site: self.met.left_out.get(site, "it is not connected") for site in away}
+            log.warning("round %d waits for %s", self._server.number, " and ".join(away))
+            self.watch({"round": self._server.number, "seconds": 0.0, "waits": True, "lost": lost})
+
+    def _voids(self) -> int:
+        """Return how many rounds were void so far."""
+        return sum(bool(line.get("void")) for line in self._metrics.lines)
+
+    def _need_a_round(self) -> None:
+        """Raise `Stalled` if all rounds were void, so that nothing was learned."""
+        rounds = sum(line["round"] > 0 for line in self._metrics.lines)
+        if rounds and self._voids() == rounds:
+            raise Stalled(
+                f"all {rounds} rounds were void, so nothing was learned, and what they spent is spent. The last: "
+                f"{self._metrics.lines[-1]['void']}. See that the sites run and are connected, and run it with another "
+                "seed, which makes it another experiment"
+            )
 
     def _kept(self, part: str, draw: Callable[[], Tensor]) -> Tensor:
         """Return a sum of class statistics with the server's noise, on the disk before sites are told of it.
@@ -298,7 +328,7 @@ class _Rounds:
         return {"accuracy": {"local": mean}, "accuracy_by_client": by_client, "evaluate_seconds": seconds}
 
     def _write_page(
-        self, training: ServerTraining, accuracy: Mapping[str, float | None], finished: bool = False
+        self, training: ServerTraining, accuracy: Mapping[str, float | None], state: State = "running"
     ) -> dict[str, float | None]:
         """Write the page and the most that a site spent, and return epsilon by site; None where it is unbounded."""
         epsilons = epsilon_by_site(training.ledger, self.met.agreement, self.config.privacy.unit)
@@ -319,7 +349,7 @@ class _Rounds:
             accuracy,
             training.ledger,
             self.config.privacy.epsilon,
-            finished,
+            state,
         )
         return {site: value if value < float("inf") else None for site, value in epsilons.items()}
 
@@ -339,7 +369,7 @@ class _Rounds:
         """Give sites the broadcasts after a round, and yield what each answers; a refusal where it does not."""
         end, experiment = ServerEnd(self.met.federation), self.proposal.fingerprint
         assert self._server is not None
-        for group in _groups({site: sorted(self.met.agreement.sites[site]) for site in sorted(sites)}):
+        for group in groups({site: sorted(self.met.agreement.sites[site]) for site in sorted(sites)}):
             payloads = {
                 site: Envelope(
                     kind, experiment, self._server.facts.get(site, {}), end.last_broadcasts(training, clients)
@@ -359,21 +389,10 @@ class _Rounds:
         document = {
             "experiment": self.proposal.fingerprint,
             "rounds": training.round,
+            "void_rounds": self._voids(),
             "sites": {site: list(clients) for site, clients in self.met.agreement.sites.items()},
             "left_out": dict(self.met.left_out),
             "accuracy": dict(accuracy),
             "privacy": privacy,
         }
         write_atomically(self.out / OUTCOME, json.dumps(document, indent=1).encode(), FREE_SPACE)
-
-
-def _groups(sites: Mapping[str, Sequence[int]]) -> Iterator[dict[str, Sequence[int]]]:
-    """Yield groups of sites that together have not many more than `AT_ONCE` clients."""
-    group: dict[str, Sequence[int]] = {}
-    for site, clients in sites.items():
-        group[site] = clients
-        if sum(map(len, group.values())) >= AT_ONCE:
-            yield group
-            group = {}
-    if group:
-        yield group

@@ -25,7 +25,9 @@ class FleetSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     quorum: float = Field(default=1.0, gt=0, le=1, description="the fraction of the sites asked that is enough")
-    deadline: float = Field(default=600.0, gt=0, description="seconds after which nobody is waited for in a round")
+    deadline: float = Field(
+        default=600.0, gt=0, description="seconds after which nobody is waited for, before and in a round"
+    )
     grace: float = Field(default=30.0, ge=0, description="seconds that the others have once a quorum has answered")
     sites: list[str] = Field(
         default_factory=list,

@@ -39,10 +39,13 @@ class Latecomers:
     def sites(self) -> frozenset[str]:
         return self._fleet.sites() - self.met.silent
 
+    def may_return(self) -> bool:
+        return self._fleet.may_return()
+
     def ask(self, ask: Ask) -> Iterator[Answer | Lost]:
         """See `Fleet.ask`. Who did not agree is lost at once."""
         silent = [site for site in ask.payloads if site in self.met.silent]
-        yield from (Lost(site, f"it has not agreed: {self.met.left_out[site]}") for site in silent)
+        yield from (Lost(site, f"it has not agreed: {self.met.left_out[site]}", asked=False) for site in silent)
         agreed = {site: payload for site, payload in ask.payloads.items() if site not in self.met.silent}
         yield from self._fleet.ask(replace(ask, payloads=agreed))
 

@@ -228,7 +228,7 @@ class Membership:
         folder = self._folder / "prompts"
         model, names = self.own.plan.model, self.own.class_names
         own = end.numbers if federation.algorithm.ABOUT.personal != "nothing" else None
-        save_prompts(folder, self.config, model.encoder, names, prompt, privacy, own, model.text(prompt), private=True)
+        save_prompts(folder, self.config, model.encoder, names, prompt, privacy, own, model.text(prompt))
         facts: dict[str, Any] = {"round": self.turns.round}
         if "accuracy" in self._settings.policy.tells:
             facts["accuracy"] = self._told_accuracies(prompt)

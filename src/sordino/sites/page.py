@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sordino.errors import RunError
 from sordino.files import replace_file
@@ -16,6 +16,7 @@ from sordino.report.markup import counted
 from sordino.results import human_bytes, listed, rounded_up
 from sordino.runtime.agreement import Agreement
 
+State = Literal["running", "finished", "stopped"]
 PAGE = "report.html"
 SHOWN = 100  # rounds in the table; the last ones
 
@@ -54,7 +55,7 @@ def write_page(
     accuracy: Mapping[str, float | None],
     ledger: Ledger,
     budget: float | None,
-    finished: bool = False,
+    state: State = "running",
 ) -> None:
     """Write `report.html` of a run directory, all or nothing.
 
@@ -71,27 +72,34 @@ def write_page(
         accuracy: "client k" to its accuracy, the last that it told.
         ledger: the coordinator's.
         budget: the epsilon that the run may spend; None if none was set.
-        finished: whether this is the end.
+        state: whether it goes on, is at its end, or stopped before that.
 
     Raises:
         RunError: it cannot be written.
     """
     done = [line for line in lines if line["round"]]
     number = done[-1]["round"] if done else 0
-    state = "finished" if finished else "running; reload the page to see how far it is"
+    now = {
+        "running": "running; reload the page to see how far it is",
+        "finished": "finished",
+        "stopped": "stopped: rounds were void, or could not be asked",
+    }
     sections: list[Section] = [
         {"title": "Sites", "blocks": _sites(agreement, left_out, done, epsilons, traffic, accuracy)},
         {"title": "Rounds", "blocks": _rounds(done)},
     ]
-    lost = sum(bool(line.get("lost") or line.get("lost_clients")) for line in done)
+    void = sum(bool(line.get("void")) for line in done)
+    lost = sum(bool(line.get("lost") or line.get("lost_clients")) for line in done if not line.get("void"))
     document: Document = {
         "title": title,
         "subtitle": f"Experiment {experiment}",
-        "banner": f"Round {number} of {rounds}, {state}",
+        "banner": f"Round {number} of {rounds}, {now[state]}",
         "exposed": False,
         "lead": [
             f"{counted(len(agreement.sites), 'site')} with {counted(len(agreement.sizes), 'client')} in all. "
-            + (f"{counted(lost, 'round')} went on without somebody." if lost else "Nobody was lost so far."),
+            + (f"{counted(lost, 'round')} went on without somebody. " if lost else "")
+            + (f"{counted(void, 'round')} of {len(done):,} {'was' if void == 1 else 'were'} void." if void else "")
+            + ("" if lost or void else "Nobody was lost so far."),
             _accuracy_told(accuracy, len(agreement.sizes)),
             _promised(epsilons, ledger, budget),
             "No attack was tried: the coordinator has no pictures, and sordino audit attacks runs that have.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from sordino.errors import RunError, SordinoError
 from sordino.experiments.run_lock import is_empty, writable
+from sordino.files import make_private
 from sordino.progress import log
 from sordino.runtime.fleet import Patience
 from sordino.sites.coordinator import PROPOSAL
@@ -245,6 +247,8 @@ class Submission:
                 return "paused"
             if found is None or status.text != COMPLETED:
                 return "failed"
+            make_private(out)
+            found.chmod(stat.S_IMODE(out.stat().st_mode))  # which the copy takes over
             shutil.copytree(found, out, dirs_exist_ok=True)
         return "done"
 

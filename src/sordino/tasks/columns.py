@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from sordino.errors import ConfigError, DataError, shortened
+from sordino.progress import log
 from sordino.tasks.images import Indices
 from sordino.tasks.settings import DataSettings, spoken
 
@@ -15,6 +17,9 @@ IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category")
 DOMAIN_COLUMNS = ("domain", "site")
 PERSON_COLUMNS = ("person", "patient")
+_WHOSE = re.compile(
+    r"(person|patient|subject|participant|volunteer|donor|case)s?[\s_.-]*(u?id|identifier|no|nr|number|name|code|key)?"
+)
 
 
 def chosen(key: str, given: str | None, columns: Sequence[str], likely: Sequence[str], usual: Sequence[str]) -> str:
@@ -118,6 +123,20 @@ def person_of(value: Any, column: str, settings: DataSettings) -> str:
             f"{shortened(value)}; fill it, or remove the row"
         )
     return str(value).strip()
+
+
+def warn_of_persons(columns: Sequence[str], settings: DataSettings) -> None:
+    """Warn of a column that may say whose each picture is, if nothing says so: a person might train and test."""
+    if settings.persons is not None or settings.person_level is not None:
+        return
+    likely = next((name for name in columns if _WHOSE.fullmatch(name.strip().lower())), None)
+    if likely is not None:
+        log.warning(
+            "%s: column %r is not used; if it says whose each picture is, name it as person_column, so that nobody "
+            "both trains and tests",
+            settings.source,
+            likely,
+        )
 
 
 def listed(names: Sequence[str]) -> str:

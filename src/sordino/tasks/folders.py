@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,24 +12,23 @@ from sordino.errors import DataError
 from sordino.files import read_regular, require_folder
 from sordino.pictures.decoding import MAX_BYTES, suffixes
 from sordino.tasks.images import ImageSet
+from sordino.tasks.own_splits import of_split, require_no_splits, split_of_folders
 from sordino.tasks.passed_over import files_passed_over, is_junk, told
 from sordino.tasks.persons import persons_of_folders
 from sordino.tasks.places import LAYOUTS, require_image_folder
 from sordino.tasks.settings import spoken
 
-TRAIN_FOLDERS = ("train", "training")
-TEST_FOLDERS = ("test", "testing", "val", "valid", "validation")
 PERSON_LAYERS = 4  # of folders that are looked through for persons; a layout has 3 at most
 
 
-def image_folder(root: Path, source: str, person_level: int | None = None) -> ImageSet:
+def image_folder(root: Path, source: str, person_level: int | None = None, beside: Collection[str] = ()) -> ImageSet:
     """List the pictures under `root`; the depth of its folders tells whether it has domains.
 
     The layout is ROOT/CLASS/picture or ROOT/DOMAIN/CLASS/picture. If the upper folders are 'train'
-    and one of 'test', 'val', ..., they are the source's own test split rather than domains. A
-    folder's name, with underscores as spaces, names its class or domain. Pictures come in the order
-    of sorted names, so it is the same everywhere. Hidden files and folders do not count, nor do
-    system files such as __MACOSX and Thumbs.db.
+    and one of 'test', 'val', ..., they are the source's own test split rather than domains
+    (`split_of_folders`). A folder's name, with underscores as spaces, names its class or domain.
+    Pictures come in the order of sorted names, so it is the same everywhere. Hidden files and
+    folders do not count, nor do system files such as __MACOSX and Thumbs.db.
 
     Args:
         root: the folder.
@@ -37,14 +36,16 @@ def image_folder(root: Path, source: str, person_level: int | None = None) -> Im
         person_level: the level of the folders that are persons, 1 directly above the pictures. The layout is then one
             of these two with a folder of a person at that level in addition, such as ROOT/CLASS/PERSON/picture for 1
             and ROOT/PERSON/CLASS/picture for 2. None if no folder is a person.
+        beside: names of files in `root` that are read too, so that they are not passed over.
 
     Raises:
-        DataError: `root` is missing, a folder holds no picture, pictures lie at two depths, or
-            there are fewer than two classes. The message names the folder.
+        DataError: `root` is missing, a folder holds no picture, pictures lie at two depths, there
+            are fewer than two classes, or it is unclear which folders train and which test. The
+            message names the folder.
     """
     require_image_folder(root, source)
     if person_level is not None:
-        return _folders_of_persons(root, source, person_level)
+        return _folders_of_persons(root, source, person_level, beside)
     upper = _folders(root)
     if not upper:
         raise DataError(f"{source}: folder {str(root)!r} has no class folders; lay it out as {LAYOUTS}")
@@ -56,11 +57,11 @@ def image_folder(root: Path, source: str, person_level: int | None = None) -> Im
             f"layout throughout: {LAYOUTS}"
         )
     if not all(nested):
-        images = labeled_folders(source, root, _by_class_name(upper, source))
-        return replace(images, passed_over=tuple(files_passed_over(root, set(images.names))))
+        by_name = {name: [folder] for name, folder in _by_class_name(upper, source).items()}
+        return _class_folders(source, root, by_name, beside)
     by_class = {folder.name: _by_class_name(_folders(folder), source) for folder in upper}
     groups = {name: {label: [place] for label, place in folders.items()} for name, folders in by_class.items()}
-    return _grouped_folders(source, root, groups)
+    return _grouped_folders(source, root, groups, beside)
 
 
 def every_picture(root: Path, source: str) -> ImageSet:
@@ -93,20 +94,23 @@ def labeled_folders(source: str, root: Path, folders: Mapping[str, Path]) -> Ima
     return replace(images, passed_over=tuple(files_passed_over(root, set(images.names), list(folders.values()))))
 
 
-def _class_folders(source: str, root: Path, folders: Mapping[str, Sequence[Path]]) -> ImageSet:
+def _class_folders(
+    source: str, root: Path, folders: Mapping[str, Sequence[Path]], beside: Collection[str] = ()
+) -> ImageSet:
     """List the pictures of classes, each of which has one folder or several."""
     names, labels = _listing(root, folders, {name: index for index, name in enumerate(folders)})
-    _at_least_two_classes(source, list(folders))
+    _check_classes(source, list(folders))
     return ImageSet(
         source=source,
         class_names=tuple(folders),
         labels=np.asarray(labels, dtype=np.int64),
         names=names,
         read=lambda index: read_regular(root / names[index], MAX_BYTES),
+        passed_over=tuple(files_passed_over(root, {*names, *beside})),
     )
 
 
-def _folders_of_persons(root: Path, source: str, level: int) -> ImageSet:
+def _folders_of_persons(root: Path, source: str, level: int, beside: Collection[str]) -> ImageSet:
     """List the pictures of a layout that has a folder of a person at a level."""
     filled = _filled_folders(root)
     if not filled:
@@ -134,9 +138,9 @@ def _folders_of_persons(root: Path, source: str, level: int) -> ImageSet:
     for name, folders in groups.items():
         labeled = _by_class_name([Path(folder) for folder in folders], source)
         by_class[name] = {class_name: folders[folder.name] for class_name, folder in labeled.items()}
-    images = _class_folders(source, root, by_class[""]) if depth == 2 else _grouped_folders(source, root, by_class)
-    images = replace(images, passed_over=tuple(files_passed_over(root, set(images.names))))
-    return persons_of_folders(images, level)
+    if depth == 2:
+        return persons_of_folders(_class_folders(source, root, by_class[""], beside), level)
+    return persons_of_folders(_grouped_folders(source, root, by_class, beside), level)
 
 
 def _without(parts: tuple[str, ...], level: int) -> tuple[str, ...]:
@@ -153,14 +157,19 @@ def _filled_folders(root: Path, layers: int = PERSON_LAYERS) -> list[Path]:
     return found
 
 
-def _grouped_folders(source: str, root: Path, groups: Mapping[str, Mapping[str, Sequence[Path]]]) -> ImageSet:
+def _grouped_folders(
+    source: str, root: Path, groups: Mapping[str, Mapping[str, Sequence[Path]]], beside: Collection[str]
+) -> ImageSet:
     """List the pictures of folders of domains or splits; classes are the union over all of these groups."""
-    test = _test_folder(list(groups))
-    if test is not None:  # of several test folders one is used, as for a Hugging Face data set
-        used = {test} | {name for name in groups if name.lower() in TRAIN_FOLDERS}
-        groups = {name: folders for name, folders in groups.items() if name in used}
+    split = split_of_folders(list(groups), source)
+    kinds: dict[str, str] = {}  # of pictures that are not used, by their names
+    if split is not None:
+        for name in split.unused:
+            unused, _ = _listing(root, groups[name], dict.fromkeys(groups[name], 0))
+            kinds |= dict.fromkeys(unused, of_split(name))
+        groups = {name: folders for name, folders in groups.items() if name not in split.unused}
     class_names = sorted({name for folders in groups.values() for name in folders})
-    _at_least_two_classes(source, class_names)
+    _check_classes(source, class_names)
     names: list[str] = []
     labels: list[int] = []
     group_of: list[int] = []
@@ -171,7 +180,7 @@ def _grouped_folders(source: str, root: Path, groups: Mapping[str, Mapping[str, 
         labels += more_labels
         group_of += [number] * len(more_names)
     group = np.asarray(group_of, dtype=np.int64)
-    if test is None:
+    if split is None:
         _domains_differ(source, list(groups))
     return ImageSet(
         source=source,
@@ -179,20 +188,11 @@ def _grouped_folders(source: str, root: Path, groups: Mapping[str, Mapping[str, 
         labels=np.asarray(labels, dtype=np.int64),
         names=names,
         read=lambda index: read_regular(root / names[index], MAX_BYTES),
-        domain_names=None if test is not None else tuple(spoken(name) for name in groups),
-        domains=None if test is not None else group,
-        is_test=None if test is None else group == list(groups).index(test),
-        passed_over=tuple(files_passed_over(root, set(names))),
+        domain_names=None if split is not None else tuple(spoken(name) for name in groups),
+        domains=None if split is not None else group,
+        is_test=None if split is None else group == list(groups).index(split.test),
+        passed_over=tuple(files_passed_over(root, {*names, *beside}, kinds=kinds)),
     )
-
-
-def _test_folder(names: list[str]) -> str | None:
-    """Return the test folder if `names` are those of a train and test layout, else None."""
-    lower = {name.lower(): name for name in names}
-    train = [name for name in lower if name in TRAIN_FOLDERS]
-    tests = [name for name in TEST_FOLDERS if name in lower]
-    is_layout = len(train) == 1 and bool(tests) and len(train) + len(tests) == len(names)
-    return lower[tests[0]] if is_layout else None
 
 
 def _listing(
@@ -277,7 +277,8 @@ def _domains_differ(source: str, folders: list[str]) -> None:
             )
 
 
-def _at_least_two_classes(source: str, class_names: list[str]) -> None:
+def _check_classes(source: str, class_names: list[str]) -> None:
+    require_no_splits(class_names, source)
     if len(class_names) < 2:
         raise DataError(f"{source}: only one class ({class_names[0]!r}); at least two are needed")
 

@@ -17,22 +17,31 @@ from huggingface_hub.errors import HfHubHTTPError
 from sordino.errors import ConfigError, DataError
 from sordino.files import read_regular, user_path
 from sordino.pictures.decoding import MAX_BYTES
-from sordino.tasks.columns import IMAGE_COLUMNS, LABEL_COLUMNS, chosen, existing, indexed, listed, person_of
+from sordino.tasks.columns import (
+    IMAGE_COLUMNS,
+    LABEL_COLUMNS,
+    chosen,
+    existing,
+    indexed,
+    listed,
+    person_of,
+    warn_of_persons,
+)
 from sordino.tasks.images import ImageSet
+from sordino.tasks.own_splits import of_split, says_test, says_train, split_column, test_of, with_splits
+from sordino.tasks.passed_over import PassedOver
 from sordino.tasks.persons import with_persons
 from sordino.tasks.places import require_data_set
 from sordino.tasks.settings import DataSettings
-
-TRAIN_SPLITS = ("train", "training")
-TEST_SPLITS = ("test", "validation", "valid", "val", "dev")
 
 
 def hugging_face(where: str, settings: DataSettings) -> ImageSet:
     """List the pictures of a Hugging Face data set; its test (else validation) split is the source's own test split.
 
     A split whose labels are all missing or -1 is passed over; this is how test labels are withheld.
-    A data set without a training split is used as a whole, without a test split. No code of a data
-    set is run.
+    Of a data set without a training split the first one is used, without a test split. If there is
+    no test split, a column `split` may say which rows test. Rows of other splits are counted as
+    passed over. No code of a data set is run.
 
     Args:
         where: a hub name, a directory, or a parquet file.
@@ -47,14 +56,11 @@ def hugging_face(where: str, settings: DataSettings) -> ImageSet:
     image, label, domain = _columns(next(iter(splits.values())), settings)
     features = next(iter(splits.values())).features
     named_labels = {name: _values(split, label) for name, split in splits.items()}
-    train = next((name for name in TRAIN_SPLITS if name in splits), None)
+    train, test = next((name for name in splits if says_train(name)), None), None
     if train is None:
-        train, test = next(iter(splits)), None
+        train = next(iter(splits))
     else:
-        test = next(
-            (name for name in TEST_SPLITS if name in splits and _labeled(named_labels[name])),
-            None,
-        )
+        test = test_of([name for name in splits if _labeled(named_labels[name])])
     used = [name for name in (train, test) if name is not None]
     labels, class_names = indexed(
         [value for name in used for value in named_labels[name]],
@@ -90,8 +96,32 @@ def hugging_face(where: str, settings: DataSettings) -> ImageSet:
         domain_names=domain_names,
         domains=domains,
         is_test=None if test is None else np.arange(len(labels)) >= first,
+        passed_over=tuple(
+            PassedOver(of_split(name), Path(where).name, len(rows)) for name, rows in splits.items() if name not in used
+        ),
     )
-    return images if persons is None else with_persons(images, persons)
+    if persons is not None:
+        images = with_persons(images, persons)
+    else:
+        warn_of_persons([name for name in features if name not in (image, label, domain)], settings)
+    return _by_column(images, [splits[name] for name in used], {image, label, domain, settings.person_column}, where)
+
+
+def _by_column(images: ImageSet, splits: list[Dataset], taken: set[str | None], where: str) -> ImageSet:
+    """Return the pictures that train or test by a column `split`, if there is one that says so.
+
+    A column of this name may mean something else, and nobody can rename that of a data set on the hub. So it says the
+    split only if a value of it is a split's name; or if all are, where the data set has splits without it.
+    """
+    column = split_column([name for name in splits[0].features if name not in taken], images.source)
+    if column is None:
+        return images
+    values = [value for split in splits for value in _values(split, column)]
+    if images.is_test is None and all(says_train(value) for value in values):
+        return images  # of a data set that has no test split, or not here
+    known = [says_train(value) or says_test(value) for value in values]
+    says_splits = any(known) if images.is_test is None else all(known)
+    return with_splits(images, values, column, Path(where).name) if says_splits else images
 
 
 def _load(where: str, settings: DataSettings) -> dict[str, Dataset]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from sordino.progress import log
 from sordino.tasks.images import ImageSet
+from sordino.tasks.passed_over import told
 from sordino.tasks.task import Task
 
 SHOWN = 10  # names of classes, or of clients, in one line
@@ -18,18 +19,34 @@ _PEOPLE = re.compile(r"(patient|pat|person|people|subject|subj|sub|case|particip
 _NUMBER = re.compile(r"[a-z]{0,3}[\s#.:-]*\d+", re.I)
 
 
+def tell_passed_over(images: ImageSet) -> None:
+    """Warn of files and splits that are not used."""
+    if images.passed_over:
+        log.warning("%s", told(images.passed_over))
+
+
 def announce(images: ImageSet, task: Task) -> None:
     """Log what was read, and warn where classes look like people."""
-    log.info("%s", overview(task))
+    log.info("%s", overview(images, task))
     if doubt := doubts(images):
         log.warning("%s", doubt)
 
 
-def overview(task: Task) -> str:
-    """Return the classes and the clients with their numbers of training pictures, in one line."""
+def overview(images: ImageSet, task: Task) -> str:
+    """Return what the data was taken for, in one line: classes, domains, its own test split, persons, and clients.
+
+    Clients come with their numbers of training pictures.
+    """
     sizes = [f"{name} ({len(rows):,})" for name, rows in zip(task.client_names, task.train, strict=True)]
     novel = f"; {len(task.novel_names)} novel: {_some(task.novel_names)}" if task.novel_names else ""
-    return f"{len(task.class_names)} classes: {_some(task.class_names)}{novel}; clients: {_some(sizes)}"
+    parts = [f"{len(task.class_names)} classes: {_some(task.class_names)}{novel}"]
+    if images.domain_names is not None:
+        parts.append(f"{_counted(len(images.domain_names), 'domain')}: {_some(images.domain_names)}")
+    if images.is_test is not None:
+        parts.append(f"its own test split ({len(task.test):,})")
+    if images.person_names is not None:
+        parts.append(_counted(len(images.person_names), "person"))
+    return "; ".join([*parts, f"clients: {_some(sizes)}"])
 
 
 def doubts(images: ImageSet) -> str:
@@ -52,6 +69,10 @@ def doubts(images: ImageSet) -> str:
         "are people and not classes, say so with data.person_level, or list pictures in a table; class names are in "
         "every prompt file"
     )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun if number == 1 else noun + 's'}"
 
 
 def _some(names: Sequence[str], shown: int = SHOWN) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,14 +33,15 @@ FOLDERS_SHOWN = 3  # for each kind, in a message
 
 @dataclass(frozen=True)
 class PassedOver:
-    """Files of one kind in one folder that were passed over.
+    """Files of one kind in one folder that were passed over, or pictures of a split that is not used.
 
     Attributes:
         kind: the lower-case ending ('.txt'), 'misplaced .png' for a picture outside of the layout,
-            'no extension', 'dangling link', 'hidden' (pictures only), 'no regular file', or 'folder
-            that cannot be listed'.
-        folder: the folder relative to the source's folder, '.' for itself.
-        files: number of files.
+            'no extension', 'dangling link', 'hidden' (pictures only), 'no regular file', 'folder
+            that cannot be listed', or "of split 'val'".
+        folder: the folder relative to the source's folder, '.' for itself; or the name of the table
+            or data set whose rows these are.
+        files: number of files, or rows.
     """
 
     kind: str
@@ -57,6 +58,7 @@ def files_passed_over(
     root: Path,
     used: Collection[str],
     tops: Sequence[Path] | None = None,
+    kinds: Mapping[str, str] | None = None,
 ) -> list[PassedOver]:
     """Count the files under `root`, or under some folders of it, that are not used.
 
@@ -64,14 +66,16 @@ def files_passed_over(
         root: the source's folder.
         used: names of used files relative to it, with forward slashes.
         tops: the folders to look under; None means `root` itself.
+        kinds: by name, the kind of files whose kind their names do not say.
     """
+    kinds = kinds or {}
     counts: Counter[tuple[str, str]] = Counter()
     for top in [root] if tops is None else tops:
         for kind, path in _beside(top, LAYERS):
             name = path.relative_to(root).as_posix()
             if name not in used:
                 folder = path.parent.relative_to(root).as_posix()
-                counts[kind, folder.encode("utf-8", "backslashreplace").decode()] += 1
+                counts[kinds.get(name, kind), folder.encode("utf-8", "backslashreplace").decode()] += 1
     return [PassedOver(kind, folder, files) for (kind, folder), files in sorted(counts.items())]
 
 

@@ -50,7 +50,16 @@ def persons_of_folders(images: ImageSet, level: int) -> ImageSet:
     """Return the same pictures, with the folders at a level as persons; 1 is the folder directly above a file.
 
     Folders of one name are one person, wherever they lie.
+
+    Raises:
+        DataError: a picture lies in fewer folders.
     """
+    shallow = next((name for name in images.names if name.count("/") < level), None)
+    if shallow is not None:
+        raise DataError(
+            f"{images.source}: {shallow!r} has no folder at level {level} above it, which data.person_level says is a "
+            "person's; correct the level, or name a column of persons with data.person_column"
+        )
     return with_persons(images, [name.split("/")[-1 - level] for name in images.names])
 
 

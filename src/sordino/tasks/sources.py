@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,16 @@ from PIL import Image
 
 from sordino.errors import require_extra, shortened
 from sordino.files import user_path
+from sordino.progress import log
 from sordino.tasks.folders import every_picture, image_folder, labeled_folders
 from sordino.tasks.images import ImageSet, with_gray_range
 from sordino.tasks.persons import persons_of_table
 from sordino.tasks.settings import DataSettings
-from sordino.tasks.tables import described_by, has_labels, listed_in_folder, metadata_of, table_of_pictures
+from sordino.tasks.tables import METADATA, described_by, has_labels, listed_in_folder, metadata_of, table_of_pictures
 
 __all__ = ["ImageSet", "load_images", "public_images"]
 
+LISTS = (".csv", ".jsonl", ".parquet")  # that Hugging Face has beside pictures, also in folders of splits
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -73,8 +76,25 @@ def _in_folders(root: Path, settings: DataSettings) -> ImageSet:
     table = metadata_of(root, settings)
     if table is not None and has_labels(table, settings):
         return listed_in_folder(root, table, settings)
-    images = image_folder(root, settings.source, settings.person_level)
-    return images if table is None else described_by(images, root, table, settings)
+    read_too = () if table is None else (METADATA,)
+    _tell_unread_lists(root, read_too, settings)
+    images = image_folder(root, settings.source, settings.person_level, read_too)
+    return images if table is None else described_by(images, table, settings)
+
+
+def _tell_unread_lists(root: Path, read: Collection[str], settings: DataSettings) -> None:
+    """Warn of a list that is not `metadata.csv` in the folder itself: it may say persons or splits."""
+    beside = [*root.glob("metadata.*"), *root.glob("*/metadata.*")]
+    lists = sorted(path.relative_to(root).as_posix() for path in beside if path.suffix in LISTS)
+    unread = next((name for name in lists if name not in read), None)
+    if unread is not None:
+        log.warning(
+            "%s: %s is not read; what it says of labels, persons and splits must be in %s of the folder itself, with a "
+            "column 'file_name', or in a table of its own ('table:PATH')",
+            settings.source,
+            unread,
+            METADATA,
+        )
 
 
 def _digits() -> ImageSet:

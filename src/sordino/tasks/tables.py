@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-
 from sordino.errors import ConfigError, DataError, require_extra, shortened
 from sordino.files import read_regular
 from sordino.pictures.decoding import MAX_BYTES
@@ -21,18 +19,24 @@ from sordino.tasks.columns import (
     chosen,
     existing,
     indexed,
-    listed,
     person_of,
+    warn_of_persons,
 )
 from sordino.tasks.images import Flags, ImageSet
-from sordino.tasks.passed_over import files_passed_over
-from sordino.tasks.persons import with_persons
+from sordino.tasks.own_splits import (
+    SPLIT_COLUMN,
+    folders_of_splits,
+    rows_of_splits,
+    split_column,
+    warn_of_folders,
+    with_splits,
+)
+from sordino.tasks.passed_over import PassedOver, files_passed_over
+from sordino.tasks.persons import persons_of_folders, with_persons
 from sordino.tasks.places import require_table
 from sordino.tasks.settings import COLUMNS, DataSettings
 
 FILE_COLUMNS = ("file", "file_name", "filename", "path", "image")
-SPLIT_COLUMN = "split"
-TRAIN, TEST = ("train", "training"), ("test", "testing", "val", "valid", "validation")
 METADATA = "metadata.csv"
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 OTHERS = (";", "\t", "|", ",")  # what else programs separate columns by; a semicolon where the comma is for decimals
@@ -44,17 +48,21 @@ Table = Mapping[str, Sequence[Any]]  # by name, each with a value a row; None wh
 def table_of_pictures(path: Path, settings: DataSettings) -> ImageSet:
     """List the pictures of a table, which has a row for each.
 
-    Table say a picture's file (relative to the table's folder, or absolute), its label, and, if there are such, its
+    Rows say a picture's file (relative to the table's folder, or absolute), its label, and, if there are such, its
     domain and whose it is. A column `split` with the values train and test is the source's own test split. Rows of
-    other splits are not used, nor is a picture of which there is no row.
+    other known splits are passed over, and a picture of which there is no row is not used.
 
     Raises:
         ConfigError: a column does not exist, or the settings must choose between columns.
-        DataError: the table cannot be read, a row lacks a value, a file is in two rows, or no file of it exists.
+        DataError: the table cannot be read, a row lacks a value or is of an unknown split, a file is in two rows, or no
+            file of it exists.
     """
     require_table(path, settings.source)
     table = read_table(path, settings.source)
-    return _pictures(path.parent, table, settings, _file_column(table, settings))
+    images = _pictures(path.parent, table, settings, _file_column(table, settings), path.name)
+    if images.is_test is None:
+        warn_of_folders(images.names, settings.source)
+    return images
 
 
 def metadata_of(root: Path, settings: DataSettings) -> Table | None:
@@ -85,29 +93,40 @@ def has_labels(table: Table, settings: DataSettings) -> bool:
 
 
 def listed_in_folder(root: Path, table: Table, settings: DataSettings) -> ImageSet:
-    """List the pictures of an image folder by its table, which has labels: the folders below it mean nothing.
+    """List the pictures of an image folder by its table, which has labels: the folders below it mean no classes.
+
+    If no column says the split, folders 'train' and 'test' do.
 
     Raises:
-        As `table_of_pictures`.
+        As `table_of_pictures`; and DataError if it is unclear which folders train and which test.
     """
-    images = _pictures(root, table, settings, _file_column(table, settings))
-    return replace(images, passed_over=tuple(files_passed_over(root, {*images.names, METADATA})))
+    file = _file_column(table, settings)
+    if split_column(list(table), settings.source) is None:
+        folders = folders_of_splits(_files(table, file, settings), settings.source)
+        table = table if folders is None else {**table, SPLIT_COLUMN: folders}
+    images = _pictures(root, table, settings, file, METADATA)
+    if settings.person_level is not None:
+        images = persons_of_folders(images, settings.person_level)
+    in_rows = {_path(name) for name in table[file] if isinstance(name, str)}  # also of rows that are passed over
+    return replace(images, passed_over=(*images.passed_over, *files_passed_over(root, {*in_rows, METADATA})))
 
 
-def described_by(images: ImageSet, root: Path, table: Table, settings: DataSettings) -> ImageSet:
-    """Return an image folder's pictures with the domains and persons that its table says.
+def described_by(images: ImageSet, table: Table, settings: DataSettings) -> ImageSet:
+    """Return an image folder's pictures with the domains, persons and splits that its table says.
 
     Raises:
         ConfigError: a column does not exist.
-        DataError: a picture is in no row or in two, or a row lacks a value.
+        DataError: a picture is in no row or in two, a row lacks a value, or its split is not that of the folders.
     """
     rows = _rows_of(_files(table, _file_column(table, settings), settings), settings)
     missing = next((name for name in images.names if name not in rows), None)
     if missing is not None:
         raise DataError(f"{settings.source}: {METADATA} has no row for {missing!r}; add one, or remove the picture")
     order = [rows[name] for name in images.names]
-    images = replace(images, passed_over=tuple(files_passed_over(root, {*images.names, METADATA})))
-    return _described(images, {name: [values[row] for row in order] for name, values in table.items()}, settings)
+    in_order = {name: [values[row] for row in order] for name, values in table.items()}
+    split = _split_column(table, settings)
+    images = _described(images, in_order, settings)
+    return images if split is None else with_splits(images, in_order[split], split, METADATA)
 
 
 def read_table(path: Path, source: str) -> dict[str, list[Any]]:
@@ -181,9 +200,21 @@ def _file_column(table: Table, settings: DataSettings) -> str:
     return chosen("image_column", settings.image_column, list(table), [], FILE_COLUMNS)
 
 
-def _pictures(root: Path, table: Table, settings: DataSettings, file: str) -> ImageSet:
+def _split_column(table: Table, settings: DataSettings) -> str | None:
+    """Return the column that says the split of each row; None without one, or if it is set as another."""
+    split = split_column(list(table), settings.source)
+    return None if split in (getattr(settings, key) for key in COLUMNS) else split
+
+
+def _pictures(root: Path, table: Table, settings: DataSettings, file: str, where: str) -> ImageSet:
     """List the pictures of a table that has labels."""
-    table, is_test = _used_splits(table, settings)
+    is_test: Flags | None = None
+    others: tuple[PassedOver, ...] = ()
+    split = _split_column(table, settings)
+    if split is not None:
+        rows, is_test, unused = rows_of_splits(table[split], split, settings.source)
+        table = {name: [values[row] for row in rows] for name, values in table.items()}
+        others = tuple(replace(part, folder=where) for part in unused)
     label = chosen("label_column", settings.label_column, list(table), [], LABEL_COLUMNS)
     names = _files(table, file, settings)
     _rows_of(names, settings)
@@ -202,6 +233,7 @@ def _pictures(root: Path, table: Table, settings: DataSettings, file: str) -> Im
         names=names,
         read=lambda index: read_regular(root / names[index], MAX_BYTES),
         is_test=is_test,
+        passed_over=others,
     )
     return _described(images, {name: values for name, values in table.items() if name != label}, settings)
 
@@ -215,7 +247,10 @@ def _described(images: ImageSet, table: Table, settings: DataSettings) -> ImageS
     person = _optional("person_column", settings.person_column, table, PERSON_COLUMNS)
     if settings.person_column is None and (settings.persons is not None or settings.person_level is not None):
         person = None
-    return images if person is None else with_persons(images, [person_of(v, person, settings) for v in table[person]])
+    if person is None:
+        warn_of_persons([name for name in table if name not in (domain, settings.label_column)], settings)
+        return images
+    return with_persons(images, [person_of(v, person, settings) for v in table[person]])
 
 
 def _optional(key: str, given: str | None, table: Table, usual: Sequence[str]) -> str | None:
@@ -233,7 +268,11 @@ def _files(table: Table, file: str, settings: DataSettings) -> list[str]:
                 f"{settings.source}: column {file!r} must name a file in each row, and holds {shortened(name)} in row "
                 f"{row}; fill it, remove the row, or read a data set that holds pictures itself as 'hf:PATH'"
             )
-    return [PurePosixPath(name.replace("\\", "/")).as_posix() for name in table[file]]
+    return [_path(name) for name in table[file]]
+
+
+def _path(name: str) -> str:
+    return PurePosixPath(name.replace("\\", "/")).as_posix()
 
 
 def _rows_of(names: Sequence[str], settings: DataSettings) -> dict[str, int]:
@@ -247,20 +286,3 @@ def _rows_of(names: Sequence[str], settings: DataSettings) -> dict[str, int]:
         if rows.setdefault(name, row) != row:
             raise DataError(f"{settings.source}: {name!r} is in rows {rows[name]} and {row}; leave one")
     return rows
-
-
-def _used_splits(table: Table, settings: DataSettings) -> tuple[Table, Flags | None]:
-    """Return the rows that train or test, and which of them test; None if no column says so."""
-    if SPLIT_COLUMN not in table:
-        return table, None
-    words = [str(value or "").lower() for value in table[SPLIT_COLUMN]]
-    test = next((name for name in TEST if name in words), None)  # of several test splits one is used
-    used = [row for row, word in enumerate(words) if word in TRAIN or word == test]
-    if test is None or not any(words[row] in TRAIN for row in used):
-        known = listed(sorted(set(words)))
-        raise DataError(
-            f"{settings.source}: column {SPLIT_COLUMN!r} must say which rows are 'train' and which are 'test', and "
-            f"holds {known}; rename the column if it means something else"
-        )
-    rows = {name: [values[row] for row in used] for name, values in table.items()}
-    return rows, np.asarray([words[row] == test for row in used], dtype=np.bool_)

@@ -22,7 +22,7 @@ from sordino.results.wording import rounded_up
 from sordino.runtime import aggregation
 from sordino.runtime.facts import Units, mechanism_inputs
 from sordino.runtime.settings import participant_count
-from sordino.tasks.overview import doubts, overview
+from sordino.tasks.overview import doubts, overview, tell_passed_over
 from sordino.tasks.poisoning import poisoned
 from sordino.tasks.sources import load_images
 from sordino.tasks.splits import build_task
@@ -106,13 +106,18 @@ def planned_mechanism(config: Experiment) -> Mechanism:
     return _planned(config)[0]
 
 
-def _planned(config: Experiment) -> tuple[Mechanism, str]:
-    """The mechanism, and what was read of the data, in words; warns where classes look like people."""
+def _planned(config: Experiment, alone: bool = False) -> tuple[Mechanism, str]:
+    """The mechanism, and what was read of the data, in words; warns where classes look like people.
+
+    `alone`: nothing else reads the data, so that files and splits that are not used are told here.
+    """
     config, earlier = with_release(config)
     method, settings = algorithm(config.algorithm), settings_for(config.algorithm, config.settings)
     images = load_images(config.data)
+    if alone:
+        tell_passed_over(images)
     task = build_task(images, config.data, config.partition, config.seed)
-    said = overview(task)
+    said = overview(images, task)
     if doubt := doubts(images):
         log.warning("%s", doubt)
     if config.poisoning is not None:
@@ -140,7 +145,7 @@ def plan(config: Experiment) -> Plan:
         SordinoError: the configuration cannot be run.
     """
     config, _ = with_release(config)
-    (chosen, said), unit = _planned(config), config.privacy.unit
+    (chosen, said), unit = _planned(config, alone=True), config.privacy.unit
     warn_of_unread(config)
     rounds = chosen.inputs.rounds
     numbers = sorted({max(1, round(rounds * step / POINTS)) for step in range(1, POINTS + 1)}) if rounds else []

@@ -13,7 +13,7 @@ from sordino.files import ANOTHER_OUT, write_atomically
 from sordino.privacy.statement import WHO
 from sordino.report.document import Block, Document, Section, document_page
 from sordino.report.figures import color
-from sordino.results import rounded_up
+from sordino.results import dataset_name, rounded_up
 
 
 def write_page(chosen: Plan, path: Path) -> None:
@@ -47,7 +47,7 @@ def _document(chosen: Plan) -> Document:
     # Where the client is the unit, how much clients hold is as private as all else.
     parties += "" if unit == "client" else f" with {held:,} {noun}s for training in all"
     return {
-        "title": f"Privacy plan: {config.algorithm} on {config.data.source}",
+        "title": f"Privacy plan: {config.algorithm} on {dataset_name(config.data.source)}",
         "subtitle": f"Before the run, from its configuration: {parties}, {inputs.rounds:,} rounds.",
         "banner": words.banner(ledger, unit, planned=True),
         "exposed": words.verdict(ledger, unit) != "private",

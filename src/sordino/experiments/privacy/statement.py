@@ -28,9 +28,10 @@ from sordino.privacy.statement import headline
 from sordino.report.document import Block, Document, Section
 from sordino.report.statement import FORMAT, KIND
 from sordino.results import FILE as SUMMARY
-from sordino.results import Summary
+from sordino.results import Summary, dataset_name
 
 LEDGER, CONFIG, AUDIT = "ledger.json", "config.toml", "audit.json"
+OF_RUN = ("algorithm", "dataset", "encoder", "clients", "rounds", "seed", "version")
 LIBRARIES = ("torch", "dp-accounting")
 NAMED = 12  # class names that are listed
 DIGEST_NAMES = {
@@ -133,8 +134,8 @@ def statement_of(folder: Path, judge: Judge, made: Mapping[str, Any] | None = No
         "format": FORMAT,
         "written": made["written"],
         "versions": made["versions"],
-        "run": {name: getattr(summary, name) for name in ("algorithm", "dataset", "encoder", "clients", "rounds")}
-        | {"seed": summary.seed, "version": summary.version},
+        # Others read this page, and where the data lie is none of their business.
+        "run": {name: getattr(summary, name) for name in OF_RUN} | {"dataset": dataset_name(summary.dataset)},
         "verdict": "contradicted" if refuted else said,
         "unit": unit,
         "delta": ledger.delta,
@@ -218,7 +219,7 @@ def _document(data: Mapping[str, Any], evidence: Evidence, unit: Unit, audit_blo
     if refuted:
         lead = ["An attack shows more than what the run claims; see Audit. The claim below does not hold.", *lead]
     return {
-        "title": f"Privacy statement: {summary.algorithm} on {summary.dataset}",
+        "title": f"Privacy statement: {summary.algorithm} on {data['run']['dataset']}",
         "subtitle": f"{clients}{held}, {summary.rounds:,} rounds, encoder {summary.encoder}. "
         f"Written {data['written']}.",
         "banner": "NOT PRIVATE: ITS OWN AUDIT CONTRADICTS THE CLAIM" if refuted else words.banner(ledger, unit),

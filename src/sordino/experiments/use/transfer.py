@@ -28,6 +28,7 @@ from sordino.results import Interval, crossed, paired
 from sordino.runtime.evaluate import EvaluationSet
 from sordino.runtime.paired import paired_variance
 from sordino.tasks.images import ImageSet, Indices
+from sordino.tasks.overview import tell_passed_over
 from sordino.tasks.settings import DataSettings
 from sordino.tasks.sources import load_images
 
@@ -124,7 +125,7 @@ def transfer(
         progress: is told how far encoding is.
 
     Raises:
-        PromptError, EncoderError: see `SavedPrompt`; or prompts of several methods or encoders are given.
+        PromptError, EncoderError: see `SavedPrompt`; or prompts of several methods, encoders or precisions are given.
         ConfigError: a prompt is given twice; or as DataError.
         DataError: the source is not there, or none of its pictures can be read.
     """
@@ -134,14 +135,16 @@ def transfer(
         raise ConfigError("PROMPT", str(twice[0]), "is there twice, and would count twice in the mean; give it once")
     saved = [SavedPrompt.load(file) for file in files]
     for one in saved[1:]:
-        if (one.method, one.encoder.fingerprint) != (saved[0].method, saved[0].encoder.fingerprint):
+        if (one.method, one.encoder.identity) != (saved[0].method, saved[0].encoder.identity):
             raise PromptError(
-                f"{one.source} is of another method or encoder than {saved[0].source}; give those of one run at a time"
+                f"{one.source} is of another method, encoder or precision than {saved[0].source}; "
+                "give those of one run at a time"
             )
     try:
         images = load_images(DataSettings(source=source))
     except ValidationError as error:
         raise ConfigError("--to", source, config_error(error, DataSettings).allowed) from None
+    tell_passed_over(images)
     images = images.subset(_chosen(images, per_class, seed))
     encoder = saved[0].load_encoder(checkpoint)
     classifiers = [one.model(encoder, images.class_names) for one in saved]

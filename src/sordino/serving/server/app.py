@@ -180,12 +180,12 @@ def build(
     @app.post("/v1/prompts", status_code=201, openapi_extra=FOLDER, dependencies=with_key, responses=sent)
     async def publish(request: Request) -> dict[str, Any]:
         """Publish a version that was signed elsewhere: the files of an exported folder, in fields of their names."""
-        await service.admit(request, "publish")
+        key = await service.admit(request, "publish")
         parts = await uploaded(request, len(FILES) + 2, service.settings.most_bytes)
         files = dict(parts)
         if len(files) != len(parts):
             raise Refusal(422, "a file stands twice in the form")
-        manifest = await service.apart(service.shelf.put, files)
+        manifest = await service.in_turn(key, service.shelf.put, files)
         request.state.told |= {"prompt": manifest.name, "version": manifest.version}
         return about(manifest)
 
@@ -219,6 +219,7 @@ def about(manifest: Manifest) -> dict[str, Any]:
         "class_names": list(manifest.class_names),
         "privacy": manifest.promise,
         "mark": manifest.mark,
+        "attacks": manifest.attacks,
         "created": manifest.created,
     }
 

@@ -1,34 +1,40 @@
 """Runs below a folder, for the page that compares them: read as the report reads them, and never written to.
 
 The folder is the operator's, but what lies in it may be of any size and kind. So the number of folders, of runs and of
-bytes is bounded, no link is followed, and what cannot be read is left out with its reason.
+bytes is bounded, no link is followed, and what cannot be read or shown is left out with its reason.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sordino.errors import ConfigError, RunError
 from sordino.report.figures import PALETTE, SYMBOLS
-from sordino.report.groups import Group, group_runs
+from sordino.report.groups import Group, group_runs, settings_of
 from sordino.report.runs import Run, read_run
-from sordino.results import FILE, MEASURES, Spread, rounded_up
-from sordino.serving.sources import dataset_name
+from sordino.results import FILE, MEASURES, Spread, dataset_name, rounded_up, without_places
 
 MOST_RUNS = 200
 MOST_FOLDERS = 5_000
 DEEPEST = 6  # folders below the one that is given
 MOST_BYTES = 8 << 20  # of a file that is read
 MOST_IN_ALL = 128 << 20
+CONFIG = "config.toml"
+MOST_CONFIG_BYTES = 1 << 20
+MOST_SETTINGS, DEEPEST_SETTING = 2_000, 20  # of a config.toml: runs are compared setting by setting
+MOST_DOTS = 200  # of one key; its reader takes time with their square
+LONGEST_REASON = 300
 COMPARISON = "comparison.json"
-TEXT_FILES = ("config.toml", FILE, "metrics.jsonl", "audit.json")
+TEXT_FILES = (CONFIG, FILE, "metrics.jsonl", "audit.json")
 
 Stamp = tuple[tuple[str, int, int], ...]  # of a run's files: name, time and size
 
@@ -77,13 +83,13 @@ class RunFolder:
                     found.cut = True
                     break
                 held = known.get(path)
-                run = held[1] if held is not None and held[0] == stamp else _slim(read_run(path))
-            except (RunError, OSError) as error:
-                why = error.strerror or "cannot be read" if isinstance(error, OSError) else str(error)
-                left_out.append({"folder": self._name(path), "why": why.removeprefix(f"{path}: ")})
+                run = held[1] if held is not None and held[0] == stamp else _checked(path)
+                kind = _kind(comparison, run)
+            except Exception as error:  # files that somebody wrote by hand may break their readers anywhere
+                left_out.append({"folder": self._name(path), "why": _shown(_why(error, path))})
                 continue
             self._read[path] = stamp, run
-            together.setdefault(_kind(comparison, run), []).append(run)
+            together.setdefault(kind, []).append(run)
         entries = [
             _entry(group, self._name(_place(group, Path(kind[0]), found.alone)))
             for kind, runs in together.items()
@@ -149,6 +155,57 @@ def _stamps(path: Path) -> Iterator[tuple[str, int, int]]:
         yield name, status.st_mtime_ns, status.st_size
 
 
+def _checked(path: Path) -> Run:
+    """Read a run, and see that it can be shown.
+
+    Raises:
+        Exception: of any type, where it cannot.
+    """
+    with contextlib.suppress(FileNotFoundError):  # the reader says so
+        _require_readable((path / CONFIG).read_text(encoding="utf-8", errors="replace"))
+    run = _slim(read_run(path))
+    _require_few_settings(run.config)
+    for group in group_runs([run]):
+        _require_json(_entry(group, ""))
+    return run
+
+
+def _require_readable(config: str) -> None:
+    """Check that the reader of TOML takes no minutes."""
+    if len(config) > MOST_CONFIG_BYTES:
+        raise RunError(f"{CONFIG} has more than {MOST_CONFIG_BYTES:,} bytes")
+    if any(part.count(".") > MOST_DOTS for part in re.split(r"[\n,={}\[\]]", config)):
+        raise RunError(f"{CONFIG} has a key of more than {MOST_DOTS} parts")
+
+
+def _require_few_settings(config: Mapping[str, Any]) -> None:
+    count, tables = 0, [config]
+    for _ in range(DEEPEST_SETTING):
+        count += sum(map(len, tables))
+        tables = [each for table in tables for each in table.values() if isinstance(each, Mapping)]
+        if count > MOST_SETTINGS or not tables:
+            break
+    if count > MOST_SETTINGS or tables:
+        raise RunError(f"{CONFIG} has more than {MOST_SETTINGS:,} settings, or {DEEPEST_SETTING} tables in each other")
+
+
+def _require_json(entry: dict[str, Any]) -> None:
+    """Check that an entry is of finite numbers and of text, as an answer is written."""
+    try:
+        json.dumps(entry, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError:
+        raise RunError(f"{FILE} has a number that is not finite, or text that is none") from None
+
+
+def _why(error: Exception, path: Path) -> str:
+    """Return the reason why a run is left out, without the place of this on the disk."""
+    if isinstance(error, RunError):
+        return str(error).removeprefix(f"{path}: ")[:LONGEST_REASON]
+    if isinstance(error, OSError):
+        return error.strerror or "cannot be read"
+    return f"its files are malformed ({type(error).__name__}); repeat the run, or leave this directory out"
+
+
 def _slim(run: Run) -> Run:
     """Return a run without what this page does not show, and would keep in memory."""
     return replace(run, rounds=(), audit=None, distances=None)
@@ -168,9 +225,12 @@ def _place(group: Group, comparison: Path, alone: set[Path]) -> Path:
 
 def _groups(runs: Sequence[Run]) -> list[Group]:
     try:
-        return group_runs(runs)
-    except RunError:  # a run was repeated: each stands for itself
+        groups = group_runs(runs)
+        for group in groups:
+            _require_json(_entry(group, ""))
+    except Exception:  # a run was repeated, or one does not fit the others: each stands for itself
         return [group for run in runs for group in group_runs([run])]
+    return groups
 
 
 def _entry(group: Group, folder: str) -> dict[str, Any]:
@@ -182,11 +242,12 @@ def _entry(group: Group, folder: str) -> dict[str, Any]:
     claim = results.claim
     spreads = {measure: results.accuracy(measure) for measure in MEASURES}
     by_client = {measure: results.client_accuracy(measure) for measure in MEASURES}
+    label, line = (without_places(text, settings_of(group.runs[0]).values()) for text in (group.label, group.line))
     itself = first.hand_written is not None and first.hand_written.itself
     return {
         "folder": folder,
-        "label": _shown(group.label),
-        "line": _shown(group.line or group.label),
+        "label": _shown(label),
+        "line": _shown(line or label),
         "method": _shown(first.algorithm),
         "dataset": _shown(dataset_name(first.dataset)),
         "encoder": _shown(first.encoder),
@@ -206,7 +267,7 @@ def _entry(group: Group, folder: str) -> dict[str, Any]:
             "epsilon": _finite(claim.epsilon),
             "epsilon_words": None if claim.epsilon is None else rounded_up(claim.epsilon),
             "delta_words": None if claim.delta is None else rounded_up(claim.delta),
-            "units": list(claim.units),
+            "units": [_shown(unit) for unit in claim.units],
         },
         "upload_bytes": results.mean_bytes("upload_bytes_per_client_round"),
         "seconds": results.seconds,

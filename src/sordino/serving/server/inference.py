@@ -8,48 +8,69 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, FailFast, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, StrictInt, ValidationError
 
 import sordino
+from sordino.files import json_pieces
 from sordino.serving.server.described import LOADED, SENT, key_needed, refusals, whole
 from sordino.serving.server.refusal import Refusal
 from sordino.serving.server.service import Service
 
 INPUT, CLASSES, PROBABILITIES = "image", "classes", "probabilities"
 
-
 MOST_ELEMENTS = 1024  # of a list; how many pictures a request may have, is a limit of the server besides
+MOST_PIECES = 4 * MOST_ELEMENTS  # of a body, see `json_pieces`: the parser makes an object of each
 
 
-class InputTensor(BaseModel):
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class TensorParameters(_Part):
+    """Parameters of a tensor that clients of the protocol send unasked; the answer is the same without them."""
+
+    content_type: Literal["base64"] | None = None
+    binary_data: bool | None = None  # of an output: who takes binary tensors, takes those in JSON too
+
+
+class InputTensor(_Part):
     """Pictures, one element each."""
 
     name: str
-    # At the first error, as each one of millions would take a kilobyte.
+    # At the first error, as each one of many would take a kilobyte.
     shape: Annotated[list[int], Field(max_length=MOST_ELEMENTS), FailFast()]
     datatype: str
+    parameters: TensorParameters = TensorParameters()
     data: Annotated[list[str], Field(max_length=MOST_ELEMENTS), FailFast()]
 
 
-class OutputTensor(BaseModel):
+class OutputTensor(_Part):
     """An output that is asked for."""
 
     name: str
+    parameters: TensorParameters = TensorParameters()
 
 
-class InferenceRequest(BaseModel):
-    """A request of the protocol; `parameters.top` is how many classes are told.
+class Parameters(_Part):
+    """Parameters of a request: how many classes are told."""
+
+    top: StrictInt | None = None
+
+
+class InferenceRequest(_Part):
+    """A request of the protocol.
 
     Without `outputs`, or with none in it, all are answered.
     """
 
     id: Annotated[str, Field(max_length=200)] | None = None
+    parameters: Parameters = Parameters()
     inputs: Annotated[list[InputTensor], Field(max_length=MOST_ELEMENTS), FailFast()]
     outputs: Annotated[list[OutputTensor], Field(max_length=MOST_ELEMENTS), FailFast()] = []
-    parameters: dict[str, Any] = {}
 
 
 BODY: dict[str, Any] = {
@@ -113,21 +134,10 @@ def routes(service: Service) -> APIRouter:
     async def infer(request: Request, name: str, version: str | None = None) -> dict[str, Any]:
         """Classify pictures."""
         key = await service.admit(request, "classify")
-        try:  # here, so that nothing is read of whoever may not ask
-            body = InferenceRequest.model_validate_json(await request.body())
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "the body"
-            raise Refusal(422, f"{place[:100]}: {first['msg'][:100]}") from None
-        if not body.parameters.keys() <= {"top"}:
-            raise Refusal(422, "parameters has one that is not known here; there is top")
-        told = _asked(body)
-        asked = body.parameters.get("top")
-        if asked is not None and type(asked) is not int:
-            raise Refusal(422, "parameters.top must be a whole number")
-        top = service.top(asked)
-        contents = _pictures(body)
-        classifier, answers = await service.classify(request, key, name, version, contents, zero_shot=False)
+        # Here, so that nothing is read of whoever may not ask; elsewhere, so that nobody else waits for it.
+        asked = await service.in_turn(key, _read, await request.body())
+        top = service.top(asked.top)
+        classifier, answers = await service.classify(request, key, name, version, asked.pictures, zero_shot=False)
         rows = [answer.classes[:top] for answer in answers]
         shape = [len(rows), len(rows[0])]
         names = [class_name for row in rows for class_name, _ in row]
@@ -140,15 +150,52 @@ def routes(service: Service) -> APIRouter:
         return {
             "model_name": name,
             "model_version": str(classifier.manifest.version),
-            **({} if body.id is None else {"id": body.id}),
+            **({} if asked.id is None else {"id": asked.id}),
             **_marked(classifier.manifest.mark),
-            "outputs": [outputs[each] for each in told],
+            "outputs": [outputs[each] for each in asked.outputs],
         }
 
     return router
 
 
-def _asked(body: InferenceRequest) -> list[str]:
+@dataclass(frozen=True)
+class _Asked:
+    """A request that was read: its pictures, and what is told of them."""
+
+    id: str | None
+    top: int | None
+    outputs: list[str]
+    pictures: list[bytes]
+
+
+def _read(body: bytes) -> _Asked:
+    """Read a request.
+
+    Raises:
+        Refusal: it is none of the protocol's, or asks for something that is not here.
+    """
+    if json_pieces(body) > MOST_PIECES:
+        raise Refusal(422, f"the body has more than {MOST_PIECES:,} values")
+    try:
+        request = InferenceRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise Refusal(422, _told(error)) from None
+    return _Asked(request.id, request.parameters.top, _outputs(request), _pictures(request))
+
+
+def _told(error: ValidationError) -> str:
+    """Tell the first error, without a name that the client made up."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    unknown = first["type"] == "extra_forbidden"
+    names = first["loc"][:-1] if unknown else first["loc"]
+    place = ".".join(map(str, names)) or "the body"
+    if not unknown:
+        return f"{place[:100]}: {first['msg'][:100]}"
+    known = "; there is top" if place == "parameters" else ""
+    return f"{place[:100]} has one that is not known here{known}"
+
+
+def _outputs(body: InferenceRequest) -> list[str]:
     """Return the names of the outputs that are asked for, in this order.
 
     Raises:

@@ -36,7 +36,7 @@ log = logging.getLogger("sordino.serving")
 
 T = TypeVar("T")
 DECODERS = 2  # pictures that are unpacked at once, which bounds memory
-TURNS = 4  # requests of one key whose pictures are unpacked, or wait for that in a thread
+TURNS = 4  # requests of one key whose bodies are read and pictures unpacked, or wait for that in a thread
 
 
 class Log:
@@ -230,10 +230,10 @@ class Service:
             raise Refusal(422, f"give 1 to {self.settings.most_pictures} pictures")
         self._batcher.require_room(len(contents))  # before they are counted
         with self._batcher.announced():
-            ready = await self._in_turn(told, key, name, version, contents)
+            ready = await self._ready_in_turn(told, key, name, version, contents)
         if ready is None:
             await self.take(name, version)
-            ready = await self._in_turn(told, key, name, version, contents)
+            ready = await self._ready_in_turn(told, key, name, version, contents)
         if ready is None:
             raise Refusal(503, "more prompts are asked for at once than are held", {"Retry-After": "1"})
         classifier, pixels = ready
@@ -253,17 +253,21 @@ class Service:
             raise Refusal(422, f"top must be 1 to {most}")
         return most if asked is None else asked
 
-    async def _in_turn(
+    async def in_turn(self, key: ApiKey, call: Callable[..., T], *arguments: Any) -> T:
+        """Call what reads a body, for some requests of a key at once: no customer takes all threads from others."""
+        async with self._turns[key.name]:
+            read = functools.partial(call, *arguments)
+            return await asyncio.get_running_loop().run_in_executor(self._readers, read)
+
+    async def _ready_in_turn(
         self, told: dict[str, Any], key: ApiKey, *asked: Any
     ) -> tuple[PromptClassifier, list[Tensor]] | None:
-        """Call `_ready`, for some requests of a key at once: no customer's pictures take all threads from others."""
+        """Call `_ready` in the key's turn."""
         gone = threading.Event()
-        async with self._turns[key.name]:
-            try:
-                call = functools.partial(self._ready, gone, told, key, *asked)
-                return await asyncio.get_running_loop().run_in_executor(self._readers, call)
-            finally:
-                gone.set()  # a thread is not interrupted: it looks whether somebody still waits
+        try:
+            return await self.in_turn(key, self._ready, gone, told, key, *asked)
+        finally:
+            gone.set()  # a thread is not interrupted: it looks whether somebody still waits
 
     def _ready(
         self,

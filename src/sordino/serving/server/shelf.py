@@ -15,7 +15,8 @@ from sordino.prompt_file import SavedPrompt
 from sordino.serving.classifier import PromptClassifier, described
 from sordino.serving.folder import MANIFEST, SIGNATURE, read_files
 from sordino.serving.manifest import Manifest, parse_label
-from sordino.serving.registry import Published, Registry, Withdrawal, WithdrawnError
+from sordino.serving.registry import Published, Registry, WithdrawnError
+from sordino.serving.rows import Withdrawal
 from sordino.serving.server.refusal import Refusal
 from sordino.serving.sources import check_claim
 from sordino.serving.trust import Trusted
@@ -31,7 +32,7 @@ class Shelf:
         registry: holds the prompts.
         trusted: publishers.
         most: classifiers in memory.
-        load_encoder: loads a prompt's encoder; prompts of one encoder share it.
+        load_encoder: loads a prompt's encoder; prompts of one encoder and precision share it.
     """
 
     def __init__(self, registry: Registry, trusted: Trusted, most: int, load_encoder: Loader) -> None:
@@ -39,7 +40,7 @@ class Shelf:
         self._most, self._load_encoder = most, load_encoder
         self._lock, self._loading = threading.Lock(), threading.Lock()
         self._held: OrderedDict[At, PromptClassifier] = OrderedDict()
-        self._encoders: dict[str, DualEncoder] = {}
+        self._encoders: dict[str, DualEncoder] = {}  # by `EncoderRecord.identity`
 
     def take(self, name: str, version: str | None) -> PromptClassifier:
         """Return the classifier of a version that may be used now; see `look` and `load`."""
@@ -122,7 +123,7 @@ class Shelf:
                         "package, or if it is in a file, answer in Python with sordino.add_method and "
                         "PromptClassifier: a server runs no file"
                     )
-                known = saved.encoder.fingerprint
+                known = saved.encoder.identity
                 is_new = known not in self._encoders
                 if is_new:
                     self._encoders[known] = self._load_encoder(saved)

@@ -34,8 +34,9 @@ byId("version").addEventListener("change", choose);
 function versions(wanted) {
   const of = listed.filter(({ name }) => name === byId("prompt").value).reverse();
   byId("version").replaceChildren(
-    ...of.map(({ version, mark }, place) =>
-      h("option", { value: version }, `${version}${place === 0 ? ", latest" : ""}${mark ? `, ${mark}` : ""}`)),
+    ...of.map(({ version, mark, attacks }, place) =>
+      h("option", { value: version },
+        [version, place === 0 && "latest", mark, attacks === "unknown" && "attacks not known"].filter(Boolean).join(", "))),
   );
   if (of.some(({ version }) => String(version) === wanted)) byId("version").value = wanted;
   choose();
@@ -230,7 +231,7 @@ const title = (name) => name[0].toUpperCase() + name.slice(1).replaceAll("_", " 
 // The card: what the signed manifest says.
 
 function card(found, mark) {
-  const { privacy, training, audit } = found;
+  const { privacy, training } = found;
   byId("mark").hidden = !mark;
   byId("mark").textContent = mark ? `This prompt is marked ${mark}` : "";
   const owner = found.client === null ? "shared by all clients" : `client ${found.client}’s own`;
@@ -239,7 +240,7 @@ function card(found, mark) {
     ...(mark ? [h("p", { class: "banner" }, mark)] : []),
     h("p", {}, "Learned by ", h("code", {}, found.method), ` (${owner}) for the encoder `, h("code", {}, found.encoder.name), "."),
     part("Privacy", guarantee(privacy, mark), h("p", { class: "statement" }, privacy.statement)),
-    part("Attacks", ...attacks(audit)),
+    part("Attacks", ...attacks(found)),
     ...(training ? [part("Accuracy", accuracy(training))] : []),
     part("Who published it",
       h("dl", {},
@@ -263,8 +264,11 @@ function guarantee({ private: kept, epsilon, delta, unit, simulated }, mark) {
     h("p", { class: "under" }, `${delta === null ? "" : `δ = ${roundedUp(delta)}, `}for each ${unit ?? "example"}`));
 }
 
-function attacks(audit) {
-  if (audit === null) return [h("p", {}, "No attack on the run was tried.")];
+function attacks({ audit, training }) {
+  if (audit === null) {
+    const known = training === null ? "Published without its run; whether it was attacked is not known here." : "No attack on the run was tried.";
+    return [h("p", {}, known)];
+  }
   const items = Object.entries(audit.attacks).map(([name, { found, epsilon }]) =>
     h("li", {}, h("strong", {}, title(name)), epsilon !== null && h("span", { class: "tag" }, `ε is at least ${Number(epsilon.toPrecision(3))}`),
       ...found.map((line) => h("span", { class: "line" }, line))));
