@@ -215,6 +215,14 @@ def check_docker(arguments: list[str]) -> None:
         check_line(words[1:])
 
 
+def check_chmod(arguments: list[str]) -> None:
+    """A mode and what it is for; tests/experiments/test_kept_private.py looks at what a run then shows."""
+    mode, *_ = arguments
+    assert re.fullmatch(r"[0-7]{3}", mode)
+    assert int(mode, 8) & 0o700 == 0o700, "its owner keeps it"
+    assert int(mode, 8) & 0o022 == 0, "nobody else writes it"
+
+
 CHECKS: dict[str, Callable[[list[str]], None]] = {
     "sordino": check_sordino,
     "make": check_make,
@@ -224,6 +232,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "model_signing": check_model_signing,
     "docker": check_docker,
     "chown": lambda arguments: None,  # tests/engines/test_containers.py compares the user with the image's
+    "chmod": check_chmod,
     "export": lambda arguments: None,
     "cd": lambda arguments: check_after(arguments[1:]),
 }
