@@ -174,7 +174,9 @@ print("it goes on")
 
 
 def test_a_process_is_shut_before_it_listens() -> None:
-    done = subprocess.run([sys.executable, "-c", SHUT], env=environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-u", "-c", SHUT], env=environment(), capture_output=True, text=True, check=False
+    )
     assert done.stdout.split() == ["True"] * 7, done.stdout + done.stderr
     assert (done.returncode, "is not shut: AttributeError" in done.stderr) == (1, True), "it does not know, and ends"
 
