@@ -61,6 +61,7 @@ def test_a_run_whose_checkpoint_moved_is_audited_where_it_is_now(
     assert json.loads(capsys.readouterr().out) == moved
 
 
+@pytest.mark.slow
 def test_an_encoder_without_a_checkpoint_is_nowhere_else(config_file: Path, tmp_path: Path) -> None:
     digits = ["rounds=1", "data.source=digits", "data.train_per_class=2"]
     tables = load_config(config_file, digits).model_dump(exclude_none=True) | {"encoder": {"name": "bundled"}}
