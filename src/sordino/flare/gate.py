@@ -1,4 +1,4 @@
-"""What FLARE's processes hear: what a job needs, from where it may come, and nothing else.
+"""The gate of FLARE's processes: they hear what a job needs, from where it may come, and nothing else.
 
 FLARE checks a site's `authorization.json` only if a request asks for that, and passes on whatever its parties send each
 other. Its sites answer a shell, its network's diagnosis, and commands that restart, reconfigure and delete. A site's
